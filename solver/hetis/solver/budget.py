@@ -1,0 +1,55 @@
+"""How long a search may take. The solver has no clock of its own: the caller brings one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+def _no_clock() -> float:
+    return 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Budget:
+    """Time and patience of a caller.
+
+    ``clock`` returns seconds (``time.monotonic``); without one, no time limit applies and reported times are zero.
+    ``cancelled`` may be set from a signal handler or another thread: the search then returns its incumbent.
+    """
+
+    time_limit_s: float = float("inf")
+    clock: Callable[[], float] = _no_clock
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    started_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started_s = self.clock()
+
+    def elapsed_s(self) -> float:
+        return self.clock() - self.started_s
+
+    def remaining_s(self) -> float:
+        return self.time_limit_s - self.elapsed_s()
+
+    def is_spent(self) -> bool:
+        return self.cancelled.is_set() or self.remaining_s() <= 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A line of news from the search: what it does, the best value so far, the bound, the gap."""
+
+    phase: str
+    elapsed_s: float
+    incumbent: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """Reports to nobody."""

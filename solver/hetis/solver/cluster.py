@@ -1,0 +1,157 @@
+"""The fleet: GPU types, groups of equal nodes, the links between them.
+
+A `Cluster` keeps *groups* of equal nodes, never single ones, so that a fleet of a million GPUs is as small a value
+as one of twelve. Names of single nodes and devices are derived: node 3 of group ``l4`` is ``l4-3`` (a group of one is
+just ``l4``), its second GPU is ``l4-3/1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from hetis.solver.errors import InvalidProblemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A connection: ``latency_s + bytes / bytes_per_s`` seconds for a message, in one direction."""
+
+    bytes_per_s: float
+    latency_s: float
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0:
+            raise InvalidProblemError(f"link bandwidth is {self.bytes_per_s} bytes/s, must be > 0")
+        if not self.latency_s >= 0:
+            raise InvalidProblemError(f"link latency is {self.latency_s} s, must be >= 0")
+
+    def slower_of(self, other: Link) -> Link:
+        """The link whose bandwidth and latency are the worse of both: a path through both in the cost model."""
+        return Link(
+            bytes_per_s=min(self.bytes_per_s, other.bytes_per_s), latency_s=max(self.latency_s, other.latency_s)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuType:
+    """What the catalogue knows of a GPU type; peaks are nominal, profiles say what is reached."""
+
+    name: str
+    architecture: str
+    memory_bytes: int  # nominal
+    mem_bytes_per_s: float  # peak memory bandwidth
+    fp16_flops: float  # peak dense fp16 or bf16 matrix rate, FLOP/s
+    fp8_flops: float | None = None  # None: no fp8 matrix units
+    pcie_bytes_per_s: float = 32e9  # one direction
+    nvlink_bytes_per_s: float | None = None  # one direction; None: no switched NVLink or Infinity Fabric on this board
+    usd_per_hour: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSlots:
+    """``count`` GPUs of one type in every node of a group."""
+
+    gpu: str
+    count: int
+    usd_per_hour: float | None = None  # of one GPU; overrides the catalogue
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InvalidProblemError(f"{self.gpu}: count is {self.count}, must be >= 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeGroup:
+    """``count`` equal nodes. A node may hold several GPU types."""
+
+    name: str
+    gpus: tuple[GpuSlots, ...]
+    count: int = 1
+    numbered: bool = False  # True: the file gave `count`, so that even a single node is called `name-0`
+    zone: str = "default"
+    nic: Link | None = None  # None: the cluster network's link
+    intra_link: Link | None = None  # GPU to GPU inside the node; None: NVLink or PCIe of the GPU type
+
+    def node_name(self, index: int) -> str:
+        return f"{self.name}-{index}" if self.numbered else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """Links between nodes.
+
+    ``between_zones`` and ``between_nodes`` hold the explicit pairs (both orders of a pair are looked up);
+    a pair of zones that is not listed uses ``zone_default``, or ``default`` where that is None.
+    """
+
+    default: Link
+    zone_default: Link | None = None
+    between_zones: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    between_nodes: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+
+    def zone_link(self, a: str, b: str) -> Link:
+        """The link between two zones, or inside one when ``a == b``."""
+        explicit = self.between_zones.get((a, b)) or self.between_zones.get((b, a))
+        if explicit is not None:
+            return explicit
+        return self.default if a == b or self.zone_default is None else self.zone_default
+
+    def node_link(self, a: str, b: str) -> Link | None:
+        """The explicit link between two named nodes, if the cluster gives one."""
+        return self.between_nodes.get((a, b)) or self.between_nodes.get((b, a))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A fleet: node groups, the GPU types they use, the network."""
+
+    name: str
+    node_groups: tuple[NodeGroup, ...]
+    gpu_types: Mapping[str, GpuType]  # by name, at least every type used
+    network: Network
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for group in self.node_groups:
+            if group.name in seen:
+                raise InvalidProblemError(f"node group {group.name} appears twice")
+            seen.add(group.name)
+            for slots in group.gpus:
+                if slots.gpu not in self.gpu_types:
+                    raise InvalidProblemError(f"node {group.name}: unknown GPU type {slots.gpu}")
+
+    def num_gpus(self) -> int:
+        return sum(group.count * slots.count for group in self.node_groups for slots in group.gpus)
+
+    def zones(self) -> tuple[str, ...]:
+        """Zone names in order of appearance."""
+        return tuple(dict.fromkeys(group.zone for group in self.node_groups))
+
+    def price_of(self, slots: GpuSlots) -> float | None:
+        """USD per hour of one GPU of these slots; None: not known."""
+        return slots.usd_per_hour if slots.usd_per_hour is not None else self.gpu_types[slots.gpu].usd_per_hour
+
+    def devices(self) -> Iterator[Device]:
+        """Every GPU by name. Linear in the fleet: only binding and checking need it."""
+        for group in self.node_groups:
+            for node in range(group.count):
+                node_name, index = group.node_name(node), 0
+                for slots in group.gpus:
+                    for _ in range(slots.count):
+                        yield Device(node=node_name, index=index, gpu=slots.gpu, group=group)
+                        index += 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One GPU. ``index`` counts over all GPUs of its node, in the order of the node's ``gpus`` list."""
+
+    node: str
+    index: int
+    gpu: str
+    group: NodeGroup
+
+    @property
+    def name(self) -> str:
+        return f"{self.node}/{self.index}"

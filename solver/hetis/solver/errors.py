@@ -1,0 +1,38 @@
+"""What can go wrong while planning, as one small tree.
+
+HetisError
++-- InvalidProblemError   the input contradicts itself: a number out of range, a GPU without a profile
++-- InfeasibleError       proved: no plan of the family meets the constraints
++-- NoPlanFoundError      stopped (time limit, Ctrl-C) before any plan was found; proves nothing
++-- UnboundPlanError      a placement could not be turned into named GPUs; a bug, please report it
+"""
+
+from __future__ import annotations
+
+
+class HetisError(Exception):
+    """Root of every error that hetis raises on purpose."""
+
+
+class InvalidProblemError(HetisError):
+    """The input contradicts itself; the message names the thing, the value and the limit."""
+
+
+class InfeasibleError(HetisError):
+    """No plan of the family exists.
+
+    Attributes:
+        reasons: one sentence per cause, each with the numbers of both sides, the most telling first.
+    """
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
+
+
+class NoPlanFoundError(HetisError):
+    """The search was stopped before it found a plan. A plan may still exist: allow more time."""
+
+
+class UnboundPlanError(HetisError):
+    """The chosen replicas could not be placed on named GPUs although the master's packing rows held."""

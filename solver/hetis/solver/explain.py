@@ -1,0 +1,64 @@
+"""Why a plan is as it is: memory per device, time per stage, the bottleneck, prices, and what every idle GPU lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBar:
+    """Where the memory of one GPU of a stage (or pool) goes, in bytes. ``free_bytes`` is what is left of usable."""
+
+    replica: int
+    stage: int
+    role: str  # "primary" or "attention worker"
+    gpu: str
+    num_devices: int
+    nominal_bytes: int
+    unusable_bytes: int
+    reserve_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTime:
+    """Seconds of one request on a stage, by what they are spent on; ``total_s / copies`` competes for the bottleneck."""
+
+    replica: int
+    stage: int
+    gpu: str
+    tp: int
+    copies: int
+    dense_s: float
+    all_reduce_s: float
+    prefill_attention_s: float
+    decode_attention_s: float  # with a pool: the slower of both sides
+    transfer_s: float  # hops between stages and prefill KV shipped to a pool
+    head_s: float
+    other_s: float
+    total_s: float
+    is_bottleneck: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdleGpus:
+    """GPUs of one class that the plan leaves out, and the numbers that say why."""
+
+    gpu: str
+    zone: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Everything ``hetis-plan explain`` prints beside the plan itself."""
+
+    memory: tuple[MemoryBar, ...]
+    stage_times: tuple[StageTime, ...]
+    bottlenecks: tuple[str, ...]  # one sentence per replica: which stage or limit binds
+    idle: tuple[IdleGpus, ...]
+    attention_workers: str  # why they are used or not, with numbers

@@ -1,0 +1,154 @@
+"""The answer: named GPUs in stages and attention workers, how good the plan is, and what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    OPTIMAL = "optimal"  # gap within 1e-6: nothing in the stated family is better
+    FEASIBLE = "feasible"  # a plan with a proven gap
+    INFEASIBLE = "infeasible"  # proved: the family holds no plan
+    INTERRUPTED = "interrupted"  # the best plan when Ctrl-C came; its bound still holds
+
+
+class ObjectiveKind(StrEnum):
+    GOODPUT = "goodput"
+    THROUGHPUT = "throughput"
+    COST = "cost"  # least USD per hour for a demanded rate
+    GPUS = "gpus"  # fewest GPUs for a demanded rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What a plan is good for.
+
+    ``goodput`` is ``planned_utilisation`` of the saturated rate while mean TPOT and p95 TTFT meet their limits;
+    ``throughput`` is the saturated rate (limits apply only if given); ``cost`` and ``gpus`` are the least USD per hour
+    and the fewest GPUs whose goodput reaches ``demand_rps``. A limit of None is lifted.
+    """
+
+    kind: ObjectiveKind = ObjectiveKind.GOODPUT
+    ttft_limit_s: float | None = 2.0
+    tpot_limit_s: float | None = 0.1
+    demand_rps: float | None = None
+
+    @property
+    def unit(self) -> str:
+        return {"goodput": "requests/s", "throughput": "requests/s", "cost": "USD/h", "gpus": "GPUs"}[self.kind]
+
+    @property
+    def maximises(self) -> bool:
+        return self.kind in (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One pipeline stage: ``copies`` TP groups of ``tp`` GPUs each, all holding the same layers.
+
+    ``devices`` are ``node/index``, the ranks of one copy after another. ``kv_head_groups_kept`` counts head groups per
+    TP rank that stay on the stage; the others are on its attention workers.
+    """
+
+    gpu: str
+    tp: int
+    copies: int
+    first_layer: int
+    num_layers: int
+    devices: tuple[str, ...]
+    kv_head_groups_kept: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionWorkerPool:
+    """Cards that only hold KV and compute attention for one stage.
+
+    ``devices`` holds the cards of one copy after another (equally many each). ``kv_head_groups`` counts the head
+    groups per TP rank of the stage that live here.
+    """
+
+    stage: int
+    gpu: str
+    devices: tuple[str, ...]
+    kv_head_groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPlan:
+    """One replica. ``rate`` is its saturated rate in requests/s; ``ttft_s`` is p95, ``tpot_s`` the mean.
+
+    ``micro_batch`` requests decode in each of ``in_flight`` micro-batches; an iteration carries at most one prefill
+    chunk of ``chunk_tokens``. ``kv_tokens`` is the KV room of the scarcest layer in tokens.
+    """
+
+    rate: float
+    ttft_s: float
+    tpot_s: float
+    micro_batch: int
+    in_flight: int
+    chunk_tokens: int
+    kv_tokens: int
+    stages: tuple[StagePlan, ...]
+    attention_workers: tuple[AttentionWorkerPool, ...] = ()
+
+    def devices(self) -> tuple[str, ...]:
+        """Every GPU of the replica, stages first."""
+        primaries = tuple(d for stage in self.stages for d in stage.devices)
+        return primaries + tuple(d for pool in self.attention_workers for d in pool.devices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveResult:
+    """How good a plan is: ``gap`` is ``|bound - value| / |value|``."""
+
+    status: Status
+    objective: ObjectiveKind
+    value: float
+    bound: float
+    gap: float
+    unit: str
+    solve_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassPrice:
+    """A device class and its dual: an upper bound on what one more GPU of it would add to the objective."""
+
+    gpu: str
+    zone: str
+    gpus_per_node: int
+    available: int
+    used: int
+    as_attention_workers: int
+    dual: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerUp:
+    """A shape of replica that was considered and not chosen: its own rate, what it would cost at the duals, and why."""
+
+    shape: str
+    rate: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Replicas on named GPUs with a proof of how good they are.
+
+    ``inputs`` makes the plan re-creatable: digests and versions, and under ``documents`` the cluster, model, workload
+    and profile documents themselves, so that ``check`` and ``explain`` need nothing else.
+    """
+
+    strategy: str
+    family: str  # the family the bound speaks of, in one sentence
+    result: SolveResult
+    objective: Objective
+    replicas: tuple[ReplicaPlan, ...]
+    prices: tuple[ClassPrice, ...] = ()
+    runners_up: tuple[RunnerUp, ...] = ()
+    notes: tuple[str, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,97 @@
+"""The placement problem: a cluster, a model, a workload, profiles, an objective, and the family of plans allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hetis.solver.cluster import Cluster
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.profile import Profile
+from hetis.solver.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assumptions:
+    """Constants of the cost model, each with its reason.
+
+    Attributes:
+        block_tokens: tokens of a KV block.
+        kv_headroom_z: KV room is planned for mean + z standard deviations of what the requests of a copy hold
+            (1.645: 95%). Filled to the mean, an engine preempts all the time.
+        stage_slack: share added to the busiest stage's time; iterations with and without a chunk alternate, and a
+            queue in front of the bottleneck runs dry now and then.
+        round_trip_slack: share added to the sum of stage times when several micro-batches share a pipeline and wait
+            for each other. None of it for a single micro-batch, which waits for nobody.
+        planned_utilisation: goodput is this share of the saturated rate.
+    """
+
+    block_tokens: int = 16
+    kv_headroom_z: float = 1.645
+    stage_slack: float = 0.03
+    round_trip_slack: float = 0.25
+    planned_utilisation: float = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Which plans are searched: the bound of an answer speaks of exactly these.
+
+    Attributes:
+        name: strategy this family belongs to.
+        mixed_types: stages of one replica may use different GPU types.
+        uneven_layers: stages may hold different numbers of layers; otherwise they differ by one at most.
+        max_copies: data-parallel copies of one stage.
+        max_pool: attention workers of one class per copy of a stage; 0: none.
+        tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
+        max_stages: stages of a replica at most (copies not counted); only binding for ``uniform``.
+    """
+
+    name: str = "hetis"
+    mixed_types: bool = True
+    uneven_layers: bool = True
+    max_copies: int = 4
+    max_pool: int = 32
+    tp_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    micro_batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    in_flight: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    chunk_tokens: tuple[int, ...] = (512, 2048)
+
+    def describe(self) -> str:
+        """The family in one sentence."""
+        parts = ["stages of any GPU types" if self.mixed_types else "one GPU type per replica"]
+        parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
+        parts.append(f"TP {'/'.join(map(str, self.tp_sizes))} inside a node")
+        parts.append(f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies")
+        parts.append(
+            f"up to {self.max_pool} attention workers per stage copy" if self.max_pool else "no attention workers"
+        )
+        parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
+        parts.append(f"{self.in_flight[0]} to {self.in_flight[-1]} of them in flight")
+        parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementProblem:
+    """Everything a placement depends on. Profiles are keyed by GPU type name."""
+
+    cluster: Cluster
+    model: ModelSpec
+    workload: Workload
+    profiles: Mapping[str, Profile]
+    objective: Objective = Objective()
+    assumptions: Assumptions = Assumptions()
+    family: Family = field(default_factory=Family)
+
+    def __post_init__(self) -> None:
+        if self.objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and self.objective.demand_rps is None:
+            raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")
+        for group in self.cluster.node_groups:
+            for slots in group.gpus:
+                if slots.gpu not in self.profiles:
+                    raise InvalidProblemError(f"node {group.name}: GPU type {slots.gpu} has no profile")
+                if self.objective.kind is ObjectiveKind.COST and self.cluster.price_of(slots) is None:
+                    raise InvalidProblemError(f"node {group.name}: GPU type {slots.gpu} has no price, objective cost needs one")

@@ -1,0 +1,157 @@
+"""What a GPU type reaches: operator times as maxima of affine pieces, usable memory, and where each number is from.
+
+Every operator's time is ``max_k (fixed_s + flop_s F + byte_s B + token_s T + head_s H + wire W)`` over a few pieces k.
+The features of each operator are listed at `Op`. A maximum of affine functions covers a roofline (one piece for
+compute, one for memory), a fit to measurements, and the linear model of Hetis (SC'25) alike, and stays convex.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
+
+
+class Op(StrEnum):
+    """Operators of the cost model. Sizes are those of one tensor-parallel rank and one layer.
+
+    ========================  ========================================================================================
+    ``dense``                 all matrix products of a layer for T tokens: F FLOPs, B bytes of weights and activations
+    ``prefill_attention``     a chunk of T tokens attends to itself and its past: F FLOPs, B bytes of KV read
+    ``decode_attention``      a batch of single tokens: F FLOPs, B bytes of KV read (g in Hetis), H query heads (h)
+    ``all_reduce``            B message bytes; W = ``2 (n-1)/n B / link bandwidth``, the wire time of a ring
+    ``transfer``              B message bytes; W = ``B / link bandwidth``; the link's latency is added apart
+    ``step``                  what an engine adds per iteration and stage, whatever the batch: T tokens
+    ========================  ========================================================================================
+    """
+
+    DENSE = "dense"
+    PREFILL_ATTENTION = "prefill_attention"
+    DECODE_ATTENTION = "decode_attention"
+    ALL_REDUCE = "all_reduce"
+    TRANSFER = "transfer"
+    STEP = "step"
+
+
+class Source(StrEnum):
+    """How a number came to be, from the most to the least trusted."""
+
+    MEASURED = "measured"
+    IMPORTED = "imported"
+    FITTED = "fitted"
+    MODELLED = "modelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a fit comes from and how wrong it is known to be."""
+
+    source: Source
+    origin: str  # data set, engine, version, kernel; or the relative a model was scaled from
+    held_out_mape: float | None = None  # mean absolute percentage error on points the fit never saw; 0.1 is 10%
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One affine piece; every coefficient is >= 0, so that more work never takes less time."""
+
+    fixed_s: float = 0.0
+    flop_s: float = 0.0  # seconds per FLOP
+    byte_s: float = 0.0  # seconds per byte
+    token_s: float = 0.0  # seconds per token
+    head_s: float = 0.0  # seconds per query head
+    wire: float = 0.0  # seconds per second of nominal wire time; 1 / efficiency
+
+    def __post_init__(self) -> None:
+        for name in ("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise InvalidProblemError(f"profile coefficient {name} is {value}, must be finite and >= 0")
+
+    def seconds(self, *, flops: float, num_bytes: float, tokens: float, heads: float, wire_s: float) -> float:
+        return (
+            self.fixed_s
+            + self.flop_s * flops
+            + self.byte_s * num_bytes
+            + self.token_s * tokens
+            + self.head_s * heads
+            + self.wire * wire_s
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitScope:
+    """What a fit is for; None means any. The fit with the most matching conditions wins."""
+
+    model: str | None = None
+    tp: int | None = None
+    head_dim: int | None = None
+    queries_per_group: int | None = None
+    weight_bytes: float | None = None
+
+    def specificity(self, model: ModelSpec, tp: int) -> int | None:
+        """Number of conditions that match, or None when one does not."""
+        wanted = (
+            (self.model, model.name),
+            (self.tp, tp),
+            (self.head_dim, model.head_dim),
+            (self.queries_per_group, model.queries_per_group),
+            (self.weight_bytes, model.weight_bytes),
+        )
+        if any(mine is not None and mine != theirs for mine, theirs in wanted):
+            return None
+        return sum(mine is not None for mine, _ in wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """The time of one operator: a maximum of affine pieces, and for which model shapes it holds."""
+
+    op: Op
+    pieces: tuple[Piece, ...]
+    provenance: Provenance
+    scope: FitScope = FitScope()
+
+    def __post_init__(self) -> None:
+        if not self.pieces:
+            raise InvalidProblemError(f"profile fit of {self.op} has no pieces")
+
+    def seconds(
+        self, *, flops: float = 0.0, num_bytes: float = 0.0, tokens: float = 0.0, heads: float = 0.0, wire_s: float = 0.0
+    ) -> float:
+        return max(
+            p.seconds(flops=flops, num_bytes=num_bytes, tokens=tokens, heads=heads, wire_s=wire_s) for p in self.pieces
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Operator times and usable memory of one GPU type."""
+
+    gpu: str
+    usable_bytes: int  # what weights, KV and activations may take together: nominal less what the system keeps
+    reserve_bytes: int  # of that, what an engine process keeps for itself (context, graphs, workspaces)
+    fits: tuple[Fit, ...]
+
+    def __post_init__(self) -> None:
+        if self.usable_bytes <= 0 or self.reserve_bytes < 0:
+            raise InvalidProblemError(
+                f"profile of {self.gpu}: usable_bytes is {self.usable_bytes} and reserve_bytes {self.reserve_bytes}, "
+                "must be > 0 and >= 0"
+            )
+        missing = {Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE, Op.TRANSFER} - {
+            fit.op for fit in self.fits
+        }
+        if missing:
+            raise InvalidProblemError(f"profile of {self.gpu} has no fit for {', '.join(sorted(missing))}")
+
+    def fit(self, op: Op, model: ModelSpec, tp: int) -> Fit | None:
+        """The most specific fit of ``op`` for this model and TP size; None when there is none at all."""
+        best, best_rank = None, -1
+        for candidate in self.fits:
+            rank = candidate.scope.specificity(model, tp) if candidate.op is op else None
+            if rank is not None and rank > best_rank:
+                best, best_rank = candidate, rank
+        return best
