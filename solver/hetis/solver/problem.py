@@ -21,18 +21,23 @@ class Assumptions:
         block_tokens: tokens of a KV block.
         kv_headroom_z: KV room is planned for mean + z standard deviations of what the requests of a copy hold
             (1.645: 95%). Filled to the mean, an engine preempts all the time.
-        stage_slack: share added to the busiest stage's time; iterations with and without a chunk alternate, and a
-            queue in front of the bottleneck runs dry now and then.
-        round_trip_slack: share added to the sum of stage times when several micro-batches share a pipeline and wait
-            for each other. None of it for a single micro-batch, which waits for nobody.
+        full_slack: share added to the interval between completions when at least two micro-batches are in flight per
+            stage copy; iterations with and without a chunk alternate, and the bottleneck's queue runs dry now and then.
+        tight_slack: the same with fewer than two. None of it for a single micro-batch, which waits for nobody.
         planned_utilisation: goodput is this share of the saturated rate.
     """
 
     block_tokens: int = 16
     kv_headroom_z: float = 1.645
-    stage_slack: float = 0.03
-    round_trip_slack: float = 0.25
+    full_slack: float = 0.02
+    tight_slack: float = 0.12
     planned_utilisation: float = 0.9
+
+
+# Every count up to 8, then four to an octave: the step from one to the next costs at most a quarter of a batch.
+MICRO_BATCHES = (
+    *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +51,8 @@ class Family:
         max_copies: data-parallel copies of one stage.
         max_pool: attention workers of one class per copy of a stage; 0: none.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
-        max_stages: stages of a replica at most (copies not counted); only binding for ``uniform``.
+
+    Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
     """
 
     name: str = "hetis"
@@ -55,9 +61,9 @@ class Family:
     max_copies: int = 4
     max_pool: int = 32
     tp_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    micro_batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    micro_batches: tuple[int, ...] = MICRO_BATCHES
     in_flight: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-    chunk_tokens: tuple[int, ...] = (512, 2048)
+    chunk_tokens: tuple[int, ...] = (256, 512, 2048)
 
     def describe(self) -> str:
         """The family in one sentence."""
@@ -69,7 +75,7 @@ class Family:
             f"up to {self.max_pool} attention workers per stage copy" if self.max_pool else "no attention workers"
         )
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
-        parts.append(f"{self.in_flight[0]} to {self.in_flight[-1]} of them in flight")
+        parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
         return "; ".join(parts)
 
@@ -94,4 +100,6 @@ class PlacementProblem:
                 if slots.gpu not in self.profiles:
                     raise InvalidProblemError(f"node {group.name}: GPU type {slots.gpu} has no profile")
                 if self.objective.kind is ObjectiveKind.COST and self.cluster.price_of(slots) is None:
-                    raise InvalidProblemError(f"node {group.name}: GPU type {slots.gpu} has no price, objective cost needs one")
+                    raise InvalidProblemError(
+                        f"node {group.name}: GPU type {slots.gpu} has no price, objective cost needs one"
+                    )

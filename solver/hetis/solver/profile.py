@@ -119,7 +119,13 @@ class Fit:
             raise InvalidProblemError(f"profile fit of {self.op} has no pieces")
 
     def seconds(
-        self, *, flops: float = 0.0, num_bytes: float = 0.0, tokens: float = 0.0, heads: float = 0.0, wire_s: float = 0.0
+        self,
+        *,
+        flops: float = 0.0,
+        num_bytes: float = 0.0,
+        tokens: float = 0.0,
+        heads: float = 0.0,
+        wire_s: float = 0.0,
     ) -> float:
         return max(
             p.seconds(flops=flops, num_bytes=num_bytes, tokens=tokens, heads=heads, wire_s=wire_s) for p in self.pieces

@@ -28,7 +28,9 @@ class LengthBin:
                 f"lengths are {self.prompt_tokens}/{self.output_tokens} tokens, prompt and output must be >= 1"
             )
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise InvalidProblemError(f"weight of {self.prompt_tokens}/{self.output_tokens} is {self.weight}, must be > 0")
+            raise InvalidProblemError(
+                f"weight of {self.prompt_tokens}/{self.output_tokens} is {self.weight}, must be > 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Where operator times come from: rooflines calibrated on published measurements."""

@@ -1,0 +1,167 @@
+"""The file form of calibrated efficiencies: coefficients relative to a GPU's peaks, with error and origin.
+
+A roofline of a GPU is these coefficients times its peaks (`roofline.py`). ``calibrate.py`` writes the file, which is
+package data (``efficiency.json``); nothing here needs numpy, so that reading it costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+from hetis.solver.profile import Piece
+
+VERSION = "hetis-efficiency/v1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelativePiece:
+    """One affine piece in units of the device's peaks; 1.25 stands for 80% of a peak reached."""
+
+    fixed_s: float = 0.0
+    flop: float = 0.0  # of the time the FLOPs take at the peak matrix rate
+    byte: float = 0.0  # of the time the bytes take at the peak memory bandwidth
+    token_bytes: float = 0.0  # bytes per token, at the peak memory bandwidth
+    head_bytes: float = 0.0  # bytes per query head, at the peak memory bandwidth
+    wire: float = 0.0  # of the time on the nominal wire
+
+    def at(self, *, flops: float, bytes_per_s: float) -> Piece:
+        """The piece on a device with these peaks."""
+        return Piece(
+            fixed_s=self.fixed_s,
+            flop_s=self.flop / flops,
+            byte_s=self.byte / bytes_per_s,
+            token_s=self.token_bytes / bytes_per_s,
+            head_s=self.head_bytes / bytes_per_s,
+            wire=self.wire,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpEfficiency:
+    """One operator's coefficients and what is known of their error (mean absolute percentage, 0.1 is 10%)."""
+
+    pieces: tuple[RelativePiece, ...]
+    origin: str  # tables, engines, kernels
+    measured_on: tuple[str, ...] = ()  # GPU names as in the catalogue
+    num_points: int = 0
+    fitted_mape: float | None = None
+    held_out_mape: float | None = None  # on shapes the fit never saw; for links: on hosts it never saw
+    transfer_mape: float | None = None  # on GPUs the fit never saw: each measured GPU from the fits of the others
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """The operators of one GPU architecture, its own or those of a relative (`scaled_from`)."""
+
+    name: str
+    ops: Mapping[str, OpEfficiency]
+    relative: str | None = None  # None: measured
+    compute_factor: float = 1.0  # times the relative's share of the peak that FLOPs take
+    reason: str = ""  # why this relative, and what is assumed beyond it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRule:
+    """What of the nominal memory an engine may use, and what it keeps of that."""
+
+    usable_ratio: float
+    reserve_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiencies:
+    """The whole file."""
+
+    memory: MemoryRule
+    links: Mapping[str, OpEfficiency]  # operators that depend on the link, not on the architecture
+    architectures: Mapping[str, Architecture]
+
+
+@functools.cache
+def shipped() -> Efficiencies:
+    """The efficiencies that come with the package."""
+    return from_json(resources.files("hetis.profiler").joinpath("efficiency.json").read_text(encoding="utf-8"))
+
+
+def to_json(efficiencies: Efficiencies) -> str:
+    """The file's text."""
+    document = {
+        "version": VERSION,
+        "made_by": "python -m hetis.profiler.calibrate",
+        "memory": {
+            "usable_ratio": efficiencies.memory.usable_ratio,
+            "reserve_bytes": efficiencies.memory.reserve_bytes,
+            "reason": efficiencies.memory.reason,
+        },
+        "links": {name: _op_to_dict(op) for name, op in efficiencies.links.items()},
+        "architectures": {name: _architecture_to_dict(arch) for name, arch in efficiencies.architectures.items()},
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Efficiencies:
+    """The inverse of `to_json`."""
+    document = json.loads(text)
+    if document["version"] != VERSION:
+        raise ValueError(f"efficiency file is {document['version']!r}, this hetis reads {VERSION!r}")
+    entries: Mapping[str, Mapping[str, Any]] = document["architectures"]
+    measured = {
+        name: Architecture(name=name, ops={op: _op_from_dict(fields) for op, fields in entry["ops"].items()})
+        for name, entry in entries.items()
+        if "ops" in entry
+    }
+    return Efficiencies(
+        memory=MemoryRule(**document["memory"]),
+        links={name: _op_from_dict(op) for name, op in document["links"].items()},
+        architectures={
+            name: measured[name]
+            if name in measured
+            else scaled_from(
+                measured[entry["relative"]], name, factor=entry.get("compute_factor", 1.0), reason=entry["reason"]
+            )
+            for name, entry in entries.items()
+        },
+    )
+
+
+def scaled_from(relative: Architecture, name: str, *, factor: float, reason: str) -> Architecture:
+    """An architecture nobody measured: the relative's coefficients, its FLOPs taking ``factor`` times the share."""
+    ops = {op_name: borrowed(op, factor=factor) for op_name, op in relative.ops.items()}
+    return Architecture(name=name, ops=ops, relative=relative.name, compute_factor=factor, reason=reason)
+
+
+def borrowed(op: OpEfficiency, *, factor: float = 1.0) -> OpEfficiency:
+    """``op`` for GPUs it was not measured on: what is left of its errors is the one on GPUs never seen."""
+    pieces = tuple(replace(piece, flop=float(f"{piece.flop * factor:.3g}")) for piece in op.pieces)
+    return replace(op, pieces=pieces, measured_on=(), num_points=0, fitted_mape=None, held_out_mape=None)
+
+
+def _architecture_to_dict(arch: Architecture) -> dict[str, Any]:
+    if arch.relative is None:
+        return {"ops": {name: _op_to_dict(op) for name, op in arch.ops.items()}}
+    return {"relative": arch.relative, "compute_factor": arch.compute_factor, "reason": arch.reason}
+
+
+def _op_to_dict(op: OpEfficiency) -> dict[str, Any]:
+    """Only what is set, pieces as the coefficients that are not zero."""
+    fields: dict[str, Any] = {"pieces": [_set_fields(piece) for piece in op.pieces]}
+    fields.update((name, value) for name, value in _set_fields(op).items() if name != "pieces")
+    return fields
+
+
+def _set_fields(value: RelativePiece | OpEfficiency) -> dict[str, Any]:
+    pairs = ((name, getattr(value, name)) for name in type(value).__dataclass_fields__)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in pairs if v not in (0, (), "", None)}
+
+
+def _op_from_dict(fields: Mapping[str, Any]) -> OpEfficiency:
+    known = dict(fields)
+    pieces = tuple(RelativePiece(**piece) for piece in known.pop("pieces"))
+    return OpEfficiency(pieces=pieces, measured_on=tuple(known.pop("measured_on", ())), **known)

@@ -1,0 +1,40 @@
+"""The plan checker: trusts nothing a plan says and nothing the search computed.
+
+`check_plan` reads a plan as its author never wrote it: it looks every device up, derives every number again from
+``docs/cost-model.md`` and the problem with code of its own, and compares. It shares no code with the search.
+Time grows with the number of devices; replicas of equal shape are derived once.
+"""
+
+from __future__ import annotations
+
+from hetis.solver.check.claims import Rederivation, check_replica_claims
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.result import check_link_capacity, check_prices, check_result
+from hetis.solver.check.structure import check_devices_once, check_replica_structure
+from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+__all__ = ["Rule", "Violation", "check_plan"]
+
+
+def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
+    """Everything that is wrong with the plan; empty when it is sound.
+
+    A replica whose structure is broken (an unknown device, missing layers) is reported for that alone: its numbers
+    have no meaning, so they are not derived.
+    """
+    fleet = Fleet.of(problem.cluster)
+    rederivation = Rederivation(problem)
+    violations = check_devices_once(plan)
+    for number, replica in enumerate(plan.replicas):
+        where = f"replica {number}"
+        broken = check_replica_structure(replica, where, problem, fleet)
+        violations += broken
+        if not broken:
+            shape = replica_shape(replica, problem, fleet)
+            violations += check_replica_claims(replica, where, problem.objective, rederivation.of(shape))
+    violations += check_link_capacity(plan, problem, fleet)
+    violations += check_result(plan, problem, fleet)
+    violations += check_prices(plan, fleet)
+    return tuple(violations)

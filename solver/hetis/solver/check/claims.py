@@ -1,0 +1,171 @@
+"""The numbers a replica claims, compared with the ones derived again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hetis.solver.check.memory import kv_room_of_a_copy, rank_bytes, worker_bytes
+from hetis.solver.check.setting import Setting
+from hetis.solver.check.shape import ReplicaShape
+from hetis.solver.check.timing import seconds_between_completions, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.plan import Objective, ReplicaPlan
+from hetis.solver.problem import PlacementProblem
+
+RELATIVE = 1e-6  # what a claim may differ from its derivation by
+ROUNDING = 1e-9  # what a memory row may exceed its limit by, relative; the sums have a few dozen terms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes a device must hold and may hold."""
+
+    where: str
+    rule: Rule
+    num_bytes: float
+    usable_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.num_bytes <= self.usable_bytes * (1 + ROUNDING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived:
+    """Everything the cost model says of a replica. ``tpot_per_t`` and ``ttft_per_t`` times t are its latencies."""
+
+    t_s: float  # seconds between completions
+    tpot_per_t: float
+    ttft_per_t: float
+    kv_tokens: float
+    memory: tuple[MemoryUse, ...]
+
+    @property
+    def rate(self) -> float:
+        return 1 / self.t_s if self.t_s > 0 else math.inf
+
+    @property
+    def fits(self) -> bool:
+        return all(use.fits for use in self.memory)
+
+
+class Rederivation:
+    """Derives replicas of one problem again; equal shapes once."""
+
+    def __init__(self, problem: PlacementProblem) -> None:
+        self._problem = problem
+        self._moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+        self._derived: dict[ReplicaShape, Derived] = {}
+
+    def setting(self, *, micro_batch: int, in_flight: int, chunk_tokens: int) -> Setting:
+        return Setting(
+            problem=self._problem,
+            moments=self._moments,
+            micro_batch=micro_batch,
+            in_flight=in_flight,
+            chunk_tokens=chunk_tokens,
+        )
+
+    def of(self, shape: ReplicaShape) -> Derived:
+        if shape not in self._derived:
+            setting = self.setting(
+                micro_batch=shape.micro_batch, in_flight=shape.in_flight, chunk_tokens=shape.chunk_tokens
+            )
+            self._derived[shape] = derive(setting, shape)
+        return self._derived[shape]
+
+
+def derive(setting: Setting, shape: ReplicaShape) -> Derived:
+    """The cost model, applied to one replica."""
+    last = len(shape.stages) - 1
+    stage_s, room, memory = [], math.inf, list[MemoryUse]()
+    for i, stage in enumerate(shape.stages):
+        is_first, is_last = i == 0, i == last
+        stage_s.append(stage_seconds(setting, stage, is_first=is_first, is_last=is_last))
+        room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
+        memory.append(
+            MemoryUse(
+                where=f"stage {i}",
+                rule=Rule.RANK_MEMORY,
+                num_bytes=rank_bytes(setting, stage, is_first=is_first, is_last=is_last),
+                usable_bytes=setting.problem.profiles[stage.gpu].usable_bytes,
+            )
+        )
+        if stage.pool is not None:
+            memory.append(
+                MemoryUse(
+                    where=f"attention workers of stage {i}",
+                    rule=Rule.WORKER_MEMORY,
+                    num_bytes=worker_bytes(setting, stage, stage.pool, is_first=is_first),
+                    usable_bytes=setting.problem.profiles[stage.pool.gpu].usable_bytes,
+                )
+            )
+    return Derived(
+        t_s=seconds_between_completions(setting, stage_s, [stage.copies for stage in shape.stages]),
+        tpot_per_t=tpot_per_t(setting),
+        ttft_per_t=ttft_per_t(setting),
+        kv_tokens=room,
+        memory=tuple(memory),
+    )
+
+
+def check_replica_claims(replica: ReplicaPlan, where: str, objective: Objective, derived: Derived) -> list[Violation]:
+    """Memory, rate, latencies and KV room of a replica of sound structure."""
+    violations = list(_check_memory(where, derived))
+    not_finite = list(_check_finite(replica, where))
+    if not_finite:
+        return violations + not_finite
+    violations += _check_rate(replica, where, derived)
+    violations += _check_latency(replica, where, objective, derived)
+    if replica.kv_tokens > derived.kv_tokens * (1 + RELATIVE):
+        message = f"claims room for {replica.kv_tokens} KV tokens, has room for {derived.kv_tokens:.0f}"
+        violations.append(Violation(rule=Rule.KV_TOKENS, where=where, message=message))
+    return violations
+
+
+def _check_memory(where: str, derived: Derived) -> Iterator[Violation]:
+    for use in derived.memory:
+        if not use.fits:
+            message = f"a device must hold {use.num_bytes:.0f} bytes, {use.usable_bytes} bytes are usable"
+            yield Violation(rule=use.rule, where=f"{where} {use.where}", message=message)
+
+
+def _check_finite(replica: ReplicaPlan, where: str) -> Iterator[Violation]:
+    for name, value, unit in (
+        ("rate", replica.rate, "requests/s"),
+        ("ttft_s", replica.ttft_s, "s"),
+        ("tpot_s", replica.tpot_s, "s"),
+        ("kv_tokens", replica.kv_tokens, "tokens"),
+    ):
+        if not 0 <= value < math.inf:
+            message = f"{name} is {value} {unit}, must be finite and >= 0"
+            yield Violation(rule=Rule.FINITE, where=where, message=message)
+
+
+def _check_rate(replica: ReplicaPlan, where: str, derived: Derived) -> Iterator[Violation]:
+    if replica.rate > derived.rate * (1 + RELATIVE):
+        message = f"claims {replica.rate:.9g} requests/s, the cost model gives {derived.rate:.9g}"
+        yield Violation(rule=Rule.RATE, where=where, message=message)
+
+
+def _check_latency(replica: ReplicaPlan, where: str, objective: Objective, derived: Derived) -> Iterator[Violation]:
+    """Both latencies are t times a constant: the claim must lie between the derived t and the t of the claimed rate.
+
+    A plan that claims less than its rate (the search charges the worst link of a class) claims more latency with it.
+    """
+    t_max = max(derived.t_s, 1 / replica.rate if replica.rate > 0 else math.inf)
+    for claimed, per_t, limit, claim_rule, limit_rule in (
+        (replica.tpot_s, derived.tpot_per_t, objective.tpot_limit_s, Rule.TPOT, Rule.TPOT_LIMIT),
+        (replica.ttft_s, derived.ttft_per_t, objective.ttft_limit_s, Rule.TTFT, Rule.TTFT_LIMIT),
+    ):
+        low, high = derived.t_s * per_t, t_max * per_t
+        if not low * (1 - RELATIVE) <= claimed <= high * (1 + RELATIVE):
+            between = f"{low:.9g} s" if high <= low * (1 + RELATIVE) else f"between {low:.9g} and {high:.9g} s"
+            message = f"claims {claim_rule.name} {claimed:.9g} s, the cost model gives {between}"
+            yield Violation(rule=claim_rule, where=where, message=message)
+        worst = max(claimed, low)
+        if limit is not None and worst > limit * (1 + RELATIVE):
+            message = f"{claim_rule.name} is {worst:.9g} s, the limit is {limit:.9g} s"
+            yield Violation(rule=limit_rule, where=where, message=message)

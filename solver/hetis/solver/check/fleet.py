@@ -1,0 +1,109 @@
+"""The devices of a cluster by name, and which links lie between those a plan uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
+from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
+from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
+from hetis.solver.problem import PlacementProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """A cluster with every device looked up by name."""
+
+    cluster: Cluster
+    devices: Mapping[str, Device]
+
+    @staticmethod
+    def of(cluster: Cluster) -> Fleet:
+        return Fleet(cluster=cluster, devices={device.name: device for device in cluster.devices()})
+
+    def groups_of(self, names: Iterable[str]) -> tuple[NodeGroup, ...]:
+        """Node groups of these devices, each once."""
+        return tuple({self.devices[name].group.name: self.devices[name].group for name in names}.values())
+
+    def nodes_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.devices[name].node for name in names))
+
+    def zones_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.zone for group in self.groups_of(names)))
+
+    def nic_links(self, names: Iterable[str]) -> list[Link]:
+        return [group.nic or self.cluster.network.default for group in self.groups_of(names)]
+
+    def intra_link(self, names: Iterable[str], gpu: str) -> Link:
+        """The slowest link inside the nodes of these devices."""
+        return slowest([group.intra_link or self._board_link(gpu) for group in self.groups_of(names)])
+
+    def _board_link(self, gpu: str) -> Link:
+        board = self.cluster.gpu_types[gpu]
+        return Link(bytes_per_s=board.nvlink_bytes_per_s or board.pcie_bytes_per_s, latency_s=0.0)
+
+    def node_links(self, some: Iterable[str], others: Iterable[str]) -> list[Link]:
+        """Explicit links between the nodes of some devices and those of others."""
+        network = self.cluster.network
+        if not network.between_nodes:
+            return []
+        there = self.nodes_of(others)
+        links = [network.node_link(a, b) for a in self.nodes_of(some) for b in there if a != b]
+        return [link for link in links if link is not None]
+
+
+def slowest(links: list[Link]) -> Link:
+    """The worst bandwidth and the worst latency of these links."""
+    return reduce(Link.slower_of, links)
+
+
+def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet) -> ReplicaShape:
+    """The shape of a replica whose structure is sound, with the links its devices really have."""
+    pools = {pool.stage: pool for pool in replica.attention_workers}
+    zone_links = _zone_links(fleet, replica)
+    stages = []
+    for position, stage in enumerate(replica.stages):
+        prefix = problem.model.prefix_layers if position == 0 else 0
+        others = [name for other in replica.stages if other is not stage for name in other.devices]
+        explicit = fleet.node_links(stage.devices, others)
+        pool = pools.get(position)
+        stages.append(
+            StageShape(
+                gpu=stage.gpu,
+                tp=stage.tp,
+                copies=stage.copies,
+                layers=stage.num_layers - prefix,
+                intra_link=fleet.intra_link(stage.devices, stage.gpu),
+                hop_link=slowest([*fleet.nic_links(stage.devices), *zone_links, *explicit]),
+                pool=None if pool is None else _pool_shape(fleet, stage, pool),
+            )
+        )
+    return ReplicaShape(
+        micro_batch=replica.micro_batch,
+        in_flight=replica.in_flight,
+        chunk_tokens=replica.chunk_tokens,
+        stages=tuple(stages),
+    )
+
+
+def _zone_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
+    """Links inside and between all zones of a replica."""
+    zones = fleet.zones_of(replica.devices())
+    network = fleet.cluster.network
+    return [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
+
+
+def _pool_shape(fleet: Fleet, stage: StagePlan, pool: AttentionWorkerPool) -> PoolShape:
+    (zone,) = fleet.zones_of(stage.devices)
+    links = [
+        *fleet.nic_links(stage.devices),
+        *fleet.nic_links(pool.devices),
+        fleet.cluster.network.zone_link(zone, zone),
+    ]
+    cards = len(pool.devices) // stage.copies
+    for copy in range(stage.copies):  # a copy talks to its own cards only
+        ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
+        links += fleet.node_links(ranks, pool.devices[copy * cards : (copy + 1) * cards])
+    return PoolShape(gpu=pool.gpu, cards=cards, head_groups=pool.kv_head_groups, link=slowest(links))

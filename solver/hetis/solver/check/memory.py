@@ -1,0 +1,96 @@
+"""Bytes, derived again from ``docs/cost-model.md``, "Memory of a rank". Same letters."""
+
+from __future__ import annotations
+
+import math
+
+from hetis.solver.check.setting import Setting, head_groups_per_rank
+from hetis.solver.check.shape import PoolShape, StageShape
+
+
+def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """What one primary rank of a stage must hold, reserve included."""
+    per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first)
+    fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
+    return fixed + per_token * kv_tokens_of_a_copy(setting, stage.copies)
+
+
+def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
+    """What the fullest card of a pool must hold, reserve included."""
+    per_token = worker_kv_bytes_per_token(setting, stage, pool, is_first=is_first)
+    kv_tokens = kv_tokens_of_a_copy(setting, stage.copies)
+    return setting.problem.profiles[pool.gpu].reserve_bytes + per_token * kv_tokens
+
+
+def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """Tokens whose KV fits on one copy of a stage, beside everything that is not KV."""
+    profile = setting.problem.profiles[stage.gpu]
+    fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
+    room = _quotient(profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first))
+    if stage.pool is None:
+        return room
+    worker = setting.problem.profiles[stage.pool.gpu]
+    per_token = worker_kv_bytes_per_token(setting, stage, stage.pool, is_first=is_first)
+    return min(room, _quotient(worker.usable_bytes - worker.reserve_bytes, per_token))
+
+
+def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
+    """Tkv: KV tokens a copy must have room for, prefilling requests and headroom included."""
+    moments, b = setting.moments, setting.micro_batch
+    D = micro_batches_of_a_copy(setting, copies)
+    decoding = D * b * setting.model.cached_tokens(moments.resident_context)
+    headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
+    prefilling = D * setting.chunk_share * (moments.prefilling_context + setting.chunk_tokens)
+    return decoding + headroom + prefilling
+
+
+def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
+    """D: micro-batches whose KV one copy holds."""
+    return -(-setting.in_flight // copies)
+
+
+def rank_kv_bytes_per_token(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
+    model = setting.model
+    kept = head_groups_per_rank(model, stage.tp) - (stage.pool.head_groups if stage.pool else 0)
+    return _all_layers(setting, stage, is_first) * kept * model.kv_bytes_per_token_group()
+
+
+def worker_kv_bytes_per_token(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
+    """Bytes per token of a copy on the fullest card, which holds ``ceil(D b k n / p)`` of its D b requests' groups."""
+    requests = micro_batches_of_a_copy(setting, stage.copies) * setting.micro_batch
+    pairs = -(-requests * pool.head_groups * stage.tp // pool.cards)
+    return _all_layers(setting, stage, is_first) * pairs / requests * setting.model.kv_bytes_per_token_group()
+
+
+def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """Everything on a rank that is not KV: reserve, activations, weights, and the logits on the last stage."""
+    model, n, b = setting.model, stage.tp, setting.micro_batch
+    fixed = setting.problem.profiles[stage.gpu].reserve_bytes + _activation_bytes(setting, n)
+    fixed += stage.layers * model.layer_params() * model.weight_bytes / n
+    if is_first:
+        fixed += model.prefix_layers * model.dense_layer_params() * model.weight_bytes / n
+    tables = int(is_first) + int(is_last)
+    if tables == 2 and model.tie_embeddings:
+        tables = 1
+    fixed += tables * model.embedding_params * model.embedding_bytes / n
+    return fixed + (4 * b * model.vocab / n if is_last else 0.0)
+
+
+def _activation_bytes(setting: Setting, tp: int) -> float:
+    model = setting.model
+    intermediate = model.intermediate
+    if model.moe is not None:
+        intermediate = (model.moe.active_experts + model.moe.shared_experts) * model.moe.expert_intermediate
+    tokens = setting.micro_batch + setting.chunk_tokens
+    return tokens * model.activation_bytes * (4 * model.hidden + 2 * intermediate / tp)
+
+
+def _all_layers(setting: Setting, stage: StageShape, is_first: bool) -> int:
+    return stage.layers + (setting.model.prefix_layers if is_first else 0)
+
+
+def _quotient(free_bytes: float, bytes_per_token: float) -> float:
+    """Tokens that fit; any number where a token takes no bytes."""
+    if bytes_per_token > 0:
+        return max(0.0, free_bytes) / bytes_per_token
+    return math.inf if free_bytes >= 0 else 0.0

@@ -1,0 +1,207 @@
+"""The result of a plan: its value, bound, gap and status, the traffic between zones, and the class table."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.cluster import NodeGroup
+from hetis.solver.plan import ObjectiveKind, Plan, Status
+from hetis.solver.problem import PlacementProblem
+
+OPTIMAL_GAP = 1e-6
+RELATIVE = 1e-6  # rounding of a value or a gap
+BOUND_ROUNDING = 1e-9
+
+
+def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
+    """The value is what the replicas give, and bound, gap and status follow from it."""
+    violations = list(_check_objective(plan, problem))
+    not_finite = list(_check_finite(plan))
+    violations += not_finite
+    if plan.result.status is Status.INFEASIBLE:
+        if plan.replicas:
+            violations.append(
+                _violation(Rule.STATUS, f"status is infeasible, the plan has {len(plan.replicas)} replicas")
+            )
+        return violations
+    if not not_finite and all(math.isfinite(replica.rate) for replica in plan.replicas):
+        violations += _check_value(plan, problem, fleet)
+        violations += _check_bound(plan, problem)
+    return violations
+
+
+def _violation(rule: Rule, message: str) -> Violation:
+    return Violation(rule=rule, where="result", message=message)
+
+
+def _check_objective(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
+    wanted, result = problem.objective, plan.result
+    if plan.objective != wanted:
+        yield _violation(Rule.OBJECTIVE, f"the plan is for {plan.objective}, the problem asks for {wanted}")
+    if result.objective is not wanted.kind:
+        yield _violation(Rule.OBJECTIVE, f"objective is {result.objective}, must be {wanted.kind}")
+    if result.unit != wanted.unit:
+        yield _violation(Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}")
+
+
+def _check_finite(plan: Plan) -> Iterator[Violation]:
+    result = plan.result
+    for name, value in (
+        ("value", result.value),
+        ("bound", result.bound),
+        ("gap", result.gap),
+        ("solve_s", result.solve_s),
+    ):
+        if not 0 <= value < math.inf:
+            yield _violation(Rule.FINITE, f"{name} is {value}, must be finite and >= 0")
+    for price in plan.prices:
+        if not math.isfinite(price.dual):
+            yield _violation(Rule.FINITE, f"dual of {price.gpu} in {price.zone} is {price.dual}, must be finite")
+    for runner_up in plan.runners_up:
+        if not 0 <= runner_up.rate < math.inf:
+            message = f"rate of the runner-up {runner_up.shape} is {runner_up.rate} requests/s, must be finite and >= 0"
+            yield _violation(Rule.FINITE, message)
+
+
+def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
+    objective, claimed = problem.objective, plan.result.value
+    rate = sum(replica.rate for replica in plan.replicas)
+    goodput = problem.assumptions.planned_utilisation * rate
+    names = [name for replica in plan.replicas for name in replica.devices()]
+    value = {
+        ObjectiveKind.GOODPUT: goodput,
+        ObjectiveKind.THROUGHPUT: rate,
+        ObjectiveKind.COST: _usd_per_hour(names, fleet),
+        ObjectiveKind.GPUS: float(len(names)),
+    }[objective.kind]
+    if not math.isclose(claimed, value, rel_tol=RELATIVE, abs_tol=1e-12):
+        message = f"value is {claimed:.9g} {objective.unit}, the replicas give {value:.9g} {objective.unit}"
+        yield _violation(Rule.VALUE, message)
+    demand = objective.demand_rps
+    if not objective.maximises and demand is not None and goodput < demand * (1 - BOUND_ROUNDING):
+        yield _violation(Rule.DEMAND, f"goodput is {goodput:.9g} requests/s, the demand is {demand:.9g} requests/s")
+
+
+def _usd_per_hour(names: list[str], fleet: Fleet) -> float:
+    """Price of these devices; one that does not exist costs nothing (it is reported elsewhere)."""
+    total = 0.0
+    for name in names:
+        device = fleet.devices.get(name)
+        if device is not None:
+            total += _price_at(fleet, device.group, device.index)
+    return total
+
+
+def _price_at(fleet: Fleet, group: NodeGroup, index: int) -> float:
+    """Price of the GPU at an index of a node: indices count through the node's slots in order."""
+    for slots in group.gpus:
+        if index < slots.count:
+            return fleet.cluster.price_of(slots) or 0.0
+        index -= slots.count
+    raise AssertionError(f"node group {group.name} has no GPU {index}")
+
+
+def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
+    result = plan.result
+    over = result.value - result.bound if problem.objective.maximises else result.bound - result.value
+    if over > BOUND_ROUNDING * abs(result.value):
+        side = ">=" if problem.objective.maximises else "<="
+        message = f"bound is {result.bound:.12g} {result.unit}, must be {side} the value {result.value:.12g}"
+        yield _violation(Rule.BOUND, message)
+        return
+    distance = abs(result.bound - result.value)
+    gap = distance / abs(result.value) if result.value else (math.inf if distance else 0.0)
+    if not math.isclose(result.gap, gap, rel_tol=RELATIVE, abs_tol=BOUND_ROUNDING):
+        yield _violation(Rule.GAP, f"gap is {result.gap:.9g}, |bound - value| / |value| is {gap:.9g}")
+    elif result.status is Status.OPTIMAL and gap > OPTIMAL_GAP * (1 + RELATIVE):
+        yield _violation(Rule.STATUS, f"status is optimal at a gap of {gap:.9g}, the limit is {OPTIMAL_GAP:.9g}")
+
+
+def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
+    """Each hop from a zone to another carries ``rate (P + O) H s`` bytes/s; each direction of a link has its speed."""
+    model = problem.model
+    moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+    bytes_per_request = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
+    load: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for replica in plan.replicas:
+        zones = [_zone_of(stage.devices, fleet) for stage in replica.stages]
+        for here, there in pairwise(zones):
+            if here is not None and there is not None and here != there:
+                load[here, there] += replica.rate * bytes_per_request
+    violations = []
+    for (here, there), bytes_per_s in load.items():
+        limit = problem.cluster.network.zone_link(here, there).bytes_per_s
+        if bytes_per_s > limit * (1 + RELATIVE):
+            message = f"replicas send {bytes_per_s:.6g} bytes/s, the link carries {limit:.6g} bytes/s"
+            violations.append(Violation(rule=Rule.LINK_CAPACITY, where=f"zones {here} to {there}", message=message))
+    return violations
+
+
+def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
+    """The zone of the first device that exists; a stage in several zones is reported elsewhere."""
+    return next((fleet.devices[name].group.zone for name in names if name in fleet.devices), None)
+
+
+class DeviceClass(NamedTuple):
+    """What a row of the class table speaks of."""
+
+    gpu: str
+    zone: str
+    gpus_per_node: int
+
+
+class Count(NamedTuple):
+    """Devices of a class: all, used by the plan in any role, and of these the attention workers."""
+
+    available: int
+    used: int
+    as_attention_workers: int
+
+
+def check_prices(plan: Plan, fleet: Fleet) -> list[Violation]:
+    """The class table counts what the cluster has and the plan uses. A plan without a table claims nothing."""
+    if not plan.prices:
+        return []
+    claimed: dict[DeviceClass, Count] = {}
+    for row in plan.prices:  # rows may differ in links only, which the table does not show
+        key = DeviceClass(row.gpu, row.zone, row.gpus_per_node)
+        before = claimed.get(key, Count(0, 0, 0))
+        row_count = Count(row.available, row.used, row.as_attention_workers)
+        claimed[key] = Count(*(a + b for a, b in zip(before, row_count, strict=True)))
+    counted = _count_devices(plan, fleet)
+    violations = []
+    for key in dict.fromkeys((*counted, *claimed)):
+        has, says = counted.get(key, Count(0, 0, 0)), claimed.get(key, Count(0, 0, 0))
+        if has != says:
+            where = f"class {key.gpu} x{key.gpus_per_node} in {key.zone}"
+            message = (
+                f"the table counts {says.available} available, {says.used} used, {says.as_attention_workers} attention "
+                f"workers; the plan has {has.available}, {has.used}, {has.as_attention_workers} devices"
+            )
+            violations.append(Violation(rule=Rule.PRICES, where=where, message=message))
+    return violations
+
+
+def _count_devices(plan: Plan, fleet: Fleet) -> dict[DeviceClass, Count]:
+    workers = {name for r in plan.replicas for pool in r.attention_workers for name in pool.devices}
+    used = workers | {name for r in plan.replicas for stage in r.stages for name in stage.devices}
+    counts: dict[DeviceClass, Count] = {}
+    classes: dict[tuple[str, str], DeviceClass] = {}
+    for name, device in fleet.devices.items():
+        kind = (device.group.name, device.gpu)
+        if kind not in classes:
+            per_node = sum(slots.count for slots in device.group.gpus if slots.gpu == device.gpu)
+            classes[kind] = DeviceClass(device.gpu, device.group.zone, per_node)
+        before = counts.get(classes[kind], Count(0, 0, 0))
+        counts[classes[kind]] = Count(
+            before.available + 1,
+            before.used + int(name in used),
+            before.as_attention_workers + int(name in workers),
+        )
+    return counts

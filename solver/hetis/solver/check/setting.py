@@ -1,0 +1,83 @@
+"""What all stages of a replica share: the problem's averages and (b, M, C), with the iterations that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetis.solver.model import ModelSpec
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Op
+from hetis.solver.workload import WorkloadMoments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A problem seen at one (b, M, C); ``docs/cost-model.md``, "Letters" and "Iterations"."""
+
+    problem: PlacementProblem
+    moments: WorkloadMoments
+    micro_batch: int  # b
+    in_flight: int  # M
+    chunk_tokens: int  # C
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.problem.model
+
+    @property
+    def chunk_iterations(self) -> float:
+        """nc: iterations of a request that carry a chunk."""
+        return self.moments.mean_prompt / self.chunk_tokens
+
+    @property
+    def plain_iterations(self) -> float:
+        """nd: iterations of a request without a chunk."""
+        return max(0.0, self.moments.mean_output / self.micro_batch - self.chunk_iterations)
+
+    @property
+    def iterations(self) -> float:
+        """n_it."""
+        return self.chunk_iterations + self.plain_iterations
+
+    @property
+    def chunk_share(self) -> float:
+        """phi: share of iterations that carry a chunk."""
+        return self.chunk_iterations / self.iterations
+
+    def per_request(self, with_chunk_s: float, plain_s: float) -> float:
+        """Seconds per request of something that takes these seconds in an iteration with and without a chunk."""
+        return self.chunk_iterations * with_chunk_s + self.plain_iterations * plain_s
+
+    def seconds(
+        self,
+        gpu: str,
+        op: Op,
+        tp: int,
+        *,
+        flops: float = 0.0,
+        num_bytes: float = 0.0,
+        tokens: float = 0.0,
+        heads: float = 0.0,
+        wire_s: float = 0.0,
+    ) -> float:
+        """fit(op; features) of a GPU type; 0 for an operator the profile does not have."""
+        fit = self.problem.profiles[gpu].fit(op, self.model, tp)
+        if fit is None:
+            return 0.0
+        return fit.seconds(flops=flops, num_bytes=num_bytes, tokens=tokens, heads=heads, wire_s=wire_s)
+
+
+def head_groups_per_rank(model: ModelSpec, tp: int) -> int:
+    """Gr: KV head groups that a TP rank holds; several ranks hold the same one when there are more ranks."""
+    return max(1, model.head_groups // tp)
+
+
+def query_heads_per_group(model: ModelSpec, tp: int) -> float:
+    """rr: query heads of one head group on one rank."""
+    return model.q_heads / tp / head_groups_per_rank(model, tp)
+
+
+def divides(model: ModelSpec, tp: int) -> bool:
+    """Whether a TP size is possible: it divides the query heads, and it and the head groups divide one another."""
+    groups = model.head_groups
+    return tp >= 1 and model.q_heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)

@@ -1,0 +1,40 @@
+"""What of a replica its numbers depend on: shapes and links, no device names. Equal shapes have equal numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetis.solver.cluster import Link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolShape:
+    """The attention workers of one copy of a stage: p ``cards`` with k ``head_groups`` of every TP rank."""
+
+    gpu: str
+    cards: int
+    head_groups: int
+    link: Link  # between the stage and the pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageShape:
+    """A stage: TP size n, copies c, repeated ``layers`` l (the prefix layers of the first stage are not among them)."""
+
+    gpu: str
+    tp: int
+    copies: int
+    layers: int
+    intra_link: Link  # between the GPUs of a TP group
+    hop_link: Link  # what every hop into the stage is charged
+    pool: PoolShape | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaShape:
+    """A replica: its stages in order, b ``micro_batch``, M ``in_flight``, C ``chunk_tokens``."""
+
+    micro_batch: int
+    in_flight: int
+    chunk_tokens: int
+    stages: tuple[StageShape, ...]

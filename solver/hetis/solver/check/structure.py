@@ -1,0 +1,196 @@
+"""Structure of a plan: which devices, which layers, which head groups; no seconds and no bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.setting import divides, head_groups_per_rank
+from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, StagePlan
+from hetis.solver.problem import PlacementProblem
+
+
+def check_devices_once(plan: Plan) -> list[Violation]:
+    """Each device serves one place in the whole plan."""
+    first_seen: dict[str, str] = {}
+    violations = []
+    for number, replica in enumerate(plan.replicas):
+        where = f"replica {number}"
+        for name in replica.devices():
+            if name in first_seen:
+                message = f"device {name} is already used in {first_seen[name]}"
+                violations.append(Violation(rule=Rule.DEVICE_ONCE, where=where, message=message))
+            first_seen.setdefault(name, where)
+    return violations
+
+
+def check_replica_structure(
+    replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet
+) -> list[Violation]:
+    """Everything that must hold before the numbers of a replica mean anything."""
+    violations = list(_check_setting(replica, where, problem))
+    violations += _check_layers(replica, where, problem)
+    violations += _check_one_type(replica, where, problem)
+    for position, stage in enumerate(replica.stages):
+        violations += _check_stage(stage, f"{where} stage {position}", problem, fleet)
+    violations += _check_pools(replica, where, problem, fleet)
+    return violations
+
+
+def _check_setting(replica: ReplicaPlan, where: str, problem: PlacementProblem) -> Iterator[Violation]:
+    family = problem.family
+    for name, value, allowed in (
+        ("micro_batch", replica.micro_batch, family.micro_batches),
+        ("in_flight", replica.in_flight, family.in_flight),
+        ("chunk_tokens", replica.chunk_tokens, family.chunk_tokens),
+    ):
+        if value < 1 or value not in allowed:
+            message = f"{name} is {value}, must be one of {_listed(allowed)}"
+            yield Violation(rule=Rule.SETTING, where=where, message=message)
+    copies = sum(stage.copies for stage in replica.stages)
+    if 1 < replica.in_flight < copies:
+        message = f"has {replica.in_flight} micro-batches in flight, must have 1 or at least its {copies} stage copies"
+        yield Violation(rule=Rule.IN_FLIGHT, where=where, message=message)
+
+
+def _check_layers(replica: ReplicaPlan, where: str, problem: PlacementProblem) -> Iterator[Violation]:
+    model, expected = problem.model, 0
+    for position, stage in enumerate(replica.stages):
+        there = f"{where} stage {position}"
+        if stage.first_layer != expected:
+            message = f"starts at layer {stage.first_layer}, must start at {expected}"
+            yield Violation(rule=Rule.LAYERS, where=there, message=message)
+        elif not model.allowed_cut(stage.first_layer):
+            message = f"starts at layer {stage.first_layer}, where {model.name} must not be cut"
+            yield Violation(rule=Rule.CUT, where=there, message=message)
+        least = 1 + (model.prefix_layers if position == 0 else 0)
+        if stage.num_layers < least:
+            message = f"holds {stage.num_layers} layers, must hold at least {least}"
+            yield Violation(rule=Rule.STAGE_LAYERS, where=there, message=message)
+        expected = stage.first_layer + stage.num_layers
+    if expected != model.num_layers:
+        message = f"stages end at layer {expected}, {model.name} has {model.num_layers} layers"
+        yield Violation(rule=Rule.LAYERS, where=where, message=message)
+    if replica.stages and not problem.family.uneven_layers:
+        yield from _check_equal_layers(replica, where, model.prefix_layers)
+
+
+def _check_equal_layers(replica: ReplicaPlan, where: str, prefix_layers: int) -> Iterator[Violation]:
+    """Prefix layers do not count: they are part of the first stage whatever the split."""
+    layers = [stage.num_layers - (prefix_layers if i == 0 else 0) for i, stage in enumerate(replica.stages)]
+    if max(layers) - min(layers) > 1:
+        message = f"stages hold {min(layers)} to {max(layers)} layers, may differ by 1 at most"
+        yield Violation(rule=Rule.EQUAL_LAYERS, where=where, message=message)
+
+
+def _check_one_type(replica: ReplicaPlan, where: str, problem: PlacementProblem) -> Iterator[Violation]:
+    types = {stage.gpu for stage in replica.stages} | {pool.gpu for pool in replica.attention_workers}
+    if len(types) > 1 and not problem.family.mixed_types:
+        message = f"uses {len(types)} GPU types ({_listed(sorted(types))}), the family allows 1"
+        yield Violation(rule=Rule.ONE_TYPE, where=where, message=message)
+
+
+def _check_stage(stage: StagePlan, where: str, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
+    family = problem.family
+    if stage.tp not in family.tp_sizes or not divides(problem.model, stage.tp):
+        message = (
+            f"TP size is {stage.tp}, must be one of {_listed(family.tp_sizes)} that divides {problem.model.q_heads} "
+            f"query heads and divides or is divided by {problem.model.head_groups} head groups"
+        )
+        yield Violation(rule=Rule.TP_SIZE, where=where, message=message)
+    if not 1 <= stage.copies <= family.max_copies:
+        message = f"has {stage.copies} copies, must have 1 to {family.max_copies}"
+        yield Violation(rule=Rule.COPIES, where=where, message=message)
+    if len(stage.devices) != stage.tp * stage.copies:
+        message = f"has {len(stage.devices)} devices, must have {stage.tp * stage.copies}"
+        yield Violation(rule=Rule.DEVICE_COUNT, where=where, message=message)
+        return
+    unknown_or_wrong = list(_check_device_types(stage.devices, stage.gpu, where, fleet))
+    yield from unknown_or_wrong
+    if any(violation.rule is Rule.KNOWN_DEVICE for violation in unknown_or_wrong):
+        return
+    zones = fleet.zones_of(stage.devices)
+    if len(zones) > 1:
+        message = f"lies in {len(zones)} zones ({_listed(zones)}), must lie in 1"
+        yield Violation(rule=Rule.STAGE_ZONE, where=where, message=message)
+    for copy in range(stage.copies):
+        nodes = fleet.nodes_of(stage.devices[copy * stage.tp : (copy + 1) * stage.tp])
+        if len(nodes) > 1:
+            message = f"TP group {copy} lies on {len(nodes)} nodes ({_listed(nodes)}), must lie on 1"
+            yield Violation(rule=Rule.TP_NODE, where=where, message=message)
+
+
+def _check_device_types(names: tuple[str, ...], gpu: str, where: str, fleet: Fleet) -> Iterator[Violation]:
+    for name in names:
+        device = fleet.devices.get(name)
+        if device is None:
+            message = f"device {name} is not among the {len(fleet.devices)} devices of the cluster"
+            yield Violation(rule=Rule.KNOWN_DEVICE, where=where, message=message)
+        elif device.gpu != gpu:
+            message = f"device {name} is a {device.gpu}, must be a {gpu}"
+            yield Violation(rule=Rule.GPU_TYPE, where=where, message=message)
+
+
+def _check_pools(replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
+    served: dict[int, AttentionWorkerPool] = {}
+    for number, pool in enumerate(replica.attention_workers):
+        there = f"{where} attention workers {number}"
+        if not 0 <= pool.stage < len(replica.stages):
+            message = f"serve stage {pool.stage}, the replica has {len(replica.stages)} stages"
+            yield Violation(rule=Rule.POOL_STAGE, where=there, message=message)
+        elif pool.stage in served:
+            message = f"are the second pool of stage {pool.stage}, it may have 1"
+            yield Violation(rule=Rule.POOL_STAGE, where=there, message=message)
+        else:
+            served[pool.stage] = pool
+            yield from _check_pool(pool, replica.stages[pool.stage], there, problem, fleet)
+    for position, stage in enumerate(replica.stages):
+        yield from _check_head_groups(stage, served.get(position), f"{where} stage {position}", problem)
+
+
+def _check_pool(
+    pool: AttentionWorkerPool, stage: StagePlan, where: str, problem: PlacementProblem, fleet: Fleet
+) -> Iterator[Violation]:
+    yield from _check_pool_size(pool, stage, where, problem.family.max_pool)
+    unknown_or_wrong = list(_check_device_types(pool.devices, pool.gpu, where, fleet))
+    yield from unknown_or_wrong
+    names = (*pool.devices, *stage.devices)
+    if all(name in fleet.devices for name in names):
+        stage_zones, zones = fleet.zones_of(stage.devices), fleet.zones_of(pool.devices)
+        if not set(zones) <= set(stage_zones):
+            message = f"lie in {_listed(zones)}, their stage in {_listed(stage_zones)}"
+            yield Violation(rule=Rule.POOL_ZONE, where=where, message=message)
+
+
+def _check_pool_size(pool: AttentionWorkerPool, stage: StagePlan, where: str, max_pool: int) -> Iterator[Violation]:
+    num_devices, copies = len(pool.devices), max(1, stage.copies)
+    if num_devices % copies:
+        message = f"are {num_devices} devices, must be a multiple of the stage's {copies} copies"
+        yield Violation(rule=Rule.DEVICE_COUNT, where=where, message=message)
+    elif not 1 <= num_devices // copies <= max_pool:
+        message = f"are {num_devices // copies} per copy, must be 1 to {max_pool}"
+        yield Violation(rule=Rule.POOL_SIZE, where=where, message=message)
+
+
+def _check_head_groups(
+    stage: StagePlan, pool: AttentionWorkerPool | None, where: str, problem: PlacementProblem
+) -> Iterator[Violation]:
+    model = problem.model
+    if not divides(model, stage.tp):
+        return
+    groups, kept = head_groups_per_rank(model, stage.tp), stage.kv_head_groups_kept
+    given = pool.kv_head_groups if pool is not None else 0
+    if kept < 0 or kept + given != groups:
+        message = f"keeps {kept} and gives away {given} head groups per rank, a rank has {groups}"
+        yield Violation(rule=Rule.HEAD_GROUPS, where=where, message=message)
+    elif pool is not None and not 1 <= given <= groups:
+        message = f"gives {given} head groups per rank to attention workers, must give 1 to {groups}"
+        yield Violation(rule=Rule.HEAD_GROUPS, where=where, message=message)
+    elif pool is not None and stage.tp > model.head_groups:
+        message = f"has attention workers at TP size {stage.tp}, above the {model.head_groups} head groups"
+        yield Violation(rule=Rule.HEAD_GROUPS, where=where, message=message)
+
+
+def _listed(values: tuple[object, ...] | list[str]) -> str:
+    return ", ".join(map(str, values))

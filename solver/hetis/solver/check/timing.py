@@ -1,0 +1,167 @@
+"""Seconds, derived again from ``docs/cost-model.md``: a layer, a stage, a replica, its latencies. Same letters."""
+
+from __future__ import annotations
+
+import math
+
+from hetis.solver.check.setting import Setting, head_groups_per_rank, query_heads_per_group
+from hetis.solver.check.shape import PoolShape, StageShape
+from hetis.solver.cluster import Link
+from hetis.solver.profile import Op
+
+
+def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """u: seconds of one request on one copy of a stage."""
+    b, C = setting.micro_batch, setting.chunk_tokens
+    u = stage.layers * layer_seconds(setting, stage)
+    u += setting.per_request(_step(setting, stage, b + C), _step(setting, stage, b))
+    if is_first:
+        u += setting.model.prefix_layers * layer_seconds(setting, stage, is_prefix=True)
+    else:
+        u += setting.per_request(_hop(setting, stage, b + C), _hop(setting, stage, b))
+    if is_last:
+        u += setting.per_request(_lm_head(setting, stage, b + 1), _lm_head(setting, stage, b))
+    return u
+
+
+def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
+    """w, or w' of a prefix layer: seconds of one request in one layer."""
+    b, C = setting.micro_batch, setting.chunk_tokens
+    attention = _attention(setting, stage)
+    with_chunk = _dense(setting, stage, b + C, is_prefix) + 2 * _all_reduce(setting, stage, b + C)
+    with_chunk += _prefill(setting, stage) + attention + _ship(setting, stage)
+    plain = _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + attention
+    return setting.per_request(with_chunk, plain)
+
+
+def seconds_between_completions(setting: Setting, stage_s: list[float], copies: list[int]) -> float:
+    """t, from u of every stage: the busiest stage, or the round trip of too few micro-batches."""
+    busiest = max(u / c for u, c in zip(stage_s, copies, strict=True))
+    return (1 + slack(setting, sum(copies))) * max(busiest, sum(stage_s) / setting.in_flight)
+
+
+def slack(setting: Setting, num_copies: int) -> float:
+    """Share added to the even flow, by micro-batches in flight (M) per stage copy (K)."""
+    if setting.in_flight == 1:
+        return 0.0
+    assumed = setting.problem.assumptions
+    return assumed.full_slack if setting.in_flight >= 2 * num_copies else assumed.tight_slack
+
+
+def tpot_per_t(setting: Setting) -> float:
+    """TPOT is this many t: b M / O."""
+    return setting.micro_batch * setting.in_flight / setting.moments.mean_output
+
+
+def ttft_per_t(setting: Setting) -> float:
+    """TTFT is this many t: round trips of the p95 prompt's chunks, and the wait for a prefill lane."""
+    M, C, moments = setting.in_flight, setting.chunk_tokens, setting.moments
+    round_trip = M / setting.iterations
+    q = setting.problem.assumptions.planned_utilisation * setting.chunk_share
+    if q >= 1:
+        return math.inf
+    p_wait = q ** (math.sqrt(2 * (M + 1)) - 1)
+    tail = max(0.0, math.log(20 * p_wait)) if p_wait > 0 else 0.0
+    service = moments.mean_prompt / C * round_trip
+    wait = service / (M * (1 - q)) * (1 + moments.prompt_cv2) / 2 * tail
+    return math.ceil(moments.p95_prompt / C) * round_trip + wait
+
+
+def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:
+    model, n = setting.model, stage.tp
+    active = model.dense_layer_params() if is_prefix else model.active_layer_params()
+    touched = model.dense_layer_params() if is_prefix else model.touched_layer_params(T)
+    num_bytes = touched * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
+    return setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
+
+
+def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
+    model, n = setting.model, stage.tp
+    if n == 1:
+        return 0.0
+    num_bytes = T * model.hidden * model.activation_bytes
+    wire_s = 2 * (n - 1) / n * num_bytes / stage.intra_link.bytes_per_s
+    reduce_s = setting.seconds(stage.gpu, Op.ALL_REDUCE, n, num_bytes=num_bytes, wire_s=wire_s, tokens=T)
+    return reduce_s + stage.intra_link.latency_s
+
+
+def _prefill(setting: Setting, stage: StageShape) -> float:
+    model, n, C, moments = setting.model, stage.tp, setting.chunk_tokens, setting.moments
+    a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    flops = model.attention_flops(C * a, model.q_heads / n)
+    num_bytes = (a + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
+    return setting.seconds(stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C)
+
+
+def _attention(setting: Setting, stage: StageShape) -> float:
+    """Decode attention of a micro-batch: own groups and the pool's, side by side."""
+    groups = head_groups_per_rank(setting.model, stage.tp)
+    if stage.pool is None:
+        return _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * groups)
+    pool = stage.pool
+    own = _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * (groups - pool.head_groups))
+    worker = _decode(setting, stage, pool.gpu, 1, pairs=busiest_card_pairs(setting, stage, pool))
+    return max(own, worker + _exchange(setting, stage, pool))
+
+
+def busiest_card_pairs(setting: Setting, stage: StageShape, pool: PoolShape) -> int:
+    """load: (request, group) pairs of a micro-batch on the busiest card of a pool."""
+    return -(-setting.micro_batch * pool.head_groups * stage.tp // pool.cards)
+
+
+def _decode(setting: Setting, stage: StageShape, gpu: str, tp: int, *, pairs: int) -> float:
+    """Decode attention of ``pairs`` (request, group) pairs on one card."""
+    if pairs == 0:
+        return 0.0
+    model = setting.model
+    y = model.attended_tokens(setting.moments.resident_context)
+    heads = pairs * query_heads_per_group(model, stage.tp)
+    return setting.seconds(
+        gpu,
+        Op.DECODE_ATTENTION,
+        tp,
+        heads=heads,
+        num_bytes=pairs * y * model.kv_bytes_per_token_group(),
+        flops=model.decode_attention_flops(y, heads),
+    )
+
+
+def _transfer(setting: Setting, gpu: str, tp: int, num_bytes: float, link: Link) -> float:
+    """A message without its latency."""
+    return setting.seconds(gpu, Op.TRANSFER, tp, num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
+
+
+def _exchange(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
+    """q, k, v to the pool and head outputs back, for one micro-batch and layer."""
+    per_pair = query_heads_per_group(setting.model, stage.tp) * setting.model.exchange_bytes_per_head()
+    out_bytes = setting.micro_batch * pool.head_groups * stage.tp * per_pair
+    in_bytes = busiest_card_pairs(setting, stage, pool) * per_pair
+    sending = _transfer(setting, stage.gpu, stage.tp, out_bytes, pool.link)
+    receiving = _transfer(setting, pool.gpu, 1, in_bytes, pool.link)
+    return max(sending, receiving) + 2 * pool.link.latency_s
+
+
+def _ship(setting: Setting, stage: StageShape) -> float:
+    """The KV of a prefill chunk on its way to the pool."""
+    if stage.pool is None:
+        return 0.0
+    pool = stage.pool
+    kv_bytes = setting.chunk_tokens * pool.head_groups * stage.tp * setting.model.kv_bytes_per_token_group()
+    sending = _transfer(setting, stage.gpu, stage.tp, kv_bytes, pool.link)
+    return max(sending, _transfer(setting, pool.gpu, 1, kv_bytes / pool.cards, pool.link))
+
+
+def _hop(setting: Setting, stage: StageShape, T: int) -> float:
+    num_bytes = T * setting.model.hidden * setting.model.activation_bytes
+    return _transfer(setting, stage.gpu, stage.tp, num_bytes, stage.hop_link) + stage.hop_link.latency_s
+
+
+def _step(setting: Setting, stage: StageShape, T: int) -> float:
+    return setting.seconds(stage.gpu, Op.STEP, stage.tp, tokens=T)
+
+
+def _lm_head(setting: Setting, stage: StageShape, T: int) -> float:
+    model, n = setting.model, stage.tp
+    flops = 2 * T * model.embedding_params / n
+    num_bytes = model.embedding_params * model.embedding_bytes / n + T * model.hidden * model.activation_bytes
+    return setting.seconds(stage.gpu, Op.DENSE, n, flops=flops, num_bytes=num_bytes, tokens=T)

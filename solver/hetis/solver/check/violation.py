@@ -1,0 +1,59 @@
+"""What the checker reports: one `Violation` per broken rule and place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Rule(StrEnum):
+    """The sentence a sound plan fulfils, one per kind of violation."""
+
+    KNOWN_DEVICE = "every device exists in the cluster"
+    DEVICE_ONCE = "every device is used at most once"
+    DEVICE_COUNT = "a stage has tp * copies devices, a pool equally many for every copy"
+    GPU_TYPE = "a device is of the GPU type its stage or pool names"
+    TP_NODE = "a TP group lies inside one node"
+    TP_SIZE = "a TP size is one of the family's and divides heads and head groups"
+    COPIES = "a stage has between one copy and the family's most"
+    STAGE_ZONE = "a stage lies inside one zone"
+    LAYERS = "the stages cover every layer once and in order"
+    STAGE_LAYERS = "every stage holds at least one layer, the first one beside the prefix layers"
+    CUT = "no stage starts where the model forbids a cut"
+    EQUAL_LAYERS = "without uneven layers, stages differ by one layer at most"
+    ONE_TYPE = "without mixed types, a replica uses one GPU type"
+    POOL_STAGE = "a pool serves a stage of its replica that has no other pool"
+    POOL_SIZE = "a pool has between one card per copy and the family's most"
+    POOL_ZONE = "a pool lies in the zone of its stage"
+    HEAD_GROUPS = "a stage and its pool share the head groups of a rank"
+    SETTING = "micro-batch, micro-batches in flight and chunk are the family's"
+    IN_FLIGHT = "one micro-batch is in flight, or at least one for every stage copy"
+    RANK_MEMORY = "weights, KV and activations fit on every primary rank"
+    WORKER_MEMORY = "KV fits on every attention worker"
+    RATE = "a replica claims no rate above what the cost model gives"
+    TPOT = "a replica claims the TPOT of its rate"
+    TTFT = "a replica claims the TTFT of its rate"
+    TPOT_LIMIT = "TPOT is within the objective's limit"
+    TTFT_LIMIT = "TTFT is within the objective's limit"
+    KV_TOKENS = "a replica claims no more KV room than its devices have"
+    LINK_CAPACITY = "the traffic between two zones fits their link"
+    FINITE = "numbers are finite and not negative"
+    OBJECTIVE = "the plan answers the objective of the problem"
+    VALUE = "the value is what the replicas give"
+    DEMAND = "goodput meets the demand"
+    BOUND = "the bound is on the far side of the value"
+    GAP = "the gap is |bound - value| / |value|"
+    STATUS = "the status is what the gap and the replicas say"
+    PRICES = "the class table counts the devices of the plan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """A broken rule: where, and the number found beside its limit."""
+
+    rule: Rule
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message} ({self.rule.name.lower()})"

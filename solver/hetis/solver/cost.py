@@ -1,0 +1,275 @@
+"""The cost model of `docs/cost-model.md`, in its letters: what a stage costs one request, and what it keeps in memory.
+
+Functions take scalars or arrays alike, so that the search tabulates thousands of shapes with the same code that
+prices a single one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.cluster import GpuType, Link
+from hetis.solver.model import ModelSpec
+from hetis.solver.problem import Assumptions
+from hetis.solver.profile import Fit, Op, Profile
+from hetis.solver.workload import WorkloadMoments
+
+FloatArray = npt.NDArray[np.float64]
+Scalars = Any  # a float or an array of floats; the result has the broadcast shape
+
+P95_TAIL = 20.0  # 1 / (1 - 0.95)
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What an iteration carries: b decode tokens and at most one chunk of C tokens, and how often per request."""
+
+    micro_batch: int  # b
+    chunk_tokens: int  # C
+    chunk_iterations: float  # nc
+    plain_iterations: float  # nd
+
+    @property
+    def iterations(self) -> float:
+        """n_it"""
+        return self.chunk_iterations + self.plain_iterations
+
+    @property
+    def chunk_share(self) -> float:
+        """phi"""
+        return self.chunk_iterations / self.iterations
+
+
+def mix_of(moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int) -> Mix:
+    """Iterations per request when b requests decode together and prompts come in chunks of C."""
+    with_chunk = moments.mean_prompt / chunk_tokens
+    without = max(0.0, moments.mean_output / micro_batch - with_chunk)
+    return Mix(micro_batch, chunk_tokens, with_chunk, without)
+
+
+@dataclass(frozen=True, slots=True)
+class RankShape:
+    """How one tensor-parallel rank out of n sees the heads of a layer."""
+
+    tp: int  # n
+    groups: int  # Gr: head groups a rank holds
+    queries_per_group: int  # rr: of one group, the query heads that this rank computes
+    splits_groups: bool  # n <= G: every group is on one rank, so that a pool can take it over
+
+
+def rank_shape(model: ModelSpec, tp: int) -> RankShape | None:
+    """The rank's share of heads, or None when the model cannot be split n ways."""
+    groups = model.head_groups
+    if model.q_heads % tp or (groups % tp and tp % groups):
+        return None
+    on_rank = max(1, groups // tp)
+    return RankShape(tp, on_rank, model.q_heads // tp // on_rank, tp <= groups)
+
+
+def intra_link(gpu: GpuType, explicit: Link | None) -> Link:
+    """GPU-to-GPU link inside a node: the one given, or else NVLink, or else PCIe."""
+    if explicit is not None:
+        return explicit
+    return Link(bytes_per_s=gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s, latency_s=0.0)
+
+
+def _seconds(
+    fit: Fit, *, flops: Scalars = 0.0, num_bytes: Scalars = 0.0, tokens: Scalars = 0.0, heads: Scalars = 0.0,
+    wire_s: Scalars = 0.0,
+) -> Scalars:  # fmt: skip
+    """``Fit.seconds`` for arrays."""
+    times = [
+        p.fixed_s + p.flop_s * flops + p.byte_s * num_bytes + p.token_s * tokens + p.head_s * heads + p.wire * wire_s
+        for p in fit.pieces
+    ]
+    return reduce(np.maximum, times)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCost:
+    """Times and memory of one GPU type as a TP rank of n, or (n = 1) as an attention worker."""
+
+    model: ModelSpec
+    profile: Profile
+    moments: WorkloadMoments
+    shape: RankShape
+    intra: Link
+
+    def _fit(self, op: Op) -> Fit:
+        fit = self.profile.fit(op, self.model, self.shape.tp)
+        assert fit is not None, f"Profile guarantees a fit for {op}"
+        return fit
+
+    def dense_s(self, tokens: float, *, prefix_layer: bool = False) -> float:
+        """dense(T) of a repeated layer, or of one of the leading layers without experts."""
+        m, n = self.model, self.shape.tp
+        active = m.dense_layer_params() if prefix_layer else m.active_layer_params()
+        touched = m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens)
+        activations = 8 * m.hidden * m.activation_bytes * tokens
+        return float(
+            _seconds(
+                self._fit(Op.DENSE),
+                flops=2.0 * tokens * active / n,
+                num_bytes=touched * m.weight_bytes / n + activations,
+                tokens=tokens,
+            )
+        )
+
+    def reduce_s(self, tokens: float) -> float:
+        """reduce(T): one all-reduce over the TP group; a layer has two."""
+        n = self.shape.tp
+        if n == 1:
+            return 0.0
+        num_bytes = tokens * self.model.hidden * self.model.activation_bytes
+        wire_s = 2.0 * (n - 1) / n * num_bytes / self.intra.bytes_per_s
+        fit = self._fit(Op.ALL_REDUCE)
+        return float(_seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=tokens)) + self.intra.latency_s
+
+    def prefill_s(self, chunk_tokens: float) -> float:
+        """Attention of one prefill chunk of C tokens with the mean past of a prompt."""
+        m = self.model
+        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        return float(
+            _seconds(
+                self._fit(Op.PREFILL_ATTENTION),
+                flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp),
+                num_bytes=(attended + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
+                tokens=chunk_tokens,
+            )
+        )
+
+    def decode_attention_s(self, pairs: Scalars, queries_per_group: int) -> Scalars:
+        """Decode attention over ``pairs`` (request, head group) pairs at the mean context; 0 for none."""
+        m = self.model
+        attended = m.attended_tokens(self.moments.resident_context)
+        heads = pairs * queries_per_group
+        seconds = _seconds(
+            self._fit(Op.DECODE_ATTENTION),
+            flops=m.decode_attention_flops(attended, 1.0) * heads,
+            num_bytes=pairs * attended * m.kv_bytes_per_token_group(),
+            heads=heads,
+        )
+        return np.where(np.asarray(pairs) > 0, seconds, 0.0)
+
+    def transfer_s(self, num_bytes: Scalars, link: Link) -> Scalars:
+        """A message over ``link`` without the link's latency; 0 for an empty one."""
+        seconds = _seconds(self._fit(Op.TRANSFER), num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
+        return np.where(np.asarray(num_bytes) > 0, seconds, 0.0)
+
+    def hop_s(self, tokens: float, link: Link) -> float:
+        """hop(T): activations of T tokens arriving from the stage before."""
+        num_bytes = tokens * self.model.hidden * self.model.activation_bytes
+        return float(self.transfer_s(num_bytes, link)) + link.latency_s
+
+    def step_s(self, tokens: float) -> float:
+        fit = self.profile.fit(Op.STEP, self.model, self.shape.tp)
+        return 0.0 if fit is None else float(_seconds(fit, tokens=tokens))
+
+    def head_s(self, tokens: float) -> float:
+        """LM head for T tokens."""
+        m, n = self.model, self.shape.tp
+        num_bytes = m.embedding_params * m.embedding_bytes / n + tokens * m.hidden * m.activation_bytes
+        return float(
+            _seconds(
+                self._fit(Op.DENSE), flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
+            )
+        )
+
+    # Memory of one rank, in bytes.
+
+    def layer_bytes(self) -> float:
+        return self.model.layer_params() * self.model.weight_bytes / self.shape.tp
+
+    def prefix_bytes(self) -> float:
+        """Weights of the leading layers that stay on the first stage."""
+        m = self.model
+        return m.prefix_layers * m.dense_layer_params() * m.weight_bytes / self.shape.tp
+
+    def embedding_bytes(self) -> float:
+        """The embedding table, or as much for the LM head."""
+        return self.model.embedding_params * self.model.embedding_bytes / self.shape.tp
+
+    def logit_bytes(self, micro_batch: int) -> float:
+        return 4.0 * micro_batch * self.model.vocab / self.shape.tp
+
+    def activation_bytes(self, tokens: float) -> float:
+        m = self.model
+        inner = m.intermediate
+        if m.moe is not None:
+            inner = (m.moe.active_experts + m.moe.shared_experts) * m.moe.expert_intermediate
+        return tokens * m.activation_bytes * (4 * m.hidden + 2 * inner / self.shape.tp)
+
+    def room_bytes(self) -> float:
+        """Usable memory less what the engine keeps for itself."""
+        return float(self.profile.usable_bytes - self.profile.reserve_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCost:
+    """Times of an exchange between a stage (TP ranks of ``primary``) and its attention workers over ``link``."""
+
+    primary: DeviceCost
+    worker: DeviceCost
+    link: Link
+
+    def load(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
+        """(request, head group) pairs of one micro-batch on the busiest of p cards."""
+        return np.ceil(micro_batch * groups * self.primary.shape.tp / cards - 1e-9)
+
+    def attention_s(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
+        """worker + exchange of one iteration for k ``groups`` per rank on p ``cards``."""
+        shape, model = self.primary.shape, self.primary.model
+        load = self.load(micro_batch, groups, cards)
+        per_pair = shape.queries_per_group * model.exchange_bytes_per_head()
+        exchange = np.maximum(
+            self.primary.transfer_s(micro_batch * groups * shape.tp * per_pair, self.link),
+            self.worker.transfer_s(load * per_pair, self.link),
+        )
+        worker = self.worker.decode_attention_s(load, shape.queries_per_group)
+        return worker + exchange + 2.0 * self.link.latency_s
+
+    def ship_s(self, chunk_tokens: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
+        """KV of one prefill chunk sent to the pool."""
+        model = self.primary.model
+        num_bytes = chunk_tokens * groups * self.primary.shape.tp * model.kv_bytes_per_token_group()
+        return np.maximum(
+            self.primary.transfer_s(num_bytes, self.link), self.worker.transfer_s(num_bytes / cards, self.link)
+        )
+
+
+def kv_tokens_per_copy(
+    model: ModelSpec, moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, micro_batches: int
+) -> float:
+    """Tkv: KV tokens that a copy holding D ``micro_batches`` must have room for."""
+    requests = micro_batches * mix.micro_batch
+    spread = assumptions.kv_headroom_z * math.sqrt(requests) * moments.resident_context_sd
+    decoding = requests * model.cached_tokens(moments.resident_context) + spread
+    return decoding + micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
+
+
+def slack(assumptions: Assumptions, *, in_flight: int, num_copies: int) -> float:
+    """What is added to the even pipeline's interval for M micro-batches over K stage copies."""
+    if in_flight == 1:
+        return 0.0
+    return assumptions.full_slack if in_flight >= 2 * num_copies else assumptions.tight_slack
+
+
+def tpot_per_interval(moments: WorkloadMoments, mix: Mix, in_flight: int) -> float:
+    """Mean TPOT over t: ``b M / O``."""
+    return mix.micro_batch * in_flight / moments.mean_output
+
+
+def ttft_per_interval(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
+    """p95 TTFT over t: round trips of the p95 prompt and the wait for a prefill lane."""
+    round_trip = in_flight / mix.iterations
+    utilisation = assumptions.planned_utilisation * mix.chunk_share
+    must_wait = utilisation ** (math.sqrt(2.0 * (in_flight + 1)) - 1.0)
+    lanes = mix.chunk_iterations * round_trip / (in_flight * (1.0 - utilisation))
+    wait = lanes * (1.0 + moments.prompt_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
+    return math.ceil(moments.p95_prompt / mix.chunk_tokens) * round_trip + wait

@@ -1,0 +1,120 @@
+"""Device classes and resources: the fleet as the master sees it, kinds of GPU and how many there are of each."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.cluster import Cluster, Link, NodeGroup
+from hetis.solver.cost import intra_link
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceClass:
+    """GPUs that the model cannot tell apart: one type, in nodes of one shape and zone, behind equal links."""
+
+    gpu: str
+    gpus_per_node: int  # of this type
+    zone: str
+    nic: Link
+    intra: Link
+    usd_per_hour: float | None
+    node_links: Link | None  # the worst explicit link of its nodes, where the cluster gives any
+    groups: tuple[NodeGroup, ...]  # the node groups it is made of
+
+    @property
+    def num_nodes(self) -> int:
+        return sum(group.count for group in self.groups)
+
+    @property
+    def available(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    def link_in(self, cluster: Cluster, zones: tuple[str, ...]) -> Link:
+        """The slowest link a device of this class may meet in a replica over ``zones``."""
+        link = self.nic
+        for a, b in itertools.combinations_with_replacement(zones, 2):
+            link = link.slower_of(cluster.network.zone_link(a, b))
+        return link if self.node_links is None else link.slower_of(self.node_links)
+
+
+def device_classes(cluster: Cluster) -> tuple[DeviceClass, ...]:
+    """The classes of a fleet, in order of appearance."""
+    worst = _worst_node_links(cluster)
+    merged: dict[tuple[object, ...], list[NodeGroup]] = {}
+    for group in cluster.node_groups:
+        explicit = _worst_of_group(group, worst)
+        for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
+            slots = [s for s in group.gpus if s.gpu == gpu]
+            prices = {cluster.price_of(s) for s in slots}
+            price = prices.pop() if len(prices) == 1 else _mean_price(cluster, group, gpu)
+            nic = group.nic if group.nic is not None else cluster.network.default
+            intra = intra_link(cluster.gpu_types[gpu], group.intra_link)
+            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, explicit)
+            merged.setdefault(key, []).append(group)
+    return tuple(DeviceClass(*key, tuple(groups)) for key, groups in merged.items())  # type: ignore[arg-type]
+
+
+def _mean_price(cluster: Cluster, group: NodeGroup, gpu: str) -> float | None:
+    """Price of one GPU where equal GPUs of a node are listed at different prices."""
+    total, count = 0.0, 0
+    for slots in group.gpus:
+        price = cluster.price_of(slots)
+        if slots.gpu == gpu:
+            if price is None:
+                return None
+            total, count = total + price * slots.count, count + slots.count
+    return total / count
+
+
+def _worst_node_links(cluster: Cluster) -> dict[str, Link]:
+    worst: dict[str, Link] = {}
+    for pair, link in cluster.network.between_nodes.items():
+        for node in pair:
+            worst[node] = link if node not in worst else worst[node].slower_of(link)
+    return worst
+
+
+def _worst_of_group(group: NodeGroup, worst: dict[str, Link]) -> Link | None:
+    if not worst:
+        return None
+    links = [worst[name] for name in map(group.node_name, range(group.count)) if name in worst]
+    result = links[0] if links else None
+    for link in links[1:]:
+        result = link if result is None else result.slower_of(link)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """The packing rows of the master: what a TP group of each size takes of each row, and how much there is.
+
+    Row (g, p), p a power of two, says ``sum over TP sizes q >= p of q n_q <= p sum over nodes floor(size / p)``: for
+    sizes that are powers of two these rows are necessary and sufficient for TP groups to fit inside nodes. A row
+    p > 1 is kept only where it says more than the count of GPUs (node sizes that p does not divide).
+    """
+
+    rows: tuple[tuple[int, int], ...]  # (class index, p)
+    limits: IntArray  # [rows]
+
+    def of_group(self, device_class: int, tp: int) -> IntArray:
+        """What one TP group (tp = 1: also one attention worker) takes of every row, shape [rows]."""
+        return np.array([tp if g == device_class and tp >= p else 0 for g, p in self.rows], dtype=np.int64)
+
+
+def resources_of(classes: tuple[DeviceClass, ...], tp_sizes: tuple[int, ...]) -> Resources:
+    """The packing rows of a fleet: one per class, more where node sizes ask for it."""
+    rows: list[tuple[int, int]] = []
+    limits: list[int] = []
+    for index, c in enumerate(classes):
+        for p in (1, *(size for size in sorted(tp_sizes) if size > 1)):
+            limit = c.num_nodes * p * (c.gpus_per_node // p)
+            if p == 1 or 0 < limit < c.available:
+                rows.append((index, p))
+                limits.append(limit)
+    return Resources(tuple(rows), np.array(limits, dtype=np.int64))

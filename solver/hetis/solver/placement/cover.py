@@ -1,0 +1,248 @@
+"""Pipelined replicas, compiled: the cheapest stages that cover all layers, and the column of best rate per price."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.options import ROUNDING, Options
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
+
+
+@njit(cache=True, nogil=True)
+def layers_in_time(o: Options, i: int, role: int, interval_s: float) -> int:
+    """Repeated layers that option i carries in a role when completions are ``interval_s`` apart (slack taken off)."""
+    time_left = o.copies[i] * interval_s - o.fixed_s[i, role]
+    if time_left <= 0.0:
+        return 0
+    return int(min(float(o.max_layers[i, role]), time_left / o.layer_s[i] + ROUNDING))
+
+
+@njit(cache=True, nogil=True)
+def _cheapest_per_layers(
+    o: Options, prices: FloatArray, interval_s: float, num_layers: int, best: FloatArray, arg: IntArray
+) -> None:
+    """For each role and l: the cheapest option that carries at least l layers. Fills best, arg [4, num_layers + 1]."""
+    best[:] = np.inf
+    arg[:] = -1
+    for i in range(prices.shape[0]):
+        for role in range(4):
+            l = layers_in_time(o, i, role, interval_s)
+            if l > 0 and prices[i] < best[role, l]:
+                best[role, l] = prices[i]
+                arg[role, l] = i
+    for role in range(4):
+        for l in range(num_layers - 1, -1, -1):
+            if best[role, l + 1] < best[role, l]:
+                best[role, l] = best[role, l + 1]
+                arg[role, l] = arg[role, l + 1]
+
+
+@njit(cache=True, nogil=True)
+def cheapest_cover(
+    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
+) -> tuple[float, IntArray]:
+    """The cheapest stages that cover all layers within an interval, with at most ``max_copies`` copies in all.
+
+    A dynamic program over positions: ``cost[pos]`` is the least price of stages that reach at least ``pos``; stages
+    take all the layers they can, since reaching further is never worse. Where the cheapest cover has too many
+    copies, a second program counts them.
+
+    Returns (price, stages): stages [., 2] of (option, layers), first to last; price inf and no stages if there are none.
+    """
+    num_layers = t.num_layers
+    best = np.empty((4, num_layers + 1), np.float64)
+    arg = np.empty((4, num_layers + 1), np.int64)
+    _cheapest_per_layers(o, prices, interval_s, num_layers, best, arg)
+    price, stages = _cover(t, best, arg)
+    if stages.shape[0] and _copies_of(o, stages) > max_copies:
+        # A cover with fewer copies may use options that the copy-blind table leaves out: tabulate per copy count.
+        return _cover_counted(t, o, prices, interval_s, max_copies)
+    return price, stages
+
+
+@njit(cache=True, nogil=True)
+def _copies_of(o: Options, stages: IntArray) -> int:
+    total = 0
+    for i in range(stages.shape[0]):
+        total += o.copies[stages[i, 0]]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _cover(t: Tables, best: FloatArray, arg: IntArray) -> tuple[float, IntArray]:
+    num_layers = t.num_layers
+    cost = np.full(num_layers + 1, np.inf)
+    back_pos = np.full(num_layers + 1, -1, np.int64)
+    back_opt = np.full(num_layers + 1, -1, np.int64)
+    for l in range(1, num_layers):
+        if best[FIRST, l] < np.inf and (best[FIRST, l] < best[FIRST, l + 1] or l == num_layers - 1):
+            pos = t.cut_floor[l]
+            if pos > 0 and best[FIRST, l] < cost[pos]:
+                cost[pos] = best[FIRST, l]
+                back_pos[pos] = 0
+                back_opt[pos] = arg[FIRST, l]
+    final, final_pos, final_opt = best[BOTH, num_layers], 0, arg[BOTH, num_layers]
+    for pos in range(1, num_layers):
+        if cost[pos] == np.inf:
+            continue
+        closing = cost[pos] + best[LAST, num_layers - pos]
+        if closing < final:
+            final, final_pos, final_opt = closing, pos, arg[LAST, num_layers - pos]
+        for l in range(1, num_layers - pos):
+            if best[PLAIN, l] == np.inf:
+                break
+            if best[PLAIN, l] < best[PLAIN, l + 1] or l == num_layers - pos - 1:
+                target = t.cut_floor[pos + l]
+                total = cost[pos] + best[PLAIN, l]
+                if target > pos and total < cost[target]:
+                    cost[target] = total
+                    back_pos[target] = pos
+                    back_opt[target] = arg[PLAIN, l]
+    if final == np.inf:
+        return np.inf, np.empty((0, 2), np.int64)
+    count = 1
+    pos = final_pos
+    while pos > 0:
+        count += 1
+        pos = back_pos[pos]
+    stages = np.empty((count, 2), np.int64)
+    stages[count - 1, 0] = final_opt
+    stages[count - 1, 1] = num_layers - final_pos
+    pos = final_pos
+    for i in range(count - 2, -1, -1):
+        stages[i, 0] = back_opt[pos]
+        stages[i, 1] = pos - back_pos[pos]
+        pos = back_pos[pos]
+    return final, stages
+
+
+@njit(cache=True, nogil=True)
+def _cover_counted(
+    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
+) -> tuple[float, IntArray]:
+    """`cheapest_cover` with the copies counted: ``cost[K, pos]`` with exactly K copies so far."""
+    num_layers = t.num_layers
+    widest = 1
+    for i in range(prices.shape[0]):
+        widest = max(widest, o.copies[i])
+    widest = min(widest, max_copies)
+    best = np.full((widest + 1, 4, num_layers + 1), np.inf)
+    arg = np.full((widest + 1, 4, num_layers + 1), -1, np.int64)
+    for i in range(prices.shape[0]):
+        c = o.copies[i]
+        if c > widest:
+            continue
+        for role in range(4):
+            l = layers_in_time(o, i, role, interval_s)
+            if l > 0 and prices[i] < best[c, role, l]:
+                best[c, role, l] = prices[i]
+                arg[c, role, l] = i
+    for c in range(1, widest + 1):
+        for role in range(4):
+            for l in range(num_layers - 1, -1, -1):
+                if best[c, role, l + 1] < best[c, role, l]:
+                    best[c, role, l] = best[c, role, l + 1]
+                    arg[c, role, l] = arg[c, role, l + 1]
+    cost = np.full((max_copies + 1, num_layers + 1), np.inf)
+    back_pos = np.full((max_copies + 1, num_layers + 1), -1, np.int64)
+    back_opt = np.full((max_copies + 1, num_layers + 1), -1, np.int64)
+    final, final_pos, final_opt, final_k = np.inf, 0, np.int64(-1), 0
+    for c in range(1, widest + 1):
+        if best[c, BOTH, num_layers] < final:
+            final, final_opt, final_k = best[c, BOTH, num_layers], arg[c, BOTH, num_layers], c
+        for l in range(1, num_layers):
+            pos = t.cut_floor[l]
+            if pos > 0 and best[c, FIRST, l] < cost[c, pos]:
+                cost[c, pos] = best[c, FIRST, l]
+                back_pos[c, pos] = 0
+                back_opt[c, pos] = arg[c, FIRST, l]
+    for pos in range(1, num_layers):
+        for k in range(1, max_copies):
+            if cost[k, pos] == np.inf:
+                continue
+            for c in range(1, min(widest, max_copies - k) + 1):
+                closing = cost[k, pos] + best[c, LAST, num_layers - pos]
+                if closing < final:
+                    final, final_pos, final_opt, final_k = closing, pos, arg[c, LAST, num_layers - pos], k + c
+                for l in range(1, num_layers - pos):
+                    if best[c, PLAIN, l] == np.inf:
+                        break
+                    target = t.cut_floor[pos + l]
+                    total = cost[k, pos] + best[c, PLAIN, l]
+                    if target > pos and total < cost[k + c, target]:
+                        cost[k + c, target] = total
+                        back_pos[k + c, target] = pos
+                        back_opt[k + c, target] = arg[c, PLAIN, l]
+    if final == np.inf:
+        return np.inf, np.empty((0, 2), np.int64)
+    reverse = np.empty((max_copies + 1, 2), np.int64)
+    reverse[0, 0] = final_opt
+    reverse[0, 1] = num_layers - final_pos
+    count, pos, k = 1, final_pos, final_k - o.copies[final_opt]
+    while pos > 0:
+        option, before = back_opt[k, pos], back_pos[k, pos]
+        reverse[count, 0] = option
+        reverse[count, 1] = pos - before
+        count += 1
+        pos = before
+        k -= o.copies[option]
+    return final, reverse[:count][::-1].copy()
+
+
+@njit(cache=True, nogil=True)
+def best_column(
+    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, slack: float, max_copies: int, ratio_floor: float,
+    tolerance: float,
+) -> tuple[float, float, float]:  # fmt: skip
+    """The replica of a pipelined configuration with the best ``rate / price``, by branch and bound over intervals.
+
+    With C(t) the cheapest cover at interval t, non-increasing in t, every t in [t_lo, t_hi] satisfies
+    ``1 / (t C(t)) <= 1 / (t_lo C(t_hi))``. Intervals that cannot beat ``ratio_floor`` or the best found are dropped,
+    the others halved until they are narrower than ``tolerance``.
+
+    Returns (ratio, t, bound): no replica of this configuration has a ratio above ``max(bound, ratio_floor)``.
+    """
+    if prices.shape[0] == 0:
+        return 0.0, 0.0, 0.0
+    slowest = 0.0
+    fastest_layer = np.inf
+    for i in range(prices.shape[0]):
+        fastest_layer = min(fastest_layer, o.layer_s[i])
+        for role in range(4):
+            slowest = max(slowest, (o.max_layers[i, role] * o.layer_s[i] + o.fixed_s[i, role]) / o.copies[i])
+    t_hi = min(interval_cap_s, slowest * (1.0 + slack) * (1.0 + 1e-9))
+    t_lo = (1.0 + slack) * t.num_layers * fastest_layer / max_copies
+    best_ratio, best_t, bound = 0.0, 0.0, 0.0
+    if t_lo > t_hi:
+        return best_ratio, best_t, bound
+    price, _ = cheapest_cover(t, o, prices, t_hi / (1.0 + slack), max_copies)
+    if price == np.inf:
+        return best_ratio, best_t, bound
+    best_ratio, best_t, bound = 1.0 / (t_hi * price), t_hi, 1.0 / (t_hi * price)
+    stack = np.empty((256, 3), np.float64)
+    stack[0, 0], stack[0, 1], stack[0, 2] = t_lo * (1.0 - 1e-9), t_hi, price
+    size = 1
+    while size > 0:
+        size -= 1
+        lo, hi, price_hi = stack[size, 0], stack[size, 1], stack[size, 2]
+        ceiling = 1.0 / (lo * price_hi)
+        if ceiling <= max(ratio_floor, best_ratio):
+            continue
+        if hi <= lo * (1.0 + tolerance) or size + 2 >= stack.shape[0]:
+            bound = max(bound, ceiling)
+            continue
+        middle = np.sqrt(lo * hi)
+        price_mid, _ = cheapest_cover(t, o, prices, middle / (1.0 + slack), max_copies)
+        if price_mid < np.inf:
+            ratio = 1.0 / (middle * price_mid)
+            if ratio > best_ratio:
+                best_ratio, best_t = ratio, middle
+                bound = max(bound, ratio)
+            stack[size, 0], stack[size, 1], stack[size, 2] = lo, middle, price_mid
+            size += 1
+        if price_mid > price_hi:
+            stack[size, 0], stack[size, 1], stack[size, 2] = middle, hi, price_hi
+            size += 1
+    return best_ratio, best_t, bound

@@ -1,0 +1,281 @@
+"""Small fleets: the best replica of every sub-fleet, then the best packing of sub-fleets; a proof, not a gap.
+
+Three passes over all configurations, each with a narrower tolerance. After a pass the master over the rates found
+gives an incumbent, and duals scaled to fit every sub-fleet give a bound; a replica whose rate falls short of its
+price by more than the distance between the two cannot be part of anything better, so the next pass does not look for
+it (`needed_rates`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.cost import Mix
+from hetis.solver.placement.frontier import (
+    BoolArray,
+    Entries,
+    Lattice,
+    entries_of,
+    entry_layers,
+    explore,
+    explore_sequential,
+    lattice_of,
+    reach,
+    sequential_stages,
+    stages_from,
+)
+from hetis.solver.placement.master import Columns, Master, MilpSolution
+from hetis.solver.placement.options import Options, list_options
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.template import Configuration, Template, configurations, template_of
+
+MAX_VECTORS = 3000
+MAX_PAIRS = 3_000_000  # of (usage, smaller usage): what one dynamic program looks at, at worst
+TOLERANCES = (0.2, 0.01, 1e-7)
+
+
+def is_small(atlas: Atlas) -> bool:
+    """Whether the fleet has few enough usage vectors for the exact search."""
+    sizes = atlas.resources.limits.astype(float) + 1.0
+    return bool(np.prod(sizes) <= MAX_VECTORS and np.prod(sizes * (sizes + 1.0) / 2.0) <= MAX_PAIRS)
+
+
+def speed_bounds(atlas: Atlas, lattice: Lattice) -> FloatArray:
+    """Upper bounds on the rate of any replica, per scope, mix and sub-fleet, from dense work alone; [scopes, X, V].
+
+    A GPU of class g that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)``
+    layers per second for the best TP size n; a replica needs all layers from the GPUs it has.
+    """
+    bounds = []
+    for scope in atlas.scopes:
+        t = scope.tables
+        speeds = np.zeros((len(atlas.mixes), len(atlas.resources.rows)))
+        for s, (device_class, tp) in enumerate(atlas.ranks):
+            if t.available[device_class] > 0:
+                row = atlas.resources.rows.index((device_class, 1))
+                speeds[:, row] = np.maximum(speeds[:, row], 1.0 / (tp * t.layer_s[:, s]))
+        bounds.append(speeds @ lattice.digits.T / t.num_layers)
+    return np.array(bounds)
+
+
+def _size(mix: Mix) -> tuple[int, int]:
+    return mix.micro_batch, mix.chunk_tokens
+
+
+@dataclass(slots=True)
+class Frontier:
+    """Best rate [V] of each sub-fleet, where it was found, and what cannot be exceeded."""
+
+    lattice: Lattice
+    rate: FloatArray
+    tag: IntArray  # configuration
+    interval_s: FloatArray  # slack taken off, except for sequential replicas
+    bound: FloatArray
+    templates: dict[int, Template] = field(default_factory=dict)
+
+    def ceiling(self, tolerance: float) -> FloatArray:
+        """No replica outside what was ruled out by `needed_rates` has a higher rate, per sub-fleet."""
+        return np.maximum(self.bound, self.rate * (1.0 + tolerance))
+
+
+@dataclass(frozen=True, slots=True)
+class ExactResult:
+    """Chosen templates with counts, the value, a bound on it, row prices, and the best single replicas seen."""
+
+    chosen: tuple[tuple[Template, int], ...]
+    value: float
+    bound: float
+    row_prices: FloatArray
+    runners_up: tuple[Template, ...]
+
+
+class ExactSearch:
+    """The exact search of one problem. ``costs`` [V] are what the master minimises where it has a demand."""
+
+    def __init__(self, atlas: Atlas, master: Master, row_costs: FloatArray) -> None:
+        self.atlas, self.master = atlas, master
+        self.lattice = lattice_of(atlas.resources.limits)
+        self.costs = self.lattice.digits @ row_costs
+        self.configurations = configurations(atlas)
+        self.speed_bound = speed_bounds(atlas, self.lattice)
+        self._options: dict[tuple[int, int, int], tuple[Options, Entries]] = {}
+        self.roomy = self._roomy()
+        count = len(self.lattice.digits)
+        self.frontier = Frontier(
+            self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count)
+        )  # fmt: skip
+
+    def _roomy(self) -> BoolArray:
+        """Sub-fleets with memory for the least demanding configuration, and so for any; [V]."""
+        roomy = np.zeros(len(self.lattice.digits), dtype=bool)
+        mix = min(range(len(self.atlas.mixes)), key=lambda x: _size(self.atlas.mixes[x]))
+        least = min(self.configurations, key=lambda c: (c.mix != mix, c.in_flight)).in_flight_index
+        for scope, _ in enumerate(self.atlas.scopes):
+            c = Configuration(scope, mix, least, self.atlas.problem.family.in_flight[least], 1 << 20, 0.0)
+            options, entries = self.options_of(c)
+            tables = self.atlas.scopes[scope].tables
+            layers, _ = entry_layers(tables, options, entries, np.inf)
+            roomy |= reach(tables, self.lattice, entries, layers, 0).closing >= 0
+        return roomy
+
+    def options_of(self, c: Configuration) -> tuple[Options, Entries]:
+        key = (c.scope, c.mix, c.in_flight_index)
+        if key not in self._options:
+            a, family = self.atlas, self.atlas.problem.family
+            options = list_options(
+                a.scopes[c.scope].tables, c.mix, c.in_flight_index, family.max_copies, a.max_pool, max(1, a.max_pool)
+            )
+            self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
+        return self._options[key]
+
+    def sweep(self, needed: FloatArray, tolerance: float, budget: Budget) -> bool:
+        """One pass over all configurations; False if the budget ran out on the way."""
+        f = self.frontier
+        f.bound[:] = 0.0
+        for tag in self._order():
+            if budget.is_spent():
+                return False
+            c = self.configurations[tag]
+            tables = self.atlas.scopes[c.scope].tables
+            cap = tables.t_cap[c.mix, c.in_flight_index]
+            ceiling = self.speed_bound[c.scope, c.mix] / (1.0 + c.slack)
+            if ceiling[-1] * cap < 1.0 or not np.any(self.roomy & (ceiling > np.maximum(needed, f.rate))):
+                continue
+            if c.is_sequential and tolerance < TOLERANCES[0]:
+                continue  # found exactly by the first pass
+            options, entries = self.options_of(c)
+            if c.is_sequential:
+                explore_sequential(
+                    tables, self.lattice, options, entries, cap, needed, f.rate, f.tag, f.interval_s, tag
+                )  # fmt: skip
+            else:
+                explore(
+                    tables, self.lattice, options, entries, cap, c.slack, c.max_copies, needed, tolerance, f.rate,
+                    f.tag, f.interval_s, tag, f.bound,
+                )  # fmt: skip
+        return True
+
+    def _order(self) -> list[int]:
+        """Pipelined configurations first, those of the best rates so far before all: they rule out most others."""
+        best = np.zeros(len(self.configurations))
+        np.maximum.at(best, self.frontier.tag[self.frontier.tag >= 0], self.frontier.rate[self.frontier.tag >= 0])
+        return sorted(range(len(best)), key=lambda tag: (-best[tag], self.configurations[tag].is_sequential))
+
+    def columns(self, rates: FloatArray) -> tuple[IntArray, Columns]:
+        """Sub-fleets whose rate no smaller one reaches, as columns of the master."""
+        digits, strides = self.lattice.digits, self.lattice.strides
+        keep = rates > 0
+        below = np.zeros(len(rates))
+        for v in range(len(rates)):
+            for row, stride in enumerate(strides):
+                if digits[v, row]:
+                    below[v] = max(below[v], below[v - stride], rates[v - stride])
+        keep &= rates > below
+        chosen = np.flatnonzero(keep)
+        return chosen, Columns(rates[chosen], self.costs[chosen].astype(float), digits[chosen])
+
+    def pack(self, rates: FloatArray, time_limit_s: float, seed: int) -> tuple[IntArray, MilpSolution | None]:
+        chosen, columns = self.columns(rates)
+        if not len(chosen):
+            return chosen, None
+        return chosen, self.master.solve_milp(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
+
+    def prices(self, rates: FloatArray) -> tuple[FloatArray, float] | None:
+        """Row prices of the relaxation and the price of demand (1 where the rate is maximised)."""
+        chosen, columns = self.columns(rates)
+        lp = self.master.solve_lp(columns) if len(chosen) else None
+        if lp is None:
+            return None
+        return lp.row_prices, 1.0 if self.master.maximises else lp.demand_price
+
+    def needed_rates(self, ceiling: FloatArray, incumbent: float) -> FloatArray:
+        """Per sub-fleet, the rate below which a replica on it cannot be part of a better packing.
+
+        With ``price(v) = cost(v) + y v`` and a demand price pi such that ``pi rate <= price`` for all replicas, any
+        packing that holds a replica of rate r on v is bounded by D less ``price(v) - pi r``, D the dual bound. It beats
+        the incumbent only if ``pi r > price(v) - |D - incumbent|``.
+        """
+        found = self.prices(ceiling)
+        if found is None:
+            return np.zeros(len(ceiling))
+        rows, demand_price = found
+        floor = 1e-9 * (rows.max(initial=0.0) + 1e-12)
+        price = self.lattice.digits @ np.maximum(rows, floor)
+        if self.master.maximises:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                scale = float(np.nanmax(np.where(price > 0, ceiling / price, 0.0)))
+            bound = scale * float(np.maximum(rows, floor) @ self.master.limits)
+            return np.maximum(0.0, scale * price - (bound - incumbent) * (1.0 + 1e-12))
+        price = price + self.costs
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = float(np.nanmax(np.where(ceiling > 0, ceiling / price, 0.0)))
+        if scale <= 0:
+            return np.zeros(len(ceiling))
+        assert self.master.demand is not None, "costs are minimised for a demand"
+        bound = self.master.demand / scale - float(np.maximum(rows, floor) @ self.master.limits)
+        return np.maximum(0.0, scale * (price - (incumbent - bound) * (1.0 + 1e-12)))
+
+    def template(self, v: int) -> Template:
+        """The replica behind the frontier's rate of a sub-fleet, at its exact interval."""
+        f = self.frontier
+        if v not in f.templates:
+            c = self.configurations[int(f.tag[v])]
+            tables = self.atlas.scopes[c.scope].tables
+            options, entries = self.options_of(c)
+            if c.is_sequential:
+                stages = sequential_stages(tables, self.lattice, options, entries, v, f.interval_s[v])
+            else:
+                layers, option = entry_layers(tables, options, entries, f.interval_s[v])
+                total = int(self.lattice.limits.sum())
+                counted = c.max_copies if c.max_copies < total else 0
+                r = reach(tables, self.lattice, entries, layers, counted)
+                stages = stages_from(tables, entries, layers, option, r, v, counted > 0)
+            f.templates[v] = template_of(self.atlas, c, options, stages)
+        return f.templates[v]
+
+
+def solve_exactly(
+    atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report, seed: int
+) -> ExactResult | None:
+    """Proven optimum of a small fleet; None if the family holds no plan (or the budget ran out before one was found).
+
+    When the budget runs out during a pass, the result carries the bound of the last full pass.
+    """
+    search = ExactSearch(atlas, master, row_costs)
+    count = len(search.lattice.digits)
+    needed = np.zeros(count)
+    best: tuple[IntArray, MilpSolution] | None = None
+    proven = np.inf if master.maximises else 0.0
+    for tolerance in TOLERANCES:
+        finished = search.sweep(needed, tolerance, budget)
+        chosen, packing = search.pack(search.frontier.rate, budget.remaining_s(), seed)
+        if packing is not None:
+            best = (chosen, packing)
+        if packing is None or not finished:
+            break
+        ceiling = search.frontier.ceiling(tolerance)
+        _, optimistic = search.pack(ceiling, budget.remaining_s(), seed)
+        if optimistic is not None:
+            outside = max if master.maximises else min
+            proven = outside(packing.value, optimistic.bound)
+        report(Progress(phase="sub-fleets", elapsed_s=budget.elapsed_s(), incumbent=packing.value, bound=proven))
+        needed = search.needed_rates(ceiling, packing.value)
+    if best is None:
+        return None
+    chosen, packing = best
+    counts = [(search.template(int(v)), int(n)) for v, n in zip(chosen, packing.counts, strict=True) if n]
+    value = float(sum(n * (t.rate if master.maximises else 0.0) for t, n in counts)) or packing.value
+    prices = search.prices(search.frontier.rate)
+    used = {int(v) for v, n in zip(chosen, packing.counts, strict=True) if n}
+    others = sorted((int(v) for v in chosen if int(v) not in used), key=lambda v: -search.frontier.rate[v])
+    return ExactResult(
+        chosen=tuple(counts),
+        value=value,
+        bound=max(proven, value) if master.maximises else min(proven, value),
+        row_prices=prices[0] if prices is not None else np.zeros(len(atlas.resources.rows)),
+        runners_up=tuple(search.template(v) for v in others[:5]),
+    )

@@ -1,0 +1,263 @@
+"""A replica before it has named GPUs: its shape, and what the tables say of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetis.solver import cost
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.options import Options
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateStage:
+    """c TP groups of rank type s with l repeated layers each copy; p cards of class q per copy take k groups."""
+
+    rank: int
+    copies: int
+    layers: int
+    pool_class: int = -1
+    pool_cards: int = 0
+    pool_groups: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One replica of the family: a column of the master. ``rate`` is in requests/s."""
+
+    scope: int
+    mix: int
+    in_flight_index: int
+    stages: tuple[TemplateStage, ...]
+    interval_s: float
+
+    @property
+    def rate(self) -> float:
+        return 1.0 / self.interval_s
+
+    @property
+    def num_copies(self) -> int:
+        return sum(stage.copies for stage in self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A part of the family searched on its own: a scope, a mix, M, and how full the pipeline is.
+
+    ``max_copies`` bounds the stage copies K of a replica: M = 1 is sequential (any K, copies take no turns), M >= 2 K
+    runs with ``full_slack``, M >= K with ``tight_slack``.
+    """
+
+    scope: int
+    mix: int
+    in_flight_index: int
+    in_flight: int
+    max_copies: int
+    slack: float
+
+    @property
+    def is_sequential(self) -> bool:
+        return self.in_flight == 1
+
+
+def configurations(atlas: Atlas) -> list[Configuration]:
+    """Every configuration of the family, fewer those that a smaller M serves as well.
+
+    With G GPUs in the fleet K <= G: once M >= 2 G the pipeline is full whatever its shape, and more micro-batches
+    only take memory.
+    """
+    found = []
+    a, family = atlas.problem.assumptions, atlas.problem.family
+    most_copies = sum(c.available for c in atlas.classes)
+    for scope in range(len(atlas.scopes)):
+        for mix in range(len(atlas.mixes)):
+            filled = False
+            for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
+                if m == 1:
+                    found.append(Configuration(scope, mix, f, m, 1 << 20, 0.0))
+                elif not filled:
+                    filled = m >= 2 * most_copies
+                    found.append(Configuration(scope, mix, f, m, m // 2, a.full_slack))
+                    if not filled:
+                        found.append(Configuration(scope, mix, f, m, m, a.tight_slack))
+    return found
+
+
+def template_of(atlas: Atlas, configuration: Configuration, options: Options, stages: IntArray) -> Template:
+    """Turns stages [., 2] of (option, layers) into a template, at the exact interval of its best layer split."""
+    parts = tuple(
+        TemplateStage(
+            rank=int(options.rank[o]),
+            copies=int(options.copies[o]),
+            layers=int(layers),
+            pool_class=int(options.pool_class[o]),
+            pool_cards=int(options.pool_cards[o]) if options.pool_class[o] >= 0 else 0,
+            pool_groups=int(options.pool_groups[o]) if options.pool_class[o] >= 0 else 0,
+        )
+        for o, layers in stages
+    )
+    rough = Template(configuration.scope, configuration.mix, configuration.in_flight_index, parts, np.inf)
+    rough = replace(rough, interval_s=interval_of(atlas, rough))
+    return rebalanced(atlas, rough)
+
+
+def roles(count: int) -> list[int]:
+    """Roles of ``count`` stages in order."""
+    if count == 1:
+        return [BOTH]
+    return [FIRST] + [PLAIN] * (count - 2) + [LAST]
+
+
+def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
+    """(w, fixed) of every stage: a stage with l repeated layers takes ``l w + fixed`` seconds per request."""
+    t = atlas.scopes[template.scope].tables
+    x, result = template.mix, []
+    for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
+        s = stage.rank
+        if stage.pool_class < 0:
+            layer_s = t.layer_s[x, s] + t.own_s[x, s, t.rank_groups[s]]
+        else:
+            entry = (stage.pool_groups - 1) * atlas.max_pool + stage.pool_cards - 1
+            layer_s = t.layer_s[x, s] + t.pool_s[x, t.pool_start[s, stage.pool_class] + entry]
+        fixed = float(t.step_s[x, s])
+        if role in (PLAIN, LAST):
+            fixed += t.hop_s[x, s]
+        else:
+            fixed += t.prefix_layers * (layer_s + t.prefix_delta_s[x, s])
+        if role in (LAST, BOTH):
+            fixed += t.last_s[x, s]
+        result.append((float(layer_s), float(fixed)))
+    return result
+
+
+def interval_of(atlas: Atlas, template: Template) -> float:
+    """t of `docs/cost-model.md`."""
+    times = [
+        stage.layers * w + fixed
+        for stage, (w, fixed) in zip(template.stages, stage_seconds(atlas, template), strict=True)
+    ]
+    m = atlas.problem.family.in_flight[template.in_flight_index]
+    busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
+    slack = cost.slack(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
+    return (1.0 + slack) * max(busiest, sum(times) / m)
+
+
+def rebalanced(atlas: Atlas, template: Template) -> Template:
+    """The same stages with the split of layers that makes the interval shortest.
+
+    Only for pipelined replicas of models that may be cut anywhere; others come from the search with their best split.
+    The interval is lowered below the present one, every stage takes the layers that fit in it, as long as they cover
+    the model.
+    """
+    m = atlas.problem.family.in_flight[template.in_flight_index]
+    if m == 1 or len(template.stages) == 1 or atlas.problem.model.forbidden_cuts:
+        return template
+    times = stage_seconds(atlas, template)
+    rooms = [room_layers(atlas, template, i) for i in range(len(template.stages))]
+    total = sum(stage.layers for stage in template.stages)
+    slack = cost.slack(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
+    best = template
+    while True:
+        target = best.interval_s / (1.0 + slack) * (1.0 - 1e-12)
+        fits = [
+            min(room, int((stage.copies * target - fixed) / w)) if stage.copies * target > fixed else 0
+            for room, stage, (w, fixed) in zip(rooms, best.stages, times, strict=True)
+        ]
+        if min(fits) < 1 or sum(fits) < total:
+            return best
+        spare = sum(fits) - total
+        order = sorted(range(len(fits)), key=lambda i: -times[i][0] / best.stages[i].copies)
+        while spare > 0:  # give back where a layer costs most, keeping one layer per stage
+            for i in order:
+                if spare > 0 and fits[i] > 1:
+                    given = min(spare, max(1, (fits[i] - 1) // 2))
+                    fits[i] -= given
+                    spare -= given
+        stages = tuple(replace(stage, layers=n) for stage, n in zip(best.stages, fits, strict=True))
+        candidate = replace(best, stages=stages)
+        interval = interval_of(atlas, candidate)
+        if not interval < best.interval_s:
+            return best
+        best = replace(candidate, interval_s=interval)
+
+
+def kv_tokens_held(atlas: Atlas, template: Template, stage: TemplateStage) -> tuple[int, float]:
+    """(D, Tkv) of a stage: micro-batches whose KV one copy holds, and the tokens that takes."""
+    t = atlas.scopes[template.scope].tables
+    m = int(t.in_flight[template.in_flight_index])
+    held = -(-m // stage.copies)
+    return held, float(t.kv_tokens[template.mix, template.in_flight_index, stage.copies - 1])
+
+
+def fixed_bytes(atlas: Atlas, template: Template, index: int) -> float:
+    """Bytes of a rank that do not grow with its repeated layers or KV: activations, ends, prefix weights."""
+    t = atlas.scopes[template.scope].tables
+    s, x, role = template.stages[index].rank, template.mix, roles(len(template.stages))[index]
+    total = float(t.act_bytes[x, s])
+    if role in (FIRST, BOTH):
+        total += t.first_bytes[s]
+    if role in (LAST, BOTH):
+        total += t.last_bytes[s] + t.logit_bytes[x, s]
+    if role == BOTH:
+        total -= t.tied_bytes[s]
+    return total
+
+
+def room_layers(atlas: Atlas, template: Template, index: int) -> int:
+    """Repeated layers that fit in memory on a stage (and its pool)."""
+    t = atlas.scopes[template.scope].tables
+    stage = template.stages[index]
+    held, tokens = kv_tokens_held(atlas, template, stage)
+    prefix = t.prefix_layers if index == 0 else 0
+    kept = (t.rank_groups[stage.rank] - stage.pool_groups) * t.kv_group_bytes * tokens
+    room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - prefix * kept
+    layers = room / (t.layer_bytes[stage.rank] + kept)
+    if stage.pool_class >= 0:
+        requests = held * int(t.micro_batch[template.mix])
+        pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
+        worker_bytes = pairs / requests * tokens * t.kv_group_bytes
+        layers = min(layers, t.worker_room_bytes[stage.pool_class] / worker_bytes - prefix)
+    return max(0, int(min(layers + 1e-9, t.num_layers)))
+
+
+def use_of(atlas: Atlas, template: Template) -> IntArray:
+    """What a template takes of every master row, shape [rows]."""
+    use = np.zeros(len(atlas.resources.rows), dtype=np.int64)
+    for stage in template.stages:
+        use += stage.copies * atlas.group_use[stage.rank]
+        if stage.pool_class >= 0:
+            use += stage.copies * stage.pool_cards * atlas.card_use[stage.pool_class]
+    return use
+
+
+def gpus_of(atlas: Atlas, template: Template) -> Counter[int]:
+    """GPUs of each class that a template takes."""
+    count: Counter[int] = Counter()
+    for stage in template.stages:
+        device_class, tp = atlas.ranks[stage.rank]
+        count[device_class] += stage.copies * tp
+        if stage.pool_class >= 0:
+            count[stage.pool_class] += stage.copies * stage.pool_cards
+    return count
+
+
+def usd_per_hour_of(atlas: Atlas, template: Template) -> float:
+    """Rent of a template's GPUs; GPUs without a known price count as 0."""
+    return sum(n * (atlas.classes[g].usd_per_hour or 0.0) for g, n in gpus_of(atlas, template).items())
+
+
+def describe(atlas: Atlas, stages: Sequence[TemplateStage]) -> str:
+    """Like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
+    parts = []
+    for stage in stages:
+        device_class, tp = atlas.ranks[stage.rank]
+        text = f"{atlas.classes[device_class].gpu} TP{tp} x{stage.copies} L{stage.layers}"
+        if stage.pool_class >= 0:
+            text += f" (+{stage.pool_cards} {atlas.classes[stage.pool_class].gpu} attention workers)"
+        parts.append(text)
+    return " | ".join(parts)
