@@ -6,8 +6,8 @@ import numpy as np
 from numba import njit
 
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.options import ROUNDING, Options
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
+from hetis.solver.placement.options import ROUNDING, Options, class_use
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 
 @njit(cache=True, nogil=True)
@@ -27,11 +27,15 @@ def _cheapest_per_layers(
     best[:] = np.inf
     arg[:] = -1
     for i in range(prices.shape[0]):
+        per_second = 1.0 / o.layer_s[i]
+        busy = o.copies[i] * interval_s
         for role in range(4):
-            l = layers_in_time(o, i, role, interval_s)
-            if l > 0 and prices[i] < best[role, l]:
-                best[role, l] = prices[i]
-                arg[role, l] = i
+            layers = min(float(o.max_layers[i, role]), (busy - o.fixed_s[i, role]) * per_second + ROUNDING)
+            if layers >= 1.0:
+                l = int(layers)
+                if prices[i] < best[role, l]:
+                    best[role, l] = prices[i]
+                    arg[role, l] = i
     for role in range(4):
         for l in range(num_layers - 1, -1, -1):
             if best[role, l + 1] < best[role, l]:
@@ -192,9 +196,78 @@ def _cover_counted(
 
 
 @njit(cache=True, nogil=True)
+def _excess(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
+    """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
+    worst, most = -1, 0
+    for g in range(scarce.shape[0]):
+        if scarce[g]:
+            use = -t.available[g]
+            for i in range(stages.shape[0]):
+                use += class_use(t, o, stages[i, 0], g)
+            if use > most:
+                worst, most = g, use
+    return worst, most
+
+
+@njit(cache=True, nogil=True)
+def fitting_cover(
+    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, scarce: BoolArray, enough: float
+) -> tuple[float, float, IntArray]:
+    """`cheapest_cover` among replicas that fit in the fleet, bounded where that is not found at once.
+
+    A class of which one replica could take more than there is (a *scarce* one) gets a penalty on its GPUs; with
+    penalties the cheapest cover, less penalty times GPUs available, is a Lagrangean bound on the price of every cover
+    that fits. Penalties are raised on what is overdrawn, and halved back where the bound stops rising; a bound of
+    ``enough`` ends it.
+
+    Returns (lower bound on the price, price, stages); price inf and no stages if no fitting cover was met.
+    """
+    price, stages = cheapest_cover(t, o, prices, interval_s, max_copies)
+    short, over = _excess(t, o, stages, scarce)
+    if short < 0:
+        return price, price, stages
+    lower, best_price, best_stages = price, np.inf, np.empty((0, 2), np.int64)
+    penalty = np.zeros(scarce.shape[0])
+    step = price / (over + t.available[short])
+    adjusted = np.empty_like(prices)
+    for _ in range(40):
+        penalty[short] += step
+        offset = 0.0
+        for g in range(scarce.shape[0]):
+            offset += penalty[g] * t.available[g]
+        for i in range(prices.shape[0]):
+            adjusted[i] = prices[i]
+            for g in range(scarce.shape[0]):
+                if penalty[g] > 0.0:
+                    adjusted[i] += penalty[g] * class_use(t, o, i, g)
+        penalised, stages = cheapest_cover(t, o, adjusted, interval_s, max_copies)
+        if penalised - offset > lower:
+            lower = penalised - offset
+        else:  # overshot
+            penalty[short] -= step
+            step *= 0.5
+        if penalised == np.inf or lower >= enough or lower >= best_price:
+            break
+        excess, _ = _excess(t, o, stages, scarce)
+        if excess < 0:
+            price = 0.0
+            for i in range(stages.shape[0]):
+                price += prices[stages[i, 0]]
+            if price < best_price:
+                best_price, best_stages = price, stages
+            penalty[short] = max(0.0, penalty[short] - step)
+            step *= 0.5
+            if best_price - lower <= 1e-3 * best_price:
+                break
+        else:
+            short = excess
+    return min(lower, best_price), best_price, best_stages
+
+
+@njit(cache=True, nogil=True)
 def best_column(
-    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, slack: float, max_copies: int, ratio_floor: float,
-    tolerance: float,
+    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, slack: float, max_copies: int, scarce: BoolArray,
+    ratio_floor: float, tolerance: float,
 ) -> tuple[float, float, float]:  # fmt: skip
     """The replica of a pipelined configuration with the best ``rate / price``, by branch and bound over intervals.
 
@@ -202,10 +275,12 @@ def best_column(
     ``1 / (t C(t)) <= 1 / (t_lo C(t_hi))``. Intervals that cannot beat ``ratio_floor`` or the best found are dropped,
     the others halved until they are narrower than ``tolerance``.
 
-    Returns (ratio, t, bound): no replica of this configuration has a ratio above ``max(bound, ratio_floor)``.
+    Returns (ratio, t, bound): no replica of this configuration that fits in the fleet has a ratio above
+    ``max(bound, ratio_floor)``.
     """
+    best_ratio, best_t, bound = 0.0, 0.0, 0.0
     if prices.shape[0] == 0:
-        return 0.0, 0.0, 0.0
+        return best_ratio, best_t, bound
     slowest = 0.0
     fastest_layer = np.inf
     for i in range(prices.shape[0]):
@@ -213,36 +288,32 @@ def best_column(
         for role in range(4):
             slowest = max(slowest, (o.max_layers[i, role] * o.layer_s[i] + o.fixed_s[i, role]) / o.copies[i])
     t_hi = min(interval_cap_s, slowest * (1.0 + slack) * (1.0 + 1e-9))
-    t_lo = (1.0 + slack) * t.num_layers * fastest_layer / max_copies
-    best_ratio, best_t, bound = 0.0, 0.0, 0.0
+    t_lo = max(t.t_floor, (1.0 + slack) * t.num_layers * fastest_layer / max_copies * (1.0 - 1e-9))
     if t_lo > t_hi:
         return best_ratio, best_t, bound
-    price, _ = cheapest_cover(t, o, prices, t_hi / (1.0 + slack), max_copies)
-    if price == np.inf:
-        return best_ratio, best_t, bound
-    best_ratio, best_t, bound = 1.0 / (t_hi * price), t_hi, 1.0 / (t_hi * price)
     stack = np.empty((256, 3), np.float64)
-    stack[0, 0], stack[0, 1], stack[0, 2] = t_lo * (1.0 - 1e-9), t_hi, price
-    size = 1
-    while size > 0:
-        size -= 1
-        lo, hi, price_hi = stack[size, 0], stack[size, 1], stack[size, 2]
-        ceiling = 1.0 / (lo * price_hi)
-        if ceiling <= max(ratio_floor, best_ratio):
-            continue
-        if hi <= lo * (1.0 + tolerance) or size + 2 >= stack.shape[0]:
-            bound = max(bound, ceiling)
-            continue
-        middle = np.sqrt(lo * hi)
-        price_mid, _ = cheapest_cover(t, o, prices, middle / (1.0 + slack), max_copies)
-        if price_mid < np.inf:
-            ratio = 1.0 / (middle * price_mid)
-            if ratio > best_ratio:
-                best_ratio, best_t = ratio, middle
-                bound = max(bound, ratio)
-            stack[size, 0], stack[size, 1], stack[size, 2] = lo, middle, price_mid
-            size += 1
-        if price_mid > price_hi:
+    size = 0
+    middle, lo, hi, price_hi = t_hi, t_lo, t_hi, 0.0
+    while True:
+        enough = 1.0 / (middle * max(ratio_floor, best_ratio, 1e-300))
+        lower, price, _ = fitting_cover(t, o, prices, middle / (1.0 + slack), max_copies, scarce, enough)
+        if price < np.inf and 1.0 / (middle * price) > best_ratio:
+            best_ratio, best_t = 1.0 / (middle * price), middle
+        if middle < hi and price > price_hi:
             stack[size, 0], stack[size, 1], stack[size, 2] = middle, hi, price_hi
             size += 1
-    return best_ratio, best_t, bound
+        if lower < np.inf:
+            stack[size, 0], stack[size, 1], stack[size, 2] = lo, middle, lower
+            size += 1
+        while size > 0:
+            size -= 1
+            lo, hi, price_hi = stack[size, 0], stack[size, 1], stack[size, 2]
+            ceiling = 1.0 / (lo * price_hi)
+            if ceiling <= max(ratio_floor, best_ratio):
+                continue
+            if hi > lo * (1.0 + tolerance) and size + 2 < stack.shape[0]:
+                break
+            bound = max(bound, ceiling)
+        else:
+            return best_ratio, best_t, max(bound, best_ratio)
+        middle = np.sqrt(lo * hi)

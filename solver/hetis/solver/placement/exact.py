@@ -29,6 +29,7 @@ from hetis.solver.placement.frontier import (
     stages_from,
 )
 from hetis.solver.placement.master import Columns, Master, MilpSolution
+from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.options import Options, list_options
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
@@ -80,17 +81,6 @@ class Frontier:
     def ceiling(self, tolerance: float) -> FloatArray:
         """No replica outside what was ruled out by `needed_rates` has a higher rate, per sub-fleet."""
         return np.maximum(self.bound, self.rate * (1.0 + tolerance))
-
-
-@dataclass(frozen=True, slots=True)
-class ExactResult:
-    """Chosen templates with counts, the value, a bound on it, row prices, and the best single replicas seen."""
-
-    chosen: tuple[tuple[Template, int], ...]
-    value: float
-    bound: float
-    row_prices: FloatArray
-    runners_up: tuple[Template, ...]
 
 
 class ExactSearch:
@@ -240,7 +230,7 @@ class ExactSearch:
 
 def solve_exactly(
     atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report, seed: int
-) -> ExactResult | None:
+) -> Outcome | None:
     """Proven optimum of a small fleet; None if the family holds no plan (or the budget ran out before one was found).
 
     When the budget runs out during a pass, the result carries the bound of the last full pass.
@@ -268,14 +258,15 @@ def solve_exactly(
         return None
     chosen, packing = best
     counts = [(search.template(int(v)), int(n)) for v, n in zip(chosen, packing.counts, strict=True) if n]
-    value = float(sum(n * (t.rate if master.maximises else 0.0) for t, n in counts)) or packing.value
+    value = float(sum(n * t.rate for t, n in counts)) if master.maximises else packing.value
     prices = search.prices(search.frontier.rate)
     used = {int(v) for v, n in zip(chosen, packing.counts, strict=True) if n}
     others = sorted((int(v) for v in chosen if int(v) not in used), key=lambda v: -search.frontier.rate[v])
-    return ExactResult(
+    return Outcome(
         chosen=tuple(counts),
         value=value,
         bound=max(proven, value) if master.maximises else min(proven, value),
         row_prices=prices[0] if prices is not None else np.zeros(len(atlas.resources.rows)),
         runners_up=tuple(search.template(v) for v in others[:5]),
+        interrupted=budget.cancelled.is_set(),
     )

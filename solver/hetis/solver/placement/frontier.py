@@ -11,16 +11,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.cover import layers_in_time
 from hetis.solver.placement.options import Options
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
-
-BoolArray = npt.NDArray[np.bool_]
-
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 class Lattice(NamedTuple):
     """All usage vectors up to the fleet: R rows, V vectors."""
@@ -264,6 +260,7 @@ def explore(
         total += lattice.limits[row]
     counted = max_copies if max_copies < total else 0
     t_lo, t_hi = _interval_range(t, o, entries, interval_cap_s / (1.0 + slack), min(max_copies, total))
+    t_lo = max(t_lo, t.t_floor / (1.0 + slack))
     if not t_lo < t_hi:
         return 0
     depth = 160
@@ -423,7 +420,7 @@ def explore_sequential(
         return
     sums = least_sums(t, lattice, o, entries, worth)
     for v in range(worth.shape[0]):
-        interval = sums.seconds[v, t.num_layers]
+        interval = max(sums.seconds[v, t.num_layers], t.t_floor)
         if interval <= interval_cap_s and 1.0 / interval > best_rate[v]:
             best_rate[v], best_tag[v], best_interval[v] = 1.0 / interval, tag, interval
 

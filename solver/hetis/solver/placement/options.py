@@ -46,33 +46,30 @@ def _empty_options(capacity: int) -> Options:
 
 
 @njit(cache=True, nogil=True)
-def _layers_in_memory(
-    t: Tables, x: int, s: int, kept_bytes: float, worker_bytes: float, worker_room: float, role: int
-) -> int:
-    """Repeated layers that fit on a rank (and its pool) in a role; ``*_bytes`` are KV bytes of one layer."""
+def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> float:
+    """Repeated layers that fit on a rank in a role, not rounded; ``kept_bytes`` are KV bytes of one layer."""
     room = t.room_bytes[s] - t.act_bytes[x, s]
-    prefix = 0
-    if role == FIRST or role == BOTH:
+    if role in (FIRST, BOTH):
         room -= t.first_bytes[s] + t.prefix_layers * kept_bytes
-        prefix = t.prefix_layers
-    if role == LAST or role == BOTH:
+    if role in (LAST, BOTH):
         room -= t.last_bytes[s] + t.logit_bytes[x, s]
     if role == BOTH:
         room += t.tied_bytes[s]
-    if room < 0.0:
-        return 0
-    layers = room / (t.layer_bytes[s] + kept_bytes)
-    if worker_bytes > 0.0:
-        layers = min(layers, worker_room / worker_bytes - prefix)
-    return int(max(0.0, min(layers + ROUNDING, float(t.num_layers))))
+    return max(0.0, min(room / (t.layer_bytes[s] + kept_bytes) + ROUNDING, float(t.num_layers)))
+
+
+@njit(cache=True, nogil=True)
+def layers_on_card(t: Tables, q: int, pairs: float, requests: int, tokens: float) -> float:
+    """Layers whose KV fits on an attention worker that holds ``pairs`` (request, head group) pairs of each."""
+    return t.worker_room_bytes[q] / (pairs / requests * tokens * t.kv_group_bytes) + ROUNDING
 
 
 @njit(cache=True, nogil=True)
 def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int, pool_stride: int) -> Options:
     """Every stage option of a configuration that fits in memory, fewer those no better than a cheaper one beside it.
 
-    An option with a pool is kept only if it beats the stage without one, and every smaller pool of the same class,
-    in layer time or in room: a larger pool that does neither only costs more.
+    An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
+    of the same class, is as fast and has as much room: it would only cost more.
     """
     b, m = t.micro_batch[x], t.in_flight[f]
     out = _empty_options(256)
@@ -84,60 +81,65 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int, pool
         for c in range(1, copies_limit + 1):
             if c * n > t.available[g]:
                 break
-            held = (m + c - 1) // c  # D
+            requests = (m + c - 1) // c * b  # D b
             tokens = t.kv_tokens[x, f, c - 1]
-            first = count
+            on_rank = np.empty((groups + 1, 4), np.float64)
+            for k in range(groups + 1):
+                for role in range(4):
+                    on_rank[k, role] = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, role)
+            without = count
             for q in range(-1, t.available.shape[0]):
                 if q >= 0 and (max_pool == 0 or t.pool_start[s, q] < 0):
                     continue
-                group_first = count
                 cards_limit = 0 if q < 0 else min(max_pool, (t.available[q] - (c * n if q == g else 0)) // c)
+                first_of_group = fastest = roomiest = count
                 for p in range(0 if q < 0 else 1, cards_limit + 1):
                     for k in range(0 if q < 0 else 1, (0 if q < 0 else groups) + 1):
-                        kept_bytes = (groups - k) * t.kv_group_bytes * tokens
-                        worker_bytes = 0.0
-                        worker_room = 0.0
                         layer_s = t.layer_s[x, s]
+                        on_card = np.inf
                         if q < 0:
                             layer_s += t.own_s[x, s, groups]
                         else:
                             layer_s += t.pool_s[x, t.pool_start[s, q] + (k - 1) * pool_stride + p - 1]
-                            pairs = np.ceil(held * b * k * n / p - ROUNDING)
-                            worker_bytes = pairs / (held * b) * tokens * t.kv_group_bytes
-                            worker_room = t.worker_room_bytes[q]
-                        fits = False
+                            on_card = layers_on_card(t, q, np.ceil(requests * k * n / p - ROUNDING), requests, tokens)
+                        most = 0
                         for role in range(4):
-                            caps[role] = _layers_in_memory(t, x, s, kept_bytes, worker_bytes, worker_room, role)
-                            fits = fits or caps[role] > 0
-                        if not fits:
+                            prefix = t.prefix_layers if role in (FIRST, BOTH) else 0
+                            caps[role] = int(max(0.0, min(on_rank[k, role], on_card - prefix)))
+                            most = max(most, caps[role])
+                        if most == 0:
                             continue
-                        dominated = False
-                        for o in range(group_first, count):
-                            if _at_least(out, o, layer_s, caps):
-                                dominated = True
-                                break
-                        if not dominated and q >= 0 and first < count and out.pool_class[first] < 0:
-                            dominated = _at_least(out, first, layer_s, caps)
-                        if dominated:
+                        if count > first_of_group and (
+                            _at_least(out, fastest, layer_s, caps) or _at_least(out, roomiest, layer_s, caps)
+                        ):
+                            continue
+                        if q >= 0 and without < first_of_group and _at_least(out, without, layer_s, caps):
                             continue
                         if count == out.rank.shape[0]:
                             out = _grown(out)
-                        out.rank[count] = s
-                        out.copies[count] = c
-                        out.pool_class[count] = q
-                        out.pool_cards[count] = p
-                        out.pool_groups[count] = k
-                        out.layer_s[count] = layer_s
-                        stage_s = t.step_s[x, s]
-                        prefix_s = t.prefix_layers * (layer_s + t.prefix_delta_s[x, s])
-                        out.fixed_s[count, PLAIN] = stage_s + t.hop_s[x, s]
-                        out.fixed_s[count, FIRST] = stage_s + prefix_s
-                        out.fixed_s[count, LAST] = stage_s + t.hop_s[x, s] + t.last_s[x, s]
-                        out.fixed_s[count, BOTH] = stage_s + prefix_s + t.last_s[x, s]
-                        for role in range(4):
-                            out.max_layers[count, role] = caps[role]
+                        _write(t, out, count, x, s, c, q, p, k, layer_s, caps)
+                        if count == first_of_group or layer_s < out.layer_s[fastest]:
+                            fastest = count
+                        if count == first_of_group or caps[PLAIN] > out.max_layers[roomiest, PLAIN]:
+                            roomiest = count
                         count += 1
     return _sliced(out, count)
+
+
+@njit(cache=True, nogil=True)
+def _write(
+    t: Tables, out: Options, i: int, x: int, s: int, c: int, q: int, p: int, k: int, layer_s: float, caps: IntArray
+) -> None:
+    """Fills row i of the options."""
+    out.rank[i], out.copies[i], out.pool_class[i], out.pool_cards[i], out.pool_groups[i] = s, c, q, p, k
+    out.layer_s[i] = layer_s
+    prefix_s = t.prefix_layers * (layer_s + t.prefix_delta_s[x, s])
+    out.fixed_s[i, PLAIN] = t.step_s[x, s] + t.hop_s[x, s]
+    out.fixed_s[i, FIRST] = t.step_s[x, s] + prefix_s
+    out.fixed_s[i, LAST] = t.step_s[x, s] + t.hop_s[x, s] + t.last_s[x, s]
+    out.fixed_s[i, BOTH] = t.step_s[x, s] + prefix_s + t.last_s[x, s]
+    for role in range(4):
+        out.max_layers[i, role] = caps[role]
 
 
 @njit(cache=True, nogil=True)
@@ -201,36 +203,14 @@ def option_prices(t: Tables, o: Options, group_price: FloatArray, card_price: Fl
 
 
 @njit(cache=True, nogil=True)
-def undominated(o: Options, prices: FloatArray) -> IntArray:
-    """Options that no other beats in price, speed per copy, fixed time per copy, room and copies at once; by price."""
-    order = np.argsort(prices)
-    kept = np.empty(order.shape[0], np.int64)
-    count = 0
-    for i in range(order.shape[0]):
-        o_i = order[i]
-        dominated = False
-        for j in range(count):
-            k = kept[j]
-            if (
-                o.copies[k] > o.copies[o_i]
-                or o.layer_s[k] * o.copies[o_i] > o.layer_s[o_i] * o.copies[k]
-            ):  # fmt: skip
-                continue
-            beats = True
-            for role in range(4):
-                if (
-                    o.max_layers[k, role] < o.max_layers[o_i, role]
-                    or o.fixed_s[k, role] * o.copies[o_i] > o.fixed_s[o_i, role] * o.copies[k]
-                ):
-                    beats = False
-                    break
-            if beats:
-                dominated = True
-                break
-        if not dominated:
-            kept[count] = o_i
-            count += 1
-    return kept[:count]
+def class_use(t: Tables, o: Options, i: int, device_class: int) -> int:
+    """GPUs of a class that option i takes."""
+    use = 0
+    if t.rank_class[o.rank[i]] == device_class:
+        use += o.copies[i] * t.rank_tp[o.rank[i]]
+    if o.pool_class[i] == device_class:
+        use += o.copies[i] * o.pool_cards[i]
+    return use
 
 
 @njit(cache=True, nogil=True)

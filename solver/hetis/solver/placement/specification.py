@@ -26,7 +26,7 @@ from hetis.solver.check.fleet import slowest
 from hetis.solver.check.memory import rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.check.timing import layer_seconds, stage_seconds, tpot_per_t, ttft_per_t
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import ObjectiveKind, Status
@@ -356,13 +356,15 @@ class _Formulation:
                 own = classes[groups[0][0]]
                 if own.zone not in shared.zones or not _is_one_type(shape, shared.gpu):
                     continue
-                link = slowest([own.nic, *zone_links])
+                one_layer = replace(shape, hop_link=slowest([own.nic, *zone_links]))
+                layer_s = layer_seconds(shared.setting, one_layer)
+                one_layer_s = stage_seconds(shared.setting, one_layer, is_first=is_first, is_last=is_last)
                 fewest, most = (repeated, repeated) if is_first and is_last else (1, repeated - 1)
                 for held in range(max(fewest, shared.layers[0]), min(most, shared.layers[1]) + 1):
-                    stage = replace(shape, layers=held, hop_link=link)
+                    stage = replace(one_layer, layers=held)
                     if not _fits_memory(shared.setting, stage, is_first=is_first, is_last=is_last):
                         break
-                    u = stage_seconds(shared.setting, stage, is_first=is_first, is_last=is_last)
+                    u = one_layer_s + (held - 1) * layer_s
                     w = stage.copies / ((1 + shared.slack) * u)
                     if w * shared.t_limit_s >= 1 - 1e-9 and stage.copies <= shared.most_copies:
                         whole = is_first and is_last

@@ -21,6 +21,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 PLAIN, FIRST, LAST, BOTH = range(4)
 
@@ -38,6 +39,7 @@ class Tables(NamedTuple):
     micro_batch: IntArray  # [X]
     in_flight: IntArray  # [F]
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
+    t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
     kv_tokens: FloatArray  # [X, F, copies] Tkv
     rank_class: IntArray  # [S]
     rank_tp: IntArray  # [S]
@@ -175,6 +177,7 @@ class _Builder:
             micro_batch=np.array([m.micro_batch for m in self.mixes], dtype=np.int64),
             in_flight=np.array(family.in_flight, dtype=np.int64),
             t_cap=self._t_cap(),
+            t_floor=self._t_floor(zones),
             kv_tokens=self._kv_tokens(),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
@@ -242,6 +245,23 @@ class _Builder:
                     per_t = cost.ttft_per_interval(self.moments, self.problem.assumptions, mix, in_flight)
                     caps[x, f] = min(caps[x, f], objective.ttft_limit_s / per_t)
         return caps
+
+    def _t_floor(self, zones: tuple[str, ...]) -> float:
+        """A replica crosses a link between zones once in each direction at most, with ``(P + O) H s`` bytes per request.
+
+        As many replicas as memory allows may do so, and each is granted an equal share: whatever the plan, no link
+        between zones is overdrawn.
+        """
+        if len(zones) == 1:
+            return 0.0
+        model, network = self.problem.model, self.problem.cluster.network
+        slowest = min(
+            network.zone_link(a, b).bytes_per_s for i, a in enumerate(zones) for b in zones[i + 1 :]
+        )  # fmt: skip
+        num_bytes = (self.moments.mean_prompt + self.moments.mean_output) * model.hidden * model.activation_bytes
+        weights = model.params() * model.weight_bytes
+        total_room = sum(w.room_bytes() * c.available for w, c in zip(self.workers, self.classes, strict=True))
+        return max(1, int(total_room / weights)) * num_bytes / slowest
 
     def _kv_tokens(self) -> FloatArray:
         problem, family = self.problem, self.problem.family

@@ -144,7 +144,7 @@ def interval_of(atlas: Atlas, template: Template) -> float:
     m = atlas.problem.family.in_flight[template.in_flight_index]
     busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
     slack = cost.slack(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
-    return (1.0 + slack) * max(busiest, sum(times) / m)
+    return max((1.0 + slack) * max(busiest, sum(times) / m), atlas.scopes[template.scope].tables.t_floor)
 
 
 def rebalanced(atlas: Atlas, template: Template) -> Template:

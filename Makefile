@@ -1,0 +1,66 @@
+# make demo: plan the paper's cluster. make test: all tests. Both do their own set-up in .venv.
+# Needed on the machine: Python 3.11 or later with pip and venv, and make.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= auto
+
+# The first of these that runs and is new enough; PYTHON=... chooses another one.
+PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
+	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
+
+.PHONY: help demo test lint types format bench clean
+
+help:
+	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
+	@echo "make test    run all tests (PYTEST='-k name' narrows)"
+	@echo "make lint    ruff: rules and formatting        make format  apply them"
+	@echo "make types   mypy, strict"
+	@echo "make bench   every benchmark, in its quick form"
+	@echo "make clean   remove $(VENV), caches and build output"
+
+demo: $(VENV)/.planner
+	$(BIN)/hetis-plan place --cluster examples/paper.yaml --model Llama-2-70B --workload azure_conv_2023
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	@for module in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$module .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of extras: set-up runs again only when the requirements change. The install is editable, so that
+# sources never need a second one.
+$(VENV)/.planner: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing hetis with its solvers into $(VENV) (once; a minute or two)"
+	@$(PIP) --editable '.[planner]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing hetis with its solvers and test tools into $(VENV) (once; a minute or two)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.planner
+
+$(VENV)/.created:
+	@if [ -z "$(PYTHON)" ]; then echo "hetis needs Python 3.11 or later; none was found (set PYTHON=/path/to/python)" >&2; exit 1; fi
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,175 @@
+"""Makes the catalogue files from reference tables: ``python -m hetis.formats.catalogue.build --data DIR``.
+
+The tables themselves are other people's and stay outside; what is committed are the facts hetis uses, each row with
+its source. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hetis.formats import dtypes
+from hetis.formats.histogram import length_bins
+from hetis.solver.cluster import GpuType
+from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+
+GIB = 2**30
+MAX_BINS = 600
+# Boards whose GPUs all reach each other over NVLink, Infinity Fabric or RoCE; PCIe boards need a bridge that joins two.
+_SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20$|^MI\d|^Gaudi")
+# In these every second layer slides; elsewhere all do.
+_ALTERNATING_WINDOW = re.compile(r"gemma-2|gpt-oss")
+
+
+def build(data: Path) -> dict[str, str]:
+    """The text of every catalogue file by its name below ``catalogue/data``."""
+    files = {
+        "gpus.json": _rows("gpus", [_gpu(row) for row in _table(data / "gpus.csv")]),
+        "models.json": _rows("models", [_model(row) for row in _table(data / "models.csv")]),
+    }
+    names = []
+    for row in _table(data / "traces" / "index.csv"):
+        name = row["file"].removesuffix(".csv.gz")
+        names.append(name)
+        files[f"workloads/{name}.json"] = _workload(row, data / "traces" / row["file"])
+    files["workloads.json"] = json.dumps({"workloads": names}, indent=1) + "\n"
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes the catalogue files from reference tables.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with gpus.csv, models.csv and traces/")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="default: the package's own")
+    arguments = parser.parse_args()
+    for name, text in build(arguments.data).items():
+        path = arguments.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+        print(f"{path}: {len(text)} bytes")
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _rows(name: str, rows: list[dict[str, Any]]) -> str:
+    """JSON with one row per line, so that a change of one fact is a change of one line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{{"{name}": [\n{lines}\n]}}\n'
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _scaled(text: str, scale: float) -> float | None:
+    return float(text) * scale if text else None
+
+
+def _gpu(row: dict[str, str]) -> dict[str, Any]:
+    both_directions = _scaled(row["nvlink_gbs"], 1e9)
+    switched = both_directions is not None and _SWITCHED.search(row["name"])
+    gpu = GpuType(
+        name=row["name"],
+        architecture=row["architecture"],
+        memory_bytes=int(float(row["memory_gb"]) * GIB),  # what vendors print as GB of GPU memory are GiB
+        mem_bytes_per_s=float(row["mem_bw_gbs"]) * 1e9,
+        fp16_flops=float(row["fp16_dense_tflops"]) * 1e12,
+        fp8_flops=_scaled(row["fp8_dense_tflops"], 1e12),
+        pcie_bytes_per_s=float(row["pcie_gbs"]) * 1e9,
+        nvlink_bytes_per_s=both_directions / 2 if switched and both_directions else None,
+        usd_per_hour=_number(row["usd_per_hour"]),
+    )
+    return {
+        "gpu": dataclasses.asdict(gpu),
+        "vendor": row["vendor"],
+        "tdp_w": _number(row["tdp_w"]),
+        "price_source": row["price_source"] or None,
+        "spec_source": row["spec_source"],
+        "note": row["note"] or None,
+    }
+
+
+def _model(row: dict[str, str]) -> dict[str, Any]:
+    def whole(column: str) -> int:
+        return int(float(row[column]))
+
+    mla, moe = None, None
+    if row["attention"] == "mla":
+        mla = MlaShape(
+            kv_lora_rank=whole("kv_lora_rank"),
+            qk_rope_head_dim=whole("qk_rope_head_dim"),
+            qk_nope_head_dim=whole("qk_nope_head_dim"),
+            v_head_dim=whole("v_head_dim"),
+            q_lora_rank=whole("q_lora_rank") if row["q_lora_rank"] else None,
+        )
+    if row["moe_experts"]:
+        moe = MoeShape(
+            num_experts=whole("moe_experts"),
+            active_experts=whole("moe_active"),
+            expert_intermediate=whole("moe_intermediate"),
+            shared_experts=whole("moe_shared_experts"),
+            first_dense_layers=whole("first_dense_layers"),
+        )
+    model = ModelSpec(
+        name=row["model"],
+        num_layers=whole("layers"),
+        hidden=whole("hidden"),
+        intermediate=whole("intermediate"),
+        q_heads=whole("q_heads"),
+        kv_heads=whole("kv_heads"),
+        head_dim=whole("head_dim"),
+        vocab=whole("vocab"),
+        attention=AttentionKind(row["attention"]),
+        activation_bytes=dtypes.base_bytes(row["dtype"]),
+        embedding_bytes=dtypes.base_bytes(row["dtype"]),
+        gated_mlp=row["gated_mlp"] == "True",
+        tie_embeddings=row["tie_embeddings"] == "True",
+        max_position=whole("max_position"),
+        sliding_window=whole("sliding_window") if row["sliding_window"] else None,
+        sliding_window_every=2 if _ALTERNATING_WINDOW.search(row["model"]) else 1,
+        mla=mla,
+        moe=moe,
+    )
+    model = dataclasses.replace(model, weight_bytes=dtypes.layer_weight_bytes(row["dtype"], model))
+    shape = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
+    del shape["forbidden_cuts"]  # none in the tables, and a set has no order
+    return {
+        "model": shape,
+        "dtype": row["dtype"],
+        "params_b": float(row["params_b"]),
+        "active_params_b": float(row["active_params_b"]),
+        "source": row["source"],
+    }
+
+
+def _workload(row: dict[str, str], path: Path) -> str:
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        requests = [(int(r["prompt_tokens"]), int(r["output_tokens"])) for r in csv.DictReader(file)]
+    lengths = np.array(requests, dtype=np.int64)
+    bins = length_bins(lengths[:, 0], lengths[:, 1], max_bins=MAX_BINS)
+    recorded = row["arrivals"] == "recorded"
+    head = {
+        "num_requests": len(requests),
+        "arrivals": row["arrivals"],
+        "rate_rps": float(row["mean_rate_rps"]) if recorded else None,  # a synthetic rate says nothing of the source
+        "source": row["source"],
+        "licence": row["licence"],
+        "note": row["note"],
+    }
+    lines = ",\n".join(json.dumps([b.prompt_tokens, b.output_tokens, b.weight]) for b in bins)
+    return json.dumps(head, indent=1).removesuffix("\n}") + f',\n "bins": [\n{lines}\n]}}\n'
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Which catalogue name a spelling means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from hetis.formats.errors import nearest
+from hetis.solver.errors import HetisError
+
+
+class UnknownNameError(HetisError):
+    """A name is not in the catalogue, or could mean several things.
+
+    Attributes:
+        name: what was asked for.
+        candidates: the names it could mean; the nearest one, or nothing, when it means none.
+    """
+
+    def __init__(self, what: str, name: str, candidates: Iterable[str], *, ambiguous: bool = False) -> None:
+        self.name, self.candidates = name, tuple(candidates)
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        hint = f": ambiguous, one of {', '.join(self.candidates)}" if ambiguous else ""
+        if self.candidates and not ambiguous:
+            hint = f", did you mean {self.candidates[0]}?"
+        super().__init__(f"unknown {what} {shown!r}{hint}")
+
+
+# Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that tell no two boards apart.
+_IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation"}
+# Parts that several boards share: alone they name nothing.
+_SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc")
+# What `nvidia-smi` and `rocm-smi` call boards whose catalogue name has other parts.
+_GPU_ALIASES = {
+    "h100-80gb-hbm3": "H100-SXM-80GB",
+    "gh200-480gb": "GH200-96GB",  # 480 GB is the CPU's memory
+    "a16": "A16-per-GPU",
+    "rtx-6000-ada-generation": "RTX-6000-Ada",
+    "gaudi-2": "Gaudi2-96GB",
+    "gaudi-3": "Gaudi3-128GB",
+}
+
+_MODEL_ALIASES = {
+    "bloom-176b": "bigscience/bloom",
+    "deepseek-r1": "deepseek-ai/DeepSeek-V3",  # same shape, trained further
+    "deepseek-v3-0324": "deepseek-ai/DeepSeek-V3",
+    "kimi-k2": "moonshotai/Kimi-K2-Instruct",
+    "llama-33b": "huggyllama/llama-30b",
+}
+# Endings that change the weights but not the shape.
+_MODEL_ENDINGS = re.compile(r"[-_](hf|instruct|chat|it|base|v0\.1|2501)$")
+
+
+def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -> str:
+    """The GPU of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_gpu`."""
+    wanted = _gpu_parts(name)
+    for alias, target in _GPU_ALIASES.items():
+        if sorted(_gpu_parts(alias)) == sorted(wanted):
+            return target
+    compact = "".join(wanted)
+    whole, partial = [], []
+    for candidate in known:
+        parts = _gpu_parts(candidate)
+        used = _parts_used(compact, parts)
+        if len(used) == len(parts):
+            whole.append(candidate)
+        elif any(not _SHARED.fullmatch(part) for part in used):
+            partial.append(candidate)
+    found = whole or partial
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UnknownNameError("GPU", name, found, ambiguous=True)
+    near = nearest(name, [*also, *known])
+    raise UnknownNameError("GPU", name, [near] if near else [])
+
+
+def _gpu_parts(name: str) -> list[str]:
+    """Lower-case parts in a common spelling: ``SXM4`` and ``SXM2`` are ``sxm``, ``80G`` and ``80GiB`` are ``80gb``."""
+    parts = [part for part in re.split(r"[^a-z0-9]+", name.lower()) if part and part not in _IGNORED]
+    parts = [re.sub(r"^sxm\d$", "sxm", re.sub(r"^(\d+)g(i?b)?$", r"\1gb", part)) for part in parts]
+    joined: list[str] = []
+    for part in parts:  # "80 GB" is one part
+        if part in ("gb", "gib", "g") and joined and joined[-1].isdigit():
+            joined[-1] += "gb"
+        else:
+            joined.append(part)
+    return joined
+
+
+def _parts_used(compact: str, parts: list[str]) -> list[str]:
+    """The parts of which ``compact`` is made, in any order; none when something of it is left over."""
+    if not compact:
+        return []
+    for index, part in enumerate(parts):
+        if compact.startswith(part):
+            rest = parts[:index] + parts[index + 1 :]
+            if compact == part:
+                return [part]
+            used = _parts_used(compact[len(part) :], rest)
+            if used:
+                return [part, *used]
+    return []
+
+
+def resolve_model(name: str, known: Collection[str]) -> str:
+    """The model of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_model`."""
+    exact = [candidate for candidate in known if candidate.lower() == name.lower()]
+    if exact:
+        return exact[0]
+    organisation, _, _ = name.lower().rpartition("/")
+    key = _model_key(name)
+    for alias, target in _MODEL_ALIASES.items():
+        if _model_key(alias) == key and organisation in ("", target.lower().partition("/")[0]):
+            return target
+    same_organisation = [c for c in known if organisation in ("", c.lower().partition("/")[0])]
+    found = [candidate for candidate in same_organisation if _model_key(candidate) == key]
+    if len(found) == 1:
+        return found[0]
+    words = set(_words(name))
+    found = found or [c for c in same_organisation if words and words <= set(_words(c))]
+    if len(found) > 1:
+        raise UnknownNameError("model", name, found, ambiguous=True)
+    by_short = {candidate.rpartition("/")[2]: candidate for candidate in known}
+    near = found[0] if found else by_short.get(nearest(name.rpartition("/")[2], by_short) or "")
+    raise UnknownNameError("model", name, [near] if near else [])
+
+
+def _model_key(name: str) -> str:
+    """What two spellings of one model share: ``meta-llama/Llama-2-70b-hf`` and ``Llama2-70B`` are ``llama270b``."""
+    short = name.lower().rpartition("/")[2].removeprefix("meta-").removeprefix("meta_")
+    while (cut := _MODEL_ENDINGS.sub("", short)) != short:
+        short = cut
+    return re.sub(r"[^a-z0-9]+", "", short)
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[^a-z0-9.]+", name.lower().rpartition("/")[2]) if word]
+
+
+def resolve_workload(name: str, known: Collection[str]) -> str:
+    """The workload of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_workload`."""
+    wanted = name.lower().replace("-", "_")
+    for candidate in known:
+        if wanted in (candidate, candidate.removesuffix("_lengths")):
+            return candidate
+    near = nearest(wanted, known)
+    raise UnknownNameError("workload", name, [near] if near else [])

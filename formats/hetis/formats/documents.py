@@ -1,0 +1,188 @@
+"""Every kind of document in one place: load by kind, dump, digest, JSON Schema."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel
+
+from hetis.formats.cluster import ClusterDocument, cluster_to_data, load_cluster, parse_cluster
+from hetis.formats.errors import DocumentError, did_you_mean, shown, single_problem
+from hetis.formats.files import write_atomically
+from hetis.formats.loading import KINDS, read_data
+from hetis.formats.model import ModelSpecDocument, load_model, model_to_data, parse_model
+from hetis.formats.plan import PlanDocument, load_plan, parse_plan, plan_to_data
+from hetis.formats.positions import FLOAT, Text
+from hetis.formats.profile import ProfileDocument, load_profile, parse_profile, profile_to_data
+from hetis.formats.workload import WorkloadDocument, load_workload, parse_workload, workload_to_data
+from hetis.solver.cluster import Cluster
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan
+from hetis.solver.profile import Profile
+from hetis.solver.workload import Workload
+
+__all__ = [
+    "KINDS",
+    "Value",
+    "digest",
+    "dump",
+    "dump_data",
+    "from_data",
+    "json_schema",
+    "load",
+    "load_cluster",
+    "load_model",
+    "load_plan",
+    "load_profile",
+    "load_workload",
+    "to_data",
+    "write_atomically",
+]
+
+Value = Cluster | ModelSpec | Workload | Profile | Plan
+
+_DOCUMENTS: dict[str, type[BaseModel]] = {
+    "Cluster": ClusterDocument,
+    "ModelSpec": ModelSpecDocument,
+    "Workload": WorkloadDocument,
+    "Profile": ProfileDocument,
+    "Plan": PlanDocument,
+}
+_PARSERS: dict[str, Callable[[Any, Text], Value]] = {
+    "Cluster": parse_cluster,
+    "ModelSpec": parse_model,
+    "Workload": parse_workload,
+    "Profile": parse_profile,
+    "Plan": parse_plan,
+}
+
+
+def load(path: str | os.PathLike[str]) -> Value:
+    """The value of a document of any kind (``-``: standard input); the kind is read from the document.
+
+    Raises:
+        DocumentError: with every problem of the file.
+    """
+    data, source = read_data(path)
+    return _parse(data, source)
+
+
+def from_data(data: Any, *, name: str = "document") -> Value:
+    """The value of a document that is plain data already, such as ``Plan.inputs["documents"]["cluster"]``.
+
+    Args:
+        data: dicts, lists, strings and numbers, as JSON has them.
+        name: what messages call the document.
+
+    Raises:
+        DocumentError: with every problem of the document.
+    """
+    return _parse(data, Text(file=name, text=None))
+
+
+def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
+    """The document of a value as plain data; `from_data` gives an equal value back.
+
+    Args:
+        value: any of the five.
+        self_contained: write down what would be looked up in the catalogue (the GPU types of a cluster).
+    """
+    match value:
+        case Cluster():
+            return cluster_to_data(value, embed_gpu_types=self_contained)
+        case ModelSpec():
+            return model_to_data(value)
+        case Workload():
+            return workload_to_data(value)
+        case Profile():
+            return profile_to_data(value)
+        case Plan():
+            return plan_to_data(value)
+
+
+def dump(value: Value, form: Literal["yaml", "json"] = "yaml") -> str:
+    """The document of a value as YAML or JSON text; reading it again gives an equal value.
+
+    Raises:
+        ValueError: a plan whose ``inputs`` hold what JSON cannot (NaN, infinity, objects).
+    """
+    return dump_data(to_data(value), form)
+
+
+def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -> str:
+    """Plain data as YAML or JSON text.
+
+    Raises:
+        ValueError: values that JSON cannot hold.
+    """
+    try:
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    if form == "json":
+        return text + "\n"
+    return yaml.dump(json.loads(text), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def digest(value: Value) -> str:
+    """``sha256:...`` of the value's self-contained document in canonical JSON: equal values have equal digests."""
+    data = to_data(value, self_contained=True)
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+@functools.cache
+def json_schema(kind: str) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a kind of document.
+
+    Raises:
+        DocumentError: an unknown kind, with the nearest one.
+    """
+    if kind not in _DOCUMENTS:
+        message = f"unknown kind {shown(kind)}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
+        raise single_problem("schema", message)
+    schema = _DOCUMENTS[kind].model_json_schema(by_alias=True)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"https://hetis.dev/schema/v1/{kind}.json",
+        **schema,
+        "title": kind,
+    }
+
+
+def _parse(data: Any, source: Text) -> Value:
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"holds {shown(data)}, expected a mapping with apiVersion, kind, ..."
+        raise single_problem(source.file, what)
+    kind = data.get("kind")
+    if not isinstance(kind, str) or kind not in _PARSERS:
+        if "kind" not in data:
+            raise DocumentError([source.problem((), f"kind is missing, expected one of {', '.join(KINDS)}")])
+        hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
+        raise DocumentError([source.problem(("kind",), f"is {shown(kind)}, expected one of {', '.join(KINDS)}{hint}")])
+    return _PARSERS[kind](data, source)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would take for something other than text, and never writes aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Left to itself PyYAML writes these line breaks as they are, and reads them back as spaces.
+    style = '"' if any(break_ in text for break_ in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+# PyYAML knows the numbers of YAML 1.1 only, so that the text "1e5" would be written bare and read as a number.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{FLOAT.pattern})$"), list("-+0123456789."))

@@ -1,0 +1,60 @@
+"""Bytes per parameter of the number formats that checkpoints come in, scales of quantised ones included."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hetis.solver.model import ModelSpec
+
+BYTES_PER_PARAMETER = {
+    "float32": 4.0,
+    "float16": 2.0,
+    "bfloat16": 2.0,
+    "fp8": 1.0,  # one scale per 128 x 128 block (or per tensor) is lost in rounding
+    "int8": 1.0,
+    "int4": 0.53125,  # 4 bits and a 16-bit scale (AWQ, GPTQ: zero point too) per group of 64 to 128, padded: 4.25 bits
+    "mxfp4": 0.53125,  # 4 bits and an 8-bit scale per 32: 4.25 bits
+}
+
+_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"} | {
+    "float8": "fp8",
+    "awq": "int4",
+    "gptq": "int4",
+    "fp4": "mxfp4",
+}
+
+
+def split_dtype(dtype: str) -> tuple[str, str]:
+    """The formats of activations and of weights: (``bfloat16``, ``fp8``) for ``bfloat16+fp8``, both alike otherwise.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    base, _, quantised = dtype.lower().replace("torch.", "").partition("+")
+    formats = [_ALIASES.get(part, part) for part in (base, quantised or base)]
+    for part in formats:
+        if part not in BYTES_PER_PARAMETER:
+            raise ValueError(
+                f"unknown dtype {dtype!r}, expected one of {', '.join(BYTES_PER_PARAMETER)} or base+quantised"
+            )
+    return formats[0], formats[1]
+
+
+def layer_weight_bytes(dtype: str, model: ModelSpec) -> float:
+    """Mean bytes per parameter of a repeated layer. ``mxfp4`` quantises routed experts only, the others everything."""
+    base, weights = split_dtype(dtype)
+    if weights != "mxfp4" or model.moe is None:
+        return BYTES_PER_PARAMETER[weights]
+    per_expert = (3 if model.gated_mlp else 2) * model.hidden * model.moe.expert_intermediate
+    experts, total = per_expert * model.moe.num_experts, model.layer_params()
+    return (experts * BYTES_PER_PARAMETER[weights] + (total - experts) * base_bytes(base)) / total
+
+
+def base_bytes(dtype: str) -> float:
+    """Bytes of an activation or embedding element: a model stored in 8 bits or less still computes in 16."""
+    return max(2.0, BYTES_PER_PARAMETER[split_dtype(dtype)[0]])
+
+
+def with_weight_bytes(model: ModelSpec, weight_bytes: float) -> ModelSpec:
+    """The same model with weights of another size."""
+    return replace(model, weight_bytes=weight_bytes)

@@ -1,0 +1,124 @@
+"""Field types of the documents: unit strings, names, bounded numbers; and the base class of every document part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
+
+from hetis.formats import units
+from hetis.formats.errors import shown
+
+API_VERSION = "hetis/v1"
+
+
+class Part(BaseModel):
+    """A mapping of a document: no unknown fields, no conversion between types, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
+    )
+
+
+def _unit_field(parse: Callable[[str], Any], example: str, *, bare: bool = False) -> Callable[[object], Any]:
+    """A validator of unit strings; ``bare`` lets plain numbers through as base units."""
+
+    def validate(value: object) -> Any:
+        if isinstance(value, str):
+            return parse(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if bare or value == 0:
+                return value
+            raise ValueError(f"{shown(value)} has no unit: write it like {example}")
+        raise ValueError(f"{shown(value)} is not text with a unit like {example}")
+
+    return validate
+
+
+def _schema(example: str, pattern: str) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"type": "string", "pattern": pattern, "examples": [example]}, {"const": 0}]})
+
+
+_NUMBER = r"^\s*\+?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?\s*"
+
+Size = Annotated[
+    int,
+    Field(gt=0, le=2**60),
+    BeforeValidator(_unit_field(units.parse_bytes, "80GiB")),
+    _schema("80GiB", _NUMBER + r"([KMGTP]i?)?B\s*$"),
+]
+"""Bytes, as ``80GiB``."""
+
+SizeOrBytes = Annotated[
+    int,
+    Field(ge=0, le=2**60),
+    BeforeValidator(_unit_field(units.parse_bytes, "80GiB", bare=True)),
+    WithJsonSchema({"anyOf": [{"type": "string", "examples": ["80GiB"]}, {"type": "integer", "minimum": 0}]}),
+]
+"""Bytes, as ``80GiB`` or a whole number."""
+
+Bandwidth = Annotated[
+    float,
+    Field(gt=0),
+    BeforeValidator(_unit_field(units.parse_bandwidth, "100Gbps or 64GB/s")),
+    _schema("100Gbps", _NUMBER + r"([KMGTP]?bps|([KMGTP]i?)?B/s)\s*$"),
+]
+"""Bytes per second, as ``100Gbps`` or ``64GB/s``."""
+
+Duration = Annotated[
+    float,
+    Field(ge=0),
+    BeforeValidator(_unit_field(partial(units.parse_duration, bare=False), "20us")),
+    _schema("20us", _NUMBER + r"(ns|us|ms|s|min|h)\s*$"),
+]
+"""Seconds, as ``20us``."""
+
+Flops = Annotated[
+    float,
+    Field(gt=0),
+    BeforeValidator(_unit_field(units.parse_flops, "312TFLOPS")),
+    _schema("312TFLOPS", _NUMBER + r"[KMGTP]?FLOPS\s*$"),
+]
+"""FLOP/s, as ``312TFLOPS``."""
+
+Usd = Annotated[float, Field(ge=0, le=1e9)]
+"""USD per hour."""
+
+
+def _name(value: str) -> str:
+    if not value or len(value) > 200:
+        raise ValueError(f"a name has 1 to 200 characters, not {len(value)}")
+    if any(not (c.isalnum() or c in "._-") for c in value) or not value[0].isalnum():
+        raise ValueError(f"{shown(value)} is not a name: letters, digits, '.', '_' and '-', a letter or digit first")
+    return value
+
+
+def _title(value: str) -> str:
+    if not value.strip() or len(value) > 200 or not value.isprintable():
+        raise ValueError(f"{shown(value)} is not a name: 1 to 200 printable characters")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""Name of a node or zone: it becomes part of device names such as ``l4-3/1``."""
+
+Title = Annotated[str, AfterValidator(_title)]
+"""Name of a cluster, model, workload or GPU type: one printable line."""
+
+
+def _gpu_name(value: str, info: ValidationInfo) -> str:
+    inline = (info.context or {}).get("gpu_types", ())
+    if value in inline:
+        return value
+    from hetis.formats import catalogue
+
+    try:
+        return catalogue.find_gpu(value, also=inline).gpu.name
+    except catalogue.UnknownNameError as error:
+        raise ValueError(str(error)) from None
+
+
+GpuName = Annotated[str, AfterValidator(_gpu_name)]
+"""A GPU type of the catalogue, by name or alias, or one that the document defines."""

@@ -1,0 +1,113 @@
+"""Reading what a user names and writing what a user asked for, with a message for everything that can go wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from hetis.formats.errors import DocumentError, single_problem
+
+MAX_BYTES = 64 * 2**20  # of one document
+
+
+def file_label(path: str | os.PathLike[str]) -> str:
+    """How messages call the file."""
+    return "stdin" if os.fspath(path) == "-" else os.fspath(path)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file, or of standard input for ``-``.
+
+    Raises:
+        DocumentError: missing, unreadable, a folder, larger than 64 MiB, or not UTF-8 text.
+    """
+    label = file_label(path)
+    try:
+        if label == "stdin" and os.fspath(path) == "-":
+            raw = sys.stdin.buffer.read(MAX_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise unreadable(label, error) from None
+    if len(raw) > MAX_BYTES:
+        raise single_problem(label, f"is larger than {MAX_BYTES // 2**20} MiB")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise single_problem(
+            label, f"is not UTF-8 text (byte {raw[error.start]:#04x} at offset {error.start})"
+        ) from None
+    if "\0" in text:
+        raise single_problem(label, f"is not text: it holds a zero byte at offset {text.index(chr(0))}")
+    return text
+
+
+def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
+    """The error of a file that the system does not let us read."""
+    if isinstance(error, FileNotFoundError):
+        return single_problem(label, "no such file")
+    if isinstance(error, IsADirectoryError):
+        return single_problem(label, "is a folder, expected a file")
+    if isinstance(error, PermissionError):
+        return single_problem(label, "may not be read (permission denied)")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return single_problem(label, f"cannot be read: {reason}")
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over ``path``.
+
+    A reader sees the old content or the new, never a part; an existing file keeps its permissions. What is no file (a
+    pipe, ``/dev/stdout``) is simply written to.
+
+    Raises:
+        DocumentError: the folder does not exist or cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # through a symbolic link, so that the link stays one
+    temporary: str | None = None
+    try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            with open(path, "w", encoding="utf-8", newline="\n") as pipe:
+                pipe.write(text)
+            return
+        mode = target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask()
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
+        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, target)
+        temporary = None
+        _sync_folder(target.parent)
+    except FileNotFoundError:
+        raise single_problem(os.fspath(path), f"cannot be written: no folder {target.parent}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise single_problem(os.fspath(path), f"cannot be written: {reason}") from None
+    finally:
+        if temporary is not None:  # also on Ctrl-C
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable; file systems that cannot are left alone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

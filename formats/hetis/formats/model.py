@@ -1,0 +1,193 @@
+"""Model files, and every other way to name a model: the catalogue and Hugging Face folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from hetis.formats import catalogue, dtypes
+from hetis.formats.errors import DocumentError, Problem, shown, single_problem
+from hetis.formats.fields import API_VERSION, Part, Title
+from hetis.formats.loading import read_data, validated
+from hetis.formats.positions import Text
+from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+
+Whole = Annotated[int, Field(ge=1, le=10**9)]
+WholeOrZero = Annotated[int, Field(ge=0, le=10**9)]
+ElementBytes = Annotated[float, Field(gt=0, le=16)]
+
+
+def _dtype(value: str) -> str:
+    dtypes.split_dtype(value)
+    return value
+
+
+class MlaPart(Part):
+    """Multi-head latent attention (DeepSeek-V2)."""
+
+    kv_lora_rank: Whole
+    qk_rope_head_dim: Whole
+    qk_nope_head_dim: Whole
+    v_head_dim: Whole
+    q_lora_rank: Whole | None = None
+
+
+class MoePart(Part):
+    """Mixture of experts in every layer but the first ``first_dense_layers``."""
+
+    num_experts: Whole
+    active_experts: Whole
+    expert_intermediate: Whole
+    shared_experts: WholeOrZero = 0
+    first_dense_layers: WholeOrZero = 0
+
+
+class ModelSpecDocument(Part):
+    """The shape of a decoder-only transformer.
+
+    ``dtype`` (``bfloat16``, ``bfloat16+fp8``, ...) sets the bytes of weights, embeddings and activations; the
+    ``*_bytes`` fields, in bytes per parameter or element, go before it. The KV cache has 2 unless ``kv_bytes`` says so.
+    """
+
+    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
+    kind: Literal["ModelSpec"]
+    name: Title
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    hidden: Whole
+    intermediate: Whole
+    q_heads: Whole
+    kv_heads: Whole
+    head_dim: Whole
+    vocab: Whole
+    attention: Literal["mha", "gqa", "mla"] | None = None
+    dtype: Annotated[str, AfterValidator(_dtype)] = "bfloat16"
+    weight_bytes: ElementBytes | None = None
+    kv_bytes: ElementBytes = 2.0
+    activation_bytes: ElementBytes | None = None
+    embedding_bytes: ElementBytes | None = None
+    gated_mlp: bool = True
+    tie_embeddings: bool = False
+    max_position: Whole = 4096
+    sliding_window: Whole | None = None
+    sliding_window_every: Whole = 1
+    mla: MlaPart | None = None
+    moe: MoePart | None = None
+    forbidden_cuts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+
+
+def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
+    """The model that ``ref`` names.
+
+    Args:
+        ref: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
+            Hugging Face ``config.json``, or of a folder with one. A name of the catalogue goes before a path of the
+            same spelling; write ``./NAME`` for the path.
+
+    Raises:
+        DocumentError: unknown name, or a file with problems (all of them).
+    """
+    text = os.fspath(ref)
+    try:
+        return catalogue.find_model(text).model
+    except catalogue.UnknownNameError as error:
+        if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
+            raise DocumentError([Problem(file="model", message=f"{error} (nor is there such a file)")]) from None
+    if os.path.isdir(text):
+        if not (Path(text) / "config.json").exists():
+            raise single_problem(text, "is a folder without config.json, so not a Hugging Face model")
+        text = str(Path(text) / "config.json")
+    data, source = read_data(text)
+    if isinstance(data, dict) and "apiVersion" not in data and ("architectures" in data or "model_type" in data):
+        from hetis.formats.huggingface import model_from_config
+
+        folder = Path(text).resolve().parent.name if Path(text).name == "config.json" else Path(text).stem
+        return model_from_config(data, source, name=folder)
+    return parse_model(data, source)
+
+
+def parse_model(data: Any, source: Text) -> ModelSpec:
+    """The model of a ModelSpec document's plain data.
+
+    Raises:
+        DocumentError: with every problem of the document.
+    """
+    return validated(ModelSpecDocument, data, source, to_value=_to_model, check=_check_model)
+
+
+def model_to_data(model: ModelSpec) -> dict[str, Any]:
+    """The document of a model as plain data; reading it again gives an equal model."""
+    data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "ModelSpec", "name": model.name}
+    data |= {
+        name: getattr(model, name)
+        for name in ("num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab")
+    }
+    data["attention"] = model.attention.value
+    data |= {name: getattr(model, name) for name in ("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes")}
+    data |= {name: getattr(model, name) for name in ("gated_mlp", "tie_embeddings", "max_position")}
+    if model.sliding_window is not None or model.sliding_window_every != 1:
+        data |= {"sliding_window": model.sliding_window, "sliding_window_every": model.sliding_window_every}
+    for name, fields in (("mla", MlaPart.model_fields), ("moe", MoePart.model_fields)):
+        shape = getattr(model, name)
+        if shape is not None:
+            data[name] = {field: getattr(shape, field) for field in fields if getattr(shape, field) is not None}
+    if model.forbidden_cuts:
+        data["forbidden_cuts"] = sorted(model.forbidden_cuts)
+    return data
+
+
+def _to_model(document: ModelSpecDocument) -> ModelSpec:
+    fields = {
+        name: getattr(document, name)
+        for name in ModelSpecDocument.model_fields
+        if name not in ("api_version", "kind", "dtype", "attention", "mla", "moe", "forbidden_cuts")
+    }
+    base = dtypes.base_bytes(document.dtype)
+    for name in ("activation_bytes", "embedding_bytes"):
+        fields[name] = fields[name] or base
+    kind = document.attention
+    if kind is None:
+        kind = "mla" if document.mla else "mha" if document.q_heads == document.kv_heads else "gqa"
+    weight_bytes = fields.pop("weight_bytes")
+    model = ModelSpec(
+        **fields,
+        attention=AttentionKind(kind),
+        mla=MlaShape(**dict(document.mla)) if document.mla else None,
+        moe=MoeShape(**dict(document.moe)) if document.moe else None,
+        forbidden_cuts=frozenset(document.forbidden_cuts),
+    )
+    return dtypes.with_weight_bytes(model, weight_bytes or dtypes.layer_weight_bytes(document.dtype, model))
+
+
+def _check_model(data: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
+    found: list[tuple[tuple[str | int, ...], str]] = []
+
+    def whole(mapping: Any, name: str) -> int | None:
+        value = mapping.get(name) if isinstance(mapping, dict) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    q_heads, kv_heads, layers = whole(data, "q_heads"), whole(data, "kv_heads"), whole(data, "num_layers")
+    if q_heads and kv_heads and q_heads % kv_heads:
+        found.append((("q_heads",), f"is {q_heads}, must be a multiple of kv_heads ({kv_heads})"))
+    attention = data.get("attention")
+    if attention == "mla" and data.get("mla") is None:
+        found.append((("attention",), "is mla, but the mla shape is missing"))
+    if attention in ("mha", "gqa") and data.get("mla") is not None:
+        found.append((("attention",), f"is {attention}, but an mla shape is given"))
+    if attention == "mha" and q_heads and kv_heads and q_heads != kv_heads:
+        found.append((("attention",), f"is mha, but kv_heads ({kv_heads}) differs from q_heads ({q_heads}): gqa"))
+    moe = data.get("moe")
+    experts, active = whole(moe, "num_experts"), whole(moe, "active_experts")
+    if experts and active and active > experts:
+        found.append((("moe", "active_experts"), f"is {active}, must be <= num_experts ({experts})"))
+    dense = whole(moe, "first_dense_layers")
+    if layers and dense and dense >= layers:
+        found.append((("moe", "first_dense_layers"), f"is {dense}, must be < num_layers ({layers})"))
+    cuts = data.get("forbidden_cuts")
+    for i, cut in enumerate(cuts if isinstance(cuts, list) else []):
+        if layers and isinstance(cut, int) and cut >= layers:
+            found.append((("forbidden_cuts", i), f"is {shown(cut)}, must be < num_layers ({layers})"))
+    return found

@@ -1,0 +1,273 @@
+"""YAML and JSON text to plain data that remembers where everything stood.
+
+The text is read as PyYAML events, never as objects, and put together here, without recursion: tags that make objects,
+endless nesting and alias bombs have nothing to work on. Plain scalars follow the core schema of YAML 1.2, of which JSON
+is a part: ``1e-9`` is a number, ``no`` and ``12:30`` are strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from hetis.formats.errors import DocumentError, Problem, single_problem
+
+MAX_DEPTH = 64  # nesting, aliases expanded
+MAX_NODES = 1_000_000  # values in a document, aliases expanded
+
+Path = Sequence[str | int]
+
+_INT = re.compile(r"[-+]?[0-9]+")
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WORDS = {"": None, "~": None} | {
+    spelling: value
+    for word, value in (("null", None), ("true", True), ("false", False))
+    for spelling in (word, word.capitalize(), word.upper())
+}
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")} | {"!"}
+
+
+def path_text(path: Path) -> str:
+    """``nodes[1].gpus[0].type`` for ``("nodes", 1, "gpus", 0, "type")``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+class NotYamlError(DocumentError):
+    """The text breaks the syntax of YAML."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """A value and where it starts. ``items`` are the nodes inside; a mapping keeps its keys' nodes beside them."""
+
+    line: int
+    column: int
+    scalar: Any = None
+    items: list[_Node] | None = None
+    keys: list[_Node] | None = None
+    size: int = 1
+    height: int = 1
+
+    def plain(self) -> Any:
+        if self.items is None:
+            return self.scalar
+        if self.keys is None:
+            return [item.plain() for item in self.items]
+        return {key.scalar: item.plain() for key, item in zip(self.keys, self.items, strict=True)}
+
+
+@dataclass(slots=True)
+class Text:
+    """The text of a document; finds the line of a path when a problem needs it."""
+
+    file: str
+    text: str | None  # None: the data did not come from text
+    _root: _Node | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+    def locate(self, path: Path) -> tuple[int | None, int | None]:
+        """Line and column of the value at ``path``, or of the closest one around it that exists."""
+        if self._root is None and self.text is not None:
+            try:  # JSON read by the fast way below
+                self._root = _Composer(self).compose()
+            except DocumentError:
+                self.text = None  # JSON that YAML cannot bear; do not try again
+        node = self._root
+        if node is None:
+            return None, None
+        line, column = node.line, node.column
+        for part in path:
+            if node.items is None:
+                break
+            items = node.items
+            if node.keys is None:
+                if not (isinstance(part, int) and part < len(items)):
+                    break
+                node = items[part]
+                line, column = node.line, node.column
+            else:
+                index = next((i for i, key in enumerate(node.keys) if key.scalar == part), None)
+                if index is None:
+                    break
+                line, column = node.keys[index].line, node.keys[index].column
+                node = items[index]
+        return line, column
+
+    def problem(self, path: Path, message: str) -> Problem:
+        """A problem with the value at ``path``."""
+        line, column = self.locate(path)
+        return Problem(file=self.file, path=path_text(path), message=message, line=line, column=column)
+
+
+def parse_text(text: str, file: str) -> tuple[Any, Text]:
+    """Plain data (dict, list, str, int, float, bool, None) of YAML or JSON, and the text that knows the positions.
+
+    Duplicate keys do not stop the reading; they are left in ``Text.problems``. Numbers may be infinite or NaN in YAML.
+
+    Raises:
+        DocumentError: not YAML, more than one document, nested too deep, or too large once its aliases are expanded.
+    """
+    source = Text(file=file, text=text)
+    not_json: json.JSONDecodeError | None = None
+    if text.lstrip()[:1] == "{":
+        try:  # JSON proper is read many times faster this way; anything unusual takes the other, for its messages
+            return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite), source
+        except json.JSONDecodeError as error:
+            not_json = error
+        except (ValueError, RecursionError):
+            pass
+    try:
+        root = _Composer(source).compose()
+    except NotYamlError as error:
+        if not_json is None or not file.endswith(".json"):
+            raise
+        message = f"is not valid JSON: {not_json.msg[:1].lower()}{not_json.msg[1:]}"
+        raise single_problem(file, message, line=not_json.lineno, column=not_json.colno) from error
+    source._root = root
+    return root.plain(), source
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("duplicate key")
+    return mapping
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
+
+
+class _Composer:
+    """Puts nodes together from events with a stack of its own."""
+
+    def __init__(self, source: Text) -> None:
+        self._source = source
+        self._text = source.text or ""
+        self._anchors: dict[str, _Node] = {}
+        self._problems: list[Problem] = []
+
+    def compose(self) -> _Node:
+        stack: list[tuple[_Node, str | None]] = []
+        root: _Node | None = None
+        for event in _events(self._text, self._source.file):
+            node: _Node | None = None
+            line, column = event.start_mark.line + 1, event.start_mark.column + 1
+            if isinstance(event, yaml.DocumentStartEvent) and root is not None:
+                raise self._error(line, column, "holds several YAML documents, expected one")
+            if isinstance(event, yaml.ScalarEvent):
+                node = _Node(line, column, scalar=self._scalar(event))
+                self._remember(event.anchor, node)
+            elif isinstance(event, yaml.AliasEvent):
+                if event.anchor not in self._anchors:
+                    raise self._error(line, column, f"alias *{event.anchor} has no finished anchor before it")
+                node = self._anchors[event.anchor]
+            elif isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+                self._check_tag(event.tag, line, column)
+                mapping = isinstance(event, yaml.MappingStartEvent)
+                stack.append((_Node(line, column, items=[], keys=[] if mapping else None), event.anchor))
+                if len(stack) > MAX_DEPTH:
+                    raise self._error(line, column, f"is nested more than {MAX_DEPTH} levels deep")
+            elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+                node, anchor = stack.pop()
+                self._finish(node)
+                self._remember(anchor, node)
+            if node is not None:
+                if stack:
+                    self._put(stack[-1][0], node)
+                else:
+                    root = node
+        if root is None:
+            raise single_problem(self._source.file, "is empty")
+        self._source.problems = self._problems
+        return root
+
+    def _put(self, parent: _Node, node: _Node) -> None:
+        assert parent.items is not None
+        if parent.keys is not None and len(parent.keys) == len(parent.items):
+            if not isinstance(node.scalar, str):
+                what = "a mapping or list" if node.items is not None else str(node.scalar)
+                raise self._error(node.line, node.column, f"key {what} is not a string (quote it)")
+            parent.keys.append(node)
+            return
+        parent.items.append(node)
+        parent.size += node.size
+        parent.height = max(parent.height, node.height + 1)
+        if parent.size > MAX_NODES or parent.height > MAX_DEPTH:
+            limit = f"{MAX_NODES} values" if parent.size > MAX_NODES else f"{MAX_DEPTH} levels of nesting"
+            raise self._error(node.line, node.column, f"is larger than {limit} once its aliases are expanded")
+
+    def _finish(self, node: _Node) -> None:
+        first_line: dict[str, int] = {}
+        for key in node.keys or ():
+            if key.scalar in first_line:
+                message = f"duplicate key {key.scalar!r}, first at line {first_line[key.scalar]}"
+                self._problems.append(self._problem(key.line, key.column, message))
+            first_line.setdefault(key.scalar, key.line)
+
+    def _remember(self, anchor: str | None, node: _Node) -> None:
+        if anchor is not None:
+            self._anchors[anchor] = node
+
+    def _scalar(self, event: yaml.ScalarEvent) -> Any:
+        mark: Any = event.start_mark
+        self._check_tag(event.tag, mark.line + 1, mark.column + 1)
+        text: str = event.value
+        if not event.implicit[0] or (event.tag or "").endswith(":str"):
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if _NOT_FINITE.fullmatch(text):  # refused by the field it is for, with its path
+            return float(text.replace(".", ""))
+        if _INT.fullmatch(text) and len(text) <= 300:
+            return int(text)
+        if FLOAT.fullmatch(text):
+            return float(text)
+        return text
+
+    def _check_tag(self, tag: str | None, line: int, column: int) -> None:
+        if tag is not None and tag not in _TAGS:
+            raise self._error(line, column, f"YAML tag {tag.replace('tag:yaml.org,2002:', '!!')} is not supported")
+
+    def _problem(self, line: int, column: int, message: str) -> Problem:
+        return Problem(file=self._source.file, line=line, column=column, message=message)
+
+    def _error(self, line: int, column: int, message: str) -> DocumentError:
+        return DocumentError([self._problem(line, column, message)])
+
+
+def _events(text: str, file: str) -> Iterator[Any]:
+    """Events of the fast parser; where that fails, the pure Python one says why, in the same words everywhere."""
+    try:
+        if hasattr(yaml, "CSafeLoader"):
+            try:
+                yield from yaml.parse(text, Loader=yaml.CSafeLoader)
+                return
+            except yaml.YAMLError:
+                for _ in yaml.parse(text, Loader=yaml.SafeLoader):
+                    pass
+                raise
+        yield from yaml.parse(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        marks = (error.problem_mark, error.context_mark)
+        words = [part for part in (error.context, error.problem) if part]
+        line, column = next(((m.line + 1, m.column + 1) for m in marks if m is not None), (None, None))
+        message = f"is not valid YAML: {', '.join(words)}"
+        raise NotYamlError([Problem(file=file, message=message, line=line, column=column)]) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        character = error.character if isinstance(error.character, int) else ord(error.character[:1] or "?")
+        raise single_problem(file, f"is not text: character U+{character:04X} is not allowed", line=line) from None

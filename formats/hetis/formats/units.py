@@ -1,0 +1,171 @@
+"""Quantities as people write them: ``80GiB``, ``100Gbps``, ``20us``, ``312TFLOPS``, ``0.5%``.
+
+Parsing is exact: the decimal number is scaled as a fraction and rounded to a float once. Formatting picks the shortest
+text that parses back to the identical value, so that files round-trip.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+# Binary prefixes (Ki, Mi, ...) are powers of 1024, decimal ones (K, M, ...) powers of 1000: 80GB is 7% less than 80GiB.
+_DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
+
+BYTE_UNITS: dict[str, Fraction] = {f"{prefix}B": Fraction(size) for prefix, size in (_DECIMAL | _BINARY).items()}
+BANDWIDTH_UNITS: dict[str, Fraction] = {f"{prefix}bps": Fraction(size, 8) for prefix, size in _DECIMAL.items()} | {
+    f"{unit}/s": size for unit, size in BYTE_UNITS.items()
+}
+DURATION_UNITS: dict[str, Fraction] = {
+    "ns": Fraction(1, 10**9),
+    "us": Fraction(1, 10**6),
+    "ms": Fraction(1, 10**3),
+    "s": Fraction(1),
+    "min": Fraction(60),
+    "h": Fraction(3600),
+}
+FLOPS_UNITS: dict[str, Fraction] = {f"{prefix}FLOPS": Fraction(size) for prefix, size in _DECIMAL.items()}
+
+_NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?")
+_MAX_LENGTH = 64  # characters; also keeps the fractions small
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``80GiB``, ``80GB`` or ``1024B``, rounded to whole bytes.
+
+    Raises:
+        ValueError: not a number with a unit of bytes, negative, or too large for 64 bits.
+    """
+    size = round(_parse(text, BYTE_UNITS, "a size"))
+    if size >= 2**63:
+        raise ValueError(f"{text!r} is too large for a size")
+    return size
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes per second of ``100Gbps`` (bits), ``600GB/s`` or ``64GiB/s``.
+
+    Raises:
+        ValueError: not a number with a unit of bandwidth, or negative.
+    """
+    return _to_float(_parse(text, BANDWIDTH_UNITS, "a bandwidth"), text)
+
+
+def parse_duration(text: str, *, bare: bool = True) -> float:
+    """Seconds of ``20us``, ``50ms``, ``2s``, ``5min``, ``1h``; a bare number is seconds unless ``bare`` is False.
+
+    Raises:
+        ValueError: not a number with a unit of time, or negative.
+    """
+    units = DURATION_UNITS | ({"": Fraction(1)} if bare else {})
+    return _to_float(_parse(text, units, "a duration"), text)
+
+
+def parse_flops(text: str) -> float:
+    """FLOP/s of ``312TFLOPS``.
+
+    Raises:
+        ValueError: not a number with a unit of FLOPS, or negative.
+    """
+    return _to_float(_parse(text, FLOPS_UNITS, "a compute rate"), text)
+
+
+def parse_ratio(text: str) -> float:
+    """A ratio written as ``0.5%`` or ``0.005``.
+
+    Raises:
+        ValueError: not a number, with or without a percent sign, or negative.
+    """
+    return _to_float(_parse(text, {"%": Fraction(1, 100), "": Fraction(1)}, "a ratio"), text)
+
+
+def format_bytes(size: int) -> str:
+    """The shortest text that `parse_bytes` turns back into ``size``."""
+    exact = [f"{size // int(scale)}{unit}" for unit, scale in BYTE_UNITS.items() if size % int(scale) == 0]
+    # Binary units read better for memory, so that they win among texts of equal length.
+    return min(exact, key=lambda text: (len(text.rstrip("BiKMGTP")), "i" not in text, len(text)))
+
+
+def format_bandwidth(bytes_per_s: float) -> str:
+    """The shortest text that `parse_bandwidth` turns back into ``bytes_per_s``."""
+    return _shortest(bytes_per_s, ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s"), BANDWIDTH_UNITS)
+
+
+def format_duration(seconds: float) -> str:
+    """The shortest text that `parse_duration` turns back into ``seconds``."""
+    return _shortest(seconds, ("s", "ms", "us", "ns"), DURATION_UNITS)
+
+
+def format_flops(flops: float) -> str:
+    """The shortest text that `parse_flops` turns back into ``flops``."""
+    return _shortest(flops, ("TFLOPS", "GFLOPS", "FLOPS"), FLOPS_UNITS)
+
+
+def format_ratio(ratio: float) -> str:
+    """A percentage that `parse_ratio` turns back into ``ratio``, or the plain number where none does."""
+    return _shortest(ratio, ("%", ""), {"%": Fraction(1, 100), "": Fraction(1)}, in_order=True)
+
+
+def _parse(text: str, units: Mapping[str, Fraction], what: str) -> Fraction:
+    """The number times its unit; the messages of all parsers are made here."""
+    stripped = text.strip()
+    shown = repr(text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}...")
+    match = _NUMBER.match(stripped)
+    unit = stripped[match.end() :].strip() if match else ""
+    if match is None or len(stripped) > _MAX_LENGTH or unit not in units:
+        raise ValueError(f"{shown} is not {what}: expected a number and {_listing(units)}{_hint(match, unit, units)}")
+    sign, digits, exponent = match.groups()
+    value = Fraction(digits) * Fraction(10) ** int(exponent or 0) * units[unit]
+    if sign == "-" and value:
+        raise ValueError(f"{shown} is negative, must be >= 0")
+    return value
+
+
+def _listing(units: Mapping[str, Fraction]) -> str:
+    named = [unit for unit in units if unit]
+    if len(named) == 1:
+        return f"{named[0]} or nothing"
+    return f"one of {', '.join(named)}" + (" (none: seconds)" if "" in units else "")
+
+
+def _hint(match: re.Match[str] | None, unit: str, units: Mapping[str, Fraction]) -> str:
+    """Suggests units that differ in upper and lower case only; ``100Gb`` could be bits or bytes, so it gets none."""
+    near = [known for known in units if unit and known.lower() == unit.lower()]
+    return f" (did you mean {match.group()}{near[0]}?)" if match is not None and len(near) == 1 else ""
+
+
+def _to_float(value: Fraction, text: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{text!r} is too large") from None
+
+
+def _shortest(
+    value: float, candidates: tuple[str, ...], units: Mapping[str, Fraction], *, in_order: bool = False
+) -> str:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{value} has no text form, must be finite and >= 0")
+    texts = []
+    for unit in candidates:
+        try:
+            scaled = float(Fraction(value) / units[unit])
+        except OverflowError:
+            continue
+        text = f"{_plain(scaled)}{unit}"
+        if float(_parse(text, units, "")) == value:
+            texts.append(text)
+    if (
+        not texts
+    ):  # the base unit with all digits; every candidate list ends with a unit of scale one or it is found above
+        texts.append(f"{_plain(value)}{next(unit for unit, scale in units.items() if scale == 1)}")
+    return texts[0] if in_order else min(texts, key=len)
+
+
+def _plain(number: float) -> str:
+    """``repr`` without the ``.0`` of whole numbers."""
+    text = repr(number)
+    return text[:-2] if text.endswith(".0") else text

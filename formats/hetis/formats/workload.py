@@ -1,0 +1,148 @@
+"""Workload files, and every other way to name a workload: the catalogue, traces, and plain means."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hetis.formats import catalogue
+from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.fields import API_VERSION, Part, Title
+from hetis.formats.loading import read_data, validated
+from hetis.formats.positions import Text
+from hetis.formats.traces import MAX_TOKENS, load_trace
+from hetis.solver.workload import LengthBin, Workload
+
+Tokens = Annotated[float, Field(ge=1, le=MAX_TOKENS)]
+Weight = Annotated[float, Field(gt=0, le=1e15)]
+Rate = Annotated[float, Field(gt=0, le=1e9)]
+
+FORMS = ("histogram", "mean_prompt_tokens", "trace")
+
+
+class BinPart(Part):
+    """A share of the requests: all of about these lengths. Weights need not sum to one."""
+
+    prompt_tokens: Tokens
+    output_tokens: Tokens
+    weight: Weight
+
+
+class WorkloadDocument(Part):
+    """Traffic: a histogram of request lengths, or their means, or the path of a trace (from this file's folder)."""
+
+    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
+    kind: Literal["Workload"]
+    name: Title
+    rate_rps: Rate | None = None
+    clipped_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    histogram: Annotated[list[BinPart], Field(min_length=1, max_length=1_000_000)] | None = None
+    mean_prompt_tokens: Tokens | None = None
+    mean_output_tokens: Tokens | None = None
+    trace: str | None = None
+
+
+def load_workload(ref: str | os.PathLike[str]) -> Workload:
+    """The workload that ``ref`` names.
+
+    Args:
+        ref: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
+            (``.csv``, ``.csv.gz``, see `load_trace`); or a Workload file (``-``: standard input).
+
+    Raises:
+        DocumentError: unknown name, or a file with problems (all of them).
+    """
+    text = os.fspath(ref)
+    if re.fullmatch(r"-?[\d._]+/-?[\d._]+", text) and not os.path.exists(text):
+        return _means(text)
+    if text.endswith((".csv", ".csv.gz")):
+        return load_trace(text)
+    try:
+        return catalogue.find_workload(text).workload
+    except catalogue.UnknownNameError as error:
+        if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
+            raise DocumentError([Problem(file="workload", message=f"{error} (nor is there such a file)")]) from None
+    return parse_workload(*read_data(text))
+
+
+def parse_workload(data: Any, source: Text) -> Workload:
+    """The workload of a document's plain data; a trace is looked for beside ``source.file``.
+
+    Raises:
+        DocumentError: with every problem of the document.
+    """
+    folder = Path(source.file).parent
+    return validated(
+        WorkloadDocument,
+        data,
+        source,
+        to_value=partial(_to_workload, folder=folder),
+        check=partial(_check_workload, folder=folder),
+    )
+
+
+def workload_to_data(workload: Workload) -> dict[str, Any]:
+    """The document of a workload as plain data, a histogram; reading it again gives an equal workload."""
+    data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "Workload", "name": workload.name}
+    if workload.rate_rps is not None:
+        data["rate_rps"] = workload.rate_rps
+    if workload.clipped_ratio:
+        data["clipped_ratio"] = workload.clipped_ratio
+    data["histogram"] = [
+        {"prompt_tokens": b.prompt_tokens, "output_tokens": b.output_tokens, "weight": b.weight} for b in workload.bins
+    ]
+    return data
+
+
+def _means(text: str) -> Workload:
+    """The workload of ``8000/300``: every request alike."""
+    prompt, _, output = text.partition("/")
+    try:
+        lengths = [float(prompt), float(output)]
+    except ValueError:
+        lengths = []
+    if not lengths or not all(1 <= tokens <= MAX_TOKENS for tokens in lengths):
+        message = f"{text[:80]!r} is not a pair of mean lengths such as 8000/300, each 1 to {MAX_TOKENS} tokens"
+        raise DocumentError([Problem(file="workload", message=message)])
+    return Workload(name=text, bins=(LengthBin(prompt_tokens=lengths[0], output_tokens=lengths[1], weight=1.0),))
+
+
+def _to_workload(document: WorkloadDocument, folder: Path) -> Workload:
+    rate = document.rate_rps
+    bins: tuple[LengthBin, ...] = ()
+    if document.trace is not None:
+        traced = load_trace(folder / document.trace, name=document.name)
+        rate, bins = rate or traced.rate_rps, traced.bins
+    elif document.histogram is not None:
+        bins = tuple(
+            LengthBin(prompt_tokens=b.prompt_tokens, output_tokens=b.output_tokens, weight=b.weight)
+            for b in document.histogram
+        )
+    elif document.mean_prompt_tokens is not None and document.mean_output_tokens is not None:
+        prompt, output = document.mean_prompt_tokens, document.mean_output_tokens
+        bins = (LengthBin(prompt_tokens=prompt, output_tokens=output, weight=1.0),)
+    return Workload(name=document.name, bins=bins, rate_rps=rate, clipped_ratio=document.clipped_ratio)
+
+
+def _check_workload(data: Mapping[str, Any], folder: Path) -> list[tuple[tuple[str | int, ...], str]]:
+    given = [form for form in FORMS if data.get(form) is not None]
+    found: list[tuple[tuple[str | int, ...], str]] = []
+    prompt, output = (data.get(f"mean_{what}_tokens") is not None for what in ("prompt", "output"))
+    if output and not prompt:
+        found.append(((), "mean_prompt_tokens is missing beside mean_output_tokens"))
+    elif prompt and not output:
+        found.append(((), "mean_output_tokens is missing beside mean_prompt_tokens"))
+    elif not given:
+        found.append(((), "one of histogram, mean_prompt_tokens with mean_output_tokens, or trace is missing"))
+    trace = data.get("trace")
+    if isinstance(trace, str) and not os.path.isfile(folder / trace):
+        found.append((("trace",), f"no such file: {folder / trace}"))
+    if len(given) > 1:
+        found.append(((given[1],), f"cannot be combined with {given[0]}: the lengths are given twice"))
+    return found

@@ -1,0 +1,5 @@
+"""``python -m hetis.planner.cli``."""
+
+from hetis.planner.cli import main
+
+main()

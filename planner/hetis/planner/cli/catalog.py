@@ -1,0 +1,45 @@
+"""``hetis-plan catalog``: the GPUs, models and workloads that can be named."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.cli.verb import verb
+
+
+class Catalogue(StrEnum):
+    GPUS = "gpus"
+    MODELS = "models"
+    WORKLOADS = "workloads"
+
+
+@verb()
+def catalog(
+    terminal: Terminal,
+    which: Annotated[Catalogue, typer.Argument(help="What to list.")],
+    containing: Annotated[str, typer.Argument(help="Only names that contain this text.", show_default=False)] = "",
+) -> ExitCode:
+    """List the GPUs, models or workloads that hetis knows, with their sources (-o json)."""
+    from hetis.formats import catalogue
+    from hetis.planner.report import catalogue as tables
+    from hetis.planner.report.json_values import json_value
+
+    def chosen(name: str) -> bool:
+        return containing.lower() in name.lower()
+
+    match which:
+        case Catalogue.GPUS:
+            gpus = [entry for entry in catalogue.gpus() if chosen(entry.gpu.name)]
+            terminal.emit(lambda: json_value(gpus), lambda: tables.gpu_table(gpus))
+        case Catalogue.MODELS:
+            models = [entry for entry in catalogue.models() if chosen(entry.model.name)]
+            terminal.emit(lambda: json_value(models), lambda: tables.model_table(models))
+        case Catalogue.WORKLOADS:
+            workloads = [entry for entry in catalogue.workloads() if chosen(entry.workload.name)]
+            terminal.emit(lambda: json_value(workloads), lambda: tables.workload_table(workloads))
+    return ExitCode.OK

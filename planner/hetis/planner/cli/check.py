@@ -1,0 +1,42 @@
+"""``hetis-plan check PLAN``: does the plan keep what it promises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.cli.verb import verb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@verb()
+def check(
+    terminal: Terminal,
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")],
+) -> ExitCode:
+    """Check a plan against the inputs saved in it: devices, layers, memory, links, rates, limits, bound."""
+    from hetis.planner.report.json_values import json_value
+    from hetis.planner.sources import load_plan_and_problem
+    from hetis.solver.check import check_plan
+
+    found = load_plan_and_problem(plan)
+    for warning in found.warnings:
+        terminal.warn(warning)
+    violations = check_plan(found.plan, found.problem)
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        if violations:
+            return Text("\n".join(f"broken: {violation}" for violation in violations), style="red")
+        replicas = len(found.plan.replicas)
+        gpus = sum(len(replica.devices()) for replica in found.plan.replicas)
+        return Text(f"the plan holds: {replicas:,} replicas on {gpus:,} GPUs, every number recomputed", style="green")
+
+    terminal.emit(lambda: {"ok": not violations, "violations": json_value(violations)}, table)
+    return ExitCode.INVALID if violations else ExitCode.OK

@@ -1,0 +1,33 @@
+"""``hetis-plan completion SHELL``: the script that completes the command line."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.cli.verb import verb
+
+
+class Shell(StrEnum):
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+@verb(prints_data=False)
+def completion(
+    terminal: Terminal,
+    shell: Annotated[Shell, typer.Argument(help="The shell the script is for.")],
+) -> ExitCode:
+    """Print a completion script: `source <(hetis-plan completion bash)`."""
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]  # imported there, not exported
+
+    sys.stdout.write(
+        get_completion_script(prog_name="hetis-plan", complete_var="_HETIS_PLAN_COMPLETE", shell=shell.value) + "\n"
+    )
+    return ExitCode.OK

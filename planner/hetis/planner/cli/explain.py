@@ -1,0 +1,43 @@
+"""``hetis-plan explain PLAN``: why the plan is as it is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.cli.verb import verb
+
+
+@verb()
+def explain(
+    terminal: Terminal,
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")],
+) -> ExitCode:
+    """Show where memory and time go, what limits every replica, what one more GPU is worth, why GPUs idle."""
+    from hetis.planner.report.explanation import render_explanation
+    from hetis.planner.report.json_values import json_value
+    from hetis.planner.sources import load_plan_and_problem
+    from hetis.solver.placement.explanation import explain_plan
+
+    found = load_plan_and_problem(plan)
+    for warning in found.warnings:
+        terminal.warn(warning)
+    explanation = explain_plan(found.plan, found.problem)
+
+    def document() -> dict[str, object]:
+        return {
+            "apiVersion": "hetis/v1",
+            "kind": "Explanation",
+            "strategy": found.plan.strategy,
+            "result": json_value(found.plan.result),
+            "prices": json_value(found.plan.prices),
+            "runners_up": json_value(found.plan.runners_up),
+            "notes": list(found.plan.notes),
+            **json_value(explanation),
+        }
+
+    terminal.emit(document, lambda: render_explanation(found.plan, explanation))
+    return ExitCode.OK

@@ -1,0 +1,53 @@
+"""Errors as messages: which exit code each has and what is printed. Imported only once something has failed."""
+
+from __future__ import annotations
+
+import traceback
+
+from hetis.formats.catalogue import UnknownNameError
+from hetis.formats.errors import DocumentError
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.report.figures import plural
+from hetis.planner.versions import LIBRARIES
+from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
+
+
+def report_failure(error: Exception, terminal: Terminal | None = None) -> ExitCode:
+    """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
+    code, message, details = describe(error)
+    (terminal or Terminal()).error(message, details)
+    return code
+
+
+def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
+    """Exit code, headline, and the lines below it."""
+    match error:
+        case DocumentError():
+            count = plural(len(error.problems), "problem")
+            return ExitCode.INVALID, f"{count} in the input", [str(problem) for problem in error.problems]
+        case InvalidProblemError() | UnknownNameError():
+            return ExitCode.INVALID, str(error), []
+        case InfeasibleError():
+            return ExitCode.INFEASIBLE, "no plan exists", [f"- {reason}" for reason in error.reasons]
+        case NoPlanFoundError():
+            return ExitCode.NO_PLAN, str(error), []
+        case UncheckedPlanError():
+            return ExitCode.INTERNAL, str(error), list(error.violations)
+        case HetisError():
+            return ExitCode.INTERNAL, str(error), []
+        case OSError():
+            name = f"{error.filename}: " if error.filename else ""
+            return ExitCode.INTERNAL, f"{name}{error.strerror or error}", []
+        case ModuleNotFoundError() if error.name in LIBRARIES:
+            return ExitCode.INTERNAL, f"{error.name} is not installed: pip install 'hetis[planner]'", []
+    return ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}{_where(error)}", [_REPORT_IT]
+
+
+_REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
+
+
+def _where(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

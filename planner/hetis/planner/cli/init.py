@@ -1,0 +1,48 @@
+"""``hetis-plan init``: sample files to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.cli.verb import verb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@verb()
+def init(
+    terminal: Terminal,
+    directory: Annotated[Path, typer.Argument(help="Folder to write into; made if missing.")] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+) -> ExitCode:
+    """Write a sample cluster and workload file."""
+    from hetis.formats.errors import DocumentError, Problem, single_problem
+    from hetis.formats.files import write_atomically
+    from hetis.planner.samples import EXAMPLE_MODEL, SAMPLES
+
+    targets = {directory / name: text for name, text in SAMPLES.items()}
+    there = [path for path in targets if path.exists()]
+    if there and not force:
+        raise DocumentError(Problem(file=str(path), message="exists already; --force overwrites it") for path in there)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise single_problem(str(directory), f"cannot be made: {error.strerror}") from None
+    for path, text in targets.items():
+        write_atomically(path, text)
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        return Text("\n".join(str(path) for path in targets))
+
+    terminal.emit(lambda: [str(path) for path in targets], table)
+    cluster, workload = targets
+    terminal.say(f"next: hetis-plan place --cluster {cluster} --model {EXAMPLE_MODEL} --workload {workload}")
+    return ExitCode.OK

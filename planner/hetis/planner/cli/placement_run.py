@@ -1,0 +1,110 @@
+"""One placement from the command line: solve with progress and Ctrl-C, save, print, decide the exit code."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetis.formats.documents import to_data
+from hetis.formats.errors import DocumentError
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_failure
+from hetis.planner.cli.plan_files import save_plan
+from hetis.planner.cli.progress import progress_on_stderr
+from hetis.planner.cli.terminal import OutputFormat, Terminal
+from hetis.planner.placing import Settings, make_plan, missed
+from hetis.planner.solving import run_interruptibly
+from hetis.planner.sources import LoadedInputs
+from hetis.solver.budget import Budget
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.plan import Plan, Status
+from hetis.solver.problem import PlacementProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRun:
+    """What ``place`` was asked for, inputs read."""
+
+    terminal: Terminal
+    loaded: LoadedInputs
+    problem: PlacementProblem
+    settings: Settings
+    out: Path | None
+    strict: bool
+
+    def finish(self) -> ExitCode:
+        """Solves and tells the outcome, whatever it is."""
+        cancelled = threading.Event()
+        try:
+            plan = self._solve(cancelled)
+        except InfeasibleError as error:
+            self._print_infeasible(error)
+            return report_failure(error, self.terminal)
+        except NoPlanFoundError as error:
+            return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, self.terminal)
+        saved = self._save(plan)
+        self._print(plan)
+        if not saved:
+            return ExitCode.INTERNAL
+        if cancelled.is_set():
+            return ExitCode.INTERRUPTED
+        return self._judge(plan)
+
+    def _solve(self, cancelled: threading.Event) -> Plan:
+        budget = Budget(time_limit_s=self.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+        with progress_on_stderr(self.terminal, self.problem.objective.unit) as report:
+            return run_interruptibly(
+                lambda: make_plan(self.loaded, self.problem, self.settings, budget=budget, report=report),
+                cancelled=cancelled,
+                on_cancel=lambda: self.terminal.say("stopping with the best plan so far; Ctrl-C again leaves at once"),
+            )
+
+    def _save(self, plan: Plan) -> bool:
+        """Saves before printing: a reader of stdout that goes away must not cost the plan."""
+        if self.out is None:
+            return True
+        try:
+            save_plan(plan, self.out)
+        except DocumentError as error:
+            self.terminal.error("the plan was not saved", [str(problem) for problem in error.problems])
+            return False
+        self.terminal.say(f"saved {self.out}")
+        return True
+
+    def _print(self, plan: Plan) -> None:
+        from hetis.planner.report.plan import render_plan
+
+        self.terminal.emit(lambda: to_data(plan), lambda: render_plan(plan))
+
+    def _print_infeasible(self, error: InfeasibleError) -> None:
+        if self.terminal.output is not OutputFormat.TABLE:
+            self.terminal.emit(lambda: self._infeasible_document(error), lambda: "")
+
+    def _infeasible_document(self, error: InfeasibleError) -> dict[str, Any]:
+        objective = self.problem.objective
+        return {
+            "apiVersion": "hetis/v1",
+            "kind": "Plan",
+            "strategy": self.settings.strategy,
+            "result": {
+                "status": Status.INFEASIBLE.value,
+                "objective": objective.kind.value,
+                "value": None,
+                "bound": None,
+                "gap": None,
+                "unit": objective.unit,
+            },
+            "reasons": list(error.reasons),
+            "replicas": [],
+        }
+
+    def _judge(self, plan: Plan) -> ExitCode:
+        if not self.strict:
+            return ExitCode.OK
+        short = missed(plan, self.settings)
+        for sentence in short:
+            self.terminal.error(sentence)
+        return ExitCode.MISSED if short else ExitCode.OK

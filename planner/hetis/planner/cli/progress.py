@@ -1,0 +1,57 @@
+"""News from the search on stderr: one live line on a terminal, a few plain lines anywhere else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.report.figures import digits, percent
+from hetis.solver.budget import Progress, Report, silent
+
+PLAIN_INTERVAL_S = 2.0  # between plain lines of one phase
+
+
+@contextmanager
+def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
+    """A `Report` to hand to the solver; safe to call from another thread."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0:
+        yield silent
+    elif console.is_terminal and not console.is_dumb_terminal:
+        with console.status("loading the solver", spinner="dots") as status:
+            yield lambda progress: status.update(describe(progress, unit))
+    else:
+        yield SparseLines(terminal.say, unit)
+
+
+class SparseLines:
+    """Prints a line when the phase changes, and within a phase every `PLAIN_INTERVAL_S` seconds at most."""
+
+    def __init__(self, say: Callable[[str], None], unit: str) -> None:
+        self._say = say
+        self._unit = unit
+        self._phase: str | None = None
+        self._last_s = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, progress: Progress) -> None:
+        with self._lock:
+            if progress.phase == self._phase and progress.elapsed_s < self._last_s + PLAIN_INTERVAL_S:
+                return
+            self._phase, self._last_s = progress.phase, progress.elapsed_s
+        self._say(describe(progress, self._unit))
+
+
+def describe(progress: Progress, unit: str) -> str:
+    """``4.1 s  pricing: incumbent 1.61, bound 1.63 requests/s, gap 1.20%``."""
+    parts = []
+    if progress.incumbent is not None:
+        parts.append(f"incumbent {digits(progress.incumbent, 4)}")
+    if progress.bound is not None:
+        parts.append(f"bound {digits(progress.bound, 4)} {unit}")
+    if progress.gap is not None:
+        parts.append(f"gap {percent(progress.gap)}")
+    news = f": {', '.join(parts)}" if parts else ""
+    return f"{progress.elapsed_s:5.1f} s  {progress.phase}{news}"

@@ -1,0 +1,52 @@
+"""Option values with units: ``--ttft 500ms``, ``--tpot none``, ``--gap 0.5%``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+NO_LIMIT = float("inf")
+
+
+def limit(text: str) -> float:
+    """Seconds of a latency limit; `NO_LIMIT` for ``none``."""
+    if text.strip().lower() == "none":
+        return NO_LIMIT
+    return positive_duration(text)
+
+
+def positive_duration(text: str) -> float:
+    """Seconds of ``50ms``, ``2s``, ``2``."""
+    from hetis.formats.units import parse_duration
+
+    return _positive(_parsed(parse_duration, text), text)
+
+
+def ratio(text: str) -> float:
+    """A ratio written as ``0.5%`` or ``0.005``."""
+    from hetis.formats.units import parse_ratio
+
+    return _parsed(parse_ratio, text)
+
+
+def rate(text: str) -> float:
+    """Requests per second, above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number of requests per second") from None
+    return _positive(value, text)
+
+
+def _parsed(parse: Callable[[str], float], text: str) -> float:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _positive(value: float, text: str) -> float:
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{text!r} is out of range, must be above zero and finite")
+    return value

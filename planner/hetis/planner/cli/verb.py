@@ -1,0 +1,68 @@
+"""What every verb shares: ``-o``, ``-q``, ``-v``, ``--no-color``, and an exit code as its return value."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Concatenate, ParamSpec
+
+import typer
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import OutputFormat, Terminal
+
+P = ParamSpec("P")
+
+_STREAMS = "Output"
+_OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
+_QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
+_VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
+_NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
+
+
+def verb(
+    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
+) -> Callable[[Callable[Concatenate[Terminal, P], ExitCode]], Callable[P, None]]:
+    """Turns ``f(terminal, ...) -> ExitCode`` into a typer command with the shared options.
+
+    The shared options become parameters of the signature that typer reads, and reach the verb as one `Terminal`.
+
+    Args:
+        prints_data: whether the verb has data to print, and so an ``-o`` option.
+        output: what ``-o`` is unless given.
+    """
+
+    def decorate(function: Callable[Concatenate[Terminal, P], ExitCode]) -> Callable[P, None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        names = {parameter.name for parameter in own}
+
+        @functools.wraps(function)
+        def command(*args: P.args, **kwargs: P.kwargs) -> None:
+            given: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in names}
+            terminal = Terminal(
+                output=given.get("output_format", output),
+                verbosity=-1 if given["quiet"] else int(given["verbose"]),
+                color=not given["no_color"],
+            )
+            mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
+            code = function(terminal, *args, **mine)
+            if code is not ExitCode.OK:
+                raise typer.Exit(int(code))
+
+        shared = [_keyword("output_format", _OutputOption, output)] if prints_data else []
+        shared += [
+            _keyword("quiet", _QuietOption, False),
+            _keyword("verbose", _VerboseOption, False),
+            _keyword("no_color", _NoColorOption, False),
+        ]
+        parameters = [*own, *shared]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

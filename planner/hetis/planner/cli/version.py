@@ -1,0 +1,28 @@
+"""``hetis-plan version``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.cli.verb import verb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@verb()
+def version(terminal: Terminal) -> ExitCode:
+    """Print the versions of hetis and of the libraries that decide a plan."""
+    from hetis.planner.versions import installed_versions
+
+    versions = installed_versions()
+
+    def table() -> RenderableType:
+        from rich.text import Text
+
+        return Text("\n".join(f"{name} {number}" for name, number in versions.items()))
+
+    terminal.emit(lambda: versions, table)
+    return ExitCode.OK

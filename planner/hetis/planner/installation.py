@@ -1,0 +1,165 @@
+"""What an installation must have to plan: a Python, libraries that agree, a cache for compiled code, a machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import util
+from pathlib import Path
+
+from hetis.planner.versions import LIBRARIES, installed_versions
+
+MIN_PYTHON = (3, 11)
+MIN_MEMORY_BYTES = 2 * 2**30
+# HiGHS release inside each OR-Tools release: highspy must bring the same one, or their symbols clash in one process.
+HIGHS_IN_ORTOOLS = {"9.15": "1.12"}
+_PROBE_TIMEOUT_S = 60
+
+_SOLVE_WITH_HIGHS = """
+highs = highspy.Highs()
+highs.setOptionValue("output_flag", False)
+x = highs.addVariable(lb=0, ub=3)
+highs.maximize(x)
+assert abs(highs.getObjectiveValue() - 3) < 1e-9
+"""
+_SOLVE_WITH_CP_SAT = """
+model = cp_model.CpModel()
+y = model.new_int_var(0, 3, "y")
+model.maximize(y)
+solver = cp_model.CpSolver()
+assert solver.solve(model) == cp_model.OPTIMAL and solver.objective_value == 3
+"""
+_IMPORT_HIGHS = "import highspy\n"
+_IMPORT_CP_SAT = "from ortools.sat.python import cp_model\n"
+
+
+class Verdict(StrEnum):
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    subject: str
+    verdict: Verdict
+    detail: str
+
+
+def examine() -> tuple[Finding, ...]:
+    """Looks at everything; takes a few seconds, for the solvers are loaded in processes of their own."""
+    return (_python(), *_libraries(), *_solver_orders(), _compiled_code_cache(), _cores(), _memory())
+
+
+def _finding(subject: str, ok: bool, detail: str, *, otherwise: Verdict = Verdict.FAILED) -> Finding:
+    return Finding(subject=subject, verdict=Verdict.OK if ok else otherwise, detail=detail)
+
+
+def _python() -> Finding:
+    needed = ".".join(map(str, MIN_PYTHON))
+    return _finding("python", sys.version_info >= MIN_PYTHON, f"{sys.version.split()[0]} (needs {needed} or later)")
+
+
+def _libraries() -> Iterator[Finding]:
+    versions = installed_versions()
+    missing = [library for library in LIBRARIES if library not in versions]
+    found = ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions)
+    yield _finding(
+        "libraries",
+        not missing,
+        found if not missing else f"missing {', '.join(missing)}: pip install 'hetis[planner]'",
+    )
+    if "highspy" in versions and "ortools" in versions:
+        ortools, highs = _release(versions["ortools"]), _release(versions["highspy"])
+        expected = HIGHS_IN_ORTOOLS.get(ortools)
+        detail = f"highspy {highs} beside ortools {ortools}" + (
+            "" if expected is None else f", which bundles {expected}"
+        )
+        yield _finding("HiGHS releases", expected in (None, highs), detail)
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _solver_orders() -> Iterator[Finding]:
+    """Both libraries hold a HiGHS; whichever is loaded first must leave the other one working."""
+    if any(util.find_spec(name) is None for name in ("highspy", "ortools")):
+        return
+    for name, first, second in (
+        ("highspy, ortools", _IMPORT_HIGHS, _IMPORT_CP_SAT),
+        ("ortools, highspy", _IMPORT_CP_SAT, _IMPORT_HIGHS),
+    ):
+        error = _failure_of(first + second + _SOLVE_WITH_HIGHS + _SOLVE_WITH_CP_SAT)
+        yield _finding(f"import {name}", error is None, error or "both solve")
+
+
+def _failure_of(program: str) -> str | None:
+    """The last line that a Python program complained with; None when it ran well."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_PROBE_TIMEOUT_S} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+
+
+def _compiled_code_cache() -> Finding:
+    """Numba keeps compiled code beside the source, or else in the user's cache folder."""
+    folder = Path(os.environ["NUMBA_CACHE_DIR"]) if os.environ.get("NUMBA_CACHE_DIR") else _solver_folder()
+    fallback = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    for candidate in (folder, fallback):
+        if _is_writable(candidate):
+            return _finding("numba cache", True, str(candidate))
+    return _finding(
+        "numba cache",
+        False,
+        f"{folder} may not be written: every run compiles again; set NUMBA_CACHE_DIR to a folder of yours",
+        otherwise=Verdict.WARNING,
+    )
+
+
+def _solver_folder() -> Path:
+    spec = util.find_spec("hetis.solver")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else Path.cwd()
+
+
+def _is_writable(folder: Path) -> bool:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return True
+    except OSError:
+        return False
+
+
+def _cores() -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _finding("cores", True, f"{usable} usable")
+
+
+def _memory() -> Finding:
+    available = _available_bytes()
+    if available is None:
+        return _finding("memory", False, "unknown", otherwise=Verdict.WARNING)
+    detail = f"{available / 2**30:.1f} GiB available"
+    enough = available >= MIN_MEMORY_BYTES
+    return _finding("memory", enough, detail if enough else f"{detail}, 10,000 GPUs want 2", otherwise=Verdict.WARNING)
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,120 @@
+"""From a loaded problem to a plan that has been checked and says what it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.sources import LoadedInputs
+from hetis.planner.versions import installed_versions
+from hetis.solver.budget import Budget, Report
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Source
+from hetis.solver.workload import Workload
+
+DEFAULT_TTFT_S = 2.0
+DEFAULT_TPOT_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to search; all of it goes into ``plan.inputs``."""
+
+    strategy: str = "hetis"
+    time_limit_s: float = 60.0
+    gap_target: float = 0.001
+    seed: int = 0
+    threads: int = 1
+
+
+def objective(
+    kind: ObjectiveKind, *, ttft_s: float | None, tpot_s: float | None, demand_rps: float | None
+) -> Objective:
+    """The objective with its default limits; None asks for the default, infinity lifts a limit."""
+    throughput = kind is ObjectiveKind.THROUGHPUT
+    ttft_s = (float("inf") if throughput else DEFAULT_TTFT_S) if ttft_s is None else ttft_s
+    tpot_s = (float("inf") if throughput else DEFAULT_TPOT_S) if tpot_s is None else tpot_s
+    return Objective(
+        kind=kind,
+        ttft_limit_s=None if ttft_s == float("inf") else ttft_s,
+        tpot_limit_s=None if tpot_s == float("inf") else tpot_s,
+        demand_rps=demand_rps,
+    )
+
+
+def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Workload) -> None:
+    """Refuses to guess how much traffic the least cost and the fewest GPUs are for.
+
+    Raises:
+        InvalidProblemError: no rate is demanded; names the rate of the trace, where it has one.
+    """
+    if kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and demand_rps is None:
+        hint = "" if workload.rate_rps is None else f"; {workload.name} arrives at {workload.rate_rps:.4g} requests/s"
+        raise InvalidProblemError(f"objective {kind} needs a demanded rate: --rate{hint}")
+
+
+def make_plan(
+    loaded: LoadedInputs, problem: PlacementProblem, settings: Settings, *, budget: Budget, report: Report
+) -> Plan:
+    """Solves, completes the plan with its inputs and notes, and checks it.
+
+    Raises:
+        InfeasibleError: no plan of the family exists.
+        NoPlanFoundError: stopped before one was found.
+        UncheckedPlanError: the plan fails the independent checker.
+    """
+    from hetis.solver.check import check_plan
+    from hetis.solver.placement import solve_placement
+
+    plan = solve_placement(
+        problem,
+        strategy=settings.strategy,
+        budget=budget,
+        gap_target=settings.gap_target,
+        seed=settings.seed,
+        threads=settings.threads,
+        report=report,
+    )
+    plan = replace(plan, inputs=_inputs(loaded, settings), notes=plan.notes + _notes(problem))
+    violations = check_plan(plan, problem)
+    if violations:
+        raise UncheckedPlanError(tuple(str(violation) for violation in violations))
+    return plan
+
+
+def missed(plan: Plan, settings: Settings) -> list[str]:
+    """What ``--strict`` asks for and the plan does not reach."""
+    result, found = plan.result, []
+    if result.gap > settings.gap_target + 1e-9:
+        found.append(f"the gap is {result.gap:.3%}, asked for {settings.gap_target:.3%}")
+    demand = plan.objective.demand_rps
+    if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
+        found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
+    return found
+
+
+def _inputs(loaded: LoadedInputs, settings: Settings) -> dict[str, Any]:
+    return {
+        "versions": installed_versions(),
+        "seed": settings.seed,
+        "threads": settings.threads,
+        "gap_target": settings.gap_target,
+        "time_limit_s": settings.time_limit_s,
+        "origins": dict(loaded.origins),
+        "digests": loaded.inputs.digests(),
+        "documents": loaded.inputs.documents(),
+    }
+
+
+def _notes(problem: PlacementProblem) -> tuple[str, ...]:
+    modelled = sorted(
+        gpu
+        for gpu, profile in problem.profiles.items()
+        if any(fit.provenance.source is Source.MODELLED for fit in profile.fits)
+    )
+    if not modelled:
+        return ()
+    return (f"modelled, not measured: the profiles of {', '.join(modelled)}; real rates may differ (--profile FILE)",)

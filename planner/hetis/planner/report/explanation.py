@@ -1,0 +1,145 @@
+"""Why a plan is as it is: memory and time as bars, bottlenecks, prices, and what every idle GPU lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hetis.planner.report.figures import gigabytes, percent, plural, seconds
+from hetis.planner.report.grouping import ReplicaGroup, group_replicas
+from hetis.planner.report.plan import bullets, headline, price_table, section
+from hetis.planner.report.stacked import Share, legend, stacked_bar
+from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
+from hetis.solver.plan import Plan
+
+MAX_SHAPES = 6
+BAR_WIDTH = 30
+
+
+def render_explanation(plan: Plan, explanation: Explanation) -> RenderableType:
+    """Everything ``hetis-plan explain`` shows, at most 80 columns wide."""
+    return Group(*_sections(plan, explanation))
+
+
+def _sections(plan: Plan, explanation: Explanation) -> Iterator[RenderableType]:
+    yield headline(plan)
+    groups = group_replicas(plan.replicas)
+    for group in groups[:MAX_SHAPES]:
+        yield from _replica(group, explanation)
+    if len(groups) > MAX_SHAPES:
+        yield Text(f"\n… and {plural(len(groups) - MAX_SHAPES, 'more shape')} (-o json has all)", style="dim")
+    if plan.prices:
+        yield section("What one more GPU is worth", price_table(plan))
+    if explanation.idle:
+        yield section("Idle GPUs", _idle(explanation.idle))
+    yield section("Attention workers", Text(explanation.attention_workers))
+    if plan.notes:
+        yield section("Notes", bullets(plan.notes))
+
+
+def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[RenderableType]:
+    number, count = group.numbers[0], len(group.numbers)
+    name = f"Replica {number}" if count == 1 else f"Replica {number}, as {count - 1:,} more"
+    if number < len(explanation.bottlenecks):
+        yield section(name, Text(explanation.bottlenecks[number]))
+    memory = [part for part in explanation.memory if part.replica == number]
+    if memory:
+        yield section(f"{name}: memory of one GPU", _memory(memory))
+    times = [part for part in explanation.stage_times if part.replica == number]
+    if times:
+        yield section(f"{name}: time of one request", _times(times))
+
+
+def _memory(parts: list[MemoryBar]) -> RenderableType:
+    table = Table.grid(padding=(0, 1))
+    rows = [(part, _memory_shares(part)) for part in parts]
+    for part, shares in rows:
+        worker = part.role != "primary"
+        table.add_row(
+            f"{part.stage + 1}{'└' if worker else ''}",
+            Text(part.gpu, overflow="fold"),
+            f"×{part.num_devices}",
+            stacked_bar(shares, whole=part.nominal_bytes, width=BAR_WIDTH),
+            Text(f"{gigabytes(part.free_bytes)} free of {gigabytes(part.nominal_bytes)}"),
+        )
+    return Group(table, legend(rows[0][1]), _waterfall(parts))
+
+
+def _waterfall(parts: list[MemoryBar]) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("GiB")
+    names = [share.name for share in _memory_shares(parts[0])]
+    for name in (*names, "free", "nominal"):
+        table.add_column(name, justify="right")
+    for part in parts:
+        values = [share.amount for share in _memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
+        label = f"stage {part.stage + 1}" if part.role == "primary" else "└ worker"
+        table.add_row(label, *(f"{value / 2**30:.1f}" for value in values))
+    return table
+
+
+def _memory_shares(part: MemoryBar) -> list[Share]:
+    return [
+        Share(name="unusable", amount=part.unusable_bytes, glyph="×", style="bright_black"),
+        Share(name="engine", amount=part.reserve_bytes, glyph="░", style="red"),
+        Share(name="weights", amount=part.weight_bytes, glyph="█", style="cyan"),
+        Share(name="KV", amount=part.kv_bytes, glyph="▒", style="green"),
+        Share(name="activations", amount=part.activation_bytes, glyph="▓", style="yellow"),
+    ]
+
+
+def _times(parts: list[StageTime]) -> RenderableType:
+    slowest = max(part.total_s / part.copies for part in parts)
+    table = Table.grid(padding=(0, 1))
+    for part in parts:
+        per_copy = part.total_s / part.copies
+        copies = f" ×{part.copies}" if part.copies > 1 else ""
+        scaled = [
+            Share(name=s.name, amount=s.amount / part.copies, glyph=s.glyph, style=s.style) for s in _time_shares(part)
+        ]
+        table.add_row(
+            f"{part.stage + 1}",
+            Text(f"{part.gpu} TP{part.tp}{copies}", overflow="fold"),
+            stacked_bar(scaled, whole=slowest, width=BAR_WIDTH),
+            Text(seconds(per_copy)),
+            Text("bottleneck" if part.is_bottleneck else f"{percent(per_copy / slowest)}", style="dim"),
+        )
+    return Group(table, legend(_time_shares(parts[0])), _time_table(parts))
+
+
+def _time_table(parts: list[StageTime]) -> Table:
+    """Shares in per cent of the stage's own time; columns that are empty on every stage are left out."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("% of stage")
+    columns = [[share.amount for share in _time_shares(part)] for part in parts]
+    names = [share.name for share in _time_shares(parts[0])]
+    kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
+    for i in kept:
+        table.add_column(names[i], justify="right")
+    for part, column in zip(parts, columns, strict=True):
+        table.add_row(f"stage {part.stage + 1}", *(f"{100 * column[i] / part.total_s:.1f}" for i in kept))
+    return table
+
+
+def _time_shares(part: StageTime) -> list[Share]:
+    return [
+        Share(name="dense", amount=part.dense_s, glyph="█", style="cyan"),
+        Share(name="all-reduce", amount=part.all_reduce_s, glyph="▒", style="red"),
+        Share(name="prefill att.", amount=part.prefill_attention_s, glyph="▓", style="yellow"),
+        Share(name="decode att.", amount=part.decode_attention_s, glyph="░", style="green"),
+        Share(name="transfer", amount=part.transfer_s, glyph="=", style="magenta"),
+        Share(name="head", amount=part.head_s, glyph="#", style="blue"),
+        Share(name="other", amount=part.other_s, glyph="-", style="bright_black"),
+    ]
+
+
+def _idle(groups: tuple[IdleGpus, ...]) -> Table:
+    several_zones = len({idle.zone for idle in groups}) > 1
+    table = Table.grid(padding=(0, 1))
+    for idle in groups:
+        zone = f" in {idle.zone}" if several_zones else ""
+        table.add_row("•", Text.assemble((f"{idle.count:,} × {idle.gpu}{zone}", "bold"), f": {idle.reason}"))
+    return table

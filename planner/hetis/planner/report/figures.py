@@ -1,0 +1,61 @@
+"""Numbers as people read them: milliseconds, GiB, per cent, bars."""
+
+from __future__ import annotations
+
+import math
+
+_BLOCKS = " ▏▎▍▌▋▊▉"
+
+
+def seconds(value_s: float) -> str:
+    """``1.25 s``, ``98.2 ms``, ``340 us``: three digits and the unit that suits them."""
+    if value_s == 0:
+        return "0 s"
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+        if abs(value_s) * factor >= 0.9995 or unit == "us":
+            return f"{digits(value_s * factor)} {unit}"
+    raise AssertionError("unreachable")
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """At least ``significant`` digits, never an exponent; thousands apart."""
+    if value == 0:
+        return "0"
+    if not math.isfinite(value):
+        return "unknown"
+    before_point = math.floor(math.log10(abs(value))) + 1
+    text = f"{value:,.{min(max(significant - before_point, 0), 9)}f}"
+    return text if float(text.replace(",", "")) else "0"
+
+
+def gigabytes(num_bytes: float) -> str:
+    """``79.2 GiB``."""
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def tokens(count: float) -> str:
+    """``980``, ``12.3k``, ``4.56M``."""
+    for limit, unit in ((1e6, "M"), (1e4, "k")):
+        if count >= limit:
+            return f"{digits(count / {'M': 1e6, 'k': 1e3}[unit])}{unit}"
+    return f"{count:.0f}"
+
+
+def percent(ratio: float) -> str:
+    """``0.42%``; small gaps keep two decimals, larger shares none."""
+    if not math.isfinite(ratio):
+        return "unknown"
+    value = 100 * ratio
+    return f"{value:.2f}%" if abs(value) < 10 else f"{value:.0f}%"
+
+
+def bar(ratio: float, width: int) -> str:
+    """A bar of ``width`` characters, filled to ``ratio`` in eighths of a character."""
+    eighths = round(min(max(ratio, 0.0), 1.0) * width * 8)
+    full, part = divmod(eighths, 8)
+    return ("█" * full + (_BLOCKS[part] if part else "")).ljust(width)
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 replica``, ``1,200 replicas``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,0 +1,43 @@
+"""Equal replicas told once: a plan of thousands of replicas has a few dozen shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetis.solver.plan import ReplicaPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaGroup:
+    """Replicas that differ in nothing but the names of their devices.
+
+    Attributes:
+        first: the replica that speaks for all of them.
+        numbers: their places in the plan, counted from 0.
+        rate: saturated rate of all of them together, requests/s.
+    """
+
+    first: ReplicaPlan
+    numbers: tuple[int, ...]
+    rate: float
+
+
+def group_replicas(replicas: Sequence[ReplicaPlan]) -> tuple[ReplicaGroup, ...]:
+    """Groups equal replicas, the group with the highest rate first."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, replica in enumerate(replicas):
+        groups.setdefault(_shape(replica), []).append(number)
+    found = (
+        ReplicaGroup(first=replicas[numbers[0]], numbers=tuple(numbers), rate=sum(replicas[n].rate for n in numbers))
+        for numbers in groups.values()
+    )
+    return tuple(sorted(found, key=lambda group: -group.rate))
+
+
+def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
+    stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.kv_head_groups_kept) for s in replica.stages)
+    pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups) for p in replica.attention_workers)
+    # Four digits: replicas of one template bound to different nodes may differ in the last ones.
+    times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
+    return stages, pools, times, replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens

@@ -1,0 +1,26 @@
+"""Dataclasses as JSON values, field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Set
+from enum import Enum
+from typing import Any
+
+
+def json_value(value: Any) -> Any:
+    """What ``json.dumps`` takes: mappings, lists, text, numbers; None where a number is infinite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): json_value(entry) for key, entry in value.items()}
+    if isinstance(value, Set):
+        return sorted(json_value(entry) for entry in value)
+    if isinstance(value, list | tuple):
+        return [json_value(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,179 @@
+"""A plan on one screen: how good it is, which limits bind, the replicas, the device classes, what else was tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hetis.planner.report.figures import bar, digits, percent, plural, seconds
+from hetis.planner.report.grouping import group_replicas
+from hetis.planner.report.palette import Palette
+from hetis.planner.report.replica import render_replica
+from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
+
+MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
+MAX_CLASSES = 40
+BINDS_FROM = 0.99  # micro-batches are whole numbers: a limit binds when the next size would break it
+
+_VALUE_NAMES = {
+    ObjectiveKind.GOODPUT: "Goodput",
+    ObjectiveKind.THROUGHPUT: "Throughput",
+    ObjectiveKind.COST: "Cost",
+    ObjectiveKind.GPUS: "GPUs",
+}
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    """The table view of a plan, at most 80 columns wide where the names allow it."""
+    return Group(*_sections(plan))
+
+
+def headline(plan: Plan) -> RenderableType:
+    """What was planned and how good the answer is: the part that `explain` shows too."""
+    return Group(_title(plan), _facts(plan))
+
+
+def section(title: str, body: RenderableType) -> RenderableType:
+    """A body under its bold title."""
+    return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
+
+
+def price_table(plan: Plan) -> Table:
+    """Device classes: how many there are, what became of them, and what one more would be worth."""
+    several_zones = len({price.zone for price in plan.prices}) > 1
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("GPU", overflow="fold")
+    if several_zones:
+        table.add_column("zone", overflow="fold")
+    for name in ("per node", "there", "used", "workers", "idle"):
+        table.add_column(name, justify="right")
+    table.add_column("one more adds" if plan.objective.maximises else "one more saves", justify="right")
+    shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
+    for price in plan.prices:
+        if price in shown:
+            table.add_row(*_price_row(price, plan, zone=several_zones))
+    return table
+
+
+def _sections(plan: Plan) -> Iterator[RenderableType]:
+    yield headline(plan)
+    yield from _replicas(plan)
+    if plan.prices:
+        yield section("Device classes", price_table(plan))
+        if len(plan.prices) > MAX_CLASSES:
+            yield Text(f" … and {len(plan.prices) - MAX_CLASSES:,} classes of fewer GPUs", style="dim")
+    if plan.runners_up:
+        yield section("Not chosen", _runners_up(plan))
+    if plan.notes:
+        yield section("Notes", bullets(plan.notes))
+
+
+def bullets(lines: tuple[str, ...]) -> Table:
+    """One bullet per line, wrapped under itself."""
+    table = Table.grid(padding=(0, 1))
+    for line in lines:
+        table.add_row("•", Text(line))
+    return table
+
+
+def _title(plan: Plan) -> Text:
+    documents = plan.inputs.get("documents", {})
+    names = [str(documents[kind].get("name", kind)) for kind in ("model", "cluster", "workload") if kind in documents]
+    if len(names) != 3:
+        return Text(f"Plan by strategy {plan.strategy}", style="bold")
+    model, cluster, workload = names
+    gpus = sum(price.available for price in plan.prices)
+    fleet = f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster
+    return Text.assemble((model, "bold"), " on ", (fleet, "bold"), " for ", (workload, "bold"))
+
+
+def _facts(plan: Plan) -> Table:
+    result = plan.result
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    value = Text.assemble((f"{digits(result.value, 4)} {result.unit}", "bold green"), f"  {verdict(result)}")
+    table.add_row(_VALUE_NAMES[result.objective], value)
+    table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
+    table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}")
+    if plan.objective.demand_rps is not None:
+        table.add_row("Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s")
+    for name, reached, limit in limits(plan):
+        table.add_row(name, _limit(reached, limit))
+    table.add_row("Fleet", _fleet(plan))
+    table.add_row("Family", Text(plan.family, style="dim"))
+    return table
+
+
+def verdict(result: SolveResult) -> str:
+    """What the proof says, in words."""
+    if result.status is Status.OPTIMAL:
+        return "proven optimal: no plan of the family is better"
+    if not math.isfinite(result.gap):
+        return "no bound: how much better a plan could be is not known"
+    better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
+    claim = f"proven: none of the family is over {percent(result.gap)} {better}"
+    return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
+
+
+def limits(plan: Plan) -> Iterator[tuple[str, float, float | None]]:
+    """Name, worst value over the replicas and limit of TTFT and TPOT."""
+    if plan.replicas:
+        yield "TTFT p95", max(r.ttft_s for r in plan.replicas), plan.objective.ttft_limit_s
+        yield "TPOT mean", max(r.tpot_s for r in plan.replicas), plan.objective.tpot_limit_s
+
+
+def _limit(reached: float, limit: float | None) -> Text:
+    if limit is None:
+        return Text(f"{seconds(reached)}, no limit")
+    ratio = reached / limit
+    text = Text(f"{seconds(reached)} of {seconds(limit)}".ljust(20))
+    text.append(bar(ratio, 20), style="yellow" if ratio >= BINDS_FROM else "green")
+    text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}")
+    return text
+
+
+def _fleet(plan: Plan) -> str:
+    used = sum(price.used for price in plan.prices)
+    workers = sum(price.as_attention_workers for price in plan.prices)
+    idle = sum(price.available for price in plan.prices) - used
+    part = f", {workers:,} of them attention workers" if workers else ""
+    return f"{plural(len(plan.replicas), 'replica')} on {plural(used, 'GPU')}{part}; {idle:,} idle"
+
+
+def _replicas(plan: Plan) -> Iterator[RenderableType]:
+    groups = group_replicas(plan.replicas)
+    palette = Palette.of(plan)
+    for group in groups[:MAX_SHAPES]:
+        yield render_replica(group, palette)
+    rest = groups[MAX_SHAPES:]
+    if rest:
+        count, rate = sum(len(group.numbers) for group in rest), sum(group.rate for group in rest)
+        yield Text(
+            f"\n… and {plural(len(rest), 'more shape')} with {plural(count, 'replica')}, {digits(rate)} requests/s "
+            "together (-o json lists all)",
+            style="dim",
+        )
+
+
+def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
+    idle = price.available - price.used
+    counts = [price.gpus_per_node, price.available, price.used, price.as_attention_workers, idle]
+    unit = plan.result.unit.removeprefix("requests")
+    worth = f"≤ {digits(price.dual)}{unit if unit.startswith('/') else f' {unit}'}" if price.dual else "0"
+    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), worth]
+
+
+def _runners_up(plan: Plan) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("shape", overflow="fold", ratio=3)
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_column("why not", overflow="fold", ratio=3)
+    for runner in plan.runners_up:
+        table.add_row(runner.shape, digits(runner.rate), runner.reason)
+    return table

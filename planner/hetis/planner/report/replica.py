@@ -1,0 +1,115 @@
+"""One replica, or a group of equal ones: its pipeline drawn to scale and the devices of every stage."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hetis.planner.report.devices import abbreviate
+from hetis.planner.report.figures import digits, seconds, tokens
+from hetis.planner.report.grouping import ReplicaGroup
+from hetis.planner.report.palette import Palette
+from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
+
+PICTURE_WIDTH = 78
+MIN_STAGE_WIDTH = 4  # room for a two-digit stage number
+
+
+def render_replica(group: ReplicaGroup, palette: Palette) -> RenderableType:
+    """Headline, picture and stage table of a group of equal replicas."""
+    return Group(
+        _headline(group), Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
+    )
+
+
+def _headline(group: ReplicaGroup) -> Text:
+    replica, count = group.first, len(group.numbers)
+    name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
+    each = "" if count == 1 else f" each, {digits(group.rate, 4)} together"
+    decoding = replica.micro_batch * replica.in_flight
+    return Text.assemble(
+        (f"\n{name}", "bold"),
+        f"  {digits(replica.rate, 4)} requests/s saturated{each}\n",
+        f" TTFT {seconds(replica.ttft_s)} · TPOT {seconds(replica.tpot_s)} · ",
+        f"{decoding} decoding = {replica.micro_batch} × {replica.in_flight} in flight · ",
+        f"chunks of {replica.chunk_tokens}\n KV room {tokens(replica.kv_tokens)} tokens",
+    )
+
+
+def _picture(replica: ReplicaPlan, palette: Palette) -> RenderableType:
+    """The layers from left to right, stage widths in proportion to their layers, with layer numbers below."""
+    widths = _widths([stage.num_layers for stage in replica.stages])
+    if widths is None:
+        return Text(f"{len(replica.stages)} stages, too many to draw", style="dim")
+    line, ruler = Text("┃"), "0"
+    for number, (stage, width) in enumerate(zip(replica.stages, widths, strict=True), start=1):
+        line.append(_label(number, stage, width - 1).center(width - 1, "━"), style=palette[stage.gpu])
+        line.append("┃")
+        tick = str(stage.first_layer + stage.num_layers)
+        ruler = ruler.ljust(len(line) - 1)
+        if not ruler or ruler[-1] == " ":  # a tick that would run into the one before it is left out
+            ruler = ruler[: len(line) - len(tick)] + tick if number == len(replica.stages) else ruler + tick
+    return Group(line, Text(ruler, style="dim"))
+
+
+def _label(number: int, stage: StagePlan, width: int) -> str:
+    """The longest description of a stage that leaves a dash on both sides."""
+    shape = _shape(stage)
+    for label in (f" {number} {stage.gpu} {shape} ", f" {number} {stage.gpu} ", f" {number} ", f"{number}"):
+        if len(label) <= width - 2 or label == f"{number}":
+            return label
+    raise AssertionError("unreachable")
+
+
+def _shape(stage: StagePlan) -> str:
+    return f"TP{stage.tp}" + (f" ×{stage.copies}" if stage.copies > 1 else "")
+
+
+def _widths(layers: list[int]) -> list[int] | None:
+    """Characters per stage, its right border included; None when even the least does not fit."""
+    room = PICTURE_WIDTH - 1 - MIN_STAGE_WIDTH * len(layers)
+    if room < 0:
+        return None
+    ends = [round(room * sum(layers[: i + 1]) / sum(layers)) for i in range(len(layers))]
+    return [MIN_STAGE_WIDTH + end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _stages(group: ReplicaGroup, palette: Palette) -> Table:
+    replica = group.first
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("GPU", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("layers", no_wrap=True)
+    table.add_column("KV heads", no_wrap=True)
+    table.add_column(
+        "devices" if len(group.numbers) == 1 else f"devices of replica {group.numbers[0]}", overflow="fold"
+    )
+    for number, stage in enumerate(replica.stages):
+        pools = [pool for pool in replica.attention_workers if pool.stage == number]
+        groups = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
+        last = stage.first_layer + stage.num_layers - 1
+        table.add_row(
+            str(number + 1),
+            Text(stage.gpu, style=palette[stage.gpu]),
+            _shape(stage),
+            f"{stage.first_layer}–{last} ({stage.num_layers})",
+            "all" if not pools else f"{stage.kv_head_groups_kept} of {groups}",
+            abbreviate(stage.devices),
+        )
+        for pool in pools:
+            table.add_row(*_pool_row(pool, groups, palette))
+    return table
+
+
+def _pool_row(pool: AttentionWorkerPool, groups: int, palette: Palette) -> list[str | Text]:
+    return [
+        "└",
+        Text(pool.gpu, style=palette[pool.gpu]),
+        f"×{len(pool.devices)}",
+        "attention",
+        f"{pool.kv_head_groups} of {groups}",
+        abbreviate(pool.devices),
+    ]

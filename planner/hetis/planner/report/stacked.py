@@ -1,0 +1,39 @@
+"""Stacked bars that can be read with colours and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One part of a stacked bar: an amount, and how it is drawn."""
+
+    name: str
+    amount: float
+    glyph: str
+    style: str
+
+
+def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
+    """Parts side by side in ``width`` characters that stand for ``whole``; what is left stays a dotted line."""
+    text, drawn, total = Text(), 0, 0.0
+    for share in shares:
+        total += share.amount
+        end = min(width, round(width * total / whole)) if whole > 0 else 0
+        text.append(share.glyph * (end - drawn), style=share.style)
+        drawn = max(drawn, end)
+    text.append("·" * (width - drawn), style="dim")
+    return text
+
+
+def legend(shares: Sequence[Share]) -> Text:
+    """Which part is which."""
+    text = Text()
+    for share in shares:
+        text.append(f"{share.glyph} ", style=share.style)
+        text.append(f"{share.name}  ", style="dim")
+    return text

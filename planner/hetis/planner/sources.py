@@ -1,0 +1,192 @@
+"""What a placement is made from: files and names to a problem, and a saved plan back to its problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from hetis.formats.documents import (
+    Value,
+    digest,
+    from_data,
+    load_cluster,
+    load_model,
+    load_plan,
+    load_profile,
+    load_workload,
+    to_data,
+)
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.cluster import Cluster
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Objective, Plan
+from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.profile import Profile
+from hetis.solver.workload import Workload
+
+T = TypeVar("T")
+
+MODELLED = "modelled"  # where a profile came from that no file gave
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The values a placement is made from; the workload as it was, not clipped."""
+
+    cluster: Cluster
+    model: ModelSpec
+    workload: Workload
+    profiles: Mapping[str, Profile]
+
+    def problem(self, objective: Objective, strategy: str) -> PlacementProblem:
+        """The problem they pose. Prompts are clipped to what the model's context allows."""
+        from hetis.solver.placement.strategies import STRATEGIES
+
+        return PlacementProblem(
+            cluster=self.cluster,
+            model=self.model,
+            workload=self.workload.clipped_to(self.model.max_position),
+            profiles=self.profiles,
+            objective=objective,
+            family=STRATEGIES[strategy].restrict(Family()),
+        )
+
+    def documents(self) -> dict[str, Any]:
+        """Everything as plain data that needs no catalogue to be read again."""
+        return self._each(lambda value: to_data(value, self_contained=True))
+
+    def digests(self) -> dict[str, Any]:
+        """SHA-256 of every document."""
+        return self._each(digest)
+
+    def _each(self, function: Callable[[Value], Any]) -> dict[str, Any]:
+        return {
+            "cluster": function(self.cluster),
+            "model": function(self.model),
+            "workload": function(self.workload),
+            "profiles": {gpu: function(profile) for gpu, profile in self.profiles.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedInputs:
+    """Inputs and the file or name each of them came from, profiles by GPU type."""
+
+    inputs: Inputs
+    origins: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanAndProblem:
+    """A plan read from a file and the problem it says it solves; ``warnings`` tell what looks odd about it."""
+
+    plan: Plan
+    problem: PlacementProblem
+    warnings: tuple[str, ...]
+
+
+def load_inputs(*, cluster: str, model: str, workload: str, profiles: Sequence[str] = ()) -> LoadedInputs:
+    """Reads the inputs of a placement. GPU types without a profile file get a modelled one.
+
+    Raises:
+        DocumentError: with the problems of all inputs together.
+        InvalidProblemError: a GPU type has no profile and none can be modelled.
+    """
+    problems: list[Problem] = []
+    fleet = _attempt(lambda: load_cluster(cluster), problems)
+    spec = _attempt(lambda: load_model(model), problems)
+    traffic = _attempt(lambda: load_workload(workload), problems)
+    given = [(path, _attempt(partial(load_profile, path), problems)) for path in profiles]
+    measured = {profile.gpu: (path, profile) for path, profile in given if profile is not None}
+    if fleet is not None:
+        problems += _unused(measured, fleet)
+    if problems or fleet is None or spec is None or traffic is None:
+        raise DocumentError(problems)
+    by_gpu = {gpu: measured.get(gpu) or (MODELLED, modelled_profile(fleet.gpu_types[gpu])) for gpu in _gpus(fleet)}
+    return LoadedInputs(
+        inputs=Inputs(
+            cluster=fleet,
+            model=spec,
+            workload=traffic,
+            profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
+        ),
+        origins={
+            "cluster": cluster,
+            "model": model,
+            "workload": workload,
+            "profiles": {gpu: origin for gpu, (origin, _) in by_gpu.items()},
+        },
+    )
+
+
+def load_plan_and_problem(path: str) -> PlanAndProblem:
+    """Reads a plan and rebuilds its problem from the documents saved in it.
+
+    Raises:
+        DocumentError: the plan, or a document in it, is not usable.
+    """
+    plan = load_plan(path)
+    inputs = _saved_inputs(plan, path)
+    _known_strategy(plan, path)
+    warnings = []
+    if plan.inputs.get("digests") != inputs.digests():
+        warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
+    return PlanAndProblem(plan=plan, problem=inputs.problem(plan.objective, plan.strategy), warnings=tuple(warnings))
+
+
+def _saved_inputs(plan: Plan, path: str) -> Inputs:
+    documents = plan.inputs.get("documents")
+    names = ("cluster", "model", "workload", "profiles")
+    if not isinstance(documents, dict) or not all(isinstance(documents.get(name), dict) for name in names):
+        raise single_problem(path, f"inputs.documents must hold {', '.join(names)}: the plan is judged by them")
+    problems: list[Problem] = []
+
+    def read(kind: type[T], data: Any, where: str) -> T | None:
+        name = f"{path}: inputs.documents.{where}"
+        value = _attempt(lambda: from_data(data, name=name), problems)
+        if value is not None and not isinstance(value, kind):
+            problems.append(Problem(file=name, message=f"is a {type(value).__name__}, expected a {kind.__name__}"))
+            return None
+        return value
+
+    cluster = read(Cluster, documents["cluster"], "cluster")
+    model = read(ModelSpec, documents["model"], "model")
+    workload = read(Workload, documents["workload"], "workload")
+    profiles = {gpu: read(Profile, data, f"profiles.{gpu}") for gpu, data in documents["profiles"].items()}
+    if problems or cluster is None or model is None or workload is None:
+        raise DocumentError(problems)
+    known = {gpu: profile for gpu, profile in profiles.items() if profile is not None}
+    return Inputs(cluster=cluster, model=model, workload=workload, profiles=known)
+
+
+def _known_strategy(plan: Plan, path: str) -> None:
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    if plan.strategy not in STRATEGIES:
+        message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
+        raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
+
+
+def _unused(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:
+    used = _gpus(cluster)
+    return [
+        Problem(file=path, path="gpu", message=f"{gpu} is not in cluster {cluster.name}{did_you_mean(gpu, used)}")
+        for gpu, (path, _) in given.items()
+        if gpu not in used
+    ]
+
+
+def _gpus(cluster: Cluster) -> list[str]:
+    return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))
+
+
+def _attempt(read: Callable[[], T], problems: list[Problem]) -> T | None:
+    """What ``read`` gives, or None and its problems in the list: the user shall see those of all inputs at once."""
+    try:
+        return read()
+    except DocumentError as error:
+        problems += error.problems
+        return None

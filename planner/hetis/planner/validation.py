@@ -1,0 +1,53 @@
+"""Checks a document of any kind and says what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetis.formats.documents import Value, load, load_model, load_workload
+from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.loading import read_data
+from hetis.solver.cluster import Cluster
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan
+from hetis.solver.profile import Profile
+from hetis.solver.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """What became of one file: what it is when it is sound, or else its problems."""
+
+    file: str
+    kind: str | None = None
+    name: str = ""
+    problems: tuple[Problem, ...] = ()
+
+
+def validate_file(path: str) -> Validation:
+    """Reads a file as the kind it says it is; traces and Hugging Face configs say it by their form."""
+    try:
+        value = _load_any(path)
+    except DocumentError as error:
+        return Validation(file=path, problems=error.problems)
+    return Validation(file=path, kind=type(value).__name__, name=_name(value))
+
+
+def _load_any(path: str) -> Value:
+    if path.endswith((".csv", ".csv.gz")):
+        return load_workload(path)
+    if path.endswith("config.json"):
+        data, _ = read_data(path)
+        if isinstance(data, dict) and "kind" not in data and "model_type" in data:
+            return load_model(path)
+    return load(path)
+
+
+def _name(value: Value) -> str:
+    match value:
+        case Cluster() | ModelSpec() | Workload():
+            return value.name
+        case Profile():
+            return value.gpu
+        case Plan():
+            return f"{value.strategy}, {len(value.replicas)} replicas"

@@ -1,0 +1,198 @@
+"""From replica shapes to named GPUs.
+
+TP groups go into nodes largest first; sizes are powers of two, so that whatever the master's packing rows admit fits
+(first fit decreasing is exact for sizes that divide one another). A replica's parts go where the replica already is,
+if there is room. On small fleets CP-SAT then looks for the assignment that spreads each replica over the fewest nodes,
+starting from that one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hetis.solver.cluster import NodeGroup
+from hetis.solver.errors import UnboundPlanError
+from hetis.solver.placement.classes import DeviceClass
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.template import Template
+
+MAX_CP_SAT_PAIRS = 4000  # (TP group, node) pairs: more are left to first fit
+CP_SAT_SECONDS = 1.0  # of deterministic time
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """GPUs that must sit in one node: a TP group, or one attention worker."""
+
+    replica: int
+    stage: int
+    is_worker: bool
+    device_class: int
+    size: int
+
+
+@dataclass(slots=True)
+class BoundStage:
+    """Device names of a stage and its pool, copy after copy."""
+
+    devices: list[str] = field(default_factory=list)
+    workers: list[str] = field(default_factory=list)
+
+
+def bind(atlas: Atlas, templates: Sequence[Template], *, seed: int = 0) -> list[list[BoundStage]]:
+    """Named GPUs for every stage of every template, in their order.
+
+    Raises:
+        UnboundPlanError: the templates do not fit in the fleet's nodes.
+    """
+    parts = [part for i, template in enumerate(templates) for part in _parts_of(atlas, i, template)]
+    nodes = _first_fit(atlas, parts)
+    if _num_pairs(atlas, parts) <= MAX_CP_SAT_PAIRS:
+        nodes = _fewest_nodes(atlas, parts, nodes, seed)
+    names = _Names(atlas)
+    bound = [[BoundStage() for _ in template.stages] for template in templates]
+    for part, node in zip(parts, nodes, strict=True):
+        stage = bound[part.replica][part.stage]
+        (stage.workers if part.is_worker else stage.devices).extend(names.take(part.device_class, node, part.size))
+    return bound
+
+
+def _parts_of(atlas: Atlas, replica: int, template: Template) -> Iterable[Part]:
+    for index, stage in enumerate(template.stages):
+        device_class, tp = atlas.ranks[stage.rank]
+        for _ in range(stage.copies):
+            yield Part(replica, index, False, device_class, tp)
+        for _ in range(stage.copies * stage.pool_cards if stage.pool_class >= 0 else 0):
+            yield Part(replica, index, True, stage.pool_class, 1)
+
+
+def _first_fit(atlas: Atlas, parts: Sequence[Part]) -> list[int]:
+    """A node (its number within the class) for every part; parts in order of size, then of replica."""
+    node_of = [-1] * len(parts)
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for i, part in enumerate(parts):
+        by_class[part.device_class].append(i)
+    for device_class, members in by_class.items():
+        c = atlas.classes[device_class]
+        free = [c.gpus_per_node] * c.num_nodes
+        waiting: dict[int, list[int]] = defaultdict(list)  # free GPUs -> nodes, the next one last
+        waiting[c.gpus_per_node] = list(range(c.num_nodes - 1, -1, -1))
+        home: dict[int, int] = {}  # replica -> its latest node
+        for i in sorted(members, key=lambda i: (-parts[i].size, parts[i].replica, i)):
+            part = parts[i]
+            node = home.get(part.replica, -1)
+            if node < 0 or free[node] < part.size:
+                node = _tightest(waiting, free, part.size)
+            if node < 0:
+                raise UnboundPlanError(f"no node has {part.size} free {c.gpu} for replica {part.replica}")
+            free[node] -= part.size
+            waiting[free[node]].append(node)
+            node_of[i] = home[part.replica] = node
+    return node_of
+
+
+def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:
+    """The node with the least room that still takes ``size`` GPUs; stale entries are dropped on the way."""
+    for room in sorted(waiting):
+        if room < size:
+            continue
+        stack = waiting[room]
+        while stack:
+            node = stack.pop()
+            if free[node] == room:
+                return node
+    return -1
+
+
+def _num_pairs(atlas: Atlas, parts: Sequence[Part]) -> int:
+    return sum(atlas.classes[part.device_class].num_nodes for part in parts)
+
+
+def _fewest_nodes(atlas: Atlas, parts: Sequence[Part], start: Sequence[int], seed: int) -> list[int]:
+    """The assignment that spreads replicas over the fewest nodes, by CP-SAT from ``start``.
+
+    Sets       a parts, v nodes of a's class, r replicas
+    Variables  x_av = 1 if part a is in node v;  y_rv = 1 if replica r has a part in node v
+    Minimise   sum_rv y_rv
+    Such that  sum_v x_av = 1 every a;  sum_a size_a x_av <= size of v;  x_av <= y_rv
+    """
+    from ortools.sat.python import cp_model
+
+    node_ids = _node_ids(atlas)
+    model = cp_model.CpModel()
+    x: dict[tuple[int, int], cp_model.IntVar] = {}
+    load: dict[tuple[int, int], list[tuple[int, cp_model.IntVar]]] = defaultdict(list)
+    hosts: dict[tuple[int, str], cp_model.IntVar] = {}
+    for a, part in enumerate(parts):
+        c = atlas.classes[part.device_class]
+        row = []
+        for v in range(c.num_nodes):
+            x[a, v] = model.new_bool_var("")
+            model.add_hint(x[a, v], v == start[a])
+            load[part.device_class, v].append((part.size, x[a, v]))
+            key = (part.replica, node_ids[part.device_class][v])
+            if key not in hosts:
+                hosts[key] = model.new_bool_var("")
+            model.add_implication(x[a, v], hosts[key])
+            row.append(x[a, v])
+        model.add_exactly_one(row)
+    for (device_class, _), terms in load.items():
+        model.add(sum(size * var for size, var in terms) <= atlas.classes[device_class].gpus_per_node)
+    model.minimize(sum(hosts.values()))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = seed
+    solver.parameters.max_deterministic_time = CP_SAT_SECONDS
+    if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return list(start)
+    return [
+        next(v for v in range(atlas.classes[part.device_class].num_nodes) if solver.boolean_value(x[a, v]))
+        for a, part in enumerate(parts)
+    ]
+
+
+def _node_ids(atlas: Atlas) -> list[list[str]]:
+    """Node names of every class, in the order of their numbers: a node with several GPU types is one place."""
+    return [[group.node_name(i) for group in c.groups for i in range(group.count)] for c in atlas.classes]
+
+
+class _Names:
+    """Hands out device names: the next free GPUs of a class in a node, by the node's own numbering."""
+
+    def __init__(self, atlas: Atlas) -> None:
+        self._places = [_places(c) for c in atlas.classes]
+        self._taken: dict[tuple[int, int], int] = defaultdict(int)
+        self._indices = [{id(group): _indices(c, group) for group in c.groups} for c in atlas.classes]
+
+    def take(self, device_class: int, node: int, count: int) -> list[str]:
+        group, name = self._places[device_class](node)
+        first = self._taken[device_class, node]
+        self._taken[device_class, node] += count
+        indices = self._indices[device_class][id(group)]
+        return [f"{name}/{index}" for index in indices[first : first + count]]
+
+
+def _places(c: DeviceClass):  # type: ignore[no-untyped-def]
+    """From the number of a node within its class to its group and name."""
+    starts, total = [], 0
+    for group in c.groups:
+        starts.append(total)
+        total += group.count
+
+    def place(node: int) -> tuple[NodeGroup, str]:
+        g = max(i for i, start in enumerate(starts) if start <= node)
+        return c.groups[g], c.groups[g].node_name(node - starts[g])
+
+    return place
+
+
+def _indices(c: DeviceClass, group: NodeGroup) -> list[int]:
+    """Device numbers of the class's GPUs within a node of the group."""
+    found, index = [], 0
+    for slots in group.gpus:
+        if slots.gpu == c.gpu:
+            found.extend(range(index, index + slots.count))
+        index += slots.count
+    return found

@@ -1,0 +1,206 @@
+"""Pricing, compiled: the best column of every configuration at given prices of the master's rows."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from hetis.solver.budget import Budget
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.cover import best_column, fitting_cover
+from hetis.solver.placement.options import Options, list_options, option_prices, selected
+from hetis.solver.placement.sequential import best_sequential, best_within_cap, least_weighted, useful_options
+from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
+from hetis.solver.placement.template import Configuration, Template, configurations, template_of
+
+RATIO_TOLERANCE = 2e-4  # intervals narrower than this are not halved further: what it leaves open goes into the bound
+
+
+@njit(cache=True, nogil=True)
+def cheapest_layer(t: Tables, x: int, pool_stride: int, group_price: FloatArray, card_price: FloatArray) -> float:
+    """The least ``price x seconds`` of one repeated layer on any stage, copies and memory left aside.
+
+    No replica of mix x has a rate per price above one over (layers times this): each stage pays its price for every
+    second of the interval, and needs ``w`` of them per copy, request and layer.
+    """
+    least = np.inf
+    for s in range(t.rank_class.shape[0]):
+        if t.available[t.rank_class[s]] < t.rank_tp[s]:
+            continue
+        groups = t.rank_groups[s]
+        base = t.layer_s[x, s]
+        least = min(least, (base + t.own_s[x, s, groups]) * group_price[s])
+        if base * group_price[s] >= least:
+            continue
+        for q in range(t.available.shape[0]):
+            if t.pool_start[s, q] < 0:
+                continue
+            for k in range(groups):
+                start = t.pool_start[s, q] + k * pool_stride
+                for p in range(pool_stride):
+                    price = group_price[s] + (p + 1) * card_price[q]
+                    if base * price >= least:
+                        break
+                    least = min(least, (base + t.pool_s[x, start + p]) * price)
+    return least
+
+
+@njit(cache=True, nogil=True)
+def _priced_options(
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, pool_stride: int, group_price: FloatArray,
+    card_price: FloatArray,
+) -> tuple[Options, FloatArray]:  # fmt: skip
+    options = list_options(t, x, f, max_copies, max_pool, pool_stride)
+    return options, option_prices(t, options, group_price, card_price)
+
+
+@njit(cache=True, nogil=True)
+def _best(
+    t: Tables, x: int, f: int, family_copies: int, max_pool: int, pool_stride: int, group_price: FloatArray,
+    card_price: FloatArray, scarce: BoolArray, slacks: FloatArray, copies: IntArray, floor: float, tolerance: float,
+) -> FloatArray:  # fmt: skip
+    """(ratio, parameter, bound) for each fill of one (mix, in-flight); shape [fills, 3]."""
+    options, prices = _priced_options(t, x, f, family_copies, max_pool, pool_stride, group_price, card_price)
+    out = np.zeros((slacks.shape[0], 3))
+    if t.in_flight[f] == 1 and floor > 0.0:
+        useful = useful_options(t, options, prices, t.t_cap[x, f], floor)
+        options, prices = selected(options, useful), prices[useful]
+    for i in range(slacks.shape[0]):
+        if t.in_flight[f] == 1:
+            ratio, weight, bound = best_sequential(t, options, prices, t.t_cap[x, f], floor)
+            if bound > max(floor, ratio) * (1.0 + tolerance):
+                within, _, exact = best_within_cap(t, options, prices, t.t_cap[x, f], max(floor, ratio))
+                if within > ratio:
+                    ratio, weight = within, -1.0
+                if exact:
+                    bound = max(ratio, floor)
+            out[i, 0], out[i, 1], out[i, 2] = ratio, weight, bound
+        else:
+            out[i, :] = best_column(
+                t, options, prices, t.t_cap[x, f], slacks[i], copies[i], scarce, floor, tolerance
+            )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """Outcome of one pricing: the columns found, and the highest ``rate / price`` any replica can have."""
+
+    templates: tuple[Template, ...]
+    ratio_bound: float
+    complete: bool  # False: the budget ran out, the bound proves nothing
+
+
+class Pricer:
+    """Prices all configurations of a family. ``row_costs`` [rows] is what a row's unit costs beside its dual."""
+
+    def __init__(self, atlas: Atlas, row_costs: FloatArray, *, max_copies: int, max_pool: int, threads: int) -> None:
+        self.atlas, self.row_costs = atlas, row_costs
+        self.max_copies, self.max_pool, self.threads = max_copies, max_pool, threads
+        grouped: dict[tuple[int, int, int], list[Configuration]] = {}
+        for c in configurations(atlas):
+            grouped.setdefault((c.scope, c.mix, c.in_flight_index), []).append(c)
+        self.groups = list(grouped.items())
+        self.scarce = _scarce(atlas, max_pool)
+
+    def price(self, row_prices: FloatArray, floor: float, keep: float, budget: Budget) -> Priced:
+        """Finds the best column of every configuration whose ratio could exceed ``floor``.
+
+        Columns within ``keep`` of the best ratio found so far are returned; a configuration that cannot come that
+        close is not searched, and its ceiling does not exceed the bound returned.
+        """
+        prices = row_prices + self.row_costs
+        group_price = self.atlas.group_use @ prices
+        card_price = self.atlas.card_use @ prices
+        ceilings = self._ceilings(group_price, card_price)
+        order = sorted(self.groups, key=lambda group: (-ceilings[group[0][0], group[0][1]], group[0][2]))
+        best = floor
+        found: list[tuple[float, Configuration, float]] = []
+        skipped = floor
+        spent = False
+
+        def search(group: tuple[tuple[int, int, int], list[Configuration]]) -> None:
+            nonlocal best, skipped, spent
+            (scope, mix, f), members = group
+            threshold = max(floor, best * keep)
+            if ceilings[scope, mix] <= threshold:
+                skipped = max(skipped, min(ceilings[scope, mix], threshold))
+                return
+            if spent or budget.is_spent():
+                spent = True
+                return
+            a = self.atlas
+            outcome = _best(
+                a.scopes[scope].tables, mix, f, self.max_copies, self.max_pool, max(1, a.max_pool),
+                group_price, card_price, self.scarce, np.array([c.slack for c in members]),
+                np.array([c.max_copies for c in members], dtype=np.int64), threshold, RATIO_TOLERANCE,
+            )  # fmt: skip
+            for configuration, (ratio, parameter, bound) in zip(members, outcome, strict=True):
+                skipped = max(skipped, threshold, bound)
+                if ratio > threshold:
+                    found.append((ratio, configuration, parameter))
+                    best = max(best, ratio)
+
+        if self.threads > 1:
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(search, order))
+        else:
+            for group in order:
+                search(group)
+        found.sort(key=lambda item: (-item[0], item[1].scope, item[1].mix, item[1].in_flight_index, item[1].max_copies))
+        templates = tuple(
+            self._template(configuration, ratio, parameter, group_price, card_price)
+            for ratio, configuration, parameter in found
+            if ratio >= best * keep
+        )
+        return Priced(templates, skipped, not spent)
+
+    def _ceilings(self, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
+        """`cheapest_layer` turned into upper bounds on the ratio, [scopes, X]."""
+        a = self.atlas
+        stride = max(1, a.max_pool)
+        return np.array(
+            [
+                [
+                    1.0 / (s.tables.num_layers * cheapest_layer(s.tables, x, stride, group_price, card_price))
+                    for x in range(len(a.mixes))
+                ]
+                for s in a.scopes
+            ]
+        )
+
+    def _template(
+        self, c: Configuration, ratio: float, parameter: float, group_price: FloatArray, card_price: FloatArray
+    ) -> Template:  # fmt: skip
+        """Runs the winning program of a configuration once more, keeping its stages."""
+        a = self.atlas
+        tables = a.scopes[c.scope].tables
+        options, prices = _priced_options(
+            tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, max(1, a.max_pool),
+            group_price, card_price,
+        )  # fmt: skip
+        if c.is_sequential:
+            if parameter < 0:
+                cap = tables.t_cap[c.mix, c.in_flight_index]
+                _, stages, _ = best_within_cap(tables, options, prices, cap, ratio * (1.0 - 1e-9))
+            else:
+                _, _, stages = least_weighted(tables, options, prices, 1.0, parameter)
+        else:
+            _, _, stages = fitting_cover(
+                tables, options, prices, parameter / (1.0 + c.slack), c.max_copies, self.scarce, np.inf
+            )
+        return template_of(a, c, options, stages)
+
+
+def _scarce(atlas: Atlas, max_pool: int) -> BoolArray:
+    """Classes of which a single replica could ask for more GPUs than there are; [N]."""
+    family = atlas.problem.family
+    most_groups = max(family.in_flight)
+    scarce = np.zeros(len(atlas.classes), dtype=bool)
+    for g, c in enumerate(atlas.classes):
+        tp = max((tp for device_class, tp in atlas.ranks if device_class == g), default=0)
+        scarce[g] = c.available < most_groups * (tp + max_pool)
+    return scarce

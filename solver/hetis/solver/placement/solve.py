@@ -1,0 +1,301 @@
+"""`solve_placement`: from a problem to a plan with named GPUs, a value and a bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hetis.solver import cost
+from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.binding import BoundStage, bind
+from hetis.solver.placement.exact import is_small, solve_exactly
+from hetis.solver.placement.generation import ColumnGeneration, Pool
+from hetis.solver.placement.infeasible import why_infeasible
+from hetis.solver.placement.master import Master
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.tables import Atlas, FloatArray, build_atlas
+from hetis.solver.placement.template import (
+    Template,
+    describe,
+    fixed_bytes,
+    gpus_of,
+    kv_tokens_held,
+    use_of,
+)
+from hetis.solver.placement.uniform import uniform_templates
+from hetis.solver.plan import (
+    AttentionWorkerPool,
+    ClassPrice,
+    ObjectiveKind,
+    Plan,
+    ReplicaPlan,
+    RunnerUp,
+    SolveResult,
+    StagePlan,
+    Status,
+)
+from hetis.solver.problem import PlacementProblem
+
+OPTIMAL_GAP = 1e-6
+
+
+def solve_placement(
+    problem: PlacementProblem,
+    *,
+    strategy: str = "hetis",
+    budget: Budget | None = None,
+    gap_target: float = 0.001,
+    seed: int = 0,
+    threads: int = 1,
+    report: Report = silent,
+) -> Plan:
+    """Chooses replicas for a fleet so that the objective is best, and proves how good the choice is.
+
+    Small fleets are solved exactly (`exact.py`), others by column generation (`generation.py`) until the gap is at
+    most ``gap_target``, the time is over or no column is left that could help. With the same arguments and no time
+    limit the plan is the same.
+
+    Raises:
+        InvalidProblemError: unknown strategy, or an objective that lacks its demand.
+        InfeasibleError: proved that the family holds no plan; ``reasons`` say what is missing.
+        NoPlanFoundError: the budget was spent before a plan was found.
+    """
+    if strategy not in STRATEGIES:
+        raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
+    budget = budget if budget is not None else Budget()
+    problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    atlas = build_atlas(problem)
+    report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
+    outcome = _search(atlas, strategy, budget, gap_target, seed, threads, report)
+    if outcome is None:
+        if budget.is_spent():
+            raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
+        raise InfeasibleError(why_infeasible(atlas))
+    templates = [template for template, count in outcome.chosen for _ in range(count)]
+    bound_stages = bind(atlas, templates, seed=seed)
+    return _plan(atlas, strategy, outcome, templates, bound_stages, budget)
+
+
+def _search(
+    atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
+) -> Outcome | None:
+    if not atlas.ranks:
+        return None
+    master = Master(atlas.resources.limits, _demand(atlas.problem))
+    row_costs = _row_costs(atlas)
+    if strategy == "uniform":
+        return _enumerate_uniform(atlas, master, row_costs, budget, seed)
+    if is_small(atlas):
+        return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+    generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
+    return generation.solve(
+        uniform_templates(atlas), is_full_family=strategy == "hetis", threads=threads, gap_target=gap_target, seed=seed
+    )
+
+
+def _demand(problem: PlacementProblem) -> float | None:
+    """The saturated rate that the demanded goodput takes; None where the rate is maximised."""
+    objective = problem.objective
+    if objective.maximises:
+        return None
+    assert objective.demand_rps is not None, "PlacementProblem checks it"
+    return objective.demand_rps / problem.assumptions.planned_utilisation
+
+
+def _row_costs(atlas: Atlas) -> FloatArray:
+    """What one unit of each row costs in the objective: rent or a GPU for the rows that count GPUs."""
+    kind = atlas.problem.objective.kind
+    costs = []
+    for device_class, p in atlas.resources.rows:
+        price = atlas.classes[device_class].usd_per_hour or 0.0
+        unit = {ObjectiveKind.COST: price, ObjectiveKind.GPUS: 1.0}.get(kind, 0.0)
+        costs.append(unit if p == 1 else 0.0)
+    return np.array(costs)
+
+
+def _enumerate_uniform(
+    atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int
+) -> Outcome | None:
+    """The family of `uniform` is small enough to list: every GPU type, TP size and number of stages at its best."""
+    pool = Pool(atlas, row_costs)
+    pool.add(uniform_templates(atlas))
+    if not pool.templates:
+        return None
+    columns = pool.columns()
+    found = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
+    relaxed = master.solve_lp(columns)
+    if found is None or relaxed is None:
+        return None
+    others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
+    return Outcome(
+        chosen=tuple((t, int(n)) for t, n in zip(pool.templates, found.counts, strict=True) if n),
+        value=found.value,
+        bound=found.bound,
+        row_prices=relaxed.row_prices,
+        runners_up=tuple(others[:5]),
+        interrupted=budget.cancelled.is_set(),
+    )
+
+
+def _plan(
+    atlas: Atlas,
+    strategy: str,
+    outcome: Outcome,
+    templates: list[Template],
+    bound_stages: list[list[BoundStage]],
+    budget: Budget,
+) -> Plan:
+    problem = atlas.problem
+    kind = problem.objective.kind
+    scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
+    value, bound = scale * outcome.value, scale * outcome.bound
+    if kind is ObjectiveKind.GPUS:
+        bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole
+    gap = abs(bound - value) / abs(value) if value else 0.0
+    status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE
+    if outcome.interrupted and status is not Status.OPTIMAL:
+        status = Status.INTERRUPTED
+    shapes: dict[Template, ReplicaPlan] = {}
+    replicas = []
+    for template, stages in zip(templates, bound_stages, strict=True):
+        if template not in shapes:
+            shapes[template] = _replica(atlas, template, stages)
+            replicas.append(shapes[template])
+        else:
+            replicas.append(_with_devices(shapes[template], stages))
+    return Plan(
+        strategy=strategy,
+        family=problem.family.describe(),
+        result=SolveResult(
+            status=status,
+            objective=kind,
+            value=value,
+            bound=bound,
+            gap=gap,
+            unit=problem.objective.unit,
+            solve_s=budget.elapsed_s(),
+        ),
+        objective=problem.objective,
+        replicas=tuple(replicas),
+        prices=_prices(atlas, outcome, scale),
+        runners_up=_runners_up(atlas, outcome),
+        notes=_notes(problem),
+    )
+
+
+def _replica(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
+    mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
+    tables = atlas.scopes[template.scope].tables
+    assumptions, moments, t = atlas.problem.assumptions, atlas.moments, template.interval_s
+    plans, pools, first_layer = [], [], 0
+    for index, (stage, bound) in enumerate(zip(template.stages, stages, strict=True)):
+        device_class, tp = atlas.ranks[stage.rank]
+        layers = stage.layers + (tables.prefix_layers if index == 0 else 0)
+        plans.append(
+            StagePlan(
+                gpu=atlas.classes[device_class].gpu,
+                tp=tp,
+                copies=stage.copies,
+                first_layer=first_layer,
+                num_layers=layers,
+                devices=tuple(bound.devices),
+                kv_head_groups_kept=int(tables.rank_groups[stage.rank]) - stage.pool_groups,
+            )
+        )
+        first_layer += layers
+        if stage.pool_class >= 0:
+            gpu = atlas.classes[stage.pool_class].gpu
+            pools.append(
+                AttentionWorkerPool(
+                    stage=index, gpu=gpu, devices=tuple(bound.workers), kv_head_groups=stage.pool_groups
+                )
+            )
+    return ReplicaPlan(
+        rate=template.rate,
+        ttft_s=t * cost.ttft_per_interval(moments, assumptions, mix, m),
+        tpot_s=t * cost.tpot_per_interval(moments, mix, m),
+        micro_batch=mix.micro_batch,
+        in_flight=m,
+        chunk_tokens=mix.chunk_tokens,
+        kv_tokens=int(min(_kv_room(atlas, template, i) for i in range(len(template.stages)))),
+        stages=tuple(plans),
+        attention_workers=tuple(pools),
+    )
+
+
+def _with_devices(shape: ReplicaPlan, stages: list[BoundStage]) -> ReplicaPlan:
+    """The same replica on other GPUs."""
+    return replace(
+        shape,
+        stages=tuple(
+            replace(plan, devices=tuple(bound.devices)) for plan, bound in zip(shape.stages, stages, strict=True)
+        ),
+        attention_workers=tuple(
+            replace(pool, devices=tuple(stages[pool.stage].workers)) for pool in shape.attention_workers
+        ),
+    )
+
+
+def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
+    """Tokens whose KV fits on all copies of a stage."""
+    t = atlas.scopes[template.scope].tables
+    stage = template.stages[index]
+    layers = stage.layers + (t.prefix_layers if index == 0 else 0)
+    room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - stage.layers * t.layer_bytes[stage.rank]
+    kept = t.rank_groups[stage.rank] - stage.pool_groups
+    tokens = room / (layers * kept * t.kv_group_bytes) if kept else np.inf
+    if stage.pool_class >= 0:
+        held, _ = kv_tokens_held(atlas, template, stage)
+        requests = held * int(t.micro_batch[template.mix])
+        pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
+        per_token = layers * pairs / requests * t.kv_group_bytes
+        tokens = min(tokens, t.worker_room_bytes[stage.pool_class] / per_token)
+    return float(stage.copies * tokens)
+
+
+def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:
+    used = [0] * len(atlas.classes)
+    workers = [0] * len(atlas.classes)
+    for template, count in outcome.chosen:
+        for g, n in gpus_of(atlas, template).items():
+            used[g] += count * n
+        for stage in template.stages:
+            if stage.pool_class >= 0:
+                workers[stage.pool_class] += count * stage.copies * stage.pool_cards
+    return tuple(
+        ClassPrice(
+            gpu=c.gpu,
+            zone=c.zone,
+            gpus_per_node=c.gpus_per_node,
+            available=c.available,
+            used=used[g],
+            as_attention_workers=workers[g],
+            dual=scale * float(outcome.row_prices[atlas.resources.rows.index((g, 1))]),
+        )
+        for g, c in enumerate(atlas.classes)
+    )
+
+
+def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:
+    result = []
+    for template in outcome.runners_up:
+        price = float(outcome.row_prices @ use_of(atlas, template))
+        if price > template.rate * (1.0 + 1e-6):
+            reason = f"its GPUs are worth {price:.4g} requests/s elsewhere"
+        else:
+            reason = "would fit, but no packing of whole replicas with it is better"
+        result.append(RunnerUp(shape=describe(atlas, template.stages), rate=template.rate, reason=reason))
+    return tuple(result)
+
+
+def _notes(problem: PlacementProblem) -> tuple[str, ...]:
+    notes = []
+    clipped = problem.workload.clipped_to(problem.model.max_position).clipped_ratio
+    if clipped > 0:
+        notes.append(
+            f"{clipped:.1%} of the requests were cut to the model's context of {problem.model.max_position} tokens"
+        )
+    return tuple(notes)

@@ -1,0 +1,39 @@
+"""Strategies: restrictions of the template family, so that they share the master, the bound and the checker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from hetis.solver.problem import Family
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A name, one sentence for people, and what it leaves of a family."""
+
+    name: str
+    summary: str
+    restrict: Callable[[Family], Family]
+
+
+def _uniform(family: Family) -> Family:
+    return replace(family, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0)
+
+
+def _hexgen(family: Family) -> Family:
+    return replace(family, name="hexgen", max_copies=1, max_pool=0)
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy(
+            "hetis",
+            "every shape: mixed types, uneven layers, stage copies, attention workers",
+            lambda family: replace(family, name="hetis"),
+        ),
+        Strategy("uniform", "what engines do today: one GPU type per replica, equal layers", _uniform),
+        Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _hexgen),
+    )
+}

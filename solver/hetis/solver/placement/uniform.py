@@ -1,0 +1,95 @@
+"""What engines do today, compiled: equal stages of one GPU type. The family of `uniform`, and first columns for others."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from hetis.solver.placement.options import layers_on_rank
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
+from hetis.solver.placement.template import Template, TemplateStage, interval_of
+
+
+@njit(cache=True, nogil=True)
+def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
+    """Layers of a stage: the remainder goes to plain stages first, then to the first, then to the last."""
+    each, spare = num_layers // num_stages, num_layers % num_stages
+    if role == FIRST:
+        return each + (1 if spare > max(0, num_stages - 2) else 0)
+    if role == PLAIN:
+        return each + (1 if spare > 0 else 0)  # the larger of the plain ones
+    return each
+
+
+@njit(cache=True, nogil=True)
+def best_equal_split(
+    t: Tables, s: int, num_stages: int, full_slack: float, tight_slack: float
+) -> tuple[float, int, int]:
+    """The shortest interval of ``num_stages`` equal stages of rank type s, and its mix and in-flight index.
+
+    inf where nothing fits in memory or meets the limits.
+    """
+    best, best_x, best_f = np.inf, -1, -1
+    kinds = 1 if num_stages == 1 else (2 if num_stages == 2 else 3)
+    groups = t.rank_groups[s]
+    for x in range(t.micro_batch.shape[0]):
+        w = t.layer_s[x, s] + t.own_s[x, s, groups]
+        prefix_s = t.prefix_layers * (w + t.prefix_delta_s[x, s])
+        for f in range(t.in_flight.shape[0]):
+            m = t.in_flight[f]
+            if 1 < m < num_stages:
+                continue
+            kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0]
+            busiest, total, fits = 0.0, 0.0, True
+            for kind in range(kinds):
+                role = BOTH if num_stages == 1 else (FIRST, LAST, PLAIN)[kind]
+                layers = _equal_layers(t.num_layers, num_stages, role)
+                if layers < 1 or layers > layers_on_rank(t, x, s, kept, role):
+                    fits = False
+                    break
+                fixed = t.step_s[x, s]
+                if role == FIRST or role == BOTH:
+                    fixed += prefix_s
+                else:
+                    fixed += t.hop_s[x, s]
+                if role == LAST or role == BOTH:
+                    fixed += t.last_s[x, s]
+                busiest = max(busiest, layers * w + fixed)
+                if role != PLAIN:
+                    total += layers * w + fixed
+                else:
+                    ends = _equal_layers(t.num_layers, num_stages, FIRST) + _equal_layers(t.num_layers, num_stages, LAST)
+                    total += (t.num_layers - ends) * w + (num_stages - 2) * fixed
+            if not fits:
+                continue
+            if m == 1:
+                interval = total
+            else:
+                slack = full_slack if m >= 2 * num_stages else tight_slack
+                interval = (1.0 + slack) * max(busiest, total / m)
+            interval = max(interval, t.t_floor)
+            if interval <= t.t_cap[x, f] and interval < best:
+                best, best_x, best_f = interval, x, f
+    return best, best_x, best_f
+
+
+def uniform_templates(atlas: Atlas) -> list[Template]:
+    """The best replica of every rank type and number of equal stages that fits in the fleet."""
+    a = atlas.problem.assumptions
+    found = []
+    for scope, part in enumerate(atlas.scopes):
+        t = part.tables
+        most_stages = min(t.num_layers, max(atlas.problem.family.in_flight))
+        for s, (device_class, tp) in enumerate(atlas.ranks):
+            for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
+                interval, x, f = best_equal_split(t, s, num_stages, a.full_slack, a.tight_slack)
+                if x < 0:
+                    continue
+                stages = []
+                each, spare = divmod(t.num_layers, num_stages)
+                takers = [*range(1, num_stages - 1), 0, num_stages - 1][:spare] if num_stages > 1 else []
+                for i in range(num_stages):
+                    stages.append(TemplateStage(rank=s, copies=1, layers=each + (1 if i in takers else 0)))
+                template = Template(scope, x, f, tuple(stages), interval)
+                found.append(Template(scope, x, f, tuple(stages), interval_of(atlas, template)))
+    return found

@@ -1,0 +1,265 @@
+"""Random valid values of every kind of document."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import strategies as st
+
+from hetis.formats import catalogue
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
+from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+from hetis.solver.plan import (
+    AttentionWorkerPool,
+    ClassPrice,
+    Objective,
+    ObjectiveKind,
+    Plan,
+    ReplicaPlan,
+    RunnerUp,
+    SolveResult,
+    StagePlan,
+    Status,
+)
+from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
+from hetis.solver.workload import LengthBin, Workload
+
+POSITIVE = st.floats(min_value=1e-12, max_value=1e15)
+NOT_NEGATIVE = st.just(0.0) | POSITIVE
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
+TITLES = st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z")) | st.sampled_from(" #:-'\"{}[]&*!|>%@`1e5~"),
+    min_size=1,
+    max_size=12,
+).filter(lambda text: bool(text.strip()) and text.isprintable())
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
+LINKS = st.builds(Link, bytes_per_s=POSITIVE, latency_s=NOT_NEGATIVE)
+PRICES = st.none() | st.floats(min_value=0, max_value=1e6)
+SMALL = st.integers(min_value=1, max_value=64)
+
+KNOWN_GPUS = {entry.gpu.name: entry.gpu for entry in catalogue.gpus()}
+
+
+@st.composite
+def gpu_types(draw: st.DrawFn, name: str) -> GpuType:
+    return GpuType(
+        name=name,
+        architecture=draw(TITLES),
+        memory_bytes=draw(st.integers(min_value=1, max_value=2**50)),
+        mem_bytes_per_s=draw(POSITIVE),
+        fp16_flops=draw(POSITIVE),
+        fp8_flops=draw(st.none() | POSITIVE),
+        pcie_bytes_per_s=draw(POSITIVE),
+        nvlink_bytes_per_s=draw(st.none() | POSITIVE),
+        usd_per_hour=draw(PRICES),
+    )
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> Cluster:
+    own = {name: draw(gpu_types(name)) for name in draw(st.sets(TITLES, max_size=2))}
+    available = sorted(KNOWN_GPUS | own)
+    groups = []
+    # Names without a final number, so that no group `a` of many collides with a single node `a-1`.
+    names = draw(st.sets(NAMES.map(lambda name: f"{name}x"), min_size=1, max_size=4))
+    for name in sorted(names):
+        types = draw(st.sets(st.sampled_from(available), min_size=1, max_size=3))
+        numbered = draw(st.booleans())
+        slots = tuple(
+            GpuSlots(gpu=gpu, count=draw(st.integers(1, 8)), usd_per_hour=draw(PRICES)) for gpu in sorted(types)
+        )
+        groups.append(
+            NodeGroup(
+                name=name,
+                gpus=slots,
+                count=draw(st.integers(1, 1000)) if numbered else 1,
+                numbered=numbered,
+                zone=draw(st.just("default") | NAMES),
+                nic=draw(st.none() | LINKS),
+                intra_link=draw(st.none() | LINKS),
+            )
+        )
+    zones = sorted({group.zone for group in groups})
+    nodes = sorted(group.node_name(0) for group in groups)
+    zone_pairs = [(a, b) for i, a in enumerate(zones) for b in zones[i:]]
+    node_pairs = [(b, a) for i, a in enumerate(nodes) for b in nodes[i + 1 :]]
+    network = Network(
+        default=draw(LINKS),
+        zone_default=draw(st.none() | LINKS),
+        between_zones={pair: draw(LINKS) for pair in zone_pairs if draw(st.booleans())},
+        between_nodes={pair: draw(LINKS) for pair in node_pairs if draw(st.booleans())},
+    )
+    used = {slots.gpu for group in groups for slots in group.gpus}
+    types_used = {name: gpu for name, gpu in KNOWN_GPUS.items() if name in used and name not in own}
+    return Cluster(name=draw(TITLES), node_groups=tuple(groups), gpu_types=types_used | own, network=network)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelSpec:
+    kv_heads, group, layers = draw(SMALL), draw(SMALL), draw(st.integers(2, 100))
+    latent = draw(st.booleans())
+    element = st.floats(min_value=0.1, max_value=4.0)
+    mla = MlaShape(
+        kv_lora_rank=draw(SMALL),
+        qk_rope_head_dim=draw(SMALL),
+        qk_nope_head_dim=draw(SMALL),
+        v_head_dim=draw(SMALL),
+        q_lora_rank=draw(st.none() | SMALL),
+    )
+    moe = MoeShape(
+        num_experts=draw(st.integers(8, 64)),
+        active_experts=draw(st.integers(1, 8)),
+        expert_intermediate=draw(SMALL),
+        shared_experts=draw(st.integers(0, 2)),
+        first_dense_layers=draw(st.integers(0, layers - 1)),
+    )
+    plain = AttentionKind.MHA if group == 1 else AttentionKind.GQA
+    window = draw(st.none() | st.integers(1, 10_000))
+    return ModelSpec(
+        name=draw(TITLES),
+        num_layers=layers,
+        hidden=draw(SMALL),
+        intermediate=draw(SMALL),
+        q_heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=draw(SMALL),
+        vocab=draw(SMALL),
+        attention=AttentionKind.MLA if latent else plain,
+        weight_bytes=draw(element),
+        kv_bytes=draw(element),
+        activation_bytes=draw(element),
+        embedding_bytes=draw(element),
+        gated_mlp=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        max_position=draw(st.integers(1, 10**6)),
+        sliding_window=window,
+        sliding_window_every=draw(st.integers(1, 3)),
+        mla=mla if latent else None,
+        moe=moe if draw(st.booleans()) else None,
+        forbidden_cuts=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=3))),
+    )
+
+
+LENGTHS = st.floats(min_value=1, max_value=1e6)
+WORKLOADS = st.builds(
+    Workload,
+    name=TITLES,
+    bins=st.lists(
+        st.builds(
+            LengthBin, prompt_tokens=LENGTHS, output_tokens=LENGTHS, weight=st.floats(min_value=1e-9, max_value=1e9)
+        ),
+        min_size=1,
+        max_size=5,
+    ).map(tuple),
+    rate_rps=st.none() | st.floats(min_value=1e-6, max_value=1e6),
+    clipped_ratio=st.floats(min_value=0, max_value=1),
+)
+
+PIECES = st.builds(Piece, **dict.fromkeys(("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire"), NOT_NEGATIVE))
+PROVENANCES = st.builds(
+    Provenance,
+    source=st.sampled_from(Source),
+    origin=TEXTS,
+    held_out_mape=st.none() | st.floats(min_value=0, max_value=10),
+)
+SCOPES = st.builds(
+    FitScope,
+    model=st.none() | TITLES,
+    tp=st.none() | SMALL,
+    head_dim=st.none() | SMALL,
+    queries_per_group=st.none() | SMALL,
+    weight_bytes=st.none() | st.floats(min_value=0.1, max_value=4),
+)
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    ops = [Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE, Op.TRANSFER]
+    return Profile(
+        gpu=draw(TITLES),
+        usable_bytes=draw(st.integers(1, 2**50)),
+        reserve_bytes=draw(st.integers(0, 2**40)),
+        fits=tuple(
+            Fit(
+                op=op,
+                pieces=tuple(draw(st.lists(PIECES, min_size=1, max_size=2))),
+                provenance=draw(PROVENANCES),
+                scope=draw(SCOPES),
+            )
+            for op in [*ops, *draw(st.lists(st.sampled_from(Op), max_size=2))]
+        ),
+    )
+
+
+DEVICES = st.lists(TEXTS, max_size=3).map(tuple)
+COUNTS = st.integers(0, 1000)
+STAGES = st.builds(
+    StagePlan,
+    gpu=TITLES,
+    tp=SMALL,
+    copies=SMALL,
+    first_layer=COUNTS,
+    num_layers=COUNTS,
+    devices=DEVICES,
+    kv_head_groups_kept=COUNTS,
+)
+POOLS = st.builds(AttentionWorkerPool, stage=COUNTS, gpu=TITLES, devices=DEVICES, kv_head_groups=COUNTS)
+REPLICAS = st.builds(
+    ReplicaPlan,
+    rate=NOT_NEGATIVE,
+    ttft_s=NOT_NEGATIVE,
+    tpot_s=NOT_NEGATIVE,
+    micro_batch=SMALL,
+    in_flight=SMALL,
+    chunk_tokens=SMALL,
+    kv_tokens=COUNTS,
+    stages=st.lists(STAGES, max_size=2).map(tuple),
+    attention_workers=st.lists(POOLS, max_size=2).map(tuple),
+)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    kind = draw(st.sampled_from(ObjectiveKind))
+    limits = st.none() | st.floats(min_value=1e-6, max_value=1e6)
+    objective = Objective(kind=kind, ttft_limit_s=draw(limits), tpot_limit_s=draw(limits), demand_rps=draw(limits))
+    proven = draw(st.booleans())
+    finite = st.floats(min_value=-1e9, max_value=1e9)
+    result = SolveResult(
+        status=draw(st.sampled_from(Status)),
+        objective=kind,
+        value=draw(finite),
+        bound=draw(finite) if proven else math.inf if objective.maximises else -math.inf,
+        gap=draw(NOT_NEGATIVE) if proven else math.inf,
+        unit=objective.unit,
+        solve_s=draw(NOT_NEGATIVE),
+    )
+    price = st.builds(
+        ClassPrice,
+        gpu=TITLES,
+        zone=TITLES,
+        gpus_per_node=SMALL,
+        available=COUNTS,
+        used=COUNTS,
+        as_attention_workers=COUNTS,
+        dual=finite,
+    )
+    return Plan(
+        strategy=draw(TITLES),
+        family=draw(TEXTS),
+        result=result,
+        objective=objective,
+        replicas=tuple(draw(st.lists(REPLICAS, max_size=2))),
+        prices=tuple(draw(st.lists(price, max_size=2))),
+        runners_up=tuple(draw(st.lists(st.builds(RunnerUp, shape=TEXTS, rate=finite, reason=TEXTS), max_size=2))),
+        notes=tuple(draw(st.lists(TEXTS, max_size=2))),
+        inputs=draw(st.dictionaries(TEXTS, JSON_VALUES, max_size=3)),
+    )
+
+
+VALUES = clusters() | models() | WORKLOADS | profiles() | plans()

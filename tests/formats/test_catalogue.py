@@ -1,0 +1,220 @@
+"""The catalogue holds the facts of the reference tables and understands the names people use."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from pathlib import Path
+
+import pytest
+
+from hetis.formats import catalogue
+from hetis.formats.catalogue import UnknownNameError, build
+from hetis.solver.workload import LengthBin, moments_of
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+PACKAGED = Path(build.__file__).parent / "data"
+
+
+@pytest.fixture
+def data() -> Path:
+    if not DATA.exists():
+        pytest.skip(f"REFERENCE DATA MISSING: {DATA} does not exist, the catalogue cannot be compared with its sources")
+    return DATA
+
+
+def test_building_again_gives_the_committed_files_byte_for_byte(data: Path) -> None:
+    files = build.build(data)
+    assert {name: (PACKAGED / name).read_text(encoding="utf-8") for name in files} == files
+    assert {str(path.relative_to(PACKAGED)) for path in PACKAGED.rglob("*.json")} == set(files)
+
+
+def test_every_gpu_is_there_with_its_source() -> None:
+    entries = catalogue.gpus()
+    assert len(entries) == 54
+    assert all(entry.spec_source for entry in entries)
+    assert all(entry.price_source for entry in entries if entry.gpu.usd_per_hour is not None)
+
+
+def test_memory_and_links_of_a_gpu() -> None:
+    sxm, pcie = catalogue.find_gpu("A100-SXM-80GB").gpu, catalogue.find_gpu("A100-PCIe-80GB").gpu
+    assert sxm.memory_bytes == 80 * 2**30
+    assert sxm.nvlink_bytes_per_s == 300e9  # 600 GB/s is the sum of both directions
+    assert pcie.nvlink_bytes_per_s is None  # its NVLink needs a bridge that joins two cards
+    assert pcie.pcie_bytes_per_s == 32e9
+
+
+def test_only_boards_with_links_to_all_others_have_nvlink() -> None:
+    linked = {entry.gpu.name for entry in catalogue.gpus() if entry.gpu.nvlink_bytes_per_s is not None}
+    assert {"H20", "GH200-96GB", "GB200-per-GPU", "MI300X-192GB", "Gaudi3-128GB", "P100-SXM2-16GB"} <= linked
+    assert not {name for name in linked if "PCIe" in name or "NVL-" in name or "RTX" in name}
+
+
+def test_every_model_is_there_and_its_numbers_add_up(data: Path) -> None:
+    with open(data / "models.csv", encoding="utf-8", newline="") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    entries = catalogue.models()
+    assert [entry.model.name for entry in entries] == list(rows)
+    for entry in entries:
+        row = rows[entry.model.name]
+        assert entry.model.params() / 1e9 == pytest.approx(float(row["params_b"]), rel=0.01), entry.model.name
+        assert entry.model.active_params() / 1e9 == pytest.approx(float(row["active_params_b"]), rel=0.01)
+        assert entry.model.kv_bytes_per_token() == float(row["kv_bytes_per_token_16bit"]), entry.model.name
+
+
+def test_parameter_counts_agree_with_the_packaged_ones() -> None:
+    assert len(catalogue.models()) == 44
+    for entry in catalogue.models():
+        assert entry.model.params() / 1e9 == pytest.approx(entry.params_b, rel=0.01), entry.model.name
+
+
+def test_quantised_models_have_small_weights() -> None:
+    assert catalogue.find_model("deepseek-v3").model.weight_bytes == 1.0
+    assert catalogue.find_model("gpt-oss-120b").model.weight_bytes == pytest.approx(
+        0.54, abs=0.01
+    )  # attention stays 16-bit
+    assert catalogue.find_model("llama-2-70b").model.weight_bytes == 2.0
+
+
+def test_windows_slide_in_the_layers_they_should() -> None:
+    windows = {e.model.name: (e.model.sliding_window, e.model.sliding_window_every) for e in catalogue.models()}
+    assert windows["google/gemma-2-9b"] == (4096, 2)
+    assert windows["openai/gpt-oss-20b"] == (128, 2)
+    assert windows["mistralai/Mistral-7B-v0.1"] == (4096, 1)
+    assert windows["meta-llama/Llama-2-70b-hf"] == (None, 1)
+
+
+@pytest.mark.parametrize("name", catalogue.workload_names())
+def test_a_workload_summary_keeps_the_averages_of_its_trace(name: str, data: Path) -> None:
+    with gzip.open(data / "traces" / f"{name}.csv.gz", "rt", encoding="utf-8", newline="") as file:
+        rows = [(int(row["prompt_tokens"]), int(row["output_tokens"])) for row in csv.DictReader(file)]
+    exact = moments_of([LengthBin(prompt_tokens=p, output_tokens=o, weight=1.0) for p, o in rows], block_tokens=16)
+    entry = catalogue.find_workload(name)
+    summary = entry.workload.moments()
+    assert len(entry.workload.bins) <= 600
+    assert entry.num_requests == len(rows)
+    assert summary.mean_prompt == pytest.approx(exact.mean_prompt, rel=1e-12)
+    assert summary.mean_output == pytest.approx(exact.mean_output, rel=1e-12)
+    for field in ("prefill_pairs", "resident_context", "prefilling_context"):
+        assert getattr(summary, field) == pytest.approx(getattr(exact, field), rel=0.005), field
+    for field in ("p95_prompt", "resident_context_sd"):  # kept well, though the bins do not aim at them
+        assert getattr(summary, field) == pytest.approx(getattr(exact, field), rel=0.02), field
+
+
+def test_only_recorded_arrivals_have_a_rate() -> None:
+    rates = {entry.workload.name: entry.workload.rate_rps for entry in catalogue.workloads()}
+    assert rates.pop("azure_conv_2023") == 5.53
+    assert set(rates.values()) == {None}
+
+
+@pytest.mark.parametrize("entry", catalogue.gpus(), ids=lambda entry: entry.gpu.name)
+def test_a_gpu_is_found_by_its_name_in_any_spelling(entry: catalogue.GpuEntry) -> None:
+    name = entry.gpu.name
+    for spelling in (name, name.lower(), name.upper(), name.replace("-", "_"), name.replace("-", " ")):
+        assert catalogue.find_gpu(spelling).gpu.name == name
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("a100-80gb-sxm", "A100-SXM-80GB"),
+        ("a100_sxm_80gb", "A100-SXM-80GB"),
+        ("A100SXM80GB", "A100-SXM-80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100-SXM-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100-SXM-80GB"),
+        ("NVIDIA H100 PCIe", "H100-PCIe-80GB"),
+        ("NVIDIA GeForce RTX 3090", "RTX-3090"),
+        ("NVIDIA RTX A6000", "RTX-A6000"),
+        ("Tesla V100-SXM2-32GB", "V100-SXM2-32GB"),
+        ("3090", "RTX-3090"),
+        ("RTX3090", "RTX-3090"),
+        ("l4", "L4"),
+        ("L40", "L40"),
+        ("a10", "A10"),
+        ("P100-12GB", "P100-PCIe-12GB"),
+        ("MI300X", "MI300X-192GB"),
+        ("gb200", "GB200-per-GPU"),
+    ],
+)
+def test_usual_gpu_aliases(spelling: str, name: str) -> None:
+    assert catalogue.find_gpu(spelling).gpu.name == name
+
+
+def test_an_ambiguous_gpu_is_refused_with_the_candidates() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        catalogue.find_gpu("A100")
+    assert str(caught.value) == (
+        "unknown GPU 'A100': ambiguous, one of A100-PCIe-40GB, A100-SXM-40GB, A100-PCIe-80GB, A100-SXM-80GB"
+    )
+    assert caught.value.candidates == ("A100-PCIe-40GB", "A100-SXM-40GB", "A100-PCIe-80GB", "A100-SXM-80GB")
+
+
+@pytest.mark.parametrize("spelling", ["", "80GB", "sxm", "pcie-80gb", "A1000", "B10000", "nvidia", "x" * 10_000])
+def test_what_names_no_gpu_is_refused(spelling: str) -> None:
+    with pytest.raises(UnknownNameError, match="unknown GPU"):
+        catalogue.find_gpu(spelling)
+
+
+@pytest.mark.parametrize("entry", catalogue.models(), ids=lambda entry: entry.model.name)
+def test_a_model_is_found_by_its_name_in_any_case_and_without_its_organisation(entry: catalogue.ModelEntry) -> None:
+    name = entry.model.name
+    for spelling in (
+        name,
+        name.lower(),
+        name.upper(),
+        name.partition("/")[2],
+        name.partition("/")[2].replace("-", "_"),
+    ):
+        assert catalogue.find_model(spelling).model.name == name
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("Llama-2-70B", "meta-llama/Llama-2-70b-hf"),
+        ("llama2-70b", "meta-llama/Llama-2-70b-hf"),
+        ("Llama-2-70b-chat-hf", "meta-llama/Llama-2-70b-hf"),
+        ("Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B"),
+        ("Llama-3.1-70B", "meta-llama/Meta-Llama-3.1-70B"),
+        ("meta-llama/Llama-3.1-70B", "meta-llama/Meta-Llama-3.1-70B"),
+        ("Meta-Llama-3.1-70B-Instruct", "meta-llama/Meta-Llama-3.1-70B"),
+        ("Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
+        ("deepseek-r1", "deepseek-ai/DeepSeek-V3"),
+        ("gemma-2-9b-it", "google/gemma-2-9b"),
+        ("bloom-176b", "bigscience/bloom"),
+    ],
+)
+def test_usual_model_aliases(spelling: str, name: str) -> None:
+    assert catalogue.find_model(spelling).model.name == name
+
+
+def test_an_ambiguous_model_is_refused_with_the_candidates() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        catalogue.find_model("Llama-70B")
+    assert caught.value.candidates == (
+        "meta-llama/Llama-2-70b-hf",
+        "meta-llama/Meta-Llama-3-70B",
+        "meta-llama/Meta-Llama-3.1-70B",
+        "meta-llama/Llama-3.3-70B-Instruct",
+    )
+
+
+@pytest.mark.parametrize(
+    ("spelling", "suggestion"),
+    [
+        ("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.1"),  # another vocabulary and no window: not the same model
+        ("somebody/Llama-2-70b-hf", "meta-llama/Llama-2-70b-hf"),  # may be anything
+        ("Qwen3-31B", "Qwen/Qwen3-32B"),
+    ],
+)
+def test_a_similar_model_is_suggested_but_not_taken(spelling: str, suggestion: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        catalogue.find_model(spelling)
+    assert str(caught.value) == f"unknown model {spelling!r}, did you mean {suggestion}?"
+
+
+def test_workload_names_may_be_short() -> None:
+    assert catalogue.find_workload("sharegpt_8k").workload.name == "sharegpt_8k_lengths"
+    assert catalogue.find_workload("Azure-Conv-2023").workload.name == "azure_conv_2023"
+    with pytest.raises(UnknownNameError, match="did you mean azure_conv_2023"):
+        catalogue.find_workload("azure_conv_2024")

@@ -1,0 +1,170 @@
+"""What the fields of a cluster file mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.cluster import cluster_to_data, load_cluster
+from hetis.formats.errors import DocumentError
+from hetis.solver.cluster import Cluster, Link
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+HEAD = "apiVersion: hetis/v1\nkind: Cluster\nname: test\n"
+NETWORK = "network: {bandwidth: 100Gbps, latency: 20us}\n"
+
+
+def cluster_of(folder: Path, nodes: str, network: str = NETWORK, more: str = "") -> Cluster:
+    path = folder / "cluster.yaml"
+    path.write_text(HEAD + nodes + network + more)
+    return load_cluster(path)
+
+
+def test_the_paper_cluster_is_the_one_of_the_paper() -> None:
+    cluster = load_cluster(EXAMPLES / "paper.yaml")
+    assert cluster.name == "paper"
+    assert [device.name for device in cluster.devices()] == [
+        *(f"a100/{i}" for i in range(4)),
+        *("r3090-0/0", "r3090-0/1", "r3090-1/0", "r3090-1/1"),
+        *(f"p100/{i}" for i in range(4)),
+    ]
+    assert cluster.network.default == Link(bytes_per_s=12.5e9, latency_s=20e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "types", "zones"),
+    [
+        ("paper", 12, 3, 1),
+        ("fleet-160", 160, 5, 1),
+        ("fleet-10000", 10_000, 8, 3),
+        ("fleet-1000000", 1_000_000, 8, 3),
+        ("h100-l4", 10, 2, 1),
+        ("h100-p100", 10, 2, 1),
+    ],
+)
+def test_examples_hold_what_their_names_say(name: str, gpus: int, types: int, zones: int) -> None:
+    cluster = load_cluster(EXAMPLES / f"{name}.yaml")
+    assert cluster.name == name
+    assert (cluster.num_gpus(), len(cluster.gpu_types), len(cluster.zones())) == (gpus, types, zones)
+
+
+@pytest.mark.parametrize("name", ["fleet-160", "fleet-10000", "fleet-1000000"])
+def test_every_gpu_of_a_fleet_has_a_price(name: str) -> None:
+    cluster = load_cluster(EXAMPLES / f"{name}.yaml")
+    assert all(cluster.price_of(slots) is not None for group in cluster.node_groups for slots in group.gpus)
+
+
+def test_aliases_become_catalogue_names(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "nodes: [{name: a, gpus: [{type: a100_80gb_sxm, count: 8}, {type: '3090'}]}]\n")
+    assert [(slots.gpu, slots.count) for slots in cluster.node_groups[0].gpus] == [
+        ("A100-SXM-80GB", 8),
+        ("RTX-3090", 1),
+    ]
+
+
+def test_a_count_numbers_even_a_single_node(tmp_path: Path) -> None:
+    cluster = cluster_of(tmp_path, "nodes: [{name: a, count: 1, gpus: [{type: L4}]}, {name: b, gpus: [{type: L4}]}]\n")
+    assert [device.name for device in cluster.devices()] == ["a-0/0", "b/0"]
+
+
+def test_the_price_of_a_node_is_split_over_its_gpus(tmp_path: Path) -> None:
+    nodes = "nodes: [{name: a, usd_per_hour: 6, gpus: [{type: L4, count: 2}, {type: T4, count: 1}]}]\n"
+    cluster = cluster_of(tmp_path, nodes)
+    assert [slots.usd_per_hour for slots in cluster.node_groups[0].gpus] == [2.0, 2.0]
+
+
+def test_links_of_a_node_and_gpu_types_of_its_own(tmp_path: Path) -> None:
+    nodes = """nodes:
+  - name: a
+    nic: {bandwidth: 25Gbps, latency: 50us}
+    link: {bandwidth: 10GB/s, latency: 0}
+    gpus: [{type: X1, count: 2}]
+"""
+    own = "gpu_types:\n  X1: {memory: 48GiB, memory_bandwidth: 1TB/s, fp16: 300TFLOPS, nvlink: 100GB/s}\n"
+    cluster = cluster_of(tmp_path, nodes, more=own)
+    group, gpu = cluster.node_groups[0], cluster.gpu_types["X1"]
+    assert group.nic == Link(bytes_per_s=25e9 / 8, latency_s=50e-6)
+    assert group.intra_link == Link(bytes_per_s=10e9, latency_s=0)
+    assert (gpu.memory_bytes, gpu.fp16_flops, gpu.nvlink_bytes_per_s) == (48 * 2**30, 300e12, 100e9)
+
+
+def test_an_own_type_goes_before_the_catalogue(tmp_path: Path) -> None:
+    own = "gpu_types:\n  L4: {memory: 23GiB, memory_bandwidth: 1TB/s, fp16: 300TFLOPS}\n"
+    cluster = cluster_of(tmp_path, "nodes: [{name: a, gpus: [{type: L4}]}]\n", more=own)
+    assert cluster.gpu_types["L4"].memory_bytes == 23 * 2**30
+    assert cluster_to_data(cluster)["gpu_types"]["L4"]["memory"] == "23GiB"
+
+
+ZONES = """nodes:
+  - {name: a, zone: east, gpus: [{type: L4}]}
+  - {name: b, zone: west, gpus: [{type: L4}]}
+  - {name: c, zone: north, gpus: [{type: L4}]}
+"""
+
+
+def test_links_between_zones(tmp_path: Path) -> None:
+    network = """network:
+  bandwidth: 100Gbps
+  latency: 20us
+  zones:
+    bandwidth: 8Gbps
+    latency: 5ms
+    links: [{between: [east, west], bandwidth: 16Gbps, latency: 2ms}]
+"""
+    zone_link = cluster_of(tmp_path, ZONES, network).network.zone_link
+    assert zone_link("east", "east") == Link(bytes_per_s=12.5e9, latency_s=20e-6)
+    assert zone_link("west", "east") == Link(bytes_per_s=2e9, latency_s=2e-3)
+    assert zone_link("north", "east") == Link(bytes_per_s=1e9, latency_s=5e-3)
+
+
+def test_a_matrix_between_zones_with_gaps(tmp_path: Path) -> None:
+    network = """network:
+  bandwidth: 100Gbps
+  latency: 20us
+  zones:
+    bandwidth: 8Gbps
+    latency: 5ms
+    matrix:
+      names: [east, west, north]
+      bandwidth:
+        - [200Gbps, 16Gbps, null]
+        - [16Gbps, null, 24Gbps]
+        - [null, 24Gbps, null]
+      latency:
+        - [10us, 2ms, null]
+        - [2ms, null, null]
+        - [null, null, null]
+"""
+    zone_link = cluster_of(tmp_path, ZONES, network).network.zone_link
+    assert zone_link("east", "east") == Link(bytes_per_s=25e9, latency_s=10e-6)
+    assert zone_link("west", "west") == Link(bytes_per_s=12.5e9, latency_s=20e-6)
+    assert zone_link("west", "east") == Link(bytes_per_s=2e9, latency_s=2e-3)
+    assert zone_link("north", "west") == Link(bytes_per_s=3e9, latency_s=5e-3)
+    assert zone_link("north", "east") == Link(bytes_per_s=1e9, latency_s=5e-3)
+
+
+def test_a_matrix_between_nodes(tmp_path: Path) -> None:
+    network = """network:
+  bandwidth: 100Gbps
+  latency: 20us
+  nodes:
+    matrix: {names: [a-0, a-1], bandwidth: [[null, 8Gbps], [8Gbps, null]]}
+"""
+    cluster = cluster_of(tmp_path, "nodes: [{name: a, count: 2, gpus: [{type: L4}]}]\n", network)
+    assert cluster.network.node_link("a-1", "a-0") == Link(bytes_per_s=1e9, latency_s=20e-6)
+
+
+def test_two_aliases_of_one_type_in_a_node_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="'rtx3090' is listed twice in one node"):
+        cluster_of(tmp_path, "nodes: [{name: a, gpus: [{type: RTX-3090}, {type: rtx3090}]}]\n")
+
+
+def test_problems_are_listed_in_the_order_of_the_file_and_capped(tmp_path: Path) -> None:
+    nodes = "nodes:\n" + "".join(f"  - {{name: n{i}, gpus: [{{type: L4, count: 0}}]}}\n" for i in range(150))
+    with pytest.raises(DocumentError) as caught:
+        cluster_of(tmp_path, nodes)
+    lines = str(caught.value).splitlines()
+    assert len(caught.value.problems) == 150
+    assert [problem.line for problem in caught.value.problems] == list(range(5, 155))
+    assert lines[100:] == ["... and 50 more problems"]

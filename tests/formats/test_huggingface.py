@@ -1,0 +1,99 @@
+"""Shapes from config.json agree with the catalogue and with published parameter counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from hetis.formats import catalogue
+from hetis.formats.errors import DocumentError
+from hetis.formats.huggingface import supported_architectures
+from hetis.formats.model import load_model
+
+FOLDER = Path(__file__).parent / "huggingface"
+CONFIGS = sorted(FOLDER.glob("*.json"))
+KNOWN = {entry.model.name for entry in catalogue.models()}
+PUBLISHED_B = {  # billions, from the model cards; active too
+    "google/gemma-7b": (8.54, 8.54),
+    "deepseek-ai/DeepSeek-V2-Lite": (15.7, 2.66),
+    "Qwen/Qwen2-57B-A14B": (57.4, 14.2),
+    "TheBloke/Llama-2-70B-AWQ": (68.98, 68.98),
+}
+
+
+def repository(path: Path) -> str:
+    return path.stem.replace("__", "/")
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if repository(p) in KNOWN], ids=repository)
+def test_a_config_gives_the_shape_of_the_catalogue(path: Path) -> None:
+    entry = catalogue.find_model(repository(path))
+    model = load_model(path)
+    assert model.params() / 1e9 == pytest.approx(entry.params_b, rel=0.01)
+    assert dataclasses.replace(model, name=entry.model.name) == entry.model
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if repository(p) not in KNOWN], ids=repository)
+def test_a_config_outside_the_catalogue_has_the_published_parameters(path: Path) -> None:
+    model = load_model(path)
+    total, active = PUBLISHED_B[repository(path)]
+    assert model.params() / 1e9 == pytest.approx(total, rel=0.01)
+    assert model.active_params() / 1e9 == pytest.approx(active, rel=0.015)
+
+
+def test_every_supported_architecture_but_renamed_ones_has_a_fixture() -> None:
+    seen = {json.loads(path.read_text())["architectures"][0] for path in CONFIGS}
+    assert set(supported_architectures()) - seen == {"KimiK2ForCausalLM"}
+
+
+def test_four_bit_weights_are_about_half_a_byte_and_embeddings_stay_16_bit() -> None:
+    model = load_model(FOLDER / "TheBloke__Llama-2-70B-AWQ.json")
+    assert model.weight_bytes == 0.53125
+    assert (model.embedding_bytes, model.activation_bytes, model.kv_bytes) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "weight_bytes"),
+    [
+        ({"quant_method": "gptq", "bits": 8}, 1.0),
+        ({"quant_method": "fp8"}, 1.0),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.53125),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 1.0),
+    ],
+)
+def test_quantisation_is_honoured(tmp_path: Path, quantisation: dict[str, object], weight_bytes: float) -> None:
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text()) | {
+        "quantization_config": quantisation
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path).weight_bytes == weight_bytes
+
+
+def test_a_folder_with_a_config_is_named_after_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "my-finetune"
+    folder.mkdir()
+    (folder / "config.json").write_text((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    assert load_model(folder).name == "my-finetune"
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"is a folder without config\.json, so not a Hugging Face model"):
+        load_model(tmp_path)
+
+
+def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(DocumentError) as caught:
+        load_model(tmp_path)
+    assert "architecture 'BertModel' is not supported" in str(caught.value)
+    assert "MixtralForCausalLM" in str(caught.value)
+
+
+def test_the_model_type_stands_in_for_missing_architectures(tmp_path: Path) -> None:
+    config = json.loads((FOLDER / "Qwen__Qwen3-32B.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path).num_layers == 64

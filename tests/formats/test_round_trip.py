@@ -1,0 +1,175 @@
+"""value -> document -> text -> document -> value gives the identical value, for every kind and both text forms."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hetis.formats import documents
+from hetis.formats.documents import (
+    digest,
+    dump,
+    dump_data,
+    from_data,
+    json_schema,
+    load,
+    load_plan,
+    load_workload,
+    to_data,
+)
+from hetis.formats.errors import DocumentError
+from hetis.formats.positions import parse_text
+from hetis.solver.cluster import Cluster
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
+from hetis.solver.profile import Profile
+from hetis.solver.workload import Workload
+
+from . import strategies
+
+KIND_OF = {Cluster: "Cluster", ModelSpec: "ModelSpec", Workload: "Workload", Profile: "Profile", Plan: "Plan"}
+thorough = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+@thorough
+@given(value=strategies.VALUES)
+def test_text_gives_the_identical_value_back(form: Literal["yaml", "json"], value: documents.Value) -> None:
+    data, _ = parse_text(dump(value, form), "text")
+    assert from_data(data) == value
+    assert to_data(from_data(data)) == data
+
+
+@thorough
+@given(strategies.VALUES)
+def test_a_self_contained_document_gives_the_identical_value_back(value: documents.Value) -> None:
+    data = to_data(value, self_contained=True)
+    back = from_data(json.loads(json.dumps(data)))
+    assert back == value
+    assert digest(back) == digest(value)
+
+
+@thorough
+@given(strategies.VALUES)
+def test_documents_fit_their_json_schema(value: documents.Value) -> None:
+    validator = VALIDATORS[KIND_OF[type(value)]]
+    validator.validate(to_data(value))
+    validator.validate(to_data(value, self_contained=True))
+
+
+VALIDATORS = {kind: jsonschema.Draft202012Validator(json_schema(kind)) for kind in documents.KINDS}
+
+
+@pytest.mark.parametrize("kind", documents.KINDS)
+def test_a_json_schema_is_valid_and_refuses_unknown_fields(kind: str) -> None:
+    schema = json_schema(kind)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["title"] == kind
+    assert schema["additionalProperties"] is False
+    assert not VALIDATORS[kind].is_valid({"apiVersion": "hetis/v1", "kind": kind, "surprise": 1})
+
+
+def test_an_unknown_kind_has_no_schema() -> None:
+    with pytest.raises(DocumentError, match=r"unknown kind 'Clusters', expected one of .*, did you mean Cluster\?"):
+        json_schema("Clusters")
+
+
+def a_plan(kind: ObjectiveKind, **result: float) -> Plan:
+    numbers = {"value": 1.0, "bound": 1.0, "gap": 0.0} | result
+    solved = SolveResult(status=Status.FEASIBLE, objective=kind, unit="requests/s", solve_s=1.0, **numbers)
+    return Plan(strategy="hetis", family="f", result=solved, objective=Objective(kind=kind), replicas=())
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound"), [(ObjectiveKind.GOODPUT, math.inf), (ObjectiveKind.COST, -math.inf)], ids=lambda x: str(x)
+)
+def test_a_missing_bound_is_null_in_json(tmp_path: Path, kind: ObjectiveKind, bound: float) -> None:
+    plan = a_plan(kind, bound=bound, gap=math.inf)
+    (tmp_path / "plan.json").write_text(dump(plan, "json"))
+    result = json.loads((tmp_path / "plan.json").read_text())["result"]
+    assert (result["bound"], result["gap"]) == (None, None)
+    assert load_plan(tmp_path / "plan.json") == plan
+
+
+def test_a_plan_without_a_value_is_null_in_json(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(dump(a_plan(ObjectiveKind.GOODPUT, value=math.nan), "json"))
+    assert math.isnan(load_plan(tmp_path / "plan.json").result.value)
+
+
+def test_inputs_that_json_cannot_hold_are_refused() -> None:
+    plan = a_plan(ObjectiveKind.GOODPUT)
+    for inputs in ({"x": math.inf}, {"x": object()}):
+        with pytest.raises(ValueError, match=r"JSON"):
+            dump(replace(plan, inputs=inputs), "json")
+
+
+def test_infinity_in_inputs_of_a_yaml_plan_is_refused_with_its_place(tmp_path: Path) -> None:
+    text = dump(replace(a_plan(ObjectiveKind.GOODPUT), inputs={"x": [1.0]})).replace("- 1.0", "- .inf")
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(DocumentError, match=r"inputs\.x\[0\]: is \.inf, must be finite"):
+        load_plan(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no",
+        "1e5",
+        "0x10",
+        "12:30",
+        "~",
+        "null",
+        "1_000",
+        ".5",
+        "- a",
+        "a: b",
+        "2024-01-01",
+        "a\x85b",
+        "\u2028",
+        " a\n b",
+    ],
+)
+def test_text_that_looks_like_something_else_stays_text_in_yaml(text: str) -> None:
+    assert parse_text(dump_data({"a": text}), "x")[0] == {"a": text}
+
+
+def test_the_kind_of_a_document_is_found(tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text(dump(load_workload("8000/300")))
+    assert isinstance(load(tmp_path / "w.yaml"), Workload)
+    with pytest.raises(DocumentError, match="kind is missing, expected one of Cluster, ModelSpec, Workload, Profile"):
+        from_data({"apiVersion": "hetis/v1"})
+    with pytest.raises(DocumentError, match=r"kind: is 'Clutser', expected one of .*, did you mean Cluster\?"):
+        from_data({"kind": "Clutser"})
+    for empty in (None, [], 3):
+        with pytest.raises(DocumentError):
+            from_data(empty)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_a_document_with_anything_anywhere_is_read_or_refused(data: st.DataObject) -> None:
+    """Replaces a random part of a valid document with random data: a value or a DocumentError, never another error."""
+    document = to_data(data.draw(strategies.VALUES))
+    junk = strategies.JSON_VALUES | st.sampled_from([10**400, -1, 0, float("inf"), float("nan"), "", "-1GB", True])
+    here: Any = document
+    while True:
+        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+        key = data.draw(st.sampled_from(keys))
+        if isinstance(here[key], dict | list) and here[key] and data.draw(st.booleans()):
+            here = here[key]
+            continue
+        here[key] = data.draw(junk)
+        break
+    with contextlib.suppress(DocumentError):
+        assert to_data(from_data(document))

@@ -1,0 +1,185 @@
+"""The real solver behind the real command line: place, check, explain, and Ctrl-C in between."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetis.planner.cli.place import Strategy
+from hetis.solver.placement.strategies import STRATEGIES
+from tests.planner.command_line import COMMAND, EXAMPLES, environment, hetis_plan
+
+SMALL = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: small
+nodes:
+  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
+  - {name: l4, count: 2, gpus: [{type: L4, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+# What the issue promises of the JSON form.
+PLAN_FIELDS = {"kind", "strategy", "result", "inputs", "replicas"}
+RESULT_FIELDS = {"status", "objective", "value", "bound", "gap", "unit", "solve_s"}
+REPLICA_FIELDS = {"rate", "ttft_s", "tpot_s", "micro_batch", "in_flight", "stages", "attention_workers"}
+STAGE_FIELDS = {"gpu", "tp", "copies", "first_layer", "num_layers", "devices", "kv_head_groups_kept"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small cluster and its plan, placed once."""
+    path = tmp_path_factory.mktemp("placed")
+    (path / "small.yaml").write_text(SMALL)
+    done = place(path, "-o", "json", "--out", "plan.json")
+    assert done.returncode == 0, done.stderr
+    (path / "stdout.json").write_text(done.stdout)
+    return path
+
+
+def place(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    inputs = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "azure_conv_2023")
+    return hetis_plan("place", *inputs, *options, cwd=folder)
+
+
+@pytest.fixture
+def plan(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    return document
+
+
+def test_the_plan_has_the_promised_fields(plan: dict[str, Any]) -> None:
+    assert plan.keys() >= PLAN_FIELDS
+    assert plan["result"].keys() >= RESULT_FIELDS
+    assert plan["replicas"]
+    for replica in plan["replicas"]:
+        assert replica.keys() >= REPLICA_FIELDS
+        for stage in replica["stages"]:
+            assert stage.keys() >= STAGE_FIELDS
+
+
+def test_stdout_and_the_file_hold_the_same_plan(folder: Path, plan: dict[str, Any]) -> None:
+    assert json.loads((folder / "stdout.json").read_text()) == plan
+
+
+def test_the_plan_names_all_it_was_made_from(plan: dict[str, Any]) -> None:
+    inputs = plan["inputs"]
+    assert inputs["origins"]["cluster"] == "small.yaml"
+    assert inputs["origins"]["profiles"] == {"A100-PCIe-80GB": "modelled", "L4": "modelled"}
+    assert all(digest.startswith("sha256:") for digest in inputs["digests"]["profiles"].values())
+    assert {"hetis", "python", "highspy", "numba"} <= inputs["versions"].keys()
+    assert inputs["seed"] == 0
+
+
+def test_check_and_explain_work_from_the_plan_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "moved.json").write_text((folder / "plan.json").read_text())
+    checked = hetis_plan("check", "moved.json", "-o", "json", cwd=tmp_path)
+    assert (checked.returncode, json.loads(checked.stdout)) == (0, {"ok": True, "violations": []})
+    explained = hetis_plan("explain", "moved.json", "-o", "json", cwd=tmp_path)
+    assert explained.returncode == 0, explained.stderr
+    document = json.loads(explained.stdout)
+    assert document["kind"] == "Explanation"
+    assert document["memory"]
+    assert document["stage_times"]
+    assert document["attention_workers"]
+
+
+@pytest.mark.parametrize("verb", ["place", "explain", "check"])
+def test_tables_fit_80_columns(verb: str, folder: Path) -> None:
+    done = place(folder) if verb == "place" else hetis_plan(verb, "plan.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        (("replicas", 0, "rate"), 1e6, "RATE"),
+        (("replicas", 0, "stages", 0, "devices", 0), "a100/9", "KNOWN_DEVICE"),
+        (("result", "bound"), 0.0, "BOUND"),
+    ],
+)
+def test_check_rejects_a_plan_that_was_tampered_with(
+    path: tuple[str | int, ...], value: object, rule: str, plan: dict[str, Any], tmp_path: Path
+) -> None:
+    target: Any = plan
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    done = hetis_plan("check", "plan.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert rule.lower() in done.stdout
+
+
+def test_a_model_that_does_not_fit_is_proved_infeasible(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL.replace("A100-PCIe-80GB", "P100-PCIe-12GB"))
+    done = hetis_plan("place", "-c", "small.yaml", "-m", "Llama-2-70B", "-w", "1024/256", "-o", "json", cwd=tmp_path)
+    assert done.returncode == 3
+    document = json.loads(done.stdout)
+    assert document["result"]["status"] == "infeasible"
+    assert document["reasons"]
+    assert all(reason in done.stderr for reason in document["reasons"])
+
+
+def test_equal_seeds_give_equal_plans(folder: Path, plan: dict[str, Any]) -> None:
+    again = json.loads(place(folder, "-o", "json").stdout)
+    assert again["replicas"] == plan["replicas"]
+    assert again["result"] | {"solve_s": 0} == plan["result"] | {"solve_s": 0}
+
+
+@pytest.mark.parametrize("strategy", Strategy)
+def test_restricted_strategies_are_never_better(strategy: Strategy, folder: Path, plan: dict[str, Any]) -> None:
+    restricted = json.loads(place(folder, "--strategy", strategy.value, "-o", "json").stdout)
+    assert restricted["strategy"] == strategy.value
+    assert restricted["result"]["value"] <= plan["result"]["bound"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("objective", ["throughput", "cost", "gpus"])
+def test_every_objective_is_answered(objective: str, folder: Path) -> None:
+    done = place(folder, "--objective", objective, "--rate", "0.5", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["result"]["objective"] == objective
+
+
+def test_the_command_line_knows_every_strategy() -> None:
+    assert {strategy.value for strategy in Strategy} == set(STRATEGIES)
+
+
+def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
+    arguments = ["place", "-c", str(EXAMPLES / "fleet-10000.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
+    process = subprocess.Popen(
+        [
+            *COMMAND,
+            *arguments,
+            "--gap",
+            "0",
+            "--time-limit",
+            "10min",
+            "-o",
+            "json",
+            "--out",
+            str(tmp_path / "plan.json"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "incumbent" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert json.loads(out) == json.loads((tmp_path / "plan.json").read_text())
+    result = json.loads(out)["result"]
+    assert result["status"] == "interrupted"
+    assert result["bound"] >= result["value"] > 0
+    assert "stopping with the best plan so far" in err
+    assert hetis_plan("check", str(tmp_path / "plan.json")).returncode == 0

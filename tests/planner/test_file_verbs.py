@@ -1,0 +1,119 @@
+"""`init`, `validate`, `schema`, `catalog`, `completion`, `version`: what they print and where."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from hetis.planner.cli.app import run
+from hetis.planner.cli.catalog import Catalogue
+from hetis.planner.cli.schema import Kind
+from hetis.planner.samples import SAMPLES
+from tests.planner.command_line import EXAMPLES, invoke
+
+
+def test_init_writes_files_that_validate(tmp_path: Path) -> None:
+    assert invoke("init", str(tmp_path / "new")).exit_code == 0
+    files = [str(tmp_path / "new" / name) for name in SAMPLES]
+    result = invoke("validate", *files, "-o", "json")
+    assert result.exit_code == 0
+    assert [entry["ok"] for entry in json.loads(result.stdout)] == [True, True]
+
+
+def test_init_names_every_file_it_would_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in SAMPLES:
+        (tmp_path / name).write_text("mine")
+    assert run(["init", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert all(f"{tmp_path / name}: exists already; --force overwrites it" in err for name in SAMPLES)
+    assert {(tmp_path / name).read_text() for name in SAMPLES} == {"mine"}
+
+
+def test_init_overwrites_when_told_to(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("mine")
+    assert invoke("init", str(tmp_path), "--force").exit_code == 0
+    assert (tmp_path / "cluster.yaml").read_text() == SAMPLES["cluster.yaml"]
+
+
+def test_every_example_is_valid() -> None:
+    result = invoke("validate", *map(str, sorted(EXAMPLES.glob("*.yaml"))))
+    assert result.exit_code == 0, result.stderr
+
+
+def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: Cluster\nname: a\nnodess: []\nnetwork: {latency: 2m}\n"
+    )
+    (tmp_path / "b.yaml").write_text("kind: Clustr\n")
+    result = invoke(
+        "validate", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), str(tmp_path / "c.yaml"), "-o", "json"
+    )
+    assert result.exit_code == 2
+    entries = json.loads(result.stdout)
+    assert [entry["ok"] for entry in entries] == [False, False, False]
+    assert len(entries[0]["problems"]) >= 3
+    for entry in entries:
+        for problem in entry["problems"]:
+            assert problem["message"] in result.stderr
+    assert "did you mean nodes?" in result.stderr
+    assert "no such file" in result.stderr
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_kind_has_a_json_schema(kind: Kind) -> None:
+    result = invoke("schema", kind.value.lower())
+    assert result.exit_code == 0
+    jsonschema.Draft202012Validator.check_schema(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize("which", Catalogue)
+def test_catalogues_print_the_same_entries_in_every_form(which: Catalogue) -> None:
+    as_json = json.loads(invoke("catalog", which.value, "-o", "json").stdout)
+    assert yaml.safe_load(invoke("catalog", which.value, "-o", "yaml").stdout) == as_json
+    assert len(as_json) >= {Catalogue.GPUS: 54, Catalogue.MODELS: 44, Catalogue.WORKLOADS: 6}[which]
+    table = invoke("catalog", which.value).stdout
+    assert len(table.splitlines()) >= len(as_json)
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_a_catalogue_can_be_narrowed() -> None:
+    names = [entry["gpu"]["name"] for entry in json.loads(invoke("catalog", "gpus", "A100", "-o", "json").stdout)]
+    assert names
+    assert all("A100" in name for name in names)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str) -> None:
+    result = invoke("completion", shell)
+    assert result.exit_code == 0
+    assert "_HETIS_PLAN_COMPLETE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("hetis-plan pl", "place"),
+        ("hetis-plan place --model llama-2-70", "llama-2-70b-hf"),
+        ("hetis-plan place --workload az", "azure_conv_2023"),
+    ],
+)
+def test_the_completion_script_gets_its_words(
+    line: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_HETIS_PLAN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
+    assert run([]) == 0
+    assert capsys.readouterr().out.split() == [word]
+
+
+def test_version_names_hetis_and_its_libraries() -> None:
+    versions = json.loads(invoke("version", "-o", "json").stdout)
+    assert {"hetis", "python", "numpy", "highspy", "ortools", "numba"} <= versions.keys()
+    assert re.match(r"hetis \d+\.\d+", invoke("version").stdout)
+    assert invoke("--version").stdout == f"hetis-plan {versions['hetis']}\n"

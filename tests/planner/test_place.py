@@ -1,0 +1,190 @@
+"""`place` by the fake of a solver: what is printed, saved and returned for every outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hetis.formats.documents import load_plan, write_atomically
+from hetis.formats.errors import single_problem
+from hetis.planner.cli import placement_run, plan_files
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.placing import objective
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from tests.planner import plans
+from tests.planner.command_line import EXAMPLES
+
+PLAN = plans.plan(plans.paper_replica())
+INPUTS = ["place", "--cluster", str(EXAMPLES / "paper.yaml"), "--model", "Llama-2-70B", "--workload", "1024/256"]
+
+Solver = Callable[[Plan | Exception], None]
+
+
+@pytest.fixture
+def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
+    """Makes the solver return a plan, or raise an error, without solving."""
+
+    def answer_with(outcome: Plan | Exception) -> None:
+        def make_plan(*_arguments: object, **_options: object) -> Plan:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(placement_run, "make_plan", make_plan)
+
+    monkeypatch.delenv("HETIS_DEBUG", raising=False)
+    return answer_with
+
+
+def test_a_plan_is_printed_and_saved(solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solver(PLAN)
+    assert run([*INPUTS, "-o", "json", "--out", str(tmp_path / "plan.json")]) == ExitCode.OK
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == json.loads((tmp_path / "plan.json").read_text())
+    assert load_plan(tmp_path / "plan.json") == PLAN
+    assert f"saved {tmp_path / 'plan.json'}" in captured.err
+
+
+def test_the_three_forms_hold_the_same(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    solver(PLAN)
+    run([*INPUTS, "-o", "json"])
+    as_json = capsys.readouterr().out
+    run([*INPUTS, "-o", "yaml"])
+    assert yaml.safe_load(capsys.readouterr().out) == json.loads(as_json)
+    run([*INPUTS])
+    assert "1.350 requests/s" in capsys.readouterr().out
+
+
+def test_quiet_leaves_stderr_empty(solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solver(PLAN)
+    assert run([*INPUTS, "-q", "--out", str(tmp_path / "plan.json")]) == ExitCode.OK
+    assert capsys.readouterr().err == ""
+
+
+def test_an_infeasible_problem_is_a_document_with_reasons(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    solver(InfeasibleError(("weights take 140 GB, the fleet has 48 GB", "TTFT is 3 s at least")))
+    assert run([*INPUTS, "-o", "json"]) == ExitCode.INFEASIBLE
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["kind"] == "Plan"
+    assert document["result"]["status"] == "infeasible"
+    assert document["reasons"] == ["weights take 140 GB, the fleet has 48 GB", "TTFT is 3 s at least"]
+    assert captured.err.endswith(
+        "error: no plan exists\n  - weights take 140 GB, the fleet has 48 GB\n  - TTFT is 3 s at least\n"
+    )
+
+
+def test_an_infeasible_problem_saves_no_file(solver: Solver, tmp_path: Path) -> None:
+    solver(InfeasibleError(("no",)))
+    assert run([*INPUTS, "--out", str(tmp_path / "plan.json")]) == ExitCode.INFEASIBLE
+    assert not list(tmp_path.iterdir())
+
+
+def test_stopping_without_a_plan_proves_nothing(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    solver(NoPlanFoundError("no plan within 1 s"))
+    assert run(INPUTS) == ExitCode.NO_PLAN
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("error: no plan within 1 s\n")
+
+
+def test_a_plan_that_fails_its_check_is_not_shown(
+    solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver(UncheckedPlanError(("replica 0: device a100/9 does not exist",)))
+    assert run([*INPUTS, "--out", str(tmp_path / "plan.json")]) == ExitCode.INTERNAL
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "  replica 0: device a100/9 does not exist\n" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_strict_asks_for_the_gap(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    solver(PLAN)
+    assert run([*INPUTS, "--strict", "--gap", "1%"]) == ExitCode.OK
+    assert run([*INPUTS, "--strict", "--gap", "0.5%"]) == ExitCode.MISSED
+    captured = capsys.readouterr()
+    assert "the gap is 0.520%, asked for 0.500%" in captured.err
+    assert "1.350 requests/s" in captured.out
+    assert run([*INPUTS, "--gap", "0.5%"]) == ExitCode.OK
+
+
+def test_strict_asks_for_the_demanded_rate(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    solver(replace(PLAN, objective=Objective(demand_rps=2.0)))
+    assert run([*INPUTS, "--strict", "--gap", "1%", "--rate", "2"]) == ExitCode.MISSED
+    assert "the plan serves 1.35 requests/s, 2 are demanded" in capsys.readouterr().err
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_solve(
+    solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver(RuntimeError("must not be asked"))
+    assert run([*INPUTS, "--out", str(tmp_path / "missing" / "plan.json")]) == ExitCode.INVALID
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_a_plan_that_could_not_be_saved_is_still_printed(
+    solver: Solver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disk_full(path: Path, _text: str) -> None:
+        raise single_problem(str(path), "cannot be written: No space left on device")
+
+    assert plan_files.write_atomically is write_atomically
+    monkeypatch.setattr(plan_files, "write_atomically", disk_full)
+    solver(PLAN)
+    assert run([*INPUTS, "-o", "json", "--out", str(tmp_path / "plan.json")]) == ExitCode.INTERNAL
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["kind"] == "Plan"
+    assert "error: the plan was not saved\n" in captured.err
+    assert "No space left on device" in captured.err
+
+
+def test_problems_of_all_inputs_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["place", "-c", "none.yaml", "-m", "Lama-2-70B", "-w", "azure_conv_2032", "--profile", "p.yaml"]
+    assert run(arguments) == ExitCode.INVALID
+    err = capsys.readouterr().err
+    for part in ("4 problems", "none.yaml: no such file", "did you mean", "azure_conv_2023?", "p.yaml: no such file"):
+        assert part in err
+
+
+def test_a_profile_of_a_gpu_the_cluster_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hetis.formats.catalogue import find_gpu
+    from hetis.formats.documents import dump
+    from hetis.profiler.roofline import modelled_profile
+
+    (tmp_path / "l4.yaml").write_text(dump(modelled_profile(find_gpu("L4").gpu)))
+    assert run([*INPUTS, "--profile", str(tmp_path / "l4.yaml")]) == ExitCode.INVALID
+    assert "l4.yaml: gpu: L4 is not in cluster paper" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["cost", "gpus"])
+def test_cost_and_gpus_need_a_rate(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*INPUTS, "--objective", kind, "--workload", "azure_conv_2023"]) == ExitCode.INVALID
+    err = capsys.readouterr().err
+    assert f"objective {kind} needs a demanded rate: --rate; azure_conv_2023 arrives at 5.53" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "ttft_s", "tpot_s", "limits"),
+    [
+        (ObjectiveKind.GOODPUT, None, None, (2.0, 0.1)),
+        (ObjectiveKind.COST, None, None, (2.0, 0.1)),
+        (ObjectiveKind.THROUGHPUT, None, None, (None, None)),
+        (ObjectiveKind.THROUGHPUT, None, 0.05, (None, 0.05)),
+        (ObjectiveKind.GOODPUT, float("inf"), None, (None, 0.1)),
+        (ObjectiveKind.GOODPUT, 1.0, float("inf"), (1.0, None)),
+    ],
+)
+def test_limits_have_defaults_that_none_lifts(
+    kind: ObjectiveKind, ttft_s: float | None, tpot_s: float | None, limits: tuple[float | None, float | None]
+) -> None:
+    goal = objective(kind, ttft_s=ttft_s, tpot_s=tpot_s, demand_rps=None)
+    assert (goal.ttft_limit_s, goal.tpot_limit_s) == limits

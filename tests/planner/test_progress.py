@@ -1,0 +1,24 @@
+"""Progress is sparse where nobody watches."""
+
+from __future__ import annotations
+
+from hetis.planner.cli.progress import SparseLines, describe
+from hetis.solver.budget import Progress
+
+
+def test_a_line_per_phase_and_every_two_seconds() -> None:
+    lines: list[str] = []
+    report = SparseLines(lines.append, "requests/s")
+    for elapsed_s in (0.0, 0.5, 1.0, 2.1, 2.2, 3.0):
+        report(Progress(phase="pricing", elapsed_s=elapsed_s))
+    report(Progress(phase="binding", elapsed_s=3.1))
+    assert [line.split()[0] for line in lines] == ["0.0", "2.1", "3.1"]
+
+
+def test_a_line_tells_incumbent_bound_and_gap() -> None:
+    news = Progress(phase="pricing", elapsed_s=4.06, incumbent=1.61, bound=1.63, gap=0.0124)
+    assert describe(news, "requests/s") == "  4.1 s  pricing: incumbent 1.610, bound 1.630 requests/s, gap 1.24%"
+
+
+def test_what_is_not_known_yet_is_left_out() -> None:
+    assert describe(Progress(phase="pricing", elapsed_s=0), "requests/s") == "  0.0 s  pricing"

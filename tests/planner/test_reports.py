@@ -1,0 +1,95 @@
+"""Reports fit 80 columns and tell what the plan holds, however large it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console, RenderableType
+
+from hetis.planner.report.explanation import render_explanation
+from hetis.planner.report.grouping import group_replicas
+from hetis.planner.report.plan import MAX_SHAPES, render_plan, verdict
+from hetis.solver.plan import ObjectiveKind, Plan, Status
+from tests.planner import plans
+
+PLANS = {
+    "paper": plans.plan(plans.paper_replica()),
+    "optimal": plans.plan(plans.paper_replica(), status=Status.OPTIMAL),
+    "interrupted": plans.plan(plans.paper_replica(), status=Status.INTERRUPTED),
+    "cost": plans.plan(plans.paper_replica(), kind=ObjectiveKind.COST),
+    "deep": plans.plan(plans.deep_replica(18)),
+    "deepest": plans.plan(plans.deep_replica(80)),
+    "large": plans.plan(*plans.large_replicas(2000), zones=tuple(f"zone-{i}" for i in range(20))),
+    "empty": plans.plan(),
+    "bare": replace(plans.plan(plans.paper_replica()), inputs={}, prices=(), runners_up=(), notes=()),
+}
+
+
+def text_of(report: RenderableType, width: int = 80) -> str:
+    console = Console(width=width, highlight=False, emoji=False, markup=False, force_terminal=False, record=True)
+    with console.capture() as captured:
+        console.print(report)
+    return captured.get()
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_no_line_of_a_report_is_wider_than_80_columns(plan: Plan) -> None:
+    for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):
+        assert max(len(line) for line in text_of(report).splitlines()) <= 80
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_reports_survive_a_narrow_terminal(plan: Plan) -> None:
+    for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):
+        assert text_of(report, width=20)
+
+
+def test_a_plan_of_thousands_of_replicas_stays_short() -> None:
+    text = text_of(render_plan(PLANS["large"]))
+    assert len(text.splitlines()) < 250
+    assert f"and {30 - MAX_SHAPES} more shapes" in text
+
+
+def test_the_table_view_names_value_bound_gap_and_limits() -> None:
+    text = text_of(render_plan(PLANS["paper"]))
+    for part in ("1.350 requests/s", "1.357 requests/s", "gap 0.52%", "99.8 ms of 100 ms", "100% binds"):
+        assert part in text
+
+
+def test_the_table_view_shows_stages_workers_and_devices() -> None:
+    text = text_of(render_plan(PLANS["paper"]))
+    for part in ("TP2 ×2", "0–51 (52)", "1 of 2", "a100/[0-3]", "p100/[2-3]", "r3090-[0-1]/[0-1]"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimal", "proven optimal: no plan of the family is better"),
+        ("paper", "proven: none of the family is over 0.52% better"),
+        ("interrupted", "interrupted; proven: none of the family is over 0.52% better"),
+        ("cost", "proven: none of the family is over 0.52% cheaper"),
+    ],
+)
+def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) -> None:
+    assert verdict(PLANS[name].result) == words
+
+
+def test_an_unproven_plan_is_called_that() -> None:
+    result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
+    assert verdict(result) == "no bound: how much better a plan could be is not known"
+
+
+def test_equal_replicas_are_grouped_and_none_is_lost() -> None:
+    replicas = plans.large_replicas(65)
+    groups = group_replicas(replicas)
+    assert sorted(number for group in groups for number in group.numbers) == list(range(65))
+    assert len(groups) == 30
+    assert sum(group.rate for group in groups) == pytest.approx(sum(replica.rate for replica in replicas))
+
+
+def test_the_explanation_shows_memory_time_prices_and_idle_gpus() -> None:
+    text = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
+    for part in ("memory of one GPU", "34.0", "bottleneck", "≤ 0.287/s", "1 × P100-PCIe-12GB", "1.42 without"):
+        assert part in text

@@ -1,0 +1,215 @@
+"""Rooflines of every catalogue architecture: complete, monotone, and near what was measured."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.formats.catalogue import gpus
+from hetis.profiler.efficiency import from_json, shipped, to_json
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.cluster import GpuType
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.profile import Op, Piece, Source
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+A100 = GpuType(
+    name="A100-SXM-80GB",
+    architecture="Ampere",
+    memory_bytes=80 * 2**30,
+    mem_bytes_per_s=2039e9,
+    fp16_flops=312e12,
+    nvlink_bytes_per_s=300e9,
+)
+H100 = replace(
+    A100,
+    name="H100-SXM-80GB",
+    architecture="Hopper",
+    mem_bytes_per_s=3350e9,
+    fp16_flops=989e12,
+    fp8_flops=1979e12,
+    nvlink_bytes_per_s=450e9,
+)
+L40S = GpuType(
+    name="L40S",
+    architecture="Ada",
+    memory_bytes=48 * 2**30,
+    mem_bytes_per_s=864e9,
+    fp16_flops=362e12,
+    fp8_flops=733e12,
+)
+P100 = GpuType(
+    name="P100-PCIe-12GB",
+    architecture="Pascal",
+    memory_bytes=12 * 2**30,
+    mem_bytes_per_s=549e9,
+    fp16_flops=18.7e12,
+    pcie_bytes_per_s=16e9,
+)
+LLAMA = ModelSpec(
+    name="Llama-2-70B",
+    num_layers=80,
+    hidden=8192,
+    intermediate=28672,
+    q_heads=64,
+    kv_heads=8,
+    head_dim=128,
+    vocab=32000,
+    attention=AttentionKind.GQA,
+)
+ARCHITECTURES = (
+    "Ada", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3", "Hopper",
+    "Pascal", "Turing", "Volta",
+)  # fmt: skip
+
+
+def seconds(gpu: GpuType, op: Op, model: ModelSpec = LLAMA, **work: float) -> float:
+    fit = modelled_profile(gpu).fit(op, model, 1)
+    assert fit is not None
+    return fit.seconds(**work)
+
+
+def dense_s(gpu: GpuType, tokens: int, tp: int = 1) -> float:
+    """docs/cost-model.md, dense(T)."""
+    params = LLAMA.dense_layer_params() / tp
+    num_bytes = 2 * params + 8 * LLAMA.hidden * 2 * tokens
+    return seconds(gpu, Op.DENSE, flops=2 * tokens * params, num_bytes=num_bytes, tokens=tokens)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("gpu", [A100, L40S], ids=["nvlink", "pcie"])
+def test_every_architecture_has_a_whole_profile(architecture: str, gpu: GpuType) -> None:
+    profile = modelled_profile(replace(gpu, name="any", architecture=architecture))
+    assert {fit.op for fit in profile.fits} == set(Op)
+    for fit in profile.fits:
+        assert fit.provenance.source is Source.MODELLED
+        assert fit.provenance.origin.startswith("roofline of any, ")
+        # Piece refuses what is negative or not finite; a piece of nothing but zeros would make work free.
+        assert all(piece != Piece() for piece in fit.pieces)
+        assert fit.op is Op.STEP or fit.op is Op.TRANSFER or fit.provenance.held_out_mape is not None
+
+
+def test_the_shipped_file_covers_the_catalogue() -> None:
+    assert tuple(shipped().architectures) == ARCHITECTURES
+    if not SHARED.exists():
+        pytest.skip(f"{SHARED} is not here: the catalogue's architectures were not compared")
+    with (SHARED / "gpus.csv").open(encoding="utf-8", newline="") as file:
+        assert {row["architecture"] for row in csv.DictReader(file)} <= set(ARCHITECTURES)
+
+
+def test_every_gpu_of_the_catalogue_gets_a_profile() -> None:
+    for entry in gpus():
+        profile = modelled_profile(entry.gpu)
+        assert profile.gpu == entry.gpu.name
+        assert profile.reserve_bytes < profile.usable_bytes < entry.gpu.memory_bytes
+
+
+def test_the_shipped_file_survives_a_round_trip() -> None:
+    assert from_json(to_json(shipped())) == shipped()
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(
+        InvalidProblemError, match=r"^X: no efficiencies for architecture 'Rubin'; known: Ada, Ampere, "
+    ):
+        modelled_profile(replace(A100, name="X", architecture="Rubin"))
+
+
+@given(
+    gpu=st.sampled_from([A100, H100, L40S, P100]),
+    op=st.sampled_from(list(Op)),
+    work=st.fixed_dictionaries(
+        {
+            "flops": st.floats(0, 1e15),
+            "num_bytes": st.floats(0, 1e11),
+            "tokens": st.floats(0, 1e5),
+            "heads": st.floats(0, 1e5),
+            "wire_s": st.floats(0, 1.0),
+        }
+    ),
+    more=st.sampled_from(["flops", "num_bytes", "tokens", "heads", "wire_s"]),
+    factor=st.floats(1, 10),
+)
+def test_more_work_never_takes_less_time(
+    gpu: GpuType, op: Op, work: dict[str, float], more: str, factor: float
+) -> None:
+    assert seconds(gpu, op, LLAMA, **{**work, more: work[more] * factor}) >= seconds(gpu, op, LLAMA, **work) > 0
+
+
+# vidur_layer_ops.csv.gz, Llama-2-70B, one token: the four projections, both norms, rope, activation and residual.
+@pytest.mark.parametrize(
+    ("gpu", "tp", "measured_s"), [(A100, 1, 1.118e-3), (A100, 4, 0.311e-3), (H100, 1, 0.625e-3), (H100, 4, 0.179e-3)]
+)
+def test_a_decode_layer_of_llama_takes_what_vidur_measured(gpu: GpuType, tp: int, measured_s: float) -> None:
+    assert dense_s(gpu, 1, tp) == pytest.approx(measured_s, rel=0.15)
+
+
+# aic_*_generation_attention.csv.gz: 8 query and 1 KV heads (Llama-70B at TP 8), batch 64, context 8192.
+@pytest.mark.parametrize(("gpu", "measured_s"), [(A100, 185.6e-6), (H100, 101.4e-6), (L40S, 376.3e-6)])
+def test_decode_attention_takes_what_was_measured(gpu: GpuType, measured_s: float) -> None:
+    batch, context = 64, 8192
+    predicted_s = seconds(
+        gpu,
+        Op.DECODE_ATTENTION,
+        heads=8 * batch,
+        num_bytes=batch * context * LLAMA.kv_bytes_per_token_group(),
+        flops=batch * LLAMA.decode_attention_flops(context, 8),
+    )
+    assert predicted_s == pytest.approx(measured_s, rel=0.15)
+
+
+def test_mla_meets_the_compute_roof() -> None:
+    """128 query heads share one latent: 242 FLOPs per byte, above what an A100's memory can feed."""
+    kv_bytes, flops_per_byte = 1e9, 2 * 128 * (2 * 512 + 64) / (2 * (512 + 64))
+    assert seconds(A100, Op.DECODE_ATTENTION, num_bytes=kv_bytes, flops=kv_bytes * flops_per_byte) >= (
+        1.5 * kv_bytes * flops_per_byte / A100.fp16_flops
+    )
+
+
+def test_the_link_decides_the_all_reduce() -> None:
+    assert seconds(L40S, Op.ALL_REDUCE, wire_s=1e-3) > 2 * seconds(A100, Op.ALL_REDUCE, wire_s=1e-3)
+    without_bridge = replace(A100, nvlink_bytes_per_s=None)
+    assert seconds(without_bridge, Op.ALL_REDUCE, wire_s=1e-3) == seconds(L40S, Op.ALL_REDUCE, wire_s=1e-3)
+
+
+def test_fp8_weights_run_on_fp8_units_where_there_are_any() -> None:
+    fp8 = replace(LLAMA, weight_bytes=1.0)
+    work = {"flops": 1e13, "num_bytes": 1e8, "tokens": 4096.0}
+    assert seconds(H100, Op.DENSE, fp8, **work) < 0.8 * seconds(H100, Op.DENSE, LLAMA, **work)
+    assert seconds(A100, Op.DENSE, fp8, **work) == seconds(A100, Op.DENSE, LLAMA, **work)
+
+
+def test_a_p100_is_as_far_behind_as_hetis_measured() -> None:
+    """Hetis (SC'25), A100-PCIe-80GB against P100-12GB: 24.5 times for prefill MLPs."""
+    a100_pcie = replace(A100, name="A100-PCIe-80GB", mem_bytes_per_s=1935e9, nvlink_bytes_per_s=None)
+    assert dense_s(P100, 4096) / dense_s(a100_pcie, 4096) == pytest.approx(24.5, rel=0.05)
+
+
+def test_errors_of_unmeasured_gpus_are_those_of_gpus_never_seen() -> None:
+    ampere = shipped().architectures["Ampere"].ops["dense"]
+    for gpu, error in ((A100, ampere.held_out_mape), (replace(A100, name="A30"), ampere.transfer_mape)):
+        fit = modelled_profile(gpu).fit(Op.DENSE, LLAMA, 1)
+        assert fit is not None
+        assert fit.provenance.held_out_mape == error
+    pascal = modelled_profile(P100).fit(Op.DENSE, LLAMA, 1)
+    assert pascal is not None
+    assert pascal.provenance.origin.endswith("; scaled from Ampere")
+
+
+def test_reserve_fits_into_what_is_usable() -> None:
+    for gpu in (A100, H100, L40S, P100):
+        profile = modelled_profile(gpu)
+        assert profile.reserve_bytes < profile.usable_bytes < gpu.memory_bytes
+
+
+def test_reading_a_profile_loads_no_numpy() -> None:
+    code = "import sys, hetis.profiler.roofline; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

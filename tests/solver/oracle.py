@@ -1,0 +1,334 @@
+"""The best plan of a tiny problem by brute force, written to be obviously right rather than fast.
+
+Every sequence of stages that the fleet could hold, every split of the layers, every (b, M, C), then every set of
+replicas that packs into the nodes. Rates and bytes come from the checker's own derivation, so that the oracle shares
+nothing with the search.
+
+Not covered, and refused: explicit links between nodes; zone links so slow that traffic binds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from hetis.solver.check.claims import Rederivation
+from hetis.solver.check.fleet import slowest
+from hetis.solver.check.memory import rank_bytes, worker_bytes
+from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
+from hetis.solver.check.shape import PoolShape, StageShape
+from hetis.solver.check.timing import slack, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.cluster import Cluster, Link
+from hetis.solver.plan import ObjectiveKind
+from hetis.solver.problem import PlacementProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceClass:
+    """GPUs that no number of the cost model tells apart."""
+
+    gpu: str
+    per_node: int
+    zone: str
+    nic: Link
+    intra_link: Link
+    usd_per_hour: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOption:
+    """A stage without its layers. ``groups`` are the sizes of the device groups it takes of each class."""
+
+    device_class: DeviceClass
+    shape: StageShape  # layers and hop link to be filled in
+    groups: tuple[tuple[DeviceClass, int], ...]  # (class, GPUs that must share a node), pool cards one by one
+
+
+Need = tuple[tuple[int, ...], ...]  # per class: sizes of the device groups, descending
+
+
+def best_plan_value(problem: PlacementProblem) -> float:
+    """Objective value of the best plan of the family; 0 (or infinity when minimising) when there is none."""
+    assert not problem.cluster.network.between_nodes, "the oracle does not know explicit node links"
+    nodes = device_classes(problem.cluster)
+    replicas = best_replica_of_need(problem, nodes)
+    best, best_set = 0.0 if problem.objective.maximises else math.inf, list[Need]()
+    for needs in packable_sets(list(replicas), nodes):
+        value = value_of(problem, nodes, needs, sum(replicas[need].rate for need in needs))
+        if value > best if problem.objective.maximises else value < best:
+            best, best_set = value, needs
+    assert_zone_links_do_not_bind(problem, [replicas[need] for need in best_set])
+    return best
+
+
+def value_of(problem: PlacementProblem, nodes: Mapping[DeviceClass, int], needs: list[Need], rate: float) -> float:
+    """Objective value of replicas that take these devices and have this rate together."""
+    objective, goodput = problem.objective, problem.assumptions.planned_utilisation * rate
+    if objective.maximises:
+        return rate if objective.kind is ObjectiveKind.THROUGHPUT else goodput
+    if goodput < (objective.demand_rps or 0.0):
+        return math.inf
+    return sum(price_of(need, nodes, objective.kind) for need in needs)
+
+
+def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
+    """Classes of the cluster with the number of nodes that hold each."""
+    nodes: dict[DeviceClass, int] = {}
+    for group in cluster.node_groups:
+        for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
+            mine = [slots for slots in group.gpus if slots.gpu == gpu]
+            board = cluster.gpu_types[gpu]
+            board_link = Link(bytes_per_s=board.nvlink_bytes_per_s or board.pcie_bytes_per_s, latency_s=0.0)
+            device_class = DeviceClass(
+                gpu=gpu,
+                per_node=sum(slots.count for slots in mine),
+                zone=group.zone,
+                nic=group.nic or cluster.network.default,
+                intra_link=group.intra_link or board_link,
+                usd_per_hour=cluster.price_of(mine[0]) or 0.0,
+            )
+            nodes[device_class] = nodes.get(device_class, 0) + group.count
+    return nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class BestReplica:
+    rate: float
+    hops_in_zones: int  # at most, of a replica in several zones; 0 inside one
+
+
+def best_replica_of_need(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> dict[Need, BestReplica]:
+    """The best single replica for everything it may take of the fleet."""
+    options = list(stage_options(problem, nodes))
+    rederivation = Rederivation(problem)
+    family, replicas = problem.family, dict[Need, BestReplica]()
+    for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
+        setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
+        for zones in subsets({device_class.zone for device_class in nodes}):
+            search = ReplicaSearch(problem, setting, nodes, options, zones)
+            for need, replica in search.all_replicas():
+                replicas[need] = max(replicas.get(need, replica), replica)
+    return replicas
+
+
+def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> Iterator[StageOption]:
+    family, model = problem.family, problem.model
+    for own in nodes:
+        for n, c in itertools.product(family.tp_sizes, range(1, family.max_copies + 1)):
+            if n > own.per_node or not divides(model, n):
+                continue
+            shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
+            groups = ((own, n),) * c
+            yield StageOption(device_class=own, shape=shape, groups=groups)
+            for other, p in itertools.product(nodes, range(1, family.max_pool + 1)):
+                if other.zone != own.zone or n > model.head_groups or p * c > other.per_node * nodes[other]:
+                    continue
+                link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])
+                for k in range(1, head_groups_per_rank(model, n) + 1):
+                    pool = PoolShape(gpu=other.gpu, cards=p, head_groups=k, link=link)
+                    taken = groups + ((other, 1),) * (p * c)
+                    yield StageOption(device_class=own, shape=replace(shape, pool=pool), groups=taken)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """The first stages of a replica: what their continuation may still depend on, but for the times."""
+
+    layers: int  # repeated layers they hold together
+    need: Need
+    copies: int  # K
+    fewest: int  # layers of a stage; 0 where the family does not care
+    most: int
+
+
+Times = tuple[float, float]  # of the stages begun: max u / c, sum u
+
+
+class ReplicaSearch:
+    """All replicas of one (b, M, C) that span exactly these zones.
+
+    Of two beginnings that are alike in everything but their times, one that is slower in both is forgotten: whatever
+    follows, it stays slower.
+    """
+
+    def __init__(
+        self,
+        problem: PlacementProblem,
+        setting: Setting,
+        nodes: Mapping[DeviceClass, int],
+        options: list[StageOption],
+        zones: tuple[str, ...],
+    ) -> None:
+        network = problem.cluster.network
+        zone_links = [network.zone_link(a, b) for a in zones for b in zones]
+        self.problem, self.setting, self.nodes, self.zones = problem, setting, nodes, zones
+        self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated ones
+        self.options = [
+            replace(option, shape=replace(option.shape, hop_link=slowest([option.device_class.nic, *zone_links])))
+            for option in options
+            if option.device_class.zone in zones
+        ]
+        self.seconds: dict[tuple[int, int, bool, bool], float | None] = {}
+        self.possible: dict[Need, list[tuple[int, Need]]] = {}
+
+    def all_replicas(self) -> Iterator[tuple[Need, BestReplica]]:
+        nothing = Begun(layers=0, need=((),) * len(self.nodes), copies=0, fewest=0, most=0)
+        begun: list[dict[Begun, list[Times]]] = [{} for _ in range(self.layers + 1)]
+        begun[0][nothing] = [(0.0, 0.0)]
+        for done in range(self.layers):
+            for beginning, all_times in begun[done].items():
+                for times in all_times:
+                    for longer, longer_times in self.extend(beginning, times):
+                        keep_fastest(begun[longer.layers].setdefault(longer, []), longer_times)
+        for replica, all_times in begun[self.layers].items():
+            for times in all_times:
+                yield from self.finish(replica, times)
+
+    def extend(self, begun: Begun, times: Times) -> Iterator[tuple[Begun, Times]]:
+        """Every stage that may follow."""
+        model = self.problem.model
+        for number, need in self.options_after(begun.need):
+            copies = self.options[number].shape.copies
+            if 1 < self.setting.in_flight < begun.copies + copies:
+                continue
+            for held in range(1, self.layers - begun.layers + 1):
+                done = begun.layers + held
+                stage_s = self.stage_s(number, held, begun.layers == 0, done == self.layers)
+                fewest, most = self.extremes(begun, held)
+                if stage_s is None or most > fewest + 1 or not model.allowed_cut(model.prefix_layers + done):
+                    continue
+                longer = Begun(layers=done, need=need, copies=begun.copies + copies, fewest=fewest, most=most)
+                yield longer, (max(times[0], stage_s / copies), times[1] + stage_s)
+
+    def extremes(self, begun: Begun, held: int) -> tuple[int, int]:
+        """Fewest and most layers of a stage so far, in families of even layers."""
+        if self.problem.family.uneven_layers:
+            return 0, 0
+        return min(begun.fewest or held, held), max(begun.most, held)
+
+    def options_after(self, need: Need) -> list[tuple[int, Need]]:
+        """Stages for which devices are left (of the same GPU type, where the family says so), and all needs then."""
+        if need not in self.possible:
+            after = [(i, combine(need, self.need_of(option))) for i, option in enumerate(self.options)]
+            self.possible[need] = [
+                (i, total) for i, total in after if fits_nodes(total, self.nodes) and self.is_in_family(total)
+            ]
+        return self.possible[need]
+
+    def is_in_family(self, need: Need) -> bool:
+        types = {device_class.gpu for device_class, sizes in zip(self.nodes, need, strict=True) if sizes}
+        return len(types) == 1 or self.problem.family.mixed_types
+
+    def finish(self, replica: Begun, times: Times) -> Iterator[tuple[Need, BestReplica]]:
+        """The replica, if it spans the zones and meets the limits."""
+        used = {device_class.zone for device_class, sizes in zip(self.nodes, replica.need, strict=True) if sizes}
+        if used != set(self.zones):
+            return
+        busiest_s, total_s = times
+        t_s = (1 + slack(self.setting, replica.copies)) * max(busiest_s, total_s / self.setting.in_flight)
+        if t_s <= t_limit_s(self.setting):
+            hops = replica.copies - 1 if len(self.zones) > 1 else 0
+            yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
+
+    def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> float | None:
+        """u of a stage; None when it does not fit in memory."""
+        key = (number, layers, is_first, is_last)
+        if key not in self.seconds:
+            stage = replace(self.options[number].shape, layers=layers)
+            fits = fits_memory(self.setting, stage, is_first=is_first, is_last=is_last)
+            u = stage_seconds(self.setting, stage, is_first=is_first, is_last=is_last) if fits else None
+            self.seconds[key] = u
+        return self.seconds[key]
+
+    def need_of(self, option: StageOption) -> Need:
+        taken: dict[DeviceClass, list[int]] = {device_class: [] for device_class in self.nodes}
+        for device_class, size in option.groups:
+            taken[device_class].append(size)
+        return tuple(tuple(sorted(sizes, reverse=True)) for sizes in taken.values())
+
+
+def keep_fastest(kept: list[Times], new: Times) -> None:
+    """Adds times unless others are no slower in both, and drops those it is no slower than in both."""
+    if not any(old[0] <= new[0] and old[1] <= new[1] for old in kept):
+        kept[:] = [old for old in kept if old[0] < new[0] or old[1] < new[1]] + [new]
+
+
+def fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> bool:
+    profiles = setting.problem.profiles
+    used = rank_bytes(setting, stage, is_first=is_first, is_last=is_last)
+    if used > profiles[stage.gpu].usable_bytes:
+        return False
+    if stage.pool is None:
+        return True
+    return worker_bytes(setting, stage, stage.pool, is_first=is_first) <= profiles[stage.pool.gpu].usable_bytes
+
+
+def t_limit_s(setting: Setting) -> float:
+    """The latency limits as a limit on t."""
+    objective, limit = setting.problem.objective, math.inf
+    if objective.tpot_limit_s is not None:
+        limit = objective.tpot_limit_s / tpot_per_t(setting)
+    if objective.ttft_limit_s is not None:
+        limit = min(limit, objective.ttft_limit_s / ttft_per_t(setting))
+    return limit
+
+
+def subsets(zones: set[str]) -> Iterator[tuple[str, ...]]:
+    for size in range(1, len(zones) + 1):
+        yield from itertools.combinations(sorted(zones), size)
+
+
+def packable_sets(needs: list[Need], nodes: Mapping[DeviceClass, int]) -> Iterator[list[Need]]:
+    """Every multiset of replicas that fits into the nodes, the empty one included."""
+
+    def extend(chosen: list[Need], start: int, taken: Need) -> Iterator[list[Need]]:
+        yield chosen
+        for i in range(start, len(needs)):
+            more = combine(taken, needs[i])
+            if fits_nodes(more, nodes):
+                yield from extend([*chosen, needs[i]], i, more)
+
+    yield from extend([], 0, ((),) * len(nodes))
+
+
+def combine(a: Need, b: Need) -> Need:
+    return tuple(tuple(sorted((*x, *y), reverse=True)) for x, y in zip(a, b, strict=True))
+
+
+def fits_nodes(need: Need, nodes: Mapping[DeviceClass, int]) -> bool:
+    """Whether all device groups fit, each inside one node."""
+    return all(
+        fits_bins(sizes, (device_class.per_node,) * count)
+        for sizes, (device_class, count) in zip(need, nodes.items(), strict=True)
+    )
+
+
+def fits_bins(sizes: tuple[int, ...], room: tuple[int, ...]) -> bool:
+    if sum(sizes) > sum(room):
+        return False
+    if not sizes:
+        return True
+    return any(
+        fits_bins(sizes[1:], tuple(sorted((*room[:i], room[i] - sizes[0], *room[i + 1 :]))))
+        for i in range(len(room))
+        if room[i] >= sizes[0] and room[i] not in room[:i]
+    )
+
+
+def price_of(need: Need, nodes: Mapping[DeviceClass, int], kind: ObjectiveKind) -> float:
+    """USD per hour of a replica, or its number of GPUs."""
+    return sum(
+        sum(sizes) * (device_class.usd_per_hour if kind is ObjectiveKind.COST else 1.0)
+        for sizes, device_class in zip(need, nodes, strict=True)
+    )
+
+
+def assert_zone_links_do_not_bind(problem: PlacementProblem, best: Iterable[BestReplica]) -> None:
+    """The best plan fits the zone links even if every hop of a replica in several zones used the slowest of them."""
+    network, model, moments = problem.cluster.network, problem.model, problem.workload.moments()
+    bytes_per_request = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
+    bytes_per_s = sum(replica.rate * replica.hops_in_zones * bytes_per_request for replica in best)
+    for a, b in itertools.permutations(problem.cluster.zones(), 2):
+        assert bytes_per_s <= network.zone_link(a, b).bytes_per_s, "the oracle does not know binding zone links"

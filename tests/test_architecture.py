@@ -1,0 +1,94 @@
+"""The house keeps its shape: imports point one way, the namespace stays a namespace, the documents name every root."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "solver": set[str](),
+    "formats": {"solver"},
+    "profiler": {"solver", "formats"},
+    "planner": {"solver", "formats", "profiler"},
+}
+# What the base install lacks; only these roots may use it, and only the planner when a module is merely imported.
+EXTRAS = {"highspy", "numba", "ortools", "rich", "typer", "cvxpy"}
+
+
+def roots() -> list[str]:
+    """Folders that are source roots of the namespace package."""
+    return sorted(path.parent.name for path in ROOT.glob("*/hetis") if not path.parent.name.startswith("."))
+
+
+def modules(root: str) -> list[Path]:
+    return sorted((ROOT / root / "hetis").rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of every import of a module, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module or ""
+            if node.module == "hetis":
+                yield from (f"hetis.{alias.name}" for alias in node.names)
+
+
+def imported_at_start(path: Path) -> Iterator[str]:
+    """Top-level names of what a module imports when it is imported, type-checking blocks left out."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0]
+
+
+def test_every_root_is_known_here() -> None:
+    assert roots() == sorted(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("root", sorted(MAY_IMPORT))
+def test_imports_point_one_way(root: str) -> None:
+    allowed = MAY_IMPORT[root] | {root}
+    for path in modules(root):
+        ours = {name.split(".")[1] for name in imported(path) if name.startswith("hetis.")}
+        assert ours <= allowed, f"{path.relative_to(ROOT)} imports {ours - allowed}"
+
+
+def test_the_namespace_package_has_no_init() -> None:
+    assert not list(ROOT.glob("*/hetis/__init__.py"))
+
+
+@pytest.mark.parametrize("root", sorted(MAY_IMPORT))
+def test_every_inner_package_has_an_init_and_is_typed(root: str) -> None:
+    package = ROOT / root / "hetis" / root
+    assert (package / "__init__.py").is_file()
+    assert (package / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("root", ["formats", "profiler"])
+def test_the_base_install_is_enough_for_files_and_profiles(root: str) -> None:
+    for path in modules(root):
+        assert not EXTRAS & set(imported_at_start(path)), path.relative_to(ROOT)
+
+
+def test_packaging_and_tools_list_every_root() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    build = settings["hatch"]["build"]
+    assert sorted(build["dev-mode-dirs"]) == roots()
+    assert sorted(build["targets"]["wheel"]["packages"]) == [f"{root}/hetis" for root in roots()]
+    assert sorted(settings["mypy"]["mypy_path"].split(":")) == roots()
+    assert set(roots()) <= set(settings["ruff"]["src"])
+
+
+def test_the_architecture_document_names_every_root() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for root in roots():
+        assert f"| `{root}/` | `hetis.{root}` |" in text
