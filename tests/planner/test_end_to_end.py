@@ -180,6 +180,7 @@ def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
     assert json.loads(out) == json.loads((tmp_path / "plan.json").read_text())
     result = json.loads(out)["result"]
     assert result["status"] == "interrupted"
-    assert result["bound"] >= result["value"] > 0
+    assert result["value"] > 0
+    assert result["bound"] is None or result["bound"] >= result["value"]  # null: stopped before there was a bound
     assert "stopping with the best plan so far" in err
     assert hetis_plan("check", str(tmp_path / "plan.json")).returncode == 0

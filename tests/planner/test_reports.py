@@ -89,6 +89,16 @@ def test_equal_replicas_are_grouped_and_none_is_lost() -> None:
     assert sum(group.rate for group in groups) == pytest.approx(sum(replica.rate for replica in replicas))
 
 
+def test_prices_are_rounded_up_where_they_are_too_small_to_show() -> None:
+    prices = tuple(replace(price, dual=1.7e-6) for price in PLANS["paper"].prices)
+    assert "≤ 0.000100/s" in text_of(render_plan(replace(PLANS["paper"], prices=prices)))
+
+
+def test_equal_stages_of_a_runner_up_are_told_once() -> None:
+    runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L40 | L4 TP4 x1 L40 | V100 TP8 x1 L1")
+    assert "2 × L4 TP4 x1 L40 | V100" in text_of(render_plan(replace(PLANS["paper"], runners_up=(runner,))))
+
+
 def test_the_explanation_shows_memory_time_prices_and_idle_gpus() -> None:
     text = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
     for part in ("memory of one GPU", "34.0", "bottleneck", "≤ 0.287/s", "1 × P100-PCIe-12GB", "1.42 without"):

@@ -88,7 +88,9 @@ def make_plan(
 def missed(plan: Plan, settings: Settings) -> list[str]:
     """What ``--strict`` asks for and the plan does not reach."""
     result, found = plan.result, []
-    if result.gap > settings.gap_target + 1e-9:
+    if result.gap == float("inf"):
+        found.append("the search stopped before it had a bound, so that no gap is proven")
+    elif result.gap > settings.gap_target + 1e-9:
         found.append(f"the gap is {result.gap:.3%}, asked for {settings.gap_target:.3%}")
     demand = plan.objective.demand_rps
     if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):

@@ -49,7 +49,8 @@ class Family:
         mixed_types: stages of one replica may use different GPU types.
         uneven_layers: stages may hold different numbers of layers; otherwise they differ by one at most.
         max_copies: data-parallel copies of one stage.
-        max_pool: attention workers of one class per copy of a stage; 0: none.
+        max_pool: attention workers of one class per stage, all copies together; 0: none. Each copy has as many, of the
+            numbers 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
 
     Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
@@ -72,7 +73,7 @@ class Family:
         parts.append(f"TP {'/'.join(map(str, self.tp_sizes))} inside a node")
         parts.append(f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies")
         parts.append(
-            f"up to {self.max_pool} attention workers per stage copy" if self.max_pool else "no attention workers"
+            f"up to {self.max_pool} attention workers per stage" if self.max_pool else "no attention workers"
         )
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
         parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Stat
 
 MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
 MAX_CLASSES = 40
+SMALLEST_PRICE = 1e-4  # shown of a device class
 BINDS_FROM = 0.99  # micro-batches are whole numbers: a limit binds when the next size would break it
 
 _VALUE_NAMES = {
@@ -164,9 +166,15 @@ def _replicas(plan: Plan) -> Iterator[RenderableType]:
 def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
     idle = price.available - price.used
     counts = [price.gpus_per_node, price.available, price.used, price.as_attention_workers, idle]
+    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), _worth(price.dual, plan)]
+
+
+def _worth(dual: float, plan: Plan) -> str:
+    if dual <= 0:
+        return "0"
     unit = plan.result.unit.removeprefix("requests")
-    worth = f"≤ {digits(price.dual)}{unit if unit.startswith('/') else f' {unit}'}" if price.dual else "0"
-    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), worth]
+    # Rounded up, never down: the price is an upper bound.
+    return f"≤ {digits(max(dual, SMALLEST_PRICE))}{unit if unit.startswith('/') else f' {unit}'}"
 
 
 def _runners_up(plan: Plan) -> Table:
@@ -175,5 +183,11 @@ def _runners_up(plan: Plan) -> Table:
     table.add_column("rate", justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
-        table.add_row(runner.shape, digits(runner.rate), runner.reason)
+        table.add_row(_folded(runner.shape), digits(runner.rate), runner.reason)
     return table
+
+
+def _folded(shape: str) -> str:
+    """Equal stages in a row told once: ``A | A | B`` is ``2 × A | B``."""
+    runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
+    return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)

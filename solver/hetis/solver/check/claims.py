@@ -56,7 +56,8 @@ class Rederivation:
 
     def __init__(self, problem: PlacementProblem) -> None:
         self._problem = problem
-        self._moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+        workload = problem.workload.clipped_to(problem.model.max_position)
+        self._moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._derived: dict[ReplicaShape, Derived] = {}
 
     def setting(self, *, micro_batch: int, in_flight: int, chunk_tokens: int) -> Setting:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.options import ROUNDING, Options, class_use
+from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.options import ROUNDING, Options, class_use, selected
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def layers_in_time(o: Options, i: int, role: int, interval_s: float) -> int:
     """Repeated layers that option i carries in a role when completions are ``interval_s`` apart (slack taken off)."""
     time_left = o.copies[i] * interval_s - o.fixed_s[i, role]
@@ -19,8 +19,8 @@ def layers_in_time(o: Options, i: int, role: int, interval_s: float) -> int:
     return int(min(float(o.max_layers[i, role]), time_left / o.layer_s[i] + ROUNDING))
 
 
-@njit(cache=True, nogil=True)
-def _cheapest_per_layers(
+@kernel
+def cheapest_per_layers(
     o: Options, prices: FloatArray, interval_s: float, num_layers: int, best: FloatArray, arg: IntArray
 ) -> None:
     """For each role and l: the cheapest option that carries at least l layers. Fills best, arg [4, num_layers + 1]."""
@@ -43,7 +43,7 @@ def _cheapest_per_layers(
                 arg[role, l] = arg[role, l + 1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def cheapest_cover(
     t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
 ) -> tuple[float, IntArray]:
@@ -58,7 +58,7 @@ def cheapest_cover(
     num_layers = t.num_layers
     best = np.empty((4, num_layers + 1), np.float64)
     arg = np.empty((4, num_layers + 1), np.int64)
-    _cheapest_per_layers(o, prices, interval_s, num_layers, best, arg)
+    cheapest_per_layers(o, prices, interval_s, num_layers, best, arg)
     price, stages = _cover(t, best, arg)
     if stages.shape[0] and _copies_of(o, stages) > max_copies:
         # A cover with fewer copies may use options that the copy-blind table leaves out: tabulate per copy count.
@@ -66,7 +66,7 @@ def cheapest_cover(
     return price, stages
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _copies_of(o: Options, stages: IntArray) -> int:
     total = 0
     for i in range(stages.shape[0]):
@@ -74,7 +74,7 @@ def _copies_of(o: Options, stages: IntArray) -> int:
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cover(t: Tables, best: FloatArray, arg: IntArray) -> tuple[float, IntArray]:
     num_layers = t.num_layers
     cost = np.full(num_layers + 1, np.inf)
@@ -122,7 +122,7 @@ def _cover(t: Tables, best: FloatArray, arg: IntArray) -> tuple[float, IntArray]
     return final, stages
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cover_counted(
     t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
 ) -> tuple[float, IntArray]:
@@ -195,7 +195,7 @@ def _cover_counted(
     return final, reverse[:count][::-1].copy()
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _excess(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
     """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
     worst, most = -1, 0
@@ -209,62 +209,108 @@ def _excess(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple
     return worst, most
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def _penalised_cover(
+    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, penalty: FloatArray
+) -> tuple[float, IntArray]:
+    """The cheapest cover when every GPU of a class costs its ``penalty`` [N] more, and the bound that follows.
+
+    Returns (bound, stages): a cover that fits in the fleet pays at most penalty times GPUs available on top, so its
+    price is at least the penalised price less that.
+    """
+    offset = 0.0
+    for g in range(penalty.shape[0]):
+        offset += penalty[g] * t.available[g]
+    adjusted = prices.copy()
+    if offset > 0.0:
+        for i in range(prices.shape[0]):
+            adjusted[i] += penalty[t.rank_class[o.rank[i]]] * (o.copies[i] * t.rank_tp[o.rank[i]])
+            if o.pool_class[i] >= 0:
+                adjusted[i] += penalty[o.pool_class[i]] * (o.copies[i] * o.pool_cards[i])
+    price, stages = cheapest_cover(t, o, adjusted, interval_s, max_copies)
+    return price - offset, stages
+
+
+@kernel
 def fitting_cover(
-    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, scarce: BoolArray, enough: float
-) -> tuple[float, float, IntArray]:
+    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, scarce: BoolArray,
+    penalty: FloatArray, enough: float,
+) -> tuple[float, float, IntArray]:  # fmt: skip
     """`cheapest_cover` among replicas that fit in the fleet, bounded where that is not found at once.
 
-    A class of which one replica could take more than there is (a *scarce* one) gets a penalty on its GPUs; with
-    penalties the cheapest cover, less penalty times GPUs available, is a Lagrangean bound on the price of every cover
-    that fits. Penalties are raised on what is overdrawn, and halved back where the bound stops rising; a bound of
-    ``enough`` ends it.
+    A class of which one replica could take more than there is (a *scarce* one) gets a penalty on its GPUs, which gives
+    a Lagrangean bound. Penalties rise on what is overdrawn, and fall back by half a step where the bound stops rising
+    or the cover fits; a bound of ``enough`` ends it. ``penalty`` [N] returns those of the best bound.
 
     Returns (lower bound on the price, price, stages); price inf and no stages if no fitting cover was met.
     """
     price, stages = cheapest_cover(t, o, prices, interval_s, max_copies)
     short, over = _excess(t, o, stages, scarce)
+    penalty[:] = 0.0
     if short < 0:
         return price, price, stages
     lower, best_price, best_stages = price, np.inf, np.empty((0, 2), np.int64)
-    penalty = np.zeros(scarce.shape[0])
+    trial = np.zeros(penalty.shape[0])
     step = price / (over + t.available[short])
-    adjusted = np.empty_like(prices)
-    for _ in range(40):
-        penalty[short] += step
-        offset = 0.0
-        for g in range(scarce.shape[0]):
-            offset += penalty[g] * t.available[g]
-        for i in range(prices.shape[0]):
-            adjusted[i] = prices[i]
-            for g in range(scarce.shape[0]):
-                if penalty[g] > 0.0:
-                    adjusted[i] += penalty[g] * class_use(t, o, i, g)
-        penalised, stages = cheapest_cover(t, o, adjusted, interval_s, max_copies)
-        if penalised - offset > lower:
-            lower = penalised - offset
-        else:  # overshot
-            penalty[short] -= step
-            step *= 0.5
-        if penalised == np.inf or lower >= enough or lower >= best_price:
-            break
+    for _ in range(24):
+        trial[short] += step
+        bound, stages = _penalised_cover(t, o, prices, interval_s, max_copies, trial)
         excess, _ = _excess(t, o, stages, scarce)
+        if bound > lower:
+            lower = bound
+            penalty[:] = trial
+        if bound == np.inf or lower >= enough or lower >= best_price:
+            break
         if excess < 0:
             price = 0.0
             for i in range(stages.shape[0]):
                 price += prices[stages[i, 0]]
             if price < best_price:
                 best_price, best_stages = price, stages
-            penalty[short] = max(0.0, penalty[short] - step)
-            step *= 0.5
             if best_price - lower <= 1e-3 * best_price:
                 break
+        if excess < 0 or bound < lower:
+            trial[short] = max(0.0, trial[short] - step)
+            step *= 0.5
         else:
             short = excess
     return min(lower, best_price), best_price, best_stages
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def _options_within(
+    t: Tables, o: Options, prices: FloatArray, best: FloatArray, interval_s: float, price_limit: float
+) -> IntArray:
+    """Options that a cover of price below ``price_limit`` at this or a shorter interval can use.
+
+    ``best`` [4, L + 1] is the cheapest option per role and layers at ``interval_s``. An option leaves the layers it
+    cannot carry to others, which cost at least the cheapest cover of so many layers by stages of any role.
+    """
+    num_layers = t.num_layers
+    rest = np.full(num_layers + 1, np.inf)
+    rest[0] = 0.0
+    for left in range(1, num_layers + 1):
+        for n in range(1, left + 1):
+            cheapest = min(min(best[0, n], best[1, n]), min(best[2, n], best[3, n]))
+            rest[left] = min(rest[left], cheapest + rest[left - n])
+    kept = np.empty(prices.shape[0], np.int64)
+    count = 0
+    for i in range(prices.shape[0]):
+        if prices[i] >= price_limit:
+            continue
+        most = 0
+        for role in range(4):
+            most = max(most, layers_in_time(o, i, role, interval_s))
+        if most > 0 and prices[i] + rest[num_layers - most] < price_limit:
+            kept[count] = i
+            count += 1
+    return kept[:count]
+
+
+PANEL = 1.1  # width of the intervals that are searched with the same few options
+
+
+@kernel
 def best_column(
     t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, slack: float, max_copies: int, scarce: BoolArray,
     ratio_floor: float, tolerance: float,
@@ -272,8 +318,9 @@ def best_column(
     """The replica of a pipelined configuration with the best ``rate / price``, by branch and bound over intervals.
 
     With C(t) the cheapest cover at interval t, non-increasing in t, every t in [t_lo, t_hi] satisfies
-    ``1 / (t C(t)) <= 1 / (t_lo C(t_hi))``. Intervals that cannot beat ``ratio_floor`` or the best found are dropped,
-    the others halved until they are narrower than ``tolerance``.
+    ``1 / (t C(t)) <= 1 / (t_lo C(t_hi))``. From the longest interval down, those that cannot beat ``ratio_floor`` or
+    the best found are skipped; the others are searched panel by panel (`_best_in_panel`) with the options that a cover
+    so cheap can use.
 
     Returns (ratio, t, bound): no replica of this configuration that fits in the fleet has a ratio above
     ``max(bound, ratio_floor)``.
@@ -287,18 +334,60 @@ def best_column(
         fastest_layer = min(fastest_layer, o.layer_s[i])
         for role in range(4):
             slowest = max(slowest, (o.max_layers[i, role] * o.layer_s[i] + o.fixed_s[i, role]) / o.copies[i])
-    t_hi = min(interval_cap_s, slowest * (1.0 + slack) * (1.0 + 1e-9))
+    hi = min(interval_cap_s, slowest * (1.0 + slack) * (1.0 + 1e-9))
     t_lo = max(t.t_floor, (1.0 + slack) * t.num_layers * fastest_layer / max_copies * (1.0 - 1e-9))
-    if t_lo > t_hi:
-        return best_ratio, best_t, bound
-    stack = np.empty((256, 3), np.float64)
+    best = np.empty((4, t.num_layers + 1), np.float64)
+    arg = np.empty((4, t.num_layers + 1), np.int64)
+    penalty = np.zeros(scarce.shape[0])
+    while hi >= t_lo:
+        cheapest_per_layers(o, prices, hi / (1.0 + slack), t.num_layers, best, arg)
+        price, stages = _cover(t, best, arg)
+        wanted = max(ratio_floor, best_ratio)
+        if _excess(t, o, stages, scarce)[0] >= 0 and 1.0 / (t_lo * price) > wanted:
+            # The penalties of the interval before often do here too.
+            price = max(price, _penalised_cover(t, o, prices, hi / (1.0 + slack), max_copies, penalty)[0])
+            if wanted * price * hi <= 1.0 + tolerance:
+                enough = (1.0 + 2.0 * tolerance) / (hi * max(wanted, 1e-300))
+                fitting, _, _ = fitting_cover(t, o, prices, hi / (1.0 + slack), max_copies, scarce, penalty, enough)
+                price = max(price, fitting)
+        if price == np.inf or 1.0 / (t_lo * price) <= wanted:
+            break
+        if wanted > 0.0 and wanted * price * hi > 1.0 + tolerance:
+            hi = 1.0 / (wanted * price)  # nothing between is cheaper than at the upper end
+            continue
+        lo = max(t_lo, hi / PANEL)
+        limit = 1.0 / (lo * wanted) if wanted > 0.0 else np.inf
+        few = _options_within(t, o, prices, best, hi / (1.0 + slack), limit)
+        ratio, at, left = _best_in_panel(
+            t, selected(o, few), prices[few], lo, hi, price, slack, max_copies, scarce, wanted, tolerance
+        )  # fmt: skip
+        if ratio > best_ratio:
+            best_ratio, best_t = ratio, at
+        bound = max(bound, left)
+        if lo <= t_lo:
+            break
+        hi = lo
+    return best_ratio, best_t, max(bound, best_ratio)
+
+
+@kernel
+def _best_in_panel(
+    t: Tables, o: Options, prices: FloatArray, lo: float, hi: float, price_hi: float, slack: float, max_copies: int,
+    scarce: BoolArray, ratio_floor: float, tolerance: float,
+) -> tuple[float, float, float]:  # fmt: skip
+    """`best_column` for intervals in [lo, hi] and replicas that fit in the fleet: halves intervals until they are
+    narrower than ``tolerance`` or cannot win."""
+    best_ratio, best_t, bound = 0.0, 0.0, 0.0
+    stack = np.empty((128, 3), np.float64)
     size = 0
-    middle, lo, hi, price_hi = t_hi, t_lo, t_hi, 0.0
+    penalty = np.zeros(scarce.shape[0])
+    middle = hi  # no cover is cheaper than ``price_hi`` there
     while True:
-        enough = 1.0 / (middle * max(ratio_floor, best_ratio, 1e-300))
-        lower, price, _ = fitting_cover(t, o, prices, middle / (1.0 + slack), max_copies, scarce, enough)
+        enough = 1.0 / (lo * max(ratio_floor, best_ratio, 1e-300))
+        lower, price, _ = fitting_cover(t, o, prices, middle / (1.0 + slack), max_copies, scarce, penalty, enough)
         if price < np.inf and 1.0 / (middle * price) > best_ratio:
             best_ratio, best_t = 1.0 / (middle * price), middle
+        lower = max(lower, price_hi)
         if middle < hi and price > price_hi:
             stack[size, 0], stack[size, 1], stack[size, 2] = middle, hi, price_hi
             size += 1
@@ -309,8 +398,11 @@ def best_column(
             size -= 1
             lo, hi, price_hi = stack[size, 0], stack[size, 1], stack[size, 2]
             ceiling = 1.0 / (lo * price_hi)
-            if ceiling <= max(ratio_floor, best_ratio):
+            wanted = max(ratio_floor, best_ratio)
+            if ceiling <= wanted:
                 continue
+            if wanted > 0.0:
+                hi = min(hi, 1.0 / (wanted * price_hi))
             if hi > lo * (1.0 + tolerance) and size + 2 < stack.shape[0]:
                 break
             bound = max(bound, ceiling)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.placement.classes import IntArray
 from hetis.solver.cost import Mix
+from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.frontier import (
     BoolArray,
     Entries,
@@ -29,8 +29,8 @@ from hetis.solver.placement.frontier import (
     stages_from,
 )
 from hetis.solver.placement.master import Columns, Master, MilpSolution
-from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.options import Options, list_options
+from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 
@@ -116,9 +116,8 @@ class ExactSearch:
         key = (c.scope, c.mix, c.in_flight_index)
         if key not in self._options:
             a, family = self.atlas, self.atlas.problem.family
-            options = list_options(
-                a.scopes[c.scope].tables, c.mix, c.in_flight_index, family.max_copies, a.max_pool, max(1, a.max_pool)
-            )
+            tables = a.scopes[c.scope].tables
+            options = list_options(tables, c.mix, c.in_flight_index, family.max_copies, family.max_pool)
             self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
         return self._options[key]
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.cover import layers_in_time
 from hetis.solver.placement.options import Options
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
+
 
 class Lattice(NamedTuple):
     """All usage vectors up to the fleet: R rows, V vectors."""
@@ -43,7 +44,7 @@ def lattice_of(limits: IntArray) -> Lattice:
     return Lattice(limits.astype(np.int64), strides, digits.astype(np.int64))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntArray) -> Entries:
     """Groups options by usage and copies."""
     num_rows = lattice.limits.shape[0]
@@ -78,7 +79,7 @@ def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntA
     return Entries(usage[:count], copies[:count], entry_of)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def within(lattice: Lattice, small: int, large: int) -> bool:
     if small > large:
         return False
@@ -88,7 +89,7 @@ def within(lattice: Lattice, small: int, large: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def entry_layers(t: Tables, o: Options, entries: Entries, interval_s: float) -> tuple[IntArray, IntArray]:
     """Most layers of each entry in each role, and the option that carries them; shapes [E, 4]."""
     count = entries.usage.shape[0]
@@ -117,7 +118,7 @@ class Reach(NamedTuple):
     closing_from: IntArray  # [V] usage that the closing entry's stages before it may take
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_copies: int) -> Reach:
     """Which sub-fleets cover all layers when each entry carries ``layers`` [E, 4], with at most ``max_copies`` copies.
 
@@ -180,7 +181,7 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
     return Reach(position, back_entry, back_from, closing, closing_copies, closing_from)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def stages_from(
     t: Tables, entries: Entries, layers: IntArray, option: IntArray, r: Reach, v: int, counted: bool
 ) -> IntArray:
@@ -217,7 +218,7 @@ def stages_from(
     return reverse[:count][::-1].copy()
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _interval_range(t: Tables, o: Options, entries: Entries, cap_s: float, copies: int) -> tuple[float, float]:
     """The intervals (slack taken off) between which covers can change: below none exists, above nothing is gained."""
     slowest = 0.0
@@ -231,7 +232,7 @@ def _interval_range(t: Tables, o: Options, entries: Entries, cap_s: float, copie
     return t.num_layers * fastest_layer / copies * (1.0 - 1e-9), min(cap_s, slowest * (1.0 + 1e-9))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _any_above(feasible: BoolArray, already: BoolArray, rate: float, needed: FloatArray, best_rate: FloatArray) -> bool:
     """Whether some sub-fleet, feasible but not ``already`` so, could improve by a replica of this rate."""
     for v in range(feasible.shape[0]):
@@ -240,7 +241,7 @@ def _any_above(feasible: BoolArray, already: BoolArray, rate: float, needed: Flo
     return False
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def explore(
     t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, slack: float, max_copies: int,
     needed: FloatArray, tolerance: float, best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray, tag: int,
@@ -318,7 +319,7 @@ def explore(
     return runs
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _worth_s(lattice: Lattice, feasible: BoolArray, needed: FloatArray, best_rate: FloatArray) -> FloatArray:
     """For each usage u: the longest interval that would still improve some feasible sub-fleet that contains u; [V]."""
     num_vectors = feasible.shape[0]
@@ -343,14 +344,14 @@ class Sums(NamedTuple):
     option: IntArray  # [E, 4, L + 1] option of an entry that is quickest for l layers in a role
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _offer(sums: Sums, v: int, pos: int, seconds: float, entry: int, usage: int, before: int) -> None:
     if seconds < sums.seconds[v, pos]:
         sums.seconds[v, pos] = seconds
         sums.back_entry[v, pos], sums.back_usage[v, pos], sums.back_position[v, pos] = entry, usage, before
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits_s: FloatArray) -> Sums:
     """The least sum of stage times that covers ``pos`` layers with each sub-fleet.
 
@@ -403,7 +404,7 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
     return sums
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def explore_sequential(
     t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, needed: FloatArray,
     best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray, tag: int,
@@ -425,7 +426,7 @@ def explore_sequential(
             best_rate[v], best_tag[v], best_interval[v] = 1.0 / interval, tag, interval
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sequential_stages(t: Tables, lattice: Lattice, o: Options, entries: Entries, v: int, interval_s: float) -> IntArray:
     """The stages behind the least sum of sub-fleet v, first to last, [., 2] of (option, layers)."""
     sums = least_sums(t, lattice, o, entries, np.full(lattice.digits.shape[0], interval_s * (1.0 + 1e-9)))

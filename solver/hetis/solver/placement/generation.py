@@ -98,7 +98,7 @@ class ColumnGeneration:
         family = self.atlas.problem.family
         if is_full_family and not self.budget.is_spent():
             self.run(
-                max_copies=family.max_copies, max_pool=self.atlas.max_pool, threads=threads, target_gap=gap_target / 4
+                max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 4
             )
             self.choose(gap=gap_target / 10, time_limit_s=MILP_SECONDS, seed=seed)
         return self.outcome()

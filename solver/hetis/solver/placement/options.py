@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
 
 ROUNDING = 1e-9  # room for rounding in floor and ceil, far below one layer or one head group
@@ -31,7 +31,7 @@ class Options(NamedTuple):
     max_layers: IntArray  # [., 4] repeated layers that fit in memory
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _empty_options(capacity: int) -> Options:
     return Options(
         np.empty(capacity, np.int64),
@@ -45,7 +45,7 @@ def _empty_options(capacity: int) -> Options:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> float:
     """Repeated layers that fit on a rank in a role, not rounded; ``kept_bytes`` are KV bytes of one layer."""
     room = t.room_bytes[s] - t.act_bytes[x, s]
@@ -58,14 +58,14 @@ def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> f
     return max(0.0, min(room / (t.layer_bytes[s] + kept_bytes) + ROUNDING, float(t.num_layers)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def layers_on_card(t: Tables, q: int, pairs: float, requests: int, tokens: float) -> float:
     """Layers whose KV fits on an attention worker that holds ``pairs`` (request, head group) pairs of each."""
     return t.worker_room_bytes[q] / (pairs / requests * tokens * t.kv_group_bytes) + ROUNDING
 
 
-@njit(cache=True, nogil=True)
-def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int, pool_stride: int) -> Options:
+@kernel
+def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> Options:
     """Every stage option of a configuration that fits in memory, fewer those no better than a cheaper one beside it.
 
     An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
@@ -91,16 +91,20 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int, pool
             for q in range(-1, t.available.shape[0]):
                 if q >= 0 and (max_pool == 0 or t.pool_start[s, q] < 0):
                     continue
-                cards_limit = 0 if q < 0 else min(max_pool, (t.available[q] - (c * n if q == g else 0)) // c)
+                cards_limit = min(max_pool, t.available[q] - (c * n if q == g else 0)) // c if q >= 0 else 0
                 first_of_group = fastest = roomiest = count
-                for p in range(0 if q < 0 else 1, cards_limit + 1):
-                    for k in range(0 if q < 0 else 1, (0 if q < 0 else groups) + 1):
+                for size in range(t.pool_sizes.shape[0] if q >= 0 else 1):
+                    p = t.pool_sizes[size] if q >= 0 else 0
+                    if p > cards_limit:
+                        break
+                    # From the roomiest split to the fastest: a split that is neither has been beaten before.
+                    for k in range(groups if q >= 0 else 0, 0 if q >= 0 else -1, -1):
                         layer_s = t.layer_s[x, s]
                         on_card = np.inf
                         if q < 0:
                             layer_s += t.own_s[x, s, groups]
                         else:
-                            layer_s += t.pool_s[x, t.pool_start[s, q] + (k - 1) * pool_stride + p - 1]
+                            layer_s += t.pool_s[x, t.pool_start[s, q] + (k - 1) * t.pool_sizes.shape[0] + size]
                             on_card = layers_on_card(t, q, np.ceil(requests * k * n / p - ROUNDING), requests, tokens)
                         most = 0
                         for role in range(4):
@@ -126,7 +130,7 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int, pool
     return _sliced(out, count)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _write(
     t: Tables, out: Options, i: int, x: int, s: int, c: int, q: int, p: int, k: int, layer_s: float, caps: IntArray
 ) -> None:
@@ -142,7 +146,7 @@ def _write(
         out.max_layers[i, role] = caps[role]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _at_least(o: Options, i: int, layer_s: float, caps: IntArray) -> bool:
     """Whether option i is as fast and as roomy."""
     if o.layer_s[i] > layer_s:
@@ -153,7 +157,7 @@ def _at_least(o: Options, i: int, layer_s: float, caps: IntArray) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _grown(o: Options) -> Options:
     bigger = _empty_options(2 * o.rank.shape[0])
     count = o.rank.shape[0]
@@ -161,7 +165,7 @@ def _grown(o: Options) -> Options:
     return bigger
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _copy_options(source: Options, target: Options, chosen: IntArray) -> None:
     for i in range(chosen.shape[0]):
         o = chosen[i]
@@ -176,7 +180,7 @@ def _copy_options(source: Options, target: Options, chosen: IntArray) -> None:
             target.max_layers[i, role] = source.max_layers[o, role]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sliced(o: Options, count: int) -> Options:
     return Options(
         o.rank[:count],
@@ -190,7 +194,7 @@ def _sliced(o: Options, count: int) -> Options:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def option_prices(t: Tables, o: Options, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
     """Price of each option: c TP groups and c p attention workers. ``group_price`` [S], ``card_price`` [N]."""
     prices = np.empty(o.rank.shape[0], np.float64)
@@ -202,7 +206,7 @@ def option_prices(t: Tables, o: Options, group_price: FloatArray, card_price: Fl
     return prices
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def class_use(t: Tables, o: Options, i: int, device_class: int) -> int:
     """GPUs of a class that option i takes."""
     use = 0
@@ -213,7 +217,7 @@ def class_use(t: Tables, o: Options, i: int, device_class: int) -> int:
     return use
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def selected(o: Options, chosen: IntArray) -> Options:
     """The chosen options, in that order."""
     out = _empty_options(max(1, chosen.shape[0]))

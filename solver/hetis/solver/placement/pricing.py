@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from hetis.solver.budget import Budget
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.cover import best_column, fitting_cover
 from hetis.solver.placement.options import Options, list_options, option_prices, selected
 from hetis.solver.placement.sequential import best_sequential, best_within_cap, least_weighted, useful_options
@@ -19,8 +19,8 @@ from hetis.solver.placement.template import Configuration, Template, configurati
 RATIO_TOLERANCE = 2e-4  # intervals narrower than this are not halved further: what it leaves open goes into the bound
 
 
-@njit(cache=True, nogil=True)
-def cheapest_layer(t: Tables, x: int, pool_stride: int, group_price: FloatArray, card_price: FloatArray) -> float:
+@kernel
+def cheapest_layer(t: Tables, x: int, max_pool: int, group_price: FloatArray, card_price: FloatArray) -> float:
     """The least ``price x seconds`` of one repeated layer on any stage, copies and memory left aside.
 
     No replica of mix x has a rate per price above one over (layers times this): each stage pays its price for every
@@ -39,31 +39,40 @@ def cheapest_layer(t: Tables, x: int, pool_stride: int, group_price: FloatArray,
             if t.pool_start[s, q] < 0:
                 continue
             for k in range(groups):
-                start = t.pool_start[s, q] + k * pool_stride
-                for p in range(pool_stride):
-                    price = group_price[s] + (p + 1) * card_price[q]
-                    if base * price >= least:
+                start = t.pool_start[s, q] + k * t.pool_sizes.shape[0]
+                for size in range(t.pool_sizes.shape[0]):
+                    price = group_price[s] + t.pool_sizes[size] * card_price[q]
+                    if t.pool_sizes[size] > max_pool or base * price >= least:
                         break
-                    least = min(least, (base + t.pool_s[x, start + p]) * price)
+                    least = min(least, (base + t.pool_s[x, start + size]) * price)
     return least
 
 
-@njit(cache=True, nogil=True)
+@kernel
+def cheapest_memory(t: Tables, group_price: FloatArray) -> float:
+    """A lower bound on the price of any replica: of GPUs with room for the weights of all repeated layers."""
+    least = np.inf
+    for s in range(t.rank_class.shape[0]):
+        if t.available[t.rank_class[s]] >= t.rank_tp[s] and t.room_bytes[s] > 0.0:
+            least = min(least, group_price[s] * t.layer_bytes[s] / t.room_bytes[s])
+    return t.num_layers * least
+
+
+@kernel
 def _priced_options(
-    t: Tables, x: int, f: int, max_copies: int, max_pool: int, pool_stride: int, group_price: FloatArray,
-    card_price: FloatArray,
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray
 ) -> tuple[Options, FloatArray]:  # fmt: skip
-    options = list_options(t, x, f, max_copies, max_pool, pool_stride)
+    options = list_options(t, x, f, max_copies, max_pool)
     return options, option_prices(t, options, group_price, card_price)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _best(
-    t: Tables, x: int, f: int, family_copies: int, max_pool: int, pool_stride: int, group_price: FloatArray,
+    t: Tables, x: int, f: int, family_copies: int, max_pool: int, group_price: FloatArray,
     card_price: FloatArray, scarce: BoolArray, slacks: FloatArray, copies: IntArray, floor: float, tolerance: float,
 ) -> FloatArray:  # fmt: skip
     """(ratio, parameter, bound) for each fill of one (mix, in-flight); shape [fills, 3]."""
-    options, prices = _priced_options(t, x, f, family_copies, max_pool, pool_stride, group_price, card_price)
+    options, prices = _priced_options(t, x, f, family_copies, max_pool, group_price, card_price)
     out = np.zeros((slacks.shape[0], 3))
     if t.in_flight[f] == 1 and floor > 0.0:
         useful = useful_options(t, options, prices, t.t_cap[x, f], floor)
@@ -134,7 +143,7 @@ class Pricer:
                 return
             a = self.atlas
             outcome = _best(
-                a.scopes[scope].tables, mix, f, self.max_copies, self.max_pool, max(1, a.max_pool),
+                a.scopes[scope].tables, mix, f, self.max_copies, self.max_pool,
                 group_price, card_price, self.scarce, np.array([c.slack for c in members]),
                 np.array([c.max_copies for c in members], dtype=np.int64), threshold, RATIO_TOLERANCE,
             )  # fmt: skip
@@ -159,18 +168,15 @@ class Pricer:
         return Priced(templates, skipped, not spent)
 
     def _ceilings(self, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
-        """`cheapest_layer` turned into upper bounds on the ratio, [scopes, X]."""
-        a = self.atlas
-        stride = max(1, a.max_pool)
-        return np.array(
-            [
-                [
-                    1.0 / (s.tables.num_layers * cheapest_layer(s.tables, x, stride, group_price, card_price))
-                    for x in range(len(a.mixes))
-                ]
-                for s in a.scopes
-            ]
-        )
+        """Upper bounds on the ratio from `cheapest_layer` and, where zones set a floor on t, memory; [scopes, X]."""
+        bounds = np.empty((len(self.atlas.scopes), len(self.atlas.mixes)))
+        for i, scope in enumerate(self.atlas.scopes):
+            t = scope.tables
+            least = t.t_floor * cheapest_memory(t, group_price)
+            for x in range(len(self.atlas.mixes)):
+                work = t.num_layers * cheapest_layer(t, x, self.max_pool, group_price, card_price)
+                bounds[i, x] = 1.0 / max(work, least)
+        return bounds
 
     def _template(
         self, c: Configuration, ratio: float, parameter: float, group_price: FloatArray, card_price: FloatArray
@@ -179,7 +185,7 @@ class Pricer:
         a = self.atlas
         tables = a.scopes[c.scope].tables
         options, prices = _priced_options(
-            tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, max(1, a.max_pool),
+            tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool,
             group_price, card_price,
         )  # fmt: skip
         if c.is_sequential:
@@ -190,7 +196,8 @@ class Pricer:
                 _, _, stages = least_weighted(tables, options, prices, 1.0, parameter)
         else:
             _, _, stages = fitting_cover(
-                tables, options, prices, parameter / (1.0 + c.slack), c.max_copies, self.scarce, np.inf
+                tables, options, prices, parameter / (1.0 + c.slack), c.max_copies, self.scarce,
+                np.zeros(len(a.classes)), np.inf,
             )
         return template_of(a, c, options, stages)
 

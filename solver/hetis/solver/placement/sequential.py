@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import Options
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def least_weighted(
     t: Tables, o: Options, prices: FloatArray, price_weight: float, time_weight: float
 ) -> tuple[float, float, IntArray]:
@@ -65,7 +65,7 @@ def least_weighted(
     return total_price(prices, stages), max(total_seconds(o, stages), t.t_floor), stages
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def total_price(prices: FloatArray, stages: IntArray) -> float:
     total = 0.0
     for i in range(stages.shape[0]):
@@ -73,7 +73,7 @@ def total_price(prices: FloatArray, stages: IntArray) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def role_of(index: int, count: int) -> int:
     """Role of stage ``index`` out of ``count``."""
     if count == 1:
@@ -83,7 +83,7 @@ def role_of(index: int, count: int) -> int:
     return LAST if index == count - 1 else PLAIN
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def total_seconds(o: Options, stages: IntArray) -> float:
     """Sum of stage times of one request."""
     total = 0.0
@@ -94,7 +94,7 @@ def total_seconds(o: Options, stages: IntArray) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_sequential(
     t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
 ) -> tuple[float, float, float]:
@@ -155,7 +155,7 @@ def best_sequential(
 MAX_LABELS = 192
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def useful_options(t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float) -> IntArray:
     """The options that a replica with ``1 / (t price) > ratio_floor`` and t within the cap can use.
 
@@ -194,7 +194,7 @@ def useful_options(t: Tables, o: Options, prices: FloatArray, interval_cap_s: fl
     return np.flatnonzero(useful)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pareto_steps(t: Tables, o: Options, prices: FloatArray) -> tuple[IntArray, IntArray]:
     """For each role and number of layers: the options of which none is both cheaper and quicker.
 
@@ -216,7 +216,7 @@ def _pareto_steps(t: Tables, o: Options, prices: FloatArray) -> tuple[IntArray, 
     return count, option
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_within_cap(
     t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
 ) -> tuple[float, IntArray, bool]:
@@ -284,7 +284,7 @@ def best_within_cap(
     return best, reverse[:size][::-1].copy(), exact
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_label(
     labels: IntArray, price_at: FloatArray, seconds_at: FloatArray, back: IntArray, pos: int, price: float,
     seconds: float, before_pos: int, before_label: int, option: int,

@@ -25,6 +25,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 PLAIN, FIRST, LAST, BOTH = range(4)
 
+# Attention workers per copy of a stage: every number to 8, then four to an octave.
+POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
+
 
 class Tables(NamedTuple):
     """What the compiled kernels read. X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
@@ -59,8 +62,9 @@ class Tables(NamedTuple):
     prefix_delta_s: FloatArray  # [X, S] a prefix layer takes this much longer than a repeated one
     available: IntArray  # [N]
     worker_room_bytes: FloatArray  # [N]
+    pool_sizes: IntArray  # the numbers p of attention workers tried, ascending
     pool_start: IntArray  # [S, N] where the pool entries of (s, q) start in pool_s; -1: no such pool
-    pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping, over k = 1..Gr, p = 1..max_pool
+    pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping, over k = 1..Gr, then pool sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ class Atlas:
     ranks: tuple[tuple[int, int], ...]  # (class, tp)
     group_use: IntArray  # [S, rows] resources of one TP group
     card_use: IntArray  # [N, rows] resources of one attention worker
-    max_pool: int
+    pool_sizes: tuple[int, ...]
     scopes: tuple[Scope, ...]
 
 
@@ -103,8 +107,8 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
     )
     resources = resources_of(classes, family.tp_sizes)
     biggest = max((c.available for c in classes), default=0)
-    max_pool = min(family.max_pool, biggest)
-    builder = _Builder(problem, moments, classes, mixes, ranks, max_pool)
+    pool_sizes = tuple(p for p in POOL_SIZES if p <= min(family.max_pool, biggest))
+    builder = _Builder(problem, moments, classes, mixes, ranks, pool_sizes)
     zones = problem.cluster.zones()
     spans = [(zone,) for zone in zones] + ([zones] if len(zones) > 1 else [])
     return Atlas(
@@ -116,7 +120,7 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
         ranks=ranks,
         group_use=np.array([resources.of_group(i, tp) for i, tp in ranks], dtype=np.int64).reshape(len(ranks), -1),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
-        max_pool=max_pool,
+        pool_sizes=pool_sizes,
         scopes=tuple(Scope(span, builder.tables(span)) for span in spans),
     )
 
@@ -131,10 +135,10 @@ class _Builder:
         classes: tuple[DeviceClass, ...],
         mixes: tuple[Mix, ...],
         ranks: tuple[tuple[int, int], ...],
-        max_pool: int,
+        pool_sizes: tuple[int, ...],
     ) -> None:
         self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
-        self.ranks, self.max_pool = ranks, max_pool
+        self.ranks, self.pool_sizes = ranks, pool_sizes
         self._costs: dict[tuple[str, Link, int], DeviceCost] = {}
         self._rows: dict[tuple[str, Link, int], dict[str, FloatArray]] = {}
         self._pools: dict[tuple[DeviceCost, DeviceCost, Link], FloatArray] = {}
@@ -199,6 +203,7 @@ class _Builder:
                 [c.available if c.zone in zones else 0 for c in self.classes], dtype=np.int64
             ),
             worker_room_bytes=np.array([w.room_bytes() for w in self.workers]),
+            pool_sizes=np.array(self.pool_sizes, dtype=np.int64),
             pool_start=start,
             pool_s=self.pool_s,
         )  # fmt: skip
@@ -287,7 +292,7 @@ class _Builder:
         offsets: dict[tuple[DeviceCost, DeviceCost, Link], int] = {}
         total = 0
         for s, (i, _) in enumerate(self.ranks):
-            if self.max_pool == 0 or not self.devices[s].shape.splits_groups:
+            if not self.pool_sizes or not self.devices[s].shape.splits_groups:
                 continue
             for q, worker_class in enumerate(self.classes):
                 if worker_class.zone != self.classes[i].zone:
@@ -304,11 +309,11 @@ class _Builder:
         return start, np.concatenate(parts, axis=1) if parts else np.zeros((len(self.mixes), 1))
 
     def _pool_entries(self, pool: PoolCost) -> FloatArray:
-        """Shape [X, Gr * max_pool]: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), p = 1.."""
+        """Shape [X, Gr * sizes]: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), then p."""
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
-        p = np.arange(1.0, self.max_pool + 1)[None, :]
-        entries = np.empty((len(self.mixes), groups * self.max_pool))
+        p = np.array(self.pool_sizes, dtype=float)[None, :]
+        entries = np.empty((len(self.mixes), groups * len(self.pool_sizes)))
         remote: dict[int, FloatArray] = {}
         shipped: dict[int, FloatArray] = {}
         for x, mix in enumerate(self.mixes):

@@ -122,7 +122,8 @@ def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]
         if stage.pool_class < 0:
             layer_s = t.layer_s[x, s] + t.own_s[x, s, t.rank_groups[s]]
         else:
-            entry = (stage.pool_groups - 1) * atlas.max_pool + stage.pool_cards - 1
+            sizes = atlas.pool_sizes
+            entry = (stage.pool_groups - 1) * len(sizes) + sizes.index(stage.pool_cards)
             layer_s = t.layer_s[x, s] + t.pool_s[x, t.pool_start[s, stage.pool_class] + entry]
         fixed = float(t.step_s[x, s])
         if role in (PLAIN, LAST):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import layers_on_rank
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
     """Layers of a stage: the remainder goes to plain stages first, then to the first, then to the last."""
     each, spare = num_layers // num_stages, num_layers % num_stages
@@ -21,7 +21,7 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
     return each
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_equal_split(
     t: Tables, s: int, num_stages: int, full_slack: float, tight_slack: float
 ) -> tuple[float, int, int]:

@@ -1,0 +1,85 @@
+"""Where attention workers pay: the rate with them over the proven bound of the same family without them.
+
+    python -m benchmarks.attention_workers [--quick] [--json]
+
+Two strong cards beside eight weak ones (examples/h100-l4.yaml, examples/h100-p100.yaml) serve Llama-3.1-70B, under
+several lengths and TPOT limits with TTFT unlimited; the cluster of the paper serves Llama-2-70B under the default
+limits and none. ``bound_without`` is the proven bound of the `hetis` family with ``max_pool = 0``. ``ratio`` is
+``value / bound_without``: above 1, no plan without attention workers reaches the rate, whatever it does. Without a
+ratio, no plan without them exists at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import DEFAULT_LIMITS, NO_LIMITS, example, gpu_types, problem
+from benchmarks.measuring.rows import Row
+from benchmarks.measuring.solving import Solve, measure
+from hetis.solver.plan import Objective, Status
+from hetis.solver.problem import PlacementProblem
+
+FLEETS = ("h100-l4", "h100-p100")
+LENGTHS = ("8000/300", "500/2000", "1024/256", "16000/1000")
+TPOT_LIMITS_S = (0.05, 0.1, 0.2, None)
+TIME_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A fleet under load."""
+
+    name: str
+    problem: PlacementProblem
+
+
+def main() -> None:
+    """Prints one row per fleet, lengths and limit."""
+    parser = rows.parser("benchmarks.attention_workers", __doc__)
+    arguments = parser.parse_args()
+    chosen = (case for case in cases(quick=arguments.quick) if arguments.only in case.name)
+    rows.show(map(compare, chosen), arguments, name="attention_workers")
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """Every combination; only the one of the acceptance test for ``quick``."""
+    for fleet in FLEETS:
+        for lengths in LENGTHS[:1] if quick else LENGTHS:
+            for tpot_s in TPOT_LIMITS_S[:1] if quick else TPOT_LIMITS_S:
+                limit = f"{1000 * tpot_s:g} ms" if tpot_s else "no limit"
+                objective = Objective(ttft_limit_s=None, tpot_limit_s=tpot_s)
+                posed = problem(example(fleet), model="Llama-3.1-70B", workload=lengths, objective=objective)
+                yield Case(name=f"{fleet}, {lengths}, {limit}", problem=posed)
+    if not quick:
+        for limits, objective in (("default limits", DEFAULT_LIMITS), ("no limit", NO_LIMITS)):
+            yield Case(name=f"paper, azure_conv_2023, {limits}", problem=problem(example("paper"), objective=objective))
+
+
+def compare(case: Case) -> Row:
+    """Solves a case with attention workers and without."""
+    family = case.problem.family
+    best = measure(Solve(problem=case.problem, time_limit_s=TIME_LIMIT_S))
+    others = replace(case.problem, family=replace(family, max_pool=0))
+    without = measure(Solve(problem=others, time_limit_s=TIME_LIMIT_S))
+    bound_without = 0.0 if without.status == Status.INFEASIBLE else without.bound
+    return {
+        "name": case.name,
+        "gpus": case.problem.cluster.num_gpus(),
+        "types": len(gpu_types(case.problem.cluster)),
+        "status": best.status,
+        "value": best.value,
+        "bound": best.bound,
+        "gap": best.gap,
+        "bound_without": bound_without,
+        "ratio": best.value / bound_without if bound_without > 0 else math.inf,
+        "seconds": best.first.seconds,
+        "peak_mib": best.peak_mib,
+        "note": best.note or "no attention workers",
+    }
+
+
+if __name__ == "__main__":
+    main()

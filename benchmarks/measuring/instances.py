@@ -1,0 +1,85 @@
+"""Placement problems to measure on: the fleets of ``examples/``, the same scaled, and fleets listed here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from hetis.formats.documents import from_data, load_cluster, load_model, load_workload
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.cluster import Cluster
+from hetis.solver.plan import Objective
+from hetis.solver.problem import PlacementProblem
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEFAULT_LIMITS = Objective()
+NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)
+NODE_SIZES = {
+    "H100-SXM-80GB": 8,
+    "A100-SXM-80GB": 8,
+    "L40S": 4,
+    "L4": 4,
+    "V100-SXM2-32GB": 8,
+    "T4": 4,
+    "A10G": 4,
+    "A100-PCIe-40GB": 4,
+}
+
+
+def example(name: str) -> Cluster:
+    """The fleet of ``examples/NAME.yaml``."""
+    return load_cluster(EXAMPLES / f"{name}.yaml")
+
+
+def fleet(name: str, *nodes: tuple[int, int, str]) -> Cluster:
+    """A fleet in one zone on a 100 Gb/s network, of ``(nodes, GPUs per node, GPU type)``."""
+    document = {
+        "apiVersion": "hetis/v1",
+        "kind": "Cluster",
+        "name": name,
+        "nodes": [
+            {"name": f"n{index}", "count": count, "gpus": [{"type": gpu, "count": gpus}]}
+            for index, (count, gpus, gpu) in enumerate(nodes)
+        ],
+        "network": {"bandwidth": "100Gbps", "latency": "20us"},
+    }
+    cluster = from_data(document, name=name)
+    assert isinstance(cluster, Cluster)
+    return cluster
+
+
+def scaled(cluster: Cluster, times: int) -> Cluster:
+    """``times`` as many nodes of every kind."""
+    groups = tuple(replace(group, count=group.count * times, numbered=True) for group in cluster.node_groups)
+    return replace(cluster, name=f"{times} x {cluster.name}", node_groups=groups)
+
+
+def of_types(num_types: int, num_gpus: int) -> Cluster:
+    """``num_gpus`` GPUs, a multiple of 8, in equal parts (to eight GPUs) of the first ``num_types`` types."""
+    share, rest = divmod(num_gpus // 8, num_types)
+    types = list(NODE_SIZES.items())[:num_types]
+    nodes = [((share + (i < rest)) * (8 // size), size, gpu) for i, (gpu, size) in enumerate(types)]
+    return fleet(f"{num_gpus} GPUs of {num_types} types", *nodes)
+
+
+def problem(
+    cluster: Cluster,
+    *,
+    model: str = "Llama-2-70B",
+    workload: str = "azure_conv_2023",
+    objective: Objective = DEFAULT_LIMITS,
+) -> PlacementProblem:
+    """The placement of a catalogue model for a workload, with modelled profiles."""
+    spec = load_model(model)
+    return PlacementProblem(
+        cluster=cluster,
+        model=spec,
+        workload=load_workload(workload).clipped_to(spec.max_position),
+        profiles={name: modelled_profile(cluster.gpu_types[name]) for name in gpu_types(cluster)},
+        objective=objective,
+    )
+
+
+def gpu_types(cluster: Cluster) -> list[str]:
+    """Names of the GPU types in use."""
+    return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))

@@ -1,0 +1,116 @@
+"""Rows of a benchmark: an aligned table, one JSON object per line, or the table kept in ``docs/benchmarks.md``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+Cell = str | int | float | None
+Row = Mapping[str, Cell]
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    result = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--quick", action="store_true", help="few and small cases: seconds, not minutes")
+    result.add_argument("--only", metavar="TEXT", default="", help="only rows whose name contains TEXT")
+    forms = result.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="one JSON object per row, printed as soon as it is measured")
+    forms.add_argument("--markdown", action="store_true", help=f"also put the table into {DOCUMENT.parent.name}/")
+    return result
+
+
+def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> list[Row]:
+    """Prints the rows of benchmark ``name`` in the form that was asked for, and returns them."""
+    shown = []
+    for row in rows:
+        shown.append(row)
+        if arguments.json:
+            print(json.dumps({key: _finite(value) for key, value in row.items()}), flush=True)
+        else:
+            print(f"  {row['name']}", file=sys.stderr, flush=True)  # a sign of life: some rows take a minute
+    if not arguments.json:
+        print(table(shown))
+    if arguments.markdown:
+        write_section(DOCUMENT, name, f"{machine()}\n\n{markdown(shown)}")
+    crashed = [str(row["name"]) for row in shown if row.get("status") == "failed"]
+    if crashed:
+        raise SystemExit(f"crashed: {'; '.join(crashed)}")
+    return shown
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Aligned columns for a terminal."""
+    if not rows:
+        return "no rows"
+    lines = [_headings(rows[0]), *([_text(key, value) for key, value in row.items()] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same as a Markdown table."""
+    if not rows:
+        return "no rows"
+    rule = ["---" if isinstance(value, str) else "---:" for value in rows[0].values()]
+    lines = [_headings(rows[0]), rule, *([_text(key, value) for key, value in row.items()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine() -> str:
+    """One sentence on where and when: times mean nothing without it."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and (model := re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))):
+        processor = model[1]
+    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
+    return f"{date.today()}: {os.cpu_count()} cores of {processor}, Python {platform.python_version()}{load}."
+
+
+def write_section(document: Path, name: str, text: str) -> None:
+    """Replaces what stands between ``<!-- name -->`` and ``<!-- end name -->``.
+
+    Raises:
+        ValueError: the document has no such section.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    before, found_begin, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{document} has no section {begin} ... {end}")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def _finite(value: Cell) -> Cell:
+    """JSON knows no infinity: a bound that was never found is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _headings(row: Row) -> list[str]:
+    return [_UNIT.sub(lambda unit: f" ({unit[1].replace('mib', 'MiB')})", key).replace("_", " ") for key in row]
+
+
+_UNIT = re.compile(r"_(s|mib)$")
+
+
+def _text(key: str, value: Cell) -> str:
+    value = _finite(value)
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if key.endswith("gap"):
+            return f"{value:.3%}"
+        return f"{value:.3f}" if key == "seconds" or key.endswith("_s") else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else " ".join(value.split()).replace("|", "/")  # one line, one cell

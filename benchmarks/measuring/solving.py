@@ -1,0 +1,200 @@
+"""One placement, measured: in this process, or in one of its own, so that its memory and first calls are its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hetis.solver.budget import Budget, Progress
+from hetis.solver.errors import HetisError, InfeasibleError
+from hetis.solver.plan import Plan, Status
+from hetis.solver.problem import PlacementProblem
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+FAILED = "failed"  # status of a solve that crashed
+WHOLE_COUNTS = "whole counts"  # phase of column generation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solve:
+    """What to measure: the first solve of a process and, if ``warm``, the median of that many more."""
+
+    problem: PlacementProblem
+    time_limit_s: float
+    gap_target: float = 0.001
+    warm: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Wall-clock seconds of a solve, binding included, and until a gap of 1% and of 0.5% was proved (None: never)."""
+
+    seconds: float
+    to_1_percent_s: float | None
+    to_half_percent_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A solve that was measured.
+
+    Attributes:
+        status: of the plan; ``infeasible`` where none exists, ``none`` where time was over before one was found,
+            ``failed`` where the solver crashed.
+        import_s: loading the solver, numba and HiGHS.
+        first: the first solve of the process, which loads compiled kernels from numba's cache (or fills it).
+        warm: the median one of the others.
+        check_s: the independent checker, not part of the times above.
+        violations: what it found wrong with the plan.
+        peak_mib: most memory of the process until the first plan was there.
+        note: pools in use, or why there is no plan.
+    """
+
+    status: str
+    value: float
+    bound: float
+    gap: float
+    import_s: float
+    first: Timing
+    warm: Timing | None
+    check_s: float
+    violations: tuple[str, ...]
+    peak_mib: float
+    note: str
+
+
+def in_own_process(work: Callable[[A], R], argument: A, *, environment: Mapping[str, str] | None = None) -> R:
+    """``work(argument)`` in a fresh interpreter that sees ``environment`` before any library is loaded."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        1, mp_context=spawn, initializer=_set_environment, initargs=(dict(environment or {}),)
+    ) as executor:
+        return executor.submit(work, argument).result()
+
+
+def measure(solve: Solve) -> Measured:
+    """Solves, judges the plan by the checker, and tells what it took."""
+    started = time.perf_counter()
+    from hetis.solver.check import check_plan
+    from hetis.solver.placement.solve import solve_placement
+
+    import_s = time.perf_counter() - started
+    timings, plan, status, note = list[Timing](), None, "none", ""
+    for run in range(1 + solve.warm):
+        reports = list[Progress]()
+        started = time.perf_counter()
+        try:
+            plan = solve_placement(
+                solve.problem,
+                budget=Budget(time_limit_s=solve.time_limit_s, clock=time.monotonic),
+                gap_target=solve.gap_target,
+                report=reports.append,
+            )
+        except InfeasibleError as error:
+            status, note = Status.INFEASIBLE.value, str(error)
+        except HetisError as error:
+            note = str(error)
+        except Exception as error:  # a bug: the row says so, and those after it are still measured
+            traceback.print_exc()
+            return failed(repr(error))
+        timings.append(_timing(time.perf_counter() - started, reports, plan))
+        if run == 0:
+            first_peak_mib = peak_mib()
+    started = time.perf_counter()
+    violations = check_plan(plan, solve.problem) if plan is not None else ()
+    return Measured(
+        status=plan.result.status.value if plan is not None else status,
+        value=float(plan.result.value) if plan is not None else 0.0,
+        bound=float(plan.result.bound) if plan is not None else math.inf,
+        gap=float(plan.result.gap) if plan is not None else math.inf,
+        import_s=import_s,
+        first=timings[0],
+        warm=sorted(timings[1:], key=lambda timing: timing.seconds)[solve.warm // 2] if solve.warm else None,
+        check_s=time.perf_counter() - started,
+        violations=tuple(str(violation) for violation in violations),
+        peak_mib=first_peak_mib,
+        note=note or pools(plan),
+    )
+
+
+def failed(note: str) -> Measured:
+    """What there is to say of a solve that crashed."""
+    return Measured(
+        status=FAILED,
+        value=0.0,
+        bound=math.inf,
+        gap=math.inf,
+        import_s=0.0,
+        first=Timing(seconds=math.nan, to_1_percent_s=None, to_half_percent_s=None),
+        warm=None,
+        check_s=0.0,
+        violations=(),
+        peak_mib=peak_mib(),
+        note=note,
+    )
+
+
+def _timing(seconds: float, reports: Sequence[Progress], plan: Plan | None) -> Timing:
+    return Timing(
+        seconds=seconds,
+        to_1_percent_s=time_to_gap(reports, plan, seconds, 0.01),
+        to_half_percent_s=time_to_gap(reports, plan, seconds, 0.005),
+    )
+
+
+def time_to_gap(reports: Sequence[Progress], plan: Plan | None, solve_s: float, gap: float) -> float | None:
+    """When the search had proved that its incumbent is within ``gap``; only rates are maximised here."""
+    if plan is None or not plan.result.gap <= gap:
+        return None
+    for report in _of_the_whole_family(reports):
+        incumbent, bound = report.incumbent, report.bound
+        if incumbent is not None and bound is not None and bound <= incumbent * (1 + gap):
+            return report.elapsed_s
+    return solve_s
+
+
+def _of_the_whole_family(reports: Sequence[Progress]) -> Sequence[Progress]:
+    """Column generation solves a smaller family first, down to whole counts: what it says until then bounds only that.
+
+    A bound that rises tells the same, for a proven bound only falls.
+    """
+    start = 0
+    for i, (before, after) in enumerate(itertools.pairwise(reports), start=1):
+        counted = before.phase.startswith(WHOLE_COUNTS) and not after.phase.startswith(WHOLE_COUNTS)
+        rose = before.bound is not None and after.bound is not None and after.bound > before.bound * (1 + 1e-12)
+        if counted or rose:
+            start = i
+    return reports[start:]
+
+
+def pools(plan: Plan | None) -> str:
+    """Attention workers of a plan, counted by GPU type."""
+    if plan is None:
+        return ""
+    counted: dict[str, int] = {}
+    for replica in plan.replicas:
+        for pool in replica.attention_workers:
+            counted[pool.gpu] = counted.get(pool.gpu, 0) + len(pool.devices)
+    return ", ".join(f"{count:,} {gpu}" for gpu, count in counted.items())
+
+
+def peak_mib() -> float:
+    """The most memory this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    os.environ.update(environment)

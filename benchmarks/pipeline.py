@@ -1,0 +1,169 @@
+"""The steady rate of a pipeline by the formula, beside an event simulation of random pipelines.
+
+    python -m benchmarks.pipeline [--quick] [--json]
+
+The formula (docs/cost-model.md, "Rate") lets work flow evenly: with mean seconds ``u_s`` of an iteration, ``c_s``
+copies and M micro-batches in flight, ``1 / max(max_s u_s / c_s, sum_s u_s / M)`` iterations a second. Iterations with
+and without a prefill chunk alternate, so that a queue in front of the bottleneck runs dry now and then. Rows give the
+simulated rate over the formula's, without slack (mean, 10th percentile, least), by how full the pipeline is (K copies
+of all stages together) and by how chunks come: one in every so many iterations of a micro-batch, or at random.
+``assumed`` is what the slack of `Assumptions` leaves of the formula's rate, ``share_reaching`` the share of pipelines
+that reach it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.measuring import rows
+from hetis.solver.problem import Assumptions
+
+SEED = 1
+MAX_STAGES = 6
+MAX_COPIES = 3
+IMBALANCE = 0.7  # the fastest stage needs this share of the slowest one's time
+CHUNK_SHARES = (0.1, 0.9)  # of iterations that carry a chunk: phi
+CHUNK_RATIOS = (2.0, 20.0)  # seconds of an iteration with a chunk over one without
+FILLS = ("M = 1", "K <= M < 2K", "M >= 2K")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """A pipeline whose micro-batches go round for ever. Seconds are of one iteration on one copy."""
+
+    plain_s: tuple[float, ...]  # per stage, without a chunk
+    chunk_ratio: float
+    copies: tuple[int, ...]
+    in_flight: int  # M
+    chunk_share: float  # phi
+
+    def even_rate(self, chunk_share: float) -> float:
+        """Iterations per second when work flows evenly: the formula without slack."""
+        mean_s = [s * (1.0 + chunk_share * (self.chunk_ratio - 1.0)) for s in self.plain_s]
+        slowest_s = max(s / c for s, c in zip(mean_s, self.copies, strict=True))
+        return 1.0 / max(slowest_s, sum(mean_s) / self.in_flight)
+
+
+def main() -> None:
+    """Prints one row per fill and arrangement of chunks."""
+    parser = rows.parser("benchmarks.pipeline", __doc__)
+    arguments = parser.parse_args()
+    pipelines, iterations = (10, 1000) if arguments.quick else (300, 3000)
+    rows.show(measured_rows(pipelines, iterations, arguments.only), arguments, name="pipeline")
+
+
+def measured_rows(num_pipelines: int, iterations: int, only: str = "") -> Iterator[rows.Row]:
+    """One row per arrangement of chunks and fill, each over ``num_pipelines`` random pipelines."""
+    assumed = Assumptions()
+    slacks = dict(zip(FILLS, (0.0, assumed.tight_slack, assumed.full_slack), strict=True))
+    for chunks in ("evenly", "at random"):
+        for fill in FILLS:
+            name = f"{fill}, chunks {chunks}"
+            if only not in name:
+                continue
+            rng = np.random.default_rng(SEED)
+            kept = 1.0 / (1.0 + slacks[fill])
+            pipelines = [random_pipeline(fill, rng) for _ in range(num_pipelines)]
+            at_random = chunks == "at random"
+            ratios = [ratio_to_formula(pipeline, iterations, rng, at_random=at_random) for pipeline in pipelines]
+            worst = pipelines[int(np.argmin(ratios))]
+            yield {
+                "name": name,
+                "pipelines": num_pipelines,
+                "mean": float(np.mean(ratios)),
+                "p10": float(np.quantile(ratios, 0.1)),
+                "least": min(ratios),
+                "slack": slacks[fill],
+                "assumed": kept,
+                "share_reaching": float(np.mean(np.array(ratios) >= kept * (1 - 1e-3))),
+                "note": f"least: copies {'+'.join(map(str, worst.copies))}, M {worst.in_flight}, a chunk in"
+                f" {worst.chunk_share:.0%} of iterations, {worst.chunk_ratio:.1f} times as long",
+            }
+
+
+def random_pipeline(fill: str, rng: np.random.Generator) -> Pipeline:
+    """Stages as an optimiser leaves them: about equally busy, with different numbers of copies."""
+    # One stage of one copy is left out: between one micro-batch and two per copy there is nothing.
+    stages = int(rng.integers(2, MAX_STAGES + 1))
+    copies = rng.integers(1, MAX_COPIES + 1, stages)
+    in_flight = _in_flight(fill, int(copies.sum()), rng)
+    return Pipeline(
+        plain_s=tuple(float(s) for s in rng.uniform(IMBALANCE, 1.0, stages) * copies),
+        chunk_ratio=float(np.exp(rng.uniform(*np.log(CHUNK_RATIOS)))),
+        copies=tuple(int(c) for c in copies),
+        in_flight=in_flight,
+        chunk_share=float(rng.uniform(*CHUNK_SHARES)),
+    )
+
+
+def ratio_to_formula(pipeline: Pipeline, iterations: int, rng: np.random.Generator, *, at_random: bool) -> float:
+    """Simulated rate over the formula's, for the chunks that came."""
+    carries_chunk = _chunks_at_random(pipeline, rng) if at_random else _chunks_evenly(pipeline, rng)
+    rate, chunk_share = simulate(pipeline, iterations, carries_chunk)
+    return rate / pipeline.even_rate(chunk_share)
+
+
+def simulate(pipeline: Pipeline, iterations: int, carries_chunk: Callable[[int], bool]) -> tuple[float, float]:
+    """Iterations per second once the pipeline has filled up, and the share of them that carried a chunk.
+
+    First come, first served at every stage, by whichever copy is free first. ``carries_chunk`` is asked once for each
+    iteration of a micro-batch, in their order.
+    """
+    warm_up = iterations // 5
+    free_s = [[0.0] * copies for copies in pipeline.copies]  # heaps
+    stretch = [1.0] * pipeline.in_flight
+    # (arrival, order, micro-batch, stage); the order keeps arrivals at the same time first come, first served.
+    events = [(0.0, m, m, 0) for m in range(pipeline.in_flight)]
+    order, done, chunks, started_s, now_s = len(events), 0, 0, 0.0, 0.0
+    while done < iterations:
+        arrived_s, _, m, s = heapq.heappop(events)
+        if s == 0:
+            stretch[m] = pipeline.chunk_ratio if carries_chunk(m) else 1.0
+        end_s = max(arrived_s, free_s[s][0]) + pipeline.plain_s[s] * stretch[m]
+        heapq.heapreplace(free_s[s], end_s)
+        order += 1
+        if s + 1 < len(free_s):
+            heapq.heappush(events, (end_s, order, m, s + 1))
+            continue
+        heapq.heappush(events, (end_s, order, m, 0))
+        done += 1
+        now_s = max(now_s, end_s)
+        chunks += done > warm_up and stretch[m] > 1.0
+        if done == warm_up:
+            started_s = now_s
+    counted = iterations - warm_up
+    return counted / (now_s - started_s), chunks / counted
+
+
+def _in_flight(fill: str, copies: int, rng: np.random.Generator) -> int:
+    """M of a fill; up to three times the copies."""
+    if fill == "M = 1":
+        return 1
+    if fill == "M >= 2K":
+        return int(rng.integers(2 * copies, 3 * copies + 1))
+    return int(rng.integers(copies, 2 * copies))
+
+
+def _chunks_at_random(pipeline: Pipeline, rng: np.random.Generator) -> Callable[[int], bool]:
+    return lambda _: bool(rng.random() < pipeline.chunk_share)
+
+
+def _chunks_evenly(pipeline: Pipeline, rng: np.random.Generator) -> Callable[[int], bool]:
+    """Each micro-batch counts up by the share and carries a chunk whenever it passes a whole number."""
+    counted = [float(start) for start in rng.random(pipeline.in_flight)]
+
+    def carries_chunk(m: int) -> bool:
+        before = counted[m]
+        counted[m] += pipeline.chunk_share
+        return math.floor(counted[m]) > math.floor(before)
+
+    return carries_chunk
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""How long a placement takes and how good it is proved to be, from 12 GPUs to a million; Llama-2-70B, azure_conv_2023.
+
+    python -m benchmarks.placement [--quick] [--json]
+
+Every row is a process of its own. ``seconds`` is the first solve of that process, which loads compiled kernels from
+numba's cache, binding to named GPUs included (rows called "warm": the median of the next five); ``to_1_percent_s`` and
+``to_half_percent_s`` say when the gap was proved to be that small; ``gap`` is what was left in the end. Large fleets
+search until 0.1% or their time limit. Without --quick, cost against the size of the fleet and the number of GPU types
+is drawn to ``benchmarks/results/``.
+
+Bars (DESIGN section 10): 12 GPUs optimal in 1 s; 160 GPUs 1% in 2 s and 0.5% in 10 s; 10,000 GPUs 0.5% in 10 s and
+2 GiB; 1,000,000 GPUs 0.5% in 20 s.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+
+from benchmarks.measuring import plots, rows
+from benchmarks.measuring.instances import (
+    DEFAULT_LIMITS,
+    NO_LIMITS,
+    example,
+    fleet,
+    gpu_types,
+    of_types,
+    problem,
+    scaled,
+)
+from benchmarks.measuring.rows import Row
+from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
+from hetis.solver.cluster import Cluster
+from hetis.solver.problem import Family, PlacementProblem
+
+BETWEEN = (
+    ("20 GPUs", (1, 4, "A100-PCIe-80GB"), (4, 2, "RTX-3090"), (2, 4, "P100-PCIe-12GB")),
+    ("24 GPUs", (1, 8, "A100-SXM-80GB"), (4, 2, "RTX-3090"), (2, 4, "L4")),
+    ("32 GPUs", (1, 8, "H100-SXM-80GB"), (1, 8, "A100-SXM-80GB"), (4, 4, "L4")),
+    ("40 GPUs", (1, 8, "A100-SXM-80GB"), (4, 4, "L40S"), (4, 4, "T4")),
+    ("60 GPUs", (1, 4, "H100-SXM-80GB"), (1, 8, "A100-SXM-80GB"), (4, 4, "A10G"), (4, 4, "L4"), (4, 4, "T4")),
+)
+SCALES = (1, 4, 16, 64, 256, 1024, 8192, 83333)
+TYPE_COUNTS = range(1, 9)
+GPUS_PER_TYPES_ROW = 1024
+BETWEEN_LIMIT_S = 10.0
+CURVE_LIMIT_S = 10.0
+# One choice of each for all replicas: small enough for the compact MILP.
+SHRUNK = Family(max_copies=2, max_pool=0, micro_batches=(32,), in_flight=(8,), chunk_tokens=(512,))
+MILP_REPLICAS = 1
+MILP_STAGES = 4
+MILP_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A row to come: a problem and how to solve it."""
+
+    name: str
+    problem: PlacementProblem
+    time_limit_s: float
+    gap_target: float = 0.001
+    warm: int = 0
+    empty_cache: bool = False
+
+    def measured(self) -> Measured:
+        """Solves it in a process of its own."""
+        solve = Solve(problem=self.problem, time_limit_s=self.time_limit_s, gap_target=self.gap_target, warm=self.warm)
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {"NUMBA_CACHE_DIR": folder} if self.empty_cache else {}
+            try:
+                return in_own_process(measure, solve, environment=environment)
+            except BrokenProcessPool:  # killed, most likely for lack of memory
+                return failed("the process died")
+
+
+def main() -> None:
+    """Prints all rows and draws the curves."""
+    parser = rows.parser("benchmarks.placement", __doc__)
+    arguments = parser.parse_args()
+    shown = rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="placement")
+    for kind, across in (("by size", "gpus"), ("by types", "types")):
+        curve = [row for row in shown if str(row["name"]).startswith(kind)]
+        if len(curve) > 1:
+            plots.draw_cost(curve, across=across, name=f"placement_{kind.replace(' ', '_')}")
+
+
+def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
+    """Rows in the order of the documentation."""
+    yield from _exact_rows(quick, only)
+    if only in "12 GPUs, compact MILP":
+        yield from _milp_rows(5.0 if quick else MILP_LIMIT_S)
+    cases = [*_between_cases(quick), *_fleet_cases(quick), *([] if quick else _curve_cases())]
+    cases = [case for case in cases if only in case.name]
+    if cases and not quick:
+        # Compiles column generation where its sources changed, so that no row pays for it.
+        in_own_process(measure, Solve(problem=problem(of_types(2, 1024)), time_limit_s=1.0))
+    for case in cases:
+        yield _row(case, case.measured())
+
+
+def _exact_rows(quick: bool, only: str) -> Iterator[Row]:
+    """12 GPUs: compiled for the first time, loaded from the cache, and warm."""
+    for limits, objective in (("", DEFAULT_LIMITS), (", no limits", NO_LIMITS)):
+        name = f"12 GPUs{limits}"
+        posed = problem(example("paper"), objective=objective)
+        if not limits and not quick and only in f"{name}, empty cache":
+            case = Case(name=f"{name}, empty cache", problem=posed, time_limit_s=120.0, empty_cache=True)
+            yield _row(case, case.measured())
+        if only not in f"{name}, warm":
+            continue
+        if not quick:
+            in_own_process(measure, Solve(problem=posed, time_limit_s=60.0))  # fills the cache
+        case = Case(name=name, problem=posed, time_limit_s=60.0, warm=3 if quick else 5)
+        measured = case.measured()
+        yield _row(case, measured)
+        yield _row(replace(case, name=f"{name}, warm"), measured)
+
+
+def _between_cases(quick: bool) -> Iterator[Case]:
+    """Many sub-fleets for the exact search, few replicas for column generation: what gap is left, honestly."""
+    for name, *nodes in BETWEEN[1:2] if quick else BETWEEN:
+        yield Case(name=name, problem=problem(fleet(name, *nodes)), time_limit_s=2.0 if quick else BETWEEN_LIMIT_S)
+
+
+def _fleet_cases(quick: bool) -> Iterator[Case]:
+    for name, limit_s in (("fleet-160", 10.0), ("fleet-10000", 30.0), ("fleet-1000000", 30.0)):
+        if quick and name != "fleet-160":
+            return
+        posed = problem(example(name))
+        yield Case(name=f"{posed.cluster.num_gpus():,} GPUs", problem=posed, time_limit_s=3.0 if quick else limit_s)
+
+
+def _curve_cases() -> Iterator[Case]:
+    """The mix of the paper's cluster, ever larger; 1,024 GPUs of ever more types."""
+    for times in SCALES:
+        posed = problem(scaled(example("paper"), times))
+        yield Case(name=f"by size: {posed.cluster.num_gpus():,} GPUs", problem=posed, time_limit_s=CURVE_LIMIT_S)
+    for count in TYPE_COUNTS:
+        posed = problem(of_types(count, GPUS_PER_TYPES_ROW))
+        yield Case(name=f"by types: {GPUS_PER_TYPES_ROW:,} GPUs of {count}", problem=posed, time_limit_s=CURVE_LIMIT_S)
+
+
+def _row(case: Case, measured: Measured) -> Row:
+    is_warm = case.name.endswith("warm")
+    notes = [f"limit {case.time_limit_s:g} s"] if measured.gap > case.gap_target else []
+    if is_warm:
+        notes.append(f"median of {case.warm}")
+    else:
+        notes.append(f"{measured.import_s:.1f} s of imports before")
+    if measured.violations:
+        notes.append(f"the checker objects {len(measured.violations)} times: {measured.violations[0]}")
+    if measured.check_s > 1.0:
+        notes.append(f"checked in {measured.check_s:.1f} s after")
+    if measured.note:
+        notes.append(f"attention workers: {measured.note}" if measured.value else measured.note)
+    timing = measured.warm if is_warm and measured.warm is not None else measured.first
+    return _cells(
+        case.name,
+        case.problem.cluster,
+        measured,
+        timing=timing,
+        note="; ".join(notes),
+    )
+
+
+def _cells(
+    name: str,
+    cluster: Cluster,
+    answer: Measured | Specified,
+    *,
+    timing: Timing,
+    note: str,
+) -> Row:
+    return {
+        "name": name,
+        "gpus": cluster.num_gpus(),
+        "types": len(gpu_types(cluster)),
+        "status": answer.status,
+        "value": answer.value,
+        "bound": answer.bound,
+        "gap": answer.gap,
+        "seconds": timing.seconds,
+        "to_1_percent_s": timing.to_1_percent_s,
+        "to_half_percent_s": timing.to_half_percent_s,
+        "peak_mib": answer.peak_mib,
+        "note": note,
+    }
+
+
+# --- the compact MILP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Specified:
+    """The compact MILP's answer and what it took, building included."""
+
+    status: str
+    value: float
+    bound: float
+    gap: float
+    timing: Timing
+    num_binaries: int
+    peak_mib: float
+
+
+def specify(argument: tuple[PlacementProblem, float]) -> Specified:
+    """Solves the compact MILP of a problem within a time."""
+    from hetis.solver.placement.specification import solve_specification
+
+    posed, time_limit_s = argument
+    started = time.perf_counter()
+    result = solve_specification(posed, num_replicas=MILP_REPLICAS, num_stages=MILP_STAGES, time_limit_s=time_limit_s)
+    return Specified(
+        status=result.status.value,
+        value=result.value,
+        bound=result.bound,
+        gap=abs(result.bound - result.value) / result.value if result.value else math.inf,
+        timing=Timing(seconds=time.perf_counter() - started, to_1_percent_s=None, to_half_percent_s=None),
+        num_binaries=result.num_binaries,
+        peak_mib=peak_mib(),
+    )
+
+
+def _milp_rows(time_limit_s: float) -> Iterator[Row]:
+    """The same 12 GPUs in a family small enough for the MILP, first by the exact search, then by the MILP."""
+    posed = replace(problem(example("paper"), objective=NO_LIMITS), family=SHRUNK)
+    family = "b 32, M 8, C 512, up to 2 copies, no attention workers, no limits"
+    ours = in_own_process(measure, Solve(problem=posed, time_limit_s=60.0, warm=3))
+    timing = ours.warm if ours.warm is not None else ours.first
+    yield _cells(
+        "12 GPUs, same family as MILP", posed.cluster, ours, timing=timing, note=f"{family}; warm, median of 3"
+    )
+    milp = in_own_process(specify, (posed, time_limit_s))
+    note = (
+        f"{family}, at most {MILP_REPLICAS} replica of {MILP_STAGES} stages; {milp.num_binaries:,} binaries,"
+        f" limit {time_limit_s:g} s; {milp.timing.seconds / timing.seconds:,.0f} times as long as the exact search,"
+        f" whose plan is {_better(ours.value, milp.value)}"
+    )
+    yield _cells("12 GPUs, compact MILP", posed.cluster, milp, timing=milp.timing, note=note)
+
+
+def _better(value: float, other: float) -> str:
+    if other <= 0:
+        return "the only one found"
+    return f"{value / other - 1:.2%} better (any number of replicas and stages)" if value > other else "no better"
+
+
+if __name__ == "__main__":
+    main()

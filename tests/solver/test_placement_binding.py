@@ -1,0 +1,119 @@
+"""Named GPUs: what the master admits always fits into the nodes, and no TP group leaves its node."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import GpuSlots
+from hetis.solver.errors import UnboundPlanError
+from hetis.solver.placement import solve_placement
+from hetis.solver.placement.binding import bind
+from hetis.solver.placement.tables import build_atlas
+from hetis.solver.placement.template import Template, TemplateStage, use_of
+from hetis.solver.plan import Plan
+from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile
+
+EXAMPLES = settings().max_examples
+
+
+def assert_groups_stay_in_their_node(plan: Plan) -> None:
+    for replica in plan.replicas:
+        for stage in replica.stages:
+            for start in range(0, len(stage.devices), stage.tp):
+                nodes = {device.split("/")[0] for device in stage.devices[start : start + stage.tp]}
+                assert len(nodes) == 1, f"TP group {stage.devices[start : start + stage.tp]}"
+    devices = [device for replica in plan.replicas for device in replica.devices()]
+    assert len(devices) == len(set(devices))
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+@pytest.mark.parametrize("tp_sizes", [(2,), (4,), (1, 2), (2, 4), (1, 2, 4)])
+def test_nodes_of_any_size_hold_tp_groups(gpus: int, nodes: int, tp_sizes: tuple[int, ...]) -> None:
+    if min(tp_sizes) > gpus:
+        return
+    family = replace(SMALL_FAMILY, tp_sizes=tp_sizes, micro_batches=(4,), in_flight=(1, 2), max_pool=1)
+    profiles = {"A": make_profile("A", usable_bytes=16_000_000)}
+    problem = make_problem([make_node("a", "A", gpus=gpus, nodes=nodes)], family=family, profiles=profiles)
+    plan = solve_placement(problem)
+    assert check_plan(plan, problem) == ()
+    assert_groups_stay_in_their_node(plan)
+
+
+@pytest.mark.parametrize("order", ["ACA", "AAC", "CAA", "ACAC"])
+def test_nodes_of_several_types_hand_out_the_right_cards(order: str) -> None:
+    slots = tuple(GpuSlots(gpu=gpu, count=2) for gpu in order)
+    node = replace(make_node("m", "A", nodes=2), gpus=slots)
+    profiles = {"A": make_profile("A"), "C": make_profile("C", bytes_per_s=5e9, usable_bytes=12_000_000)}
+    problem = make_problem([node, make_node("a", "A", gpus=2)], profiles=profiles)
+    plan = solve_placement(problem)
+    assert check_plan(plan, problem) == ()
+    assert_groups_stay_in_their_node(plan)
+    types = {f"m-{n}/{2 * i + j}": gpu for n in (0, 1) for i, gpu in enumerate(order) for j in (0, 1)}
+    for replica in plan.replicas:
+        for stage in (*replica.stages, *replica.attention_workers):
+            assert all(types.get(device, "A") == stage.gpu for device in stage.devices)
+
+
+Shape = tuple[int, int]  # (GPUs of a node, nodes)
+
+
+@settings(max_examples=5 * EXAMPLES)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=2, unique_by=lambda shape: shape[0]),
+    st.lists(st.sampled_from((1, 1, 2, 2, 4, 8)), min_size=1, max_size=40),
+    st.integers(0, 2**16),
+)
+def test_whatever_the_packing_rows_admit_can_be_bound(shapes: list[Shape], sizes: list[int], seed: int) -> None:
+    """TP groups of 1, 2, 4 and 8 drawn until the rows are full, several to a replica."""
+    nodes = [make_node(f"n{i}", "A", gpus=gpus, nodes=count) for i, (gpus, count) in enumerate(shapes)]
+    family = replace(SMALL_FAMILY, tp_sizes=(1, 2, 4, 8), micro_batches=(1,), in_flight=(1,))
+    problem = make_problem(nodes, family=family)
+    atlas = build_atlas(replace(problem, model=replace(problem.model, q_heads=8, head_dim=32)))
+    drawn = random.Random(seed)
+    left = atlas.resources.limits.copy()
+    templates = list[Template]()
+    for tp in sizes:
+        ranks = [s for s, (_, size) in enumerate(atlas.ranks) if size == tp]
+        if not ranks:
+            continue
+        stage = TemplateStage(rank=drawn.choice(ranks), copies=1, layers=1)
+        template = Template(0, 0, 0, (stage,), 1.0)
+        if (use_of(atlas, template) <= left).all():
+            left -= use_of(atlas, template)
+            if templates and drawn.random() < 0.5:
+                template = replace(template, stages=(*templates.pop().stages, stage))
+            templates.append(template)
+    bound = bind(atlas, templates, seed=seed)
+    assert bound == bind(atlas, templates, seed=seed)
+    devices = list[str]()
+    for template, stages in zip(templates, bound, strict=True):
+        for stage, place in zip(template.stages, stages, strict=True):
+            assert len(place.devices) == atlas.ranks[stage.rank][1]
+            assert len({device.split("/")[0] for device in place.devices}) == 1
+            devices += place.devices
+    assert len(devices) == len(set(devices))
+    assert set(devices) <= {device.name() for device in problem.cluster.devices()}
+
+
+def test_replica_that_fits_in_a_node_stays_in_it() -> None:
+    problem = make_problem([make_node("a", "A", gpus=4, nodes=3)])
+    atlas = build_atlas(problem)
+    one, two = ([s for s, (_, tp) in enumerate(atlas.ranks) if tp == size][0] for size in (1, 2))
+    pair = (TemplateStage(rank=two, copies=1, layers=3), TemplateStage(rank=one, copies=2, layers=3))
+    bound = bind(atlas, [Template(0, 0, 0, pair, 1.0)] * 3)
+    for stages in bound:
+        assert len({device.split("/")[0] for stage in stages for device in stage.devices}) == 1
+
+
+def test_more_than_the_fleet_has_is_a_bug_and_says_so() -> None:
+    atlas = build_atlas(make_problem([make_node("a", "A", gpus=2)]))
+    template = Template(0, 0, 0, (TemplateStage(rank=0, copies=1, layers=6),), 1.0)
+    with pytest.raises(UnboundPlanError, match=r"^no node has 1 free A for replica 2$"):
+        bind(atlas, [template] * 3)

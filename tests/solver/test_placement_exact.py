@@ -1,0 +1,278 @@
+"""The exact search finds the optimum of brute force, and its optimum moves as an optimum must."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.check import check_plan
+from hetis.solver.check.claims import Rederivation
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.cluster import Link, Network
+from hetis.solver.errors import InfeasibleError
+from hetis.solver.placement import solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Fit, Profile
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.oracle import best_plan_value
+
+KINDS = tuple(ObjectiveKind)
+MAXIMISED = (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT)
+REL = 1e-6
+EXAMPLES = settings().max_examples
+
+
+def plan_or_none(problem: PlacementProblem, strategy: str = "hetis") -> Plan | None:
+    try:
+        return solve_placement(problem, strategy=strategy)
+    except InfeasibleError:
+        return None
+
+
+def value_of(problem: PlacementProblem) -> float:
+    """Of the plan found; what `best_plan_value` says where there is none."""
+    plan = plan_or_none(problem)
+    if plan is not None:
+        return plan.result.value
+    return 0.0 if problem.objective.maximises else math.inf
+
+
+def of_strategy(problem: PlacementProblem, strategy: str) -> PlacementProblem:
+    """With the family that a strategy searches, as the oracle and the checker need it."""
+    return replace(problem, family=STRATEGIES[strategy].restrict(replace(SMALL_FAMILY, name=strategy)))
+
+
+def assert_proven_optimal(problem: PlacementProblem, plan: Plan | None) -> None:
+    best = best_plan_value(problem)
+    if plan is None:
+        assert best in (0.0, math.inf), f"no plan found, but brute force finds {best}"
+        return
+    result = plan.result
+    assert check_plan(plan, problem) == ()
+    assert result.value == pytest.approx(best, rel=REL)
+    low, high = (result.value, result.bound) if problem.objective.maximises else (result.bound, result.value)
+    assert low * (1 - REL) <= best <= high * (1 + REL)
+    assert result.status is Status.OPTIMAL
+
+
+# --- against brute force
+
+
+@pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
+@settings(max_examples=5 * EXAMPLES)
+@given(problem=problems(max_gpus=4, kinds=KINDS))
+def test_exact_search_finds_the_optimum_of_brute_force(strategy: str, problem: PlacementProblem) -> None:
+    problem = of_strategy(problem, strategy)
+    assert_proven_optimal(problem, plan_or_none(problem, strategy))
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(problems(max_gpus=5, kinds=KINDS, family=SMALL_FAMILY))
+def test_five_gpus_too(problem: PlacementProblem) -> None:
+    assert_proven_optimal(problem, plan_or_none(problem))
+
+
+@pytest.mark.parametrize("cuts", [{2, 3}, {1, 2, 3, 4}, {3, 4, 5}, {1, 2, 3, 4, 5}])
+@settings(max_examples=EXAMPLES // 4)
+@given(problem=problems(max_gpus=4, kinds=MAXIMISED, num_zones=1))
+def test_forbidden_cuts_are_obeyed_at_no_loss(cuts: set[int], problem: PlacementProblem) -> None:
+    model = make_model(num_layers=6, forbidden_cuts=frozenset(cuts))
+    problem = replace(problem, model=model, family=SMALL_FAMILY)
+    assert_proven_optimal(problem, plan_or_none(problem))
+
+
+def test_demand_just_met_by_the_whole_fleet_is_met() -> None:
+    """A first, coarse pass understates rates; that must not be taken for a proof that there is no plan."""
+    nodes = [make_node("a", "A", gpus=2, nodes=2)]
+    most = solve_placement(make_problem(nodes)).result.value
+    for share in (0.85, 0.95, 0.9999):
+        objective = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, demand_rps=share * most)
+        problem = make_problem(nodes, objective=objective)
+        assert_proven_optimal(problem, plan_or_none(problem))
+    beyond = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, demand_rps=1.001 * most)
+    assert plan_or_none(make_problem(nodes, objective=beyond)) is None
+
+
+# --- the claims of a plan are those of the cost model, to the last digits
+
+
+@given(problems(max_gpus=5, kinds=KINDS, family=SMALL_FAMILY))
+def test_numbers_of_a_plan_are_those_of_the_cost_model(problem: PlacementProblem) -> None:
+    plan = plan_or_none(problem)
+    if plan is None:
+        return
+    fleet, rederivation = Fleet.of(problem.cluster), Rederivation(problem)
+    for replica in plan.replicas:
+        derived = rederivation.of(replica_shape(replica, problem, fleet))
+        assert replica.rate == pytest.approx(derived.rate, rel=1e-9)
+        assert replica.tpot_s == pytest.approx(derived.t_s * derived.tpot_per_t, rel=1e-9)
+        assert replica.ttft_s == pytest.approx(derived.t_s * derived.ttft_per_t, rel=1e-9)
+        assert abs(replica.kv_tokens - derived.kv_tokens) <= 1
+
+
+# --- how the optimum moves
+
+
+@given(problems(max_gpus=4, kinds=MAXIMISED, family=SMALL_FAMILY))
+def test_twice_the_time_for_everything_is_half_the_rate(problem: PlacementProblem) -> None:
+    assert value_of(in_slow_motion(problem)) == pytest.approx(value_of(problem) / 2, rel=REL)
+
+
+def in_slow_motion(problem: PlacementProblem) -> PlacementProblem:
+    """Every time doubled: coefficients and latencies doubled, bandwidths halved, limits doubled."""
+    cluster = problem.cluster
+    return replace(
+        problem,
+        profiles={name: slower(profile) for name, profile in problem.profiles.items()},
+        cluster=replace(
+            cluster,
+            gpu_types={
+                name: replace(gpu, pcie_bytes_per_s=gpu.pcie_bytes_per_s / 2) for name, gpu in cluster.gpu_types.items()
+            },
+            node_groups=tuple(
+                replace(group, nic=group.nic and slower_link(group.nic)) for group in cluster.node_groups
+            ),
+            network=Network(
+                default=slower_link(cluster.network.default),
+                zone_default=cluster.network.zone_default and slower_link(cluster.network.zone_default),
+            ),
+        ),
+        objective=replace(
+            problem.objective,
+            ttft_limit_s=doubled(problem.objective.ttft_limit_s),
+            tpot_limit_s=doubled(problem.objective.tpot_limit_s),
+        ),
+    )
+
+
+def slower(profile: Profile) -> Profile:
+    def fit(old: Fit) -> Fit:
+        # `wire` multiplies a time that the halved bandwidth has doubled already.
+        pieces = tuple(
+            replace(
+                p,
+                fixed_s=2 * p.fixed_s,
+                flop_s=2 * p.flop_s,
+                byte_s=2 * p.byte_s,
+                token_s=2 * p.token_s,
+                head_s=2 * p.head_s,
+            )
+            for p in old.pieces
+        )
+        return replace(old, pieces=pieces)
+
+    return replace(profile, fits=tuple(map(fit, profile.fits)))
+
+
+def slower_link(link: Link) -> Link:
+    return Link(bytes_per_s=link.bytes_per_s / 2, latency_s=2 * link.latency_s)
+
+
+def doubled(limit_s: float | None) -> float | None:
+    return None if limit_s is None else 2 * limit_s
+
+
+Change = Callable[[PlacementProblem], PlacementProblem]
+
+
+def one_more_node(problem: PlacementProblem) -> PlacementProblem:
+    first, *others = problem.cluster.node_groups
+    more = replace(first, count=first.count + 1, numbered=True)
+    return replace(problem, cluster=replace(problem.cluster, node_groups=(more, *others)))
+
+
+def another_group(problem: PlacementProblem) -> PlacementProblem:
+    first = problem.cluster.node_groups[0]
+    more = replace(first, name="another", count=1, numbered=False, nic=Link(bytes_per_s=1e8, latency_s=1e-4))
+    return replace(problem, cluster=replace(problem.cluster, node_groups=(*problem.cluster.node_groups, more)))
+
+
+def more_memory(problem: PlacementProblem) -> PlacementProblem:
+    profiles = {n: replace(p, usable_bytes=int(1.3 * p.usable_bytes)) for n, p in problem.profiles.items()}
+    return replace(problem, profiles=profiles)
+
+
+def more_memory_on_one_type(problem: PlacementProblem) -> PlacementProblem:
+    name = min(problem.profiles)
+    grown = replace(problem.profiles[name], usable_bytes=problem.profiles[name].usable_bytes + 1_000_000)
+    return replace(problem, profiles={**problem.profiles, name: grown})
+
+
+def looser_limits(problem: PlacementProblem) -> PlacementProblem:
+    old = problem.objective
+    return replace(
+        problem,
+        objective=replace(old, ttft_limit_s=doubled(old.ttft_limit_s), tpot_limit_s=doubled(old.tpot_limit_s)),
+    )
+
+
+def no_limits(problem: PlacementProblem) -> PlacementProblem:
+    return replace(problem, objective=replace(problem.objective, ttft_limit_s=None, tpot_limit_s=None))
+
+
+def wider_family(problem: PlacementProblem) -> PlacementProblem:
+    family = problem.family
+    wider = replace(
+        family,
+        max_copies=family.max_copies + 1,
+        max_pool=family.max_pool + 1,
+        micro_batches=(1, 4, 8, 16),
+        in_flight=tuple(sorted({*family.in_flight, 3, 6})),
+    )
+    return replace(problem, family=wider)
+
+
+@pytest.mark.parametrize(
+    "better",
+    [one_more_node, another_group, more_memory, more_memory_on_one_type, looser_limits, no_limits, wider_family],
+)
+@settings(max_examples=2 * EXAMPLES // 3)
+@given(problem=problems(max_gpus=4, kinds=KINDS))
+def test_more_to_choose_from_never_makes_the_optimum_worse(better: Change, problem: PlacementProblem) -> None:
+    before, after = value_of(problem), value_of(better(problem))
+    if problem.objective.maximises:
+        assert after >= before * (1 - REL)
+    else:
+        assert after <= before * (1 + REL)
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(problems(max_gpus=4, kinds=KINDS), st.randoms(use_true_random=False))
+def test_order_of_the_nodes_does_not_matter(problem: PlacementProblem, random: object) -> None:
+    groups = list(problem.cluster.node_groups)
+    random.shuffle(groups)  # type: ignore[attr-defined]
+    other = replace(problem, cluster=replace(problem.cluster, node_groups=tuple(groups)))
+    assert value_of(other) == pytest.approx(value_of(problem), rel=REL)
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(problems(max_gpus=5, kinds=KINDS))
+def test_equal_arguments_give_equal_plans(problem: PlacementProblem) -> None:
+    assert plan_or_none(problem) == plan_or_none(problem)
+
+
+# --- worked by hand
+
+
+def test_one_card_and_one_choice_gives_the_rate_worked_by_hand() -> None:
+    """One layer stack on one card, b = M = 1, C = 64: the numbers of docs/cost-model.md with round inputs."""
+    family = replace(SMALL_FAMILY, micro_batches=(1,), in_flight=(1,), chunk_tokens=(64,), max_pool=0, max_copies=1)
+    problem = make_problem(
+        [make_node("a", "A")], family=family, profiles={"A": make_profile("A")}, objective=Objective(
+            kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None
+        )
+    )  # fmt: skip
+    (replica,) = solve_placement(problem).replicas
+    # 40 output tokens, one at a time, with prompts of 120 tokens in 1.875 chunks: 40 iterations of the only request.
+    assert replica.tpot_s == pytest.approx(1 / replica.rate / 40, rel=1e-12)
+    assert [stage.num_layers for stage in replica.stages] == [6]
+    # At least the weights are read 40 times: 6 layers of 4 H^2/... bytes at 2e10 bytes/s, and 5e-5 s per step.
+    weight_s = 6 * problem.model.layer_params() * 2 / 2e10
+    assert 1 / replica.rate > 40 * (weight_s + 5e-5)

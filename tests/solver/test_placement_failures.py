@@ -1,0 +1,200 @@
+"""What ends without a plan says why; what is stopped early still tells the truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.budget import Budget, Progress
+from hetis.solver.check import check_plan
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement import solve, solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import ObjectiveKind, Status
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.oracle import best_plan_value
+
+KINDS = tuple(ObjectiveKind)
+EXAMPLES = settings().max_examples
+EVERY_WAY = [(strategy, exact) for strategy in STRATEGIES for exact in (True, False)]
+every_way = pytest.mark.parametrize(
+    ("strategy", "exact"), EVERY_WAY, ids=[f"{s}-{'exact' if e else 'generated'}" for s, e in EVERY_WAY]
+)
+
+
+class Ticks:
+    """A clock that moves on by a second each time it is read."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
+def reasons(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool = True) -> str:
+    with patch.object(solve, "is_small", lambda _: exact), pytest.raises(InfeasibleError) as caught:
+        solve.solve_placement(problem, strategy=strategy)
+    assert str(caught.value) == "; ".join(caught.value.reasons)
+    return str(caught.value)
+
+
+# --- infeasible
+
+
+@every_way
+def test_too_little_memory_is_said_with_both_numbers(strategy: str, exact: bool) -> None:
+    tiny = {"A": make_profile("A", usable_bytes=2_000_000)}
+    problem = make_problem([make_node("a", "A", nodes=2)], profiles=tiny, model=make_model(num_layers=40))
+    message = reasons(problem, strategy, exact=exact)
+    assert "tiny needs " in message
+    assert "for weights alone; this fleet has " in message
+
+
+@every_way
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"tpot_limit_s": 1e-6}, "mean TPOT limit 0.001 ms"),
+        ({"ttft_limit_s": 1e-6}, "p95 TTFT limit 1e-06 s"),
+    ],
+)
+def test_impossible_limit_is_named(strategy: str, exact: bool, limits: dict[str, float], words: str) -> None:
+    problem = make_problem([make_node("a", "A", nodes=2)], objective=replace(NO_LIMITS, **limits))
+    assert words in reasons(problem, strategy, exact=exact)
+
+
+@every_way
+@pytest.mark.parametrize("kind", [ObjectiveKind.COST, ObjectiveKind.GPUS])
+def test_demand_beyond_the_fleet_is_named(strategy: str, exact: bool, kind: ObjectiveKind) -> None:
+    objective = replace(NO_LIMITS, kind=kind, demand_rps=1e5)
+    problem = make_problem([make_node("a", "A", nodes=2)], objective=objective)
+    assert "demand 1e+05 requests/s" in reasons(problem, strategy, exact=exact)
+
+
+def test_heads_that_no_tp_size_splits_are_named() -> None:
+    family = replace(SMALL_FAMILY, tp_sizes=(4,))
+    problem = make_problem([make_node("a", "A", gpus=2)], family=family)
+    assert "cannot be split by any of TP 4 on this fleet" in reasons(problem)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY), st.booleans())
+def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementProblem, exact: bool) -> None:
+    with patch.object(solve, "is_small", lambda _: exact):
+        try:
+            solve.solve_placement(problem)
+        except InfeasibleError as error:
+            best = best_plan_value(problem)
+            assert best in (0.0, float("inf")), f"there is a plan worth {best}, but: {error}"
+            assert error.reasons
+            assert all(error.reasons)
+
+
+# --- invalid
+
+
+def test_objective_without_its_demand_is_refused() -> None:
+    with pytest.raises(InvalidProblemError, match="^objective cost needs a demanded rate$"):
+        make_problem([make_node("a", "A")], objective=replace(NO_LIMITS, kind=ObjectiveKind.COST))
+
+
+# --- stopped early
+
+
+@pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+def test_no_time_at_all_proves_nothing(strategy: str, exact: bool) -> None:
+    problem = make_problem([make_node("a", "A", nodes=2)])
+    budget = Budget(time_limit_s=0.0, clock=Ticks())
+    with patch.object(solve, "is_small", lambda _: exact):
+        try:
+            plan = solve.solve_placement(problem, strategy=strategy, budget=budget)
+        except NoPlanFoundError as error:
+            assert str(error).endswith("allow more time")  # noqa: PT017
+        else:
+            assert check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(problem.family))) == ()
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+def test_cancelled_before_the_start_proves_nothing(exact: bool) -> None:
+    problem = make_problem([make_node("a", "A", nodes=2)])
+    budget = Budget()
+    budget.cancelled.set()
+    with patch.object(solve, "is_small", lambda _: exact):
+        try:
+            plan = solve.solve_placement(problem, budget=budget)
+        except NoPlanFoundError:
+            return
+    assert plan.result.status in (Status.INTERRUPTED, Status.OPTIMAL)
+    assert check_plan(plan, problem) == ()
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY), ticks=st.integers(1, 60))
+def test_plan_in_hand_when_time_runs_out_is_sound(exact: bool, problem: PlacementProblem, ticks: int) -> None:
+    budget = Budget(time_limit_s=float(ticks), clock=Ticks())
+    with patch.object(solve, "is_small", lambda _: exact):
+        try:
+            plan = solve.solve_placement(problem, budget=budget)
+        except NoPlanFoundError:
+            return
+        except InfeasibleError:
+            assert best_plan_value(problem) in (0.0, float("inf"))
+            return
+    assert_truthful(problem, plan.result.value, plan.result.bound)
+    assert check_plan(plan, problem) == ()
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY), news=st.integers(1, 6))
+def test_cancelled_search_returns_what_it_has(exact: bool, problem: PlacementProblem, news: int) -> None:
+    budget, seen = Budget(), list[Progress]()
+
+    def cancel_after(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == news:
+            budget.cancelled.set()
+
+    with patch.object(solve, "is_small", lambda _: exact):
+        try:
+            plan = solve.solve_placement(problem, budget=budget, report=cancel_after)
+        except NoPlanFoundError:
+            assert budget.cancelled.is_set()
+            return
+        except InfeasibleError:
+            assert best_plan_value(problem) in (0.0, float("inf"))
+            return
+    if budget.cancelled.is_set():
+        assert plan.result.status in (Status.INTERRUPTED, Status.OPTIMAL)
+    assert_truthful(problem, plan.result.value, plan.result.bound)
+    assert check_plan(plan, problem) == ()
+
+
+def assert_truthful(problem: PlacementProblem, value: float, bound: float) -> None:
+    best = best_plan_value(problem)
+    low, high = (value, bound) if problem.objective.maximises else (bound, value)
+    assert low * (1 - 1e-6) <= best <= high * (1 + 1e-6)
+
+
+# --- news
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+def test_news_never_gets_worse(exact: bool) -> None:
+    seen = list[Progress]()
+    nodes = [make_node("a", "A", gpus=4), make_node("b", "B", gpus=2)]
+    problem = make_problem(nodes, profiles={"A": make_profile("A"), "B": make_profile("B", bytes_per_s=5e9)})
+    with patch.object(solve, "is_small", lambda _: exact):
+        solve.solve_placement(problem, report=seen.append)
+    incumbents = [p.incumbent for p in seen if p.incumbent is not None]
+    assert incumbents == sorted(incumbents)
+    assert incumbents

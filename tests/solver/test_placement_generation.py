@@ -1,0 +1,129 @@
+"""Column generation: bounds that hold, plans that are sound, on fleets where brute force or the exact search can tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+
+from hetis.solver.check import check_plan
+from hetis.solver.errors import InfeasibleError
+from hetis.solver.placement import solve, solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.oracle import best_plan_value
+
+KINDS = tuple(ObjectiveKind)
+REL = 1e-6
+EXAMPLES = settings().max_examples
+
+
+def generated(problem: PlacementProblem, strategy: str = "hetis", *, threads: int = 1) -> Plan | None:
+    """By column generation, however small the fleet; None where no plan exists."""
+    with patch.object(solve, "is_small", lambda _: False):
+        try:
+            return solve.solve_placement(problem, strategy=strategy, threads=threads)
+        except InfeasibleError:
+            return None
+
+
+def searched_exactly(problem: PlacementProblem) -> Plan | None:
+    try:
+        return solve_placement(problem)
+    except InfeasibleError:
+        return None
+
+
+def assert_claims_hold(problem: PlacementProblem, plan: Plan | None, best: float) -> None:
+    """``best`` is the optimum: no plan beats it, and no bound cuts it off."""
+    if plan is None:
+        assert best in (0.0, math.inf), f"no plan found, but there is one worth {best}"
+        return
+    assert check_plan(plan, problem) == ()
+    value, bound = plan.result.value, plan.result.bound
+    low, high = (value, bound) if problem.objective.maximises else (bound, value)
+    assert low <= best * (1 + REL), f"value or bound {low} above the optimum {best}"
+    assert best <= high * (1 + REL), f"value or bound {high} below the optimum {best}"
+
+
+@pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
+@settings(max_examples=2 * EXAMPLES)
+@given(problem=problems(max_gpus=4, kinds=KINDS))
+def test_optimum_of_brute_force_lies_between_plan_and_bound(strategy: str, problem: PlacementProblem) -> None:
+    family = STRATEGIES[strategy].restrict(replace(SMALL_FAMILY, name=strategy))
+    problem = replace(problem, family=family)
+    assert_claims_hold(problem, generated(problem, strategy), best_plan_value(problem))
+
+
+@settings(max_examples=EXAMPLES)
+@given(problems(max_gpus=9, kinds=KINDS))
+def test_optimum_of_the_exact_search_lies_between_plan_and_bound(problem: PlacementProblem) -> None:
+    problem = replace(problem, family=SMALL_FAMILY)
+    exact = searched_exactly(problem)
+    nothing = 0.0 if problem.objective.maximises else math.inf
+    best = exact.result.value if exact is not None else nothing
+    assert_claims_hold(problem, generated(problem), best)
+
+
+@settings(max_examples=EXAMPLES // 2)
+@given(problems(max_gpus=12, kinds=KINDS, family=SMALL_FAMILY))
+def test_equal_arguments_give_equal_plans(problem: PlacementProblem) -> None:
+    assert generated(problem) == generated(problem)
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(problems(max_gpus=8, kinds=KINDS, family=SMALL_FAMILY))
+def test_threads_change_neither_soundness_nor_bounds(problem: PlacementProblem) -> None:
+    one, two = generated(problem), generated(problem, threads=2)
+    assert (one is None) == (two is None)
+    if one is None or two is None:
+        return
+    assert check_plan(two, problem) == ()
+    if problem.objective.maximises:
+        assert max(one.result.value, two.result.value) <= min(one.result.bound, two.result.bound) * (1 + REL)
+    else:
+        assert max(one.result.bound, two.result.bound) <= min(one.result.value, two.result.value) * (1 + REL)
+
+
+def test_model_that_no_class_holds_alone_is_planned() -> None:
+    """Of the cheapest stages the fleet has too few: the search must go on to those it can form."""
+    profiles = {name: make_profile(name, flops=3e11, bytes_per_s=3e9, usable_bytes=6_000_000) for name in "AC"}
+    nodes = [make_node("a", "A"), make_node("c", "C")]
+    problem = make_problem(nodes, profiles=profiles, model=make_model(num_layers=4))
+    best = best_plan_value(problem)
+    assert best > 0
+    assert_claims_hold(problem, generated(problem), best)
+
+
+@pytest.mark.parametrize("kind", [ObjectiveKind.COST, ObjectiveKind.GPUS])
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.99])
+def test_demand_close_to_what_the_fleet_can_do_is_met(kind: ObjectiveKind, share: float) -> None:
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=2)]
+    profiles = {"A": make_profile("A"), "B": make_profile("B", bytes_per_s=5e9)}
+    most = solve_placement(make_problem(nodes, profiles=profiles)).result.value
+    objective = replace(NO_LIMITS, kind=kind, demand_rps=share * most)
+    problem = make_problem(nodes, profiles=profiles, objective=objective)
+    assert_claims_hold(problem, generated(problem), best_plan_value(problem))
+
+
+def test_bound_is_close_on_a_fleet_of_a_hundred() -> None:
+    nodes = [
+        make_node("a", "A", gpus=4, nodes=8),
+        make_node("b", "B", gpus=2, nodes=20),
+        make_node("c", "C", gpus=8, nodes=4),
+    ]
+    profiles = {
+        "A": make_profile("A", usable_bytes=12_000_000),
+        "B": make_profile("B", flops=5e11, bytes_per_s=5e9, usable_bytes=6_000_000),
+        "C": make_profile("C", flops=1e12, bytes_per_s=4e10, usable_bytes=25_000_000),
+    }
+    problem = make_problem(nodes, profiles=profiles)
+    plan = solve_placement(problem)
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value <= plan.result.bound
+    assert plan.result.gap <= 0.01

@@ -1,0 +1,113 @@
+"""`hetis` is never below the strategies it contains, and each strategy keeps to its family."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+
+from hetis.solver.check import check_plan
+from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.placement import solve, solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, problems
+from tests.solver.oracle import best_plan_value
+
+KINDS = tuple(ObjectiveKind)
+REL = 1e-6
+EXAMPLES = settings().max_examples
+
+
+def value_by(problem: PlacementProblem, strategy: str, *, exact: bool) -> float:
+    def is_small(_: object) -> bool:
+        return exact
+
+    with patch.object(solve, "is_small", is_small):
+        try:
+            return solve.solve_placement(problem, strategy=strategy).result.value
+        except InfeasibleError:
+            return 0.0 if problem.objective.maximises else math.inf
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=6, kinds=KINDS, family=SMALL_FAMILY))
+def test_hetis_is_never_worse_than_hexgen_nor_hexgen_than_uniform(exact: bool, problem: PlacementProblem) -> None:
+    hetis, hexgen, uniform = (value_by(problem, name, exact=exact) for name in ("hetis", "hexgen", "uniform"))
+    if problem.objective.maximises:
+        assert hetis >= hexgen * (1 - REL)
+        assert hexgen >= uniform * (1 - REL)
+    else:
+        assert hetis <= hexgen * (1 + REL)
+        assert hexgen <= uniform * (1 + REL)
+
+
+@settings(max_examples=3 * EXAMPLES)
+@given(problems(max_gpus=5, kinds=KINDS, family=SMALL_FAMILY))
+def test_plans_of_uniform_are_sound(problem: PlacementProblem) -> None:
+    restricted = replace(problem, family=STRATEGIES["uniform"].restrict(problem.family))
+    try:
+        plan = solve_placement(problem, strategy="uniform")
+    except InfeasibleError:
+        return
+    assert check_plan(plan, restricted) == ()
+
+
+@settings(max_examples=3 * EXAMPLES)
+@given(problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY))
+def test_uniform_is_the_optimum_of_the_family_it_states(problem: PlacementProblem) -> None:
+    restricted = replace(problem, family=STRATEGIES["uniform"].restrict(problem.family))
+    best = best_plan_value(restricted)
+    assert value_by(problem, "uniform", exact=True) == pytest.approx(best, rel=REL)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+@settings(max_examples=EXAMPLES // 2)
+@given(problem=problems(max_gpus=1, kinds=KINDS, num_zones=1))
+def test_uniform_is_optimal_where_one_shape_of_stage_exists(gpus: int, problem: PlacementProblem) -> None:
+    """One class, one TP size, layers that divide: the family of `uniform` without any doubt about what it is."""
+    gpu = next(iter(problem.profiles))
+    node = make_node("n", gpu, gpus=gpus)
+    family = STRATEGIES["uniform"].restrict(replace(SMALL_FAMILY, tp_sizes=(1,), in_flight=(1, 2, 4)))
+    cluster = replace(problem.cluster, node_groups=(node,))
+    problem = replace(problem, cluster=cluster, family=family, model=make_model(num_layers=12))
+    best = best_plan_value(problem)
+    value = value_by(problem, "uniform", exact=True)
+    if gpus == 4:  # three stages of four layers, four of three, two of six: all divide
+        assert value == pytest.approx(best, rel=REL)
+    assert value == pytest.approx(best, rel=REL)
+
+
+def narrowed(strategy: str) -> Plan:
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=2)]
+    return solve_placement(make_problem(nodes), strategy=strategy)
+
+
+def test_plan_names_its_strategy_and_family() -> None:
+    assert narrowed("hetis").strategy == "hetis"
+    assert narrowed("uniform").family.startswith("one GPU type per replica; equal layers per stage")
+    assert "no stage copies; no attention workers" in narrowed("hexgen").family
+
+
+def test_unknown_strategy_is_refused() -> None:
+    with pytest.raises(InvalidProblemError, match=r"^unknown strategy 'helix', must be one of hetis, uniform, hexgen$"):
+        solve_placement(make_problem([make_node("a", "A")]), strategy="helix")
+
+
+@pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+def test_narrower_family_is_obeyed_or_refused(strategy: str, exact: bool) -> None:
+    """Equal layers and single types are families of `uniform`; others may refuse them but not ignore them."""
+    family = replace(SMALL_FAMILY, mixed_types=False, uneven_layers=False)
+    problem = make_problem([make_node("a", "A"), make_node("b", "B")], family=family)
+    with patch.object(solve, "is_small", lambda _: exact):
+        try:
+            plan = solve.solve_placement(problem, strategy=strategy)
+        except InvalidProblemError:
+            return
+    assert check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(family))) == ()
