@@ -41,7 +41,7 @@ def main() -> None:
     parser = rows.parser("benchmarks.attention_workers", __doc__)
     arguments = parser.parse_args()
     chosen = (case for case in cases(quick=arguments.quick) if arguments.only in case.name)
-    rows.show(map(compare, chosen), arguments, name="attention_workers")
+    rows.exit_if_crashed(rows.show(map(compare, chosen), arguments, name="attention_workers"))
 
 
 def cases(*, quick: bool) -> Iterator[Case]:

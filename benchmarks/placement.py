@@ -87,6 +87,7 @@ def main() -> None:
         curve = [row for row in shown if str(row["name"]).startswith(kind)]
         if len(curve) > 1:
             plots.draw_cost(curve, across=across, name=f"placement_{kind.replace(' ', '_')}")
+    rows.exit_if_crashed(shown)
 
 
 def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:

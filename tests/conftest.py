@@ -1,4 +1,4 @@
-"""How much hypothesis tries: `ci` is quick and the same on every run; HYPOTHESIS_PROFILE=thorough searches at random."""
+"""How much hypothesis tries: `ci` is quick and repeats itself; HYPOTHESIS_PROFILE=thorough searches at random."""
 
 from __future__ import annotations
 

@@ -45,10 +45,14 @@ def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> li
         print(table(shown))
     if arguments.markdown:
         write_section(DOCUMENT, name, f"{machine()}\n\n{markdown(shown)}")
-    crashed = [str(row["name"]) for row in shown if row.get("status") == "failed"]
+    return shown
+
+
+def exit_if_crashed(shown: Sequence[Row]) -> None:
+    """Ends with status 1 if a row says so: after everything has been shown, for the other rows are still good."""
+    crashed = [str(row["name"]) for row in shown if row["status"] == "failed"]
     if crashed:
         raise SystemExit(f"crashed: {'; '.join(crashed)}")
-    return shown
 
 
 def table(rows: Sequence[Row]) -> str:

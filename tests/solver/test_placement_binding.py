@@ -99,13 +99,13 @@ def test_whatever_the_packing_rows_admit_can_be_bound(shapes: list[Shape], sizes
             assert len({device.split("/")[0] for device in place.devices}) == 1
             devices += place.devices
     assert len(devices) == len(set(devices))
-    assert set(devices) <= {device.name() for device in problem.cluster.devices()}
+    assert set(devices) <= {device.name for device in problem.cluster.devices()}
 
 
 def test_replica_that_fits_in_a_node_stays_in_it() -> None:
     problem = make_problem([make_node("a", "A", gpus=4, nodes=3)])
     atlas = build_atlas(problem)
-    one, two = ([s for s, (_, tp) in enumerate(atlas.ranks) if tp == size][0] for size in (1, 2))
+    one, two = (next(s for s, (_, tp) in enumerate(atlas.ranks) if tp == size) for size in (1, 2))
     pair = (TemplateStage(rank=two, copies=1, layers=3), TemplateStage(rank=one, copies=2, layers=3))
     bound = bind(atlas, [Template(0, 0, 0, pair, 1.0)] * 3)
     for stages in bound:

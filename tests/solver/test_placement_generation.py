@@ -1,4 +1,4 @@
-"""Column generation: bounds that hold, plans that are sound, on fleets where brute force or the exact search can tell."""
+"""Column generation: its bounds hold and its plans are sound, where brute force or the exact search can tell."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from hetis.solver.check import check_plan
+from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import solve, solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
@@ -39,6 +40,13 @@ def searched_exactly(problem: PlacementProblem) -> Plan | None:
         return None
 
 
+def with_wide_zone_links(problem: PlacementProblem) -> PlacementProblem:
+    """The search grants every replica a share of the links between zones, which the oracle knows nothing of."""
+    cluster = problem.cluster
+    wide = Link(bytes_per_s=1e12, latency_s=1e-4)
+    return replace(problem, cluster=replace(cluster, network=replace(cluster.network, zone_default=wide)))
+
+
 def assert_claims_hold(problem: PlacementProblem, plan: Plan | None, best: float) -> None:
     """``best`` is the optimum: no plan beats it, and no bound cuts it off."""
     if plan is None:
@@ -56,7 +64,7 @@ def assert_claims_hold(problem: PlacementProblem, plan: Plan | None, best: float
 @given(problem=problems(max_gpus=4, kinds=KINDS))
 def test_optimum_of_brute_force_lies_between_plan_and_bound(strategy: str, problem: PlacementProblem) -> None:
     family = STRATEGIES[strategy].restrict(replace(SMALL_FAMILY, name=strategy))
-    problem = replace(problem, family=family)
+    problem = with_wide_zone_links(replace(problem, family=family))
     assert_claims_hold(problem, generated(problem, strategy), best_plan_value(problem))
 
 
@@ -127,3 +135,17 @@ def test_bound_is_close_on_a_fleet_of_a_hundred() -> None:
     assert check_plan(plan, problem) == ()
     assert plan.result.value <= plan.result.bound
     assert plan.result.gap <= 0.01
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+@pytest.mark.parametrize("bytes_per_s", [1e6, 1e7])
+@settings(max_examples=EXAMPLES // 2)
+@given(problem=problems(max_gpus=6, family=SMALL_FAMILY))
+def test_slow_links_between_zones_are_never_overdrawn(
+    exact: bool, bytes_per_s: float, problem: PlacementProblem
+) -> None:
+    network = replace(problem.cluster.network, zone_default=Link(bytes_per_s=bytes_per_s, latency_s=1e-5))
+    small = {n: replace(p, usable_bytes=min(p.usable_bytes, 6_000_000)) for n, p in problem.profiles.items()}
+    problem = replace(problem, cluster=replace(problem.cluster, network=network), profiles=small)
+    plan = searched_exactly(problem) if exact else generated(problem)
+    assert plan is None or check_plan(plan, problem) == ()

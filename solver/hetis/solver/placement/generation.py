@@ -60,7 +60,7 @@ class Pool:
 
 
 @dataclass(slots=True)
-class _Bound:
+class Bound:
     """The best bound so far and the prices that gave it, scaled to be dual feasible."""
 
     value: float
@@ -74,7 +74,7 @@ class ColumnGeneration:
         self.atlas, self.master, self.row_costs = atlas, master, row_costs
         self.budget, self.report = budget, report
         self.pool = Pool(atlas, row_costs)
-        self.bound = _Bound(np.inf if master.maximises else 0.0, self._first_prices())
+        self.bound = Bound(np.inf if master.maximises else 0.0, self._first_prices())
         self.incumbent: MilpSolution | None = None
 
     def _first_prices(self) -> FloatArray:
@@ -85,23 +85,37 @@ class ColumnGeneration:
         return np.asarray(worth / worth.max() * first)
 
     def solve(
-        self, seeds: Sequence[Template], *, is_full_family: bool, threads: int, gap_target: float, seed: int
-    ) -> Outcome | None:
-        """Runs the search to the end: first without stage copies and attention workers, then with them.
+        self, seeds: Sequence[Template], *, threads: int, gap_target: float, seed: int
+    ) -> Outcome | None:  # fmt: skip
+        """Generates columns, chooses whole counts, and adds columns for them while the gap asks for it.
+
+        None if no plan was found.
+        """
+        self.generate(seeds, threads=threads, gap_target=gap_target, choose_seed=seed)
+        self.choose(gap=gap_target / 10, seed=seed)
+        return self.outcome()
+
+    def generate(
+        self, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None = None
+    ) -> None:  # fmt: skip
+        """Runs the relaxation to its end: first without stage copies and attention workers, then with them.
 
         The first part is the family of `hexgen`, solved as that strategy would be, so that the full family, which goes
-        on from its columns and its choice, is never worse. None if no plan was found.
+        on from its columns and its choice, is never worse.
         """
         self.pool.add(seeds)
-        self.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 4)
-        self.choose(gap=gap_target / 10, time_limit_s=MILP_SECONDS, seed=seed)
         family = self.atlas.problem.family
-        if is_full_family and not self.budget.is_spent():
+        is_larger = family.max_copies > 1 or family.max_pool > 0
+        self.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 4)
+        if is_larger:
+            if choose_seed is not None:
+                self.choose(gap=gap_target / 10, seed=choose_seed)
+            before = self.bound
             self.run(
                 max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 4
-            )
-            self.choose(gap=gap_target / 10, time_limit_s=MILP_SECONDS, seed=seed)
-        return self.outcome()
+            )  # fmt: skip
+            if not np.isfinite(self.bound.value):
+                self.bound = Bound(self.bound.value, before.row_prices)
 
     def run(self, *, max_copies: int, max_pool: int, threads: int, target_gap: float) -> bool:
         """Prices and solves the relaxation in turn until the bound is within ``target_gap`` of it.
@@ -165,13 +179,13 @@ class ColumnGeneration:
         if self.master.demand is None:
             value, scaled = ratio * float(prices @ limits), ratio * prices
             if value < self.bound.value:
-                self.bound = _Bound(value, scaled)
+                self.bound = Bound(value, scaled)
         else:
             value = self.master.demand / ratio - float(prices @ limits)
             if value > self.bound.value:
-                self.bound = _Bound(value, prices)
+                self.bound = Bound(value, prices)
 
-    def choose(self, *, gap: float, time_limit_s: float, seed: int) -> MilpSolution | None:
+    def choose(self, *, gap: float, seed: int) -> MilpSolution | None:
         """Whole counts over all columns seen; never worse than an earlier choice."""
         if not self.pool.templates:
             return None
@@ -180,7 +194,11 @@ class ColumnGeneration:
             start = np.zeros(len(self.pool.templates), dtype=np.int64)
             start[: len(self.incumbent.counts)] = self.incumbent.counts
         found = self.master.solve_milp(
-            self.pool.columns(), time_limit_s=min(time_limit_s, self.budget.remaining_s()), gap=gap, start=start, seed=seed
+            self.pool.columns(),
+            time_limit_s=max(0.5, min(MILP_SECONDS, self.budget.remaining_s())),
+            gap=gap,
+            start=start,
+            seed=seed,
         )
         if found is not None:
             self.incumbent = found

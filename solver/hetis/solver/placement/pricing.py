@@ -72,6 +72,8 @@ def _best(
     card_price: FloatArray, scarce: BoolArray, slacks: FloatArray, copies: IntArray, floor: float, tolerance: float,
 ) -> FloatArray:  # fmt: skip
     """(ratio, parameter, bound) for each fill of one (mix, in-flight); shape [fills, 3]."""
+    if t.t_floor > t.t_cap[x, f]:
+        return np.zeros((slacks.shape[0], 3))
     options, prices = _priced_options(t, x, f, family_copies, max_pool, group_price, card_price)
     out = np.zeros((slacks.shape[0], 3))
     if t.in_flight[f] == 1 and floor > 0.0:
@@ -88,9 +90,7 @@ def _best(
                     bound = max(ratio, floor)
             out[i, 0], out[i, 1], out[i, 2] = ratio, weight, bound
         else:
-            out[i, :] = best_column(
-                t, options, prices, t.t_cap[x, f], slacks[i], copies[i], scarce, floor, tolerance
-            )
+            out[i, :] = best_column(t, options, prices, t.t_cap[x, f], slacks[i], copies[i], scarce, floor, tolerance)
     return out
 
 
@@ -196,8 +196,14 @@ class Pricer:
                 _, _, stages = least_weighted(tables, options, prices, 1.0, parameter)
         else:
             _, _, stages = fitting_cover(
-                tables, options, prices, parameter / (1.0 + c.slack), c.max_copies, self.scarce,
-                np.zeros(len(a.classes)), np.inf,
+                tables,
+                options,
+                prices,
+                parameter / (1.0 + c.slack),
+                c.max_copies,
+                self.scarce,
+                np.zeros(len(a.classes)),
+                np.inf,
             )
         return template_of(a, c, options, stages)
 

@@ -11,7 +11,7 @@ from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.exact import is_small, solve_exactly
-from hetis.solver.placement.generation import ColumnGeneration, Pool
+from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
 from hetis.solver.placement.infeasible import why_infeasible
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.outcome import Outcome
@@ -26,6 +26,7 @@ from hetis.solver.placement.template import (
     use_of,
 )
 from hetis.solver.placement.uniform import uniform_templates
+from hetis.solver.placement.zones import merged_problem, row_prices_of, zone_templates
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -91,9 +92,35 @@ def _search(
     if is_small(atlas):
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
-    return generation.solve(
-        uniform_templates(atlas), is_full_family=strategy == "hetis", threads=threads, gap_target=gap_target, seed=seed
-    )
+    one_zone = merged_problem(atlas.problem)
+    if one_zone is not None:
+        outcome = _search_merged(build_atlas(one_zone), generation, threads, gap_target, seed)
+        if outcome is not None:
+            return outcome
+    return generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
+
+
+def _search_merged(
+    merged: Atlas, generation: ColumnGeneration, threads: int, gap_target: float, seed: int
+) -> Outcome | None:
+    """Searches a fleet of several zones through its one-zone relaxation; None if that leaves too wide a gap.
+
+    The columns found stay with ``generation``.
+    """
+    master = Master(merged.resources.limits, generation.master.demand)
+    relaxed = ColumnGeneration(
+        merged, master, _row_costs(merged), budget=generation.budget, report=generation.report
+    )  # fmt: skip
+    relaxed.generate(uniform_templates(merged), threads=threads, gap_target=gap_target)
+    if not np.isfinite(relaxed.bound.value):
+        return None
+    generation.pool.add(zone_templates(merged, generation.atlas, relaxed.pool.templates))
+    generation.bound = Bound(
+        relaxed.bound.value, row_prices_of(merged, generation.atlas, relaxed.bound.row_prices)
+    )  # fmt: skip
+    generation.choose(gap=gap_target / 10, seed=seed)
+    small_enough = generation.gap() <= max(gap_target, 0.005)
+    return generation.outcome() if small_enough or generation.budget.is_spent() else None
 
 
 def _demand(problem: PlacementProblem) -> float | None:
@@ -151,7 +178,7 @@ def _plan(
     problem = atlas.problem
     kind = problem.objective.kind
     scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
-    value, bound = scale * outcome.value, scale * outcome.bound
+    value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
         bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole
     gap = abs(bound - value) / abs(value) if value else 0.0

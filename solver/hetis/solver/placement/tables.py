@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -67,12 +68,15 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping, over k = 1..Gr, then pool sizes
 
 
-@dataclass(frozen=True, slots=True)
 class Scope:
-    """Zones that one replica may span, with the tables for the links among them."""
+    """Zones that one replica may span, with the tables for the links among them, made when first asked for."""
 
-    zones: tuple[str, ...]
-    tables: Tables
+    def __init__(self, zones: tuple[str, ...], builder: _Builder) -> None:
+        self.zones, self._builder = zones, builder
+
+    @cached_property
+    def tables(self) -> Tables:
+        return self._builder.tables(self.zones)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
         group_use=np.array([resources.of_group(i, tp) for i, tp in ranks], dtype=np.int64).reshape(len(ranks), -1),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
-        scopes=tuple(Scope(span, builder.tables(span)) for span in spans),
+        scopes=tuple(Scope(span, builder) for span in spans),
     )
 
 
@@ -144,6 +148,7 @@ class _Builder:
         self._pools: dict[tuple[DeviceCost, DeviceCost, Link], FloatArray] = {}
         self.devices = [self._device(classes[i], tp) for i, tp in ranks]
         self.workers = [self._device(c, 1) for c in classes]
+        self.own_s = self._own_table()
         self.pool_start, self.pool_s = self._pool_table()
 
     def _device(self, c: DeviceClass, tp: int) -> DeviceCost:
@@ -162,13 +167,6 @@ class _Builder:
         hops = np.array(
             [self._hops(self.devices[s], self.classes[i], zones) for s, (i, _) in enumerate(self.ranks)]
         ).T.copy()  # fmt: skip
-        groups = max((d.shape.groups for d in self.devices), default=0)
-        own = np.zeros((len(self.mixes), len(self.ranks), groups + 1))
-        for s, device in enumerate(self.devices):
-            kept = np.arange(device.shape.groups + 1.0)
-            for x, mix in enumerate(self.mixes):
-                seconds = device.decode_attention_s(mix.micro_batch * kept, device.shape.queries_per_group)
-                own[x, s, : len(kept)] = mix.iterations * seconds
         start = self.pool_start.copy()
         for s, (i, _) in enumerate(self.ranks):
             inside = self.classes[i].zone in zones
@@ -194,7 +192,7 @@ class _Builder:
             act_bytes=stack["act_bytes"],
             logit_bytes=stack["logit_bytes"],
             layer_s=stack["layer_s"],
-            own_s=own,
+            own_s=self.own_s,
             hop_s=hops,
             step_s=stack["step_s"],
             last_s=stack["last_s"],
@@ -207,6 +205,21 @@ class _Builder:
             pool_start=start,
             pool_s=self.pool_s,
         )  # fmt: skip
+
+    def _own_table(self) -> FloatArray:
+        """Decode attention of kept groups, [X, S, max groups + 1]; equal devices are computed once."""
+        groups = max((d.shape.groups for d in self.devices), default=0)
+        own = np.zeros((len(self.mixes), len(self.ranks), groups + 1))
+        batches = np.array([mix.micro_batch for mix in self.mixes], dtype=float)[:, None]
+        iterations = np.array([mix.iterations for mix in self.mixes])[:, None]
+        done: dict[DeviceCost, FloatArray] = {}
+        for s, device in enumerate(self.devices):
+            if device not in done:
+                kept = np.arange(device.shape.groups + 1.0)[None, :]
+                seconds = device.decode_attention_s(batches * kept, device.shape.queries_per_group)
+                done[device] = iterations * seconds
+            own[:, s, : device.shape.groups + 1] = done[device]
+        return own
 
     def _rank_rows(self, d: DeviceCost, c: DeviceClass) -> dict[str, FloatArray]:
         """Per mix: everything of a rank type that needs no pool and no zone."""

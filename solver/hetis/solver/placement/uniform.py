@@ -58,7 +58,9 @@ def best_equal_split(
                 if role != PLAIN:
                     total += layers * w + fixed
                 else:
-                    ends = _equal_layers(t.num_layers, num_stages, FIRST) + _equal_layers(t.num_layers, num_stages, LAST)
+                    ends = _equal_layers(t.num_layers, num_stages, FIRST) + _equal_layers(
+                        t.num_layers, num_stages, LAST
+                    )
                     total += (t.num_layers - ends) * w + (num_stages - 2) * fixed
             if not fits:
                 continue

@@ -1,0 +1,81 @@
+"""Large fleets over several zones: search them as if they were one zone, then give every zone its own columns.
+
+Where zones differ only in how many nodes they have, the fleet with all nodes in one zone is a relaxation of the real
+one: links inside a zone are at least as fast as links between zones, every replica of the real family is a replica
+there, and what it takes is available there. So its bound holds, at the cost of one zone instead of all of them and
+their combinations; and each of its replicas can stand in any zone that has the GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hetis.solver.cluster import Link, Network
+from hetis.solver.placement.classes import DeviceClass
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.problem import PlacementProblem
+
+MERGED = "all zones"
+
+
+def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
+    """The same fleet in one zone; None where that is not a relaxation or there is just one zone."""
+    cluster = problem.cluster
+    zones, network = cluster.zones(), cluster.network
+    inside = {network.zone_link(zone, zone) for zone in zones}
+    if len(zones) < 2 or len(inside) != 1 or network.between_nodes:
+        return None
+    link = inside.pop()
+    between = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i + 1 :]]
+    if any(other.slower_of(link) != other for other in between):
+        return None  # some zones are closer to each other than to themselves
+    groups = tuple(
+        replace(group, zone=MERGED, nic=group.nic if group.nic is not None else _nic(network))
+        for group in cluster.node_groups
+    )
+    merged = replace(cluster, node_groups=groups, network=Network(default=link))
+    return replace(problem, cluster=merged)
+
+
+def _nic(network: Network) -> Link:
+    return network.default
+
+
+def _kind(c: DeviceClass) -> tuple[object, ...]:
+    return c.gpu, c.gpus_per_node, c.nic, c.intra, c.usd_per_hour
+
+
+def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> list[Template]:
+    """Every template in every zone that has its GPU classes."""
+    found = []
+    for scope, part in enumerate(atlas.scopes):
+        if len(part.zones) != 1:
+            continue
+        here = {_kind(c): g for g, c in enumerate(atlas.classes) if c.zone == part.zones[0]}
+        class_of = [here.get(_kind(c), -1) for c in merged.classes]
+        rank_of = {rank: s for s, rank in enumerate(atlas.ranks)}
+        for template in templates:
+            stages = []
+            for stage in template.stages:
+                device_class, tp = merged.ranks[stage.rank]
+                rank = rank_of.get((class_of[device_class], tp), -1)
+                pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
+                if rank < 0 or (stage.pool_class >= 0 and pool_class < 0):
+                    break
+                stages.append(
+                    TemplateStage(
+                        rank, stage.copies, stage.layers, pool_class, stage.pool_cards, stage.pool_groups
+                    )
+                )  # fmt: skip
+            else:
+                found.append(replace(template, scope=scope, stages=tuple(stages)))
+    return found
+
+
+def row_prices_of(merged: Atlas, atlas: Atlas, prices: FloatArray) -> FloatArray:
+    """Prices of the merged fleet's rows for the rows of the real one."""
+    of_kind = {(_kind(merged.classes[g]), p): prices[i] for i, (g, p) in enumerate(merged.resources.rows)}
+    return np.array([of_kind.get((_kind(atlas.classes[g]), p), 0.0) for g, p in atlas.resources.rows])
