@@ -43,8 +43,11 @@ def _sections(plan: Plan, explanation: Explanation) -> Iterator[RenderableType]:
 def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[RenderableType]:
     number, count = group.numbers[0], len(group.numbers)
     name = f"Replica {number}" if count == 1 else f"Replica {number}, as {count - 1:,} more"
-    if number < len(explanation.bottlenecks):
-        yield section(name, Text(explanation.bottlenecks[number]))
+    # Sentences come in the order of the replicas that are explained, the first of every shape.
+    explained = dict.fromkeys(part.replica for part in explanation.stage_times)
+    sentence = dict(zip(explained, explanation.bottlenecks, strict=False)).get(number)
+    if sentence is not None:
+        yield section(name, Text(sentence))
     memory = [part for part in explanation.memory if part.replica == number]
     if memory:
         yield section(f"{name}: memory of one GPU", _memory(memory))

@@ -28,21 +28,23 @@ from hetis.solver.placement.frontier import (
     sequential_stages,
     stages_from,
 )
+from hetis.solver.placement.generation import dense_work_bound
 from hetis.solver.placement.master import Columns, Master, MilpSolution
 from hetis.solver.placement.options import Options, list_options
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 
-MAX_VECTORS = 3000
-MAX_PAIRS = 3_000_000  # of (usage, smaller usage): what one dynamic program looks at, at worst
+MAX_GPUS = 24
+MAX_PAIRS = 60_000  # of (usage, smaller usage): what one dynamic program looks at, at worst
 TOLERANCES = (0.2, 0.01, 1e-7)
 
 
 def is_small(atlas: Atlas) -> bool:
     """Whether the fleet has few enough usage vectors for the exact search."""
     sizes = atlas.resources.limits.astype(float) + 1.0
-    return bool(np.prod(sizes) <= MAX_VECTORS and np.prod(sizes * (sizes + 1.0) / 2.0) <= MAX_PAIRS)
+    gpus = sum(c.available for c in atlas.classes)
+    return bool(gpus <= MAX_GPUS and np.prod(sizes * (sizes + 1.0) / 2.0) <= MAX_PAIRS)
 
 
 def speed_bounds(atlas: Atlas, lattice: Lattice) -> FloatArray:
@@ -238,7 +240,7 @@ def solve_exactly(
     count = len(search.lattice.digits)
     needed = np.zeros(count)
     best: tuple[IntArray, MilpSolution] | None = None
-    proven = np.inf if master.maximises else 0.0
+    proven = dense_work_bound(atlas) if master.maximises else 0.0
     for tolerance in TOLERANCES:
         finished = search.sweep(needed, tolerance, budget)
         chosen, packing = search.pack(search.frontier.rate, budget.remaining_s(), seed)
@@ -251,7 +253,12 @@ def solve_exactly(
         if optimistic is not None:
             outside = max if master.maximises else min
             proven = outside(packing.value, optimistic.bound)
-        report(Progress(phase="sub-fleets", elapsed_s=budget.elapsed_s(), incumbent=packing.value, bound=proven))
+        gap = abs(proven - packing.value) / max(abs(packing.value), 1e-12)
+        report(
+            Progress(
+                phase="sub-fleets", elapsed_s=budget.elapsed_s(), incumbent=packing.value, bound=proven, gap=gap
+            )
+        )  # fmt: skip
         needed = search.needed_rates(ceiling, packing.value)
     if best is None:
         return None

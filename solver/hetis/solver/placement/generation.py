@@ -76,6 +76,7 @@ class ColumnGeneration:
         self.pool = Pool(atlas, row_costs)
         self.bound = Bound(np.inf if master.maximises else 0.0, self._first_prices())
         self.incumbent: MilpSolution | None = None
+        self.is_whole_family = False  # whether the bound speaks of the whole family yet
 
     def _first_prices(self) -> FloatArray:
         """A GPU is worth about its memory bandwidth."""
@@ -106,16 +107,15 @@ class ColumnGeneration:
         self.pool.add(seeds)
         family = self.atlas.problem.family
         is_larger = family.max_copies > 1 or family.max_pool > 0
+        self.is_whole_family = not is_larger
         self.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 4)
         if is_larger:
             if choose_seed is not None:
                 self.choose(gap=gap_target / 10, seed=choose_seed)
-            before = self.bound
+            self.is_whole_family = True
             self.run(
                 max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 4
             )  # fmt: skip
-            if not np.isfinite(self.bound.value):
-                self.bound = Bound(self.bound.value, before.row_prices)
 
     def run(self, *, max_copies: int, max_pool: int, threads: int, target_gap: float) -> bool:
         """Prices and solves the relaxation in turn until the bound is within ``target_gap`` of it.
@@ -124,7 +124,7 @@ class ColumnGeneration:
         ``max_pool`` attention workers per copy.
         """
         pricer = Pricer(self.atlas, self.row_costs, max_copies=max_copies, max_pool=max_pool, threads=threads)
-        self.bound.value = np.inf if self.master.maximises else 0.0
+        self.bound = Bound(dense_work_bound(self.atlas) if self.master.maximises else 0.0, self.bound.row_prices)
         prices, floor, smooth = self.bound.row_prices, 0.0, True
         lp = self._relaxation()
         for _ in range(MAX_ROUNDS):
@@ -134,18 +134,17 @@ class ColumnGeneration:
                 # the bound's: columns below one at prices in between improve neither.
                 floor = (1.0 - 1e-6) * self._scale(lp)
             priced = pricer.price(self._lifted(prices), floor, KEEP, self.budget)
-            if not priced.complete:
-                self.pool.add(priced.templates)
-                return False
             self._improve_bound(self._lifted(prices), priced.ratio_bound)
             added = self.pool.add(priced.templates)
+            if not priced.complete:
+                return False
             lp = self._relaxation()
             if lp is None:
                 if not added:
                     return False
                 continue
             gap = abs(self.bound.value - lp.value) / max(abs(lp.value), 1e-12)
-            self._tell("column generation", lp.value)
+            self._tell(f"column generation, {len(self.pool.templates)} columns")
             if gap <= target_gap:
                 return True
             if not added and not smooth:
@@ -202,7 +201,7 @@ class ColumnGeneration:
         )
         if found is not None:
             self.incumbent = found
-            self._tell("whole counts", None)
+            self._tell("whole counts")
         return self.incumbent
 
     def gap(self) -> float:
@@ -237,13 +236,32 @@ class ColumnGeneration:
     def _padded(self, counts: IntArray) -> IntArray:
         return np.concatenate([counts, np.zeros(len(self.pool.templates) - len(counts), dtype=np.int64)])
 
-    def _tell(self, phase: str, relaxed: float | None) -> None:
+    def _tell(self, phase: str) -> None:
+        known = self.is_whole_family and np.isfinite(self.bound.value)
         self.report(
             Progress(
-                phase=phase if relaxed is None else f"{phase}, relaxation {relaxed:.4g}",
+                phase=phase,
                 elapsed_s=self.budget.elapsed_s(),
                 incumbent=self.incumbent.value if self.incumbent is not None else None,
-                bound=self.bound.value,
-                gap=self.gap() if self.incumbent is not None else None,
+                bound=self.bound.value if known else None,
+                gap=self.gap() if known and self.incumbent is not None else None,
             )
         )
+
+
+def dense_work_bound(atlas: Atlas) -> float:
+    """A bound on the total rate from dense work alone, before any search.
+
+    A GPU that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)`` layers per second
+    for the best mix and TP size n, and every request needs all layers.
+    """
+    total = 0.0
+    for g, c in enumerate(atlas.classes):
+        speeds = [
+            float(1.0 / (tp * scope.tables.layer_s[:, s].min()))
+            for scope in atlas.scopes[:1]
+            for s, (device_class, tp) in enumerate(atlas.ranks)
+            if device_class == g
+        ]
+        total += c.available * max(speeds, default=0.0)
+    return total / atlas.scopes[0].tables.num_layers

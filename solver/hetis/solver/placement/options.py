@@ -223,3 +223,32 @@ def selected(o: Options, chosen: IntArray) -> Options:
     out = _empty_options(max(1, chosen.shape[0]))
     _copy_options(o, out, chosen)
     return _sliced(out, chosen.shape[0])
+
+
+@kernel
+def cheapest_per_shape(o: Options, prices: FloatArray) -> IntArray:
+    """Options worth their price beside those of the same rank type and copies: by price, each must be faster or
+    roomier than the fastest and the roomiest before it. Options come grouped as `list_options` lists them."""
+    count, size = 0, prices.shape[0]
+    kept = np.empty(size, np.int64)
+    start = 0
+    while start < size:
+        end = start
+        while end < size and o.rank[end] == o.rank[start] and o.copies[end] == o.copies[start]:
+            end += 1
+        order = np.argsort(prices[start:end])
+        fastest = roomiest = -1
+        for j in range(end - start):
+            i = start + order[j]
+            if fastest >= 0:
+                layer_s, caps = o.layer_s[i], o.max_layers[i]
+                if _at_least(o, fastest, layer_s, caps) or _at_least(o, roomiest, layer_s, caps):
+                    continue
+            kept[count] = i
+            count += 1
+            if fastest < 0 or o.layer_s[i] < o.layer_s[fastest]:
+                fastest = i
+            if roomiest < 0 or o.max_layers[i, PLAIN] > o.max_layers[roomiest, PLAIN]:
+                roomiest = i
+        start = end
+    return kept[:count]

@@ -11,11 +11,15 @@ from hetis.solver.budget import Budget
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.cover import best_column, fitting_cover
-from hetis.solver.placement.options import Options, list_options, option_prices, selected
+from hetis.solver.placement.options import Options, cheapest_per_shape, list_options, option_prices, selected
 from hetis.solver.placement.sequential import best_sequential, best_within_cap, least_weighted, useful_options
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 
+Group = tuple[tuple[int, int, int], list[Configuration]]  # configurations that differ in their fill only
+
+BATCH = 32
+SCARCE = 256
 RATIO_TOLERANCE = 2e-4  # intervals narrower than this are not halved further: what it leaves open goes into the bound
 
 
@@ -60,10 +64,15 @@ def cheapest_memory(t: Tables, group_price: FloatArray) -> float:
 
 @kernel
 def _priced_options(
-    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
+    scarce: BoolArray,
 ) -> tuple[Options, FloatArray]:  # fmt: skip
     options = list_options(t, x, f, max_copies, max_pool)
-    return options, option_prices(t, options, group_price, card_price)
+    prices = option_prices(t, options, group_price, card_price)
+    if scarce.any():  # a dearer option that takes less of a scarce class may be the better one
+        return options, prices
+    kept = cheapest_per_shape(options, prices)
+    return selected(options, kept), prices[kept]
 
 
 @kernel
@@ -74,7 +83,7 @@ def _best(
     """(ratio, parameter, bound) for each fill of one (mix, in-flight); shape [fills, 3]."""
     if t.t_floor > t.t_cap[x, f]:
         return np.zeros((slacks.shape[0], 3))
-    options, prices = _priced_options(t, x, f, family_copies, max_pool, group_price, card_price)
+    options, prices = _priced_options(t, x, f, family_copies, max_pool, group_price, card_price, scarce)
     out = np.zeros((slacks.shape[0], 3))
     if t.in_flight[f] == 1 and floor > 0.0:
         useful = useful_options(t, options, prices, t.t_cap[x, f], floor)
@@ -100,7 +109,7 @@ class Priced:
 
     templates: tuple[Template, ...]
     ratio_bound: float
-    complete: bool  # False: the budget ran out, the bound proves nothing
+    complete: bool  # False: the budget ran out, and ceilings stand in for what was not searched
 
 
 class Pricer:
@@ -113,7 +122,7 @@ class Pricer:
         for c in configurations(atlas):
             grouped.setdefault((c.scope, c.mix, c.in_flight_index), []).append(c)
         self.groups = list(grouped.items())
-        self.scarce = _scarce(atlas, max_pool)
+        self.scarce = _scarce(atlas)
 
     def price(self, row_prices: FloatArray, floor: float, keep: float, budget: Budget) -> Priced:
         """Finds the best column of every configuration whose ratio could exceed ``floor``.
@@ -126,46 +135,43 @@ class Pricer:
         card_price = self.atlas.card_use @ prices
         ceilings = self._ceilings(group_price, card_price)
         order = sorted(self.groups, key=lambda group: (-ceilings[group[0][0], group[0][1]], group[0][2]))
-        best = floor
+        best, bound = floor, floor
         found: list[tuple[float, Configuration, float]] = []
-        skipped = floor
-        spent = False
+        complete = True
 
-        def search(group: tuple[tuple[int, int, int], list[Configuration]]) -> None:
-            nonlocal best, skipped, spent
+        def search(group: Group) -> FloatArray:
             (scope, mix, f), members = group
-            threshold = max(floor, best * keep)
-            if ceilings[scope, mix] <= threshold:
-                skipped = max(skipped, min(ceilings[scope, mix], threshold))
-                return
-            if spent or budget.is_spent():
-                spent = True
-                return
-            a = self.atlas
-            outcome = _best(
-                a.scopes[scope].tables, mix, f, self.max_copies, self.max_pool,
-                group_price, card_price, self.scarce, np.array([c.slack for c in members]),
+            if budget.is_spent():
+                return np.full((len(members), 3), np.nan)
+            return _best(
+                self.atlas.scopes[scope].tables, mix, f, self.max_copies, self.max_pool, group_price, card_price,
+                self.scarce, np.array([c.slack for c in members]),
                 np.array([c.max_copies for c in members], dtype=np.int64), threshold, RATIO_TOLERANCE,
             )  # fmt: skip
-            for configuration, (ratio, parameter, bound) in zip(members, outcome, strict=True):
-                skipped = max(skipped, threshold, bound)
-                if ratio > threshold:
-                    found.append((ratio, configuration, parameter))
-                    best = max(best, ratio)
 
-        if self.threads > 1:
-            with ThreadPoolExecutor(self.threads) as pool:
-                list(pool.map(search, order))
-        else:
-            for group in order:
-                search(group)
+        # In batches: the threshold of a batch depends on those before it only, so that threads change nothing.
+        with ThreadPoolExecutor(self.threads) as workers:
+            for start in range(0, len(order), BATCH):
+                threshold = max(floor, best * keep)
+                batch = [g for g in order[start : start + BATCH] if ceilings[g[0][0], g[0][1]] > threshold]
+                bound = max(bound, min(threshold, ceilings.max()))
+                for group, outcome in zip(batch, workers.map(search, batch), strict=True):
+                    for configuration, (ratio, parameter, left) in zip(group[1], outcome, strict=True):
+                        if np.isnan(ratio):
+                            complete = False
+                            bound = max(bound, ceilings[configuration.scope, configuration.mix])
+                            continue
+                        bound = max(bound, left)
+                        if ratio > threshold:
+                            found.append((float(ratio), configuration, float(parameter)))
+                            best = max(best, float(ratio))
         found.sort(key=lambda item: (-item[0], item[1].scope, item[1].mix, item[1].in_flight_index, item[1].max_copies))
         templates = tuple(
             self._template(configuration, ratio, parameter, group_price, card_price)
             for ratio, configuration, parameter in found
             if ratio >= best * keep
         )
-        return Priced(templates, skipped, not spent)
+        return Priced(templates, float(bound), complete)
 
     def _ceilings(self, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
         """Upper bounds on the ratio from `cheapest_layer` and, where zones set a floor on t, memory; [scopes, X]."""
@@ -185,9 +191,8 @@ class Pricer:
         a = self.atlas
         tables = a.scopes[c.scope].tables
         options, prices = _priced_options(
-            tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool,
-            group_price, card_price,
-        )  # fmt: skip
+            tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, group_price, card_price, self.scarce
+        )
         if c.is_sequential:
             if parameter < 0:
                 cap = tables.t_cap[c.mix, c.in_flight_index]
@@ -208,12 +213,9 @@ class Pricer:
         return template_of(a, c, options, stages)
 
 
-def _scarce(atlas: Atlas, max_pool: int) -> BoolArray:
-    """Classes of which a single replica could ask for more GPUs than there are; [N]."""
-    family = atlas.problem.family
-    most_groups = max(family.in_flight)
-    scarce = np.zeros(len(atlas.classes), dtype=bool)
-    for g, c in enumerate(atlas.classes):
-        tp = max((tp for device_class, tp in atlas.ranks if device_class == g), default=0)
-        scarce[g] = c.available < most_groups * (tp + max_pool)
-    return scarce
+def _scarce(atlas: Atlas) -> BoolArray:
+    """Classes of which a single replica may well ask for more GPUs than there are; [N].
+
+    In larger classes such a replica is not ruled out while pricing: it can only loosen the bound.
+    """
+    return np.array([c.available < SCARCE for c in atlas.classes])

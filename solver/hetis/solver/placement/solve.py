@@ -69,6 +69,7 @@ def solve_placement(
     budget = budget if budget is not None else Budget()
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     atlas = build_atlas(problem)
+    report = _in_objective_units(report, problem)
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
     outcome = _search(atlas, strategy, budget, gap_target, seed, threads, report)
     if outcome is None:
@@ -78,6 +79,27 @@ def solve_placement(
     templates = [template for template, count in outcome.chosen for _ in range(count)]
     bound_stages = bind(atlas, templates, seed=seed)
     return _plan(atlas, strategy, outcome, templates, bound_stages, budget)
+
+
+def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
+    """Progress in the unit of the objective: searches speak of saturated rates, people of goodput."""
+    scale = _scale(problem)
+
+    def scaled(progress: Progress) -> None:
+        report(
+            replace(
+                progress,
+                incumbent=None if progress.incumbent is None else scale * progress.incumbent,
+                bound=None if progress.bound is None else scale * progress.bound,
+            )
+        )
+
+    return scaled
+
+
+def _scale(problem: PlacementProblem) -> float:
+    """From a saturated rate to the objective."""
+    return problem.assumptions.planned_utilisation if problem.objective.kind is ObjectiveKind.GOODPUT else 1.0
 
 
 def _search(
@@ -177,7 +199,7 @@ def _plan(
 ) -> Plan:
     problem = atlas.problem
     kind = problem.objective.kind
-    scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
+    scale = _scale(problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
         bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole
