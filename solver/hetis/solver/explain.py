@@ -25,7 +25,7 @@ class MemoryBar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTime:
-    """Seconds of one request on a stage, by what they are spent on; ``total_s / copies`` competes for the bottleneck."""
+    """Seconds of one request on a stage, by what it is spent on; ``total_s / copies`` competes for the bottleneck."""
 
     replica: int
     stage: int

@@ -36,7 +36,8 @@ class Assumptions:
 
 # Every count up to 8, then four to an octave: the step from one to the next costs at most a quarter of a batch.
 MICRO_BATCHES = (
-    *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+    *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448,
+    512,
 )  # fmt: skip
 
 
@@ -72,9 +73,7 @@ class Family:
         parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
         parts.append(f"TP {'/'.join(map(str, self.tp_sizes))} inside a node")
         parts.append(f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies")
-        parts.append(
-            f"up to {self.max_pool} attention workers per stage" if self.max_pool else "no attention workers"
-        )
+        parts.append(f"up to {self.max_pool} attention workers per stage" if self.max_pool else "no attention workers")
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
         parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
@@ -89,7 +88,7 @@ class PlacementProblem:
     model: ModelSpec
     workload: Workload
     profiles: Mapping[str, Profile]
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Objective)
     assumptions: Assumptions = Assumptions()
     family: Family = field(default_factory=Family)
 

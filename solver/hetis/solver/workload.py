@@ -87,7 +87,7 @@ class WorkloadMoments:
 
 
 def moments_of(bins: Sequence[LengthBin], *, block_tokens: int) -> WorkloadMoments:
-    """Computes `WorkloadMoments` of length bins. A half-filled last block costs ``(block_tokens - 1) / 2`` on average."""
+    """Computes `WorkloadMoments`; the half-filled last block costs ``(block_tokens - 1) / 2`` tokens on average."""
     p: FloatArray = np.array([b.prompt_tokens for b in bins])
     o: FloatArray = np.array([b.output_tokens for b in bins])
     w: FloatArray = np.array([b.weight for b in bins])

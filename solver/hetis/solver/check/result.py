@@ -126,7 +126,8 @@ def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
     """Each hop from a zone to another carries ``rate (P + O) H s`` bytes/s; each direction of a link has its speed."""
     model = problem.model
-    moments = problem.workload.clipped_to(problem.model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
+    workload = problem.workload.clipped_to(model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
     bytes_per_request = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
     load: defaultdict[tuple[str, str], float] = defaultdict(float)
     for replica in plan.replicas:

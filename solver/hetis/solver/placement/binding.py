@@ -190,7 +190,8 @@ def _places(c: DeviceClass):  # type: ignore[no-untyped-def]
 
 def _indices(c: DeviceClass, group: NodeGroup) -> list[int]:
     """Device numbers of the class's GPUs within a node of the group."""
-    found, index = [], 0
+    found: list[int] = []
+    index = 0
     for slots in group.gpus:
         if slots.gpu == c.gpu:
             found.extend(range(index, index + slots.count))

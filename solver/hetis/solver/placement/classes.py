@@ -57,7 +57,7 @@ def device_classes(cluster: Cluster) -> tuple[DeviceClass, ...]:
             intra = intra_link(cluster.gpu_types[gpu], group.intra_link)
             key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, explicit)
             merged.setdefault(key, []).append(group)
-    return tuple(DeviceClass(*key, tuple(groups)) for key, groups in merged.items())  # type: ignore[arg-type]
+    return tuple(DeviceClass(*key, tuple(groups)) for key, groups in merged.items())  # type: ignore[call-arg,arg-type]
 
 
 def _mean_price(cluster: Cluster, group: NodeGroup, gpu: str) -> float | None:

@@ -18,7 +18,7 @@ def kernel(function: Function) -> Function:
     numba dates cached code by the function's own file alone, although code of other files is inlined into it; here
     the cache is dated by all kernel files together, so that no stale code survives an edit.
     """
-    dispatcher = njit(nogil=True, cache=True)(function)
+    dispatcher: Any = njit(nogil=True, cache=True)(function)
     dispatcher._cache._cache_file._source_stamp = _stamp()
     return cast(Function, dispatcher)
 

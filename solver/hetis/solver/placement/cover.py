@@ -53,7 +53,7 @@ def cheapest_cover(
     take all the layers they can, since reaching further is never worse. Where the cheapest cover has too many
     copies, a second program counts them.
 
-    Returns (price, stages): stages [., 2] of (option, layers), first to last; price inf and no stages if there are none.
+    Returns (price, stages): stages [., 2] of (option, layers), first to last; price inf and no stages if none covers.
     """
     num_layers = t.num_layers
     best = np.empty((4, num_layers + 1), np.float64)

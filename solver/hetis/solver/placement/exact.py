@@ -16,7 +16,6 @@ from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cost import Mix
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.frontier import (
-    BoolArray,
     Entries,
     Lattice,
     entries_of,
@@ -32,7 +31,7 @@ from hetis.solver.placement.generation import dense_work_bound
 from hetis.solver.placement.master import Columns, Master, MilpSolution
 from hetis.solver.placement.options import Options, list_options
 from hetis.solver.placement.outcome import Outcome
-from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 
 MAX_GPUS = 24
@@ -193,14 +192,15 @@ class ExactSearch:
         found = self.prices(ceiling)
         if found is None:
             return np.zeros(len(ceiling))
-        rows, demand_price = found
+        rows, _ = found
         floor = 1e-9 * (rows.max(initial=0.0) + 1e-12)
         price = self.lattice.digits @ np.maximum(rows, floor)
         if self.master.maximises:
             with np.errstate(divide="ignore", invalid="ignore"):
                 scale = float(np.nanmax(np.where(price > 0, ceiling / price, 0.0)))
             bound = scale * float(np.maximum(rows, floor) @ self.master.limits)
-            return np.maximum(0.0, scale * price - (bound - incumbent) * (1.0 + 1e-12))
+            needed: FloatArray = np.maximum(0.0, scale * price - (bound - incumbent) * (1.0 + 1e-12))
+            return needed
         price = price + self.costs
         with np.errstate(divide="ignore", invalid="ignore"):
             scale = float(np.nanmax(np.where(ceiling > 0, ceiling / price, 0.0)))
@@ -208,7 +208,8 @@ class ExactSearch:
             return np.zeros(len(ceiling))
         assert self.master.demand is not None, "costs are minimised for a demand"
         bound = self.master.demand / scale - float(np.maximum(rows, floor) @ self.master.limits)
-        return np.maximum(0.0, scale * (price - (incumbent - bound) * (1.0 + 1e-12)))
+        distance = (incumbent - bound) * (1.0 + 1e-12)
+        return np.asarray(np.maximum(0.0, scale * (price - distance)))
 
     def template(self, v: int) -> Template:
         """The replica behind the frontier's rate of a sub-fleet, at its exact interval."""

@@ -1,6 +1,6 @@
 """Why a plan is as it is, from the plan's own numbers and the cost model alone: nothing is searched again.
 
-Letters are those of `docs/cost-model.md`. Sentences that say "at least" or "at most" are proofs; the others compare two
+Letters are those of `docs/cost-model.md`. Sentences that say "at least" or "at most" are proofs; the others compare
 numbers of the cost model.
 """
 
@@ -63,6 +63,7 @@ class _View:
 
     problem: PlacementProblem
     moments: WorkloadMoments
+    fleet: Fleet  # the devices of all replicas that are explained
     number: int
     count: int  # replicas like this one
     replica: ReplicaPlan
@@ -242,7 +243,7 @@ def _views(plan: Plan, problem: PlacementProblem) -> tuple[_View, ...]:
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
             raise InvalidProblemError(f"plan cannot be explained: {violation}")
         mix = mix_of(moments, micro_batch=one.micro_batch, chunk_tokens=one.chunk_tokens)
-        views.append(_View(problem, moments, number, count[key], one, replica_shape(one, problem, fleet), mix))
+        views.append(_View(problem, moments, fleet, number, count[key], one, replica_shape(one, problem, fleet), mix))
     return tuple(views)
 
 
@@ -319,7 +320,7 @@ def _next_batch(view: _View, times: tuple[StageTime, ...]) -> str:
     interval_s = grown.interval_s(grown.times())
     short = [bar for bar in grown.memory() if bar.free_bytes < 0]
     breaks = [
-        f"takes {name} to {_time(value)}"
+        f"takes {name} to {_over(value, limit)}"
         for name, value, limit in (
             ("mean TPOT", grown.tpot_s(interval_s), objective.tpot_limit_s),
             ("p95 TTFT", grown.ttft_s(interval_s), objective.ttft_limit_s),
@@ -374,7 +375,7 @@ def _why_idle(
         yield from _alone(view, device_class, idle)
         yield from _joining(view, device_class, idle)
     if plan.result.gap > NOTHING:
-        yield f"the plan is within {plan.result.gap:.2%} of the bound"
+        yield f"a gap of {_percent(plan.result.gap)} is left, so that a use for them may exist"
 
 
 def _costs(view: _View, device_class: DeviceClass, idle: int) -> list[DeviceCost]:
@@ -401,13 +402,14 @@ def _alone(view: _View, device_class: DeviceClass, idle: int) -> Iterator[str]:
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
     token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1))
     if limit_s is not None and token_s > limit_s:
-        yield f"alone, they take at least {_time(token_s)} per token (TP{fastest.shape.tp}), limit {_time(limit_s)}"
+        took = _over(token_s, limit_s)
+        yield f"alone, they take at least {took} per token (TP{fastest.shape.tp}), limit {_time(limit_s)}"
 
 
 def _joining(view: _View, device_class: DeviceClass, idle: int) -> Iterator[str]:
     """What it does to the plan's main shape to move layers onto these GPUs."""
     model, limit_s, mix = view.problem.model, view.problem.objective.tpot_limit_s, view.mix
-    zones = tuple(dict.fromkeys((*_zones_of(view), device_class.zone)))
+    zones = tuple(dict.fromkeys((*view.fleet.zones_of(view.replica.devices()), device_class.zone)))
     link = device_class.link_in(view.problem.cluster, zones)
     busiest = next(part for part in view.times() if part.is_bottleneck)
     stage = view.shape.stages[busiest.stage]
@@ -423,7 +425,7 @@ def _joining(view: _View, device_class: DeviceClass, idle: int) -> Iterator[str]
         yield f"beside the KV of {view.requests(1)} requests no layer fits on one"
         return
     layer_s, layers, cost = min(tried, key=lambda each: each[0])
-    name = f"{device_class.gpu}{_tp(cost.shape.tp)}"
+    name = f"{device_class.gpu} TP{cost.shape.tp}"
     tpot = view.mix.micro_batch / view.moments.mean_output
     work = f"at b = {mix.micro_batch}, {_layers(layers)} cost a token {_time(tpot * layers * layer_s)} on {name}"
     work += f", {_time(tpot * layers * there_s)} on {_label(stage)}"
@@ -433,16 +435,11 @@ def _joining(view: _View, device_class: DeviceClass, idle: int) -> Iterator[str]
     b, C = mix.micro_batch, mix.chunk_tokens
     added_s = layers * (layer_s - there_s)
     added_s += view.per_request(cost.hop_s(b + C, link) + cost.step_s(b + C), cost.hop_s(b, link) + cost.step_s(b))
-    floor_s = (1 + view.slack()) * tpot * (sum(part.total_s for part in view.times()) + added_s)
-    if floor_s > limit_s:
-        yield f"{work}: TPOT grows to {_time(floor_s)} or more, limit {_time(limit_s)}"
+    tpot_s = (1 + view.slack()) * tpot * (sum(part.total_s for part in view.times()) + added_s)
+    if tpot_s > limit_s:
+        yield f"{work}: TPOT grows to about {_over(tpot_s, limit_s)}, limit {_time(limit_s)}"
     else:
         yield work
-
-
-def _zones_of(view: _View) -> tuple[str, ...]:
-    fleet = _fleet_of(view.problem.cluster, set(view.replica.devices()))
-    return fleet.zones_of(view.replica.devices())
 
 
 def _layer_s(view: _View, cost: DeviceCost) -> float:
@@ -520,21 +517,20 @@ def _unused_pools(plan: Plan, view: _View) -> Iterator[str]:
         yield "Its ranks share head groups, so that none can move."
         return
     idle = _idle_classes(plan, view.problem)
-    fleet = _fleet_of(view.problem.cluster, set(view.replica.devices()))
     devices = view.replica.stages[busiest.stage].devices
-    (zone,) = fleet.zones_of(devices)
+    (zone,) = view.fleet.zones_of(devices)
     near = [(price.available - price.used, c) for price, c in idle if c.zone == zone]
     if not idle:
-        yield "No GPU is left to be one: all of them are worth more in the dense path."
+        yield "No GPU is left to be one."
     elif not near:
         yield f"The idle GPUs are in other zones than the stage ({zone})."
     for count, device_class in near:
-        link = slowest([*fleet.nic_links(devices), device_class.link_in(view.problem.cluster, (zone,))])
+        link = slowest([*view.fleet.nic_links(devices), device_class.link_in(view.problem.cluster, (zone,))])
         yield _unused_pool(view, busiest.stage, device_class.gpu, count, link)
 
 
 def _unused_pool(view: _View, i: int, gpu: str, idle: int, link: Link) -> str:
-    """The pool of idle cards that costs the stage the least time, against none."""
+    """Of the pools of 1, 2, 4, ... and all idle cards, the one that costs the stage least time, against none."""
     stage = view.shape.stages[i]
     cost, model = view.pool_cost(stage, gpu, link), view.problem.model
     groups, mix = cost.primary.shape.groups, view.mix
@@ -542,23 +538,25 @@ def _unused_pool(view: _View, i: int, gpu: str, idle: int, link: Link) -> str:
     if most == 0:
         return f"{idle} idle {gpu} are fewer than the stage has copies."
 
+    before_s = view.attention_s(stage)[0]
+
     def added_s(k: int, p: int) -> float:
         """Seconds of a request and layer that the pool adds."""
         own, there = view.attention_s(replace(stage, pool=PoolShape(gpu=gpu, cards=p, head_groups=k, link=link)))
         ship_s = float(cost.ship_s(mix.chunk_tokens, k, p))
-        return mix.iterations * (max(own, there) - view.attention_s(stage)[0]) + mix.chunk_iterations * ship_s
+        return mix.iterations * (max(own, there) - before_s) + mix.chunk_iterations * ship_s
 
-    k, p = min(((k, p) for k in range(1, groups + 1) for p in range(1, most + 1)), key=lambda kp: added_s(*kp))
+    sizes = sorted({*(size for size in (1, 2, 4, 8, 16) if size < most), most})
+    k, p = min(((k, p) for k in range(1, groups + 1) for p in sizes), key=lambda kp: added_s(*kp))
     pool = PoolShape(gpu=gpu, cards=p, head_groups=k, link=link)
     own_s, pool_s = view.attention_s(replace(stage, pool=pool))
     freed = k * view.layers(i) * model.kv_bytes_per_token_group() * view.kv_tokens(stage.copies)
-    before_s = view.attention_s(stage)[0]
     change = 100 * view.layers(i) * added_s(k, p) / view.times()[i].total_s
     return (
-        f"{k} of {groups} head groups on {p} {gpu} take {_time(pool_s)} ({_time(_exchange_s(view, stage, pool))} of it "
-        f"exchange) beside {_time(own_s)} on the stage, against {_time(before_s)} without; with the KV of prefills that "
-        f"makes the stage {abs(change):.1f}% {'slower' if change >= 0 else 'faster'} and frees {_size(freed)} of KV on "
-        "each of its GPUs."
+        f"{k} of {groups} head groups on {p} {gpu} take {_time(pool_s)} ({_time(_exchange_s(view, stage, pool))} of "
+        f"it exchange) beside {_time(own_s)} on the stage, against {_time(before_s)} without; with the KV of prefills "
+        f"that makes the stage {abs(change):.1f}% {'slower' if change >= 0 else 'faster'} and frees {_size(freed)} of "
+        "KV on each of its GPUs."
     )
 
 
@@ -567,10 +565,6 @@ def _unused_pool(view: _View, i: int, gpu: str, idle: int, link: Link) -> str:
 
 def _label(stage: StageShape) -> str:
     return f"{stage.gpu} TP{stage.tp}{f' x{stage.copies}' if stage.copies > 1 else ''}"
-
-
-def _tp(tp: int) -> str:
-    return f" TP{tp}"
 
 
 def _layers(count: int) -> str:
@@ -583,6 +577,17 @@ def _time(seconds: float) -> str:
             value = seconds * factor
             return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def _over(seconds: float, limit_s: float) -> str:
+    """A time above a limit with the digits that show it: 100.3 ms where the limit is 100 ms."""
+    if _time(seconds) != _time(limit_s):
+        return _time(seconds)
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio:.2%}" if ratio < 0.1 else f"{ratio:.0%}"
 
 
 def _size(num_bytes: float) -> str:

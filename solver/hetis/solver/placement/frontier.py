@@ -83,10 +83,7 @@ def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntA
 def within(lattice: Lattice, small: int, large: int) -> bool:
     if small > large:
         return False
-    for row in range(lattice.limits.shape[0]):
-        if lattice.digits[small, row] > lattice.digits[large, row]:
-            return False
-    return True
+    return not np.any(lattice.digits[small] > lattice.digits[large])
 
 
 @kernel
@@ -372,13 +369,12 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
         for role in range(4):
             most[e, role] = max(most[e, role], o.max_layers[i, role])
             for n in range(1, o.max_layers[i, role] + 1):
-                seconds = n * o.layer_s[i] + o.fixed_s[i, role]
-                if seconds < least[e, role, n]:
-                    least[e, role, n], option[e, role, n] = seconds, i
+                took = n * o.layer_s[i] + o.fixed_s[i, role]
+                if took < least[e, role, n]:
+                    least[e, role, n], option[e, role, n] = took, i
     shape = (num_vectors, num_layers + 1)
-    sums = Sums(
-        np.full(shape, np.inf), np.full(shape, -1, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64), option
-    )  # fmt: skip
+    seconds = np.full(shape, np.inf)
+    sums = Sums(seconds, np.full(shape, -1, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64), option)
     for v in range(num_vectors):
         for row in range(lattice.limits.shape[0]):
             if lattice.digits[v, row] > 0:
@@ -436,10 +432,8 @@ def sequential_stages(t: Tables, lattice: Lattice, o: Options, entries: Entries,
         while sums.back_entry[v, pos] < 0:
             v = sums.back_usage[v, pos]
         e, before, usage = sums.back_entry[v, pos], sums.back_position[v, pos], sums.back_usage[v, pos]
-        if usage == -2:
-            role = BOTH if pos == t.num_layers else FIRST
-        else:
-            role = LAST if pos == t.num_layers else PLAIN
+        is_first, is_last = usage == -2, pos == t.num_layers
+        role = (BOTH if is_first else LAST) if is_last else (FIRST if is_first else PLAIN)
         reverse[count, 0], reverse[count, 1] = sums.option[e, role, pos - before], pos - before
         count += 1
         pos, v = before, usage

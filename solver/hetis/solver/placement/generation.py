@@ -108,13 +108,13 @@ class ColumnGeneration:
         family = self.atlas.problem.family
         is_larger = family.max_copies > 1 or family.max_pool > 0
         self.is_whole_family = not is_larger
-        self.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 4)
+        self.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 2)
         if is_larger:
             if choose_seed is not None:
                 self.choose(gap=gap_target / 10, seed=choose_seed)
             self.is_whole_family = True
             self.run(
-                max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 4
+                max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
             )  # fmt: skip
 
     def run(self, *, max_copies: int, max_pool: int, threads: int, target_gap: float) -> bool:

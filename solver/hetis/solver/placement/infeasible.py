@@ -23,12 +23,13 @@ def why_infeasible(atlas: Atlas) -> tuple[str, ...]:
     )
     if usable < weights:
         reasons.append(
-            f"{model.name} needs {weights / GIB:.1f} GiB for weights alone; this fleet has {usable / GIB:.1f} GiB usable"
+            f"{model.name} needs {weights / GIB:.1f} GiB for weights alone; "
+            f"this fleet has {usable / GIB:.1f} GiB usable"
         )
         return tuple(reasons)
     objective = problem.objective
     reasons.append(
-        f"{model.name} needs {weights / GIB:.1f} GiB for weights; {usable / GIB:.1f} GiB are usable on the whole fleet, "
+        f"{model.name} needs {weights / GIB:.1f} GiB for weights; {usable / GIB:.1f} GiB are usable on the fleet, "
         "but no replica of the family fits with KV room"
         + (" and meets the limits" if objective.ttft_limit_s or objective.tpot_limit_s else "")
     )

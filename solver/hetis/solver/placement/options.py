@@ -55,13 +55,15 @@ def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> f
         room -= t.last_bytes[s] + t.logit_bytes[x, s]
     if role == BOTH:
         room += t.tied_bytes[s]
-    return max(0.0, min(room / (t.layer_bytes[s] + kept_bytes) + ROUNDING, float(t.num_layers)))
+    layers: float = min(room / (t.layer_bytes[s] + kept_bytes) + ROUNDING, float(t.num_layers))
+    return max(0.0, layers)
 
 
 @kernel
 def layers_on_card(t: Tables, q: int, pairs: float, requests: int, tokens: float) -> float:
     """Layers whose KV fits on an attention worker that holds ``pairs`` (request, head group) pairs of each."""
-    return t.worker_room_bytes[q] / (pairs / requests * tokens * t.kv_group_bytes) + ROUNDING
+    layers: float = t.worker_room_bytes[q] / (pairs / requests * tokens * t.kv_group_bytes) + ROUNDING
+    return layers
 
 
 @kernel
@@ -151,10 +153,7 @@ def _at_least(o: Options, i: int, layer_s: float, caps: IntArray) -> bool:
     """Whether option i is as fast and as roomy."""
     if o.layer_s[i] > layer_s:
         return False
-    for role in range(4):
-        if o.max_layers[i, role] < caps[role]:
-            return False
-    return True
+    return not np.any(o.max_layers[i] < caps)
 
 
 @kernel
@@ -226,29 +225,33 @@ def selected(o: Options, chosen: IntArray) -> Options:
 
 
 @kernel
-def cheapest_per_shape(o: Options, prices: FloatArray) -> IntArray:
-    """Options worth their price beside those of the same rank type and copies: by price, each must be faster or
-    roomier than the fastest and the roomiest before it. Options come grouped as `list_options` lists them."""
+def cheapest_per_shape(o: Options, prices: FloatArray, num_layers: int) -> IntArray:
+    """Options worth their price beside those of the same rank type and copies: none cheaper is as fast and as roomy.
+
+    By ascending price, ``fastest[n]`` is the fastest option so far with room for n plain layers; only that one is
+    compared with. Options come grouped as `list_options` lists them.
+    """
     count, size = 0, prices.shape[0]
     kept = np.empty(size, np.int64)
+    fastest = np.empty(num_layers + 1, np.int64)
     start = 0
     while start < size:
         end = start
         while end < size and o.rank[end] == o.rank[start] and o.copies[end] == o.copies[start]:
             end += 1
+        fastest[:] = -1
         order = np.argsort(prices[start:end])
-        fastest = roomiest = -1
         for j in range(end - start):
             i = start + order[j]
-            if fastest >= 0:
-                layer_s, caps = o.layer_s[i], o.max_layers[i]
-                if _at_least(o, fastest, layer_s, caps) or _at_least(o, roomiest, layer_s, caps):
-                    continue
+            room = o.max_layers[i, PLAIN]
+            rival = fastest[room]
+            if rival >= 0 and _at_least(o, rival, o.layer_s[i], o.max_layers[i]):
+                continue
             kept[count] = i
             count += 1
-            if fastest < 0 or o.layer_s[i] < o.layer_s[fastest]:
-                fastest = i
-            if roomiest < 0 or o.max_layers[i, PLAIN] > o.max_layers[roomiest, PLAIN]:
-                roomiest = i
+            for n in range(room, -1, -1):
+                if fastest[n] >= 0 and o.layer_s[fastest[n]] <= o.layer_s[i]:
+                    break
+                fastest[n] = i
         start = end
     return kept[:count]

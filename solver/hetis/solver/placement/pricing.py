@@ -71,7 +71,7 @@ def _priced_options(
     prices = option_prices(t, options, group_price, card_price)
     if scarce.any():  # a dearer option that takes less of a scarce class may be the better one
         return options, prices
-    kept = cheapest_per_shape(options, prices)
+    kept = cheapest_per_shape(options, prices, t.num_layers)
     return selected(options, kept), prices[kept]
 
 

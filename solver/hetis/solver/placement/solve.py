@@ -140,6 +140,7 @@ def _search_merged(
     generation.bound = Bound(
         relaxed.bound.value, row_prices_of(merged, generation.atlas, relaxed.bound.row_prices)
     )  # fmt: skip
+    generation.is_whole_family = True
     generation.choose(gap=gap_target / 10, seed=seed)
     small_enough = generation.gap() <= max(gap_target, 0.005)
     return generation.outcome() if small_enough or generation.budget.is_spent() else None

@@ -265,7 +265,7 @@ class _Builder:
         return caps
 
     def _t_floor(self, zones: tuple[str, ...]) -> float:
-        """A replica crosses a link between zones once in each direction at most, with ``(P + O) H s`` bytes per request.
+        """A replica crosses a link between zones once in each direction, with ``(P + O) H s`` bytes per request.
 
         As many replicas as memory allows may do so, and each is granted an equal share: whatever the plan, no link
         between zones is overdrawn.

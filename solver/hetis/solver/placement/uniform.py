@@ -1,4 +1,4 @@
-"""What engines do today, compiled: equal stages of one GPU type. The family of `uniform`, and first columns for others."""
+"""What engines do today, compiled: equal stages of one GPU type. The family of `uniform`, first columns for others."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def best_equal_split(
                     fits = False
                     break
                 fixed = t.step_s[x, s]
-                if role == FIRST or role == BOTH:
+                if role in (FIRST, BOTH):
                     fixed += prefix_s
                 else:
                     fixed += t.hop_s[x, s]
-                if role == LAST or role == BOTH:
+                if role in (LAST, BOTH):
                     fixed += t.last_s[x, s]
                 busiest = max(busiest, layers * w + fixed)
                 if role != PLAIN:

@@ -1,0 +1,177 @@
+"""An explanation adds up: to the seconds and bytes that the checker derives, and to the memory of every card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from hetis.formats.documents import load_cluster, load_model, load_workload
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.check.claims import Rederivation
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.timing import stage_seconds
+from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.explain import Explanation
+from hetis.solver.placement import solve_placement
+from hetis.solver.placement.explanation import explain_plan
+from hetis.solver.plan import ClassPrice, Objective, ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import problems
+from tests.solver.test_check import (
+    A_ALONE,
+    A_STAGE,
+    B_STAGE,
+    C_POOL,
+    claimed,
+    plan_of,
+    sound,
+    the_problem,
+    unclaimed,
+)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:
+    """Every total is what the checker derives, every bar as long as its card."""
+    explanation = explain_plan(plan, problem)
+    rederivation, fleet = Rederivation(problem), Fleet.of(problem.cluster)
+    numbers = list(dict.fromkeys(part.replica for part in explanation.stage_times))
+    assert len(explanation.bottlenecks) == len(numbers)
+    for number in numbers:
+        shape = replica_shape(plan.replicas[number], problem, fleet)
+        setting = rederivation.setting(
+            micro_batch=shape.micro_batch, in_flight=shape.in_flight, chunk_tokens=shape.chunk_tokens
+        )
+        times = [part for part in explanation.stage_times if part.replica == number]
+        last = len(shape.stages) - 1
+        for i, (part, stage) in enumerate(zip(times, shape.stages, strict=True)):
+            expected = stage_seconds(setting, stage, is_first=i == 0, is_last=i == last)
+            assert part.total_s == pytest.approx(expected, rel=1e-9)
+            assert part.total_s == pytest.approx(
+                part.dense_s
+                + part.all_reduce_s
+                + part.prefill_attention_s
+                + part.decode_attention_s
+                + part.transfer_s
+                + part.head_s
+                + part.other_s
+            )
+            slowest_s = max(other.total_s / other.copies for other in times)
+            assert part.is_bottleneck == (part.total_s / part.copies == slowest_s)
+        bars = [bar for bar in explanation.memory if bar.replica == number]
+        for bar, use in zip(bars, rederivation.of(shape).memory, strict=True):
+            held = bar.reserve_bytes + bar.weight_bytes + bar.kv_bytes + bar.activation_bytes
+            assert bar.unusable_bytes + held + bar.free_bytes == bar.nominal_bytes
+            assert bar.nominal_bytes - bar.unusable_bytes == use.usable_bytes
+            assert held == pytest.approx(use.num_bytes, abs=2)
+    return explanation
+
+
+def test_stages_copies_and_workers_add_up() -> None:
+    problem = the_problem(objective=Objective(ttft_limit_s=5.0, tpot_limit_s=5.0))
+    explanation = assert_adds_up(sound(problem), problem)
+    assert [bar.role for bar in explanation.memory] == ["primary", "primary", "attention worker", "primary"]
+    assert [bar.num_devices for bar in explanation.memory] == [2, 2, 2, 1]
+    assert "1 of 2 head groups" in explanation.attention_workers
+
+
+@given(problems(max_gpus=5, kinds=tuple(ObjectiveKind)))
+def test_solved_plans_add_up(problem: PlacementProblem) -> None:
+    try:
+        plan = solve_placement(problem)
+    except InfeasibleError:
+        return
+    explanation = assert_adds_up(plan, problem)
+    idle = {(p.gpu, p.zone): 0 for p in plan.prices if p.used < p.available}
+    assert {(group.gpu, group.zone) for group in explanation.idle} == set(idle)
+    assert all(len(group.reason) <= 400 for group in explanation.idle)
+
+
+def test_equal_replicas_are_explained_once_under_the_first_number() -> None:
+    problem = the_problem()
+    alone = claimed(unclaimed(A_ALONE), problem)
+    same = replace(alone, stages=(replace(A_ALONE, devices=("a-1/1",)),))
+    pair = claimed(unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,)), problem)
+    explanation = assert_adds_up(plan_of(problem, alone, same, pair), problem)
+    assert {part.replica for part in explanation.stage_times} == {0, 2}
+    assert [sentence.split(":")[0] for sentence in explanation.bottlenecks] == ["replica 0", "replica 2"]
+
+
+def test_sentence_names_the_limit_that_binds() -> None:
+    lifted = the_problem()
+    replica = claimed(unclaimed(A_ALONE), lifted)
+    problem = the_problem(objective=Objective(ttft_limit_s=None, tpot_limit_s=replica.tpot_s * 1.01))
+    (sentence,) = explain_plan(plan_of(problem, replica), problem).bottlenecks
+    assert "a limit binds: mean TPOT" in sentence
+    assert "p95 TTFT" not in sentence
+    (free,) = explain_plan(plan_of(lifted, replica), lifted).bottlenecks
+    assert "no limit is within 5%" in free
+
+
+def test_replica_with_too_few_micro_batches_says_that_the_sum_counts() -> None:
+    problem = the_problem()
+    b_stage = replace(B_STAGE, copies=1, devices=("b-0/0",), kv_head_groups_kept=2)
+    replica = claimed(unclaimed(A_STAGE, b_stage, in_flight=1), problem)
+    (sentence,) = explain_plan(plan_of(problem, replica), problem).bottlenecks
+    assert "one micro-batch walks through all 2 stages" in sentence
+
+
+def test_idle_class_with_a_price_says_what_one_more_is_worth() -> None:
+    problem = the_problem()
+    price = ClassPrice(gpu="B", zone="east", gpus_per_node=2, available=4, used=0, as_attention_workers=0, dual=0.25)
+    plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), prices=(price,))
+    (idle,) = explain_plan(plan, problem).idle
+    assert (idle.gpu, idle.zone, idle.count) == ("B", "east", 4)
+    assert "at most 0.25 requests/s" in idle.reason
+
+
+def test_strategy_without_attention_workers_says_so() -> None:
+    problem = the_problem(max_pool=0)
+    plan = plan_of(problem, claimed(unclaimed(A_ALONE), problem))
+    assert explain_plan(plan, problem).attention_workers == "None: strategy hetis does not use them."
+
+
+def test_plan_without_replicas_is_explained() -> None:
+    problem = the_problem()
+    explanation = explain_plan(replace(sound(problem), replicas=()), problem)
+    assert (explanation.memory, explanation.stage_times, explanation.bottlenecks) == ((), (), ())
+
+
+def test_plan_with_an_unknown_device_is_refused() -> None:
+    problem = the_problem()
+    replica = claimed(unclaimed(A_ALONE), problem)
+    broken = replace(replica, stages=(replace(A_ALONE, devices=("nowhere/0",)),))
+    with pytest.raises(InvalidProblemError, match="nowhere/0"):
+        explain_plan(plan_of(problem, broken), problem)
+
+
+def example_problem(cluster: str, model: str, workload: str, objective: Objective) -> PlacementProblem:
+    fleet, spec = load_cluster(str(EXAMPLES / cluster)), load_model(model)
+    return PlacementProblem(
+        cluster=fleet,
+        model=spec,
+        workload=load_workload(workload).clipped_to(spec.max_position),
+        profiles={name: modelled_profile(gpu) for name, gpu in fleet.gpu_types.items()},
+        objective=objective,
+    )
+
+
+def test_the_cluster_of_the_paper_adds_up() -> None:
+    problem = example_problem("paper.yaml", "Llama-2-70B", "azure_conv_2023", Objective())
+    explanation = assert_adds_up(solve_placement(problem), problem)
+    assert {group.gpu for group in explanation.idle} == {"RTX-3090", "P100-PCIe-12GB"}
+    for gpu in ("RTX-3090", "P100-PCIe-12GB"):
+        assert gpu in explanation.attention_workers
+
+
+def test_attention_workers_that_pay_add_up() -> None:
+    objective = Objective(ttft_limit_s=None, tpot_limit_s=0.05)
+    problem = example_problem("h100-p100.yaml", "Llama-3.1-70B", "8000/300", objective)
+    explanation = assert_adds_up(solve_placement(problem), problem)
+    assert "attention worker" in {bar.role for bar in explanation.memory}
+    assert "KV would not fit" in explanation.attention_workers
+    assert "mean TPOT" in explanation.bottlenecks[0]
