@@ -122,7 +122,7 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
             shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
             groups = ((own, n),) * c
             yield StageOption(device_class=own, shape=shape, groups=groups)
-            for other, p in itertools.product(nodes, range(1, family.max_pool + 1)):
+            for other, p in itertools.product(nodes, range(1, family.max_pool // c + 1)):
                 if other.zone != own.zone or n > model.head_groups or p * c > other.per_node * nodes[other]:
                     continue
                 link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])

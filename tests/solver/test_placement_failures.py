@@ -100,9 +100,9 @@ def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementPr
             solve.solve_placement(problem)
         except InfeasibleError as error:
             best = best_plan_value(problem)
-            assert best in (0.0, float("inf")), f"there is a plan worth {best}, but: {error}"
-            assert error.reasons
-            assert all(error.reasons)
+            assert best in (0.0, float("inf")), f"there is a plan worth {best}, but: {error}"  # noqa: PT017
+            assert error.reasons  # noqa: PT017
+            assert all(error.reasons)  # noqa: PT017
 
 
 # --- invalid

@@ -41,6 +41,10 @@ MICRO_BATCHES = (
 )  # fmt: skip
 
 
+# Attention workers per copy of a stage: every number to 8, then four to an octave.
+POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Which plans are searched: the bound of an answer speaks of exactly these.
@@ -50,8 +54,8 @@ class Family:
         mixed_types: stages of one replica may use different GPU types.
         uneven_layers: stages may hold different numbers of layers; otherwise they differ by one at most.
         max_copies: data-parallel copies of one stage.
-        max_pool: attention workers of one class per stage, all copies together; 0: none. Each copy has as many, of the
-            numbers 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32.
+        max_pool: attention workers of one class per stage, all copies together; 0: none. Each copy has as many, one
+            of `POOL_SIZES`.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
 
     Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
@@ -66,6 +70,10 @@ class Family:
     micro_batches: tuple[int, ...] = MICRO_BATCHES
     in_flight: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     chunk_tokens: tuple[int, ...] = (256, 512, 2048)
+
+    def pool_sizes(self, copies: int) -> tuple[int, ...]:
+        """Attention workers that each of a stage's copies may have."""
+        return tuple(p for p in POOL_SIZES if p * copies <= self.max_pool)
 
     def describe(self) -> str:
         """The family in one sentence."""

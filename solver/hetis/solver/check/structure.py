@@ -168,8 +168,8 @@ def _check_pool_size(pool: AttentionWorkerPool, stage: StagePlan, where: str, ma
     if num_devices % copies:
         message = f"are {num_devices} devices, must be a multiple of the stage's {copies} copies"
         yield Violation(rule=Rule.DEVICE_COUNT, where=where, message=message)
-    elif not 1 <= num_devices // copies <= max_pool:
-        message = f"are {num_devices // copies} per copy, must be 1 to {max_pool}"
+    elif not 1 <= num_devices <= max_pool:
+        message = f"are {num_devices} for one stage, must be 1 to {max_pool}"
         yield Violation(rule=Rule.POOL_SIZE, where=where, message=message)
 
 

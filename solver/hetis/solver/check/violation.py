@@ -23,7 +23,7 @@ class Rule(StrEnum):
     EQUAL_LAYERS = "without uneven layers, stages differ by one layer at most"
     ONE_TYPE = "without mixed types, a replica uses one GPU type"
     POOL_STAGE = "a pool serves a stage of its replica that has no other pool"
-    POOL_SIZE = "a pool has between one card per copy and the family's most"
+    POOL_SIZE = "a stage has between one card and the family's most in its pool"
     POOL_ZONE = "a pool lies in the zone of its stage"
     HEAD_GROUPS = "a stage and its pool share the head groups of a rank"
     SETTING = "micro-batch, micro-batches in flight and chunk are the family's"

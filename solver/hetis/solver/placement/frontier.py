@@ -241,8 +241,8 @@ def _any_above(feasible: BoolArray, already: BoolArray, rate: float, needed: Flo
 @kernel
 def explore(
     t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, slack: float, max_copies: int,
-    needed: FloatArray, tolerance: float, best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray, tag: int,
-    bound: FloatArray,
+    needed: FloatArray, tolerance: float, best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray,
+    tag: int, bound: FloatArray,
 ) -> int:  # fmt: skip
     """Raises the best rate of every sub-fleet by the pipelined replicas of one configuration.
 

@@ -220,7 +220,7 @@ def _stage_types(
             continue
         shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
         yield shape, ((g, n),) * c
-        for (i, other), p in itertools.product(enumerate(classes), range(1, family.max_pool + 1)):
+        for (i, other), p in itertools.product(enumerate(classes), family.pool_sizes(c)):
             if other.zone != own.zone or n > model.head_groups or p * c > other.per_node * nodes[other]:
                 continue
             link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])

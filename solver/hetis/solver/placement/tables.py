@@ -26,9 +26,6 @@ BoolArray = npt.NDArray[np.bool_]
 
 PLAIN, FIRST, LAST, BOTH = range(4)
 
-# Attention workers per copy of a stage: every number to 8, then four to an octave.
-POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
-
 
 class Tables(NamedTuple):
     """What the compiled kernels read. X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
@@ -111,7 +108,7 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
     )
     resources = resources_of(classes, family.tp_sizes)
     biggest = max((c.available for c in classes), default=0)
-    pool_sizes = tuple(p for p in POOL_SIZES if p <= min(family.max_pool, biggest))
+    pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
     builder = _Builder(problem, moments, classes, mixes, ranks, pool_sizes)
     zones = problem.cluster.zones()
     spans = [(zone,) for zone in zones] + ([zones] if len(zones) > 1 else [])
@@ -122,7 +119,9 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
         resources=resources,
         mixes=mixes,
         ranks=ranks,
-        group_use=np.array([resources.of_group(i, tp) for i, tp in ranks], dtype=np.int64).reshape(len(ranks), -1),
+        group_use=np.array([resources.of_group(i, tp) for i, tp in ranks], dtype=np.int64).reshape(
+            len(ranks), len(resources.rows)
+        ),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
         scopes=tuple(Scope(span, builder) for span in spans),
