@@ -21,7 +21,7 @@ from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_nod
 from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
-EXAMPLES = settings().max_examples
+EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about a second each
 EVERY_WAY = [(strategy, exact) for strategy in STRATEGIES for exact in (True, False)]
 every_way = pytest.mark.parametrize(
     ("strategy", "exact"), EVERY_WAY, ids=[f"{s}-{'exact' if e else 'generated'}" for s, e in EVERY_WAY]

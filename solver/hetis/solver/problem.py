@@ -77,7 +77,7 @@ class Family:
 
     def describe(self) -> str:
         """The family in one sentence."""
-        parts = ["stages of any GPU types" if self.mixed_types else "one GPU type per replica"]
+        parts = ["stages of any GPU types" if self.mixed_types else "one device class and TP size per replica"]
         parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
         parts.append(f"TP {'/'.join(map(str, self.tp_sizes))} inside a node")
         parts.append(f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies")

@@ -6,7 +6,8 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import ROUNDING, Options, class_use, selected
+from hetis.solver.placement.options import ROUNDING, Options, selected
+from hetis.solver.placement.sequential import overdrawn
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 
@@ -196,20 +197,6 @@ def _cover_counted(
 
 
 @kernel
-def _excess(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
-    """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
-    worst, most = -1, 0
-    for g in range(scarce.shape[0]):
-        if scarce[g]:
-            use = -t.available[g]
-            for i in range(stages.shape[0]):
-                use += class_use(t, o, stages[i, 0], g)
-            if use > most:
-                worst, most = g, use
-    return worst, most
-
-
-@kernel
 def _penalised_cover(
     t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, penalty: FloatArray
 ) -> tuple[float, IntArray]:
@@ -245,7 +232,7 @@ def fitting_cover(
     Returns (lower bound on the price, price, stages); price inf and no stages if no fitting cover was met.
     """
     price, stages = cheapest_cover(t, o, prices, interval_s, max_copies)
-    short, over = _excess(t, o, stages, scarce)
+    short, over = overdrawn(t, o, stages, scarce)
     penalty[:] = 0.0
     if short < 0:
         return price, price, stages
@@ -255,7 +242,7 @@ def fitting_cover(
     for _ in range(24):
         trial[short] += step
         bound, stages = _penalised_cover(t, o, prices, interval_s, max_copies, trial)
-        excess, _ = _excess(t, o, stages, scarce)
+        excess, _ = overdrawn(t, o, stages, scarce)
         if bound > lower:
             lower = bound
             penalty[:] = trial
@@ -343,7 +330,7 @@ def best_column(
         cheapest_per_layers(o, prices, hi / (1.0 + slack), t.num_layers, best, arg)
         price, stages = _cover(t, best, arg)
         wanted = max(ratio_floor, best_ratio)
-        if _excess(t, o, stages, scarce)[0] >= 0 and 1.0 / (t_lo * price) > wanted:
+        if overdrawn(t, o, stages, scarce)[0] >= 0 and 1.0 / (t_lo * price) > wanted:
             # The penalties of the interval before often do here too.
             price = max(price, _penalised_cover(t, o, prices, hi / (1.0 + slack), max_copies, penalty)[0])
             if wanted * price * hi <= 1.0 + tolerance:

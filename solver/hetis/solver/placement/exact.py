@@ -247,10 +247,14 @@ def solve_exactly(
         chosen, packing = search.pack(search.frontier.rate, budget.remaining_s(), seed)
         if packing is not None:
             best = (chosen, packing)
-        if packing is None or not finished:
+        if not finished:
             break
         ceiling = search.frontier.ceiling(tolerance)
         _, optimistic = search.pack(ceiling, budget.remaining_s(), seed)
+        if packing is None:
+            if optimistic is None:
+                break  # not even the ceilings meet the demand: proved
+            continue  # this pass was too coarse to tell
         if optimistic is not None:
             outside = max if master.maximises else min
             proven = outside(packing.value, optimistic.bound)

@@ -27,7 +27,7 @@ from hetis.solver.placement.template import Template, use_of
 
 SMOOTHING = 0.5  # weight of the best bound's prices
 PRICE_FLOOR = 1e-5  # of the mean price of a row's unit: no row is free, or a replica could be infinitely good
-MAX_ROUNDS = 200
+MAX_ROUNDS = 60
 MILP_SECONDS = 4.0
 KEEP = 0.97  # columns this close to the best of a round are worth keeping
 
@@ -76,6 +76,7 @@ class ColumnGeneration:
         self.pool = Pool(atlas, row_costs)
         self.bound = Bound(np.inf if master.maximises else 0.0, self._first_prices())
         self.incumbent: MilpSolution | None = None
+        self.may_have_plan = True  # until a complete pricing finds nothing at all
         self.is_whole_family = False  # whether the bound speaks of the whole family yet
 
     def _first_prices(self) -> FloatArray:
@@ -136,6 +137,7 @@ class ColumnGeneration:
             priced = pricer.price(self._lifted(prices), floor, KEEP, self.budget)
             self._improve_bound(self._lifted(prices), priced.ratio_bound)
             added = self.pool.add(priced.templates)
+            self.may_have_plan = priced.ratio_bound > floor or lp is not None or not priced.complete
             if not priced.complete:
                 return False
             lp = self._relaxation()

@@ -12,13 +12,21 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.cover import best_column, fitting_cover
 from hetis.solver.placement.options import Options, cheapest_per_shape, list_options, option_prices, selected
-from hetis.solver.placement.sequential import best_sequential, best_within_cap, least_weighted, useful_options
+from hetis.solver.placement.sequential import (
+    best_fitting_sequential,
+    best_sequential,
+    best_within_cap,
+    least_weighted,
+    overdrawn,
+    useful_options,
+)
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 
 Group = tuple[tuple[int, int, int], list[Configuration]]  # configurations that differ in their fill only
 
 BATCH = 32
+WITHIN_CAP, FITTING = -1.0, -2.0  # in place of a time weight: which program found a sequential replica
 SCARCE = 256
 RATIO_TOLERANCE = 2e-4  # intervals narrower than this are not halved further: what it leaves open goes into the bound
 
@@ -91,12 +99,18 @@ def _best(
     for i in range(slacks.shape[0]):
         if t.in_flight[f] == 1:
             ratio, weight, bound = best_sequential(t, options, prices, t.t_cap[x, f], floor)
+            stages = np.empty((0, 2), np.int64)
             if bound > max(floor, ratio) * (1.0 + tolerance):
-                within, _, exact = best_within_cap(t, options, prices, t.t_cap[x, f], max(floor, ratio))
+                within, stages, exact = best_within_cap(t, options, prices, t.t_cap[x, f], max(floor, ratio))
                 if within > ratio:
-                    ratio, weight = within, -1.0
+                    ratio, weight = within, WITHIN_CAP
                 if exact:
                     bound = max(ratio, floor)
+            if ratio > floor and weight >= 0.0:
+                _, _, stages = least_weighted(t, options, prices, 1.0, weight)
+            if ratio > floor and overdrawn(t, options, stages, scarce)[0] >= 0:
+                ratio, stages, fitting_bound = best_fitting_sequential(t, options, prices, t.t_cap[x, f], scarce)
+                weight, bound = FITTING, min(bound, max(fitting_bound, ratio))
             out[i, 0], out[i, 1], out[i, 2] = ratio, weight, bound
         else:
             out[i, :] = best_column(t, options, prices, t.t_cap[x, f], slacks[i], copies[i], scarce, floor, tolerance)
@@ -136,7 +150,7 @@ class Pricer:
         ceilings = self._ceilings(group_price, card_price)
         order = sorted(self.groups, key=lambda group: (-ceilings[group[0][0], group[0][1]], group[0][2]))
         best, bound = floor, floor
-        found: list[tuple[float, Configuration, float]] = []
+        found: list[tuple[float, Configuration, float, float]] = []
         complete = True
 
         def search(group: Group) -> FloatArray:
@@ -163,12 +177,12 @@ class Pricer:
                             continue
                         bound = max(bound, left)
                         if ratio > threshold:
-                            found.append((float(ratio), configuration, float(parameter)))
+                            found.append((float(ratio), configuration, float(parameter), threshold))
                             best = max(best, float(ratio))
         found.sort(key=lambda item: (-item[0], item[1].scope, item[1].mix, item[1].in_flight_index, item[1].max_copies))
         templates = tuple(
-            self._template(configuration, ratio, parameter, group_price, card_price)
-            for ratio, configuration, parameter in found
+            self._template(configuration, ratio, parameter, below, group_price, card_price)
+            for ratio, configuration, parameter, below in found
             if ratio >= best * keep
         )
         return Priced(templates, float(bound), complete)
@@ -185,7 +199,8 @@ class Pricer:
         return bounds
 
     def _template(
-        self, c: Configuration, ratio: float, parameter: float, group_price: FloatArray, card_price: FloatArray
+        self, c: Configuration, ratio: float, parameter: float, floor: float, group_price: FloatArray,
+        card_price: FloatArray,
     ) -> Template:  # fmt: skip
         """Runs the winning program of a configuration once more, keeping its stages."""
         a = self.atlas
@@ -194,9 +209,13 @@ class Pricer:
             tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, group_price, card_price, self.scarce
         )
         if c.is_sequential:
-            if parameter < 0:
-                cap = tables.t_cap[c.mix, c.in_flight_index]
+            cap = tables.t_cap[c.mix, c.in_flight_index]
+            if parameter == WITHIN_CAP:
                 _, stages, _ = best_within_cap(tables, options, prices, cap, ratio * (1.0 - 1e-9))
+            elif parameter == FITTING:
+                kept = useful_options(tables, options, prices, cap, floor)
+                options, prices = selected(options, kept), prices[kept]
+                _, stages, _ = best_fitting_sequential(tables, options, prices, cap, self.scarce)
             else:
                 _, _, stages = least_weighted(tables, options, prices, 1.0, parameter)
         else:

@@ -6,8 +6,8 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import Options
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
+from hetis.solver.placement.options import Options, class_use
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 
 @kernel
@@ -310,3 +310,83 @@ def _add_label(
     back[pos, kept, 0], back[pos, kept, 1], back[pos, kept, 2] = before_pos, before_label, option
     labels[pos] = kept + 1
     return True
+
+
+@kernel
+def overdrawn(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
+    """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
+    worst, most = -1, 0
+    for g in range(scarce.shape[0]):
+        if scarce[g]:
+            use = -t.available[g]
+            for i in range(stages.shape[0]):
+                use += class_use(t, o, stages[i, 0], g)
+            if use > most:
+                worst, most = g, use
+    return worst, most
+
+
+@kernel
+def best_fitting_sequential(
+    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, scarce: BoolArray
+) -> tuple[float, IntArray, float]:
+    """A good single-micro-batch replica among those that fit in the fleet, and a bound on all of these.
+
+    For a row of time weights mu, penalties on scarce classes give Lagrangean bounds V(mu) on ``price + mu t``; with
+    t within the cap they bound price from below at every t, and so ``1 / (t price)``.
+
+    Returns (ratio, stages, bound); ratio 0 and no stages if no fitting replica was met.
+    """
+    steps = 15
+    best, best_stages = 0.0, np.empty((0, 2), np.int64)
+    cheapest, _, stages = least_weighted(t, o, prices, 1.0, 0.0)
+    if stages.shape[0] == 0:
+        return best, best_stages, 0.0
+    _, quickest_s, _ = least_weighted(t, o, prices, 0.0, 1.0)
+    if quickest_s > interval_cap_s:
+        return best, best_stages, 0.0
+    weights = np.empty(steps, np.float64)
+    values = np.empty(steps, np.float64)
+    penalty = np.zeros(scarce.shape[0])
+    adjusted = np.empty_like(prices)
+    for k in range(steps):
+        weights[k] = cheapest / quickest_s * 3.0 ** (k - 6)
+        values[k] = 0.0
+        step = 0.0
+        for _ in range(20):
+            offset = 0.0
+            for g in range(scarce.shape[0]):
+                offset += penalty[g] * t.available[g]
+            for i in range(prices.shape[0]):
+                adjusted[i] = prices[i]
+                for g in range(scarce.shape[0]):
+                    if penalty[g] > 0.0:
+                        adjusted[i] += penalty[g] * class_use(t, o, i, g)
+            price, seconds, stages = least_weighted(t, o, adjusted, 1.0, weights[k])
+            total = price + weights[k] * seconds
+            values[k] = max(values[k], total - offset)
+            short, over = overdrawn(t, o, stages, scarce)
+            if short >= 0:
+                step = max(step, total / (over + t.available[short]) * 0.5)
+                penalty[short] += step
+                continue
+            true_price = total_price(prices, stages)
+            if seconds <= interval_cap_s and 1.0 / (seconds * true_price) > best:
+                best, best_stages = 1.0 / (seconds * true_price), stages
+            if offset <= 1e-3 * total:
+                break
+            step *= 0.5
+            penalty *= 0.7
+    bound, at = 0.0, quickest_s
+    while at < interval_cap_s:
+        following = min(at * 1.002, interval_cap_s)
+        least = cheapest
+        for k in range(steps):
+            least = max(least, values[k] - weights[k] * following)
+        bound = max(bound, 1.0 / (at * least))
+        if least <= cheapest:
+            break  # from here on the price can fall no further, and longer intervals only lower the rate
+        at = following
+        if at >= interval_cap_s:
+            break
+    return best, best_stages, max(bound, best)

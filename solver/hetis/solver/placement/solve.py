@@ -66,6 +66,10 @@ def solve_placement(
     """
     if strategy not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
+    if strategy != "uniform" and not (problem.family.mixed_types and problem.family.uneven_layers):
+        raise InvalidProblemError(
+            f"strategy {strategy} has no restriction to one GPU type or equal layers; use uniform"
+        )
     budget = budget if budget is not None else Budget()
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     atlas = build_atlas(problem)
@@ -114,12 +118,33 @@ def _search(
     if is_small(atlas):
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
+    if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
+        return None
     one_zone = merged_problem(atlas.problem)
     if one_zone is not None:
         outcome = _search_merged(build_atlas(one_zone), generation, threads, gap_target, seed)
         if outcome is not None:
             return outcome
-    return generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
+    outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
+    if outcome is None and generation.may_have_plan and not budget.is_spent():
+        # Columns were found that fit in no packing: too little proof of anything.
+        return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+    return outcome
+
+
+def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_target: float) -> bool:
+    """Whether the fleet's best rate may reach the demand; the columns of that search stay with ``generation``."""
+    atlas = generation.atlas
+    fastest = ColumnGeneration(
+        atlas,
+        Master(atlas.resources.limits, None),
+        np.zeros(len(atlas.resources.rows)),
+        budget=generation.budget,
+        report=silent,
+    )
+    fastest.generate(uniform_templates(atlas), threads=threads, gap_target=gap_target)
+    generation.pool.add(fastest.pool.templates)
+    return fastest.bound.value >= demand * (1.0 - 1e-9)
 
 
 def _search_merged(

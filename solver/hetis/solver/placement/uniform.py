@@ -92,6 +92,9 @@ def uniform_templates(atlas: Atlas) -> list[Template]:
                 takers = [*range(1, num_stages - 1), 0, num_stages - 1][:spare] if num_stages > 1 else []
                 for i in range(num_stages):
                     stages.append(TemplateStage(rank=s, copies=1, layers=each + (1 if i in takers else 0)))
+                cuts = np.cumsum([stage.layers for stage in stages])[:-1]
+                if np.any(t.cut_floor[cuts] != cuts):
+                    continue  # the model may not be cut there
                 template = Template(scope, x, f, tuple(stages), interval)
                 found.append(Template(scope, x, f, tuple(stages), interval_of(atlas, template)))
     return found
