@@ -66,10 +66,6 @@ def solve_placement(
     """
     if strategy not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
-    if strategy != "uniform" and not (problem.family.mixed_types and problem.family.uneven_layers):
-        raise InvalidProblemError(
-            f"strategy {strategy} has no restriction to one GPU type or equal layers; use uniform"
-        )
     budget = budget if budget is not None else Budget()
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     atlas = build_atlas(problem)
@@ -373,4 +369,6 @@ def _notes(problem: PlacementProblem) -> tuple[str, ...]:
         notes.append(
             f"{clipped:.1%} of the requests were cut to the model's context of {problem.model.max_position} tokens"
         )
+    if len(problem.cluster.zones()) > 1:
+        notes.append("a replica lies in one zone, or spans all and keeps to an equal share of the links between them")
     return tuple(notes)

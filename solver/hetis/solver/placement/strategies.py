@@ -10,7 +10,8 @@ from hetis.solver.problem import Family
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A name, one sentence for people, and what it leaves of a family."""
+    """A name, one sentence for people, and what it makes of a family: the shapes are the strategy's, the sizes
+    tried (TP, micro-batches, chunks, at most so many copies and attention workers) the family's."""
 
     name: str
     summary: str
@@ -22,7 +23,7 @@ def _uniform(family: Family) -> Family:
 
 
 def _hexgen(family: Family) -> Family:
-    return replace(family, name="hexgen", max_copies=1, max_pool=0)
+    return replace(family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0)
 
 
 STRATEGIES: Mapping[str, Strategy] = {
@@ -31,7 +32,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         Strategy(
             "hetis",
             "every shape: mixed types, uneven layers, stage copies, attention workers",
-            lambda family: replace(family, name="hetis"),
+            lambda family: replace(family, name="hetis", mixed_types=True, uneven_layers=True),
         ),
         Strategy("uniform", "what engines do today: one GPU type per replica, equal layers", _uniform),
         Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _hexgen),
