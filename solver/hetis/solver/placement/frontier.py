@@ -83,7 +83,10 @@ def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntA
 def within(lattice: Lattice, small: int, large: int) -> bool:
     if small > large:
         return False
-    return not np.any(lattice.digits[small] > lattice.digits[large])
+    for row in range(lattice.limits.shape[0]):  # noqa: SIM110  (compiled: a comparison of arrays would allocate)
+        if lattice.digits[small, row] > lattice.digits[large, row]:
+            return False
+    return True
 
 
 @kernel

@@ -153,7 +153,10 @@ def _at_least(o: Options, i: int, layer_s: float, caps: IntArray) -> bool:
     """Whether option i is as fast and as roomy."""
     if o.layer_s[i] > layer_s:
         return False
-    return not np.any(o.max_layers[i] < caps)
+    for role in range(4):  # noqa: SIM110  (compiled: a comparison of arrays would allocate)
+        if o.max_layers[i, role] < caps[role]:
+            return False
+    return True
 
 
 @kernel
