@@ -7,7 +7,7 @@ import numpy as np
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import ROUNDING, Options, selected
-from hetis.solver.placement.sequential import overdrawn
+from hetis.solver.placement.sequential import overdrawn, total_price
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 
@@ -249,9 +249,7 @@ def fitting_cover(
         if bound == np.inf or lower >= enough or lower >= best_price:
             break
         if excess < 0:
-            price = 0.0
-            for i in range(stages.shape[0]):
-                price += prices[stages[i, 0]]
+            price = total_price(prices, stages)
             if price < best_price:
                 best_price, best_stages = price, stages
             if best_price - lower <= 1e-3 * best_price:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis.solver.cluster import Link, Network
+from hetis.solver.cluster import Network
 from hetis.solver.placement.classes import DeviceClass
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template, TemplateStage
@@ -33,15 +33,11 @@ def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
     if any(other.slower_of(link) != other for other in between):
         return None  # some zones are closer to each other than to themselves
     groups = tuple(
-        replace(group, zone=MERGED, nic=group.nic if group.nic is not None else _nic(network))
+        replace(group, zone=MERGED, nic=group.nic if group.nic is not None else network.default)
         for group in cluster.node_groups
     )
     merged = replace(cluster, node_groups=groups, network=Network(default=link))
     return replace(problem, cluster=merged)
-
-
-def _nic(network: Network) -> Link:
-    return network.default
 
 
 def _kind(c: DeviceClass) -> tuple[object, ...]:
