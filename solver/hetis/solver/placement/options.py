@@ -60,10 +60,43 @@ def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> f
 
 
 @kernel
-def layers_on_card(t: Tables, q: int, pairs: float, requests: int, tokens: float) -> float:
-    """Layers whose KV fits on an attention worker that holds ``pairs`` (request, head group) pairs of each."""
+def layers_on_card(t: Tables, q: int, tp: int, k: int, cards: int, requests: int, tokens: float) -> float:
+    """Layers whose KV fits on each of ``cards`` attention workers that take k head groups of ``tp`` ranks.
+
+    A card holds a whole number of (request, head group) pairs of every layer.
+    """
+    pairs = np.ceil(requests * k * tp / cards - ROUNDING)
     layers: float = t.worker_room_bytes[q] / (pairs / requests * tokens * t.kv_group_bytes) + ROUNDING
     return layers
+
+
+@kernel
+def copies_limit(t: Tables, f: int, max_copies: int) -> int:
+    """Copies that a stage may have: with one micro-batch in flight they would take no turns."""
+    limit: int = 1 if t.in_flight[f] == 1 else min(max_copies, t.in_flight[f])
+    return limit
+
+
+@kernel
+def copy_requests(t: Tables, x: int, f: int, copies: int) -> int:
+    """Requests D b whose KV each of a stage's copies holds."""
+    requests: int = (t.in_flight[f] + copies - 1) // copies * t.micro_batch[x]
+    return requests
+
+
+@kernel
+def pool_limit(t: Tables, s: int, copies: int, q: int, max_pool: int) -> int:
+    """Attention workers of class q that each copy of a stage of rank type s can have."""
+    own = copies * t.rank_tp[s] if q == t.rank_class[s] else 0
+    limit: int = min(max_pool, t.available[q] - own) // copies
+    return limit
+
+
+@kernel
+def pool_seconds(t: Tables, x: int, s: int, q: int, k: int, size: int) -> float:
+    """Decode attention of a layer, k head groups of every rank with the ``size``-th number of cards of class q."""
+    seconds: float = t.pool_s[x, t.pool_start[s, q] + (k - 1) * t.pool_sizes.shape[0] + size]
+    return seconds
 
 
 @kernel
@@ -73,17 +106,15 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
     An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
     of the same class, is as fast and has as much room: it would only cost more.
     """
-    b, m = t.micro_batch[x], t.in_flight[f]
     out = _empty_options(256)
     count = 0
     caps = np.empty(4, np.int64)
     for s in range(t.rank_class.shape[0]):
         g, n, groups = t.rank_class[s], t.rank_tp[s], t.rank_groups[s]
-        copies_limit = 1 if m == 1 else min(max_copies, m)
-        for c in range(1, copies_limit + 1):
+        for c in range(1, copies_limit(t, f, max_copies) + 1):
             if c * n > t.available[g]:
                 break
-            requests = (m + c - 1) // c * b  # D b
+            requests = copy_requests(t, x, f, c)
             tokens = t.kv_tokens[x, f, c - 1]
             on_rank = np.empty((groups + 1, 4), np.float64)
             for k in range(groups + 1):
@@ -93,7 +124,7 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
             for q in range(-1, t.available.shape[0]):
                 if q >= 0 and (max_pool == 0 or t.pool_start[s, q] < 0):
                     continue
-                cards_limit = min(max_pool, t.available[q] - (c * n if q == g else 0)) // c if q >= 0 else 0
+                cards_limit = pool_limit(t, s, c, q, max_pool) if q >= 0 else 0
                 first_of_group = fastest = roomiest = count
                 for size in range(t.pool_sizes.shape[0] if q >= 0 else 1):
                     p = t.pool_sizes[size] if q >= 0 else 0
@@ -106,8 +137,8 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
                         if q < 0:
                             layer_s += t.own_s[x, s, groups]
                         else:
-                            layer_s += t.pool_s[x, t.pool_start[s, q] + (k - 1) * t.pool_sizes.shape[0] + size]
-                            on_card = layers_on_card(t, q, np.ceil(requests * k * n / p - ROUNDING), requests, tokens)
+                            layer_s += pool_seconds(t, x, s, q, k, size)
+                            on_card = layers_on_card(t, q, n, k, p, requests, tokens)
                         most = 0
                         for role in range(4):
                             prefix = t.prefix_layers if role in (FIRST, BOTH) else 0
@@ -225,36 +256,3 @@ def selected(o: Options, chosen: IntArray) -> Options:
     out = _empty_options(max(1, chosen.shape[0]))
     _copy_options(o, out, chosen)
     return _sliced(out, chosen.shape[0])
-
-
-@kernel
-def cheapest_per_shape(o: Options, prices: FloatArray, num_layers: int) -> IntArray:
-    """Options worth their price beside those of the same rank type and copies: none cheaper is as fast and as roomy.
-
-    By ascending price, ``fastest[n]`` is the fastest option so far with room for n plain layers; only that one is
-    compared with. Options come grouped as `list_options` lists them.
-    """
-    count, size = 0, prices.shape[0]
-    kept = np.empty(size, np.int64)
-    fastest = np.empty(num_layers + 1, np.int64)
-    start = 0
-    while start < size:
-        end = start
-        while end < size and o.rank[end] == o.rank[start] and o.copies[end] == o.copies[start]:
-            end += 1
-        fastest[:] = -1
-        order = np.argsort(prices[start:end])
-        for j in range(end - start):
-            i = start + order[j]
-            room = o.max_layers[i, PLAIN]
-            rival = fastest[room]
-            if rival >= 0 and _at_least(o, rival, o.layer_s[i], o.max_layers[i]):
-                continue
-            kept[count] = i
-            count += 1
-            for n in range(room, -1, -1):
-                if fastest[n] >= 0 and o.layer_s[fastest[n]] <= o.layer_s[i]:
-                    break
-                fastest[n] = i
-        start = end
-    return kept[:count]

@@ -1,0 +1,232 @@
+"""Ceilings, compiled: how good a replica of a configuration can be at all, before any search of its stages.
+
+Stages i of a pipelined replica have price p, copies c and, at an interval of t seconds (slack taken off), room for
+``cap(t) = min(n, (c t - f) / w)`` layers: n fit in memory, a layer takes w and the rest of the stage f seconds. They
+carry L layers with at most K copies in all, so that for every m >= 0
+
+    t price  >=  sum (t p + m c) - m K  >=  L r(m) - m K,        r(m) = min over stages and t of (t p + m c) / cap(t)
+
+and ``rate / price <= 1 / ((1 + slack) (L r(m) - m K))``. The quotient falls with t until the memory is full, and rises
+from there on: its minimum is known in closed form. m is what a copy costs beside its GPUs: without it, a class that
+the prices make nearly free would carry all layers, a few on each of ever more stages.
+
+Stages of a sequential replica take turns of ``l w + f`` seconds. By Cauchy-Schwarz
+
+    t price  >=  (sum sqrt(p (l w + f)))^2  >=  (L r)^2,         r = min over stages and l of sqrt(p (l w + f)) / l
+
+All but a few configurations end here: their ceiling is below what is known to be possible. In those that remain, a
+stage is *useful* only if its own ``t p + m c - cap(t) r`` leaves a replica within reach.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.options import (
+    Options,
+    copies_limit,
+    copy_requests,
+    layers_on_card,
+    layers_on_rank,
+    pool_limit,
+    pool_seconds,
+)
+from hetis.solver.placement.tables import PLAIN, FloatArray, Tables
+
+ROUNDS = 12  # of the search for m
+
+
+class Limits(NamedTuple):
+    """What bounds the replicas of a configuration beside memory."""
+
+    shortest_s: float  # interval, slack taken off
+    longest_s: float
+    slack: float
+    copies: int  # K
+    sequential: bool
+
+
+class Effort(NamedTuple):
+    """r and the stage that attains it, as a line over m: ``r = (t p + m c) / cap``."""
+
+    value: float
+    price_s: float  # t p / cap
+    copies: float  # c / cap
+
+
+class Ceiling(NamedTuple):
+    """No replica of the configuration has ``rate / price`` above ``ratio``; proved with this m and r."""
+
+    ratio: float
+    copy_cost: float
+    effort: float
+
+
+@kernel
+def limits_of(t: Tables, x: int, f: int, slack: float, copies: int) -> Limits:
+    """The limits of a configuration."""
+    stretch = 1.0 + slack
+    return Limits(t.t_floor / stretch, t.t_cap[x, f] / stretch, slack, copies, t.in_flight[f] == 1)
+
+
+@kernel
+def _effort(
+    price: float, copies: float, layer_s: float, fixed_s: float, most: float, copy_cost: float, limits: Limits
+) -> Effort:
+    """Of one stage, at its best interval and number of layers; inf where it carries no layer within the limits."""
+    nothing = Effort(np.inf, np.inf, np.inf)
+    if most < 1.0 or layer_s + fixed_s > copies * limits.longest_s:
+        return nothing
+    if limits.sequential:
+        layers = min(most, (limits.longest_s - fixed_s) / layer_s)
+        return Effort(np.sqrt(price * (layers * layer_s + fixed_s)) / layers, 0.0, 0.0)
+    t = max(limits.shortest_s, min(limits.longest_s, (most * layer_s + fixed_s) / copies))
+    layers = min(most, (copies * t - fixed_s) / layer_s)
+    return Effort((t * price + copy_cost * copies) / layers, t * price / layers, copies / layers)
+
+
+@kernel
+def _least_effort(
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
+    limits: Limits, copy_cost: float,
+) -> Effort:  # fmt: skip
+    """r of a configuration, over the stages that `list_options` would list.
+
+    A class and number of attention workers too dear even if attention took no time is left without a look at its
+    splits.
+    """
+    least = Effort(np.inf, np.inf, np.inf)
+    for s in range(t.rank_class.shape[0]):
+        g, n, groups = t.rank_class[s], t.rank_tp[s], t.rank_groups[s]
+        base_s = t.layer_s[x, s]
+        fixed_s = t.step_s[x, s] + min(t.hop_s[x, s], t.prefix_layers * (base_s + t.prefix_delta_s[x, s]))
+        roomiest = np.floor(layers_on_rank(t, x, s, 0.0, PLAIN))
+        for c in range(1, copies_limit(t, f, max_copies) + 1):
+            if c * n > t.available[g] or c > limits.copies:
+                break
+            requests = copy_requests(t, x, f, c)
+            tokens = t.kv_tokens[x, f, c - 1]
+            most = np.floor(layers_on_rank(t, x, s, groups * t.kv_group_bytes * tokens, PLAIN))
+            own_s = base_s + t.own_s[x, s, groups]
+            effort = _effort(c * group_price[s], c, own_s, fixed_s, most, copy_cost, limits)
+            if effort.value < least.value:
+                least = effort
+            for q in range(t.available.shape[0]):
+                if max_pool == 0 or t.pool_start[s, q] < 0:
+                    continue
+                cards_limit = pool_limit(t, s, c, q, max_pool)
+                for size in range(t.pool_sizes.shape[0]):
+                    p = t.pool_sizes[size]
+                    price = c * (group_price[s] + p * card_price[q])
+                    if p > cards_limit or (
+                        _effort(price, c, base_s, fixed_s, roomiest, copy_cost, limits).value >= least.value
+                    ):
+                        break
+                    for k in range(1, groups + 1):
+                        layer_s = base_s + pool_seconds(t, x, s, q, k, size)
+                        if _effort(price, c, layer_s, fixed_s, roomiest, copy_cost, limits).value >= least.value:
+                            continue
+                        on_rank = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, PLAIN)
+                        on_card = layers_on_card(t, q, n, k, p, requests, tokens)
+                        effort = _effort(price, c, layer_s, fixed_s, np.floor(min(on_rank, on_card)), copy_cost, limits)
+                        if effort.value < least.value:
+                            least = effort
+    return least
+
+
+@kernel
+def ceiling(
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
+    limits: Limits, enough: float,
+) -> Ceiling:  # fmt: skip
+    """The ceiling of a configuration, or the first proof that it is no higher than ``enough``.
+
+    ``L r(m) - m K`` is concave in m and made of lines, one per stage. m moves to where the best line that rises and
+    the best that falls meet, until nothing lies below that.
+    """
+    num_layers = t.num_layers
+    if limits.sequential:
+        only = _least_effort(t, x, f, max_copies, max_pool, group_price, card_price, limits, 0.0)
+        return Ceiling(1.0 / (num_layers * only.value) ** 2, 0.0, only.value)
+    best = Ceiling(np.inf, 0.0, 0.0)
+    wanted = 1.0 / (enough * (1.0 + limits.slack)) if enough > 0.0 else np.inf
+    m = wanted / limits.copies if enough > 0.0 else 0.0
+    rising = falling = Effort(np.inf, np.inf, np.inf)
+    for _ in range(ROUNDS):
+        effort = _least_effort(t, x, f, max_copies, max_pool, group_price, card_price, limits, m)
+        work = num_layers * effort.value - m * limits.copies  # bounds t price from below
+        if work > 0.0 and 1.0 / (work * (1.0 + limits.slack)) < best.ratio:
+            best = Ceiling(1.0 / (work * (1.0 + limits.slack)), m, effort.value)
+        if work >= wanted or effort.value == np.inf:
+            break
+        slope = num_layers * effort.copies - limits.copies
+        if slope > 0.0:
+            rising = effort
+        else:
+            falling = effort
+            if m == 0.0:
+                break
+        if rising.value == np.inf:
+            following = 0.0
+        elif falling.value == np.inf:
+            following = max(4.0 * m, num_layers * rising.price_s / limits.copies)
+        else:
+            following = (rising.price_s - falling.price_s) / (falling.copies - rising.copies)
+        if abs(following - m) <= 1e-6 * m:
+            break
+        m = following
+    return best
+
+
+@kernel
+def ceilings(
+    t: Tables, mixes: IntArray, in_flight: IntArray, slacks: FloatArray, copies: IntArray, max_copies: int,
+    max_pool: int, group_price: FloatArray, card_price: FloatArray, enough: float,
+) -> FloatArray:  # fmt: skip
+    """`ceiling` of many configurations; shape [configurations, 3]: ratio, m, r."""
+    found = np.zeros((mixes.shape[0], 3), np.float64)
+    for i in range(mixes.shape[0]):
+        limits = limits_of(t, mixes[i], in_flight[i], slacks[i], copies[i])
+        if limits.shortest_s <= limits.longest_s:
+            proof = ceiling(
+                t, mixes[i], in_flight[i], max_copies, max_pool, group_price, card_price, limits, enough
+            )  # fmt: skip
+            found[i, 0], found[i, 1], found[i, 2] = proof.ratio, proof.copy_cost, proof.effort
+    return found
+
+
+@kernel
+def within_reach(
+    o: Options, prices: FloatArray, num_layers: int, limits: Limits, proof: Ceiling, floor: float
+) -> IntArray:
+    """The options that a pipelined replica with ``rate / price > floor`` can have a stage of.
+
+    A stage leaves ``L - cap(t)`` layers to others, which take r each. What it takes itself beyond that must be less
+    than what is left between floor and ceiling; it is least at one of two intervals: that of a single layer, or that
+    of a full memory.
+    """
+    if floor <= 0.0 or proof.ratio == np.inf:
+        return np.arange(prices.shape[0])
+    m, r = proof.copy_cost, proof.effort
+    spare = 1.0 / (floor * (1.0 + limits.slack)) - (num_layers * r - m * limits.copies)
+    kept = np.empty(prices.shape[0], np.int64)
+    count = 0
+    for i in range(prices.shape[0]):
+        c, fixed_s, most = o.copies[i], np.inf, 0
+        for role in range(4):
+            fixed_s = min(fixed_s, o.fixed_s[i, role])
+            most = max(most, o.max_layers[i, role])
+        t_one = (o.layer_s[i] + fixed_s) / c
+        if c > limits.copies or t_one > limits.longest_s:
+            continue
+        t_full = min(limits.longest_s, (most * o.layer_s[i] + fixed_s) / c)
+        layers = min(float(most), (c * t_full - fixed_s) / o.layer_s[i])
+        taken = min(t_one * prices[i] - r, t_full * prices[i] - layers * r) + m * c
+        if taken < spare * (1.0 + 1e-9):
+            kept[count] = i
+            count += 1
+    return kept[:count]
