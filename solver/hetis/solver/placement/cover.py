@@ -293,6 +293,7 @@ def _options_within(
 
 
 PANEL = 1.1  # width of the intervals that are searched with the same few options
+MAX_HALVINGS = 64  # in a panel: where a scarce class leaves a gap, narrower intervals would not close it
 
 
 @kernel
@@ -363,11 +364,13 @@ def _best_in_panel(
     """`best_column` for intervals in [lo, hi] and replicas that fit in the fleet: halves intervals until they are
     narrower than ``tolerance`` or cannot win."""
     best_ratio, best_t, bound = 0.0, 0.0, 0.0
-    stack = np.empty((128, 3), np.float64)
+    stack = np.empty((MAX_HALVINGS + 2, 3), np.float64)
     size = 0
     penalty = np.zeros(scarce.shape[0])
     middle = hi  # no cover is cheaper than ``price_hi`` there
+    halvings = 0
     while True:
+        halvings += 1
         enough = 1.0 / (lo * max(ratio_floor, best_ratio, 1e-300))
         lower, price, _ = fitting_cover(t, o, prices, middle / (1.0 + slack), max_copies, scarce, penalty, enough)
         if price < np.inf and 1.0 / (middle * price) > best_ratio:
@@ -388,7 +391,7 @@ def _best_in_panel(
                 continue
             if wanted > 0.0:
                 hi = min(hi, 1.0 / (wanted * price_hi))
-            if hi > lo * (1.0 + tolerance) and size + 2 < stack.shape[0]:
+            if hi > lo * (1.0 + tolerance) and halvings < MAX_HALVINGS:
                 break
             bound = max(bound, ceiling)
         else:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.options import Options
+from hetis.solver.placement.options import Options, layers_on_card, layers_on_rank
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
 
 
@@ -212,18 +212,15 @@ def fixed_bytes(atlas: Atlas, template: Template, index: int) -> float:
 def room_layers(atlas: Atlas, template: Template, index: int) -> int:
     """Repeated layers that fit in memory on a stage (and its pool)."""
     t = atlas.scopes[template.scope].tables
-    stage = template.stages[index]
+    stage, role = template.stages[index], roles(len(template.stages))[index]
     held, tokens = kv_tokens_held(atlas, template, stage)
-    prefix = t.prefix_layers if index == 0 else 0
     kept = (t.rank_groups[stage.rank] - stage.pool_groups) * t.kv_group_bytes * tokens
-    room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - prefix * kept
-    layers = room / (t.layer_bytes[stage.rank] + kept)
+    layers = layers_on_rank(t, template.mix, stage.rank, kept, role)
     if stage.pool_class >= 0:
-        requests = held * int(t.micro_batch[template.mix])
-        pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
-        worker_bytes = pairs / requests * tokens * t.kv_group_bytes
-        layers = min(layers, t.worker_room_bytes[stage.pool_class] / worker_bytes - prefix)
-    return max(0, int(min(layers + 1e-9, t.num_layers)))
+        requests, tp = held * int(t.micro_batch[template.mix]), int(t.rank_tp[stage.rank])
+        on_card = layers_on_card(t, stage.pool_class, tp, stage.pool_groups, stage.pool_cards, requests, tokens)
+        layers = min(layers, on_card - (t.prefix_layers if index == 0 else 0))
+    return max(0, int(layers))
 
 
 def use_of(atlas: Atlas, template: Template) -> IntArray:
