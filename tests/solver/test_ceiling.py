@@ -1,0 +1,83 @@
+"""Ceilings: no replica found by searching every stage option lies above them, and none is lost by trusting them."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.measuring.instances import example, problem
+from hetis.solver.placement.ceiling import Ceiling, ceilings, limits_of
+from hetis.solver.placement.pricing import RATIO_TOLERANCE, _best
+from hetis.solver.placement.tables import Atlas, FloatArray, build_atlas
+from hetis.solver.placement.template import Configuration, configurations
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import problems
+
+EXAMPLES = max(5, settings().max_examples // 2)
+UNKNOWN = Ceiling(np.inf, 0.0, 0.0)
+
+
+def ceiling_of(
+    atlas: Atlas, c: Configuration, group_price: FloatArray, card_price: FloatArray, enough: float
+) -> Ceiling:
+    family = atlas.problem.family
+    found = ceilings(
+        atlas.scopes[c.scope].tables, np.array([c.mix]), np.array([c.in_flight_index]), np.array([c.slack]),
+        np.array([c.max_copies]), family.max_copies, family.max_pool, group_price, card_price, enough,
+    )  # fmt: skip
+    return Ceiling(*map(float, found[0]))
+
+
+def searched(
+    atlas: Atlas, c: Configuration, group_price: FloatArray, card_price: FloatArray, proof: Ceiling, floor: float
+) -> float:
+    """Best ``rate / price`` of a configuration; scarcity left aside, as the ceiling leaves it."""
+    tables, family = atlas.scopes[c.scope].tables, atlas.problem.family
+    limits = limits_of(tables, c.mix, c.in_flight_index, c.slack, c.max_copies)
+    if limits.shortest_s > limits.longest_s:
+        return 0.0
+    plenty = np.zeros(len(atlas.classes), dtype=np.bool_)
+    return float(
+        _best(
+            tables, c.mix, c.in_flight_index, family.max_copies, family.max_pool, group_price, card_price, plenty,
+            limits, proof, floor, RATIO_TOLERANCE,
+        )[0]
+    )  # fmt: skip
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(), data=st.data())
+def test_no_replica_is_above_its_ceiling_and_none_is_lost(problem: PlacementProblem, data: st.DataObject) -> None:
+    atlas = build_atlas(problem)
+    if not atlas.ranks:
+        return
+    worth = data.draw(
+        st.lists(st.sampled_from((1e-5, 0.1, 1.0, 3.0)), min_size=len(atlas.classes), max_size=len(atlas.classes))
+    )
+    rows = np.array([worth[g] if p == 1 else 0.0 for g, p in atlas.resources.rows])
+    prices = atlas.group_use @ rows, atlas.card_use @ rows
+    for c in configurations(atlas):
+        ratio = searched(atlas, c, *prices, UNKNOWN, 0.0)
+        highest = ceiling_of(atlas, c, *prices, 0.0)
+        assert ratio <= highest.ratio * (1 + 1e-9)
+        if ratio == 0.0:
+            continue
+        floor = 0.98 * ratio
+        proof = ceiling_of(atlas, c, *prices, floor)
+        assert proof.ratio > floor, "proved too low"
+        again = searched(atlas, c, *prices, proof, floor)
+        assert again == pytest.approx(ratio, rel=2 * RATIO_TOLERANCE), "a useful option was left out"
+
+
+def test_most_configurations_end_at_their_ceiling() -> None:
+    """That is what they are for: without them pricing would search 1,824 configurations, one by one."""
+    atlas = build_atlas(problem(example("fleet-160")))
+    worth = np.array([2.0, 0.9, 0.4, 0.35, 0.5])
+    prices = atlas.group_use @ worth, atlas.card_use @ worth
+    every = sorted(((ceiling_of(atlas, c, *prices, 0.0).ratio, c) for c in configurations(atlas)), key=itemgetter(0))
+    best = max(searched(atlas, c, *prices, UNKNOWN, 0.0) for _, c in every[-40:])
+    assert sum(highest > best for highest, _ in every) < len(every) / 4
