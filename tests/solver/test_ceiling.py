@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.measuring.instances import example, problem
 from hetis.solver.placement.ceiling import Ceiling, ceilings, limits_of
-from hetis.solver.placement.pricing import RATIO_TOLERANCE, _best
+from hetis.solver.placement.pricing import RATIO_TOLERANCE, best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray, build_atlas
 from hetis.solver.placement.template import Configuration, configurations
 from hetis.solver.problem import PlacementProblem
@@ -42,7 +42,7 @@ def searched(
         return 0.0
     plenty = np.zeros(len(atlas.classes), dtype=np.bool_)
     return float(
-        _best(
+        best_replica(
             tables, c.mix, c.in_flight_index, family.max_copies, family.max_pool, group_price, card_price, plenty,
             limits, proof, floor, RATIO_TOLERANCE,
         )[0]

@@ -143,6 +143,7 @@ def _fewest_nodes(atlas: Atlas, parts: Sequence[Part], start: Sequence[int], see
     model.minimize(sum(hosts.values()))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C is the caller's
     solver.parameters.random_seed = seed
     solver.parameters.max_deterministic_time = CP_SAT_SECONDS
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):

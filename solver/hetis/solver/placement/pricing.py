@@ -49,7 +49,7 @@ def _useful(
 
 
 @kernel
-def _best(
+def best_replica(
     t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
     scarce: BoolArray, limits: Limits, proof: Ceiling, floor: float, tolerance: float,
 ) -> tuple[float, float, float]:  # fmt: skip
@@ -78,7 +78,7 @@ def _best(
 def _stages(
     t: Tables, options: Options, prices: FloatArray, scarce: BoolArray, limits: Limits, ratio: float, parameter: float
 ) -> IntArray:
-    """The stages of the replica that `_best` found with these options."""
+    """The stages of the replica that `best_replica` found with these options."""
     cap = limits.longest_s * (1.0 + limits.slack)
     if not limits.sequential:
         interval_s = parameter / (1.0 + limits.slack)
@@ -135,7 +135,7 @@ class Pricer:
             if budget.is_spent():
                 return np.nan, 0.0, 0.0
             c = self.configurations[i]
-            return _best(
+            return best_replica(
                 self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth,
                 self.scarce, self._limits(c), Ceiling(*proofs[i]), threshold, RATIO_TOLERANCE,
             )  # fmt: skip

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.compiled import is_cached
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.exact import is_small, solve_exactly
+from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
 from hetis.solver.placement.infeasible import why_infeasible
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import Atlas, FloatArray, build_atlas
 from hetis.solver.placement.template import (
@@ -112,7 +116,9 @@ def _search(
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
     if is_small(atlas):
+        _announce_compilation(explore, budget, report)
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+    _announce_compilation(best_replica, budget, report)
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
         return None
@@ -126,6 +132,11 @@ def _search(
         # Columns were found that fit in no packing: too little proof of anything.
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
     return outcome
+
+
+def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:
+    if not is_cached(kernel):
+        report(Progress(phase="compiling the search, once per installation", elapsed_s=budget.elapsed_s()))
 
 
 def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_target: float) -> bool:

@@ -1,0 +1,41 @@
+"""The door to numba: compiled functions, cached on disk, recompiled when any kernel of their package changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from numba import njit
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel_of(folder: Path) -> Callable[[Function], Function]:
+    """The decorator for kernels of the package in ``folder``.
+
+    It compiles a function on its first call, without the GIL, and keeps the machine code beside the source. numba
+    dates cached code by the function's own file alone, although code of other files is inlined into it; here the cache
+    is dated by all source files of the package together, so that no stale code survives an edit.
+    """
+
+    def kernel(function: Function) -> Function:
+        dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
+        dispatcher._cache._cache_file._source_stamp = _stamp(folder)
+        return cast(Function, dispatcher)
+
+    return kernel
+
+
+def is_cached(function: Callable[..., Any]) -> bool:
+    """Whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
+    kernel: Any = function
+    return bool(kernel._cache._cache_file._load_index())
+
+
+@cache
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of every source file in ``folder``."""
+    files = sorted(folder.glob("*.py"))
+    return tuple((file.name, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()])
