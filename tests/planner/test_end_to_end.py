@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hetis.planner.cli.place import Strategy
+from hetis.planner.cli.options import Strategy
 from hetis.solver.placement.strategies import STRATEGIES
 from tests.planner.command_line import COMMAND, EXAMPLES, environment, hetis_plan
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from benchmarks.measuring.instances import example, problem
 from hetis.solver.placement.ceiling import Ceiling, ceilings, limits_of
 from hetis.solver.placement.pricing import RATIO_TOLERANCE, best_replica
-from hetis.solver.placement.tables import Atlas, FloatArray, build_atlas
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Configuration, configurations
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import problems

@@ -14,7 +14,7 @@ from hetis.solver.cluster import GpuSlots
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement import solve_placement
 from hetis.solver.placement.binding import bind
-from hetis.solver.placement.tables import build_atlas
+from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Template, TemplateStage, use_of
 from hetis.solver.plan import Plan
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile

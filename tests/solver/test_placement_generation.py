@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from hetis.solver.check import check_plan
-from hetis.solver.cluster import Link
+from hetis.solver.cluster import GpuSlots, Link, NodeGroup
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import solve, solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
@@ -106,6 +106,18 @@ def test_model_that_no_class_holds_alone_is_planned() -> None:
     best = best_plan_value(problem)
     assert best > 0
     assert_claims_hold(problem, generated(problem), best)
+
+
+@pytest.mark.parametrize("usable_bytes", [10_000_000, 13_000_000])
+def test_bound_holds_where_equal_classes_have_one_gpu_each(usable_bytes: int) -> None:
+    """Penalties chase each other from class to class; had they no end, the bound would drown in rounding."""
+    profiles = {name: make_profile(name, usable_bytes=usable_bytes) for name in "BC"}
+    model = make_model(num_layers=6, forbidden_cuts=frozenset({2, 3}), tie_embeddings=True)
+    for micro_batch in (1, 4, 16):
+        family = replace(SMALL_FAMILY, micro_batches=(micro_batch,), in_flight=(1,))
+        nodes = [NodeGroup(name="n", gpus=(GpuSlots(gpu="B", count=1), GpuSlots(gpu="C", count=1)))]
+        problem = make_problem(nodes, profiles=profiles, model=model, family=family)
+        assert_claims_hold(problem, generated(problem), best_plan_value(problem))
 
 
 @pytest.mark.parametrize("kind", [ObjectiveKind.COST, ObjectiveKind.GPUS])

@@ -1,59 +1,20 @@
 """The shape of a model from the ``config.json`` of a Hugging Face checkpoint.
 
-Each architecture names its fields a little differently and leaves out what its library defaults to; one function per
-family turns a config into a `ModelSpec`. An architecture that is not listed is refused: a wrong shape would make every
-later number wrong.
+`architectures.py` turns the fields of each architecture into a `ModelSpec`; formats of activations and weights are
+read here. An architecture that is not listed is refused: a wrong shape would make every later number wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from hetis.formats import dtypes
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
+from hetis.formats.architectures import FAMILIES, MODEL_TYPES, Config
+from hetis.formats.errors import DocumentError, did_you_mean, shown
 from hetis.formats.positions import Text
-from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
-
-MAX_NUMBER = 10**9
-
-
-@dataclass(slots=True)
-class _Config:
-    """Reads fields and remembers what was wrong with them, so that all of it is reported."""
-
-    data: dict[str, Any]
-    source: Text
-    problems: list[Problem] = field(default_factory=list)
-
-    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number; ``default`` where the config leaves it out, an error where there is no default."""
-        value = self.data.get(name)
-        if value is None:
-            if default is None:
-                self.problems.append(self.source.problem((), f"{name} is missing"))
-            return least if default is None else default
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
-            message = f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}"
-            self.problems.append(self.source.problem((name,), message))
-            return default or least
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.data.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.problems.append(self.source.problem((name,), f"is {shown(value)}, must be true or false"))
-            return default
-        return value
-
-    def refuse(self, name: str, message: str) -> None:
-        self.problems.append(self.source.problem((name,), message))
+from hetis.solver.model import ModelSpec
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> ModelSpec:
@@ -68,11 +29,11 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
         DocumentError: an architecture that is not supported (with those that are), or missing and impossible fields.
     """
     architecture = _architecture(data, source)
-    config = _Config(data, source, list(source.problems))
+    config = Config(data, source, list(source.problems))
     published = data.get("_name_or_path")  # often a path on the machine of whoever saved it
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
-    model = _FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
+    model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
     dtype = _dtype(config)
     if config.problems or model is None:
         raise DocumentError(config.problems)
@@ -83,25 +44,25 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
 
 def supported_architectures() -> tuple[str, ...]:
     """Names that may stand in ``architectures``."""
-    return tuple(_FAMILIES)
+    return tuple(FAMILIES)
 
 
 def _architecture(data: dict[str, Any], source: Text) -> str:
     listed = data.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else None
     if name is None:
-        name = _MODEL_TYPES.get(str(data.get("model_type")), data.get("model_type"))
-    if isinstance(name, str) and name in _FAMILIES:
+        name = MODEL_TYPES.get(str(data.get("model_type")), data.get("model_type"))
+    if isinstance(name, str) and name in FAMILIES:
         return name
     path = ("architectures",) if "architectures" in data else ("model_type",)
-    hint = did_you_mean(name, _FAMILIES) if isinstance(name, str) else ""
-    supported = ", ".join(_FAMILIES)
+    hint = did_you_mean(name, FAMILIES) if isinstance(name, str) else ""
+    supported = ", ".join(FAMILIES)
     raise DocumentError(
         [source.problem(path, f"architecture {shown(name)} is not supported{hint}; supported: {supported}")]
     )
 
 
-def _dtype(config: _Config) -> str:
+def _dtype(config: Config) -> str:
     """Formats of activations and weights; see `hetis.formats.dtypes`."""
     base = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
     quantised = _quantised(config)
@@ -114,7 +75,7 @@ def _dtype(config: _Config) -> str:
     return dtype
 
 
-def _quantised(config: _Config) -> str | None:
+def _quantised(config: Config) -> str | None:
     """Format of quantised weights; None: not quantised."""
     quantisation = config.data.get("quantization_config")
     if quantisation is None:
@@ -144,215 +105,3 @@ def _quantised(config: _Config) -> str | None:
         f"{what} is not supported; supported: fp8, mxfp4, bitsandbytes, awq, gptq, compressed-tensors of 4 or 8 bits",
     )
     return None
-
-
-def _spec(config: _Config, **fields: Any) -> ModelSpec | None:
-    """The model, or None when fields were wrong; adds the attention kind."""
-    if fields["q_heads"] % fields["kv_heads"]:
-        heads = f"num_attention_heads ({fields['q_heads']}) must be a multiple of the KV heads ({fields['kv_heads']})"
-        config.problems.append(config.source.problem((), heads))
-    if config.problems:
-        return None
-    kind = AttentionKind.MHA if fields["q_heads"] == fields["kv_heads"] else AttentionKind.GQA
-    try:
-        return ModelSpec(**({"attention": AttentionKind.MLA if fields.get("mla") else kind} | fields))
-    except InvalidProblemError as error:
-        config.problems.append(Problem(file=config.source.file, message=str(error)))
-        return None
-
-
-def _common(config: _Config, name: str, *, tie_embeddings: bool = False, head_dim: int | None = None) -> dict[str, Any]:
-    """Fields that most families write alike. ``tie_embeddings`` is the family's default."""
-    hidden, q_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    return {
-        "name": name,
-        "num_layers": config.whole("num_hidden_layers"),
-        "hidden": hidden,
-        "intermediate": config.whole("intermediate_size"),
-        "q_heads": q_heads,
-        "kv_heads": config.whole("num_key_value_heads", q_heads),
-        "head_dim": config.whole("head_dim", head_dim or max(1, hidden // q_heads)),
-        "vocab": config.whole("vocab_size"),
-        "max_position": config.whole("max_position_embeddings", 2048),
-        "tie_embeddings": config.flag("tie_word_embeddings", tie_embeddings),
-    }
-
-
-def _llama(config: _Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name))
-
-
-def _mistral(config: _Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name), sliding_window=_window(config))
-
-
-def _window(config: _Config) -> int | None:
-    return None if config.data.get("sliding_window") is None else config.whole("sliding_window")
-
-
-def _qwen2(config: _Config, name: str) -> ModelSpec | None:
-    """Qwen2 and 2.5 write a sliding window that ``use_sliding_window`` switches off."""
-    window = _window(config) if config.flag("use_sliding_window", False) else None
-    return _spec(config, **_common(config, name), sliding_window=window)
-
-
-def _qwen3(config: _Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name, head_dim=128))
-
-
-def _qwen1(config: _Config, name: str) -> ModelSpec | None:
-    """Qwen 1: MHA; ``intermediate_size`` counts gate and up together, each MLP matrix is half as wide."""
-    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    return _spec(
-        config,
-        name=name,
-        num_layers=config.whole("num_hidden_layers"),
-        hidden=hidden,
-        intermediate=config.whole("intermediate_size") // 2,
-        q_heads=heads,
-        kv_heads=heads,
-        head_dim=config.whole("kv_channels", max(1, hidden // heads)),
-        vocab=config.whole("vocab_size"),
-        max_position=config.whole("seq_length", config.whole("max_position_embeddings", 8192)),
-        tie_embeddings=config.flag("tie_word_embeddings", False),
-    )
-
-
-def _qwen_moe(config: _Config, name: str) -> ModelSpec | None:
-    """Qwen2-MoE has one wide shared expert; it counts as so many experts of the routed width. Qwen3-MoE has none."""
-    width = config.whole("moe_intermediate_size")
-    shared = config.whole("shared_expert_intermediate_size", 0, least=0)
-    if config.whole("decoder_sparse_step", 1) != 1:
-        config.refuse("decoder_sparse_step", "only models with experts in every layer (1) are supported")
-    if config.data.get("mlp_only_layers"):
-        config.refuse("mlp_only_layers", "only models with experts in every layer are supported")
-    if shared % width:
-        config.refuse("shared_expert_intermediate_size", f"is {shared}, must be a multiple of {width}")
-    moe = MoeShape(
-        num_experts=config.whole("num_experts"),
-        active_experts=config.whole("num_experts_per_tok"),
-        expert_intermediate=width,
-        shared_experts=shared // width,
-    )
-    return _spec(config, **_common(config, name, head_dim=None if shared else 128), moe=moe)
-
-
-def _mixtral(config: _Config, name: str) -> ModelSpec | None:
-    common = _common(config, name)
-    moe = MoeShape(
-        num_experts=config.whole("num_local_experts", 8),
-        active_experts=config.whole("num_experts_per_tok", 2),
-        expert_intermediate=common["intermediate"],
-    )
-    return _spec(config, **common, sliding_window=_window(config), moe=moe)
-
-
-def _gpt_oss(config: _Config, name: str) -> ModelSpec | None:
-    """Every second layer slides."""
-    common = _common(config, name, head_dim=64)
-    moe = MoeShape(
-        num_experts=config.whole("num_local_experts"),
-        active_experts=config.whole("num_experts_per_tok"),
-        expert_intermediate=common["intermediate"],
-    )
-    return _spec(config, **common, sliding_window=_window(config), sliding_window_every=2, moe=moe)
-
-
-def _opt(config: _Config, name: str) -> ModelSpec | None:
-    """OPT: two MLP matrices; embeddings may be narrower than the hidden size (OPT-350m), which is refused."""
-    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    if config.whole("word_embed_proj_dim", hidden) != hidden:
-        config.refuse("word_embed_proj_dim", f"must equal hidden_size ({hidden})")
-    return _spec(
-        config,
-        name=name,
-        num_layers=config.whole("num_hidden_layers"),
-        hidden=hidden,
-        intermediate=config.whole("ffn_dim"),
-        q_heads=heads,
-        kv_heads=heads,
-        head_dim=max(1, hidden // heads),
-        vocab=config.whole("vocab_size"),
-        max_position=config.whole("max_position_embeddings", 2048),
-        tie_embeddings=config.flag("tie_word_embeddings", True),
-        gated_mlp=False,
-    )
-
-
-def _gemma(config: _Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name, tie_embeddings=True, head_dim=256))
-
-
-def _gemma2(config: _Config, name: str) -> ModelSpec | None:
-    """Every second layer slides."""
-    common = _common(config, name, tie_embeddings=True, head_dim=256)
-    return _spec(config, **common, sliding_window=config.whole("sliding_window", 4096), sliding_window_every=2)
-
-
-def _phi(config: _Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name), gated_mlp=False)
-
-
-def _deepseek(config: _Config, name: str) -> ModelSpec | None:
-    """DeepSeek V2 and V3, Kimi K2: latent attention; dense layers first, then experts in every layer."""
-    mla = MlaShape(
-        kv_lora_rank=config.whole("kv_lora_rank"),
-        qk_rope_head_dim=config.whole("qk_rope_head_dim"),
-        qk_nope_head_dim=config.whole("qk_nope_head_dim"),
-        v_head_dim=config.whole("v_head_dim"),
-        q_lora_rank=None if config.data.get("q_lora_rank") is None else config.whole("q_lora_rank"),
-    )
-    moe = None
-    if config.data.get("n_routed_experts") is not None:
-        if config.whole("moe_layer_freq", 1) != 1:
-            config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
-        moe = MoeShape(
-            num_experts=config.whole("n_routed_experts"),
-            active_experts=config.whole("num_experts_per_tok"),
-            expert_intermediate=config.whole("moe_intermediate_size"),
-            shared_experts=config.whole("n_shared_experts", 0, least=0),
-            first_dense_layers=config.whole("first_k_dense_replace", 0, least=0),
-        )
-    common = _common(config, name) | {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
-    return _spec(config, **common, mla=mla, moe=moe)
-
-
-_FAMILIES: dict[str, Callable[[_Config, str], ModelSpec | None]] = {
-    "LlamaForCausalLM": _llama,
-    "LLaMAForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-    "MixtralForCausalLM": _mixtral,
-    "QWenLMHeadModel": _qwen1,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen2MoeForCausalLM": _qwen_moe,
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen3MoeForCausalLM": _qwen_moe,
-    "OPTForCausalLM": _opt,
-    "GemmaForCausalLM": _gemma,
-    "Gemma2ForCausalLM": _gemma2,
-    "PhiForCausalLM": _phi,
-    "DeepseekV2ForCausalLM": _deepseek,
-    "DeepseekV3ForCausalLM": _deepseek,
-    "KimiK2ForCausalLM": _deepseek,
-    "GptOssForCausalLM": _gpt_oss,
-}
-
-# For configs without `architectures`.
-_MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen": "QWenLMHeadModel",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "opt": "OPTForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "phi": "PhiForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-}

@@ -17,7 +17,7 @@ def kernel_of(folder: Path) -> Callable[[Function], Function]:
 
     It compiles a function on its first call, without the GIL, and keeps the machine code beside the source. numba
     dates cached code by the function's own file alone, although code of other files is inlined into it; here the cache
-    is dated by all source files of the package together, so that no stale code survives an edit.
+    is dated by all files of the package that hold kernels or what they work on, so that no stale code survives an edit.
     """
 
     def kernel(function: Function) -> Function:
@@ -36,6 +36,7 @@ def is_cached(function: Callable[..., Any]) -> bool:
 
 @cache
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of every source file in ``folder``."""
-    files = sorted(folder.glob("*.py"))
-    return tuple((file.name, stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()])
+    """Name, time and size of every source file in ``folder`` that has to do with kernels."""
+    texts = {file: file.read_text() for file in sorted(folder.glob("*.py"))}
+    concerned = [file for file, text in texts.items() if "kernel" in text or "NamedTuple" in text]
+    return tuple((file.name, stat.st_mtime_ns, stat.st_size) for file in concerned for stat in [file.stat()])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import PlanArgument
 from hetis.planner.cli.terminal import Terminal
 from hetis.planner.cli.verb import verb
 
@@ -15,10 +14,7 @@ if TYPE_CHECKING:
 
 
 @verb()
-def check(
-    terminal: Terminal,
-    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")],
-) -> ExitCode:
+def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Check a plan against the inputs saved in it: devices, layers, memory, links, rates, limits, bound."""
     from hetis.planner.report.json_values import json_value
     from hetis.planner.sources import load_plan_and_problem

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import PlanArgument
 from hetis.planner.cli.terminal import Terminal
 from hetis.planner.cli.verb import verb
 
 
 @verb()
-def explain(
-    terminal: Terminal,
-    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")],
-) -> ExitCode:
+def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Show where memory and time go, what limits every replica, what one more GPU is worth, why GPUs idle."""
     from hetis.planner.report.explanation import render_explanation
     from hetis.planner.report.json_values import json_value

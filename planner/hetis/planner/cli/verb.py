@@ -5,20 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 import typer
 
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import NoColorOption, OutputOption, QuietOption, VerboseOption
 from hetis.planner.cli.terminal import OutputFormat, Terminal
 
 P = ParamSpec("P")
-
-_STREAMS = "Output"
-_OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
-_QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
-_VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
-_NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
 
 
 def verb(
@@ -50,11 +45,11 @@ def verb(
             if code is not ExitCode.OK:
                 raise typer.Exit(int(code))
 
-        shared = [_keyword("output_format", _OutputOption, output)] if prints_data else []
+        shared = [_keyword("output_format", OutputOption, output)] if prints_data else []
         shared += [
-            _keyword("quiet", _QuietOption, False),
-            _keyword("verbose", _VerboseOption, False),
-            _keyword("no_color", _NoColorOption, False),
+            _keyword("quiet", QuietOption, False),
+            _keyword("verbose", VerboseOption, False),
+            _keyword("no_color", NoColorOption, False),
         ]
         parameters = [*own, *shared]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import ROUNDING, Options, selected
+from hetis.solver.placement.options import ROUNDING, Options, penalised_prices, selected, stage_rows
 from hetis.solver.placement.sequential import overdrawn, total_price
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
@@ -127,7 +127,11 @@ def _cover(t: Tables, best: FloatArray, arg: IntArray) -> tuple[float, IntArray]
 def _cover_counted(
     t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
 ) -> tuple[float, IntArray]:
-    """`cheapest_cover` with the copies counted: ``cost[K, pos]`` with exactly K copies so far."""
+    """`cheapest_cover` with the copies counted: ``cost[K, pos]`` with exactly K copies so far.
+
+    Written apart from `_cover`: one program for both ran as fast, but it is inlined wherever `_cover` is, and column
+    generation took 1 to 3 s longer to compile.
+    """
     num_layers = t.num_layers
     widest = 1
     for i in range(prices.shape[0]):
@@ -200,22 +204,13 @@ def _cover_counted(
 def _penalised_cover(
     t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, penalty: FloatArray
 ) -> tuple[float, IntArray]:
-    """The cheapest cover when every GPU of a class costs its ``penalty`` [N] more, and the bound that follows.
+    """The cheapest cover at `penalised_prices`, and the bound on the price of covers that fit in the fleet.
 
-    Returns (bound, stages): a cover that fits in the fleet pays at most penalty times GPUs available on top, so its
-    price is at least the penalised price less that.
+    Returns (bound, stages).
     """
-    offset = 0.0
-    for g in range(penalty.shape[0]):
-        offset += penalty[g] * t.available[g]
-    adjusted = prices.copy()
-    if offset > 0.0:
-        for i in range(prices.shape[0]):
-            adjusted[i] += penalty[t.rank_class[o.rank[i]]] * (o.copies[i] * t.rank_tp[o.rank[i]])
-            if o.pool_class[i] >= 0:
-                adjusted[i] += penalty[o.pool_class[i]] * (o.copies[i] * o.pool_cards[i])
-    price, stages = cheapest_cover(t, o, adjusted, interval_s, max_copies)
-    return price - offset, stages
+    penalised, fleet = penalised_prices(t, o, prices, penalty)
+    price, stages = cheapest_cover(t, o, penalised, interval_s, max_copies)
+    return price - fleet, stages
 
 
 @kernel
@@ -300,7 +295,7 @@ MAX_HALVINGS = 64  # in a panel: where a scarce class leaves a gap, narrower int
 def best_column(
     t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, slack: float, max_copies: int, scarce: BoolArray,
     ratio_floor: float, tolerance: float,
-) -> tuple[float, float, float]:  # fmt: skip
+) -> tuple[float, IntArray, float]:  # fmt: skip
     """The replica of a pipelined configuration with the best ``rate / price``, by branch and bound over intervals.
 
     With C(t) the cheapest cover at interval t, non-increasing in t, every t in [t_lo, t_hi] satisfies
@@ -308,12 +303,12 @@ def best_column(
     the best found are skipped; the others are searched panel by panel (`_best_in_panel`) with the options that a cover
     so cheap can use.
 
-    Returns (ratio, t, bound): no replica of this configuration that fits in the fleet has a ratio above
-    ``max(bound, ratio_floor)``.
+    Returns (ratio, rows of its stages, bound): no replica of this configuration that fits in the fleet has a ratio
+    above ``max(bound, ratio_floor)``.
     """
-    best_ratio, best_t, bound = 0.0, 0.0, 0.0
+    best_ratio, best_rows, bound = 0.0, np.empty((0, 6), np.int64), 0.0
     if prices.shape[0] == 0:
-        return best_ratio, best_t, bound
+        return best_ratio, best_rows, bound
     slowest = 0.0
     fastest_layer = np.inf
     for i in range(prices.shape[0]):
@@ -344,26 +339,26 @@ def best_column(
         lo = max(t_lo, hi / PANEL)
         limit = 1.0 / (lo * wanted) if wanted > 0.0 else np.inf
         few = _options_within(t, o, prices, best, hi / (1.0 + slack), limit)
-        ratio, at, left = _best_in_panel(
+        ratio, rows, left = _best_in_panel(
             t, selected(o, few), prices[few], lo, hi, price, slack, max_copies, scarce, wanted, tolerance
         )  # fmt: skip
         if ratio > best_ratio:
-            best_ratio, best_t = ratio, at
+            best_ratio, best_rows = ratio, rows
         bound = max(bound, left)
         if lo <= t_lo:
             break
         hi = lo
-    return best_ratio, best_t, max(bound, best_ratio)
+    return best_ratio, best_rows, max(bound, best_ratio)
 
 
 @kernel
 def _best_in_panel(
     t: Tables, o: Options, prices: FloatArray, lo: float, hi: float, price_hi: float, slack: float, max_copies: int,
     scarce: BoolArray, ratio_floor: float, tolerance: float,
-) -> tuple[float, float, float]:  # fmt: skip
+) -> tuple[float, IntArray, float]:  # fmt: skip
     """`best_column` for intervals in [lo, hi] and replicas that fit in the fleet: halves intervals until they are
     narrower than ``tolerance`` or cannot win."""
-    best_ratio, best_t, bound = 0.0, 0.0, 0.0
+    best_ratio, best_rows, bound = 0.0, np.empty((0, 6), np.int64), 0.0
     stack = np.empty((MAX_HALVINGS + 2, 3), np.float64)
     size = 0
     penalty = np.zeros(scarce.shape[0])
@@ -372,9 +367,9 @@ def _best_in_panel(
     while True:
         halvings += 1
         enough = 1.0 / (lo * max(ratio_floor, best_ratio, 1e-300))
-        lower, price, _ = fitting_cover(t, o, prices, middle / (1.0 + slack), max_copies, scarce, penalty, enough)
+        lower, price, stages = fitting_cover(t, o, prices, middle / (1.0 + slack), max_copies, scarce, penalty, enough)
         if price < np.inf and 1.0 / (middle * price) > best_ratio:
-            best_ratio, best_t = 1.0 / (middle * price), middle
+            best_ratio, best_rows = 1.0 / (middle * price), stage_rows(o, stages)
         lower = max(lower, price_hi)
         if middle < hi and price > price_hi:
             stack[size, 0], stack[size, 1], stack[size, 2] = middle, hi, price_hi
@@ -395,5 +390,5 @@ def _best_in_panel(
                 break
             bound = max(bound, ceiling)
         else:
-            return best_ratio, best_t, max(bound, best_ratio)
+            return best_ratio, best_rows, max(bound, best_ratio)
         middle = np.sqrt(lo * hi)

@@ -15,21 +15,12 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.cost import Mix
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.frontier import (
-    Entries,
-    Lattice,
-    entries_of,
-    entry_layers,
-    explore,
-    explore_sequential,
-    lattice_of,
-    reach,
-    sequential_stages,
-    stages_from,
-)
+from hetis.solver.placement.frontier import entry_layers, explore, reach, stages_from
+from hetis.solver.placement.frontier_sequential import explore_sequential, sequential_stages
 from hetis.solver.placement.generation import dense_work_bound
+from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
 from hetis.solver.placement.master import Columns, Master, MilpSolution
-from hetis.solver.placement.options import Options, list_options
+from hetis.solver.placement.options import Options, list_options, stage_rows
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
@@ -226,7 +217,7 @@ class ExactSearch:
                 counted = c.max_copies if c.max_copies < total else 0
                 r = reach(tables, self.lattice, entries, layers, counted)
                 stages = stages_from(tables, entries, layers, option, r, v, counted > 0)
-            f.templates[v] = template_of(self.atlas, c, options, stages)
+            f.templates[v] = template_of(self.atlas, c, stage_rows(options, stages))
         return f.templates[v]
 
 

@@ -1,9 +1,8 @@
-"""Exact search over usage vectors, compiled: the best single replica of *every* sub-fleet of a small fleet.
+"""Exact search over usage vectors, compiled: the best pipelined replica of *every* sub-fleet of a small fleet.
 
-A usage vector counts what a replica takes of each master row; vectors are numbered in mixed radix, so that a vector
-below another in every component has the smaller number. For one configuration and one interval t, a dynamic program
-tells for all sub-fleets at once whether they carry the model; halving intervals of t then closes in on the best rate
-of each sub-fleet that still matters.
+For one configuration and one interval t, a dynamic program tells for all sub-fleets at once whether they carry the
+model (`reach`); halving intervals of t then closes in on the best rate of each sub-fleet that still matters
+(`explore`).
 """
 
 from __future__ import annotations
@@ -15,78 +14,9 @@ import numpy as np
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.cover import layers_in_time
+from hetis.solver.placement.lattice import NOTHING_BEFORE, Entries, Lattice, within
 from hetis.solver.placement.options import Options
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
-
-
-class Lattice(NamedTuple):
-    """All usage vectors up to the fleet: R rows, V vectors."""
-
-    limits: IntArray  # [R]
-    strides: IntArray  # [R]
-    digits: IntArray  # [V, R]
-
-
-class Entries(NamedTuple):
-    """Options of one configuration by what they use: E distinct (usage, copies), best first in no order."""
-
-    usage: IntArray  # [E] number of the usage vector
-    copies: IntArray  # [E]
-    option: IntArray  # [O] entry of each option, -1 if it does not fit in the fleet
-
-
-def lattice_of(limits: IntArray) -> Lattice:
-    """The usage vectors of a fleet with these row limits."""
-    sizes = limits + 1
-    strides = np.concatenate([[1], np.cumprod(sizes)[:-1]]).astype(np.int64)
-    numbers = np.arange(int(np.prod(sizes)), dtype=np.int64)
-    digits = (numbers[:, None] // strides[None, :]) % sizes[None, :]
-    return Lattice(limits.astype(np.int64), strides, digits.astype(np.int64))
-
-
-@kernel
-def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntArray) -> Entries:
-    """Groups options by usage and copies."""
-    num_rows = lattice.limits.shape[0]
-    num_options = o.rank.shape[0]
-    usage = np.empty(num_options, np.int64)
-    copies = np.empty(num_options, np.int64)
-    entry_of = np.full(num_options, -1, np.int64)
-    count = 0
-    for i in range(num_options):
-        number = 0
-        fits = True
-        for row in range(num_rows):
-            each = group_use[o.rank[i], row]
-            if o.pool_class[i] >= 0:
-                each += o.pool_cards[i] * card_use[o.pool_class[i], row]
-            used = each * o.copies[i]
-            if used > lattice.limits[row]:
-                fits = False
-                break
-            number += used * lattice.strides[row]
-        if not fits:
-            continue
-        for e in range(count):
-            if usage[e] == number and copies[e] == o.copies[i]:
-                entry_of[i] = e
-                break
-        if entry_of[i] < 0:
-            usage[count] = number
-            copies[count] = o.copies[i]
-            entry_of[i] = count
-            count += 1
-    return Entries(usage[:count], copies[:count], entry_of)
-
-
-@kernel
-def within(lattice: Lattice, small: int, large: int) -> bool:
-    if small > large:
-        return False
-    for row in range(lattice.limits.shape[0]):  # noqa: SIM110  (compiled: a comparison of arrays would allocate)
-        if lattice.digits[small, row] > lattice.digits[large, row]:
-            return False
-    return True
 
 
 @kernel
@@ -112,10 +42,10 @@ class Reach(NamedTuple):
 
     position: IntArray  # [K + 1, V] furthest position with a first stage and any plain ones; 0: no first stage fits
     back_entry: IntArray  # [K + 1, V] entry of the last stage so far; -1: the same as for a smaller usage or K
-    back_from: IntArray  # [K + 1, V] usage before it, or the smaller usage it is the same as; -1: fewer copies
+    back_from: IntArray  # [K + 1, V] usage before it, or the smaller usage it is the same as; -1: as with fewer copies
     closing: IntArray  # [V] entry of the last stage of a full cover; -1: none
     closing_copies: IntArray  # [V] copies of the cover
-    closing_from: IntArray  # [V] usage that the closing entry's stages before it may take
+    closing_from: IntArray  # [V] usage that the stages before it may take
 
 
 @kernel
@@ -161,12 +91,12 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
             if c > levels:
                 continue
             if closing[v] < 0 and layers[e, BOTH] >= num_layers:
-                closing[v], closing_copies[v], closing_from[v] = e, c, -1
+                closing[v], closing_copies[v], closing_from[v] = e, c, NOTHING_BEFORE
             for k in range(c, levels + 1):
                 if layers[e, FIRST] > 0:
                     reached = t.cut_floor[min(layers[e, FIRST], num_layers - 1)]
                     if reached > position[k, v]:
-                        position[k, v], back_entry[k, v], back_from[k, v] = reached, e, -2
+                        position[k, v], back_entry[k, v], back_from[k, v] = reached, e, NOTHING_BEFORE
                 before = k - c if max_copies > 0 else 1
                 if before < 1:
                     continue
@@ -189,23 +119,23 @@ def stages_from(
     num_layers = t.num_layers
     reverse = np.empty((num_layers + 1, 2), np.int64)
     e = r.closing[v]
-    if r.closing_from[v] == -1:
+    if r.closing_from[v] == NOTHING_BEFORE:
         reverse[0, 0], reverse[0, 1] = option[e, BOTH], num_layers
         return reverse[:1].copy()
     u = r.closing_from[v]
     k = r.closing_copies[v] - (entries.copies[e] if counted else 0)
-    end = num_layers
-    reverse[0, 0], reverse[0, 1] = option[e, LAST], num_layers - r.position[k, u]
     end = r.position[k, u]
+    reverse[0, 0], reverse[0, 1] = option[e, LAST], num_layers - end
     count = 1
     while True:
+        # To where this position was first reached: with fewer copies, or else with a smaller usage.
         while r.back_entry[k, u] < 0 or (k > 1 and r.position[k - 1, u] == r.position[k, u]):
             if k > 1 and r.position[k - 1, u] == r.position[k, u]:
                 k -= 1
             else:
                 u = r.back_from[k, u]
         e = r.back_entry[k, u]
-        if r.back_from[k, u] == -2:
+        if r.back_from[k, u] == NOTHING_BEFORE:
             reverse[count, 0], reverse[count, 1] = option[e, FIRST], end
             count += 1
             break
@@ -317,127 +247,3 @@ def explore(
         lows[size], highs[size] = low, middle  # the faster half on top, to be looked at first
         size += 1
     return runs
-
-
-@kernel
-def _worth_s(lattice: Lattice, feasible: BoolArray, needed: FloatArray, best_rate: FloatArray) -> FloatArray:
-    """For each usage u: the longest interval that would still improve some feasible sub-fleet that contains u; [V]."""
-    num_vectors = feasible.shape[0]
-    worth = np.zeros(num_vectors, np.float64)
-    for v in range(num_vectors - 1, -1, -1):
-        if feasible[v]:
-            rate = max(needed[v], best_rate[v])
-            worth[v] = 1.0 / rate if rate > 0.0 else np.inf
-        for row in range(lattice.limits.shape[0]):
-            if lattice.digits[v, row] < lattice.limits[row]:
-                worth[v] = max(worth[v], worth[v + lattice.strides[row]])
-    return worth
-
-
-class Sums(NamedTuple):
-    """Least sums of stage times by usage and layers covered, with where each came from."""
-
-    seconds: FloatArray  # [V, L + 1]
-    back_entry: IntArray  # [V, L + 1] entry of the last stage; -1: the same as for a smaller usage
-    back_usage: IntArray  # [V, L + 1] usage before it, or that smaller usage; -2: it is the first stage
-    back_position: IntArray  # [V, L + 1] layers before it
-    option: IntArray  # [E, 4, L + 1] option of an entry that is quickest for l layers in a role
-
-
-@kernel
-def _offer(sums: Sums, v: int, pos: int, seconds: float, entry: int, usage: int, before: int) -> None:
-    if seconds < sums.seconds[v, pos]:
-        sums.seconds[v, pos] = seconds
-        sums.back_entry[v, pos], sums.back_usage[v, pos], sums.back_position[v, pos] = entry, usage, before
-
-
-@kernel
-def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits_s: FloatArray) -> Sums:
-    """The least sum of stage times that covers ``pos`` layers with each sub-fleet.
-
-    Partial sums that cannot stay within ``limits_s`` [V] are dropped.
-    """
-    num_vectors = lattice.digits.shape[0]
-    num_layers = t.num_layers
-    count = entries.usage.shape[0]
-    least = np.full((count, 4, num_layers + 1), np.inf)
-    option = np.full((count, 4, num_layers + 1), -1, np.int64)
-    most = np.zeros((count, 4), np.int64)
-    fastest = np.inf
-    for i in range(o.rank.shape[0]):
-        e = entries.option[i]
-        if e < 0:
-            continue
-        fastest = min(fastest, o.layer_s[i])
-        for role in range(4):
-            most[e, role] = max(most[e, role], o.max_layers[i, role])
-            for n in range(1, o.max_layers[i, role] + 1):
-                took = n * o.layer_s[i] + o.fixed_s[i, role]
-                if took < least[e, role, n]:
-                    least[e, role, n], option[e, role, n] = took, i
-    shape = (num_vectors, num_layers + 1)
-    seconds = np.full(shape, np.inf)
-    sums = Sums(seconds, np.full(shape, -1, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64), option)
-    for v in range(num_vectors):
-        for row in range(lattice.limits.shape[0]):
-            if lattice.digits[v, row] > 0:
-                below = v - lattice.strides[row]
-                for pos in range(1, num_layers + 1):
-                    _offer(sums, v, pos, sums.seconds[below, pos], -1, below, pos)
-        for e in range(count):
-            if not within(lattice, entries.usage[e], v):
-                continue
-            rest = v - entries.usage[e]
-            _offer(sums, v, num_layers, least[e, BOTH, num_layers], e, -2, 0)
-            for n in range(1, min(most[e, FIRST], num_layers - 1) + 1):
-                if t.cut_floor[n] == n:
-                    _offer(sums, v, n, least[e, FIRST, n], e, -2, 0)
-            for pos in range(1, num_layers):
-                so_far = sums.seconds[rest, pos]
-                if so_far + (num_layers - pos) * fastest > limits_s[v]:
-                    continue
-                for n in range(1, min(most[e, PLAIN], num_layers - 1 - pos) + 1):
-                    if t.cut_floor[pos + n] == pos + n:
-                        _offer(sums, v, pos + n, so_far + least[e, PLAIN, n], e, rest, pos)
-                _offer(sums, v, num_layers, so_far + least[e, LAST, num_layers - pos], e, rest, pos)
-    return sums
-
-
-@kernel
-def explore_sequential(
-    t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, needed: FloatArray,
-    best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray, tag: int,
-) -> None:  # fmt: skip
-    """`explore` for a single micro-batch: t is the sum of stage times, so its least value is found directly."""
-    layers, _ = entry_layers(t, o, entries, np.inf)
-    memory = reach(t, lattice, entries, layers, 0)
-    worth = np.minimum(_worth_s(lattice, memory.closing >= 0, needed, best_rate), interval_cap_s)
-    fastest = np.inf
-    for i in range(o.rank.shape[0]):
-        if entries.option[i] >= 0:
-            fastest = min(fastest, o.layer_s[i])
-    if not t.num_layers * fastest < worth[0]:
-        return
-    sums = least_sums(t, lattice, o, entries, worth)
-    for v in range(worth.shape[0]):
-        interval = max(sums.seconds[v, t.num_layers], t.t_floor)
-        if interval <= interval_cap_s and 1.0 / interval > best_rate[v]:
-            best_rate[v], best_tag[v], best_interval[v] = 1.0 / interval, tag, interval
-
-
-@kernel
-def sequential_stages(t: Tables, lattice: Lattice, o: Options, entries: Entries, v: int, interval_s: float) -> IntArray:
-    """The stages behind the least sum of sub-fleet v, first to last, [., 2] of (option, layers)."""
-    sums = least_sums(t, lattice, o, entries, np.full(lattice.digits.shape[0], interval_s * (1.0 + 1e-9)))
-    reverse = np.empty((t.num_layers, 2), np.int64)
-    pos, count = t.num_layers, 0
-    while pos > 0:
-        while sums.back_entry[v, pos] < 0:
-            v = sums.back_usage[v, pos]
-        e, before, usage = sums.back_entry[v, pos], sums.back_position[v, pos], sums.back_usage[v, pos]
-        is_first, is_last = usage == -2, pos == t.num_layers
-        role = (BOTH if is_first else LAST) if is_last else (FIRST if is_first else PLAIN)
-        reverse[count, 0], reverse[count, 1] = sums.option[e, role, pos - before], pos - before
-        count += 1
-        pos, v = before, usage
-    return reverse[:count][::-1].copy()

@@ -240,6 +240,25 @@ def option_prices(t: Tables, o: Options, group_price: FloatArray, card_price: Fl
 
 
 @kernel
+def penalised_prices(t: Tables, o: Options, prices: FloatArray, penalty: FloatArray) -> tuple[FloatArray, float]:
+    """Prices when every GPU of a class costs its ``penalty`` [N] more, and the penalties of the whole fleet.
+
+    A replica that fits in the fleet pays no more penalties than that: the least penalised price of any replica, less
+    the penalties of the fleet, bounds its price from below (a Lagrangean bound).
+    """
+    fleet = 0.0
+    for g in range(penalty.shape[0]):
+        fleet += penalty[g] * t.available[g]
+    penalised = prices.copy()
+    if fleet > 0.0:
+        for i in range(prices.shape[0]):
+            penalised[i] += penalty[t.rank_class[o.rank[i]]] * (o.copies[i] * t.rank_tp[o.rank[i]])
+            if o.pool_class[i] >= 0:
+                penalised[i] += penalty[o.pool_class[i]] * (o.copies[i] * o.pool_cards[i])
+    return penalised, fleet
+
+
+@kernel
 def class_use(t: Tables, o: Options, i: int, device_class: int) -> int:
     """GPUs of a class that option i takes."""
     use = 0
@@ -256,3 +275,17 @@ def selected(o: Options, chosen: IntArray) -> Options:
     out = _empty_options(max(1, chosen.shape[0]))
     _copy_options(o, out, chosen)
     return _sliced(out, chosen.shape[0])
+
+
+NO_STAGES = np.empty((0, 6), np.int64)
+
+
+@kernel
+def stage_rows(o: Options, stages: IntArray) -> IntArray:
+    """Stages [., 2] of (option, layers) as rows of (s, c, layers, q, p, k) that stand for themselves; [., 6]."""
+    rows = np.empty((stages.shape[0], 6), np.int64)
+    for i in range(stages.shape[0]):
+        option = stages[i, 0]
+        rows[i, 0], rows[i, 1], rows[i, 2] = o.rank[option], o.copies[option], stages[i, 1]
+        rows[i, 3], rows[i, 4], rows[i, 5] = o.pool_class[option], o.pool_cards[option], o.pool_groups[option]
+    return rows

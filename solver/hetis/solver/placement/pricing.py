@@ -12,8 +12,8 @@ from hetis.solver.budget import Budget
 from hetis.solver.placement.ceiling import Ceiling, Limits, ceilings, limits_of, within_reach
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.cover import best_column, fitting_cover
-from hetis.solver.placement.options import Options, list_options, option_prices, selected
+from hetis.solver.placement.cover import best_column
+from hetis.solver.placement.options import NO_STAGES, Options, list_options, option_prices, selected, stage_rows
 from hetis.solver.placement.sequential import (
     best_fitting_sequential,
     best_sequential,
@@ -26,7 +26,6 @@ from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 
 BATCH = 32
-WITHIN_CAP, FITTING = -1.0, -2.0  # in place of a time weight: which program found a sequential replica
 SCARCE = 256
 RATIO_TOLERANCE = 2e-4  # intervals narrower than this are not halved further: what it leaves open goes into the bound
 
@@ -52,43 +51,27 @@ def _useful(
 def best_replica(
     t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
     scarce: BoolArray, limits: Limits, proof: Ceiling, floor: float, tolerance: float,
-) -> tuple[float, float, float]:  # fmt: skip
-    """(ratio, parameter, bound) of a configuration; the parameter finds the replica again (`_stages`)."""
+) -> tuple[float, IntArray, float]:  # fmt: skip
+    """The replica of a configuration with the best ``rate / price``, if any is above ``floor``.
+
+    Returns (ratio, rows of its stages, bound): no replica that fits in the fleet is above ``max(bound, floor)``.
+    """
     options, prices = _useful(t, x, f, max_copies, max_pool, group_price, card_price, limits, proof, floor)
     cap = t.t_cap[x, f]
     if not limits.sequential:
         return best_column(t, options, prices, cap, limits.slack, limits.copies, scarce, floor, tolerance)
     ratio, weight, bound = best_sequential(t, options, prices, cap, floor)
-    stages = np.empty((0, 2), np.int64)
+    _, _, stages = least_weighted(t, options, prices, 1.0, weight)
     if bound > max(floor, ratio) * (1.0 + tolerance):
-        within, stages, exact = best_within_cap(t, options, prices, cap, max(floor, ratio))
+        within, quick, exact = best_within_cap(t, options, prices, cap, max(floor, ratio))
         if within > ratio:
-            ratio, weight = within, WITHIN_CAP
+            ratio, stages = within, quick
         if exact:
             bound = max(ratio, floor)
-    if ratio > floor and weight >= 0.0:
-        _, _, stages = least_weighted(t, options, prices, 1.0, weight)
     if ratio > floor and overdrawn(t, options, stages, scarce)[0] >= 0:
         ratio, stages, fitting_bound = best_fitting_sequential(t, options, prices, cap, scarce)
-        weight, bound = FITTING, min(bound, max(fitting_bound, ratio))
-    return ratio, weight, bound
-
-
-@kernel
-def _stages(
-    t: Tables, options: Options, prices: FloatArray, scarce: BoolArray, limits: Limits, ratio: float, parameter: float
-) -> IntArray:
-    """The stages of the replica that `best_replica` found with these options."""
-    cap = limits.longest_s * (1.0 + limits.slack)
-    if not limits.sequential:
-        interval_s = parameter / (1.0 + limits.slack)
-        penalty = np.zeros(scarce.shape[0])
-        return fitting_cover(t, options, prices, interval_s, limits.copies, scarce, penalty, np.inf)[2]
-    if parameter == WITHIN_CAP:
-        return best_within_cap(t, options, prices, cap, ratio * (1.0 - 1e-9))[1]
-    if parameter == FITTING:
-        return best_fitting_sequential(t, options, prices, cap, scarce)[1]
-    return least_weighted(t, options, prices, 1.0, parameter)[2]
+        bound = min(bound, max(fitting_bound, ratio))
+    return ratio, stage_rows(options, stages), bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +81,6 @@ class Priced:
     templates: tuple[Template, ...]
     ratio_bound: float
     complete: bool  # False: the budget ran out, and ceilings stand in for what was not searched
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The best replica of a configuration, and the floor that it was found with."""
-
-    configuration: Configuration
-    proof: Ceiling
-    ratio: float
-    parameter: float
-    floor: float
 
 
 class Pricer:
@@ -129,11 +101,11 @@ class Pricer:
         prices = row_prices + self.row_costs
         worth = self.atlas.group_use @ prices, self.atlas.card_use @ prices
         best, bound, complete = floor, floor, True
-        found: list[_Found] = []
+        found: list[tuple[float, int, IntArray]] = []
 
-        def search(i: int) -> tuple[float, float, float]:
+        def search(i: int) -> tuple[float, IntArray, float]:
             if budget.is_spent():
-                return np.nan, 0.0, 0.0
+                return np.nan, NO_STAGES, 0.0
             c = self.configurations[i]
             return best_replica(
                 self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth,
@@ -151,17 +123,19 @@ class Pricer:
                 batch = order[start : start + BATCH]
                 bound = max(bound, min(threshold, float(highest[batch[0]])))
                 batch = batch[highest[batch] > threshold]
-                for i, (ratio, parameter, left) in zip(batch, workers.map(search, batch), strict=True):
+                for i, (ratio, rows, left) in zip(batch, workers.map(search, batch), strict=True):
                     if np.isnan(ratio):
                         complete = False
                         bound = max(bound, float(highest[i]))
                         continue
                     bound = max(bound, left)
                     if ratio > threshold:
-                        found.append(_Found(self.configurations[i], Ceiling(*proofs[i]), ratio, parameter, threshold))
+                        found.append((ratio, int(i), rows))
                         best = max(best, ratio)
-        found.sort(key=lambda one: -one.ratio)
-        templates = tuple(self._template(one, *worth) for one in found if one.ratio >= best * keep)
+        found.sort(key=lambda one: -one[0])
+        templates = tuple(
+            template_of(self.atlas, self.configurations[i], rows) for ratio, i, rows in found if ratio >= best * keep
+        )
         return Priced(templates, float(bound), complete)
 
     def _ceilings(
@@ -189,17 +163,6 @@ class Pricer:
 
     def _limits(self, c: Configuration) -> Limits:
         return limits_of(self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, c.slack, c.max_copies)
-
-    def _template(self, found: _Found, group_price: FloatArray, card_price: FloatArray) -> Template:
-        """Runs the winning program of a configuration once more, keeping its stages."""
-        c = found.configuration
-        tables, limits = self.atlas.scopes[c.scope].tables, self._limits(c)
-        options, prices = _useful(
-            tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, group_price, card_price, limits,
-            found.proof, found.floor,
-        )  # fmt: skip
-        stages = _stages(tables, options, prices, self.scarce, limits, found.ratio, found.parameter)
-        return template_of(self.atlas, c, options, stages)
 
 
 def _scarce(atlas: Atlas) -> BoolArray:

@@ -6,7 +6,7 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import Options, class_use
+from hetis.solver.placement.options import Options, class_use, penalised_prices
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 
@@ -152,7 +152,7 @@ def best_sequential(
     return best, best_weight, bound
 
 
-MAX_LABELS = 192
+MAX_LABELS = 192  # at a position of `best_within_cap`, which is not exact where more would be needed
 
 
 @kernel
@@ -313,16 +313,23 @@ def _add_label(
 
 
 @kernel
+def excess(t: Tables, o: Options, stages: IntArray, device_class: int) -> int:
+    """GPUs of a class that a replica takes beyond those available; negative where some are left."""
+    use: int = -t.available[device_class]
+    for i in range(stages.shape[0]):
+        use += class_use(t, o, stages[i, 0], device_class)
+    return use
+
+
+@kernel
 def overdrawn(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
     """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
     worst, most = -1, 0
     for g in range(scarce.shape[0]):
         if scarce[g]:
-            use = -t.available[g]
-            for i in range(stages.shape[0]):
-                use += class_use(t, o, stages[i, 0], g)
-            if use > most:
-                worst, most = g, use
+            over = excess(t, o, stages, g)
+            if over > most:
+                worst, most = g, over
     return worst, most
 
 
@@ -348,35 +355,29 @@ def best_fitting_sequential(
     weights = np.empty(steps, np.float64)
     values = np.empty(steps, np.float64)
     penalty = np.zeros(scarce.shape[0])
-    adjusted = np.empty_like(prices)
     for k in range(steps):
         weights[k] = cheapest / quickest_s * 3.0 ** (k - 6)
         values[k] = 0.0
         step = 0.0
         for _ in range(20):
-            offset = 0.0
-            for g in range(scarce.shape[0]):
-                offset += penalty[g] * t.available[g]
-            for i in range(prices.shape[0]):
-                adjusted[i] = prices[i]
-                for g in range(scarce.shape[0]):
-                    if penalty[g] > 0.0:
-                        adjusted[i] += penalty[g] * class_use(t, o, i, g)
-            price, seconds, stages = least_weighted(t, o, adjusted, 1.0, weights[k])
+            penalised, fleet = penalised_prices(t, o, prices, penalty)
+            price, seconds, stages = least_weighted(t, o, penalised, 1.0, weights[k])
             total = price + weights[k] * seconds
-            values[k] = max(values[k], total - offset)
+            values[k] = max(values[k], total - fleet)
             short, over = overdrawn(t, o, stages, scarce)
-            if short >= 0:
-                step = max(step, total / (over + t.available[short]) * 0.5)
-                penalty[short] += step
-                continue
-            true_price = total_price(prices, stages)
-            if seconds <= interval_cap_s and 1.0 / (seconds * true_price) > best:
-                best, best_stages = 1.0 / (seconds * true_price), stages
-            if offset <= 1e-3 * total:
-                break
-            step *= 0.5
-            penalty *= 0.7
+            if short < 0:
+                true_price = total_price(prices, stages)
+                if seconds <= interval_cap_s and 1.0 / (seconds * true_price) > best:
+                    best, best_stages = 1.0 / (seconds * true_price), stages
+                if fleet <= 1e-3 * total:
+                    break
+            # Along the subgradient, in ever smaller steps: large penalties would drown the prices in rounding.
+            if step == 0.0:
+                step = 0.5 * total / max(1, over)
+            for g in range(scarce.shape[0]):
+                if scarce[g]:
+                    penalty[g] = max(0.0, penalty[g] + step * excess(t, o, stages, g) / max(1, t.available[g]))
+            step *= 0.8
     bound, at = 0.0, quickest_s
     while at < interval_cap_s:
         following = min(at * 1.002, interval_cap_s)

@@ -20,7 +20,8 @@ from hetis.solver.placement.master import Master
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.placement.tables import Atlas, FloatArray, build_atlas
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import (
     Template,
     describe,

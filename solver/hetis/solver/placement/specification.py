@@ -5,15 +5,15 @@ exactly, because the time of a stage is a *number* once its option and layers ar
 and let z be the rate that flows through that choice, 0 unless chosen: then ``u z`` is how busy the choice is.
 
 Only for tiny fleets, or for a few (b, M, C) of larger ones. Explicit links between nodes are refused; the capacity of
-links between zones is not modelled. Times and bytes are the checker's (``hetis.solver.check``), not the search's.
+links between zones is not modelled. Times and bytes are the checker's, not the search's. Which GPUs are alike it takes
+from the search (`classes.py`); the brute-force oracle of the tests, with classes of its own, judges both.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +21,9 @@ import cvxpy
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.check.claims import Rederivation
-from hetis.solver.check.fleet import slowest
-from hetis.solver.check.memory import rank_bytes, worker_bytes
-from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
-from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import layer_seconds, stage_seconds, tpot_per_t, ttft_per_t
-from hetis.solver.cluster import Cluster, Link
+from hetis.solver.check.shape import StageShape
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.specification_sets import Choice, Sets
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.problem import PlacementProblem
 
@@ -106,149 +101,13 @@ def solve_specification(
     return _Formulation(replace(problem, family=family), num_replicas, num_stages).solve(time_limit_s)
 
 
-# --- sets and data
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _DeviceClass:
-    """g: GPUs that no number of the cost model tells apart."""
-
-    gpu: str
-    per_node: int
-    zone: str
-    nic: Link
-    intra_link: Link
-    usd_per_hour: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shared:
-    """e: what all stages of a replica share. Families without mixed types or uneven layers share these, too."""
-
-    setting: Setting
-    zones: frozenset[str]
-    slack: float
-    most_copies: float  # K
-    t_limit_s: float  # T
-    gpu: str | None  # None: any
-    layers: tuple[int, int]  # fewest and most of a stage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    """q: a stage of a setting, or the empty stage (``shape`` is None)."""
-
-    shared: int  # e
-    shape: StageShape | None
-    groups: tuple[tuple[int, int], ...]  # (g, n), one per TP group
-    is_whole: bool  # holds the whole model
-    u_s: float
-    rate_limit: float  # w
-
-
-def _device_classes(cluster: Cluster) -> dict[_DeviceClass, int]:
-    """g, each with its number of nodes."""
-    nodes: dict[_DeviceClass, int] = {}
-    for group in cluster.node_groups:
-        for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
-            slots_of_gpu = [slots for slots in group.gpus if slots.gpu == gpu]
-            board = cluster.gpu_types[gpu]
-            board_link = Link(bytes_per_s=board.nvlink_bytes_per_s or board.pcie_bytes_per_s, latency_s=0.0)
-            device_class = _DeviceClass(
-                gpu=gpu,
-                per_node=sum(slots.count for slots in slots_of_gpu),
-                zone=group.zone,
-                nic=group.nic or cluster.network.default,
-                intra_link=group.intra_link or board_link,
-                usd_per_hour=cluster.price_of(slots_of_gpu[0]) or 0.0,
-            )
-            nodes[device_class] = nodes.get(device_class, 0) + group.count
-    return nodes
-
-
-def _settings(problem: PlacementProblem) -> Iterator[_Shared]:
-    """e: every combination of what the stages of a replica share."""
-    family, cluster, rederivation = problem.family, problem.cluster, Rederivation(problem)
-    repeated = problem.model.num_layers - problem.model.prefix_layers
-    zone_sets = [
-        frozenset(zones)
-        for size in range(1, len(cluster.zones()) + 1)
-        for zones in itertools.combinations(cluster.zones(), size)
-    ]
-    types = [None] if family.mixed_types else list(dict.fromkeys(s.gpu for g in cluster.node_groups for s in g.gpus))
-    # Stages that differ by one layer at most have some number of layers or one more.
-    layers = [(1, repeated)] if family.uneven_layers else [(few, few + 1) for few in range(1, repeated + 1)]
-    for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
-        setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
-        for (slack, most_copies), zones, gpu, held in itertools.product(_slacks(setting), zone_sets, types, layers):
-            yield _Shared(
-                setting=setting,
-                zones=zones,
-                slack=slack,
-                most_copies=most_copies,
-                t_limit_s=_t_limit_s(setting),
-                gpu=gpu,
-                layers=held,
-            )
-
-
-def _slacks(setting: Setting) -> list[tuple[float, float]]:
-    """Slacks a replica may count on, each with the most stage copies it may then have."""
-    assumed, M = setting.problem.assumptions, setting.in_flight
-    if M == 1:
-        return [(0.0, math.inf)]
-    return [(assumed.full_slack, M / 2), (assumed.tight_slack, M)]
-
-
-def _t_limit_s(setting: Setting) -> float:
-    """T: the latency limits, as a limit on the seconds between completions."""
-    objective, limit = setting.problem.objective, math.inf
-    if objective.tpot_limit_s is not None:
-        limit = objective.tpot_limit_s / tpot_per_t(setting)
-    if objective.ttft_limit_s is not None:
-        limit = min(limit, objective.ttft_limit_s / ttft_per_t(setting))
-    return limit
-
-
-def _stage_types(
-    problem: PlacementProblem, nodes: dict[_DeviceClass, int]
-) -> Iterator[tuple[StageShape, tuple[tuple[int, int], ...]]]:
-    """Every (class, n, c, pool class, p, k), layers and hop link still open, with the TP groups it takes."""
-    family, model, classes = problem.family, problem.model, list(nodes)
-    for (g, own), n, c in itertools.product(enumerate(classes), family.tp_sizes, range(1, family.max_copies + 1)):
-        if n > own.per_node or n * c > own.per_node * nodes[own] or not divides(model, n):
-            continue
-        shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
-        yield shape, ((g, n),) * c
-        for (i, other), p in itertools.product(enumerate(classes), family.pool_sizes(c)):
-            if other.zone != own.zone or n > model.head_groups or p * c > other.per_node * nodes[other]:
-                continue
-            link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])
-            for k in range(1, head_groups_per_rank(model, n) + 1):
-                pool = PoolShape(gpu=other.gpu, cards=p, head_groups=k, link=link)
-                yield replace(shape, pool=pool), ((g, n),) * c + ((i, 1),) * (p * c)
-
-
-# --- variables, constraints, objective
-
-
 class _Formulation:
     """The MILP of one problem; letters as in `solve_specification`."""
 
     def __init__(self, problem: PlacementProblem, num_replicas: int, num_stages: int) -> None:
         self.problem, self.R, self.S = problem, num_replicas, num_stages
-        self.nodes = _device_classes(problem.cluster)
-        self.shared = list(_settings(problem))
-        types = list(_stage_types(problem, self.nodes))
-        first = list(self._choices(types, is_first=True, is_last=True))
-        if num_stages > 1:
-            first += self._choices(types, is_first=True, is_last=False)
-        middle, last = list[_Choice](), list[_Choice]()
-        if num_stages > 2:
-            middle = [*self._choices(types, is_first=False, is_last=False), *self._empty_stages(first)]
-        if num_stages > 1:
-            last = [*self._choices(types, is_first=False, is_last=True), *self._empty_stages(first)]
-        self.slots = [first, *[middle] * (num_stages - 2), *([last] if num_stages > 1 else [])]
+        sets = Sets.of(problem, num_stages)
+        self.classes, self.shared, self.slots = sets.classes, sets.shared, sets.slots
 
     def solve(self, time_limit_s: float) -> SpecificationResult:
         if not self.slots[0]:
@@ -273,7 +132,7 @@ class _Formulation:
         rate = cp.sum(self.v, axis=1)
         constraints = [
             cp.sum(self.h, axis=1) <= 1,
-            self._by_setting(self.y, self._layers) == repeated * self.h,
+            self._by_setting(self.y, lambda q: q.layers) == repeated * self.h,
             rate[:-1] >= rate[1:],
         ]
         for y, slot in zip(self.y, self.slots, strict=True):
@@ -291,7 +150,7 @@ class _Formulation:
         T = np.array([e.t_limit_s for e in self.shared])
         constraints = [
             self._by_setting(self.z, self._round_trip_s) <= self.h,
-            self._by_setting(self.y, self._copies) <= self.h @ np.diag(K),
+            self._by_setting(self.y, lambda q: q.copies) <= self.h @ np.diag(K),
             self.v >= self.h @ np.diag(1 / T),
         ]
         for y, z, slot in zip(self.y, self.z, self.slots, strict=True):
@@ -303,12 +162,12 @@ class _Formulation:
         """TP groups of every size inside the nodes of their class."""
         sizes = [n for n in self.problem.family.tp_sizes if n > 1]
         constraints = []
-        for g, (device_class, num_nodes) in enumerate(self.nodes.items()):
-            m = {n: cp.Variable(num_nodes, integer=True) for n in (1, *sizes)}
+        for g, device_class in enumerate(self.classes):
+            m = {n: cp.Variable(device_class.num_nodes, integer=True) for n in (1, *sizes)}
             for n, of_size in m.items():
                 taken = self._total(_num_groups(g, n))
                 constraints += [of_size >= 0, taken == cp.sum(of_size)]
-            constraints.append(sum(n * of_size for n, of_size in m.items()) <= device_class.per_node)
+            constraints.append(sum(n * of_size for n, of_size in m.items()) <= device_class.gpus_per_node)
         return constraints
 
     def _cuts(self) -> list[Any]:
@@ -319,7 +178,7 @@ class _Formulation:
             return []
         constraints, through = [], 0
         for y, slot in zip(self.y[:-1], self.slots[:-1], strict=True):
-            through = through + y @ np.array([self._layers(q) for q in slot])
+            through = through + y @ np.array([q.layers for q in slot])
             at = cp.Variable((self.R, len(allowed)), boolean=True)
             constraints += [
                 cp.sum(at, axis=1) <= 1,
@@ -339,64 +198,24 @@ class _Formulation:
             return cp.Maximize(cp.sum(self.v))
         if kind is ObjectiveKind.GOODPUT:
             return cp.Maximize(self.problem.assumptions.planned_utilisation * cp.sum(self.v))
-        prices = [g.usd_per_hour if kind is ObjectiveKind.COST else 1.0 for g in self.nodes]
+        prices = [(g.usd_per_hour or 0.0) if kind is ObjectiveKind.COST else 1.0 for g in self.classes]
         return cp.Minimize(self._total(lambda q: sum(prices[g] * n for g, n in q.groups)))
 
-    # --- choices and their data
-
-    def _choices(
-        self, types: list[tuple[StageShape, tuple[tuple[int, int], ...]]], *, is_first: bool, is_last: bool
-    ) -> Iterator[_Choice]:
-        """q of a slot: every stage that fits in memory and is not too slow on its own."""
-        classes, network = list(self.nodes), self.problem.cluster.network
-        repeated = self.problem.model.num_layers - self.problem.model.prefix_layers
-        for e, shared in enumerate(self.shared):
-            zone_links = [network.zone_link(a, b) for a in shared.zones for b in shared.zones]
-            for shape, groups in types:
-                own = classes[groups[0][0]]
-                if own.zone not in shared.zones or not _is_one_type(shape, shared.gpu):
-                    continue
-                one_layer = replace(shape, hop_link=slowest([own.nic, *zone_links]))
-                layer_s = layer_seconds(shared.setting, one_layer)
-                one_layer_s = stage_seconds(shared.setting, one_layer, is_first=is_first, is_last=is_last)
-                fewest, most = (repeated, repeated) if is_first and is_last else (1, repeated - 1)
-                for held in range(max(fewest, shared.layers[0]), min(most, shared.layers[1]) + 1):
-                    stage = replace(one_layer, layers=held)
-                    if not _fits_memory(shared.setting, stage, is_first=is_first, is_last=is_last):
-                        break
-                    u = one_layer_s + (held - 1) * layer_s
-                    w = stage.copies / ((1 + shared.slack) * u)
-                    if w * shared.t_limit_s >= 1 - 1e-9 and stage.copies <= shared.most_copies:
-                        whole = is_first and is_last
-                        yield _Choice(shared=e, shape=stage, groups=groups, is_whole=whole, u_s=u, rate_limit=w)
-
-    def _empty_stages(self, first: list[_Choice]) -> Iterator[_Choice]:
-        """The empty stage of every setting: it lets any rate through that a first stage can do."""
-        for e in range(len(self.shared)):
-            w = max((q.rate_limit for q in first if q.shared == e), default=0.0)
-            yield _Choice(shared=e, shape=None, groups=(), is_whole=False, u_s=0.0, rate_limit=w)
-
-    def _layers(self, q: _Choice) -> float:
-        return float(q.shape.layers) if q.shape else 0.0
-
-    def _copies(self, q: _Choice) -> float:
-        return float(q.shape.copies) if q.shape else 0.0
-
-    def _round_trip_s(self, q: _Choice) -> float:
+    def _round_trip_s(self, q: Choice) -> float:
         shared = self.shared[q.shared]
         return (1 + shared.slack) * q.u_s / shared.setting.in_flight
 
-    def _setting_matrix(self, slot: list[_Choice], number_of: Callable[[_Choice], float] = lambda q: 1.0) -> Array:
+    def _setting_matrix(self, slot: Sequence[Choice], number_of: Callable[[Choice], float] = lambda q: 1.0) -> Array:
         """A number of choice q in the column of its setting e, shape [choices, settings]."""
         matrix = np.zeros((len(slot), len(self.shared)))
         matrix[np.arange(len(slot)), [q.shared for q in slot]] = [number_of(q) for q in slot]
         return matrix
 
-    def _by_setting(self, variables: list[Any], number_of: Callable[[_Choice], float]) -> Any:
+    def _by_setting(self, variables: list[Any], number_of: Callable[[Choice], float]) -> Any:
         """``sum_(s, q of e) number_of(q) x_rsq`` of x = y or z, shape [replicas, settings]."""
         return sum(x @ self._setting_matrix(slot, number_of) for x, slot in zip(variables, self.slots, strict=True))
 
-    def _total(self, number_of: Callable[[_Choice], float]) -> Any:
+    def _total(self, number_of: Callable[[Choice], float]) -> Any:
         """``sum_rsq number_of(q) y_rsq``."""
         return cp.sum(self._by_setting(self.y, number_of))
 
@@ -438,22 +257,9 @@ class _Formulation:
         return f"{stages} at {at}: {self.v.value[r].sum():.6g} requests/s"
 
 
-def _num_groups(g: int, n: int) -> Callable[[_Choice], float]:
+def _num_groups(g: int, n: int) -> Callable[[Choice], float]:
     """a_qgn, for one class and size."""
     return lambda q: float(q.groups.count((g, n)))
-
-
-def _is_one_type(shape: StageShape, gpu: str | None) -> bool:
-    types = {shape.gpu, shape.pool.gpu if shape.pool else shape.gpu}
-    return gpu is None or types == {gpu}
-
-
-def _fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> bool:
-    profiles = setting.problem.profiles
-    if rank_bytes(setting, stage, is_first=is_first, is_last=is_last) > profiles[stage.gpu].usable_bytes:
-        return False
-    pool = stage.pool
-    return pool is None or worker_bytes(setting, stage, pool, is_first=is_first) <= profiles[pool.gpu].usable_bytes
 
 
 def _describe_stage(stage: StageShape) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.options import Options, layers_on_card, layers_on_rank
+from hetis.solver.placement.options import layers_on_card, layers_on_rank
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
 
 
@@ -88,18 +88,11 @@ def configurations(atlas: Atlas) -> list[Configuration]:
     return found
 
 
-def template_of(atlas: Atlas, configuration: Configuration, options: Options, stages: IntArray) -> Template:
-    """Turns stages [., 2] of (option, layers) into a template, at the exact interval of its best layer split."""
+def template_of(atlas: Atlas, configuration: Configuration, rows: IntArray) -> Template:
+    """Turns the rows of `stage_rows` into a template, at the exact interval of its best layer split."""
     parts = tuple(
-        TemplateStage(
-            rank=int(options.rank[o]),
-            copies=int(options.copies[o]),
-            layers=int(layers),
-            pool_class=int(options.pool_class[o]),
-            pool_cards=int(options.pool_cards[o]) if options.pool_class[o] >= 0 else 0,
-            pool_groups=int(options.pool_groups[o]) if options.pool_class[o] >= 0 else 0,
-        )
-        for o, layers in stages
+        TemplateStage(rank, copies, layers, pool_class, *((cards, groups) if pool_class >= 0 else (0, 0)))
+        for rank, copies, layers, pool_class, cards, groups in rows.tolist()
     )
     rough = Template(configuration.scope, configuration.mix, configuration.in_flight_index, parts, np.inf)
     rough = replace(rough, interval_s=interval_of(atlas, rough))

@@ -1,0 +1,165 @@
+"""What `hetis-plan` can be asked for: every option that is long to state, or that more than one verb takes."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetis.planner.cli import quantities, words
+from hetis.planner.cli.terminal import OutputFormat
+from hetis.solver.plan import ObjectiveKind
+
+# --- of every verb
+
+OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
+NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
+
+# --- of verbs that read a plan
+
+PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
+
+# --- inputs
+
+_INPUTS = "Inputs"
+
+ClusterOption = Annotated[
+    str, typer.Option("--cluster", "-c", metavar="FILE", rich_help_panel=_INPUTS, help="The fleet.")
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|FILE",
+        autocompletion=words.model_names,
+        rich_help_panel=_INPUTS,
+        help="A name of `catalog models`, a ModelSpec file, or a Hugging Face config.json.",
+    ),
+]
+WorkloadOption = Annotated[
+    str,
+    typer.Option(
+        "--workload",
+        "-w",
+        metavar="NAME|FILE|P/O",
+        autocompletion=words.workload_names,
+        rich_help_panel=_INPUTS,
+        help="A name of `catalog workloads`, a Workload file, a CSV trace, or mean lengths such as 8000/300.",
+    ),
+]
+ProfilesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        rich_help_panel=_INPUTS,
+        show_default=False,
+        help="Profile of a GPU type; repeatable. Types without one are modelled.",
+    ),
+]
+
+# --- goal
+
+_GOAL = "Goal"
+
+ObjectiveOption = Annotated[
+    ObjectiveKind, typer.Option("--objective", rich_help_panel=_GOAL, help="What the plan is good for.")
+]
+RateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--rate",
+        parser=quantities.rate,
+        metavar="R",
+        rich_help_panel=_GOAL,
+        show_default=False,
+        help="Demanded requests/s; objectives cost and gpus need it.",
+    ),
+]
+TtftOption = Annotated[
+    float | None,
+    typer.Option(
+        "--ttft",
+        parser=quantities.limit,
+        metavar="TIME|none",
+        rich_help_panel=_GOAL,
+        show_default="2s; throughput: none",
+        help="Limit of the p95 time to first token.",
+    ),
+]
+TpotOption = Annotated[
+    float | None,
+    typer.Option(
+        "--tpot",
+        parser=quantities.limit,
+        metavar="TIME|none",
+        rich_help_panel=_GOAL,
+        show_default="100ms; throughput: none",
+        help="Limit of the mean time per output token.",
+    ),
+]
+
+# --- search
+
+_SEARCH = "Search"
+
+
+class Strategy(StrEnum):
+    """Families of plans; a test keeps this in step with `hetis.solver.placement.strategies.STRATEGIES`."""
+
+    HETIS = "hetis"
+    UNIFORM = "uniform"
+    HEXGEN = "hexgen"
+
+
+StrategyOption = Annotated[
+    Strategy, typer.Option("--strategy", rich_help_panel=_SEARCH, help="Family of plans to search.")
+]
+TimeLimitOption = Annotated[
+    float,
+    typer.Option(
+        "--time-limit",
+        parser=quantities.positive_duration,
+        metavar="TIME",
+        rich_help_panel=_SEARCH,
+        help="Return the best plan found by then.",
+    ),
+]
+GapOption = Annotated[
+    float,
+    typer.Option(
+        "--gap",
+        parser=quantities.ratio,
+        metavar="GAP",
+        rich_help_panel=_SEARCH,
+        help="Stop when the plan is proven this close to the best; 0.5% or 0.005.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=_SEARCH, help="Same seed, same plan.")]
+ThreadsOption = Annotated[
+    int, typer.Option("--threads", min=0, rich_help_panel=_SEARCH, help="Solver threads; 0 uses every core.")
+]
+
+# --- result
+
+_RESULT = "Result"
+
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        rich_help_panel=_RESULT,
+        show_default=False,
+        help="Also save the plan; .yaml or .yml for YAML, anything else is JSON.",
+    ),
+]
+StrictOption = Annotated[
+    bool,
+    typer.Option("--strict", rich_help_panel=_RESULT, help="Exit 5 when the gap or the demanded rate is missed."),
+]

@@ -1,0 +1,252 @@
+"""A planned replica taken apart: what the time of every stage and the memory of every card go to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
+from hetis.solver.check.structure import check_replica_structure
+from hetis.solver.cluster import Cluster, Link
+from hetis.solver.cost import (
+    DeviceCost,
+    Mix,
+    PoolCost,
+    intra_link,
+    kv_tokens_per_copy,
+    mix_of,
+    rank_shape,
+    slack,
+    tpot_per_interval,
+    ttft_per_interval,
+)
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.explain import MemoryBar, StageTime
+from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import WorkloadMoments
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A replica of the plan and what its numbers follow from; letters are those of `docs/cost-model.md`."""
+
+    problem: PlacementProblem
+    moments: WorkloadMoments
+    fleet: Fleet  # the devices of all replicas that are explained
+    number: int
+    count: int  # replicas like this one
+    replica: ReplicaPlan
+    shape: ReplicaShape
+    mix: Mix
+
+    def with_batch(self, micro_batch: int) -> ReplicaView:
+        """The same stages, decoding other micro-batches."""
+        mix = mix_of(self.moments, micro_batch=micro_batch, chunk_tokens=self.mix.chunk_tokens)
+        return replace(self, mix=mix, shape=replace(self.shape, micro_batch=micro_batch))
+
+    def cost(self, gpu: str, tp: int, intra: Link) -> DeviceCost:
+        shape = rank_shape(self.problem.model, tp)
+        assert shape is not None, f"the structure check has let TP {tp} pass"
+        return DeviceCost(self.problem.model, self.problem.profiles[gpu], self.moments, shape, intra)
+
+    def stage_cost(self, stage: StageShape) -> DeviceCost:
+        return self.cost(stage.gpu, stage.tp, stage.intra_link)
+
+    def pool_cost(self, stage: StageShape, gpu: str, link: Link) -> PoolCost:
+        worker = self.cost(gpu, 1, intra_link(self.problem.cluster.gpu_types[gpu], None))
+        return PoolCost(self.stage_cost(stage), worker, link)
+
+    def per_request(self, with_chunk_s: float, plain_s: float) -> float:
+        return self.mix.chunk_iterations * with_chunk_s + self.mix.plain_iterations * plain_s
+
+    def layers(self, position: int) -> int:
+        """Layers of a stage, prefix layers included."""
+        return self.shape.stages[position].layers + self._prefix(position)
+
+    def _prefix(self, position: int) -> int:
+        return self.problem.model.prefix_layers if position == 0 else 0
+
+    # --- time
+
+    def times(self) -> tuple[StageTime, ...]:
+        parts = [self._stage_time(i) for i in range(len(self.shape.stages))]
+        slowest_s = max(part.total_s / part.copies for part in parts)
+        return tuple(replace(part, is_bottleneck=part.total_s / part.copies == slowest_s) for part in parts)
+
+    def busiest(self) -> StageTime:
+        """The stage that is busy for the largest share of the time."""
+        return next(part for part in self.times() if part.is_bottleneck)
+
+    def _stage_time(self, i: int) -> StageTime:
+        stage, prefix, mix = self.shape.stages[i], self._prefix(i), self.mix
+        cost, b, C = self.stage_cost(stage), mix.micro_batch, mix.chunk_tokens
+        dense_s = stage.layers * self.per_request(cost.dense_s(b + C), cost.dense_s(b))
+        if prefix:
+            dense_s += prefix * self.per_request(
+                cost.dense_s(b + C, prefix_layer=True), cost.dense_s(b, prefix_layer=True)
+            )
+        transfer_s = 0.0
+        if i > 0:
+            transfer_s += self.per_request(cost.hop_s(b + C, stage.hop_link), cost.hop_s(b, stage.hop_link))
+        if stage.pool is not None:
+            pool = self.pool_cost(stage, stage.pool.gpu, stage.pool.link)
+            ship_s = float(pool.ship_s(C, stage.pool.head_groups, stage.pool.cards))
+            transfer_s += self.layers(i) * mix.chunk_iterations * ship_s
+        is_last = i == len(self.shape.stages) - 1
+        parts = {
+            "dense_s": dense_s,
+            "all_reduce_s": self.layers(i) * 2 * self.per_request(cost.reduce_s(b + C), cost.reduce_s(b)),
+            "prefill_attention_s": self.layers(i) * mix.chunk_iterations * cost.prefill_s(C),
+            "decode_attention_s": self.layers(i) * mix.iterations * max(self.attention_s(stage)),
+            "transfer_s": transfer_s,
+            "head_s": self.per_request(cost.head_s(b + 1), cost.head_s(b)) if is_last else 0.0,
+            "other_s": self.per_request(cost.step_s(b + C), cost.step_s(b)),
+        }
+        return StageTime(
+            replica=self.number,
+            stage=i,
+            gpu=stage.gpu,
+            tp=stage.tp,
+            copies=stage.copies,
+            total_s=sum(parts.values()),
+            is_bottleneck=False,
+            **parts,
+        )
+
+    def attention_s(self, stage: StageShape) -> tuple[float, float]:
+        """Decode attention of one layer and iteration: on the stage's own ranks, and on its pool, exchange included."""
+        cost, pool, b = self.stage_cost(stage), stage.pool, self.mix.micro_batch
+        moved = 0 if pool is None else pool.head_groups
+        own_s = float(cost.decode_attention_s(b * (cost.shape.groups - moved), cost.shape.queries_per_group))
+        if pool is None:
+            return own_s, 0.0
+        return own_s, float(self.pool_cost(stage, pool.gpu, pool.link).attention_s(b, moved, pool.cards))
+
+    def interval_s(self, times: tuple[StageTime, ...]) -> float:
+        """t"""
+        return (1 + self.slack()) * max(max(p.total_s / p.copies for p in times), self.round_s(times))
+
+    def round_s(self, times: tuple[StageTime, ...]) -> float:
+        """Seconds between completions if nothing but the round trip held micro-batches back."""
+        return sum(part.total_s for part in times) / self.shape.in_flight
+
+    def slack(self) -> float:
+        copies = sum(stage.copies for stage in self.shape.stages)
+        return slack(self.problem.assumptions, in_flight=self.shape.in_flight, num_copies=copies)
+
+    def tpot_s(self, interval_s: float) -> float:
+        return interval_s * tpot_per_interval(self.moments, self.mix, self.shape.in_flight)
+
+    def ttft_s(self, interval_s: float) -> float:
+        return interval_s * ttft_per_interval(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
+
+    # --- memory
+
+    def requests(self, copies: int) -> int:
+        """D b: requests whose KV a copy holds."""
+        return -(-self.shape.in_flight // copies) * self.mix.micro_batch
+
+    def kv_tokens(self, copies: int) -> float:
+        """Tkv"""
+        micro_batches = -(-self.shape.in_flight // copies)
+        return kv_tokens_per_copy(self.problem.model, self.moments, self.problem.assumptions, self.mix, micro_batches)
+
+    def memory(self) -> Iterator[MemoryBar]:
+        for i, stage in enumerate(self.shape.stages):
+            yield self._rank_memory(i, stage)
+            if stage.pool is not None:
+                yield self._worker_memory(i, stage, stage.pool)
+
+    def kv_fill(self) -> tuple[float, str]:
+        """Planned KV over the room for it, where it is scarcest, and where that is."""
+        fills = []
+        for bar in self.memory():
+            room = bar.kv_bytes + bar.free_bytes
+            whose = f"stage {bar.stage + 1}" if bar.role == "primary" else f"attention workers of stage {bar.stage + 1}"
+            fills.append((bar.kv_bytes / room if room > 0 else 0.0, whose))
+        return max(fills)
+
+    def _rank_memory(self, i: int, stage: StageShape) -> MemoryBar:
+        cost, is_last = self.stage_cost(stage), i == len(self.shape.stages) - 1
+        weights = stage.layers * cost.layer_bytes()
+        weights += cost.prefix_bytes() if i == 0 else 0.0
+        tables = int(i == 0) + int(is_last)
+        weights += cost.embedding_bytes() * (min(tables, 1) if self.problem.model.tie_embeddings else tables)
+        activations = cost.activation_bytes(self.mix.micro_batch + self.mix.chunk_tokens)
+        activations += cost.logit_bytes(self.mix.micro_batch) if is_last else 0.0
+        kept = cost.shape.groups - (stage.pool.head_groups if stage.pool is not None else 0)
+        kv = self.layers(i) * kept * self.problem.model.kv_bytes_per_token_group() * self.kv_tokens(stage.copies)
+        return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations)
+
+    def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:
+        """The fullest card."""
+        requests, group_bytes = self.requests(stage.copies), self.problem.model.kv_bytes_per_token_group()
+        pairs = -(-requests * pool.head_groups * stage.tp // pool.cards)
+        kv = self.layers(i) * pairs / requests * self.kv_tokens(stage.copies) * group_bytes
+        return self._bar(i, "attention worker", pool.gpu, pool.cards * stage.copies, 0.0, kv, 0.0)
+
+    def _bar(
+        self, i: int, role: str, gpu: str, num_devices: int, weights: float, kv: float, activations: float
+    ) -> MemoryBar:
+        profile = self.problem.profiles[gpu]
+        # A profile may have measured more than the catalogue's rounded number.
+        nominal = max(self.problem.cluster.gpu_types[gpu].memory_bytes, profile.usable_bytes)
+        parts = [round(part) for part in (weights, kv, activations)]
+        return MemoryBar(
+            replica=self.number,
+            stage=i,
+            role=role,
+            gpu=gpu,
+            num_devices=num_devices,
+            nominal_bytes=nominal,
+            unusable_bytes=nominal - profile.usable_bytes,
+            reserve_bytes=profile.reserve_bytes,
+            weight_bytes=parts[0],
+            kv_bytes=parts[1],
+            activation_bytes=parts[2],
+            free_bytes=profile.usable_bytes - profile.reserve_bytes - sum(parts),
+        )
+
+
+def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, ...]:
+    """The first replica of every shape."""
+    first: dict[ReplicaPlan, int] = {}
+    count: dict[ReplicaPlan, int] = {}
+    for number, one in enumerate(plan.replicas):
+        key = _nameless(one)
+        first.setdefault(key, number)
+        count[key] = count.get(key, 0) + 1
+    fleet = _fleet_of(problem.cluster, {name for n in first.values() for name in plan.replicas[n].devices()})
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+    views = []
+    for key, number in first.items():
+        one = plan.replicas[number]
+        for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
+            raise InvalidProblemError(f"plan cannot be explained: {violation}")
+        mix = mix_of(moments, micro_batch=one.micro_batch, chunk_tokens=one.chunk_tokens)
+        views.append(
+            ReplicaView(problem, moments, fleet, number, count[key], one, replica_shape(one, problem, fleet), mix)
+        )
+    return tuple(views)
+
+
+def main_view(views: tuple[ReplicaView, ...]) -> ReplicaView:
+    """The shape that most of the traffic goes to: it speaks for the plan."""
+    return max(views, key=lambda view: view.count * view.replica.rate)
+
+
+def _nameless(one: ReplicaPlan) -> ReplicaPlan:
+    """The replica with the number of devices in place of their names."""
+    return replace(
+        one,
+        stages=tuple(replace(stage, devices=(str(len(stage.devices)),)) for stage in one.stages),
+        attention_workers=tuple(replace(p, devices=(str(len(p.devices)),)) for p in one.attention_workers),
+    )
+
+
+def _fleet_of(cluster: Cluster, names: set[str]) -> Fleet:
+    """The devices of these names; the others of a large fleet are not kept."""
+    return Fleet(cluster=cluster, devices={d.name: d for d in cluster.devices() if d.name in names} if names else {})

@@ -1,0 +1,37 @@
+"""How an explanation writes stages and quantities."""
+
+from __future__ import annotations
+
+from hetis.solver.check.shape import StageShape
+
+
+def stage_name(stage: StageShape) -> str:
+    return f"{stage.gpu} TP{stage.tp}{f' x{stage.copies}' if stage.copies > 1 else ''}"
+
+
+def num_layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
+def in_time(seconds: float) -> str:
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 0.9995:
+            value = seconds * factor
+            return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def in_time_above(seconds: float, limit_s: float) -> str:
+    """A time above a limit with the digits that show it: 100.3 ms where the limit is 100 ms."""
+    if in_time(seconds) != in_time(limit_s):
+        return in_time(seconds)
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"
+
+
+def in_percent(ratio: float) -> str:
+    return f"{ratio:.2%}" if ratio < 0.1 else f"{ratio:.0%}"
+
+
+def in_bytes(num_bytes: float) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:.1f} GiB" if gib >= 0.05 else f"{num_bytes / 2**20:.1f} MiB"

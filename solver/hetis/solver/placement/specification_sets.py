@@ -1,0 +1,197 @@
+"""Sets and data of the specification: everything its variables choose from, as numbers. Letters as there.
+
+Times and bytes are the checker's (`hetis.solver.check`). Choices that do not fit in memory, or are too slow for the
+latency limits on their own, are never listed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hetis.solver.check.claims import Rederivation
+from hetis.solver.check.fleet import slowest
+from hetis.solver.check.memory import rank_bytes, worker_bytes
+from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
+from hetis.solver.check.shape import PoolShape, StageShape
+from hetis.solver.check.timing import layer_seconds, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.placement.classes import DeviceClass, device_classes
+from hetis.solver.problem import PlacementProblem
+
+Groups = tuple[tuple[int, int], ...]  # (g, n) of every TP group, pool cards one by one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """e: what all stages of a replica share. Families without mixed types or uneven layers share these, too."""
+
+    setting: Setting
+    zones: frozenset[str]
+    slack: float
+    most_copies: float  # K
+    t_limit_s: float  # T
+    gpu: str | None  # None: any
+    layers: tuple[int, int]  # fewest and most of a stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """q: a stage of a setting, or the empty stage (``shape`` is None)."""
+
+    shared: int  # e
+    shape: StageShape | None
+    groups: Groups
+    is_whole: bool  # holds the whole model
+    u_s: float
+    rate_limit: float  # w
+
+    @property
+    def layers(self) -> int:
+        """l"""
+        return self.shape.layers if self.shape else 0
+
+    @property
+    def copies(self) -> int:
+        """c"""
+        return self.shape.copies if self.shape else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sets:
+    """What a problem's MILP ranges over."""
+
+    classes: tuple[DeviceClass, ...]  # g
+    shared: tuple[Shared, ...]  # e
+    slots: tuple[tuple[Choice, ...], ...]  # q of every stage slot s
+
+    @staticmethod
+    def of(problem: PlacementProblem, num_stages: int) -> Sets:
+        """The sets for replicas of at most ``num_stages`` stages."""
+        classes = device_classes(problem.cluster)
+        shared = tuple(_shared(problem))
+        listed = _Choices(problem, classes, shared, tuple(_stage_types(problem, classes)))
+        first = tuple(listed.of_slot(is_first=True, is_last=True))
+        if num_stages == 1:
+            return Sets(classes=classes, shared=shared, slots=(first,))
+        first += tuple(listed.of_slot(is_first=True, is_last=False))
+        empty = tuple(_empty_stages(shared, first))
+        middle = (*listed.of_slot(is_first=False, is_last=False), *empty) if num_stages > 2 else ()
+        last = (*listed.of_slot(is_first=False, is_last=True), *empty)
+        return Sets(classes=classes, shared=shared, slots=(first, *[middle] * (num_stages - 2), last))
+
+
+def _shared(problem: PlacementProblem) -> Iterator[Shared]:
+    """e: every combination of what the stages of a replica share."""
+    family, cluster, rederivation = problem.family, problem.cluster, Rederivation(problem)
+    repeated = problem.model.num_layers - problem.model.prefix_layers
+    zone_sets = [
+        frozenset(zones)
+        for size in range(1, len(cluster.zones()) + 1)
+        for zones in itertools.combinations(cluster.zones(), size)
+    ]
+    types = [None] if family.mixed_types else list(dict.fromkeys(s.gpu for g in cluster.node_groups for s in g.gpus))
+    # Stages that differ by one layer at most have some number of layers or one more.
+    layers = [(1, repeated)] if family.uneven_layers else [(few, few + 1) for few in range(1, repeated + 1)]
+    for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
+        setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
+        for (slack, most_copies), zones, gpu, held in itertools.product(_slacks(setting), zone_sets, types, layers):
+            yield Shared(
+                setting=setting,
+                zones=zones,
+                slack=slack,
+                most_copies=most_copies,
+                t_limit_s=_t_limit_s(setting),
+                gpu=gpu,
+                layers=held,
+            )
+
+
+def _slacks(setting: Setting) -> list[tuple[float, float]]:
+    """Slacks a replica may count on, each with the most stage copies it may then have."""
+    assumed, M = setting.problem.assumptions, setting.in_flight
+    if M == 1:
+        return [(0.0, math.inf)]
+    return [(assumed.full_slack, M / 2), (assumed.tight_slack, M)]
+
+
+def _t_limit_s(setting: Setting) -> float:
+    """T: the latency limits, as a limit on the seconds between completions."""
+    objective, limit = setting.problem.objective, math.inf
+    if objective.tpot_limit_s is not None:
+        limit = objective.tpot_limit_s / tpot_per_t(setting)
+    if objective.ttft_limit_s is not None:
+        limit = min(limit, objective.ttft_limit_s / ttft_per_t(setting))
+    return limit
+
+
+def _stage_types(problem: PlacementProblem, classes: Sequence[DeviceClass]) -> Iterator[tuple[StageShape, Groups]]:
+    """Every (class, n, c, pool class, p, k), layers and hop link still open, with the TP groups it takes."""
+    family, model = problem.family, problem.model
+    for (g, own), n, c in itertools.product(enumerate(classes), family.tp_sizes, range(1, family.max_copies + 1)):
+        if n > own.gpus_per_node or n * c > own.available or not divides(model, n):
+            continue
+        shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra, hop_link=own.nic)
+        yield shape, ((g, n),) * c
+        for (i, other), p in itertools.product(enumerate(classes), family.pool_sizes(c)):
+            if other.zone != own.zone or n > model.head_groups or p * c > other.available:
+                continue
+            link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])
+            for k in range(1, head_groups_per_rank(model, n) + 1):
+                pool = PoolShape(gpu=other.gpu, cards=p, head_groups=k, link=link)
+                yield replace(shape, pool=pool), ((g, n),) * c + ((i, 1),) * (p * c)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """Lists the choices q of a slot."""
+
+    problem: PlacementProblem
+    classes: tuple[DeviceClass, ...]
+    shared: tuple[Shared, ...]
+    stage_types: tuple[tuple[StageShape, Groups], ...]
+
+    def of_slot(self, *, is_first: bool, is_last: bool) -> Iterator[Choice]:
+        """Every stage that fits in memory and is not too slow on its own."""
+        network = self.problem.cluster.network
+        repeated = self.problem.model.num_layers - self.problem.model.prefix_layers
+        for e, shared in enumerate(self.shared):
+            zone_links = [network.zone_link(a, b) for a in shared.zones for b in shared.zones]
+            for shape, groups in self.stage_types:
+                own = self.classes[groups[0][0]]
+                if own.zone not in shared.zones or not _is_one_type(shape, shared.gpu):
+                    continue
+                one_layer = replace(shape, hop_link=slowest([own.nic, *zone_links]))
+                layer_s = layer_seconds(shared.setting, one_layer)
+                one_layer_s = stage_seconds(shared.setting, one_layer, is_first=is_first, is_last=is_last)
+                fewest, most = (repeated, repeated) if is_first and is_last else (1, repeated - 1)
+                for held in range(max(fewest, shared.layers[0]), min(most, shared.layers[1]) + 1):
+                    stage = replace(one_layer, layers=held)
+                    if not _fits_memory(shared.setting, stage, is_first=is_first, is_last=is_last):
+                        break
+                    u = one_layer_s + (held - 1) * layer_s
+                    w = stage.copies / ((1 + shared.slack) * u)
+                    if w * shared.t_limit_s >= 1 - 1e-9 and stage.copies <= shared.most_copies:
+                        whole = is_first and is_last
+                        yield Choice(shared=e, shape=stage, groups=groups, is_whole=whole, u_s=u, rate_limit=w)
+
+
+def _empty_stages(shared: Sequence[Shared], first: Sequence[Choice]) -> Iterator[Choice]:
+    """The empty stage of every setting: it lets any rate through that a first stage can do."""
+    for e in range(len(shared)):
+        w = max((q.rate_limit for q in first if q.shared == e), default=0.0)
+        yield Choice(shared=e, shape=None, groups=(), is_whole=False, u_s=0.0, rate_limit=w)
+
+
+def _is_one_type(shape: StageShape, gpu: str | None) -> bool:
+    types = {shape.gpu, shape.pool.gpu if shape.pool else shape.gpu}
+    return gpu is None or types == {gpu}
+
+
+def _fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> bool:
+    profiles = setting.problem.profiles
+    if rank_bytes(setting, stage, is_first=is_first, is_last=is_last) > profiles[stage.gpu].usable_bytes:
+        return False
+    pool = stage.pool
+    return pool is None or worker_bytes(setting, stage, pool, is_first=is_first) <= profiles[pool.gpu].usable_bytes

@@ -1,0 +1,272 @@
+"""Fills the tables of the search from the cost model; equal devices are computed once."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from hetis.solver import cost
+from hetis.solver.cluster import Link
+from hetis.solver.cost import DeviceCost, Mix, PoolCost
+from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
+from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import WorkloadMoments
+
+
+def build_atlas(problem: PlacementProblem) -> Atlas:
+    """Tabulates the cost model for every mix, rank type and pool of a problem's family."""
+    family, model = problem.family, problem.model
+    moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
+    classes = device_classes(problem.cluster)
+    mixes = tuple(
+        cost.mix_of(moments, micro_batch=b, chunk_tokens=c) for b in family.micro_batches for c in family.chunk_tokens
+    )
+    ranks = tuple(
+        (i, tp)
+        for i, c in enumerate(classes)
+        for tp in family.tp_sizes
+        if tp <= c.gpus_per_node and cost.rank_shape(model, tp) is not None
+    )
+    resources = resources_of(classes, family.tp_sizes)
+    biggest = max((c.available for c in classes), default=0)
+    pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
+    tabulation = _Tabulation(problem, moments, classes, mixes, ranks, pool_sizes)
+    zones = problem.cluster.zones()
+    spans = [(zone,) for zone in zones] + ([zones] if len(zones) > 1 else [])
+    return Atlas(
+        problem=problem,
+        moments=moments,
+        classes=classes,
+        resources=resources,
+        mixes=mixes,
+        ranks=ranks,
+        group_use=np.array([resources.of_group(i, tp) for i, tp in ranks], dtype=np.int64).reshape(
+            len(ranks), len(resources.rows)
+        ),
+        card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
+        pool_sizes=pool_sizes,
+        scopes=tuple(Scope(span, tabulation.tables) for span in spans),
+    )
+
+
+class _Tabulation:
+    """Fills `Tables`; what does not depend on the zones of a replica is computed once."""
+
+    def __init__(
+        self,
+        problem: PlacementProblem,
+        moments: WorkloadMoments,
+        classes: tuple[DeviceClass, ...],
+        mixes: tuple[Mix, ...],
+        ranks: tuple[tuple[int, int], ...],
+        pool_sizes: tuple[int, ...],
+    ) -> None:
+        self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
+        self.ranks, self.pool_sizes = ranks, pool_sizes
+        self._costs: dict[tuple[str, Link, int], DeviceCost] = {}
+        self._rows: dict[tuple[str, Link, int], dict[str, FloatArray]] = {}
+        self._pools: dict[tuple[DeviceCost, DeviceCost, Link], FloatArray] = {}
+        self.devices = [self._device(classes[i], tp) for i, tp in ranks]
+        self.workers = [self._device(c, 1) for c in classes]
+        self.own_s = self._own_table()
+        self.pool_start, self.pool_s = self._pool_table()
+
+    def _device(self, c: DeviceClass, tp: int) -> DeviceCost:
+        key = (c.gpu, c.intra, tp)
+        if key not in self._costs:
+            shape = cost.rank_shape(self.problem.model, tp)
+            assert shape is not None, "rank types are valid shapes"
+            profile = self.problem.profiles[c.gpu]
+            self._costs[key] = DeviceCost(self.problem.model, profile, self.moments, shape, c.intra)
+        return self._costs[key]
+
+    def tables(self, zones: tuple[str, ...]) -> Tables:
+        model, family = self.problem.model, self.problem.family
+        rows = [self._rank_rows(self.devices[s], self.classes[i]) for s, (i, _) in enumerate(self.ranks)]
+        stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
+        hops = np.array(
+            [self._hops(self.devices[s], self.classes[i], zones) for s, (i, _) in enumerate(self.ranks)]
+        ).T.copy()  # fmt: skip
+        start = self.pool_start.copy()
+        for s, (i, _) in enumerate(self.ranks):
+            inside = self.classes[i].zone in zones
+            start[s] = np.where([inside and q.zone == self.classes[i].zone for q in self.classes], start[s], -1)
+        return Tables(
+            num_layers=model.num_layers - model.prefix_layers,
+            prefix_layers=model.prefix_layers,
+            kv_group_bytes=model.kv_bytes_per_token_group(),
+            cut_floor=_cut_floor(self.problem),
+            micro_batch=np.array([m.micro_batch for m in self.mixes], dtype=np.int64),
+            in_flight=np.array(family.in_flight, dtype=np.int64),
+            t_cap=self._t_cap(),
+            t_floor=self._t_floor(zones),
+            kv_tokens=self._kv_tokens(),
+            rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
+            rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
+            rank_groups=np.array([d.shape.groups for d in self.devices], dtype=np.int64),
+            room_bytes=np.array([d.room_bytes() for d in self.devices]),
+            layer_bytes=np.array([d.layer_bytes() for d in self.devices]),
+            first_bytes=np.array([d.embedding_bytes() + d.prefix_bytes() for d in self.devices]),
+            last_bytes=np.array([d.embedding_bytes() for d in self.devices]),
+            tied_bytes=np.array([d.embedding_bytes() if model.tie_embeddings else 0.0 for d in self.devices]),
+            act_bytes=stack["act_bytes"],
+            logit_bytes=stack["logit_bytes"],
+            layer_s=stack["layer_s"],
+            own_s=self.own_s,
+            hop_s=hops,
+            step_s=stack["step_s"],
+            last_s=stack["last_s"],
+            prefix_delta_s=stack["prefix_delta_s"],
+            available=np.array(
+                [c.available if c.zone in zones else 0 for c in self.classes], dtype=np.int64
+            ),
+            worker_room_bytes=np.array([w.room_bytes() for w in self.workers]),
+            pool_sizes=np.array(self.pool_sizes, dtype=np.int64),
+            pool_start=start,
+            pool_s=self.pool_s,
+        )  # fmt: skip
+
+    def _own_table(self) -> FloatArray:
+        """Decode attention of kept groups, [X, S, max groups + 1]; equal devices are computed once."""
+        groups = max((d.shape.groups for d in self.devices), default=0)
+        own = np.zeros((len(self.mixes), len(self.ranks), groups + 1))
+        batches = np.array([mix.micro_batch for mix in self.mixes], dtype=float)[:, None]
+        iterations = np.array([mix.iterations for mix in self.mixes])[:, None]
+        done: dict[DeviceCost, FloatArray] = {}
+        for s, device in enumerate(self.devices):
+            if device not in done:
+                kept = np.arange(device.shape.groups + 1.0)[None, :]
+                seconds = device.decode_attention_s(batches * kept, device.shape.queries_per_group)
+                done[device] = iterations * seconds
+            own[:, s, : device.shape.groups + 1] = done[device]
+        return own
+
+    def _rank_rows(self, d: DeviceCost, c: DeviceClass) -> dict[str, FloatArray]:
+        """Per mix: everything of a rank type that needs no pool and no zone."""
+        key = (c.gpu, c.intra, d.shape.tp)
+        if key in self._rows:
+            return self._rows[key]
+        rows: dict[str, list[float]] = {
+            name: [] for name in ("layer_s", "step_s", "last_s", "prefix_delta_s", "act_bytes", "logit_bytes")
+        }
+        for mix in self.mixes:
+            b, both = mix.micro_batch, mix.micro_batch + mix.chunk_tokens
+            nc, nd = mix.chunk_iterations, mix.plain_iterations
+            with_chunk = d.dense_s(both) + 2 * d.reduce_s(both) + d.prefill_s(mix.chunk_tokens)
+            rows["layer_s"].append(nc * with_chunk + nd * (d.dense_s(b) + 2 * d.reduce_s(b)))
+            rows["step_s"].append(nc * d.step_s(both) + nd * d.step_s(b))
+            rows["last_s"].append(nc * d.head_s(b + 1) + nd * d.head_s(b))
+            prefix = nc * d.dense_s(both, prefix_layer=True) + nd * d.dense_s(b, prefix_layer=True)
+            rows["prefix_delta_s"].append(prefix - nc * d.dense_s(both) - nd * d.dense_s(b))
+            rows["act_bytes"].append(d.activation_bytes(both))
+            rows["logit_bytes"].append(d.logit_bytes(b))
+        self._rows[key] = {name: np.array(values) for name, values in rows.items()}
+        return self._rows[key]
+
+    def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> list[float]:
+        link = c.link_in(self.problem.cluster, zones)
+        return [
+            m.chunk_iterations * d.hop_s(m.micro_batch + m.chunk_tokens, link)
+            + m.plain_iterations * d.hop_s(m.micro_batch, link)
+            for m in self.mixes
+        ]
+
+    def _t_cap(self) -> FloatArray:
+        objective, family = self.problem.objective, self.problem.family
+        caps = np.full((len(self.mixes), len(family.in_flight)), np.inf)
+        for x, mix in enumerate(self.mixes):
+            for f, in_flight in enumerate(family.in_flight):
+                if objective.tpot_limit_s is not None:
+                    per_t = cost.tpot_per_interval(self.moments, mix, in_flight)
+                    caps[x, f] = min(caps[x, f], objective.tpot_limit_s / per_t)
+                if objective.ttft_limit_s is not None:
+                    per_t = cost.ttft_per_interval(self.moments, self.problem.assumptions, mix, in_flight)
+                    caps[x, f] = min(caps[x, f], objective.ttft_limit_s / per_t)
+        return caps
+
+    def _t_floor(self, zones: tuple[str, ...]) -> float:
+        """A replica crosses a link between zones once in each direction, with ``(P + O) H s`` bytes per request.
+
+        As many replicas as memory allows may do so, and each is granted an equal share: whatever the plan, no link
+        between zones is overdrawn.
+        """
+        if len(zones) == 1:
+            return 0.0
+        model, network = self.problem.model, self.problem.cluster.network
+        slowest = min(
+            network.zone_link(a, b).bytes_per_s for i, a in enumerate(zones) for b in zones[i + 1 :]
+        )  # fmt: skip
+        num_bytes = (self.moments.mean_prompt + self.moments.mean_output) * model.hidden * model.activation_bytes
+        weights = model.params() * model.weight_bytes
+        total_room = sum(w.room_bytes() * c.available for w, c in zip(self.workers, self.classes, strict=True))
+        return max(1, int(total_room / weights)) * num_bytes / slowest
+
+    def _kv_tokens(self) -> FloatArray:
+        problem, family = self.problem, self.problem.family
+        return np.array(
+            [
+                [
+                    [
+                        cost.kv_tokens_per_copy(
+                            problem.model, self.moments, problem.assumptions, mix, math.ceil(in_flight / (copies + 1))
+                        )
+                        for copies in range(family.max_copies)
+                    ]
+                    for in_flight in family.in_flight
+                ]
+                for mix in self.mixes
+            ]
+        )
+
+    def _pool_table(self) -> tuple[IntArray, FloatArray]:
+        """Decode attention of a layer with a pool, for every (rank type, pool class, k, p)."""
+        start = np.full((len(self.ranks), len(self.classes)), -1, dtype=np.int64)
+        parts: list[FloatArray] = []
+        offsets: dict[tuple[DeviceCost, DeviceCost, Link], int] = {}
+        total = 0
+        for s, (i, _) in enumerate(self.ranks):
+            if not self.pool_sizes or not self.devices[s].shape.splits_groups:
+                continue
+            for q, worker_class in enumerate(self.classes):
+                if worker_class.zone != self.classes[i].zone:
+                    continue
+                zone = (worker_class.zone,)
+                link = self.classes[i].link_in(self.problem.cluster, zone)
+                link = link.slower_of(worker_class.link_in(self.problem.cluster, zone))
+                key = (self.devices[s], self.workers[q], link)
+                if key not in offsets:
+                    part = self._pool_entries(PoolCost(*key))
+                    offsets[key], total = total, total + part.shape[1]
+                    parts.append(part)
+                start[s, q] = offsets[key]
+        return start, np.concatenate(parts, axis=1) if parts else np.zeros((len(self.mixes), 1))
+
+    def _pool_entries(self, pool: PoolCost) -> FloatArray:
+        """Shape [X, Gr * sizes]: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), then p."""
+        groups = pool.primary.shape.groups
+        k = np.arange(1.0, groups + 1)[:, None]
+        p = np.array(self.pool_sizes, dtype=float)[None, :]
+        entries = np.empty((len(self.mixes), groups * len(self.pool_sizes)))
+        remote: dict[int, FloatArray] = {}
+        shipped: dict[int, FloatArray] = {}
+        for x, mix in enumerate(self.mixes):
+            b, c = mix.micro_batch, mix.chunk_tokens
+            if b not in remote:
+                own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
+                remote[b] = np.maximum(own, pool.attention_s(b, k, p))
+            if c not in shipped:
+                shipped[c] = pool.ship_s(c, k, p)
+            entries[x] = (mix.iterations * remote[b] + mix.chunk_iterations * shipped[c]).ravel()
+        return entries
+
+
+def _cut_floor(problem: PlacementProblem) -> IntArray:
+    """For every position after the prefix, the last position at or before it where a stage may start."""
+    model = problem.model
+    floor, last = [], 0
+    for layer in range(model.num_layers - model.prefix_layers + 1):
+        last = layer if model.allowed_cut(layer + model.prefix_layers) else last
+        floor.append(last)
+    return np.array(floor, dtype=np.int64)
