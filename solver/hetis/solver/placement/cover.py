@@ -7,7 +7,7 @@ import numpy as np
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import ROUNDING, Options, penalised_prices, selected, stage_rows
-from hetis.solver.placement.sequential import overdrawn, total_price
+from hetis.solver.placement.stages import overdrawn, total_price
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 

@@ -14,16 +14,11 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.cover import best_column
 from hetis.solver.placement.options import NO_STAGES, Options, list_options, option_prices, selected, stage_rows
-from hetis.solver.placement.sequential import (
-    best_fitting_sequential,
-    best_sequential,
-    best_within_cap,
-    least_weighted,
-    overdrawn,
-    useful_options,
-)
+from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
+from hetis.solver.placement.stages import overdrawn
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
+from hetis.solver.placement.within_cap import best_within_cap
 
 BATCH = 32
 SCARCE = 256

@@ -6,7 +6,8 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import Options, class_use, penalised_prices
+from hetis.solver.placement.options import Options, penalised_prices
+from hetis.solver.placement.stages import excess, overdrawn, total_price, total_seconds
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
 
 
@@ -63,35 +64,6 @@ def least_weighted(
         pos = back_pos[pos]
     stages = reverse[:count][::-1].copy()
     return total_price(prices, stages), max(total_seconds(o, stages), t.t_floor), stages
-
-
-@kernel
-def total_price(prices: FloatArray, stages: IntArray) -> float:
-    total = 0.0
-    for i in range(stages.shape[0]):
-        total += prices[stages[i, 0]]
-    return total
-
-
-@kernel
-def role_of(index: int, count: int) -> int:
-    """Role of stage ``index`` out of ``count``."""
-    if count == 1:
-        return BOTH
-    if index == 0:
-        return FIRST
-    return LAST if index == count - 1 else PLAIN
-
-
-@kernel
-def total_seconds(o: Options, stages: IntArray) -> float:
-    """Sum of stage times of one request."""
-    total = 0.0
-    count = stages.shape[0]
-    for i in range(count):
-        option = stages[i, 0]
-        total += stages[i, 1] * o.layer_s[option] + o.fixed_s[option, role_of(i, count)]
-    return total
 
 
 @kernel
@@ -152,9 +124,6 @@ def best_sequential(
     return best, best_weight, bound
 
 
-MAX_LABELS = 192  # at a position of `best_within_cap`, which is not exact where more would be needed
-
-
 @kernel
 def useful_options(t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float) -> IntArray:
     """The options that a replica with ``1 / (t price) > ratio_floor`` and t within the cap can use.
@@ -192,145 +161,6 @@ def useful_options(t: Tables, o: Options, prices: FloatArray, interval_cap_s: fl
             if useful[i]:
                 break
     return np.flatnonzero(useful)
-
-
-@kernel
-def _pareto_steps(t: Tables, o: Options, prices: FloatArray) -> tuple[IntArray, IntArray]:
-    """For each role and number of layers: the options of which none is both cheaper and quicker.
-
-    Returns (count [4, L + 1], option [4, L + 1, options]); options by ascending price.
-    """
-    num_layers, num_options = t.num_layers, prices.shape[0]
-    order = np.argsort(prices)
-    count = np.zeros((4, num_layers + 1), np.int64)
-    option = np.empty((4, num_layers + 1, num_options), np.int64)
-    for role in range(4):
-        for n in range(1, num_layers + 1):
-            quickest = np.inf
-            for i in order:
-                seconds = n * o.layer_s[i] + o.fixed_s[i, role]
-                if o.max_layers[i, role] >= n and seconds < quickest:
-                    quickest = seconds
-                    option[role, n, count[role, n]] = i
-                    count[role, n] += 1
-    return count, option
-
-
-@kernel
-def best_within_cap(
-    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
-) -> tuple[float, IntArray, bool]:
-    """The best ``1 / (t price)`` above ``ratio_floor`` with t within a cap, exactly: a shortest path with labels.
-
-    A label at a position is a (price, seconds) pair that no other label there beats in both. It is dropped if even the
-    cheapest and the quickest completions, each on its own, leave the cap or the floor.
-
-    Returns (ratio, stages, exact): ratio 0 if there is none; not exact if some position had too many labels.
-    """
-    num_layers = t.num_layers
-    count, option = _pareto_steps(t, o, prices)
-    cheapest_left = np.full(num_layers + 1, np.inf)  # by layers left, the last stage included
-    quickest_left = np.full(num_layers + 1, np.inf)
-    for left in range(1, num_layers + 1):
-        for n in range(1, left + 1):
-            role = LAST if n == left else PLAIN
-            rest_price = 0.0 if n == left else cheapest_left[left - n]
-            rest_s = 0.0 if n == left else quickest_left[left - n]
-            for j in range(count[role, n]):
-                i = option[role, n, j]
-                cheapest_left[left] = min(cheapest_left[left], prices[i] + rest_price)
-                quickest_left[left] = min(quickest_left[left], n * o.layer_s[i] + o.fixed_s[i, role] + rest_s)
-    labels = np.zeros(num_layers + 1, np.int64)
-    price_at = np.empty((num_layers + 1, MAX_LABELS), np.float64)
-    seconds_at = np.empty((num_layers + 1, MAX_LABELS), np.float64)
-    back = np.empty((num_layers + 1, MAX_LABELS, 3), np.int64)  # position before, label before, option
-    best, best_pos, best_label, best_option = 0.0, 0, -1, -1
-    exact = True
-    for pos in range(num_layers):
-        for label in range(labels[pos] if pos > 0 else 1):
-            price = price_at[pos, label] if pos > 0 else 0.0
-            seconds = seconds_at[pos, label] if pos > 0 else 0.0
-            for n in range(1, num_layers - pos + 1):
-                target = pos + n
-                if t.cut_floor[target] != target and target < num_layers:
-                    continue
-                role = (BOTH if pos == 0 else LAST) if target == num_layers else (FIRST if pos == 0 else PLAIN)
-                for j in range(count[role, n]):
-                    i = option[role, n, j]
-                    new_price = price + prices[i]
-                    new_s = seconds + n * o.layer_s[i] + o.fixed_s[i, role]
-                    if target == num_layers:
-                        new_s = max(new_s, t.t_floor)
-                        if new_s <= interval_cap_s and 1.0 / (new_s * new_price) > max(best, ratio_floor):
-                            best, best_pos, best_label, best_option = 1.0 / (new_s * new_price), pos, label, i
-                        continue
-                    least_s = new_s + quickest_left[num_layers - target]
-                    least_price = new_price + cheapest_left[num_layers - target]
-                    if least_s > interval_cap_s or least_s * least_price * max(best, ratio_floor) >= 1.0:
-                        continue
-                    exact = _add_label(
-                        labels, price_at, seconds_at, back, target, new_price, new_s, pos, label, i
-                    ) and exact  # fmt: skip
-    if best == 0.0:
-        return best, np.empty((0, 2), np.int64), exact
-    reverse = np.empty((num_layers, 2), np.int64)
-    reverse[0, 0], reverse[0, 1] = best_option, num_layers - best_pos
-    size, pos, label = 1, best_pos, best_label
-    while pos > 0:
-        before = back[pos, label, 0]
-        reverse[size, 0], reverse[size, 1] = back[pos, label, 2], pos - before
-        size += 1
-        pos, label = before, back[pos, label, 1]
-    return best, reverse[:size][::-1].copy(), exact
-
-
-@kernel
-def _add_label(
-    labels: IntArray, price_at: FloatArray, seconds_at: FloatArray, back: IntArray, pos: int, price: float,
-    seconds: float, before_pos: int, before_label: int, option: int,
-) -> bool:  # fmt: skip
-    """Adds a label unless one there is as good; drops those it beats. False if there was no room.
-
-    Labels already expanded are never dropped: a position only gains labels from positions before it.
-    """
-    kept = 0
-    for i in range(labels[pos]):
-        if price_at[pos, i] <= price and seconds_at[pos, i] <= seconds:
-            return True
-    for i in range(labels[pos]):
-        if price <= price_at[pos, i] and seconds <= seconds_at[pos, i]:
-            continue
-        price_at[pos, kept], seconds_at[pos, kept] = price_at[pos, i], seconds_at[pos, i]
-        back[pos, kept, :] = back[pos, i, :]
-        kept += 1
-    labels[pos] = kept
-    if kept == price_at.shape[1]:
-        return False
-    price_at[pos, kept], seconds_at[pos, kept] = price, seconds
-    back[pos, kept, 0], back[pos, kept, 1], back[pos, kept, 2] = before_pos, before_label, option
-    labels[pos] = kept + 1
-    return True
-
-
-@kernel
-def excess(t: Tables, o: Options, stages: IntArray, device_class: int) -> int:
-    """GPUs of a class that a replica takes beyond those available; negative where some are left."""
-    use: int = -t.available[device_class]
-    for i in range(stages.shape[0]):
-        use += class_use(t, o, stages[i, 0], device_class)
-    return use
-
-
-@kernel
-def overdrawn(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
-    """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
-    worst, most = -1, 0
-    for g in range(scarce.shape[0]):
-        if scarce[g]:
-            over = excess(t, o, stages, g)
-            if over > most:
-                worst, most = g, over
-    return worst, most
 
 
 @kernel
