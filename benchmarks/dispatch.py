@@ -1,0 +1,444 @@
+"""How long a dispatch takes and how good it is, from 12 devices to 1,024; thread CPU time, all solvers in one process.
+
+    python -m benchmarks.dispatch [--quick] [--json]
+
+A row is thousands of instances of one size: arrivals, running loads and mixes of cards differ. ``p50_ms`` and
+``p99_ms`` build the problem from arrays, solve the relaxation, round and improve; ``path`` says which share of the
+instances took which path. On the same instances: HiGHS alone, the relaxation from arrays at the fastest of several
+settings; cvxpy with HiGHS, the relaxation at the faster of a new and
+a parametrised problem (the new one: ``cvxpy_new_p50_ms``); greedy water filling, whole groups,
+each to the device that ends first with it, compiled. ``mean_gap_to_relaxation`` is against the certified bound;
+``mean_gap_to_best`` against the best whole-group plan known, by MILP and local search with time.
+
+Loads: *balanced*, all devices end within what the arrivals will fill; *imbalanced*, the slowest device is given;
+*nearly full*, balanced with 1.2 times the KV blocks that the arrivals need, unevenly spread. Cards are those of the
+catalogue with modelled profiles; three pieces bend those around the running load. Without --quick, growth with size is
+drawn to ``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cvxpy
+import highspy
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from benchmarks.measuring import plots, rows
+from benchmarks.measuring.instances import fleet
+from benchmarks.measuring.rows import Row
+from hetis.formats.documents import load_model
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.budget import Budget
+from hetis.solver.dispatch.exact import improve_plan, solve_exactly
+from hetis.solver.dispatch.lp import LpProblem, RelaxationModel
+from hetis.solver.dispatch.placement import empty_placement, makespan
+from hetis.solver.dispatch.problem import (
+    DispatchProblem,
+    HeadShape,
+    IntArray,
+    Load,
+    Primary,
+    Requests,
+    Stage,
+)
+from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.rounding import place_rest
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
+from hetis.solver.profile import Op
+
+cp: Any = cvxpy
+SIZES = ((12, 1), (12, 8), (64, 8), (64, 64), (256, 32), (1024, 16))
+LOADS = ("balanced", "imbalanced", "nearly full")
+GPUS = ("H100-SXM-80GB", "A100-SXM-80GB", "L40S", "L4", "V100-SXM2-32GB", "T4", "A10G", "P100-PCIe-12GB", "RTX-3090")
+MODEL = "Llama-2-70B"
+LEVEL_S = (2e-4, 6e-4)  # attention time of a layer that devices run at
+FREE_RATIO = 1.2
+STAGES = 20  # mixes of cards per row
+SETTINGS: dict[str, dict[str, Any]] = {
+    "primal simplex": {"solver": "simplex", "simplex_strategy": 4, "presolve": "off"},
+    "dual simplex": {"solver": "simplex", "simplex_strategy": 1, "presolve": "off"},
+    "dual simplex, presolved": {"solver": "simplex", "simplex_strategy": 1, "presolve": "on"},
+    "primal simplex, last basis": {"solver": "simplex", "simplex_strategy": 4, "presolve": "off"},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A row to come."""
+
+    devices: int
+    arrivals: int
+    pieces: int
+    load: str
+    instances: int
+    compared: int  # of them, by HiGHS and cvxpy
+    judged: int  # of them, against the best plan known
+    judge_s: float
+
+    @property
+    def name(self) -> str:
+        pieces = "1 piece" if self.pieces == 1 else f"{self.pieces} pieces"
+        return f"{self.devices} x {self.arrivals}, {self.load}, {pieces}"
+
+
+def main() -> None:
+    """Prints all rows and draws their growth."""
+    arguments = rows.parser("benchmarks.dispatch", __doc__).parse_args()
+    chosen = [case for case in cases(quick=arguments.quick) if arguments.only in case.name]
+    shown = rows.show(map(measured, chosen), arguments, name="dispatch")
+    if not arguments.quick and len(shown) > 1:
+        draw_growth(shown)
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """Every size, load and number of pieces; three of them for ``quick``."""
+    if quick:
+        for load in LOADS:
+            yield Case(
+                devices=12, arrivals=8, pieces=3, load=load, instances=100, compared=4, judged=2, judge_s=0.3
+            )  # fmt: skip
+        return
+    for load in LOADS:
+        for pieces in (1, 3):
+            for devices, arrivals in SIZES:
+                cells = devices * arrivals
+                yield Case(
+                    devices=devices,
+                    arrivals=arrivals,
+                    pieces=pieces,
+                    load=load,
+                    instances=2000 if cells <= 512 else 500,
+                    compared=20 if cells <= 512 else 6 if cells <= 4096 else 3,
+                    judged=12,
+                    judge_s=1.0,
+                )
+
+
+# --- instances
+
+
+def instances(case: Case) -> Iterator[DispatchProblem]:
+    """Random problems of a case; every ``STAGES``-th has the same stage."""
+    rng = np.random.default_rng([case.devices, case.arrivals, case.pieces, LOADS.index(case.load)])
+    heads = HeadShape.of_model(load_model(MODEL))
+    levels = rng.uniform(*LEVEL_S, STAGES)
+    stages = [random_stage(rng, case, heads, level) for level in levels]
+    for index in range(case.instances):
+        stage, level = stages[index % STAGES], levels[index % STAGES]
+        requests = random_requests(rng, case.arrivals)
+        yield DispatchProblem(stage=stage, load=random_load(rng, case, stage, requests, level), requests=requests)
+
+
+def random_stage(rng: np.random.Generator, case: Case, heads: HeadShape, level_s: float) -> Stage:
+    """Cards at random; device 0 a primary of four in half of the stages."""
+    cards = np.array([_card(gpu, heads) for gpu in rng.choice(GPUS, case.devices)]).T
+    head_s, byte_s, call_s, transfer_byte_s, transfer_s = cards * rng.uniform(0.97, 1.03, cards.shape)
+    # Three pieces: cheaper bytes below a knee near the running load, dearer ones above another.
+    running = (level_s - call_s) / byte_s
+    slopes = np.array([0.8, 1.0, 1.15])[None, -case.pieces :] if case.pieces > 1 else np.ones((1, 1))
+    knees = running[:, None] * rng.uniform(0.85, 1.03, (case.devices, case.pieces))
+    pieces_byte_s = byte_s[:, None] * slopes
+    pieces_call_s = np.maximum(0.0, call_s[:, None] + (byte_s[:, None] - pieces_byte_s) * knees + 0.2 * level_s)
+    primary = None
+    if rng.random() < 0.5:
+        primary = Primary(device=0, tp=4, nic_byte_s=0.0, nic_s=1e-5)
+    return Stage(
+        heads=heads,
+        devices=tuple(f"d{i}" for i in range(case.devices)),
+        head_s=np.repeat(head_s[:, None], case.pieces, axis=1),
+        kv_byte_s=pieces_byte_s,
+        call_s=pieces_call_s,
+        transfer_byte_s=transfer_byte_s,
+        transfer_s=transfer_s,
+        primary=primary,
+    )
+
+
+_CARDS: dict[str, tuple[float, ...]] = {}
+
+
+def _card(gpu: str, heads: HeadShape) -> tuple[float, ...]:
+    """Seconds per head, KV byte and call, per byte exchanged and per exchange, of a catalogue GPU on 100 Gb/s."""
+    if gpu not in _CARDS:
+        model = load_model(MODEL)
+        profile = modelled_profile(fleet("cards", (1, 1, gpu)).gpu_types[gpu])
+        attention, transfer = profile.fit(Op.DECODE_ATTENTION, model, 1), profile.fit(Op.TRANSFER, model, 1)
+        assert attention is not None
+        assert transfer is not None
+        piece, hop = attention.pieces[0], transfer.pieces[0]
+        flops_per_byte = model.decode_attention_flops(1.0, heads.queries_per_group) / heads.kv_bytes_per_token
+        _CARDS[gpu] = (
+            piece.head_s,
+            piece.byte_s + piece.flop_s * flops_per_byte,
+            piece.fixed_s,
+            hop.byte_s + hop.wire / 12.5e9,
+            hop.fixed_s + 4e-5,
+        )
+    return _CARDS[gpu]
+
+
+def random_requests(rng: np.random.Generator, arrivals: int) -> Requests:
+    """Prompts like those of a chat service, mean about 1,500 tokens with a long tail."""
+    return Requests(
+        ids=tuple(f"r{j}" for j in range(arrivals)),
+        context_tokens=np.clip(rng.lognormal(6.7, 1.1, arrivals), 16, 30_000).astype(np.int64),
+        growth_tokens=rng.integers(50, 600, arrivals),
+    )
+
+
+def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Requests, level_s: float) -> Load:
+    """Running heads, then as many KV bytes as it takes to end at the level, less what the load leaves open."""
+    costs = costs_of(stage)
+    heads = rng.integers(10, 100, case.devices) * 4 * stage.heads.queries_per_group
+    mean_context = float(requests.context_tokens.mean())
+    group_s = costs.alpha.max(axis=1) + costs.beta.max(axis=1) * mean_context
+    if case.load == "imbalanced":
+        target = level_s * rng.uniform(0.4, 1.0, case.devices)
+    else:
+        arriving = min(1.0, stage.heads.head_groups * case.arrivals / case.devices)
+        target = level_s - group_s * rng.uniform(0.0, arriving, case.devices)
+    idle = Load(heads=heads, kv_bytes=np.zeros(case.devices), free_blocks=np.zeros(case.devices, np.int64))
+    without = running_load(costs, idle.heads, idle.kv_bytes).base
+    kv_bytes = np.maximum(0.0, ((target[:, None] - without) / costs.byte_s).min(axis=1))
+    free_blocks = np.full(case.devices, 10**6, np.int64)
+    if case.load == "nearly full":
+        needed = stage.heads.head_groups * int(requests.blocks(stage.heads.block_tokens).sum())
+        largest = int(requests.blocks(stage.heads.block_tokens).max())
+        shares = rng.dirichlet(np.full(case.devices, 3.0))
+        free_blocks = np.floor(FREE_RATIO * needed * shares + rng.integers(0, largest + 1, case.devices)).astype(
+            np.int64
+        )
+    return Load(heads=heads, kv_bytes=kv_bytes, free_blocks=free_blocks)
+
+
+# --- measuring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """A dispatch and its thread CPU seconds."""
+
+    problem: DispatchProblem
+    plan: DispatchPlan
+    seconds: float
+
+
+def measured(case: Case) -> Row:
+    """One row."""
+    dispatched = dispatch_all(case)
+    # All of one stage: solvers may keep what does not change.
+    compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
+    greedy = [water_filling(timed.problem) for timed in dispatched]
+    setting, highs_s = best_of({name: highs_seconds(compared, name, options) for name, options in SETTINGS.items()})
+    forms = {"new": cvxpy_seconds(compared[:6], again=False), "parametrised": cvxpy_seconds(compared, again=True)}
+    form, cvxpy_s = best_of(forms)
+    seconds = [timed.seconds for timed in dispatched]
+    to_best, greedy_to_best = gaps_to_best(case, dispatched, [plan_s for plan_s, _ in greedy])
+    p50 = float(np.median(seconds))
+    return {
+        "name": case.name,
+        "devices": case.devices,
+        "arrivals": case.arrivals,
+        "pieces": case.pieces,
+        "load": case.load,
+        "path": shares(timed.plan.path.value for timed in dispatched),
+        "p50_ms": 1e3 * p50,
+        "p99_ms": 1e3 * float(np.percentile(seconds, 99)),
+        "highs_p50_ms": 1e3 * highs_s,
+        "cvxpy_p50_ms": 1e3 * cvxpy_s,
+        "cvxpy_new_p50_ms": 1e3 * forms["new"],
+        "greedy_p50_ms": 1e3 * float(np.median([greedy_s for _, greedy_s in greedy])),
+        "speedup_vs_highs": highs_s / p50,
+        "speedup_vs_cvxpy": cvxpy_s / p50,
+        "mean_gap_to_relaxation": float(np.mean([timed.plan.gap for timed in dispatched])),
+        "mean_gap_to_best": float(np.mean(to_best)),
+        "max_gap_to_best": float(np.max(to_best)),
+        "greedy_gap_to_best": float(np.mean(greedy_to_best)),
+        "unplaced": sum(len(timed.plan.unplaced) for timed in dispatched),
+        "instances": case.instances,
+        "note": f"HiGHS: {setting}; cvxpy: {form} problem",
+    }
+
+
+def dispatch_all(case: Case) -> list[Timed]:
+    """Dispatches every instance, building the problem from arrays within the time; the stages are warm."""
+    dispatchers: dict[int, Dispatcher] = {}
+    result = []
+    for problem in instances(case):
+        key = id(problem.stage)
+        if key not in dispatchers:
+            dispatchers[key] = Dispatcher(problem.stage)
+            dispatchers[key].dispatch(problem.load, problem.requests)
+        given, new = problem.load, problem.requests
+        started = time.thread_time()
+        load = Load(heads=given.heads, kv_bytes=given.kv_bytes, free_blocks=given.free_blocks)
+        requests = Requests(ids=new.ids, context_tokens=new.context_tokens, growth_tokens=new.growth_tokens)
+        plan = dispatchers[key].dispatch(load, requests)
+        result.append(Timed(problem=problem, plan=plan, seconds=time.thread_time() - started))
+    return result
+
+
+def gaps_to_best(
+    case: Case, dispatched: Sequence[Timed], greedy: Sequence[float]
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """How far plan and greedy are above the best plan known, for as many instances as are judged."""
+    ours, theirs = [], []
+    for timed, greedy_s in list(zip(dispatched, greedy, strict=True))[: case.judged]:
+        budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)
+        best = improve_plan(timed.problem, timed.plan, budget=budget).makespan_s
+        budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)
+        best = min(best, solve_exactly(timed.problem, budget=budget).makespan_s, greedy_s)
+        ours.append(timed.plan.makespan_s / best - 1)
+        if math.isfinite(greedy_s):
+            theirs.append(greedy_s / best - 1)
+    return ours, theirs or [math.nan]
+
+
+def best_of(seconds: dict[str, float]) -> tuple[str, float]:
+    """The fastest and its time."""
+    name = min(seconds, key=lambda name: seconds[name])
+    return name, seconds[name]
+
+
+def shares(names: Iterator[str]) -> str:
+    """``chain 98%, lp 2%``"""
+    counted = Counter(names)
+    return ", ".join(f"{name} {count / counted.total():.1%}" for name, count in counted.most_common())
+
+
+# --- the others
+
+
+def water_filling(problem: DispatchProblem) -> tuple[float, float]:
+    """Makespan (infinite where a group finds no room) and thread CPU seconds."""
+    costs = costs_of(problem.stage)
+    load, contexts = problem.load, problem.requests.context_tokens[::-1].copy()  # it begins with the last
+    blocks = problem.requests.blocks(problem.stage.heads.block_tokens)[::-1].copy()
+    started = time.thread_time()
+    running = running_load(costs, load.heads, load.kv_bytes)
+    seconds = _water_filling(costs, running, load.free_blocks, contexts, blocks)
+    return seconds, time.thread_time() - started
+
+
+@njit(nogil=True)
+def _water_filling(
+    costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray
+) -> float:  # fmt: skip
+    placement = empty_placement(costs, running, free_blocks, len(contexts))
+    complete = place_rest(costs, running, placement, contexts, blocks)
+    return makespan(costs, running, placement) if complete else np.inf
+
+
+def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[str, Any]) -> float:
+    """Median thread CPU seconds of the whole linear program, built from arrays; the solver is reused."""
+    highs: Any = highspy.Highs()
+    highs.silent()
+    highs.setOptionValue("threads", 1)
+    for option, value in options.items():
+        highs.setOptionValue(option, value)
+    seconds, basis = [], None
+    for problem in problems:
+        costs = costs_of(problem.stage)
+        load, requests = problem.load, problem.requests
+        started = time.thread_time()
+        lp = LpProblem(
+            costs=costs,
+            running=running_load(costs, load.heads, load.kv_bytes),
+            free_blocks=load.free_blocks,
+            contexts=requests.context_tokens,
+            blocks=requests.blocks(problem.stage.heads.block_tokens),
+        )
+        is_open: npt.NDArray[np.bool_] = np.ones(problem.stage.num_devices, np.bool_)
+        everything = np.indices((len(requests.ids), problem.stage.num_devices)).reshape(2, -1)
+        highs.passModel(RelaxationModel(lp, is_open, 1e4).program(everything[0], everything[1]))
+        if basis is not None and name.endswith("last basis"):
+            highs.setBasis(basis)
+        highs.run()
+        seconds.append(time.thread_time() - started)
+        basis = highs.getBasis()
+    return float(np.median(seconds))
+
+
+def cvxpy_seconds(problems: Sequence[DispatchProblem], *, again: bool) -> float:
+    """Median thread CPU seconds of the same in cvxpy; ``again``: one parametrised problem for all, compiled before."""
+    solve = _cvxpy_problem(problems[0])
+    if again:
+        solve(problems[0])
+    seconds = []
+    for problem in problems[1:] or problems:
+        started = time.thread_time()
+        if not again:
+            solve = _cvxpy_problem(problem)
+        solve(problem)
+        seconds.append(time.thread_time() - started)
+    return float(np.median(seconds))
+
+
+def _cvxpy_problem(problem: DispatchProblem) -> Callable[[DispatchProblem], None]:
+    """The relaxation, with what changes between instances of a stage as parameters."""
+    costs = costs_of(problem.stage)
+    J, (D, K) = len(problem.requests.ids), costs.alpha.shape
+    x, z = cp.Variable((J, D), nonneg=True), cp.Variable()
+    base, contexts = cp.Parameter((D, K)), cp.Parameter(J)
+    blocks, free_blocks = cp.Parameter(J), cp.Parameter(D)
+    groups, tokens = cp.sum(x, axis=0), contexts @ x
+    constraints = [cp.sum(x, axis=1) == costs.head_groups, blocks @ x <= free_blocks]
+    for k in range(K):
+        seconds = cp.multiply(1e4 * costs.alpha[:, k], groups) + cp.multiply(1e4 * costs.beta[:, k], tokens)
+        constraints.append(seconds + base[:, k] <= z)
+    program = cp.Problem(cp.Minimize(z), constraints)
+
+    def solve(instance: DispatchProblem) -> None:
+        load, requests = instance.load, instance.requests
+        base.value = 1e4 * running_load(costs, load.heads, load.kv_bytes).base
+        contexts.value = requests.context_tokens.astype(float)
+        blocks.value = requests.blocks(instance.stage.heads.block_tokens).astype(float)
+        free_blocks.value = load.free_blocks.astype(float)
+        program.solve(solver=cp.HIGHS)
+
+    return solve
+
+
+# --- growth
+
+
+def draw_growth(shown: Sequence[Row]) -> None:
+    """Milliseconds against devices times arrivals, one piece, balanced."""
+    from plotly import graph_objects
+
+    plots.RESULTS.mkdir(exist_ok=True)
+    chosen = sorted(
+        (row for row in shown if row["load"] == "balanced" and row["pieces"] == 1), key=lambda row: _cells(row)
+    )
+    figure = graph_objects.Figure()
+    for key in ("p50_ms", "p99_ms", "greedy_p50_ms", "highs_p50_ms", "cvxpy_p50_ms"):
+        figure.add_scatter(
+            x=[_cells(row) for row in chosen],
+            y=[row[key] for row in chosen],
+            text=[row["name"] for row in chosen],
+            name=key.removesuffix("_ms").replace("_", " "),
+            mode="lines+markers",
+        )
+    figure.update_xaxes(title="devices x arrivals", type="log")
+    figure.update_yaxes(title="ms of thread CPU time", type="log")
+    figure.write_html(plots.RESULTS / "dispatch.html")
+
+
+def _cells(row: Row) -> int:
+    devices, arrivals = row["devices"], row["arrivals"]
+    assert isinstance(devices, int)
+    assert isinstance(arrivals, int)
+    return devices * arrivals
+
+
+if __name__ == "__main__":
+    main()

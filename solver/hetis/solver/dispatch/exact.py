@@ -1,0 +1,215 @@
+"""Dispatch with more time: local search from the fast plan, then a MILP over whole head groups in HiGHS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import highspy
+import numpy as np
+
+from hetis.solver.budget import Budget
+from hetis.solver.dispatch.perturbation import perturb
+from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray
+from hetis.solver.dispatch.result import DispatchPlan, Path
+from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.dispatch.tables import ALWAYS, Costs, Running, costs_of, running_load
+
+ROUNDS = 200  # of local search between looks at the clock
+SEARCH_SHARE = 0.2  # of the time limit
+MOST_SEARCH_ROUNDS = 20_000  # without a clock
+
+
+def solve_exactly(
+    problem: DispatchProblem, *, budget: Budget | None = None, gap_target: float = 1e-6, seed: int = 0
+) -> DispatchPlan:
+    """The best placement in whole head groups that the budget allows, with the best bound.
+
+    The requests that are placed are those of `solve_dispatch`. The plan is never worse than the fast one, and
+    optimal within ``gap_target`` unless the budget ran out. ``prices`` are those of the relaxation, so they prove
+    ``relaxed_s`` only; ``bound_s`` is HiGHS's where that is higher.
+    """
+    budget = budget or Budget()
+    plan = improve_plan(problem, solve_dispatch(problem), budget=_part_of(budget), seed=seed)
+    if plan.gap <= gap_target or budget.is_spent() or not plan.groups.any():
+        return plan
+    return _by_milp(problem, plan, time_limit_s=budget.remaining_s(), gap_target=gap_target, seed=seed)
+
+
+def improve_plan(
+    problem: DispatchProblem, plan: DispatchPlan, *, budget: Budget | None = None, seed: int = 0
+) -> DispatchPlan:
+    """Local search from ``plan`` until the budget is spent (without a clock: a fixed number of rounds)."""
+    budget = budget or Budget()
+    costs = costs_of(problem.stage)
+    running, load = running_load(costs, problem.load.heads, problem.load.kv_bytes), problem.load
+    order = _placed(problem, plan)
+    if not len(order):
+        return plan
+    contexts = problem.requests.context_tokens[order]
+    blocks = problem.requests.blocks(problem.stage.heads.block_tokens)[order]
+    groups, makespan_s, state = plan.groups[order], plan.makespan_s, seed + 1
+    rounds = 0
+    while makespan_s > plan.bound_s * (1 + 1e-12) and rounds < MOST_SEARCH_ROUNDS and not budget.is_spent():
+        groups, makespan_s, state = perturb(
+            costs, running, load.free_blocks, contexts, blocks, groups, plan.bound_s, ROUNDS, state
+        )
+        rounds += ROUNDS
+    if makespan_s >= plan.makespan_s:
+        return plan
+    return replace(plan, groups=_spread(groups, order, plan), makespan_s=makespan_s)
+
+
+def _part_of(budget: Budget) -> Budget:
+    """A fifth of what is left, for local search."""
+    limit = budget.remaining_s() * SEARCH_SHARE
+    return Budget(time_limit_s=limit, clock=budget.clock, cancelled=budget.cancelled)
+
+
+def _placed(problem: DispatchProblem, plan: DispatchPlan) -> IntArray:
+    """Indices of the requests that are placed, by rising context."""
+    left_out = [unplaced.request for unplaced in plan.unplaced]
+    order = np.argsort(problem.requests.context_tokens, kind="stable")
+    return order[~np.isin(order, left_out)]
+
+
+def _spread(groups: IntArray, order: IntArray, plan: DispatchPlan) -> IntArray:
+    result = np.zeros_like(plan.groups)
+    result[order] = groups
+    return result
+
+
+def _by_milp(
+    problem: DispatchProblem, plan: DispatchPlan, *, time_limit_s: float, gap_target: float, seed: int
+) -> DispatchPlan:
+    order = _placed(problem, plan)
+    costs = costs_of(problem.stage)
+    running = running_load(costs, problem.load.heads, problem.load.kv_bytes)
+    milp = _Milp(
+        costs=costs,
+        running=running,
+        free_blocks=problem.load.free_blocks,
+        contexts=problem.requests.context_tokens[order],
+        blocks=problem.requests.blocks(problem.stage.heads.block_tokens)[order],
+        scale=1.0 / plan.makespan_s,
+    )
+    highs: Any = highspy.Highs()
+    highs.silent()
+    highs.setOptionValue("threads", 1)
+    highs.setOptionValue("random_seed", seed)
+    highs.setOptionValue("mip_rel_gap", gap_target)
+    if np.isfinite(time_limit_s):
+        highs.setOptionValue("time_limit", max(0.01, time_limit_s))
+    highs.passModel(milp.program())
+    start = highspy.HighsSolution()
+    start.col_value = milp.values_of(plan.groups[order], plan.makespan_s).tolist()
+    highs.setSolution(start)
+    highs.run()
+    info = highs.getInfo()
+    bound = float(info.mip_dual_bound) / milp.scale if np.isfinite(info.mip_dual_bound) else 0.0
+    groups, makespan_s = plan.groups, plan.makespan_s
+    if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
+        found = milp.groups_of(np.array(highs.getSolution().col_value))
+        found_s = milp.makespan_s(found)
+        if found_s < makespan_s:
+            groups, makespan_s = _spread(found, order, plan), found_s
+    bound = min(max(plan.bound_s, bound), makespan_s)  # HiGHS proves its bound up to a tolerance
+    return replace(plan, groups=groups, makespan_s=makespan_s, bound_s=bound, path=Path.MILP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Milp:
+    """Columns: z; units u_ij of x_ij = unit_i u_ij, by request; y_i: an idle device is used; y: any worker is.
+
+    min  z
+    s.t. sum_i unit_i u_ij = G                                                   every j
+         sum_j (alpha_ik + beta_ik l_j) unit_i u_ij + base_ik y_i <= z            every i, k   (y_i = 1 in use)
+         sum_j m_j unit_i u_ij <= free_i                                         every i
+         sum_j unit_i u_ij <= G J y_i                                            every i
+         eta sum_(workers) u_ij + base_nic y <= z;   y_i <= y                     every worker
+    """
+
+    costs: Costs
+    running: Running
+    free_blocks: IntArray
+    contexts: IntArray
+    blocks: IntArray
+    scale: float
+
+    def program(self) -> Any:
+        costs, J, D = self.costs, len(self.contexts), len(self.costs.unit)
+        K = costs.alpha.shape[1]
+        infinity = highspy.kHighsInf
+        times, memory, used = J, J + D * K, J + D * K + D
+        card, implied = used + D, used + D + 1
+        num_rows, first_y = implied + D, 1 + J * D
+        entries = list[tuple[FloatArray, FloatArray, FloatArray]]()  # rows, columns, values
+
+        def enter(rows: Any, columns: Any, values: Any) -> None:
+            entries.append(tuple(np.broadcast_arrays(rows, columns, values)))  # type: ignore[arg-type]
+
+        j, i, k = np.arange(J)[:, None, None], np.arange(D)[None, :, None], np.arange(K)[None, None, :]
+        u = 1 + j * D + i
+        unit = costs.unit[None, :, None]
+        worker = np.arange(D) != costs.primary
+        enter(j, u, unit)
+        seconds = costs.alpha[None] + costs.beta[None] * self.contexts[:, None, None]
+        enter(times + i * K + k, u, self.scale * unit * seconds)
+        enter(memory + i, u, unit * self.blocks[:, None, None])
+        enter(used + i, u, unit)
+        enter(card, u, self.scale * costs.nic_head_s * costs.queries * unit * worker[None, :, None])
+        y = first_y + np.arange(D)
+        enter(times + np.arange(D * K).reshape(D, K), y[:, None], self.scale * self.running.base)
+        enter(times + np.arange(D * K), 0, -1.0)
+        enter(used + np.arange(D), y, -float(costs.head_groups * J))
+        enter(np.array([card]), 0, -1.0)
+        enter(np.array([card]), first_y + D, self.scale * self.running.nic_base)
+        enter(implied + np.arange(D), y, worker * 1.0)
+        enter(implied + np.arange(D), first_y + D, -1.0)
+        rows, columns, values = (np.concatenate([np.ravel(entry[n]) for entry in entries]) for n in range(3))
+        by_column = np.argsort(columns, kind="stable")
+        num_columns = first_y + D + 1
+        in_use = self.running.open_at == ALWAYS
+        lower = np.zeros(num_columns)
+        lower[0] = self.scale * self.running.floor_s
+        lower[first_y : first_y + D] = in_use
+        upper = np.full(num_columns, float(costs.head_groups))
+        upper[0] = infinity
+        upper[first_y:] = 1.0
+        row_lower, row_upper = np.full(num_rows, -infinity), np.zeros(num_rows)
+        row_lower[:J] = row_upper[:J] = costs.head_groups
+        row_upper[memory:used] = np.maximum(0, self.free_blocks)
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = num_columns, num_rows
+        lp.col_cost_ = np.append(1.0, np.zeros(num_columns - 1))
+        lp.col_lower_, lp.col_upper_ = lower, upper
+        lp.row_lower_, lp.row_upper_ = row_lower, row_upper
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+        lp.a_matrix_.start_ = np.searchsorted(columns[by_column], np.arange(num_columns + 1)).astype(np.int32)
+        lp.a_matrix_.index_ = rows[by_column].astype(np.int32)
+        lp.a_matrix_.value_ = values[by_column].astype(np.float64)
+        lp.integrality_ = [highspy.HighsVarType.kContinuous] + [highspy.HighsVarType.kInteger] * (num_columns - 1)
+        return lp
+
+    def values_of(self, groups: IntArray, makespan_s: float) -> FloatArray:
+        """The columns of a placement [J, D]."""
+        y = (self.running.open_at == ALWAYS) | groups.any(axis=0)
+        any_worker = bool(np.any(y & (np.arange(len(y)) != self.costs.primary)))
+        units = (groups // self.costs.unit).reshape(-1)
+        return np.concatenate([[self.scale * makespan_s * (1 + 1e-9)], units, y, [any_worker]]).astype(np.float64)
+
+    def groups_of(self, values: FloatArray) -> IntArray:
+        J, D = len(self.contexts), len(self.costs.unit)
+        units: IntArray = np.rint(values[1 : 1 + J * D]).astype(np.int64).reshape(J, D)
+        return units * self.costs.unit
+
+    def makespan_s(self, groups: IntArray) -> float:
+        """Of a placement [J, D], from the groups alone."""
+        n, t = groups.sum(axis=0), groups.T @ self.contexts
+        seconds = self.running.base + self.costs.alpha * n[:, None] + self.costs.beta * t[:, None]
+        in_use = (self.running.open_at == ALWAYS) | (n > 0)
+        slowest = float(np.max(np.where(in_use, seconds.max(axis=1), 0.0)))
+        worker = np.arange(len(n)) != self.costs.primary
+        if self.costs.primary >= 0 and np.any(in_use & worker):
+            slowest = max(slowest, self.running.nic_base + self.running.nic_group_s * float(n[worker].sum()))
+        return slowest

@@ -1,0 +1,272 @@
+"""Local search on whole head groups: the slowest device gives a group away or swaps one, as long as that helps.
+
+A step looks at the slowest device that is not known to be stuck, and takes the move of one unit, or the swap of two
+groups, after which the slower of both devices is the least slow. Failing that, it moves a group to a device that hands
+some of its own on. A device that no step helps is stuck and stays as it is: what follows fills the next bottleneck
+(lexicographic min-max).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hetis.solver.dispatch.compiled import kernel
+from hetis.solver.dispatch.placement import Placement, card_s, put, seconds_with
+from hetis.solver.dispatch.problem import IntArray
+from hetis.solver.dispatch.rounding import marginal_device
+from hetis.solver.dispatch.tables import Costs, Running
+
+BETTER = 1.0 - 1e-9
+MOST_HANDED_ON = 16
+MOST_TRIES = 64
+
+
+@kernel
+def improve(
+    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, goal_s: float,
+    most_stuck: int, most_steps: int,
+) -> int:  # fmt: skip
+    """Steps until ``most_stuck`` devices are stuck, all are below ``goal_s``, or so many are made; returns how many."""
+    num = len(costs.unit)
+    stuck = np.zeros(num, np.bool_)
+    num_stuck = 0
+    for step in range(most_steps):
+        slowest, most = -1, goal_s
+        for i in range(num):
+            if not stuck[i] and placement.seconds[i] > most:
+                slowest, most = i, placement.seconds[i]
+        card = card_s(costs, running, placement.on_workers[0])
+        if card > most and _relieve_card(costs, running, placement, contexts, blocks, card):
+            continue
+        if slowest < 0:
+            return step
+        helped = False
+        if placement.groups[slowest] > 0:
+            if costs.unit[slowest] == 1:
+                helped = _move_or_swap(costs, running, placement, contexts, blocks, slowest)
+            else:
+                helped = _leave_primary(costs, running, placement, contexts, blocks, slowest)
+            if not helped and num_stuck == 0 and costs.unit[slowest] == 1:  # it costs too much for breaking ties
+                helped = _make_room(costs, running, placement, contexts, blocks, slowest)
+            if not helped and costs.primary >= 0 and slowest != costs.primary and costs.unit[costs.primary] > 1:
+                helped = _join_primary(costs, running, placement, contexts, blocks, slowest)
+        if not helped:
+            stuck[slowest] = True
+            num_stuck += 1
+            if num_stuck >= most_stuck:
+                return step
+    return most_steps
+
+
+@kernel
+def _move_or_swap(
+    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, slowest: int
+) -> bool:
+    """The best move of one group away from ``slowest``, or swap of one for a group with a shorter context."""
+    num, num_requests = len(costs.unit), len(contexts)
+    now = placement.seconds[slowest]
+    least = now * BETTER
+    card = card_s(costs, running, placement.on_workers[0] + 1)
+    given, taken, to = -1, -1, -1
+    for j in range(num_requests):
+        if placement.x[j, slowest] == 0:
+            continue
+        own_without = seconds_with(costs, running, placement, slowest, -1, -contexts[j])
+        for i in range(num):
+            if i == slowest or costs.unit[i] > 1 or placement.seconds[i] >= least:
+                continue
+            if placement.room[i] >= blocks[j] and own_without < least:
+                late = max(own_without, seconds_with(costs, running, placement, i, 1, contexts[j]))
+                if slowest == costs.primary:
+                    late = max(late, card)
+                if late < least:
+                    least, given, taken, to = late, j, -1, i
+            if placement.groups[i] == 0:
+                continue
+            for other in range(j - 1, -1, -1):
+                if placement.x[other, i] == 0 or contexts[other] == contexts[j]:
+                    continue
+                more = blocks[j] - blocks[other]
+                if placement.room[i] < more or placement.room[slowest] < -more:
+                    continue
+                longer = contexts[j] - contexts[other]
+                late = seconds_with(costs, running, placement, i, 0, longer)
+                if late < least:
+                    late = max(late, seconds_with(costs, running, placement, slowest, 0, -longer))
+                    if late < least:
+                        least, given, taken, to = late, j, other, i
+    if given < 0:
+        return False
+    put(costs, running, placement, given, slowest, -1, contexts[given], blocks[given])
+    put(costs, running, placement, given, to, 1, contexts[given], blocks[given])
+    if taken >= 0:
+        put(costs, running, placement, taken, to, -1, contexts[taken], blocks[taken])
+        put(costs, running, placement, taken, slowest, 1, contexts[taken], blocks[taken])
+    return True
+
+
+@kernel
+def _make_room(
+    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, slowest: int
+) -> bool:
+    """Moves a group from ``slowest`` to a device that hands some of its own on to others: the first way that helps.
+
+    Where memory is short there is seldom room for a group with a long context, but often for several short ones.
+    """
+    num, num_requests = len(costs.unit), len(contexts)
+    least = placement.seconds[slowest] * BETTER
+    if costs.primary >= 0 and card_s(costs, running, placement.on_workers[0] + 1) >= least:
+        return False
+    can_go_on = False
+    for j in range(num_requests):
+        i = marginal_device(costs, running, placement, 1, contexts[j], blocks[j], slowest, -1)
+        can_go_on = can_go_on or (i >= 0 and seconds_with(costs, running, placement, i, 1, contexts[j]) < least)
+    if not can_go_on:
+        return False
+    handed, takers = np.empty(MOST_HANDED_ON, np.int64), np.empty(MOST_HANDED_ON, np.int64)
+    tries = 0
+    for j in range(num_requests - 1, -1, -1):
+        if placement.x[j, slowest] == 0 or seconds_with(costs, running, placement, slowest, -1, -contexts[j]) >= least:
+            continue
+        for i in range(num):
+            if i == slowest or placement.groups[i] == 0 or costs.unit[i] > 1:
+                continue
+            tries += 1
+            if tries > MOST_TRIES:
+                return False
+            put(costs, running, placement, j, slowest, -1, contexts[j], blocks[j])
+            put(costs, running, placement, j, i, 1, contexts[j], blocks[j])
+            count = 0
+            while placement.room[i] < 0 or placement.seconds[i] >= least:
+                other = _group_to_hand_on(placement, contexts, blocks, i, j)
+                if other < 0 or count == MOST_HANDED_ON:
+                    break
+                third = marginal_device(costs, running, placement, 1, contexts[other], blocks[other], i, slowest)
+                if third < 0 or seconds_with(costs, running, placement, third, 1, contexts[other]) >= least:
+                    break
+                put(costs, running, placement, other, i, -1, contexts[other], blocks[other])
+                put(costs, running, placement, other, third, 1, contexts[other], blocks[other])
+                handed[count], takers[count] = other, third
+                count += 1
+            if placement.room[i] >= 0 and placement.seconds[i] < least:
+                return True
+            for n in range(count - 1, -1, -1):
+                put(costs, running, placement, handed[n], takers[n], -1, contexts[handed[n]], blocks[handed[n]])
+                put(costs, running, placement, handed[n], i, 1, contexts[handed[n]], blocks[handed[n]])
+            put(costs, running, placement, j, i, -1, contexts[j], blocks[j])
+            put(costs, running, placement, j, slowest, 1, contexts[j], blocks[j])
+    return False
+
+
+@kernel
+def _group_to_hand_on(placement: Placement, contexts: IntArray, blocks: IntArray, device: int, but: int) -> int:
+    """The smallest group that makes up for the blocks a device is short of, or else its largest; -1: none but ``but``.
+
+    Where no blocks are short, time is: the largest.
+    """
+    short = -placement.room[device]
+    best = -1
+    for j in range(len(contexts)):
+        if placement.x[j, device] == 0 or j == but:
+            continue
+        enough = 0 < short <= blocks[j]
+        if (
+            best < 0
+            or (enough and (blocks[best] < short or blocks[j] < blocks[best]))
+            or (not enough and (short <= 0 or blocks[best] < short) and blocks[j] > blocks[best])
+        ):
+            best = j
+    return best
+
+
+@kernel
+def _leave_primary(
+    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, primary: int
+) -> bool:
+    """Takes one unit of the request that relieves a tensor-parallel primary best, and spreads it over workers."""
+    unit = costs.unit[primary]
+    before = max(placement.seconds[primary], card_s(costs, running, placement.on_workers[0]))
+    best, least = -1, before * BETTER
+    to = np.empty(unit, np.int64)
+    for turn in range(len(contexts) + 1):
+        j = turn if turn < len(contexts) else best
+        if j < 0:
+            return False
+        if placement.x[j, primary] < unit:
+            continue
+        put(costs, running, placement, j, primary, -unit, contexts[j], blocks[j])
+        late = placement.seconds[primary]
+        count = 0
+        while count < unit:
+            i = marginal_device(costs, running, placement, 1, contexts[j], blocks[j], primary, -1)
+            if i < 0:
+                late = np.inf
+                break
+            put(costs, running, placement, j, i, 1, contexts[j], blocks[j])
+            to[count] = i
+            count += 1
+            late = max(late, placement.seconds[i])
+        late = max(late, card_s(costs, running, placement.on_workers[0]))
+        if turn == len(contexts):
+            return True
+        if late < least:
+            best, least = j, late
+        for n in range(count):
+            put(costs, running, placement, j, to[n], -1, contexts[j], blocks[j])
+        put(costs, running, placement, j, primary, unit, contexts[j], blocks[j])
+    return False
+
+
+@kernel
+def _join_primary(
+    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, slowest: int
+) -> bool:
+    """Moves one unit of a request to a tensor-parallel primary: one group of ``slowest``, others of slow workers."""
+    primary = costs.primary
+    unit = costs.unit[primary]
+    best, least = -1, placement.seconds[slowest] * BETTER
+    for j in range(len(contexts)):
+        on_workers = costs.head_groups - placement.x[j, primary]
+        if placement.x[j, slowest] == 0 or on_workers < unit or placement.room[primary] < unit * blocks[j]:
+            continue
+        late = seconds_with(costs, running, placement, primary, unit, unit * contexts[j])
+        if late < least:
+            best, least = j, late
+    if best < 0:
+        return False
+    _gather(costs, running, placement, best, contexts[best], blocks[best])
+    return True
+
+
+@kernel
+def _gather(costs: Costs, running: Running, placement: Placement, request: int, context: int, blocks: int) -> None:
+    """Takes one unit of a request from the slowest workers that hold it to the primary."""
+    unit = costs.unit[costs.primary]
+    for _ in range(unit):
+        source, most = -1, -1.0
+        for i in range(len(costs.unit)):
+            if i != costs.primary and placement.x[request, i] > 0 and placement.seconds[i] > most:
+                source, most = i, placement.seconds[i]
+        put(costs, running, placement, request, source, -1, context, blocks)
+    put(costs, running, placement, request, costs.primary, unit, context, blocks)
+
+
+@kernel
+def _relieve_card(
+    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, card: float
+) -> bool:
+    """Moves one unit from the workers to the primary if that stays below the network card's time; the cheapest one."""
+    primary = costs.primary
+    unit = costs.unit[primary]
+    best, least = -1, card * BETTER
+    for j in range(len(contexts)):
+        on_workers = costs.head_groups - placement.x[j, primary]
+        if on_workers < unit or placement.room[primary] < unit * blocks[j]:
+            continue
+        late = seconds_with(costs, running, placement, primary, unit, unit * contexts[j])
+        if late < least:
+            best, least = j, late
+    if best < 0:
+        return False
+    _gather(costs, running, placement, best, contexts[best], blocks[best])
+    return True

@@ -1,0 +1,226 @@
+"""The relaxation as one linear program in HiGHS, for what the chain cannot settle.
+
+    min  z
+    s.t. sum_i x_ij = G                                                     every request j
+         alpha_ik sum_j x_ij + beta_ik sum_j l_j x_ij + base_ik <= z         every open device i, piece k
+         sum_j m_j x_ij <= free_i                                           every open device i
+         eta sum_(workers i, j) x_ij + base_nic <= z                        while workers are open
+         x_ij >= 0,  z >= time of the running load
+
+Which idle devices are *open* is guessed from a level: open ones pay their constants, closed ones take nothing. The
+optimum is that of the dispatch relaxation if the guess agrees with the level found, so it is repeated until it does.
+
+Few of the x_ij are ever positive. The model starts with those that the chain's prices find cheap; its own prices then
+name the ones that are missing, until none is (sifting). Arrays go in at once, the solver and its basis are kept.
+This module is the only one that talks to highspy for the relaxation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import highspy
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.dispatch.tables import Costs, Running
+
+MOST_GUESSES = 8
+MOST_SIFTINGS = 30
+NEAR = 0.02  # columns start in the model if they cost at most this share more than the cheapest of their request
+CHEAPER = 1e-9  # a column joins if it is cheaper than what its request pays by more than this share
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LpSolution:
+    """Fractions x [J, D], the level z, and the multipliers of pieces [D, K], blocks [D] and the network card."""
+
+    x: FloatArray
+    level_s: float
+    piece: FloatArray
+    block: FloatArray
+    nic: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LpProblem:
+    """What the program is made of: requests to be placed only, ``contexts`` and ``blocks`` of shape [J]."""
+
+    costs: Costs
+    running: Running
+    free_blocks: IntArray
+    contexts: IntArray
+    blocks: IntArray
+
+    def group_costs(self, piece: FloatArray, block: FloatArray, nic: float) -> FloatArray:
+        """What a head group of request j costs on device i at such prices, shape [J, D]."""
+        costs = self.costs
+        per_group = (piece * costs.alpha).sum(axis=1) + nic * costs.nic_head_s * costs.queries * self.is_worker
+        per_token = (piece * costs.beta).sum(axis=1)
+        cost: FloatArray = per_group + np.outer(self.contexts, per_token) + np.outer(self.blocks, block)
+        return cost
+
+    @property
+    def is_worker(self) -> BoolArray:
+        workers: BoolArray = np.arange(len(self.free_blocks)) != self.costs.primary
+        return workers
+
+
+class RelaxationLp:
+    """HiGHS, set up once and reused; not to be shared between threads."""
+
+    def __init__(self) -> None:
+        self._highs: Any = highspy.Highs()
+        self._highs.silent()
+        for option, value in (
+            ("threads", 1),
+            ("presolve", "off"),
+            ("solver", "simplex"),
+            ("simplex_strategy", 4),  # primal: columns are added, rows never
+            ("primal_feasibility_tolerance", 1e-9),
+            ("dual_feasibility_tolerance", 1e-9),
+        ):
+            self._highs.setOptionValue(option, value)
+
+    def solve(
+        self, problem: LpProblem, *, guess_s: float, start: IntArray, piece: FloatArray, block: FloatArray, nic: float
+    ) -> LpSolution | None:
+        """The optimum, or None if memory is short.
+
+        Args:
+            guess_s: a level near the optimum.
+            start: a feasible placement [J, D]; its columns are in the model from the beginning.
+            piece, block, nic: prices near the optimal ones, to choose the other columns by.
+        """
+        open_at, level = problem.running.open_at, guess_s
+        cost = problem.group_costs(piece, block, nic)
+        columns = (cost <= cost.min(axis=1, keepdims=True) * (1 + NEAR)) | (start > 0)
+        best: LpSolution | None = None
+        for _ in range(MOST_GUESSES):
+            # A device that opens right at the level has no room: were it open, its constants would hold the level up.
+            is_open = open_at < level * (1 - 1e-9)
+            solution = self._solve_open(problem, is_open, columns, 1.0 / max(guess_s, 1e-12))
+            if solution is None:
+                if is_open.all():
+                    return best
+                level = float(open_at[~is_open].min()) * (1 + 2e-9)
+                continue
+            if best is None or solution.level_s < best.level_s:
+                best = solution
+            if np.array_equal(is_open, open_at < solution.level_s * (1 - 1e-9)):
+                return solution
+            level = solution.level_s
+        return best
+
+    def _solve_open(
+        self, problem: LpProblem, is_open: BoolArray, columns: BoolArray, scale: float
+    ) -> LpSolution | None:
+        """The program with these devices open; ``scale`` turns seconds into numbers near 1, as HiGHS likes them."""
+        if not is_open.any():
+            return None
+        model = RelaxationModel(problem, is_open, scale)
+        chosen = columns & is_open
+        requests, devices = np.nonzero(chosen)
+        highs = self._highs
+        highs.passModel(model.program(requests, devices))
+        for _ in range(MOST_SIFTINGS):
+            highs.run()
+            status = highs.getModelStatus()
+            if status == highspy.HighsModelStatus.kInfeasible and not chosen[:, is_open].all():
+                added = is_open & ~chosen  # no prices to go by
+            elif status != highspy.HighsModelStatus.kOptimal:
+                return None
+            else:
+                solution = highs.getSolution()
+                piece, block, nic, pays = model.prices(np.array(solution.row_dual))
+                added = (problem.group_costs(piece, block, nic) < pays[:, None] * (1 - CHEAPER)) & is_open & ~chosen
+                if not added.any():
+                    break
+            chosen |= added
+            new_requests, new_devices = np.nonzero(added)
+            model.add(highs, new_requests, new_devices)
+            requests, devices = np.append(requests, new_requests), np.append(devices, new_devices)
+        else:
+            return None
+        values = np.array(solution.col_value)
+        x = np.zeros(chosen.shape)
+        x[requests, devices] = np.maximum(0.0, values[1:])
+        # A closed device must cost every request what it pays elsewhere, or more.
+        for i in np.flatnonzero(~is_open):
+            least = problem.costs.alpha[i, 0] + problem.costs.beta[i, 0] * problem.contexts
+            piece[i, 0] = np.max(pays / np.maximum(least, 1e-24))
+        return LpSolution(x=x, level_s=float(values[0]) / scale, piece=piece, block=block, nic=nic)
+
+
+class RelaxationModel:
+    """Rows: demand [J], pieces [D, K], memory [D], network card. Columns: z, then x_ij in the order they came."""
+
+    def __init__(self, problem: LpProblem, is_open: BoolArray, scale: float) -> None:
+        self.problem, self.scale, self.is_open = problem, scale, is_open
+        num, pieces = problem.costs.alpha.shape
+        self.J, self.D, self.K = len(problem.contexts), num, pieces
+        self.memory = self.J + num * pieces
+        self.card = self.memory + num
+        self.has_card = problem.costs.primary >= 0 and bool(np.any(is_open & problem.is_worker))
+
+    def program(self, requests: IntArray, devices: IntArray) -> Any:
+        """The whole model; time rows of closed devices bind nothing."""
+        problem, J = self.problem, self.J
+        infinity = highspy.kHighsInf
+        lower = np.full(self.card + 1, -infinity)
+        upper = np.full(self.card + 1, infinity)
+        lower[:J] = upper[:J] = problem.costs.head_groups
+        times = np.where(self.is_open[:, None], -self.scale * problem.running.base, infinity)
+        upper[J : self.memory] = times.reshape(-1)
+        upper[self.memory : self.card] = np.maximum(0, problem.free_blocks)
+        if self.has_card:
+            upper[self.card] = -self.scale * problem.running.nic_base
+        z_rows = np.arange(J, self.memory)
+        if self.has_card:
+            z_rows = np.append(z_rows, self.card)
+        starts, rows, values = self._entries(requests, devices)
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = len(requests) + 1, self.card + 1
+        lp.col_cost_ = np.append(1.0, np.zeros(len(requests)))
+        lp.col_lower_ = np.append(self.scale * problem.running.floor_s, np.zeros(len(requests)))
+        lp.col_upper_ = np.full(len(requests) + 1, infinity)
+        lp.row_lower_, lp.row_upper_ = lower, upper
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+        lp.a_matrix_.start_ = np.append(0, len(z_rows) + starts).astype(np.int32)
+        lp.a_matrix_.index_ = np.append(z_rows, rows).astype(np.int32)
+        lp.a_matrix_.value_ = np.append(np.full(len(z_rows), -1.0), values)
+        return lp
+
+    def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
+        """More columns for the model that ``highs`` holds."""
+        starts, rows, values = self._entries(requests, devices)
+        num = len(requests)
+        highs.addCols(
+            num, np.zeros(num), np.zeros(num), np.full(num, highspy.kHighsInf), len(values),
+            starts[:-1].astype(np.int32), rows.astype(np.int32), values,
+        )  # fmt: skip
+
+    def prices(self, row_duals: FloatArray) -> tuple[FloatArray, FloatArray, float, FloatArray]:
+        """Multipliers of pieces [D, K], blocks [D] and the network card, and what a group of each request pays [J]."""
+        duals = np.abs(row_duals)
+        piece = duals[self.J : self.memory].reshape(self.D, self.K)
+        piece[~self.is_open] = 0.0
+        block = duals[self.memory : self.card] / self.scale
+        return piece, block, float(duals[self.card]) if self.has_card else 0.0, duals[: self.J] / self.scale
+
+    def _entries(self, requests: IntArray, devices: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
+        """Starts [n + 1], rows and values of columns x_ij; each has K + 3 entries."""
+        costs, contexts = self.problem.costs, self.problem.contexts
+        num, width = len(requests), self.K + 3
+        rows, values = np.empty((num, width), np.int64), np.empty((num, width))
+        rows[:, 0], values[:, 0] = requests, 1.0
+        rows[:, 1:-2] = self.J + devices[:, None] * self.K + np.arange(self.K)
+        values[:, 1:-2] = self.scale * (costs.alpha[devices] + costs.beta[devices] * contexts[requests, None])
+        rows[:, -2], values[:, -2] = self.memory + devices, self.problem.blocks[requests]
+        rows[:, -1] = self.card
+        values[:, -1] = np.where(devices == costs.primary, 0.0, self.scale * costs.nic_head_s * costs.queries)
+        return np.arange(num + 1) * width, rows.reshape(-1), values.reshape(-1)

@@ -1,0 +1,247 @@
+"""The dispatch problem: one replica stage, what it is running, and the requests whose head groups need a device.
+
+One layer of one decode iteration is looked at. Device i takes, for h query heads that read g KV bytes (Hetis, SC'25),
+
+    max_k (a_ik h + b_ik g + c_ik)  +  gamma_i e h + beta_i                      seconds, nothing when h = 0
+
+e being the bytes that a query head exchanges with the primary. The *primary* (a tensor-parallel group of n cards) is
+one device, the attention workers are the others. Its a and b are those of one card; heads and KV bytes of the group
+are shared evenly by its cards, it exchanges nothing, and it takes n head groups at a time, so that its cards stay even.
+Where n exceeds the G head groups of the model, every group lies on n / G cards, which share its query heads: heads
+are divided by n, KV bytes by G, and the primary takes G groups at a time. While any worker holds heads, the primary's
+network card takes ``gamma_0 e (heads on workers) + beta_0`` seconds as well.
+
+MHA (G = number of heads, r = 1), GQA and MLA (G = 1: one latent, so that a request stays whole) differ in numbers only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadShape:
+    """The attention heads of one layer.
+
+    Attributes:
+        head_groups: G, KV heads; the smallest thing that is placed is one of them with its query heads.
+        queries_per_group: r.
+        kv_bytes_per_token: of one head group in one layer.
+        exchange_bytes_per_head: e, bytes per token, layer and query head between primary and attention worker.
+        block_tokens: token slots of a KV block, which belongs to one head group.
+    """
+
+    head_groups: int
+    queries_per_group: int
+    kv_bytes_per_token: float
+    exchange_bytes_per_head: float
+    block_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("head_groups", "queries_per_group", "block_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidProblemError(f"{name} is {getattr(self, name)}, must be >= 1")
+        for name in ("kv_bytes_per_token", "exchange_bytes_per_head"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidProblemError(f"{name} is {getattr(self, name)}, must be finite and >= 0")
+
+    @classmethod
+    def of_model(cls, model: ModelSpec, *, block_tokens: int = 16) -> HeadShape:
+        """The heads of ``model``: MHA and GQA by KV head, MLA as one latent group."""
+        return cls(
+            head_groups=model.head_groups,
+            queries_per_group=model.queries_per_group,
+            kv_bytes_per_token=model.kv_bytes_per_token_group(),
+            exchange_bytes_per_head=model.exchange_bytes_per_head(),
+            block_tokens=block_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Primary:
+    """The device that runs the dense layers: ``tp`` cards, and the network card it reaches the workers through.
+
+    Attributes:
+        device: its index among the stage's devices.
+        tp: n, tensor-parallel cards; a divisor or a multiple of the model's head groups.
+        nic_byte_s: gamma_0, seconds per byte exchanged with the workers, all of them together.
+        nic_s: beta_0, seconds per layer while any worker holds heads.
+    """
+
+    device: int
+    tp: int = 1
+    nic_byte_s: float = 0.0
+    nic_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stage:
+    """The devices of one replica stage and what attention costs on them: fixed while the replica lives.
+
+    Attributes:
+        heads: shape of the attention heads.
+        devices: names, D of them.
+        head_s: a_ik, seconds per query head, shape [D, K]. A device with fewer pieces repeats one.
+        kv_byte_s: b_ik, seconds per KV byte read, shape [D, K].
+        call_s: c_ik, seconds per call, shape [D, K].
+        transfer_byte_s: gamma_i, seconds per byte exchanged, shape [D]; not used of the primary.
+        transfer_s: beta_i, seconds per exchange, shape [D]; not used of the primary.
+        primary: None where all devices are attention workers and no network card is shared.
+    """
+
+    heads: HeadShape
+    devices: tuple[str, ...]
+    head_s: FloatArray
+    kv_byte_s: FloatArray
+    call_s: FloatArray
+    transfer_byte_s: FloatArray
+    transfer_s: FloatArray
+    primary: Primary | None = None
+
+    def __post_init__(self) -> None:
+        num = len(self.devices)
+        if num == 0:
+            raise InvalidProblemError("a stage needs at least one device")
+        if len(set(self.devices)) < num:
+            twice = next(name for name in self.devices if self.devices.count(name) > 1)
+            raise InvalidProblemError(f"device {twice} is listed {self.devices.count(twice)} times")
+        pieces = self.head_s.shape[1] if self.head_s.ndim == 2 else 0
+        if pieces < 1:
+            raise InvalidProblemError(f"head_s has shape {self.head_s.shape}, must be [devices, pieces >= 1]")
+        for name in ("head_s", "kv_byte_s", "call_s"):
+            _check_costs(name, getattr(self, name), (num, pieces), self.devices)
+        for name in ("transfer_byte_s", "transfer_s"):
+            _check_costs(name, getattr(self, name), (num,), self.devices)
+        if self.primary is not None:
+            self._check_primary(self.primary)
+
+    def _check_primary(self, primary: Primary) -> None:
+        if not 0 <= primary.device < len(self.devices):
+            raise InvalidProblemError(f"primary device is {primary.device}, must be one of {len(self.devices)} devices")
+        groups = self.heads.head_groups
+        if primary.tp < 1 or (groups % primary.tp and primary.tp % groups):
+            raise InvalidProblemError(
+                f"tp of the primary is {primary.tp}, must be a divisor or a multiple of {groups} head groups"
+            )
+        for name in ("nic_byte_s", "nic_s"):
+            if not 0 <= getattr(primary, name) < float("inf"):
+                raise InvalidProblemError(f"primary {name} is {getattr(primary, name)}, must be finite and >= 0")
+
+    @property
+    def num_devices(self) -> int:
+        """D"""
+        return len(self.devices)
+
+    @property
+    def primary_groups(self) -> int:
+        """Head groups that the primary takes at a time: n, or G where its cards outnumber the groups."""
+        return 1 if self.primary is None else min(self.primary.tp, self.heads.head_groups)
+
+    def has_primary_at(self, device: int) -> bool:
+        """Whether ``device`` is the primary."""
+        return self.primary is not None and self.primary.device == device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Load:
+    """What the devices hold of the micro-batch that new requests join. Of the primary: all its cards together.
+
+    Attributes:
+        heads: running query heads, shape [D].
+        kv_bytes: KV bytes that one layer of one iteration reads for them, shape [D]; a group that lies on several
+            cards of the primary counts once.
+        free_blocks: KV blocks a layer has left on each device, shape [D], those subtracted that the running requests
+            are expected to grow into; below 0 counts as none.
+    """
+
+    heads: IntArray
+    kv_bytes: FloatArray
+    free_blocks: IntArray
+
+    def __post_init__(self) -> None:
+        # Kernels are compiled for these types: others would be compiled for anew, which takes a minute.
+        object.__setattr__(self, "heads", np.ascontiguousarray(self.heads, np.int64))
+        object.__setattr__(self, "kv_bytes", np.ascontiguousarray(self.kv_bytes, np.float64))
+        object.__setattr__(self, "free_blocks", np.ascontiguousarray(self.free_blocks, np.int64))
+        if not len(self.heads) == len(self.kv_bytes) == len(self.free_blocks):
+            raise InvalidProblemError(
+                f"heads, kv_bytes and free_blocks are of {len(self.heads)}, {len(self.kv_bytes)} and "
+                f"{len(self.free_blocks)} devices, must be of the same"
+            )
+        if len(self.heads) and (self.heads.min() < 0 or not self.kv_bytes.min() >= 0):
+            raise InvalidProblemError("running heads and kv_bytes must be >= 0")
+        if not np.isfinite(self.kv_bytes.sum()):
+            raise InvalidProblemError("kv_bytes must be finite")
+
+    @classmethod
+    def idle(cls, free_blocks: IntArray) -> Load:
+        """Devices that run nothing."""
+        return cls(
+            heads=np.zeros(len(free_blocks), np.int64), kv_bytes=np.zeros(len(free_blocks)), free_blocks=free_blocks
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Requests:
+    """New requests in their order of admission: when memory is short, the later ones are left out.
+
+    Attributes:
+        ids: names, J of them, all different.
+        context_tokens: l_j, tokens a decode step attends to and keeps, shape [J].
+        growth_tokens: tokens it is expected to grow by, which memory is kept for, shape [J].
+    """
+
+    ids: tuple[str, ...]
+    context_tokens: IntArray
+    growth_tokens: IntArray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "context_tokens", np.ascontiguousarray(self.context_tokens, np.int64))
+        object.__setattr__(self, "growth_tokens", np.ascontiguousarray(self.growth_tokens, np.int64))
+        num = len(self.ids)
+        if len(set(self.ids)) < num:
+            twice = next(name for name in self.ids if self.ids.count(name) > 1)
+            raise InvalidProblemError(f"request {twice} is listed {self.ids.count(twice)} times")
+        if len(self.context_tokens) != num or len(self.growth_tokens) != num:
+            raise InvalidProblemError(
+                f"{num} requests have {len(self.context_tokens)} contexts and {len(self.growth_tokens)} growths"
+            )
+        if num and (self.context_tokens.min() < 1 or self.growth_tokens.min() < 0):
+            raise InvalidProblemError("requests need context_tokens >= 1 and growth_tokens >= 0")
+
+    def blocks(self, block_tokens: int) -> IntArray:
+        """KV blocks that one head group of each request needs per layer, shape [J]."""
+        return -(-(self.context_tokens + self.growth_tokens) // block_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DispatchProblem:
+    """Which device each head group of the new requests should live on."""
+
+    stage: Stage
+    load: Load
+    requests: Requests
+
+    def __post_init__(self) -> None:
+        if len(self.load.heads) != self.stage.num_devices:
+            raise InvalidProblemError(
+                f"the load is of {len(self.load.heads)} devices, the stage has {self.stage.num_devices}"
+            )
+
+
+def _check_costs(name: str, values: FloatArray, shape: tuple[int, ...], devices: tuple[str, ...]) -> None:
+    if values.shape != shape:
+        raise InvalidProblemError(f"{name} has shape {values.shape}, must be {shape}")
+    bad = np.argwhere(~((values >= 0) & np.isfinite(values)))
+    if len(bad):
+        where = tuple(bad[0])
+        raise InvalidProblemError(f"{devices[where[0]]}: {name} is {values[where]}, must be finite and >= 0")

@@ -1,0 +1,110 @@
+"""What a dispatch answers: the placement, how good it is, how it was found, and who had to wait and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from hetis.solver.dispatch.problem import FloatArray, IntArray
+
+
+class Path(StrEnum):
+    """How an answer was made.
+
+    ``chain``: the relaxation was solved exactly as a chain by comparative advantage, every device on one affine piece.
+    ``mixed``: some devices are held by two of their rows at once (affine pieces, memory, the primary's network
+    card); the chain was solved on mixtures of the two, optimal up to the tolerance that was asked for.
+    ``lp``: HiGHS solved the relaxation.
+    ``milp``: HiGHS searched whole head groups (`solve_exactly`).
+    """
+
+    CHAIN = "chain"
+    MIXED = "mixed"
+    LP = "lp"
+    MILP = "milp"
+
+
+class Resource(StrEnum):
+    """What a request that was not placed lacks.
+
+    ``kv_blocks``: all devices together have too few free KV blocks.
+    ``whole_groups``: they have enough, but in pieces smaller than a head group of the request (on the primary: than
+    the groups it takes at a time).
+    """
+
+    KV_BLOCKS = "kv_blocks"
+    WHOLE_GROUPS = "whole_groups"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unplaced:
+    """A request that has to wait.
+
+    Attributes:
+        request: its index in the problem.
+        id: its name.
+        resource: what it lacks, after the requests admitted before it.
+        missing: KV blocks per layer for ``kv_blocks``, head groups without a home for ``whole_groups``.
+    """
+
+    request: int
+    id: str
+    resource: Resource
+    missing: int
+
+    def __str__(self) -> str:
+        if self.resource is Resource.KV_BLOCKS:
+            return f"request {self.id}: {self.missing} KV blocks per layer are missing"
+        return f"request {self.id}: {self.missing} head groups fit on no device; the free blocks are too scattered"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShadowPrices:
+    """Multipliers that prove the bound; `hetis.solver.dispatch.certificate` recomputes it from them.
+
+    Attributes:
+        piece: weight of every affine piece of every device, shape [D, K], >= 0; those of the devices that the bound
+            says are in use, and ``nic``, sum to 1 unless the running load alone is the bound (then all are 0).
+        block_s: seconds of makespan that one more free KV block on the device saves, shape [D].
+        nic: weight of the primary's network card.
+        request_s: seconds of makespan that one more head group of the request would cost, shape [J].
+    """
+
+    piece: FloatArray
+    block_s: FloatArray
+    nic: float
+    request_s: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DispatchPlan:
+    """A placement in whole head groups.
+
+    Attributes:
+        groups: head groups of request j on device i, shape [J, D]; the rows of unplaced requests are 0.
+        makespan_s: seconds per layer of one decode iteration on the slowest device (or network card), running
+            requests included.
+        bound_s: no placement of the same requests is faster, proved by ``prices``.
+        relaxed_s: makespan of the best placement in fractions that was found; ``bound_s`` up to rounding on the paths
+            ``chain`` and ``lp``.
+        path: how it was made.
+        unplaced: requests left out, in order.
+        prices: the multipliers behind the bound.
+    """
+
+    groups: IntArray
+    makespan_s: float
+    bound_s: float
+    relaxed_s: float
+    path: Path
+    unplaced: tuple[Unplaced, ...]
+    prices: ShadowPrices
+
+    @property
+    def gap(self) -> float:
+        """How far the makespan may be above the best one: ``makespan_s / bound_s - 1``; 0 when nothing runs."""
+        if self.makespan_s <= self.bound_s:
+            return 0.0
+        return self.makespan_s / self.bound_s - 1.0 if self.bound_s > 0 else np.inf

@@ -1,0 +1,223 @@
+"""Dispatch from problem to plan: admit, relax, prove, round, improve. A `Dispatcher` solves for one stage."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.dispatch.admission import PLACED, SHORT_OF_BLOCKS, admit
+from hetis.solver.dispatch.certificate import normalise, proven_bound, request_prices
+from hetis.solver.dispatch.compiled import kernel
+from hetis.solver.dispatch.local_search import improve
+from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
+from hetis.solver.dispatch.perturbation import perturb
+from hetis.solver.dispatch.placement import empty_placement, makespan, put
+from hetis.solver.dispatch.pour import pour
+from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray, Load, Requests, Stage
+from hetis.solver.dispatch.relaxation import relax
+from hetis.solver.dispatch.result import DispatchPlan, Path, Resource, ShadowPrices, Unplaced
+from hetis.solver.dispatch.rounding import place_rest, round_down
+from hetis.solver.dispatch.rows import likely_level, prices_of, rows_of
+from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
+
+# How far bound and fractions may be apart before HiGHS closes the rest. Where memory binds (12 x 8 and 64 x 64, free
+# blocks 1.2 times the need, uneven growth) a tenth of it makes plans 0.05% and 0.07% better and takes 13 and 20 times
+# as long; where it does not, the two ends agree to rounding.
+TOLERANCE = 0.01
+MOST_ROUNDS = 24  # of mixing rows
+MOST_STUCK = 4
+MOST_STEPS = 400
+WORTH_POLISHING = 0.01  # a gap below this is not worth ruining and recreating
+POLISHING = 2000  # rounds of it, times requests, times devices
+
+
+class Answer(NamedTuple):
+    """What one pass of compiled code found; requests in the order of the problem."""
+
+    groups: IntArray  # [J, D]
+    makespan_s: float
+    bound_s: float
+    relaxed_s: float
+    on_pieces: bool  # settled, every device on one affine piece
+    verdict: IntArray  # [J]
+    missing: IntArray  # [J]
+    order: IntArray  # requests placed, by rising context
+    piece: FloatArray
+    block: FloatArray
+    nic: float
+
+
+def solve_dispatch(problem: DispatchProblem, *, tolerance: float = TOLERANCE) -> DispatchPlan:
+    """Places the head groups of new requests so that the slowest device finishes soonest; see `Dispatcher.dispatch`.
+
+    For a series of problems of one stage keep a `Dispatcher`: it tabulates the stage once.
+    """
+    return Dispatcher(problem.stage).dispatch(problem.load, problem.requests, tolerance=tolerance)
+
+
+class Dispatcher:
+    """Solves dispatch problems of one stage, one after the other; not to be shared between threads."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self._costs = costs_of(stage)
+        self._lp: RelaxationLp | None = None  # set up when first needed
+
+    def dispatch(self, load: Load, requests: Requests, *, tolerance: float = TOLERANCE) -> DispatchPlan:
+        """Places the head groups of new requests so that the slowest device finishes soonest.
+
+        Sets       i devices, j new requests, k affine pieces
+        Variables  x_ij head groups of j on i, whole;  z seconds
+        Minimise   z, then the next slowest device, and so on
+        Such that  alpha_ik sum_j x_ij + beta_ik sum_j l_j x_ij + base_ik <= z    every device that holds heads, every k
+                   eta sum_(workers i) x_ij + base_nic <= z                       while any worker holds heads
+                   sum_i x_ij = G                                                 every request placed
+                   sum_j m_j x_ij <= free_i                                       every i   (KV blocks with growth)
+                   x_ij a multiple of what the primary takes at a time            i the primary
+
+        The relaxation in fractions is solved by the chain of `hetis.solver.dispatch.chain`, if need be with rows mixed;
+        where the bound and the fractions found this way are further apart than ``tolerance``, as a share, HiGHS solves
+        it. Whole groups come from rounding down, the marginal device for what is left, and a local search. Requests
+        that memory is too short for are named in ``unplaced``; the others are placed as if those had not come.
+        """
+        blocks = requests.blocks(self.stage.heads.block_tokens)
+        answer = _solve(self._costs, load.heads, load.kv_bytes, load.free_blocks, requests.context_tokens, blocks)
+        path = Path.CHAIN if answer.on_pieces else Path.MIXED
+        if answer.relaxed_s > answer.bound_s * (1 + tolerance):
+            by_lp = self._by_lp(load, requests, blocks, answer)
+            if by_lp is not None:
+                answer, path = by_lp, Path.LP
+        return _plan_of(self._costs, requests, blocks, answer, path)
+
+    def _by_lp(self, load: Load, requests: Requests, blocks: IntArray, first: Answer) -> Answer | None:
+        """The same with HiGHS's relaxation, the better of both plans and bounds; None if HiGHS gave up."""
+        self._lp = self._lp or RelaxationLp()
+        running = running_load(self._costs, load.heads, load.kv_bytes)
+        contexts, placed_blocks = requests.context_tokens[first.order], blocks[first.order]
+        problem = LpProblem(
+            costs=self._costs, running=running, free_blocks=load.free_blocks, contexts=contexts, blocks=placed_blocks
+        )
+        solution = self._lp.solve(
+            problem,
+            guess_s=min(first.relaxed_s, first.makespan_s),
+            start=first.groups[first.order],
+            piece=first.piece,
+            block=first.block,
+            nic=first.nic,
+        )
+        if solution is None:
+            return None
+        bound = proven_bound(
+            self._costs,
+            running,
+            load.free_blocks,
+            contexts,
+            placed_blocks,
+            solution.piece,
+            solution.block,
+            solution.nic,
+        )
+        if bound >= first.bound_s:
+            nic = normalise(running, self._costs.primary, bound, solution.piece, solution.block, solution.nic)
+            first = first._replace(bound_s=bound, piece=solution.piece, block=solution.block, nic=nic)
+        first = first._replace(relaxed_s=min(first.relaxed_s, max(solution.level_s, running.floor_s)))
+        reserved = first.groups[first.order]
+        groups, makespan_s = _whole_groups(
+            self._costs, running, load.free_blocks, contexts, placed_blocks, solution.x, reserved, bound
+        )
+        if makespan_s < first.makespan_s:
+            all_groups = np.zeros_like(first.groups)
+            all_groups[first.order] = groups
+            first = first._replace(groups=all_groups, makespan_s=makespan_s)
+        return first
+
+
+@kernel
+def _solve(
+    costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
+    all_blocks: IntArray,
+) -> Answer:  # fmt: skip
+    """Everything but HiGHS."""
+    num, pieces = costs.alpha.shape
+    running = running_load(costs, heads, kv_bytes)
+    all_groups = np.zeros((len(all_contexts), num), np.int64)
+    verdict, missing = admit(free_blocks, costs.unit, all_blocks, costs.head_groups, costs.primary, all_groups)
+    order = np.flatnonzero(verdict == PLACED)
+    order = order[np.argsort(all_contexts[order])]
+    piece, block = np.zeros((num, pieces)), np.zeros(num)
+    if len(order) == 0:
+        floor_s = running.floor_s
+        return Answer(all_groups, floor_s, floor_s, floor_s, True, verdict, missing, order, piece, block, 0.0)
+    contexts, blocks = all_contexts[order], all_blocks[order]
+    real_contexts, real_blocks = contexts.astype(np.float64), blocks.astype(np.float64)
+    rows = rows_of(costs, running, free_blocks, real_contexts, real_blocks)
+    guess = likely_level(rows, running, real_contexts.mean(), float(len(order) * costs.head_groups))
+    relaxed = relax(rows, running, guess, real_contexts, real_blocks, costs.head_groups, MOST_ROUNDS)
+    mix = relaxed.mix
+    nic = prices_of(rows, mix.low, mix.high, mix.weight, mix.price, piece, block)
+    bound = proven_bound(costs, running, free_blocks, contexts, blocks, piece, block, nic)
+    nic = normalise(running, costs.primary, bound, piece, block, nic)
+    fractions = np.zeros((len(order), num))
+    relaxed_s = pour(
+        costs, running, free_blocks, real_contexts, real_blocks, relaxed.order, mix.price, relaxed.level_s, fractions
+    )  # fmt: skip
+    on_pieces = relaxed.settled and mix.low.max() < pieces and mix.high.max() < pieces
+    groups, makespan_s = _whole_groups(
+        costs, running, free_blocks, contexts, blocks, fractions, all_groups[order], bound
+    )  # fmt: skip
+    for position in range(len(order)):
+        all_groups[order[position]] = groups[position]
+    return Answer(
+        all_groups, makespan_s, bound, min(relaxed_s, makespan_s), on_pieces, verdict, missing, order, piece, block, nic
+    )  # fmt: skip
+
+
+@kernel
+def _whole_groups(
+    costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, fractions: FloatArray,
+    reserved: IntArray, bound: float,
+) -> tuple[IntArray, float]:  # fmt: skip
+    """Rounds fractions [J, D] and improves; starts from what admission reserved where rounding runs out of room."""
+    placement = empty_placement(costs, running, free_blocks, len(contexts))
+    round_down(costs, running, placement, fractions, contexts, blocks)
+    if not place_rest(costs, running, placement, contexts, blocks):
+        placement = empty_placement(costs, running, free_blocks, len(contexts))
+        for j in range(len(contexts)):
+            for i in range(len(free_blocks)):
+                if reserved[j, i] > 0:
+                    put(costs, running, placement, j, i, reserved[j, i], contexts[j], blocks[j])
+    improve(costs, running, placement, contexts, blocks, 0.0, MOST_STUCK, MOST_STEPS)
+    if makespan(costs, running, placement) <= bound * (1.0 + WORTH_POLISHING):
+        return placement.x, makespan(costs, running, placement)
+    rounds = POLISHING // (len(contexts) * len(free_blocks))
+    groups, makespan_s, _ = perturb(
+        costs, running, free_blocks, contexts, blocks, placement.x, bound, rounds, 1
+    )  # fmt: skip
+    return groups, makespan_s
+
+
+def _plan_of(costs: Costs, requests: Requests, blocks: IntArray, answer: Answer, path: Path) -> DispatchPlan:
+    unplaced = tuple(
+        Unplaced(
+            request=int(j),
+            id=requests.ids[j],
+            resource=Resource.KV_BLOCKS if answer.verdict[j] == SHORT_OF_BLOCKS else Resource.WHOLE_GROUPS,
+            missing=int(answer.missing[j]),
+        )
+        for j in np.flatnonzero(answer.verdict != PLACED)
+    )
+    return DispatchPlan(
+        groups=answer.groups,
+        makespan_s=answer.makespan_s,
+        bound_s=answer.bound_s,
+        relaxed_s=answer.relaxed_s,
+        path=path,
+        unplaced=unplaced,
+        prices=ShadowPrices(
+            piece=answer.piece,
+            block_s=answer.block,
+            nic=answer.nic,
+            request_s=request_prices(costs, requests.context_tokens, blocks, answer.piece, answer.block, answer.nic),
+        ),
+    )

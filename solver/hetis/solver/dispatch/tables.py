@@ -1,0 +1,113 @@
+"""A stage and its load as arrays that kernels read: seconds per head group, per token of one, and what runs already.
+
+One head group more costs device i, on its affine piece k, ``alpha_ik + beta_ik context`` seconds:
+``alpha = r (a + gamma e)`` and ``beta = (KV bytes per token) b``, in the letters of `hetis.solver.dispatch.problem`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.dispatch.compiled import kernel
+from hetis.solver.dispatch.problem import FloatArray, IntArray, Stage
+
+ALWAYS = -np.inf
+
+
+class Costs(NamedTuple):
+    """What never changes of a stage; its primary's coefficients are shared out over its cards."""
+
+    alpha: FloatArray  # [D, K] seconds per head group
+    beta: FloatArray  # [D, K] seconds per token of a head group
+    head_s: FloatArray  # [D, K] seconds per running query head, exchange included
+    byte_s: FloatArray  # [D, K] seconds per running KV byte
+    call_s: FloatArray  # [D, K] seconds per call and exchange
+    unit: IntArray  # [D] head groups taken at a time
+    primary: int  # -1: none
+    nic_head_s: float  # of the primary's network card, per query head on a worker
+    nic_s: float
+    head_groups: int  # G
+    queries: int  # r
+
+
+class Running(NamedTuple):
+    """What the load means for every device, in seconds."""
+
+    base: FloatArray  # [D, K] time of the running load, constants included
+    open_at: FloatArray  # [D] makespan from which a device may be used: -inf if it is in use, else its constants
+    floor_s: float  # time of the running load on the slowest device or network card
+    nic_base: float  # network card's time once any worker is used, without new requests
+    nic_group_s: float  # eta
+
+
+def costs_of(stage: Stage) -> Costs:
+    """Tabulates a stage."""
+    shape, primary = stage.heads, stage.primary
+    head_s, byte_s = stage.head_s.copy(), stage.kv_byte_s.copy()
+    gamma, beta = stage.transfer_byte_s.copy(), stage.transfer_s.copy()
+    unit = np.ones(stage.num_devices, np.int64)
+    if primary is not None:
+        i = primary.device
+        head_s[i] /= primary.tp
+        byte_s[i] /= stage.primary_groups
+        gamma[i] = beta[i] = 0.0
+        unit[i] = stage.primary_groups
+    head_s += (gamma * shape.exchange_bytes_per_head)[:, None]
+    return Costs(
+        alpha=shape.queries_per_group * head_s,
+        beta=shape.kv_bytes_per_token * byte_s,
+        head_s=head_s,
+        byte_s=byte_s,
+        call_s=stage.call_s + beta[:, None],
+        unit=unit,
+        primary=-1 if primary is None else primary.device,
+        nic_head_s=0.0 if primary is None else primary.nic_byte_s * shape.exchange_bytes_per_head,
+        nic_s=0.0 if primary is None else primary.nic_s,
+        head_groups=shape.head_groups,
+        queries=shape.queries_per_group,
+    )
+
+
+@kernel
+def running_load(costs: Costs, heads: IntArray, kv_bytes: FloatArray) -> Running:
+    """Times of what runs already; ``heads`` and ``kv_bytes`` are those of `Load`."""
+    num, pieces = costs.alpha.shape
+    base = np.empty((num, pieces))
+    open_at = np.empty(num)
+    floor_s = 0.0
+    on_workers = 0
+    for i in range(num):
+        most = 0.0
+        for k in range(pieces):
+            base[i, k] = costs.call_s[i, k] + costs.head_s[i, k] * heads[i] + costs.byte_s[i, k] * kv_bytes[i]
+            most = max(most, base[i, k])
+        open_at[i] = most
+        if heads[i] > 0:
+            open_at[i] = ALWAYS
+            floor_s = max(floor_s, most)
+            if i != costs.primary:
+                on_workers += heads[i]
+    nic_base = 0.0
+    if costs.primary >= 0:
+        nic_base = costs.nic_s + costs.nic_head_s * on_workers
+        if on_workers > 0:
+            floor_s = max(floor_s, nic_base)
+        else:
+            for i in range(num):
+                if i != costs.primary:
+                    open_at[i] = max(open_at[i], nic_base)
+    return Running(base, open_at, floor_s, nic_base, costs.nic_head_s * costs.queries)
+
+
+@kernel
+def device_s(costs: Costs, running: Running, device: int, groups: float, tokens: float) -> float:
+    """Seconds of a device given ``groups`` new head groups with ``tokens`` context tokens; 0 when it holds no heads."""
+    if groups <= 0 and running.open_at[device] != ALWAYS:
+        return 0.0
+    most = 0.0
+    for k in range(costs.alpha.shape[1]):
+        piece = running.base[device, k] + costs.alpha[device, k] * groups + costs.beta[device, k] * tokens
+        most = max(most, piece)
+    return most

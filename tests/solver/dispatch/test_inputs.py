@@ -1,0 +1,172 @@
+"""Unusual inputs have defined answers: a plan, a reason, or an error that names the thing and the limit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hetis.formats.documents import load_model
+from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, Load, Primary, Requests, Stage
+from hetis.solver.dispatch.result import DispatchPlan, Path, Resource
+from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.errors import InvalidProblemError
+from tests.solver.dispatch.instances import random_problem
+from tests.solver.dispatch.oracle import assert_feasible, makespan_of
+
+HEADS = HeadShape(head_groups=4, queries_per_group=2, kv_bytes_per_token=512.0, exchange_bytes_per_head=640.0)
+
+
+def stage_of(num_devices: int, *, heads: HeadShape = HEADS, primary: Primary | None = None) -> Stage:
+    """Equal cards: 1 ns per head, 1 ps per byte, 10 us per call, 0.1 ns per byte exchanged."""
+    ones = np.ones((num_devices, 1))
+    return Stage(
+        heads=heads,
+        devices=tuple(f"d{i}" for i in range(num_devices)),
+        head_s=1e-9 * ones,
+        kv_byte_s=1e-12 * ones,
+        call_s=1e-5 * ones,
+        transfer_byte_s=np.full(num_devices, 1e-10),
+        transfer_s=np.full(num_devices, 2e-6),
+        primary=primary,
+    )
+
+
+def requests_of(*context_tokens: int, growth_tokens: int = 0) -> Requests:
+    return Requests(
+        ids=tuple(f"r{j}" for j in range(len(context_tokens))),
+        context_tokens=np.array(context_tokens, np.int64),
+        growth_tokens=np.full(len(context_tokens), growth_tokens),
+    )
+
+
+def solve(stage: Stage, free_blocks: list[int], requests: Requests) -> tuple[DispatchProblem, DispatchPlan]:
+    problem = DispatchProblem(stage=stage, load=Load.idle(np.array(free_blocks)), requests=requests)
+    plan = solve_dispatch(problem)
+    assert_feasible(problem, plan.groups, {unplaced.request for unplaced in plan.unplaced})
+    assert plan.makespan_s == pytest.approx(makespan_of(problem, plan.groups))
+    return problem, plan
+
+
+def test_no_requests_on_idle_devices_take_no_time() -> None:
+    _, plan = solve(stage_of(2), [100, 100], requests_of())
+    assert (plan.makespan_s, plan.bound_s, plan.gap, plan.path) == (0.0, 0.0, 0.0, Path.CHAIN)
+    assert plan.groups.shape == (0, 2)
+
+
+def test_no_requests_leave_the_time_of_the_running_ones() -> None:
+    problem = random_problem(np.random.default_rng(1), num_devices=3, num_requests=0)
+    plan = solve_dispatch(problem)
+    assert plan.makespan_s == pytest.approx(makespan_of(problem, plan.groups))
+    assert plan.bound_s == plan.makespan_s
+
+
+def test_a_single_device_takes_everything() -> None:
+    _, plan = solve(stage_of(1), [1000], requests_of(500, 100))
+    assert plan.groups.tolist() == [[4], [4]]
+    assert plan.bound_s == pytest.approx(plan.makespan_s)
+
+
+@pytest.mark.parametrize("free_blocks", [[0, 0], [-5, 0]])
+def test_without_memory_every_request_waits(free_blocks: list[int]) -> None:
+    _, plan = solve(stage_of(2), free_blocks, requests_of(16, 33))
+    assert [(u.id, u.resource, u.missing) for u in plan.unplaced] == [
+        ("r0", Resource.KV_BLOCKS, 4),  # one block for each of 4 groups
+        ("r1", Resource.KV_BLOCKS, 12),  # 33 tokens are three blocks
+    ]
+    assert str(plan.unplaced[1]) == "request r1: 12 KV blocks per layer are missing"
+    assert not plan.groups.any()
+
+
+def test_a_huge_context_waits_and_the_others_are_placed() -> None:
+    _, plan = solve(stage_of(2), [100, 100], requests_of(160, 10**9, 320))
+    assert [unplaced.id for unplaced in plan.unplaced] == ["r1"]
+    # 62,500,000 blocks for each of 4 groups, 200 free less 4 * 10 of r0.
+    assert plan.unplaced[0].missing == 4 * 62_500_000 - 160
+
+
+def test_later_requests_wait_first() -> None:
+    _, plan = solve(stage_of(2), [40, 40], requests_of(160, 160, 160))
+    assert [unplaced.id for unplaced in plan.unplaced] == ["r2"]
+    assert plan.unplaced[0].missing == 40
+
+
+def test_expected_growth_needs_memory_too() -> None:
+    _, plan = solve(stage_of(1), [40], requests_of(160, growth_tokens=1))
+    assert plan.unplaced[0].missing == 4
+
+
+def test_scattered_blocks_are_no_room() -> None:
+    _, plan = solve(stage_of(3), [14, 14, 14], requests_of(160))
+    assert [(u.resource, u.missing) for u in plan.unplaced] == [(Resource.WHOLE_GROUPS, 1)]
+    assert str(plan.unplaced[0]) == ("request r0: 1 head groups fit on no device; the free blocks are too scattered")
+
+
+def test_equal_requests_are_welcome() -> None:
+    _, plan = solve(stage_of(3), [1000] * 3, requests_of(*[400] * 6))
+    assert plan.groups.sum(axis=0).tolist() == [8, 8, 8]
+    assert plan.gap == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_request_listed_twice_is_an_error() -> None:
+    with pytest.raises(InvalidProblemError, match=r"^request a is listed 2 times$"):
+        Requests(ids=("a", "a"), context_tokens=np.array([1, 2]), growth_tokens=np.array([0, 0]))
+
+
+def test_errors_name_the_thing_and_the_limit() -> None:
+    with pytest.raises(InvalidProblemError, match=r"^requests need context_tokens >= 1 and growth_tokens >= 0$"):
+        requests_of(0)
+    with pytest.raises(InvalidProblemError, match=r"^d1: head_s is -1.0, must be finite and >= 0$"):
+        replace(stage_of(2), head_s=np.array([[1.0], [-1.0]]))
+    with pytest.raises(InvalidProblemError, match=r"^kv_byte_s has shape \(1, 1\), must be \(2, 1\)$"):
+        replace(stage_of(2), kv_byte_s=np.ones((1, 1)))
+    with pytest.raises(InvalidProblemError, match=r"^device a is listed 2 times$"):
+        replace(stage_of(2), devices=("a", "a"))
+    with pytest.raises(InvalidProblemError, match=r"^tp of the primary is 3, must be a divisor or a multiple of 4"):
+        stage_of(2, primary=Primary(device=0, tp=3))
+    with pytest.raises(InvalidProblemError, match=r"^primary device is 2, must be one of 2 devices$"):
+        stage_of(2, primary=Primary(device=2))
+    with pytest.raises(InvalidProblemError, match=r"^the load is of 3 devices, the stage has 2$"):
+        DispatchProblem(stage=stage_of(2), load=Load.idle(np.zeros(3, np.int64)), requests=requests_of(1))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_primary_takes_whole_multiples_of_its_cards(tp: int) -> None:
+    _, plan = solve(stage_of(3, primary=Primary(device=0, tp=tp)), [10_000] * 3, requests_of(4000, 3000, 2000))
+    assert plan.groups[:, 0].any()
+    assert not np.any(plan.groups[:, 0] % tp)
+
+
+def test_a_primary_with_more_cards_than_groups_takes_whole_requests() -> None:
+    _, plan = solve(stage_of(2, primary=Primary(device=0, tp=8)), [10_000, 10_000], requests_of(4000, 3000, 2000))
+    assert set(plan.groups[:, 0].tolist()) <= {0, 4}
+
+
+def test_a_slow_network_card_keeps_heads_on_the_primary() -> None:
+    def on_primary(nic_byte_s: float) -> int:
+        primary = Primary(device=0, nic_byte_s=nic_byte_s)
+        _, plan = solve(stage_of(3, primary=primary), [10**6] * 3, requests_of(30_000, 20_000, 10_000))
+        return int(plan.groups[:, 0].sum())
+
+    shares = [on_primary(seconds) for seconds in (0.0, 1e-8, 1e-6)]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1] == 12
+
+
+def test_workers_are_left_idle_where_their_constants_exceed_the_level() -> None:
+    stage = stage_of(2)
+    slow_start = replace(stage, call_s=np.array([[1e-5], [1.0]]))
+    _, plan = solve(slow_start, [1000, 1000], requests_of(500))
+    assert plan.groups.tolist() == [[4, 0]]
+    assert plan.bound_s == pytest.approx(plan.makespan_s)
+
+
+@pytest.mark.parametrize(("name", "groups"), [("Llama-2-13B", 40), ("Llama-2-70B", 8), ("DeepSeek-V3", 1)])
+def test_mha_gqa_and_mla_differ_in_numbers_only(name: str, groups: int) -> None:
+    heads = HeadShape.of_model(load_model(name))
+    assert heads.head_groups == groups
+    _, plan = solve(stage_of(4, heads=heads), [10**6] * 4, requests_of(4000, 3000, 2000, 1000))
+    assert not plan.unplaced
+    if groups == 1:
+        assert np.count_nonzero(plan.groups) == 4  # a latent stays whole
