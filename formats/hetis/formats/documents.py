@@ -14,6 +14,14 @@ import yaml
 from pydantic import BaseModel
 
 from hetis.formats.cluster import ClusterDocument, cluster_to_data, load_cluster, parse_cluster
+from hetis.formats.dispatch_requests import (
+    DispatchRequestsDocument,
+    NewRequests,
+    load_requests,
+    parse_requests,
+    requests_to_data,
+)
+from hetis.formats.dispatch_state import DispatchStateDocument, load_state, parse_state, state_to_data
 from hetis.formats.errors import DocumentError, did_you_mean, shown, single_problem
 from hetis.formats.files import write_atomically
 from hetis.formats.loading import KINDS, read_data
@@ -21,6 +29,7 @@ from hetis.formats.model import ModelSpecDocument, load_model, model_to_data, pa
 from hetis.formats.plan import PlanDocument, load_plan, parse_plan, plan_to_data
 from hetis.formats.positions import FLOAT, Text
 from hetis.formats.profile import ProfileDocument, load_profile, parse_profile, profile_to_data
+from hetis.formats.saved_state import SavedState
 from hetis.formats.workload import WorkloadDocument, load_workload, parse_workload, workload_to_data
 from hetis.solver.cluster import Cluster
 from hetis.solver.model import ModelSpec
@@ -36,17 +45,20 @@ __all__ = [
     "dump_data",
     "from_data",
     "json_schema",
+    "kind_of",
     "load",
     "load_cluster",
     "load_model",
     "load_plan",
     "load_profile",
+    "load_requests",
+    "load_state",
     "load_workload",
     "to_data",
     "write_atomically",
 ]
 
-Value = Cluster | ModelSpec | Workload | Profile | Plan
+Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests
 
 _DOCUMENTS: dict[str, type[BaseModel]] = {
     "Cluster": ClusterDocument,
@@ -54,6 +66,8 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     "Workload": WorkloadDocument,
     "Profile": ProfileDocument,
     "Plan": PlanDocument,
+    "DispatchState": DispatchStateDocument,
+    "DispatchRequests": DispatchRequestsDocument,
 }
 _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "Cluster": parse_cluster,
@@ -61,6 +75,17 @@ _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "Workload": parse_workload,
     "Profile": parse_profile,
     "Plan": parse_plan,
+    "DispatchState": parse_state,
+    "DispatchRequests": parse_requests,
+}
+_KINDS: dict[type[Value], str] = {
+    Cluster: "Cluster",
+    ModelSpec: "ModelSpec",
+    Workload: "Workload",
+    Profile: "Profile",
+    Plan: "Plan",
+    SavedState: "DispatchState",
+    NewRequests: "DispatchRequests",
 }
 
 
@@ -91,7 +116,7 @@ def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
     """The document of a value as plain data; `from_data` gives an equal value back.
 
     Args:
-        value: any of the five.
+        value: of any kind.
         self_contained: write down what would be looked up in the catalogue (the GPU types of a cluster).
     """
     match value:
@@ -105,6 +130,15 @@ def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
             return profile_to_data(value)
         case Plan():
             return plan_to_data(value)
+        case SavedState():
+            return state_to_data(value)
+        case NewRequests():
+            return requests_to_data(value)
+
+
+def kind_of(value: Value) -> str:
+    """The kind of document that a value is written as."""
+    return _KINDS[type(value)]
 
 
 def dump(value: Value, form: Literal["yaml", "json"] = "yaml") -> str:

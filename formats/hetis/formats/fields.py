@@ -12,6 +12,7 @@ from hetis.formats import units
 from hetis.formats.errors import shown
 
 API_VERSION = "hetis/v1"
+UNLIMITED = "unlimited"  # a bandwidth
 
 
 class Part(BaseModel):
@@ -67,6 +68,46 @@ Bandwidth = Annotated[
 ]
 """Bytes per second, as ``100Gbps`` or ``64GB/s``."""
 
+
+def _seconds_per_byte(value: object) -> float:
+    if value == UNLIMITED:
+        return 0.0
+    if isinstance(value, str):
+        return units.parse_seconds_per_byte(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"{shown(value)} has no unit: write it like 100Gbps or 64GB/s")
+    raise ValueError(f"{shown(value)} is not text with a unit like 100Gbps or 64GB/s")
+
+
+SecondsPerByte = Annotated[
+    float,
+    Field(ge=0),
+    BeforeValidator(_seconds_per_byte),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": f"{_NUMBER}([KMGTP]?bps|([KMGTP]i?)?B/s)\\s*$|^{UNLIMITED}$",
+            "examples": ["25Gbps"],
+        }
+    ),
+]
+"""Seconds per byte, written as the bandwidth that takes them: ``25Gbps``, ``300GB/s``, or ``unlimited`` for none."""
+
+Ratio = Annotated[
+    float,
+    Field(gt=0, le=1),
+    BeforeValidator(_unit_field(units.parse_ratio, "90%", bare=True)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": _NUMBER + r"%?\s*$", "examples": ["90%"]},
+                {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+            ]
+        }
+    ),
+]
+"""A share above 0 and up to 1, as ``90%`` or ``0.9``."""
+
 Duration = Annotated[
     float,
     Field(ge=0),
@@ -119,6 +160,18 @@ def _gpu_name(value: str, info: ValidationInfo) -> str:
     except catalogue.UnknownNameError as error:
         raise ValueError(str(error)) from None
 
+
+def _model_name(value: str) -> str:
+    from hetis.formats import catalogue
+
+    try:
+        return catalogue.find_model(value).model.name
+    except catalogue.UnknownNameError as error:
+        raise ValueError(str(error)) from None
+
+
+ModelName = Annotated[str, AfterValidator(_model_name)]
+"""A model of the catalogue, by name or alias."""
 
 GpuName = Annotated[str, AfterValidator(_gpu_name)]
 """A GPU type of the catalogue, by name or alias, or one that the document defines."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from decimal import Context, Decimal
 from fractions import Fraction
 
 # Binary prefixes (Ki, Mi, ...) are powers of 1024, decimal ones (K, M, ...) powers of 1000: 80GB is 7% less than 80GiB.
@@ -31,6 +32,8 @@ FLOPS_UNITS: dict[str, Fraction] = {f"{prefix}FLOPS": Fraction(size) for prefix,
 
 _NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?")
 _MAX_LENGTH = 64  # characters; also keeps the fractions small
+_MAX_DIGITS = 19  # so many tell any two floats apart, whatever they are divided by
+_RATE_NAMES = ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s")
 
 
 def parse_bytes(text: str) -> int:
@@ -52,6 +55,18 @@ def parse_bandwidth(text: str) -> float:
         ValueError: not a number with a unit of bandwidth, or negative.
     """
     return _to_float(_parse(text, BANDWIDTH_UNITS, "a bandwidth"), text)
+
+
+def parse_seconds_per_byte(text: str) -> float:
+    """Seconds per byte at a bandwidth such as ``25Gbps``: its inverse, rounded once.
+
+    Raises:
+        ValueError: not a number with a unit of bandwidth, or not above zero.
+    """
+    bandwidth = _parse(text, BANDWIDTH_UNITS, "a bandwidth")
+    if not bandwidth:
+        raise ValueError(f"is {text.strip()}, must be > 0")
+    return _to_float(1 / bandwidth, text)
 
 
 def parse_duration(text: str, *, bare: bool = True) -> float:
@@ -91,7 +106,18 @@ def format_bytes(size: int) -> str:
 
 def format_bandwidth(bytes_per_s: float) -> str:
     """The shortest text that `parse_bandwidth` turns back into ``bytes_per_s``."""
-    return _shortest(bytes_per_s, ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s"), BANDWIDTH_UNITS)
+    return _shortest(bytes_per_s, _RATE_NAMES, BANDWIDTH_UNITS)
+
+
+def format_seconds_per_byte(seconds: float) -> str:
+    """The shortest text of a bandwidth that `parse_seconds_per_byte` turns back into ``seconds``, which are > 0."""
+    bandwidth = 1 / Fraction(seconds)
+    for num_digits in range(1, _MAX_DIGITS + 1):
+        texts = [_rounded(bandwidth / BANDWIDTH_UNITS[unit], num_digits) + unit for unit in _RATE_NAMES]
+        exact = [text for text in texts if parse_seconds_per_byte(text) == seconds]
+        if exact:
+            return min(exact, key=len)
+    raise ValueError(f"{seconds} seconds per byte have no text form")
 
 
 def format_duration(seconds: float) -> str:
@@ -163,6 +189,13 @@ def _shortest(
     ):  # the base unit with all digits; every candidate list ends with a unit of scale one or it is found above
         texts.append(f"{_plain(value)}{next(unit for unit, scale in units.items() if scale == 1)}")
     return texts[0] if in_order else min(texts, key=len)
+
+
+def _rounded(value: Fraction, num_digits: int) -> str:
+    """``value`` with so many digits, with an exponent only where it is far from one."""
+    digits = Context(prec=num_digits)
+    number = digits.divide(Decimal(value.numerator), Decimal(value.denominator))
+    return f"{number:f}" if -7 < number.adjusted() < 16 else str(number)
 
 
 def _plain(number: float) -> str:

@@ -96,10 +96,10 @@ def load_inputs(*, cluster: str, model: str, workload: str, profiles: Sequence[s
         InvalidProblemError: a GPU type has no profile and none can be modelled.
     """
     problems: list[Problem] = []
-    fleet = _attempt(lambda: load_cluster(cluster), problems)
-    spec = _attempt(lambda: load_model(model), problems)
-    traffic = _attempt(lambda: load_workload(workload), problems)
-    given = [(path, _attempt(partial(load_profile, path), problems)) for path in profiles]
+    fleet = attempt(lambda: load_cluster(cluster), problems)
+    spec = attempt(lambda: load_model(model), problems)
+    traffic = attempt(lambda: load_workload(workload), problems)
+    given = [(path, attempt(partial(load_profile, path), problems)) for path in profiles]
     measured = {profile.gpu: (path, profile) for path, profile in given if profile is not None}
     if fleet is not None:
         problems += _unused(measured, fleet)
@@ -146,7 +146,7 @@ def _saved_inputs(plan: Plan, path: str) -> Inputs:
 
     def read(kind: type[T], data: Any, where: str) -> T | None:
         name = f"{path}: inputs.documents.{where}"
-        value = _attempt(lambda: from_data(data, name=name), problems)
+        value = attempt(lambda: from_data(data, name=name), problems)
         if value is not None and not isinstance(value, kind):
             problems.append(Problem(file=name, message=f"is a {type(value).__name__}, expected a {kind.__name__}"))
             return None
@@ -183,7 +183,7 @@ def _gpus(cluster: Cluster) -> list[str]:
     return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))
 
 
-def _attempt(read: Callable[[], T], problems: list[Problem]) -> T | None:
+def attempt(read: Callable[[], T], problems: list[Problem]) -> T | None:
     """What ``read`` gives, or None and its problems in the list: the user shall see those of all inputs at once."""
     try:
         return read()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetis.formats.documents import Value, load, load_model, load_workload
+from hetis.formats.dispatch_requests import NewRequests
+from hetis.formats.documents import Value, kind_of, load, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.loading import read_data
+from hetis.formats.saved_state import SavedState
 from hetis.solver.cluster import Cluster
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
@@ -30,7 +32,7 @@ def validate_file(path: str) -> Validation:
         value = _load_any(path)
     except DocumentError as error:
         return Validation(file=path, problems=error.problems)
-    return Validation(file=path, kind=type(value).__name__, name=_name(value))
+    return Validation(file=path, kind=kind_of(value), name=_name(value))
 
 
 def _load_any(path: str) -> Value:
@@ -45,9 +47,11 @@ def _load_any(path: str) -> Value:
 
 def _name(value: Value) -> str:
     match value:
-        case Cluster() | ModelSpec() | Workload():
+        case Cluster() | ModelSpec() | Workload() | SavedState():
             return value.name
         case Profile():
             return value.gpu
         case Plan():
             return f"{value.strategy}, {len(value.replicas)} replicas"
+        case NewRequests():
+            return f"{len(value.requests)} requests"

@@ -18,6 +18,8 @@ class Kind(StrEnum):
     WORKLOAD = "Workload"
     PROFILE = "Profile"
     PLAN = "Plan"
+    DISPATCH_STATE = "DispatchState"
+    DISPATCH_REQUESTS = "DispatchRequests"
 
 
 @verb(output=OutputFormat.JSON)

@@ -29,6 +29,7 @@ def improve(
     """Steps until ``most_stuck`` devices are stuck, all are below ``goal_s``, or so many are made; returns how many."""
     num = len(costs.unit)
     stuck = np.zeros(num, np.bool_)
+    is_full = _any_is_full(placement, blocks)
     num_stuck = 0
     for step in range(most_steps):
         slowest, most = -1, goal_s
@@ -46,7 +47,7 @@ def improve(
                 helped = _move_or_swap(costs, running, placement, contexts, blocks, slowest)
             else:
                 helped = _leave_primary(costs, running, placement, contexts, blocks, slowest)
-            if not helped and num_stuck == 0 and costs.unit[slowest] == 1:  # it costs too much for breaking ties
+            if not helped and is_full and num_stuck == 0 and costs.unit[slowest] == 1:  # too dear for breaking ties
                 helped = _make_room(costs, running, placement, contexts, blocks, slowest)
             if not helped and costs.primary >= 0 and slowest != costs.primary and costs.unit[costs.primary] > 1:
                 helped = _join_primary(costs, running, placement, contexts, blocks, slowest)
@@ -71,30 +72,31 @@ def _move_or_swap(
     for j in range(num_requests):
         if placement.x[j, slowest] == 0:
             continue
-        own_without = seconds_with(costs, running, placement, slowest, -1, -contexts[j])
-        for i in range(num):
-            if i == slowest or costs.unit[i] > 1 or placement.seconds[i] >= least:
-                continue
-            if placement.room[i] >= blocks[j] and own_without < least:
-                late = max(own_without, seconds_with(costs, running, placement, i, 1, contexts[j]))
-                if slowest == costs.primary:
-                    late = max(late, card)
+        without = seconds_with(costs, running, placement, slowest, -1, -contexts[j])
+        if slowest == costs.primary:
+            without = max(without, card)
+        if without < least:
+            for i in range(num):
+                if placement.seconds[i] >= least or placement.room[i] < blocks[j] or costs.unit[i] > 1 or i == slowest:
+                    continue
+                late = max(without, seconds_with(costs, running, placement, i, 1, contexts[j]))
                 if late < least:
                     least, given, taken, to = late, j, -1, i
-            if placement.groups[i] == 0:
+        for other in range(j - 1, -1, -1):
+            longer, more = contexts[j] - contexts[other], blocks[j] - blocks[other]
+            if longer == 0 or placement.room[slowest] < -more:
                 continue
-            for other in range(j - 1, -1, -1):
-                if placement.x[other, i] == 0 or contexts[other] == contexts[j]:
+            shorter = seconds_with(costs, running, placement, slowest, 0, -longer)
+            if shorter >= least:
+                continue
+            for i in range(num):
+                if placement.x[other, i] == 0 or placement.seconds[i] >= least or placement.room[i] < more:
                     continue
-                more = blocks[j] - blocks[other]
-                if placement.room[i] < more or placement.room[slowest] < -more:
+                if costs.unit[i] > 1 or i == slowest:
                     continue
-                longer = contexts[j] - contexts[other]
-                late = seconds_with(costs, running, placement, i, 0, longer)
+                late = max(shorter, seconds_with(costs, running, placement, i, 0, longer))
                 if late < least:
-                    late = max(late, seconds_with(costs, running, placement, slowest, 0, -longer))
-                    if late < least:
-                        least, given, taken, to = late, j, other, i
+                    least, given, taken, to = late, j, other, i
     if given < 0:
         return False
     put(costs, running, placement, given, slowest, -1, contexts[given], blocks[given])
@@ -103,6 +105,16 @@ def _move_or_swap(
         put(costs, running, placement, taken, to, -1, contexts[taken], blocks[taken])
         put(costs, running, placement, taken, slowest, 1, contexts[taken], blocks[taken])
     return True
+
+
+@kernel
+def _any_is_full(placement: Placement, blocks: IntArray) -> bool:
+    """Whether some device has no room for one more group of every request."""
+    most = blocks.max()
+    for i in range(len(placement.room)):  # noqa: SIM110  (compiled)
+        if placement.room[i] < most:
+            return True
+    return False
 
 
 @kernel

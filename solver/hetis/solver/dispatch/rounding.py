@@ -9,6 +9,8 @@ from hetis.solver.dispatch.placement import Placement, card_s, put, seconds_with
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 
+BLOCK = 32  # devices looked at together: a group changes one of them, and the rest of its block is looked at again
+
 
 @kernel
 def round_down(
@@ -53,10 +55,13 @@ def _place(
     num = len(costs.unit)
     for i in range(num):
         ends[i] = _end_with_unit(costs, running, placement, i, context, blocks)
+    first = np.empty((num + BLOCK - 1) // BLOCK, np.int64)  # of every block of workers: the one that ends first
+    for block in range(len(first)):
+        first[block] = _first_to_end(costs, ends, block)
     while left > 0:
         best, least = -1, np.inf
-        for i in range(num):
-            if ends[i] < least and i != costs.primary:
+        for i in first:
+            if i >= 0 and ends[i] < least:
                 best, least = i, ends[i]
         if costs.primary >= 0 and costs.unit[costs.primary] <= left:
             least = max(least, card_s(costs, running, placement.on_workers[0] + 1))
@@ -67,7 +72,18 @@ def _place(
         put(costs, running, placement, request, best, costs.unit[best], context, blocks)
         left -= costs.unit[best]
         ends[best] = _end_with_unit(costs, running, placement, best, context, blocks)
+        first[best // BLOCK] = _first_to_end(costs, ends, best // BLOCK)
     return True
+
+
+@kernel
+def _first_to_end(costs: Costs, ends: FloatArray, block: int) -> int:
+    """The worker of a block of devices that ends first; -1 if none has room."""
+    best, least = -1, np.inf
+    for i in range(block * BLOCK, min((block + 1) * BLOCK, len(ends))):
+        if ends[i] < least and i != costs.primary:
+            best, least = i, ends[i]
+    return best
 
 
 @kernel
