@@ -273,7 +273,7 @@ def dispatch_all(case: Case) -> list[Timed]:
     """Dispatches every instance, building the problem from arrays within the time; the stages are warm."""
     dispatchers: dict[int, Dispatcher] = {}
     result = []
-    for problem in instances(case):
+    for problem in list(instances(case)):  # made before: nobody else is timed with cold caches
         key = id(problem.stage)
         if key not in dispatchers:
             dispatchers[key] = Dispatcher(problem.stage)

@@ -9,7 +9,7 @@ from hetis.solver.dispatch.placement import Placement, card_s, put, seconds_with
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 
-BLOCK = 32  # devices looked at together: a group changes one of them, and the rest of its block is looked at again
+BLOCK = 16  # devices looked at together: a group changes one of them, and the rest of its block is looked at again
 
 
 @kernel

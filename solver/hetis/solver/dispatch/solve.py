@@ -46,6 +46,7 @@ class Answer(NamedTuple):
     piece: FloatArray
     block: FloatArray
     nic: float
+    request: FloatArray  # [J]
 
 
 def solve_dispatch(problem: DispatchProblem, *, tolerance: float = TOLERANCE) -> DispatchPlan:
@@ -88,7 +89,7 @@ class Dispatcher:
             by_lp = self._by_lp(load, requests, blocks, answer)
             if by_lp is not None:
                 answer, path = by_lp, Path.LP
-        return _plan_of(self._costs, requests, blocks, answer, path)
+        return _plan_of(requests, answer, path)
 
     def _by_lp(self, load: Load, requests: Requests, blocks: IntArray, first: Answer) -> Answer | None:
         """The same with HiGHS's relaxation, the better of both plans and bounds; None if HiGHS gave up."""
@@ -120,7 +121,12 @@ class Dispatcher:
         )
         if bound >= first.bound_s:
             nic = normalise(running, self._costs.primary, bound, solution.piece, solution.block, solution.nic)
-            first = first._replace(bound_s=bound, piece=solution.piece, block=solution.block, nic=nic)
+            request = request_prices(
+                self._costs, requests.context_tokens, blocks, solution.piece, solution.block, nic
+            )  # fmt: skip
+            first = first._replace(
+                bound_s=bound, piece=solution.piece, block=solution.block, nic=nic, request=request
+            )  # fmt: skip
         first = first._replace(relaxed_s=min(first.relaxed_s, max(solution.level_s, running.floor_s)))
         reserved = first.groups[first.order]
         groups, makespan_s = _whole_groups(
@@ -148,7 +154,10 @@ def _solve(
     piece, block = np.zeros((num, pieces)), np.zeros(num)
     if len(order) == 0:
         floor_s = running.floor_s
-        return Answer(all_groups, floor_s, floor_s, floor_s, True, verdict, missing, order, piece, block, 0.0)
+        return Answer(
+            all_groups, floor_s, floor_s, floor_s, True, verdict, missing, order, piece, block, 0.0,
+            np.zeros(len(all_contexts)),
+        )  # fmt: skip
     contexts, blocks = all_contexts[order], all_blocks[order]
     real_contexts, real_blocks = contexts.astype(np.float64), blocks.astype(np.float64)
     rows = rows_of(costs, running, free_blocks, real_contexts, real_blocks)
@@ -169,7 +178,8 @@ def _solve(
     for position in range(len(order)):
         all_groups[order[position]] = groups[position]
     return Answer(
-        all_groups, makespan_s, bound, min(relaxed_s, makespan_s), on_pieces, verdict, missing, order, piece, block, nic
+        all_groups, makespan_s, bound, min(relaxed_s, makespan_s), on_pieces, verdict, missing, order, piece, block,
+        nic, request_prices(costs, all_contexts, all_blocks, piece, block, nic),
     )  # fmt: skip
 
 
@@ -197,7 +207,8 @@ def _whole_groups(
     return groups, makespan_s
 
 
-def _plan_of(costs: Costs, requests: Requests, blocks: IntArray, answer: Answer, path: Path) -> DispatchPlan:
+def _plan_of(requests: Requests, answer: Answer, path: Path) -> DispatchPlan:
+    left_out = np.flatnonzero(answer.verdict != PLACED) if len(answer.order) < len(requests.ids) else ()
     unplaced = tuple(
         Unplaced(
             request=int(j),
@@ -205,7 +216,7 @@ def _plan_of(costs: Costs, requests: Requests, blocks: IntArray, answer: Answer,
             resource=Resource.KV_BLOCKS if answer.verdict[j] == SHORT_OF_BLOCKS else Resource.WHOLE_GROUPS,
             missing=int(answer.missing[j]),
         )
-        for j in np.flatnonzero(answer.verdict != PLACED)
+        for j in left_out
     )
     return DispatchPlan(
         groups=answer.groups,
@@ -218,6 +229,6 @@ def _plan_of(costs: Costs, requests: Requests, blocks: IntArray, answer: Answer,
             piece=answer.piece,
             block_s=answer.block,
             nic=answer.nic,
-            request_s=request_prices(costs, requests.context_tokens, blocks, answer.piece, answer.block, answer.nic),
+            request_s=answer.request,
         ),
     )
