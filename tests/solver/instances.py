@@ -136,7 +136,8 @@ _MODELS = (
         moe=MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1),
     ),
 )
-_WORKLOADS = (make_workload(), make_workload((300, 20), (60, 60)), make_workload((40, 120)))
+_HEAVY_TAIL = make_workload(*[(40, 20)] * 19, (1500, 20))
+_WORKLOADS = (make_workload(), make_workload((300, 20), (60, 60)), make_workload((40, 120)), _HEAVY_TAIL)
 _LIMITS = ((None, None), (None, 0.01), (0.1, 0.02), (0.05, None), (0.5, 0.1))  # ttft, tpot
 
 
@@ -211,7 +212,11 @@ def _fleets(draw: st.DrawFn, *, max_gpus: int, num_zones: int) -> list[NodeGroup
 
 @st.composite
 def _families(draw: st.DrawFn) -> Family:
-    hetis = replace(SMALL_FAMILY, in_flight=draw(st.sampled_from(((1, 2, 4), (1, 3), (2, 8)))))
+    hetis = replace(
+        SMALL_FAMILY,
+        in_flight=draw(st.sampled_from(((1, 2, 4), (1, 3), (2, 8)))),
+        chunk_tokens=draw(st.sampled_from(((64,), (64,), (16, 256)))),
+    )
     hexgen = replace(hetis, name="hexgen", max_pool=0)
     uniform = replace(hexgen, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1)
     return draw(st.sampled_from((hetis, hetis, hexgen, uniform)))

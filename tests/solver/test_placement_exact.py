@@ -20,7 +20,16 @@ from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Profile
-from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.instances import (
+    NO_LIMITS,
+    SMALL_FAMILY,
+    make_model,
+    make_node,
+    make_problem,
+    make_profile,
+    make_workload,
+    problems,
+)
 from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
@@ -251,6 +260,21 @@ def test_more_to_choose_from_never_makes_the_optimum_worse(better: Change, probl
         assert after <= before * (1 + REL)
 
 
+@settings(max_examples=EXAMPLES // 3)
+@given(problem=problems(max_gpus=4, kinds=KINDS))
+def test_a_zone_behind_slow_links_never_makes_the_optimum_worse(problem: PlacementProblem) -> None:
+    """A replica keeps away from it. Links are wide otherwise: a share of them is what every replica is granted."""
+    problem = with_wide_zone_links(problem)
+    cluster = problem.cluster
+    slow = {(zone, "far"): Link(bytes_per_s=1e4, latency_s=0.1) for zone in cluster.zones()}
+    far = make_node("far", cluster.node_groups[0].gpus[0].gpu, zone="far")
+    network = replace(cluster.network, between_zones={**cluster.network.between_zones, **slow})
+    larger = replace(cluster, node_groups=(*cluster.node_groups, far), network=network)
+    before, after = value_of(problem), value_of(replace(problem, cluster=larger))
+    worse, better = (before, after) if problem.objective.maximises else (after, before)
+    assert worse <= better * (1 + REL)
+
+
 @settings(max_examples=EXAMPLES // 2)
 @given(problems(max_gpus=4, kinds=KINDS), st.randoms(use_true_random=False))
 def test_order_of_the_nodes_does_not_matter(problem: PlacementProblem, random: object) -> None:
@@ -264,6 +288,44 @@ def test_order_of_the_nodes_does_not_matter(problem: PlacementProblem, random: o
 @given(problems(max_gpus=5, kinds=KINDS))
 def test_equal_arguments_give_equal_plans(problem: PlacementProblem) -> None:
     assert plan_or_none(problem) == plan_or_none(problem)
+
+
+# --- found by reviewers
+
+
+def test_a_fleet_that_only_holds_long_chunks_has_a_plan() -> None:
+    """Long prompts in short chunks keep requests in prefill for longer, and so their KV: more memory, not less."""
+    workload = make_workload((1500, 30))
+    family = replace(SMALL_FAMILY, micro_batches=(1,), in_flight=(1,), chunk_tokens=(16, 128))
+    for usable_bytes in range(15_000_000, 16_500_000, 250_000):
+        profiles = {"A": make_profile("A", usable_bytes=usable_bytes)}
+        problem = make_problem([make_node("a", "A")], profiles=profiles, workload=workload, family=family)
+        long_only = replace(problem, family=replace(family, chunk_tokens=(128,)))
+        assert value_of(problem) >= value_of(long_only) * (1 - REL), usable_bytes
+
+
+def test_more_micro_batches_than_stages_are_tried_under_a_ttft_limit() -> None:
+    """Prompts wait for one another less where more are prefilled at a time: heavy tails make that worth its memory."""
+    objective = Objective(ttft_limit_s=0.04, tpot_limit_s=None)
+    problem = make_problem(
+        [make_node("a", "A")],
+        profiles={"A": make_profile("A", flops=4e12, bytes_per_s=4e10, usable_bytes=60_000_000)},
+        workload=make_workload(*[(40, 10)] * 19, (1800, 10)),
+        objective=objective,
+        family=replace(SMALL_FAMILY, in_flight=(1, 2, 4, 8)),
+    )
+    assert value_of(problem) >= value_of(replace(problem, family=replace(problem.family, in_flight=(8,)))) * (1 - REL)
+
+
+def test_replicas_that_wait_for_a_link_between_zones_are_found() -> None:
+    """Their interval is the link's share, longer than any stage takes."""
+    nodes = [make_node(f"n{zone}", "A", zone=zone) for zone in ("a", "b", "c", "d", "e", "f")]
+    network = Network(default=Link(bytes_per_s=5e8, latency_s=2e-5), zone_default=Link(bytes_per_s=3e5, latency_s=1e-3))
+    profiles = {"A": make_profile("A", usable_bytes=7_000_000)}
+    pipelined = replace(SMALL_FAMILY, micro_batches=(1,), in_flight=(2, 4))
+    problem = make_problem(nodes, profiles=profiles, network=network, family=pipelined)
+    sequential = replace(problem, family=replace(pipelined, in_flight=(1,)))
+    assert value_of(problem) >= value_of(sequential) * (1 - REL) > 0
 
 
 # --- worked by hand

@@ -4,6 +4,7 @@ HetisError
 +-- InvalidProblemError   the input contradicts itself: a number out of range, a GPU without a profile
 +-- InfeasibleError       proved: no plan of the family meets the constraints
 +-- NoPlanFoundError      stopped (time limit, Ctrl-C) before any plan was found; proves nothing
++-- BrokenProofError      a plan is better than its bound; a bug, please report it
 +-- UnboundPlanError      a placement could not be turned into named GPUs; a bug, please report it
 """
 
@@ -32,6 +33,10 @@ class InfeasibleError(HetisError):
 
 class NoPlanFoundError(HetisError):
     """The search was stopped before it found a plan. A plan may still exist: allow more time."""
+
+
+class BrokenProofError(HetisError):
+    """A plan is better than what was proved possible: one of the two is wrong."""
 
 
 class UnboundPlanError(HetisError):

@@ -315,7 +315,7 @@ def best_column(
         fastest_layer = min(fastest_layer, o.layer_s[i])
         for role in range(4):
             slowest = max(slowest, (o.max_layers[i, role] * o.layer_s[i] + o.fixed_s[i, role]) / o.copies[i])
-    hi = min(interval_cap_s, slowest * (1.0 + slack) * (1.0 + 1e-9))
+    hi = min(interval_cap_s, max(t.t_floor, slowest * (1.0 + slack) * (1.0 + 1e-9)))
     t_lo = max(t.t_floor, (1.0 + slack) * t.num_layers * fastest_layer / max_copies * (1.0 - 1e-9))
     best = np.empty((4, t.num_layers + 1), np.float64)
     arg = np.empty((4, t.num_layers + 1), np.int64)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.cost import Mix
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.frontier import entry_layers, explore, reach, stages_from
 from hetis.solver.placement.frontier_sequential import explore_sequential, sequential_stages
@@ -21,7 +20,7 @@ from hetis.solver.placement.generation import dense_work_bound
 from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
 from hetis.solver.placement.master import Columns, Master, MilpSolution
 from hetis.solver.placement.options import Options, list_options, stage_rows
-from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
 
@@ -53,10 +52,6 @@ def speed_bounds(atlas: Atlas, lattice: Lattice) -> FloatArray:
                 speeds[:, row] = np.maximum(speeds[:, row], 1.0 / (tp * t.layer_s[:, s]))
         bounds.append(speeds @ lattice.digits.T / t.num_layers)
     return np.array(bounds)
-
-
-def _size(mix: Mix) -> tuple[int, int]:
-    return mix.micro_batch, mix.chunk_tokens
 
 
 @dataclass(slots=True)
@@ -92,16 +87,20 @@ class ExactSearch:
         )  # fmt: skip
 
     def _roomy(self) -> BoolArray:
-        """Sub-fleets with memory for the least demanding configuration, and so for any; [V]."""
+        """Sub-fleets with memory for a replica of some configuration; [V].
+
+        The fewer requests a replica holds the less memory it takes, but there is no order among chunks: a longer one
+        takes room itself, and ends prefill sooner.
+        """
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
-        mix = min(range(len(self.atlas.mixes)), key=lambda x: _size(self.atlas.mixes[x]))
-        least = min(self.configurations, key=lambda c: (c.mix != mix, c.in_flight)).in_flight_index
-        for scope, _ in enumerate(self.atlas.scopes):
-            c = Configuration(scope, mix, least, self.atlas.problem.family.in_flight[least], 1 << 20, 0.0)
-            options, entries = self.options_of(c)
-            tables = self.atlas.scopes[scope].tables
-            layers, _ = entry_layers(tables, options, entries, np.inf)
-            roomy |= reach(tables, self.lattice, entries, layers, 0).closing >= 0
+        family, mixes = self.atlas.problem.family, self.atlas.mixes
+        batch, in_flight = min(mix.micro_batch for mix in mixes), min(family.in_flight)
+        f = family.in_flight.index(in_flight)
+        for scope, part in enumerate(self.atlas.scopes):
+            for x in (x for x, mix in enumerate(mixes) if mix.micro_batch == batch):
+                options, entries = self.options_of(Configuration(scope, x, f, in_flight, 1 << 20, 0.0))
+                layers, _ = entry_layers(part.tables, options, entries, np.inf)
+                roomy |= reach(part.tables, self.lattice, entries, layers, 0).closing >= 0
         return roomy
 
     def options_of(self, c: Configuration) -> tuple[Options, Entries]:
@@ -267,7 +266,7 @@ def solve_exactly(
     return Outcome(
         chosen=tuple(counts),
         value=value,
-        bound=max(proven, value) if master.maximises else min(proven, value),
+        bound=sound_bound(proven, value, maximises=master.maximises),
         row_prices=prices[0] if prices is not None else np.zeros(len(atlas.resources.rows)),
         runners_up=tuple(search.template(v) for v in others[:5]),
         interrupted=budget.cancelled.is_set(),

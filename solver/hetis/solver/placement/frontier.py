@@ -149,7 +149,9 @@ def stages_from(
 
 
 @kernel
-def _interval_range(t: Tables, o: Options, entries: Entries, cap_s: float, copies: int) -> tuple[float, float]:
+def _interval_range(
+    t: Tables, o: Options, entries: Entries, cap_s: float, floor_s: float, copies: int
+) -> tuple[float, float]:
     """The intervals (slack taken off) between which covers can change: below none exists, above nothing is gained."""
     slowest = 0.0
     fastest_layer = np.inf
@@ -159,14 +161,17 @@ def _interval_range(t: Tables, o: Options, entries: Entries, cap_s: float, copie
         fastest_layer = min(fastest_layer, o.layer_s[i])
         for role in range(4):
             slowest = max(slowest, (o.max_layers[i, role] * o.layer_s[i] + o.fixed_s[i, role]) / o.copies[i])
-    return t.num_layers * fastest_layer / copies * (1.0 - 1e-9), min(cap_s, slowest * (1.0 + 1e-9))
+    shortest = max(floor_s, t.num_layers * fastest_layer / copies * (1.0 - 1e-9))
+    return shortest, min(cap_s, max(floor_s, slowest * (1.0 + 1e-9)))
 
 
 @kernel
-def _any_above(feasible: BoolArray, already: BoolArray, rate: float, needed: FloatArray, best_rate: FloatArray) -> bool:
-    """Whether some sub-fleet, feasible but not ``already`` so, could improve by a replica of this rate."""
+def _any_above(
+    feasible: BoolArray, already: BoolArray, rate: float, needed: FloatArray, best_rate: FloatArray, tolerance: float
+) -> bool:
+    """Whether some sub-fleet, feasible but not ``already`` so, could improve by more than a share of ``tolerance``."""
     for v in range(feasible.shape[0]):
-        if feasible[v] and not already[v] and rate > needed[v] and rate > best_rate[v]:
+        if feasible[v] and not already[v] and rate > needed[v] and rate > best_rate[v] * (1.0 + tolerance):
             return True
     return False
 
@@ -190,9 +195,11 @@ def explore(
     for row in range(lattice.limits.shape[0]):
         total += lattice.limits[row]
     counted = max_copies if max_copies < total else 0
-    t_lo, t_hi = _interval_range(t, o, entries, interval_cap_s / (1.0 + slack), min(max_copies, total))
-    t_lo = max(t_lo, t.t_floor / (1.0 + slack))
-    if not t_lo < t_hi:
+    stretch = 1.0 + slack
+    t_lo, t_hi = _interval_range(
+        t, o, entries, interval_cap_s / stretch, t.t_floor / stretch, min(max_copies, total)
+    )  # fmt: skip
+    if t_lo > t_hi:
         return 0
     depth = 160
     lows = np.empty(depth, np.float64)
@@ -208,9 +215,7 @@ def explore(
         low, high = lows[size - 1], highs[size - 1]
         if runs > 0:
             rate = 1.0 / (low * (1.0 + slack))
-            if not _any_above(
-                feasible_high[size - 1], feasible_low[size - 1], rate / (1.0 + tolerance), needed, best_rate
-            ):
+            if not _any_above(feasible_high[size - 1], feasible_low[size - 1], rate, needed, best_rate, tolerance):
                 size -= 1
                 continue
             if high <= low * (1.0 + tolerance) or size + 1 >= depth:
@@ -226,7 +231,7 @@ def explore(
         runs += 1
         for v in range(num_vectors):
             closing[v] = r.closing[v] >= 0
-        if _any_above(closing, nothing, rate, needed, best_rate):
+        if _any_above(closing, nothing, rate, needed, best_rate, 0.0):
             if counted > 0:
                 r = reach(t, lattice, entries, layers, counted)
                 runs += 1

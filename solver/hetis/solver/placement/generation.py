@@ -20,7 +20,7 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
-from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template, use_of
@@ -28,6 +28,7 @@ from hetis.solver.placement.template import Template, use_of
 SMOOTHING = 0.5  # weight of the best bound's prices
 PRICE_FLOOR = 1e-5  # of the mean price of a row's unit: no row is free, or a replica could be infinitely good
 MAX_ROUNDS = 60
+RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further in pricing
 MILP_SECONDS = 4.0
 KEEP = 0.97  # columns this close to the best of a round are worth keeping
 
@@ -124,7 +125,14 @@ class ColumnGeneration:
         Returns whether it converged; the bound is valid for templates with at most ``max_copies`` copies per stage and
         ``max_pool`` attention workers per copy.
         """
-        pricer = Pricer(self.atlas, self.row_costs, max_copies=max_copies, max_pool=max_pool, threads=threads)
+        pricer = Pricer(
+            self.atlas,
+            self.row_costs,
+            max_copies=max_copies,
+            max_pool=max_pool,
+            threads=threads,
+            tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
+        )
         self.bound = Bound(dense_work_bound(self.atlas) if self.master.maximises else 0.0, self.bound.row_prices)
         prices, floor, smooth = self.bound.row_prices, 0.0, True
         lp = self._relaxation()
@@ -225,11 +233,10 @@ class ColumnGeneration:
         ]
         reduced.sort(key=lambda item: -item[0])
         value = self.incumbent.value
-        bound = max(self.bound.value, value) if self.master.maximises else min(self.bound.value, value)
         return Outcome(
             chosen=chosen,
             value=value,
-            bound=bound,
+            bound=sound_bound(self.bound.value, value, maximises=self.master.maximises),
             row_prices=self.bound.row_prices,
             runners_up=tuple(t for _, t in reduced[:5]),
             interrupted=self.budget.cancelled.is_set(),

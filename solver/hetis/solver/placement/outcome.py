@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hetis.solver.errors import BrokenProofError
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import Template
+
+ROUNDING = 1e-6  # share by which value and bound may cross, both being sums of rounded numbers
+
+
+def sound_bound(bound: float, value: float, *, maximises: bool) -> float:
+    """``bound``, or ``value`` where rounding has put it on the wrong side of that.
+
+    Raises:
+        BrokenProofError: they cross by more than rounding explains.
+    """
+    beyond = value - bound if maximises else bound - value
+    if beyond > ROUNDING * abs(value):
+        raise BrokenProofError(f"a plan of value {value:.9g} contradicts the bound {bound:.9g}; please report this")
+    return value if beyond > 0.0 else bound
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from hetis.solver.placement.within_cap import best_within_cap
 
 BATCH = 32
 SCARCE = 256
-RATIO_TOLERANCE = 2e-4  # intervals narrower than this are not halved further: what it leaves open goes into the bound
 
 
 @kernel
@@ -79,11 +78,24 @@ class Priced:
 
 
 class Pricer:
-    """Prices all configurations of a family. ``row_costs`` [rows] is what a row's unit costs beside its dual."""
+    """Prices all configurations of a family.
 
-    def __init__(self, atlas: Atlas, row_costs: FloatArray, *, max_copies: int, max_pool: int, threads: int) -> None:
+    ``row_costs`` [rows] is what a row's unit costs beside its dual. Intervals narrower than ``tolerance`` are not
+    halved further: what that leaves open goes into the bound.
+    """
+
+    def __init__(
+        self,
+        atlas: Atlas,
+        row_costs: FloatArray,
+        *,
+        max_copies: int,
+        max_pool: int,
+        threads: int,
+        tolerance: float,
+    ) -> None:
         self.atlas, self.row_costs = atlas, row_costs
-        self.max_copies, self.max_pool, self.threads = max_copies, max_pool, threads
+        self.max_copies, self.max_pool, self.threads, self.tolerance = max_copies, max_pool, threads, tolerance
         self.configurations = configurations(atlas)
         self.scarce = _scarce(atlas)
 
@@ -104,7 +116,7 @@ class Pricer:
             c = self.configurations[i]
             return best_replica(
                 self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth,
-                self.scarce, self._limits(c), Ceiling(*proofs[i]), threshold, RATIO_TOLERANCE,
+                self.scarce, self._limits(c), Ceiling(*proofs[i]), threshold, self.tolerance,
             )  # fmt: skip
 
         with ThreadPoolExecutor(self.threads) as workers:

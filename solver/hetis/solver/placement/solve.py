@@ -14,7 +14,7 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.frontier import explore
-from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
+from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
 from hetis.solver.placement.infeasible import why_infeasible
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.outcome import Outcome
@@ -118,7 +118,10 @@ def _search(
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
     if is_small(atlas):
         _announce_compilation(explore, budget, report)
-        return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+        outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+        if outcome is None and budget.is_spent():
+            return _first_plan(atlas, master, row_costs, budget, seed)
+        return outcome
     _announce_compilation(best_replica, budget, report)
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
@@ -221,6 +224,13 @@ def _enumerate_uniform(
         runners_up=tuple(others[:5]),
         interrupted=budget.cancelled.is_set(),
     )
+
+
+def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
+    """A plan of equal stages for want of time, bounded by dense work alone."""
+    outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
+    bound = dense_work_bound(atlas) if master.maximises else 0.0
+    return None if outcome is None else replace(outcome, bound=bound)
 
 
 def _plan(
@@ -363,13 +373,19 @@ def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, .
 
 
 def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:
+    objective = atlas.problem.objective
+    total = sum(n * template.rate for template, n in outcome.chosen)
     result = []
     for template in outcome.runners_up:
-        price = float(outcome.row_prices @ use_of(atlas, template))
-        if price > template.rate * (1.0 + 1e-6):
-            reason = f"its GPUs are worth {price:.4g} requests/s elsewhere"
-        else:
-            reason = "would fit, but no packing of whole replicas with it is better"
+        use = use_of(atlas, template)
+        each = float(_row_costs(atlas) @ use) / template.rate
+        reason = "would fit, but no packing of whole replicas with it is better"
+        if objective.maximises:
+            price = float(outcome.row_prices @ use)
+            if price > template.rate * (1.0 + 1e-6):
+                reason = f"its GPUs are worth {price:.4g} requests/s elsewhere"
+        elif each * total > outcome.value * (1.0 + 1e-6):
+            reason = f"{each:.4g} {objective.unit} per request/s, where the plan takes {outcome.value / total:.4g}"
         result.append(RunnerUp(shape=describe(atlas, template.stages), rate=template.rate, reason=reason))
     return tuple(result)
 
@@ -382,5 +398,5 @@ def _notes(problem: PlacementProblem) -> tuple[str, ...]:
             f"{clipped:.1%} of the requests were cut to the model's context of {problem.model.max_position} tokens"
         )
     if len(problem.cluster.zones()) > 1:
-        notes.append("a replica lies in one zone, or spans all and keeps to an equal share of the links between them")
+        notes.append("a replica over several zones keeps to an equal share of the links between them")
     return tuple(notes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import combinations
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes
 from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
+
+MANY_ZONES = 4  # with more, sets of zones are too many to search every one
 
 
 def build_atlas(problem: PlacementProblem) -> Atlas:
@@ -33,8 +37,6 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
     biggest = max((c.available for c in classes), default=0)
     pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
     tabulation = _Tabulation(problem, moments, classes, mixes, ranks, pool_sizes)
-    zones = problem.cluster.zones()
-    spans = [(zone,) for zone in zones] + ([zones] if len(zones) > 1 else [])
     return Atlas(
         problem=problem,
         moments=moments,
@@ -47,8 +49,15 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
         ),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
-        scopes=tuple(Scope(span, tabulation.tables) for span in spans),
+        scopes=tuple(Scope(span, tabulation.tables) for span in _spans(problem.cluster.zones())),
     )
+
+
+def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Zones that one replica may span: any of them; of many zones one, two or all."""
+    for count in range(1, len(zones) + 1):
+        if count <= 2 or count == len(zones) or len(zones) <= MANY_ZONES:
+            yield from combinations(zones, count)
 
 
 class _Tabulation:

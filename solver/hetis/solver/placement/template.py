@@ -68,8 +68,8 @@ class Configuration:
 def configurations(atlas: Atlas) -> list[Configuration]:
     """Every configuration of the family, fewer those that a smaller M serves as well.
 
-    With G GPUs in the fleet K <= G: once M >= 2 G the pipeline is full whatever its shape, and more micro-batches
-    only take memory.
+    With G GPUs in the fleet K <= G: once M >= 2 G the pipeline is full whatever its shape. More micro-batches only take
+    memory and time, unless a limit on TTFT binds: a prompt is less likely to wait where more are prefilled at a time.
     """
     found = []
     a, family = atlas.problem.assumptions, atlas.problem.family
@@ -81,7 +81,7 @@ def configurations(atlas: Atlas) -> list[Configuration]:
                 if m == 1:
                     found.append(Configuration(scope, mix, f, m, 1 << 20, 0.0))
                 elif not filled:
-                    filled = m >= 2 * most_copies
+                    filled = m >= 2 * most_copies and atlas.problem.objective.ttft_limit_s is None
                     found.append(Configuration(scope, mix, f, m, m // 2, a.full_slack))
                     if not filled:
                         found.append(Configuration(scope, mix, f, m, m, a.tight_slack))
