@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats.documents import load_cluster, load_model, load_plan, load_profile, load_workload
+from hetis.formats.documents import (
+    load_cluster,
+    load_model,
+    load_plan,
+    load_profile,
+    load_requests,
+    load_state,
+    load_workload,
+)
 from hetis.formats.errors import DocumentError
 
 FOLDER = Path(__file__).parent.parent / "bad_input"
@@ -18,6 +26,8 @@ LOADERS: dict[str, Callable[[str], object]] = {  # by the first word of the file
     "workload": load_workload,
     "profile": load_profile,
     "plan": load_plan,
+    "state": load_state,
+    "requests": load_requests,
 }
 
 

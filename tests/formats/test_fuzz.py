@@ -11,13 +11,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hetis.formats.documents import load, load_cluster, load_model, load_plan, load_profile, load_workload
+from hetis.formats.documents import (
+    load,
+    load_cluster,
+    load_model,
+    load_plan,
+    load_profile,
+    load_requests,
+    load_state,
+    load_workload,
+)
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import parse_text
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SEED = (EXAMPLES / "paper.yaml").read_bytes()
-LOADERS = [load, load_cluster, load_model, load_workload, load_profile, load_plan]
+LOADERS = [load, load_cluster, load_model, load_workload, load_profile, load_plan, load_state, load_requests]
 YAMLISH = st.text("{}[]:,-&*!|>'\"%@`#?\n\t ab01.~<=", max_size=60)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -21,6 +21,7 @@ from hetis.formats.documents import (
     dump_data,
     from_data,
     json_schema,
+    kind_of,
     load,
     load_plan,
     load_workload,
@@ -28,15 +29,11 @@ from hetis.formats.documents import (
 )
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import parse_text
-from hetis.solver.cluster import Cluster
-from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
-from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 
 from . import strategies
 
-KIND_OF = {Cluster: "Cluster", ModelSpec: "ModelSpec", Workload: "Workload", Profile: "Profile", Plan: "Plan"}
 thorough = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
@@ -63,7 +60,7 @@ def test_a_self_contained_document_gives_the_identical_value_back(value: documen
 @thorough
 @given(strategies.VALUES)
 def test_documents_fit_their_json_schema(value: documents.Value) -> None:
-    validator = VALIDATORS[KIND_OF[type(value)]]
+    validator = VALIDATORS[kind_of(value)]
     validator.validate(to_data(value))
     validator.validate(to_data(value, self_contained=True))
 

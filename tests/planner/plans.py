@@ -177,7 +177,7 @@ def explanation(of: Plan) -> Explanation:
         bottlenecks=tuple("stage 1 is busy 0.52 s per request; TPOT binds at 99.8 ms of 100 ms" for _ in of.replicas),
         idle=(
             IdleGpus(
-                gpu="P100-PCIe-12GB", zone="default", count=1, reason="one more adds at most 0 requests/s: TPOT binds"
+                gpu="P100-PCIe-12GB", zone="default", count=1, reason="their price at the margin is 0: TPOT binds"
             ),
         ),
         attention_workers="Two P100 hold half the KV of stage 1: 1.50 requests/s against 1.42 without them.",

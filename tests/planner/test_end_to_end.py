@@ -78,7 +78,10 @@ def test_the_plan_names_all_it_was_made_from(plan: dict[str, Any]) -> None:
 def test_check_and_explain_work_from_the_plan_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "moved.json").write_text((folder / "plan.json").read_text())
     checked = hetis_plan("check", "moved.json", "-o", "json", cwd=tmp_path)
-    assert (checked.returncode, json.loads(checked.stdout)) == (0, {"ok": True, "violations": []})
+    assert checked.returncode == 0
+    found = json.loads(checked.stdout)
+    assert (found["ok"], found["violations"]) == (True, [])
+    assert "result.bound" in found["taken_on_trust"]
     explained = hetis_plan("explain", "moved.json", "-o", "json", cwd=tmp_path)
     assert explained.returncode == 0, explained.stderr
     document = json.loads(explained.stdout)
@@ -100,7 +103,11 @@ def test_tables_fit_80_columns(verb: str, folder: Path) -> None:
     [
         (("replicas", 0, "rate"), 1e6, "RATE"),
         (("replicas", 0, "stages", 0, "devices", 0), "a100/9", "KNOWN_DEVICE"),
+        (("replicas", 0, "kv_tokens"), 0, "KV_TOKENS"),
         (("result", "bound"), 0.0, "BOUND"),
+        (("family",), "anything at all", "FAMILY"),
+        (("prices", 0, "dual"), -5, "FINITE"),
+        (("prices",), [], "PRICES"),
     ],
 )
 def test_check_rejects_a_plan_that_was_tampered_with(
@@ -114,6 +121,23 @@ def test_check_rejects_a_plan_that_was_tampered_with(
     done = hetis_plan("check", "plan.json", cwd=tmp_path)
     assert done.returncode == 2
     assert rule.lower() in done.stdout
+
+
+def test_check_rejects_a_plan_that_claims_half_of_everything(plan: dict[str, Any], tmp_path: Path) -> None:
+    for replica in plan["replicas"]:
+        replica["rate"] /= 2
+        replica["ttft_s"] *= 2
+        replica["tpot_s"] *= 2
+    plan["result"] |= {"value": plan["result"]["value"] / 2, "bound": plan["result"]["bound"] / 2}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    done = hetis_plan("check", "plan.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "(rate)" in done.stdout
+
+
+def test_check_says_what_it_takes_on_trust(folder: Path) -> None:
+    for words in (("check", "plan.json"), ("check", "--help")):
+        assert "taken on trust" in " ".join(hetis_plan(*words, cwd=folder).stdout.split())
 
 
 def test_a_model_that_does_not_fit_is_proved_infeasible(tmp_path: Path) -> None:

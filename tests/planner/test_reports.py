@@ -89,9 +89,19 @@ def test_equal_replicas_are_grouped_and_none_is_lost() -> None:
     assert sum(group.rate for group in groups) == pytest.approx(sum(replica.rate for replica in replicas))
 
 
-def test_prices_are_rounded_up_where_they_are_too_small_to_show() -> None:
+def test_prices_too_small_to_show_are_not_shown_as_zero() -> None:
     prices = tuple(replace(price, dual=1.7e-6) for price in PLANS["paper"].prices)
-    assert "≤ 0.000100/s" in text_of(render_plan(replace(PLANS["paper"], prices=prices)))
+    assert " < 0.0001/s" in text_of(render_plan(replace(PLANS["paper"], prices=prices)))
+
+
+def test_prices_are_not_called_bounds() -> None:
+    for plan in (PLANS["paper"], PLANS["cost"]):
+        for text in (text_of(render_plan(plan)), text_of(render_explanation(plan, plans.explanation(plan)))):
+            assert "marginal price" in text
+            assert "≤" not in text
+            assert "one more adds" not in text
+    text = " ".join(text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"]))).split())
+    assert "One GPU more may add more than its price" in text
 
 
 def test_equal_stages_of_a_runner_up_are_told_once() -> None:
@@ -101,5 +111,5 @@ def test_equal_stages_of_a_runner_up_are_told_once() -> None:
 
 def test_the_explanation_shows_memory_time_prices_and_idle_gpus() -> None:
     text = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
-    for part in ("memory of one GPU", "34.0", "bottleneck", "≤ 0.287/s", "1 × P100-PCIe-12GB", "1.42 without"):
+    for part in ("memory of one GPU", "34.0", "bottleneck", " 0.287/s", "1 × P100-PCIe-12GB", "1.42 without"):
         assert part in text

@@ -15,6 +15,7 @@ from hetis.solver.check.claims import Derived, Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import MoeShape
+from hetis.solver.placement.classes import device_classes
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -116,9 +117,35 @@ def plan_of(problem: PlacementProblem, *replicas: ReplicaPlan, gap: float = 0.05
         solve_s=0.1,
     )
     family = problem.family
-    return Plan(
+    plan = Plan(
         strategy=family.name, family=family.describe(), result=result, objective=problem.objective, replicas=replicas
     )
+    return counted(plan, problem)
+
+
+def counted(plan: Plan, problem: PlacementProblem) -> Plan:
+    """The plan with a class table that counts its devices; nothing has a price."""
+    workers = {name for replica in plan.replicas for pool in replica.attention_workers for name in pool.devices}
+    used = {name for replica in plan.replicas for name in replica.devices()}
+    rows = []
+    for device_class in device_classes(problem.cluster):
+        names = {
+            device.name
+            for device in problem.cluster.devices()
+            if device.group in device_class.groups and device.gpu == device_class.gpu
+        }
+        rows.append(
+            ClassPrice(
+                gpu=device_class.gpu,
+                zone=device_class.zone,
+                gpus_per_node=device_class.gpus_per_node,
+                available=len(names),
+                used=len(names & used),
+                as_attention_workers=len(names & workers),
+                dual=0.0,
+            )
+        )
+    return replace(plan, prices=tuple(rows))
 
 
 def sound(problem: PlacementProblem) -> Plan:
@@ -141,10 +168,36 @@ def test_sound_plan_has_no_violations(kind: ObjectiveKind) -> None:
 
 
 @given(st.floats(0.5, 1.0), st.sampled_from((0.0, 1e-7, 0.3)))
-def test_plan_may_claim_less_than_its_rate(share: float, gap: float) -> None:
+def test_plan_may_claim_less_than_its_rate_where_links_are_uneven(share: float, gap: float) -> None:
     problem = the_problem()
     replica = claimed(unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,)), problem, share=share)
     assert check_plan(plan_of(problem, replica, gap=gap), problem) == ()
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, {Rule.RATE}), (1 - 1e-5, {Rule.RATE}), (1.0, set())])
+def test_plan_must_claim_its_rate_where_all_links_are_even(share: float, expected: set[Rule]) -> None:
+    """Rate, value and bound all halved: nothing in the result gives it away."""
+    problem = make_problem([make_node("a", "A", nodes=2)])
+    stage = replace(A_STAGE, tp=1, devices=("a-0/0",), kv_head_groups_kept=2)
+    replica = unclaimed(stage, replace(stage, first_layer=3, devices=("a-1/0",)))
+    assert rules(plan_of(problem, claimed(replica, problem, share=share), gap=0.0), problem) == expected
+    pair = {("a-0", "a-1"): Link(bytes_per_s=5e8, latency_s=1e-5)}
+    named = replace(problem.cluster, network=replace(problem.cluster.network, between_nodes=pair))
+    uneven = replace(problem, cluster=named)
+    assert rules(plan_of(uneven, claimed(replica, uneven, share=share), gap=0.0), uneven) == set()
+
+
+def test_equal_classes_of_two_node_groups_have_one_row_and_unequal_ones_two() -> None:
+    slow = Link(bytes_per_s=1e8, latency_s=1e-4)
+    for nic, num_rows in ((None, 1), (slow, 2)):
+        problem = make_problem([make_node("a", "A"), make_node("b", "A", nic=nic)])
+        replica = unclaimed(replace(A_STAGE, tp=1, num_layers=6, devices=("a/0",), kv_head_groups_kept=2), in_flight=1)
+        plan = plan_of(problem, claimed(replica, problem))
+        assert len(plan.prices) == num_rows
+        assert rules(plan, problem) == set()
+        merged = replace(plan.prices[0], available=2)
+        apart = tuple(replace(merged, available=1, used=used) for used in (1, 0))
+        assert rules(replace(plan, prices=(merged,) if num_rows == 2 else apart), problem) == {Rule.PRICES}
 
 
 def test_class_table_that_counts_right_is_sound() -> None:
@@ -154,7 +207,7 @@ def test_class_table_that_counts_right_is_sound() -> None:
 
 def test_infeasible_result_without_replicas_is_sound() -> None:
     problem = the_problem()
-    nothing = replace(sound(problem), replicas=())
+    nothing = replace(sound(problem), replicas=(), prices=())
     infeasible = replace(nothing.result, status=Status.INFEASIBLE, value=0.0, bound=0.0, gap=0.0)
     assert check_plan(replace(nothing, result=infeasible), problem) == ()
 
@@ -168,6 +221,9 @@ RIGHT_TABLE = (
     ClassPrice(gpu="C", zone="east", gpus_per_node=2, available=2, used=2, as_attention_workers=2, dual=0.0),
     ClassPrice(gpu="A", zone="west", gpus_per_node=4, available=4, used=0, as_attention_workers=0, dual=1.0),
 )
+
+
+HALVES_OF_THE_WEST = (replace(RIGHT_TABLE[3], available=2),) * 2
 
 
 def replica_with(number: int = 0, **changes: object) -> Mutation:
@@ -278,6 +334,8 @@ BROKEN: list[tuple[str, Rule, Mutation]] = [
     ("TTFT too low", Rule.TTFT, scaled("ttft_s", 0.99999)),
     ("TTFT too high", Rule.TTFT, scaled("ttft_s", 1.00001)),
     ("KV room too large", Rule.KV_TOKENS, scaled("kv_tokens", 1.01)),
+    ("KV room too small", Rule.KV_TOKENS, scaled("kv_tokens", 0.99)),
+    ("no KV room", Rule.KV_TOKENS, replica_with(kv_tokens=0)),
     ("rate not a number", Rule.FINITE, replica_with(rate=math.nan)),
     ("infinite TTFT", Rule.FINITE, replica_with(ttft_s=math.inf)),
     ("negative TPOT", Rule.FINITE, replica_with(tpot_s=-1.0)),
@@ -287,6 +345,8 @@ BROKEN: list[tuple[str, Rule, Mutation]] = [
     ("infinite gap", Rule.FINITE, result_with(gap=math.inf)),
     ("negative time", Rule.FINITE, result_with(solve_s=-1.0)),
     ("dual not a number", Rule.FINITE, table_row(0, dual=math.nan)),
+    ("negative dual", Rule.FINITE, table_row(0, dual=-5.0)),
+    ("another family", Rule.FAMILY, lambda plan: replace(plan, family="anything at all")),
     ("another objective", Rule.OBJECTIVE, result_with(objective=ObjectiveKind.THROUGHPUT)),
     ("another unit", Rule.OBJECTIVE, result_with(unit="USD/h")),
     ("another limit", Rule.OBJECTIVE, lambda plan: replace(plan, objective=Objective(tpot_limit_s=9.0))),
@@ -310,13 +370,20 @@ BROKEN: list[tuple[str, Rule, Mutation]] = [
     ("table counts too few workers", Rule.PRICES, table_row(2, as_attention_workers=1)),
     ("table names an unknown class", Rule.PRICES, table_row(3, gpus_per_node=8)),
     ("table leaves a class out", Rule.PRICES, lambda plan: replace(plan, prices=RIGHT_TABLE[:3])),
+    ("table lists a class twice", Rule.PRICES, lambda plan: replace(plan, prices=(*RIGHT_TABLE, RIGHT_TABLE[3]))),
+    ("table splits a class", Rule.PRICES, lambda plan: replace(plan, prices=(*RIGHT_TABLE[:3], *HALVES_OF_THE_WEST))),
+    ("no table", Rule.PRICES, lambda plan: replace(plan, prices=())),
 ]
 
 
 @pytest.mark.parametrize(("rule", "mutate"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
 def test_broken_plan_is_caught_by_its_own_rule_alone(rule: Rule, mutate: Mutation) -> None:
     problem = the_problem()
-    assert rules(mutate(sound(problem)), problem) == {rule}
+    plan = sound(problem)
+    broken = mutate(plan)
+    if broken.prices == plan.prices:  # devices may have changed: count them again, so that the table is not at fault
+        broken = counted(broken, problem)
+    assert rules(broken, problem) == {rule}
 
 
 SMALLER_FAMILIES: list[tuple[Rule, dict[str, object]]] = [
@@ -329,7 +396,8 @@ SMALLER_FAMILIES: list[tuple[Rule, dict[str, object]]] = [
 
 @pytest.mark.parametrize(("rule", "smaller"), SMALLER_FAMILIES)
 def test_plan_outside_the_family_is_caught(rule: Rule, smaller: dict[str, object]) -> None:
-    assert rules(sound(the_problem()), the_problem(**smaller)) == {rule}  # type: ignore[arg-type]
+    problem = the_problem(**smaller)  # type: ignore[arg-type]
+    assert rules(replace(sound(the_problem()), family=problem.family.describe()), problem) == {rule}
 
 
 def test_uneven_layers_are_caught_where_the_family_forbids_them() -> None:
@@ -337,8 +405,8 @@ def test_uneven_layers_are_caught_where_the_family_forbids_them() -> None:
     uneven = unclaimed(replace(A_STAGE, num_layers=4), replace(B_STAGE, first_layer=4, num_layers=2), pools=(C_POOL,))
     plan = plan_of(problem, claimed(uneven, problem))
     assert rules(plan, problem) == set()
-    assert rules(plan, even) == {Rule.EQUAL_LAYERS}
-    assert rules(sound(problem), even) == set()
+    assert rules(replace(plan, family=even.family.describe()), even) == {Rule.EQUAL_LAYERS}
+    assert rules(sound(even), even) == set()
 
 
 def with_usable_bytes(problem: PlacementProblem, gpu: str, usable_bytes: int) -> PlacementProblem:
@@ -348,13 +416,13 @@ def with_usable_bytes(problem: PlacementProblem, gpu: str, usable_bytes: int) ->
 @pytest.mark.parametrize(("gpu", "rule"), [("A", Rule.RANK_MEMORY), ("C", Rule.WORKER_MEMORY)])
 def test_memory_is_checked_on_ranks_and_attention_workers(gpu: str, rule: Rule) -> None:
     problem = the_problem()
-    replica = replace(claimed(unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,)), problem), kv_tokens=0)
+    replica = unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,))
     needed = max(
         use.num_bytes for use in derived_of(replica, problem).memory if use.rule is rule and gpu_of(use.where) == gpu
     )
-    plan = plan_of(problem, replica)
-    assert rules(plan, with_usable_bytes(problem, gpu, math.ceil(needed))) == set()
-    assert rules(plan, with_usable_bytes(problem, gpu, math.floor(needed) - 1)) == {rule}
+    for usable_bytes, expected in ((math.ceil(needed), set()), (math.floor(needed) - 1, {rule})):
+        tight = with_usable_bytes(problem, gpu, usable_bytes)
+        assert rules(plan_of(tight, claimed(replica, tight)), tight) == expected
 
 
 def gpu_of(where: str) -> str:

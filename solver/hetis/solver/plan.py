@@ -115,7 +115,12 @@ class SolveResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassPrice:
-    """A device class and its dual: an upper bound on what one more GPU of it would add to the objective."""
+    """A device class and its price at the margin: what one of its GPUs is worth in this plan's relaxation.
+
+    The relaxation mixes fractions of replicas, none larger than the present fleet holds. ``dual`` (in the objective's
+    unit, >= 0) compares classes; it does not bound what one more GPU changes: plans are whole, so that one more may add
+    nothing, or far more than its price where it makes room for a larger replica.
+    """
 
     gpu: str
     zone: str

@@ -14,12 +14,15 @@ import typer
 from hetis.planner.cli.catalog import catalog
 from hetis.planner.cli.check import check
 from hetis.planner.cli.completion import completion
+from hetis.planner.cli.dispatch import dispatch
 from hetis.planner.cli.doctor import doctor
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.explain import explain
 from hetis.planner.cli.init import init
 from hetis.planner.cli.place import place
+from hetis.planner.cli.redispatch import redispatch
 from hetis.planner.cli.schema import schema
+from hetis.planner.cli.stage_options import DISPATCH_EXAMPLES, REDISPATCH_EXAMPLES
 from hetis.planner.cli.validate import validate
 from hetis.planner.cli.version import version
 
@@ -37,6 +40,8 @@ app = typer.Typer(
 app.command(rich_help_panel="Plan")(place)
 app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
+app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)
+app.command(rich_help_panel="One stage, while it serves", epilog=REDISPATCH_EXAMPLES)(redispatch)
 app.command(rich_help_panel="Files")(init)
 app.command(rich_help_panel="Files")(validate)
 app.command(rich_help_panel="Files")(schema)

@@ -10,7 +10,7 @@ from hetis.planner.cli.verb import verb
 
 @verb()
 def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
-    """Show where memory and time go, what limits every replica, what one more GPU is worth, why GPUs idle."""
+    """Show where memory and time go, what limits every replica, what GPUs are worth, why some idle."""
     from hetis.planner.report.explanation import render_explanation
     from hetis.planner.report.json_values import json_value
     from hetis.planner.sources import load_plan_and_problem

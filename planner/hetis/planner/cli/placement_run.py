@@ -12,7 +12,7 @@ from hetis.formats.documents import to_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
-from hetis.planner.cli.plan_files import save_plan
+from hetis.planner.cli.plan_files import save
 from hetis.planner.cli.progress import progress_on_stderr
 from hetis.planner.cli.terminal import OutputFormat, Terminal
 from hetis.planner.placing import Settings, make_plan, missed
@@ -67,7 +67,7 @@ class PlacementRun:
         if self.out is None:
             return True
         try:
-            save_plan(plan, self.out)
+            save(plan, self.out)
         except DocumentError as error:
             self.terminal.error("the plan was not saved", [str(problem) for problem in error.problems])
             return False

@@ -1,4 +1,4 @@
-"""Plan files: refused early where they cannot be written, written whole, read back."""
+"""Files that a verb saves: refused early where they cannot be written, written whole, read back."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from hetis.formats.documents import dump
+from hetis.formats.documents import Value, dump
 from hetis.formats.errors import single_problem
 from hetis.formats.files import write_atomically
-from hetis.solver.plan import Plan
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -27,11 +26,11 @@ def refuse_unwritable(path: Path) -> None:
         raise single_problem(str(path), f"cannot be written: permission denied in {folder}")
 
 
-def save_plan(plan: Plan, path: Path) -> None:
-    """Writes the whole plan or nothing; YAML where the name says so.
+def save(value: Value, path: Path) -> None:
+    """Writes the whole document or nothing; YAML where the name says so.
 
     Raises:
         DocumentError: the file cannot be written.
     """
     form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
-    write_atomically(path, dump(plan, form))
+    write_atomically(path, dump(value, form))

@@ -30,6 +30,24 @@ def ratio(text: str) -> float:
     return _parsed(parse_ratio, text)
 
 
+def share(text: str) -> float:
+    """A ratio above 0 and up to 1."""
+    value = ratio(text)
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text!r} is out of range, must be above 0 and at most 100%")
+    return value
+
+
+def size(text: str) -> int:
+    """Bytes of ``10GiB``."""
+    from hetis.formats.units import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def rate(text: str) -> float:
     """Requests per second, above zero."""
     try:

@@ -16,6 +16,11 @@ from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
 from hetis.solver.plan import Plan
 
 MAX_SHAPES = 6
+PRICES_MEAN = (
+    "The marginal price is what one GPU of the class is worth in the relaxation of this plan, where replicas may be "
+    "fractions. 0 says that the relaxation is not short of the class, not that its GPUs are of no use. One GPU more "
+    "may add more than its price, where it makes room for a larger replica, or nothing."
+)
 BAR_WIDTH = 30
 
 
@@ -32,7 +37,7 @@ def _sections(plan: Plan, explanation: Explanation) -> Iterator[RenderableType]:
     if len(groups) > MAX_SHAPES:
         yield Text(f"\n… and {plural(len(groups) - MAX_SHAPES, 'more shape')} (-o json has all)", style="dim")
     if plan.prices:
-        yield section("What one more GPU is worth", price_table(plan))
+        yield section("What a GPU of every class is worth", Group(price_table(plan), Text(PRICES_MEAN, style="dim")))
     if explanation.idle:
         yield section("Idle GPUs", _idle(explanation.idle))
     yield section("Attention workers", Text(explanation.attention_workers))

@@ -19,7 +19,7 @@ from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Stat
 
 MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
 MAX_CLASSES = 40
-SMALLEST_PRICE = 1e-4  # shown of a device class
+SMALLEST_PRICE = 1e-4  # shown of a device class as a number
 BINDS_FROM = 0.99  # micro-batches are whole numbers: a limit binds when the next size would break it
 
 _VALUE_NAMES = {
@@ -46,7 +46,7 @@ def section(title: str, body: RenderableType) -> RenderableType:
 
 
 def price_table(plan: Plan) -> Table:
-    """Device classes: how many there are, what became of them, and what one more would be worth."""
+    """Device classes: how many there are, what became of them, and their price at the margin."""
     several_zones = len({price.zone for price in plan.prices}) > 1
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("GPU", overflow="fold")
@@ -54,7 +54,7 @@ def price_table(plan: Plan) -> Table:
         table.add_column("zone", overflow="fold")
     for name in ("per node", "there", "used", "workers", "idle"):
         table.add_column(name, justify="right")
-    table.add_column("one more adds" if plan.objective.maximises else "one more saves", justify="right")
+    table.add_column("marginal price", justify="right")
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
     for price in plan.prices:
         if price in shown:
@@ -173,8 +173,8 @@ def _worth(dual: float, plan: Plan) -> str:
     if dual <= 0:
         return "0"
     unit = plan.result.unit.removeprefix("requests")
-    # Rounded up, never down: the price is an upper bound.
-    return f"≤ {digits(max(dual, SMALLEST_PRICE))}{unit if unit.startswith('/') else f' {unit}'}"
+    number = digits(dual) if dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"  # never 0: it is worth something
+    return f"{number}{unit if unit.startswith('/') else f' {unit}'}"
 
 
 def _runners_up(plan: Plan) -> Table:

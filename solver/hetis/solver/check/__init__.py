@@ -3,13 +3,18 @@
 `check_plan` reads a plan as its author never wrote it: it looks every device up, derives every number again from
 ``docs/cost-model.md`` and the problem with code of its own, and compares. It shares no code with the search.
 Time grows with the number of devices; replicas of equal shape are derived once.
+
+Two things it must take on trust, because only a search can prove them: the bound (it must lie on the far side of the
+value, and gap and status must follow from both) and the prices (it counts the rows of their table, and no price may be
+negative).
 """
 
 from __future__ import annotations
 
 from hetis.solver.check.claims import Rederivation, check_replica_claims
+from hetis.solver.check.class_table import check_class_table
 from hetis.solver.check.fleet import Fleet, replica_shape
-from hetis.solver.check.result import check_link_capacity, check_prices, check_result
+from hetis.solver.check.result import check_link_capacity, check_result
 from hetis.solver.check.structure import check_devices_once, check_replica_structure
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.plan import Plan
@@ -33,8 +38,11 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
         violations += broken
         if not broken:
             shape = replica_shape(replica, problem, fleet)
-            violations += check_replica_claims(replica, where, problem.objective, rederivation.of(shape))
+            derived = rederivation.of(shape)
+            violations += check_replica_claims(
+                replica, where, problem.objective, derived, may_claim_less=fleet.has_uneven_links
+            )
     violations += check_link_capacity(plan, problem, fleet)
     violations += check_result(plan, problem, fleet)
-    violations += check_prices(plan, fleet)
+    violations += check_class_table(plan, fleet)
     return tuple(violations)

@@ -112,17 +112,22 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     )
 
 
-def check_replica_claims(replica: ReplicaPlan, where: str, objective: Objective, derived: Derived) -> list[Violation]:
-    """Memory, rate, latencies and KV room of a replica of sound structure."""
+def check_replica_claims(
+    replica: ReplicaPlan, where: str, objective: Objective, derived: Derived, *, may_claim_less: bool
+) -> list[Violation]:
+    """Memory, rate, latencies and KV room of a replica of sound structure.
+
+    Args:
+        may_claim_less: the search may have charged worse links than these devices have (`Fleet.has_uneven_links`), so
+            that a lower rate is no mistake. A higher one always is.
+    """
     violations = list(_check_memory(where, derived))
     not_finite = list(_check_finite(replica, where))
     if not_finite:
         return violations + not_finite
-    violations += _check_rate(replica, where, derived)
+    violations += _check_rate(replica, where, derived, may_claim_less)
     violations += _check_latency(replica, where, objective, derived)
-    if replica.kv_tokens > derived.kv_tokens * (1 + RELATIVE):
-        message = f"claims room for {replica.kv_tokens} KV tokens, has room for {derived.kv_tokens:.0f}"
-        violations.append(Violation(rule=Rule.KV_TOKENS, where=where, message=message))
+    violations += _check_kv_tokens(replica, where, derived)
     return violations
 
 
@@ -145,8 +150,9 @@ def _check_finite(replica: ReplicaPlan, where: str) -> Iterator[Violation]:
             yield Violation(rule=Rule.FINITE, where=where, message=message)
 
 
-def _check_rate(replica: ReplicaPlan, where: str, derived: Derived) -> Iterator[Violation]:
-    if replica.rate > derived.rate * (1 + RELATIVE):
+def _check_rate(replica: ReplicaPlan, where: str, derived: Derived, may_claim_less: bool) -> Iterator[Violation]:
+    least = 0.0 if may_claim_less else derived.rate * (1 - RELATIVE)
+    if not least <= replica.rate <= derived.rate * (1 + RELATIVE):
         message = f"claims {replica.rate:.9g} requests/s, the cost model gives {derived.rate:.9g}"
         yield Violation(rule=Rule.RATE, where=where, message=message)
 
@@ -154,7 +160,7 @@ def _check_rate(replica: ReplicaPlan, where: str, derived: Derived) -> Iterator[
 def _check_latency(replica: ReplicaPlan, where: str, objective: Objective, derived: Derived) -> Iterator[Violation]:
     """Both latencies are t times a constant: the claim must lie between the derived t and the t of the claimed rate.
 
-    A plan that claims less than its rate (the search charges the worst link of a class) claims more latency with it.
+    A plan that claims less than its rate (see `check_replica_claims`) claims more latency with it.
     """
     t_max = max(derived.t_s, 1 / replica.rate if replica.rate > 0 else math.inf)
     for claimed, per_t, limit, claim_rule, limit_rule in (
@@ -170,3 +176,10 @@ def _check_latency(replica: ReplicaPlan, where: str, objective: Objective, deriv
         if limit is not None and worst > limit * (1 + RELATIVE):
             message = f"{claim_rule.name} is {worst:.9g} s, the limit is {limit:.9g} s"
             yield Violation(rule=limit_rule, where=where, message=message)
+
+
+def _check_kv_tokens(replica: ReplicaPlan, where: str, derived: Derived) -> Iterator[Violation]:
+    # Whole tokens: rounding decides which of two neighbours it is.
+    if abs(replica.kv_tokens - math.floor(derived.kv_tokens)) > max(1.0, RELATIVE * derived.kv_tokens):
+        message = f"claims room for {replica.kv_tokens} KV tokens, has room for {derived.kv_tokens:.0f}"
+        yield Violation(rule=Rule.KV_TOKENS, where=where, message=message)

@@ -23,6 +23,14 @@ class Fleet:
     def of(cluster: Cluster) -> Fleet:
         return Fleet(cluster=cluster, devices={device.name: device for device in cluster.devices()})
 
+    @property
+    def has_uneven_links(self) -> bool:
+        """Whether links depend on where a device stands: between zones, or between nodes that the cluster names.
+
+        A search that charges a class of devices its worst link then claims less than the devices of a plan may give.
+        """
+        return len(self.cluster.zones()) > 1 or bool(self.cluster.network.between_nodes)
+
     def groups_of(self, names: Iterable[str]) -> tuple[NodeGroup, ...]:
         """Node groups of these devices, each once."""
         return tuple({self.devices[name].group.name: self.devices[name].group for name in names}.values())
@@ -38,9 +46,9 @@ class Fleet:
 
     def intra_link(self, names: Iterable[str], gpu: str) -> Link:
         """The slowest link inside the nodes of these devices."""
-        return slowest([group.intra_link or self._board_link(gpu) for group in self.groups_of(names)])
+        return slowest([group.intra_link or self.board_link(gpu) for group in self.groups_of(names)])
 
-    def _board_link(self, gpu: str) -> Link:
+    def board_link(self, gpu: str) -> Link:
         board = self.cluster.gpu_types[gpu]
         return Link(bytes_per_s=board.nvlink_bytes_per_s or board.pcie_bytes_per_s, latency_s=0.0)
 

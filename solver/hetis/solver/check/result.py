@@ -1,4 +1,4 @@
-"""The result of a plan: its value, bound, gap and status, the traffic between zones, and the class table."""
+"""The result of a plan: its family, value, bound, gap and status, and the traffic between zones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
 
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.violation import Rule, Violation
@@ -20,8 +19,9 @@ BOUND_ROUNDING = 1e-9
 
 
 def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """The value is what the replicas give, and bound, gap and status follow from it."""
+    """The value is what the replicas give; bound, gap and status do not contradict it or one another."""
     violations = list(_check_objective(plan, problem))
+    violations += _check_family(plan, problem)
     not_finite = list(_check_finite(plan))
     violations += not_finite
     if plan.result.status is Status.INFEASIBLE:
@@ -50,6 +50,13 @@ def _check_objective(plan: Plan, problem: PlacementProblem) -> Iterator[Violatio
         yield _violation(Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}")
 
 
+def _check_family(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
+    """The bound speaks of a family: of the one that was searched, and in its words."""
+    family = problem.family.describe()
+    if plan.family != family:
+        yield _violation(Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"')
+
+
 def _check_finite(plan: Plan) -> Iterator[Violation]:
     result = plan.result
     for name, value in (
@@ -61,8 +68,9 @@ def _check_finite(plan: Plan) -> Iterator[Violation]:
         if not 0 <= value < math.inf:
             yield _violation(Rule.FINITE, f"{name} is {value}, must be finite and >= 0")
     for price in plan.prices:
-        if not math.isfinite(price.dual):
-            yield _violation(Rule.FINITE, f"dual of {price.gpu} in {price.zone} is {price.dual}, must be finite")
+        if not 0 <= price.dual < math.inf:
+            message = f"dual of {price.gpu} in {price.zone} is {price.dual}, must be finite and >= 0"
+            yield _violation(Rule.FINITE, message)
     for runner_up in plan.runners_up:
         if not 0 <= runner_up.rate < math.inf:
             message = f"rate of the runner-up {runner_up.shape} is {runner_up.rate} requests/s, must be finite and >= 0"
@@ -147,62 +155,3 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
 def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
     """The zone of the first device that exists; a stage in several zones is reported elsewhere."""
     return next((fleet.devices[name].group.zone for name in names if name in fleet.devices), None)
-
-
-class DeviceClass(NamedTuple):
-    """What a row of the class table speaks of."""
-
-    gpu: str
-    zone: str
-    gpus_per_node: int
-
-
-class Count(NamedTuple):
-    """Devices of a class: all, used by the plan in any role, and of these the attention workers."""
-
-    available: int
-    used: int
-    as_attention_workers: int
-
-
-def check_prices(plan: Plan, fleet: Fleet) -> list[Violation]:
-    """The class table counts what the cluster has and the plan uses. A plan without a table claims nothing."""
-    if not plan.prices:
-        return []
-    claimed: dict[DeviceClass, Count] = {}
-    for row in plan.prices:  # rows may differ in links only, which the table does not show
-        key = DeviceClass(row.gpu, row.zone, row.gpus_per_node)
-        before = claimed.get(key, Count(0, 0, 0))
-        row_count = Count(row.available, row.used, row.as_attention_workers)
-        claimed[key] = Count(*(a + b for a, b in zip(before, row_count, strict=True)))
-    counted = _count_devices(plan, fleet)
-    violations = []
-    for key in dict.fromkeys((*counted, *claimed)):
-        has, says = counted.get(key, Count(0, 0, 0)), claimed.get(key, Count(0, 0, 0))
-        if has != says:
-            where = f"class {key.gpu} x{key.gpus_per_node} in {key.zone}"
-            message = (
-                f"the table counts {says.available} available, {says.used} used, {says.as_attention_workers} attention "
-                f"workers; the plan has {has.available}, {has.used}, {has.as_attention_workers} devices"
-            )
-            violations.append(Violation(rule=Rule.PRICES, where=where, message=message))
-    return violations
-
-
-def _count_devices(plan: Plan, fleet: Fleet) -> dict[DeviceClass, Count]:
-    workers = {name for r in plan.replicas for pool in r.attention_workers for name in pool.devices}
-    used = workers | {name for r in plan.replicas for stage in r.stages for name in stage.devices}
-    counts: dict[DeviceClass, Count] = {}
-    classes: dict[tuple[str, str], DeviceClass] = {}
-    for name, device in fleet.devices.items():
-        kind = (device.group.name, device.gpu)
-        if kind not in classes:
-            per_node = sum(slots.count for slots in device.group.gpus if slots.gpu == device.gpu)
-            classes[kind] = DeviceClass(device.gpu, device.group.zone, per_node)
-        before = counts.get(classes[kind], Count(0, 0, 0))
-        counts[classes[kind]] = Count(
-            before.available + 1,
-            before.used + int(name in used),
-            before.as_attention_workers + int(name in workers),
-        )
-    return counts

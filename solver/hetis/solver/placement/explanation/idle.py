@@ -1,4 +1,4 @@
-"""Why GPUs are idle: what one more is worth, why they make no replica alone, what they would do to one."""
+"""Why GPUs are idle: what they are worth at the margin, why they make no replica alone, what they would do to one."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def _reasons(
     if plan.objective.demand_rps is not None and views:
         yield f"the demand of {plan.objective.demand_rps:g} requests/s is met without them"
     elif price.dual <= NOTHING * abs(plan.result.value):
-        yield "one more adds nothing to the bound"
+        yield "their price at the margin is 0: the relaxation is not short of them"
     else:
-        yield f"one more adds at most {price.dual:.3g} {unit} to the bound"
+        yield f"at the margin each is worth {price.dual:.3g} {unit}, but the plan's whole replicas leave them over"
     if views:
         view = main_view(views)
         idle = price.available - price.used

@@ -1,0 +1,226 @@
+"""Re-dispatch under drift: the joint program beside the paper's rule, whole requests, LIFO eviction and doing nothing.
+
+    python -m benchmarks.redispatch [--quick] [--json]
+
+One stage of Llama-2-70B (two A100 as primary, two RTX 3090 and four P100 as attention workers) in virtual time; see
+`benchmarks.measuring.drift`. Some requests grow eight times as long as expected, a device takes twice as long from some
+step on, a device leaves after a notice of 150 steps, memory is short, or all of that. Means over seeds.
+
+All look every five steps and act on a trigger: ``joint`` and ``whole`` on any, ``paper`` as published on the deviation
+and on memory. ``thrifty joint`` asks a move to pay back within a tenth of its request's remaining steps, not a quarter.
+When a device is full regardless, the request admitted last there is evicted (``none``: the one that cannot grow).
+
+``mean_us`` and ``p95_us``: makespan, per layer and decode step. ``refill_us``: time to prefill KV again that was lost,
+to eviction or with a device, spread over all layers and steps. ``over_ideal``: mean excess of the makespan over all
+that runs dispatched anew, which does not reward a policy for having evicted. ``moved_gib``: KV copied between devices.
+``refilled_gib``: KV that was lost and is made again. ``saved_us_per_gib``: makespan and refill below those of ``none``,
+per GiB moved. ``evictions`` are those for lack of memory. ``tokens_per_s``: decoded, per second of virtual time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measuring import plots, rows
+from benchmarks.measuring.drift import LAYERS, REFILL_TOKEN_S, Policy, Run, Scenario, Tally
+from benchmarks.measuring.rows import Row
+from hetis.solver.dispatch.problem import FloatArray
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.redispatch.baselines import paper_rule, whole_request_moves
+from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.result import Move
+from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.redispatch.triggers import TriggerKind
+
+SCENARIOS = (
+    Scenario(name="long", long_share=0.1),
+    Scenario(name="slow", slow="3090-0", slow_at=100),
+    Scenario(name="leave", leaves="P100-1", leaves_at=100),
+    Scenario(name="memory", long_share=0.1, requests=260, overcommits=True),
+    Scenario(name="all", long_share=0.1, slow="3090-0", slow_at=100, leaves="P100-1", leaves_at=250, requests=130),
+)
+STEPS, SEEDS, THETAS = 600, 4, (0.5, 0.1)
+GIB = 2**30
+ALL = frozenset(TriggerKind)
+
+
+@dataclass(slots=True)
+class Joint:
+    """The joint program over all running requests."""
+
+    patience: float = 0.25
+    evicts_itself: bool = False
+    heeds: frozenset[TriggerKind] = ALL
+    solvers: dict[int, Redispatcher] = field(default_factory=dict)
+    solve_s: list[float] = field(default_factory=list)
+
+    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
+        solver = self.solvers.setdefault(id(dispatcher), Redispatcher(dispatcher))
+        started = time.thread_time()
+        plan = solver.solve(replace(problem, patience=self.patience, full=_only(full)))
+        self.solve_s.append(time.thread_time() - started)
+        return plan.moves
+
+
+@dataclass(slots=True)
+class Paper:
+    """The one request whose re-dispatch helps most (Hetis, SC'25)."""
+
+    evicts_itself: bool = False
+    heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
+    solve_s: list[float] = field(default_factory=list)
+
+    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
+        started = time.thread_time()
+        found = paper_rule(problem, dispatcher, device=full)
+        self.solve_s.append(time.thread_time() - started)
+        return found
+
+
+@dataclass(slots=True)
+class Whole:
+    """Requests that are never split."""
+
+    evicts_itself: bool = False
+    heeds: frozenset[TriggerKind] = ALL
+    solve_s: list[float] = field(default_factory=list)
+
+    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
+        started = time.thread_time()
+        found = whole_request_moves(replace(problem, full=_only(full)))
+        self.solve_s.append(time.thread_time() - started)
+        return found
+
+
+@dataclass(slots=True)
+class Still:
+    """Nothing moves; eviction only."""
+
+    evicts_itself: bool
+    heeds: frozenset[TriggerKind] = frozenset()
+    solve_s: list[float] = field(default_factory=list)
+
+    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
+        return ()
+
+
+COLOURS = ("#999999", "#555555", "#e69f00", "#f0c040", "#0072b2", "#56b4e9", "#009e73", "#80c8a8", "#d55e00", "#f0a080")
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "none": lambda: Still(evicts_itself=True),
+    "lifo": lambda: Still(evicts_itself=False),
+    "whole": Whole,
+    "paper": Paper,
+    "joint": Joint,
+    "thrifty joint": lambda: Joint(patience=0.1),
+}
+
+
+def _only(full: int | None) -> frozenset[int]:
+    return frozenset() if full is None else frozenset({full})
+
+
+def main() -> None:
+    """Prints one row per scenario, policy and Theta; draws makespans over time."""
+    arguments = rows.parser("benchmarks.redispatch", __doc__).parse_args()
+    curves: dict[str, dict[str, FloatArray]] = {}
+    rows.show(measured(quick=arguments.quick, only=arguments.only, curves=curves), arguments, name="redispatch")
+    if not arguments.quick:
+        draw(curves)
+
+
+def measured(*, quick: bool, only: str, curves: dict[str, dict[str, FloatArray]]) -> Iterator[Row]:
+    """Every scenario with every policy; one scenario, seed and Theta and fewer steps when ``quick``.
+
+    ``curves`` is filled with makespans over time of the first seed, by scenario and policy.
+    """
+    scenarios = SCENARIOS[-1:] if quick else SCENARIOS
+    steps, seeds, thetas = (300, 1, THETAS[:1]) if quick else (STEPS, SEEDS, THETAS)
+    for scenario in (s for s in scenarios if only in s.name):
+        nothing: list[Tally] = []
+        for name, policy in POLICIES.items():
+            for theta in thetas if policy().heeds else thetas[:1]:
+                made = [policy() for _ in range(seeds)]
+                tallies = [Run(scenario, p, theta=theta, seed=s).run(steps) for s, p in enumerate(made)]
+                nothing = nothing or tallies
+                label = f"{name}, Theta {theta:g}" if policy().heeds else name
+                curves.setdefault(scenario.name, {})[label] = 1e6 * np.array(tallies[0].makespans_s)
+                yield _row(f"{scenario.name}, {label}", tallies, [s for p in made for s in p.solve_s], nothing)
+
+
+def _row(title: str, tallies: Sequence[Tally], solve_s: Sequence[float], nothing: Sequence[Tally]) -> Row:
+    makespans = np.array([tally.makespans_s for tally in tallies])
+    over = np.mean([np.mean(np.array(t.makespans_s) / np.maximum(t.ideals_s, 1e-12)) for t in tallies]) - 1
+    moved_gib = _mean([t.moved_bytes for t in tallies]) / GIB
+    saved_us = _cost_us(nothing) - _cost_us(tallies)
+    return {
+        "name": title,
+        "mean_us": 1e6 * float(makespans.mean()),
+        "p95_us": 1e6 * float(np.quantile(makespans, 0.95)),
+        "refill_us": _refill_us(tallies),
+        "over_ideal": float(over),
+        "moved_gib": moved_gib,
+        "refilled_gib": _mean([t.refilled_bytes for t in tallies]) / GIB,
+        "saved_us_per_gib": saved_us / moved_gib if moved_gib > 0 else None,
+        "evictions": _mean([t.evictions for t in tallies]),
+        "tokens_per_s": sum(t.tokens for t in tallies) / sum(t.seconds for t in tallies),
+        "looks": _mean([t.looks for t in tallies]),
+        "solve_p50_ms": 1e3 * float(np.median(solve_s)) if solve_s else None,
+    }
+
+
+def _cost_us(tallies: Sequence[Tally]) -> float:
+    return 1e6 * _mean([_mean(t.makespans_s) for t in tallies]) + _refill_us(tallies)
+
+
+def _refill_us(tallies: Sequence[Tally]) -> float:
+    return 1e6 * _mean([t.refilled_tokens * REFILL_TOKEN_S / (len(t.makespans_s) * LAYERS) for t in tallies])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(statistics.mean(values))
+
+
+def draw(curves: dict[str, dict[str, FloatArray]]) -> None:
+    """Makespans over time, smoothed over 20 steps: HTML, and PNG where matplotlib is installed."""
+    from plotly import graph_objects, subplots
+
+    plots.RESULTS.mkdir(exist_ok=True)
+    path = plots.RESULTS / "redispatch.html"
+    figure: Any = subplots.make_subplots(rows=len(curves), cols=1, subplot_titles=list(curves), shared_xaxes=True)
+    for place, lines in enumerate(curves.values(), start=1):
+        for colour, (label, values) in zip(COLOURS, lines.items(), strict=True):
+            line = graph_objects.Scatter(
+                y=_smooth(values), name=label, legendgroup=label, showlegend=place == 1, line={"color": colour}
+            )
+            figure.add_trace(line, row=place, col=1)
+    figure.update_yaxes(title="us per layer")
+    figure.update_layout(height=300 * len(curves))
+    figure.write_html(path, include_plotlyjs="cdn")
+    if importlib.util.find_spec("matplotlib") is not None:
+        figures: Any = importlib.import_module("matplotlib.figure")
+        picture = figures.Figure(figsize=(8, 3 * len(curves)), layout="constrained")
+        axes = picture.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (scenario, lines) in zip(axes, curves.items(), strict=True):
+            for colour, (label, values) in zip(COLOURS, lines.items(), strict=True):
+                axis.plot(_smooth(values), label=label, color=colour)
+            axis.set(title=scenario, ylabel="us per layer")
+        axes[0].legend(fontsize="small")
+        picture.savefig(path.with_suffix(".png"), dpi=120)
+    print(f"drawn: {path}", file=sys.stderr)
+
+
+def _smooth(values: FloatArray) -> FloatArray:
+    return np.convolve(values, np.full(20, 0.05), mode="valid")
+
+
+if __name__ == "__main__":
+    main()

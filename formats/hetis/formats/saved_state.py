@@ -1,0 +1,264 @@
+"""What a DispatchState file says, as a value: a stage as people describe it, and the solver's view of it.
+
+The solver knows seconds per head and per byte only. A file may name a GPU type instead, whose costs a profile gives;
+`SavedState.snapshot` takes them as an argument, so that this package needs no profiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from hetis.formats.stage_heads import InlineHeads, catalogue_model, heads_of
+from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
+from hetis.solver.errors import InvalidProblemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPiece:
+    """One affine piece of decode attention on one card: seconds per query head, per KV byte read, and per call."""
+
+    head_s: float = 0.0
+    kv_byte_s: float = 0.0
+    call_s: float = 0.0
+
+
+Pieces = tuple[AttentionPiece, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedDevice:
+    """A device of the stage.
+
+    Attributes:
+        name: unique in the stage.
+        role: the primary (a tensor-parallel group of ``tp`` cards) or an attention worker.
+        tp: cards of the primary; 1 for a worker.
+        gpu: type of its cards; its modelled or measured costs are used where ``attention`` is None.
+        attention: what decode attention costs on one card.
+        link_byte_s, link_s: seconds per byte exchanged and per exchange; of the primary: of its network card.
+        move_byte_s: seconds per byte of KV moved in or out; None: ``link_byte_s``.
+        total_blocks: KV blocks a layer has there; of the primary: on all its cards together.
+        status, high_water, changed: as of `hetis.solver.dispatch.snapshot.DeviceSnapshot`.
+    """
+
+    name: str
+    role: Literal["primary", "worker"]
+    tp: int = 1
+    gpu: str | None = None
+    attention: Pieces | None = None
+    link_byte_s: float = 0.0
+    link_s: float = 0.0
+    move_byte_s: float | None = None
+    total_blocks: int
+    status: DeviceStatus = DeviceStatus.OK
+    high_water: float = 0.9
+    changed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRequest:
+    """A running request: its context, the output tokens still expected, and its head groups by device name."""
+
+    id: str
+    context_tokens: int
+    remaining_tokens: int
+    groups: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedMove:
+    """Head groups under way from one device to another."""
+
+    number: int
+    request: str
+    groups: int
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """One replica stage and what it runs. Heads are those of a catalogue ``model`` or the ``inline`` ones."""
+
+    name: str
+    model: str | None = None
+    inline: InlineHeads | None = None
+    kv_dtype: str | None = None  # None: that of the model, or 2 bytes per element
+    block_tokens: int = 16
+    num_layers: int
+    devices: tuple[SavedDevice, ...]
+    requests: tuple[SavedRequest, ...] = ()
+    moves: tuple[SavedMove, ...] = ()
+    heads: HeadShape = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", heads_of(self.model, self.inline, self.kv_dtype, self.block_tokens))
+        self.snapshot({device.name: (AttentionPiece(),) for device in self.devices})  # is it valid?
+
+    @property
+    def group_flops_per_token(self) -> float | None:
+        """FLOPs of one head group per token attended to, in one layer; None where only byte counts are known."""
+        if self.model is not None:
+            return catalogue_model(self.model).decode_attention_flops(1.0, self.heads.queries_per_group)
+        if self.inline is not None and self.inline.head_dim is not None:
+            return 4.0 * self.inline.head_dim * self.heads.queries_per_group
+        return None
+
+    def snapshot(self, costs: Mapping[str, Pieces] | None = None) -> StateSnapshot:
+        """What the solver works on.
+
+        Args:
+            costs: pieces by device name, for devices without ``attention`` of their own.
+
+        Raises:
+            InvalidProblemError: a device has no costs, or the state contradicts itself.
+        """
+        index = {device.name: i for i, device in enumerate(self.devices)}
+        groups = np.zeros((len(self.requests), len(self.devices)), np.int64)
+        for j, request in enumerate(self.requests):
+            for name, count in request.groups.items():
+                groups[j, index[name]] = count
+        return StateSnapshot(
+            stage=self._stage(costs or {}),
+            devices=tuple(
+                DeviceSnapshot(
+                    name=d.name,
+                    total_blocks=d.total_blocks,
+                    status=d.status,
+                    high_water=d.high_water,
+                    changed=d.changed,
+                )
+                for d in self.devices
+            ),
+            ids=tuple(request.id for request in self.requests),
+            context_tokens=np.array([request.context_tokens for request in self.requests], np.int64),
+            remaining_tokens=np.array([request.remaining_tokens for request in self.requests], np.int64),
+            groups=groups,
+            moves=tuple(
+                PreparedMove(
+                    number=m.number,
+                    request=m.request,
+                    groups=m.groups,
+                    source=index[m.source],
+                    target=index[m.target],
+                )
+                for m in self.moves
+            ),
+        )
+
+    def move_byte_s(self) -> FloatArray:
+        """Seconds per byte of KV moved into or out of each device, shape [D]."""
+        return np.array([d.link_byte_s if d.move_byte_s is None else d.move_byte_s for d in self.devices])
+
+    def after(self, snapshot: StateSnapshot) -> SavedState:
+        """The same stage with the requests, moves and device states of ``snapshot``; costs stay as they are given."""
+        devices = tuple(
+            replace(device, status=now.status, high_water=now.high_water, changed=now.changed)
+            for device, now in zip(self.devices, snapshot.devices, strict=True)
+        )
+        return replace(self, devices=devices, requests=_requests_of(snapshot), moves=_moves_of(snapshot))
+
+    def _stage(self, costs: Mapping[str, Pieces]) -> Stage:
+        pieces = [self._pieces(device, costs) for device in self.devices]
+        most = max((len(own) for own in pieces), default=1)
+        table = [[*own, *[own[-1]] * (most - len(own))] for own in pieces]
+        links = np.array([(d.link_byte_s, d.link_s) if d.role == "worker" else (0.0, 0.0) for d in self.devices])
+        primary = next((i for i, device in enumerate(self.devices) if device.role == "primary"), None)
+        return Stage(
+            heads=self.heads,
+            devices=tuple(device.name for device in self.devices),
+            head_s=np.array([[piece.head_s for piece in row] for row in table]),
+            kv_byte_s=np.array([[piece.kv_byte_s for piece in row] for row in table]),
+            call_s=np.array([[piece.call_s for piece in row] for row in table]),
+            transfer_byte_s=links[:, 0].copy() if len(links) else links,
+            transfer_s=links[:, 1].copy() if len(links) else links,
+            primary=None
+            if primary is None
+            else Primary(
+                device=primary,
+                tp=self.devices[primary].tp,
+                nic_byte_s=self.devices[primary].link_byte_s,
+                nic_s=self.devices[primary].link_s,
+            ),
+        )
+
+    def _pieces(self, device: SavedDevice, costs: Mapping[str, Pieces]) -> Pieces:
+        pieces = device.attention or costs.get(device.name)
+        if pieces is None:
+            raise InvalidProblemError(f"{device.name}: the attention costs of {device.gpu} have to be looked up first")
+        return pieces
+
+
+def saved_state(
+    snapshot: StateSnapshot, *, name: str, num_layers: int, move_byte_s: FloatArray | None = None
+) -> SavedState:
+    """A snapshot as the value of a file; its ``snapshot()`` is equal, what the solver does not use left out."""
+    stage = snapshot.stage
+    heads = stage.heads
+    return SavedState(
+        name=name,
+        inline=InlineHeads(
+            groups=heads.head_groups,
+            queries_per_group=heads.queries_per_group,
+            kv_bytes_per_token=heads.kv_bytes_per_token,
+            exchange_bytes_per_head=heads.exchange_bytes_per_head,
+        ),
+        block_tokens=heads.block_tokens,
+        num_layers=num_layers,
+        devices=tuple(_device_of(snapshot, i, move_byte_s) for i in range(stage.num_devices)),
+        requests=_requests_of(snapshot),
+        moves=_moves_of(snapshot),
+    )
+
+
+def _device_of(snapshot: StateSnapshot, i: int, move_byte_s: FloatArray | None) -> SavedDevice:
+    stage, device = snapshot.stage, snapshot.devices[i]
+    pieces = [
+        AttentionPiece(head_s=float(a), kv_byte_s=float(b), call_s=float(c))
+        for a, b, c in zip(stage.head_s[i], stage.kv_byte_s[i], stage.call_s[i], strict=True)
+    ]
+    while len(pieces) > 1 and pieces[-1] == pieces[-2]:
+        pieces.pop()  # repeated to fill the table
+    link_byte_s, link_s, tp = float(stage.transfer_byte_s[i]), float(stage.transfer_s[i]), 1
+    if stage.primary is not None and stage.has_primary_at(i):
+        link_byte_s, link_s, tp = stage.primary.nic_byte_s, stage.primary.nic_s, stage.primary.tp
+    moving_s = link_byte_s if move_byte_s is None else float(move_byte_s[i])
+    return SavedDevice(
+        name=device.name,
+        role="primary" if stage.has_primary_at(i) else "worker",
+        tp=tp,
+        attention=tuple(pieces),
+        link_byte_s=link_byte_s,
+        link_s=link_s,
+        move_byte_s=None if moving_s == link_byte_s else moving_s,
+        total_blocks=device.total_blocks,
+        status=device.status,
+        high_water=device.high_water,
+        changed=device.changed,
+    )
+
+
+def _requests_of(snapshot: StateSnapshot) -> tuple[SavedRequest, ...]:
+    names = snapshot.stage.devices
+    return tuple(
+        SavedRequest(
+            id=request,
+            context_tokens=int(snapshot.context_tokens[j]),
+            remaining_tokens=int(snapshot.remaining_tokens[j]),
+            groups={names[i]: int(snapshot.groups[j, i]) for i in np.flatnonzero(snapshot.groups[j])},
+        )
+        for j, request in enumerate(snapshot.ids)
+    )
+
+
+def _moves_of(snapshot: StateSnapshot) -> tuple[SavedMove, ...]:
+    names = snapshot.stage.devices
+    return tuple(
+        SavedMove(number=m.number, request=m.request, groups=m.groups, source=names[m.source], target=names[m.target])
+        for m in snapshot.moves
+    )

@@ -1,0 +1,168 @@
+"""Dispatch and re-dispatch of a saved state, with everything that is told about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from hetis.formats.dispatch_requests import NewRequests
+from hetis.formats.saved_state import SavedState
+from hetis.planner.stage_sources import LoadedStage
+from hetis.planner.stage_times import StageTimes, times_of
+from hetis.solver.budget import Budget
+from hetis.solver.dispatch.problem import DispatchProblem
+from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.snapshot import StateSnapshot
+from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.result import Move, RedispatchPlan
+from hetis.solver.redispatch.triggers import Trigger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dispatched:
+    """New requests placed on a stage.
+
+    Attributes:
+        stage: what they were placed on.
+        requests: in their order of admission.
+        plan: where they went, with its proof.
+        before, after: times of every device without and with them.
+        reached: the state with those that were placed.
+    """
+
+    stage: LoadedStage
+    requests: NewRequests
+    plan: DispatchPlan
+    before: StageTimes
+    after: StageTimes
+    reached: StateSnapshot
+
+    @property
+    def saved(self) -> SavedState:
+        """The new state for its file."""
+        return self.stage.saved.after(self.reached)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redispatched:
+    """Head groups of running requests moved.
+
+    Attributes:
+        stage: what runs.
+        problem: with the settings it was solved under.
+        triggers: what would make a running stage look.
+        plan: moves, refused ones, proof.
+        before, after: times of every device; head groups under way count where they go.
+        reached: the state once the moves are done.
+    """
+
+    stage: LoadedStage
+    problem: RedispatchProblem
+    triggers: tuple[Trigger, ...]
+    plan: RedispatchPlan
+    before: StageTimes
+    after: StageTimes
+    reached: StateSnapshot
+
+    @property
+    def saved(self) -> SavedState:
+        """The new state for its file."""
+        return self.stage.saved.after(self.reached)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedispatchSettings:
+    """As of `RedispatchProblem`, None: its default; ``theta`` as of `hetis.solver.redispatch.triggers`."""
+
+    theta: float = 0.5
+    budget_bytes: float = math.inf
+    least_gain: float = 0.01
+    patience: float = 0.25
+    ahead_steps: int = 100
+    refill_token_s: float | None = None
+
+
+def is_compiled() -> bool:
+    """Whether the kernels have been compiled on this machine; the first run takes a minute longer."""
+    from hetis.solver.compiled import is_cached
+    from hetis.solver.dispatch.tables import running_load
+
+    return is_cached(running_load)
+
+
+def dispatch_requests(
+    stage: LoadedStage, requests: NewRequests, *, exact: bool = False, budget: Budget | None = None, seed: int = 0
+) -> Dispatched:
+    """Places new requests; ``exact``: searches whole head groups until proven best or the budget is spent."""
+    from hetis.solver.dispatch.exact import solve_exactly
+    from hetis.solver.dispatch.solve import solve_dispatch
+
+    arrivals = requests.to_solver()
+    problem = DispatchProblem(stage=stage.snapshot.stage, load=stage.snapshot.load(), requests=arrivals)
+    plan = solve_exactly(problem, budget=budget, seed=seed) if exact else solve_dispatch(problem)
+    state = DispatchState.of(stage.snapshot)
+    state.admit(arrivals, plan)
+    reached = state.snapshot()
+    return Dispatched(
+        stage=stage,
+        requests=requests,
+        plan=plan,
+        before=times_of(stage.snapshot),
+        after=times_of(reached),
+        reached=reached,
+    )
+
+
+def redispatch_stage(stage: LoadedStage, settings: RedispatchSettings) -> Redispatched:
+    """Finds the moves that pay, whether or not a trigger has fired."""
+    from hetis.solver.dispatch.solve import Dispatcher
+    from hetis.solver.redispatch.solve import Redispatcher
+    from hetis.solver.redispatch.triggers import triggers
+
+    problem = RedispatchProblem(
+        snapshot=stage.snapshot,
+        num_layers=stage.saved.num_layers,
+        link_byte_s=stage.saved.move_byte_s(),
+        budget_bytes=settings.budget_bytes,
+        least_gain=settings.least_gain,
+        patience=settings.patience,
+        ahead_steps=settings.ahead_steps,
+    )
+    if settings.refill_token_s is not None:
+        problem = replace(problem, refill_token_s=settings.refill_token_s)
+    dispatcher = Dispatcher(stage.snapshot.stage)
+    fired = triggers(stage.snapshot, dispatcher, theta=settings.theta)
+    plan = Redispatcher(dispatcher).solve(problem)
+    reached = _after_moves(stage.snapshot, plan)
+    return Redispatched(
+        stage=stage,
+        problem=problem,
+        triggers=fired,
+        plan=plan,
+        before=times_of(stage.snapshot, arrived=True),
+        after=times_of(reached, arrived=True),
+        reached=reached,
+    )
+
+
+def bundles(plan: RedispatchPlan) -> Iterator[list[Move]]:
+    """Moves that are committed at once, in order."""
+    for _, moves in groupby(plan.moves, key=lambda move: move.together):
+        yield list(moves)
+
+
+def _after_moves(snapshot: StateSnapshot, plan: RedispatchPlan) -> StateSnapshot:
+    state = DispatchState.of(snapshot)
+    for moves in bundles(plan):
+        prepared = [
+            state.prepare_move(move.request, groups=move.groups, source=move.source, target=move.target)
+            for move in moves
+        ]
+        numbers = [move.number for move in prepared if move is not None]
+        assert len(numbers) == len(moves), "every prefix of the moves fits in memory"
+        state.commit_moves(*numbers)
+    state.mark_seen()
+    return state.snapshot()

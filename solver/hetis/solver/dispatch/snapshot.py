@@ -1,0 +1,199 @@
+"""What one replica stage holds, as a value: for files, for re-dispatch, and to start a `DispatchState` from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.dispatch.problem import IntArray, Load, Stage
+from hetis.solver.errors import InvalidProblemError
+
+
+class DeviceStatus(StrEnum):
+    """Whether a device takes head groups.
+
+    ``ok``: it does. ``draining``: it serves what it holds, takes nothing, and should be emptied. ``lost``: it is gone,
+    and so is its KV; it holds nothing.
+    """
+
+    OK = "ok"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSnapshot:
+    """One device of a stage.
+
+    Attributes:
+        name: as in the stage.
+        total_blocks: KV blocks a layer has there; of the primary, on all its cards together.
+        status: whether it takes head groups.
+        high_water: share of the blocks in use above which head groups should leave.
+        changed: it joined, came back, was lost or changed its speed since re-dispatch last looked.
+    """
+
+    name: str
+    total_blocks: int
+    status: DeviceStatus = DeviceStatus.OK
+    high_water: float = 0.9
+    changed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.total_blocks < 0:
+            raise InvalidProblemError(f"{self.name}: total_blocks is {self.total_blocks}, must be >= 0")
+        if not 0 < self.high_water <= 1:
+            raise InvalidProblemError(f"{self.name}: high_water is {self.high_water}, must be > 0 and <= 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedMove:
+    """Head groups under way: blocks are taken at both ends, the source owns the groups until the move is committed.
+
+    ``number`` names the move within its state; ``source`` and ``target`` are indices of devices.
+    """
+
+    number: int
+    request: str
+    groups: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StateSnapshot:
+    """What a stage holds at one moment. Requests are in their order of admission.
+
+    Attributes:
+        stage: devices and what attention costs on them.
+        devices: one per device of the stage, in its order.
+        ids: names of the running requests, N of them.
+        context_tokens: tokens that a decode step attends to, shape [N].
+        remaining_tokens: output tokens still expected, one per decode step, shape [N].
+        groups: head groups of each request on each device, shape [N, D].
+        moves: head groups under way.
+    """
+
+    stage: Stage
+    devices: tuple[DeviceSnapshot, ...]
+    ids: tuple[str, ...]
+    context_tokens: IntArray
+    remaining_tokens: IntArray
+    groups: IntArray
+    moves: tuple[PreparedMove, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = tuple(device.name for device in self.devices)
+        if names != self.stage.devices:
+            raise InvalidProblemError(f"devices are {', '.join(names)}, the stage has {', '.join(self.stage.devices)}")
+        num = len(self.ids)
+        if len(set(self.ids)) < num:
+            twice = next(name for name in self.ids if self.ids.count(name) > 1)
+            raise InvalidProblemError(f"request {twice} is listed {self.ids.count(twice)} times")
+        if self.context_tokens.shape != (num,) or self.remaining_tokens.shape != (num,):
+            raise InvalidProblemError(
+                f"{num} requests have {len(self.context_tokens)} contexts and {len(self.remaining_tokens)} remainders"
+            )
+        if num and (self.context_tokens.min() < 1 or self.remaining_tokens.min() < 0):
+            raise InvalidProblemError("requests need context_tokens >= 1 and remaining_tokens >= 0")
+        if self.groups.shape != (num, len(names)):
+            raise InvalidProblemError(f"groups has shape {self.groups.shape}, must be {(num, len(names))}")
+        for j in np.flatnonzero(self._misplaced()):
+            check_groups(self.stage, self.ids[j], self.groups[j])
+        self._check_moves()
+        self._check_devices()
+
+    def _misplaced(self) -> npt.NDArray[np.bool_]:
+        """Requests that `check_groups` refuses, shape [N]."""
+        wrong: npt.NDArray[np.bool_] = (self.groups < 0).any(axis=1) | (
+            self.groups.sum(axis=1) != self.stage.heads.head_groups
+        )
+        if self.stage.primary is not None:
+            wrong |= self.groups[:, self.stage.primary.device] % self.stage.primary_groups != 0
+        return wrong
+
+    def _check_moves(self) -> None:
+        index = {name: j for j, name in enumerate(self.ids)}
+        away = np.zeros_like(self.groups)
+        for move in self.moves:
+            if move.request not in index or move.groups < 1 or move.source == move.target:
+                raise InvalidProblemError(f"move {move.number}: no {move.groups} groups of {move.request} can move so")
+            for device in (move.source, move.target):
+                if not 0 <= device < len(self.devices):
+                    raise InvalidProblemError(f"move {move.number}: {device} is none of {len(self.devices)} devices")
+            away[index[move.request], move.source] += move.groups
+        if np.any(away > self.groups):
+            j, i = np.argwhere(away > self.groups)[0]
+            raise InvalidProblemError(
+                f"request {self.ids[j]}: {away[j, i]} groups are leaving {self.devices[i].name}, "
+                f"which holds {self.groups[j, i]}"
+            )
+        if len({move.number for move in self.moves}) < len(self.moves):
+            raise InvalidProblemError("two moves have the same number")
+
+    def _check_devices(self) -> None:
+        for device, used, held in zip(self.devices, self.used_blocks(), self.groups.sum(axis=0), strict=True):
+            if used > device.total_blocks:
+                raise InvalidProblemError(f"{device.name}: {used} KV blocks are in use of {device.total_blocks}")
+            if held and device.status is DeviceStatus.LOST:
+                raise InvalidProblemError(f"{device.name} is lost, but {held} head groups are said to be there")
+
+    def context_blocks(self) -> IntArray:
+        """KV blocks per layer of one head group of each request, shape [N]."""
+        return -(-self.context_tokens // self.stage.heads.block_tokens)
+
+    def expected_blocks(self) -> IntArray:
+        """The same when the request has produced all tokens that are expected of it, shape [N]."""
+        return -(-(self.context_tokens + self.remaining_tokens) // self.stage.heads.block_tokens)
+
+    def used_blocks(self) -> IntArray:
+        """KV blocks in use on each device, those taken for moves under way included, shape [D]."""
+        return self._blocks_on_devices(self.context_blocks())
+
+    def total_blocks(self) -> IntArray:
+        """Of each device, shape [D]."""
+        return np.array([device.total_blocks for device in self.devices], np.int64)
+
+    def takes_groups(self) -> npt.NDArray[np.bool_]:
+        """Devices that are ok, shape [D]."""
+        return np.array([device.status is DeviceStatus.OK for device in self.devices])
+
+    def incoming(self) -> IntArray:
+        """Head groups of each request under way to each device, shape [N, D]."""
+        index = {name: j for j, name in enumerate(self.ids)}
+        coming = np.zeros_like(self.groups)
+        for move in self.moves:
+            coming[index[move.request], move.target] += move.groups
+        return coming
+
+    def load(self) -> Load:
+        """What new requests join; devices that take no groups have no free blocks."""
+        heads = self.stage.heads
+        free = self.total_blocks() - self._blocks_on_devices(self.expected_blocks())
+        return Load(
+            heads=self.groups.sum(axis=0) * heads.queries_per_group,
+            kv_bytes=(self.context_tokens @ self.groups).astype(np.float64) * heads.kv_bytes_per_token,
+            free_blocks=np.where(self.takes_groups(), free, 0),
+        )
+
+    def _blocks_on_devices(self, blocks: IntArray) -> IntArray:
+        used: IntArray = blocks @ (self.groups + self.incoming())
+        return used
+
+
+def check_groups(stage: Stage, request: str, groups: IntArray) -> None:
+    """Raises InvalidProblemError unless all head groups of a request have one device each, groups [D]."""
+    if groups.min() < 0 or groups.sum() != stage.heads.head_groups:
+        raise InvalidProblemError(
+            f"request {request} has {groups.tolist()} head groups on the devices, must be "
+            f"{stage.heads.head_groups} in all"
+        )
+    primary = stage.primary
+    if primary is not None and groups[primary.device] % stage.primary_groups:
+        raise InvalidProblemError(
+            f"request {request}: {groups[primary.device]} head groups on {stage.devices[primary.device]}, "
+            f"which takes {stage.primary_groups} at a time"
+        )

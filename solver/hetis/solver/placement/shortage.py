@@ -1,0 +1,89 @@
+"""Why no replica fits in memory: what the smallest one needs beside what there is, the most telling shortage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from hetis.solver.placement.explanation.wording import in_bytes
+from hetis.solver.placement.tables import Atlas
+
+
+def why_nothing_fits(atlas: Atlas) -> str:
+    """One sentence, for a problem whose family holds no replica even without limits."""
+    if not atlas.ranks:
+        model, sizes = atlas.problem.model, "/".join(map(str, atlas.problem.family.tp_sizes))
+        return f"{model.name}: its {model.q_heads} query heads cannot be split by any of TP {sizes} on this fleet"
+    return next(_shortages(atlas))
+
+
+def _shortages(atlas: Atlas) -> Iterator[str]:
+    """From the plainest to what is left when all others are excluded."""
+    problem, model = atlas.problem, atlas.problem.model
+    room, whose = _usable_by_a_replica(atlas)
+    weights = model.params() * model.weight_bytes
+    kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * _fewest_kv_tokens(atlas)
+    batch = min(problem.family.micro_batches)
+    requests = f"{batch} request{'' if batch == 1 else 's'}, the smallest batch"
+    if weights > room:
+        yield f"{model.name} needs {in_bytes(weights)} for weights alone; {whose} has {in_bytes(room)} usable"
+    if weights + kv > room:
+        yield (
+            f"{model.name} needs {in_bytes(weights + kv)}: {in_bytes(weights)} for weights and {in_bytes(kv)} for the "
+            f"KV of {requests}; {whose} has {in_bytes(room)} usable"
+        )
+    held, tp, gpu, needed, usable = _largest_share(atlas)
+    if held < 1:
+        yield (
+            f"a layer of {model.name} needs {in_bytes(needed)} on each of {tp} GPUs, activations included; "
+            f"{gpu} has {in_bytes(usable)} usable"
+        )
+    layers, most = model.num_layers - model.prefix_layers, _most_layers(atlas)
+    if most < layers:
+        yield (
+            f"the GPUs that a replica may use hold at most {most} of {layers} layers of {model.name}, KV left out: a "
+            f"layer needs {in_bytes(needed)} on each of {tp} {gpu}, which have {in_bytes(usable)} usable"
+        )
+    yield (
+        f"{model.name} needs {in_bytes(weights)} for weights and {in_bytes(kv)} for the KV of {requests}; {whose} has "
+        f"{in_bytes(room)} usable, but no split into stages of whole layers keeps every GPU within its memory"
+    )
+
+
+def _usable_by_a_replica(atlas: Atlas) -> tuple[float, str]:
+    """Bytes beside the engine's on all GPUs that one replica may use together, and whose they are."""
+    tables = atlas.scopes[-1].tables
+    rooms = [float(room) * c.available for room, c in zip(tables.worker_room_bytes, atlas.classes, strict=True)]
+    if atlas.problem.family.mixed_types or len(rooms) == 1:
+        return sum(rooms), "this fleet"
+    largest = int(np.argmax(rooms))
+    c = atlas.classes[largest]
+    return rooms[largest], f"a replica of one device class, at most {c.available} {c.gpu},"
+
+
+def _fewest_kv_tokens(atlas: Atlas) -> float:
+    """Tokens of KV that a copy must have room for, whatever the mix."""
+    return float(atlas.scopes[-1].tables.kv_tokens.min())
+
+
+def _largest_share(atlas: Atlas) -> tuple[float, int, str, float, float]:
+    """Where a layer fits best: layers per rank (a fraction below 1: none), TP size, GPU, bytes needed and usable."""
+    t = atlas.scopes[-1].tables
+    found = []
+    for s, (device_class, tp) in enumerate(atlas.ranks):
+        needed = float(t.layer_bytes[s] + t.act_bytes[:, s].min())
+        held = (float(t.room_bytes[s]) - float(t.act_bytes[:, s].min())) / float(t.layer_bytes[s])
+        found.append((held, tp, atlas.classes[device_class].gpu, needed, float(t.room_bytes[s])))
+    return max(found)
+
+
+def _most_layers(atlas: Atlas) -> int:
+    """No replica holds more repeated layers, were it without KV and embeddings."""
+    t = atlas.scopes[-1].tables
+    most = [0] * len(atlas.classes)
+    for s, (device_class, tp) in enumerate(atlas.ranks):
+        on_rank = max(0.0, float(t.room_bytes[s]) - float(t.act_bytes[:, s].min())) // float(t.layer_bytes[s])
+        groups = atlas.classes[device_class].available // tp
+        most[device_class] = max(most[device_class], int(on_rank) * groups)
+    return sum(most) if atlas.problem.family.mixed_types else max(most)

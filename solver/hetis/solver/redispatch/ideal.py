@@ -1,0 +1,25 @@
+"""The ideal of a stage: all that runs dispatched anew, as if moving cost nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hetis.solver.dispatch.problem import Load, Requests
+from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
+from hetis.solver.dispatch.solve import Dispatcher
+
+
+def ideal_dispatch(snapshot: StateSnapshot, dispatcher: Dispatcher, *, on_draining: bool = False) -> DispatchPlan:
+    """All running requests dispatched to idle devices, as they are now: what a stage without a past would look like.
+
+    With ``on_draining`` devices that are to be emptied may be used, so that the bound holds while they still are.
+    """
+    usable = {DeviceStatus.OK, DeviceStatus.DRAINING} if on_draining else {DeviceStatus.OK}
+    free = [device.total_blocks if device.status in usable else 0 for device in snapshot.devices]
+    everything = Requests(
+        ids=snapshot.ids,
+        context_tokens=snapshot.context_tokens,
+        growth_tokens=np.zeros(len(snapshot.ids), np.int64),
+    )
+    return dispatcher.dispatch(Load.idle(np.array(free, np.int64)), everything, tolerance=0.01)

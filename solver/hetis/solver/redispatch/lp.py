@@ -1,0 +1,204 @@
+"""The relaxation of re-dispatch as one linear program in HiGHS, moves in fractions of head groups.
+
+Columns are what departs (d_ij, at most what is there) and what arrives (a_ij); doing nothing is all zeros. Most
+requests never move, and those that do have one good target: the model starts with the targets that prices from
+dispatch find cheap, and its own prices name the ones that are missing (sifting). This module is the only one that talks
+to highspy for re-dispatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import highspy
+import numpy as np
+
+from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.redispatch.certificate import Prices, arrival_prices
+from hetis.solver.redispatch.tables import BoolArray, Tables, device_seconds
+
+MOST_SIFTINGS = 30
+NEAR = 0.02  # arrivals start in the model if they cost at most this share more than the cheapest of their request
+CHEAPER = 1e-7  # an arrival joins if it is cheaper than what its request pays by more than this share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LpSolution:
+    """Groups x [N, D] in fractions, the objective in seconds, and the multipliers."""
+
+    x: FloatArray
+    value_s: float
+    prices: Prices
+
+
+class MoveLp:
+    """HiGHS, set up once and reused; not to be shared between threads."""
+
+    def __init__(self) -> None:
+        self._highs: Any = highspy.Highs()
+        self._highs.silent()
+        for option, value in (
+            ("threads", 1),
+            ("presolve", "off"),
+            ("solver", "simplex"),
+            ("simplex_strategy", 4),  # primal: doing nothing is feasible, and columns are added, rows never
+            ("primal_feasibility_tolerance", 1e-9),
+            ("dual_feasibility_tolerance", 1e-9),
+        ):
+            self._highs.setOptionValue(option, value)
+
+    def solve(self, tables: Tables, is_open: BoolArray, guess: Prices) -> LpSolution | None:
+        """The optimum with these devices open, or None: closed ones cannot be emptied.
+
+        ``guess`` are prices near the optimal ones, to choose the first columns by.
+        """
+        program = _Program(tables, is_open)
+        cost = arrival_prices(tables, guess, is_open)
+        targets = np.isfinite(cost)
+        chosen = targets & (cost <= cost.min(axis=1, keepdims=True, initial=np.inf) * (1 + NEAR))
+        highs = self._highs
+        highs.passModel(program.start())
+        requests, devices = np.nonzero(chosen)
+        program.add(highs, requests, devices)
+        for _ in range(MOST_SIFTINGS):
+            highs.run()
+            status = highs.getModelStatus()
+            if status == highspy.HighsModelStatus.kOptimal:
+                solution = highs.getSolution()
+                prices, pays = program.prices(np.array(solution.row_dual))
+                cost = arrival_prices(tables, prices, is_open)
+                added = targets & ~chosen & (cost < pays[:, None] - CHEAPER * np.abs(pays)[:, None])
+                if not added.any():
+                    break
+            else:
+                added = targets & ~chosen  # no prices to go by
+                if not added.any():
+                    return None
+            chosen |= added
+            more_requests, more_devices = np.nonzero(added)
+            program.add(highs, more_requests, more_devices)
+            requests, devices = np.append(requests, more_requests), np.append(devices, more_devices)
+        else:
+            return None
+        values = np.array(solution.col_value)
+        x = tables.now.astype(np.float64)
+        x[program.sources] -= values[program.first : program.first_arrival]
+        np.add.at(x, (requests, devices), values[program.first_arrival :])
+        value = float(highs.getInfo().objective_function_value) / program.scale
+        return LpSolution(x=np.maximum(0.0, x), value_s=value, prices=prices)
+
+
+class _Program:
+    """Rows: balance [N], pieces [D, K], network card, blocks now [D], blocks later [H, D], budget.
+
+    Columns: z, s [D], departures, then arrivals in the order they came. Seconds are multiplied by ``scale``.
+    """
+
+    def __init__(self, tables: Tables, is_open: BoolArray) -> None:
+        self.tables, self.is_open = tables, is_open
+        self.N, self.D = tables.now.shape
+        self.K, self.H = tables.alpha.shape[1], len(tables.later)
+        seconds = device_seconds(tables, tables.now)
+        self.scale = 1.0 / max(float(seconds.max()), 1e-12)
+        self.has_budget = bool(np.isfinite(tables.budget))
+        self.bytes_scale = 1.0 / max(tables.budget, 1.0) if self.has_budget else 0.0
+        self.sources = np.nonzero(tables.now)
+        self.first = 1 + self.D
+        self.first_arrival = self.first + len(self.sources[0])
+        sizes = (self.N, self.D * self.K, 1, self.D, self.H * self.D, 1)
+        self.rows = np.concatenate([[0], np.cumsum(sizes)])
+
+    def start(self) -> Any:
+        """The model without arrivals."""
+        t, D, K = self.tables, self.D, self.K
+        balance, pieces, card, now, later, budget, end = self.rows
+        groups, tokens = t.now.sum(axis=0), t.context @ t.now
+        upper = np.full(end, highspy.kHighsInf)
+        lower = np.full(end, -highspy.kHighsInf)
+        upper[balance:pieces] = lower[balance:pieces] = 0.0
+        time = t.base + t.alpha * groups[:, None] + t.beta * tokens[:, None]
+        upper[pieces:card] = np.where(self.is_open[:, None], -self.scale * time, highspy.kHighsInf).reshape(-1)
+        if t.primary >= 0 and np.any(self.is_open & self._is_worker):
+            on_workers = float(groups[self._is_worker].sum())
+            upper[card] = -self.scale * (t.nic_base + t.nic_group_s * on_workers)
+        upper[now:later] = t.room - t.blocks @ t.now
+        upper[later:budget] = (t.limit - t.later @ t.now).reshape(-1)
+        if self.has_budget:
+            upper[budget] = t.budget * self.bytes_scale
+
+        # Columns z and s first, then the departures, which are arrivals with the sign turned.
+        entry_rows, entry_values, sizes = [np.arange(pieces, card + 1)], [np.full(D * K + 1, -1.0)], [D * K + 1]
+        for i in range(D):
+            entry_rows.append(later + i + D * np.arange(self.H))
+            entry_values.append(np.full(self.H, -1.0))
+            sizes.append(self.H)
+        rows, values = self._column_entries(*self.sources, sign=-1.0)
+        lp = highspy.HighsLp()
+        lp.num_col_, lp.num_row_ = self.first_arrival, int(end)
+        most = t.now[self.sources].astype(np.float64)
+        forced = ~self.is_open[self.sources[1]]
+        lp.col_cost_ = np.concatenate([[1.0], self.scale * t.short_s, self.scale * t.charge[self.sources]])
+        lp.col_lower_ = np.concatenate([np.zeros(self.first), np.where(forced, most, 0.0)])
+        lp.col_upper_ = np.concatenate([np.full(self.first, highspy.kHighsInf), most])
+        lp.row_lower_, lp.row_upper_ = lower, upper
+        lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+        sizes += [rows.shape[1]] * len(rows)
+        lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        lp.a_matrix_.index_ = np.concatenate([*entry_rows, rows.reshape(-1)]).astype(np.int32)
+        lp.a_matrix_.value_ = np.concatenate([*entry_values, values.reshape(-1)])
+        return lp
+
+    def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
+        """Arrivals of these requests on these devices."""
+        if not len(requests):
+            return
+        rows, values = self._column_entries(requests, devices, sign=1.0)
+        num = len(requests)
+        highs.addCols(
+            num, self.scale * self.tables.charge[requests, devices], np.zeros(num), np.full(num, highspy.kHighsInf),
+            rows.size, (rows.shape[1] * np.arange(num)).astype(np.int32), rows.reshape(-1).astype(np.int32),
+            values.reshape(-1),
+        )  # fmt: skip
+
+    def prices(self, duals: FloatArray) -> tuple[Prices, FloatArray]:
+        """Multipliers of a solution, and what a head group of each request pays [N]."""
+        balance, pieces, card, now, later, budget, end = self.rows
+        price = np.maximum(0.0, -duals)
+        prices = Prices(
+            piece=price[pieces:card].reshape(self.D, self.K),
+            nic=float(price[card]),
+            now=price[now:later] / self.scale,
+            later=price[later:budget].reshape(self.H, self.D) / self.scale,
+            budget=float(price[budget]) * self.bytes_scale / self.scale if end > budget else 0.0,
+        )
+        return prices, duals[balance:pieces] / self.scale
+
+    @property
+    def _is_worker(self) -> BoolArray:
+        is_worker: BoolArray = np.arange(self.D) != self.tables.primary
+        return is_worker
+
+    def _column_entries(self, requests: IntArray, devices: IntArray, *, sign: float) -> tuple[IntArray, FloatArray]:
+        """Rows and coefficients of the columns of these requests on these devices, both [columns, entries]."""
+        t, num = self.tables, len(requests)
+        balance, pieces, card, now, later, budget, _ = self.rows
+        piece_s = t.alpha[devices] + t.beta[devices] * t.context[requests, None]
+        rows = [
+            balance + requests[:, None],
+            pieces + self.K * devices[:, None] + np.arange(self.K),
+            np.full((num, 1), card),
+            now + devices[:, None],
+            later + devices[:, None] + self.D * np.arange(self.H),
+        ]
+        values = [
+            np.ones((num, 1)),
+            self.scale * piece_s,
+            self.scale * t.nic_group_s * self._is_worker[devices][:, None],
+            t.blocks[requests, None].astype(np.float64),
+            t.later[:, requests].T,
+        ]
+        if self.has_budget and sign > 0:
+            rows.append(np.full((num, 1), budget))
+            values.append(self.bytes_scale * t.num_bytes[requests, None])
+        return np.concatenate(rows, axis=1), sign * np.concatenate(values, axis=1)

@@ -1,0 +1,190 @@
+"""From one placement to another as moves from device to device, and what each of them is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.redispatch.compiled import kernel
+from hetis.solver.redispatch.local_search import card_s, placement_of, seconds_with, short_with
+from hetis.solver.redispatch.tables import Tables
+
+
+class Part(NamedTuple):
+    """Head groups from one device to another; indices."""
+
+    groups: int
+    source: int
+    target: int
+
+
+class Step(NamedTuple):
+    """Moves of request ``j`` that are committed together.
+
+    More than one part only where the primary, which takes several groups at a time, has them from several devices or
+    gives them to several.
+    """
+
+    j: int
+    parts: tuple[Part, ...]
+
+    @property
+    def groups(self) -> int:
+        return sum(part.groups for part in self.parts)
+
+    def part_of(self, groups: int) -> Step:
+        """So many groups of a step of one part."""
+        return Step(self.j, (self.parts[0]._replace(groups=groups),))
+
+
+class Worth(NamedTuple):
+    """What a set of steps loses without one of them: seconds of makespan, and the price of short blocks."""
+
+    saved_s: float
+    relieved_s: float
+
+
+def steps_between(tables: Tables, before: IntArray, after: IntArray) -> list[Step]:
+    """Steps that lead from ``before`` to ``after`` [N, D]."""
+    found = list[Step]()
+    for j in np.flatnonzero((before != after).any(axis=1)).tolist():
+        change = (after[j] - before[j]).tolist()
+        if tables.primary >= 0 and change[tables.primary]:
+            found += _steps_of_primary(j, change, tables.primary, int(tables.unit[tables.primary]))
+        gains = [(i, n) for i, n in enumerate(change) if n > 0]
+        loses = [(i, -n) for i, n in enumerate(change) if n < 0]
+        found += [Step(j, (Part(n, source, target),)) for n, source, target in _pairs(loses, gains)]
+    return found
+
+
+def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> list[Step]:
+    """Steps to or from the primary: whole multiples with one device, what is left with several; empties ``change``."""
+    arrives = change[primary] > 0
+    sign = -1 if arrives else 1
+    left = abs(change[primary])
+    partners = sorted(
+        (i for i in range(len(change)) if sign * change[i] > 0 and i != primary), key=lambda i: (-sign * change[i], i)
+    )
+    steps, rest = list[Step](), list[Part]()
+
+    def part(i: int, groups: int) -> Part:
+        change[i] -= sign * groups
+        return Part(groups, i, primary) if arrives else Part(groups, primary, i)
+
+    for i in partners:
+        n = min(left, sign * change[i]) // unit * unit
+        if n:
+            steps.append(Step(j, (part(i, n),)))
+            left -= n
+    for i in partners:
+        while left and change[i]:
+            n = min(unit - sum(p.groups for p in rest), sign * change[i])
+            rest.append(part(i, n))
+            if sum(p.groups for p in rest) == unit:
+                steps.append(Step(j, tuple(rest)))
+                left, rest = left - unit, []
+    change[primary] = 0
+    return steps
+
+
+def _pairs(loses: list[tuple[int, int]], gains: list[tuple[int, int]]) -> Iterable[tuple[int, int, int]]:
+    """Groups, source, target, until all that is lost is gained."""
+    left = dict(loses)
+    for target, wanted in sorted(gains, key=lambda gain: (-gain[1], gain[0])):
+        for source in sorted(left, key=lambda i: (-left[i], i)):
+            n = min(wanted, left[source])
+            if n:
+                yield n, source, target
+                left[source] -= n
+                wanted -= n
+
+
+def applied(x: IntArray, steps: Iterable[Step]) -> IntArray:
+    """Groups [N, D] after all steps."""
+    result = x.copy()
+    for step in steps:
+        for groups, source, target in step.parts:
+            result[step.j, source] -= groups
+            result[step.j, target] += groups
+    return result
+
+
+def part_seconds(tables: Tables, link_byte_s: FloatArray, j: int, part: Part) -> float:
+    """What the copy takes on the slower of its two links."""
+    return part.groups * float(tables.num_bytes[j]) * float(max(link_byte_s[part.source], link_byte_s[part.target]))
+
+
+def step_seconds(tables: Tables, link_byte_s: FloatArray, step: Step) -> float:
+    """The same of all parts, one after the other."""
+    return sum(part_seconds(tables, link_byte_s, step.j, part) for part in step.parts)
+
+
+def worth(tables: Tables, x: IntArray, steps: Sequence[Step]) -> list[Worth]:
+    """What ``x`` [N, D], to which all steps led, would lose without each of them alone."""
+    if not steps:
+        return []
+    undone = np.zeros((len(steps), x.shape[1]), np.int64)
+    for s, step in enumerate(steps):
+        for groups, source, target in step.parts:
+            undone[s, source] += groups
+            undone[s, target] -= groups
+    saved, relieved = _without_each(tables, x.copy(), np.array([step.j for step in steps], np.int64), undone)
+    return [Worth(*pair) for pair in zip(saved.tolist(), relieved.tolist(), strict=True)]
+
+
+@kernel
+def _without_each(tables: Tables, x: IntArray, requests: IntArray, undone: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Seconds of makespan and of price lost when each of the changes ``undone`` [S, D] of ``requests`` [S] is made."""
+    placement = placement_of(tables, x)
+    now_s = max(card_s(tables, placement.workers[0]), placement.seconds.max())
+    saved, relieved = np.zeros(len(requests)), np.zeros(len(requests))
+    for s in range(len(requests)):
+        j, without_s, workers = requests[s], 0.0, placement.workers[0]
+        for i in range(undone.shape[1]):
+            n = undone[s, i]
+            if n == 0:
+                without_s = max(without_s, placement.seconds[i])
+                continue
+            without_s = max(without_s, seconds_with(tables, placement, i, n, n * tables.context[j]))
+            relieved[s] += short_with(tables, placement, i, j, n) - short_with(tables, placement, i, j, 0)
+            if i != tables.primary:
+                workers += n
+        saved[s] = max(without_s, card_s(tables, workers)) - now_s
+    return saved, relieved
+
+
+def payback_steps(saved_s: float, seconds: float, num_layers: int) -> float | None:
+    """Decode steps after which a step has saved what it took; None if it saves nothing."""
+    return seconds / (num_layers * saved_s) if saved_s > 0 else None
+
+
+def pays(tables: Tables, step: Step, value: Worth, seconds: float, num_layers: int) -> bool:
+    """Whether a step saves more time than it takes within its request's patience, or relieves memory at its price."""
+    lost_s = seconds / (num_layers * float(tables.steps[step.j]))
+    return value.saved_s + value.relieved_s >= lost_s and (value.saved_s > 0 or value.relieved_s > 0)
+
+
+def paying(
+    tables: Tables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[Step]
+) -> tuple[list[Step], list[float]]:
+    """Drops steps, the least worthwhile first, until all left pay; with what each gains per second it takes."""
+    kept = list(steps)
+    x = applied(tables.now, kept)
+    while True:
+        worst, least, gains = -1, 0.0, list[float]()
+        for position, (step, value) in enumerate(zip(kept, worth(tables, x, kept), strict=True)):
+            seconds = step_seconds(tables, link_byte_s, step)
+            gain = value.saved_s + value.relieved_s
+            gains.append(gain / max(seconds, 1e-12))
+            surplus = gain - seconds / (num_layers * float(tables.steps[step.j]))
+            if not pays(tables, step, value, seconds, num_layers) and (worst < 0 or surplus < least):
+                worst, least = position, surplus
+        if worst < 0:
+            return kept, gains
+        dropped = kept.pop(worst)
+        for groups, source, target in dropped.parts:
+            x[dropped.j, source] += groups
+            x[dropped.j, target] -= groups

@@ -1,0 +1,148 @@
+"""Puts steps in an order in which each has room at its targets while its sources still hold the blocks.
+
+Steps go in waves: those of one wave fit all at once, what they free is for the next. A step of one part is split where
+only some of its groups fit. When nothing fits, the steps that are left wait for each other in a cycle: one of them
+takes a detour over a third device with room, and comes to its target later; a step that finds no detour is refused.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.redispatch.moves import Part, Step, step_seconds
+from hetis.solver.redispatch.tables import Tables
+
+
+class Ordered(NamedTuple):
+    """A step with its wave. ``is_detour``: on to the target in a later wave."""
+
+    step: Step
+    wave: int
+    is_detour: bool
+
+
+class Waiting(NamedTuple):
+    """A step that cannot be made, and why."""
+
+    step: Step
+    why: str
+
+
+def order(
+    tables: Tables, before: IntArray, steps: list[Step], names: tuple[str, ...]
+) -> tuple[list[Ordered], list[Waiting]]:
+    """Orders steps from ``before`` [N, D]; earlier ones in ``steps`` go first where there is a choice.
+
+    ``names`` of devices are for the reasons of those refused.
+    """
+    room = tables.room - tables.blocks @ before
+    waiting, ordered, wave = list(steps), list[Ordered](), 0
+    on_detour = set[tuple[int, int]]()  # request, third device
+    budget = tables.budget - sum(step.groups * float(tables.num_bytes[step.j]) for step in steps)
+    while waiting:
+        freed, later = np.zeros_like(room), list[Step]()
+        started = len(ordered)
+        for step in waiting:
+            fitting, rest = _split(tables, room, step)
+            if fitting:
+                ordered.append(Ordered(fitting, wave, False))
+                _start(tables, room, freed, fitting)
+            if rest:
+                later.append(rest)
+        if len(ordered) == started:
+            found = _detour(tables, room, later, on_detour, budget)
+            if found is None:
+                break
+            place, detour, onward = found
+            ordered.append(Ordered(detour, wave, True))
+            _start(tables, room, freed, detour)
+            budget -= detour.groups * float(tables.num_bytes[detour.j])
+            on_detour.add((detour.j, detour.parts[0].target))
+            rest = later[place].part_of(later[place].groups - detour.groups)
+            later[place : place + 1] = [rest] if rest.groups else []
+            later.append(onward)
+        room, waiting, wave = room + freed, later, wave + 1
+    return ordered, [Waiting(step, _why(tables, room, step, names)) for step in waiting]
+
+
+def whole_steps(tables: Tables, link_byte_s: FloatArray, ordered: list[Ordered]) -> list[tuple[Step | None, float]]:
+    """Of each step the one it completes, from where its groups began, and the seconds of all that took.
+
+    None for a step that is a detour: it completes nothing.
+    """
+    result = list[tuple[Step | None, float]]()
+    began: dict[tuple[int, int], tuple[int, float]] = {}  # request, third device: source and seconds of the detour
+    for step, _, is_detour in ordered:
+        seconds, first = step_seconds(tables, link_byte_s, step), step.parts[0]
+        if is_detour:
+            began[step.j, first.target] = (first.source, seconds)
+            result.append((None, seconds))
+        elif len(step.parts) == 1 and (step.j, first.source) in began:
+            source, before_s = began[step.j, first.source]
+            result.append((Step(step.j, (first._replace(source=source),)), seconds + before_s))
+        else:
+            result.append((step, seconds))
+    return result
+
+
+def _split(tables: Tables, room: IntArray, step: Step) -> tuple[Step | None, Step | None]:
+    """What of a step has room, and the rest."""
+    if len(step.parts) == 1:
+        fits = _fitting(tables, room, step, step.parts[0].target)
+        if 0 < fits < step.groups:
+            return step.part_of(fits), step.part_of(step.groups - fits)
+        return (step, None) if fits else (None, step)
+    needed = np.zeros_like(room)
+    for groups, _, target in step.parts:
+        needed[target] += groups * tables.blocks[step.j]
+    return (step, None) if np.all(needed <= np.maximum(0, room)) else (None, step)
+
+
+def _fitting(tables: Tables, room: IntArray, step: Step, *targets: int) -> int:
+    """Groups of a step of one part that the first target has room for, in units of all devices involved."""
+    unit = max(int(tables.unit[i]) for i in (step.parts[0].source, *targets))
+    return max(0, int(min(step.groups, room[targets[0]] // tables.blocks[step.j]))) // unit * unit
+
+
+def _start(tables: Tables, room: IntArray, freed: IntArray, step: Step) -> None:
+    for groups, source, target in step.parts:
+        room[target] -= groups * tables.blocks[step.j]
+        freed[source] += groups * tables.blocks[step.j]
+
+
+def _detour(
+    tables: Tables, room: IntArray, waiting: list[Step], on_detour: set[tuple[int, int]], budget: float
+) -> tuple[int, Step, Step] | None:
+    """Of all detours of a step whose departure frees blocks that another waits for the one that copies the least.
+
+    The step's place among those that wait, the detour, and the way on. Nobody takes a detour twice.
+    """
+    wanted = {part.target for step in waiting for part in step.parts}
+    best, least = None, np.inf
+    for place, step in enumerate(waiting):
+        _, source, target = step.parts[0]
+        if len(step.parts) > 1 or source not in wanted or (step.j, source) in on_detour:
+            continue
+        for third in np.argsort(-room, kind="stable").tolist():
+            fits = _fitting(tables, room, step, third, target)
+            if third in (source, target) or not tables.takes[third] or not fits:
+                continue
+            num_bytes = fits * float(tables.num_bytes[step.j])
+            if num_bytes < least and num_bytes <= budget:
+                detour, onward = Step(step.j, (Part(fits, source, third),)), Step(step.j, (Part(fits, third, target),))
+                best, least = (place, detour, onward), num_bytes
+            break
+    return best
+
+
+def _why(tables: Tables, room: IntArray, step: Step, names: tuple[str, ...]) -> str:
+    reasons = list[str]()
+    for part in step.parts:
+        unit = part.groups if len(step.parts) > 1 else max(int(tables.unit[i]) for i in part[1:])
+        needed = unit * int(tables.blocks[step.j])
+        if needed > room[part.target]:
+            reasons.append(f"{names[part.target]} has {room[part.target]} free KV blocks, {needed} are needed")
+    return f"{', '.join(reasons)}; no other move frees them and no third device has room for a detour"

@@ -1,0 +1,86 @@
+"""The re-dispatch problem: what a stage runs now, and what it costs to move KV between its devices.
+
+    min  z  +  sum_j lambda_j (seconds that moving takes)  +  sum_i P_i s_i          seconds per layer and decode step
+    s.t. z >= time of every device that holds heads, and of the primary's network card      as for dispatch
+         sum_i x_ij = G                                        every running request j
+         x_ij = now_ij + a_ij - d_ij                           a arrive, d <= now depart
+         sum_j b_j x_ij <= room_i                              every i: KV blocks now
+         sum_j m_jt x_ij <= total_i + s_i                      every i and horizon t: KV blocks expected in t steps
+         sum_j bytes_j sum_i a_ij <= budget
+
+Moving one head group of request j, in all layers of the stage, moves ``bytes_j``. Both ends' network cards are busy
+with it, and each is charged half of its seconds: ``lambda_j bytes_j (link_i + link_k) / 2``. The cost of a move comes
+once, its gain lasts as long as the request does, or until the stage has drifted again. So ``lambda_j = 1 / (layers x
+patience x remaining steps of j)`` makes the two comparable: a move pays back within that share of what its request is
+expected to live, and a request about to finish does not move.
+
+In ``t`` steps a request is ``t`` tokens longer, or done: knowing only its expected remaining steps R, it still runs
+with probability ``exp(-t / R)``, and that is what ``m_jt`` counts. Blocks that will be short (s) cost P_i, the prefill
+of what is evicted for them, once, and are weighed as moving is. A draining device counts as having no blocks, and they
+are priced so high that any block leaves that can.
+
+Room is what is in use or the high-water mark, the greater; all of a device while another is draining: moves should not
+take the blocks that a device's own requests are about to grow into.
+
+Moves are made one after the other. A move needs room at its target while the source still holds its blocks: that is
+for the order of moves to see to, `hetis.solver.redispatch.ordering`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.solver.dispatch.problem import FloatArray
+from hetis.solver.dispatch.snapshot import StateSnapshot
+from hetis.solver.errors import InvalidProblemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RedispatchProblem:
+    """Which head groups of running requests should move.
+
+    Attributes:
+        snapshot: what the stage holds; groups under way already are taken to arrive and are left alone.
+        num_layers: of the stage: a head group moves in all of them.
+        link_byte_s: seconds per byte into or out of each device, shape [D]. A move takes the slower of its two ends.
+        budget_bytes: most KV bytes to move.
+        least_gain: share of the makespan that all moves together must save, cost included; below, nothing moves
+            unless memory is short.
+        patience: share of a request's remaining steps within which a move of it must pay back. Less moves fewer bytes
+            for more gain each: the rest of the makespan's excess costs ever more bytes to remove.
+        ahead_steps: how far growth is anticipated. Copies take a few steps only.
+        full: devices on which a request found no block: as many as head groups are there should get free, whatever
+            that costs; else something is evicted at once.
+        refill_token_s: seconds to prefill a token again, in all layers of the stage, whose KV was evicted.
+    """
+
+    snapshot: StateSnapshot
+    num_layers: int
+    link_byte_s: FloatArray
+    budget_bytes: float = np.inf
+    least_gain: float = 0.01
+    patience: float = 0.25
+    ahead_steps: int = 100
+    full: frozenset[int] = frozenset()
+    refill_token_s: float = 4e-4
+
+    def __post_init__(self) -> None:
+        num = self.snapshot.stage.num_devices
+        if self.num_layers < 1:
+            raise InvalidProblemError(f"num_layers is {self.num_layers}, must be >= 1")
+        if self.link_byte_s.shape != (num,) or not np.all((self.link_byte_s >= 0) & np.isfinite(self.link_byte_s)):
+            raise InvalidProblemError(f"link_byte_s must be {num} finite numbers >= 0")
+        if not self.budget_bytes >= 0:
+            raise InvalidProblemError(f"budget_bytes is {self.budget_bytes}, must be >= 0")
+        if not 0 <= self.least_gain < 1:
+            raise InvalidProblemError(f"least_gain is {self.least_gain}, must be >= 0 and < 1")
+        if not self.full <= set(range(num)):
+            raise InvalidProblemError(f"full devices are {sorted(self.full)}, the stage has {num} devices")
+        if not 0 < self.patience <= 1:
+            raise InvalidProblemError(f"patience is {self.patience}, must be > 0 and <= 1")
+        if self.ahead_steps < 0 or not 0 <= self.refill_token_s < np.inf:
+            raise InvalidProblemError(
+                f"ahead_steps is {self.ahead_steps} and refill_token_s {self.refill_token_s}, must be finite and >= 0"
+            )

@@ -1,0 +1,187 @@
+"""Re-dispatch from problem to plan: relax, prove, round, improve, drop what does not pay, order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hetis.solver.dispatch.problem import IntArray
+from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.snapshot import DeviceStatus
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.redispatch.ideal import ideal_dispatch
+from hetis.solver.redispatch.local_search import improve, round_to_groups
+from hetis.solver.redispatch.lp import MoveLp
+from hetis.solver.redispatch.moves import Step, applied, part_seconds, payback_steps, paying, pays, steps_between, worth
+from hetis.solver.redispatch.ordering import Ordered, Waiting, order, whole_steps
+from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.relaxation import Relaxed, relax
+from hetis.solver.redispatch.result import Move, MoveReason, RedispatchPlan, Refused
+from hetis.solver.redispatch.tables import Tables, continued, device_seconds, objective_s, short_blocks, tables_of
+
+MOST_ROUNDS = 8
+
+
+class _Attempt(NamedTuple):
+    """Moves in order and where they lead, [N, D]."""
+
+    x: IntArray
+    ordered: list[Ordered]
+    refused: list[Waiting]
+
+
+def solve_redispatch(problem: RedispatchProblem) -> RedispatchPlan:
+    """Chooses moves of running head groups; see `Redispatcher.solve`."""
+    return Redispatcher(Dispatcher(problem.snapshot.stage)).solve(problem)
+
+
+class Redispatcher:
+    """Solves re-dispatch problems of one stage, one after the other; not to be shared between threads."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self._lp = MoveLp()
+
+    def solve(self, problem: RedispatchProblem) -> RedispatchPlan:
+        """Moves head groups so that makespan, moving and short memory together cost least.
+
+        The formulation is that of `hetis.solver.redispatch.problem`. Its relaxation is solved by HiGHS, its bound
+        recomputed from the multipliers. Whole groups come from rounding and a local search; every move that does not
+        pay within its request's remaining steps, left out alone, is dropped; what is left is ordered.
+
+        The result is settled: the same search from where the moves lead finds nothing more, so that re-dispatch of an
+        unchanged stage stays quiet.
+        """
+        tables = tables_of(problem)
+        ideal = ideal_dispatch(problem.snapshot, self.dispatcher, on_draining=True)
+        relaxed = self._relax(tables, ideal)
+        attempt = self._attempt(problem, tables, relaxed)
+        for _ in range(MOST_ROUNDS):
+            if not attempt.ordered:
+                break
+            spent = sum(o.step.groups * float(tables.num_bytes[o.step.j]) for o in attempt.ordered)
+            moved = continued(tables, attempt.x, spent_bytes=spent)
+            more = self._attempt(problem, moved, self._relax(moved, ideal))
+            if not more.ordered:
+                break
+            # Straight from where all began; if that has no order, over the placement in between.
+            direct = self._ordered(problem, tables, more.x)
+            if direct.refused or objective_s(tables, direct.x) > objective_s(tables, more.x) * (1 + 1e-9):
+                last = attempt.ordered[-1].wave + 1
+                direct = _Attempt(
+                    more.x, attempt.ordered + [o._replace(wave=o.wave + last) for o in more.ordered], more.refused
+                )
+            attempt = direct
+        return _plan(problem, tables, relaxed, attempt)
+
+    def _relax(self, tables: Tables, ideal: DispatchPlan) -> Relaxed:
+        return relax(tables, self._lp, floor_s=ideal.bound_s, guess=ideal.prices.piece)
+
+    def _attempt(self, problem: RedispatchProblem, tables: Tables, relaxed: Relaxed) -> _Attempt:
+        """One round from ``tables.now``; no moves where they do not gain enough."""
+        stay = _Attempt(tables.now, [], [])
+        found = list[IntArray]()
+        for x in (round_to_groups(tables, relaxed.x), tables.now.copy()):
+            improve(tables, x)
+            found.append(x)
+        best = min(found, key=lambda x: objective_s(tables, x))
+        attempt = self._ordered(problem, tables, best)
+        before_s, after_s = objective_s(tables, tables.now), objective_s(tables, attempt.x)
+        enough_s = problem.least_gain * float(device_seconds(tables, tables.now).max())
+        relieves = short_blocks(tables, attempt.x).sum() < short_blocks(tables, tables.now).sum() - 1e-9
+        if before_s - after_s <= (0.0 if relieves else enough_s):
+            return stay._replace(refused=attempt.refused)
+        return attempt
+
+    def _ordered(self, problem: RedispatchProblem, tables: Tables, x: IntArray) -> _Attempt:
+        """Moves to ``x`` that pay, in order; where an order refuses some, the others are looked at again without."""
+        names, refused = problem.snapshot.stage.devices, list[Waiting]()
+        steps = steps_between(tables, tables.now, x)
+        while True:
+            steps, gains = paying(tables, problem.link_byte_s, problem.num_layers, steps)
+            ranked = sorted(range(len(steps)), key=lambda s: -gains[s])
+            ordered, waiting = order(tables, tables.now, [steps[s] for s in ranked], names)
+            reached = applied(tables.now, [o.step for o in ordered])
+            waiting += _detours_that_do_not_pay(problem, tables, reached, ordered, waiting)
+            if not waiting:
+                return _Attempt(reached, ordered, refused)
+            refused += waiting
+            # A refused move may have begun with a detour: its request goes back to where it was.
+            for j in {o.step.j for o in ordered if o.is_detour} & {w.step.j for w in waiting}:
+                reached[j] = tables.now[j]
+            steps = steps_between(tables, tables.now, reached)
+
+
+def _detours_that_do_not_pay(
+    problem: RedispatchProblem, tables: Tables, x: IntArray, ordered: list[Ordered], waiting: list[Waiting]
+) -> list[Waiting]:
+    """Moves that would have paid on the straight way."""
+    result = list[Waiting]()
+    stuck = {w.step.j for w in waiting}
+    on_detour = {o.step.j for o in ordered if o.is_detour}
+    for whole, seconds in whole_steps(tables, problem.link_byte_s, ordered):
+        if whole is None or whole.j in stuck or whole.j not in on_detour:
+            continue
+        if not pays(tables, whole, worth(tables, x, [whole])[0], seconds, problem.num_layers):
+            result.append(Waiting(whole, f"{_names_of(problem, whole)} needs a detour, and does not pay with one"))
+            stuck.add(whole.j)
+    return result
+
+
+def _names_of(problem: RedispatchProblem, step: Step) -> str:
+    """The move in words."""
+    names = problem.snapshot.stage.devices
+    return f"{names[step.parts[0].source]} to {names[step.parts[0].target]}"
+
+
+def _can_be_undone(x: IntArray, step: Step) -> bool:
+    return all(x[step.j, part.target] >= part.groups for part in step.parts)
+
+
+def _plan(problem: RedispatchProblem, tables: Tables, relaxed: Relaxed, attempt: _Attempt) -> RedispatchPlan:
+    snapshot, x = problem.snapshot, attempt.x
+    draining = [device.status is DeviceStatus.DRAINING for device in snapshot.devices]
+    moves = list[Move]()
+    wholes = whole_steps(tables, problem.link_byte_s, attempt.ordered)
+    # A step that was made on the way to another has no worth of its own.
+    ends = [whole is not None and _can_be_undone(x, whole) for whole, _ in wholes]
+    values = iter(worth(tables, x, [whole for (whole, _), end in zip(wholes, ends, strict=True) if whole and end]))
+    for together, ((step, wave, _), (_, seconds), end) in enumerate(zip(attempt.ordered, wholes, ends, strict=True)):
+        value = next(values) if end else None
+        for part in step.parts:
+            if value is None:
+                reason = MoveReason.DETOUR
+            elif draining[part.source]:
+                reason = MoveReason.DRAIN
+            elif value.saved_s >= seconds / (problem.num_layers * float(tables.steps[step.j])):
+                reason = MoveReason.BALANCE
+            else:
+                reason = MoveReason.MEMORY
+            moves.append(
+                Move(
+                    request=snapshot.ids[step.j],
+                    groups=part.groups,
+                    source=part.source,
+                    target=part.target,
+                    num_bytes=part.groups * float(tables.num_bytes[step.j]),
+                    seconds=part_seconds(tables, problem.link_byte_s, step.j, part),
+                    payback_steps=payback_steps(value.saved_s, seconds, problem.num_layers) if value else None,
+                    reason=reason,
+                    wave=wave,
+                    together=together,
+                )
+            )
+    return RedispatchPlan(
+        moves=tuple(moves),
+        refused=tuple(
+            Refused(request=snapshot.ids[step.j], groups=part.groups, source=part.source, target=part.target, why=why)
+            for step, why in attempt.refused
+            for part in step.parts
+        ),
+        makespan_before_s=float(device_seconds(tables, tables.now).max()),
+        makespan_after_s=float(device_seconds(tables, x).max()),
+        short_before=float(short_blocks(tables, tables.now).sum()),
+        short_after=float(short_blocks(tables, x).sum()),
+        objective_s=objective_s(tables, x),
+        stay_s=objective_s(tables, tables.now),
+        bound_s=relaxed.bound_s,
+    )

@@ -1,0 +1,165 @@
+"""A re-dispatch problem as arrays; its letters are those of `hetis.solver.redispatch.problem`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
+from hetis.solver.dispatch.tables import costs_of, running_load
+from hetis.solver.redispatch.problem import RedispatchProblem
+
+BoolArray = npt.NDArray[np.bool_]
+EXACT = 4.0  # how often a block on a draining device can change hands before staying would be cheaper
+
+
+class Tables(NamedTuple):
+    """N requests, D devices, K affine pieces, H horizons.
+
+    Requests with groups under way are part of ``base``: these run where they will be, and hold blocks at both ends,
+    which ``room`` and ``limit`` are net of.
+    """
+
+    now: IntArray  # [N, D] head groups; none of requests with groups under way
+    alpha: FloatArray  # [D, K] seconds per head group
+    beta: FloatArray  # [D, K] seconds per token of a head group
+    base: FloatArray  # [D, K] constants, and the time of requests with groups under way
+    open_at: FloatArray  # [D] -inf where such requests are, else what using the device takes at least
+    unit: IntArray  # [D] head groups taken at a time
+    primary: int  # -1: none
+    nic_base: float
+    nic_group_s: float
+    on_workers: int  # groups on workers that are no part of `now`
+    takes: BoolArray  # [D] devices that groups may move to
+    context: FloatArray  # [N] tokens
+    blocks: IntArray  # [N] KV blocks per group now
+    later: FloatArray  # [H, N] the same at the horizons, as expected
+    mark: IntArray  # [D] blocks up to which moves fill a device
+    room: IntArray  # [D] blocks that may be in use: the same, or what is in use already
+    limit: FloatArray  # [H, D] blocks there are at the horizons, none on draining devices
+    charge: FloatArray  # [N, D] lambda_j bytes_j link_i / 2: seconds per layer and step, for a group in or out
+    num_bytes: FloatArray  # [N] per group, all layers
+    steps: FloatArray  # [N] within which a move must pay back, at least 1
+    short_s: FloatArray  # [D] P, seconds per layer and step for a block above the limit
+    budget: float  # bytes
+
+
+def tables_of(problem: RedispatchProblem) -> Tables:
+    """Tabulates a problem."""
+    snapshot = problem.snapshot
+    stage, shape = snapshot.stage, snapshot.stage.heads
+    costs = costs_of(stage)
+    blocks, coming = snapshot.context_blocks(), snapshot.incoming()
+    # What is under way runs where it will be, and its request, part of which may be uneven on the primary, stays.
+    leaving = np.zeros_like(coming)
+    index = {name: j for j, name in enumerate(snapshot.ids)}
+    for move in snapshot.moves:
+        leaving[index[move.request], move.source] += move.groups
+    is_busy = leaving.sum(axis=1, keepdims=True) > 0
+    now, fixed = np.where(is_busy, 0, snapshot.groups), np.where(is_busy, snapshot.groups - leaving + coming, 0)
+    both_ends = np.where(is_busy, snapshot.groups + coming, 0)
+    fixed_bytes = (snapshot.context_tokens @ fixed).astype(np.float64) * shape.kv_bytes_per_token
+    running = running_load(costs, fixed.sum(axis=0) * costs.queries, fixed_bytes)
+
+    later = _later(snapshot, horizons(problem))
+    total, draining = snapshot.total_blocks(), [d.status is DeviceStatus.DRAINING for d in snapshot.devices]
+    is_full = np.isin(np.arange(len(total)), list(problem.full))
+    all_now = later @ (now + both_ends)
+    limit = np.where(is_full, np.minimum(total, all_now - snapshot.groups.sum(axis=0)), np.where(draining, 0, total))
+    limit = np.maximum(0.0, limit - later @ both_ends)
+
+    num_bytes = snapshot.context_tokens.astype(np.float64) * (shape.kv_bytes_per_token * problem.num_layers)
+    steps = np.maximum(1.0, problem.patience * snapshot.remaining_tokens)
+    charge = np.outer(num_bytes / (problem.num_layers * steps), problem.link_byte_s / 2)
+    group_s = np.max(costs.alpha + costs.beta * snapshot.context_tokens.max(initial=1), axis=(0, 1))
+    nic_group_s = running.nic_group_s if costs.primary >= 0 else 0.0
+    fewest = max(1e-3, float(later.min(initial=1.0, where=later > 0)))
+    refill_s = (
+        shape.block_tokens * problem.refill_token_s / (problem.num_layers * float(steps.mean() if len(steps) else 1.0))
+    )
+    leaves_s = EXACT * (group_s + nic_group_s + 2 * charge.max(initial=0.0)) / fewest
+    mark = marks(problem) - blocks @ both_ends
+    return Tables(
+        now=now,
+        alpha=costs.alpha,
+        beta=costs.beta,
+        base=running.base,
+        open_at=running.open_at,
+        unit=costs.unit,
+        primary=costs.primary,
+        nic_base=running.nic_base,
+        nic_group_s=nic_group_s,
+        on_workers=int(fixed.sum() - (fixed[:, costs.primary].sum() if costs.primary >= 0 else 0)),
+        takes=snapshot.takes_groups(),
+        context=snapshot.context_tokens.astype(np.float64),
+        blocks=blocks,
+        later=later,
+        mark=mark,
+        room=np.maximum(mark, blocks @ now),
+        limit=limit,
+        charge=charge,
+        num_bytes=num_bytes,
+        steps=steps,
+        short_s=np.where(draining | is_full, leaves_s, refill_s),
+        budget=problem.budget_bytes,
+    )
+
+
+def continued(tables: Tables, x: IntArray, *, spent_bytes: float) -> Tables:
+    """The problem that is left when groups lie as in ``x`` [N, D]."""
+    room = np.maximum(tables.mark, tables.blocks @ x)
+    return tables._replace(now=x, room=room, budget=max(0.0, tables.budget - spent_bytes))
+
+
+def device_seconds(tables: Tables, x: IntArray) -> FloatArray:
+    """Seconds of each device under groups ``x`` [N, D], and of the primary's network card, shape [D + 1]."""
+    groups, tokens = x.sum(axis=0), tables.context @ x
+    pieces = tables.base + tables.alpha * groups[:, None] + tables.beta * tokens[:, None]
+    in_use = (groups > 0) | np.isneginf(tables.open_at)
+    workers = tables.on_workers + int(groups.sum()) - (int(groups[tables.primary]) if tables.primary >= 0 else 0)
+    card_s = 0.0
+    if tables.primary >= 0 and workers > 0:
+        card_s = tables.nic_base + tables.nic_group_s * (workers - tables.on_workers)
+    return np.append(np.where(in_use, pieces.max(axis=1), 0.0), card_s)
+
+
+def short_blocks(tables: Tables, x: IntArray) -> FloatArray:
+    """s: blocks above the limits of each device at the worst horizon, shape [D]."""
+    short: FloatArray = np.maximum(0.0, tables.later @ x - tables.limit).max(axis=0)
+    return short
+
+
+def objective_s(tables: Tables, x: IntArray) -> float:
+    """What re-dispatch minimises, of whole or fractional groups ``x`` [N, D]."""
+    moved = float((tables.charge * np.abs(x - tables.now)).sum())
+    return float(device_seconds(tables, x).max()) + moved + float(tables.short_s @ short_blocks(tables, x))
+
+
+def marks(problem: RedispatchProblem) -> IntArray:
+    """Blocks up to which moves fill each device, shape [D]; those of groups under way included.
+
+    That is the high-water mark: a device's own requests grow, and what does not find a block is evicted.
+    What is to leave a draining device may take the rest.
+    """
+    snapshot = problem.snapshot
+    if any(device.status is DeviceStatus.DRAINING for device in snapshot.devices):
+        return snapshot.total_blocks()
+    share = np.array([device.high_water for device in snapshot.devices])
+    return np.floor(share * snapshot.total_blocks()).astype(np.int64)
+
+
+def horizons(problem: RedispatchProblem) -> tuple[int, ...]:
+    """t, steps from now at which blocks are counted: when every request has begun a block more, and far ahead."""
+    near = min(problem.snapshot.stage.heads.block_tokens, problem.ahead_steps)
+    return tuple(sorted({near, problem.ahead_steps}))
+
+
+def _later(snapshot: StateSnapshot, times: tuple[int, ...]) -> FloatArray:
+    """m_jt: blocks per group at the horizons times the probability that the request still runs, shape [H, N]."""
+    t = np.array(times, np.float64)[:, None]
+    grown = np.ceil((snapshot.context_tokens + t) / snapshot.stage.heads.block_tokens)
+    still_runs: FloatArray = np.exp(-t / np.maximum(1.0, snapshot.remaining_tokens))
+    return grown * still_runs

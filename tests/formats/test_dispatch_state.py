@@ -1,0 +1,213 @@
+"""DispatchState and DispatchRequests files: what they mean to the solver, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.formats.dispatch_requests import load_requests, requests_from_words
+from hetis.formats.dispatch_state import load_state, parse_state, state_to_data
+from hetis.formats.documents import dump, from_data, load, to_data
+from hetis.formats.errors import DocumentError
+from hetis.formats.positions import Text
+from hetis.formats.saved_state import AttentionPiece, SavedState, saved_state
+from hetis.formats.units import format_seconds_per_byte, parse_seconds_per_byte
+from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
+from hetis.solver.errors import InvalidProblemError
+
+from . import strategies
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "dispatch"
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    data = {
+        "apiVersion": "hetis/v1",
+        "kind": "DispatchState",
+        "name": "s",
+        "heads": {"groups": 8, "queries_per_group": 8, "head_dim": 128},
+        "num_layers": 80,
+        "devices": [
+            {
+                "name": "a100",
+                "role": "primary",
+                "tp": 2,
+                "attention": [{"head": "2ns", "kv_read": "1TB/s", "call": "18us"}, {"call": "20us"}],
+                "link": {"bandwidth": "80Gbps", "latency": "45us"},
+                "kv_memory": "8GiB",
+            },
+            {
+                "name": "l4",
+                "attention": [{"head": "16ns", "kv_read": "250GB/s", "call": "11us"}],
+                "link": {"bandwidth": "40Gbps", "latency": "45us"},
+                "move_bandwidth": "25Gbps",
+                "blocks": 1000,
+            },
+        ],
+        "requests": [{"id": "r", "context_tokens": 100, "remaining_tokens": 5, "groups": {"a100": 6, "l4": 2}}],
+    }
+    return data | changes
+
+
+def parsed(**changes: Any) -> SavedState:
+    return parse_state(document(**changes), Text(file="state", text=None))
+
+
+def snapshots_are_equal(one: StateSnapshot, other: StateSnapshot) -> bool:
+    stages = all(
+        np.array_equal(getattr(one.stage, name), getattr(other.stage, name))
+        for name in ("head_s", "kv_byte_s", "call_s", "transfer_byte_s", "transfer_s")
+    )
+    arrays = all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("context_tokens", "remaining_tokens", "groups")
+    )
+    return (
+        stages
+        and arrays
+        and (one.stage.heads, one.stage.devices, one.stage.primary)
+        == (other.stage.heads, other.stage.devices, other.stage.primary)
+        and (one.devices, one.ids, one.moves) == (other.devices, other.ids, other.moves)
+    )
+
+
+def test_a_file_means_what_the_solver_gets() -> None:
+    state = parsed()
+    stage = state.snapshot().stage
+    # 2 x 128 x 2 bytes of keys and values; (2 + 2/8) x 128 x 2 bytes exchanged per query head.
+    assert stage.heads == HeadShape(
+        head_groups=8, queries_per_group=8, kv_bytes_per_token=512, exchange_bytes_per_head=576
+    )
+    assert stage.primary == Primary(device=0, tp=2, nic_byte_s=1e-10, nic_s=45e-6)
+    assert stage.head_s.tolist() == [[2e-9, 0.0], [16e-9, 16e-9]]  # a device with fewer pieces repeats its last
+    assert stage.kv_byte_s.tolist() == [[1e-12, 0.0], [4e-12, 4e-12]]
+    assert stage.call_s.tolist() == [[18e-6, 20e-6], [11e-6, 11e-6]]
+    assert stage.transfer_byte_s.tolist() == [0.0, 2e-10]
+    assert state.move_byte_s().tolist() == [1e-10, 3.2e-10]
+    # 8 GiB / (512 bytes x 16 tokens x 80 layers)
+    assert [device.total_blocks for device in state.snapshot().devices] == [13107, 1000]
+    assert state.snapshot().groups.tolist() == [[6, 2]]
+
+
+def test_the_heads_of_a_catalogue_model_are_those_written_out() -> None:
+    assert parsed(model="Llama-2-70B", heads=None).heads == parsed().heads
+    assert parsed(model="Llama-2-70B", heads=None, kv_dtype="fp8").heads.kv_bytes_per_token == 256
+    assert parsed(kv_dtype="fp8").heads.kv_bytes_per_token == 256
+
+
+def test_cards_that_outnumber_head_groups_hold_every_block_several_times() -> None:
+    devices = [document()["devices"][0] | {"tp": 8}]
+    few = parsed(
+        heads={"groups": 2, "queries_per_group": 8, "head_dim": 128},
+        devices=devices,
+        requests=[],
+    )
+    assert few.devices[0].total_blocks == 13107 // 4
+
+
+def test_costs_that_a_gpu_type_stands_for_are_given_from_outside() -> None:
+    devices = [
+        document()["devices"][0],
+        {"name": "l4", "gpu": "L4", "blocks": 1000, "link": {"bandwidth": "unlimited", "latency": 0}},
+    ]
+    state = parsed(devices=devices)
+    with pytest.raises(InvalidProblemError, match="l4: the attention costs of L4 have to be looked up first"):
+        state.snapshot()
+    stage = state.snapshot({"l4": (AttentionPiece(call_s=1.0),)}).stage
+    assert stage.call_s.tolist() == [[18e-6, 20e-6], [1.0, 1.0]]
+    assert stage.transfer_byte_s.tolist() == [0.0, 0.0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(strategies.states())
+def test_a_snapshot_written_down_and_read_again_is_the_same(state: SavedState) -> None:
+    costs = {device.name: device.attention or (AttentionPiece(head_s=1e-9),) for device in state.devices}
+    snapshot = state.snapshot(costs)
+    written = saved_state(snapshot, name="x", num_layers=state.num_layers, move_byte_s=state.move_byte_s())
+    read = from_data(to_data(written))
+    assert isinstance(read, SavedState)
+    assert read == written
+    assert np.array_equal(read.move_byte_s(), state.move_byte_s())
+    most = max(len(pieces) for pieces in costs.values())
+    if any(len(device.attention or ()) == most for device in written.devices):  # no repeated piece was dropped
+        assert snapshots_are_equal(read.snapshot(), snapshot)
+
+
+@settings(max_examples=100, deadline=None)
+@given(strategies.states())
+def test_a_state_after_its_own_snapshot_is_itself(state: SavedState) -> None:
+    costs = {device.name: (AttentionPiece(),) for device in state.devices}
+    assert state.after(state.snapshot(costs)) == state
+
+
+@given(st.floats(min_value=1e-18, max_value=1e6))
+def test_seconds_per_byte_written_as_a_bandwidth_come_back_exactly(seconds: float) -> None:
+    assert parse_seconds_per_byte(format_seconds_per_byte(seconds)) == seconds
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_read_and_written_again(path: Path) -> None:
+    value = load(path)
+    assert from_data(to_data(value)) == value
+    assert isinstance(dump(value, "json"), str)
+
+
+def test_a_move_under_way_is_read() -> None:
+    state = load_state(EXAMPLES / "draining.yaml")
+    assert state.snapshot({d.name: (AttentionPiece(),) for d in state.devices}).moves == (
+        PreparedMove(number=0, request="essay-0", groups=1, source=4, target=2),
+    )
+    assert state.devices[4].status is DeviceStatus.DRAINING
+    assert state_to_data(state)["moves"][0]["from"] == "l4-3"
+
+
+def test_a_state_that_contradicts_itself_has_no_value() -> None:
+    stage = parsed().snapshot().stage
+    with pytest.raises(InvalidProblemError, match="2 KV blocks are in use of 1"):
+        StateSnapshot(
+            stage=Stage(
+                heads=HeadShape(head_groups=1, queries_per_group=1, kv_bytes_per_token=1, exchange_bytes_per_head=1),
+                devices=("a",),
+                head_s=stage.head_s[:1],
+                kv_byte_s=stage.kv_byte_s[:1],
+                call_s=stage.call_s[:1],
+                transfer_byte_s=np.zeros(1),
+                transfer_s=np.zeros(1),
+            ),
+            devices=(DeviceSnapshot(name="a", total_blocks=1),),
+            ids=("r",),
+            context_tokens=np.array([32]),
+            remaining_tokens=np.array([0]),
+            groups=np.array([[1]]),
+        )
+
+
+def test_a_bare_list_of_requests_will_do(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- {id: a, context_tokens: 10, output_tokens: 3}\n")
+    (tmp_path / "list.json").write_text('[{"id": "a", "context_tokens": 10, "output_tokens": 3}]')
+    listed = load_requests(tmp_path / "list.yaml")
+    assert listed == load_requests(tmp_path / "list.json")
+    arrays = listed.to_solver()
+    assert (arrays.ids, arrays.context_tokens.tolist(), arrays.growth_tokens.tolist()) == (("a",), [10], [3])
+    (tmp_path / "whole.yaml").write_text(dump(listed))
+    assert load_requests(tmp_path / "whole.yaml") == listed
+
+
+def test_requests_in_words_get_names_that_are_free() -> None:
+    found = requests_from_words(["8000/300", "20/0"], taken={"new-0"})
+    assert [(r.id, r.context_tokens, r.output_tokens) for r in found.requests] == [
+        ("new-1", 8000, 300),
+        ("new-2", 20, 0),
+    ]
+
+
+def test_every_word_that_is_no_request_is_told() -> None:
+    with pytest.raises(DocumentError) as caught:
+        requests_from_words(["8000", "0/5", "9/9", "1e3/4"])
+    assert [problem.message[:7] for problem in caught.value.problems] == ["'8000' ", "'0/5' i", "'1e3/4'"]

@@ -1,0 +1,201 @@
+"""Re-dispatch: every plan can be carried out, pays, is bounded, and is the last for as long as nothing changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.redispatch.ideal import ideal_dispatch
+from hetis.solver.redispatch.lp import MoveLp
+from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.relaxation import relax
+from hetis.solver.redispatch.result import MoveReason, RedispatchPlan
+from hetis.solver.redispatch.solve import Redispatcher, solve_redispatch
+from hetis.solver.redispatch.specification import solve_specification
+from hetis.solver.redispatch.tables import horizons, objective_s, tables_of
+from tests.solver.redispatch import oracle
+from tests.solver.redispatch.instances import problems, random_problem
+
+
+def carried_out(problem: RedispatchProblem, plan: RedispatchPlan) -> StateSnapshot:
+    """The stage after all moves, wave by wave: those of a wave are under way together."""
+    state = DispatchState.of(problem.snapshot)
+    for wave in sorted({move.wave for move in plan.moves}):
+        under_way = []
+        for move in plan.moves:
+            if move.wave == wave:
+                prepared = state.prepare_move(move.request, groups=move.groups, source=move.source, target=move.target)
+                assert prepared is not None, "no room"
+                under_way.append(prepared.number)
+        state.commit_moves(*under_way)
+        state.check_invariants()
+    return state.snapshot()
+
+
+@given(problems())
+def test_plans_can_be_carried_out_in_order_and_lead_where_they_say(problem: RedispatchProblem) -> None:
+    plan = solve_redispatch(problem)
+    waves = [move.wave for move in plan.moves]
+    assert waves == sorted(waves)
+    after = carried_out(problem, plan)
+    tables = tables_of(problem)
+    assert objective_s(tables, after.groups) == pytest.approx(plan.objective_s, rel=1e-9, abs=1e-12)
+    assert oracle.makespan_s(after, after.groups) == pytest.approx(plan.makespan_after_s, rel=1e-9, abs=1e-12)
+    assert plan.objective_s <= plan.stay_s * (1 + 1e-12)
+    assert plan.bound_s <= plan.objective_s * (1 + 1e-6) + 1e-12
+    assert plan.num_bytes <= problem.budget_bytes * (1 + 1e-9)
+
+
+@given(problems())
+def test_one_move_after_the_other_fits_as_well(problem: RedispatchProblem) -> None:
+    state = DispatchState.of(problem.snapshot)
+    plan = solve_redispatch(problem)
+    for together in dict.fromkeys(move.together for move in plan.moves):
+        numbers = []
+        for move in plan.moves:
+            if move.together == together:
+                prepared = state.prepare_move(move.request, groups=move.groups, source=move.source, target=move.target)
+                assert prepared is not None
+                numbers.append(prepared.number)
+        state.commit_moves(*numbers)
+
+
+@given(problems())
+def test_moves_for_speed_pay_back_while_their_request_lives(problem: RedispatchProblem) -> None:
+    remaining = dict(zip(problem.snapshot.ids, problem.snapshot.remaining_tokens.tolist(), strict=True))
+    for move in solve_redispatch(problem).moves:
+        if move.reason is MoveReason.BALANCE:
+            assert move.payback_steps is not None
+            assert move.payback_steps <= max(1, problem.patience * remaining[move.request]) * (1 + 1e-6)
+
+
+@given(problems(least_gain=0.01))
+def test_nothing_moves_again_while_nothing_changes(problem: RedispatchProblem) -> None:
+    if np.isfinite(problem.budget_bytes):  # a spent budget stops moves that a new one allows
+        problem = replace(problem, budget_bytes=np.inf)
+    after = carried_out(problem, solve_redispatch(problem))
+    again = solve_redispatch(replace(problem, snapshot=after))
+    assert again.moves == ()
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from([None, 1, 2]), st.sampled_from([0.0, 0.3, 2.0]))
+def test_optimum_lies_between_bound_and_plan(seed: int, draining: bool, tp: int | None, slack: float) -> None:
+    problem = random_problem(
+        seed, num_devices=3, num_requests=2, head_groups=4, pieces=2, tp=tp, draining=draining, slack=slack
+    )
+    tables, times = tables_of(problem), horizons(problem)
+    optimum_s = oracle.least_objective_s(problem, horizons=times, short_s=tables.short_s)
+    plan = solve_redispatch(problem)
+    assert plan.bound_s <= optimum_s * (1 + 1e-6)
+    assert optimum_s <= plan.objective_s * (1 + 1e-6)
+    stays = oracle.objective_s(problem, problem.snapshot.groups, horizons=times, short_s=tables.short_s)
+    assert plan.stay_s == pytest.approx(stays, rel=1e-9)
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from([None, 1, 2]), st.sampled_from([0.1, np.inf]))
+def test_the_program_is_that_of_the_specification(
+    seed: int, draining: bool, tp: int | None, budget_share: float
+) -> None:
+    problem = random_problem(
+        seed, num_devices=4, num_requests=5, head_groups=4, pieces=2, tp=tp, draining=draining,
+        slack=0.3, budget_share=budget_share,
+    )  # fmt: skip
+    tables = tables_of(problem)
+    ideal = ideal_dispatch(problem.snapshot, Dispatcher(problem.snapshot.stage), on_draining=True)
+    everything = np.ones(4, np.bool_)
+    start = relax(tables, MoveLp(), floor_s=ideal.bound_s, guess=ideal.prices.piece).prices
+    fast = MoveLp().solve(tables, everything, start)
+    assert fast is not None
+    stated = solve_specification(problem, horizons=horizons(problem), short_s=tables.short_s, open_devices=everything)
+    assert fast.value_s == pytest.approx(stated, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_specification_in_whole_groups_is_the_brute_force_optimum(seed: int) -> None:
+    problem = random_problem(
+        seed, num_devices=3, num_requests=2, head_groups=2, tp=1 + seed % 2, draining=seed % 3 == 0
+    )
+    times, short_s = horizons(problem), tables_of(problem).short_s
+    stated = solve_specification(problem, horizons=times, short_s=short_s)
+    assert stated == pytest.approx(oracle.least_objective_s(problem, horizons=times, short_s=short_s), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_of_loaded_stages_are_near_their_bound(seed: int) -> None:
+    problem = random_problem(seed, num_devices=8, num_requests=60, head_groups=8, tp=2, slack=2.0)
+    assert solve_redispatch(problem).gap < 0.02
+
+
+@given(st.integers(0, 2**32))
+def test_a_draining_device_is_emptied_where_there_is_room(seed: int) -> None:
+    problem = random_problem(
+        seed, num_devices=4, num_requests=8, slack=4.0, draining=True, high_water=1.0, least_gain=0.01
+    )
+    plan = solve_redispatch(problem)
+    after = carried_out(problem, plan)
+    [draining] = [i for i, device in enumerate(after.devices) if device.status is DeviceStatus.DRAINING]
+    if plan.short_after == 0:
+        assert not after.groups[:, draining].any()
+    for move in plan.moves:
+        assert move.target != draining
+        if move.source == draining:
+            assert move.reason is MoveReason.DRAIN
+
+
+@given(st.integers(0, 2**32))
+def test_a_full_device_gets_blocks_free_where_others_have_room(seed: int) -> None:
+    problem = random_problem(seed, num_devices=4, num_requests=12, head_groups=8, slack=2.0)
+    full = int(problem.snapshot.used_blocks().argmax())
+    before = problem.snapshot.used_blocks()[full]
+    plan = solve_redispatch(replace(problem, full=frozenset({full})))
+    after = carried_out(problem, plan)
+    if plan.short_after == 0 and before:
+        assert after.used_blocks()[full] < before
+    with pytest.raises(InvalidProblemError, match=r"full devices are \[4\], the stage has 4 devices"):
+        replace(problem, full=frozenset({4}))
+
+
+def test_an_empty_stage_stays_empty() -> None:
+    plan = solve_redispatch(random_problem(0, num_devices=3, num_requests=0))
+    assert plan.moves == ()
+    assert plan.makespan_after_s == plan.bound_s == plan.gap == 0.0
+
+
+def test_groups_under_way_are_left_alone() -> None:
+    problem = random_problem(3, num_devices=4, num_requests=8, slack=2.0)
+    state = DispatchState.of(problem.snapshot)
+    j, i = np.argwhere(problem.snapshot.groups > 0)[0]
+    move = state.prepare_move(problem.snapshot.ids[j], groups=1, source=int(i), target=int((i + 1) % 4))
+    assert move is not None
+    under_way = replace(problem, snapshot=state.snapshot())
+    plan = solve_redispatch(under_way)
+    after = carried_out(under_way, plan)
+    assert [m.number for m in after.moves] == [move.number]
+    assert plan.bound_s <= plan.objective_s * (1 + 1e-6)
+
+
+def test_a_solver_is_reused() -> None:
+    problem = random_problem(5, num_devices=5, num_requests=20, slack=1.0)
+    solver = Redispatcher(Dispatcher(problem.snapshot.stage))
+    first, second = solver.solve(problem), solver.solve(problem)
+    assert first == second
+
+
+def test_nonsense_is_named() -> None:
+    problem = random_problem(0, num_devices=2, num_requests=1)
+    with pytest.raises(InvalidProblemError, match="num_layers is 0"):
+        replace(problem, num_layers=0)
+    with pytest.raises(InvalidProblemError, match="link_byte_s must be 2 finite numbers"):
+        replace(problem, link_byte_s=np.ones(3))
+    with pytest.raises(InvalidProblemError, match="budget_bytes is -1"):
+        replace(problem, budget_bytes=-1)
+    with pytest.raises(InvalidProblemError, match="least_gain is 1"):
+        replace(problem, least_gain=1.0)
