@@ -13,13 +13,14 @@ WORKERS ?= auto
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
 
-.PHONY: help demo test lint types format bench clean
+.PHONY: help demo test lint types format proto bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
+	@echo "make proto   make the stubs of hetis.v1 from proto/ again"
 	@echo "make bench   every benchmark, in its quick form"
 	@echo "make clean   remove $(VENV), caches and build output"
 
@@ -39,6 +40,9 @@ format: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+proto: $(VENV)/.dev
+	$(BIN)/python proto/generate.py
 
 bench: $(VENV)/.dev
 	@for module in benchmarks/[a-z]*.py; do \

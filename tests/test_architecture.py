@@ -14,8 +14,11 @@ MAY_IMPORT = {
     "solver": set[str](),
     "formats": {"solver"},
     "profiler": {"solver", "formats"},
-    "planner": {"solver", "formats", "profiler"},
+    "planner": {"solver", "formats", "profiler", "v1"},
+    "proto": set[str](),
 }
+# Every root's package has its name, but for the contract's: protobuf wants folder and package alike, and a version.
+PACKAGE = {root: root for root in MAY_IMPORT} | {"proto": "v1"}
 # What the base install lacks; only these roots may use it, and only the planner when a module is merely imported.
 EXTRAS = {"highspy", "numba", "ortools", "rich", "typer", "cvxpy"}
 
@@ -56,7 +59,7 @@ def test_every_root_is_known_here() -> None:
 
 @pytest.mark.parametrize("root", sorted(MAY_IMPORT))
 def test_imports_point_one_way(root: str) -> None:
-    allowed = MAY_IMPORT[root] | {root}
+    allowed = MAY_IMPORT[root] | {PACKAGE[root]}
     for path in modules(root):
         ours = {name.split(".")[1] for name in imported(path) if name.startswith("hetis.")}
         assert ours <= allowed, f"{path.relative_to(ROOT)} imports {ours - allowed}"
@@ -68,7 +71,7 @@ def test_the_namespace_package_has_no_init() -> None:
 
 @pytest.mark.parametrize("root", sorted(MAY_IMPORT))
 def test_every_inner_package_has_an_init_and_is_typed(root: str) -> None:
-    package = ROOT / root / "hetis" / root
+    package = ROOT / root / "hetis" / PACKAGE[root]
     assert (package / "__init__.py").is_file()
     assert (package / "py.typed").is_file()
 
@@ -91,4 +94,4 @@ def test_packaging_and_tools_list_every_root() -> None:
 def test_the_architecture_document_names_every_root() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for root in roots():
-        assert f"| `{root}/` | `hetis.{root}` |" in text
+        assert f"| `{root}/` | `hetis.{PACKAGE[root]}` |" in text

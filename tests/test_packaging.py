@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOTS = ("solver", "formats", "profiler", "planner")
+ROOTS = ("solver", "formats", "profiler", "planner", "proto")
 # Imports everything the base install promises with the extras made unimportable.
 BASE_PROGRAM = """
 import sys
@@ -19,6 +19,7 @@ for name in ("highspy", "numba", "ortools", "typer", "rich", "cvxpy"):
 import hetis.formats, hetis.formats.documents, hetis.formats.catalogue
 import hetis.solver.problem, hetis.solver.plan, hetis.solver.explain, hetis.solver.check
 import hetis.profiler.roofline
+import hetis.v1.plan_service_pb2_grpc, hetis.v1.agent_service_pb2_grpc
 hetis.profiler.roofline.modelled_profile(hetis.formats.catalogue.find_gpu("L4").gpu)
 """
 
@@ -42,7 +43,8 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == tree
-    assert {f"hetis/{root}/py.typed" for root in ROOTS} <= packed
+    assert {f"hetis/{root}/py.typed" for root in ("solver", "formats", "profiler", "planner", "v1")} <= packed
+    assert "hetis/v1/plan_service.proto" in packed
     assert any(name.endswith(".json") for name in packed)
 
 

@@ -22,6 +22,21 @@ SOLVES = {"name", "gpus", "types", "status", "value", "bound", "gap", "seconds",
 PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
+    "dispatch": {
+        "name",
+        "devices",
+        "arrivals",
+        "pieces",
+        "path",
+        "load",
+        "p50_ms",
+        "p99_ms",
+        "highs_p50_ms",
+        "cvxpy_p50_ms",
+        "speedup_vs_cvxpy",
+        "mean_gap_to_relaxation",
+        "mean_gap_to_best",
+    },
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 

@@ -60,9 +60,9 @@ def _place(
         first[block] = _first_to_end(costs, ends, block)
     while left > 0:
         best, least = -1, np.inf
-        for i in first:
-            if i >= 0 and ends[i] < least:
-                best, least = i, ends[i]
+        for block in range(len(first)):
+            if first[block] >= 0 and ends[first[block]] < least:
+                best, least = int(first[block]), ends[first[block]]
         if costs.primary >= 0 and costs.unit[costs.primary] <= left:
             least = max(least, card_s(costs, running, placement.on_workers[0] + 1))
             if ends[costs.primary] <= least:

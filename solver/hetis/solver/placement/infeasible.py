@@ -27,7 +27,6 @@ from hetis.solver.problem import PlacementProblem
 MAX_TRIALS = 20  # for all reasons together
 PRECISION = 1.02  # a best latency is known this closely, as a ratio
 GAP = 0.005  # of a best rate where the fleet is too large for an exact one
-PROVEN = 1e-4  # a bound this close to the best rate is not told apart from it
 ROUNDING = 1e-9
 
 
@@ -118,9 +117,10 @@ def _best_rate(trials: _Trials, limits: Constraints) -> str:
     if outcome is None:
         return f"is above what this fleet serves{within}; no time was left to find how much it serves (--rate)"
     share = trials.problem.assumptions.planned_utilisation
-    value, bound = share * outcome.value, share * outcome.bound
-    proof = "" if bound <= value * (1.0 + PROVEN) else f" with the best plan found, proven at most {bound:.4g}"
-    return f"is above what this fleet serves{within}: {value:.4g} requests/s{proof} (--rate {_down_to(value):g})"
+    value, bound = f"{share * outcome.value:.4g}", f"{share * outcome.bound:.4g}"
+    proof = "" if bound == value else f" with the best plan found, proven at most {bound}"
+    rate = _down_to(share * outcome.value)
+    return f"is above what this fleet serves{within}: {value} requests/s{proof} (--rate {rate:g})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +263,7 @@ def _listed(constraints: Constraints) -> str:
 
 def _named(constraint: Constraint, value: float) -> str:
     if constraint is Constraint.DEMAND:
-        return f"{constraint} {value:.4g} requests/s"
+        return f"{constraint} {value:g} requests/s"
     return f"{constraint} {value * 1e3:.4g} ms" if constraint is Constraint.TPOT else f"{constraint} {value:.4g} s"
 
 

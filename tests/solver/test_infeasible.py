@@ -1,0 +1,254 @@
+"""The reasons why no plan exists are true, minimal, and name values that a plan can keep; brute force says the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.budget import Budget
+from hetis.solver.errors import InfeasibleError
+from hetis.solver.placement import solve, solve_placement
+from hetis.solver.placement.infeasible import MAX_TRIALS, PRECISION, why_infeasible
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.oracle import best_plan_value
+
+EXAMPLES = max(5, settings().max_examples // 3)
+GIVEN = {"demand": "demand_rps", "mean TPOT limit": "tpot_limit_s", "p95 TTFT limit": "ttft_limit_s"}
+OPTIONS = {"demand": "rate", "mean TPOT limit": "tpot", "p95 TTFT limit": "ttft"}
+
+
+def reasons(problem: PlacementProblem) -> tuple[str, ...]:
+    with pytest.raises(InfeasibleError) as caught:
+        solve_placement(problem)
+    return caught.value.reasons
+
+
+def two_cards(**objective: object) -> PlacementProblem:
+    return make_problem([make_node("a", "A", nodes=2)], objective=replace(NO_LIMITS, **objective))  # type: ignore[arg-type]
+
+
+# --- brute force
+
+
+def best_goodput(problem: PlacementProblem, **limits: float | None) -> float:
+    """By brute force, under these limits; 0 where nothing meets them."""
+    objective = Objective(
+        ttft_limit_s=limits.get("ttft_limit_s"), tpot_limit_s=limits.get("tpot_limit_s"), demand_rps=None
+    )
+    return best_plan_value(replace(problem, objective=objective))
+
+
+def can_keep(problem: PlacementProblem, constraints: dict[str, float]) -> bool:
+    """Whether a plan keeps these, keyed by the fields of `Objective`; by brute force."""
+    limits = {name: value for name, value in constraints.items() if name != "demand_rps"}
+    best = best_goodput(problem, **limits)
+    return best > 0 and best >= constraints.get("demand_rps", 0.0) * (1 - 1e-9)
+
+
+def given_constraints(objective: Objective) -> dict[str, float]:
+    values = {name: getattr(objective, name) for name in GIVEN.values()}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and not (name == "demand_rps" and objective.maximises)
+    }
+
+
+def members(found: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """The field and the sentence of every constraint that is blamed."""
+    for sentence in found:
+        for words, name in GIVEN.items():
+            if sentence.startswith(words):
+                yield name, sentence
+
+
+def suggested(sentence: str) -> float:
+    """The value that a sentence says can be kept, in seconds or requests/s."""
+    match = re.search(r"\(--(rate|tpot|ttft) ([0-9.e+-]+)(ms|s|)\)$", sentence)
+    assert match, sentence
+    return float(match[2]) * (1e-3 if match[3] == "ms" else 1.0)
+
+
+def out_of_reach(sentence: str) -> float:
+    match = re.search(r": ([0-9.e+-]+)(ms|s) cannot be kept", sentence)
+    assert match, sentence
+    return float(match[1]) * (1e-3 if match[2] == "ms" else 1.0)
+
+
+@st.composite
+def tight_problems(draw: st.DrawFn) -> PlacementProblem:
+    """Random problems that often ask for too much."""
+    problem = draw(problems(max_gpus=3, kinds=tuple(ObjectiveKind), family=SMALL_FAMILY, num_zones=1))
+    objective = replace(
+        problem.objective,
+        tpot_limit_s=draw(st.sampled_from((None, 1e-4, 1e-3, 3e-3))),
+        ttft_limit_s=draw(st.sampled_from((None, 1e-3, 5e-3, 0.02))),
+        demand_rps=None if problem.objective.maximises else draw(st.sampled_from((5.0, 60.0, 300.0, 1e4))),
+    )
+    return replace(problem, objective=objective)
+
+
+@settings(max_examples=EXAMPLES)
+@given(tight_problems())
+def test_reasons_agree_with_brute_force(problem: PlacementProblem) -> None:
+    try:
+        solve_placement(problem)
+    except InfeasibleError as error:
+        found = error.reasons
+    else:
+        return
+    constraints = given_constraints(problem.objective)
+    if not can_keep(problem, {}):
+        assert not list(members(found))
+        assert len(found) == 1
+        return
+    assert not can_keep(problem, constraints)
+    conflict = dict(members(found))
+    assert conflict
+    if found[0].startswith("several"):
+        return  # the sentences speak of problems without the other conflicts
+    for size in range(len(conflict)):
+        for part in combinations(conflict, size):
+            assert can_keep(problem, {name: constraints[name] for name in part}), "not a smallest conflict"
+    assert not can_keep(problem, {name: constraints[name] for name in conflict})
+    for name, sentence in conflict.items():
+        others = {other: value for other, value in constraints.items() if other != name}
+        if "not the only obstacle" in sentence:
+            assert not can_keep(problem, others)
+            continue
+        assert can_keep(problem, others | {name: suggested(sentence)})
+        if name == "demand_rps":
+            best = best_goodput(problem, **others)
+            assert suggested(sentence) == pytest.approx(best, rel=0.01)
+        else:
+            assert not can_keep(problem, others | {name: out_of_reach(sentence)})
+            assert suggested(sentence) <= out_of_reach(sentence) * PRECISION * 1.02  # both are rounded to three digits
+
+
+# --- sentences
+
+
+def test_demand_alone_is_blamed_when_replicas_fit_and_meet_the_limits() -> None:
+    problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=5.0, ttft_limit_s=5.0)
+    best = best_goodput(problem, tpot_limit_s=5.0, ttft_limit_s=5.0)
+    (reason,) = reasons(problem)
+    assert reason.startswith(
+        "demand 100000 requests/s is above what this fleet serves within mean TPOT limit 5000 ms and p95 TTFT limit 5 "
+        f"s: {best:.4g} requests/s (--rate "
+    )
+
+
+def test_limit_that_nothing_meets_is_blamed_and_the_demand_beside_it() -> None:
+    problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-6)
+    header, *both = reasons(problem)
+    assert header.startswith("several things are in the way")
+    assert [name for name, _ in members(tuple(both))] == ["tpot_limit_s", "demand_rps"]
+    assert can_keep(problem, {"tpot_limit_s": suggested(both[0])})
+
+
+def test_demand_and_limit_that_exclude_one_another_are_both_named() -> None:
+    problem = two_cards()
+    best = best_goodput(problem)
+    tight_s = 1.1 * suggested(reasons(two_cards(tpot_limit_s=1e-6))[0])
+    assert best_goodput(problem, tpot_limit_s=tight_s) < 0.9 * best
+    header, demand, limit = reasons(
+        two_cards(kind=ObjectiveKind.GPUS, demand_rps=0.95 * best, tpot_limit_s=tight_s, ttft_limit_s=50.0)
+    )
+    assert header.startswith("each can be kept, but not together: demand ")
+    assert demand.startswith("demand ")
+    assert limit.startswith("mean TPOT limit ")
+    assert " beside demand " in limit
+    assert " and p95 TTFT limit 50 s: " in limit
+
+
+def test_weights_and_kv_that_exceed_the_fleet_are_added_up() -> None:
+    model = make_model()
+    weights = int(model.params() * model.weight_bytes)
+    for spare, words in ((-500_000, "for weights alone; this fleet has "), (50_000, "for the KV of 1 request, ")):
+        profile = make_profile("A", usable_bytes=1_000_000 + weights + spare)
+        problem = make_problem([make_node("a", "A")], profiles={"A": profile})
+        (reason,) = reasons(problem)
+        assert words in reason
+
+
+def test_layer_that_fits_no_card_is_named() -> None:
+    profile = make_profile("A", usable_bytes=1_900_000)
+    problem = make_problem([make_node("a", "A", nodes=40)], profiles={"A": profile})
+    (reason,) = reasons(problem)
+    assert re.match(r"a layer of tiny needs .* on each of 1 GPUs?, activations included; A has .* usable$", reason)
+
+
+def test_layers_that_cards_cannot_share_are_counted() -> None:
+    model = make_model(num_layers=6)
+    layer = model.layer_params() * model.weight_bytes
+    profile = make_profile("A", usable_bytes=int(1_000_000 + 1.8 * layer))
+    problem = make_problem([make_node("a", "A", nodes=5)], profiles={"A": profile}, model=model)
+    (reason,) = reasons(problem)
+    assert reason.startswith("the GPUs that a replica may use hold at most 5 of 6 layers of tiny, KV left out: ")
+
+
+def test_replica_of_one_type_is_measured_by_one_type() -> None:
+    """Together both types would do."""
+    profiles = {name: make_profile(name, usable_bytes=4_800_000) for name in "AB"}
+    problem = make_problem([make_node("a", "A", nodes=2), make_node("b", "B", nodes=1)], profiles=profiles)
+    assert solve_placement(problem).replicas
+    with pytest.raises(InfeasibleError) as caught:
+        solve_placement(problem, strategy="uniform")
+    assert "; a replica of one device class, at most 2 A, has " in str(caught.value)
+
+
+# --- effort
+
+
+class StoppedClock:
+    """A clock that stands still until the given number of readings, and then runs out of any time."""
+
+    def __init__(self, readings: int) -> None:
+        self.left = readings
+
+    def __call__(self) -> float:
+        self.left -= 1
+        return 0.0 if self.left >= 0 else 1e9
+
+
+def test_reasons_that_nobody_had_time_for_are_not_made_up() -> None:
+    problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-6)
+    atlas = build_atlas(problem)
+    whole = why_infeasible(atlas)
+    for readings in (1, 2, 5, 10, 20, 40, 80, 160, 320):
+        found = why_infeasible(atlas, Budget(time_limit_s=1.0, clock=StoppedClock(readings)))
+        assert found
+        assert all(found)
+        if found != whole:
+            assert any("no time was left" in reason or "cannot be kept" in reason for reason in found)
+    spent = Budget()
+    spent.cancelled.set()
+    (reason,) = why_infeasible(atlas, spent)
+    assert reason == (
+        "no time was left to tell what is in the way: memory, or demand 100000 requests/s and mean TPOT limit 0.001 ms"
+    )
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+def test_few_searches_suffice(exact: bool) -> None:
+    problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-7, ttft_limit_s=1e-7)
+    search, count = solve._search, 0
+
+    def counting(*arguments: object) -> object:
+        nonlocal count
+        count += 1
+        return search(*arguments)  # type: ignore[arg-type]
+
+    with patch.object(solve, "_search", counting), patch.object(solve, "is_small", lambda _: exact):
+        assert len(reasons(problem)) == 4
+    assert count <= 1 + MAX_TRIALS
