@@ -118,7 +118,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
                     load=load,
                     instances=2000 if cells <= 512 else 500,
                     compared=20 if cells <= 512 else 6 if cells <= 4096 else 3,
-                    judged=12,
+                    judged=8,
                     judge_s=1.0,
                 )
 

@@ -37,6 +37,20 @@ PROMISED = {
         "mean_gap_to_relaxation",
         "mean_gap_to_best",
     },
+    "redispatch": {
+        "name",
+        "mean_us",
+        "p95_us",
+        "refill_us",
+        "over_ideal",
+        "moved_gib",
+        "refilled_gib",
+        "saved_us_per_gib",
+        "evictions",
+        "tokens_per_s",
+        "looks",
+        "solve_p50_ms",
+    },
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 
