@@ -12,7 +12,7 @@ import pytest
 
 from hetis.planner.cli.options import Strategy
 from hetis.solver.placement.strategies import STRATEGIES
-from tests.planner.command_line import COMMAND, EXAMPLES, environment, hetis_plan
+from tests.planner.command_line import COMMAND, environment, hetis_plan
 
 SMALL = """\
 apiVersion: hetis/v1
@@ -174,8 +174,24 @@ def test_the_command_line_knows_every_strategy() -> None:
     assert {strategy.value for strategy in Strategy} == set(STRATEGIES)
 
 
+MANY_TYPES = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: many-types
+nodes:
+  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 4}]}
+  - {name: a100, gpus: [{type: A100-SXM-80GB, count: 8}]}
+  - {name: a10, count: 4, gpus: [{type: A10G, count: 4}]}
+  - {name: l4, count: 4, gpus: [{type: L4, count: 4}]}
+  - {name: t4, count: 4, gpus: [{type: T4, count: 4}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""  # takes long to prove: few replicas, many ways to form each
+
+
 def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
-    arguments = ["place", "-c", str(EXAMPLES / "fleet-10000.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
+    (tmp_path / "cluster.yaml").write_text(MANY_TYPES)
+    arguments = ["place", "-c", str(tmp_path / "cluster.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
+    arguments += ["--ttft", "none", "--tpot", "none"]
     process = subprocess.Popen(
         [
             *COMMAND,

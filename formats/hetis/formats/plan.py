@@ -94,7 +94,7 @@ class ReplicaPart(Part):
 
 
 class PricePart(Part):
-    """A device class and what one more GPU of it would add at most."""
+    """A device class and what one GPU of it is worth at the margin of the plan's relaxation."""
 
     gpu: str
     zone: str

@@ -35,6 +35,7 @@ def dispatch(
     import time
 
     from hetis.planner import dispatching
+    from hetis.planner.cli.native_output import no_native_output
     from hetis.planner.cli.plan_files import refuse_unwritable, save
     from hetis.planner.cli.stage_options import chosen_stage
     from hetis.planner.report.dispatch import render_dispatch
@@ -50,11 +51,12 @@ def dispatch(
     arrivals = load_new_requests(loaded, file=requests, words=request or ())
     options.announce_compilation(terminal)
     budget = Budget(time_limit_s=time_limit, clock=time.monotonic)
-    found = run_interruptibly(
-        lambda: dispatching.dispatch_requests(loaded, arrivals, exact=exact, budget=budget, seed=seed),
-        cancelled=budget.cancelled,
-        on_cancel=lambda: terminal.say("stopping with the best placement so far; Ctrl-C again leaves at once"),
-    )
+    with no_native_output():
+        found = run_interruptibly(
+            lambda: dispatching.dispatch_requests(loaded, arrivals, exact=exact, budget=budget, seed=seed),
+            cancelled=budget.cancelled,
+            on_cancel=lambda: terminal.say("stopping with the best placement so far; Ctrl-C again leaves at once"),
+        )
     sentences = explain_dispatch(found) if explain else None
     if out is not None:
         save(found.saved, out)

@@ -12,6 +12,7 @@ from hetis.formats.documents import to_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
+from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.plan_files import save
 from hetis.planner.cli.progress import progress_on_stderr
 from hetis.planner.cli.terminal import OutputFormat, Terminal
@@ -55,7 +56,7 @@ class PlacementRun:
 
     def _solve(self, cancelled: threading.Event) -> Plan:
         budget = Budget(time_limit_s=self.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
-        with progress_on_stderr(self.terminal, self.problem.objective.unit) as report:
+        with no_native_output(), progress_on_stderr(self.terminal, self.problem.objective.unit) as report:
             return run_interruptibly(
                 lambda: make_plan(self.loaded, self.problem, self.settings, budget=budget, report=report),
                 cancelled=cancelled,

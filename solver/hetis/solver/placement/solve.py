@@ -80,7 +80,7 @@ def solve_placement(
     if outcome is None:
         if budget.is_spent():
             raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-        raise InfeasibleError(why_infeasible(atlas))
+        raise InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
     templates = [template for template, count in outcome.chosen for _ in range(count)]
     bound_stages = bind(atlas, templates, seed=seed)
     return _plan(atlas, strategy, outcome, templates, bound_stages, budget)
