@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from hetis.formats.documents import load_model
 from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, Load, Primary, Requests, Stage
 from hetis.solver.dispatch.result import DispatchPlan, Path, Resource
-from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.dispatch.solve import Dispatcher, _solve, solve_dispatch
 from hetis.solver.errors import InvalidProblemError
 from tests.solver.dispatch.instances import random_problem
 from tests.solver.dispatch.oracle import assert_feasible, makespan_of
@@ -115,7 +116,9 @@ def test_a_request_listed_twice_is_an_error() -> None:
 
 
 def test_errors_name_the_thing_and_the_limit() -> None:
-    with pytest.raises(InvalidProblemError, match=r"^requests need context_tokens >= 1 and growth_tokens >= 0$"):
+    with pytest.raises(
+        InvalidProblemError, match=r"^context_tokens is 0, must be a whole number >= 1 and <= 2147483648$"
+    ):
         requests_of(0)
     with pytest.raises(InvalidProblemError, match=r"^d1: head_s is -1.0, must be finite and >= 0$"):
         replace(stage_of(2), head_s=np.array([[1.0], [-1.0]]))
@@ -129,6 +132,89 @@ def test_errors_name_the_thing_and_the_limit() -> None:
         stage_of(2, primary=Primary(device=2))
     with pytest.raises(InvalidProblemError, match=r"^the load is of 3 devices, the stage has 2$"):
         DispatchProblem(stage=stage_of(2), load=Load.idle(np.zeros(3, np.int64)), requests=requests_of(1))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "value"),
+    [
+        ("free_blocks", np.array([np.nan, 1.0]), "nan"),
+        ("free_blocks", np.array([np.inf, 1.0]), "inf"),
+        ("free_blocks", [2**40 + 1, 0], "1099511627777"),
+        ("free_blocks", np.array([2**63 - 1, 2**63 - 1]), "9223372036854775807"),
+        ("free_blocks", np.array([2**63, 0], np.uint64), "9223372036854775808"),
+        ("free_blocks", [0.5, 0], "0.5"),
+        ("heads", np.array([0.7, 0]), "0.7"),
+        ("heads", [np.nan, 0], "nan"),
+        ("heads", [-1, 0], "-1"),
+        ("kv_bytes", [np.nan, 0], "nan"),
+        ("kv_bytes", [0, np.inf], "inf"),
+        ("kv_bytes", [0, -1], "-1.0"),
+    ],
+)
+def test_hostile_loads_are_refused_with_field_value_and_limit(field: str, values: Any, value: str) -> None:
+    with pytest.raises(InvalidProblemError, match=rf"^{field} is {value}, must be "):
+        replace(Load.idle(np.array([1, 1])), **{field: values})
+
+
+@pytest.mark.parametrize(
+    ("context", "growth", "message"),
+    [
+        (
+            9 * 10**18,
+            9 * 10**17,
+            "context_tokens is 9000000000000000000, must be a whole number >= 1 and <= 2147483648",
+        ),
+        (1, 2**31 + 1, "growth_tokens is 2147483649, must be a whole number >= 0 and <= 2147483648"),
+        (1, -1, "growth_tokens is -1, must be a whole number >= 0 and <= 2147483648"),
+        (100.9, 0, "context_tokens is 100.9, must be a whole number >= 1 and <= 2147483648"),
+        (np.nan, 0, "context_tokens is nan, must be a whole number >= 1 and <= 2147483648"),
+    ],
+)
+def test_hostile_requests_are_refused(context: float, growth: int, message: str) -> None:
+    with pytest.raises(InvalidProblemError, match=rf"^{message}$"):
+        Requests(ids=("a",), context_tokens=np.array([context]), growth_tokens=np.array([growth]))
+
+
+def test_minus_zero_bytes_are_none() -> None:
+    assert replace(Load.idle(np.array([1])), kv_bytes=np.array([-0.0])).kv_bytes[0] == 0
+
+
+def test_arrays_of_arrays_are_refused() -> None:
+    table = np.zeros((2, 1))
+    for field in ("heads", "kv_bytes", "free_blocks"):
+        with pytest.raises(InvalidProblemError, match=rf"^{field} has shape \(2, 1\), must be "):
+            replace(Load.idle(np.array([1, 1])), **{field: table})  # type: ignore[arg-type]
+
+
+def test_the_largest_numbers_allowed_overflow_nothing() -> None:
+    _, plan = solve(stage_of(2), [2**40, 2**40], requests_of(2**31, 2**31, growth_tokens=2**31))
+    assert not plan.unplaced
+    with pytest.raises(InvalidProblemError, match=r"^head_groups is 1.5, must be a whole number >= 1 and <= 65536$"):
+        replace(HEADS, head_groups=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, list, np.asfortranarray])
+def test_costs_of_any_type_become_what_kernels_are_compiled_for(kind: Any) -> None:
+    zeros = np.zeros((2, 3))
+    table: Any = zeros.tolist() if kind is list else kind(zeros)
+    stage = replace(stage_of(2), head_s=table, kv_byte_s=table, call_s=table)
+    assert all(cost.dtype == np.float64 and cost.flags.c_contiguous for cost in (stage.head_s, stage.call_s))
+    compiled = len(_solve.signatures)  # type: ignore[attr-defined]
+    solve(stage, [100, 100], requests_of(100))
+    assert len(_solve.signatures) <= max(1, compiled)  # type: ignore[attr-defined]
+
+
+def test_costs_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(InvalidProblemError, match=r"^head_s is no array of numbers: "):
+        replace(stage_of(2), head_s=[["fast"], ["slow"]])  # type: ignore[arg-type]
+    with pytest.raises(InvalidProblemError, match=r"^head_s is no array of numbers: "):
+        replace(stage_of(2), head_s=[[1.0], [1.0, 2.0]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_a_load_of_another_stage_is_refused(num: int) -> None:
+    with pytest.raises(InvalidProblemError, match=rf"^the load is of {num} devices, the stage has 3$"):
+        Dispatcher(stage_of(3)).dispatch(Load.idle(np.full(num, 1000)), requests_of(100))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -34,6 +34,7 @@ def dispatch(
     """
     import time
 
+    from hetis.formats.errors import DocumentError
     from hetis.planner import dispatching
     from hetis.planner.cli.native_output import no_native_output
     from hetis.planner.cli.plan_files import refuse_unwritable, save
@@ -58,10 +59,18 @@ def dispatch(
             on_cancel=lambda: terminal.say("stopping with the best placement so far; Ctrl-C again leaves at once"),
         )
     sentences = explain_dispatch(found) if explain else None
+    saved = True
     if out is not None:
-        save(found.saved, out)
-        terminal.say(f"saved {out}")
+        # Not saved: the answer is printed all the same, and the machine is to blame, not the input.
+        try:
+            save(found.saved, out)
+            terminal.say(f"saved {out}")
+        except DocumentError as error:
+            saved = False
+            terminal.error("the state was not saved", [str(problem) for problem in error.problems])
     terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
+    if not saved:
+        return ExitCode.INTERNAL
     if budget.cancelled.is_set():
         return ExitCode.INTERRUPTED
     return ExitCode.INFEASIBLE if found.plan.unplaced else ExitCode.OK

@@ -46,7 +46,13 @@ def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = N
             for j, request in enumerate(found.requests.requests)
         ],
         "unplaced": [
-            {"id": one.id, "resource": one.resource.value, "missing": one.missing, "message": str(one)}
+            {
+                "id": one.id,
+                "resource": one.resource.value,
+                "missing": one.missing,
+                "proved": one.proved,
+                "message": str(one),
+            }
             for one in plan.unplaced
         ],
         "devices": devices,

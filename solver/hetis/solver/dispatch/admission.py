@@ -5,48 +5,92 @@ from __future__ import annotations
 import numpy as np
 
 from hetis.solver.dispatch.compiled import kernel
+from hetis.solver.dispatch.packing import cannot_fit, repack
 from hetis.solver.dispatch.problem import IntArray
 
 PLACED = 0
 SHORT_OF_BLOCKS = 1
-SCATTERED = 2
+SCATTERED = 2  # proved
+NOT_FOUND = 3
+
+MOST_WORK = 400_000  # devices looked at to pack again, by one call: a millisecond or less
 
 
 @kernel
 def admit(
     free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, primary: int, reserved: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Reserves whole groups for one request after the other, first fit; ``reserved`` [J, D] is written.
+    """Reserves whole groups for one request after the other; ``reserved`` [J, D] is written.
 
     Returns verdicts [J] and what is missing [J]: blocks where all devices together have too few, else groups that
-    found no device with room for a whole one. A request that is refused takes nothing, those after it are still tried.
-    That blocks are short is proved; that they are scattered holds for the groups reserved before.
+    found no device with room for a whole one. A request that is refused takes nothing, those after it are still tried;
+    none is dropped for a later one. All verdicts but `NOT_FOUND` are proved, given those admitted before.
     """
-    num_requests, num = reserved.shape
-    room = np.maximum(free_blocks, 0)
-    total = room.sum()
-    verdict = np.zeros(num_requests, np.int64)
-    missing = np.zeros(num_requests, np.int64)
+    verdict, missing = np.full(len(blocks), NOT_FOUND), np.zeros(len(blocks), np.int64)
     reserved[:] = 0
-    for j in range(num_requests):
+    room = np.maximum(free_blocks, 0)
+    admit_from(0, free_blocks, unit, blocks, head_groups, primary, reserved, room, verdict, missing)
+    return verdict, missing
+
+
+@kernel
+def admit_from(
+    first: int, free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, primary: int,
+    reserved: IntArray, room: IntArray, verdict: IntArray, missing: IntArray,
+) -> None:  # fmt: skip
+    """`admit` for the requests from ``first`` on, those before being decided; ``room`` [D] is what they leave."""
+    total, work = room.sum(), 0
+    for j in range(first, len(blocks)):
         needed = blocks[j] * head_groups
         if needed > total:
             verdict[j], missing[j] = SHORT_OF_BLOCKS, needed - total
             continue
-        left = head_groups
-        for turn in range(-1, num):
-            # The primary first: what it takes at a time must not be left over at the end.
-            i = primary if turn < 0 else turn
-            if i < 0 or reserved[j, i] > 0:
-                continue
-            fits = min(left, room[i] // blocks[j]) // unit[i] * unit[i]
-            reserved[j, i] = fits
-            left -= fits
-        if left > 0:
-            verdict[j], missing[j] = SCATTERED, left
-            reserved[j, :] = 0
+        missing[j] = _first_fit(room, unit, int(blocks[j]), head_groups, primary, reserved[j])
+        if missing[j] == 0:
+            verdict[j] = PLACED
+            total -= needed
             continue
-        for i in range(num):
-            room[i] -= reserved[j, i] * blocks[j]
-        total -= needed
-    return verdict, missing
+        members = np.append(np.flatnonzero(verdict[:j] == PLACED), j)
+        proved, done = cannot_fit(free_blocks, unit, blocks, head_groups, members, (MOST_WORK - work) // 8)
+        work += done
+        if proved > 0:
+            verdict[j], missing[j] = SCATTERED, proved
+            continue
+        verdict[j] = NOT_FOUND
+        if work + len(members) * len(unit) > MOST_WORK:
+            continue
+        packed = np.empty_like(reserved)
+        missing[j], done = repack(free_blocks, unit, blocks, head_groups, members, packed, (MOST_WORK - work) // 2)
+        work += done
+        if missing[j] == 0:
+            verdict[j] = PLACED
+            total -= needed
+            room[:] = np.maximum(free_blocks, 0)
+            for k in members:
+                reserved[k] = packed[k]
+                room -= packed[k] * blocks[k]
+
+
+@kernel
+def _first_fit(room: IntArray, unit: IntArray, blocks: int, head_groups: int, primary: int, reserved: IntArray) -> int:
+    """Reserves the groups of one request where there is room, or nothing; ``reserved`` [D] is 0 before.
+
+    Returns how many found none.
+    """
+    left = head_groups
+    for turn in range(-1, len(room)):
+        # The primary first: what it takes at a time must not be left over at the end.
+        i = primary if turn < 0 else turn
+        if i < 0 or reserved[i] > 0:
+            continue
+        fits = min(left, room[i] // blocks) // unit[i] * unit[i]
+        reserved[i] = fits
+        left -= fits
+        if left == 0:
+            break
+    if left > 0:
+        reserved[:] = 0
+        return left
+    for i in range(len(room)):
+        room[i] -= reserved[i] * blocks
+    return 0

@@ -9,14 +9,16 @@ import highspy
 import numpy as np
 
 from hetis.solver.budget import Budget
+from hetis.solver.dispatch.exact_admission import admit_exactly
 from hetis.solver.dispatch.perturbation import perturb
 from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray
 from hetis.solver.dispatch.result import DispatchPlan, Path
-from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.tables import ALWAYS, Costs, Running, costs_of, running_load
 
 ROUNDS = 200  # of local search between looks at the clock
-SEARCH_SHARE = 0.2  # of the time limit
+ADMISSION_SHARE = 0.4  # of the time limit, at most
+SEARCH_SHARE = 0.2  # of what is left then
 MOST_SEARCH_ROUNDS = 20_000  # without a clock
 
 
@@ -25,12 +27,15 @@ def solve_exactly(
 ) -> DispatchPlan:
     """The best placement in whole head groups that the budget allows, with the best bound.
 
-    The requests that are placed are those of `solve_dispatch`. The plan is never worse than the fast one, and
-    optimal within ``gap_target`` unless the budget ran out. ``prices`` are those of the relaxation, so they prove
+    Which requests are placed is decided by `hetis.solver.dispatch.exact_admission`: in their order, none dropped for
+    a later one. The plan is never worse than the fast one for the same requests, and optimal within ``gap_target``
+    unless the budget ran out. ``prices`` are those of the relaxation, so they prove
     ``relaxed_s`` only; ``bound_s`` is HiGHS's where that is higher.
     """
     budget = budget or Budget()
-    plan = improve_plan(problem, solve_dispatch(problem), budget=_part_of(budget), seed=seed)
+    admission = admit_exactly(problem, budget=_part_of(budget, ADMISSION_SHARE), seed=seed)
+    plan = Dispatcher(problem.stage).dispatch(problem.load, problem.requests, admission=admission)
+    plan = improve_plan(problem, plan, budget=_part_of(budget, SEARCH_SHARE), seed=seed)
     if plan.gap <= gap_target or budget.is_spent() or not plan.groups.any():
         return plan
     return _by_milp(problem, plan, time_limit_s=budget.remaining_s(), gap_target=gap_target, seed=seed)
@@ -60,10 +65,9 @@ def improve_plan(
     return replace(plan, groups=_spread(groups, order, plan), makespan_s=makespan_s)
 
 
-def _part_of(budget: Budget) -> Budget:
-    """A fifth of what is left, for local search."""
-    limit = budget.remaining_s() * SEARCH_SHARE
-    return Budget(time_limit_s=limit, clock=budget.clock, cancelled=budget.cancelled)
+def _part_of(budget: Budget, share: float) -> Budget:
+    """So much of what is left."""
+    return Budget(time_limit_s=budget.remaining_s() * share, clock=budget.clock, cancelled=budget.cancelled)
 
 
 def _placed(problem: DispatchProblem, plan: DispatchPlan) -> IntArray:

@@ -24,6 +24,14 @@ import numpy.typing as npt
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 
+MOST_TOKENS = 2**31  # of a context, and of growth
+MOST_BLOCKS = 2**40  # free on a device
+MOST_HEADS = 2**40  # running on a device
+MOST_KV_BYTES = 1e18  # running on a device
+MOST_GROUPS = 2**16  # of a layer; query heads per group, cards of the primary and tokens of a block as well
+# Within these limits no sum that a kernel makes leaves 64 bits.
+_MOST_KV_BITS = np.array(MOST_KV_BYTES).view(np.uint64)
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -48,8 +56,9 @@ class HeadShape:
 
     def __post_init__(self) -> None:
         for name in ("head_groups", "queries_per_group", "block_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidProblemError(f"{name} is {getattr(self, name)}, must be >= 1")
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or not 1 <= value <= MOST_GROUPS:
+                raise InvalidProblemError(f"{name} is {value}, must be {_whole(MOST_GROUPS, least=1)}")
         for name in ("kv_bytes_per_token", "exchange_bytes_per_head"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidProblemError(f"{name} is {getattr(self, name)}, must be finite and >= 0")
@@ -108,6 +117,9 @@ class Stage:
     primary: Primary | None = None
 
     def __post_init__(self) -> None:
+        # Kernels are compiled for these types: others would be compiled for anew, which takes a minute.
+        for name in ("head_s", "kv_byte_s", "call_s", "transfer_byte_s", "transfer_s"):
+            object.__setattr__(self, name, _reals(name, getattr(self, name)))
         num = len(self.devices)
         if num == 0:
             raise InvalidProblemError("a stage needs at least one device")
@@ -128,7 +140,11 @@ class Stage:
         if not 0 <= primary.device < len(self.devices):
             raise InvalidProblemError(f"primary device is {primary.device}, must be one of {len(self.devices)} devices")
         groups = self.heads.head_groups
-        if primary.tp < 1 or (groups % primary.tp and primary.tp % groups):
+        if (
+            not isinstance(primary.tp, int | np.integer)
+            or not 1 <= primary.tp <= MOST_GROUPS
+            or (groups % primary.tp and primary.tp % groups)
+        ):
             raise InvalidProblemError(
                 f"tp of the primary is {primary.tp}, must be a divisor or a multiple of {groups} head groups"
             )
@@ -168,19 +184,22 @@ class Load:
     free_blocks: IntArray
 
     def __post_init__(self) -> None:
-        # Kernels are compiled for these types: others would be compiled for anew, which takes a minute.
-        object.__setattr__(self, "heads", np.ascontiguousarray(self.heads, np.int64))
-        object.__setattr__(self, "kv_bytes", np.ascontiguousarray(self.kv_bytes, np.float64))
-        object.__setattr__(self, "free_blocks", np.ascontiguousarray(self.free_blocks, np.int64))
+        # Kernels are compiled for these types, see `Stage`.
+        object.__setattr__(self, "heads", _counts("heads", self.heads, MOST_HEADS))
+        object.__setattr__(self, "kv_bytes", _reals("kv_bytes", self.kv_bytes))
+        object.__setattr__(self, "free_blocks", _counts("free_blocks", self.free_blocks, MOST_BLOCKS, least=None))
+        if self.kv_bytes.ndim != 1:
+            raise InvalidProblemError(f"kv_bytes has shape {self.kv_bytes.shape}, must be [devices]")
         if not len(self.heads) == len(self.kv_bytes) == len(self.free_blocks):
             raise InvalidProblemError(
                 f"heads, kv_bytes and free_blocks are of {len(self.heads)}, {len(self.kv_bytes)} and "
                 f"{len(self.free_blocks)} devices, must be of the same"
             )
-        if len(self.heads) and (self.heads.min() < 0 or not self.kv_bytes.min() >= 0):
-            raise InvalidProblemError("running heads and kv_bytes must be >= 0")
-        if not np.isfinite(self.kv_bytes.sum()):
-            raise InvalidProblemError("kv_bytes must be finite")
+        # The bits of floats >= 0 rise with them; those of NaN are above, and of what has a sign above all.
+        if len(self.kv_bytes) and np.maximum.reduce(self.kv_bytes.view(np.uint64)) > _MOST_KV_BITS:
+            bad = self.kv_bytes[~((self.kv_bytes >= 0) & (self.kv_bytes <= MOST_KV_BYTES))]
+            if len(bad):
+                raise InvalidProblemError(f"kv_bytes is {bad[0]}, must be >= 0 and <= {MOST_KV_BYTES:g}")
 
     @classmethod
     def idle(cls, free_blocks: IntArray) -> Load:
@@ -205,8 +224,8 @@ class Requests:
     growth_tokens: IntArray
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "context_tokens", np.ascontiguousarray(self.context_tokens, np.int64))
-        object.__setattr__(self, "growth_tokens", np.ascontiguousarray(self.growth_tokens, np.int64))
+        object.__setattr__(self, "context_tokens", _counts("context_tokens", self.context_tokens, MOST_TOKENS, least=1))
+        object.__setattr__(self, "growth_tokens", _counts("growth_tokens", self.growth_tokens, MOST_TOKENS))
         num = len(self.ids)
         if len(set(self.ids)) < num:
             twice = next(name for name in self.ids if self.ids.count(name) > 1)
@@ -215,8 +234,6 @@ class Requests:
             raise InvalidProblemError(
                 f"{num} requests have {len(self.context_tokens)} contexts and {len(self.growth_tokens)} growths"
             )
-        if num and (self.context_tokens.min() < 1 or self.growth_tokens.min() < 0):
-            raise InvalidProblemError("requests need context_tokens >= 1 and growth_tokens >= 0")
 
     def blocks(self, block_tokens: int) -> IntArray:
         """KV blocks that one head group of each request needs per layer, shape [J]."""
@@ -236,6 +253,44 @@ class DispatchProblem:
             raise InvalidProblemError(
                 f"the load is of {len(self.load.heads)} devices, the stage has {self.stage.num_devices}"
             )
+
+
+def _counts(name: str, values: IntArray, most: int, *, least: int | None = 0) -> IntArray:
+    """Whole numbers from ``least`` to ``most`` as an array that kernels take."""
+    given = np.asarray(values)
+    if given.ndim != 1:
+        raise InvalidProblemError(f"{name} has shape {given.shape}, must be one number each")
+    if given.dtype != np.int64:
+        if len(given) == 0:
+            return np.zeros(0, np.int64)
+        if given.dtype.kind not in "iuf":
+            raise InvalidProblemError(f"{name} are of type {given.dtype}, must be {_whole(most, least=least)}")
+        bad = given[~((given >= (-(2**62) if least is None else least)) & (given <= most) & (given == np.floor(given)))]
+        if len(bad):
+            raise InvalidProblemError(f"{name} is {bad[0]}, must be {_whole(most, least=least)}")
+    counts = np.ascontiguousarray(given, np.int64)
+    if len(counts):
+        if least is None:
+            is_within = np.maximum.reduce(counts) <= most
+        else:  # one look for both ends: as unsigned, what is below 0 is huge
+            above = counts - least if least else counts
+            is_within = np.maximum.reduce(above.view(np.uint64)) <= most - least
+        if not is_within:
+            bad = counts[(counts > most) | (counts < (-(2**63) if least is None else least))]
+            raise InvalidProblemError(f"{name} is {bad[0]}, must be {_whole(most, least=least)}")
+    return counts
+
+
+def _whole(most: int, *, least: int | None) -> str:
+    lower = "" if least is None else f">= {least} and "
+    return f"a whole number {lower}<= {most}"
+
+
+def _reals(name: str, values: FloatArray) -> FloatArray:
+    try:
+        return np.ascontiguousarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidProblemError(f"{name} is no array of numbers: {error}") from None
 
 
 def _check_costs(name: str, values: FloatArray, shape: tuple[int, ...], devices: tuple[str, ...]) -> None:

@@ -47,16 +47,23 @@ class Unplaced:
         id: its name.
         resource: what it lacks, after the requests admitted before it.
         missing: KV blocks per layer for ``kv_blocks``, head groups without a home for ``whole_groups``.
+        proved: no placement holds it beside those admitted before it. Always so for ``kv_blocks``. The fast path may
+            overlook a packing of whole groups: it then has not proved anything; `solve_exactly` does, given the time.
     """
 
     request: int
     id: str
     resource: Resource
     missing: int
+    proved: bool
 
     def __str__(self) -> str:
         if self.resource is Resource.KV_BLOCKS:
             return f"request {self.id}: {self.missing} KV blocks per layer are missing"
+        if not self.proved:
+            return (
+                f"request {self.id}: no room was found for {self.missing} head groups; that there is none is unproved"
+            )
         return f"request {self.id}: {self.missing} head groups fit on no device; the free blocks are too scattered"
 
 

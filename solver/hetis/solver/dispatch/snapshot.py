@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.dispatch.problem import IntArray, Load, Stage
+from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, IntArray, Load, Stage
 from hetis.solver.errors import InvalidProblemError
 
 
@@ -43,8 +43,10 @@ class DeviceSnapshot:
     changed: bool = False
 
     def __post_init__(self) -> None:
-        if self.total_blocks < 0:
-            raise InvalidProblemError(f"{self.name}: total_blocks is {self.total_blocks}, must be >= 0")
+        if not 0 <= self.total_blocks <= MOST_BLOCKS:
+            raise InvalidProblemError(
+                f"{self.name}: total_blocks is {self.total_blocks}, must be >= 0 and <= {MOST_BLOCKS}"
+            )
         if not 0 < self.high_water <= 1:
             raise InvalidProblemError(f"{self.name}: high_water is {self.high_water}, must be > 0 and <= 1")
 
@@ -99,6 +101,9 @@ class StateSnapshot:
             )
         if num and (self.context_tokens.min() < 1 or self.remaining_tokens.min() < 0):
             raise InvalidProblemError("requests need context_tokens >= 1 and remaining_tokens >= 0")
+        if num and max(self.context_tokens.max(), self.remaining_tokens.max()) > MOST_TOKENS:
+            longest = max(self.context_tokens.max(), self.remaining_tokens.max())
+            raise InvalidProblemError(f"context_tokens or remaining_tokens is {longest}, must be <= {MOST_TOKENS}")
         if self.groups.shape != (num, len(names)):
             raise InvalidProblemError(f"groups has shape {self.groups.shape}, must be {(num, len(names))}")
         for j in np.flatnonzero(self._misplaced()):

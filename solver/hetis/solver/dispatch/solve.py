@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.admission import PLACED, SHORT_OF_BLOCKS, admit
+from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, admit
 from hetis.solver.dispatch.certificate import normalise, proven_bound, request_prices
 from hetis.solver.dispatch.compiled import kernel
 from hetis.solver.dispatch.local_search import improve
@@ -20,6 +20,7 @@ from hetis.solver.dispatch.result import DispatchPlan, Path, Resource, ShadowPri
 from hetis.solver.dispatch.rounding import place_rest, round_down
 from hetis.solver.dispatch.rows import likely_level, prices_of, rows_of
 from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
+from hetis.solver.errors import InvalidProblemError
 
 # How far bound and fractions may be apart before HiGHS closes the rest. Where memory binds (12 x 8 and 64 x 64, free
 # blocks 1.2 times the need, uneven growth) a tenth of it makes plans 0.05% and 0.07% better and takes 13 and 20 times
@@ -49,6 +50,14 @@ class Answer(NamedTuple):
     request: FloatArray  # [J]
 
 
+class Admission(NamedTuple):
+    """Who is placed, and a packing of their groups: as of `hetis.solver.dispatch.admission.admit`."""
+
+    verdict: IntArray  # [J]
+    missing: IntArray  # [J]
+    reserved: IntArray  # [J, D]
+
+
 def solve_dispatch(problem: DispatchProblem, *, tolerance: float = TOLERANCE) -> DispatchPlan:
     """Places the head groups of new requests so that the slowest device finishes soonest; see `Dispatcher.dispatch`.
 
@@ -65,7 +74,9 @@ class Dispatcher:
         self._costs = costs_of(stage)
         self._lp: RelaxationLp | None = None  # set up when first needed
 
-    def dispatch(self, load: Load, requests: Requests, *, tolerance: float = TOLERANCE) -> DispatchPlan:
+    def dispatch(
+        self, load: Load, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
+    ) -> DispatchPlan:
         """Places the head groups of new requests so that the slowest device finishes soonest.
 
         Sets       i devices, j new requests, k affine pieces
@@ -81,9 +92,19 @@ class Dispatcher:
         where the bound and the fractions found this way are further apart than ``tolerance``, as a share, HiGHS solves
         it. Whole groups come from rounding down, the marginal device for what is left, and a local search. Requests
         that memory is too short for are named in ``unplaced``; the others are placed as if those had not come.
+
+        ``admission`` replaces the quick decision of who is placed: `hetis.solver.dispatch.exact` makes a proved one.
+
+        Raises:
+            InvalidProblemError: the load is of another number of devices.
         """
+        if len(load.heads) != len(self._costs.unit):
+            raise InvalidProblemError(
+                f"the load is of {len(load.heads)} devices, the stage has {self.stage.num_devices}"
+            )
         blocks = requests.blocks(self.stage.heads.block_tokens)
-        answer = _solve(self._costs, load.heads, load.kv_bytes, load.free_blocks, requests.context_tokens, blocks)
+        given = self._costs, load.heads, load.kv_bytes, load.free_blocks, requests.context_tokens, blocks
+        answer = _solve(*given) if admission is None else _place_admitted(*given, *admission)
         path = Path.CHAIN if answer.on_pieces else Path.MIXED
         if answer.relaxed_s > answer.bound_s * (1 + tolerance):
             by_lp = self._by_lp(load, requests, blocks, answer)
@@ -145,10 +166,21 @@ def _solve(
     all_blocks: IntArray,
 ) -> Answer:  # fmt: skip
     """Everything but HiGHS."""
+    reserved = np.zeros((len(all_contexts), len(costs.unit)), np.int64)
+    verdict, missing = admit(free_blocks, costs.unit, all_blocks, costs.head_groups, costs.primary, reserved)
+    return _place_admitted(
+        costs, heads, kv_bytes, free_blocks, all_contexts, all_blocks, verdict, missing, reserved
+    )  # fmt: skip
+
+
+@kernel
+def _place_admitted(
+    costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
+    all_blocks: IntArray, verdict: IntArray, missing: IntArray, all_groups: IntArray,
+) -> Answer:  # fmt: skip
+    """Everything after admission; ``all_groups`` [J, D] are the groups reserved there, and is written."""
     num, pieces = costs.alpha.shape
     running = running_load(costs, heads, kv_bytes)
-    all_groups = np.zeros((len(all_contexts), num), np.int64)
-    verdict, missing = admit(free_blocks, costs.unit, all_blocks, costs.head_groups, costs.primary, all_groups)
     order = np.flatnonzero(verdict == PLACED)
     order = order[np.argsort(all_contexts[order])]
     piece, block = np.zeros((num, pieces)), np.zeros(num)
@@ -215,6 +247,7 @@ def _plan_of(requests: Requests, answer: Answer, path: Path) -> DispatchPlan:
             id=requests.ids[j],
             resource=Resource.KV_BLOCKS if answer.verdict[j] == SHORT_OF_BLOCKS else Resource.WHOLE_GROUPS,
             missing=int(answer.missing[j]),
+            proved=bool(answer.verdict[j] != NOT_FOUND),
         )
         for j in left_out
     )

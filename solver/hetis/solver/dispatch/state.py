@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.dispatch.ledger import Ledger
-from hetis.solver.dispatch.problem import IntArray, Load, Requests, Stage
+from hetis.solver.dispatch.problem import MOST_TOKENS, IntArray, Load, Requests, Stage
 from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import (
     DeviceSnapshot,
@@ -165,10 +165,10 @@ class DispatchState:
         """Adds one request with its head groups on each device, shape [D]. Raises as `admit`."""
         if request in self._ledger.slots:
             raise InvalidProblemError(f"request {request} is running already")
-        if context_tokens < 1 or remaining_tokens < 0:
+        if not 1 <= context_tokens <= MOST_TOKENS or not 0 <= remaining_tokens <= MOST_TOKENS:
             raise InvalidProblemError(
                 f"request {request} has {context_tokens} context and {remaining_tokens} remaining tokens, "
-                "must be >= 1 and >= 0"
+                f"must be >= 1 and >= 0, and <= {MOST_TOKENS}"
             )
         groups = np.asarray(groups, np.int64)
         check_groups(self.stage, request, groups)
@@ -217,8 +217,10 @@ class DispatchState:
     def expect(self, request: str, remaining_tokens: int) -> None:
         """Sets the output tokens still expected: a better estimate came in."""
         slot = self._slot(request)
-        if remaining_tokens < 0:
-            raise InvalidProblemError(f"request {request}: remaining_tokens is {remaining_tokens}, must be >= 0")
+        if not 0 <= remaining_tokens <= MOST_TOKENS:
+            raise InvalidProblemError(
+                f"request {request}: remaining_tokens is {remaining_tokens}, must be >= 0 and <= {MOST_TOKENS}"
+            )
         self._ledger.expect(slot, remaining_tokens)
 
     def finish(self, request: str) -> None:

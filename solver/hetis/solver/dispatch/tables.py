@@ -63,8 +63,8 @@ def costs_of(stage: Stage) -> Costs:
         call_s=stage.call_s + beta[:, None],
         unit=unit,
         primary=-1 if primary is None else primary.device,
-        nic_head_s=0.0 if primary is None else primary.nic_byte_s * shape.exchange_bytes_per_head,
-        nic_s=0.0 if primary is None else primary.nic_s,
+        nic_head_s=0.0 if primary is None else float(primary.nic_byte_s) * shape.exchange_bytes_per_head,
+        nic_s=0.0 if primary is None else float(primary.nic_s),
         head_groups=shape.head_groups,
         queries=shape.queries_per_group,
     )

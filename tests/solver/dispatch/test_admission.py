@@ -1,0 +1,176 @@
+"""Who is placed when memory is short: nobody is refused who fits, unless the plan says that it is not proved."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from hetis.solver.budget import Budget
+from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, SHORT_OF_BLOCKS, admit
+from hetis.solver.dispatch.exact import solve_exactly
+from hetis.solver.dispatch.exact_admission import admit_exactly
+from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, IntArray, Load, Requests
+from hetis.solver.dispatch.result import DispatchPlan, Resource
+from hetis.solver.dispatch.solve import solve_dispatch
+from tests.solver.dispatch.instances import problems, random_problem
+from tests.solver.dispatch.oracle import assert_feasible, best_makespan
+from tests.solver.dispatch.test_inputs import requests_of, stage_of
+
+MLA = HeadShape(head_groups=1, queries_per_group=16, kv_bytes_per_token=1152.0, exchange_bytes_per_head=640.0)
+
+
+def subset(problem: DispatchProblem, chosen: list[int]) -> DispatchProblem:
+    """The same with these requests only."""
+    all_of = problem.requests
+    requests = Requests(
+        ids=tuple(all_of.ids[j] for j in chosen),
+        context_tokens=all_of.context_tokens[chosen],
+        growth_tokens=all_of.growth_tokens[chosen],
+    )
+    return replace(problem, requests=requests)
+
+
+def beside_those_before(problem: DispatchProblem, plan: DispatchPlan, request: int) -> DispatchProblem:
+    """``request`` with all that were admitted before it."""
+    left_out = {unplaced.request for unplaced in plan.unplaced}
+    return subset(problem, [j for j in range(request) if j not in left_out] + [request])
+
+
+def crowded(seed: int, *, num_devices: int, num_requests: int, head_groups: int, ratio: float) -> DispatchProblem:
+    """Free blocks of all devices together are ``ratio`` of the need, unevenly spread."""
+    return random_problem(
+        np.random.default_rng(seed),
+        num_devices=num_devices,
+        num_requests=num_requests,
+        head_groups=head_groups,
+        free_ratio=ratio,
+        equal_growth=True,
+    )
+
+
+@given(problems(max_devices=3, max_requests=3, max_groups=2))
+def test_a_refusal_that_is_proved_is_true(problem: DispatchProblem) -> None:
+    fast, exact = solve_dispatch(problem), solve_exactly(problem)
+    assert all(unplaced.proved for unplaced in exact.unplaced)
+    for plan in (fast, exact):
+        assert_feasible(problem, plan.groups, {unplaced.request for unplaced in plan.unplaced})
+        for unplaced in plan.unplaced:
+            assert unplaced.missing > 0
+            if unplaced.proved:
+                assert best_makespan(beside_those_before(problem, plan, unplaced.request)) == np.inf
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whole_requests_are_refused_only_if_they_cannot_be_placed(seed: int) -> None:
+    # One group each, 3 devices, blocks just enough: about half of these instances refuse someone for whole groups.
+    rng = np.random.default_rng(seed)
+    contexts = 16 * rng.integers(3, 12, 5)
+    blocks = contexts // 16
+    free = np.diff(np.sort(np.concatenate([[0], rng.integers(0, blocks.sum() + 3, 2), [blocks.sum() + 2]])))
+    problem = DispatchProblem(
+        stage=stage_of(3, heads=MLA), load=Load.idle(free), requests=requests_of(*contexts.tolist())
+    )
+    plan = solve_exactly(problem)
+    admitted: list[int] = []
+    for j in range(5):
+        if any(
+            np.all(np.bincount(homes, weights=blocks[[*admitted, j]], minlength=3) <= free)
+            for homes in itertools.product(range(3), repeat=len(admitted) + 1)
+        ):
+            admitted.append(j)
+    assert np.flatnonzero(plan.groups.any(axis=1)).tolist() == admitted
+    assert all(unplaced.proved for unplaced in plan.unplaced)
+
+
+FAMILIES = [(8, 12, 8, 1.05), (8, 12, 8, 1.2), (1, 12, 16, 1.05), (1, 12, 16, 1.2), (1, 12, 16, 1.5)]
+
+
+@pytest.mark.parametrize(("head_groups", "num_devices", "num_requests", "ratio"), FAMILIES)
+def test_the_fast_path_overlooks_next_to_nothing(
+    head_groups: int, num_devices: int, num_requests: int, ratio: float
+) -> None:
+    overlooked = 0
+    for seed in range(60):
+        problem = crowded(
+            seed, num_devices=num_devices, num_requests=num_requests, head_groups=head_groups, ratio=ratio
+        )
+        blocks = problem.requests.blocks(problem.stage.heads.block_tokens)
+        reserved = np.zeros((num_requests, num_devices), np.int64)
+        unit = np.ones(num_devices, np.int64)
+        verdict, _ = admit(problem.load.free_blocks, unit, blocks, head_groups, -1, reserved)
+        exact = admit_exactly(problem, budget=Budget()) if np.any(verdict == NOT_FOUND) else None
+        if exact is not None:
+            assert not np.any(exact.verdict == NOT_FOUND)
+            overlooked += int(np.any((exact.verdict == PLACED) != (verdict == PLACED)))
+    assert overlooked <= 1  # of 60
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_a_primary_that_takes_several_groups_is_packed_too(tp: int) -> None:
+    overlooked = 0
+    for seed in range(40):
+        problem = random_problem(
+            np.random.default_rng(seed), num_devices=6, num_requests=6, head_groups=8, tp=tp, free_ratio=1.04
+        )
+        fast, exact = solve_dispatch(problem), admit_exactly(problem, budget=Budget())
+        refused = [unplaced.request for unplaced in fast.unplaced]
+        assert_feasible(problem, fast.groups, set(refused))
+        assert_feasible(problem, exact.reserved, set(np.flatnonzero(exact.verdict != PLACED)))
+        overlooked += refused != np.flatnonzero(exact.verdict != PLACED).tolist()
+    assert overlooked <= 1  # of 40
+
+
+@pytest.mark.parametrize("solve", [solve_dispatch, solve_exactly])
+def test_a_request_makes_room_for_the_next(solve: type[solve_dispatch]) -> None:
+    # 10 and 5 free blocks for latents of 5 and 10: the first device is the second one's.
+    problem = DispatchProblem(
+        stage=stage_of(2, heads=MLA), load=Load.idle(np.array([10, 5])), requests=requests_of(80, 160)
+    )
+    plan = solve(problem)
+    assert plan.groups.tolist() == [[0, 1], [1, 0]]
+
+
+def test_earlier_requests_are_not_dropped_for_later_ones() -> None:
+    # The first takes the only device with room for it; both that come after would fit without it.
+    problem = DispatchProblem(
+        stage=stage_of(2, heads=MLA), load=Load.idle(np.array([10, 4])), requests=requests_of(96, 96, 80)
+    )
+    plan = solve_exactly(problem)
+    assert plan.groups.tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert [(one.resource, one.proved) for one in plan.unplaced] == [(Resource.WHOLE_GROUPS, True)] * 2
+
+
+def unlucky() -> tuple[IntArray, IntArray]:
+    """Free blocks and blocks of latents, more than the fast search can look through."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(40, 100, 64)
+    return np.bincount(rng.integers(0, 24, 64), weights=blocks, minlength=24).astype(np.int64), blocks
+
+
+def test_what_the_fast_path_overlooks_is_said_to_be_unproved() -> None:
+    free, blocks = unlucky()  # all of them fit, with no block to spare
+    problem = DispatchProblem(
+        stage=stage_of(24, heads=MLA), load=Load.idle(free), requests=requests_of(*(16 * blocks).tolist())
+    )
+    plan = solve_dispatch(problem)
+    unproved = [unplaced for unplaced in plan.unplaced if not unplaced.proved]
+    assert unproved
+    assert unproved[0].resource is Resource.WHOLE_GROUPS
+    assert str(unproved[0]) == (
+        f"request {unproved[0].id}: no room was found for {unproved[0].missing} head groups; "
+        "that there is none is unproved"
+    )
+
+
+def test_a_spent_budget_proves_nothing_more() -> None:
+    free, blocks = unlucky()
+    problem = DispatchProblem(
+        stage=stage_of(24, heads=MLA), load=Load.idle(free), requests=requests_of(*(16 * blocks).tolist())
+    )
+    admission = admit_exactly(problem, budget=Budget(time_limit_s=0.0))
+    assert np.any(admission.verdict == NOT_FOUND)
+    assert set(admission.verdict.tolist()) <= {PLACED, NOT_FOUND, SCATTERED, SHORT_OF_BLOCKS}
