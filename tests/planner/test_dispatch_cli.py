@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hetis.formats.documents import dump, load_state
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.dispatching import RedispatchSettings, bundles, dispatch_requests, redispatch_stage
+from hetis.planner.report.dispatch_words import explain_redispatch
 from hetis.planner.stage_of_plan import load_stage_of_plan
 from hetis.planner.stage_sources import GIVEN, load_new_requests, load_stage
 from hetis.planner.stage_times import times_of
@@ -218,6 +220,18 @@ def test_a_plan_without_such_a_stage_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_disk_that_is_full_is_not_the_inputs_fault(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    code = run(["dispatch", "--state", A100_L4, "--request", "8000/300", "--out", "/dev/full"])
+    printed = capsys.readouterr()
+    assert code == ExitCode.INTERNAL
+    assert "the state was not saved" in printed.err
+    assert "1 of 1 new request placed" in printed.out
+
+
 # --- redispatch
 
 
@@ -265,6 +279,29 @@ def test_a_draining_device_that_nobody_can_relieve_misses_strict(
     assert document["result"]["short_blocks"] > 1
     assert run(["redispatch", "--state", path, "--strict"]) == ExitCode.MISSED
     assert "KV blocks stay short, or on draining devices" in capsys.readouterr().err
+
+
+def test_strict_misses_while_requests_with_groups_under_way_hold_kv_on_a_draining_device(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["redispatch", "--state", DRAINING, "--strict", "--explain"]) == ExitCode.MISSED
+    # essay-0, with a group under way, keeps 3 groups of 875 blocks on l4-3.
+    said = capsys.readouterr()
+    assert "2,625 KV blocks stay short, or on draining devices" in said.err
+    assert "2,625 KV blocks are expected to be short, or stay on draining devices" in " ".join(said.out.split())
+
+
+def test_a_gap_above_100_percent_is_told_as_what_the_best_plan_could_save() -> None:
+    found = redispatch_stage(load_stage(DRIFTED), RedispatchSettings())
+    far = replace(found, plan=replace(found.plan, bound_s=found.plan.objective_s / 8))
+    [sentence] = [one for one in explain_redispatch(far) if "weak duality" in one]
+    assert "at most 88% lower" in sentence
+
+
+def test_a_budget_is_spent_on_two_devices_that_are_equally_slow() -> None:
+    plan = redispatch_stage(load_stage(DRIFTED), RedispatchSettings(budget_bytes=4 * 2**30)).plan
+    assert plan.num_bytes <= 4 * 2**30
+    assert plan.objective_s == pytest.approx(563e-6, rel=0.005)  # one device after the other ends at 614 us
 
 
 def test_moves_of_a_bundle_are_of_one_request() -> None:

@@ -9,9 +9,9 @@ from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.sources import MODELLED
 from hetis.planner.stage_sources import LoadedStage
 from hetis.planner.stage_times import StageTimes
-from hetis.solver.dispatch.result import Path, Resource
+from hetis.solver.dispatch.result import Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus
-from hetis.solver.redispatch.result import MoveReason
+from hetis.solver.redispatch.result import MoveReason, RedispatchPlan
 
 PATHS = {
     Path.CHAIN: "the relaxation was solved exactly, as a chain by comparative advantage",
@@ -78,7 +78,7 @@ def _dispatch_sentences(found: Dispatched) -> Iterator[str]:
         yield "The bound is the time of what runs already."
     yield from _memory_sentences(found)
     for one in plan.unplaced:
-        yield _unplaced_sentence(found, one.id, one.resource, one.missing)
+        yield _unplaced_sentence(found, one)
 
 
 def _is_used(found: Dispatched, name: str) -> bool:
@@ -92,7 +92,10 @@ def _memory_sentences(found: Dispatched) -> Iterator[str]:
     priced = [(device.name, float(found.plan.prices.block_s[i])) for i, device in enumerate(saved.devices)]
     binding = [(name, price) for name, price in priced if price > 0]
     if not binding and found.plan.groups.any():
-        yield "No memory row binds: one more KV block would save nothing anywhere."
+        if found.plan.unplaced:
+            yield "No memory row binds for the requests that were placed: one more KV block would not speed these up."
+        else:
+            yield "No memory row binds: one more KV block would save nothing anywhere."
     for name, price in sorted(binding, key=lambda one: -one[1])[:8]:
         yield (
             f"KV memory of {name} binds: one more block there ({block_bytes / 2**20:.3g} MiB in all layers) "
@@ -100,14 +103,20 @@ def _memory_sentences(found: Dispatched) -> Iterator[str]:
         )
 
 
-def _unplaced_sentence(found: Dispatched, name: str, resource: Resource, missing: int) -> str:
-    request = next(one for one in found.requests.requests if one.id == name)
+def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
+    request = found.requests.requests[waiting.request]
     heads = found.stage.saved.heads
     blocks = -(-(request.context_tokens + request.output_tokens) // heads.block_tokens)
-    needs = f"Request {name} waits: it needs {heads.head_groups} x {blocks:,} KV blocks per layer"
-    if resource is Resource.KV_BLOCKS:
+    needs = f"Request {waiting.id} waits: it needs {heads.head_groups} x {blocks:,} KV blocks per layer"
+    missing, groups = waiting.missing, plural(waiting.missing, "head group")
+    if waiting.resource is Resource.KV_BLOCKS:
         return f"{needs}, {missing:,} more than all devices together have left."
-    return f"{needs}, which are free, but {plural(missing, 'head group')} fit on no device whole."
+    if waiting.proved:
+        return f"{needs}, which are free, but not in one piece for every head group: {groups} fit on no device whole."
+    return (
+        f"{needs}, which are free, but no way was found to fit {groups} whole beside the requests before it. "
+        "That is not proved: --exact settles it, given the time."
+    )
 
 
 def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
@@ -124,7 +133,7 @@ def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
     counts = {reason: sum(move.groups for move in plan.moves if move.reason is reason) for reason in MoveReason}
     told = {
         MoveReason.BALANCE: "to make the slowest device faster",
-        MoveReason.MEMORY: "because their device is, or will be, short of KV blocks",
+        MoveReason.MEMORY: "because their device is, or will be, short of KV blocks, or another move needs the room",
         MoveReason.DRAIN: "to empty a draining device",
         MoveReason.DETOUR: "over a third device, until their target has room",
     }
@@ -152,7 +161,7 @@ def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
             f"they were {plan.short_before:,.0f}."
         )
     elif plan.short_before >= 1:
-        yield f"{plan.short_before:,.0f} KV blocks were expected to be short, or lay on draining devices: none are now."
+        yield f"{plan.short_before:,.0f} KV blocks were expected to be short, or lay on draining devices: none stay so."
     for device, held in zip(stage.saved.devices, found.reached.groups.sum(axis=0), strict=True):
         if device.status is DeviceStatus.DRAINING and held:
             yield (
@@ -162,9 +171,17 @@ def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
     if plan.gap <= 1e-9:
         yield "No plan does better on makespan, moving and short memory together: the bound is reached."
     else:
-        yield f"Makespan, moving and short memory together are proven within {percent(plan.gap)} of the best plan."
+        yield (
+            f"The best plan's makespan, moving and short memory together are at most {could_fall(plan)} lower, proved "
+            "by weak duality."
+        )
     if plan.refused:
         yield f"{plural(len(plan.refused), 'move')} that would help cannot be made; the table says why."
+
+
+def could_fall(plan: RedispatchPlan) -> str:
+    """By which share of the objective the best plan could be lower at most: never above 100%."""
+    return percent(1.0 - plan.bound_s / plan.objective_s)
 
 
 def _tiny(value_s: float) -> str:

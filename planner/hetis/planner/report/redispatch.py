@@ -9,7 +9,7 @@ from rich.text import Text
 
 from hetis.planner.dispatching import Redispatched
 from hetis.planner.report.dispatch import MAX_ROWS, and_more, device_table, facts_table, per_layer, plain_table
-from hetis.planner.report.dispatch_words import costs_sentence
+from hetis.planner.report.dispatch_words import costs_sentence, could_fall
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import bullets, section
 
@@ -49,7 +49,7 @@ def _facts(found: Redispatched) -> Iterator[tuple[str, Text | str]]:
     plan, stage = found.plan, found.stage
     yield "Makespan", Text(per_layer(plan.makespan_after_s, stage), style="bold green")
     yield "Before", per_layer(plan.makespan_before_s, stage)
-    proof = "nothing is better" if plan.gap <= 1e-9 else f"proven: nothing is over {percent(plan.gap)} better"
+    proof = "nothing is better" if plan.gap <= 1e-9 else f"proven: the best is at most {could_fall(plan)} lower"
     yield "Objective", f"{seconds(plan.objective_s)}, the makespan with what moving and short memory cost"
     yield "Bound", f"{seconds(plan.bound_s)}  gap {percent(plan.gap)}, {proof}"
     if plan.moves:

@@ -170,21 +170,35 @@ def pays(tables: Tables, step: Step, value: Worth, seconds: float, num_layers: i
 def paying(
     tables: Tables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[Step]
 ) -> tuple[list[Step], list[float]]:
-    """Drops steps, the least worthwhile first, until all left pay; with what each gains per second it takes."""
+    """Drops steps, the least worthwhile first, until all left pay; with what each gains per second it takes.
+
+    Each is judged alone: that a step makes room for another, only an order shows.
+    """
     kept = list(steps)
     x = applied(tables.now, kept)
     while True:
-        worst, least, gains = -1, 0.0, list[float]()
-        for position, (step, value) in enumerate(zip(kept, worth(tables, x, kept), strict=True)):
-            seconds = step_seconds(tables, link_byte_s, step)
-            gain = value.saved_s + value.relieved_s
-            gains.append(gain / max(seconds, 1e-12))
-            surplus = gain - seconds / (num_layers * float(tables.steps[step.j]))
-            if not pays(tables, step, value, seconds, num_layers) and (worst < 0 or surplus < least):
-                worst, least = position, surplus
-        if worst < 0:
+        gains, losing = judged(tables, link_byte_s, num_layers, x, kept)
+        if not losing:
             return kept, gains
-        dropped = kept.pop(worst)
-        for groups, source, target in dropped.parts:
-            x[dropped.j, source] += groups
-            x[dropped.j, target] -= groups
+        x = _taken_back(x, kept.pop(losing[0]))
+
+
+def judged(
+    tables: Tables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[Step]
+) -> tuple[list[float], list[int]]:
+    """Of steps that led to ``x`` what each gains per second it takes, and the places of those that do not pay.
+
+    The least worthwhile first.
+    """
+    gains, losing = list[float](), list[tuple[float, int]]()
+    for position, (step, value) in enumerate(zip(steps, worth(tables, x, steps), strict=True)):
+        seconds = step_seconds(tables, link_byte_s, step)
+        gain = value.saved_s + value.relieved_s
+        gains.append(gain / max(seconds, 1e-12))
+        if not pays(tables, step, value, seconds, num_layers):
+            losing.append((gain - seconds / (num_layers * float(tables.steps[step.j])), position))
+    return gains, [position for _, position in sorted(losing)]
+
+
+def _taken_back(x: IntArray, step: Step) -> IntArray:
+    return applied(x, [Step(step.j, tuple(Part(groups, target, source) for groups, source, target in step.parts))])

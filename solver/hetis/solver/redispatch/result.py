@@ -9,8 +9,9 @@ from enum import StrEnum
 class MoveReason(StrEnum):
     """Why a move is made.
 
-    ``balance``: the slowest device gets faster. ``memory``: its device is, or will be, short of KV blocks.
-    ``drain``: its device is to be emptied. ``detour``: it waits on a third device until its target has room.
+    ``balance``: the slowest device gets faster. ``memory``: its device is, or will be, short of KV blocks, or
+    another move needs its room. ``drain``: its device is to be emptied. ``detour``: it waits on a third device until
+    its target has room.
     """
 
     BALANCE = "balance"
@@ -68,7 +69,8 @@ class RedispatchPlan:
         moves: in their order.
         refused: moves that were left out.
         makespan_before_s, makespan_after_s: seconds per layer and decode step of the slowest device.
-        short_before, short_after: KV blocks that are expected to be short, and those on draining devices.
+        short_before, short_after: KV blocks that are expected to be short, and all that lie on draining devices, those
+            of requests with groups under way included.
         objective_s: makespan, cost of moving and price of short blocks; that of doing nothing where nothing moves.
         stay_s: objective of doing nothing.
         bound_s: no placement has a lower objective, proved by weak duality.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from hetis.solver.dispatch.problem import IntArray
 from hetis.solver.dispatch.result import DispatchPlan
@@ -11,7 +14,19 @@ from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.ideal import ideal_dispatch
 from hetis.solver.redispatch.local_search import improve, round_to_groups
 from hetis.solver.redispatch.lp import MoveLp
-from hetis.solver.redispatch.moves import Step, applied, part_seconds, payback_steps, paying, pays, steps_between, worth
+from hetis.solver.redispatch.milp import search
+from hetis.solver.redispatch.moves import (
+    Step,
+    applied,
+    judged,
+    part_seconds,
+    payback_steps,
+    paying,
+    pays,
+    step_seconds,
+    steps_between,
+    worth,
+)
 from hetis.solver.redispatch.ordering import Ordered, Waiting, order, whole_steps
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.relaxation import Relaxed, relax
@@ -19,6 +34,8 @@ from hetis.solver.redispatch.result import Move, MoveReason, RedispatchPlan, Ref
 from hetis.solver.redispatch.tables import Tables, continued, device_seconds, objective_s, short_blocks, tables_of
 
 MOST_ROUNDS = 8
+WIDE = 0.05  # gap to the bound above which the integer program is asked
+_Judge: TypeAlias = Callable[[RedispatchProblem, Tables, list[Step]], tuple[list[Ordered], list[Waiting]]]
 
 
 class _Attempt(NamedTuple):
@@ -45,8 +62,9 @@ class Redispatcher:
         """Moves head groups so that makespan, moving and short memory together cost least.
 
         The formulation is that of `hetis.solver.redispatch.problem`. Its relaxation is solved by HiGHS, its bound
-        recomputed from the multipliers. Whole groups come from rounding and a local search; every move that does not
-        pay within its request's remaining steps, left out alone, is dropped; what is left is ordered.
+        recomputed from the multipliers. Whole groups come from rounding and a local search and, where these end far
+        from the bound, from a small integer program. A move is dropped that neither pays within its request's patience
+        nor makes room for others that do; what is left is ordered.
 
         The result is settled: the same search from where the moves lead finds nothing more, so that re-dispatch of an
         unchanged stage stays quiet.
@@ -85,6 +103,10 @@ class Redispatcher:
             found.append(x)
         best = min(found, key=lambda x: objective_s(tables, x))
         attempt = self._ordered(problem, tables, best)
+        if objective_s(tables, attempt.x) > relaxed.bound_s * (1 + WIDE):
+            others = [x for x in (*found, self._searched(tables, relaxed)) if x is not None and x is not best]
+            tries = (self._ordered(problem, tables, x) for x in others)
+            attempt = min(attempt, *tries, key=lambda one: objective_s(tables, one.x))
         before_s, after_s = objective_s(tables, tables.now), objective_s(tables, attempt.x)
         enough_s = problem.least_gain * float(device_seconds(tables, tables.now).max())
         relieves = short_blocks(tables, attempt.x).sum() < short_blocks(tables, tables.now).sum() - 1e-9
@@ -92,14 +114,32 @@ class Redispatcher:
             return stay._replace(refused=attempt.refused)
         return attempt
 
+    def _searched(self, tables: Tables, relaxed: Relaxed) -> IntArray | None:
+        """The integer program's answer, with what single steps still gain."""
+        x = search(tables, relaxed.x)
+        if x is not None:
+            improve(tables, x)
+        return x
+
     def _ordered(self, problem: RedispatchProblem, tables: Tables, x: IntArray) -> _Attempt:
-        """Moves to ``x`` that pay, in order; where an order refuses some, the others are looked at again without."""
-        names, refused = problem.snapshot.stage.devices, list[Waiting]()
+        """Moves to ``x`` that pay, in order.
+
+        First each is judged alone, then ordered. Where that drops any, all are ordered as well, and judged with those
+        they make room for: the better plan counts.
+        """
         steps = steps_between(tables, tables.now, x)
+        alone, _ = paying(tables, problem.link_byte_s, problem.num_layers, steps)
+        first = self._completed(problem, tables, alone, _judged_alone)
+        if len(alone) == len(steps):
+            return first
+        second = self._completed(problem, tables, steps, _judged_together)
+        return second if objective_s(tables, second.x) < objective_s(tables, first.x) * (1 - 1e-9) else first
+
+    def _completed(self, problem: RedispatchProblem, tables: Tables, steps: list[Step], judge: _Judge) -> _Attempt:
+        """Steps in order; where an order refuses some, the others are looked at again without."""
+        refused = list[Waiting]()
         while True:
-            steps, gains = paying(tables, problem.link_byte_s, problem.num_layers, steps)
-            ranked = sorted(range(len(steps)), key=lambda s: -gains[s])
-            ordered, waiting = order(tables, tables.now, [steps[s] for s in ranked], names)
+            ordered, waiting = judge(problem, tables, steps)
             reached = applied(tables.now, [o.step for o in ordered])
             waiting += _detours_that_do_not_pay(problem, tables, reached, ordered, waiting)
             if not waiting:
@@ -109,6 +149,51 @@ class Redispatcher:
             for j in {o.step.j for o in ordered if o.is_detour} & {w.step.j for w in waiting}:
                 reached[j] = tables.now[j]
             steps = steps_between(tables, tables.now, reached)
+
+
+def _judged_alone(problem: RedispatchProblem, tables: Tables, steps: list[Step]) -> tuple[list[Ordered], list[Waiting]]:
+    """The steps that pay by themselves, in order."""
+    steps, gains = paying(tables, problem.link_byte_s, problem.num_layers, steps)
+    return _by_gain(problem, tables, steps, gains)
+
+
+def _judged_together(
+    problem: RedispatchProblem, tables: Tables, steps: list[Step]
+) -> tuple[list[Ordered], list[Waiting]]:
+    """Steps in order, without those that neither pay nor make room for what does.
+
+    A step that does not pay alone goes only if the plan without it, and without what then has no room, is better.
+    """
+    kept, spared = list(steps), set[Step]()
+    while True:
+        gains, losing = judged(tables, problem.link_byte_s, problem.num_layers, applied(tables.now, kept), kept)
+        ordered, waiting = _by_gain(problem, tables, kept, gains)
+        candidates = [kept[position] for position in losing if kept[position] not in spared]
+        if waiting or not candidates:
+            return ordered, waiting
+        without = [step for step in kept if step is not candidates[0]]
+        left, _ = _by_gain(problem, tables, without, [g for g, s in zip(gains, kept, strict=True) if s in without])
+        if _cost_s(problem, tables, left) <= _cost_s(problem, tables, ordered):
+            kept, spared = without, set()
+        else:
+            spared.add(candidates[0])
+
+
+def _by_gain(
+    problem: RedispatchProblem, tables: Tables, steps: list[Step], gains: list[float]
+) -> tuple[list[Ordered], list[Waiting]]:
+    ranked = sorted(range(len(steps)), key=lambda s: -gains[s])
+    return order(tables, tables.now, [steps[s] for s in ranked], problem.snapshot.stage.devices)
+
+
+def _cost_s(problem: RedispatchProblem, tables: Tables, ordered: list[Ordered]) -> float:
+    """Makespan, price of short blocks and what the copies take within patience, after these steps."""
+    x = applied(tables.now, [o.step for o in ordered])
+    copies_s = sum(
+        step_seconds(tables, problem.link_byte_s, o.step) / (problem.num_layers * float(tables.steps[o.step.j]))
+        for o in ordered
+    )
+    return float(device_seconds(tables, x).max()) + float(tables.short_s @ short_blocks(tables, x)) + copies_s
 
 
 def _detours_that_do_not_pay(
@@ -135,6 +220,15 @@ def _names_of(problem: RedispatchProblem, step: Step) -> str:
 
 def _can_be_undone(x: IntArray, step: Step) -> bool:
     return all(x[step.j, part.target] >= part.groups for part in step.parts)
+
+
+def _short_or_draining(problem: RedispatchProblem, tables: Tables, x: IntArray) -> float:
+    """Blocks expected to be short, and all that lie on draining devices: also those of requests under way."""
+    snapshot = problem.snapshot
+    draining = np.array([device.status is DeviceStatus.DRAINING for device in snapshot.devices])
+    under_way = np.where(tables.now.sum(axis=1, keepdims=True) == 0, snapshot.groups, 0)
+    held = tables.blocks @ (x + under_way)
+    return float(np.where(draining, held, short_blocks(tables, x)).sum())
 
 
 def _plan(problem: RedispatchProblem, tables: Tables, relaxed: Relaxed, attempt: _Attempt) -> RedispatchPlan:
@@ -179,8 +273,8 @@ def _plan(problem: RedispatchProblem, tables: Tables, relaxed: Relaxed, attempt:
         ),
         makespan_before_s=float(device_seconds(tables, tables.now).max()),
         makespan_after_s=float(device_seconds(tables, x).max()),
-        short_before=float(short_blocks(tables, tables.now).sum()),
-        short_after=float(short_blocks(tables, x).sum()),
+        short_before=_short_or_draining(problem, tables, tables.now),
+        short_after=_short_or_draining(problem, tables, x),
         objective_s=objective_s(tables, x),
         stay_s=objective_s(tables, tables.now),
         bound_s=relaxed.bound_s,

@@ -61,7 +61,11 @@ class Trigger:
 
 
 def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = THETA) -> tuple[Trigger, ...]:
-    """Every reason to re-dispatch there is; none of an empty stage. ``dispatcher`` is of the same stage."""
+    """Every reason to re-dispatch there is; none of an empty stage. ``dispatcher`` is of the same stage.
+
+    They fire for as long as their reason holds, also when no search can do anything about it: ask
+    `hetis.solver.redispatch.watch.Watch` which are worth another look.
+    """
     if theta < 0:
         raise InvalidProblemError(f"theta is {theta}, must be >= 0")
     found = list[Trigger]()
