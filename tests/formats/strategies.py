@@ -303,7 +303,7 @@ def states(draw: st.DrawFn) -> SavedState:
                 link_byte_s=draw(SECONDS),
                 link_s=draw(SECONDS),
                 move_byte_s=draw(st.none() | SECONDS),
-                total_blocks=draw(st.integers(10**5, 2**50)),
+                total_blocks=draw(st.integers(10**5, 2**40)),
                 status=draw(st.sampled_from(DeviceStatus)),
                 high_water=draw(st.floats(min_value=1e-6, max_value=1.0)),
                 changed=draw(st.booleans()),

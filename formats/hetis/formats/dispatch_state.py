@@ -28,7 +28,7 @@ from hetis.formats.stage_heads import InlineHeads, blocks_in, heads_of, kv_eleme
 from hetis.solver.dispatch.snapshot import DeviceStatus
 
 MAX_TOKENS = 10**9
-MAX_BLOCKS = 2**50
+MAX_BLOCKS = 2**40
 
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Groups = Annotated[int, Field(ge=0, le=100_000)]

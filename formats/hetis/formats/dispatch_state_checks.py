@@ -233,4 +233,4 @@ def _entries(value: object) -> Entries:
 
 def _whole(value: object) -> int | None:
     """A whole number of reasonable size, else None."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**50 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**40 else None
