@@ -15,6 +15,7 @@ from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray
 from hetis.solver.dispatch.result import DispatchPlan, Path
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.tables import ALWAYS, Costs, Running, costs_of, running_load
+from hetis.solver.highs import quiet_highs
 
 ROUNDS = 200  # of local search between looks at the clock
 ADMISSION_SHARE = 0.4  # of the time limit, at most
@@ -97,13 +98,7 @@ def _by_milp(
         blocks=problem.requests.blocks(problem.stage.heads.block_tokens)[order],
         scale=1.0 / plan.makespan_s,
     )
-    highs: Any = highspy.Highs()
-    highs.silent()
-    highs.setOptionValue("threads", 1)
-    highs.setOptionValue("random_seed", seed)
-    highs.setOptionValue("mip_rel_gap", gap_target)
-    if np.isfinite(time_limit_s):
-        highs.setOptionValue("time_limit", max(0.01, time_limit_s))
+    highs = quiet_highs({"mip_rel_gap": gap_target}, time_limit_s=time_limit_s, seed=seed)
     highs.passModel(milp.program())
     start = highspy.HighsSolution()
     start.col_value = milp.values_of(plan.groups[order], plan.makespan_s).tolist()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import highspy
 import numpy as np
 
@@ -11,6 +9,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, admit, admit_from
 from hetis.solver.dispatch.problem import DispatchProblem, IntArray
 from hetis.solver.dispatch.solve import Admission
+from hetis.solver.highs import quiet_highs
 
 
 def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) -> Admission:
@@ -61,12 +60,7 @@ def _pack(
     """Whether whole groups of all requests fit, None: unknown; and where, [J, D]."""
     J, D = len(blocks), len(unit)
     room = np.maximum(0, free_blocks)
-    highs: Any = highspy.Highs()
-    highs.silent()
-    highs.setOptionValue("threads", 1)
-    highs.setOptionValue("random_seed", seed)
-    if np.isfinite(time_limit_s):
-        highs.setOptionValue("time_limit", max(0.01, time_limit_s))
+    highs = quiet_highs(time_limit_s=time_limit_s, seed=seed)
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = J * D, J + D
     lp.col_cost_ = lp.col_lower_ = np.zeros(J * D)

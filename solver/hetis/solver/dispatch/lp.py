@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
+from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
 
 MOST_GUESSES = 8
 MOST_SIFTINGS = 30
@@ -74,17 +75,7 @@ class RelaxationLp:
     """HiGHS, set up once and reused; not to be shared between threads."""
 
     def __init__(self) -> None:
-        self._highs: Any = highspy.Highs()
-        self._highs.silent()
-        for option, value in (
-            ("threads", 1),
-            ("presolve", "off"),
-            ("solver", "simplex"),
-            ("simplex_strategy", 4),  # primal: columns are added, rows never
-            ("primal_feasibility_tolerance", 1e-9),
-            ("dual_feasibility_tolerance", 1e-9),
-        ):
-            self._highs.setOptionValue(option, value)
+        self._highs = quiet_highs(GROWING_SIMPLEX)
 
     def solve(
         self, problem: LpProblem, *, guess_s: float, start: IntArray, piece: FloatArray, block: FloatArray, nic: float

@@ -67,7 +67,7 @@ def seconds_with(costs: Costs, running: Running, placement: Placement, device: i
 
 
 @kernel
-def card_s(costs: Costs, running: Running, on_workers: int) -> float:
+def card_s(costs: Costs, running: Running, on_workers: float) -> float:
     """Time of the primary's network card for so many new groups on workers; 0 while no worker holds heads."""
     if costs.primary < 0:
         return 0.0

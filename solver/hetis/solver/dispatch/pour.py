@@ -6,6 +6,7 @@ import numpy as np
 
 from hetis.solver.dispatch.chain import TINY
 from hetis.solver.dispatch.compiled import kernel
+from hetis.solver.dispatch.placement import card_s
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 
@@ -95,20 +96,15 @@ def _settle(
             if x[num_requests - 1, i] > 0.0:
                 x[num_requests - 1, i] += left
                 break
-    return max(z, running.floor_s, network_s(costs, running, x))
+    return max(z, running.floor_s, card_s(costs, running, _on_workers(costs, x)))
 
 
 @kernel
-def network_s(costs: Costs, running: Running, x: FloatArray) -> float:
-    """Seconds of the primary's network card for groups x [J, D]; 0 while no worker holds any."""
-    if costs.primary < 0:
-        return 0.0
+def _on_workers(costs: Costs, x: FloatArray) -> float:
+    """Groups x [J, D] on attention workers."""
     groups = 0.0
     for j in range(x.shape[0]):
         for i in range(x.shape[1]):
             if i != costs.primary:
                 groups += x[j, i]
-    in_use = groups > 0.0
-    for i in range(x.shape[1]):
-        in_use = in_use or (i != costs.primary and running.open_at[i] < -1.0)
-    return running.nic_base + running.nic_group_s * groups if in_use else 0.0
+    return groups

@@ -4,7 +4,7 @@
     s.t. sum_k use_kr n_k <= limit_r   every row r          s.t. the same, and  sum_k rate_k n_k >= demand
          n_k >= 0 (LP) and whole (MILP)
 
-This module is the only one that talks to highspy; its functions return our own values.
+This module is the only one of placement that talks to highspy; its functions return our own values.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import highspy
 import numpy as np
 
+from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.tables import FloatArray
 
@@ -60,7 +61,8 @@ class Master:
 
     def solve_lp(self, columns: Columns) -> LpSolution | None:
         """The relaxation; None if the demand cannot be met by these columns."""
-        highs = self._model(columns, whole=False)
+        highs = quiet_highs()
+        highs.passModel(self._model(columns, whole=False))
         highs.run()
         if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
@@ -81,12 +83,8 @@ class Master:
 
         ``start`` [K] is a known feasible choice: the result is never worse.
         """
-        highs = self._model(columns, whole=True)
-        highs.setOptionValue("mip_rel_gap", gap)
-        highs.setOptionValue("mip_abs_gap", 0.0)
-        highs.setOptionValue("random_seed", seed)
-        if np.isfinite(time_limit_s):
-            highs.setOptionValue("time_limit", max(0.01, time_limit_s))
+        highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
+        highs.passModel(self._model(columns, whole=True))
         if start is not None:
             given = highspy.HighsSolution()
             given.col_value = start.astype(float).tolist()
@@ -129,8 +127,4 @@ class Master:
         lp.a_matrix_.value_ = matrix[entry_columns, entry_rows]
         if whole:
             lp.integrality_ = [highspy.HighsVarType.kInteger] * num_columns
-        highs = highspy.Highs()
-        highs.silent()
-        highs.setOptionValue("threads", 1)
-        highs.passModel(lp)
-        return highs
+        return lp

@@ -15,6 +15,7 @@ import highspy
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
 from hetis.solver.redispatch.certificate import Prices, arrival_prices
 from hetis.solver.redispatch.tables import BoolArray, Tables, device_seconds
 
@@ -36,17 +37,7 @@ class MoveLp:
     """HiGHS, set up once and reused; not to be shared between threads."""
 
     def __init__(self) -> None:
-        self._highs: Any = highspy.Highs()
-        self._highs.silent()
-        for option, value in (
-            ("threads", 1),
-            ("presolve", "off"),
-            ("solver", "simplex"),
-            ("simplex_strategy", 4),  # primal: doing nothing is feasible, and columns are added, rows never
-            ("primal_feasibility_tolerance", 1e-9),
-            ("dual_feasibility_tolerance", 1e-9),
-        ):
-            self._highs.setOptionValue(option, value)
+        self._highs = quiet_highs(GROWING_SIMPLEX)
 
     def solve(self, tables: Tables, is_open: BoolArray, guess: Prices) -> LpSolution | None:
         """The optimum with these devices open, or None: closed ones cannot be emptied.

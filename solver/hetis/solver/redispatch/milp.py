@@ -14,6 +14,7 @@ import highspy
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.highs import quiet_highs
 from hetis.solver.redispatch.tables import Tables, device_seconds
 
 MOST_CELLS = 200  # requests that may move times devices
@@ -32,7 +33,7 @@ def search(tables: Tables, fractions: FloatArray) -> IntArray | None:
     if not len(movable):
         return None
     program = _Program(tables, movable)
-    highs = _highs()
+    highs = quiet_highs({"mip_rel_gap": REL_GAP, "mip_max_nodes": MOST_NODES})
     highs.passModel(program.model())
     highs.run()
     if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
@@ -61,14 +62,6 @@ def _is_allowed(tables: Tables, x: IntArray) -> bool:
         and np.all(tables.blocks @ x <= tables.room)
         and float(arrives.sum(axis=1) @ tables.num_bytes) <= tables.budget
     )
-
-
-def _highs() -> Any:
-    highs: Any = highspy.Highs()
-    highs.silent()
-    for option, value in (("threads", 1), ("mip_rel_gap", REL_GAP), ("mip_max_nodes", MOST_NODES)):
-        highs.setOptionValue(option, value)
-    return highs
 
 
 class _Program:

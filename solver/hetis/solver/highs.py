@@ -1,0 +1,34 @@
+"""The one way HiGHS is set up: quiet, on one thread, within a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import highspy
+import numpy as np
+
+# For linear programs that start with few columns and are given more: what was feasible stays so.
+GROWING_SIMPLEX: Mapping[str, str | int | float] = {
+    "presolve": "off",
+    "solver": "simplex",
+    "simplex_strategy": 4,  # primal: columns are added, rows never
+    "primal_feasibility_tolerance": 1e-9,
+    "dual_feasibility_tolerance": 1e-9,
+}
+LEAST_S = 0.01  # HiGHS is given at least this long
+
+
+def quiet_highs(
+    options: Mapping[str, str | int | float] | None = None, *, time_limit_s: float = np.inf, seed: int = 0
+) -> Any:
+    """A HiGHS solver without a model. ``options`` are HiGHS's own names; an infinite time limit sets none."""
+    highs: Any = highspy.Highs()
+    highs.silent()
+    highs.setOptionValue("threads", 1)
+    highs.setOptionValue("random_seed", seed)
+    for option, value in (options or {}).items():
+        highs.setOptionValue(option, value)
+    if np.isfinite(time_limit_s):
+        highs.setOptionValue("time_limit", max(LEAST_S, time_limit_s))
+    return highs
