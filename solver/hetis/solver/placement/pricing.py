@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -55,7 +56,9 @@ def best_replica(
     if not limits.sequential:
         return best_column(t, options, prices, cap, limits.slack, limits.copies, scarce, floor, tolerance)
     ratio, weight, bound = best_sequential(t, options, prices, cap, floor)
-    _, _, stages = least_weighted(t, options, prices, 1.0, weight)
+    stages = np.empty((0, 2), np.int64)
+    if ratio > floor:
+        _, _, stages = least_weighted(t, options, prices, 1.0, weight)
     if bound > max(floor, ratio) * (1.0 + tolerance):
         within, quick, exact = best_within_cap(t, options, prices, cap, max(floor, ratio))
         if within > ratio:
@@ -75,6 +78,32 @@ class Priced:
     templates: tuple[Template, ...]
     ratio_bound: float
     complete: bool  # False: the budget ran out, and ceilings stand in for what was not searched
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Configurations of one scope, in their order, as the arrays that `ceilings` reads."""
+
+    scope: int
+    mixes: IntArray
+    in_flight: IntArray
+    slacks: FloatArray
+    copies: IntArray
+
+
+def _parts(every: list[Configuration]) -> Iterator[_Part]:
+    """Shares of the configurations for one thread each; those of a scope stand together."""
+    for scope, members in groupby(every, key=lambda c: c.scope):
+        of_scope = list(members)
+        for start in range(0, len(of_scope), 4 * BATCH):
+            part = of_scope[start : start + 4 * BATCH]
+            yield _Part(
+                scope,
+                np.array([c.mix for c in part], dtype=np.int64),
+                np.array([c.in_flight_index for c in part], dtype=np.int64),
+                np.array([c.slack for c in part]),
+                np.array([c.max_copies for c in part], dtype=np.int64),
+            )
 
 
 class Pricer:
@@ -97,6 +126,7 @@ class Pricer:
         self.atlas, self.row_costs = atlas, row_costs
         self.max_copies, self.max_pool, self.threads, self.tolerance = max_copies, max_pool, threads, tolerance
         self.configurations = configurations(atlas)
+        self.parts = list(_parts(self.configurations))
         self.scarce = _scarce(atlas)
 
     def price(self, row_prices: FloatArray, floor: float, keep: float, budget: Budget) -> Priced:
@@ -150,23 +180,13 @@ class Pricer:
     ) -> FloatArray:
         """Upper bounds on the ratio of every configuration, no sharper than ``floor``, with m and r; [., 3]."""
 
-        def bounds(part: list[Configuration]) -> FloatArray:
+        def bounds(part: _Part) -> FloatArray:
             return ceilings(
-                self.atlas.scopes[part[0].scope].tables,
-                np.array([c.mix for c in part], dtype=np.int64),
-                np.array([c.in_flight_index for c in part], dtype=np.int64),
-                np.array([c.slack for c in part]),
-                np.array([c.max_copies for c in part], dtype=np.int64),
+                self.atlas.scopes[part.scope].tables, part.mixes, part.in_flight, part.slacks, part.copies,
                 self.max_copies, self.max_pool, group_price, card_price, floor,
             )  # fmt: skip
 
-        parts = [
-            list(members)[start : start + 4 * BATCH]
-            for _, group in groupby(self.configurations, key=lambda c: c.scope)
-            for members in [list(group)]
-            for start in range(0, len(members), 4 * BATCH)
-        ]
-        return np.concatenate(list(workers.map(bounds, parts)))
+        return np.concatenate(list(workers.map(bounds, self.parts)))
 
     def _limits(self, c: Configuration) -> Limits:
         return limits_of(self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, c.slack, c.max_copies)

@@ -237,11 +237,6 @@ def gpus_of(atlas: Atlas, template: Template) -> Counter[int]:
     return count
 
 
-def usd_per_hour_of(atlas: Atlas, template: Template) -> float:
-    """Rent of a template's GPUs; GPUs without a known price count as 0."""
-    return sum(n * (atlas.classes[g].usd_per_hour or 0.0) for g, n in gpus_of(atlas, template).items())
-
-
 def describe(atlas: Atlas, stages: Sequence[TemplateStage]) -> str:
     """Like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
     parts = []
