@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement import solve, solve_placement
+from hetis.solver.placement import infeasible, search, solve, solve_placement
 from hetis.solver.placement.infeasible import MAX_TRIALS, PRECISION, why_infeasible
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Objective, ObjectiveKind
@@ -242,13 +242,17 @@ def test_reasons_that_nobody_had_time_for_are_not_made_up() -> None:
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
 def test_few_searches_suffice(exact: bool) -> None:
     problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-7, ttft_limit_s=1e-7)
-    search, count = solve._search, 0
+    count = 0
 
     def counting(*arguments: object) -> object:
         nonlocal count
         count += 1
-        return search(*arguments)  # type: ignore[arg-type]
+        return search.search(*arguments)  # type: ignore[arg-type]
 
-    with patch.object(solve, "_search", counting), patch.object(solve, "is_small", lambda _: exact):
+    with (
+        patch.object(solve, "search", counting),
+        patch.object(infeasible, "search", counting),
+        patch.object(search, "is_small", lambda _: exact),
+    ):
         assert len(reasons(problem)) == 4
     assert count <= 1 + MAX_TRIALS

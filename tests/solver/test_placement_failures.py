@@ -13,7 +13,7 @@ from hetis.solver.budget import Budget, Progress
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement import solve
+from hetis.solver.placement import search, solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.problem import PlacementProblem
@@ -47,8 +47,8 @@ def with_wide_zone_links(problem: PlacementProblem) -> PlacementProblem:
 
 
 def reasons(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool = True) -> str:
-    with patch.object(solve, "is_small", lambda _: exact), pytest.raises(InfeasibleError) as caught:
-        solve.solve_placement(problem, strategy=strategy)
+    with patch.object(search, "is_small", lambda _: exact), pytest.raises(InfeasibleError) as caught:
+        solve_placement(problem, strategy=strategy)
     assert str(caught.value) == "; ".join(caught.value.reasons)
     return str(caught.value)
 
@@ -96,9 +96,9 @@ def test_heads_that_no_tp_size_splits_are_named() -> None:
 @settings(max_examples=EXAMPLES)
 @given(problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY), st.booleans())
 def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementProblem, exact: bool) -> None:
-    with patch.object(solve, "is_small", lambda _: exact):
+    with patch.object(search, "is_small", lambda _: exact):
         try:
-            solve.solve_placement(problem)
+            solve_placement(problem)
         except InfeasibleError as error:
             best = best_plan_value(problem)
             assert best in (0.0, float("inf")), f"there is a plan worth {best}, but: {error}"  # noqa: PT017
@@ -122,9 +122,9 @@ def test_objective_without_its_demand_is_refused() -> None:
 def test_no_time_at_all_proves_nothing(strategy: str, exact: bool) -> None:
     problem = make_problem([make_node("a", "A", nodes=2)])
     budget = Budget(time_limit_s=0.0, clock=Ticks())
-    with patch.object(solve, "is_small", lambda _: exact):
+    with patch.object(search, "is_small", lambda _: exact):
         try:
-            plan = solve.solve_placement(problem, strategy=strategy, budget=budget)
+            plan = solve_placement(problem, strategy=strategy, budget=budget)
         except NoPlanFoundError as error:
             assert str(error).endswith("allow more time")  # noqa: PT017
         else:
@@ -136,9 +136,9 @@ def test_cancelled_before_the_start_proves_nothing(exact: bool) -> None:
     problem = make_problem([make_node("a", "A", nodes=2)])
     budget = Budget()
     budget.cancelled.set()
-    with patch.object(solve, "is_small", lambda _: exact):
+    with patch.object(search, "is_small", lambda _: exact):
         try:
-            plan = solve.solve_placement(problem, budget=budget)
+            plan = solve_placement(problem, budget=budget)
         except NoPlanFoundError:
             return
     assert plan.result.status in (Status.INTERRUPTED, Status.OPTIMAL)
@@ -151,9 +151,9 @@ def test_cancelled_before_the_start_proves_nothing(exact: bool) -> None:
 def test_plan_in_hand_when_time_runs_out_is_sound(exact: bool, problem: PlacementProblem, ticks: int) -> None:
     problem = with_wide_zone_links(problem)
     budget = Budget(time_limit_s=float(ticks), clock=Ticks())
-    with patch.object(solve, "is_small", lambda _: exact):
+    with patch.object(search, "is_small", lambda _: exact):
         try:
-            plan = solve.solve_placement(problem, budget=budget)
+            plan = solve_placement(problem, budget=budget)
         except NoPlanFoundError:
             return
         except InfeasibleError:
@@ -175,9 +175,9 @@ def test_cancelled_search_returns_what_it_has(exact: bool, problem: PlacementPro
         if len(seen) == news:
             budget.cancelled.set()
 
-    with patch.object(solve, "is_small", lambda _: exact):
+    with patch.object(search, "is_small", lambda _: exact):
         try:
-            plan = solve.solve_placement(problem, budget=budget, report=cancel_after)
+            plan = solve_placement(problem, budget=budget, report=cancel_after)
         except NoPlanFoundError:
             assert budget.cancelled.is_set()
             return
@@ -204,8 +204,8 @@ def test_news_never_gets_worse(exact: bool) -> None:
     seen = list[Progress]()
     nodes = [make_node("a", "A", gpus=4), make_node("b", "B", gpus=2)]
     problem = make_problem(nodes, profiles={"A": make_profile("A"), "B": make_profile("B", bytes_per_s=5e9)})
-    with patch.object(solve, "is_small", lambda _: exact):
-        solve.solve_placement(problem, report=seen.append)
+    with patch.object(search, "is_small", lambda _: exact):
+        solve_placement(problem, report=seen.append)
     incumbents = [p.incumbent for p in seen if p.incumbent is not None]
     assert incumbents == sorted(incumbents)
     assert incumbents

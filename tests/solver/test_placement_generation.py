@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots, Link, NodeGroup
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement import solve, solve_placement
+from hetis.solver.placement import search, solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
@@ -26,9 +26,9 @@ EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about
 
 def generated(problem: PlacementProblem, strategy: str = "hetis", *, threads: int = 1) -> Plan | None:
     """By column generation, however small the fleet; None where no plan exists."""
-    with patch.object(solve, "is_small", lambda _: False):
+    with patch.object(search, "is_small", lambda _: False):
         try:
-            return solve.solve_placement(problem, strategy=strategy, threads=threads)
+            return solve_placement(problem, strategy=strategy, threads=threads)
         except InfeasibleError:
             return None
 

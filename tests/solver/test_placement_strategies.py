@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement import solve, solve_placement
+from hetis.solver.placement import search, solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
@@ -27,9 +27,9 @@ def value_by(problem: PlacementProblem, strategy: str, *, exact: bool) -> float:
     def is_small(_: object) -> bool:
         return exact
 
-    with patch.object(solve, "is_small", is_small):
+    with patch.object(search, "is_small", is_small):
         try:
-            return solve.solve_placement(problem, strategy=strategy).result.value
+            return solve_placement(problem, strategy=strategy).result.value
         except InfeasibleError:
             return 0.0 if problem.objective.maximises else math.inf
 
@@ -104,7 +104,7 @@ def test_strategy_decides_the_shapes_and_says_so(strategy: str, exact: bool) -> 
     """Equal layers and single types are what `uniform` is about; other strategies lift them, in their family too."""
     family = replace(SMALL_FAMILY, mixed_types=False, uneven_layers=False)
     problem = make_problem([make_node("a", "A"), make_node("b", "B")], family=family)
-    with patch.object(solve, "is_small", lambda _: exact):
-        plan = solve.solve_placement(problem, strategy=strategy)
+    with patch.object(search, "is_small", lambda _: exact):
+        plan = solve_placement(problem, strategy=strategy)
     assert plan.family.startswith("stages of any GPU types; any number of layers per stage")
     assert check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(family))) == ()

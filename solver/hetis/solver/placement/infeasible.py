@@ -18,6 +18,7 @@ from enum import StrEnum
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.search import search
 from hetis.solver.placement.shortage import why_nothing_fits
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
@@ -251,10 +252,8 @@ class _Trials:
         return build_atlas(replace(self.problem, objective=objective))
 
     def _search(self, atlas: Atlas, budget: Budget, report: Report) -> Outcome | None:
-        from hetis.solver.placement.solve import _search  # here, because it imports this module
-
         self._num_searches += 1
-        return _search(atlas, self.problem.family.name, budget, GAP, self.seed, self.threads, report)
+        return search(atlas, self.problem.family.name, budget, GAP, self.seed, self.threads, report)
 
 
 def _listed(constraints: Constraints) -> str:

@@ -1,0 +1,153 @@
+"""Which search a problem gets: equal stages listed, sub-fleets exactly, or column generation, zones merged or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.compiled import is_cached
+from hetis.solver.placement.exact import is_small, solve_exactly
+from hetis.solver.placement.frontier import explore
+from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
+from hetis.solver.placement.master import Master
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.pricing import best_replica
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.uniform import uniform_templates
+from hetis.solver.placement.zones import merged_problem, row_prices_of, zone_templates
+from hetis.solver.plan import ObjectiveKind
+from hetis.solver.problem import PlacementProblem
+
+
+def search(
+    atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
+) -> Outcome | None:
+    """The best replicas found, with a bound; None if the family holds no plan or the budget was spent before one.
+
+    Progress is reported in the master's unit: saturated requests/s, or what is minimised.
+    """
+    if not atlas.ranks:
+        return None
+    master = Master(atlas.resources.limits, _demand(atlas.problem))
+    row_costs = row_costs_of(atlas)
+    if strategy == "uniform":
+        return _enumerate_uniform(atlas, master, row_costs, budget, seed)
+    if is_small(atlas):
+        _announce_compilation(explore, budget, report)
+        outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+        if outcome is None and budget.is_spent():
+            return _first_plan(atlas, master, row_costs, budget, seed)
+        return outcome
+    _announce_compilation(best_replica, budget, report)
+    generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
+    if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
+        return None
+    one_zone = merged_problem(atlas.problem)
+    if one_zone is not None:
+        outcome = _search_merged(build_atlas(one_zone), generation, threads, gap_target, seed)
+        if outcome is not None:
+            return outcome
+    outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
+    if outcome is None and generation.may_have_plan and not budget.is_spent():
+        # Columns were found that fit in no packing: too little proof of anything.
+        return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+    return outcome
+
+
+def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:
+    if not is_cached(kernel):
+        report(Progress(phase="compiling the search, once per installation", elapsed_s=budget.elapsed_s()))
+
+
+def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_target: float) -> bool:
+    """Whether the fleet's best rate may reach the demand; the columns of that search stay with ``generation``."""
+    atlas = generation.atlas
+    fastest = ColumnGeneration(
+        atlas,
+        Master(atlas.resources.limits, None),
+        np.zeros(len(atlas.resources.rows)),
+        budget=generation.budget,
+        report=silent,
+    )
+    fastest.generate(uniform_templates(atlas), threads=threads, gap_target=gap_target)
+    generation.pool.add(fastest.pool.templates)
+    return fastest.bound.value >= demand * (1.0 - 1e-9)
+
+
+def _search_merged(
+    merged: Atlas, generation: ColumnGeneration, threads: int, gap_target: float, seed: int
+) -> Outcome | None:
+    """Searches a fleet of several zones through its one-zone relaxation; None if that leaves too wide a gap.
+
+    The columns found stay with ``generation``.
+    """
+    master = Master(merged.resources.limits, generation.master.demand)
+    relaxed = ColumnGeneration(
+        merged, master, row_costs_of(merged), budget=generation.budget, report=generation.report
+    )  # fmt: skip
+    relaxed.generate(uniform_templates(merged), threads=threads, gap_target=gap_target)
+    if not np.isfinite(relaxed.bound.value):
+        return None
+    generation.pool.add(zone_templates(merged, generation.atlas, relaxed.pool.templates))
+    generation.bound = Bound(
+        relaxed.bound.value, row_prices_of(merged, generation.atlas, relaxed.bound.row_prices)
+    )  # fmt: skip
+    generation.is_whole_family = True
+    generation.choose(gap=gap_target / 10, seed=seed)
+    small_enough = generation.gap() <= max(gap_target, 0.005)
+    return generation.outcome() if small_enough or generation.budget.is_spent() else None
+
+
+def _demand(problem: PlacementProblem) -> float | None:
+    """The saturated rate that the demanded goodput takes; None where the rate is maximised."""
+    objective = problem.objective
+    if objective.maximises:
+        return None
+    assert objective.demand_rps is not None, "PlacementProblem checks it"
+    return objective.demand_rps / problem.assumptions.planned_utilisation
+
+
+def row_costs_of(atlas: Atlas) -> FloatArray:
+    """What one unit of each row costs in the objective: rent or a GPU for the rows that count GPUs."""
+    kind = atlas.problem.objective.kind
+    costs = []
+    for device_class, p in atlas.resources.rows:
+        price = atlas.classes[device_class].usd_per_hour or 0.0
+        unit = {ObjectiveKind.COST: price, ObjectiveKind.GPUS: 1.0}.get(kind, 0.0)
+        costs.append(unit if p == 1 else 0.0)
+    return np.array(costs)
+
+
+def _enumerate_uniform(
+    atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int
+) -> Outcome | None:
+    """The family of `uniform` is small enough to list: every GPU type, TP size and number of stages at its best."""
+    pool = Pool(atlas, row_costs)
+    pool.add(uniform_templates(atlas))
+    if not pool.templates:
+        return None
+    columns = pool.columns()
+    found = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
+    relaxed = master.solve_lp(columns)
+    if found is None or relaxed is None:
+        return None
+    others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
+    return Outcome(
+        chosen=tuple((t, int(n)) for t, n in zip(pool.templates, found.counts, strict=True) if n),
+        value=found.value,
+        bound=found.bound,
+        row_prices=relaxed.row_prices,
+        runners_up=tuple(others[:5]),
+        interrupted=budget.cancelled.is_set(),
+    )
+
+
+def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
+    """A plan of equal stages for want of time, bounded by dense work alone."""
+    outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
+    bound = dense_work_bound(atlas) if master.maximises else 0.0
+    return None if outcome is None else replace(outcome, bound=bound)
