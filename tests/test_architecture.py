@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "formats": {"solver"},
     "profiler": {"solver", "formats"},
     "planner": {"solver", "formats", "profiler", "v1"},
+    "runtime": {"solver", "formats", "v1"},
     "proto": set[str](),
 }
 # Every root's package has its name, but for the contract's: protobuf wants folder and package alike, and a version.
 PACKAGE = {root: root for root in MAY_IMPORT} | {"proto": "v1"}
 # What the base install lacks; only these roots may use it, and only the planner when a module is merely imported.
-EXTRAS = {"highspy", "numba", "ortools", "rich", "typer", "cvxpy"}
+EXTRAS = {"highspy", "numba", "ortools", "rich", "typer", "cvxpy", "sqlalchemy", "alembic", "prometheus_client"}
 
 
 def roots() -> list[str]:

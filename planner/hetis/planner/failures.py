@@ -1,0 +1,115 @@
+"""What a call to the planning service can fail with: a stable reason, a status code, numbers for programs.
+
+HetisError (hetis.solver.errors)
++-- ServiceError   raised by resources, jobs and fleet; the service turns it into a status with details, in one place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import grpc
+
+from hetis.formats.errors import DocumentError
+from hetis.solver.errors import HetisError
+from hetis.v1 import failure_pb2
+
+Reason = failure_pb2.ErrorReason
+
+_PREFIX = "ERROR_REASON_"
+_CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: (
+        "INVALID_FIELD INVALID_DOCUMENT INVALID_PROBLEM INVALID_PAGE_TOKEN DEADLINE_REQUIRED DEADLINE_TOO_LONG"
+    ),
+    grpc.StatusCode.NOT_FOUND: "NOT_FOUND CHANGE_UNKNOWN",
+    grpc.StatusCode.ALREADY_EXISTS: "ALREADY_EXISTS REQUEST_ID_REUSED REQUEST_RUNNING",
+    grpc.StatusCode.ABORTED: "ETAG_MISMATCH ACTIVATION_IN_PROGRESS NODE_TAKEN_OVER CHANGE_CANCELLED",
+    grpc.StatusCode.FAILED_PRECONDITION: (
+        "RESOURCE_IN_USE PLAN_STATE NO_EARLIER_PLAN INVENTORY_MISMATCH PLAN_CHECK_FAILED STALE_EPOCH"
+        " GENERATION_MISMATCH PROTOCOL_VERSION PROTOCOL_VIOLATION ENGINE_IS_AUTHORITY DISPATCH_STATE_LOST"
+        " REQUEST_NOT_RUNNING REQUEST_GONE NOT_OWNER DEVICE_UNAVAILABLE CHANGE_IN_FLIGHT CHANGE_PHASE"
+    ),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "SOLVER_QUEUE_FULL KV_BLOCKS_EXHAUSTED MESSAGE_TOO_LARGE",
+    grpc.StatusCode.UNAVAILABLE: "NOT_LEADER DRAINING ENGINE_UNREACHABLE COPY_FAILED",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "PREPARE_EXPIRED",
+    grpc.StatusCode.UNAUTHENTICATED: "CREDENTIALS",
+    grpc.StatusCode.PERMISSION_DENIED: "ROLE WRONG_NODE",
+    grpc.StatusCode.UNIMPLEMENTED: "ENGINE_CANNOT",
+    grpc.StatusCode.INTERNAL: "INTERNAL SOLVER_CRASHED NO_PLAN_FOUND",
+}
+_CODE_OF = {Reason.Value(_PREFIX + name): code for code, names in _CODES.items() for name in names.split()}
+
+
+class ServiceError(HetisError):
+    """A call cannot be done, for a reason that programs can act on.
+
+    Attributes:
+        reason: the stable cause.
+        metadata: the keys that stand at the reason in ``failure.proto``.
+        violations: every field that is wrong.
+        retry_after_s: when to try again; None: not said.
+    """
+
+    def __init__(
+        self,
+        reason: Reason.ValueType,
+        message: str,
+        *,
+        metadata: Mapping[str, object] | None = None,
+        violations: Iterable[failure_pb2.FieldViolation] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        return _CODE_OF[self.reason]
+
+    @property
+    def reason_name(self) -> str:
+        """As ``ErrorInfo.reason`` has it: without the prefix."""
+        return Reason.Name(self.reason).removeprefix(_PREFIX)
+
+    def to_proto(self) -> failure_pb2.Failure:
+        """The same inside a message."""
+        return failure_pb2.Failure(
+            reason=self.reason, message=str(self), field_violations=self.violations, metadata=self.metadata
+        )
+
+
+def not_found(name: str) -> ServiceError:
+    return ServiceError(Reason.ERROR_REASON_NOT_FOUND, f"{name} does not exist", metadata={"name": name})
+
+
+def etag_mismatch(name: str, *, given: str, present: str) -> ServiceError:
+    return ServiceError(
+        Reason.ERROR_REASON_ETAG_MISMATCH,
+        f"{name} has changed: its etag is {present}, the call says {given}; read it again and decide again",
+        metadata={"name": name, "etag": present},
+    )
+
+
+def invalid_fields(violations: Iterable[failure_pb2.FieldViolation]) -> ServiceError:
+    """Every wrong field of a request, in one error."""
+    found = tuple(violations)
+    message = "; ".join(f"{violation.field}: {violation.description}" for violation in found)
+    return ServiceError(Reason.ERROR_REASON_INVALID_FIELD, message, violations=found)
+
+
+def invalid_field(field: str, description: str) -> ServiceError:
+    return invalid_fields([failure_pb2.FieldViolation(field=field, description=description)])
+
+
+def invalid_document(error: DocumentError, field: str) -> ServiceError:
+    """A document of a request that cannot be used; ``field`` is its path from the request."""
+    violations = [
+        failure_pb2.FieldViolation(
+            field=f"{field}#{problem.path}" if problem.path else field, description=str(problem), line=problem.line or 0
+        )
+        for problem in error.problems
+    ]
+    return ServiceError(Reason.ERROR_REASON_INVALID_DOCUMENT, str(error), violations=violations)

@@ -1,0 +1,1 @@
+"""Searches for plans in worker processes."""

@@ -1,0 +1,1 @@
+"""The gRPC planning service: a server at its edge, where messages become values and errors become statuses."""

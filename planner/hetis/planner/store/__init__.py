@@ -1,0 +1,1 @@
+"""What the planning service keeps: records in SQLite or PostgreSQL, one durable transaction at a time."""

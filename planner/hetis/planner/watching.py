@@ -1,0 +1,102 @@
+"""Latest states for watchers: whoever reads slowly misses states in between, never the last one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+_TERM_BITS = 40  # a trillion events per term, eight million terms; both fit the 63 bits that JSON clients keep
+
+
+@dataclass(frozen=True, slots=True)
+class Event(Generic[K, V]):
+    """The state of ``key`` after a change; ``value`` is None when it is gone. ``time_s`` is the Unix time."""
+
+    sequence: int
+    key: K
+    value: V | None
+    time_s: float
+
+
+class Hub(Generic[K, V]):
+    """The last state of every key, and who waits for the next one; of one event loop.
+
+    Sequences grow across restarts: each leadership term has numbers of its own. A key that is gone is remembered so
+    that watchers who resume hear of it, up to ``most_gone`` of them; `is_too_old` tells who must begin anew.
+    """
+
+    def __init__(self, epoch: int, *, most_gone: int = 10_000) -> None:
+        self._first = epoch << _TERM_BITS
+        self._last = self._first
+        self._oldest_gone = self._first  # sequences up to here may have lost a removal
+        self._most_gone = most_gone
+        self._events: OrderedDict[K, Event[K, V]] = OrderedDict()  # by sequence, ascending
+        self._num_gone = 0
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    @property
+    def sequence(self) -> int:
+        """Of the last event."""
+        return self._last
+
+    def publish(self, key: K, value: V | None, *, now_s: float) -> int:
+        """Makes ``value`` the state of ``key`` and wakes all watchers; None: the key is gone."""
+        self._last += 1
+        before = self._events.pop(key, None)
+        self._num_gone += (value is None) - (before is not None and before.value is None)
+        self._events[key] = Event(self._last, key, value, now_s)
+        if self._num_gone > self._most_gone:
+            self._forget_oldest_gone()
+        self._wake()
+        return self._last
+
+    def is_too_old(self, after: int) -> bool:
+        """Whether something that a watcher at ``after`` has not seen is no longer known."""
+        return after != 0 and not max(self._first, self._oldest_gone) <= after <= self._last
+
+    def close(self) -> None:
+        """Ends all watches."""
+        self._closed = True
+        self._wake()
+
+    async def watch(self, after: int = 0) -> AsyncIterator[list[Event[K, V]]]:
+        """What is newer than ``after``, one event per key and the oldest first, then every change as it comes.
+
+        Each list is what was new at that moment; the first comes at once, and may be empty. Ends when the hub closes.
+        """
+        seen = after
+        changed = self._changed
+        yield (found := self._newer(seen))
+        seen = found[-1].sequence if found else max(seen, self._first)
+        while not self._closed:
+            if found := self._newer(seen):
+                seen = found[-1].sequence
+                yield found
+            else:
+                changed = self._changed
+                await changed.wait()
+
+    def _newer(self, after: int) -> list[Event[K, V]]:
+        found = []
+        for event in reversed(self._events.values()):
+            if event.sequence <= after:
+                break
+            found.append(event)
+        return found[::-1]
+
+    def _forget_oldest_gone(self) -> None:
+        gone = next(event for event in self._events.values() if event.value is None)
+        del self._events[gone.key]
+        self._num_gone -= 1
+        self._oldest_gone = gone.sequence
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,1 @@
+"""What runs on GPU nodes: the agent beside an engine."""
