@@ -24,6 +24,7 @@ Weight = Annotated[float, Field(gt=0, le=1e15)]
 Rate = Annotated[float, Field(gt=0, le=1e9)]
 
 FORMS = ("histogram", "mean_prompt_tokens", "trace")
+_MEANS = re.compile(r"-?[\d._]+/-?[\d._]+")
 
 
 class BinPart(Part):
@@ -59,7 +60,7 @@ def load_workload(ref: str | os.PathLike[str]) -> Workload:
         DocumentError: unknown name, or a file with problems (all of them).
     """
     text = os.fspath(ref)
-    if re.fullmatch(r"-?[\d._]+/-?[\d._]+", text) and not os.path.exists(text):
+    if _MEANS.fullmatch(text) and not os.path.exists(text):
         return _means(text)
     if text.endswith((".csv", ".csv.gz")):
         return load_trace(text)
@@ -69,6 +70,20 @@ def load_workload(ref: str | os.PathLike[str]) -> Workload:
         if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
             raise DocumentError([Problem(file="workload", message=f"{error} (nor is there such a file)")]) from None
     return parse_workload(*read_data(text))
+
+
+def named_workload(name: str) -> Workload:
+    """The workload of a catalogue name or of plain means: `load_workload` for names that must not open files.
+
+    Raises:
+        DocumentError: unknown name.
+    """
+    if _MEANS.fullmatch(name):
+        return _means(name)
+    try:
+        return catalogue.find_workload(name).workload
+    except catalogue.UnknownNameError as error:
+        raise DocumentError([Problem(file="workload", message=str(error))]) from None
 
 
 def parse_workload(data: Any, source: Text) -> Workload:

@@ -75,6 +75,16 @@ def gpus() -> tuple[GpuEntry, ...]:
 
 
 @functools.cache
+def _gpus_by_name() -> dict[str, GpuEntry]:
+    return {entry.gpu.name: entry for entry in gpus()}
+
+
+@functools.lru_cache(maxsize=1024)  # a cluster file may spell a few types a million times
+def _gpu_name(name: str) -> str:
+    return names.resolve_gpu(name, _gpus_by_name())
+
+
+@functools.cache
 def models() -> tuple[ModelEntry, ...]:
     """Every model of the catalogue."""
     return tuple(ModelEntry(model=_model(row.pop("model")), **row) for row in _read("models.json")["models"])
@@ -101,8 +111,11 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
     Raises:
         UnknownNameError: no such GPU (with the nearest name), or several (with all of them).
     """
-    by_name = {entry.gpu.name: entry for entry in gpus()}
-    return by_name[names.resolve_gpu(name, by_name, also)]
+    by_name = _gpus_by_name()
+    try:
+        return by_name[_gpu_name(name)]
+    except UnknownNameError:
+        return by_name[names.resolve_gpu(name, by_name, also)]  # the same once more, with better suggestions
 
 
 def find_model(name: str) -> ModelEntry:

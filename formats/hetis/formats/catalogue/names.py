@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable
 
@@ -75,7 +76,8 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
     raise UnknownNameError("GPU", name, [near] if near else [])
 
 
-def _gpu_parts(name: str) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def _gpu_parts(name: str) -> tuple[str, ...]:
     """Lower-case parts in a common spelling: ``SXM4`` and ``SXM2`` are ``sxm``, ``80G`` and ``80GiB`` are ``80gb``."""
     parts = [part for part in re.split(r"[^a-z0-9]+", name.lower()) if part and part not in _IGNORED]
     parts = [re.sub(r"^sxm\d$", "sxm", re.sub(r"^(\d+)g(i?b)?$", r"\1gb", part)) for part in parts]
@@ -85,10 +87,10 @@ def _gpu_parts(name: str) -> list[str]:
             joined[-1] += "gb"
         else:
             joined.append(part)
-    return joined
+    return tuple(joined)
 
 
-def _parts_used(compact: str, parts: list[str]) -> list[str]:
+def _parts_used(compact: str, parts: tuple[str, ...]) -> list[str]:
     """The parts of which ``compact`` is made, in any order; none when something of it is left over."""
     if not compact:
         return []
