@@ -167,7 +167,9 @@ class Cluster(_message.Message):
     """Plan that RollbackPlan would go back to. Output only. Empty: none."""
     @_builtins.property
     def document(self) -> _document_pb2.Document:
-        """What the fleet is said to consist of, a Cluster document. Required; its content is left out in the view BASIC."""
+        """What the fleet is said to consist of, a Cluster document with at most 1,000,000 nodes. Required; its content is left
+        out in the view BASIC.
+        """
 
     @_builtins.property
     def policy(self) -> Global___ClusterPolicy:
@@ -358,7 +360,7 @@ class Inventory(_message.Message):
 
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___InventoryDifference]:
-        """Where the two differ. Output only. Empty: nowhere."""
+        """Where the two differ; the first 10,000 differences. Output only. Empty: nowhere."""
 
     def __init__(
         self,

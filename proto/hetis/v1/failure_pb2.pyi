@@ -89,6 +89,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """[FAILED_PRECONDITION] The peers share no protocol version. Keys: protocol_version, min_version, max_version."""
     ERROR_REASON_PROTOCOL_VIOLATION: _ErrorReason.ValueType  # 66
     """[FAILED_PRECONDITION] The first message of the stream was no Hello, or a later one was."""
+    ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 67
+    """[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, or its server cannot be reached.
+    Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the connection broke).
+    """
     ERROR_REASON_ENGINE_IS_AUTHORITY: _ErrorReason.ValueType  # 80
     """[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
     ERROR_REASON_DISPATCH_STATE_LOST: _ErrorReason.ValueType  # 81
@@ -201,6 +205,10 @@ ERROR_REASON_PROTOCOL_VERSION: ErrorReason.ValueType  # 65
 """[FAILED_PRECONDITION] The peers share no protocol version. Keys: protocol_version, min_version, max_version."""
 ERROR_REASON_PROTOCOL_VIOLATION: ErrorReason.ValueType  # 66
 """[FAILED_PRECONDITION] The first message of the stream was no Hello, or a later one was."""
+ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 67
+"""[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, or its server cannot be reached.
+Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the connection broke).
+"""
 ERROR_REASON_ENGINE_IS_AUTHORITY: ErrorReason.ValueType  # 80
 """[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
 ERROR_REASON_DISPATCH_STATE_LOST: ErrorReason.ValueType  # 81

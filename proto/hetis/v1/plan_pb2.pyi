@@ -252,7 +252,8 @@ class Plan(_message.Message):
     @_builtins.property
     def imported(self) -> _document_pb2.Document:
         """A Plan document that was made elsewhere, such as by `hetis-plan place --out`. It is checked against its own
-        inputs by the independent checker and against the cluster's nodes, and is READY at once.
+        inputs by the independent checker and against the cluster's nodes, and is READY at once. Answers leave its content
+        out: `result.document` has it.
         """
 
     @_builtins.property
@@ -575,14 +576,14 @@ class PlanResult(_message.Message):
     """Size of the document's content, in bytes. Always set."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_replica_pb2.ReplicaPlan]:
-        """Replicas in the order of the document. Empty in the view BASIC; where the plan has more than 1,000 of them the
-        document is the only place that has all, and `replicas_truncated` is true.
+        """Replicas in the order of the document. Empty in the view BASIC; where the plan has more than 1,000 of them, or than
+        a message has room for, the document is the only place that has all, and `replicas_truncated` is true.
         """
 
     @_builtins.property
     def document(self) -> _document_pb2.Document:
-        """The Plan document. Its content is empty in the view BASIC, and where it is larger than 3 MiB: ReadPlanDocument
-        gives it whatever its size. Always set.
+        """The Plan document. Its content is empty in the view BASIC, and where it is larger than 3 MiB or than the message has
+        room for: ReadPlanDocument gives it whatever its size. Always set.
         """
 
     @_builtins.property

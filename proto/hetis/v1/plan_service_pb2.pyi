@@ -1016,7 +1016,7 @@ class TransitionStep(_message.Message):
     """Weights that its GPUs load, in bytes. 0: none."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """GPUs that it uses. Always set."""
+        """GPUs that it uses. Always set, but for steps that a message has no room for: those of the largest fleets."""
 
     def __init__(
         self,

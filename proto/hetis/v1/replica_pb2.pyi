@@ -282,6 +282,9 @@ class Replica(_message.Message):
     REDISPATCH_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CONDITIONS_FIELD_NUMBER: _builtins.int
+    ASSIGNED_GENERATION_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Output only. Always set."""
     plan: _builtins.str
@@ -300,6 +303,14 @@ class Replica(_message.Message):
     """Node whose engine is the primary: the engine of its first stage's first GPU. Output only. Always set."""
     redispatch: _builtins.str
     """Re-dispatch under way, `clusters/{cluster}/redispatches/{redispatch}`. Output only. Empty: none."""
+    assigned_generation: _builtins.int
+    """Generation of its last assignment: nodes of it hold that or what a committed re-dispatch made of it. Output only.
+    0: nothing was sent to a node yet.
+    """
+    model_digest: _builtins.str
+    """Digest of the model that it serves, as Document.digest: a plan for another model does not keep it. Output only.
+    Always set.
+    """
     @_builtins.property
     def shape(self) -> Global___ReplicaPlan:
         """Its shape. Output only; unset in the view BASIC."""
@@ -324,6 +335,10 @@ class Replica(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was first assigned. Output only. Always set."""
 
+    @_builtins.property
+    def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceCondition]:
+        """Devices of it that its engines were told not to rely on. Output only. Empty: none."""
+
     def __init__(
         self,
         *,
@@ -341,10 +356,13 @@ class Replica(_message.Message):
         redispatch: _builtins.str = ...,
         failure: _failure_pb2.Failure | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        conditions: _abc.Iterable[Global___DeviceCondition] | None = ...,
+        assigned_generation: _builtins.int = ...,
+        model_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "report", b"report", "report_time", b"report_time", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "shape", b"shape", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "authority", b"authority", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "shape", b"shape", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
