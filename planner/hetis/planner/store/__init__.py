@@ -1,1 +1,28 @@
 """What the planning service keeps: records in SQLite or PostgreSQL, one durable transaction at a time."""
+
+from hetis.planner.store.errors import StoreError
+from hetis.planner.store.records import (
+    ClusterRecord,
+    NodeRecord,
+    PlanRecord,
+    ProfileRecord,
+    RedispatchRecord,
+    ReplicaRecord,
+    etag_of,
+)
+from hetis.planner.store.store import Store
+from hetis.planner.store.transactions import Reader, Transaction
+
+__all__ = [
+    "ClusterRecord",
+    "NodeRecord",
+    "PlanRecord",
+    "ProfileRecord",
+    "Reader",
+    "RedispatchRecord",
+    "ReplicaRecord",
+    "Store",
+    "StoreError",
+    "Transaction",
+    "etag_of",
+]

@@ -1,0 +1,79 @@
+"""Who may write: the leadership term, its epoch, and the lease that holds it on a server.
+
+Every write transaction reads the epoch of the one row, locked so that a takeover waits for it or it fails after the
+takeover. So a planner that lost its term can change nothing, whatever it believes and whatever its clock says.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.store import schema
+
+_ROW = schema.leadership.c.id == 1
+
+
+def take(connection: sa.Connection, holder: str, *, lease_s: float) -> int:
+    """The epoch of a new term.
+
+    Args:
+        connection: in a write transaction.
+        holder: who leads, for people.
+        lease_s: how long before others may take over, by the server's clock. 0: a file lock holds the term.
+
+    Raises:
+        ServiceError: NOT_LEADER, with the leader and when to try again.
+    """
+    row = connection.execute(sa.select(schema.leadership).where(_ROW).with_for_update()).one()
+    now_s = _now_s(connection)
+    if row.lease_end_s > now_s:
+        raise not_leader(row.holder, retry_after_s=row.lease_end_s - now_s)
+    epoch: int = row.epoch + 1
+    lease_end_s = now_s + lease_s if lease_s else 0.0
+    values = {"epoch": epoch, "holder": holder, "lease_end_s": lease_end_s}
+    connection.execute(sa.update(schema.leadership).where(_ROW).values(values))
+    return epoch
+
+
+def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
+    """Raises NOT_LEADER when another has taken over."""
+    check(connection, epoch)
+    lease_end_s = _now_s(connection) + lease_s
+    connection.execute(sa.update(schema.leadership).where(_ROW).values(lease_end_s=lease_end_s))
+
+
+def release(connection: sa.Connection, epoch: int) -> None:
+    """Lets another take over at once; nothing happens when one has already."""
+    ours = sa.and_(_ROW, schema.leadership.c.epoch == epoch)
+    connection.execute(sa.update(schema.leadership).where(ours).values(lease_end_s=0.0))
+
+
+def check(connection: sa.Connection, epoch: int) -> None:
+    """Holds the term until the transaction ends; raises NOT_LEADER when it is over."""
+    columns = schema.leadership.c.epoch, schema.leadership.c.holder
+    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update(read=True)).one()
+    if row.epoch != epoch:
+        raise not_leader(row.holder)
+
+
+def holder_of(connection: sa.Connection) -> str:
+    """Who led last."""
+    return str(connection.execute(sa.select(schema.leadership.c.holder).where(_ROW)).scalar_one())
+
+
+def not_leader(leader: str, *, retry_after_s: float | None = None) -> ServiceError:
+    """``leader`` is empty where it is not known."""
+    return ServiceError(
+        Reason.ERROR_REASON_NOT_LEADER,
+        f"another planner leads: {leader}" if leader else "this planner does not lead",
+        metadata={"leader": leader} if leader else {},
+        retry_after_s=retry_after_s,
+    )
+
+
+def _now_s(connection: sa.Connection) -> float:
+    """Unix time by the server's clock, which all planners share. A file needs none: there is no lease."""
+    if connection.dialect.name == "sqlite":
+        return 0.0
+    return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())

@@ -1,0 +1,137 @@
+"""Where a store is, and a connection to it that keeps what it says it keeps."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy import event
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.store.errors import StoreError
+
+FILE_WAIT_S = 5.0  # for a backup tool or a shell that has the file
+_READS = "hetis_reads"
+
+
+def parse_url(text: str) -> sa.URL:
+    """The URL of a store: ``sqlite:///FILE`` (four slashes: an absolute path) or ``postgresql://...``.
+
+    Raises:
+        StoreError: it is neither; passwords are never shown.
+    """
+    try:
+        url = sa.make_url(text)
+    except sa.exc.ArgumentError:
+        raise StoreError("the store's URL cannot be read; expected sqlite:///FILE or postgresql://...") from None
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername not in ("sqlite", "postgresql+psycopg"):
+        shown = url.render_as_string(hide_password=True)
+        raise StoreError(f"store {shown}: {url.drivername} is not supported, expected sqlite or postgresql")
+    return url
+
+
+def file_of(url: sa.URL) -> Path | None:
+    """The file of an SQLite store; None: in memory, or on a server."""
+    if url.drivername != "sqlite" or not url.database or url.database == ":memory:":
+        return None
+    return Path(url.database).absolute()
+
+
+def label_of(url: sa.URL) -> str:
+    """How messages call the store."""
+    return str(file_of(url) or url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True))
+
+
+def make_engine(url: sa.URL) -> sa.Engine:
+    """Connects lazily. Write transactions of SQLite lock at once and reach the disk before they end."""
+    if url.drivername != "sqlite":
+        settings = {
+            "connect_timeout": 10,
+            # A planner that hangs inside a transaction must not keep another from taking over.
+            "options": "-c idle_in_transaction_session_timeout=10s -c statement_timeout=30s -c lock_timeout=10s",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+        }
+        return sa.create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=settings)
+    engine = sa.create_engine(url, connect_args={"timeout": FILE_WAIT_S})
+    event.listen(engine, "connect", _set_up_file)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def reading(engine: sa.Engine) -> sa.Engine:
+    """The same connections, for transactions that only read."""
+    return engine.execution_options(**{_READS: True})
+
+
+def use_write_ahead_log(engine: sa.Engine) -> None:
+    """Kept in the file from then on: one sync per commit, and readers (a backup) hold up no writer."""
+    connection = engine.raw_connection()
+    try:
+        connection.cursor().execute("PRAGMA journal_mode = WAL").close()
+    finally:
+        connection.close()
+
+
+def check_file(connection: sa.Connection, store: str) -> None:
+    """Raises StoreError where SQLite finds a damaged page."""
+    found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+    if found != "ok":
+        raise _damaged(store, str(found))
+
+
+def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
+    """What to tell whoever starts the planner."""
+    reason = _reason(error)
+    if not isinstance(error.orig, sqlite3.Error):
+        return StoreError(f"store {store} cannot be reached: {reason}")
+    if reason in ("file is not a database", "database disk image is malformed"):
+        return _damaged(store, reason)
+    if "readonly" in reason or "unable to open" in reason:
+        folder = Path(store).parent
+        why = "the folder does not exist" if not folder.is_dir() else "file and folder must be writable"
+        return StoreError(f"store {store} cannot be opened for writing ({reason}): {why}")
+    return StoreError(f"store {store} cannot be opened: {reason}")
+
+
+def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
+    """What to tell a caller whose transaction the store could not do. It was undone, unless the connection broke."""
+    broken = error.connection_invalidated
+    what = "whether the change was made is not known" if broken else "nothing was changed"
+    return ServiceError(
+        Reason.ERROR_REASON_STORE_UNAVAILABLE,
+        f"the planner's store {store} does not work now ({_reason(error)}); {what}",
+        metadata={"changed": "unknown" if broken else "no"},
+    )
+
+
+def is_a_bug(error: sa.exc.DBAPIError) -> bool:
+    """Whether the statement was wrong, not the store."""
+    return isinstance(
+        error, sa.exc.IntegrityError | sa.exc.ProgrammingError | sa.exc.DataError | sa.exc.NotSupportedError
+    )
+
+
+def _damaged(store: str, reason: str) -> StoreError:
+    return StoreError(
+        f"store {store} is damaged or no store ({reason}). Nothing was changed; restore a backup, or move the file away"
+    )
+
+
+def _reason(error: sa.exc.DBAPIError) -> str:
+    return " ".join(str(error.orig).split())
+
+
+def _set_up_file(connection: sqlite3.Connection, _: object) -> None:
+    connection.isolation_level = None  # transactions begin and end where we say
+    connection.execute("PRAGMA synchronous = FULL").close()  # a commit is on disk when it returns
+
+
+def _begin(connection: sa.Connection) -> None:
+    # Locked from the start: a transaction that reads first could otherwise fail when it comes to write.
+    reads = connection.get_execution_options().get(_READS)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -1,0 +1,192 @@
+"""Records in tables: read, written, paged. A version that changed in between stops an update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any, Generic, TypeVar
+
+import sqlalchemy as sa
+from google.protobuf.message import Message
+
+from hetis.planner import failures
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.store import records, schema
+from hetis.planner.store.records import Record
+from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
+
+R = TypeVar("R", bound=Record)
+After = str | tuple[float, str] | None
+Filter = str | int | bool | Collection[str] | Collection[int]
+
+KEPT_REDISPATCHES = 1000  # of a cluster, as redispatch.proto says
+
+
+class TableView(Generic[R]):
+    """Reads of one kind of record; by name, or the newest first where they are kept by age."""
+
+    def __init__(
+        self, connection: sa.Connection, table: sa.Table, record: type[R], *, newest_first: bool = False
+    ) -> None:
+        self._connection = connection
+        self._table = table
+        self._record = record
+        self._fields = tuple(field.name for field in dataclasses.fields(record))  # type: ignore[arg-type]
+        self._columns = [table.c[name] for name in self._fields]
+        self._body: type[Message] = _BODIES[record]
+        self._newest_first = newest_first
+
+    def get(self, name: str) -> R | None:
+        row = self._connection.execute(sa.select(*self._columns).where(self._table.c.name == name)).one_or_none()
+        return None if row is None else self._from_row(row)
+
+    def require(self, name: str) -> R:
+        """Raises NOT_FOUND."""
+        if (record := self.get(name)) is None:
+            raise failures.not_found(name)
+        return record
+
+    def page(self, after: After, limit: int, **filters: Filter) -> list[R]:
+        """The next ``limit`` records behind `place_of` the last one seen; None or empty: from the beginning.
+
+        Each filter is a column and its value, or the values that it may have.
+        """
+        query = self._filtered(filters).limit(limit)
+        if after:
+            query = query.where(self._behind(after))
+        return [self._from_row(row) for row in self._connection.execute(query)]
+
+    def all(self, **filters: Filter) -> list[R]:
+        return [self._from_row(row) for row in self._connection.execute(self._filtered(filters))]
+
+    def place_of(self, record: R) -> str | tuple[float, str]:
+        """What `page` goes on from."""
+        if self._newest_first:
+            return record.create_time_s, record.name  # type: ignore[attr-defined]
+        return record.name
+
+    def _behind(self, after: str | tuple[float, str]) -> sa.ColumnElement[bool]:
+        if isinstance(after, str):
+            return self._table.c.name > after
+        time_s, name = after
+        made = self._table.c.create_time_s
+        return sa.or_(made < time_s, sa.and_(made == time_s, self._table.c.name < name))
+
+    def _filtered(self, filters: dict[str, Filter]) -> sa.Select[Any]:
+        query = sa.select(*self._columns).where(*_conditions(self._table, filters))
+        if self._newest_first:
+            return query.order_by(self._table.c.create_time_s.desc(), self._table.c.name.desc())
+        return query.order_by(self._table.c.name)
+
+    def _from_row(self, row: sa.Row[Any]) -> R:
+        values = dict(zip(self._fields, row, strict=True))
+        values["body"] = self._body.FromString(values["body"])
+        return self._record(**values)
+
+
+class RecordTable(TableView[R]):
+    """Reads and changes of one kind of record."""
+
+    def insert(self, record: R) -> R:
+        """Raises ALREADY_EXISTS."""
+        # Looked up first: a failed statement would end the whole transaction of PostgreSQL. Nobody else writes.
+        taken = sa.select(self._table.c.name).where(self._table.c.name == record.name)
+        if self._connection.execute(taken).one_or_none() is not None:
+            raise ServiceError(
+                Reason.ERROR_REASON_ALREADY_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
+            )
+        self._connection.execute(sa.insert(self._table).values(self._to_row(record)))
+        return record
+
+    def update(self, record: R) -> R:
+        """The record with the next version. It must be the present version, as it was read in this transaction.
+
+        Raises:
+            ServiceError: NOT_FOUND; ETAG_MISMATCH when the record has changed since it was read.
+        """
+        newer = dataclasses.replace(record, version=record.version + 1)  # type: ignore[type-var]
+        same = sa.and_(self._table.c.name == record.name, self._table.c.version == record.version)
+        done = self._connection.execute(sa.update(self._table).where(same).values(self._to_row(newer)))
+        if not done.rowcount:
+            present = records.etag_of(self.require(record.name))
+            raise failures.etag_mismatch(record.name, given=records.etag_of(record), present=present)
+        return newer
+
+    def delete(self, name: str) -> None:
+        """Raises NOT_FOUND."""
+        if not self._connection.execute(sa.delete(self._table).where(self._table.c.name == name)).rowcount:
+            raise failures.not_found(name)
+
+    def delete_all(self, **filters: Filter) -> int:
+        """How many records there were."""
+        return self._connection.execute(sa.delete(self._table).where(*_conditions(self._table, filters))).rowcount
+
+    def _to_row(self, record: R) -> dict[str, Any]:
+        row = {name: getattr(record, name) for name in self._fields}
+        row["body"] = row["body"].SerializeToString(deterministic=True)
+        return row
+
+
+class RedispatchTable(RecordTable[records.RedispatchRecord]):
+    """Re-dispatches; the oldest of a cluster beyond the last 1,000 are forgotten when one is added."""
+
+    def insert(self, record: records.RedispatchRecord) -> records.RedispatchRecord:
+        super().insert(record)
+        oldest_kept = (
+            sa.select(self._table.c.create_time_s)
+            .where(self._table.c.cluster == record.cluster)
+            .order_by(self._table.c.create_time_s.desc())
+            .limit(1)
+            .offset(KEPT_REDISPATCHES - 1)
+        )
+        limit_s = self._connection.execute(oldest_kept).scalar_one_or_none()
+        if limit_s is not None:
+            self._connection.execute(
+                sa.delete(self._table).where(
+                    self._table.c.cluster == record.cluster, self._table.c.create_time_s < limit_s
+                )
+            )
+        return record
+
+
+class PlanDocumentView:
+    """Plan documents in canonical JSON, apart from their plans because they are large."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+
+    def get(self, name: str) -> bytes | None:
+        """Of the plan of that name."""
+        table = schema.plan_documents
+        return self._connection.execute(sa.select(table.c.content).where(table.c.name == name)).scalar_one_or_none()
+
+
+class PlanDocumentTable(PlanDocumentView):
+    """The same, and their changes."""
+
+    def put(self, name: str, content: bytes) -> None:
+        """Replaces what is there."""
+        self.delete(name)
+        self._connection.execute(sa.insert(schema.plan_documents).values(name=name, content=content))
+
+    def delete(self, name: str) -> None:
+        """Nothing happens where there is none."""
+        table = schema.plan_documents
+        self._connection.execute(sa.delete(table).where(table.c.name == name))
+
+
+def _conditions(table: sa.Table, filters: dict[str, Filter]) -> Sequence[sa.ColumnElement[bool]]:
+    return [
+        table.c[name] == value if isinstance(value, str | int) else table.c[name].in_(list(value))
+        for name, value in filters.items()
+    ]
+
+
+_BODIES: dict[type[Any], type[Message]] = {
+    records.ClusterRecord: cluster_pb2.Cluster,
+    records.NodeRecord: cluster_pb2.Node,
+    records.ProfileRecord: profile_pb2.Profile,
+    records.PlanRecord: plan_pb2.Plan,
+    records.ReplicaRecord: replica_pb2.Replica,
+    records.RedispatchRecord: redispatch_pb2.Redispatch,
+}

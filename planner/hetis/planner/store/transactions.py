@@ -1,0 +1,56 @@
+"""The tables as one transaction sees them."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from hetis.planner.store import records, schema
+from hetis.planner.store.requests import RequestTable
+from hetis.planner.store.tables import PlanDocumentTable, PlanDocumentView, RecordTable, RedispatchTable, TableView
+
+
+class Reader:
+    """A consistent view of everything. Of one thread, and of no use after its work is done."""
+
+    clusters: TableView[records.ClusterRecord]
+    nodes: TableView[records.NodeRecord]
+    profiles: TableView[records.ProfileRecord]
+    plans: TableView[records.PlanRecord]
+    plan_documents: PlanDocumentView
+    replicas: TableView[records.ReplicaRecord]
+    redispatches: TableView[records.RedispatchRecord]
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.clusters = TableView(connection, schema.clusters, records.ClusterRecord)
+        self.nodes = TableView(connection, schema.nodes, records.NodeRecord)
+        self.profiles = TableView(connection, schema.profiles, records.ProfileRecord)
+        self.plans = TableView(connection, schema.plans, records.PlanRecord, newest_first=True)
+        self.plan_documents = PlanDocumentView(connection)
+        self.replicas = TableView(connection, schema.replicas, records.ReplicaRecord)
+        self.redispatches = TableView(connection, schema.redispatches, records.RedispatchRecord, newest_first=True)
+
+
+class Transaction(Reader):
+    """The same, with changes: all of them happen, or none."""
+
+    clusters: RecordTable[records.ClusterRecord]
+    nodes: RecordTable[records.NodeRecord]
+    profiles: RecordTable[records.ProfileRecord]
+    plans: RecordTable[records.PlanRecord]
+    plan_documents: PlanDocumentTable
+    replicas: RecordTable[records.ReplicaRecord]
+    redispatches: RedispatchTable
+    requests: RequestTable
+
+    def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
+        self.clusters = RecordTable(connection, schema.clusters, records.ClusterRecord)
+        self.nodes = RecordTable(connection, schema.nodes, records.NodeRecord)
+        self.profiles = RecordTable(connection, schema.profiles, records.ProfileRecord)
+        self.plans = RecordTable(connection, schema.plans, records.PlanRecord, newest_first=True)
+        self.plan_documents = PlanDocumentTable(connection)
+        self.replicas = RecordTable(connection, schema.replicas, records.ReplicaRecord)
+        self.redispatches = RedispatchTable(
+            connection, schema.redispatches, records.RedispatchRecord, newest_first=True
+        )
+        self.requests = RequestTable(connection, now_s=now_s)
+        self.now_s = now_s

@@ -1,0 +1,84 @@
+"""A PostgreSQL server of our own: in a folder of its own, on a free loopback port, gone with the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+
+def find_binaries() -> tuple[str, str] | None:
+    """Paths of initdb and postgres; None where they are not installed."""
+    places = os.pathsep.join([os.environ.get("PATH", ""), *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
+    initdb, postgres = shutil.which("initdb", path=places), shutil.which("postgres", path=places)
+    return (initdb, postgres) if initdb and postgres else None
+
+
+@contextlib.contextmanager
+def running_server() -> Iterator[str]:
+    """The URL of a server without its database's name: ``postgresql://hetis@127.0.0.1:PORT``."""
+    binaries = find_binaries()
+    assert binaries is not None
+    initdb, postgres = binaries
+    account = _account()
+    with tempfile.TemporaryDirectory(prefix="hetis-postgres-") as folder, socket.socket() as free:
+        if account:
+            os.chown(folder, account.pw_uid, account.pw_gid)
+        as_account: dict[str, Any] = {"user": account.pw_uid, "group": account.pw_gid} if account else {}
+        as_account |= {"cwd": folder, "stdin": subprocess.DEVNULL}
+        data = f"{folder}/data"
+        arguments = ["-D", data, "-U", "hetis", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8"]
+        subprocess.run([initdb, *arguments], check=True, capture_output=True, timeout=120, **as_account)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off", "port": port}
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        with open(f"{folder}/log", "wb") as log:
+            server = subprocess.Popen([postgres, "-D", data, *options], stdout=log, stderr=log, **as_account)
+        try:
+            url = f"postgresql://hetis@127.0.0.1:{port}"
+            _wait_for(url, server, Path(folder, "log"))
+            yield url
+        finally:
+            server.send_signal(signal.SIGQUIT)  # at once: nothing of it is needed
+            server.wait(30)
+
+
+def new_database(server: str, name: str) -> str:
+    """The URL of an empty database."""
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"'.encode())
+    return f"{server}/{name}"
+
+
+def _account() -> pwd.struct_passwd | None:
+    """PostgreSQL refuses to run as root: whose account it takes then. None: our own."""
+    if os.geteuid() != 0:
+        return None
+    names = {entry.pw_name: entry for entry in pwd.getpwall()}
+    return names.get("postgres") or names["nobody"]
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    end_s = time.monotonic() + 60
+    while True:
+        try:
+            psycopg.connect(f"{url}/postgres", connect_timeout=2).close()
+        except psycopg.OperationalError:
+            if server.poll() is not None or time.monotonic() > end_s:
+                raise AssertionError(f"PostgreSQL did not start:\n{log.read_text()}") from None
+            time.sleep(0.1)
+        else:
+            return

@@ -1,0 +1,363 @@
+"""Transactions are durable, all or nothing, one after another, and only of the planner that leads."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, schema
+from hetis.planner.store.records import Record
+from hetis.planner.store.requests import KEPT_S
+from hetis.planner.store.tables import KEPT_REDISPATCHES
+from tests.planner.store import samples
+
+
+async def leading(url: str, **settings: float) -> Store:
+    store = await Store.open(url, **settings)
+    await store.lead("test")
+    return store
+
+
+def test_every_kind_of_record_comes_back_as_it_was_written(url: str) -> None:
+    records: dict[str, Record] = {
+        "clusters": samples.cluster("clusters/a", text=b"\0\xff" * 50_000),
+        "nodes": samples.node("clusters/a/nodes/n-0"),
+        "profiles": samples.profile("profiles/l4"),
+        "plans": samples.plan("plans/p"),
+        "replicas": samples.replica("clusters/a/replicas/0"),
+        "redispatches": samples.redispatch("clusters/a/redispatches/1"),
+    }
+
+    def insert(tx: Transaction) -> None:
+        for table, record in records.items():
+            getattr(tx, table).insert(record)
+        tx.plan_documents.put("plans/p", b"{}")
+        tx.plan_documents.put("plans/p", b"{ }")
+
+    async def scenario() -> None:
+        store = await leading(url)
+        await store.write(insert)
+        await store.close()
+        store = await Store.open(url)
+        for table, record in records.items():
+            assert await store.read(lambda tx, table=table: getattr(tx, table).all()) == [record]  # type: ignore[misc]
+        assert await store.read(lambda tx: tx.plan_documents.get("plans/p")) == b"{ }"
+        assert await store.read(lambda tx: tx.plan_documents.get("plans/q")) is None
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_work_that_raises_changes_nothing(url: str) -> None:
+    def half(tx: Transaction) -> None:
+        tx.clusters.insert(samples.cluster("clusters/a"))
+        tx.plan_documents.put("plans/p", b"half")
+        raise Stopped
+
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    async def scenario() -> None:
+        store = await leading(url)
+        with pytest.raises(Stopped):
+            await store.write(half)
+        assert await store.read(lambda tx: (tx.clusters.all(), tx.plan_documents.get("plans/p"))) == ([], None)
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str) -> None:
+    async def scenario() -> None:
+        store = await leading(url)
+        first = await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        second = await store.write(lambda tx: tx.clusters.update(dataclasses.replace(first, active_plan="plans/p")))
+        assert (etag_of(first), etag_of(second), etag_of(None)) == ("v1", "v2", "v0")
+        with pytest.raises(ServiceError, match="etag is v2, the call says v1") as caught:
+            await store.write(lambda tx: tx.clusters.update(first))
+        assert caught.value.reason_name == "ETAG_MISMATCH"
+        assert caught.value.metadata == {"name": "clusters/a", "etag": "v2"}
+        assert await store.read(lambda tx: tx.clusters.require("clusters/a")) == second
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_names_are_given_once_and_must_exist(url: str) -> None:
+    missing = samples.cluster("clusters/b")
+    calls = [
+        (lambda tx: tx.clusters.insert(samples.cluster("clusters/a")), "ALREADY_EXISTS", "clusters/a"),
+        (lambda tx: tx.clusters.update(missing), "NOT_FOUND", "clusters/b"),
+        (lambda tx: tx.clusters.delete("clusters/b"), "NOT_FOUND", "clusters/b"),
+        (lambda tx: tx.clusters.require("clusters/b"), "NOT_FOUND", "clusters/b"),
+    ]
+
+    async def scenario() -> None:
+        store = await leading(url)
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        for call, reason, name in calls:
+            with pytest.raises(ServiceError) as caught:
+                await store.write(call)
+            assert (caught.value.reason_name, caught.value.metadata) == (reason, {"name": name})
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) -> None:
+    names = sorted(f"clusters/{word}" for word in ["a-b", "ab", "a", "B", "a0", "é", "z", "a-", "a--b"])
+
+    def fill(tx: Transaction) -> None:
+        for name in reversed(names):
+            tx.clusters.insert(samples.cluster(name))
+        for number, time_s in enumerate([3.0, 1.0, 2.0, 2.0, 2.0]):
+            tx.plans.insert(samples.plan(f"plans/{number}", time_s=time_s, cluster=f"clusters/{number % 2}"))
+
+    def pages(tx: Reader) -> list[str]:
+        found, after = list[str](), None
+        while page := tx.plans.page(after, 2):
+            found += [record.name for record in page]
+            after = tx.plans.place_of(page[-1])
+        return found
+
+    async def scenario() -> None:
+        store = await leading(url)
+        await store.write(fill)
+        assert [record.name for record in await store.read(lambda tx: tx.clusters.all())] == names
+        behind = await store.read(lambda tx: tx.clusters.page("clusters/a0", 2))
+        assert [record.name for record in behind] == names[names.index("clusters/a0") + 1 :][:2]
+        newest_first = [f"plans/{number}" for number in (0, 4, 3, 2, 1)]
+        assert [record.name for record in await store.read(lambda tx: tx.plans.all())] == newest_first
+        assert await store.read(pages) == newest_first
+        of_one = await store.read(lambda tx: tx.plans.all(cluster="clusters/1", state={1, 3}))
+        assert [record.name for record in of_one] == ["plans/3", "plans/1"]
+        assert await store.write(lambda tx: tx.plans.delete_all(cluster="clusters/1")) == 2
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_same_request_is_answered_again_for_a_day(url: str) -> None:
+    now_s = 1e9
+
+    async def scenario() -> None:
+        nonlocal now_s
+        store = await Store.open(url, clock=lambda: now_s)
+        await store.lead("test")
+        await store.write(lambda tx: tx.requests.remember("/Create", "id", "print", b"answer"))
+        now_s += KEPT_S - 1
+        assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "print")) == b"answer"
+        for method, fingerprint in [("/Create", "other"), ("/Delete", "print")]:
+            with pytest.raises(ServiceError) as caught:
+                await store.write(lambda tx, m=method, f=fingerprint: tx.requests.replay(m, "id", f))  # type: ignore[misc]
+            assert caught.value.reason_name == "REQUEST_ID_REUSED"
+            assert caught.value.metadata == {"request_id": "id"}
+        now_s += 1
+        assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "other")) is None
+        await store.write(lambda tx: tx.requests.remember("/Create", "id", "other", b"new"))
+        await store.write(lambda tx: tx.requests.remember("/Create", "", "other", b"no id"))
+        assert await store.write(lambda tx: tx.requests.replay("/Create", "", "other")) is None
+        assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "other")) == b"new"
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_last_thousand_redispatches_of_a_cluster_are_kept(url: str) -> None:
+    def fill(tx: Transaction) -> None:
+        tx.redispatches.insert(samples.redispatch("clusters/b/redispatches/0", time_s=0.0))
+        for number in range(KEPT_REDISPATCHES + 5):
+            tx.redispatches.insert(samples.redispatch(f"clusters/a/redispatches/{number}", time_s=float(number)))
+
+    async def scenario() -> None:
+        store = await leading(url)
+        await store.write(fill)
+        kept = await store.read(lambda tx: tx.redispatches.all(cluster="clusters/a"))
+        assert len(kept) == KEPT_REDISPATCHES
+        assert kept[-1].create_time_s == 5.0
+        assert len(await store.read(lambda tx: tx.redispatches.all(cluster="clusters/b"))) == 1
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_writes_wait_for_one_another(url: str) -> None:
+    def count(tx: Transaction) -> None:
+        record = tx.clusters.require("clusters/a")
+        tx.clusters.update(dataclasses.replace(record, update_time_s=record.update_time_s + 1))
+
+    async def scenario() -> None:
+        store = await leading(url)
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a", time_s=0.0)))
+        await asyncio.gather(*(store.write(count) for _ in range(50)))
+        assert (await store.read(lambda tx: tx.clusters.require("clusters/a"))).update_time_s == 50
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_written_before_leading(url: str) -> None:
+    async def scenario() -> None:
+        store = await Store.open(url)
+        with pytest.raises(ServiceError, match="this planner does not lead") as caught:
+            await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        assert caught.value.reason_name == "NOT_LEADER"
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_epochs_grow_for_ever(url: str) -> None:
+    async def scenario() -> None:
+        epochs = []
+        for _ in range(3):
+            store = await Store.open(url)
+            epochs.append(await store.lead("test"))
+            assert store.epoch == epochs[-1]
+            await store.close()
+            await store.close()
+        assert epochs == [1, 2, 3]
+
+    asyncio.run(scenario())
+
+
+def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> None:
+    async def scenario() -> None:
+        first, second = await Store.open(url), await Store.open(url)
+        await first.lead("first")
+        with pytest.raises(ServiceError, match="another planner leads: first") as caught:
+            await second.lead("second")
+        assert caught.value.reason_name == "NOT_LEADER"
+        assert caught.value.metadata == {"leader": "first"}
+        assert await second.read(lambda tx: tx.clusters.all()) == []
+        await first.close()
+        assert await second.lead("second") == 2
+        await second.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_planner_whose_lease_ran_out_can_change_nothing(postgres_url: str) -> None:
+    async def scenario() -> None:
+        old = await Store.open(postgres_url, lease_s=0.3)
+        await old.lead("old")
+        renewal = old._renewal
+        assert renewal is not None
+        renewal.cancel()  # it hangs: the process is stopped, the network is gone
+        await asyncio.sleep(0.4)
+        new = await leading(postgres_url)
+        assert new.epoch == 2
+        with pytest.raises(ServiceError, match="another planner leads: test"):
+            await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        await asyncio.wait_for(old.until_replaced(), 1)
+        assert await new.read(lambda tx: tx.clusters.all()) == []
+        await old.close()
+        await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing took nothing away
+        await new.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> None:
+    async def scenario() -> None:
+        store = await Store.open(postgres_url, lease_s=0.5)
+        await store.lead("first")
+        other = await Store.open(postgres_url)
+        await asyncio.sleep(1.0)
+        with pytest.raises(ServiceError, match="another planner leads") as caught:
+            await other.lead("other")
+        assert caught.value.retry_after_s is not None
+        assert 0 < caught.value.retry_after_s <= 0.5
+        engine = sa.create_engine(opening.parse_url(postgres_url))
+        with engine.begin() as connection:  # as if another had taken over
+            connection.execute(sa.update(schema.leadership).values(epoch=7, holder="other"))
+        engine.dispose()
+        await asyncio.wait_for(store.until_replaced(), 5)
+        await store.close()
+        await other.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> None:
+    """The fence is a lock on the leadership row: there is no moment at which both planners can write."""
+
+    async def scenario() -> None:
+        old = await Store.open(postgres_url, lease_s=0.2)
+        await old.lead("old")
+        new = await Store.open(postgres_url)
+        order, entered, leave = list[str](), asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def slow(tx: Transaction) -> None:
+            loop.call_soon_threadsafe(entered.set)
+            leave.wait(10)
+            tx.clusters.insert(samples.cluster("clusters/a"))
+            order.append("write")
+
+        write = asyncio.create_task(old.write(slow))
+        await entered.wait()
+        await asyncio.sleep(0.3)  # the lease is over, and could not be renewed meanwhile
+        takeover = asyncio.create_task(new.lead("new"))
+        await asyncio.sleep(0.3)
+        assert not takeover.done()
+        leave.set()
+        await write
+        assert await takeover == 2
+        assert await new.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/a"]
+        await old.close()
+        await new.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_migrations_lead_to_the_tables_that_the_code_means(url: str) -> None:
+    asyncio.run(_open_and_close(url))
+    engine = sa.create_engine(opening.parse_url(url))
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        differences = compare_metadata(context, schema.metadata)
+    engine.dispose()
+    assert differences == []
+
+
+def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
+    asyncio.run(_open_and_close(url))
+    engine = sa.create_engine(opening.parse_url(url))
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = 'v9999'"))
+    with pytest.raises(StoreError, match=r"newer hetis-planner: its schema is v9999, this one knows up to v\d+"):
+        asyncio.run(_open_and_close(url))
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == "v9999"
+    engine.dispose()
+
+
+def test_a_database_of_something_else_is_refused_and_left_alone(url: str) -> None:
+    engine = sa.create_engine(opening.parse_url(url))
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE recipes (name TEXT)"))
+    with pytest.raises(StoreError, match=r"holds tables of something else \(recipes\)"):
+        asyncio.run(_open_and_close(url))
+    assert sa.inspect(engine).get_table_names() == ["recipes"]
+    engine.dispose()
+
+
+async def _open_and_close(url: str) -> None:
+    store = await Store.open(url)
+    await store.close()
+
+
+def test_a_server_that_is_away_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be reached") as caught:
+        asyncio.run(Store.open("postgresql://hetis:secret@127.0.0.1:1/hetis"))
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
