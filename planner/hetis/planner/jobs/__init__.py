@@ -1,1 +1,1 @@
-"""Searches for plans in worker processes."""
+"""Searches for plans in processes of their own: what is asked, how it ends, who works on it."""

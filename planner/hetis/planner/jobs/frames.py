@@ -1,0 +1,53 @@
+"""Messages between the service and a solver process: a JSON header and bytes, each with its length in front.
+
+No pickle: what comes from another process is read as data, whatever happened to that process.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from asyncio import IncompleteReadError, StreamReader
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+_LENGTHS = struct.Struct(">II")  # of header and payload, in bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """``kind`` says what it is; ``fields`` are plain data, ``payload`` is a document or nothing."""
+
+    kind: str
+    fields: dict[str, Any]
+    payload: bytes = b""
+
+
+def to_bytes(frame: Frame) -> bytes:
+    header = json.dumps({"kind": frame.kind, **frame.fields}, allow_nan=False).encode()
+    return _LENGTHS.pack(len(header), len(frame.payload)) + header + frame.payload
+
+
+def read_frame(pipe: BinaryIO) -> Frame | None:
+    """The next frame; None: the other side is gone."""
+    lengths = pipe.read(_LENGTHS.size)
+    if len(lengths) < _LENGTHS.size:
+        return None
+    header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
+    body = pipe.read(header_bytes + payload_bytes)
+    return _from_body(body, header_bytes) if len(body) == header_bytes + payload_bytes else None
+
+
+async def receive_frame(stream: StreamReader) -> Frame | None:
+    """As `read_frame`, without waiting in the loop's way."""
+    try:
+        header_bytes, payload_bytes = _LENGTHS.unpack(await stream.readexactly(_LENGTHS.size))
+        body = await stream.readexactly(header_bytes + payload_bytes)
+    except (IncompleteReadError, ConnectionError):
+        return None
+    return _from_body(body, header_bytes)
+
+
+def _from_body(body: bytes, header_bytes: int) -> Frame:
+    fields = json.loads(body[:header_bytes])
+    return Frame(kind=fields.pop("kind"), fields=fields, payload=body[header_bytes:])

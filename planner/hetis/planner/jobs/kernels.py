@@ -1,0 +1,58 @@
+"""Machine code of the search, loaded or compiled before the clock of a search runs.
+
+It is compiled once per installation, which takes up to a minute: more than many a time limit. The way to get all of it
+is to solve a problem that is as small as it can be.
+"""
+
+from __future__ import annotations
+
+from hetis.formats import catalogue
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.budget import Progress, Report
+from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
+from hetis.solver.compiled import is_cached
+from hetis.solver.placement.exact import MAX_GPUS
+from hetis.solver.placement.frontier import explore
+from hetis.solver.placement.pricing import best_replica
+from hetis.solver.placement.solve import solve_placement
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import LengthBin, Workload
+
+COMPILING = "compiling"
+
+_GPU, _MODEL = "A100-SXM-80GB", "Llama-2-7B"
+
+
+def are_cached() -> bool:
+    """Whether machine code of all searches is on disk."""
+    return is_cached(explore) and is_cached(best_replica)
+
+
+def load_kernels(num_gpus: int, *, report: Report) -> None:
+    """Makes sure that a fleet of ``num_gpus`` is searched without compiling anything."""
+    is_small = num_gpus <= MAX_GPUS
+    if not is_cached(explore if is_small else best_replica):
+        report(Progress(phase=COMPILING, elapsed_s=0.0))
+        solve_placement(_smallest_problem(1 if is_small else MAX_GPUS + 1))
+
+
+def load_cached_kernels() -> None:
+    """Takes a second, before there is work; nothing if they are still to be compiled."""
+    if are_cached():
+        for num_gpus in (1, MAX_GPUS + 1):
+            solve_placement(_smallest_problem(num_gpus))
+
+
+def _smallest_problem(num_nodes: int) -> PlacementProblem:
+    gpu = catalogue.find_gpu(_GPU).gpu
+    return PlacementProblem(
+        cluster=Cluster(
+            name="smallest",
+            node_groups=(NodeGroup(name="node", gpus=(GpuSlots(gpu=gpu.name, count=1),), count=num_nodes),),
+            gpu_types={gpu.name: gpu},
+            network=Network(default=Link(bytes_per_s=10e9, latency_s=10e-6)),
+        ),
+        model=catalogue.find_model(_MODEL).model,
+        workload=Workload(name="one", bins=(LengthBin(prompt_tokens=512.0, output_tokens=128.0, weight=1.0),)),
+        profiles={gpu.name: modelled_profile(gpu)},
+    )

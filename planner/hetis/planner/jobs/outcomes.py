@@ -1,0 +1,98 @@
+"""How a search can end. All of these are answers; only `Crashed` says something about the process that searched."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+from hetis.planner.jobs.frames import Frame
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plan that passed the independent checker; perhaps interrupted, as its status says.
+
+    Attributes:
+        document: it, in canonical JSON; it was read again, and was the same.
+        result: the same in the view BASIC, a serialised ``hetis.v1.PlanResult``: the service need not read the
+            document, which takes a plan of a million GPUs some twenty seconds, without pause for anything else.
+    """
+
+    document: bytes
+    result: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """Proved: the family holds no plan. One sentence per cause, the most telling first."""
+
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NothingFound:
+    """Time ran out, or the caller called it off, before there was a plan."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unsound:
+    """The solver's plan breaks its own problem: a bug. One sentence per violation."""
+
+    violations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """The inputs contradict each other in a way that only the search saw."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The process ended or had to be ended. ``exit_code`` is negative for a signal, as POSIX numbers them."""
+
+    exit_code: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class CalledOff:
+    """Nobody searched: it was called off in the queue, or its process did not listen and had to be ended."""
+
+
+Answer = Found | Infeasible | NothingFound | Unsound | Invalid
+Outcome = Answer | Crashed | CalledOff
+
+
+def answer_to_frame(answer: Answer) -> Frame:
+    match answer:
+        case Found(document, result):
+            return Frame(kind="found", fields={"result": base64.b64encode(result).decode()}, payload=document)
+        case Infeasible(reasons):
+            return Frame(kind="infeasible", fields={"reasons": list(reasons)})
+        case NothingFound(message):
+            return Frame(kind="nothing_found", fields={"message": message})
+        case Unsound(violations):
+            return Frame(kind="unsound", fields={"violations": list(violations)})
+        case Invalid(message):
+            return Frame(kind="invalid", fields={"message": message})
+
+
+def answer_from_frame(frame: Frame) -> Answer | None:
+    """None: the frame is no answer."""
+    match frame.kind:
+        case "found":
+            return Found(frame.payload, base64.b64decode(frame.fields["result"]))
+        case "infeasible":
+            return Infeasible(tuple(frame.fields["reasons"]))
+        case "nothing_found":
+            return NothingFound(frame.fields["message"])
+        case "unsound":
+            return Unsound(tuple(frame.fields["violations"]))
+        case "invalid":
+            return Invalid(frame.fields["message"])
+        case _:
+            return None

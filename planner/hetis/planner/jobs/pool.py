@@ -1,0 +1,160 @@
+"""A bounded pool of solver processes: who waits, who searches, when the queue is full."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.jobs.outcomes import CalledOff, Crashed, Outcome
+from hetis.planner.jobs.process import SolverProcess
+from hetis.planner.jobs.search import Search
+from hetis.planner.jobs.slot import Slot, StartProcess
+
+LEAST_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """How much of the machine searches may use.
+
+    Attributes:
+        num_processes: searches at a time.
+        queue_size: searches that wait, beside those that run.
+        searches_per_process: after so many a process is replaced, so that no leak grows for ever.
+        grace_s: how long after its time limit, or after it was called off, a search may take to answer.
+        preparation_s: how long a process may load and compile before the clock of a search runs.
+    """
+
+    num_processes: int = 1
+    queue_size: int = 16
+    searches_per_process: int = 50
+    grace_s: float = 60.0
+    preparation_s: float = 600.0
+
+
+class SolverPool:
+    """Slots that each keep one process and work through the common queue; of one event loop."""
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        *,
+        start_process: StartProcess = SolverProcess.start,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._places: set[Search] = set()  # of all that have not ended
+        self._waiting: deque[Search] = deque()
+        self._arrived = asyncio.Event()
+        self._running: dict[Search, tuple[Slot, float]] = {}  # who works on it, and since when
+        self._num_crashes = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._slots = [
+            Slot(
+                start_process,
+                searches_per_process=settings.searches_per_process,
+                preparation_s=settings.preparation_s,
+                grace_s=settings.grace_s,
+            )
+            for _ in range(settings.num_processes)
+        ]
+
+    # --- for its owner
+
+    def start(self) -> None:
+        """Starts the processes, so that they are warm when the first search comes."""
+        self._tasks = [
+            asyncio.create_task(self._work(slot), name=f"solver slot {number}")
+            for number, slot in enumerate(self._slots)
+        ]
+
+    async def stop(self) -> None:
+        """Ends all processes at once. Searches that have not ended get no outcome: they are begun again elsewhere."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for slot in self._slots:
+            await slot.stop()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_crashes(self) -> int:
+        """Processes that ended, or had to be ended, while they searched."""
+        return self._num_crashes
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that there are now."""
+        return [slot.pid for slot in self._slots if slot.pid is not None]
+
+    def reserve(self, *, even_if_full: bool = False) -> Search:
+        """A place for one search, to be begun or abandoned.
+
+        Raises:
+            ServiceError: SOLVER_QUEUE_FULL, with the time when a place may be free.
+        """
+        settings = self._settings
+        if not even_if_full and len(self._places) >= settings.num_processes + settings.queue_size:
+            queued = len(self._places) - settings.num_processes
+            raise ServiceError(
+                Reason.ERROR_REASON_SOLVER_QUEUE_FULL,
+                f"all {settings.num_processes} solver processes are busy and {queued} searches wait",
+                metadata={"queued": queued},
+                retry_after_s=self.retry_after_s(),
+            )
+        search = Search(self)
+        self._places.add(search)
+        return search
+
+    def retry_after_s(self) -> float:
+        """When the first of the running searches ends at the latest."""
+        now_s = self._clock()
+        left_s = [since_s + search.time_limit_s - now_s for search, (_, since_s) in self._running.items()]
+        return max(LEAST_RETRY_S, min(left_s, default=LEAST_RETRY_S))
+
+    # --- for its searches
+
+    def enqueue(self, search: Search) -> None:
+        self._waiting.append(search)
+        self._arrived.set()
+
+    def give_back(self, search: Search) -> None:
+        self._places.discard(search)
+
+    def call_off(self, search: Search) -> None:
+        if search in self._running:
+            self._running[search][0].call_off()
+        elif search in self._waiting:
+            self._waiting.remove(search)
+            self._end(search, CalledOff())
+
+    # --- for its slots
+
+    async def _work(self, slot: Slot) -> None:
+        while True:
+            await slot.warm_up()
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            search = self._waiting.popleft()
+            self._running[search] = slot, self._clock()
+            outcome = await slot.finish(search)
+            self._num_crashes += isinstance(outcome, Crashed)
+            self._end(search, outcome)
+
+    def _end(self, search: Search, outcome: Outcome) -> None:
+        self._places.discard(search)
+        self._running.pop(search, None)
+        search.tell(outcome)

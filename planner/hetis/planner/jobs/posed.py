@@ -1,0 +1,56 @@
+"""A problem that is posed: everything a search needs, as one JSON document that needs no catalogue and no file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hetis.planner.placing import Settings
+from hetis.planner.sources import LoadedInputs, inputs_from_documents
+from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.problem import PlacementProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PosedProblem:
+    """What is to be solved and how long it may take."""
+
+    loaded: LoadedInputs
+    objective: Objective
+    settings: Settings
+
+    def problem(self) -> PlacementProblem:
+        """The placement problem.
+
+        Raises:
+            InvalidProblemError: the inputs contradict each other.
+        """
+        return self.loaded.inputs.problem(self.objective, self.settings.strategy)
+
+    def to_json(self) -> bytes:
+        """Equal problems give equal bytes; `posed_from_json` reads them."""
+        data = {
+            "documents": self.loaded.inputs.documents(),
+            "origins": dict(self.loaded.origins),
+            "objective": asdict(self.objective),
+            "settings": asdict(self.settings),
+        }
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def posed_from_json(text: bytes) -> PosedProblem:
+    """The problem that `PosedProblem.to_json` wrote.
+
+    Raises:
+        DocumentError: a document in it is of a form that this version does not know.
+    """
+    data: dict[str, Any] = json.loads(text)
+    objective: dict[str, Any] = data["objective"]
+    return PosedProblem(
+        loaded=LoadedInputs(
+            inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
+        ),
+        objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
+        settings=Settings(**data["settings"]),
+    )

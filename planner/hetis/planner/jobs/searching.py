@@ -1,0 +1,42 @@
+"""The searches of a solver process, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.kernels import load_kernels
+from hetis.planner.jobs.outcomes import answer_to_frame
+from hetis.planner.jobs.posed import posed_from_json
+from hetis.planner.jobs.progress import Reporter
+from hetis.planner.jobs.solving import solve
+
+
+class Sender(Protocol):
+    def send(self, frame: Frame) -> None: ...
+
+
+class Searcher:
+    """Solves in the thread that calls; `cancel` comes from another one."""
+
+    def __init__(self, outbox: Sender) -> None:
+        self._outbox = outbox
+        self._cancelled = threading.Event()
+
+    def expect(self) -> threading.Event:
+        """Makes ready for the next search: what `cancel` does from now on is meant for it."""
+        self._cancelled = threading.Event()
+        return self._cancelled
+
+    def solve(self, posed_json: bytes, cancelled: threading.Event) -> None:
+        """Searches and sends the answer. The time limit counts from ``searching``: compiling is not the caller's."""
+        posed = posed_from_json(posed_json)
+        report = Reporter(self._outbox.send)
+        load_kernels(posed.loaded.inputs.cluster.num_gpus(), report=report)
+        self._outbox.send(Frame(kind="searching", fields={}))
+        self._outbox.send(answer_to_frame(solve(posed, cancelled=cancelled, report=report)))
+
+    def cancel(self) -> None:
+        """Makes the search return its incumbent; nothing if there is none."""
+        self._cancelled.set()

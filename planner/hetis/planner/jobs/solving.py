@@ -1,0 +1,41 @@
+"""One search, as a solver process does it: a posed problem in, an answer out."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+from hetis.formats.documents import Value, from_data, to_data
+from hetis.planner.convert.plans import result_to_proto
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.jobs.outcomes import Answer, Found, Infeasible, Invalid, NothingFound, Unsound
+from hetis.planner.jobs.posed import PosedProblem
+from hetis.planner.placing import make_plan
+from hetis.solver.budget import Budget, Report
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+
+
+def solve(posed: PosedProblem, *, cancelled: threading.Event, report: Report) -> Answer:
+    """Searches until the answer is good enough, the time is over, or ``cancelled`` is set; what is found is checked."""
+    budget = Budget(time_limit_s=posed.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+    try:
+        plan = make_plan(posed.loaded, posed.problem(), posed.settings, budget=budget, report=report)
+    except InfeasibleError as error:
+        return Infeasible(error.reasons)
+    except NoPlanFoundError as error:
+        return NothingFound(str(error))
+    except UncheckedPlanError as error:
+        return Unsound(error.violations)
+    except InvalidProblemError as error:
+        return Invalid(str(error))
+    document = canonical_json(plan)
+    if canonical_json(from_data(json.loads(document))) != document:
+        return Unsound(("its document reads as another plan",))
+    return Found(document, result_to_proto(plan, document).SerializeToString())
+
+
+def canonical_json(plan: Value) -> bytes:
+    """The bytes that a plan's digest is of."""
+    data = to_data(plan, self_contained=True)
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,86 @@
+"""A solver process: ``python -m hetis.planner.jobs.worker``, driven over its standard input and output.
+
+It reads ``solve`` and ``cancel`` and writes ``ready``, ``searching``, ``progress`` and one answer per ``solve``. It
+ends when its input does, so that none outlives its service. An error that nobody foresaw ends it too: what it holds is
+not to be trusted any more, and the service starts another.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from hetis.planner.jobs.frames import Frame, read_frame, to_bytes
+
+_CRASHED = 70  # EX_SOFTWARE
+
+
+def main() -> None:
+    inbox, outbox = _private_pipes()
+    _be_the_first_to_go()
+    # The libraries take seconds to load: before there is work.
+    from hetis.planner.jobs.kernels import load_cached_kernels
+    from hetis.planner.jobs.searching import Searcher
+
+    load_cached_kernels()
+    searcher = Searcher(outbox)
+    outbox.send(Frame(kind="ready", fields={}))
+    while (frame := read_frame(inbox)) is not None:
+        match frame.kind:
+            case "solve":
+                search = partial(searcher.solve, frame.payload, searcher.expect())
+                threading.Thread(target=_finish_or_crash, args=(search,), name="solve", daemon=True).start()
+            case "cancel":
+                searcher.cancel()
+            case other:
+                raise ValueError(f"a solver process knows no {other}")
+    os._exit(0)  # a search in compiled code cannot be ended otherwise
+
+
+class Outbox:
+    """The way to the service, for several threads."""
+
+    def __init__(self, pipe: BinaryIO) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def send(self, frame: Frame) -> None:
+        with self._lock, suppress(BrokenPipeError):  # the service is gone; so is our input, which ends us
+            self._pipe.write(to_bytes(frame))
+            self._pipe.flush()
+
+
+def _finish_or_crash(search: Callable[[], None]) -> None:
+    try:
+        search()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(_CRASHED)
+
+
+def _private_pipes() -> tuple[BinaryIO, Outbox]:
+    """The pipes, out of the reach of libraries that print."""
+    inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return inbox, Outbox(outbox)
+
+
+def _be_the_first_to_go() -> None:
+    """Where memory runs out, the kernel shall take a search and not the service. Linux only."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+if __name__ == "__main__":
+    main()

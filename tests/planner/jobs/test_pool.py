@@ -1,0 +1,240 @@
+"""The pool of solver processes, with processes that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.jobs.outcomes import CalledOff, Crashed, Found, Infeasible, Outcome
+from hetis.planner.jobs.pool import PoolSettings, SolverPool
+from hetis.planner.jobs.process import SolverProcess
+from hetis.planner.jobs.search import Begun, News, Search
+from hetis.solver.budget import Progress
+
+WORKER = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))
+FOREVER_S = 1e6
+
+
+@asynccontextmanager
+async def pool_of(
+    settings: PoolSettings = PoolSettings(),  # noqa: B008  # frozen
+    *,
+    command: tuple[str, ...] = WORKER,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> AsyncIterator[SolverPool]:
+    pool = SolverPool(settings, start_process=partial(SolverProcess.start, command), clock=clock)
+    pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.stop()
+
+
+def begin(pool: SolverPool, do: str, *, time_limit_s: float = FOREVER_S, **script: object) -> Search:
+    search = pool.reserve()
+    search.begin(json.dumps({"do": do, **script}).encode(), time_limit_s=time_limit_s)
+    return search
+
+
+async def all_news(search: Search) -> list[News]:
+    async with asyncio.timeout(30):
+        return [news async for news in search.news()]
+
+
+async def outcome(search: Search) -> Outcome:
+    last = (await all_news(search))[-1]
+    assert not isinstance(last, Begun | Progress)
+    return last
+
+
+async def begun(search: Search) -> None:
+    async with asyncio.timeout(30):
+        async for news in search.news():
+            assert news is Begun.BEGUN
+            return
+
+
+def test_a_search_is_told_when_it_begins_how_it_goes_and_how_it_ends() -> None:
+    async def scenario() -> list[News]:
+        async with pool_of() as pool:
+            return await all_news(begin(pool, "find", document="the plan"))
+
+    assert asyncio.run(scenario()) == [
+        Begun.BEGUN,
+        Progress(phase="pricing", elapsed_s=0.5, incumbent=1.0),
+        Found(b"the plan", b""),
+    ]
+
+
+def test_a_process_is_kept_for_the_next_search_and_replaced_after_some() -> None:
+    async def scenario() -> list[Outcome]:
+        async with pool_of(PoolSettings(searches_per_process=2)) as pool:
+            return [await outcome(begin(pool, "find")) for _ in range(4)]
+
+    first, second, third, fourth = asyncio.run(scenario())
+    assert first == second != third == fourth  # each answers with its process id
+
+
+def test_a_crashed_process_is_a_crashed_search_and_the_next_one_gets_a_new_process() -> None:
+    async def scenario() -> tuple[Outcome, Outcome, int]:
+        async with pool_of() as pool:
+            return (
+                await outcome(begin(pool, "die after saying something")),
+                await outcome(begin(pool, "say infeasible")),
+                pool.num_crashes,
+            )
+
+    crashed, after, num_crashes = asyncio.run(scenario())
+    assert crashed == Crashed(
+        exit_code=3, message="the solver process ended with exit code 3: MemoryError: no room for tables"
+    )
+    assert after == Infeasible(("too big",))
+    assert num_crashes == 1
+
+
+def test_a_process_killed_while_it_searches_is_a_crash_with_its_signal() -> None:
+    async def scenario() -> tuple[Outcome, Outcome]:
+        async with pool_of() as pool:
+            search = begin(pool, "wait")
+            await begun(search)
+            await asyncio.sleep(0.2)  # it has said that it searches; killed before, the search would be begun again
+            os.kill(pool.pids[0], signal.SIGKILL)
+            return await outcome(search), await outcome(begin(pool, "find", document="p"))
+
+    crashed, after = asyncio.run(scenario())
+    assert crashed == Crashed(-signal.SIGKILL, "the solver process was ended by SIGKILL")
+    assert after == Found(b"p", b"")
+
+
+def test_a_process_killed_while_idle_costs_no_search() -> None:
+    async def scenario() -> Outcome:
+        async with pool_of() as pool:
+            await outcome(begin(pool, "find"))
+            os.kill(pool.pids[0], signal.SIGKILL)
+            return await outcome(begin(pool, "find", document="p"))
+
+    assert asyncio.run(scenario()) == Found(b"p", b"")
+
+
+def test_a_search_that_ends_two_processes_at_once_is_not_tried_a_third_time() -> None:
+    async def scenario() -> Outcome:
+        async with pool_of() as pool:
+            return await outcome(begin(pool, "exit"))
+
+    assert asyncio.run(scenario()) == Crashed(
+        3, "the solver process ended with exit code 3: MemoryError: no room for tables"
+    )
+
+
+def test_where_no_process_can_start_searches_say_why() -> None:
+    async def scenario() -> Outcome:
+        async with pool_of(command=(*WORKER, "never-ready")) as pool:
+            return await outcome(begin(pool, "find"))
+
+    assert asyncio.run(scenario()) == Crashed(
+        1, "the solver process ended with exit code 1: ImportError: no solver here"
+    )
+
+
+def test_a_running_search_that_is_called_off_answers_with_its_incumbent() -> None:
+    async def scenario() -> Outcome:
+        async with pool_of() as pool:
+            search = begin(pool, "wait")
+            await begun(search)
+            search.cancel()
+            search.cancel()
+            return await outcome(search)
+
+    found = asyncio.run(scenario())
+    assert isinstance(found, Found)
+    assert found.document == b"incumbent"
+
+
+def test_a_waiting_search_that_is_called_off_never_begins() -> None:
+    async def scenario() -> tuple[list[News], int]:
+        async with pool_of() as pool:
+            running = begin(pool, "wait")
+            await begun(running)
+            waiting = begin(pool, "find")
+            waiting.cancel()
+            return await all_news(waiting), pool.num_waiting
+
+    assert asyncio.run(scenario()) == ([CalledOff()], 0)
+
+
+def test_a_search_that_does_not_hear_that_it_is_called_off_is_ended() -> None:
+    async def scenario() -> tuple[Outcome, Outcome]:
+        async with pool_of(PoolSettings(grace_s=0.2)) as pool:
+            search = begin(pool, "hang")
+            await begun(search)
+            search.cancel()
+            return await outcome(search), await outcome(begin(pool, "find", document="p"))
+
+    assert asyncio.run(scenario()) == (CalledOff(), Found(b"p", b""))
+
+
+def test_a_search_that_goes_on_after_its_time_limit_is_ended() -> None:
+    async def scenario() -> Outcome:
+        async with pool_of(PoolSettings(grace_s=0.2)) as pool:
+            return await outcome(begin(pool, "hang", time_limit_s=0.1))
+
+    assert asyncio.run(scenario()) == Crashed(
+        -signal.SIGKILL, "the solver process was ended by SIGKILL: gave no answer 0.2 s after its time limit"
+    )
+
+
+def test_a_full_queue_refuses_and_says_when_the_first_search_ends_at_the_latest() -> None:
+    now_s = 100.0
+
+    async def scenario() -> ServiceError:
+        nonlocal now_s
+        async with pool_of(PoolSettings(queue_size=1), clock=lambda: now_s) as pool:
+            running = begin(pool, "wait", time_limit_s=60.0)
+            await begun(running)
+            begin(pool, "find")
+            now_s = 115.0
+            with pytest.raises(ServiceError) as refused:
+                pool.reserve()
+            pool.reserve(even_if_full=True).abandon()
+            running.cancel()
+            await outcome(running)
+            pool.reserve()  # its place is free again
+            return refused.value
+
+    error = asyncio.run(scenario())
+    assert error.reason == Reason.ERROR_REASON_SOLVER_QUEUE_FULL
+    assert error.metadata == {"queued": "1"}
+    assert error.retry_after_s == 45.0
+    assert str(error) == "all 1 solver processes are busy and 1 searches wait"
+
+
+def test_two_processes_search_at_a_time() -> None:
+    async def scenario() -> int:
+        async with pool_of(PoolSettings(num_processes=2)) as pool:
+            searches = [begin(pool, "wait") for _ in range(3)]
+            for search in searches[:2]:
+                await begun(search)
+            return pool.num_running
+
+    assert asyncio.run(scenario()) == 2
+
+
+def test_no_process_outlives_the_pool() -> None:
+    async def scenario() -> list[int]:
+        async with pool_of(PoolSettings(num_processes=2)) as pool:
+            await begun(begin(pool, "hang"))
+            return pool.pids
+
+    for pid in asyncio.run(scenario()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,104 @@
+"""The real solver process on the cluster of the paper."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.documents import from_data
+from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.outcomes import Found, Infeasible
+from hetis.planner.jobs.pool import PoolSettings, SolverPool
+from hetis.planner.jobs.posed import PosedProblem, posed_from_json
+from hetis.planner.jobs.process import SolverProcess
+from hetis.planner.jobs.search import Begun, News
+from hetis.planner.jobs.solving import solve
+from hetis.planner.placing import Settings
+from hetis.planner.sources import load_inputs, problem_of_plan
+from hetis.solver.budget import Progress
+from hetis.solver.check import check_plan
+from hetis.solver.plan import Objective, Plan
+from hetis.v1 import plan_pb2
+
+PAPER = str(Path(__file__).parents[3] / "examples" / "paper.yaml")
+
+
+@pytest.fixture(scope="module")
+def posed() -> PosedProblem:
+    loaded = load_inputs(cluster=PAPER, model="Llama-2-70B", workload="azure_conv_2023")
+    return PosedProblem(loaded=loaded, objective=Objective(), settings=Settings())
+
+
+def search_for(posed: PosedProblem) -> list[News]:
+    async def scenario() -> list[News]:
+        pool = SolverPool(PoolSettings())
+        pool.start()
+        try:
+            search = pool.reserve()
+            search.begin(posed.to_json(), time_limit_s=posed.settings.time_limit_s)
+            async with asyncio.timeout(180):
+                return [news async for news in search.news()]
+        finally:
+            await pool.stop()
+
+    return asyncio.run(scenario())
+
+
+def test_a_posed_problem_survives_the_way(posed: PosedProblem) -> None:
+    assert posed_from_json(posed.to_json()) == posed
+    assert posed_from_json(posed.to_json()).to_json() == posed.to_json()
+
+
+def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(
+    posed: PosedProblem, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun, *progress, found = search_for(posed)
+    assert begun is Begun.BEGUN
+    assert progress
+    assert all(isinstance(news, Progress) for news in progress)
+    assert isinstance(found, Found)
+    plan = from_data(json.loads(found.document))
+    assert isinstance(plan, Plan)
+    assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
+    assert capfd.readouterr().out == ""  # HiGHS prints, but not here
+
+
+def test_what_cannot_be_is_proved_with_reasons(posed: PosedProblem) -> None:
+    tight = replace(posed, objective=Objective(tpot_limit_s=1e-6))
+    outcome = search_for(tight)[-1]
+    assert isinstance(outcome, Infeasible)
+    assert outcome.reasons
+
+
+def test_a_search_that_is_called_off_keeps_its_incumbent(posed: PosedProblem) -> None:
+    cancelled = threading.Event()
+
+    def call_off(progress: Progress) -> None:
+        if progress.incumbent is not None:
+            cancelled.set()
+
+    answer = solve(posed, cancelled=cancelled, report=call_off)
+    assert isinstance(answer, Found)
+    result = plan_pb2.PlanResult.FromString(answer.result)
+    assert result.status in (plan_pb2.SOLVE_STATUS_INTERRUPTED, plan_pb2.SOLVE_STATUS_OPTIMAL)
+    assert result.value > 0
+
+
+def test_a_process_ends_when_its_service_is_gone(posed: PosedProblem) -> None:
+    async def scenario() -> int:
+        process = await SolverProcess.start()
+        async with asyncio.timeout(60):
+            ready = await process.receive()
+            assert ready is not None
+            assert ready.kind == "ready"
+            process.send(Frame(kind="solve", fields={}, payload=posed.to_json()))
+            await process.receive()
+            process._stdin.close()  # what the kernel does to a service that is gone
+            return await process.ended()
+
+    assert asyncio.run(scenario()) == 0
