@@ -128,17 +128,29 @@ def load_plan_and_problem(path: str) -> PlanAndProblem:
     Raises:
         DocumentError: the plan, or a document in it, is not usable.
     """
-    plan = load_plan(path)
-    inputs = _saved_inputs(plan, path)
-    _known_strategy(plan, path)
+    return problem_of_plan(load_plan(path), path)
+
+
+def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
+    """Rebuilds the problem of a plan from the documents saved in it; messages call the plan ``name``.
+
+    Raises:
+        DocumentError: the plan, or a document in it, is not usable.
+    """
+    inputs = inputs_from_documents(plan.inputs.get("documents"), name)
+    _known_strategy(plan, name)
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
     return PlanAndProblem(plan=plan, problem=inputs.problem(plan.objective, plan.strategy), warnings=tuple(warnings))
 
 
-def _saved_inputs(plan: Plan, path: str) -> Inputs:
-    documents = plan.inputs.get("documents")
+def inputs_from_documents(documents: Any, path: str) -> Inputs:
+    """What `Inputs.documents` wrote; ``path`` is what messages call the plan that holds it.
+
+    Raises:
+        DocumentError: with the problems of all documents.
+    """
     names = ("cluster", "model", "workload", "profiles")
     if not isinstance(documents, dict) or not all(isinstance(documents.get(name), dict) for name in names):
         raise single_problem(path, f"inputs.documents must hold {', '.join(names)}: the plan is judged by them")

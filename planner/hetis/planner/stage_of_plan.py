@@ -41,10 +41,15 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
     num_stages = len(replicas[replica].stages)
     if not 1 <= stage <= num_stages:
         raise single_problem(path, f"replica {replica} has no stage {stage}, its {num_stages} are counted from 1")
-    return with_costs(_state_of(found, replica, stage - 1), path, {})
+    return with_costs(state_of_stage(found, replica, stage - 1), path, {})
 
 
-def _state_of(found: PlanAndProblem, number: int, position: int) -> SavedState:
+def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedState:
+    """As `load_stage_of_plan`, of a plan that was read already; ``position`` is counted from 0.
+
+    Raises:
+        InvalidProblemError: the plan contradicts its inputs.
+    """
     from hetis.solver.placement.explanation.replica_view import replica_views
 
     plan, problem = found.plan, found.problem

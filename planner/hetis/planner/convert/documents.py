@@ -1,0 +1,130 @@
+"""Documents in requests and answers: text of people in, canonical JSON out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hetis.formats import documents
+from hetis.formats.cluster import parse_cluster
+from hetis.formats.errors import DocumentError, single_problem
+from hetis.formats.model import parse_model
+from hetis.formats.plan import parse_plan
+from hetis.formats.positions import Text, parse_text
+from hetis.formats.profile import parse_profile
+from hetis.formats.workload import parse_workload
+from hetis.solver.cluster import Cluster
+from hetis.solver.profile import Profile
+from hetis.v1 import document_pb2
+
+MAX_BYTES = 3 * 2**20
+MAX_SOURCE_NAME = 255
+Kind = document_pb2.DocumentKind
+
+KINDS: Mapping[str, Kind.ValueType] = {
+    "Cluster": document_pb2.DOCUMENT_KIND_CLUSTER,
+    "ModelSpec": document_pb2.DOCUMENT_KIND_MODEL_SPEC,
+    "Workload": document_pb2.DOCUMENT_KIND_WORKLOAD,
+    "Profile": document_pb2.DOCUMENT_KIND_PROFILE,
+    "Plan": document_pb2.DOCUMENT_KIND_PLAN,
+}
+_PARSERS: Mapping[str, Callable[[Any, Text], documents.Value]] = {
+    "Cluster": parse_cluster,
+    "ModelSpec": parse_model,
+    "Workload": parse_workload,
+    "Profile": parse_profile,
+    "Plan": parse_plan,
+}
+
+
+def read_document(document: document_pb2.Document, kind: str) -> documents.Value:
+    """The value of a document of a request, which must be of ``kind``. Slow for large ones: not for an event loop.
+
+    Raises:
+        DocumentError: with every problem of the document.
+    """
+    label = document.source_name or "document"
+    if len(document.source_name) > MAX_SOURCE_NAME:
+        label = f"{label[:20]}..."
+        raise single_problem(label, f"source_name has {len(document.source_name)} characters, at most 255 are allowed")
+    if not label.isprintable():
+        raise single_problem("document", "source_name holds characters that cannot be printed")
+    if document.kind not in (document_pb2.DOCUMENT_KIND_UNSPECIFIED, KINDS[kind]):
+        given = next((name for name, number in KINDS.items() if number == document.kind), str(document.kind))
+        raise single_problem(label, f"kind is {given}, expected {kind}")
+    data, source = parse_text(_text_of(document.content, label), label)
+    if kind == "Workload" and isinstance(data, dict) and data.get("trace") is not None:
+        # It would name a file of this machine, which is nobody's to ask for.
+        raise DocumentError([source.problem(("trace",), "a trace cannot be sent: send its histogram")])
+    return _PARSERS[kind](data, source)
+
+
+def read_cluster(document: document_pb2.Document) -> Cluster:
+    """As `read_document`."""
+    value = read_document(document, "Cluster")
+    assert isinstance(value, Cluster)
+    return value
+
+
+def read_profile(document: document_pb2.Document) -> Profile:
+    """As `read_document`."""
+    value = read_document(document, "Profile")
+    assert isinstance(value, Profile)
+    return value
+
+
+def document_of(value: documents.Value, *, source_name: str = "") -> document_pb2.Document:
+    """The document of a value: canonical JSON, self-contained, so that its digest is that of its content.
+
+    Raises:
+        DocumentError: it is too large: YAML aliases may stand for much more than they take.
+    """
+    document = document_from_data(
+        documents.to_data(value, self_contained=True), documents.kind_of(value), source_name=source_name
+    )
+    if len(document.content) > MAX_BYTES:
+        label = source_name or "document"
+        raise single_problem(
+            label, f"has {len(document.content)} bytes as canonical JSON, at most {MAX_BYTES} are allowed"
+        )
+    return document
+
+
+def document_from_data(data: Mapping[str, Any], kind: str, *, source_name: str = "") -> document_pb2.Document:
+    """The document of plain data that is known to be right."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    content = text.encode()
+    return document_pb2.Document(
+        kind=KINDS[kind],
+        content=content,
+        source_name=source_name,
+        digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
+    )
+
+
+def _text_of(content: bytes, label: str) -> str:
+    if len(content) > MAX_BYTES:
+        raise single_problem(label, f"has {len(content)} bytes, at most {MAX_BYTES} are allowed")
+    if not content:
+        raise single_problem(label, "is empty")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise single_problem(label, f"is not UTF-8 text (byte {content[error.start]:#04x} at {error.start})") from None
+    if "\0" in text:
+        raise single_problem(label, f"is not text: it holds a zero byte at offset {text.index(chr(0))}")
+    return text
+
+
+__all__ = [
+    "KINDS",
+    "MAX_BYTES",
+    "DocumentError",
+    "document_from_data",
+    "document_of",
+    "read_cluster",
+    "read_document",
+    "read_profile",
+]

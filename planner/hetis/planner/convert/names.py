@@ -1,0 +1,60 @@
+"""Names of resources: made of ids, and taken apart."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+ID = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+ID_RULE = "1 to 63 of a-z 0-9 -, beginning and ending with a letter or digit"
+_NODE_ID = r"[^\W_][\w.-]{0,199}"  # a name of the cluster's document
+_MADE_ID = r"[A-Za-z0-9_-]{1,100}"  # given by the planner
+
+
+def is_id(text: str) -> bool:
+    """Whether callers may call a resource so."""
+    return re.fullmatch(ID, text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class NameForm:
+    """How the names of one kind of resource look; ``text`` is the form as the contract writes it."""
+
+    text: str
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(_PATTERNS[self.text], name) is not None
+
+
+CLUSTER = NameForm("clusters/{cluster}")
+NODE = NameForm("clusters/{cluster}/nodes/{node}")
+INVENTORY = NameForm("clusters/{cluster}/inventory")
+REPLICA = NameForm("clusters/{cluster}/replicas/{replica}")
+REDISPATCH = NameForm("clusters/{cluster}/redispatches/{redispatch}")
+PROFILE = NameForm("profiles/{profile}")
+PLAN = NameForm("plans/{plan}")
+
+_PATTERNS = {
+    CLUSTER.text: f"clusters/{ID}",
+    NODE.text: f"clusters/{ID}/nodes/{_NODE_ID}",
+    INVENTORY.text: f"clusters/{ID}/inventory",
+    REPLICA.text: f"clusters/{ID}/replicas/{_MADE_ID}",
+    REDISPATCH.text: f"clusters/{ID}/redispatches/{_MADE_ID}",
+    PROFILE.text: f"profiles/{ID}",
+    PLAN.text: f"plans/{ID}",
+}
+
+
+def cluster_of(name: str) -> str:
+    """``clusters/{cluster}`` of anything in a cluster."""
+    return "/".join(name.split("/")[:2])
+
+
+def last_part(name: str) -> str:
+    """The id: ``l4-3`` of ``clusters/night/nodes/l4-3``."""
+    return name.rpartition("/")[2]
+
+
+def node_name(cluster: str, node: str) -> str:
+    """Of a node id of ``clusters/{cluster}``."""
+    return f"{cluster}/nodes/{node}"

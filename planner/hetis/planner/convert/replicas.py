@@ -1,0 +1,82 @@
+"""Replicas of a plan as messages, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
+from hetis.v1 import replica_pb2
+
+MOST_IN_A_MESSAGE = 1000  # replicas of a PlanResult, as plan.proto says
+
+
+def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> list[replica_pb2.ReplicaPlan]:
+    """The first of them: as many as a message may have, and as take ``most_bytes`` together."""
+    messages: list[replica_pb2.ReplicaPlan] = []
+    for replica in replicas:
+        message = replica_to_proto(replica)
+        most_bytes -= message.ByteSize()
+        if len(messages) == MOST_IN_A_MESSAGE or most_bytes < 0:
+            break
+        messages.append(message)
+    return messages
+
+
+def replica_to_proto(replica: ReplicaPlan) -> replica_pb2.ReplicaPlan:
+    return replica_pb2.ReplicaPlan(
+        rate_rps=replica.rate,
+        ttft_s=replica.ttft_s,
+        tpot_s=replica.tpot_s,
+        micro_batch=replica.micro_batch,
+        in_flight=replica.in_flight,
+        chunk_tokens=replica.chunk_tokens,
+        kv_tokens=replica.kv_tokens,
+        stages=(
+            replica_pb2.StagePlan(
+                gpu_type=stage.gpu,
+                tp=stage.tp,
+                copies=stage.copies,
+                first_layer=stage.first_layer,
+                num_layers=stage.num_layers,
+                devices=stage.devices,
+                kv_head_groups_kept=stage.kv_head_groups_kept,
+            )
+            for stage in replica.stages
+        ),
+        attention_workers=(
+            replica_pb2.AttentionWorkerPool(
+                stage=pool.stage, gpu_type=pool.gpu, devices=pool.devices, kv_head_groups=pool.kv_head_groups
+            )
+            for pool in replica.attention_workers
+        ),
+    )
+
+
+def replica_from_proto(message: replica_pb2.ReplicaPlan) -> ReplicaPlan:
+    return ReplicaPlan(
+        rate=message.rate_rps,
+        ttft_s=message.ttft_s,
+        tpot_s=message.tpot_s,
+        micro_batch=message.micro_batch,
+        in_flight=message.in_flight,
+        chunk_tokens=message.chunk_tokens,
+        kv_tokens=message.kv_tokens,
+        stages=tuple(
+            StagePlan(
+                gpu=stage.gpu_type,
+                tp=stage.tp,
+                copies=stage.copies,
+                first_layer=stage.first_layer,
+                num_layers=stage.num_layers,
+                devices=tuple(stage.devices),
+                kv_head_groups_kept=stage.kv_head_groups_kept,
+            )
+            for stage in message.stages
+        ),
+        attention_workers=tuple(
+            AttentionWorkerPool(
+                stage=pool.stage, gpu=pool.gpu_type, devices=tuple(pool.devices), kv_head_groups=pool.kv_head_groups
+            )
+            for pool in message.attention_workers
+        ),
+    )

@@ -1,0 +1,270 @@
+"""Clusters: what their calls check, change and answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from hetis.planner.convert import names
+from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
+from hetis.planner.failures import Reason, ServiceError, etag_mismatch
+from hetis.planner.resources.checking import Checks
+from hetis.planner.resources.declared import MAX_NODES, DeclaredFleets
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.live import FleetNow
+from hetis.planner.resources.paging import read_page_request
+from hetis.planner.resources.policies import check_policy
+from hetis.planner.resources.publishing import num_connected, publish_cluster, publish_nodes
+from hetis.planner.resources.requests import Answer, once, to_the_end
+from hetis.planner.store import ClusterRecord, Reader, Store, Transaction, etag_of
+from hetis.solver.cluster import Cluster
+from hetis.v1 import cluster_pb2, document_pb2, view_pb2
+from hetis.v1 import cluster_service_pb2 as service_pb2
+
+Parsed = tuple[document_pb2.Document, Cluster]
+ClusterDeleted = Callable[[str, Sequence[str]], None]
+"""Called with ``clusters/{cluster}`` and the names of its plans, in the loop; must return at once."""
+
+
+class Clusters:
+    """The resource ``clusters/{cluster}``.
+
+    Attributes:
+        deleted: who hears of clusters that are gone.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        hubs: Hubs,
+        fleet: FleetNow,
+        fleets: DeclaredFleets,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._hubs = hubs
+        self._fleet = fleet
+        self._fleets = fleets
+        self._clock = clock
+        self.deleted: list[ClusterDeleted] = []
+
+    async def create(self, request: service_pb2.CreateClusterRequest) -> service_pb2.CreateClusterResponse:
+        checks = Checks()
+        checks.new_id("cluster_id", request.cluster_id)
+        checks.request_id(request.request_id)
+        check_policy(checks, request.cluster.policy, "cluster.policy")
+        parsed = await self._read_document(checks, request.cluster)
+        checks.raise_if_wrong()
+        assert parsed is not None
+        policy = request.cluster.policy if request.cluster.HasField("policy") else None
+        now_s = self._clock()
+        name = f"clusters/{request.cluster_id}"
+        body = cluster_body(name, *parsed, policy)
+        record = ClusterRecord(name=name, body=body, create_time_s=now_s, update_time_s=now_s)
+        if request.validate_only:
+            await self._store.read(lambda tx: _must_be_free(tx, name))
+            cluster = self._message(record, FULL)
+            for field in ("etag", "create_time", "update_time"):
+                cluster.ClearField(field)
+            return service_pb2.CreateClusterResponse(cluster=cluster)
+
+        def insert(tx: Transaction) -> service_pb2.CreateClusterResponse:
+            return service_pb2.CreateClusterResponse(cluster=self._message(tx.clusters.insert(record), FULL))
+
+        async def change() -> Answer[service_pb2.CreateClusterResponse]:
+            answer = await self._store.write(
+                lambda tx: once(tx, request, service_pb2.CreateClusterResponse, lambda: insert(tx))
+            )
+            if answer.is_new:
+                await self._tell(record, before=None)
+            return answer
+
+        return (await to_the_end(change())).response
+
+    async def get(self, request: service_pb2.GetClusterRequest) -> service_pb2.GetClusterResponse:
+        checks = Checks()
+        checks.name("name", request.name, names.CLUSTER)
+        checks.raise_if_wrong()
+        record = await self._store.read(lambda tx: tx.clusters.require(request.name))
+        return service_pb2.GetClusterResponse(cluster=self._message(record, request.view or FULL))
+
+    async def list(self, request: service_pb2.ListClustersRequest) -> service_pb2.ListClustersResponse:
+        checks = Checks()
+        checks.page_size(request.page_size)
+        checks.raise_if_wrong()
+        page = read_page_request(request)
+        found = await self._store.read(lambda tx: tx.clusters.page(page.after, page.num_read))
+        records, token = page.cut(found, lambda record: record.name)
+        clusters = [self._message(record, BASIC) for record in records]
+        return service_pb2.ListClustersResponse(clusters=clusters, next_page_token=token)
+
+    async def update(self, request: service_pb2.UpdateClusterRequest) -> service_pb2.UpdateClusterResponse:
+        checks = Checks()
+        checks.name("cluster.name", request.cluster.name, names.CLUSTER)
+        checks.request_id(request.request_id)
+        paths = _paths(checks, request)
+        if any(path.startswith("policy") for path in paths):
+            check_policy(checks, request.cluster.policy, "cluster.policy")
+        parsed = await self._read_document(checks, request.cluster) if "document" in paths else None
+        checks.raise_if_wrong()
+        now_s = self._clock()
+
+        def changed(tx: Reader) -> ClusterRecord:
+            record = tx.clusters.require(request.cluster.name)
+            if request.cluster.etag and request.cluster.etag != etag_of(record):
+                raise etag_mismatch(record.name, given=request.cluster.etag, present=etag_of(record))
+            return _with_changes(record, request.cluster, paths, parsed, now_s=now_s) if paths else record
+
+        if request.validate_only:
+            record = await self._store.read(changed)
+            return service_pb2.UpdateClusterResponse(cluster=self._message(record, FULL))
+        before: ClusterRecord | None = None
+        after: ClusterRecord | None = None
+
+        def update(tx: Transaction) -> service_pb2.UpdateClusterResponse:
+            nonlocal before, after
+            before, after = tx.clusters.require(request.cluster.name), changed(tx)
+            if paths:
+                after = tx.clusters.update(after)
+            return service_pb2.UpdateClusterResponse(cluster=self._message(after, FULL))
+
+        async def change() -> Answer[service_pb2.UpdateClusterResponse]:
+            answer = await self._store.write(
+                lambda tx: once(tx, request, service_pb2.UpdateClusterResponse, lambda: update(tx))
+            )
+            if answer.is_new and paths:
+                assert after is not None
+                await self._tell(after, before=before)
+            return answer
+
+        return (await to_the_end(change())).response
+
+    async def delete(self, request: service_pb2.DeleteClusterRequest) -> service_pb2.DeleteClusterResponse:
+        checks = Checks()
+        checks.name("name", request.name, names.CLUSTER)
+        checks.request_id(request.request_id)
+        checks.raise_if_wrong()
+        if request.validate_only:
+            await self._store.read(lambda tx: _must_be_deletable(tx, request.name, request.etag))
+            return service_pb2.DeleteClusterResponse()
+        plans: list[str] = []
+
+        def delete(tx: Transaction) -> service_pb2.DeleteClusterResponse:
+            _must_be_deletable(tx, request.name, request.etag)
+            plans.extend(plan.name for plan in tx.plans.all(cluster=request.name))
+            for plan in plans:
+                tx.plan_documents.delete(plan)
+            for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes):
+                table.delete_all(cluster=request.name)
+            tx.clusters.delete(request.name)
+            return service_pb2.DeleteClusterResponse()
+
+        async def change() -> Answer[service_pb2.DeleteClusterResponse]:
+            answer = await self._store.write(
+                lambda tx: once(tx, request, service_pb2.DeleteClusterResponse, lambda: delete(tx))
+            )
+            if answer.is_new:
+                await self._tell_deleted(request.name, plans)
+            return answer
+
+        return (await to_the_end(change())).response
+
+    def _message(self, record: ClusterRecord, view: view_pb2.View.ValueType) -> cluster_pb2.Cluster:
+        return cluster_message(record, view=view, num_connected=num_connected(self._fleet, record.name))
+
+    async def _read_document(self, checks: Checks, cluster: cluster_pb2.Cluster) -> Parsed | None:
+        if not checks.require(cluster.HasField("document"), "cluster.document", "is required"):
+            return None
+        parsed = await checks.document("cluster.document", cluster.document, cluster_document)
+        if parsed is not None:
+            num_nodes = sum(group.count for group in parsed[1].node_groups)
+            message = f"has {num_nodes} nodes, a cluster of the service has at most {MAX_NODES}"
+            checks.require(num_nodes <= MAX_NODES, "cluster.document#nodes", message)
+        return parsed
+
+    async def _tell(self, record: ClusterRecord, *, before: ClusterRecord | None) -> None:
+        """Watchers and the fleet of a cluster that was made or changed."""
+        publish_cluster(self._hubs, self._fleet, record, now_s=self._clock())
+        if before is not None and record.body.document.digest != before.body.document.digest:
+            was, is_ = await self._fleets.of(before), await self._fleets.of(record)
+            changed = await asyncio.to_thread(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
+            publish_nodes(self._hubs, record.name, changed, now_s=self._clock())
+        await self._fleet.cluster_changed(record.name)
+
+    async def _tell_deleted(self, name: str, plans: Sequence[str]) -> None:
+        self._hubs.remove_cluster(name)
+        for plan in plans:
+            self._hubs.plans.publish(plan, None, now_s=self._clock())
+        for tell in self.deleted:
+            tell(name, plans)
+        await self._fleet.cluster_changed(name)
+
+
+_POLICY = cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name
+
+
+def _paths(checks: Checks, request: service_pb2.UpdateClusterRequest) -> frozenset[str]:
+    """What is to be changed: the mask, or the fields that are set."""
+    cluster, given = request.cluster, list(request.update_mask.paths)
+    if not given:
+        fields = (("document", cluster.HasField("document")), ("policy", cluster.HasField("policy")))
+        return frozenset(name for name, is_set in fields if is_set)
+    for number, path in enumerate(given):
+        field, _, inside = path.partition(".")
+        known = path in ("document", "policy") or (field == "policy" and inside in _POLICY)
+        message = f"is {path[:80]!r}, must be document, policy or policy.FIELD"
+        checks.require(known, f"update_mask.paths[{number}]", message)
+    return frozenset(given)
+
+
+def _with_changes(
+    record: ClusterRecord,
+    wanted: cluster_pb2.Cluster,
+    paths: frozenset[str],
+    parsed: Parsed | None,
+    *,
+    now_s: float,
+) -> ClusterRecord:
+    policy = cluster_pb2.ClusterPolicy()
+    policy.CopyFrom(wanted.policy if "policy" in paths else record.body.policy)
+    for name in (path.partition(".")[2] for path in paths if path.startswith("policy.")):
+        policy.ClearField(name)  # type: ignore[arg-type]
+        part = cluster_pb2.ClusterPolicy()
+        part.CopyFrom(wanted.policy)
+        for other in _POLICY:
+            if other != name:
+                part.ClearField(other)
+        policy.MergeFrom(part)
+    body = cluster_pb2.Cluster()
+    if parsed is not None:
+        body = cluster_body(record.name, *parsed, None)
+    else:
+        body.CopyFrom(record.body)
+    body.ClearField("policy")
+    if policy.ByteSize():
+        body.policy.CopyFrom(policy)
+    return dataclasses.replace(record, body=body, update_time_s=now_s)
+
+
+def _must_be_free(tx: Reader, name: str) -> None:
+    if tx.clusters.get(name) is not None:
+        raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, f"{name} exists already", metadata={"name": name})
+
+
+def _must_be_deletable(tx: Reader, name: str, etag: str) -> None:
+    record = tx.clusters.require(name)
+    if etag and etag != etag_of(record):
+        raise etag_mismatch(name, given=etag, present=etag_of(record))
+    if record.active_plan:
+        raise _in_use(name, record.active_plan, "is in force")
+    if replicas := tx.replicas.page(None, 1, cluster=name):
+        raise _in_use(name, replicas[0].name, "is not stopped yet")
+
+
+def _in_use(name: str, user: str, why: str) -> ServiceError:
+    return ServiceError(
+        Reason.ERROR_REASON_RESOURCE_IN_USE, f"{name} is in use: {user} {why}", metadata={"name": name, "user": user}
+    )

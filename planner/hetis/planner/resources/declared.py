@@ -1,0 +1,63 @@
+"""What the documents of clusters declare, parsed once."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from hetis.planner.convert import documents
+from hetis.planner.store import ClusterRecord
+from hetis.solver.cluster import Cluster
+
+MAX_NODES = 1_000_000  # of a cluster: as many as the largest fleet that plans are made for
+_KEPT_NODES = 2 * MAX_NODES  # of all clusters that are kept parsed; about 80 bytes each
+
+
+class Declared:
+    """A cluster's document, and the ids of its nodes in order. Slow to make for a large fleet."""
+
+    def __init__(self, value: Cluster) -> None:
+        self.value = value
+        self.nodes: Sequence[str] = sorted(_nodes(value))
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The same as a set."""
+        return frozenset(self.nodes)
+
+    def __contains__(self, node: str) -> bool:
+        place = bisect_left(self.nodes, node)
+        return place < len(self.nodes) and self.nodes[place] == node
+
+
+class DeclaredFleets:
+    """The clusters that were last asked for; a new document has a new digest, so that nothing gets old here."""
+
+    def __init__(self) -> None:
+        self._by_digest: OrderedDict[str, Declared] = OrderedDict()
+
+    async def of(self, record: ClusterRecord) -> Declared:
+        """Beside the event loop where it must be parsed."""
+        digest = record.body.document.digest
+        if digest not in self._by_digest:
+            self._by_digest[digest] = await asyncio.to_thread(_read, record)
+            self._forget_some()
+        self._by_digest.move_to_end(digest)
+        return self._by_digest[digest]
+
+    def _forget_some(self) -> None:
+        num_nodes = sum(len(declared.nodes) for declared in self._by_digest.values())
+        while num_nodes > _KEPT_NODES and len(self._by_digest) > 1:
+            num_nodes -= len(self._by_digest.popitem(last=False)[1].nodes)
+
+
+def _read(record: ClusterRecord) -> Declared:
+    return Declared(documents.read_cluster(record.body.document))
+
+
+def _nodes(cluster: Cluster) -> Iterator[str]:
+    for group in cluster.node_groups:
+        yield from (group.node_name(index) for index in range(group.count))

@@ -1,0 +1,124 @@
+"""The nodes of a cluster: declared by its document, kept in records, seen by the fleet; put together in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from hetis.planner.convert.clusters import node_message
+from hetis.planner.convert.names import last_part, node_name
+from hetis.planner.resources.declared import Declared, DeclaredFleets
+from hetis.planner.resources.live import FleetNow, NodeNow
+from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store
+from hetis.v1 import cluster_pb2, view_pb2
+
+State = cluster_pb2.NodeState
+_MOST_BY_NAME = 500  # above, all records of a cluster are read rather than those that are named
+
+CONNECTED = frozenset({State.NODE_STATE_READY, State.NODE_STATE_UNDECLARED})
+"""States of nodes whose agents are connected."""
+_HERE = CONNECTED | {State.NODE_STATE_SUSPECT}  # an undeclared node is forgotten when its lease ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeViews:
+    """The nodes of one cluster at one moment.
+
+    Attributes:
+        cluster: its record.
+        declared: what its document says.
+        records: by node id; of all nodes, or of those that were asked for.
+        replicas: names of replicas by node id.
+        live: by node id.
+    """
+
+    cluster: ClusterRecord
+    declared: Declared
+    records: Mapping[str, NodeRecord]
+    replicas: Mapping[str, list[str]]
+    live: Mapping[str, NodeNow]
+
+    @property
+    def num_connected(self) -> int:
+        return sum(node.state in CONNECTED for node in self.live.values())
+
+    def exists(self, node: str) -> bool:
+        """Whether it is declared or connected."""
+        live = self.live.get(node)
+        return node in self.declared or (live is not None and live.state in _HERE)
+
+    def state(self, node: str) -> State.ValueType:
+        """Of a node that exists."""
+        live = self.live.get(node)
+        if node not in self.declared:
+            return State.NODE_STATE_UNDECLARED
+        if live is not None:
+            # Declared by now: the fleet may not have looked yet.
+            undeclared = live.state == State.NODE_STATE_UNDECLARED
+            return State.NODE_STATE_READY if undeclared else live.state
+        record = self.records.get(node)
+        was_connected = record is not None and record.body.HasField("connect_time")
+        return State.NODE_STATE_LOST if was_connected else State.NODE_STATE_EXPECTED
+
+    def node(self, node: str, view: view_pb2.View.ValueType) -> cluster_pb2.Node:
+        """A node that exists."""
+        live = self.live.get(node)
+        return node_message(
+            node_name(self.cluster.name, node),
+            view=view,
+            state=self.state(node),
+            record=self.records.get(node),
+            devices=live.devices if live else (),
+            replicas=self.replicas.get(node, ()),
+            connect_time_s=live.connect_time_s if live else None,
+            heard_time_s=live.heard_time_s if live else None,
+        )
+
+    def ids(self, states: Collection[State.ValueType] = ()) -> Sequence[str]:
+        """Of all nodes that exist, in order; or of some, among which are all that are in one of ``states``."""
+        undeclared = [node for node in self.live if node not in self.declared and self.exists(node)]
+        if states and State.NODE_STATE_EXPECTED not in states:  # all but a few nodes of a large fleet may be EXPECTED
+            heard_of = (node for node in {*self.live, *self.records} if node in self.declared)
+            return sorted([*heard_of, *undeclared])
+        if not undeclared:
+            return self.declared.nodes
+        return sorted([*self.declared.nodes, *undeclared])  # all but sorted already, which is fast
+
+
+class NodeReader:
+    """Reads `NodeViews`."""
+
+    def __init__(self, store: Store, fleet: FleetNow, fleets: DeclaredFleets) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._fleets = fleets
+
+    async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
+        """Of ``clusters/{cluster}``, with the records of these node ids; None: of all.
+
+        Raises:
+            ServiceError: NOT_FOUND: the cluster.
+        """
+        record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes))
+        return NodeViews(
+            cluster=record,
+            declared=await self._fleets.of(record),
+            records=kept,
+            replicas=replicas,
+            live={last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()},
+        )
+
+
+def _read(
+    tx: Reader, cluster: str, nodes: Collection[str] | None
+) -> tuple[ClusterRecord, dict[str, NodeRecord], dict[str, list[str]]]:
+    record = tx.clusters.require(cluster)
+    if nodes is None or len(nodes) > _MOST_BY_NAME:
+        kept = tx.nodes.all(cluster=cluster)
+    else:
+        kept = tx.nodes.all(name=[node_name(cluster, node) for node in nodes])
+    replicas = dict[str, list[str]]()
+    for replica in tx.replicas.all(cluster=cluster):
+        for node in replica.body.nodes:
+            replicas.setdefault(last_part(node), []).append(replica.name)
+    return record, {last_part(node.name): node for node in kept}, replicas

@@ -1,0 +1,260 @@
+"""Putting plans in force and going back: decided in one durable transaction, carried out by the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from hetis.formats.documents import digest
+from hetis.planner.convert import names
+from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
+from hetis.planner.failures import Reason, ServiceError, etag_mismatch
+from hetis.planner.fleet.transition import Matching
+from hetis.planner.resources.checking import Checks
+from hetis.planner.resources.declared import DeclaredFleets
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.live import FleetNow
+from hetis.planner.resources.plan_changes import Change, Target, coming, earlier_after, new_replica, past, transition_to
+from hetis.planner.resources.plan_documents import PlanDocuments, plan_state
+from hetis.planner.resources.plan_imports import require_gpus
+from hetis.planner.resources.plan_views import IN_FORCE, basic_view
+from hetis.planner.resources.plan_weights import load_bytes_of
+from hetis.planner.resources.publishing import publish_cluster
+from hetis.planner.resources.requests import once, to_the_end
+from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
+from hetis.v1 import plan_pb2
+from hetis.v1 import plan_service_pb2 as pb2
+
+R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
+
+_MOST_BYTES = (4 << 20) - (16 << 10)  # of an answer
+
+
+class PlanActivation:
+    """Decides which plan is in force; `Fleet` sees to it."""
+
+    def __init__(
+        self,
+        store: Store,
+        hubs: Hubs,
+        fleet: FleetNow,
+        fleets: DeclaredFleets,
+        documents: PlanDocuments,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._hubs = hubs
+        self._fleet = fleet
+        self._fleets = fleets
+        self._documents = documents
+        self._clock = clock
+
+    async def activate(self, request: pb2.ActivatePlanRequest) -> pb2.ActivatePlanResponse:
+        _check(request)
+        target = await self._target(request.name)
+
+        def decide(reader: Reader) -> PlanRecord:
+            plan = reader.plans.require(request.name)
+            _require_etag(plan, request.etag)
+            cluster = reader.clusters.require(plan.cluster)
+            _require_etag(cluster, request.cluster_etag)
+            if plan.activation not in IN_FORCE:
+                _require_idle(reader, cluster)
+            return plan
+
+        def respond(change: Change) -> pb2.ActivatePlanResponse:
+            return _fitting(pb2.ActivatePlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
+
+        if request.validate_only:
+            return respond(await self._store.read(lambda reader: self._planned(reader, decide(reader), target)))
+        return await self._change(
+            request, pb2.ActivatePlanResponse, lambda tx: self._put_in_force(tx, decide(tx), target), respond
+        )
+
+    async def rollback(self, request: pb2.RollbackPlanRequest) -> pb2.RollbackPlanResponse:
+        _check(request)
+
+        def earlier(reader: Reader) -> PlanRecord:
+            plan = reader.plans.require(request.name)
+            _require_etag(plan, request.etag)
+            cluster = reader.clusters.require(plan.cluster)
+            if cluster.active_plan != plan.name:
+                raise plan_state(plan, "is not in force")
+            if not cluster.earlier_plan:
+                raise ServiceError(
+                    Reason.ERROR_REASON_NO_EARLIER_PLAN,
+                    f"no plan was in force in {cluster.name} before {plan.name}, or it was deleted",
+                    metadata={"cluster": cluster.name},
+                )
+            return reader.plans.require(cluster.earlier_plan)
+
+        def respond(change: Change) -> pb2.RollbackPlanResponse:
+            return _fitting(pb2.RollbackPlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
+
+        try:
+            target = await self._target((await self._store.read(earlier)).name)
+        except ServiceError as error:
+            if not request.request_id or request.validate_only:
+                raise
+            return await self._answered_before(request, error)
+        if request.validate_only:
+            return respond(await self._store.read(lambda reader: self._planned(reader, earlier(reader), target)))
+
+        def go_back(tx: Transaction) -> Change:
+            return self._put_in_force(tx, earlier(tx), target, is_rollback=True)
+
+        return await self._change(request, pb2.RollbackPlanResponse, go_back, respond)
+
+    async def _answered_before(self, request: pb2.RollbackPlanRequest, error: ServiceError) -> pb2.RollbackPlanResponse:
+        """A repeated request finds another plan in force, and is answered all the same."""
+
+        def refuse() -> pb2.RollbackPlanResponse:
+            raise error
+
+        answer = await self._store.write(lambda tx: once(tx, request, pb2.RollbackPlanResponse, refuse))
+        return answer.response
+
+    async def _target(self, name: str) -> Target:
+        """
+        Raises:
+            ServiceError: NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH.
+        """
+        answered = await self._documents.answered(name)
+        cluster = await self._store.read(lambda reader: reader.clusters.require(answered.record.cluster))
+        declared = await self._fleets.of(cluster)
+
+        def prepare() -> Target:
+            require_gpus(cluster.name, declared.value, answered.plan.replicas)
+            load_bytes = load_bytes_of(answered.found)
+            return Target(
+                record=answered.record,
+                shapes=tuple(map(replica_to_proto, answered.plan.replicas)),
+                model_digest=digest(answered.problem.model),
+                cluster_digest=cluster.body.document.digest,
+                load_bytes=lambda shape: load_bytes(replica_from_proto(shape)),
+            )
+
+        return await asyncio.to_thread(prepare)
+
+    async def _change(
+        self,
+        request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest,
+        response: type[R],
+        put_in_force: Callable[[Transaction], Change],
+        respond: Callable[[Change], R],
+    ) -> R:
+        """One durable transaction, then word to watchers and fleet."""
+        done: Change | None = None
+
+        def work(tx: Transaction) -> R:
+            nonlocal done
+            done = put_in_force(tx)
+            return respond(done)
+
+        async def change() -> R:
+            answer = await self._store.write(lambda tx: once(tx, request, response, lambda: work(tx)))
+            if answer.is_new and done is not None and done.cluster is not None:
+                now_s = self._clock()
+                for plan in done.plans:
+                    self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
+                publish_cluster(self._hubs, self._fleet, done.cluster, now_s=now_s)
+                await self._fleet.cluster_changed(done.cluster.name)
+            return answer.response
+
+        return await to_the_end(change())
+
+    def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> Change:
+        """What `_put_in_force` would do."""
+        if plan.activation in IN_FORCE:
+            return Change(cluster=None, plans=(plan,), steps=())
+        cluster = reader.clusters.require(plan.cluster)
+        steps, _ = transition_to(reader.replicas.all(cluster=cluster.name), cluster, target)
+        return Change(cluster=None, plans=(plan,), steps=tuple(steps))
+
+    def _put_in_force(self, tx: Transaction, plan: PlanRecord, target: Target, *, is_rollback: bool = False) -> Change:
+        if plan.activation in IN_FORCE:
+            return Change(cluster=None, plans=(plan,), steps=())
+        cluster = tx.clusters.require(plan.cluster)
+        if plan.name != target.record.name or cluster.body.document.digest != target.cluster_digest:
+            raise ServiceError(
+                Reason.ERROR_REASON_ETAG_MISMATCH,
+                f"{cluster.name} was changed at the same time: its etag is {etag_of(cluster)}; decide again",
+                metadata={"name": cluster.name, "etag": etag_of(cluster)},
+            )
+        records = tx.replicas.all(cluster=cluster.name)
+        steps, matching = transition_to(records, cluster, target)
+        self._keep_replicas(tx, plan, target, matching, {record.name: record for record in records})
+        before = tx.plans.get(cluster.active_plan) if cluster.active_plan not in ("", plan.name) else None
+        plans = [tx.plans.update(coming(plan, matching, self._clock()))]
+        if before is not None:
+            plans.append(tx.plans.update(past(before)))
+        cluster = tx.clusters.update(
+            replace(
+                cluster, active_plan=plan.name, earlier_plan="" if is_rollback else earlier_after(cluster, plan, before)
+            )
+        )
+        return Change(cluster=cluster, plans=tuple(plans), steps=tuple(steps))
+
+    def _keep_replicas(
+        self,
+        tx: Transaction,
+        plan: PlanRecord,
+        target: Target,
+        matching: Matching,
+        records: Mapping[str, ReplicaRecord],
+    ) -> None:
+        """Replicas of the plan belong to it now, new ones begin, all others belong to no plan."""
+        for index, (name, shape) in enumerate(zip(matching.names, target.shapes, strict=True)):
+            if name in matching.kept:
+                record = records[name]
+                record.body.plan, record.body.plan_index = plan.name, index
+                record.body.shape.CopyFrom(shape)  # what it predicts may be new
+                tx.replicas.update(replace(record, plan=plan.name))
+            else:
+                tx.replicas.insert(new_replica(name, plan, index, shape, target.model_digest, self._clock()))
+        for name, record in records.items():
+            if name not in matching.kept and record.plan:
+                record.body.ClearField("plan")
+                tx.replicas.update(replace(record, plan=""))
+
+
+def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
+    """
+    Raises:
+        ServiceError: ACTIVATION_IN_PROGRESS.
+    """
+    active = reader.plans.get(cluster.active_plan) if cluster.active_plan else None
+    if active is not None and active.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
+        raise ServiceError(
+            Reason.ERROR_REASON_ACTIVATION_IN_PROGRESS,
+            f"{active.name} is being activated in {cluster.name}",
+            metadata={"cluster": cluster.name, "plan": active.name},
+        )
+
+
+def _require_etag(record: PlanRecord | ClusterRecord, etag: str) -> None:
+    if etag and etag != etag_of(record):
+        raise etag_mismatch(record.name, given=etag, present=etag_of(record))
+
+
+def _check(request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest) -> None:
+    checks = Checks()
+    checks.name("name", request.name, names.PLAN)
+    checks.request_id(request.request_id)
+    checks.raise_if_wrong()
+
+
+def _fitting(response: R) -> R:
+    """Leaves the devices of the last steps out where a message has no room for them."""
+    too_many_bytes = response.ByteSize() - _MOST_BYTES
+    for step in reversed(response.steps):
+        if too_many_bytes <= 0:
+            break
+        too_many_bytes -= step.ByteSize()
+        del step.devices[:]
+        too_many_bytes += step.ByteSize()
+    return response

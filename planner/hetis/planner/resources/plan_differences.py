@@ -1,0 +1,137 @@
+"""What changes from one plan to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from hetis.planner.convert.replicas import replica_to_proto
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.resources.plan_weights import load_bytes_of
+from hetis.planner.sources import PlanAndProblem
+from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.v1 import plan_service_pb2 as pb2
+
+MOST_BYTES = (4 << 20) - (16 << 10)  # of the answer
+_Kind = pb2.ReplicaDifferenceKind
+_SETTINGS = ("seed", "threads", "gap_target", "time_limit_s")
+_LIMITS = ("micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
+
+
+def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse:
+    """Slow for large plans: not for an event loop.
+
+    Raises:
+        ServiceError: MESSAGE_TOO_LARGE.
+    """
+    response = pb2.DiffPlansResponse(
+        replicas=_differences(one, other),
+        freed_devices=sorted(_devices(one.plan) - _devices(other.plan)),
+        taken_devices=sorted(_devices(other.plan) - _devices(one.plan)),
+        value=one.plan.result.value,
+        other_value=other.plan.result.value,
+        unit=one.plan.result.unit,
+        other_unit=other.plan.result.unit,
+        changed_inputs=sorted(_changed_inputs(one.plan, other.plan)),
+    )
+    load_bytes = load_bytes_of(other)
+    added = (d for d in response.replicas if d.kind == _Kind.REPLICA_DIFFERENCE_KIND_ADDED)
+    response.load_bytes = sum(load_bytes(other.plan.replicas[difference.other_index]) for difference in added)
+    if response.ByteSize() > MOST_BYTES:
+        raise ServiceError(
+            Reason.ERROR_REASON_MESSAGE_TOO_LARGE,
+            f"the differences take {response.ByteSize()} bytes, a message has {MOST_BYTES} for them;"
+            " ReadPlanDocument gives both plans to compare",
+            metadata={"max_bytes": MOST_BYTES},
+        )
+    return response
+
+
+def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.ReplicaDifference]:
+    """Those of the first plan in their order, then what is added. Nothing is kept for another model."""
+    first, second = one.plan.replicas, other.plan.replicas
+    is_same_model = one.problem.model == other.problem.model
+    by_devices = {_dense(replica): index for index, replica in enumerate(second)} if is_same_model else {}
+    matched = set[int]()
+    for index, replica in enumerate(first):
+        other_index = by_devices.get(_dense(replica))
+        if other_index is None:
+            yield pb2.ReplicaDifference(
+                kind=_Kind.REPLICA_DIFFERENCE_KIND_REMOVED, index=index, replica=replica_to_proto(replica)
+            )
+            continue
+        matched.add(other_index)
+        now = second[other_index]
+        difference = pb2.ReplicaDifference(
+            kind=_Kind.REPLICA_DIFFERENCE_KIND_KEPT,
+            index=index,
+            other_index=other_index,
+            replica=replica_to_proto(replica),
+        )
+        if _without_predictions(replica) != _without_predictions(now):
+            difference.kind = _Kind.REPLICA_DIFFERENCE_KIND_CHANGED
+            difference.other_replica.CopyFrom(replica_to_proto(now))
+            difference.changes.extend(_changes(replica, now))
+        yield difference
+    for index, replica in enumerate(second):
+        if index not in matched:
+            yield pb2.ReplicaDifference(
+                kind=_Kind.REPLICA_DIFFERENCE_KIND_ADDED,
+                other_index=index,
+                other_replica=replica_to_proto(replica),
+            )
+
+
+def _dense(replica: ReplicaPlan) -> tuple[object, ...]:
+    """Which weights are on which GPU."""
+    return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.devices) for s in replica.stages)
+
+
+def _without_predictions(replica: ReplicaPlan) -> ReplicaPlan:
+    """Rate and latencies follow from the workload: no engine would notice them."""
+    return replace(replica, rate=0.0, ttft_s=0.0, tpot_s=0.0)
+
+
+def _changes(before: ReplicaPlan, after: ReplicaPlan) -> Iterator[str]:
+    for name in _LIMITS:
+        if (old := getattr(before, name)) != (new := getattr(after, name)):
+            yield f"{name} is {new} instead of {old}"
+    for number in range(len(before.stages)):
+        old_workers, new_workers = _workers(before, number), _workers(after, number)
+        if old_workers != new_workers:
+            yield f"stage {number} has {new_workers} instead of {old_workers}"
+        old, new = before.stages[number].kv_head_groups_kept, after.stages[number].kv_head_groups_kept
+        if old != new:
+            yield f"stage {number} keeps {new} head groups per rank instead of {old}"
+
+
+def _workers(replica: ReplicaPlan, stage: int) -> str:
+    pools = [f"{p.gpu} {', '.join(p.devices)}" for p in replica.attention_workers if p.stage == stage]
+    return f"attention workers {'; '.join(pools)}" if pools else "no attention workers"
+
+
+def _devices(plan: Plan) -> set[str]:
+    return {device for replica in plan.replicas for device in replica.devices()}
+
+
+def _changed_inputs(one: Plan, other: Plan) -> Iterator[str]:
+    if one.strategy != other.strategy:
+        yield "strategy"
+    limits, other_limits = asdict(one.objective), asdict(other.objective)
+    yield from (f"objective.{name}" for name in limits if limits[name] != other_limits[name])
+    yield from (name for name in _SETTINGS if one.inputs.get(name) != other.inputs.get(name))
+    digests, other_digests = _digests(one.inputs), _digests(other.inputs)
+    for path in digests.keys() | other_digests.keys():
+        if digests.get(path) != other_digests.get(path):
+            yield f"documents.{path}"
+
+
+def _digests(inputs: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in dict(inputs.get("digests") or {}).items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{inner}": str(digest) for inner, digest in value.items()}
+        else:
+            found[name] = str(value)
+    return found

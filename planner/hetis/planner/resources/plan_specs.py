@@ -1,0 +1,235 @@
+"""From a plan that a caller wants to a problem that is posed: every wrong field first, then what contradicts itself."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hetis.formats import catalogue
+from hetis.formats.errors import DocumentError, did_you_mean
+from hetis.formats.workload import named_workload
+from hetis.planner.convert import documents, names
+from hetis.planner.convert.objectives import objective_from_proto
+from hetis.planner.jobs.posed import PosedProblem
+from hetis.planner.placing import Settings
+from hetis.planner.resources.checking import Checks
+from hetis.planner.resources.plan_fleets import without_nodes
+from hetis.planner.sources import MODELLED, Inputs, LoadedInputs
+from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.cluster import Cluster
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Objective
+from hetis.solver.workload import Workload
+from hetis.v1 import document_pb2, plan_pb2
+
+DEFAULT_STRATEGY = "hetis"
+LEAST_TIME_S = 0.01
+LONGEST_TIME_S = 24 * 3600.0
+MOST_PROFILES = 64
+MOST_LABELS = 64
+_SEEDS = 2**31  # the solvers' own are so many
+_LABEL = re.compile(r"[a-z0-9._/-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchLimits:
+    """What one search may take. ``threads``: of it; ``time_s``: the longest time limit that callers may ask for."""
+
+    threads: int = 1
+    time_s: float = LONGEST_TIME_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSpec:
+    """A spec whose fields are right; profiles and cluster are still names."""
+
+    model: ModelSpec
+    workload: Workload
+    origins: Mapping[str, str]  # of model and workload
+    profiles: Sequence[str]
+    objective: Objective
+    settings: Settings
+
+
+def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
+    """The limits that stand in ``plan.proto``."""
+    checks.require(len(labels) <= MOST_LABELS, field, f"has {len(labels)} entries, at most {MOST_LABELS} are allowed")
+    for key, value in sorted(labels.items())[:MOST_LABELS]:
+        right = 1 <= len(key) <= 63 and len(value) <= 255 and _LABEL.fullmatch(key) and _LABEL.fullmatch(value)
+        checks.require(
+            bool(right), f'{field}["{key[:63]}"]', "must be of a-z 0-9 - _ . /, the key 1 to 63 and the value 0 to 255"
+        )
+
+
+async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: SearchLimits) -> ReadSpec | None:
+    """None: something is wrong, and ``checks`` knows what."""
+    model = await _model(checks, spec, field)
+    workload = await _workload(checks, spec, field)
+    objective = objective_from_proto(
+        spec.objective, f"{field}.objective", lambda path, text: checks.require(False, path, text)
+    )
+    settings = _settings(checks, spec, field, limits)
+    checks.require(
+        len(spec.profiles) <= MOST_PROFILES,
+        f"{field}.profiles",
+        f"has {len(spec.profiles)} entries, at most {MOST_PROFILES} are allowed",
+    )
+    for position, profile in enumerate(spec.profiles[:MOST_PROFILES]):
+        checks.name(f"{field}.profiles[{position}]", profile, names.PROFILE)
+    if model is None or workload is None:
+        return None
+    return ReadSpec(
+        model=model,
+        workload=workload,
+        origins={
+            "model": spec.model_name or spec.model_document.source_name or "document",
+            "workload": spec.workload_name or spec.workload_document.source_name or "document",
+        },
+        profiles=tuple(spec.profiles),
+        objective=objective,
+        settings=settings,
+    )
+
+
+def choose_profiles(
+    spec: ReadSpec, named: Sequence[ProfileRecord], stored: Sequence[ProfileRecord], gpus: Sequence[str], field: str
+) -> dict[str, ProfileRecord]:
+    """The profile of every GPU type that has one: the named one, else the newest of those that are stored.
+
+    Raises:
+        ServiceError: INVALID_FIELD.
+    """
+    checks, chosen = Checks(), dict[str, ProfileRecord]()
+    for position, record in enumerate(named):
+        path = f"{field}.profiles[{position}]"
+        checks.require(record.gpu_type not in chosen, path, f"is a second profile of {record.gpu_type}, one is allowed")
+        hint = did_you_mean(record.gpu_type, gpus)
+        checks.require(record.gpu_type in gpus, path, f"is of {record.gpu_type}, which the cluster has not{hint}")
+        chosen[record.gpu_type] = record
+    checks.raise_if_wrong()
+    for record in sorted(stored, key=lambda one: one.update_time_s):
+        if record.gpu_type not in {one.gpu_type for one in named}:
+            chosen[record.gpu_type] = record
+    return chosen
+
+
+def gpu_types_of(cluster: Cluster) -> list[str]:
+    return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))
+
+
+def pose(
+    spec: ReadSpec,
+    record: ClusterRecord,
+    declared: Cluster,
+    left_out: frozenset[str],
+    profiles: Mapping[str, ProfileRecord],
+) -> PosedProblem:
+    """The problem of a fleet without the nodes ``left_out``. Slow for large fleets: not for an event loop.
+
+    Raises:
+        InvalidProblemError: the inputs contradict each other.
+    """
+    cluster = without_nodes(declared, left_out)
+    if not cluster.node_groups:
+        raise InvalidProblemError(f"all {len(left_out)} nodes of {record.name} drain or are lost")
+    by_gpu = {
+        gpu: (profiles[gpu].name, documents.read_profile(profiles[gpu].body.document))
+        if gpu in profiles
+        else (MODELLED, modelled_profile(cluster.gpu_types[gpu]))
+        for gpu in gpu_types_of(cluster)
+    }
+    origin = f"{record.name} {etag_of(record)}"
+    if left_out:
+        origin += f" without {', '.join(sorted(left_out))}"
+    posed = PosedProblem(
+        loaded=LoadedInputs(
+            inputs=Inputs(
+                cluster=cluster,
+                model=spec.model,
+                workload=spec.workload,
+                profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
+            ),
+            origins={
+                **spec.origins,
+                "cluster": origin,
+                "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()},
+            },
+        ),
+        objective=spec.objective,
+        settings=spec.settings,
+    )
+    posed.problem()
+    return posed
+
+
+async def _model(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> ModelSpec | None:
+    match spec.WhichOneof("model"):
+        case "model_name":
+            try:
+                return catalogue.find_model(spec.model_name).model
+            except catalogue.UnknownNameError as error:
+                checks.require(False, f"{field}.model_name", str(error))
+        case "model_document":
+            return await checks.document(f"{field}.model_document", spec.model_document, _read_model)
+        case None:
+            checks.require(False, f"{field}.model_name", "is missing: name a model, or send model_document")
+    return None
+
+
+async def _workload(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> Workload | None:
+    match spec.WhichOneof("workload"):
+        case "workload_name":
+            try:
+                return await asyncio.to_thread(named_workload, spec.workload_name)
+            except DocumentError as error:
+                checks.require(False, f"{field}.workload_name", error.problems[0].message)
+        case "workload_document":
+            return await checks.document(f"{field}.workload_document", spec.workload_document, _read_workload)
+        case None:
+            checks.require(False, f"{field}.workload_name", "is missing: name a workload, or send workload_document")
+    return None
+
+
+def _read_model(document: document_pb2.Document) -> ModelSpec:
+    value = documents.read_document(document, "ModelSpec")
+    assert isinstance(value, ModelSpec)
+    return value
+
+
+def _read_workload(document: document_pb2.Document) -> Workload:
+    value = documents.read_document(document, "Workload")
+    assert isinstance(value, Workload)
+    return value
+
+
+def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: SearchLimits) -> Settings:
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    defaults = Settings()
+    strategy = spec.strategy or DEFAULT_STRATEGY
+    checks.require(
+        strategy in STRATEGIES,
+        f"{field}.strategy",
+        f"is {strategy[:80]!r}, must be one of {', '.join(STRATEGIES)}{did_you_mean(strategy, STRATEGIES)}",
+    )
+    gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
+    checks.require(0 <= gap <= 1, f"{field}.gap_target", f"is {gap:g}, must be from 0 to 1")
+    time_limit_s = min(defaults.time_limit_s, limits.time_s)
+    if spec.HasField("time_limit"):
+        time_limit_s = spec.time_limit.seconds + spec.time_limit.nanos / 1e9
+        checks.require(
+            LEAST_TIME_S <= time_limit_s <= limits.time_s,
+            f"{field}.time_limit",
+            f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {limits.time_s:g} s",
+        )
+    return Settings(
+        strategy=strategy,
+        time_limit_s=time_limit_s,
+        gap_target=gap,
+        seed=spec.seed % _SEEDS,
+        threads=min(spec.num_threads or limits.threads, limits.threads),
+    )

@@ -1,0 +1,36 @@
+"""Tells watchers of clusters what calls have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from hetis.planner.convert.clusters import BASIC, cluster_message
+from hetis.planner.convert.names import node_name
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.live import FleetNow
+from hetis.planner.resources.node_views import CONNECTED
+from hetis.planner.store import ClusterRecord
+from hetis.v1 import cluster_pb2
+
+_MOST_ONE_BY_ONE = 1000  # nodes; above, watchers are sent the present state again
+
+
+def num_connected(fleet: FleetNow, cluster: str) -> int:
+    """Nodes whose agents are connected."""
+    return sum(node.state in CONNECTED for node in fleet.nodes_of(cluster).values())
+
+
+def publish_cluster(hubs: Hubs, fleet: FleetNow, record: ClusterRecord, *, now_s: float) -> None:
+    """Its document, policy or plans have changed."""
+    message = cluster_message(record, view=BASIC, num_connected=num_connected(fleet, record.name))
+    hubs.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)
+
+
+def publish_nodes(hubs: Hubs, cluster: str, nodes: Collection[str], *, now_s: float) -> None:
+    """Something of these nodes has changed, or they are new, or gone; watches look up what it is."""
+    if len(nodes) > _MOST_ONE_BY_ONE:
+        hubs.renew_cluster(cluster)
+        return
+    for node in nodes:
+        name = node_name(cluster, node)
+        hubs.cluster(cluster).publish(("node", name), cluster_pb2.Node(name=name), now_s=now_s)

@@ -1,0 +1,67 @@
+"""Changes that are done once, and to the end: whatever callers repeat, and whenever they stop waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from hetis.planner.store import Transaction
+
+A = TypeVar("A", bound=Message)
+T = TypeVar("T")
+_under_way = set[asyncio.Task[Any]]()  # the loop itself keeps tasks weakly
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[A]):
+    """Of a changing call. ``is_new``: it was done now; False: before, and this is what was answered then."""
+
+    response: A
+    is_new: bool
+
+
+def once(tx: Transaction, request: Message, response: type[A], work: Callable[[], A]) -> Answer[A]:
+    """Does ``work`` unless the same request was done with its ``request_id`` in the last 24 hours.
+
+    Args:
+        tx: the transaction in which ``work`` changes what it does.
+        request: has a field ``request_id``, empty or a UUID.
+        response: the class of the answer.
+        work: what to do, and the answer.
+
+    Raises:
+        ServiceError: REQUEST_ID_REUSED.
+    """
+    request_id: str = request.request_id  # type: ignore[attr-defined]
+    method, print_ = request.DESCRIPTOR.full_name, fingerprint(request)
+    earlier = tx.requests.replay(method, request_id, print_)
+    if earlier is not None:
+        return Answer(response.FromString(earlier), is_new=False)
+    answer = work()
+    if request_id:
+        tx.requests.remember(method, request_id, print_, answer.SerializeToString())
+    return Answer(answer, is_new=True)
+
+
+def fingerprint(request: Message) -> str:
+    """Equal for requests that ask for the same; the id itself left out."""
+    asked = type(request)()
+    asked.CopyFrom(request)
+    asked.ClearField("request_id")
+    return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` returns; it goes on when the caller is cancelled.
+
+    A call whose deadline passes while its transaction commits must still tell watchers and fleet what it changed.
+    """
+    task = asyncio.ensure_future(work)
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
+    return await asyncio.shield(task)

@@ -1,0 +1,195 @@
+"""WatchCluster: the present state of a cluster, then every change; resumed by a token.
+
+The hub says *which* resource has changed; of nodes this looks up *how* it is when the watcher is ready for it. So a
+slow watcher gets the newest state, and the present state needs no copy in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from google.protobuf.message import Message
+
+from hetis.planner.convert import names
+from hetis.planner.convert.clusters import (
+    BASIC,
+    basic_redispatch,
+    basic_replica,
+    cluster_message,
+    redispatch_message,
+)
+from hetis.planner.convert.names import last_part
+from hetis.planner.convert.times import timestamp
+from hetis.planner.failures import Reason, ServiceError, not_found
+from hetis.planner.resources.checking import Checks
+from hetis.planner.resources.hubs import ClusterHub, Hubs
+from hetis.planner.resources.live import FleetNow
+from hetis.planner.resources.node_views import NodeReader, NodeViews
+from hetis.planner.resources.publishing import num_connected
+from hetis.planner.resources.running import replica_now
+from hetis.planner.store import ClusterRecord, RedispatchRecord, ReplicaRecord, Store
+from hetis.planner.watching import Event
+from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import cluster_service_pb2 as service_pb2
+
+Response = service_pb2.WatchClusterResponse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeToken:
+    """Up to where a watcher has seen a cluster.
+
+    Attributes:
+        made: when the cluster was made, which tells it from an earlier one of the same name.
+        round: which of the cluster's hubs it watched.
+        sequence: of that hub; 0: it has not seen the whole present state, and must begin anew.
+    """
+
+    made: float
+    round: int
+    sequence: int
+
+    def to_text(self) -> str:
+        return f"{self.made.hex()}:{self.round}:{self.sequence}"
+
+    def at(self, sequence: int) -> ResumeToken:
+        return replace(self, sequence=sequence)
+
+    @classmethod
+    def from_text(cls, text: str) -> ResumeToken | None:
+        """None: it is not one of ours."""
+        try:
+            made, round_, sequence = text[:100].split(":")
+            return cls(made=float.fromhex(made), round=int(round_), sequence=int(sequence))
+        except (ValueError, OverflowError):
+            return None
+
+
+class ClusterWatches:
+    """All watches of clusters."""
+
+    def __init__(
+        self,
+        store: Store,
+        hubs: Hubs,
+        fleet: FleetNow,
+        reader: NodeReader,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._hubs = hubs
+        self._fleet = fleet
+        self._reader = reader
+        self._clock = clock
+
+    async def watch(self, request: service_pb2.WatchClusterRequest) -> AsyncIterator[Response]:
+        """Ends when the cluster is deleted (NOT_FOUND) or the planner goes (DRAINING)."""
+        checks = Checks()
+        checks.name("name", request.name, names.CLUSTER)
+        checks.raise_if_wrong()
+        record = await self._read(request.name)  # first, so that no hub is made for a cluster that does not exist
+        token = ResumeToken.from_text(request.resume_token)
+        is_new = not request.resume_token
+        while True:
+            hub = self._hubs.cluster(request.name)
+            here = ResumeToken(made=record.create_time_s, round=self._hubs.round_of(request.name), sequence=0)
+            async for response in self._watch(hub, here, token, record.name, is_new=is_new):
+                yield response
+            if (await self._read(request.name)).create_time_s != record.create_time_s:
+                raise not_found(request.name)
+            if self._hubs.cluster(request.name) is hub:
+                raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: resume")
+            token, is_new = None, False  # so much has changed that everything is sent again
+
+    async def _watch(
+        self, hub: ClusterHub, here: ResumeToken, token: ResumeToken | None, name: str, *, is_new: bool
+    ) -> AsyncIterator[Response]:
+        """Until ``hub`` closes. ``here`` is where the watcher is, at no sequence yet."""
+        begin = hub.sequence
+        resumes = token is not None and _can_resume(token, hub, here)
+        if not resumes:
+            async for response in self._present_state(name, here, reset=not is_new):
+                yield response
+            yield self._caught_up(here.at(begin))
+        after = token.sequence if token is not None and resumes else begin
+        async for response in self._changes(hub, here, name, after, is_resumed=resumes):
+            yield response
+
+    async def _read(self, name: str) -> ClusterRecord:
+        return await self._store.read(lambda tx: tx.clusters.require(name))
+
+    async def _present_state(self, name: str, here: ResumeToken, *, reset: bool) -> AsyncIterator[Response]:
+        try:
+            views = await self._reader.read(name)
+        except ServiceError as error:
+            if error.reason == Reason.ERROR_REASON_NOT_FOUND:
+                self._hubs.remove_cluster(name)  # deleted since the watch began: its new hub would stay for ever
+            raise
+        replicas, redispatches = await self._store.read(
+            lambda tx: (tx.replicas.all(cluster=name), tx.redispatches.all(cluster=name))
+        )
+        token, now = here.to_text(), timestamp(self._clock())
+        cluster = cluster_message(views.cluster, view=BASIC, num_connected=views.num_connected)
+        yield Response(resume_token=token, event_time=now, reset=reset, cluster=cluster)
+        for node in views.ids():
+            yield Response(resume_token=token, event_time=now, node=views.node(node, BASIC))
+        for response in self._what_runs(replicas, redispatches):
+            response.resume_token = token
+            response.event_time.CopyFrom(now)
+            yield response
+
+    def _what_runs(
+        self, replicas: Sequence[ReplicaRecord], redispatches: Sequence[RedispatchRecord]
+    ) -> Sequence[Response]:
+        """Re-dispatches in the order in which they were made."""
+        return [
+            *(Response(replica=replica_now(self._fleet, record, BASIC)) for record in replicas),
+            *(Response(redispatch=redispatch_message(record, view=BASIC)) for record in reversed(redispatches)),
+        ]
+
+    def _caught_up(self, at: ResumeToken) -> Response:
+        return Response(resume_token=at.to_text(), event_time=timestamp(self._clock()), caught_up=True)
+
+    async def _changes(
+        self, hub: ClusterHub, here: ResumeToken, name: str, after: int, *, is_resumed: bool
+    ) -> AsyncIterator[Response]:
+        """What is newer than ``after``; a watcher that has resumed is told when it has caught up."""
+        async for events in hub.watch(after):
+            nodes = [last_part(event.key[1]) for event in events if event.key[0] == "node"]
+            views = await self._reader.read(name, nodes) if nodes else None
+            for event in events:
+                response = self._response(event, views)
+                if response is not None:
+                    response.resume_token = here.at(event.sequence).to_text()
+                    response.event_time.CopyFrom(timestamp(event.time_s))
+                    yield response
+            if is_resumed:
+                is_resumed = False
+                yield self._caught_up(here.at(events[-1].sequence if events else after))
+
+    def _response(self, event: Event[tuple[str, str], Message], views: NodeViews | None) -> Response | None:
+        kind, name = event.key
+        if kind == "node":
+            assert views is not None
+            node = last_part(name)
+            return Response(node=views.node(node, BASIC)) if views.exists(node) else Response(removed_node=name)
+        match event.value:
+            case cluster_pb2.Cluster() as cluster:
+                now = cluster_pb2.Cluster()
+                now.CopyFrom(cluster)
+                now.num_connected_nodes = num_connected(self._fleet, name)
+                return Response(cluster=now)
+            case replica_pb2.Replica() as replica:
+                return Response(replica=basic_replica(replica))
+            case redispatch_pb2.Redispatch() as redispatch:
+                return Response(redispatch=basic_redispatch(redispatch))
+        return None
+
+
+def _can_resume(token: ResumeToken, hub: ClusterHub, here: ResumeToken) -> bool:
+    """Whether all that has changed since is known; else the present state is sent again."""
+    is_here = (token.made, token.round) == (here.made, here.round)
+    return is_here and token.sequence > 0 and not hub.is_too_old(token.sequence)

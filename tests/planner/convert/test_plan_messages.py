@@ -1,0 +1,153 @@
+"""Plans as messages keep what programs need, whatever the plan; and fit into a message, however large it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.formats.documents import digest
+from hetis.planner.convert.objectives import objective_from_proto
+from hetis.planner.convert.plans import complete, digest_of, progress_to_proto, result_to_proto, without_contents
+from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
+from hetis.planner.jobs.progress import progress_from_frame, progress_to_frame
+from hetis.planner.jobs.solving import canonical_json
+from hetis.solver.budget import Progress
+from hetis.solver.plan import AttentionWorkerPool, Objective, ObjectiveKind, ReplicaPlan, StagePlan
+from hetis.v1 import document_pb2, plan_pb2
+from tests.planner import plans
+
+COUNTS = st.integers(0, 2**31)
+NUMBERS = st.floats(min_value=0, allow_infinity=False, allow_nan=False)
+DEVICES = st.lists(st.text(min_size=1), max_size=3).map(tuple)
+STAGES = st.builds(
+    StagePlan,
+    gpu=st.text(),
+    tp=COUNTS,
+    copies=COUNTS,
+    first_layer=COUNTS,
+    num_layers=COUNTS,
+    devices=DEVICES,
+    kv_head_groups_kept=COUNTS,
+)
+POOLS = st.builds(AttentionWorkerPool, stage=COUNTS, gpu=st.text(), devices=DEVICES, kv_head_groups=COUNTS)
+MADE = plans.plan(plans.paper_replica())
+REPLICAS = st.builds(
+    ReplicaPlan,
+    rate=NUMBERS,
+    ttft_s=NUMBERS,
+    tpot_s=NUMBERS,
+    micro_batch=COUNTS,
+    in_flight=COUNTS,
+    chunk_tokens=COUNTS,
+    kv_tokens=st.integers(0, 2**63),
+    stages=st.lists(STAGES, max_size=3).map(tuple),
+    attention_workers=st.lists(POOLS, max_size=2).map(tuple),
+)
+
+
+@given(REPLICAS)
+def test_a_replica_is_the_same_after_the_way_there_and_back(replica: ReplicaPlan) -> None:
+    assert replica_from_proto(replica_to_proto(replica)) == replica
+
+
+@given(st.lists(REPLICAS, max_size=4).map(tuple), NUMBERS, st.floats(allow_nan=False), st.text())
+def test_a_result_counts_and_says_what_was_proved(
+    replicas: tuple[ReplicaPlan, ...], value: float, bound: float, note: str
+) -> None:
+    gap = math.inf if math.isinf(bound) else 0.5
+    plan = replace(
+        MADE, replicas=replicas, result=replace(MADE.result, value=value, bound=bound, gap=gap), notes=(note,)
+    )
+    message = result_to_proto(plan, b"document")
+    assert message.num_replicas == len(replicas)
+    assert message.num_gpus == sum(len(replica.devices()) for replica in replicas)
+    assert message.num_attention_workers == sum(len(p.devices) for r in replicas for p in r.attention_workers)
+    assert message.HasField("bound") == message.HasField("gap") == math.isfinite(bound)
+    assert (message.value, list(message.notes)) == (value, [note])
+    assert (message.document_bytes, message.document.digest) == (8, digest_of(b"document"))
+
+
+def test_the_digest_of_a_plan_is_that_of_its_canonical_document() -> None:
+    assert digest_of(canonical_json(MADE)) == digest(MADE)
+
+
+def test_the_full_view_has_everything_where_there_is_room() -> None:
+    plan = MADE
+    message = plan_pb2.Plan(result=result_to_proto(plan, b"{}"))
+    complete(message, plan, b"{}")
+    assert tuple(map(replica_from_proto, message.result.replicas)) == plan.replicas
+    assert message.result.document.content == b"{}"
+    assert len(message.result.prices) == len(plan.prices)
+    assert not message.result.replicas_truncated
+
+
+@given(st.integers(0, 1500), st.integers(0, 4 << 20), st.integers(1, 5_000))
+def test_the_full_view_is_never_larger_than_a_message(num_replicas: int, document_bytes: int, name_bytes: int) -> None:
+    stage = replace(MADE.replicas[0].stages[0], devices=("n" * name_bytes,))
+    plan = replace(MADE, replicas=(replace(MADE.replicas[0], stages=(stage,)),) * num_replicas)
+    document = bytes(document_bytes)
+    message = plan_pb2.Plan(result=result_to_proto(plan, document))
+    complete(message, plan, document)
+    assert message.ByteSize() <= 4 << 20
+    assert message.result.replicas_truncated == (len(message.result.replicas) < num_replicas)
+    assert len(message.result.replicas) <= 1000
+    assert message.result.document.content in (b"", document)
+
+
+def test_the_basic_view_leaves_contents_out_and_nothing_else() -> None:
+    document = document_pb2.Document(content=b"x", source_name="model.yaml")
+    plan = plan_pb2.Plan(spec=plan_pb2.PlanSpec(model_document=document, workload_name="w", seed=3))
+    basic = without_contents(plan)
+    assert (basic.spec.model_document.source_name, basic.spec.workload_name, basic.spec.seed) == ("model.yaml", "w", 3)
+    assert not basic.spec.model_document.content
+    assert plan.spec.model_document.content == b"x"
+    assert without_contents(plan_pb2.Plan()) == plan_pb2.Plan()
+
+
+@given(
+    st.text(min_size=1),
+    NUMBERS,
+    st.none() | NUMBERS,
+    st.none() | st.just(math.inf) | NUMBERS,
+    st.none() | st.just(math.inf) | NUMBERS,
+)
+def test_progress_says_only_what_is_known(
+    phase: str, elapsed_s: float, incumbent: float | None, bound: float | None, gap: float | None
+) -> None:
+    progress = Progress(phase=phase, elapsed_s=elapsed_s, incumbent=incumbent, bound=bound, gap=gap)
+    message = progress_to_proto(progress_from_frame(progress_to_frame(progress)), "USD/h")
+    assert (message.phase, message.elapsed_s, message.unit) == (phase, elapsed_s, "USD/h")
+    for name, value in (("incumbent", incumbent), ("bound", bound), ("gap", gap)):
+        is_known = value is not None and math.isfinite(value)
+        assert message.HasField(name) == is_known  # type: ignore[arg-type]
+        assert not is_known or getattr(message, name) == value
+
+
+def read(message: plan_pb2.Objective) -> tuple[Objective, dict[str, str]]:
+    wrong: dict[str, str] = {}
+    return objective_from_proto(message, "o", wrong.__setitem__), wrong
+
+
+def test_an_objective_that_says_nothing_is_goodput_with_its_default_limits() -> None:
+    assert read(plan_pb2.Objective()) == (Objective(), {})
+
+
+def test_throughput_has_no_limits_unless_they_are_given() -> None:
+    throughput = plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_THROUGHPUT)
+    assert read(throughput)[0] == Objective(
+        kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None, demand_rps=None
+    )
+    throughput.ttft_limit_s = 3.0
+    assert read(throughput)[0].ttft_limit_s == 3.0
+
+
+def test_limits_can_be_lifted_and_a_demand_is_asked_for_where_it_is_needed() -> None:
+    lifted = plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_GPUS, ttft_unlimited=True, tpot_unlimited=True)
+    found, wrong = read(lifted)
+    assert (found.ttft_limit_s, found.tpot_limit_s) == (None, None)
+    assert wrong == {"o.demand_rps": "is missing: the objective GPUS needs a demanded rate"}
+    lifted.demand_rps = 2.0
+    assert read(lifted) == (replace(found, demand_rps=2.0), {})

@@ -1,0 +1,157 @@
+"""PlanService on a real loopback server: a store in a file, a fleet made up, solver processes real or scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from hetis.planner.jobs.pool import PoolSettings, SolverPool
+from hetis.planner.jobs.process import SolverProcess
+from hetis.planner.resources.clusters import Clusters
+from hetis.planner.resources.declared import DeclaredFleets
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.plan_activation import PlanActivation
+from hetis.planner.resources.plan_creation import PlanCreation
+from hetis.planner.resources.plan_documents import PlanDocuments
+from hetis.planner.resources.plan_searches import PlanSearches
+from hetis.planner.resources.plan_specs import SearchLimits
+from hetis.planner.resources.plans import Plans
+from hetis.planner.service.calls import Calls
+from hetis.planner.service.credentials import NoCredentials
+from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.server import PlannerServer, Servicing
+from hetis.planner.service.servicers.plan import PlanServicer
+from hetis.planner.service.telemetry import Telemetry
+from hetis.planner.service.traces import NoTraces
+from hetis.planner.store import Store
+from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2_grpc
+from hetis.v1 import plan_service_pb2 as pb2
+from tests.planner.resources.served import FakeFleet
+
+T = TypeVar("T")
+PAPER = (Path(__file__).parents[3] / "examples" / "paper.yaml").read_bytes()
+SCRIPTED = (sys.executable, str(Path(__file__).parents[1] / "jobs" / "scripted_worker.py"))
+WAIT, CRASH, HANG, FIND_NOTHING = 1, 2, 3, 4  # seeds, as the scripted process understands them
+SEARCHING = (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
+
+
+@dataclass(kw_only=True)
+class Planner:
+    """A planner whose only cluster, at first, is ``clusters/paper``."""
+
+    stub: Any
+    store: Store
+    hubs: Hubs
+    fleet: FakeFleet
+    pool: SolverPool
+    clusters: Clusters
+    creation: PlanCreation
+
+    async def call(self, name: str, request: Any) -> Any:
+        return await getattr(self.stub, name)(request, timeout=30)
+
+    async def create(self, plan_id: str, **spec: Any) -> plan_pb2.Plan:
+        response = await self.call("CreatePlan", create_request(plan_id, **spec))
+        return response.plan  # type: ignore[no-any-return]
+
+    async def get(self, name: str) -> plan_pb2.Plan:
+        return (await self.call("GetPlan", pb2.GetPlanRequest(name=name))).plan  # type: ignore[no-any-return]
+
+    async def until(self, name: str, is_reached: Callable[[plan_pb2.Plan], bool]) -> list[plan_pb2.Plan]:
+        """States as a watcher sees them, up to the first that is as wanted."""
+        seen: list[plan_pb2.Plan] = []
+        async for response in self.stub.WatchPlan(pb2.WatchPlanRequest(name=name)):
+            seen.append(response.plan)
+            if is_reached(response.plan):
+                return seen
+        raise AssertionError(f"the watch ended with {seen[-1]}")
+
+    async def solved(self, name: str) -> plan_pb2.Plan:
+        return (await self.until(name, lambda plan: plan.state not in SEARCHING))[-1]
+
+    async def solving(self, name: str) -> None:
+        await self.until(name, lambda plan: plan.state == plan_pb2.PLAN_STATE_SOLVING)
+
+
+def create_request(plan_id: str = "", *, request_id: str = "", validate_only: bool = False, **spec: Any) -> Any:
+    wanted = {"model_name": "Llama-2-70B", "workload_name": "azure_conv_2023", **spec}
+    plan = plan_pb2.Plan(cluster="clusters/paper", spec=plan_pb2.PlanSpec(**wanted))
+    return pb2.CreatePlanRequest(plan_id=plan_id, plan=plan, request_id=request_id, validate_only=validate_only)
+
+
+@asynccontextmanager
+async def planner_in(
+    folder: Path,
+    *,
+    scripted: bool = False,
+    settings: PoolSettings = PoolSettings(),  # noqa: B008  # frozen
+) -> AsyncIterator[Planner]:
+    start_process: Callable[[], Awaitable[SolverProcess]] = SolverProcess.start
+    if scripted:
+        start_process = partial(SolverProcess.start, SCRIPTED)
+    store = await Store.open(f"sqlite:///{folder}/hetis.db")
+    hubs, fleet, fleets = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets()
+    pool = SolverPool(settings, start_process=start_process)
+    searches = PlanSearches(store, hubs, pool)
+    documents = PlanDocuments(store)
+    creation = PlanCreation(store, hubs, fleet, fleets, pool, searches, limits=SearchLimits())
+    clusters = Clusters(store, hubs, fleet, fleets)
+    servicer = PlanServicer(
+        creation, Plans(store, hubs, searches, documents), PlanActivation(store, hubs, fleet, fleets, documents)
+    )
+    servicing = Servicing(
+        service="hetis.v1.PlanService", servicer=servicer, add=plan_service_pb2_grpc.add_PlanServiceServicer_to_server
+    )
+    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+    address = server.listen("127.0.0.1:0")
+    pool.start()
+    await searches.resume()
+    await server.start()
+    try:
+        if await store.read(lambda reader: reader.clusters.get("clusters/paper")) is None:
+            await make_cluster(clusters, "paper", PAPER)
+        async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            yield Planner(
+                stub=plan_service_pb2_grpc.PlanServiceStub(channel),
+                store=store,
+                hubs=hubs,
+                fleet=fleet,
+                pool=pool,
+                clusters=clusters,
+                creation=creation,
+            )
+    finally:
+        hubs.close()
+        await server.stop_at_once()
+        await searches.stop()
+        await pool.stop()
+        await store.close()
+
+
+async def make_cluster(clusters: Clusters, cluster_id: str, text: bytes) -> None:
+    cluster = cluster_pb2.Cluster(document=document_pb2.Document(content=text, source_name=f"{cluster_id}.yaml"))
+    await clusters.create(cluster_service_pb2.CreateClusterRequest(cluster_id=cluster_id, cluster=cluster))
+
+
+def with_planner(
+    folder: Path,
+    scenario: Callable[[Planner], Coroutine[Any, Any, T]],
+    *,
+    scripted: bool = False,
+    settings: PoolSettings = PoolSettings(),  # noqa: B008
+) -> T:
+    """Runs ``scenario`` against a planner of its own, for at most three minutes: the solver may have to be compiled."""
+
+    async def run() -> T:
+        async with planner_in(folder, scripted=scripted, settings=settings) as planner, asyncio.timeout(180):
+            return await scenario(planner)
+
+    return asyncio.run(run())

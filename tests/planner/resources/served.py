@@ -1,0 +1,193 @@
+"""ClusterService and ProfileService on a real loopback server, with a store in a file and a fleet made up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status  # type: ignore[import-untyped]
+
+from hetis.planner.resources.clusters import Clusters
+from hetis.planner.resources.declared import DeclaredFleets
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.node_views import NodeReader
+from hetis.planner.resources.nodes import Nodes
+from hetis.planner.resources.profiles import Profiles
+from hetis.planner.resources.running import Running
+from hetis.planner.resources.watches import ClusterWatches
+from hetis.planner.service.calls import Calls
+from hetis.planner.service.credentials import NoCredentials
+from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.server import PlannerServer, Servicing
+from hetis.planner.service.servicers.cluster import ClusterServicer
+from hetis.planner.service.servicers.profile import ProfileServicer
+from hetis.planner.service.telemetry import Telemetry
+from hetis.planner.service.traces import NoTraces
+from hetis.planner.store import Store
+from hetis.v1 import (
+    cluster_pb2,
+    cluster_service_pb2_grpc,
+    document_pb2,
+    inventory_pb2,
+    profile_service_pb2_grpc,
+    replica_pb2,
+    report_pb2,
+)
+
+T = TypeVar("T")
+STATE = cluster_pb2.NodeState
+
+CLUSTER = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: fleet
+nodes:
+  - {name: a100, gpus: [{type: A100-SXM-80GB, count: 2}]}
+  - {name: l4, count: 3, gpus: [{type: L4, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+
+def document(text: str = CLUSTER, name: str = "fleet.yaml") -> document_pb2.Document:
+    return document_pb2.Document(content=text.encode(), source_name=name)
+
+
+@dataclass(kw_only=True)
+class LiveNode:
+    state: STATE.ValueType = STATE.NODE_STATE_READY
+    devices: list[report_pb2.DeviceReport] = field(default_factory=list)
+    inventory: inventory_pb2.NodeInventory | None = None
+    connect_time_s: float | None = 5.0
+    heard_time_s: float | None = 6.0
+
+
+@dataclass(kw_only=True)
+class LiveReplica:
+    state: replica_pb2.ReplicaState.ValueType
+    generation: int
+    report: report_pb2.ReplicaReport | None = None
+    report_time_s: float | None = None
+    redispatch: str = ""
+
+
+class FakeFleet:
+    """What a test says the fleet sees."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, LiveNode] = {}
+        self.replicas: dict[str, LiveReplica] = {}
+        self.changed: list[str] = []
+
+    def node_view(self, name: str) -> LiveNode | None:
+        return self.nodes.get(name)
+
+    def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
+        return {name: node for name, node in self.nodes.items() if name.startswith(f"{cluster}/")}
+
+    def replica_view(self, name: str) -> LiveReplica | None:
+        return self.replicas.get(name)
+
+    async def cluster_changed(self, cluster: str) -> None:
+        self.changed.append(cluster)
+
+
+@dataclass(kw_only=True)
+class Served:
+    """A planner with its two services; calls of the stubs have a deadline of their own."""
+
+    clusters: Any
+    profiles: Any
+    store: Store
+    hubs: Hubs
+    fleet: FakeFleet
+    now_s: list[float]
+
+
+@asynccontextmanager
+async def served(folder: Path) -> AsyncIterator[Served]:
+    store = await Store.open(f"sqlite:///{folder}/hetis.db")
+    hubs, fleet, fleets, now_s = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets(), [1000.0]
+    clock = lambda: now_s[0]  # noqa: E731
+    reader = NodeReader(store, fleet, fleets)
+    cluster_servicer = ClusterServicer(
+        Clusters(store, hubs, fleet, fleets, clock=clock),
+        Nodes(store, hubs, fleet, reader, clock=clock),
+        Running(store, fleet),
+        ClusterWatches(store, hubs, fleet, reader, clock=clock),
+    )
+    add_clusters = cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server
+    add_profiles = profile_service_pb2_grpc.add_ProfileServiceServicer_to_server
+    profiles = ProfileServicer(Profiles(store, clock=clock))
+    servicings = [
+        Servicing(service="hetis.v1.ClusterService", servicer=cluster_servicer, add=add_clusters),
+        Servicing(service="hetis.v1.ProfileService", servicer=profiles, add=add_profiles),
+    ]
+    server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+    address = server.listen("127.0.0.1:0")
+    await server.start()
+    try:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(address, options=options) as channel:
+            yield Served(
+                clusters=_WithDeadline(cluster_service_pb2_grpc.ClusterServiceStub(channel)),
+                profiles=_WithDeadline(profile_service_pb2_grpc.ProfileServiceStub(channel)),
+                store=store,
+                hubs=hubs,
+                fleet=fleet,
+                now_s=now_s,
+            )
+    finally:
+        hubs.close()
+        await server.stop_at_once()
+        await store.close()
+
+
+class _WithDeadline:
+    def __init__(self, stub: object) -> None:
+        self._stub = stub
+
+    def __getattr__(self, name: str) -> Callable[[Message], Any]:
+        call = getattr(self._stub, name)
+        return lambda request: call(request) if name.startswith("Watch") else call(request, timeout=20)
+
+
+def with_planner(folder: Path, scenario: Callable[[Served], Coroutine[Any, Any, T]]) -> T:
+    """Runs ``scenario`` against a planner of its own, for at most a minute."""
+
+    async def run() -> T:
+        async with served(folder) as planner:
+            return await asyncio.wait_for(scenario(planner), 60)
+
+    return asyncio.run(run())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A failed call."""
+
+    code: grpc.StatusCode
+    reason: str
+    metadata: dict[str, str]
+    fields: dict[str, str]
+
+
+async def refused(call: Any) -> Refusal:
+    """How a call failed, which must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    status = rpc_status.from_call(caught.value)
+    assert status is not None, caught.value
+    info, wrong = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    for detail in status.details:
+        detail.Unpack(info)
+        detail.Unpack(wrong)
+    fields = {violation.field: violation.description for violation in wrong.field_violations}
+    return Refusal(code=caught.value.code(), reason=info.reason, metadata=dict(info.metadata), fields=fields)

@@ -1,0 +1,206 @@
+"""What can happen to a search, with solver processes that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import uuid
+from pathlib import Path
+
+import grpc
+
+from hetis.planner.jobs.pool import PoolSettings
+from hetis.v1 import failure_pb2, plan_pb2, view_pb2
+from hetis.v1 import plan_service_pb2 as pb2
+from tests.planner.resources.planned import (
+    CRASH,
+    FIND_NOTHING,
+    HANG,
+    WAIT,
+    Planner,
+    create_request,
+    planner_in,
+    with_planner,
+)
+from tests.planner.resources.served import refused
+
+QUEUED, SOLVING = plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING
+CANCELLED, FAILED = plan_pb2.PLAN_STATE_CANCELLED, plan_pb2.PLAN_STATE_FAILED
+
+
+async def cancel(planner: Planner, name: str) -> plan_pb2.Plan:
+    return (await planner.call("CancelPlan", pb2.CancelPlanRequest(name=name))).plan  # type: ignore[no-any-return]
+
+
+def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("bad", seed=CRASH)
+        plan = await planner.solved("plans/bad")
+        assert plan.state == FAILED
+        assert plan.failure.reason == failure_pb2.ERROR_REASON_SOLVER_CRASHED
+        assert dict(plan.failure.metadata) == {"exit_code": "3"}
+        assert plan.failure.message == "the solver process ended with exit code 3: MemoryError: no room for tables"
+        await planner.create("next", seed=FIND_NOTHING)
+        assert (await planner.solved("plans/next")).failure.reason == failure_pb2.ERROR_REASON_NO_PLAN_FOUND
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        await asyncio.sleep(0.2)
+        os.kill(planner.pool.pids[0], signal.SIGKILL)
+        plan = await planner.solved("plans/night")
+        assert dict(plan.failure.metadata) == {"exit_code": "-9"}
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_a_plan_that_waits_is_cancelled_at_once_and_never_solved(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("first", seed=WAIT)
+        await planner.solving("plans/first")
+        await planner.create("second", seed=WAIT)
+        await cancel(planner, "plans/second")
+        assert (await planner.solved("plans/second")).state == CANCELLED
+        again = await cancel(planner, "plans/second")
+        assert again.state == CANCELLED
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_a_search_that_is_called_off_answers_with_the_best_plan_so_far(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        await cancel(planner, "plans/night")
+        plan = await planner.solved("plans/night")
+        assert plan.state == CANCELLED
+        assert (plan.result.status, plan.result.value) == (plan_pb2.SOLVE_STATUS_INTERRUPTED, 1.0)
+        read = planner.stub.ReadPlanDocument(pb2.ReadPlanDocumentRequest(name="plans/night"))
+        assert (await read.read()).content == b"incumbent"
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_a_search_that_does_not_hear_is_cancelled_all_the_same(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("deaf", seed=HANG)
+        await planner.solving("plans/deaf")
+        told = await cancel(planner, "plans/deaf")
+        assert told.state == SOLVING
+        assert (await planner.solved("plans/deaf")).state == CANCELLED
+
+    with_planner(tmp_path, scenario, scripted=True, settings=PoolSettings(grace_s=0.2))
+
+
+def test_a_full_queue_says_when_to_come_again_but_answers_what_it_has_answered(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("first", seed=WAIT)
+        await planner.solving("plans/first")
+        request = create_request("second", request_id=str(uuid.uuid4()), seed=WAIT)
+        made = await planner.call("CreatePlan", request)
+        full = await refused(planner.call("CreatePlan", create_request("third", seed=WAIT)))
+        assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SOLVER_QUEUE_FULL")
+        assert full.metadata == {"queued": "1"}
+        assert (await planner.call("CreatePlan", request)).plan == made.plan
+        assert (await planner.call("CreatePlan", create_request("x", validate_only=True))).plan.name == "plans/x"
+        other = create_request("third", request_id=request.request_id)
+        assert (await refused(planner.call("CreatePlan", other))).reason == "REQUEST_ID_REUSED"
+        await cancel(planner, "plans/second")
+        await planner.solved("plans/second")
+        await planner.create("third", seed=WAIT)
+
+    with_planner(tmp_path, scenario, scripted=True, settings=PoolSettings(queue_size=1))
+
+
+def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("night", seed=WAIT)
+        taken = await refused(planner.call("CreatePlan", create_request("night", seed=WAIT)))
+        assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
+        dry = await refused(planner.call("CreatePlan", create_request("night", validate_only=True)))
+        assert dry.reason == "ALREADY_EXISTS"
+        still = await refused(planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night")))
+        assert still.reason == "PLAN_STATE"
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_validate_only_answers_what_would_be_and_keeps_nothing(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        plan = (await planner.call("CreatePlan", create_request("dry", validate_only=True))).plan
+        assert (plan.name, plan.state, plan.etag) == ("plans/dry", 0, "")
+        assert not plan.HasField("create_time")
+        assert not (await planner.call("ListPlans", pb2.ListPlansRequest())).plans
+        assert planner.pool.num_waiting + planner.pool.num_running == 0
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_what_was_called_off(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with planner_in(tmp_path, scripted=True) as planner:
+            await planner.create("running", seed=WAIT)
+            await planner.solving("plans/running")
+            for name in ("waiting", "unwanted"):
+                await planner.create(name, seed=FIND_NOTHING)
+            before = await planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/waiting")).read()
+            await planner.create("deaf", seed=HANG)
+            await planner.store.write(lambda tx: tx.plan_documents.delete("plans/unwanted/problem"))
+        async with planner_in(tmp_path, scripted=True) as planner:
+            await planner.solving("plans/running")
+            assert (await planner.solved("plans/unwanted")).state == CANCELLED
+            assert (await planner.get("plans/waiting")).state == QUEUED
+            await cancel(planner, "plans/running")
+            assert (await planner.solved("plans/waiting")).state == FAILED
+            after = [
+                r
+                async for r in planner.stub.WatchPlan(
+                    pb2.WatchPlanRequest(name="plans/waiting", after_sequence=before.sequence)
+                )
+            ]
+            assert after[-1].plan.state == FAILED
+            assert after[-1].sequence > before.sequence
+
+    asyncio.run(scenario())
+
+
+def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("night", seed=WAIT)
+        watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
+        await watch.read()
+        planner.hubs.close()
+
+        async def rest() -> None:
+            while await watch.read() is not grpc.aio.EOF:
+                pass
+
+        ended = await refused(rest())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        unknown = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="plans/other")))
+        assert unknown.reason == "NOT_FOUND"
+        wrong = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="night", view=view_pb2.VIEW_BASIC)))
+        assert wrong.reason == "INVALID_FIELD"
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_pages_begin_with_the_newest(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        for number in range(3):
+            await planner.create(f"p{number}", seed=FIND_NOTHING)
+        first = await planner.call("ListPlans", pb2.ListPlansRequest(page_size=2))
+        assert [plan.name for plan in first.plans] == ["plans/p2", "plans/p1"]
+        rest = pb2.ListPlansRequest(page_size=2, page_token=first.next_page_token)
+        second = await planner.call("ListPlans", rest)
+        assert [plan.name for plan in second.plans] == ["plans/p0"]
+        assert not second.next_page_token
+        rest.cluster = "clusters/paper"
+        assert (await refused(planner.call("ListPlans", rest))).reason == "INVALID_PAGE_TOKEN"
+
+    with_planner(tmp_path, scenario, scripted=True)

@@ -1,0 +1,224 @@
+"""Plans from CreatePlan to DeletePlan, with the solver in a process of its own, on the cluster of the paper."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from hetis.formats import catalogue
+from hetis.formats.documents import dump, from_data
+from hetis.planner.convert.documents import document_of
+from hetis.planner.sources import problem_of_plan
+from hetis.planner.store import ProfileRecord
+from hetis.profiler.roofline import modelled_profile
+from hetis.solver.check import check_plan
+from hetis.solver.plan import Plan
+from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, profile_pb2
+from hetis.v1 import plan_service_pb2 as pb2
+from tests.planner.resources.planned import PAPER, Planner, create_request, make_cluster, with_planner
+from tests.planner.resources.served import LiveNode, refused
+
+READY, INFEASIBLE = plan_pb2.PLAN_STATE_READY, plan_pb2.PLAN_STATE_INFEASIBLE
+
+
+async def read_document(planner: Planner, name: str, offset: int = 0) -> bytes:
+    pieces = planner.stub.ReadPlanDocument(pb2.ReadPlanDocumentRequest(name=name, offset=offset))
+    return b"".join([piece.content async for piece in pieces])
+
+
+def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        made = await planner.create("night")
+        assert (made.name, made.state) == ("plans/night", plan_pb2.PLAN_STATE_QUEUED)
+        seen = await planner.until("plans/night", lambda plan: plan.state == READY)
+        assert seen[0].state in (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
+        assert any(plan.progress.phase for plan in seen)
+        ready = seen[-1]
+        assert ready.result.status == plan_pb2.SOLVE_STATUS_OPTIMAL
+        assert ready.result.value == pytest.approx(0.9226, abs=1e-3)  # `hetis-plan place` on the same inputs
+        assert ready.result.gap <= 1e-6
+        assert (ready.result.unit, ready.result.num_gpus) == ("requests/s", 4)  # the A100s: the rest idles
+        assert not ready.result.replicas
+        assert not ready.result.document.content
+        assert not ready.spec.model_document.content
+
+        full = await planner.get("plans/night")
+        content = full.result.document.content
+        assert full.result.document.digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
+        assert full.result.document_bytes == len(content)
+        assert len(full.result.replicas) == full.result.num_replicas
+        assert full.result.prices
+        plan = from_data(json.loads(content))
+        assert isinstance(plan, Plan)
+        assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
+        assert plan.inputs["origins"]["cluster"] == "clusters/paper v1"
+        assert await read_document(planner, "plans/night") == content
+        assert await read_document(planner, "plans/night", 10) == content[10:]
+
+        explained = await planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/night"))
+        assert explained.memory
+        assert explained.stage_times
+        assert explained.attention_workers
+        same = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/night", other="plans/night"))
+        assert {d.kind for d in same.replicas} == {pb2.REPLICA_DIFFERENCE_KIND_KEPT}
+        assert same.load_bytes == 0
+        assert not same.changed_inputs
+
+        listed = await planner.call("ListPlans", pb2.ListPlansRequest(cluster="clusters/paper", states=[READY]))
+        assert [plan.name for plan in listed.plans] == ["plans/night"]
+        await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night", etag=full.etag))
+        gone = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="plans/night")))
+        assert gone.reason == "NOT_FOUND"
+        assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night")) is None
+
+    with_planner(tmp_path, scenario)
+
+
+def test_what_cannot_be_is_infeasible_with_reasons_and_nothing_to_explain(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("no", objective=plan_pb2.Objective(tpot_limit_s=1e-6))
+        plan = await planner.solved("plans/no")
+        assert plan.state == INFEASIBLE
+        assert plan.infeasible_reasons
+        assert not plan.HasField("result")
+        refusal = await refused(planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/no")))
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PLAN_STATE")
+        assert refusal.metadata == {"name": "plans/no", "state": "INFEASIBLE"}
+
+    with_planner(tmp_path, scenario)
+
+
+def test_nodes_that_drain_or_are_lost_are_left_out(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        planner.fleet.nodes["clusters/paper/nodes/p100"] = LiveNode(state=cluster_pb2.NODE_STATE_LOST)
+        await planner.create("less")
+        plan = await planner.solved("plans/less")
+        assert plan.state == READY
+        full = await planner.get("plans/less")
+        devices = [d for replica in full.result.replicas for stage in replica.stages for d in stage.devices]
+        assert not [device for device in devices if device.startswith("p100")]
+        found = json.loads(full.result.document.content)
+        assert found["inputs"]["origins"]["cluster"] == "clusters/paper v1 without p100"
+
+    with_planner(tmp_path, scenario)
+
+
+def test_a_plan_made_elsewhere_is_checked_and_ready_at_once(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.create("first")
+        await planner.solved("plans/first")
+        document = await read_document(planner, "plans/first")
+        plan = from_data(json.loads(document))
+        text = dump(plan, "yaml").encode()
+        imported = plan_pb2.Plan(
+            cluster="clusters/paper", imported=document_pb2.Document(content=text, source_name="plan.yaml")
+        )
+        made = (await planner.call("CreatePlan", pb2.CreatePlanRequest(plan_id="second", plan=imported))).plan
+        assert made.state == READY
+        assert made.imported.source_name == "plan.yaml"
+        assert await read_document(planner, "plans/second") == document
+        assert [r async for r in planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/second"))][-1].plan == made
+
+        data = json.loads(document)
+        data["replicas"][0]["rate"] *= 2
+        imported.imported.content = json.dumps(data).encode()
+        wrong = await refused(planner.call("CreatePlan", pb2.CreatePlanRequest(plan=imported)))
+        assert (wrong.code, wrong.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PLAN_CHECK_FAILED")
+        assert int(wrong.metadata["violations"]) >= 1
+
+        await make_cluster(
+            planner.clusters, "small", PAPER.replace(b"A100-PCIe-80GB, count: 4", b"A100-PCIe-80GB, count: 2")
+        )
+        imported.cluster, imported.imported.content = "clusters/small", text
+        missing = await refused(planner.call("CreatePlan", pb2.CreatePlanRequest(plan=imported)))
+        assert missing.reason == "INVENTORY_MISMATCH"
+        assert missing.metadata == {"cluster": "clusters/small", "missing_gpus": "2"}
+
+        imported.imported.content = b"kind: Plan\napiVersion: hetis/v1\nreplicas: 7\n"
+        broken = await refused(planner.call("CreatePlan", pb2.CreatePlanRequest(plan=imported)))
+        assert broken.reason == "INVALID_DOCUMENT"
+        assert "plan.imported#replicas" in broken.fields
+
+    with_planner(tmp_path, scenario)
+
+
+def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        request = create_request(
+            "Night!",
+            request_id="7",
+            model_name="/etc/passwd",
+            workload_name="azure_conv_2032",
+            strategy="hexgenn",
+            gap_target=2.0,
+            profiles=["profile"],
+            objective=plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_COST, ttft_limit_s=-1.0, tpot_unlimited=False),
+        )
+        request.plan.spec.time_limit.FromSeconds(0)
+        request.plan.labels["UPPER"] = "x"
+        wrong = await refused(planner.call("CreatePlan", request))
+        assert (wrong.code, wrong.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+        assert set(wrong.fields) == {
+            "plan_id",
+            "request_id",
+            'plan.labels["UPPER"]',
+            "plan.spec.model_name",
+            "plan.spec.workload_name",
+            "plan.spec.strategy",
+            "plan.spec.gap_target",
+            "plan.spec.profiles[0]",
+            "plan.spec.time_limit",
+            "plan.spec.objective.demand_rps",
+            "plan.spec.objective.ttft_limit_s",
+            "plan.spec.objective.tpot_unlimited",
+        }
+        assert "did you mean azure_conv_2023?" in wrong.fields["plan.spec.workload_name"]
+
+        workload = b"apiVersion: hetis/v1\nkind: Workload\nname: w\ntrace: /etc/passwd\n"
+        request = create_request(workload_document=document_pb2.Document(content=workload))
+        trace = await refused(planner.call("CreatePlan", request))
+        assert trace.fields.keys() == {"plan.spec.workload_document#trace"}
+
+        nowhere = create_request()
+        nowhere.plan.cluster = "clusters/nowhere"
+        assert (await refused(planner.call("CreatePlan", nowhere))).reason == "NOT_FOUND"
+        priceless = create_request(objective=plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_COST, demand_rps=1.0))
+        contradiction = await refused(planner.call("CreatePlan", priceless))
+        assert contradiction.reason == "INVALID_PROBLEM"
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_stored_profiles_are_used_the_newest_first_unless_they_are_named(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        gpu = catalogue.find_gpu("RTX-3090").gpu
+        for number in (1, 2):
+            profile = replace(modelled_profile(gpu), usable_bytes=20 * 2**30 + number)
+            body = profile_pb2.Profile(document=document_of(profile))
+            record = ProfileRecord(
+                name=f"profiles/p{number}",
+                gpu_type=gpu.name,
+                body=body,
+                create_time_s=float(number),
+                update_time_s=float(number),
+            )
+            await planner.store.write(lambda tx, record=record: tx.profiles.insert(record))  # type: ignore[misc]
+        for plan_id, profiles in (("newest", []), ("named", ["profiles/p1"])):
+            await planner.create(plan_id, profiles=profiles)
+            await planner.solved(f"plans/{plan_id}")
+        for plan_id, used in (("newest", "profiles/p2"), ("named", "profiles/p1")):
+            origins = json.loads(await read_document(planner, f"plans/{plan_id}"))["inputs"]["origins"]["profiles"]
+            assert origins == {"A100-PCIe-80GB": "modelled", "RTX-3090": used, "P100-PCIe-12GB": "modelled"}
+        diff = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/newest", other="plans/named"))
+        assert diff.changed_inputs == ["documents.profiles.RTX-3090"]
+        twice = await refused(planner.call("CreatePlan", create_request(profiles=["profiles/p1", "profiles/p2"])))
+        assert twice.fields.keys() == {"plan.spec.profiles[1]"}
+        unknown = await refused(planner.call("CreatePlan", create_request(profiles=["profiles/p3"])))
+        assert (unknown.reason, unknown.metadata) == ("NOT_FOUND", {"name": "profiles/p3"})
+
+    with_planner(tmp_path, scenario)

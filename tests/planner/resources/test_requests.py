@@ -1,0 +1,94 @@
+"""Changes are done once and to the end, whoever still waits for them; on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.resources.clusters import Clusters
+from hetis.planner.resources.declared import DeclaredFleets
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.requests import fingerprint, to_the_end
+from hetis.planner.store import Store
+from hetis.v1 import cluster_pb2
+from hetis.v1 import cluster_service_pb2 as pb
+from tests.planner.resources.served import FakeFleet, document
+from tests.planner.store.postgres import find_binaries, new_database, running_server
+
+
+@pytest.fixture(scope="module")
+def postgres_url() -> Iterator[str]:
+    if find_binaries() is None:
+        pytest.skip("PostgreSQL (initdb, postgres) is not installed: resources are not tested with it")
+    with running_server() as server:
+        yield new_database(server, "hetis")
+
+
+def test_a_change_whose_caller_gave_up_is_still_told(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+        hubs, fleet = Hubs(await store.lead("test")), FakeFleet()
+        clusters = Clusters(store, hubs, fleet, DeclaredFleets())
+        request = pb.CreateClusterRequest(cluster_id="a", cluster=cluster_pb2.Cluster(document=document()))
+        call = asyncio.create_task(clusters.create(request))
+        while not (await store.read(lambda tx: tx.clusters.all())) and not call.done():
+            await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+        async for events in hubs.cluster("clusters/a").watch():
+            if events:
+                assert [event.key for event in events] == [("cluster", "clusters/a")]
+                break
+        while not fleet.changed:
+            await asyncio.sleep(0)
+        await store.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_work_goes_on_when_its_caller_is_cancelled() -> None:
+    async def scenario() -> None:
+        done, go = list[str](), asyncio.Event()
+
+        async def work() -> None:
+            await go.wait()
+            done.append("done")
+
+        caller = asyncio.create_task(to_the_end(work()))
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        go.set()
+        await asyncio.sleep(0.01)
+        assert caller.cancelled()
+        assert done == ["done"]
+
+    asyncio.run(scenario())
+
+
+def test_a_repeated_request_survives_a_restart_of_the_planner(postgres_url: str) -> None:
+    request = pb.CreateClusterRequest(
+        cluster_id="a", cluster=cluster_pb2.Cluster(document=document()), request_id=str(uuid.uuid4())
+    )
+
+    async def ask() -> pb.CreateClusterResponse:
+        store = await Store.open(postgres_url)
+        hubs = Hubs(await store.lead("test"))
+        clusters = Clusters(store, hubs, FakeFleet(), DeclaredFleets())
+        answer = await clusters.create(request)
+        assert len((await clusters.list(pb.ListClustersRequest())).clusters) == 1
+        await store.close()
+        return answer
+
+    assert asyncio.run(ask()) == asyncio.run(ask())
+
+
+def test_requests_are_the_same_whatever_their_id() -> None:
+    one = pb.DeleteClusterRequest(name="clusters/a", request_id="1")
+    assert fingerprint(one) == fingerprint(pb.DeleteClusterRequest(name="clusters/a", request_id="2"))
+    assert fingerprint(one) != fingerprint(pb.DeleteClusterRequest(name="clusters/a", etag="v1"))
+    assert one.request_id == "1"
