@@ -1,0 +1,227 @@
+"""What becomes of a replica next: a rule over what it is, what its nodes say, and whether the plan in force has it.
+
+Up:    STARTING, goal LOAD on every node -> all LOADED -> goal SERVE on every node -> all SERVING -> SERVING
+Down:  DRAINING, goal DRAIN -> nothing runs -> STOPPED, removed from every node
+In between: DEGRADED without some attention worker, FAILED without a device of the dense path; both end by themselves
+when the device is back. A node of an engine that hetis does not steer (UNMANAGED) counts as whatever is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.transition import node_of
+from hetis.v1 import cluster_pb2, failure_pb2, replica_pb2, report_pb2
+
+State = replica_pb2.ReplicaState
+Goal = replica_pb2.AssignmentGoal
+NodeState = cluster_pb2.NodeState
+AssignmentState = report_pb2.AssignmentState
+DeviceStatus = report_pb2.DeviceStatus
+
+LOADED = frozenset(
+    {
+        AssignmentState.ASSIGNMENT_STATE_LOADED,
+        AssignmentState.ASSIGNMENT_STATE_SERVING,
+        AssignmentState.ASSIGNMENT_STATE_UNMANAGED,
+    }
+)
+SERVING = frozenset({AssignmentState.ASSIGNMENT_STATE_SERVING, AssignmentState.ASSIGNMENT_STATE_UNMANAGED})
+# What a node that served says when its engine died or came up anew; a silent one (UNSPECIFIED) is given credit.
+_DOWN = frozenset(
+    {
+        AssignmentState.ASSIGNMENT_STATE_LOADING,
+        AssignmentState.ASSIGNMENT_STATE_LOADED,
+        AssignmentState.ASSIGNMENT_STATE_STOPPED,
+        AssignmentState.ASSIGNMENT_STATE_FAILED,
+    }
+)
+UP_STATES = frozenset({State.REPLICA_STATE_SERVING, State.REPLICA_STATE_DEGRADED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a node says of its part of a replica.
+
+    Attributes:
+        presence: of the node.
+        is_draining: the node is to be emptied.
+        held: generation that it holds.
+        state: how far it is.
+        failure: why it failed or refused; None: it did not.
+        is_idle: nothing runs or waits on it; None: not known, or not the primary's node.
+    """
+
+    presence: NodeState.ValueType
+    is_draining: bool = False
+    held: int = 0
+    state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
+    failure: failure_pb2.Failure | None = None
+    is_idle: bool | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        return self.presence == NodeState.NODE_STATE_LOST
+
+    def reached(self, states: Iterable[AssignmentState.ValueType], generation: int) -> bool:
+        return self.held >= generation and self.state in states
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a replica is.
+
+    Attributes:
+        state: its state.
+        goal: of its last assignment. None: none was made.
+        conditions: in its last assignment, the device's status by its name.
+        failure: why it is degraded or failed.
+    """
+
+    state: State.ValueType
+    goal: Goal.ValueType | None = None
+    conditions: tuple[tuple[str, DeviceStatus.ValueType], ...] = ()
+    failure: failure_pb2.Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What the rule looks at beside the replica itself.
+
+    Attributes:
+        is_wanted: the plan in force contains it.
+        may_drain: what the plan in force starts beside those that leave is up.
+        is_blocked: another replica is still on one of its devices.
+        is_late: it has been starting, or draining, for longer than it may.
+        generation: of its last assignment.
+        parts: by node id.
+        devices: all its devices, `node/index`.
+        dense_nodes: nodes that it cannot serve without.
+    """
+
+    is_wanted: bool
+    may_drain: bool
+    is_blocked: bool
+    is_late: bool
+    generation: int
+    parts: Mapping[str, Part]
+    devices: tuple[str, ...]
+    dense_nodes: frozenset[str]
+
+
+def next_standing(now: Standing, around: Surroundings) -> Standing:
+    """The same value where nothing is to be done."""
+    if now.state == State.REPLICA_STATE_STOPPED:
+        return now
+    if now.state == State.REPLICA_STATE_DRAINING:
+        return _served_again(now) if around.is_wanted else _draining(now, around)
+    if not around.is_wanted:
+        if now.state not in UP_STATES:
+            return replace(now, state=State.REPLICA_STATE_STOPPED)
+        if around.may_drain:
+            return replace(now, state=State.REPLICA_STATE_DRAINING, goal=Goal.ASSIGNMENT_GOAL_DRAIN)
+    if now.state == State.REPLICA_STATE_STARTING:
+        return _starting(now, around)
+    return _serving(now, around)
+
+
+def _starting(now: Standing, around: Surroundings) -> Standing:
+    parts = around.parts
+    if now.goal is None and around.is_blocked:
+        return now
+    lost = sorted(node for node, part in parts.items() if part.is_lost)
+    if lost:
+        return _failed(now, _unavailable(f"node {lost[0]} is lost", lost[0]))
+    if around.is_late:
+        late = sorted(node for node, part in parts.items() if not part.reached(_aim(now.goal), around.generation))
+        return _failed(now, _unavailable(f"did not come up in time on {', '.join(late)}", late[0] if late else ""))
+    if now.goal is None:
+        ready = all(part.presence == NodeState.NODE_STATE_READY for part in parts.values())
+        return replace(now, goal=Goal.ASSIGNMENT_GOAL_LOAD, conditions=_conditions(around, ())) if ready else now
+    if (failure := _failure_of(parts.values())) is not None:
+        return _failed(now, failure)
+    if not all(part.reached(_aim(now.goal), around.generation) for part in parts.values()):
+        return now
+    if now.goal == Goal.ASSIGNMENT_GOAL_LOAD:
+        return replace(now, goal=Goal.ASSIGNMENT_GOAL_SERVE)
+    return replace(now, state=State.REPLICA_STATE_SERVING, failure=None)
+
+
+def _serving(now: Standing, around: Surroundings) -> Standing:
+    """SERVING, DEGRADED and FAILED are told apart anew every time, by what the nodes say."""
+    parts = around.parts
+    gone = {node for node, part in parts.items() if part.is_lost or (part.held and part.state in _DOWN)}
+    dense = sorted(gone & around.dense_nodes)
+    if dense:
+        part = parts[dense[0]]
+        failure = None if part.is_lost else part.failure
+        return _failed(now, failure or _unavailable(f"node {dense[0]} does not serve it any more", dense[0]))
+    if now.state == State.REPLICA_STATE_FAILED and (
+        now.goal != Goal.ASSIGNMENT_GOAL_SERVE
+        or not all(parts[node].reached(SERVING, 1) for node in around.dense_nodes)
+    ):
+        return now
+    conditions = _conditions(around, gone)
+    if not gone:
+        return Standing(state=State.REPLICA_STATE_SERVING, goal=Goal.ASSIGNMENT_GOAL_SERVE, conditions=conditions)
+    node = min(gone)
+    return Standing(
+        state=State.REPLICA_STATE_DEGRADED,
+        goal=Goal.ASSIGNMENT_GOAL_SERVE,
+        conditions=conditions,
+        failure=_unavailable(f"the attention workers of node {node} are gone", node),
+    )
+
+
+def _draining(now: Standing, around: Surroundings) -> Standing:
+    def is_empty(part: Part) -> bool:
+        return part.is_lost or part.held == 0 or part.state == AssignmentState.ASSIGNMENT_STATE_STOPPED
+
+    primary_idle = any(part.is_idle and part.held >= around.generation for part in around.parts.values())
+    dense_lost = any(around.parts[node].is_lost for node in around.dense_nodes)
+    if around.is_late or dense_lost or primary_idle or all(map(is_empty, around.parts.values())):
+        return replace(now, state=State.REPLICA_STATE_STOPPED)
+    return now
+
+
+def _served_again(now: Standing) -> Standing:
+    """A plan that contains it came back before it had stopped."""
+    return replace(now, state=State.REPLICA_STATE_SERVING, goal=Goal.ASSIGNMENT_GOAL_SERVE)
+
+
+def _failed(now: Standing, failure: failure_pb2.Failure) -> Standing:
+    if now.state == State.REPLICA_STATE_FAILED:
+        return now  # the first failure is the one to know
+    return replace(now, state=State.REPLICA_STATE_FAILED, failure=failure)
+
+
+def _failure_of(parts: Iterable[Part]) -> failure_pb2.Failure | None:
+    for part in parts:
+        if part.failure is not None:
+            return part.failure
+        if part.held and part.state == AssignmentState.ASSIGNMENT_STATE_FAILED:
+            return _unavailable("a node could not load it", "")
+    return None
+
+
+def _aim(goal: Goal.ValueType | None) -> frozenset[AssignmentState.ValueType]:
+    return SERVING if goal == Goal.ASSIGNMENT_GOAL_SERVE else LOADED
+
+
+def _conditions(around: Surroundings, gone: Iterable[str]) -> tuple[tuple[str, DeviceStatus.ValueType], ...]:
+    gone = set(gone)
+    found = []
+    for device in around.devices:
+        node = node_of(device)
+        if node in gone:
+            found.append((device, DeviceStatus.DEVICE_STATUS_LOST))
+        elif around.parts[node].is_draining:
+            found.append((device, DeviceStatus.DEVICE_STATUS_DRAINING))
+    return tuple(found)
+
+
+def _unavailable(message: str, node: str) -> failure_pb2.Failure:
+    metadata = {"device": node} if node else {}
+    return ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata=metadata).to_proto()

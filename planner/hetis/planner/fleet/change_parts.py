@@ -1,0 +1,43 @@
+"""Which nodes a change concerns, and what each has to do in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hetis.planner.failures import invalid_field
+from hetis.planner.fleet.transition import node_of
+from hetis.v1 import change_pb2, replica_pb2
+
+Part = change_pb2.ChangePart
+Parts = Mapping[str, tuple[Part.ValueType, ...]]
+
+
+def parts_of(change: change_pb2.Change, shape: replica_pb2.ReplicaPlan, *, primary_node: str) -> Parts:
+    """Parts by node id, the authority's first.
+
+    Raises:
+        ServiceError: INVALID_FIELD: a move names a device that the stage's copy has not.
+    """
+    gpus = gpus_of_copy(shape, change.stage, change.copy)
+    found: dict[str, set[Part.ValueType]] = {primary_node: {Part.CHANGE_PART_AUTHORITY}}
+    for move in change.moves:
+        for device, part in ((move.source, Part.CHANGE_PART_SOURCE), (move.target, Part.CHANGE_PART_TARGET)):
+            if device not in gpus:
+                raise invalid_field(f"change.moves[{move.number}]", f"{device} is no device of the stage's copy")
+            for gpu in gpus[device]:
+                found.setdefault(node_of(gpu), set()).add(part)
+    return {node: tuple(sorted(parts)) for node, parts in found.items()}
+
+
+def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
+    """GPUs of every device of one copy of a stage, the primary first; a device has the name of its first GPU."""
+    if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
+        raise invalid_field("change.stage", f"the replica has no stage {stage} with copy {copy}")
+    one = shape.stages[stage]
+    primary = list(one.devices[copy * one.tp : (copy + 1) * one.tp])
+    gpus = {primary[0]: primary}
+    for pool in shape.attention_workers:
+        if pool.stage == stage:
+            each = len(pool.devices) // one.copies
+            gpus |= {device: [device] for device in pool.devices[copy * each : (copy + 1) * each]}
+    return gpus

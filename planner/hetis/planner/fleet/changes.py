@@ -1,0 +1,351 @@
+"""One re-dispatch in two phases, as a machine that is driven: what nodes say goes in, what each should be told is read.
+
+    PREPARING --all READY--> COMMITTING --authority FLIPPED--> RELEASING --all RELEASED--> DONE
+        | refused, failed, late,    | authority ABORTED             ^
+        v lost, called off          v                               | authority FLIPPED
+    ABORTING <----------------------+-------------------------------+ --authority ABORTED, all told--> ABORTED
+
+Two rules make it safe. A permission to flip is told only after COMMITTING is durable: a planner that comes after this
+one and reads PREPARING knows that nobody was permitted. And how a change ended is told only after that is durable: the
+authority, which forgets a change once it was told, is told last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.change_parts import Parts
+from hetis.planner.fleet.deltas import Directive
+from hetis.planner.fleet.settings import seconds_of
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2
+
+State = redispatch_pb2.RedispatchState
+Phase = change_pb2.ChangePhase
+Outcome = change_pb2.ChangeOutcome
+Part = change_pb2.ChangePart
+
+FINAL = frozenset({State.REDISPATCH_STATE_ADVISED, State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED})
+_RANK = {
+    Phase.CHANGE_PHASE_PREPARING: 1,
+    Phase.CHANGE_PHASE_READY: 2,
+    Phase.CHANGE_PHASE_FLIPPED: 3,
+    Phase.CHANGE_PHASE_ABORTED: 3,
+    Phase.CHANGE_PHASE_RELEASED: 4,
+}
+_ENOUGH_ANSWERS = 3  # to `resolved`, when the node never says RELEASED: that message was lost, and it has forgotten
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A re-dispatch as it was when a write began; ``body`` is a copy."""
+
+    revision: int
+    body: redispatch_pb2.Redispatch
+    outcome: Outcome.ValueType
+
+
+class ChangeCoordinator:
+    """Attributes:
+    body: the re-dispatch as it is now; `is_unsaved` tells whether the store should know.
+    authority: id of the node whose engine decides.
+    num_contradictions: second words of authorities that differed from their first, which never happens.
+    """
+
+    def __init__(
+        self,
+        body: redispatch_pb2.Redispatch,
+        parts: Parts,
+        *,
+        now_s: float,
+        again_s: float,
+    ) -> None:
+        """A new one.
+
+        Args:
+            body: with the change; not in the store yet.
+            parts: by node id.
+            now_s: monotonic.
+            again_s: what was acknowledged and had no effect is told again after this long.
+        """
+        self.body = body
+        self.authority = next(node for node, its in parts.items() if Part.CHANGE_PART_AUTHORITY in its)
+        self.num_contradictions = 0
+        self._parts = parts
+        self._again_s = again_s
+        self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)
+        self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
+        self._status: dict[str, change_pb2.ChangeStatus] = {}
+        self._finished: set[str] = set()
+        self._lost: set[str] = set()
+        self._answers: dict[str, int] = {}  # to the last directive
+        self._answered_s: dict[str, float] = {}
+        self._revision = 1  # of what the store should know
+        self._saved = 0
+        self._durable: State.ValueType = State.REDISPATCH_STATE_UNSPECIFIED
+        self._durable_outcome: Outcome.ValueType = Outcome.CHANGE_OUTCOME_UNSPECIFIED
+        body.state = State.REDISPATCH_STATE_PREPARING
+        if not body.nodes:
+            body.nodes.extend(redispatch_pb2.NodeChangeStatus(node=node, parts=its) for node, its in parts.items())
+
+    @classmethod
+    def resumed(cls, body: redispatch_pb2.Redispatch, *, now_s: float, again_s: float) -> ChangeCoordinator:
+        """One that an earlier planner left; where nobody can have been permitted to flip it is called off."""
+        state = body.state
+        found = cls(body, {one.node: tuple(one.parts) for one in body.nodes}, now_s=now_s, again_s=again_s)
+        body.state = found._durable = state
+        for one in body.nodes:
+            if one.HasField("status"):
+                found._status[one.node] = one.status
+        authority = found._status.get(found.authority)
+        if state == State.REDISPATCH_STATE_RELEASING:
+            found._outcome = Outcome.CHANGE_OUTCOME_FLIPPED
+        elif (
+            state == State.REDISPATCH_STATE_ABORTING
+            and authority is not None
+            and authority.phase == Phase.CHANGE_PHASE_ABORTED
+        ):
+            found._outcome = Outcome.CHANGE_OUTCOME_ABORTED
+        found._durable_outcome, found._saved = found._outcome, found._revision
+        if state == State.REDISPATCH_STATE_PREPARING:
+            found.call_off(
+                _failure(Reason.ERROR_REASON_CHANGE_CANCELLED, "the planner restarted before all were ready")
+            )
+        return found
+
+    # What is to be done.
+
+    @property
+    def change_id(self) -> str:
+        return self.body.change.change_id
+
+    @property
+    def state(self) -> State.ValueType:
+        return self.body.state
+
+    @property
+    def is_unsaved(self) -> bool:
+        """The store should know more than it does. Until then `directives` go by what it knows."""
+        return self._saved != self._revision
+
+    @property
+    def has_ended(self) -> bool:
+        """And the store knows."""
+        return self.body.state in FINAL and not self.is_unsaved
+
+    @property
+    def was_flipped(self) -> bool:
+        return self._outcome == Outcome.CHANGE_OUTCOME_FLIPPED
+
+    @property
+    def nodes(self) -> Iterable[str]:
+        """Ids of the nodes concerned."""
+        return self._parts.keys()
+
+    def to_save(self) -> Saving:
+        """What the store should know now."""
+        body = redispatch_pb2.Redispatch()
+        body.CopyFrom(self.body)
+        return Saving(revision=self._revision, body=body, outcome=self._outcome)
+
+    def saved(self, saving: Saving) -> None:
+        """The store has it, durably."""
+        self._saved = saving.revision
+        self._durable, self._durable_outcome = saving.body.state, saving.outcome
+        self._advance()
+
+    def directives(self) -> dict[str, Directive]:
+        """What each node should have been told last; nodes that are not here: nothing more."""
+        knows_end = self._durable_outcome != Outcome.CHANGE_OUTCOME_UNSPECIFIED
+        match self._durable:
+            case State.REDISPATCH_STATE_PREPARING if self.body.state != State.REDISPATCH_STATE_ABORTING:
+                return {node: self._prepare(node) for node in self._parts}
+            case State.REDISPATCH_STATE_COMMITTING:
+                commit = agent_service_pb2.CommitChange(change_id=self.change_id)
+                return {self.authority: self._directive(commit)}
+            case State.REDISPATCH_STATE_PREPARING | State.REDISPATCH_STATE_ABORTING if not knows_end:
+                abort = agent_service_pb2.AbortChange(change_id=self.change_id, failure=self.body.failure)
+                return {node: self._directive(abort) for node in self._parts}
+            case State.REDISPATCH_STATE_RELEASING | State.REDISPATCH_STATE_ABORTING:
+                return self._resolved()
+            case _:
+                return {}
+
+    # What is heard.
+
+    def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        """A node said how far it is; what tells of an earlier phase than before is old."""
+        before = self._status.get(node)
+        if node not in self._parts or status.phase not in _RANK:
+            return
+        if before is not None and _RANK[status.phase] <= _RANK[before.phase]:
+            self._note_contradiction(node, before, status)
+            return
+        self._take(node, status)
+        if node == self.authority and status.phase in (Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED):
+            self._end(Outcome.CHANGE_OUTCOME_FLIPPED)
+        elif node == self.authority and status.phase == Phase.CHANGE_PHASE_ABORTED:
+            self._end(Outcome.CHANGE_OUTCOME_ABORTED, status.failure)
+        elif status.phase == Phase.CHANGE_PHASE_ABORTED:
+            self.call_off(status.failure)
+        if status.phase == Phase.CHANGE_PHASE_RELEASED:
+            self._finished.add(node)
+        self._advance()
+
+    def answered(self, node: str, kind: str, failure: failure_pb2.Failure | None, *, now_s: float) -> None:
+        """A node took or refused what it was told; ``kind`` is that of the directive."""
+        told = self.directives().get(node)
+        if told is None or told.kind != kind:
+            return  # something newer is to be told
+        self._answered_s[node] = now_s
+        self._answers[node] = self._answers.get(node, 0) + 1
+        is_unknown = failure is not None and failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
+        if kind == "prepare" and failure is not None:
+            self.call_off(failure)
+        elif kind in ("abort", "commit") and is_unknown and node == self.authority:
+            # It holds nothing that it could flip, and with its engine all that it may have flipped is gone.
+            self._end(Outcome.CHANGE_OUTCOME_ABORTED, failure)
+        elif kind == "resolved" and self._knows_outcome:
+            was_aborted = self._outcome == Outcome.CHANGE_OUTCOME_ABORTED
+            if is_unknown or (failure is None and (was_aborted or self._answers[node] >= _ENOUGH_ANSWERS)):
+                self._finished.add(node)
+        self._advance()
+
+    def reconnected(self, node: str, *, lists_change: bool) -> None:
+        """A stream of the node began, whose Hello lists the change or not."""
+        self._answers.pop(node, None)
+        self._answered_s.pop(node, None)
+        if not lists_change and self._knows_outcome and node in self._parts:
+            self._finished.add(node)
+        self._advance()
+
+    def lose(self, node: str) -> None:
+        """The node's lease ran out."""
+        if node not in self._parts or node in self._lost:
+            return
+        self._lost.add(node)
+        self.call_off(_failure(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"node {node} was lost", device=node))
+        self._advance()
+
+    def regain(self, node: str) -> None:
+        self._lost.discard(node)
+
+    def call_off(self, failure: failure_pb2.Failure) -> None:
+        """Unless it is too late: once it is committing the authority decides."""
+        if self.body.state == State.REDISPATCH_STATE_PREPARING:
+            self.body.failure.CopyFrom(failure)
+            self._enter(State.REDISPATCH_STATE_ABORTING)
+
+    def give_up(self, failure: failure_pb2.Failure) -> None:
+        """The replica is removed: nothing of the change matters any more, whoever knows how it ended."""
+        if self.body.state not in FINAL:
+            self._enter(State.REDISPATCH_STATE_DONE if self.was_flipped else State.REDISPATCH_STATE_ABORTED)
+            if not self.was_flipped and not self.body.HasField("failure"):
+                self.body.failure.CopyFrom(failure)
+
+    def pass_time(self, now_s: float) -> list[str]:
+        """Calls the change off when it is late; returns the nodes that should be told again what they were told."""
+        if self.body.state == State.REDISPATCH_STATE_PREPARING and now_s >= self._deadline_s:
+            late = sorted(node for node in self._parts if not self._is_ready(node))
+            message = f"not ready in time: {', '.join(late)}" if late else "ready too late"
+            self.call_off(_failure(Reason.ERROR_REASON_PREPARE_EXPIRED, message))
+        if self._durable == State.REDISPATCH_STATE_PREPARING == self.body.state:
+            return []  # nodes report progress by themselves, and the deadline ends it
+        again = [
+            node
+            for node, answered_s in self._answered_s.items()
+            if node not in self._finished and now_s - answered_s >= self._again_s
+        ]
+        for node in again:
+            del self._answered_s[node]
+        return again
+
+    # Inside.
+
+    @property
+    def _knows_outcome(self) -> bool:
+        return self._outcome != Outcome.CHANGE_OUTCOME_UNSPECIFIED
+
+    def _is_ready(self, node: str) -> bool:
+        status = self._status.get(node)
+        return status is not None and status.phase == Phase.CHANGE_PHASE_READY
+
+    def _take(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        self._status[node] = status
+        for one in self.body.nodes:
+            if one.node == node:
+                one.status.CopyFrom(status)
+
+    def _note_contradiction(self, node: str, before: change_pb2.ChangeStatus, status: change_pb2.ChangeStatus) -> None:
+        ends = {Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED, Phase.CHANGE_PHASE_ABORTED}
+        both = {before.phase, status.phase}
+        if node == self.authority and both <= ends and Phase.CHANGE_PHASE_ABORTED in both and len(both) > 1:
+            self.num_contradictions += 1
+
+    def _end(self, outcome: Outcome.ValueType, failure: failure_pb2.Failure | None = None) -> None:
+        """The authority spoke; its first word stands."""
+        if self._knows_outcome or self.body.state in FINAL:
+            return
+        self._outcome = outcome
+        if outcome == Outcome.CHANGE_OUTCOME_FLIPPED:
+            self.body.ClearField("failure")
+            self._enter(State.REDISPATCH_STATE_RELEASING)
+            return
+        self._enter(State.REDISPATCH_STATE_ABORTING)
+        if not self.body.HasField("failure") and failure is not None:
+            self.body.failure.CopyFrom(failure)
+        if (said := self._status.get(self.authority)) is None or said.phase != Phase.CHANGE_PHASE_ABORTED:
+            self._take(self.authority, self._aborted_status())
+
+    def _enter(self, state: State.ValueType) -> None:
+        self.body.state = state
+        self._revision += 1
+        self._answers.clear()
+        self._answered_s.clear()
+
+    def _aborted_status(self) -> change_pb2.ChangeStatus:
+        return change_pb2.ChangeStatus(
+            change_id=self.change_id, replica=self.body.replica, phase=Phase.CHANGE_PHASE_ABORTED
+        )
+
+    def _advance(self) -> None:
+        state = self.body.state
+        if state == State.REDISPATCH_STATE_PREPARING and all(map(self._is_ready, self._parts)):
+            self._enter(State.REDISPATCH_STATE_COMMITTING)
+        elif state == State.REDISPATCH_STATE_ABORTING and not self._knows_outcome and self.authority in self._lost:
+            # Nobody was permitted to flip, so that it did not.
+            self._end(Outcome.CHANGE_OUTCOME_ABORTED, self.body.failure)
+        if state in FINAL or not self._knows_outcome or self.is_unsaved:
+            return
+        if all(node in self._finished or node in self._lost for node in self._parts):
+            flipped = self._outcome == Outcome.CHANGE_OUTCOME_FLIPPED
+            self._enter(State.REDISPATCH_STATE_DONE if flipped else State.REDISPATCH_STATE_ABORTED)
+
+    def _prepare(self, node: str) -> Directive:
+        return self._directive(agent_service_pb2.PrepareChange(change=self.body.change, parts=self._parts[node]))
+
+    def _resolved(self) -> dict[str, Directive]:
+        said = self._status.get(self.authority)
+        resolved = agent_service_pb2.ChangeResolved(
+            change_id=self.change_id, outcome=self._outcome, moves=() if said is None else said.moves
+        )
+        others = [node for node in self._parts if node != self.authority]
+        are_done = all(node in self._finished or node in self._lost for node in others)
+        told = [*others, self.authority] if are_done else others
+        return {node: self._directive(resolved) for node in told if node not in self._finished}
+
+    def _directive(
+        self,
+        step: (
+            agent_service_pb2.PrepareChange
+            | agent_service_pb2.CommitChange
+            | agent_service_pb2.AbortChange
+            | agent_service_pb2.ChangeResolved
+        ),
+    ) -> Directive:
+        return Directive(change_id=self.change_id, generation=self.body.change.generation, step=step)
+
+
+def _failure(reason: Reason.ValueType, message: str, **metadata: str) -> failure_pb2.Failure:
+    return ServiceError(reason, message, metadata=metadata).to_proto()

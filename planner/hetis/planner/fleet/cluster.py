@@ -1,0 +1,580 @@
+"""One running cluster, as a value that is driven: what the store has, what nodes say, what is to be told and noted.
+
+Nothing here waits, knows the time by itself, or speaks to anybody. `hetis.planner.fleet.deciding` says what the store
+should know next; what follows for the nodes is set up when it does.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from hetis.planner.convert.names import last_part, node_name
+from hetis.planner.failures import Reason, ServiceError, not_found
+from hetis.planner.fleet import link_events as events
+from hetis.planner.fleet.activation import NodeState, Part
+from hetis.planner.fleet.change_parts import parts_of
+from hetis.planner.fleet.changes import FINAL, ChangeCoordinator, Outcome
+from hetis.planner.fleet.changes import State as RedispatchState
+from hetis.planner.fleet.counters import FleetCounters, count
+from hetis.planner.fleet.deltas import WantedRemoval
+from hetis.planner.fleet.late_changes import LateChanges
+from hetis.planner.fleet.leases import Leases
+from hetis.planner.fleet.link import NodeLink, Opened, Response
+from hetis.planner.fleet.replica import Contents, Replica
+from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.writes import KeptCluster, NodeWrite
+from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, plan_pb2, redispatch_pb2, report_pb2
+
+_ENDED_KEPT = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a change ended, for nodes that come back and ask."""
+
+    outcome: Outcome.ValueType
+    moves: tuple[change_pb2.MoveResult, ...]
+
+
+class ClusterFleet:
+    """Attributes:
+    name: `clusters/{cluster}`.
+    record: None: nothing was read yet, or the cluster is gone.
+    plan: that is in force. None: none.
+    links, leases: by node id.
+    replicas: by name.
+    changes: re-dispatches under way, by change id.
+    advised: those that are only to be kept.
+    late: changes that nodes speak of and that are not under way.
+    unprepared: replicas whose plans have to be looked up.
+    dirty: replicas that the rule should look at.
+    shown: ("node" or "replica" or "redispatch", name) and ("plan", name) whose looks changed.
+    reported: reports since they were last taken, the newest of each node and replica.
+    ended: re-dispatches that ended since they were last taken.
+    capacity_changed: since that was last looked at.
+    progress: of the plan in force, as it was at the last look.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        epoch: int,
+        settings: FleetSettings,
+        counters: FleetCounters,
+        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+    ) -> None:
+        self.name = name
+        self.record: ClusterRecord | None = None
+        self.plan: PlanRecord | None = None
+        self.links: dict[str, NodeLink] = {}
+        self.leases = Leases(suspect_s=settings.suspect_s, lease_s=settings.lease_s)
+        self.replicas: dict[str, Replica] = {}
+        self.changes: dict[str, ChangeCoordinator] = {}
+        self.advised: list[redispatch_pb2.Redispatch] = []
+        self.late = LateChanges()
+        self.node_records: dict[str, NodeRecord] = {}
+        self.node_writes: dict[str, NodeWrite] = {}
+        self.unprepared: dict[str, None] = {}
+        self.dirty: set[str] = set()
+        self.look_at_all = True
+        self.shown: set[tuple[str, str]] = set()
+        self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
+        self.ended: list[redispatch_pb2.Redispatch] = []
+        self.capacity_changed = False
+        self.progress = plan_pb2.ActivationProgress()
+        self.connect_time_s: dict[str, float] = {}
+        self.settings = settings
+        self.counters = counters
+        self._epoch = epoch
+        self._new_id = new_id
+        self._replicas_on: dict[str, set[str]] = {}
+        self._endings: OrderedDict[str, Ended] = OrderedDict()
+        self._talking: set[str] = set()  # nodes with something to be sent
+        self._waiting: set[str] = set()  # nodes with something to be sent when time has passed
+
+    # What the store has.
+
+    def take(self, kept: KeptCluster, declared: Iterable[str], *, now_s: float) -> None:
+        """The cluster as it was just read; ``declared``: node ids of its document."""
+        is_first = self.record is None
+        self.record, self.plan = kept.cluster, kept.plan
+        self.look_at_all = True
+        earlier = {last_part(record.name) for record in kept.nodes if record.body.agent_version} if is_first else set()
+        self.note_presence(self.leases.declare(declared, now_s=now_s, known=earlier))
+        for record in kept.nodes:
+            self._take_node(record)
+        found = {record.name: record for record in kept.replicas}
+        for name in [name for name in self.replicas if name not in found]:
+            self.drop_replica(name)
+        for name, replica_record in found.items():
+            if name in self.replicas:
+                self.replicas[name].renew(replica_record)
+            else:
+                self._add_replica(Replica(replica_record))
+            self.shown.add(("replica", name))
+        if is_first:
+            for redispatch in kept.redispatches:
+                self._resume(redispatch.body, now_s)
+
+    def prepare(self, name: str, contents: Contents | None) -> None:
+        """What a replica's plan says of it; None: it cannot be read, and the replica not be started."""
+        replica = self.replicas.get(name)
+        self.unprepared.pop(name, None)
+        if replica is None:
+            return
+        if contents is None and replica.standing.goal is None:
+            replica.cannot_start = True
+        replica.contents = contents or Contents.nothing()
+        self.dirty.add(name)
+        if replica.assigned_generation and not replica.is_stopping and not replica.has_failed:
+            self.assign(replica)
+
+    def note_drained(self, record: NodeRecord) -> None:
+        self._take_node(record)
+
+    # What nodes say.
+
+    def link(self, node: str) -> NodeLink:
+        if node not in self.links:
+            self.links[node] = NodeLink(
+                node_name(self.name, node), epoch=self._epoch, settings=self.settings, new_id=self._new_id
+            )
+            record = self.node_records.get(node)
+            if record is not None and record.body.HasField("inventory"):
+                self.links[node].inventory = record.body.inventory
+        return self.links[node]
+
+    def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> Opened:
+        """A stream begins.
+
+        Raises:
+            ServiceError: it must not.
+        """
+        link = self.link(node)
+        was_connected, address = bool(link.session), link.engine_address
+        opened = link.open(request)
+        self.counters.streams += 1
+        self.counters.takeovers += was_connected
+        self.connect_time_s[node] = time_s
+        if self.leases.connect(node, now_s=now_s):
+            self.note_presence([node])
+        record = self.node_records.get(node)
+        if record is None or record.body.agent_version != link.agent_version:
+            self._write_node(node, None)
+        listed = {status.change_id for status in opened.changes}
+        for change in list(self.changes.values()):
+            if node in change.nodes:
+                change.reconnected(node, lists_change=change.change_id in listed)
+        for status in opened.changes:
+            self._hear_change(node, status)
+        for name in list(link.slots):
+            self._check_held(node, name)
+        if link.engine_address != address:
+            self._note_address(node, link.engine_address)
+        self._talking.add(node)
+        self.dirty |= self._replicas_on.get(node, set())
+        return opened
+
+    def close(self, node: str, session: str) -> None:
+        """A stream ended."""
+        if self.links[node].close(session) and self.leases.disconnect(node):
+            self.note_presence([node])
+
+    def handle(
+        self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
+    ) -> list[events.HeadMapsRead | events.Fenced]:
+        """A message of a stream; what it means for others than this cluster is returned.
+
+        Raises:
+            ServiceError: the stream must end.
+        """
+        link = self.links[node]
+        if link.session != session:
+            raise ServiceError(
+                Reason.ERROR_REASON_NODE_TAKEN_OVER,
+                f"another stream of node {node} began",
+                metadata={"node": link.node},
+            )
+        count(self.counters.messages, request.WhichOneof("message") or "unknown")
+        if self.leases.hear(node, now_s=now_s):
+            self.note_presence([node])
+        returned: list[events.HeadMapsRead | events.Fenced] = []
+        for event in link.receive(request, now_s=now_s):
+            match event:
+                case events.Reported():
+                    self._note_report(node, event, time_s)
+                case events.Found():
+                    self._write_node(node, event)
+                case events.Answered():
+                    self._note_answer(node, event, now_s)
+                case events.Behind():
+                    self._must_reassign(event.replica)
+                case events.Progressed():
+                    self._hear_change(node, event.status)
+                case _:
+                    returned.append(event)
+        if link.has_more:
+            self._talking.add(node)
+        return returned
+
+    def pass_time(self, now_s: float) -> None:
+        """Leases, deadlines, and what should be said again."""
+        self.note_presence(self.leases.expire(now_s))
+        self._talking |= self._waiting
+        self._waiting.clear()
+        for change in list(self.changes.values()):
+            was = change.state
+            again = change.pass_time(now_s)
+            for node in again:
+                self.link(node).slot(change.body.replica).tell_again(change.change_id)
+                self._talking.add(node)
+            if change.state != was:
+                self.tell(change)
+        self.dirty |= {name for name, replica in self.replicas.items() if replica.since_s is not None}
+
+    def note_presence(self, nodes: Iterable[str]) -> None:
+        """The states of these nodes changed."""
+        for node in nodes:
+            self.shown.add(("node", node_name(self.name, node)))
+            self.shown.add(("cluster", self.name))
+            self.dirty |= self._replicas_on.get(node, set())
+            state = self.leases.state(node)
+            if state in (NodeState.NODE_STATE_LOST, NodeState.NODE_STATE_READY, NodeState.NODE_STATE_UNSPECIFIED):
+                self.capacity_changed = True
+            for change in list(self.changes.values()):
+                if node in change.nodes:
+                    if state == NodeState.NODE_STATE_LOST:
+                        change.lose(node)
+                    else:
+                        change.regain(node)
+                    self.tell(change)
+
+    # What is to be sent and asked.
+
+    def messages(self, now_s: float) -> dict[str, list[Response]]:
+        """By node id; to be sent now."""
+        found = {}
+        talking, self._talking = self._talking, set()
+        for node in talking:
+            link = self.links[node]
+            if messages := link.messages(now_s):
+                found[node] = messages
+                for message in messages:
+                    if message.WhichOneof("message") == "delta":
+                        count(self.counters.deltas, message.delta.WhichOneof("change") or "")
+            if link.has_more:
+                self._waiting.add(node)
+        return found
+
+    def ask_head_maps(self, replica: str) -> tuple[str, str]:
+        """The node that was asked, and the id of the request.
+
+        Raises:
+            ServiceError: NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE where nobody can answer.
+        """
+        found = self.replicas.get(replica)
+        if found is None:
+            raise not_found(replica)
+        link = self.link(found.primary_node)
+        if not link.session:
+            raise ServiceError(
+                Reason.ERROR_REASON_DEVICE_UNAVAILABLE,
+                f"node {found.primary_node} is not connected",
+                metadata={"device": found.primary_node},
+            )
+        if agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP not in link.capabilities:
+            raise ServiceError(
+                Reason.ERROR_REASON_ENGINE_CANNOT, f"the agent of node {found.primary_node} cannot tell the head map"
+            )
+        self._talking.add(found.primary_node)
+        return found.primary_node, link.ask_head_maps(replica)
+
+    def say_goodbye(self, reason: str) -> None:
+        for node, link in self.links.items():
+            if link.session:
+                link.say_goodbye(reason)
+                self._talking.add(node)
+
+    def propose(self, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
+        """Begins a re-dispatch; it counts from when the store has it. ADVISED ones are only kept.
+
+        Raises:
+            ServiceError: NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH or INVALID_FIELD.
+        """
+        replica = self.replicas.get(body.replica)
+        if replica is None:
+            raise not_found(body.replica)
+        if body.state == RedispatchState.REDISPATCH_STATE_ADVISED:
+            self.advised.append(body)
+            return
+        if replica.change_id:
+            raise ServiceError(
+                Reason.ERROR_REASON_CHANGE_IN_FLIGHT,
+                f"change {replica.change_id} of {replica.name} is under way",
+                metadata={"change_id": replica.change_id},
+            )
+        held = self.link(replica.primary_node).slot(replica.name).held
+        if body.change.base_generation != held or not held:
+            raise ServiceError(
+                Reason.ERROR_REASON_GENERATION_MISMATCH,
+                f"the change builds on generation {body.change.base_generation} of {replica.name}, which is at {held}",
+                metadata={"base_generation": body.change.base_generation, "generation": held},
+            )
+        parts = parts_of(body.change, replica.record.body.shape, primary_node=replica.primary_node)
+        lost = sorted(node for node in parts if self.leases.state(node) != NodeState.NODE_STATE_READY)
+        if lost:
+            raise ServiceError(
+                Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"node {lost[0]} is not ready", metadata={"device": lost[0]}
+            )
+        body.change.generation = max(replica.generation, held) + 1
+        change = ChangeCoordinator(body, parts, now_s=now_s, again_s=self.settings.answer_s)
+        self.changes[change.change_id] = change
+        replica.change_id = change.change_id
+        self.dirty.add(replica.name)
+
+    # What follows when the store knows; called by `deciding.applied`.
+
+    def assign(self, replica: Replica) -> None:
+        """Its last assignment is what its nodes should hold."""
+        peers = {node: self.link(node).engine_address for node in replica.nodes}
+        replica.must_reassign = False
+        for node, wanted in replica.assignments(peers, self.record.active_plan if self.record else "").items():
+            self.link(node).slot(replica.name).want(wanted)
+            self._talking.add(node)
+
+    def remove(self, replica: Replica) -> None:
+        """Nothing of it should be held anywhere."""
+        for node in replica.nodes:
+            self.link(node).slot(replica.name).want(WantedRemoval(reason="no plan contains it any more"))
+            self._talking.add(node)
+
+    def drop_replica(self, name: str) -> None:
+        """Its record is gone."""
+        replica = self.replicas.pop(name)
+        self.unprepared.pop(name, None)
+        change = self.changes.get(replica.change_id)
+        if change is not None:
+            change.give_up(_gone(name))
+        for node in replica.nodes:
+            self._replicas_on[node].discard(name)
+            self.shown.add(("node", node_name(self.name, node)))
+            link = self.link(node)
+            if name in link.slots:
+                if link.slots[name].held:
+                    self._check_held(node, name)
+                else:
+                    link.forget(name)
+        self.shown.add(("replica", name))
+        self.dirty.discard(name)
+        self.look_at_all = True
+
+    def tell(self, change: ChangeCoordinator) -> None:
+        """What the nodes of a change should have been told now."""
+        directives = change.directives()
+        for node in change.nodes:
+            link = self.link(node)
+            if node in directives:
+                link.slot(change.body.replica).tell(directives[node])
+                self._talking.add(node)
+            elif change.body.replica in link.slots:
+                link.slot(change.body.replica).forget_change(change.change_id)
+        self.shown.add(("redispatch", change.body.name))
+
+    def end_change(self, change: ChangeCoordinator) -> None:
+        """The store knows how it ended."""
+        del self.changes[change.change_id]
+        self.tell(change)
+        self.counters.contradictions += change.num_contradictions
+        count(self.counters.redispatches, RedispatchState.Name(change.state))
+        self._remember_end(change.body)
+        self.ended.append(change.body)
+        replica = self.replicas.get(change.body.replica)
+        if replica is not None and replica.change_id == change.change_id:
+            replica.change_id = ""
+            self.shown.add(("replica", replica.name))
+
+    # For the rule of activation.
+
+    def parts(self, replica: Replica) -> Mapping[str, Part]:
+        return {node: self._part(replica, node) for node in replica.nodes}
+
+    def is_clearing(self, replica: Replica) -> bool:
+        """One of its nodes still holds something that it was told to remove."""
+        return any(node in self.links and self.links[node].is_clearing for node in replica.nodes)
+
+    def replicas_on(self, node: str) -> list[str]:
+        return sorted(self._replicas_on.get(node, ()))
+
+    def is_draining(self, node: str) -> bool:
+        record = self.node_records.get(node)
+        return record is not None and record.draining
+
+    def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
+        """How a change that nodes speak of ended, as the store says; None: it knows no such change."""
+        if body is not None and body.state in FINAL:
+            self._remember_end(body)
+        for node, status in self.late.take(change_id):
+            self._answer_late(node, status)
+
+    # Inside.
+
+    def _part(self, replica: Replica, node: str) -> Part:
+        state = self.leases.state(node)
+        link = self.links.get(node)
+        slot = None if link is None else link.slots.get(replica.name)
+        if slot is None:
+            return Part(presence=state, is_draining=self.is_draining(node))
+        report = slot.report
+        draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
+        is_idle = None
+        if report is not None and node == replica.primary_node:
+            is_idle = slot.state in draining and report.num_running == report.num_waiting == 0
+        return Part(
+            presence=state,
+            is_draining=self.is_draining(node),
+            held=slot.held,
+            state=slot.state,
+            failure=slot.failure,
+            is_idle=is_idle,
+        )
+
+    def _take_node(self, record: NodeRecord) -> None:
+        node = last_part(record.name)
+        before = self.node_records.get(node)
+        self.node_records[node] = record
+        self.shown.add(("node", record.name))
+        if (before.draining if before else False) != record.draining:
+            self.capacity_changed = True
+            self.dirty |= self._replicas_on.get(node, set())
+
+    def _add_replica(self, replica: Replica) -> None:
+        self.replicas[replica.name] = replica
+        self.unprepared[replica.name] = None
+        for node in replica.nodes:
+            self._replicas_on.setdefault(node, set()).add(replica.name)
+            self.shown.add(("node", node_name(self.name, node)))
+            link = self.links.get(node)
+            if link is not None and replica.name in link.slots:
+                self._check_held(node, replica.name)
+        if replica.is_stopping:
+            self.remove(replica)
+
+    def _resume(self, kept: redispatch_pb2.Redispatch, now_s: float) -> None:
+        body = redispatch_pb2.Redispatch()
+        body.CopyFrom(kept)
+        change = ChangeCoordinator.resumed(body, now_s=now_s, again_s=self.settings.answer_s)
+        self.changes[change.change_id] = change
+        replica = self.replicas.get(body.replica)
+        if replica is None:
+            change.give_up(_gone(body.replica))
+        else:
+            replica.change_id = change.change_id
+        self.tell(change)
+
+    def _note_report(self, node: str, event: events.Reported, time_s: float) -> None:
+        self.shown.add(("node", node_name(self.name, node)))
+        for report in event.replicas:
+            replica = self.replicas.get(report.replica)
+            if replica is None or node not in replica.nodes:
+                self._check_held(node, report.replica)
+                continue
+            self.reported[report.replica, node] = report
+            if node == replica.primary_node:
+                replica.report, replica.report_time_s = report, time_s
+                self.shown.add(("replica", report.replica))
+                if replica.is_draining:
+                    self.dirty.add(report.replica)
+        self.dirty.update(event.changed)
+
+    def _note_answer(self, node: str, event: events.Answered, now_s: float) -> None:
+        answer = event.answer
+        self.dirty.add(answer.replica)
+        if answer.failure is not None:
+            count(self.counters.nacks, Reason.Name(answer.failure.reason))
+        if not answer.change_id:
+            if answer.kind == "removal" and answer.replica not in self.replicas:
+                link = self.links[node]
+                if not link.slots[answer.replica].held:
+                    link.forget(answer.replica)
+                self.look_at_all = True  # something may have waited for this
+            return
+        change = self.changes.get(answer.change_id)
+        if change is not None:
+            change.answered(node, answer.kind, answer.failure, now_s=now_s)
+            self.tell(change)
+        elif answer.kind == "resolved" or answer.failure is not None:
+            slot = self.links[node].slots.get(answer.replica)
+            if slot is not None:
+                slot.forget_change(answer.change_id)
+
+    def _hear_change(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        change = self.changes.get(status.change_id)
+        if change is not None:
+            change.hear(node, status)
+            self.tell(change)
+        elif status.phase != change_pb2.CHANGE_PHASE_RELEASED:
+            if status.change_id in self._endings:
+                self._answer_late(node, status)
+            else:
+                self.late.add(node, status)
+
+    def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        ended = self._endings.get(status.change_id)
+        directive = self.late.directive(
+            status, outcome=None if ended is None else ended.outcome, moves=() if ended is None else ended.moves
+        )
+        self.link(node).slot(status.replica).tell(directive)
+        self._talking.add(node)
+
+    def _remember_end(self, body: redispatch_pb2.Redispatch) -> None:
+        authority = [one for one in body.nodes if change_pb2.CHANGE_PART_AUTHORITY in one.parts]
+        is_done = body.state == RedispatchState.REDISPATCH_STATE_DONE
+        self._endings[body.change.change_id] = Ended(
+            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
+            moves=tuple(authority[0].status.moves) if authority else (),
+        )
+        if len(self._endings) > _ENDED_KEPT:
+            self._endings.popitem(last=False)
+
+    def _check_held(self, node: str, name: str) -> None:
+        """What a node holds of a replica that is not its own, or a later generation than was ever given away."""
+        replica = self.replicas.get(name)
+        slot = self.links[node].slot(name)
+        self._talking.add(node)
+        if replica is None or node not in replica.nodes:
+            slot.want(WantedRemoval(reason="no such replica belongs to this node"))
+        elif slot.held > replica.generation:
+            self._must_reassign(name)
+
+    def _must_reassign(self, name: str) -> None:
+        replica = self.replicas.get(name)
+        if replica is not None:
+            replica.must_reassign = True
+            self.dirty.add(name)
+
+    def _note_address(self, node: str, address: str) -> None:
+        for name in self._replicas_on.get(node, ()):
+            if self.replicas[name].peers.get(node, address) != address:
+                self._must_reassign(name)
+
+    def _write_node(self, node: str, found: events.Found | None) -> None:
+        link = self.links[node]
+        before = self.node_writes.get(node)
+        self.node_writes[node] = NodeWrite(
+            name=link.node,
+            inventory=found.inventory if found is not None else before.inventory if before is not None else None,
+            agent_version=link.agent_version,
+            connect_time_s=self.connect_time_s[node],
+        )
+        self.capacity_changed = self.capacity_changed or found is not None
+
+
+def _gone(replica: str) -> failure_pb2.Failure:
+    return ServiceError(
+        Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica} was removed before it was known how the change ended"
+    ).to_proto()

@@ -1,0 +1,315 @@
+"""One look at a cluster: what the store should know next, and what follows for the nodes once it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hetis.planner.convert.names import last_part
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.activation import UP_STATES, Goal, Standing, State, Surroundings, next_standing
+from hetis.planner.fleet.changes import Outcome, Saving
+from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.replica import Authority, Replica
+from hetis.planner.fleet.writes import Kept, PlanWrite, RedispatchWrite, ReplicaWrite, Writes
+from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2
+
+Activation = plan_pb2.ActivationState
+
+
+def needs_look(cluster: ClusterFleet) -> bool:
+    """Whether `decide` might find something."""
+    return bool(
+        cluster.dirty
+        or cluster.look_at_all
+        or cluster.node_writes
+        or cluster.advised
+        or any(change.is_unsaved or change.has_ended for change in cluster.changes.values())
+    )
+
+
+def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
+    """What should be written. Replicas whose contents are not looked up yet are left as they are."""
+    if cluster.record is None:
+        return Writes(cluster=cluster.name)
+    view = _View.of(cluster)
+    names = cluster.replicas if cluster.look_at_all or view.is_unsettled else cluster.dirty & cluster.replicas.keys()
+    replicas = []
+    for name in list(names):
+        write = _decide_replica(cluster, view, cluster.replicas[name], now_s)
+        if write is not None:
+            replicas.append(write)
+    cluster.dirty.clear()
+    cluster.look_at_all = False
+    nodes = list(cluster.node_writes.values())
+    cluster.node_writes.clear()
+    return Writes(
+        cluster=cluster.name,
+        replicas=replicas,
+        nodes=nodes,
+        plan=_decide_plan(cluster, view, replicas),
+        redispatches=_decide_changes(cluster),
+    )
+
+
+def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
+    """The store has it: now the nodes are told."""
+    for record in kept.nodes.values():
+        cluster.note_drained(record)
+    for write in writes.replicas:
+        _apply_replica(cluster, write, kept)
+    for redispatch in writes.redispatches:
+        change = cluster.changes.get(last_part(redispatch.name))
+        cluster.shown.add(("redispatch", redispatch.name))
+        if change is None:
+            cluster.ended.append(redispatch.saving.body)  # ADVISED
+            continue
+        change.saved(redispatch.saving)
+        if change.has_ended:
+            cluster.end_change(change)
+        else:
+            cluster.tell(change)
+    if kept.plan is not None:
+        cluster.plan = kept.plan
+        cluster.shown.add(("plan", kept.plan.name))
+
+
+def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
+    """The store could not be written: the next look finds it all again."""
+    cluster.look_at_all = True
+    for node in writes.nodes:
+        cluster.node_writes.setdefault(last_part(node.name), node)
+    cluster.advised += [one.saving.body for one in writes.redispatches if last_part(one.name) not in cluster.changes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """What the rule needs to know of all replicas together.
+
+    Attributes:
+        wanted: those of the plan in force.
+        occupied: names of the replicas on each device.
+        may_drain: all that the plan starts beside those that leave serves.
+        is_unsettled: something starts, drains, stops, or is not wanted.
+    """
+
+    wanted: frozenset[str]
+    occupied: dict[str, list[str]]
+    may_drain: bool
+    is_unsettled: bool
+
+    @classmethod
+    def of(cls, cluster: ClusterFleet) -> _View:
+        replicas = cluster.replicas.values()
+        wanted = frozenset(_wanted(cluster))
+        is_unsettled = any(one.state not in UP_STATES or one.name not in wanted for one in replicas)
+        if not is_unsettled:
+            return cls(wanted=wanted, occupied={}, may_drain=True, is_unsettled=False)
+        occupied: dict[str, list[str]] = {}
+        for one in replicas:
+            for device in one.devices:
+                occupied.setdefault(device, []).append(one.name)
+        plan = cluster.plan
+        has_failed = plan is not None and plan.activation == Activation.ACTIVATION_STATE_FAILED
+        may_drain = not has_failed and all(
+            one.state in UP_STATES or _waits_for_others(one, occupied)
+            for one in (cluster.replicas[name] for name in wanted)
+        )
+        return cls(wanted=wanted, occupied=occupied, may_drain=may_drain, is_unsettled=True)
+
+
+def _wanted(cluster: ClusterFleet) -> Iterable[str]:
+    """A replica that failed is not wanted any more once its plan has another in its place."""
+    assert cluster.record is not None
+    active = cluster.record.active_plan
+    of_plan = [one for one in cluster.replicas.values() if active and one.record.plan == active]
+    alive = {one.record.body.plan_index for one in of_plan if not one.has_failed}
+    for one in of_plan:
+        if not one.is_stopping and (not one.has_failed or one.record.body.plan_index not in alive):
+            yield one.name
+
+
+def _waits_for_others(replica: Replica, occupied: dict[str, list[str]]) -> bool:
+    return (
+        replica.state == State.REPLICA_STATE_STARTING
+        and replica.standing.goal is None
+        and any(len(occupied[device]) > 1 for device in replica.devices)
+    )
+
+
+def _decide_replica(cluster: ClusterFleet, view: _View, replica: Replica, now_s: float) -> ReplicaWrite | None:
+    now = replica.standing
+    parts = cluster.parts(replica)
+    if replica.is_stopping:
+        if any(part.held and not part.is_lost for part in parts.values()) or replica.change_id:
+            return None
+        return _write(replica, now, is_gone=True)
+    is_blocked = bool(view.occupied) and _waits_for_others(replica, view.occupied)
+    if now.goal is None and not is_blocked:
+        is_blocked = cluster.is_clearing(replica)
+    after = next_standing(
+        now,
+        Surroundings(
+            is_wanted=replica.name in view.wanted,
+            may_drain=view.may_drain,
+            is_blocked=is_blocked,
+            is_late=_is_late(cluster, replica, is_blocked=is_blocked, now_s=now_s),
+            generation=replica.assigned_generation,
+            parts=parts,
+            devices=replica.devices,
+            dense_nodes=replica.dense_nodes,
+        ),
+    )
+    if replica.cannot_start and after.goal == Goal.ASSIGNMENT_GOAL_LOAD and now.goal is None:
+        after = Standing(state=State.REPLICA_STATE_FAILED, failure=_unreadable(replica))
+    is_new = (after.goal, after.conditions) != (now.goal, now.conditions) or replica.must_reassign
+    if replica.has_failed and any(part.held < replica.assigned_generation for part in parts.values()):
+        is_new = True  # while it had failed nobody was told of its last assignment
+    if after.goal is None or after.state in (State.REPLICA_STATE_STOPPED, State.REPLICA_STATE_FAILED):
+        is_new = False
+    change = cluster.changes.get(replica.change_id)
+    if is_new and replica.contents is None:
+        return None  # again when they are known
+    if change is not None and (is_new or after.state == State.REPLICA_STATE_STOPPED):
+        failure = ServiceError(Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica.name} is assigned anew").to_proto()
+        if after.state == State.REPLICA_STATE_STOPPED:
+            change.give_up(failure)
+        else:
+            change.call_off(failure)
+            cluster.tell(change)
+    generation = replica.generation
+    if change is not None:
+        generation = max(generation, change.body.change.generation)
+    if is_new:
+        held = [part.held for part in parts.values()]
+        generation = max(generation, *held) + 1
+    if not is_new and after == now and generation == replica.generation:
+        return None
+    return _write(
+        replica,
+        after,
+        generation=generation,
+        assigned=generation if is_new else replica.assigned_generation,
+        authority=_authority(cluster, replica) if is_new else replica.record.body.authority,
+    )
+
+
+def _is_late(cluster: ClusterFleet, replica: Replica, *, is_blocked: bool, now_s: float) -> bool:
+    """How long it has been starting, from when its GPUs are free; or draining."""
+    if replica.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
+        replica.since_s = None
+        return False
+    if replica.since_s is None:
+        replica.since_s = now_s
+    most_s = cluster.settings.drain_s if replica.is_draining else cluster.settings.start_s
+    return now_s - replica.since_s >= most_s
+
+
+def _write(
+    replica: Replica,
+    standing: Standing,
+    *,
+    generation: int | None = None,
+    assigned: int | None = None,
+    authority: Authority.ValueType | None = None,
+    is_gone: bool = False,
+) -> ReplicaWrite:
+    return ReplicaWrite(
+        name=replica.name,
+        standing=standing,
+        generation=replica.generation if generation is None else generation,
+        assigned_generation=replica.assigned_generation if assigned is None else assigned,
+        authority=replica.record.body.authority if authority is None else authority,
+        is_gone=is_gone,
+    )
+
+
+def _authority(cluster: ClusterFleet, replica: Replica) -> Authority.ValueType:
+    knows = agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP in cluster.link(replica.primary_node).capabilities
+    return Authority.HEAD_MAP_AUTHORITY_ENGINE if knows else Authority.HEAD_MAP_AUTHORITY_PLANNER
+
+
+def _apply_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> None:
+    replica = cluster.replicas.get(write.name)
+    if replica is None:
+        return
+    record = kept.replicas.get(write.name)
+    if record is None:
+        cluster.drop_replica(write.name)
+        return
+    before = replica.assigned_generation
+    if write.standing.state != replica.state:
+        replica.since_s = None
+        cluster.look_at_all = True  # others may have waited for this
+    replica.renew(record, write.standing)
+    if write.assigned_generation != before:
+        cluster.assign(replica)
+    elif replica.is_stopping:
+        cluster.remove(replica)
+        cluster.dirty.add(replica.name)
+    cluster.shown.add(("replica", replica.name))
+
+
+def _decide_plan(cluster: ClusterFleet, view: _View, writes: Iterable[ReplicaWrite]) -> PlanWrite | None:
+    plan = cluster.plan
+    if plan is None or plan.activation == Activation.ACTIVATION_STATE_INACTIVE:
+        return None
+    states = {name: replica.standing for name, replica in cluster.replicas.items()}
+    for write in writes:
+        states[write.name] = write.standing
+        if write.is_gone:
+            del states[write.name]
+    progress = progress_of(states, view.wanted)
+    if progress != cluster.progress:
+        cluster.progress = progress
+        cluster.shown.add(("plan", plan.name))
+    activation = plan.activation
+    if activation == Activation.ACTIVATION_STATE_ACTIVATING:
+        if progress.num_failed:
+            activation = Activation.ACTIVATION_STATE_FAILED
+        elif not progress.num_starting and len(states) == len(view.wanted & states.keys()):
+            activation = Activation.ACTIVATION_STATE_ACTIVE
+    is_settled = not progress.num_starting and not progress.num_draining
+    if activation == plan.activation and not (is_settled and progress != plan.body.activation_progress):
+        return None  # how far it is on its way is shown, and not kept: the etag is not to change with it
+    return PlanWrite(name=plan.name, activation=activation, progress=progress)
+
+
+def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2.ActivationProgress:
+    """How far the replicas of a plan are. ``states``: of all replicas of the cluster; ``wanted``: of the plan."""
+    of_plan = [states[name] for name in wanted if name in states]
+    failed = [one for one in of_plan if one.state == State.REPLICA_STATE_FAILED]
+    num_serving = sum(one.state in UP_STATES for one in of_plan)
+    progress = plan_pb2.ActivationProgress(
+        num_serving=num_serving,
+        num_failed=len(failed),
+        num_starting=len(of_plan) - num_serving - len(failed),
+        num_draining=sum(
+            one.state in (State.REPLICA_STATE_DRAINING, State.REPLICA_STATE_STOPPED)
+            for name, one in states.items()
+            if name not in wanted
+        ),
+    )
+    first = next((one.failure for one in failed if one.failure is not None), None)
+    if first is not None:
+        progress.failure.CopyFrom(first)
+    return progress
+
+
+def _decide_changes(cluster: ClusterFleet) -> list[RedispatchWrite]:
+    writes = [
+        RedispatchWrite(name=change.body.name, replica=change.body.replica, saving=change.to_save())
+        for change in cluster.changes.values()
+        if change.is_unsaved
+    ]
+    for body in cluster.advised:
+        saving = Saving(revision=0, body=body, outcome=Outcome.CHANGE_OUTCOME_UNSPECIFIED)
+        writes.append(RedispatchWrite(name=body.name, replica=body.replica, saving=saving))
+    cluster.advised = []
+    return writes
+
+
+def _unreadable(replica: Replica) -> failure_pb2.Failure:
+    return ServiceError(
+        Reason.ERROR_REASON_PLAN_CHECK_FAILED, f"{replica.record.plan} cannot be read back, see the planner's log"
+    ).to_proto()

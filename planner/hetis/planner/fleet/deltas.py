@@ -1,0 +1,260 @@
+"""One replica on one node: what the node should hold and do, what it holds, and the one delta between the two.
+
+Nothing here is a script. Whoever decides sets what is wanted; the next delta follows from the difference, whatever was
+lost, repeated or answered late before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hetis.v1 import agent_service_pb2, failure_pb2, replica_pb2, report_pb2
+
+Reason = failure_pb2.ErrorReason
+Delta = agent_service_pb2.Delta
+AssignmentState = report_pb2.AssignmentState
+
+# An agent that says so will not take this assignment however often it comes; all other reasons may pass.
+_LASTING = {
+    Reason.ERROR_REASON_INVALID_FIELD,
+    Reason.ERROR_REASON_DEVICE_UNAVAILABLE,
+    Reason.ERROR_REASON_ENGINE_CANNOT,
+    Reason.ERROR_REASON_KV_BLOCKS_EXHAUSTED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedAssignment:
+    """Hold this. ``generation`` names the content: the same number always means the same assignment."""
+
+    generation: int
+    assignment: replica_pb2.Assignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedRemoval:
+    """Hold nothing."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directive:
+    """What a node should have been told of a change; the change's other messages before it are void.
+
+    Attributes:
+        change_id: the change.
+        step: what it tells.
+        generation: that the change leads to.
+    """
+
+    change_id: str
+    generation: int
+    step: (
+        agent_service_pb2.PrepareChange
+        | agent_service_pb2.CommitChange
+        | agent_service_pb2.AbortChange
+        | agent_service_pb2.ChangeResolved
+    )
+
+    @property
+    def kind(self) -> str:
+        """The field of ``Delta`` that it is sent in."""
+        return _FIELDS[type(self.step)]
+
+
+_FIELDS = {
+    agent_service_pb2.PrepareChange: "prepare",
+    agent_service_pb2.CommitChange: "commit",
+    agent_service_pb2.AbortChange: "abort",
+    agent_service_pb2.ChangeResolved: "resolved",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A delta was answered.
+
+    Attributes:
+        kind: the field of the delta that was set.
+        change_id: empty: an assignment or removal.
+        failure: why it was refused; None: it was taken.
+    """
+
+    replica: str
+    kind: str
+    change_id: str
+    failure: failure_pb2.Failure | None
+
+
+class ReplicaSlot:
+    """Attributes:
+    replica: its name.
+    held: generation that the node holds, as it said last; 0: nothing.
+    state: how far the node is with its assignment, as it said last.
+    failure: what the node said went wrong, or why it refused the assignment for good; None: nothing.
+    report: its last report of the replica; None: none yet.
+    """
+
+    def __init__(self, replica: str) -> None:
+        self.replica = replica
+        self.held = 0
+        self.state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
+        self.failure: failure_pb2.Failure | None = None
+        self.report: report_pb2.ReplicaReport | None = None
+        self._wanted: WantedAssignment | WantedRemoval | None = None
+        self._directives: dict[str, Directive] = {}
+        self._told: dict[str, str] = {}  # kind of the last directive that was answered, by change
+        self._refused: int | None = None  # generation of the assignment that was refused for good
+        self._retry_s = 0.0  # not before this moment
+        self._in_flight: Delta | None = None
+        self._sent_s = 0.0
+
+    @property
+    def wanted(self) -> WantedAssignment | WantedRemoval | None:
+        return self._wanted
+
+    @property
+    def is_empty(self) -> bool:
+        """The node holds nothing of the replica, and nothing is to be told."""
+        return self.held == 0 and self._in_flight is None and not self._directives
+
+    @property
+    def is_waiting(self) -> bool:
+        """Time alone may make a delta due: no answer came yet, or a try was put off."""
+        return self._in_flight is not None or self._retry_s > 0.0
+
+    @property
+    def in_flight(self) -> str:
+        """Nonce of the delta that is under way. Empty: none."""
+        return "" if self._in_flight is None else self._in_flight.nonce
+
+    def want(self, wanted: WantedAssignment | WantedRemoval) -> None:
+        if self._wanted != wanted:
+            self._wanted, self._refused, self._retry_s = wanted, None, 0.0
+
+    def tell(self, directive: Directive) -> None:
+        """Makes ``directive`` what the node should have been told last of its change."""
+        self._directives[directive.change_id] = directive
+
+    def forget_change(self, change_id: str) -> None:
+        """Nothing more is to be told of it."""
+        self._directives.pop(change_id, None)
+        self._told.pop(change_id, None)
+
+    def tell_again(self, change_id: str) -> None:
+        """What was answered may have been forgotten."""
+        self._told.pop(change_id, None)
+
+    def restart(self, held: int, state: AssignmentState.ValueType) -> None:
+        """A stream began, in which the agent said what it holds. What was under way is void, and told again."""
+        self.held, self.state = held, state
+        self._in_flight = None
+        self._told.clear()
+        self._retry_s = 0.0
+
+    def next_delta(self, now_s: float, *, new_nonce: Callable[[], str], answer_s: float) -> Delta | None:
+        """What to send now; None: nothing. A delta that was not answered for ``answer_s`` is sent again."""
+        if self._in_flight is not None:
+            if now_s - self._sent_s < answer_s:
+                return None
+        else:
+            self._in_flight = self._difference(now_s)
+            if self._in_flight is None:
+                return None
+            self._in_flight.nonce, self._in_flight.replica = new_nonce(), self.replica
+        self._sent_s = now_s
+        return self._in_flight
+
+    def acknowledge(self, ack: agent_service_pb2.DeltaAck) -> Answer | None:
+        """None: an answer to something else."""
+        delta = self._answered(ack.nonce)
+        if delta is None:
+            return None
+        self.held = ack.generation
+        if delta.WhichOneof("change") == "assignment":
+            self.failure = None
+            if self.state == AssignmentState.ASSIGNMENT_STATE_FAILED:  # of the assignment before
+                self.state = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
+        elif delta.WhichOneof("change") == "removal":
+            self.state, self.report = AssignmentState.ASSIGNMENT_STATE_STOPPED, None
+        return self._answer(delta, None)
+
+    def refuse(self, nack: agent_service_pb2.DeltaNack, *, now_s: float, retry_s: float) -> Answer | None:
+        """None: an answer to something else. An assignment is tried again, ``retry_s`` from now where that may help."""
+        delta = self._answered(nack.nonce)
+        if delta is None:
+            return None
+        self.held = nack.generation
+        if delta.WhichOneof("change") in ("assignment", "removal"):
+            if nack.failure.reason in _LASTING:
+                self._refused, self.failure = delta.generation, nack.failure
+            elif nack.failure.reason != Reason.ERROR_REASON_GENERATION_MISMATCH:
+                self._retry_s = now_s + retry_s
+        return self._answer(delta, nack.failure)
+
+    def learn(self, report: report_pb2.ReplicaReport) -> bool:
+        """Takes a newer report; returns whether more than numbers changed. One of before an assignment is void."""
+        if report.generation < self.held:
+            return False
+        before = (self.held, self.state, self.failure, self.report is None)
+        self.held = report.generation
+        self.state = report.assignment_state
+        if self._refused is None:
+            self.failure = report.failure if report.HasField("failure") else None
+        self.report = report
+        return before != (self.held, self.state, self.failure, False)
+
+    def _answered(self, nonce: str) -> Delta | None:
+        delta = self._in_flight
+        if delta is None or delta.nonce != nonce:
+            return None
+        self._in_flight = None
+        return delta
+
+    def _answer(self, delta: Delta, failure: failure_pb2.Failure | None) -> Answer:
+        kind = delta.WhichOneof("change")
+        assert kind is not None
+        change_id = _change_id(delta)
+        if change_id in self._directives:
+            self._told[change_id] = kind
+        return Answer(replica=self.replica, kind=kind, change_id=change_id, failure=failure)
+
+    def _difference(self, now_s: float) -> Delta | None:
+        # Ends of changes first: an assignment would end them too, but as the agent thinks best.
+        due = [one for one in self._directives.values() if self._told.get(one.change_id) != one.kind]
+        for directive in due:
+            if directive.kind != "prepare":
+                return self._delta_of(directive)
+        if now_s >= self._retry_s:
+            self._retry_s = 0.0
+            if (delta := self._assignment()) is not None:
+                return delta
+        return self._delta_of(due[0]) if due else None
+
+    def _assignment(self) -> Delta | None:
+        wanted = self._wanted
+        if isinstance(wanted, WantedRemoval):
+            if self.held == 0:
+                return None
+            removal = agent_service_pb2.AssignmentRemoval(reason=wanted.reason)
+            return Delta(base_generation=self.held, generation=self.held + 1, removal=removal)
+        if wanted is None or self.held >= wanted.generation or wanted.generation == self._refused:
+            return None
+        return Delta(base_generation=0, generation=wanted.generation, assignment=wanted.assignment)
+
+    def _delta_of(self, directive: Directive) -> Delta:
+        delta = Delta(generation=directive.generation, base_generation=self.held)
+        getattr(delta, directive.kind).CopyFrom(directive.step)
+        return delta
+
+
+def _change_id(delta: Delta) -> str:
+    kind = delta.WhichOneof("change")
+    if kind == "prepare":
+        return delta.prepare.change.change_id
+    if kind in ("commit", "abort", "resolved"):
+        found: str = getattr(delta, kind).change_id
+        return found
+    return ""

@@ -1,0 +1,196 @@
+"""What an engine declares to be running, checked as a whole: every wrong field is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+from hetis.planner.convert.stages_in import StageTerms
+from hetis.planner.failures import invalid_fields
+from hetis.planner.fleet.dispatching.replica import ReplicaDispatch, Running
+from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
+from hetis.solver.dispatch.problem import MOST_BLOCKS
+from hetis.solver.errors import InvalidProblemError
+from hetis.v1 import dispatch_service_pb2, failure_pb2, head_map_pb2, report_pb2
+
+MOST_TOKENS = 2**24  # of a context, and expected output
+MOST_NAME_BYTES = 128  # of a request
+MOST_VIOLATIONS = 100  # told of one call; a batch of nonsense needs no list of all of it
+_STATUSES = (
+    report_pb2.DEVICE_STATUS_OK,
+    report_pb2.DEVICE_STATUS_DRAINING,
+    report_pb2.DEVICE_STATUS_LOST,
+)
+
+Place = tuple[int, int]  # stage and copy
+
+
+def declared(
+    state: dispatch_service_pb2.DispatchState, terms: dict[Place, StageTerms], state_id: str
+) -> ReplicaDispatch:
+    """The state that the engine says there is.
+
+    Args:
+        terms: of every copy of every stage of the replica.
+
+    Raises:
+        ServiceError: INVALID_FIELD, with every wrong field.
+    """
+    found = list(islice(_violations(state, terms), MOST_VIOLATIONS))
+    if found:
+        raise invalid_fields(found)
+    copies, maps, problems = dict[Place, StageCopy](), dict[Place, head_map_pb2.HeadMap](), []
+    for m, head_map in enumerate(state.head_maps):
+        place = head_map.stage, head_map.copy
+        try:
+            copies[place], maps[place] = StageCopy(*place, terms[place], head_map), head_map
+        except InvalidProblemError as error:
+            problems.append(_violation(f"dispatch_state.head_maps[{m}]", str(error)))
+    if problems:
+        raise invalid_fields(problems)
+    num_stages = 1 + max((stage for stage, _ in terms), default=-1)
+    stages = [[copies[place] for place in sorted(copies) if place[0] == s] for s in range(num_stages)]
+    replica = ReplicaDispatch(state_id, state.generation, stages, {})
+    on: dict[str, dict[int, StageCopy]] = {}
+    numbers: dict[str, head_map_pb2.RunningRequest] = {}
+    for place in sorted(maps):
+        for request in maps[place].requests:
+            if request.id in copies[place].state:
+                on.setdefault(request.id, {})[place[0]] = copies[place]
+                numbers[request.id] = request
+    for name, by_stage in on.items():
+        request = numbers[name]
+        newcomer = Newcomer(
+            id=name,
+            incarnation=request.incarnation,
+            context_tokens=request.context_tokens,
+            growth_tokens=request.remaining_tokens,
+        )
+        replica.running[name] = Running(
+            admitted=newcomer, copies=tuple(by_stage[s] for s in range(num_stages) if s in by_stage)
+        )
+    # A request that lost its KV on one stage has to be prefilled again on all.
+    replica.finish([name for name, by_stage in on.items() if len(by_stage) < num_stages])
+    return replica
+
+
+def _violations(
+    state: dispatch_service_pb2.DispatchState, terms: dict[Place, StageTerms]
+) -> Iterator[failure_pb2.FieldViolation]:
+    path = "dispatch_state.head_maps"
+    seen = dict[Place, int]()
+    for m, head_map in enumerate(state.head_maps):
+        place = head_map.stage, head_map.copy
+        if place not in terms:
+            yield _violation(f"{path}[{m}].stage", f"the replica has no copy {place[1]} of a stage {place[0]}")
+        elif place in seen:
+            yield _violation(f"{path}[{m}].stage", f"head_maps[{seen[place]}] is of the same copy of the same stage")
+        else:
+            seen[place] = m
+            yield from _in_map(f"{path}[{m}]", head_map, terms[place])
+    for stage, copy in sorted(terms.keys() - seen.keys()):
+        yield _violation(path, f"that of stage {stage}, copy {copy} is missing; required")
+    yield from _across_stages(path, state.head_maps, 1 + max((stage for stage, _ in terms), default=-1))
+
+
+def _in_map(path: str, head_map: head_map_pb2.HeadMap, terms: StageTerms) -> Iterator[failure_pb2.FieldViolation]:
+    names = set[str]()
+    for d, device in enumerate(head_map.devices):
+        where = f"{path}.devices[{d}]"
+        if device.name not in terms.index:
+            yield _violation(f"{where}.name", f"{device.name!r} is none of {', '.join(terms.stage.devices)}")
+        elif device.name in names:
+            yield _violation(f"{where}.name", f"{device.name} is listed twice")
+        names.add(device.name)
+        if device.total_blocks > MOST_BLOCKS:
+            yield _violation(f"{where}.total_blocks", f"is {device.total_blocks}, must be at most {MOST_BLOCKS}")
+        if device.status not in _STATUSES:
+            yield _violation(f"{where}.status", "required; OK, DRAINING or LOST")
+    if not head_map.devices:
+        yield _violation(f"{path}.devices", "required")
+    ids = set[str]()
+    for r, request in enumerate(head_map.requests):
+        where = f"{path}.requests[{r}]"
+        yield from name_violations(f"{where}.id", request.id, ids)
+        yield from token_violations(f"{where}.context_tokens", request.context_tokens, least=1)
+        yield from token_violations(f"{where}.remaining_tokens", request.remaining_tokens)
+        yield from _in_owners(f"{where}.owners", request.owners, terms, len(head_map.devices))
+    owners = {request.id: request.owners for request in head_map.requests}
+    index = {device.name: d for d, device in enumerate(head_map.devices)}
+    for n, one in enumerate(head_map.moves):
+        yield from _in_move(f"{path}.moves[{n}]", one, owners, index)
+
+
+def _in_owners(
+    path: str, owners: Sequence[int], terms: StageTerms, num_devices: int
+) -> Iterator[failure_pb2.FieldViolation]:
+    num = terms.stage.heads.head_groups
+    if len(owners) != num:
+        yield _violation(path, f"has {len(owners)} entries, must have one for each of {num} head groups")
+    elif owners and max(owners) >= num_devices:
+        yield _violation(path, f"{max(owners)} is no position in a list of {num_devices} devices")
+
+
+def _in_move(
+    path: str, one: head_map_pb2.MoveInFlight, owners: Mapping[str, Sequence[int]], index: Mapping[str, int]
+) -> Iterator[failure_pb2.FieldViolation]:
+    move = one.move
+    if not one.change_id:
+        yield _violation(f"{path}.change_id", "required")
+    for field in ("source", "target"):
+        if getattr(move, field) not in index:
+            yield _violation(f"{path}.move.{field}", f"{getattr(move, field)!r} is no device of the map")
+    of_request = owners.get(move.request)
+    if of_request is None:
+        yield _violation(f"{path}.move.request", f"{move.request!r} does not run")
+    elif not move.head_groups:
+        yield _violation(f"{path}.move.head_groups", "required")
+    else:
+        wrong = [g for g in move.head_groups if g >= len(of_request) or of_request[g] != index.get(move.source)]
+        if wrong or len(set(move.head_groups)) < len(move.head_groups):
+            yield _violation(
+                f"{path}.move.head_groups",
+                f"{wrong or list(move.head_groups)}: not {move.source}'s, or twice",
+            )
+
+
+def _across_stages(
+    path: str, head_maps: Sequence[head_map_pb2.HeadMap], num_stages: int
+) -> Iterator[failure_pb2.FieldViolation]:
+    """Each request is on one copy of every stage, with the same numbers."""
+    first: dict[str, tuple[str, head_map_pb2.RunningRequest]] = {}
+    stages: dict[str, set[int]] = {}
+    for m, head_map in enumerate(head_maps):
+        for r, request in enumerate(head_map.requests):
+            where = f"{path}[{m}].requests[{r}]"
+            before, other = first.setdefault(request.id, (where, request))
+            for field in ("incarnation", "context_tokens", "remaining_tokens"):
+                if getattr(request, field) != getattr(other, field):
+                    there = getattr(other, field)
+                    yield _violation(f"{where}.{field}", f"is {getattr(request, field)}, at {before} it is {there}")
+            if head_map.stage in stages.setdefault(request.id, set()) and other is not request:
+                yield _violation(f"{where}.id", f"{request.id} is on another copy of stage {head_map.stage} too")
+            stages[request.id].add(head_map.stage)
+    for name, on in stages.items():
+        if missing := sorted(set(range(num_stages)) - on):
+            yield _violation(f"{first[name][0]}.id", f"{name} is not on stage {missing[0]}")
+
+
+def name_violations(path: str, name: str, seen: set[str]) -> Iterator[failure_pb2.FieldViolation]:
+    """Of the name of a request; ``seen`` are those before it, and gets it too."""
+    num_bytes = len(name.encode())
+    if not 1 <= num_bytes <= MOST_NAME_BYTES:
+        yield _violation(path, f"has {num_bytes} bytes, must have 1 to {MOST_NAME_BYTES}")
+    elif name in seen:
+        yield _violation(path, f"{name} is listed twice")
+    seen.add(name)
+
+
+def token_violations(path: str, tokens: int, *, least: int = 0) -> Iterator[failure_pb2.FieldViolation]:
+    """Of a number of tokens."""
+    if not least <= tokens <= MOST_TOKENS:
+        yield _violation(path, f"is {tokens}, must be {least} to {MOST_TOKENS}")
+
+
+def _violation(field: str, description: str) -> failure_pb2.FieldViolation:
+    return failure_pb2.FieldViolation(field=field, description=description)

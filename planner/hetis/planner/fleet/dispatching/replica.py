@@ -1,0 +1,188 @@
+"""What runs on one replica whose head map the planner is the authority of: all copies of all its stages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.planner.fleet.dispatching.admission import Admission, admit
+from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
+from hetis.solver.dispatch.problem import IntArray, Load
+from hetis.v1 import change_pb2, head_map_pb2, report_pb2
+
+MOST_IN_LOOP = 16  # new requests that are planned in the event loop: about a millisecond on two stages
+MOST_TRIES = 3  # of planning more in a thread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A request that runs: its numbers when it was admitted, and the copy that it is on, one per stage."""
+
+    admitted: Newcomer
+    copies: tuple[StageCopy, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """How long a request has become. ``remaining_tokens`` None: what was expected before, less the growth."""
+
+    id: str
+    context_tokens: int
+    remaining_tokens: int | None
+
+
+class ReplicaDispatch:
+    """A request is on one copy of every stage, or on none; every method keeps it so.
+
+    Attributes:
+        running: in order of admission.
+        version: grows with every change.
+        planning: held while a batch is planned and admitted, for a stage plans one batch at a time.
+    """
+
+    def __init__(
+        self, state_id: str, generation: int, stages: Sequence[Sequence[StageCopy]], running: Mapping[str, Running]
+    ) -> None:
+        """``stages`` hold what is ``running``, as `hetis.planner.fleet.dispatching.declaring` reads it."""
+        self.state_id, self.generation = state_id, generation
+        self.stages = tuple(tuple(copies) for copies in stages)
+        self.running = dict(running)
+        self.version = 0
+        self.planning = asyncio.Lock()
+
+    @property
+    def copies(self) -> Iterable[StageCopy]:
+        return (copy for copies in self.stages for copy in copies)
+
+    async def plan(self, newcomers: Sequence[Newcomer]) -> Admission:
+        """Where a batch would go from here, for `admit` before anything else is awaited; nothing is changed.
+
+        Under ``planning``. A large batch is planned in a thread, on what ran at that moment: when that has changed
+        meanwhile it is planned again, at last in the loop, where nothing can change.
+        """
+        for _ in range(MOST_TRIES if len(newcomers) > MOST_IN_LOOP else 0):
+            version = self.version
+            admission = await asyncio.to_thread(admit, self.stages, self._loads(), newcomers)
+            if version == self.version:
+                return admission
+        return admit(self.stages, self._loads(), newcomers)
+
+    def _loads(self) -> list[list[Load]]:
+        return [[copy.load() for copy in copies] for copies in self.stages]
+
+    def admit(self, newcomers: Sequence[Newcomer], admission: Admission) -> None:
+        """Adds what `plan` has placed, of the state that it was planned on."""
+        self.version += 1
+        for j, homes in admission.homes.items():
+            for home in homes:
+                home.copy.admit(newcomers[j], home.groups)
+            self.running[newcomers[j].id] = Running(admitted=newcomers[j], copies=tuple(home.copy for home in homes))
+
+    def finish(self, requests: Iterable[str]) -> None:
+        """Those not running are ignored."""
+        self.version += 1
+        for request in requests:
+            running = self.running.pop(request, None)
+            for copy in running.copies if running else ():
+                if request in copy.state:
+                    copy.finish(request)
+
+    def grow(self, growths: Sequence[Growth]) -> tuple[str, ...]:
+        """Lengthens requests, on all stages or on none; those not running, or not longer, are ignored.
+
+        Returns those that stay as they were, for want of blocks; earlier ones get room first.
+        """
+        self.version += 1
+        growing = list[tuple[Growth, int]]()
+        for growth in growths:
+            running = self.running.get(growth.id)
+            if running is not None:
+                more = growth.context_tokens - running.copies[0].state.context_tokens(growth.id)
+                if more > 0:
+                    growing.append((growth, more))
+        stalled = self._without_room(growing)
+        for copy in self.copies:
+            by_tokens: dict[int, list[str]] = {}
+            for growth, more in growing:
+                if growth.id in copy.state and growth.id not in stalled:
+                    by_tokens.setdefault(more, []).append(growth.id)
+            for more, names in by_tokens.items():
+                left = copy.state.grow(names, more)
+                assert not left, "room was counted for all of them"
+        for growth, _ in growing:
+            if growth.remaining_tokens is not None and growth.id not in stalled:
+                for copy in self.running[growth.id].copies:
+                    if copy.state.remaining_tokens(growth.id) != growth.remaining_tokens:
+                        copy.state.expect(growth.id, growth.remaining_tokens)
+        return tuple(growth.id for growth, _ in growing if growth.id in stalled)
+
+    def _without_room(self, growing: Sequence[tuple[Growth, int]]) -> set[str]:
+        """Requests that some device has no block left for, all stages taken together."""
+        needs: dict[str, list[tuple[int, IntArray]]] = {}  # request: place of the copy, blocks [D]
+        copies = list(self.copies)
+        room = [copy.state.free_blocks() for copy in copies]
+        is_short = False
+        for c, copy in enumerate(copies):
+            block_tokens = copy.terms.stage.heads.block_tokens
+            here = [(growth, more) for growth, more in growing if growth.id in copy.state]
+            if not here:
+                continue
+            after = np.array([growth.context_tokens for growth, _ in here], np.int64)
+            before = after - np.array([more for _, more in here], np.int64)
+            more_blocks = -(-after // block_tokens) - -(-before // block_tokens)
+            blocks = copy.taken([growth.id for growth, _ in here]) * more_blocks[:, None]
+            is_short = is_short or bool(np.any(blocks.sum(axis=0) > room[c]))
+            for (growth, _), row, crosses in zip(here, blocks, more_blocks.tolist(), strict=True):
+                if crosses:
+                    needs.setdefault(growth.id, []).append((c, row))
+        if not is_short:
+            return set()
+        stalled = set[str]()
+        for growth, _ in growing:
+            needed = needs.get(growth.id, [])
+            if any(np.any(row > room[c]) for c, row in needed):
+                stalled.add(growth.id)
+                continue
+            for c, row in needed:
+                room[c] = room[c] - row
+        return stalled
+
+    # --- devices and moves
+
+    def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> None:
+        """What is known of GPUs. Requests that lost KV are forgotten: the engine prefills and admits them again."""
+        self.version += 1
+        gone = set[str]()
+        for copy in self.copies:
+            gone |= copy.set_conditions(copy.terms.statuses(conditions))
+        self.finish(gone)
+
+    def copy_of(self, stage: int, copy: int) -> StageCopy:
+        return self.stages[stage][copy]
+
+    def prepare(self, change: change_pb2.Change) -> None:
+        """Takes blocks for the moves of a re-dispatch; the sources own the head groups until `commit`."""
+        self.version += 1
+        self.copy_of(change.stage, change.copy).prepare(change)
+
+    def commit(self, change: change_pb2.Change, left_out: Iterable[int]) -> None:
+        """The engine has flipped; ``left_out`` are the numbers of moves that it did not make."""
+        self.version += 1
+        self.copy_of(change.stage, change.copy).commit(change.change_id, left_out)
+        self.generation = max(self.generation, change.generation)
+
+    def abort(self, change: change_pb2.Change) -> None:
+        """Nothing has moved."""
+        self.version += 1
+        self.copy_of(change.stage, change.copy).abort(change.change_id)
+
+    # --- messages
+
+    def head_maps(self, requests: Sequence[str] | None = None) -> list[head_map_pb2.HeadMap]:
+        """What runs, or of that ``requests`` only."""
+        names = list(self.running) if requests is None else requests
+        incarnations = {name: self.running[name].admitted.incarnation for name in names}
+        return [copy.head_map(incarnations, requests) for copy in self.copies]

@@ -1,0 +1,203 @@
+"""One copy of one stage: which device owns which head group of every running request, and its KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.planner.convert.head_groups import owners_of
+from hetis.planner.convert.head_maps import snapshot_from_proto, status_from_proto, status_to_proto
+from hetis.planner.convert.stages_in import StageTerms
+from hetis.solver.dispatch.problem import IntArray, Load, Requests
+from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.snapshot import DeviceStatus
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.dispatch.state import DispatchState
+from hetis.v1 import change_pb2, head_map_pb2, report_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newcomer:
+    """A request to admit; as `NewRequest`."""
+
+    id: str
+    incarnation: int
+    context_tokens: int
+    growth_tokens: int
+
+
+@dataclass(slots=True)
+class _Moving:
+    """Moves of a change that are under way: what moves, and its number in the state."""
+
+    change: change_pb2.Change
+    numbers: dict[int, int]  # number of the move in its change: number in the state
+
+
+class StageCopy:
+    """The solver's state, which counts head groups, beside their owners by name."""
+
+    def __init__(self, stage: int, copy: int, terms: StageTerms, head_map: head_map_pb2.HeadMap) -> None:
+        """Starts with what a head map says.
+
+        Raises:
+            InvalidProblemError: the map contradicts itself or the stage.
+        """
+        self.stage, self.copy, self.terms = stage, copy, terms
+        self.state = DispatchState.of(snapshot_from_proto(head_map, terms))
+        place = [terms.index[device.name] for device in head_map.devices]
+        self.owners = {
+            request.id: [place[owner] for owner in request.owners]
+            for request in head_map.requests
+            if request.id in self.state
+        }
+        self._dispatcher = Dispatcher(terms.stage)
+        self._moving: dict[str, _Moving] = {}
+        numbers = iter(self.state.moves)
+        for one in head_map.moves:
+            if one.move.request in self.state:
+                moving = self._moving.setdefault(one.change_id, _Moving(change_pb2.Change(change_id=one.change_id), {}))
+                moving.change.moves.append(one.move)
+                moving.numbers[one.move.number] = next(numbers).number
+
+    # --- requests
+
+    def load(self) -> Load:
+        return self.state.load()
+
+    def plan(self, load: Load, newcomers: Sequence[Newcomer]) -> DispatchPlan:
+        """Where new requests would go; nothing is changed."""
+        return self._dispatcher.dispatch(
+            load,
+            Requests(
+                ids=tuple(one.id for one in newcomers),
+                context_tokens=np.array([one.context_tokens for one in newcomers], np.int64),
+                growth_tokens=np.array([one.growth_tokens for one in newcomers], np.int64),
+            ),
+        )
+
+    def admit(self, newcomer: Newcomer, groups: IntArray) -> None:
+        self.state.admit_one(
+            newcomer.id,
+            context_tokens=newcomer.context_tokens,
+            remaining_tokens=newcomer.growth_tokens,
+            groups=groups,
+        )
+        self.owners[newcomer.id] = owners_of(self.terms.stage, groups)
+
+    def finish(self, request: str) -> None:
+        self.state.finish(request)
+        del self.owners[request]
+
+    def taken(self, requests: Sequence[str]) -> IntArray:
+        """Head groups that hold blocks, owned or under way to a device, shape [len(requests), D]."""
+        groups = np.array([self.state.groups(request) for request in requests], np.int64)
+        if self.state.moves:
+            position = {request: j for j, request in enumerate(requests)}
+            for move in self.state.moves:
+                if move.request in position:
+                    groups[position[move.request], move.target] += move.groups
+        return groups
+
+    # --- devices and moves
+
+    def set_conditions(self, statuses: Iterable[report_pb2.DeviceStatus.ValueType]) -> set[str]:
+        """What is known of each device; returns requests that lost KV, which left this copy."""
+        gone = set[str]()
+        for i, status in enumerate(map(status_from_proto, statuses)):
+            now = self.state.devices[i].status
+            if status is DeviceStatus.LOST and now is not DeviceStatus.LOST:
+                gone |= {evicted.id for evicted in self.state.lose_device(i)}
+            elif status is DeviceStatus.DRAINING and now is DeviceStatus.OK:
+                self.state.drain_device(i)
+            elif status is DeviceStatus.OK and now is not DeviceStatus.OK:
+                self.state.restore_device(i)
+        for request in gone:
+            del self.owners[request]
+        return gone
+
+    def prepare(self, change: change_pb2.Change) -> None:
+        """Takes blocks for the moves of a change; those whose request is gone are left out."""
+        moving, index = _Moving(change, {}), self.terms.index
+        self._moving[change.change_id] = moving
+        for move in change.moves:
+            if move.request in self.state:
+                prepared = self.state.prepare_move(
+                    move.request,
+                    groups=len(move.head_groups),
+                    source=index[move.source],
+                    target=index[move.target],
+                )
+                if prepared is not None:
+                    moving.numbers[move.number] = prepared.number
+
+    def commit(self, change_id: str, left_out: Iterable[int]) -> None:
+        """The targets own what moved, but for moves that the engine left out and those of requests that are gone."""
+        moving = self._moving.pop(change_id, None)
+        if moving is None:
+            return
+        under_way, out = {move.number for move in self.state.moves}, set(left_out)
+        going = list[int]()
+        for move in moving.change.moves:
+            number = moving.numbers.get(move.number)
+            if number is None or number not in under_way:
+                continue
+            if move.number in out:
+                self.state.abort_move(number)
+                continue
+            going.append(number)
+            for group in move.head_groups:
+                self.owners[move.request][group] = self.terms.index[move.target]
+        if going:
+            self.state.commit_moves(*going)
+
+    def abort(self, change_id: str) -> None:
+        """Everything stays where it is."""
+        moving = self._moving.pop(change_id, None)
+        if moving is not None:
+            for number in {move.number for move in self.state.moves} & set(moving.numbers.values()):
+                self.state.abort_move(number)
+
+    # --- messages
+
+    def head_map(self, incarnations: dict[str, int], requests: Iterable[str] | None = None) -> head_map_pb2.HeadMap:
+        """What runs here, or of that those of ``requests`` that do."""
+        state = self.state
+        return head_map_pb2.HeadMap(
+            stage=self.stage,
+            copy=self.copy,
+            devices=[
+                head_map_pb2.HeadMapDevice(
+                    name=device.name, total_blocks=device.total_blocks, status=status_to_proto(device.status)
+                )
+                for device in state.devices
+            ],
+            requests=[
+                head_map_pb2.RunningRequest(
+                    id=request,
+                    incarnation=incarnations[request],
+                    context_tokens=context,
+                    remaining_tokens=remaining,
+                    owners=self.owners[request],
+                )
+                for request, context, remaining in self._lengths(requests)
+            ],
+            moves=[
+                head_map_pb2.MoveInFlight(change_id=change_id, move=move)
+                for change_id, moving in self._moving.items()
+                for move in moving.change.moves
+                if move.number in moving.numbers and move.request in state
+            ],
+        )
+
+    def _lengths(self, requests: Iterable[str] | None) -> list[tuple[str, int, int]]:
+        """Context and tokens still expected of those that run here; None: of all."""
+        state = self.state
+        if requests is not None:
+            return [(one, state.context_tokens(one), state.remaining_tokens(one)) for one in requests if one in state]
+        all_of_it = state.snapshot()
+        return list(
+            zip(all_of_it.ids, all_of_it.context_tokens.tolist(), all_of_it.remaining_tokens.tolist(), strict=True)
+        )

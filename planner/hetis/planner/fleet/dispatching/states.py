@@ -1,0 +1,313 @@
+"""DispatchService by messages: the states of all replicas that the planner is the authority of, in memory.
+
+A restarted planner has none of them: engines declare what is running, for they hold the KV. Calls are answered in the
+event loop, solves included, which take a fraction of a millisecond; large batches and large declarations are worked out
+in a thread, so that others do not wait. The compiled kernels have to be there first: `admit` waits for them once, after
+an installation up to a minute, and a caller whose deadline comes before hears DEADLINE_EXCEEDED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import sys
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+
+from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
+from hetis.planner.fleet.dispatching.answers import placement_to_proto, quality_to_proto, refusal_to_proto
+from hetis.planner.fleet.dispatching.batches import check_batch, growth_violations, newcomer_violations
+from hetis.planner.fleet.dispatching.declaring import declared, name_violations
+from hetis.planner.fleet.dispatching.replica import Growth, ReplicaDispatch
+from hetis.planner.fleet.dispatching.stage_copy import Newcomer
+from hetis.planner.fleet.running import RunningReplica, RunningReplicas
+from hetis.v1 import change_pb2, dispatch_service_pb2, head_map_pb2, redispatch_pb2, replica_pb2
+
+MOST_DECLARED_IN_LOOP = 100  # running requests of all stages: a few milliseconds
+PAGE_SIZE, MOST_PAGE_SIZE = 1000, 10_000
+_STATE = "/dispatchState"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownHeadMaps:
+    """All head maps of a replica; as the fleet reads them from engines."""
+
+    generation: int
+    maps: list[head_map_pb2.HeadMap]
+
+
+class DispatchStates:
+    """One state per replica; of one event loop."""
+
+    def __init__(self, replicas: RunningReplicas, *, make_id: Callable[[], str] = lambda: str(uuid.uuid4())) -> None:
+        self._replicas, self._make_id = replicas, make_id
+        self._states: dict[str, ReplicaDispatch] = {}
+        self._warming: asyncio.Task[None] | None = None
+
+    # --- kernels
+
+    async def warm_up(self) -> None:
+        """Compiles the kernels of dispatch in a thread, or loads them; the service starts this, `admit` waits for it.
+
+        A caller whose deadline comes first hears DEADLINE_EXCEEDED and tries again.
+        """
+        if self._warming is None:
+            self._warming = asyncio.ensure_future(asyncio.to_thread(compile_kernels))
+        await asyncio.shield(self._warming)
+
+    # --- calls
+
+    async def admit(
+        self, request: dispatch_service_pb2.AdmitRequestsRequest
+    ) -> dispatch_service_pb2.AdmitRequestsResponse:
+        """`AdmitRequests`. Requests that run already have no part in the `StageQuality` of the answer."""
+        if self._warming is None or not self._warming.done():
+            await self.warm_up()
+        state = self._state(request.parent, request.state_id)
+        check_batch(len(request.requests), newcomer_violations(request.requests))
+        async with state.planning:
+            fresh = _not_running(state, request.requests)
+            admission = await state.plan(fresh)
+            if self._states.get(request.parent) is not state:
+                raise self._lost(request.parent, request.state_id)  # the engine declared another one meanwhile
+            if not request.validate_only:
+                state.admit(fresh, admission)
+        homes = {fresh[j].id: found for j, found in admission.homes.items()}
+        refused = [(fresh[j].id, refusal) for j, refusal in sorted(admission.refused.items())]
+        return dispatch_service_pb2.AdmitRequestsResponse(
+            placements=[
+                placement_to_proto(one.id, state.running.get(one.id), homes.get(one.id))
+                for one in request.requests
+                if one.id in homes or one.id in state.running
+            ],
+            unplaced=[refusal_to_proto(name, refusal) for name, refusal in refused],
+            stages=[quality_to_proto(quality) for quality in admission.qualities],
+        )
+
+    def finish(
+        self, request: dispatch_service_pb2.FinishRequestsRequest
+    ) -> dispatch_service_pb2.FinishRequestsResponse:
+        """`FinishRequests`."""
+        state = self._state(request.parent, request.state_id)
+        seen = set[str]()
+        check_batch(
+            len(request.requests),
+            chain.from_iterable(name_violations(f"requests[{n}]", one, seen) for n, one in enumerate(request.requests)),
+        )
+        state.finish(request.requests)
+        return dispatch_service_pb2.FinishRequestsResponse()
+
+    def grow(self, request: dispatch_service_pb2.GrowRequestsRequest) -> dispatch_service_pb2.GrowRequestsResponse:
+        """`GrowRequests`."""
+        state = self._state(request.parent, request.state_id)
+        check_batch(len(request.requests), growth_violations(request.requests))
+        growths = [
+            Growth(
+                id=one.id,
+                context_tokens=one.context_tokens,
+                remaining_tokens=one.remaining_tokens if one.HasField("remaining_tokens") else None,
+            )
+            for one in request.requests
+        ]
+        return dispatch_service_pb2.GrowRequestsResponse(stalled=state.grow(growths))
+
+    def get(
+        self, request: dispatch_service_pb2.GetDispatchStateRequest
+    ) -> dispatch_service_pb2.GetDispatchStateResponse:
+        """`GetDispatchState`; a replica whose state was not declared yet has no `state_id` and no head maps."""
+        replica = self._replica_of_state(request.name, "name")
+        if request.page_size < 0:
+            raise invalid_field("page_size", f"is {request.page_size}, must be at least 0")
+        size = min(request.page_size or PAGE_SIZE, MOST_PAGE_SIZE)
+        state = self._states.get(replica.name)
+        first = _position(request.page_token, state)
+        answer = dispatch_service_pb2.DispatchState(name=request.name, generation=replica.generation)
+        if state is None:
+            return dispatch_service_pb2.GetDispatchStateResponse(dispatch_state=answer)
+        answer.state_id, answer.generation = state.state_id, state.generation
+        names = list(islice(state.running, first, first + size))
+        answer.head_maps.extend(state.head_maps(names))
+        is_last = first + size >= len(state.running)
+        return dispatch_service_pb2.GetDispatchStateResponse(
+            dispatch_state=answer, next_page_token="" if is_last else _token(state, first + size)
+        )
+
+    async def update(
+        self, request: dispatch_service_pb2.UpdateDispatchStateRequest
+    ) -> dispatch_service_pb2.UpdateDispatchStateResponse:
+        """`UpdateDispatchState`."""
+        if wrong := [path for path in request.update_mask.paths if path not in ("head_maps", "*")]:
+            raise invalid_field("update_mask", f"{wrong[0]} cannot be changed, only head_maps can")
+        state = request.dispatch_state
+        replica = self._replica_of_state(state.name, "dispatch_state.name")
+        _require_generation(state, replica)
+        terms = {(stage.stage, stage.copy): stage_from_proto(stage) for stage in replica.stages}
+        if sum(len(one.requests) for one in state.head_maps) <= MOST_DECLARED_IN_LOOP:
+            made = declared(state, terms, self._make_id())
+        else:
+            made = await asyncio.to_thread(declared, state, terms, self._make_id())
+            replica = self._replica(replica.name)
+            _require_generation(state, replica)
+        made.set_conditions(replica.conditions)
+        self._states[replica.name] = made
+        return dispatch_service_pb2.UpdateDispatchStateResponse(state_id=made.state_id)
+
+    # --- what the planner itself asks and says
+
+    def head_maps(self, replica: str) -> KnownHeadMaps | None:
+        """What runs on a replica; None: no state was declared."""
+        state = self._states.get(replica)
+        return None if state is None else KnownHeadMaps(generation=state.generation, maps=state.head_maps())
+
+    def replica_changed(self, name: str) -> None:
+        """Devices drain, were lost or came back; or the replica is gone, or its engine decides now."""
+        state = self._states.get(name)
+        replica = self._replicas.replica_view(name)
+        if state is None:
+            return
+        if replica is None or replica.authority != replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
+            del self._states[name]
+            return
+        state.set_conditions(replica.conditions)
+        state.generation = max(state.generation, replica.generation)
+
+    def redispatch_begun(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """Takes room for its moves."""
+        state = self._states.get(redispatch.replica)
+        if state is not None:
+            state.prepare(redispatch.change)
+
+    def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """The head groups are where its authority said that they are."""
+        state = self._states.get(redispatch.replica)
+        if state is None:
+            return
+        if redispatch.state == redispatch_pb2.REDISPATCH_STATE_DONE:
+            state.commit(redispatch.change, left_out_of(redispatch))
+        else:
+            state.abort(redispatch.change)
+
+    # --- inside
+
+    def _replica(self, name: str) -> RunningReplica:
+        replica = self._replicas.replica_view(name)
+        if replica is None:
+            raise not_found(name)
+        if replica.authority != replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
+            raise ServiceError(
+                Reason.ERROR_REASON_ENGINE_IS_AUTHORITY,
+                f"the engine of {name} dispatches by itself",
+                metadata={"replica": name},
+            )
+        return replica
+
+    def _replica_of_state(self, name: str, field: str) -> RunningReplica:
+        if not name.endswith(_STATE):
+            raise invalid_field(field, f"{name!r} is not clusters/{{cluster}}/replicas/{{replica}}{_STATE}")
+        return self._replica(name.removesuffix(_STATE))
+
+    def _state(self, name: str, state_id: str) -> ReplicaDispatch:
+        state = self._states.get(name)
+        if state is not None and state.state_id == state_id:
+            return state
+        self._replica(name)
+        raise self._lost(name, state_id)
+
+    def _lost(self, name: str, state_id: str) -> ServiceError:
+        state = self._states.get(name)
+        present = "" if state is None else state.state_id
+        return ServiceError(
+            Reason.ERROR_REASON_DISPATCH_STATE_LOST,
+            f"{name} has the dispatch state {present!r}, the call means {state_id!r}; declare what is running",
+            metadata={"replica": name, "state_id": present},
+        )
+
+
+def compile_kernels() -> None:
+    """Solves a small problem, so that the kernels of dispatch are loaded, or compiled where none are on disk."""
+    import numpy as np
+
+    from hetis.solver.dispatch.problem import HeadShape, Load, Requests, Stage
+    from hetis.solver.dispatch.solve import Dispatcher
+
+    shape = HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0)
+    ones = np.ones((2, 1))
+    stage = Stage(
+        heads=shape,
+        devices=("a", "b"),
+        head_s=1e-6 * ones,
+        kv_byte_s=1e-9 * ones,
+        call_s=1e-6 * ones,
+        transfer_byte_s=np.zeros(2),
+        transfer_s=np.zeros(2),
+    )
+    requests = Requests(ids=("a",), context_tokens=np.array([64]), growth_tokens=np.array([0]))
+    Dispatcher(stage).dispatch(Load.idle(np.array([64, 64])), requests)
+
+
+def left_out_of(redispatch: redispatch_pb2.Redispatch) -> set[int]:
+    """Numbers of moves that did not share the fate of their change, as its authority said."""
+    return {
+        move.number
+        for node in redispatch.nodes
+        if change_pb2.CHANGE_PART_AUTHORITY in node.parts
+        for move in node.status.moves
+    }
+
+
+def _require_generation(state: dispatch_service_pb2.DispatchState, replica: RunningReplica) -> None:
+    if state.generation != replica.generation:
+        raise ServiceError(
+            Reason.ERROR_REASON_GENERATION_MISMATCH,
+            f"{state.name} is declared at generation {state.generation}, the replica is at {replica.generation}",
+            metadata={"base_generation": state.generation, "generation": replica.generation},
+        )
+
+
+def _not_running(state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest]) -> list[Newcomer]:
+    """Those of the requests that do not run already, with the same numbers.
+
+    Raises:
+        ServiceError: REQUEST_RUNNING, with other ones.
+    """
+    fresh = list[Newcomer]()
+    for one in requests:
+        newcomer = Newcomer(
+            id=one.id, incarnation=one.incarnation, context_tokens=one.context_tokens, growth_tokens=one.growth_tokens
+        )
+        running = state.running.get(one.id)
+        if running is None:
+            fresh.append(newcomer)
+        elif running.admitted != newcomer:
+            raise _is_running(newcomer, running.admitted)
+    return fresh
+
+
+def _is_running(given: Newcomer, admitted: Newcomer) -> ServiceError:
+    def words(one: Newcomer) -> str:
+        return f"incarnation {one.incarnation}, {one.context_tokens} and {one.growth_tokens} tokens"
+
+    return ServiceError(
+        Reason.ERROR_REASON_REQUEST_RUNNING,
+        f"{given.id} runs already, admitted with {words(admitted)}; the call has {words(given)}",
+        metadata={"request": given.id},
+    )
+
+
+def _token(state: ReplicaDispatch, first: int) -> str:
+    return base64.urlsafe_b64encode(f"{first} {state.state_id}".encode()).decode()
+
+
+def _position(token: str, state: ReplicaDispatch | None) -> int:
+    if not token:
+        return 0
+    try:
+        first, _, state_id = base64.b64decode(token, altchars=b"-_", validate=True).decode().partition(" ")
+        if state is not None and state_id == state.state_id and 0 <= int(first) <= sys.maxsize // 2:
+            return int(first)
+    except ValueError:
+        pass
+    raise ServiceError(Reason.ERROR_REASON_INVALID_PAGE_TOKEN, f"page_token {token!r} is not from this state")

@@ -1,0 +1,450 @@
+"""All clusters of this planner in one event loop: streams, time and the store around the values that decide.
+
+What a cluster decides is written in one transaction, and nobody is told before that is durable. Reports touch neither
+the store nor anything beyond their node and its replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from functools import partial
+
+from hetis.planner.convert import documents
+from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
+from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
+from hetis.planner.fleet import deciding, publishing
+from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.contents import ContentsSource, PlanContents
+from hetis.planner.fleet.counters import FleetCounters
+from hetis.planner.fleet.head_map_pieces import HeadMaps
+from hetis.planner.fleet.link import check_hello
+from hetis.planner.fleet.link_events import Fenced, HeadMapsRead
+from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.streams import Stream
+from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing
+from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_end
+from hetis.planner.store import ClusterRecord, Store
+from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
+
+_log = logging.getLogger("hetis.planner.fleet")
+_HELLO_S = 10.0  # for the first message of a stream
+_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are worked out between two looks
+_PAUSE, _MOST_PAUSE_S = (
+    3.0,
+    1.0,
+)  # between two looks, in times of what the last one took: what comes meanwhile is one look
+_ROUNDS = 100  # looks at a cluster one after another before others have their turn
+
+Request = agent_service_pb2.ConnectNodeRequest
+Response = agent_service_pb2.ConnectNodeResponse
+
+
+class Fleet:
+    """Live nodes and replicas of all clusters.
+
+    Attributes:
+        observers: are told of what happens, in the loop.
+        counters: what was counted since the start.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        hubs: Publishing,
+        *,
+        epoch: int,
+        settings: FleetSettings,
+        clock: Clock,
+        contents: ContentsSource | None = None,
+    ) -> None:
+        self.observers: list[FleetObserver] = []
+        self.counters = FleetCounters()
+        self._store = store
+        self._hubs = hubs
+        self._epoch = epoch
+        self._settings = settings
+        self._clock = clock
+        self._contents = contents or PlanContents(store)
+        self._clusters: dict[str, ClusterFleet] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._looks: dict[str, asyncio.Task[None]] = {}  # at clusters, under way
+        self._look_s: dict[str, float] = {}  # what the last look took
+        self._streams: dict[str, Stream] = {}  # by node name
+        self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the node's name
+        self._declared: dict[str, tuple[str, tuple[str, ...]]] = {}  # digest and nodes of cluster documents
+        self._ticks: asyncio.Task[None] | None = None
+        self._published_s = 0.0
+        self._ending: ServiceError | None = None  # why no stream may begin any more
+
+    # Life.
+
+    async def start(self) -> None:
+        """Reads every cluster, and takes up what an earlier planner left."""
+        for record in await self._store.read(lambda tx: tx.clusters.all()):
+            await self.cluster_changed(record.name)
+        self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")
+
+    async def stop(self, reason: str) -> None:
+        """Says goodbye to all agents and ends their streams. Replicas serve on."""
+        self._ending = ServiceError(Reason.ERROR_REASON_DRAINING, f"this planner goes: {reason}; connect again")
+        for cluster in self._clusters.values():
+            cluster.say_goodbye(reason)
+            self._send(cluster)
+        tasks = [*self._looks.values(), *([self._ticks] if self._ticks else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in list(self._streams.values()):
+            stream.end(self._ending)
+        self._fail_readings(None, self._ending)
+
+    # Agents.
+
+    async def connect(
+        self, identity: CallerIdentity, requests: AsyncIterator[Request]
+    ) -> AsyncGenerator[Response, None]:
+        """One stream, until either side ends it.
+
+        Raises:
+            ServiceError: as of ``AgentService.ConnectNode``.
+        """
+        first = await _first_of(requests)
+        name = self._admit(identity, first)
+        cluster, node = self._clusters[cluster_of(name)], last_part(name)
+        opened = cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time())
+        stream = Stream(opened.session)
+        if (before := self._streams.get(name)) is not None:
+            before.end(_taken_over(name))
+            self._fail_readings(name, _taken_over(name))
+        self._streams[name] = stream
+        self._after(cluster)
+        reading = asyncio.create_task(self._read(cluster, node, stream, requests), name=f"stream of {name}")
+        try:
+            async for message in stream.messages():
+                yield message
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            self._close(cluster, node, name, stream)
+
+    # What others ask.
+
+    def node_view(self, name: str) -> LiveNode | None:
+        """None: neither declared nor connected."""
+        cluster, node = self._clusters.get(cluster_of(name)), last_part(name)
+        if cluster is None or node not in cluster.leases:
+            return None
+        return self._live_node(cluster, node)
+
+    def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
+        """By resource name: those that are declared, and those that are connected."""
+        found = self._clusters.get(cluster)
+        if found is None:
+            return {}
+        return {node_name(cluster, node): self._live_node(found, node) for node in found.leases.nodes}
+
+    def replica_view(self, name: str) -> LiveReplica | None:
+        cluster = self._clusters.get(cluster_of(name))
+        replica = None if cluster is None else cluster.replicas.get(name)
+        return None if cluster is None or replica is None else publishing.live_replica(cluster, replica)
+
+    def replicas_of(self, cluster: str) -> Mapping[str, LiveReplica]:
+        """By resource name."""
+        found = self._clusters.get(cluster)
+        replicas = {} if found is None else found.replicas
+        return {name: live for name in replicas if (live := self.replica_view(name)) is not None}
+
+    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
+        """What the planner may do in it; an empty one has the defaults."""
+        found = self._clusters.get(cluster)
+        return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
+
+    def activation_progress(self, plan: str) -> plan_pb2.ActivationProgress | None:
+        """How far a plan in force is; None: it is not in force."""
+        for cluster in self._clusters.values():
+            if cluster.plan is not None and cluster.plan.name == plan:
+                return cluster.progress
+        return None
+
+    async def cluster_changed(self, cluster: str) -> None:
+        """Something of it was changed in the store: reads it again, and does what follows."""
+        room = self._clusters.get(cluster)
+        if room is None:
+            room = ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters)
+            self._locks[cluster] = asyncio.Lock()
+        async with self._locks[cluster]:
+            kept = await self._store.read(partial(read_cluster, name=cluster))
+            if kept.cluster is None:
+                self._forget(room)
+                return
+            room.take(kept, await self._nodes_declared(kept.cluster), now_s=self._clock.monotonic())
+            self._clusters[cluster] = room
+        self._after(room)
+
+    async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps:
+        """Asks the primary's agent.
+
+        Raises:
+            ServiceError: there is no such replica, nobody to ask, no answer in time, or none that makes sense.
+        """
+        cluster = self._clusters.get(cluster_of(replica))
+        if cluster is None:
+            raise not_found(replica)
+        node, request_id = cluster.ask_head_maps(replica)
+        answer = asyncio.get_running_loop().create_future()
+        self._readings[request_id] = (node_name(cluster.name, node), answer)
+        self._send(cluster)
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            raise ServiceError(
+                Reason.ERROR_REASON_ENGINE_UNREACHABLE, f"no head map of {replica} came within {timeout_s:g} s"
+            ) from None
+        finally:
+            self._readings.pop(request_id, None)
+            cluster.link(node).drop_head_maps(request_id)
+
+    async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """Returns when it is kept; it is driven on from there, and seen in the cluster's hub.
+
+        Raises:
+            ServiceError: it cannot begin: CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE, or NOT_LEADER.
+        """
+        cluster = self._clusters.get(cluster_of(redispatch.replica))
+        if cluster is None:
+            raise not_found(redispatch.replica)
+        cluster.propose(redispatch, now_s=self._clock.monotonic())
+        await self._look(cluster)
+
+    # Streams.
+
+    def _admit(self, identity: CallerIdentity, first: Request) -> str:
+        hello = check_hello(first, epoch=self._epoch)
+        if not NODE.matches(hello.node):
+            raise invalid_field("hello.node", f"must have the form {NODE.text}")
+        identity.require_node(hello.node)
+        if self._ending is not None:
+            raise self._ending
+        if cluster_of(hello.node) not in self._clusters:
+            raise not_found(cluster_of(hello.node))
+        return hello.node
+
+    async def _read(self, cluster: ClusterFleet, node: str, stream: Stream, requests: AsyncIterator[Request]) -> None:
+        try:
+            async for request in requests:
+                self._receive(cluster, node, stream, request)
+            stream.end()
+        except ServiceError as error:
+            stream.end(error)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            _log.exception("a message of an agent could not be taken", extra={"node": node, "cluster": cluster.name})
+            stream.end(ServiceError(Reason.ERROR_REASON_INTERNAL, "a message could not be taken; see the log"))
+
+    def _receive(self, cluster: ClusterFleet, node: str, stream: Stream, request: Request) -> None:
+        found = cluster.handle(node, stream.session, request, now_s=self._clock.monotonic(), time_s=self._clock.time())
+        for event in found:
+            match event:
+                case HeadMapsRead():
+                    self._answer_reading(event)
+                case Fenced():
+                    raise ServiceError(
+                        Reason.ERROR_REASON_STALE_EPOCH,
+                        f"the agent has obeyed epoch {event.newest_epoch}, this planner's is {self._epoch}",
+                        metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
+                    )
+        self._after(cluster)
+
+    def _close(self, cluster: ClusterFleet, node: str, name: str, stream: Stream) -> None:
+        if self._streams.get(name) is stream:
+            del self._streams[name]
+            gone = ServiceError(
+                Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"the stream of {name} ended", metadata={"device": node}
+            )
+            self._fail_readings(name, gone)
+        cluster.close(node, stream.session)
+        if self._ending is None:
+            self._after(cluster)
+
+    def _answer_reading(self, event: HeadMapsRead) -> None:
+        _, answer = self._readings.get(event.request_id, ("", None))
+        if answer is None or answer.done():
+            return
+        if isinstance(event.result, ServiceError):
+            answer.set_exception(event.result)
+        else:
+            answer.set_result(event.result)
+
+    def _fail_readings(self, node: str | None, error: ServiceError) -> None:
+        """Of one node, or of all."""
+        for name, answer in list(self._readings.values()):
+            if node in (None, name) and not answer.done():
+                answer.set_exception(error)
+
+    # What follows from what came.
+
+    def _after(self, cluster: ClusterFleet) -> None:
+        """Sends what is to be sent at once, tells observers, and looks at the cluster where it changed."""
+        self._send(cluster)
+        reported, cluster.reported = cluster.reported, {}
+        for (replica, _), report in reported.items():
+            for observer in self.observers:
+                observer.replica_reported(replica, report)
+        if cluster.capacity_changed:
+            cluster.capacity_changed = False
+            for observer in self.observers:
+                observer.capacity_changed(cluster.name)
+        if self._has_work(cluster) and cluster.name not in self._looks and self._ending is None:
+            look = asyncio.create_task(self._look_soon(cluster), name=f"a look at {cluster.name}")
+            self._looks[cluster.name] = look
+
+    def _has_work(self, cluster: ClusterFleet) -> bool:
+        return cluster.record is not None and (
+            deciding.needs_look(cluster) or bool(cluster.late.unknown) or bool(cluster.unprepared)
+        )
+
+    def _send(self, cluster: ClusterFleet) -> None:
+        for node, messages in cluster.messages(self._clock.monotonic()).items():
+            stream = self._streams.get(node_name(cluster.name, node))
+            if stream is not None:
+                stream.send(messages)
+
+    async def _look_soon(self, cluster: ClusterFleet) -> None:
+        """Whatever comes in the same moment is decided together."""
+        try:
+            await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE * self._look_s.get(cluster.name, 0.0)))
+            began_s = self._clock.monotonic()
+            await self._look(cluster)
+            self._look_s[cluster.name] = self._clock.monotonic() - began_s
+        except ServiceError as error:
+            _log.warning("nothing could be kept", extra={"cluster": cluster.name, "reason": error.reason_name})
+            if error.reason == Reason.ERROR_REASON_NOT_LEADER:
+                self._lose_leadership(error)
+        except Exception:
+            _log.exception("a look at a cluster failed", extra={"cluster": cluster.name})
+        finally:
+            self._looks.pop(cluster.name, None)
+
+    async def _look(self, cluster: ClusterFleet) -> None:
+        """Decides, keeps and tells, until nothing is left to decide."""
+        async with self._locks[cluster.name]:
+            for _ in range(_ROUNDS):
+                await self._prepare(cluster)
+                await self._ask_for_ends(cluster)
+                writes = deciding.decide(cluster, now_s=self._clock.monotonic())
+                if writes:
+                    await self._keep(cluster, writes)
+                if not self._has_work(cluster):
+                    return
+
+    async def _keep(self, cluster: ClusterFleet, writes: Writes) -> None:
+        try:
+            kept = await self._store.write(partial(apply, writes=writes, now_s=self._clock.time()))
+        except ServiceError:
+            deciding.not_applied(cluster, writes)
+            raise
+        deciding.applied(cluster, writes, kept)
+        self._send(cluster)
+        ended, cluster.ended = cluster.ended, []
+        now_s = self._clock.time()
+        publishing.publish(cluster, self._hubs, now_s=now_s)
+        for body in ended:
+            publishing.publish_end(cluster, self._hubs, body, now_s=now_s)
+        for observer in self.observers:
+            for write in writes.replicas:
+                observer.replica_changed(write.name)
+            for body in ended:
+                observer.redispatch_ended(body)
+
+    async def _prepare(self, cluster: ClusterFleet) -> None:
+        """Looks up what plans say of replicas that were not looked up yet."""
+        by_plan: dict[str, list[tuple[str, int]]] = {}
+        for name in list(cluster.unprepared)[:_LOOKED_UP_AT_ONCE]:
+            record = cluster.replicas[name].record
+            by_plan.setdefault(record.plan, []).append((name, record.body.plan_index))
+        for plan, replicas in by_plan.items():
+            found = await self._contents.of(plan, [index for _, index in replicas])
+            for (name, _), contents in zip(replicas, found, strict=True):
+                cluster.prepare(name, contents)
+
+    async def _ask_for_ends(self, cluster: ClusterFleet) -> None:
+        for change_id in cluster.late.unknown:
+            name = f"{cluster.name}/redispatches/{change_id}"
+            cluster.found_late(change_id, await self._store.read(partial(read_end, name=name)))
+        self._send(cluster)
+
+    async def _nodes_declared(self, record: ClusterRecord) -> tuple[str, ...]:
+        digest = record.body.document.digest
+        known = self._declared.get(record.name)
+        if known is None or known[0] != digest:
+            known = (digest, await asyncio.to_thread(_node_ids, record))
+            self._declared[record.name] = known
+        return known[1]
+
+    def _forget(self, cluster: ClusterFleet) -> None:
+        """The cluster is gone."""
+        if self._clusters.pop(cluster.name, None) is None:
+            return
+        cluster.record = None
+        self._declared.pop(cluster.name, None)
+        for node in cluster.links:
+            stream = self._streams.get(node_name(cluster.name, node))
+            if stream is not None:
+                stream.end(not_found(cluster.name))
+
+    def _lose_leadership(self, error: ServiceError) -> None:
+        self._ending = error
+        for stream in list(self._streams.values()):
+            stream.end(error)
+
+    def _live_node(self, cluster: ClusterFleet, node: str) -> LiveNode:
+        return publishing.live_node(
+            cluster,
+            node,
+            node_name(cluster.name, node),
+            unix_s=self._clock.time(),
+            now_s=self._clock.monotonic(),
+        )
+
+    # Time.
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.tick_s)
+            try:
+                self.tick()
+            except Exception:
+                _log.exception("the fleet's time stumbled")
+
+    def tick(self) -> None:
+        """Looks at the time: leases, deadlines, what is to be said again, what watchers should hear."""
+        now_s = self._clock.monotonic()
+        publishes = now_s - self._published_s >= self._settings.publish_s
+        for cluster in list(self._clusters.values()):
+            cluster.pass_time(now_s)
+            self._after(cluster)
+            if publishes:
+                publishing.publish(cluster, self._hubs, now_s=self._clock.time())
+        if publishes:
+            self._published_s = now_s
+
+
+async def _first_of(requests: AsyncIterator[Request]) -> Request:
+    try:
+        return await asyncio.wait_for(anext(requests), _HELLO_S)
+    except (StopAsyncIteration, TimeoutError):
+        raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"no hello came within {_HELLO_S:g} s") from None
+
+
+def _node_ids(record: ClusterRecord) -> tuple[str, ...]:
+    cluster = documents.read_cluster(record.body.document)
+    return tuple(group.node_name(index) for group in cluster.node_groups for index in range(group.count))
+
+
+def _taken_over(name: str) -> ServiceError:
+    return ServiceError(
+        Reason.ERROR_REASON_NODE_TAKEN_OVER, f"another stream of {name} began", metadata={"node": last_part(name)}
+    )

@@ -1,0 +1,80 @@
+"""Head maps put together from the pieces that an agent sends them in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.v1 import agent_service_pb2, head_map_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadMaps:
+    """Who owns which head group in a replica: one map per copy of each stage.
+
+    Attributes:
+        generation: of the replica's state at its authority.
+        step: decode step that all maps are of.
+    """
+
+    replica: str
+    generation: int
+    step: int
+    maps: tuple[head_map_pb2.HeadMap, ...]
+
+
+class HeadMapPieces:
+    """The pieces of one request so far, in whatever order and however often they come."""
+
+    def __init__(self, replica: str, *, most_bytes: int) -> None:
+        self._replica = replica
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
+        self._pieces: dict[int, agent_service_pb2.HeadMapPiece] = {}
+        self._last: int | None = None
+
+    def add(self, piece: agent_service_pb2.HeadMapPiece) -> HeadMaps | None:
+        """The maps when all pieces are there, else None.
+
+        Raises:
+            ServiceError: the agent has no map, or its pieces do not fit together.
+        """
+        if piece.HasField("failure"):
+            raise ServiceError(piece.failure.reason, piece.failure.message, metadata=piece.failure.metadata)
+        if piece.replica != self._replica:
+            raise self._nonsense(f"piece {piece.index} is of {piece.replica}")
+        if piece.index in self._pieces:
+            return None
+        self._num_bytes += piece.ByteSize()
+        if self._num_bytes > self._most_bytes:
+            raise ServiceError(
+                Reason.ERROR_REASON_MESSAGE_TOO_LARGE,
+                f"the head maps of {self._replica} are larger than {self._most_bytes} bytes",
+                metadata={"max_bytes": self._most_bytes},
+            )
+        self._pieces[piece.index] = piece
+        if piece.is_last:
+            self._last = piece.index
+        if self._last is None or len(self._pieces) <= self._last:
+            return None
+        return self._joined()
+
+    def _joined(self) -> HeadMaps:
+        pieces = [piece for _, piece in sorted(self._pieces.items())]
+        first = pieces[0]
+        maps: dict[tuple[int, int], head_map_pb2.HeadMap] = {}
+        for piece in pieces:
+            if (piece.generation, piece.step) != (first.generation, first.step):
+                raise self._nonsense(f"pieces are of steps {first.step} and {piece.step}")
+            for one in piece.head_maps:
+                known = maps.get((one.stage, one.copy))
+                if known is None:
+                    maps[one.stage, one.copy] = one
+                    continue
+                if list(known.devices) != list(one.devices):
+                    raise self._nonsense(f"stage {one.stage}, copy {one.copy} has two lists of devices")
+                known.requests.extend(one.requests)
+        return HeadMaps(replica=self._replica, generation=first.generation, step=first.step, maps=tuple(maps.values()))
+
+    def _nonsense(self, what: str) -> ServiceError:
+        return ServiceError(Reason.ERROR_REASON_INTERNAL, f"the head maps of {self._replica} make no sense: {what}")

@@ -1,0 +1,61 @@
+"""Changes that a node speaks of and that are over, or that this planner never knew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.changes import Outcome, Phase
+from hetis.planner.fleet.deltas import Directive
+from hetis.v1 import agent_service_pb2, change_pb2
+
+_MOST = 10_000
+
+
+class LateChanges:
+    """Statuses of changes that nobody drives, until the store was asked how they ended."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}
+
+    def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        """Too many are left to be said again."""
+        if len(self._waiting) < _MOST:
+            self._waiting.setdefault(status.change_id, {})[node] = status
+
+    @property
+    def unknown(self) -> list[str]:
+        """Ids of the changes that the store has to be asked for."""
+        return list(self._waiting)
+
+    def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
+        """Who spoke of it, and what it said."""
+        return tuple(self._waiting.pop(change_id, {}).items())
+
+    def directive(
+        self,
+        status: change_pb2.ChangeStatus,
+        *,
+        outcome: Outcome.ValueType | None,
+        moves: Iterable[change_pb2.MoveResult],
+    ) -> Directive:
+        """What the node should be told. ``outcome``: how the change ended; None: there is no record of it.
+
+        What was never recorded was never permitted to flip, so that an end can only be the node's own word.
+        """
+        if outcome is None and status.phase == Phase.CHANGE_PHASE_FLIPPED:
+            outcome, moves = Outcome.CHANGE_OUTCOME_FLIPPED, status.moves
+        elif outcome is None and status.phase == Phase.CHANGE_PHASE_ABORTED:
+            outcome = Outcome.CHANGE_OUTCOME_ABORTED
+        step: agent_service_pb2.ChangeResolved | agent_service_pb2.AbortChange
+        if outcome is not None:
+            step = agent_service_pb2.ChangeResolved(change_id=status.change_id, outcome=outcome, moves=moves)
+        else:
+            failure = ServiceError(
+                Reason.ERROR_REASON_CHANGE_UNKNOWN,
+                f"the planner has no record of change {status.change_id}",
+                metadata={"change_id": status.change_id},
+            )
+            step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure.to_proto())
+        # An abort of a change that nobody knows leads nowhere, but a delta has to name where.
+        return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

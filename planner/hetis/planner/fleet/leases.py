@@ -1,0 +1,148 @@
+"""Who is there: a node is READY while it is heard, SUSPECT when it is late, LOST when its lease ran out."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hetis.v1 import cluster_pb2
+
+State = cluster_pb2.NodeState
+
+
+@dataclass(slots=True, kw_only=True)
+class _Presence:
+    state: State.ValueType
+    declared: bool
+    connected: bool = False
+    heard_s: float | None = None  # None: never
+    due_s: float | None = None  # when time alone may change the state; other entries of the heap are void
+
+
+class Leases:
+    """Presence of nodes by name. Hearing a node costs no more than writing down when; `expire` finds the silent ones.
+
+    Args:
+        suspect_s: silence that makes a node SUSPECT.
+        lease_s: silence that makes it LOST.
+    """
+
+    def __init__(self, *, suspect_s: float, lease_s: float) -> None:
+        self._suspect_s = suspect_s
+        self._lease_s = lease_s
+        self._nodes: dict[str, _Presence] = {}
+        self._due: list[tuple[float, str]] = []
+
+    def __contains__(self, node: str) -> bool:
+        return node in self._nodes
+
+    @property
+    def nodes(self) -> list[str]:
+        """All that are declared or connected."""
+        return list(self._nodes)
+
+    def state(self, node: str) -> State.ValueType:
+        found = self._nodes.get(node)
+        return State.NODE_STATE_UNSPECIFIED if found is None else found.state
+
+    def heard_s(self, node: str) -> float | None:
+        found = self._nodes.get(node)
+        return None if found is None else found.heard_s
+
+    def is_connected(self, node: str) -> bool:
+        found = self._nodes.get(node)
+        return found is not None and found.connected
+
+    def declare(self, nodes: Iterable[str], *, now_s: float, known: Iterable[str] = ()) -> list[str]:
+        """Takes ``nodes`` as all that the cluster's document names; returns those whose state changed.
+
+        ``known`` are nodes that were connected under an earlier planner: until a lease from now has run out nobody can
+        say that they are lost.
+        """
+        names, earlier = set(nodes), set(known)
+        changed = []
+        for node in [node for node in self._nodes if node not in names]:
+            presence = self._nodes[node]
+            presence.declared = False
+            if not presence.connected:
+                del self._nodes[node]
+                changed.append(node)
+            elif self._enter(node, State.NODE_STATE_UNDECLARED):
+                changed.append(node)
+        for node in names:
+            before = self._nodes.get(node)
+            if before is None:
+                self._nodes[node] = _Presence(state=State.NODE_STATE_EXPECTED, declared=True)
+                if node in earlier:
+                    self._nodes[node].state = State.NODE_STATE_SUSPECT
+                    self._nodes[node].heard_s = now_s
+                    self._look_at(node, now_s + self._lease_s)
+                changed.append(node)
+            elif not before.declared:
+                before.declared = True
+                if self._enter(node, State.NODE_STATE_READY if before.connected else State.NODE_STATE_SUSPECT):
+                    changed.append(node)
+        return changed
+
+    def connect(self, node: str, *, now_s: float) -> bool:
+        """A stream began; returns whether the state changed. A node that no document names is UNDECLARED."""
+        presence = self._nodes.setdefault(node, _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False))
+        presence.connected, presence.heard_s = True, now_s
+        self._look_at(node, now_s + self._suspect_s)
+        return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
+
+    def disconnect(self, node: str) -> bool:
+        """The stream ended; returns whether the state changed. The lease runs on."""
+        presence = self._nodes.get(node)
+        if presence is None or not presence.connected:
+            return False
+        presence.connected = False
+        if not presence.declared:
+            del self._nodes[node]
+            return True
+        assert presence.heard_s is not None
+        self._look_at(node, presence.heard_s + self._lease_s)
+        return presence.state == State.NODE_STATE_READY and self._enter(node, State.NODE_STATE_SUSPECT)
+
+    def hear(self, node: str, *, now_s: float) -> bool:
+        """Any message renews the lease; returns whether the state changed."""
+        presence = self._nodes.get(node)
+        if presence is None or not presence.connected:
+            return False
+        presence.heard_s = now_s
+        if presence.state in (State.NODE_STATE_READY, State.NODE_STATE_UNDECLARED):
+            return False
+        self._look_at(node, now_s + self._suspect_s)
+        return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
+
+    def expire(self, now_s: float) -> list[str]:
+        """Nodes whose state changed because they were silent."""
+        changed = []
+        while self._due and self._due[0][0] <= now_s:
+            due_s, node = heapq.heappop(self._due)
+            presence = self._nodes.get(node)
+            if presence is None or presence.due_s != due_s or presence.heard_s is None or not presence.declared:
+                continue
+            presence.due_s = None
+            silent_s = now_s - presence.heard_s
+            if silent_s >= self._lease_s:
+                state = State.NODE_STATE_LOST
+            elif silent_s >= self._suspect_s or not presence.connected:
+                state = State.NODE_STATE_SUSPECT
+                self._look_at(node, presence.heard_s + self._lease_s)
+            else:
+                state = State.NODE_STATE_READY
+                self._look_at(node, presence.heard_s + self._suspect_s)
+            if self._enter(node, state):
+                changed.append(node)
+        return changed
+
+    def _look_at(self, node: str, due_s: float) -> None:
+        self._nodes[node].due_s = due_s
+        heapq.heappush(self._due, (due_s, node))
+
+    def _enter(self, node: str, state: State.ValueType) -> bool:
+        presence = self._nodes[node]
+        before, presence.state = presence.state, state
+        return before != state

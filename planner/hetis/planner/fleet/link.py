@@ -1,0 +1,324 @@
+"""The planner's side of one node's stream, as a value that is driven: messages in, messages and events out."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hetis.planner.failures import Reason, ServiceError, invalid_field
+from hetis.planner.fleet.deltas import ReplicaSlot, WantedRemoval
+from hetis.planner.fleet.head_map_pieces import HeadMapPieces
+from hetis.planner.fleet.link_events import (
+    Answered,
+    Behind,
+    Fenced,
+    Found,
+    HeadMapsRead,
+    LinkEvent,
+    Progressed,
+    Reported,
+)
+from hetis.planner.fleet.settings import FleetSettings, duration
+from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, report_pb2
+
+PROTOCOL_VERSION = 1
+
+Request = agent_service_pb2.ConnectNodeRequest
+Response = agent_service_pb2.ConnectNodeResponse
+Capability = agent_service_pb2.AgentCapability
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A stream that began.
+
+    Attributes:
+        session: its identity; what comes under another one is void.
+        restarted: the agent is another process than the last time.
+        changes: that it has in some phase. Changes that it should know and does not list are forgotten there.
+    """
+
+    session: str
+    restarted: bool
+    changes: tuple[change_pb2.ChangeStatus, ...]
+
+
+def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
+    """The Hello of a stream's first message.
+
+    Raises:
+        ServiceError: PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
+    """
+    if request.WhichOneof("message") != "hello":
+        raise ServiceError(
+            Reason.ERROR_REASON_PROTOCOL_VIOLATION,
+            f"the first message of a stream is a hello, this is {request.WhichOneof('message') or 'none'}",
+        )
+    hello = request.hello
+    if not hello.min_protocol_version <= PROTOCOL_VERSION <= hello.protocol_version:
+        raise ServiceError(
+            Reason.ERROR_REASON_PROTOCOL_VERSION,
+            f"this planner speaks version {PROTOCOL_VERSION} of the protocol, the agent {hello.min_protocol_version} to"
+            f" {hello.protocol_version}",
+            metadata={
+                "protocol_version": hello.protocol_version,
+                "min_version": PROTOCOL_VERSION,
+                "max_version": PROTOCOL_VERSION,
+            },
+        )
+    newest = max((hello.newest_epoch, *(held.epoch for held in hello.replicas)))
+    if newest > epoch:
+        raise ServiceError(
+            Reason.ERROR_REASON_STALE_EPOCH,
+            f"the agent has obeyed epoch {newest}, this planner's is {epoch}",
+            metadata={"epoch": epoch, "newest_epoch": newest},
+        )
+    for field in ("agent_version", "boot_id", "inventory_digest"):
+        if not getattr(hello, field):
+            raise invalid_field(f"hello.{field}", "is required")
+    return hello
+
+
+class NodeLink:
+    """What is known of one node and what it is to be told. It outlives its streams.
+
+    Attributes:
+        node: `clusters/{cluster}/nodes/{node}`.
+        devices: last report of each of its GPUs; empty: none yet.
+        inventory: what its agent found; None: not known.
+        agent_version: empty: no agent was connected.
+        engine_address: where its engine listens for others; empty: it does not.
+        capabilities: of its agent.
+        report_age_s: how old the engine's numbers were in the last report.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        *,
+        epoch: int,
+        settings: FleetSettings,
+        new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+    ) -> None:
+        self.node = node
+        self.devices: tuple[report_pb2.DeviceReport, ...] = ()
+        self.inventory: inventory_pb2.NodeInventory | None = None
+        self.agent_version = ""
+        self.engine_address = ""
+        self.capabilities: frozenset[Capability.ValueType] = frozenset()
+        self.report_age_s = 0.0
+        self._epoch = epoch
+        self._settings = settings
+        self._new_id = new_id
+        self._session = ""
+        self._boot_id = ""
+        self._slots: dict[str, ReplicaSlot] = {}
+        self._active: set[str] = set()  # replicas for which something may have to be sent
+        self._outbox: list[Response] = []
+        self._report_sequence = 0
+        self._inventory_sequence = 0
+        self._head_maps: dict[str, HeadMapPieces] = {}
+
+    # What is known.
+
+    @property
+    def session(self) -> str:
+        """Of the stream that counts. Empty: there is none."""
+        return self._session
+
+    @property
+    def has_more(self) -> bool:
+        """Something is to be sent now, or may be when time has passed."""
+        return bool(self._active or self._outbox)
+
+    @property
+    def slots(self) -> Mapping[str, ReplicaSlot]:
+        return self._slots
+
+    @property
+    def is_clearing(self) -> bool:
+        """It holds something that it was told to remove."""
+        return any(slot.held and isinstance(slot.wanted, WantedRemoval) for slot in self._slots.values())
+
+    def slot(self, replica: str) -> ReplicaSlot:
+        """To be used when it is about to change: what is to be sent is looked for there."""
+        self._active.add(replica)
+        return self._slots.setdefault(replica, ReplicaSlot(replica))
+
+    def forget(self, replica: str) -> None:
+        """The replica is gone, here and everywhere."""
+        self._slots.pop(replica, None)
+        self._active.discard(replica)
+
+    # The stream.
+
+    def open(self, request: Request) -> Opened:
+        """A stream begins with its first message; an earlier one of the node is void from now on.
+
+        Raises:
+            ServiceError: as of `check_hello`; the earlier stream goes on.
+        """
+        hello = check_hello(request, epoch=self._epoch)
+        restarted = hello.boot_id != self._boot_id
+        self._session, self._boot_id = self._new_id(), hello.boot_id
+        self.agent_version, self.engine_address = hello.agent_version, hello.engine_address
+        self.capabilities = frozenset(hello.capabilities)
+        self._report_sequence = self._inventory_sequence = 0
+        self._fail_head_maps()
+        held = {one.replica: one for one in hello.replicas}
+        for replica in {*held, *self._slots}:
+            one = held.get(replica, agent_service_pb2.HeldReplica())
+            self.slot(replica).restart(one.generation, one.assignment_state)
+        known = self.inventory is not None and self.inventory.digest == hello.inventory_digest
+        welcome = agent_service_pb2.Welcome(
+            protocol_version=PROTOCOL_VERSION,
+            session_id=self._session,
+            settings=self._settings.to_proto(),
+            send_inventory=not known,
+        )
+        self._outbox = [Response(epoch=self._epoch, welcome=welcome)]
+        return Opened(session=self._session, restarted=restarted, changes=tuple(hello.changes))
+
+    def close(self, session: str) -> bool:
+        """A stream ended; False: it was void already."""
+        if session != self._session:
+            return False
+        self._session, self._outbox = "", []
+        self._fail_head_maps()
+        return True
+
+    def receive(self, request: Request, *, now_s: float) -> list[LinkEvent]:
+        """Takes a message of the stream.
+
+        Raises:
+            ServiceError: PROTOCOL_VIOLATION or STALE_EPOCH; the stream must end.
+        """
+        if request.WhichOneof("message") == "hello":
+            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello came in the middle of a stream")
+        if request.epoch > self._epoch:
+            raise ServiceError(
+                Reason.ERROR_REASON_STALE_EPOCH,
+                f"the agent obeys epoch {request.epoch}, this planner's is {self._epoch}",
+                metadata={"epoch": self._epoch, "newest_epoch": request.epoch},
+            )
+        if request.epoch < self._epoch:
+            return []  # of an earlier stream: no message of this one has another epoch than its Welcome
+        match request.WhichOneof("message"):
+            case "report":
+                return self._take_report(request.sequence, request.report)
+            case "inventory":
+                return self._take_inventory(request.sequence, request.inventory)
+            case "ack":
+                return self._take_ack(request.ack)
+            case "nack":
+                return self._take_nack(request.nack, now_s)
+            case "change_status":
+                self._learn_generation(request.change_status)
+                return [Progressed(status=request.change_status)]
+            case "head_map":
+                return self._take_piece(request.head_map)
+            case _:  # a heartbeat, or of a newer agent
+                return []
+
+    def messages(self, now_s: float) -> list[Response]:
+        """What is to be sent now, and no more than once."""
+        if not self._session:
+            return []
+        found, self._outbox = self._outbox, []
+        for replica in sorted(self._active):
+            slot = self._slots[replica]
+            delta = slot.next_delta(now_s, new_nonce=self._new_id, answer_s=self._settings.answer_s)
+            if delta is not None:
+                found.append(Response(epoch=self._epoch, delta=delta))
+        # A slot without a delta under way has nothing to say until somebody changes it, but for tries put off.
+        self._active = {replica for replica in self._active if self._slots[replica].is_waiting}
+        return found
+
+    def ask_head_maps(self, replica: str) -> str:
+        """Asks for them at the next `messages`; returns the id of the request."""
+        request_id = self._new_id()
+        self._head_maps[request_id] = HeadMapPieces(replica, most_bytes=self._settings.piece_bytes)
+        self._ask(agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica))
+        return request_id
+
+    def drop_head_maps(self, request_id: str) -> None:
+        """Nobody waits for them any more."""
+        self._head_maps.pop(request_id, None)
+
+    def ask_report(self) -> None:
+        self._ask(agent_service_pb2.StateRequest(request_id=self._new_id(), report=True))
+
+    def say_goodbye(self, reason: str) -> None:
+        """At the next `messages`."""
+        goodbye = agent_service_pb2.Goodbye(reason=reason, reconnect_within=duration(self._settings.reconnect_s))
+        self._outbox.append(Response(epoch=self._epoch, goodbye=goodbye))
+
+    def _ask(self, request: agent_service_pb2.StateRequest) -> None:
+        self._outbox.append(Response(epoch=self._epoch, state_request=request))
+
+    # Messages of the agent.
+
+    def _take_report(self, sequence: int, report: agent_service_pb2.NodeReport) -> list[LinkEvent]:
+        if sequence <= self._report_sequence:
+            return []
+        self._report_sequence = sequence
+        self.devices = tuple(report.devices)
+        self.report_age_s = report.age_s
+        changed = []
+        for one in report.replicas:
+            known = self._slots.get(one.replica)
+            if (self.slot(one.replica) if known is None else known).learn(one):
+                self._active.add(one.replica)
+                changed.append(one.replica)
+        return [Reported(replicas=tuple(report.replicas), changed=tuple(changed))]
+
+    def _take_inventory(self, sequence: int, inventory: inventory_pb2.NodeInventory) -> list[LinkEvent]:
+        if sequence <= self._inventory_sequence:
+            return []
+        self._inventory_sequence = sequence
+        if self.inventory == inventory:
+            return []
+        self.inventory = inventory
+        return [Found(inventory=inventory)]
+
+    def _take_ack(self, ack: agent_service_pb2.DeltaAck) -> list[LinkEvent]:
+        if ack.replica not in self._slots:
+            return []
+        answer = self.slot(ack.replica).acknowledge(ack)
+        return [] if answer is None else [Answered(answer=answer)]
+
+    def _take_nack(self, nack: agent_service_pb2.DeltaNack, now_s: float) -> list[LinkEvent]:
+        if nack.replica not in self._slots:
+            return []
+        answer = self.slot(nack.replica).refuse(nack, now_s=now_s, retry_s=self._settings.retry_s)
+        if answer is None:
+            return []
+        events: list[LinkEvent] = [Answered(answer=answer)]
+        if nack.failure.reason == Reason.ERROR_REASON_STALE_EPOCH:
+            events.append(Fenced(newest_epoch=int(nack.failure.metadata.get("newest_epoch", "0"))))
+        elif nack.failure.reason == Reason.ERROR_REASON_GENERATION_MISMATCH and answer.kind == "assignment":
+            events.append(Behind(replica=nack.replica, held=nack.generation))
+        return events
+
+    def _learn_generation(self, status: change_pb2.ChangeStatus) -> None:
+        slot = self._slots.get(status.replica)
+        if slot is not None and slot.held:
+            slot.held = max(slot.held, status.generation)
+
+    def _take_piece(self, piece: agent_service_pb2.HeadMapPiece) -> list[LinkEvent]:
+        pieces = self._head_maps.get(piece.request_id)
+        if pieces is None:
+            return []
+        try:
+            found = pieces.add(piece)
+        except ServiceError as error:
+            del self._head_maps[piece.request_id]
+            return [HeadMapsRead(request_id=piece.request_id, result=error)]
+        if found is None:
+            return []
+        del self._head_maps[piece.request_id]
+        return [HeadMapsRead(request_id=piece.request_id, result=found)]
+
+    def _fail_head_maps(self) -> None:
+        self._head_maps.clear()

@@ -1,0 +1,268 @@
+"""When capacity has changed for long, the planner makes a plan for what there is now: advice, or what is done.
+
+Capacity is the nodes that can be planned with: declared, not draining, not lost. It has changed when the plan in force
+uses a node that is gone, or when there is one that was not there when that plan was made. A change counts once it has
+lasted ``placement_patience`` without another; a node that blinks starts the time anew.
+
+Of what capacity was there when the plan in force was made the planner knows what it saw in this term; a plan that was
+in force before it started counts as made for the nodes of the start, those not heard of yet included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from hetis.planner.convert.names import last_part
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.redispatching.policy import ProposalPolicy, proposal_policy
+from hetis.planner.fleet.views import Clock
+from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, report_pb2
+
+POLL_S = 2.0  # how often a search under way is looked at
+LEAST_GAIN = 0.01  # share that the rate must rise by for a proposal to be put in force by itself
+MOST_NAMED = 5  # nodes in a reason
+_SEARCHING = (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
+_GONE = (cluster_pb2.NODE_STATE_LOST, cluster_pb2.NODE_STATE_UNDECLARED)
+_log = logging.getLogger("hetis.planner.proposals")
+
+
+class NodeCapacity(Protocol):
+    """As `hetis.planner.fleet.views.LiveNode`."""
+
+    @property
+    def state(self) -> cluster_pb2.NodeState.ValueType: ...
+    @property
+    def is_draining(self) -> bool: ...
+
+
+class Capacity(Protocol):
+    """What is asked of the fleet."""
+
+    def nodes_of(self, cluster: str) -> Mapping[str, NodeCapacity]: ...
+    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy: ...
+
+
+class Placements(Protocol):
+    """What is asked of the plans."""
+
+    async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
+        """With its spec and its replicas."""
+        ...
+
+    async def plan(self, name: str) -> plan_pb2.Plan | None: ...
+
+    async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
+        """A new plan for the nodes that can be planned with, and its name.
+
+        Raises:
+            ServiceError: it cannot be made now.
+        """
+        ...
+
+    async def withdraw(self, plan: str) -> None:
+        """A proposal that the next one replaces: its search is called off, or it is deleted."""
+        ...
+
+    async def activate(self, plan: str) -> None:
+        """Raises ServiceError where it cannot be put in force now."""
+        ...
+
+
+@dataclass(slots=True)
+class _Cluster:
+    """What is known of a cluster.
+
+    Attributes:
+        nodes: its capacity.
+        since_s: when it became so.
+        plan, planned: the plan in force, and the capacity that it was made for.
+        proposal, proposed: the proposal that waits, and its capacity; empty: none.
+        is_settled: nothing is to be done until something changes.
+        not_before_s: no look before this time.
+    """
+
+    nodes: frozenset[str]
+    since_s: float
+    plan: str = ""
+    planned: frozenset[str] = frozenset()
+    proposal: str = ""
+    proposed: frozenset[str] = frozenset()
+    is_settled: bool = False
+    not_before_s: float = 0.0
+
+
+class PlacementProposals:
+    """A `FleetObserver`. Start `run` once; `step` does what is due now. At most one proposal of a cluster is open."""
+
+    def __init__(self, fleet: Capacity, placements: Placements, *, clock: Clock) -> None:
+        self._fleet, self._placements, self._clock = fleet, placements, clock
+        self._clusters: dict[str, _Cluster] = {}
+        self._wake = asyncio.Event()
+
+    # --- FleetObserver
+
+    def capacity_changed(self, cluster: str) -> None:
+        """A node was lost, is back, drains or joined; also to be called once for each cluster at the start."""
+        nodes, now_s = self._capacity(cluster), self._clock.monotonic()
+        known = self._clusters.get(cluster)
+        if known is None:
+            self._clusters[cluster] = _Cluster(nodes, now_s)
+        elif nodes != known.nodes:
+            known.nodes, known.since_s, known.is_settled, known.not_before_s = nodes, now_s, False, now_s
+        self._wake.set()
+
+    def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
+        """Says nothing of capacity."""
+
+    def replica_changed(self, replica: str) -> None:
+        """Says nothing of capacity."""
+
+    def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """Says nothing of capacity."""
+
+    # --- what is due
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            wait_s = await self.step()
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+    async def step(self) -> float | None:
+        """Looks at every cluster whose time has come; seconds until the next one's has, None: nothing waits."""
+        waits = list[float]()
+        for name, known in list(self._clusters.items()):
+            if known.is_settled:
+                continue
+            nodes = known.nodes
+            try:
+                wait_s = await self._look(name, known)
+            except ServiceError as error:
+                _log.warning("no proposal for %s: %s", name, error)
+                wait_s = error.retry_after_s or proposal_policy(self._fleet.policy_of(name)).patience_s
+            except Exception:
+                _log.exception("the look at %s failed", name)  # the loop is for all clusters
+                wait_s = proposal_policy(self._fleet.policy_of(name)).patience_s
+            if known.nodes != nodes:
+                wait_s = 0.0  # it has changed meanwhile
+            known.is_settled = wait_s is None
+            if wait_s is not None:
+                waits.append(wait_s)
+        return min(waits) if waits else None
+
+    async def _look(self, name: str, known: _Cluster) -> float | None:
+        """Seconds until the next look; None: none is needed."""
+        policy = proposal_policy(self._fleet.policy_of(name))
+        if policy.mode == cluster_pb2.REACTION_MODE_OFF:
+            return None
+        nodes = known.nodes
+        plan = await self._placements.plan_in_force(name)
+        if plan is None:
+            return None
+        if plan.name != known.plan:
+            is_ours = plan.name == known.proposal
+            known.planned = known.proposed if is_ours else nodes | _nodes_of(plan)
+            known.plan = plan.name
+        if known.proposal:
+            wait_s = await self._follow(known, plan, policy)
+            if wait_s is not None or known.proposal:
+                return wait_s
+        gone, came = _nodes_of(plan) - nodes, nodes - known.planned
+        if not gone and not came:
+            return None
+        left_s = known.since_s + policy.patience_s - self._clock.monotonic()
+        if left_s > 0:
+            return left_s
+        if plan.activation != plan_pb2.ACTIVATION_STATE_ACTIVE:
+            return POLL_S  # another change of the plan has to come to its end first
+        if not plan.HasField("spec"):
+            _log.warning("no proposal for %s: %s was imported, there is no problem to pose again", name, plan.name)
+            return None
+        known.proposal = await self._placements.propose(name, plan.spec, _reason(gone, came, policy.patience_s))
+        known.proposed = nodes
+        return POLL_S
+
+    async def _follow(self, known: _Cluster, plan: plan_pb2.Plan, policy: ProposalPolicy) -> float | None:
+        """Sees what became of the proposal; forgets it where another may be made."""
+        proposal = await self._placements.plan(known.proposal)
+        if proposal is None or proposal.name == plan.name:
+            known.proposal = ""  # somebody deleted it, or put it in force
+            return None
+        if known.proposed != known.nodes:
+            await self._placements.withdraw(known.proposal)
+            known.proposal = ""
+            return None
+        if proposal.state in _SEARCHING:
+            return POLL_S
+        is_wanted = (
+            policy.mode == cluster_pb2.REACTION_MODE_AUTOMATIC
+            and proposal.state == plan_pb2.PLAN_STATE_READY
+            and proposal.activation == plan_pb2.ACTIVATION_STATE_INACTIVE
+            and not proposal.HasField("activate_time")  # it was, and somebody went back
+        )
+        if not is_wanted or not is_better(proposal, plan, known.nodes):
+            return None  # it waits for a person, until capacity changes
+        if plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
+            return POLL_S
+        await self._placements.activate(proposal.name)
+        return None
+
+    def _capacity(self, cluster: str) -> frozenset[str]:
+        return frozenset(
+            last_part(name)
+            for name, node in self._fleet.nodes_of(cluster).items()
+            if node.state not in _GONE and not node.is_draining
+        )
+
+
+def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]) -> bool:
+    """Whether a proposal serves more than what ``nodes`` leave of the plan in force; no where not all is known."""
+    if proposal.result.replicas_truncated or plan.result.replicas_truncated:
+        return False
+    there = set(nodes)
+    left_rps = sum(replica.rate_rps for replica in plan.result.replicas if _dense_nodes(replica) <= there)
+    return sum(replica.rate_rps for replica in proposal.result.replicas) > left_rps * (1 + LEAST_GAIN)
+
+
+def _dense_nodes(replica: replica_pb2.ReplicaPlan) -> set[str]:
+    """Nodes without which the replica cannot serve."""
+    return {_node_of(device) for stage in replica.stages for device in stage.devices}
+
+
+def _nodes_of(plan: plan_pb2.Plan) -> frozenset[str]:
+    """Nodes that it uses."""
+    workers = {
+        _node_of(device)
+        for replica in plan.result.replicas
+        for pool in replica.attention_workers
+        for device in pool.devices
+    }
+    return frozenset(workers.union(*map(_dense_nodes, plan.result.replicas)))
+
+
+def _node_of(device: str) -> str:
+    return device.rpartition("/")[0]
+
+
+def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:
+    """In one sentence, for people."""
+    parts = [
+        f"{_named(nodes)} {'is' if len(nodes) == 1 else 'are'} {what}"
+        for nodes, what in ((sorted(gone), "gone"), (sorted(came), "there that the plan in force does not count on"))
+        if nodes
+    ]
+    return f"For {patience_s:g} s {' and '.join(parts)}."
+
+
+def _named(nodes: list[str]) -> str:
+    if len(nodes) <= MOST_NAMED:
+        return ", ".join(nodes)
+    return f"{', '.join(nodes[:MOST_NAMED])} and {len(nodes) - MOST_NAMED} more"

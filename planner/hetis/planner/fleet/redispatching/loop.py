@@ -1,0 +1,300 @@
+"""The re-dispatch loop: sees reports, asks for head maps where something is wrong, and sends changes that mend it.
+
+    report -> sums -> alarm? -> head maps -> triggers -> moves (in a thread) -> those that fit at once -> change
+                                                                                    its end -> look again
+
+At most one change of a replica is under way. Looks at a replica are ``redispatch_interval`` apart; after a change that
+was aborted the interval doubles each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+
+from hetis.planner.convert.names import cluster_of
+from hetis.planner.convert.redispatches import triggers_to_proto
+from hetis.planner.convert.times import timestamp
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner, compile_kernels
+from hetis.planner.fleet.redispatching.policy import RedispatchPolicy, redispatch_policy
+from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
+from hetis.planner.fleet.running import ReadHeadMaps, Redispatching, RunningReplica
+from hetis.planner.fleet.settings import duration
+from hetis.planner.fleet.views import Clock
+from hetis.solver.errors import HetisError
+from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
+
+READ_TIMEOUT_S = 10.0
+SOLVE_BUDGET_S = 10.0  # a state older than that is none to move by
+LEAST_WAIT_S = 0.5  # between two looks at a replica whose redispatch_interval is shorter
+MOST_DOUBLINGS = 6
+_WATCHED = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
+_log = logging.getLogger("hetis.planner.redispatching")
+
+Solve = Callable[[StagePlanner, StageLook], Awaitable[FoundMoves | None]]
+
+
+class RedispatchLoop:
+    """A `FleetObserver`. Start `run` once; `step` does what is due now, and is what `run` does again and again."""
+
+    def __init__(
+        self,
+        fleet: Redispatching,
+        dispatch: DispatchStates,
+        *,
+        clock: Clock,
+        make_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+        solve: Solve | None = None,
+    ) -> None:
+        """``solve`` looks at one stage; None: in a thread of the loop's own, within `SOLVE_BUDGET_S`."""
+        self._fleet, self._dispatch = fleet, dispatch
+        self._clock, self._make_id = clock, make_id
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="redispatch")
+        self._solve = solve or self._solve_in_thread
+        self._watched: dict[str, WatchedReplica] = {}
+        self._wake = asyncio.Event()
+
+    # --- FleetObserver
+
+    def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
+        """A report of one of its nodes. Costs microseconds unless something is wrong."""
+        if not report.is_primary or not report.stages:
+            return
+        found = self._watched_replica(replica)
+        if found is None:
+            return
+        watched, policy = found
+        watched.report(report, policy)
+        if watched.is_wanted:
+            self._wake.set()
+
+    def replica_changed(self, replica: str) -> None:
+        """Its state, generation or conditions."""
+        self._dispatch.replica_changed(replica)
+        found = self._watched_replica(replica)
+        if found is not None and found[0].is_wanted:
+            self._wake.set()
+
+    def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """What had to wait for room may have it now."""
+        self._dispatch.redispatch_ended(redispatch)
+        watched = self._watched.get(redispatch.replica)
+        if watched is None or watched.under_way != redispatch.name:
+            return
+        watched.under_way = ""
+        if redispatch.state == redispatch_pb2.REDISPATCH_STATE_DONE:
+            watched.num_aborted = 0
+        else:
+            watched.num_aborted += 1
+            view = self._fleet.replica_view(redispatch.replica)
+            if view is not None:
+                self._put_off(watched, redispatch_policy(self._fleet.policy_of(cluster_of(view.name))))
+        watched.is_wanted = True
+        self._wake.set()
+
+    def capacity_changed(self, cluster: str) -> None:
+        """Nodes came or went; replicas that have GPUs there hear of it by themselves."""
+
+    # --- what is due
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        looks = set[asyncio.Task[None]]()
+
+        def has_looked(look: asyncio.Task[None]) -> None:
+            looks.discard(look)
+            self._wake.set()
+
+        try:
+            # First of all: a compilation would spend the budget of a solve.
+            await asyncio.get_running_loop().run_in_executor(self._threads, compile_kernels)
+            while True:
+                for look in self._begin_due():
+                    looks.add(look)
+                    look.add_done_callback(has_looked)
+                self._wake.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._next_s())
+        finally:
+            for look in looks:
+                look.cancel()
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def step(self) -> None:
+        """Looks at every replica whose time has come, and waits until that is done."""
+        await asyncio.gather(*self._begin_due())
+
+    def _begin_due(self) -> list[asyncio.Task[None]]:
+        """Each replica by itself: an engine that does not answer holds up no other."""
+        now_s = self._clock.monotonic()
+        due = [
+            (name, watched)
+            for name, watched in self._watched.items()
+            if watched.can_be_looked_at and now_s >= watched.not_before_s
+        ]
+        for _, watched in due:
+            watched.is_looking = True
+        return [
+            asyncio.create_task(self._look_safely(name, watched), name=f"a look at {name}") for name, watched in due
+        ]
+
+    def _next_s(self) -> float | None:
+        """Seconds until the next look is due; None: nothing waits."""
+        waits = [one.not_before_s for one in self._watched.values() if one.can_be_looked_at]
+        return max(0.0, min(waits) - self._clock.monotonic()) if waits else None
+
+    async def _look_safely(self, name: str, watched: WatchedReplica) -> None:
+        try:
+            await self._look(name)
+        except HetisError as error:
+            _log.warning("no look at %s: %s", name, error)
+        except Exception:
+            _log.exception("the look at %s failed", name)  # the loop is for all replicas
+        finally:
+            watched.is_looking = False
+
+    async def _look(self, name: str) -> None:
+        """Finds moves of one stage, and sends them."""
+        found = self._watched_replica(name)
+        if found is None:
+            return
+        watched, policy = found
+        view = self._fleet.replica_view(name)
+        if view is None or view.redispatch:
+            self._put_off(watched, policy)  # not ours: of the planner before
+            return
+        if not watched.by_urgency():
+            watched.is_wanted = False
+            return
+        self._put_off(watched, policy)
+        maps = await self._head_maps(view)
+        watched.is_wanted = False
+        if maps is None:
+            return
+        by_place = {(one.stage, one.copy): one for one in maps.maps}
+        for place in watched.by_urgency():
+            if place not in by_place:
+                continue
+            stage = watched.stages[place]
+            seen, finished = stage.changed, watched.num_finished
+            look = StageLook(
+                head_map=by_place[place],
+                terms=stage.terms,
+                conditions=view.conditions,
+                changed=seen,
+                policy=policy,
+            )
+            moves = None
+            try:
+                moves = await self._solve(stage.planner, look)
+            except HetisError as error:  # the map contradicts itself: as good as no answer
+                _log.warning("%s, stage %s, copy %s: %s", name, *place, error)
+            is_change = moves is not None and not policy.is_advisory
+            stage.looked(seen=seen, num_finished=finished, moved=is_change)
+            if moves is not None:
+                await self._send(view, watched, self._redispatch_of(view, place, maps.generation, moves, policy))
+                if is_change:
+                    return
+
+    async def _send(self, view: RunningReplica, watched: WatchedReplica, redispatch: redispatch_pb2.Redispatch) -> None:
+        if redispatch.state == redispatch_pb2.REDISPATCH_STATE_ADVISED:
+            await self._fleet.redispatch(redispatch)
+            return
+        now = self._fleet.replica_view(view.name)
+        if now is None or now.redispatch or now.generation > redispatch.change.base_generation:
+            watched.is_wanted = True  # it has changed meanwhile
+            return
+        watched.under_way = redispatch.name
+        self._dispatch.redispatch_begun(redispatch)
+        try:
+            await self._fleet.redispatch(redispatch)
+        except BaseException:
+            if watched.under_way == redispatch.name:
+                watched.under_way = ""
+                redispatch.state = redispatch_pb2.REDISPATCH_STATE_ABORTED
+                self._dispatch.redispatch_ended(redispatch)
+                watched.is_wanted = True
+            raise
+
+    # --- inside
+
+    async def _head_maps(self, view: RunningReplica) -> ReadHeadMaps | None:
+        if view.authority == replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
+            return self._dispatch.head_maps(view.name)
+        try:
+            return await self._fleet.read_head_maps(view.name, READ_TIMEOUT_S)
+        except (ServiceError, TimeoutError) as error:
+            _log.warning("the head maps of %s cannot be read: %s", view.name, error)
+            return None
+
+    async def _solve_in_thread(self, planner: StagePlanner, look: StageLook) -> FoundMoves | None:
+        loop = asyncio.get_running_loop()
+        try:
+            return await asyncio.wait_for(
+                loop.run_in_executor(self._threads, partial(planner.look, look)), SOLVE_BUDGET_S
+            )
+        except TimeoutError:
+            _log.warning("a re-dispatch was given up after %s s", SOLVE_BUDGET_S)
+            return None
+
+    def _watched_replica(self, name: str) -> tuple[WatchedReplica, RedispatchPolicy] | None:
+        """What is remembered of a replica; None: it is not to be watched now."""
+        view = self._fleet.replica_view(name)
+        if view is None or not view.stages:
+            self._watched.pop(name, None)
+            return None
+        policy = redispatch_policy(self._fleet.policy_of(cluster_of(view.name)))
+        if policy.is_off or view.state not in _WATCHED:
+            return None
+        watched = self._watched.get(name)
+        if watched is None or not watched.is_of(view.stages):
+            watched = self._watched[name] = WatchedReplica(view.stages)
+        watched.set_conditions(view)
+        return watched, policy
+
+    def _put_off(self, watched: WatchedReplica, policy: RedispatchPolicy) -> None:
+        wait_s = max(LEAST_WAIT_S, policy.interval_s) * 2 ** min(watched.num_aborted, MOST_DOUBLINGS)
+        watched.not_before_s = self._clock.monotonic() + wait_s
+
+    def _redispatch_of(
+        self, view: RunningReplica, place: Place, base_generation: int, found: FoundMoves, policy: RedispatchPolicy
+    ) -> redispatch_pb2.Redispatch:
+        change_id = self._make_id()
+        created = timestamp(self._clock.time())
+        plan = found.plan
+        return redispatch_pb2.Redispatch(
+            name=f"{cluster_of(view.name)}/redispatches/{change_id}",
+            replica=view.name,
+            triggers=triggers_to_proto(found.fired),
+            change=change_pb2.Change(
+                change_id=change_id,
+                replica=view.name,
+                stage=place[0],
+                copy=place[1],
+                base_generation=base_generation,
+                generation=base_generation + 1,  # the fleet says which number was never used
+                moves=found.moves,
+                prepare_timeout=duration(policy.prepare_timeout_s),
+            ),
+            num_moves=len(found.moves),
+            kv_bytes=sum(move.kv_bytes for move in found.moves),
+            makespan_before_s=found.makespan_before_s,
+            makespan_after_s=found.makespan_after_s,
+            bound_s=plan.bound_s,
+            objective_s=plan.objective_s,
+            stay_s=plan.stay_s,
+            short_blocks_before=plan.short_before,
+            short_blocks_after=plan.short_after,
+            state=redispatch_pb2.REDISPATCH_STATE_ADVISED
+            if policy.is_advisory
+            else redispatch_pb2.REDISPATCH_STATE_PREPARING,
+            create_time=created,
+            end_time=created if policy.is_advisory else None,
+        )

@@ -1,0 +1,181 @@
+"""From a head map to the moves of one change; pure, and slow enough for a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from hetis.planner.convert.head_maps import snapshot_from_proto
+from hetis.planner.convert.redispatches import moves_to_proto
+from hetis.planner.convert.stages_in import StageTerms
+from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
+from hetis.solver.dispatch.snapshot import StateSnapshot
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.result import Move, RedispatchPlan
+from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.redispatch.triggers import Trigger, makespan_s, triggers
+from hetis.solver.redispatch.watch import Watch
+from hetis.v1 import head_map_pb2, report_pb2
+
+MOST_MOVES = 4096  # of a change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageLook:
+    """One copy of one stage that something seems wrong with.
+
+    Attributes:
+        terms: the stage at the speeds that were measured.
+        conditions: what the planner knows of GPUs.
+        changed: devices that joined, came back, were lost or changed their speed since the last look.
+    """
+
+    head_map: head_map_pb2.HeadMap
+    terms: StageTerms
+    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]
+    changed: frozenset[str]
+    policy: RedispatchPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FoundMoves:
+    """Moves that fit at once, and what they bring.
+
+    Attributes:
+        moves: as the contract has them.
+        fired: every reason to look.
+        plan: all that the solver would move, now and when others have made room.
+        makespan_before_s, makespan_after_s: of ``moves`` alone.
+    """
+
+    moves: list[head_map_pb2.Move]
+    fired: tuple[Trigger, ...]
+    plan: RedispatchPlan
+    makespan_before_s: float
+    makespan_after_s: float
+
+
+class StagePlanner:
+    """Looks at one copy of one stage, again and again; not to be shared between threads.
+
+    It remembers looks in vain (`Watch`), so that what cannot be helped is not worked out over and over.
+    """
+
+    def __init__(self) -> None:
+        self._watch = Watch()
+        self._redispatcher: Redispatcher | None = None
+        self._terms: StageTerms | None = None
+
+    def look(self, look: StageLook) -> FoundMoves | None:
+        """Moves worth making; None: there are none, or nothing has changed since there were none.
+
+        Raises:
+            InvalidProblemError: the head map contradicts itself or the stage.
+        """
+        snapshot = snapshot_from_proto(
+            look.head_map,
+            look.terms,
+            conditions=look.conditions,
+            high_water=look.policy.high_water,
+            changed=look.changed,
+        )
+        if not snapshot.ids or snapshot.moves:
+            return None  # what is under way has to arrive first
+        redispatcher = self._redispatcher_of(look.terms)
+        fired = triggers(snapshot, redispatcher.dispatcher, theta=look.policy.deviation_ratio)
+        if not self._watch.due(snapshot, fired):
+            return None
+        plan = redispatcher.solve(
+            RedispatchProblem(
+                snapshot=snapshot,
+                num_layers=look.terms.num_layers,
+                link_byte_s=look.terms.link_byte_s,
+                budget_bytes=look.policy.kv_bytes,
+            )
+        )
+        moves, reached = fitting(snapshot, plan)
+        is_change = bool(moves) and not look.policy.is_advisory  # what is only advised leaves everything as it was
+        self._watch.looked(snapshot, fired, moved=is_change)
+        if not moves:
+            return None
+        return FoundMoves(
+            moves=moves_to_proto(moves, look.head_map, look.terms),
+            fired=fired,
+            plan=plan,
+            makespan_before_s=makespan_s(snapshot),
+            makespan_after_s=makespan_s(reached),
+        )
+
+    def _redispatcher_of(self, terms: StageTerms) -> Redispatcher:
+        if self._redispatcher is None or self._terms is not terms:
+            self._redispatcher, self._terms = Redispatcher(Dispatcher(terms.stage)), terms
+        return self._redispatcher
+
+
+def fitting(snapshot: StateSnapshot, plan: RedispatchPlan) -> tuple[list[Move], StateSnapshot]:
+    """Moves that can be reserved at once beside what their targets hold, in order until one cannot; where they lead.
+
+    Those that are left out need room, or head groups, that others bring. They are worked out anew when these have come.
+    """
+    state = DispatchState.of(snapshot)
+    kept, bundles = list[Move](), list[list[int]]()
+    for _, together in groupby(plan.moves, key=lambda move: move.together):
+        bundle = list(together)
+        numbers = _reserved(state, bundle)
+        if numbers is None or len(kept) + len(bundle) > MOST_MOVES:
+            break
+        kept += bundle
+        bundles.append(numbers)
+    for numbers in bundles:
+        state.commit_moves(*numbers)
+    return kept, state.snapshot()
+
+
+def _reserved(state: DispatchState, bundle: list[Move]) -> list[int] | None:
+    """Reserves moves that flip together, or none of them."""
+    numbers = list[int]()
+    try:
+        for move in bundle:
+            prepared = state.prepare_move(move.request, groups=move.groups, source=move.source, target=move.target)
+            if prepared is None:
+                break
+            numbers.append(prepared.number)
+    except InvalidProblemError:
+        pass  # the source gets what moves on only with another move
+    if len(numbers) == len(bundle):
+        return numbers
+    for number in numbers:
+        state.abort_move(number)
+    return None
+
+
+def compile_kernels() -> None:
+    """Solves a small problem, so that the kernels of re-dispatch are loaded, or compiled where none are on disk."""
+    from hetis.solver.dispatch.problem import HeadShape, Stage
+    from hetis.solver.dispatch.snapshot import DeviceSnapshot
+
+    ones = np.ones((2, 1))
+    stage = Stage(
+        heads=HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0),
+        devices=("a", "b"),
+        head_s=1e-6 * ones,
+        kv_byte_s=1e-9 * ones,
+        call_s=1e-6 * ones,
+        transfer_byte_s=np.zeros(2),
+        transfer_s=np.zeros(2),
+    )
+    snapshot = StateSnapshot(
+        stage=stage,
+        devices=tuple(DeviceSnapshot(name=name, total_blocks=64) for name in "ab"),
+        ids=("1", "2"),
+        context_tokens=np.array([64, 64]),
+        remaining_tokens=np.array([64, 64]),
+        groups=np.array([[2, 0], [2, 0]]),
+    )
+    Redispatcher(Dispatcher(stage)).solve(RedispatchProblem(snapshot=snapshot, num_layers=1, link_byte_s=np.zeros(2)))

@@ -1,0 +1,166 @@
+"""What the loop remembers of a replica between reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.fleet.redispatching.patience import Patience
+from hetis.planner.fleet.redispatching.planning import StagePlanner
+from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
+from hetis.planner.fleet.redispatching.slowness import Slowness
+from hetis.planner.fleet.redispatching.sums import Sums, SumTest, sums_of
+from hetis.planner.fleet.running import RunningReplica
+from hetis.solver.redispatch.triggers import Trigger, TriggerKind
+from hetis.v1 import report_pb2, stage_pb2
+
+Place = tuple[int, int]  # stage and copy
+_OK, _DRAINING, _LOST = report_pb2.DEVICE_STATUS_OK, report_pb2.DEVICE_STATUS_DRAINING, report_pb2.DEVICE_STATUS_LOST
+
+
+class WatchedStage:
+    """One copy of one stage."""
+
+    def __init__(self, model: stage_pb2.StageModel) -> None:
+        self.model = model
+        self.planner = StagePlanner()
+        self.patience = Patience()
+        self.terms = stage_from_proto(model)
+        self.sums: Sums | None = None
+        self.alarms: tuple[Trigger, ...] = ()
+        self.changed: frozenset[str] = frozenset()  # devices that the next look is told of
+        self._slowness = Slowness()
+        self._predicted = self._test = SumTest(self.terms)
+        self._known: tuple[report_pb2.DeviceStatus.ValueType, ...] = (_OK,) * len(self.terms.gpus)
+
+    def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> bool:
+        """What the planner knows of GPUs; whether it is news."""
+        known = self.terms.statuses(conditions)
+        news = {
+            name for name, now, then in zip(self.terms.stage.devices, known, self._known, strict=True) if now != then
+        }
+        for name in news:
+            self._slowness.forget(name)
+        self._known = known
+        self.changed |= news
+        if news:
+            self._rescale()
+        return bool(news)
+
+    def report(self, load: report_pb2.StageLoad, policy: RedispatchPolicy) -> tuple[Trigger, ...]:
+        """Every reason to look at the head map that the sums give; in the usual case none, within microseconds."""
+        sums = self.sums = sums_of(load, self.terms, self._known)
+        slower = set[str]()
+        for device in load.devices:
+            if device.observed_s > 0 and device.heads:
+                i = self.terms.index.get(device.device)
+                if i is None:
+                    continue
+                predicted_s = device.predicted_s or self._predicted.device_s(i, device.heads, device.kv_bytes)
+                if self._slowness.observe(device.device, device.observed_s, predicted_s):
+                    slower.add(device.device)
+        if slower:
+            self.changed |= slower
+            self._rescale()
+        self.alarms = tuple(self._alarms(sums, policy))
+        return self.alarms
+
+    def looked(self, *, seen: frozenset[str], num_finished: int, moved: bool) -> None:
+        """The head map was looked at, with what was known of the devices ``seen``."""
+        self.changed -= seen
+        if self.sums is not None:
+            self.patience.looked(self.sums, self.alarms, num_finished=num_finished, moved=moved)
+
+    def _rescale(self) -> None:
+        self.terms = stage_from_proto(self.model, slowness=self._slowness.factors)
+        self._test = SumTest(self.terms)
+
+    def _alarms(self, sums: Sums, policy: RedispatchPolicy) -> list[Trigger]:
+        found = list[Trigger]()
+        if not any(sums.heads):
+            return found
+        deviation = self._test.deviation(sums, policy.deviation_ratio)
+        if deviation > policy.deviation_ratio:
+            found.append(
+                Trigger(kind=TriggerKind.DEVIATION, device=None, value=deviation, limit=policy.deviation_ratio)
+            )
+        for i, (name, used, status) in enumerate(
+            zip(self.terms.stage.devices, sums.used_ratio, sums.status, strict=True)
+        ):
+            mark = policy.high_water or self.terms.high_water[i]
+            if status == _DRAINING:
+                if sums.heads[i]:
+                    groups = sums.heads[i] / self.terms.stage.heads.queries_per_group
+                    found.append(Trigger(kind=TriggerKind.DRAINING, device=name, value=groups, limit=0.0))
+            elif status != _LOST and used > mark:
+                found.append(Trigger(kind=TriggerKind.HIGH_WATER, device=name, value=used, limit=mark))
+            if name in self.changed and status != _DRAINING:
+                kind = TriggerKind.LOST if status == _LOST else TriggerKind.CHANGED
+                found.append(Trigger(kind=kind, device=name, value=0.0, limit=0.0))
+        return found
+
+
+class WatchedReplica:
+    """The stages of a replica, and when it may be looked at again.
+
+    Attributes:
+        stages: by stage and copy.
+        num_finished, num_running: of the last report.
+        not_before_s: no look before this time.
+        is_wanted: an alarm is worth a look.
+        is_looking: one is being worked out.
+        under_way: the re-dispatch that was sent last, until it has ended; empty: none.
+        num_aborted: re-dispatches that were aborted one after the other.
+    """
+
+    def __init__(self, models: Sequence[stage_pb2.StageModel]) -> None:
+        self.stages = {(model.stage, model.copy): WatchedStage(model) for model in models}
+        self.num_finished = self.num_running = 0
+        self.not_before_s = 0.0
+        self.is_wanted = self.is_looking = False
+        self.under_way = ""
+        self.num_aborted = 0
+        self._models = models
+        self._conditions: dict[str, report_pb2.DeviceStatus.ValueType] | None = None
+
+    @property
+    def can_be_looked_at(self) -> bool:
+        """Whether a look is wanted that nothing but time holds up."""
+        return self.is_wanted and not self.is_looking and not self.under_way
+
+    def is_of(self, models: Sequence[stage_pb2.StageModel]) -> bool:
+        """Whether the replica still has the stages that are watched."""
+        return models is self._models or list(models) == list(self._models)
+
+    def set_conditions(self, view: RunningReplica) -> None:
+        """What the planner knows of GPUs; a device that went or came is worth a look."""
+        if view.conditions == self._conditions:
+            return
+        first, self._conditions = self._conditions is None, dict(view.conditions)
+        for stage in self.stages.values():
+            news = stage.set_conditions(view.conditions)
+            self.is_wanted = self.is_wanted or (news and not first)
+
+    def report(self, report: report_pb2.ReplicaReport, policy: RedispatchPolicy) -> None:
+        """One report of the primary's node."""
+        self.num_running, self.num_finished = report.num_running, report.num_finished
+        for load in report.stages:
+            stage = self.stages.get((load.stage, load.copy))
+            if stage is None:
+                continue
+            alarms = stage.report(load, policy)
+            if alarms and stage.sums is not None:
+                self.is_wanted = self.is_wanted or stage.patience.due(
+                    stage.sums, alarms, num_running=self.num_running, num_finished=self.num_finished
+                )
+
+    def by_urgency(self) -> list[Place]:
+        """Stages that give an alarm: those with lost or draining devices first, then by how far they deviate."""
+
+        def urgency(place: Place) -> tuple[bool, float]:
+            alarms = self.stages[place].alarms
+            urgent = any(alarm.kind in (TriggerKind.LOST, TriggerKind.DRAINING) for alarm in alarms)
+            return urgent, max((alarm.value for alarm in alarms), default=0.0)
+
+        found = [place for place, stage in self.stages.items() if stage.alarms or stage.changed]
+        return sorted(found, key=urgency, reverse=True)

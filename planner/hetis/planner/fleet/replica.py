@@ -1,0 +1,169 @@
+"""A replica of a running cluster: its record, what its engines need to know, and the assignments that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hetis.planner.fleet.activation import Goal, Standing, State
+from hetis.planner.fleet.deltas import WantedAssignment
+from hetis.planner.fleet.transition import dense_devices_of, devices_of, node_of, nodes_of
+from hetis.planner.store import ReplicaRecord
+from hetis.v1 import document_pb2, replica_pb2, report_pb2, stage_pb2
+
+Authority = replica_pb2.HeadMapAuthority
+
+# What the last assignment asked for, where an earlier planner made it. LOAD again does no harm to a node that was told
+# to serve: all of them are told anew once all are loaded.
+_GOAL_OF = {
+    State.REPLICA_STATE_STARTING: Goal.ASSIGNMENT_GOAL_LOAD,
+    State.REPLICA_STATE_SERVING: Goal.ASSIGNMENT_GOAL_SERVE,
+    State.REPLICA_STATE_DEGRADED: Goal.ASSIGNMENT_GOAL_SERVE,
+    State.REPLICA_STATE_FAILED: Goal.ASSIGNMENT_GOAL_SERVE,
+    State.REPLICA_STATE_DRAINING: Goal.ASSIGNMENT_GOAL_DRAIN,
+    State.REPLICA_STATE_STOPPED: Goal.ASSIGNMENT_GOAL_DRAIN,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a plan's document says of a replica beside its shape.
+
+    Attributes:
+        model: a ModelSpec document.
+        stages: for the dispatcher of the primary, one per copy of each stage.
+    """
+
+    model: document_pb2.Document
+    stages: tuple[stage_pb2.StageModel, ...]
+
+    @classmethod
+    def nothing(cls) -> Contents:
+        """Of a plan that can no longer be read: enough for a replica to end its life."""
+        return cls(model=document_pb2.Document(), stages=())
+
+
+class Replica:
+    """Attributes:
+    record: as the store has it.
+    basic_body: its body in the view BASIC.
+    standing: the same, as the rule of activation reads it.
+    contents: None: not looked up yet; no assignment can be made.
+    nodes: ids of its nodes, the primary's first.
+    dense_nodes: those of them that it cannot serve without.
+    devices: all its GPUs.
+    report, report_time_s: the last of its primary, and its Unix time.
+    peers: where its engines listen, by node id, as they were told last.
+    since_s: since when it has been starting or draining. None: it is not, or waits for its GPUs.
+    cannot_start: its plan cannot be read.
+    must_reassign: a node holds something later than its assignment, or listens elsewhere: they all need a new one.
+    change_id: of the re-dispatch under way. Empty: none.
+    """
+
+    def __init__(self, record: ReplicaRecord) -> None:
+        shape = record.body.shape
+        self.record = record
+        self.basic_body = _without_shape(record.body)
+        self.standing = standing_of(record)
+        self.contents: Contents | None = None
+        self.nodes = tuple(nodes_of(shape))
+        self.dense_nodes = frozenset(map(node_of, dense_devices_of(shape)))
+        self.devices = tuple(devices_of(shape))
+        self.report: report_pb2.ReplicaReport | None = None
+        self.report_time_s: float | None = None
+        self.peers: dict[str, str] = {}
+        self.since_s: float | None = None
+        self.cannot_start = False
+        self.must_reassign = False
+        self.change_id = ""
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def primary_node(self) -> str:
+        return self.nodes[0]
+
+    @property
+    def state(self) -> State.ValueType:
+        return self.standing.state
+
+    @property
+    def is_draining(self) -> bool:
+        return self.state == State.REPLICA_STATE_DRAINING
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.state == State.REPLICA_STATE_STOPPED
+
+    @property
+    def has_failed(self) -> bool:
+        return self.state == State.REPLICA_STATE_FAILED
+
+    @property
+    def generation(self) -> int:
+        """The highest that was given away, to an assignment or a change."""
+        return self.record.generation
+
+    @property
+    def assigned_generation(self) -> int:
+        return self.record.body.assigned_generation
+
+    def renew(self, record: ReplicaRecord, standing: Standing | None = None) -> None:
+        """The store has a newer record; ``standing`` where the fleet decided it."""
+        self.record, self.basic_body = record, _without_shape(record.body)
+        self.standing = standing or Standing(
+            state=record.state,
+            goal=self.standing.goal,
+            conditions=self.standing.conditions,
+            failure=self.standing.failure,
+        )
+
+    def assignments(self, peers: Mapping[str, str], plan: str) -> dict[str, WantedAssignment]:
+        """By node id. Its last assignment: the same generation means the same content on every node."""
+        contents, goal = self.contents, self.standing.goal
+        assert contents is not None
+        assert goal is not None
+        self.peers = {node: address for node in self.nodes if (address := peers.get(node, ""))}
+        return {
+            node: WantedAssignment(
+                generation=self.assigned_generation,
+                assignment=replica_pb2.Assignment(
+                    replica=self.name,
+                    plan=self.record.plan or plan,
+                    goal=goal,
+                    shape=self.record.body.shape,
+                    primary_node=self.primary_node,
+                    devices=[device for device in self.devices if node_of(device) == node],
+                    authority=self.record.body.authority or Authority.HEAD_MAP_AUTHORITY_ENGINE,
+                    model=contents.model,
+                    stages=contents.stages if node == self.primary_node else (),
+                    conditions=conditions_of(self.standing),
+                    peers=[replica_pb2.EnginePeer(node=peer, address=address) for peer, address in self.peers.items()],
+                ),
+            )
+            for node in self.nodes
+        }
+
+
+def standing_of(record: ReplicaRecord) -> Standing:
+    """Where a replica is, by its record alone."""
+    body = record.body
+    return Standing(
+        state=record.state or State.REPLICA_STATE_STARTING,
+        goal=_GOAL_OF.get(record.state) if body.assigned_generation else None,
+        conditions=tuple((one.device, one.status) for one in body.conditions),
+        failure=body.failure if body.HasField("failure") else None,
+    )
+
+
+def conditions_of(standing: Standing) -> Sequence[replica_pb2.DeviceCondition]:
+    return [replica_pb2.DeviceCondition(device=device, status=status) for device, status in standing.conditions]
+
+
+def _without_shape(body: replica_pb2.Replica) -> replica_pb2.Replica:
+    basic = replica_pb2.Replica()
+    basic.CopyFrom(body)
+    basic.ClearField("shape")
+    return basic

@@ -1,0 +1,199 @@
+"""What the fleet keeps: read in one view of the store, written in one transaction, before anybody is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from hetis.planner.convert.times import timestamp
+from hetis.planner.fleet.activation import Standing
+from hetis.planner.fleet.changes import FINAL, Saving
+from hetis.planner.store import (
+    ClusterRecord,
+    NodeRecord,
+    PlanRecord,
+    Reader,
+    RedispatchRecord,
+    ReplicaRecord,
+    Transaction,
+)
+from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2, replica_pb2
+
+RedispatchState = redispatch_pb2.RedispatchState
+UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state not in FINAL)  # 0 is UNSPECIFIED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptCluster:
+    """A cluster as the store has it; ``cluster`` is None when it is gone, ``plan`` when none is in force."""
+
+    cluster: ClusterRecord | None
+    nodes: Sequence[NodeRecord] = ()
+    replicas: Sequence[ReplicaRecord] = ()
+    plan: PlanRecord | None = None
+    redispatches: Sequence[RedispatchRecord] = ()
+
+
+def read_cluster(reader: Reader, name: str) -> KeptCluster:
+    cluster = reader.clusters.get(name)
+    if cluster is None:
+        return KeptCluster(cluster=None)
+    return KeptCluster(
+        cluster=cluster,
+        nodes=reader.nodes.all(cluster=name),
+        replicas=reader.replicas.all(cluster=name),
+        plan=reader.plans.get(cluster.active_plan) if cluster.active_plan else None,
+        redispatches=reader.redispatches.all(cluster=name, state=UNDER_WAY),
+    )
+
+
+def read_end(reader: Reader, name: str) -> redispatch_pb2.Redispatch | None:
+    """A re-dispatch as it is kept; None: there is no record of it."""
+    record = reader.redispatches.get(name)
+    return None if record is None else record.body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaWrite:
+    """What the fleet decided of a replica; ``is_gone``: its record goes."""
+
+    name: str
+    standing: Standing
+    generation: int
+    assigned_generation: int
+    authority: replica_pb2.HeadMapAuthority.ValueType
+    is_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWrite:
+    """What an agent told of its node. None and empty: nothing new."""
+
+    name: str
+    inventory: inventory_pb2.NodeInventory | None
+    agent_version: str
+    connect_time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanWrite:
+    """How far the plan in force is."""
+
+    name: str
+    activation: plan_pb2.ActivationState.ValueType
+    progress: plan_pb2.ActivationProgress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedispatchWrite:
+    """A re-dispatch; it may be a new one."""
+
+    name: str
+    replica: str
+    saving: Saving
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writes:
+    """Everything that one look at a cluster decided."""
+
+    cluster: str
+    replicas: Sequence[ReplicaWrite] = ()
+    nodes: Sequence[NodeWrite] = ()
+    plan: PlanWrite | None = None
+    redispatches: Sequence[RedispatchWrite] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.replicas or self.nodes or self.plan or self.redispatches)
+
+
+@dataclass(slots=True, kw_only=True)
+class Kept:
+    """The records after `apply`; replicas that somebody removed meanwhile are not among them."""
+
+    replicas: dict[str, ReplicaRecord] = field(default_factory=dict)
+    nodes: dict[str, NodeRecord] = field(default_factory=dict)
+    plan: PlanRecord | None = None
+    redispatches: dict[str, RedispatchRecord] = field(default_factory=dict)
+
+
+def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
+    """Writes it all. Others change the same records: only the fleet's own fields are touched. ``now_s``: Unix time."""
+    kept = Kept()
+    for one in writes.replicas:
+        _apply_replica(tx, one, kept)
+    for node in writes.nodes:
+        _apply_node(tx, writes.cluster, node, kept)
+    for redispatch in writes.redispatches:
+        _apply_redispatch(tx, writes.cluster, redispatch, kept, now_s)
+    if writes.plan is not None:
+        _apply_plan(tx, writes.cluster, writes.plan, kept)
+    return kept
+
+
+def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
+    record = tx.replicas.get(write.name)
+    if record is None:
+        return
+    if write.is_gone:
+        tx.replicas.delete(write.name)
+        return
+    body = replica_pb2.Replica()
+    body.CopyFrom(record.body)
+    body.state, body.generation = write.standing.state, write.generation
+    body.assigned_generation, body.authority = write.assigned_generation, write.authority
+    del body.conditions[:]
+    body.conditions.extend(
+        replica_pb2.DeviceCondition(device=device, status=status) for device, status in write.standing.conditions
+    )
+    body.ClearField("failure")
+    if write.standing.failure is not None:
+        body.failure.CopyFrom(write.standing.failure)
+    kept.replicas[write.name] = tx.replicas.update(
+        replace(record, body=body, state=write.standing.state, generation=write.generation)
+    )
+
+
+def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> None:
+    record = tx.nodes.get(write.name)
+    body = cluster_pb2.Node(name=write.name)
+    if record is not None:
+        body.CopyFrom(record.body)
+    if write.inventory is not None:
+        body.inventory.CopyFrom(write.inventory)
+    body.agent_version = write.agent_version
+    body.connect_time.CopyFrom(timestamp(write.connect_time_s))
+    if record is None:
+        kept.nodes[write.name] = tx.nodes.insert(NodeRecord(name=write.name, cluster=cluster, body=body))
+    else:
+        kept.nodes[write.name] = tx.nodes.update(replace(record, body=body))
+
+
+def _apply_redispatch(tx: Transaction, cluster: str, write: RedispatchWrite, kept: Kept, now_s: float) -> None:
+    body = write.saving.body
+    if body.state in FINAL and not body.HasField("end_time"):
+        body.end_time.CopyFrom(timestamp(now_s))
+    record = tx.redispatches.get(write.name)
+    if record is None:
+        made = RedispatchRecord(
+            name=write.name,
+            cluster=cluster,
+            replica=write.replica,
+            body=body,
+            state=body.state,
+            create_time_s=body.create_time.seconds + body.create_time.nanos / 1e9,
+        )
+        kept.redispatches[write.name] = tx.redispatches.insert(made)
+    else:
+        kept.redispatches[write.name] = tx.redispatches.update(replace(record, body=body, state=body.state))
+
+
+def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: Kept) -> None:
+    of_cluster, record = tx.clusters.get(cluster), tx.plans.get(write.name)
+    if of_cluster is None or of_cluster.active_plan != write.name or record is None:
+        return  # another plan came into force meanwhile
+    body = plan_pb2.Plan()
+    body.CopyFrom(record.body)
+    body.activation = write.activation
+    body.activation_progress.CopyFrom(write.progress)
+    kept.plan = tx.plans.update(replace(record, body=body, activation=write.activation))

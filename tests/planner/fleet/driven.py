@@ -1,0 +1,71 @@
+"""The planner's side of one cluster without a loop: what `Fleet` does around it, step by step and synchronously."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from hetis.planner.fleet import deciding
+from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.counters import FleetCounters
+from hetis.planner.fleet.link import Response
+from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.writes import apply, read_cluster, read_end
+from tests.planner.fleet.memory_store import MemoryStore
+from tests.planner.fleet.samples import CLUSTER, SETTINGS, contents
+
+
+class PlannerDiedError(Exception):
+    """The planner died here."""
+
+
+class DrivenPlanner:
+    """``crash``: "before" or "after" the next write; empty: nowhere."""
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        epoch: int,
+        send: Callable[[str, Response], None],
+        *,
+        now_s: float,
+        nodes: Sequence[str] = ("a", "b", "c"),
+        settings: FleetSettings = SETTINGS,
+    ) -> None:
+        self.store, self.epoch, self.crash = store, epoch, ""
+        self._send = send
+        self._nodes = nodes
+        self.cluster = ClusterFleet(CLUSTER, epoch=epoch, settings=settings, counters=FleetCounters())
+        self.reread(now_s)
+
+    def reread(self, now_s: float) -> None:
+        self.cluster.take(read_cluster(self.store.tables, CLUSTER), self._nodes, now_s=now_s)  # type: ignore[arg-type]
+
+    def settle(self, now_s: float) -> None:
+        """Decides, keeps and tells, until nothing is left to decide."""
+        cluster = self.cluster
+        for _ in range(100):
+            for name in list(cluster.unprepared):
+                cluster.prepare(name, contents())
+            for change_id in cluster.late.unknown:
+                name = f"{CLUSTER}/redispatches/{change_id}"
+                cluster.found_late(change_id, read_end(self.store.tables, name))  # type: ignore[arg-type]
+            writes = deciding.decide(cluster, now_s=now_s)
+            if writes:
+                self._fail("before")
+                kept = self.store.write_as(self.epoch, partial(apply, writes=writes, now_s=now_s))
+                self._fail("after")
+                deciding.applied(cluster, writes, kept)
+            self.send(now_s)
+            if not deciding.needs_look(cluster) and not cluster.late.unknown:
+                return
+        raise AssertionError("it never settles")
+
+    def send(self, now_s: float) -> None:
+        for node, messages in self.cluster.messages(now_s).items():
+            for message in messages:
+                self._send(node, message)
+
+    def _fail(self, where: str) -> None:
+        if self.crash == where:
+            raise PlannerDiedError

@@ -1,0 +1,160 @@
+"""One change by itself: what its nodes are told follows from what the store knows, and from the authority's word."""
+
+from __future__ import annotations
+
+import pytest
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.change_parts import gpus_of_copy, parts_of
+from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State
+from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
+from tests.planner.fleet.samples import change, shape
+from tests.planner.fleet.world import World
+
+
+def coordinator() -> ChangeCoordinator:
+    body = change(2)
+    body.change.generation = 3
+    parts = parts_of(body.change, shape(), primary_node="a")
+    return ChangeCoordinator(body, parts, now_s=0.0, again_s=10.0)
+
+
+def keep(one: ChangeCoordinator) -> None:
+    one.saved(one.to_save())
+
+
+def say(one: ChangeCoordinator, node: str, phase: Phase.ValueType) -> None:
+    one.hear(node, change_pb2.ChangeStatus(change_id=one.change_id, phase=phase, generation=3))
+
+
+def told(one: ChangeCoordinator) -> dict[str, str]:
+    return {node: directive.kind for node, directive in one.directives().items()}
+
+
+def committing() -> ChangeCoordinator:
+    one = coordinator()
+    keep(one)
+    for node in ("a", "b", "c"):
+        say(one, node, Phase.CHANGE_PHASE_READY)
+    return one
+
+
+def test_nobody_is_asked_before_the_change_is_kept() -> None:
+    one = coordinator()
+    assert told(one) == {}
+    keep(one)
+    assert told(one) == {"a": "prepare", "b": "prepare", "c": "prepare"}
+
+
+def test_nobody_is_permitted_before_committing_is_kept() -> None:
+    one = committing()
+    assert one.state == State.REDISPATCH_STATE_COMMITTING
+    assert "commit" not in told(one).values()
+    keep(one)
+    assert told(one) == {"a": "commit"}
+
+
+@pytest.mark.parametrize("phase", [Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_ABORTED])
+def test_nobody_is_told_the_end_before_it_is_kept_and_the_authority_is_told_last(phase: Phase.ValueType) -> None:
+    one = committing()
+    keep(one)
+    say(one, "a", phase)
+    assert "resolved" not in told(one).values()
+    keep(one)
+    assert told(one) == {"b": "resolved", "c": "resolved"}
+    say(one, "b", Phase.CHANGE_PHASE_RELEASED)
+    one.reconnected("c", lists_change=False)
+    assert told(one) == {"a": "resolved"}
+    one.answered("a", "resolved", None, now_s=0.0)
+    say(one, "a", Phase.CHANGE_PHASE_RELEASED)
+    keep(one)
+    assert one.has_ended
+    ended = State.REDISPATCH_STATE_DONE if one.was_flipped else State.REDISPATCH_STATE_ABORTED
+    assert one.state == ended
+
+
+def test_an_abort_whose_write_is_under_way_is_no_end_that_may_be_told() -> None:
+    one = coordinator()
+    keep(one)
+    one.lose("c")
+    saving = one.to_save()  # ABORTING, and nobody knows how it ended
+    say(one, "a", Phase.CHANGE_PHASE_ABORTED)
+    one.saved(saving)
+    assert set(told(one).values()) == {"abort"}
+    keep(one)
+    assert told(one) == {"b": "resolved", "c": "resolved"}  # c may be back any moment
+
+
+def test_only_the_authority_says_how_it_ended() -> None:
+    one = committing()
+    keep(one)
+    say(one, "b", Phase.CHANGE_PHASE_FLIPPED)
+    say(one, "c", Phase.CHANGE_PHASE_ABORTED)
+    assert one.state == State.REDISPATCH_STATE_COMMITTING
+
+
+def test_what_tells_of_an_earlier_phase_is_old() -> None:
+    one = committing()
+    say(one, "b", Phase.CHANGE_PHASE_PREPARING)
+    assert one.body.nodes[1].status.phase == Phase.CHANGE_PHASE_READY
+
+
+def test_once_it_is_committing_it_cannot_be_called_off() -> None:
+    one = committing()
+    one.lose("c")
+    assert one.pass_time(1e9) == []
+    assert one.state == State.REDISPATCH_STATE_COMMITTING
+
+
+def test_the_first_word_of_the_authority_stands() -> None:
+    one = committing()
+    keep(one)
+    say(one, "a", Phase.CHANGE_PHASE_FLIPPED)
+    say(one, "a", Phase.CHANGE_PHASE_ABORTED)
+    assert one.was_flipped
+    assert one.num_contradictions == 1
+
+
+def test_a_planner_that_finds_preparing_calls_it_off() -> None:
+    body = redispatch_pb2.Redispatch()
+    one = coordinator()
+    keep(one)
+    body.CopyFrom(one.body)
+    next_one = ChangeCoordinator.resumed(body, now_s=0.0, again_s=10.0)
+    assert next_one.state == State.REDISPATCH_STATE_ABORTING
+    assert told(next_one) == {"a": "abort", "b": "abort", "c": "abort"}
+
+
+def test_a_generation_that_was_given_to_a_change_is_not_given_again() -> None:
+    world = World()
+    world.serve()
+    world.propose()
+    world.flow()
+    world.agents["c"].fail_copy()
+    world.flow()
+    world.restart_planner()
+    for node in world.agents:
+        world.connect(node)
+    world.flow()
+    world.propose()
+    bodies = [record.body for record in world.store.tables.redispatches.rows.values()]
+    assert sorted(body.change.generation for body in bodies) == [3, 4]
+
+
+def test_parts_follow_the_gpus_of_the_copy_that_is_meant() -> None:
+    plan = replica_pb2.ReplicaPlan(
+        stages=[replica_pb2.StagePlan(tp=2, copies=2, devices=["a/0", "b/0", "c/0", "d/0"])],
+        attention_workers=[replica_pb2.AttentionWorkerPool(stage=0, devices=["e/0", "f/0"])],
+    )
+    assert gpus_of_copy(plan, 0, 1) == {"c/0": ["c/0", "d/0"], "f/0": ["f/0"]}
+    body = change(2, source="c/0", target="f/0").change
+    body.copy = 1
+    source, target = change_pb2.CHANGE_PART_SOURCE, change_pb2.CHANGE_PART_TARGET
+    assert parts_of(body, plan, primary_node="a") == {
+        "a": (change_pb2.CHANGE_PART_AUTHORITY,),
+        "c": (source,),
+        "d": (source,),
+        "f": (target,),
+    }
+    with pytest.raises(ServiceError, match="no device of the stage's copy"):
+        parts_of(change(2, source="a/0", target="f/0").change, plan, primary_node="a")

@@ -1,0 +1,58 @@
+"""What a plan's document says of a replica, as messages: the numbers that `hetis-plan dispatch` works with."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.fleet.contents import PlanContents
+from hetis.planner.sources import load_plan_and_problem
+from hetis.planner.stage_of_plan import load_stage_of_plan
+from tests.planner.command_line import invoke
+from tests.planner.fleet.memory_store import MemoryStore
+from tests.planner.fleet.samples import PLAN
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.fixture(scope="module")
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small plan with attention workers, solved once."""
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    inputs = ["--cluster", str(EXAMPLES / "h100-l4.yaml"), "--model", "Llama-3.1-70B", "--workload", "8000/300"]
+    goal = ["--tpot", "50ms", "--ttft", "none", "--gap", "20%", "--out", str(path), "-q"]
+    assert invoke("place", *inputs, *goal).exit_code == 0
+    return str(path)
+
+
+def test_stages_are_those_that_dispatch_starts_from(plan_file: str) -> None:
+    store = MemoryStore()
+    store.tables.plan_documents[PLAN] = Path(plan_file).read_bytes()
+    (contents,) = asyncio.run(PlanContents(store).of(PLAN, [0]))  # type: ignore[arg-type]
+    assert contents is not None
+    assert b"Llama-3.1-70B" in contents.model.content
+    replica = load_plan_and_problem(plan_file).plan.replicas[0]
+    assert len(contents.stages) == sum(stage.copies for stage in replica.stages)
+    gpus = [gpu for stage in contents.stages for device in stage.devices for gpu in device.gpus]
+    assert sorted(gpus) == sorted(replica.devices())
+    first, expected = stage_from_proto(contents.stages[0]), load_stage_of_plan(plan_file, replica=0, stage=1)
+    stage = expected.snapshot.stage
+    assert first.stage.heads == stage.heads
+    assert first.stage.primary == stage.primary
+    assert all(device.name == device.gpus[0] and device.total_blocks > 0 for device in contents.stages[0].devices)
+    heads = np.full(stage.num_devices, 7.0)[:, None]
+    for one, other in ((first.stage.head_s, stage.head_s), (first.stage.kv_byte_s, stage.kv_byte_s)):
+        np.testing.assert_array_equal((one * heads).max(axis=1), (other * heads).max(axis=1))
+    np.testing.assert_array_equal(first.stage.transfer_byte_s, stage.transfer_byte_s)
+    np.testing.assert_array_equal(first.link_byte_s, expected.saved.move_byte_s())
+
+
+def test_a_plan_that_is_gone_or_cannot_be_read_has_no_contents() -> None:
+    store = MemoryStore()
+    assert asyncio.run(PlanContents(store).of(PLAN, [0, 1])) == [None, None]  # type: ignore[arg-type]
+    store.tables.plan_documents[PLAN] = b"{}"
+    assert asyncio.run(PlanContents(store).of(PLAN, [0])) == [None]  # type: ignore[arg-type]

@@ -1,0 +1,98 @@
+"""Presence of nodes."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.planner.fleet.leases import Leases
+from hetis.v1 import cluster_pb2
+
+EXPECTED = cluster_pb2.NODE_STATE_EXPECTED
+READY = cluster_pb2.NODE_STATE_READY
+SUSPECT = cluster_pb2.NODE_STATE_SUSPECT
+LOST = cluster_pb2.NODE_STATE_LOST
+UNDECLARED = cluster_pb2.NODE_STATE_UNDECLARED
+
+
+def leases() -> Leases:
+    found = Leases(suspect_s=2.0, lease_s=5.0)
+    found.declare(["a"], now_s=0.0)
+    return found
+
+
+def test_a_silent_node_is_first_suspect_then_lost_and_ready_when_it_is_heard() -> None:
+    found = leases()
+    assert found.state("a") == EXPECTED
+    assert found.connect("a", now_s=1.0)
+    assert found.state("a") == READY
+    assert found.expire(2.9) == []
+    assert found.expire(3.0) == ["a"]
+    assert found.state("a") == SUSPECT
+    assert found.expire(6.0) == ["a"]
+    assert found.state("a") == LOST
+    assert found.hear("a", now_s=7.0)
+    assert found.state("a") == READY
+
+
+def test_a_node_whose_stream_broke_is_suspect_at_once_and_keeps_its_lease() -> None:
+    found = leases()
+    found.connect("a", now_s=0.0)
+    found.hear("a", now_s=4.0)
+    assert found.disconnect("a")
+    assert found.state("a") == SUSPECT
+    assert found.expire(8.9) == []
+    assert found.expire(9.0) == ["a"]
+    assert found.state("a") == LOST
+
+
+def test_a_node_that_was_never_connected_is_not_lost() -> None:
+    found = leases()
+    assert found.expire(1e9) == []
+    assert found.state("a") == EXPECTED
+
+
+def test_after_a_restart_known_nodes_have_a_lease_to_come_back() -> None:
+    found = Leases(suspect_s=2.0, lease_s=5.0)
+    found.declare(["a", "b"], now_s=100.0, known=["a"])
+    assert (found.state("a"), found.state("b")) == (SUSPECT, EXPECTED)
+    assert found.expire(104.0) == []
+    assert found.expire(105.0) == ["a"]
+    assert (found.state("a"), found.state("b")) == (LOST, EXPECTED)
+
+
+def test_a_node_that_no_document_names_is_undeclared_until_one_does() -> None:
+    found = leases()
+    found.connect("x", now_s=0.0)
+    assert found.state("x") == UNDECLARED
+    found.declare(["a", "x"], now_s=1.0)
+    assert found.state("x") == READY
+    found.declare(["a"], now_s=1.0)
+    assert found.state("x") == UNDECLARED
+    found.disconnect("x")
+    assert "x" not in found
+
+
+@given(st.lists(st.tuples(st.sampled_from(["connect", "disconnect", "hear"]), st.floats(0.1, 4.0)), max_size=30))
+def test_the_state_is_that_of_a_plain_look_at_the_clock(steps: list[tuple[str, float]]) -> None:
+    found, now_s, heard_s, connected = leases(), 0.0, -1.0, False
+    for step, seconds in steps:
+        now_s += seconds
+        if step == "connect":
+            found.connect("a", now_s=now_s)
+            heard_s, connected = now_s, True
+        elif step == "disconnect":
+            found.disconnect("a")
+            connected = False
+        else:
+            found.hear("a", now_s=now_s)
+            heard_s = now_s if connected else heard_s
+        found.expire(now_s)
+        silent_s = now_s - heard_s
+        if heard_s < 0:
+            expected = EXPECTED
+        elif silent_s >= 5.0:
+            expected = LOST
+        else:
+            expected = READY if connected and silent_s < 2.0 else SUSPECT
+        assert found.state("a") == expected

@@ -1,0 +1,218 @@
+"""A planner, three agents and a transport between them that loses, repeats and reorders, all under a test's control."""
+
+from __future__ import annotations
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.link import Response
+from hetis.v1 import change_pb2, plan_pb2, redispatch_pb2, replica_pb2
+from tests.planner.fleet.driven import DrivenPlanner, PlannerDiedError
+from tests.planner.fleet.memory_store import MemoryStore
+from tests.planner.fleet.model_agents import BrokenInvariantError, Engines, ModelAgent
+from tests.planner.fleet.samples import MOVED, PLAN, REPLICA, SETTINGS, change, store_with_plan
+
+RedispatchState = redispatch_pb2.RedispatchState
+PERMITTED = {
+    RedispatchState.REDISPATCH_STATE_COMMITTING,
+    RedispatchState.REDISPATCH_STATE_RELEASING,
+    RedispatchState.REDISPATCH_STATE_DONE,
+}
+
+
+class World:
+    """``to_agent``: messages under way to each node; what agents sent is in ``agents[...].sent``."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.store: MemoryStore = store_with_plan()
+        self.engines = Engines()
+        self.engines.start(["b/0", "c/0"], [("r0", 0), MOVED, ("r1", 0)])
+        self.engines.owner[MOVED] = "b/0"
+        self.engines.blocks = {"b/0": {("r0", 0), MOVED, ("r1", 0)}, "c/0": set()}
+        self.engines.owner = dict.fromkeys(self.engines.owner, "b/0")
+        self.agents = {node: ModelAgent(node, self.engines) for node in ("a", "b", "c")}
+        self.to_agent: dict[str, list[Response]] = {node: [] for node in self.agents}
+        self.sessions: dict[str, str] = {}
+        self.planner = self._new_planner()
+
+    # Steps.
+
+    def connect(self, node: str) -> None:
+        """A new stream, which ends an older one."""
+        self.to_agent[node].clear()
+        hello = self.agents[node].hello()
+        opened = self.planner.cluster.open(node, hello, now_s=self.now_s, time_s=self.now_s)
+        self.sessions[node] = opened.session
+        self.settle()
+
+    def disconnect(self, node: str) -> None:
+        """What was under way, in both directions, is lost."""
+        session = self.sessions.pop(node, None)
+        self.agents[node].sent.clear()
+        self.to_agent[node].clear()
+        if session is not None:
+            self.planner.cluster.close(node, session)
+            self.settle()
+
+    def restart_planner(self) -> None:
+        """It died; another one leads, with what is in the store."""
+        self.store.epoch += 1
+        for node in self.agents:
+            self.sessions.pop(node, None)
+            self.agents[node].sent.clear()
+            self.to_agent[node].clear()
+        self.planner = self._new_planner()
+        self.settle()
+
+    def hear(self, node: str, position: int = 0, *, again: bool = False) -> None:
+        """The planner gets a message of the agent; ``again``: it will get it once more."""
+        sent = self.agents[node].sent
+        if node not in self.sessions or not sent:
+            return
+        position %= len(sent)
+        request = sent[position] if again else sent.pop(position)
+        try:
+            self.planner.cluster.handle(node, self.sessions[node], request, now_s=self.now_s, time_s=self.now_s)
+        except ServiceError:
+            self.disconnect(node)
+        self.settle()
+
+    def tell(self, node: str, *, again: bool = False) -> None:
+        """The agent gets the planner's next message."""
+        queue = self.to_agent[node]
+        if not queue:
+            return
+        message = queue[0] if again else queue.pop(0)
+        try:
+            self.agents[node].take(message)
+        except ServiceError:
+            self.disconnect(node)
+        self.check()
+
+    def pass_time(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.planner.cluster.pass_time(self.now_s)
+        self.settle()
+
+    def propose(self) -> str:
+        """Moves the head group away from whoever has it; empty: it could not begin."""
+        held = self.agents["a"].held.get(REPLICA)
+        source = self.engines.owner[MOVED]
+        target = "c/0" if source == "b/0" else "b/0"
+        body = change(held[0] if held else 0, source=source, target=target)
+        try:
+            self.planner.cluster.propose(body, now_s=self.now_s)
+        except ServiceError:
+            return ""
+        self.settle()
+        return body.change.change_id
+
+    def settle(self) -> None:
+        """What is to be sent goes out first, as the fleet does it: whatever waits for the store must not be in it."""
+        self.planner.send(self.now_s)
+        try:
+            self.planner.settle(self.now_s)
+        except PlannerDiedError:
+            for node in self.agents:
+                while self.to_agent[node]:  # it had been sent when the planner died
+                    self.tell(node)
+            self.restart_planner()
+        self.check()
+
+    # Longer ways.
+
+    def flow(self, rounds: int = 30) -> None:
+        """Everything is delivered in its order, engines do their work, until nothing is under way."""
+        for _ in range(rounds):
+            busy = False
+            for node, agent in self.agents.items():
+                while self.to_agent[node] or (node in self.sessions and agent.sent):
+                    busy = True
+                    self.tell(node)
+                    self.hear(node)
+            if not busy:
+                return
+        raise AssertionError("messages never end")
+
+    def heal(self) -> None:
+        """Time in which nothing goes wrong any more."""
+        for node in self.agents:
+            if node not in self.sessions:
+                self.connect(node)
+        for _ in range(12):
+            self.flow()
+            for agent in self.agents.values():
+                agent.load()
+                agent.hear_from_primary()
+            self.flow()
+            for agent in self.agents.values():
+                agent.get_ready()
+            self.flow()
+            for _ in range(12):  # past every timeout, with heartbeats
+                for agent in self.agents.values():
+                    agent.heartbeat()
+                self.flow()
+                self.pass_time(1.0)
+
+    def serve(self) -> None:
+        """From an activated plan to a replica that serves."""
+        for node in self.agents:
+            self.connect(node)
+        for _ in range(3):
+            self.flow()
+            for agent in self.agents.values():
+                agent.load()
+        self.flow()
+
+    # What must hold.
+
+    def check(self) -> None:
+        self.engines.check()
+        kept = self.store.tables.redispatches.rows.values()
+        states = {record.body.change.change_id: record.state for record in kept}
+        for change_id in self.engines.flipped:
+            if states.get(change_id) not in PERMITTED:
+                raise BrokenInvariantError(f"{change_id} was flipped, and the store knows of no permission")
+
+    def check_healed(self) -> None:
+        """Everything has ended, as the authority decided, on both sides."""
+        for record in self.store.tables.redispatches.rows.values():
+            was_flipped = record.body.change.change_id in self.engines.flipped
+            ended = RedispatchState.REDISPATCH_STATE_DONE if was_flipped else RedispatchState.REDISPATCH_STATE_ABORTED
+            assert record.state == ended, RedispatchState.Name(record.state)
+        replica = self.store.tables.replicas.rows[REPLICA]
+        plan = self.store.tables.plans.rows[PLAN]
+        if replica.state == replica_pb2.REPLICA_STATE_FAILED:  # a node was lost before it ever served
+            assert plan.activation == plan_pb2.ACTIVATION_STATE_FAILED
+        else:
+            assert replica.state == replica_pb2.REPLICA_STATE_SERVING
+            assert all(agent.held[REPLICA][0] >= replica.body.assigned_generation for agent in self.agents.values())
+            assert all(not agent.held[REPLICA][2].conditions for agent in self.agents.values())
+        for node, agent in self.agents.items():
+            assert not agent.changes, node
+        # What every engine still reserves belongs to nothing; what has moved is freed.
+        for group, device in self.engines.owner.items():
+            holders = [name for name, groups in self.engines.blocks.items() if group in groups]
+            assert holders == [device]
+
+    def phases(self) -> dict[str, list[change_pb2.ChangePhase.ValueType]]:
+        return {node: [held.phase for held in agent.changes.values()] for node, agent in self.agents.items()}
+
+    def state(self, change_id: str) -> str:
+        """As the store has it, without its prefix."""
+        for record in self.store.tables.redispatches.rows.values():
+            if record.body.change.change_id == change_id:
+                return RedispatchState.Name(record.state).removeprefix("REDISPATCH_STATE_")
+        return ""
+
+    def _new_planner(self) -> DrivenPlanner:
+        return DrivenPlanner(
+            self.store,
+            self.store.epoch,
+            lambda node, message: self.to_agent[node].append(message),
+            now_s=self.now_s,
+            settings=SETTINGS,
+        )
+
+
+def reason(error: ServiceError) -> str:
+    return Reason.Name(error.reason)

@@ -1,0 +1,356 @@
+"""The loop with a fleet that only exists in memory, in time that only passes when told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from hetis.planner.convert.head_maps import snapshot_from_proto
+from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.fleet.fleet import Fleet as RealFleet
+from hetis.planner.fleet.head_map_pieces import HeadMaps
+from hetis.planner.fleet.proposals import Capacity, PlacementProposals
+from hetis.planner.fleet.redispatching.loop import RedispatchLoop
+from hetis.planner.fleet.running import Redispatching
+from hetis.planner.fleet.views import FleetObserver
+from hetis.solver.redispatch.triggers import makespan_s
+from hetis.v1 import cluster_pb2, head_map_pb2, redispatch_pb2, replica_pb2, report_pb2
+from hetis.v1 import dispatch_service_pb2 as pb2
+from tests.planner.dispatching.stages import REPLICA, STATE, Replica
+from tests.planner.redispatching.messages import apply_moves, head_map_message, load_message, stage_message
+from tests.solver.redispatch.instances import random_problem
+
+ENGINE, PLANNER = replica_pb2.HEAD_MAP_AUTHORITY_ENGINE, replica_pb2.HEAD_MAP_AUTHORITY_PLANNER
+DONE, ABORTED = redispatch_pb2.REDISPATCH_STATE_DONE, redispatch_pb2.REDISPATCH_STATE_ABORTED
+
+
+@dataclass
+class Fleet:
+    """One replica of four devices, its engine, and the loop that watches it."""
+
+    policy: cluster_pb2.ClusterPolicy = field(default_factory=cluster_pb2.ClusterPolicy)
+    slack: float = 5.0
+    seed: int = 3
+    now_s: float = 1000.0
+    num_reads: int = 0
+    sent: list[redispatch_pb2.Redispatch] = field(default_factory=list)
+    slowness: dict[str, float] = field(default_factory=dict)
+    is_reachable: bool = True
+    last_generation: int = 0
+
+    def __post_init__(self) -> None:
+        problem = random_problem(self.seed, num_devices=4, num_requests=40, head_groups=8, slack=self.slack)
+        self.model, self.map = stage_message(problem), head_map_message(problem.snapshot)
+        self.replica = Replica([self.model], authority=ENGINE, generation=5)
+        self.dispatch = DispatchStates(self)
+        self.loop = RedispatchLoop(self, self.dispatch, clock=self)
+
+    # --- time, and the fleet
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time(self) -> float:
+        return 1.7e9 + self.now_s
+
+    def replica_view(self, name: str) -> Replica | None:
+        return self.replica if name == REPLICA else None
+
+    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
+        assert cluster == "clusters/c"
+        return self.policy
+
+    async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps:
+        self.num_reads += 1
+        if not self.is_reachable:
+            raise ServiceError(Reason.ERROR_REASON_ENGINE_UNREACHABLE, "gone")
+        copied = head_map_pb2.HeadMap.FromString(self.map.SerializeToString())
+        return HeadMaps(replica=replica, generation=self.replica.generation, step=1, maps=(copied,))
+
+    async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        assert not self.replica.redispatch, "two changes at once"
+        self.sent.append(redispatch)
+        if redispatch.state == redispatch_pb2.REDISPATCH_STATE_PREPARING:
+            self.last_generation = max(self.last_generation, self.replica.generation) + 1
+            redispatch.change.generation = self.last_generation
+            self.replica.redispatch = redispatch.name
+
+    # --- what happens
+
+    def end(self, state: redispatch_pb2.RedispatchState.ValueType = DONE) -> None:
+        """The change under way ends."""
+        redispatch = self.sent[-1]
+        redispatch.state = state
+        if state == DONE:
+            assert redispatch.change.base_generation == self.replica.generation
+            apply_moves(self.map, redispatch.change.moves)
+            self.replica.generation = redispatch.change.generation
+        self.replica.redispatch = ""
+        self.loop.redispatch_ended(redispatch)
+
+    def report(self) -> None:
+        """The primary's node reports."""
+        slowness = {device.name: self.slowness.get(device.name, 1.0) for device in self.model.devices}
+        load = load_message(self.map, self.model, slowness=slowness)
+        report = report_pb2.ReplicaReport(
+            replica=REPLICA, is_primary=True, num_running=len(self.map.requests), stages=[load]
+        )
+        self.loop.replica_reported(REPLICA, report)
+
+    async def seconds(self, num: int) -> None:
+        """Reports every second, as long as the loop wants nothing else; changes end within the second."""
+        for _ in range(num):
+            self.now_s += 1
+            self.report()
+            await self.loop.step()
+            if self.replica.redispatch:
+                self.end()
+
+    async def settle(self) -> None:
+        """From the random placement to one that nothing is to be moved in."""
+        before = None
+        while before != len(self.sent):
+            before = len(self.sent)
+            await self.seconds(20)
+        self.sent.clear()
+        self.num_reads = 0
+
+    def makespan_s(self) -> float:
+        """As measured: with devices as slow as they are."""
+        return makespan_s(snapshot_from_proto(self.map, stage_from_proto(self.model, slowness=self.slowness)))
+
+
+def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Runs a test in an event loop of its own."""
+
+    def run() -> None:
+        asyncio.run(test())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+@in_loop
+async def test_an_unbalanced_replica_is_balanced_and_then_left_alone() -> None:
+    fleet = Fleet()
+    before_s = fleet.makespan_s()
+    await fleet.seconds(30)
+    assert fleet.sent
+    first = fleet.sent[0]
+    assert fleet.makespan_s() < before_s
+    assert first.makespan_before_s == pytest.approx(before_s)
+    assert first.makespan_after_s < first.makespan_before_s
+    assert first.num_moves == len(first.change.moves) > 0
+    assert first.kv_bytes == pytest.approx(sum(move.kv_bytes for move in first.change.moves))
+    assert first.bound_s <= first.objective_s * (1 + 1e-9)
+    assert first.objective_s < first.stay_s
+    assert first.triggers[0].kind == redispatch_pb2.TRIGGER_KIND_DEVIATION
+    assert first.triggers[0].value > first.triggers[0].limit == 0.5
+    assert (first.change.base_generation, first.change.generation) == (5, 6)
+    assert first.change.prepare_timeout.seconds == 30
+    assert first.name == f"clusters/c/redispatches/{first.change.change_id}"
+    num = len(fleet.sent)
+    await fleet.seconds(200)
+    assert len(fleet.sent) == num
+
+
+@in_loop
+async def test_under_steady_load_head_maps_are_not_even_read() -> None:
+    fleet = Fleet()
+    await fleet.settle()
+    await fleet.seconds(300)
+    assert (fleet.sent, fleet.num_reads) == ([], 0)
+
+
+@in_loop
+async def test_a_device_that_becomes_slow_gives_rise_to_one_redispatch_that_helps() -> None:
+    fleet = Fleet()
+    await fleet.settle()
+    fleet.slowness = {"d3": 2.0}
+    before_s = fleet.makespan_s()
+    await fleet.seconds(3)
+    assert fleet.sent == []  # three reports may be noise
+    await fleet.seconds(60)
+    (only,) = fleet.sent
+    assert {trigger.kind for trigger in only.triggers} >= {redispatch_pb2.TRIGGER_KIND_CHANGED}
+    assert only.makespan_before_s == pytest.approx(before_s)
+    assert only.makespan_after_s == pytest.approx(fleet.makespan_s())
+    assert fleet.makespan_s() < 0.6 * before_s
+
+
+@in_loop
+async def test_an_alarm_that_nothing_can_be_done_about_is_looked_at_once() -> None:
+    fleet = Fleet(policy=cluster_pb2.ClusterPolicy(high_water=0.01))
+    await fleet.settle()
+    await fleet.seconds(300)
+    assert fleet.num_reads == 0
+    assert fleet.sent == []
+
+
+@in_loop
+async def test_advice_is_recorded_once_and_nothing_moves() -> None:
+    fleet = Fleet(policy=cluster_pb2.ClusterPolicy(redispatch=cluster_pb2.REACTION_MODE_ADVISORY))
+    await fleet.seconds(100)
+    (advice,) = fleet.sent
+    assert advice.state == redispatch_pb2.REDISPATCH_STATE_ADVISED
+    assert advice.HasField("end_time")
+    assert fleet.replica.redispatch == ""
+
+
+@in_loop
+async def test_a_cluster_that_forbids_it_is_not_watched() -> None:
+    fleet = Fleet(policy=cluster_pb2.ClusterPolicy(redispatch=cluster_pb2.REACTION_MODE_OFF))
+    await fleet.seconds(30)
+    assert (fleet.sent, fleet.num_reads) == ([], 0)
+
+
+@in_loop
+async def test_looks_are_an_interval_apart_also_when_changes_end_at_once() -> None:
+    policy = cluster_pb2.ClusterPolicy(redispatch_kv_bytes=20_000_000)
+    policy.redispatch_interval.seconds = 10
+    fleet = Fleet(policy=policy)
+    times = list[float]()
+    for _ in range(100):
+        await fleet.seconds(1)
+        times += [fleet.now_s] * (len(fleet.sent) - len(times))
+    assert len(times) >= 2
+    assert all(later - earlier >= 10 for earlier, later in pairwise(times))
+    assert all(redispatch.kv_bytes <= 20_000_000 for redispatch in fleet.sent)
+
+
+@in_loop
+async def test_there_are_never_two_changes_of_a_replica_at_once() -> None:
+    fleet = Fleet()
+    for _ in range(100):
+        fleet.now_s += 1
+        fleet.report()
+        await fleet.loop.step()
+    assert len(fleet.sent) == 1
+    fleet.end()
+    await fleet.seconds(30)
+    generations = [redispatch.change.generation for redispatch in fleet.sent]
+    assert generations == sorted(set(generations))
+
+
+@in_loop
+async def test_an_aborted_change_is_tried_again_ever_later_under_a_new_number() -> None:
+    fleet = Fleet()
+    times = list[float]()
+    for _ in range(200):
+        fleet.now_s += 1
+        fleet.report()
+        await fleet.loop.step()
+        if fleet.replica.redispatch:
+            times.append(fleet.now_s)
+            fleet.end(ABORTED)
+    waits = [later - earlier for earlier, later in pairwise(times)]
+    assert waits == sorted(waits)
+    assert waits[:3] == [10, 20, 40]
+    assert [one.change.base_generation for one in fleet.sent] == [5] * len(times)
+    assert [one.change.generation for one in fleet.sent] == [6 + n for n in range(len(times))]
+
+
+@in_loop
+async def test_a_draining_device_is_emptied() -> None:
+    fleet = Fleet()
+    await fleet.settle()
+    fleet.replica.conditions = {"d2/0": report_pb2.DEVICE_STATUS_DRAINING}
+    fleet.loop.replica_changed(REPLICA)
+    await fleet.seconds(60)
+    assert fleet.sent
+    assert all(2 not in request.owners for request in fleet.map.requests)
+    assert {trigger.kind for trigger in fleet.sent[0].triggers} >= {redispatch_pb2.TRIGGER_KIND_DRAINING}
+
+
+@in_loop
+async def test_a_lost_device_makes_the_loop_look_without_a_report() -> None:
+    fleet = Fleet()
+    await fleet.settle()
+    fleet.report()
+    gone = [request for request in fleet.map.requests if 2 in request.owners]
+    for request in gone:
+        fleet.map.requests.remove(request)
+    fleet.replica.conditions = {"d2/0": report_pb2.DEVICE_STATUS_LOST}
+    fleet.loop.replica_changed(REPLICA)
+    fleet.now_s += 60
+    await fleet.loop.step()
+    assert fleet.num_reads == 1
+    assert all(move.target != "d2" for redispatch in fleet.sent for move in redispatch.change.moves)
+
+
+@in_loop
+async def test_head_maps_that_cannot_be_read_are_asked_for_an_interval_later() -> None:
+    fleet = Fleet(is_reachable=False)
+    await fleet.seconds(50)
+    assert 9 <= fleet.num_reads <= 11
+    fleet.is_reachable = True
+    await fleet.seconds(10)
+    assert fleet.sent
+
+
+@in_loop
+async def test_a_replica_that_the_planner_dispatches_for_is_balanced_by_its_own_state() -> None:
+    fleet = Fleet()
+    fleet.replica.authority = PLANNER
+    for request in fleet.map.requests:
+        request.incarnation = 0
+    state = pb2.DispatchState(name=STATE, generation=5, head_maps=[fleet.map])
+    await fleet.dispatch.update(pb2.UpdateDispatchStateRequest(dispatch_state=state))
+    await fleet.seconds(30)
+    assert fleet.sent
+    assert fleet.num_reads == 0
+    known = fleet.dispatch.head_maps(REPLICA)
+    assert known is not None
+    assert known.maps[0].requests == fleet.map.requests
+    assert known.generation == fleet.replica.generation
+
+
+@in_loop
+async def test_what_changed_while_moves_were_worked_out_calls_them_off() -> None:
+    fleet = Fleet()
+    read = fleet.read_head_maps
+
+    async def read_and_change(replica: str, timeout_s: float) -> HeadMaps:
+        maps = await read(replica, timeout_s)
+        fleet.replica.generation += 1
+        return maps
+
+    fleet.read_head_maps = read_and_change  # type: ignore[method-assign]
+    fleet.now_s += 1
+    fleet.report()
+    await fleet.loop.step()
+    assert (fleet.num_reads, fleet.sent) == (1, [])
+    fleet.read_head_maps = read  # type: ignore[method-assign]
+    await fleet.seconds(10)
+    assert fleet.sent
+
+
+@in_loop
+async def test_the_loop_runs_by_itself() -> None:
+    fleet = Fleet()
+    task = asyncio.create_task(fleet.loop.run())
+    await asyncio.sleep(0)
+    fleet.report()
+    async with asyncio.timeout(20):
+        while not fleet.sent:
+            await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def seen_by_the_loop(fleet: RealFleet) -> tuple[Redispatching, Capacity]:
+    """That the fleet is what loop and proposals ask for is mypy's to prove."""
+    return fleet, fleet
+
+
+def told_by_the_fleet(loop: RedispatchLoop, proposals: PlacementProposals) -> tuple[FleetObserver, FleetObserver]:
+    """And that they are what the fleet tells."""
+    return loop, proposals

@@ -1,0 +1,217 @@
+"""Plans that the planner makes by itself when capacity has changed for long."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.proposals import PlacementProposals, is_better
+from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
+
+CLUSTER = "clusters/c"
+READY, LOST = cluster_pb2.NODE_STATE_READY, cluster_pb2.NODE_STATE_LOST
+
+
+@dataclass
+class Node:
+    state: cluster_pb2.NodeState.ValueType = READY
+    is_draining: bool = False
+
+
+def plan_on(*nodes: str, name: str = "plans/first", rate_rps: float = 1.0) -> plan_pb2.Plan:
+    """One replica on each node, of one GPU."""
+    replicas = [
+        replica_pb2.ReplicaPlan(rate_rps=rate_rps, stages=[replica_pb2.StagePlan(devices=[f"{node}/0"])])
+        for node in nodes
+    ]
+    return plan_pb2.Plan(
+        name=name,
+        cluster=CLUSTER,
+        spec=plan_pb2.PlanSpec(model_name="m", seed=7),
+        state=plan_pb2.PLAN_STATE_READY,
+        activation=plan_pb2.ACTIVATION_STATE_ACTIVE,
+        result=plan_pb2.PlanResult(replicas=replicas),
+    )
+
+
+@dataclass
+class World:
+    """A cluster of three nodes, its plans, and time."""
+
+    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
+    now_s: float = 1000.0
+    proposed: list[tuple[plan_pb2.PlanSpec, str]] = field(default_factory=list)
+    withdrawn: list[str] = field(default_factory=list)
+    error: ServiceError | None = None
+
+    def __post_init__(self) -> None:
+        self.nodes = {f"{CLUSTER}/nodes/{name}": Node() for name in "abc"}
+        self.plans = {"plans/first": plan_on("a", "b", "c")}
+        self.in_force = "plans/first"
+        self.proposals = PlacementProposals(self, self, clock=self)
+        self.proposals.capacity_changed(CLUSTER)
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time(self) -> float:
+        return self.now_s
+
+    def nodes_of(self, cluster: str) -> dict[str, Node]:
+        return self.nodes
+
+    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
+        return cluster_pb2.ClusterPolicy(placement=self.mode)
+
+    async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
+        return self.plans.get(self.in_force)
+
+    async def plan(self, name: str) -> plan_pb2.Plan | None:
+        return self.plans.get(name)
+
+    async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
+        if self.error:
+            raise self.error
+        self.proposed.append((spec, reason))
+        name = f"plans/p{len(self.proposed)}"
+        usable = [key[-1] for key, node in self.nodes.items() if node.state == READY and not node.is_draining]
+        made = plan_on(*usable, name=name)
+        made.state, made.activation = plan_pb2.PLAN_STATE_SOLVING, plan_pb2.ACTIVATION_STATE_INACTIVE
+        self.plans[name] = made
+        return name
+
+    async def withdraw(self, plan: str) -> None:
+        self.withdrawn.append(plan)
+        del self.plans[plan]
+
+    async def activate(self, plan: str) -> None:
+        self.plans[self.in_force].activation = plan_pb2.ACTIVATION_STATE_INACTIVE
+        self.plans[plan].activation = plan_pb2.ACTIVATION_STATE_ACTIVE
+        self.in_force = plan
+
+    def set(self, node: str, state: cluster_pb2.NodeState.ValueType = READY, *, draining: bool = False) -> None:
+        self.nodes[f"{CLUSTER}/nodes/{node}"] = Node(state, draining)
+        self.proposals.capacity_changed(CLUSTER)
+
+    def pass_s(self, seconds: float) -> None:
+        """Second by second, as `run` would."""
+
+        async def steps() -> None:
+            for _ in range(int(seconds)):
+                self.now_s += 1
+                await self.proposals.step()
+
+        asyncio.run(steps())
+
+
+def test_while_nothing_changes_nothing_is_proposed() -> None:
+    world = World()
+    world.pass_s(1000)
+    assert world.proposed == []
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_node_that_is_gone_for_long_leads_to_one_proposal_of_the_same_problem(draining: bool) -> None:
+    world = World()
+    world.pass_s(10)
+    world.set("b", READY if draining else LOST, draining=draining)
+    world.pass_s(299)
+    assert world.proposed == []
+    world.pass_s(2000)
+    ((spec, reason),) = world.proposed
+    assert spec == world.plans["plans/first"].spec
+    assert reason == "For 300 s b is gone."
+    assert world.in_force == "plans/first"
+
+
+def test_a_node_that_blinks_is_no_change() -> None:
+    world = World()
+    for _ in range(20):
+        world.set("b", LOST)
+        world.pass_s(200)
+        world.set("b")
+        world.pass_s(200)
+    assert world.proposed == []
+
+
+def test_a_node_that_the_plan_does_not_use_is_not_missed() -> None:
+    world = World()
+    world.plans["plans/first"] = plan_on("a", "b")
+    world.pass_s(1)
+    world.set("c", LOST)
+    world.pass_s(1000)
+    assert world.proposed == []
+
+
+def test_automatic_puts_a_ready_proposal_in_force_and_the_next_one_when_the_node_is_back() -> None:
+    world = World(mode=cluster_pb2.REACTION_MODE_AUTOMATIC)
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    assert world.in_force == "plans/first"  # it is still searched
+    world.plans["plans/p1"].state = plan_pb2.PLAN_STATE_READY
+    world.plans["plans/p1"].result.replicas[0].rate_rps = 1.5
+    world.pass_s(5)
+    assert world.in_force == "plans/p1"
+    world.pass_s(1000)
+    world.set("b")
+    world.pass_s(310)
+    assert [reason for _, reason in world.proposed][1:] == [
+        "For 300 s b is there that the plan in force does not count on."
+    ]
+    world.plans["plans/p2"].state = plan_pb2.PLAN_STATE_READY
+    world.pass_s(5)
+    assert world.in_force == "plans/p2"
+
+
+@pytest.mark.parametrize(
+    "state", [plan_pb2.PLAN_STATE_INFEASIBLE, plan_pb2.PLAN_STATE_FAILED, plan_pb2.PLAN_STATE_READY]
+)
+def test_what_is_not_better_is_not_put_in_force(state: plan_pb2.PlanState.ValueType) -> None:
+    world = World(mode=cluster_pb2.REACTION_MODE_AUTOMATIC)
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    world.plans["plans/p1"].state = state  # two replicas, as many as b leaves of the plan in force
+    world.pass_s(1000)
+    assert world.in_force == "plans/first"
+    assert len(world.proposed) == 1
+
+
+def test_a_proposal_for_what_is_no_more_is_withdrawn_for_the_next_one() -> None:
+    world = World()
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    world.set("c", LOST)
+    world.pass_s(310)
+    assert world.withdrawn == ["plans/p1"]
+    assert [reason for _, reason in world.proposed][1:] == ["For 300 s b, c are gone."]
+
+
+def test_a_cluster_that_forbids_it_gets_no_proposal() -> None:
+    world = World(mode=cluster_pb2.REACTION_MODE_OFF)
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(1000)
+    assert world.proposed == []
+
+
+def test_a_proposal_that_cannot_be_made_now_is_made_later() -> None:
+    world = World(error=ServiceError(Reason.ERROR_REASON_SOLVER_QUEUE_FULL, "full", retry_after_s=7))
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    world.error = None
+    world.pass_s(10)
+    assert len(world.proposed) == 1
+
+
+def test_a_replica_whose_dense_path_lost_a_node_serves_nothing() -> None:
+    before = plan_on("a", "b")
+    assert is_better(plan_on("a", name="plans/p", rate_rps=1.02), before, {"a"})
+    assert not is_better(plan_on("a", name="plans/p", rate_rps=1.0), before, {"a"})
+    assert not is_better(plan_on("a", name="plans/p", rate_rps=1.02), before, {"a", "b"})
