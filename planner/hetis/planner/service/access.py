@@ -1,0 +1,72 @@
+"""Which role each method needs, in one table; what stands in no row is refused."""
+
+from __future__ import annotations
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.service.identity import Identity, Role
+
+_TABLE: dict[str, dict[tuple[Role, ...], str]] = {
+    "hetis.v1.ClusterService": {
+        (Role.VIEWER,): (
+            "GetCluster ListClusters WatchCluster GetInventory GetNode ListNodes GetReplica ListReplicas"
+            " GetRedispatch ListRedispatches"
+        ),
+        (Role.ORCHESTRATOR,): "CreateCluster UpdateCluster DrainNode UndrainNode",
+        (Role.ADMIN,): "DeleteCluster",
+    },
+    "hetis.v1.ProfileService": {
+        (Role.VIEWER,): "GetProfile ListProfiles",
+        (Role.ORCHESTRATOR,): "CreateProfile UpdateProfile",
+        (Role.ADMIN,): "DeleteProfile",
+    },
+    "hetis.v1.PlanService": {
+        (Role.VIEWER,): "GetPlan ListPlans WatchPlan ExplainPlan DiffPlans ReadPlanDocument",
+        (Role.ORCHESTRATOR,): "CreatePlan DeletePlan CancelPlan ActivatePlan RollbackPlan",
+    },
+    "hetis.v1.DispatchService": {
+        (Role.ORCHESTRATOR, Role.AGENT): "AdmitRequests FinishRequests GrowRequests UpdateDispatchState",
+        (Role.VIEWER, Role.AGENT): "GetDispatchState",
+    },
+    "hetis.v1.AgentService": {(Role.AGENT,): "ConnectNode"},
+}
+NEEDED: dict[str, tuple[Role, ...]] = {
+    f"/{service}/{method}": roles
+    for service, rows in _TABLE.items()
+    for roles, methods in rows.items()
+    for method in methods.split()
+}
+"""Roles of which a caller needs one, by ``/package.Service/Method``."""
+
+OPEN_SERVICES = (
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+)
+"""For probes and tools: anybody may call them, without a deadline. They tell nothing that is not published."""
+
+
+def is_open(method: str) -> bool:
+    """Whether a method is of a service that asks for no role and no deadline."""
+    return method.split("/")[1] in OPEN_SERVICES
+
+
+def require_role(identity: Identity, method: str) -> None:
+    """
+    Raises:
+        ServiceError: ROLE, the caller has none of the roles that the method needs.
+    """
+    needed = NEEDED.get(method, ())
+    if not identity.roles.isdisjoint(needed):
+        return
+    has = ", ".join(sorted(identity.roles - _implied(identity.roles))) or "no role"
+    wants = " or ".join(needed) or "a role that does not exist"
+    raise ServiceError(
+        Reason.ERROR_REASON_ROLE,
+        f"{method} needs role {wants}; {identity.name} has {has}",
+        metadata={"role": has, "needed": wants},
+    )
+
+
+def _implied(roles: frozenset[Role]) -> frozenset[Role]:
+    """Those that come with a higher one."""
+    return frozenset(lower for role in roles for lower in role.includes if lower is not role)

@@ -1,0 +1,237 @@
+"""What happens to every call before and after its servicer: who, until when, what became of it, written down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.service import statuses
+from hetis.planner.service.access import is_open, require_role
+from hetis.planner.service.credentials import Authenticator
+from hetis.planner.service.deadlines import require_deadline
+from hetis.planner.service.identity import ANYBODY, set_caller
+from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
+
+_log = logging.getLogger("hetis.planner.calls")
+Handler = Any  # grpc.RpcMethodHandler and ServicerContext: gRPC types neither beyond Any where they meet here
+Context = Any
+Decode = Callable[[bytes], Message]
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """The only interceptor, so that a call costs one wrapper: identity, role, deadline, errors, telemetry, drain."""
+
+    def __init__(self, authenticator: Authenticator, telemetry: Telemetry) -> None:
+        self._authenticator = authenticator
+        self._telemetry = telemetry
+        self._wrapped: dict[str, Handler] = {}
+        self._streams: set[asyncio.Task[None]] = set()
+        self._num_unary = 0
+        self._unary_done = asyncio.Event()
+        self._unary_done.set()
+        self.is_draining = False
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
+    ) -> Handler:
+        method: str = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None  # gRPC answers UNIMPLEMENTED
+            wrapped = self._wrapped[method] = self._wrap(method, handler)
+        return wrapped
+
+    def refuse_new(self) -> None:
+        """From now on every call fails with DRAINING, but health and reflection."""
+        self.is_draining = True
+
+    async def end_streams(self) -> None:
+        """Ends what streams there still are with DRAINING."""
+        running = [stream for stream in self._streams if not stream.done()]
+        for stream in running:
+            stream.cancel()
+        if running:
+            await asyncio.wait(running)
+
+    async def wait_for_unary(self, timeout_s: float) -> bool:
+        """Waits until no unary call is under way; whether that came to be."""
+        try:
+            await asyncio.wait_for(self._unary_done.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        if not handler.request_streaming and not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, handler.unary_unary, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
+        if not handler.request_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._unary_stream(method, handler.unary_stream, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
+            )
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream_stream(method, handler.stream_stream),
+                request_deserializer=lambda raw: decoded(handler.request_deserializer, raw),
+                response_serializer=handler.response_serializer,
+            )
+        raise NotImplementedError(f"{method}: streams of requests with one answer are not in the contract")
+
+    def _unary(self, method: str, behaviour: Any, decode: Decode) -> Any:
+        async def answer(raw: bytes, context: Context) -> Any:
+            async def body(record: CallRecord) -> Any:
+                request = decoded(decode, raw)
+                record.request_name = name_of(request)
+                return await behaviour(request, context)
+
+            self._num_unary += 1
+            self._unary_done.clear()
+            try:
+                return await self._watched(method, context, body, is_stream=False)
+            finally:
+                self._num_unary -= 1
+                if self._num_unary == 0:
+                    self._unary_done.set()
+
+        return answer
+
+    def _unary_stream(self, method: str, behaviour: Any, decode: Decode) -> Any:
+        async def answer(raw: bytes, context: Context) -> None:
+            async def body(record: CallRecord) -> None:
+                request = decoded(decode, raw)
+                record.request_name = name_of(request)
+                await self._streamed(method, behaviour(request, context), context)
+
+            await self._watched(method, context, body, is_stream=True)
+
+        return answer
+
+    def _stream_stream(self, method: str, behaviour: Any) -> Any:
+        async def answer(requests: Any, context: Context) -> None:
+            async def body(record: CallRecord) -> None:
+                await self._streamed(method, behaviour(requests, context), context)
+
+            await self._watched(method, context, body, is_stream=True)
+
+        return answer
+
+    async def _streamed(self, method: str, responses: Any, context: Context) -> None:
+        """Writes a servicer's responses, or lets it write them, in a task that a drain can end."""
+
+        async def write() -> None:
+            if not hasattr(responses, "__aiter__"):
+                await responses
+                return
+            try:
+                async for response in responses:
+                    await context.write(response)
+            finally:
+                if hasattr(responses, "aclose"):
+                    await responses.aclose()
+
+        if is_open(method):  # probes watch to the end
+            return await write()
+        stream = asyncio.create_task(write())
+        self._streams.add(stream)
+        try:
+            await stream
+        except asyncio.CancelledError:
+            if not self.is_draining or context.cancelled():
+                raise
+        finally:
+            self._streams.discard(stream)
+        if self.is_draining:
+            # It may have ended for another reason in this very moment; the caller comes back and sees.
+            raise statuses.draining()
+        return None
+
+    async def _watched(
+        self, method: str, context: Context, body: Callable[[CallRecord], Awaitable[Any]], *, is_stream: bool
+    ) -> Any:
+        metadata = context.invocation_metadata() or ()
+        record = self._telemetry.begin(method, context.peer(), metadata, is_stream=is_stream)
+        code = grpc.StatusCode.UNKNOWN
+        try:
+            self._admit(method, metadata, context, record, is_stream=is_stream)
+            answer = await body(record)
+            code = _code_set(context) or grpc.StatusCode.OK
+            return answer
+        except grpc.aio.AbortError:  # a servicer of gRPC's own, such as health
+            code = _code_set(context) or code
+            raise
+        except asyncio.CancelledError:
+            remaining_s = context.time_remaining()
+            is_late = remaining_s is not None and remaining_s <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            if isinstance(error, NotImplementedError) and _code_set(context) is grpc.StatusCode.UNIMPLEMENTED:
+                code = grpc.StatusCode.UNIMPLEMENTED  # what generated code raises where a servicer lacks a method
+                await context.abort(code, f"{method} is not implemented")
+            status = _status(error, record)
+            code = statuses.code_of(status)
+            await statuses.abort(context, status)
+        finally:
+            record.end(code, self._telemetry.metrics)
+
+    def _admit(self, method: str, metadata: Any, context: Context, record: CallRecord, *, is_stream: bool) -> None:
+        """
+        Raises:
+            ServiceError: CREDENTIALS, ROLE, DRAINING, DEADLINE_REQUIRED or DEADLINE_TOO_LONG, in this order.
+        """
+        if is_open(method):
+            set_caller(ANYBODY)
+            return
+        identity = self._authenticator.identify(metadata, context.auth_context())
+        record.caller = identity.name
+        require_role(identity, method)
+        if self.is_draining:
+            raise statuses.draining()
+        if not is_stream:
+            require_deadline(method, context.time_remaining())
+        set_caller(identity)
+
+
+def decoded(decode: Decode, raw: bytes) -> Message:
+    """
+    Raises:
+        ServiceError: INVALID_FIELD, the bytes are no such message.
+    """
+    try:
+        return decode(raw)
+    except DecodeError as error:
+        raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, f"the request cannot be read: {error}") from None
+
+
+def _status(error: Exception, record: CallRecord) -> statuses.Status:
+    meant = statuses.as_service_error(error)
+    if meant is None:
+        incident_id = secrets.token_hex(6)
+        _log.error(
+            "incident",
+            exc_info=error,
+            extra={"incident": incident_id, "method": record.method, "caller": record.caller},
+        )
+        meant = statuses.incident(incident_id)
+    record.reason = meant.reason_name
+    return statuses.to_status(meant)
+
+
+def _code_set(context: Context) -> grpc.StatusCode | None:
+    """What a servicer set on its context; None: nothing."""
+    code = context.code()
+    if code is None or isinstance(code, grpc.StatusCode):
+        return code
+    return next((known for known in grpc.StatusCode if known.value[0] == code), None)

@@ -1,0 +1,196 @@
+"""The `hetis-planner` command: options, help, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from hetis.planner.service.exit_codes import ExitCode
+
+_HELP = (
+    "Serve the planning service: plans, clusters, dispatch, and the agents of GPU nodes.\n\n"
+    "Settings come from flags, else from HETIS_* variables (HETIS_TLS__CERTIFICATE is tls.certificate), else from the"
+    " --config file, else they have their defaults. docs/planner.md lists them."
+)
+_EXAMPLES = """Examples:
+
+  hetis-planner                                 on loopback, store in ~/.local/state/hetis
+
+  hetis-planner --config planner.yaml --check   validate and exit
+
+  HETIS_LOG__LEVEL=debug hetis-planner --config planner.yaml
+
+  hetis-planner --listen 127.0.0.1:0 --status-page off --ready-json
+
+  hetis-planner token create --file tokens.yaml --name node-7 --role agent --node clusters/c/nodes/n7"""
+_EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ExitCode)
+
+
+class Role(StrEnum):
+    """As `hetis.planner.service.identity.Role`, which imports too much for --help; a test keeps them in step."""
+
+    VIEWER = "viewer"
+    ORCHESTRATOR = "orchestrator"
+    ADMIN = "admin"
+    AGENT = "agent"
+
+
+app = typer.Typer(
+    name="hetis-planner",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+token = typer.Typer(help="Bearer tokens of callers.", no_args_is_help=True)
+app.add_typer(token, name="token")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"hetis-planner {version('hetis')}")
+        raise typer.Exit
+
+
+_WHAT = "What to use"
+
+
+@app.callback(invoke_without_command=True, help=_HELP, epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}")
+def hetis_planner(
+    context: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="FILE",
+            envvar="HETIS_CONFIG",
+            help="A PlannerConfig document.",
+            show_default=False,
+        ),
+    ] = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--listen", metavar="HOST:PORT", rich_help_panel=_WHAT, show_default=False, help="Address; repeatable."
+        ),
+    ] = None,
+    status_page: Annotated[
+        str | None,
+        typer.Option(
+            "--status-page", metavar="HOST:PORT|off", rich_help_panel=_WHAT, show_default=False, help="JSON over HTTP."
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="URL",
+            rich_help_panel=_WHAT,
+            show_default=False,
+            help="sqlite:///... or postgresql://...",
+        ),
+    ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            "--log-level", rich_help_panel=_WHAT, show_default=False, metavar="LEVEL", help="debug ... error."
+        ),
+    ] = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option("--log-format", rich_help_panel=_WHAT, show_default=False, metavar="FORM", help="json or text."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            rich_help_panel=_WHAT,
+            show_default=False,
+            help="Any setting, such as solver.queue=64; repeatable.",
+        ),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Validate configuration, certificates, tokens; exit.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the configuration in force, without secrets, and exit.")
+    ] = False,
+    ready_json: Annotated[
+        bool, typer.Option("--ready-json", help="When ready, print the addresses on stdout as a line of JSON.")
+    ] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What `_HELP` says."""
+    if context.invoked_subcommand is not None:
+        return
+    from hetis.planner.service.setting_sources import Given
+    from hetis.planner.service.starting import check_config, print_effective, serve
+
+    flags = [Given(name=name, text=text, by=f"--set {name}") for name, text in map(_split, settings or ())]
+    for name, option, value in (
+        ("listen", "--listen", ",".join(listen or ())),
+        ("status_page.address", "--status-page", status_page),
+        ("store", "--store", store),
+        ("log.level", "--log-level", log_level),
+        ("log.format", "--log-format", log_format),
+    ):
+        if value:
+            flags.append(Given(name=name, text=value, by=option))
+    if print_config:
+        print_effective(config, flags)
+    elif check:
+        check_config(config, flags)
+    else:
+        serve(config, flags, ready_json=ready_json)
+
+
+@token.command("create")
+def create(
+    file: Annotated[str, typer.Option("--file", metavar="FILE", help="The token file; made where there is none.")],
+    role: Annotated[Role, typer.Option("--role", help="What its bearer may do.")],
+    name: Annotated[str | None, typer.Option("--name", help="For logs; unless given, made from role and node.")] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", metavar="clusters/C/nodes/N", help="The node of an agent.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="clusters/C", help="For an agent of any node of a cluster.")
+    ] = None,
+    valid: Annotated[str, typer.Option("--valid", metavar="DAYS", help="How long, in days.")] = "365",
+) -> None:
+    """Make a token, print it once on stdout, and append its SHA-256 to the token file."""
+    from hetis.planner.service.starting import make_token
+
+    make_token(file, role=role.value, name=name, node=node, cluster=cluster, valid_days=valid)
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE", param_hint="--set")
+    return name, value
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code; every error has become a message on stderr."""
+    try:
+        app(list(arguments), prog_name="hetis-planner")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else ExitCode.OK
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except Exception as error:
+        if os.environ.get("HETIS_DEBUG") == "1":
+            raise
+        from hetis.planner.service.starting import report
+
+        return report(error)
+    return ExitCode.OK

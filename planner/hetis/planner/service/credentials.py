@@ -1,0 +1,100 @@
+"""From what a call carries to who makes it: a bearer token, or the certificate of its connection."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.service.identity import ANYBODY, Identity, Role
+from hetis.planner.service.tokens import NODE, Tokens, refused
+
+AuthContext = Mapping[str, Iterable[bytes]]
+Metadata = Sequence[tuple[str, str | bytes]]
+_PERSON = re.compile(r"(viewer|orchestrator|admin)/([A-Za-z0-9][A-Za-z0-9._-]{0,199})")
+
+
+class Authenticator(Protocol):
+    """Tells who calls."""
+
+    def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
+        """
+        Raises:
+            ServiceError: CREDENTIALS.
+        """
+        ...
+
+
+class NoCredentials:
+    """Everybody may do everything: for loopback only."""
+
+    def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
+        return ANYBODY
+
+
+class Credentials:
+    """A bearer token decides where one is sent; else the certificate of the connection.
+
+    Args:
+        tokens: the present tokens; None: tokens are not taken.
+        trust_domain: of the certificates' names; None: certificates are not looked at.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self, *, tokens: Callable[[], Tokens] | None, trust_domain: str | None, clock: Callable[[], float]
+    ) -> None:
+        self._tokens = tokens
+        self._trust_domain = trust_domain
+        self._clock = clock
+
+    def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
+        """
+        Raises:
+            ServiceError: CREDENTIALS.
+        """
+        given = [value for key, value in metadata if key == "authorization"]
+        if len(given) > 1:
+            raise refused("the call has more than one authorization")
+        if given and self._tokens is not None:
+            return self._tokens().identify(_bearer(given[0]), now_s=self._clock())
+        if self._trust_domain is not None:
+            return identity_of_certificate(connection, self._trust_domain)
+        if given:
+            raise refused("this planner takes no bearer tokens")
+        raise refused("the call has no credentials: send the metadata `authorization: Bearer TOKEN`")
+
+
+def identity_of_certificate(connection: AuthContext, trust_domain: str) -> Identity:
+    """The caller that a verified certificate names by a URI in its subject alternative names.
+
+    ``spiffe://DOMAIN/clusters/C/nodes/N`` is the agent of a node, ``spiffe://DOMAIN/ROLE/NAME`` somebody with a role.
+
+    Raises:
+        ServiceError: CREDENTIALS; no such URI, or more than one.
+    """
+    start = f"spiffe://{trust_domain}/"
+    # `peer_uri`, not all alternative names: what a DNS entry says is not known to be a URI.
+    uris = [uri.decode(errors="replace") for uri in connection.get("peer_uri", ())]
+    ours = [uri for uri in uris if uri.startswith(start)]
+    if len(ours) != 1:
+        how_many = "more than one" if ours else "no"
+        raise refused(f"the client certificate has {how_many} URI {start}... among its subject alternative names")
+    path = ours[0].removeprefix(start)
+    if NODE.fullmatch(path):
+        return Identity(name=ours[0], roles=Role.AGENT.includes, scope=path)
+    if person := _PERSON.fullmatch(path):
+        return Identity(name=ours[0], roles=Role(person[1]).includes)
+    raise refused(f"the client certificate is of {ours[0]}, expected {start}clusters/C/nodes/N or {start}ROLE/NAME")
+
+
+def _bearer(value: str | bytes) -> str:
+    text = value if isinstance(value, str) else value.decode("ascii", errors="replace")
+    scheme, _, token = text.partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise refused("the authorization is malformed: write `Bearer TOKEN`")
+    return token.strip()
+
+
+__all__ = ["AuthContext", "Authenticator", "Credentials", "NoCredentials", "ServiceError", "identity_of_certificate"]

@@ -1,0 +1,33 @@
+"""How `hetis-planner` ends. Service managers may rely on these numbers; docs/planner.md lists them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `hetis-planner`. 0 to 2 mean what they mean for `hetis-plan`; 3 to 7 and 10 are its own there."""
+
+    OK = 0
+    INTERNAL = 1
+    INVALID = 2
+    ADDRESS = 8
+    STORE = 9
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+    @property
+    def meaning(self) -> str:
+        """In one line; what comes before the comma is the short form."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    ExitCode.OK: "stopped when asked to",
+    ExitCode.INTERNAL: "internal error, or the machine failed (a full disk)",
+    ExitCode.INVALID: "invalid configuration, certificate or token file, every problem is listed",
+    ExitCode.ADDRESS: "an address cannot be listened on, in use or not of this machine",
+    ExitCode.STORE: "the store cannot be used, held by another planner or of a newer version",
+    ExitCode.INTERRUPTED: "stopped at once, by a second SIGINT",
+    ExitCode.TERMINATED: "stopped at once, by a second SIGTERM",
+}

@@ -1,0 +1,81 @@
+"""Who calls: a name for logs, roles, and for an agent the nodes that it speaks for."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hetis.planner.failures import Reason, ServiceError
+
+
+class Role(StrEnum):
+    """What credentials are given for. AGENT stands apart: its own node's stream, and dispatch."""
+
+    VIEWER = "viewer"
+    ORCHESTRATOR = "orchestrator"
+    ADMIN = "admin"
+    AGENT = "agent"
+
+    @property
+    def includes(self) -> frozenset[Role]:
+        """Itself and the roles that it may stand in for."""
+        return _INCLUDES[self]
+
+
+_INCLUDES = {
+    Role.VIEWER: frozenset({Role.VIEWER}),
+    Role.ORCHESTRATOR: frozenset({Role.VIEWER, Role.ORCHESTRATOR}),
+    Role.ADMIN: frozenset({Role.VIEWER, Role.ORCHESTRATOR, Role.ADMIN}),
+    Role.AGENT: frozenset({Role.AGENT}),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """A caller.
+
+    Attributes:
+        name: for logs; the name of a token or of a certificate.
+        roles: those it was given, with all that they include.
+        scope: for agents, the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``: any node of it) that the
+            credentials are of; None: any node, which only a planner without credentials grants.
+    """
+
+    name: str
+    roles: frozenset[Role]
+    scope: str | None = None
+
+    def speaks_for(self, node: str) -> bool:
+        """Whether it may act as the agent of a node."""
+        if Role.AGENT not in self.roles:
+            return False
+        return self.scope is None or node == self.scope or node.startswith(f"{self.scope}/nodes/")
+
+    def require_node(self, node: str) -> None:
+        """
+        Raises:
+            ServiceError: WRONG_NODE, the credentials are of another node.
+        """
+        if not self.speaks_for(node):
+            raise ServiceError(
+                Reason.ERROR_REASON_WRONG_NODE,
+                f"the credentials {self.name} are of {self.scope or 'no node'}, not of {node}",
+                metadata={"node": node},
+            )
+
+
+ANYBODY = Identity(name="local", roles=frozenset(Role))
+"""Every caller of a planner that asks for no credentials; it listens on loopback only."""
+
+_caller: ContextVar[Identity] = ContextVar("hetis_caller")
+
+
+def caller() -> Identity:
+    """Who makes the call that is being answered. The service has set it before a servicer runs."""
+    return _caller.get()
+
+
+def set_caller(identity: Identity) -> None:
+    """For the rest of this task, which is one call, and for the tasks that it starts."""
+    _caller.set(identity)

@@ -1,0 +1,21 @@
+"""The entry point of `hetis-planner`. Nothing heavy is imported here: ``--help`` must answer at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Runs the command; the base install has it too, but not what it needs."""
+    try:
+        from hetis.planner.service.command import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"hetis-planner needs {error.name}: pip install 'hetis[planner]'")
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Prometheus metrics of the service; docs/planner.md lists them."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from hetis.planner.service.overview import Overview
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The service's metrics, in a registry of their own; other rooms add theirs to ``registry``."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        build = Gauge("hetis_planner_info", "Version of the planner.", ["version"], registry=self.registry)
+        build.labels(version).set(1)
+        self._calls = Histogram(
+            "hetis_planner_rpc_seconds",
+            "Time of unary calls.",
+            ["method", "code"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._streams = Counter(
+            "hetis_planner_streams_ended", "Streams that ended.", ["method", "code"], registry=self.registry
+        )
+        self._running = Gauge(
+            "hetis_planner_rpcs_running", "Calls and streams under way.", ["method"], registry=self.registry
+        )
+        self._epoch = Gauge("hetis_planner_epoch", "Leadership term.", registry=self.registry)
+        self._leader_since = Gauge(
+            "hetis_planner_leader_since_seconds", "Unix time when the term began.", registry=self.registry
+        )
+        self._nodes = Gauge("hetis_planner_nodes", "Nodes by state.", ["cluster", "state"], registry=self.registry)
+        self._plans = Gauge("hetis_planner_plans", "Plans by state.", ["state"], registry=self.registry)
+        self._queued = Gauge("hetis_planner_searches_queued", "Searches without a process.", registry=self.registry)
+        self._searching = Gauge("hetis_planner_searches_running", "Searches with a process.", registry=self.registry)
+        self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
+
+    def call_began(self, method: str) -> None:
+        self._running.labels(method).inc()
+
+    def call_ended(self, method: str, code: str, seconds: float, *, is_stream: bool) -> None:
+        """``method`` must be one that exists: callers choose names, and each costs memory for ever."""
+        self._running.labels(method).dec()
+        if is_stream:
+            self._streams.labels(method, code).inc()
+        else:
+            self._calls.labels(method, code).observe(seconds)
+
+    def show(self, overview: Overview) -> None:
+        """Sets the gauges of the planner's state; what is gone disappears."""
+        self._epoch.set(overview.epoch)
+        self._leader_since.set(overview.leader_since_s)
+        self._nodes.clear()
+        for cluster in overview.clusters:
+            for state, count in cluster.num_nodes.items():
+                self._nodes.labels(cluster.name, state).set(count)
+        self._plans.clear()
+        for state, count in overview.num_plans.items():
+            self._plans.labels(state).set(count)
+        self._queued.set(overview.queued)
+        self._searching.set(overview.searching)
+        self._processes.set(overview.solver_processes)
+
+    def text(self) -> bytes:
+        """All of them, as Prometheus reads them."""
+        return generate_latest(self.registry)

@@ -1,0 +1,135 @@
+"""The planner's state, gathered from store, fleet and solver pool for the status page."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.jobs.pool import SolverPool
+from hetis.planner.resources.clusters import Clusters
+from hetis.planner.resources.live import FleetNow
+from hetis.planner.resources.nodes import Nodes
+from hetis.planner.resources.running import Running
+from hetis.planner.service.overview import ClusterOverview, Overview
+from hetis.planner.store import Reader, Store
+from hetis.v1 import cluster_pb2, plan_pb2, view_pb2
+from hetis.v1 import cluster_service_pb2 as pb
+
+FRESH_S = 2.0  # so long one count is good for, however many scrape
+_PAGE = 500
+
+
+class Overviews:
+    """Answers the status page by the same calls that the API makes.
+
+    Args:
+        leader_since_s: Unix seconds.
+        most_searches: solver processes.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: FleetNow,
+        pool: SolverPool,
+        clusters: Clusters,
+        nodes: Nodes,
+        running: Running,
+        *,
+        epoch: int,
+        leader_since_s: float,
+        most_searches: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._pool = pool
+        self._clusters = clusters
+        self._nodes = nodes
+        self._running = running
+        self._epoch = epoch
+        self._leader_since_s = leader_since_s
+        self._most_searches = most_searches
+        self._clock = clock
+        self._kept: tuple[tuple[ClusterOverview, ...], Mapping[str, int]] = ((), {})
+        self._kept_until_s = 0.0
+
+    async def overview(self) -> Overview:
+        if self._clock() >= self._kept_until_s:
+            self._kept = await self._counted()
+            self._kept_until_s = self._clock() + FRESH_S
+        clusters, plans = self._kept
+        return Overview(
+            epoch=self._epoch,
+            leader_since_s=self._leader_since_s,
+            clusters=clusters,
+            num_plans=plans,
+            queued=self._pool.num_waiting,
+            searching=self._pool.num_running,
+            solver_processes=self._most_searches,
+        )
+
+    async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
+        """The first 500 of each kind; ``has_more`` names the kinds of which there are more."""
+        try:
+            cluster = await self._clusters.get(pb.GetClusterRequest(name=name, view=view_pb2.VIEW_BASIC))
+            nodes = await self._nodes.list(pb.ListNodesRequest(parent=name, page_size=_PAGE))
+            replicas = await self._running.list_replicas(pb.ListReplicasRequest(parent=name, page_size=_PAGE))
+            moved = await self._running.list_redispatches(pb.ListRedispatchesRequest(parent=name, page_size=_PAGE))
+        except ServiceError as error:
+            if error.reason in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_INVALID_FIELD):
+                return None
+            raise
+        tokens = {
+            "nodes": nodes.next_page_token,
+            "replicas": replicas.next_page_token,
+            "redispatches": moved.next_page_token,
+        }
+        return {
+            "cluster": _json(cluster.cluster),
+            "nodes": [_json(node) for node in nodes.nodes],
+            "replicas": [_json(replica) for replica in replicas.replicas],
+            "redispatches": [_json(redispatch) for redispatch in moved.redispatches],
+            "has_more": [kind for kind, token in tokens.items() if token],
+        }
+
+    async def _counted(self) -> tuple[tuple[ClusterOverview, ...], Mapping[str, int]]:
+        clusters, plans = await self._store.read(_read)
+        return tuple(
+            ClusterOverview(name=name, active_plan=plan, num_nodes=self._num_nodes(name, num_declared))
+            for name, plan, num_declared in clusters
+        ), plans
+
+    def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
+        states = Counter(node.state for node in self._fleet.nodes_of(cluster).values())
+        undeclared = states[cluster_pb2.NODE_STATE_UNDECLARED]
+        never_seen = num_declared - (sum(states.values()) - undeclared)
+        states[cluster_pb2.NODE_STATE_EXPECTED] += max(0, never_seen)
+        return {
+            cluster_pb2.NodeState.Name(state).removeprefix("NODE_STATE_"): count
+            for state, count in sorted(states.items())
+            if count
+        }
+
+
+_Kept = tuple[tuple[tuple[str, str, int], ...], Mapping[str, int]]  # clusters: name, active plan, nodes; plans by state
+
+
+def _read(tx: Reader) -> _Kept:
+    clusters = tuple((record.name, record.active_plan, record.body.num_nodes) for record in tx.clusters.all())
+    plans = Counter(record.state for record in tx.plans.all())
+    return clusters, {
+        plan_pb2.PlanState.Name(state).removeprefix("PLAN_STATE_"): count for state, count in sorted(plans.items())
+    }
+
+
+def _json(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
+    return found

@@ -1,0 +1,162 @@
+"""The life of the process: what comes up in which order, and goes down in the other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Protocol
+
+from prometheus_client.registry import Collector
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.service.addresses import is_socket_path
+from hetis.planner.service.calls import Calls
+from hetis.planner.service.certificates import Certificates
+from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
+from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.overview import OverviewSource
+from hetis.planner.service.reloading import Refreshable, Reloaded, keep_fresh
+from hetis.planner.service.server import PlannerServer, Servicing
+from hetis.planner.service.settings import OFF, PlannerConfig, without_password
+from hetis.planner.service.signals import StopSignals
+from hetis.planner.service.status_page import StatusPage, status_app
+from hetis.planner.service.telemetry import Telemetry
+from hetis.planner.service.tokens import Tokens
+from hetis.planner.service.traces import Traces, open_traces
+
+_log = logging.getLogger("hetis.planner")
+
+
+class Planner(OverviewSource, Protocol):
+    """Everything behind the servicers: store, fleet, solver processes."""
+
+    @property
+    def servicings(self) -> Sequence[Servicing]: ...
+
+    @property
+    def collectors(self) -> Sequence[Collector]:
+        """Metrics of its own."""
+        ...
+
+    async def until_replaced(self) -> None:
+        """Returns when another planner leads: this one can then change nothing any more."""
+        ...
+
+    async def say_goodbye(self) -> None:
+        """Tells the agents that the planner goes, and ends watches."""
+        ...
+
+    async def close(self) -> None:
+        """Stops solver processes and closes the store."""
+        ...
+
+
+OpenPlanner = Callable[[PlannerConfig], Awaitable[Planner]]
+
+
+class Access:
+    """Certificates and tokens of a configuration, kept fresh.
+
+    Raises:
+        DocumentError: a file of them cannot be used, with every problem.
+    """
+
+    def __init__(self, config: PlannerConfig) -> None:
+        self._config = config
+        self.certificates = Certificates(config.tls) if config.tls is not None else None
+        path = config.tokens
+        self.tokens = Reloaded("tokens", [path], lambda: Tokens.load(path)) if path is not None else None
+
+    @property
+    def refreshed(self) -> list[Refreshable]:
+        files: list[Refreshable] = []
+        if self.certificates is not None:
+            files.append(self.certificates.files)
+        if self.tokens is not None:
+            files.append(self.tokens)
+        return files
+
+    def authenticator(self, clock: Callable[[], float]) -> Authenticator:
+        if not self._config.asks_for_credentials:
+            return NoCredentials()
+        tls, tokens = self._config.tls, self.tokens
+        return Credentials(
+            tokens=(lambda: tokens.value) if tokens is not None else None,
+            trust_domain=tls.trust_domain if tls is not None and tls.client_ca is not None else None,
+            clock=clock,
+        )
+
+
+async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, version: str, ready_json: bool) -> None:
+    """Serves until a signal asks to stop.
+
+    Raises:
+        DocumentError: a certificate or the token file cannot be used.
+        AddressError: an address cannot be listened on.
+        MissingExtraError: traces are wanted without OpenTelemetry.
+        ServiceError: the store cannot be opened, or another planner leads.
+    """
+    signals = StopSignals()
+    access = Access(config)
+    traces = open_traces(config.telemetry.otlp_endpoint, version)
+    metrics = Metrics(version)
+    async with AsyncExitStack() as stack:
+        stack.callback(signals.close)
+        stack.push_async_callback(_close_traces, traces)
+        planner = await open_planner(config)
+        stack.push_async_callback(planner.close)
+        for collector in planner.collectors:
+            metrics.registry.register(collector)
+        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces))
+        credentials = access.certificates.credentials() if access.certificates is not None else None
+        server = PlannerServer(planner.servicings, calls, credentials=credentials)
+        stack.push_async_callback(server.stop_at_once)
+        addresses = [server.listen(address) for address in config.listen]
+        page = StatusPage(status_app(planner, metrics, version=version, is_ready=lambda: not calls.is_draining))
+        page_address = ""
+        if config.status_page.address != OFF:
+            page_address = page.listen(config.status_page.address)
+            stack.push_async_callback(page.stop)
+            await page.start()
+        await server.start()
+        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload))
+        stack.callback(freshening.cancel)
+        _say_ready(addresses, page_address, config, as_json=ready_json)
+        is_replaced = await _until_the_end(signals, planner)
+        _log.info("stopping", extra={"drain_timeout_s": config.drain_timeout})
+        if not await server.drain(config.drain_timeout, planner.say_goodbye):
+            _log.warning("calls were cut off: they did not finish in time")
+    _log.info("stopped")
+    if is_replaced:
+        raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner has taken over the store")
+
+
+async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
+    """Waits for a signal, or for another planner to take over; whether it was that."""
+    replaced = asyncio.create_task(planner.until_replaced())
+    asked = asyncio.create_task(signals.wait())
+    try:
+        await asyncio.wait({replaced, asked}, return_when=asyncio.FIRST_COMPLETED)
+        return replaced.done()
+    finally:
+        replaced.cancel()
+        asked.cancel()
+
+
+def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfig, *, as_json: bool) -> None:
+    page = f"http://{page_address}/" if page_address else None
+    store = without_password(config.store)
+    if as_json:
+        print(json.dumps({"listen": addresses, "status_page": page, "store": store}), flush=True)
+    scheme = "TLS" if config.tls is not None else "plain"
+    shown = ", ".join(address if is_socket_path(address) else f"{address} ({scheme})" for address in addresses)
+    print(f"hetis-planner listens on {shown}, status page {page or 'off'}, store {store}", file=sys.stderr, flush=True)
+
+
+async def _close_traces(traces: Traces) -> None:
+    await asyncio.to_thread(traces.close)

@@ -1,0 +1,32 @@
+"""AgentService: an agent's stream, for the node that its credentials are of; the rest is the fleet."""
+
+# ruff: noqa: N802  # gRPC's names
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.service.identity import caller
+from hetis.v1 import agent_service_pb2 as pb
+from hetis.v1 import agent_service_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
+    """Messages in, messages out; failures are the interceptor's to translate."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def ConnectNode(
+        self, request_iterator: AsyncIterator[pb.ConnectNodeRequest], context: Context
+    ) -> AsyncIterator[pb.ConnectNodeResponse]:
+        async with aclosing(self._fleet.connect(caller(), request_iterator)) as responses:
+            async for response in responses:
+                yield response

@@ -1,0 +1,69 @@
+"""DispatchService: an agent may call it for replicas whose primary runs on its node; the rest is `DispatchStates`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.fleet.running import RunningReplicas
+from hetis.planner.service.identity import Identity, Role, caller
+from hetis.v1 import dispatch_service_pb2 as pb2
+from hetis.v1 import dispatch_service_pb2_grpc
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class DispatchServicer(dispatch_service_pb2_grpc.DispatchServiceServicer):
+    """Messages in, messages out; failures are the interceptor's to translate."""
+
+    def __init__(self, states: DispatchStates, replicas: RunningReplicas) -> None:
+        self._states, self._replicas = states, replicas
+
+    async def AdmitRequests(  # noqa: N802  # gRPC's names
+        self, request: pb2.AdmitRequestsRequest, context: _Context
+    ) -> pb2.AdmitRequestsResponse:
+        self._require_primary(request.parent, Role.ORCHESTRATOR)
+        return await self._states.admit(request)
+
+    async def FinishRequests(  # noqa: N802
+        self, request: pb2.FinishRequestsRequest, context: _Context
+    ) -> pb2.FinishRequestsResponse:
+        self._require_primary(request.parent, Role.ORCHESTRATOR)
+        return self._states.finish(request)
+
+    async def GrowRequests(  # noqa: N802
+        self, request: pb2.GrowRequestsRequest, context: _Context
+    ) -> pb2.GrowRequestsResponse:
+        self._require_primary(request.parent, Role.ORCHESTRATOR)
+        return self._states.grow(request)
+
+    async def GetDispatchState(  # noqa: N802
+        self, request: pb2.GetDispatchStateRequest, context: _Context
+    ) -> pb2.GetDispatchStateResponse:
+        self._require_primary(_replica_of(request.name), Role.VIEWER)
+        return self._states.get(request)
+
+    async def UpdateDispatchState(  # noqa: N802
+        self, request: pb2.UpdateDispatchStateRequest, context: _Context
+    ) -> pb2.UpdateDispatchStateResponse:
+        self._require_primary(_replica_of(request.dispatch_state.name), Role.ORCHESTRATOR)
+        return await self._states.update(request)
+
+    def _require_primary(self, replica: str, role: Role) -> None:
+        """An agent without ``role`` is of the node of the replica's primary.
+
+        Raises:
+            ServiceError: WRONG_NODE. That a replica does not exist is said to those only who may know its cluster.
+        """
+        identity: Identity = caller()
+        if role in identity.roles:
+            return
+        view = self._replicas.replica_view(replica)
+        cluster, _, _ = replica.partition("/replicas/")
+        identity.require_node(f"{cluster}/nodes/{view.primary_node if view else ''}")
+
+
+def _replica_of(state: str) -> str:
+    return state.removesuffix("/dispatchState")

@@ -1,0 +1,189 @@
+"""What `hetis-planner` can be told: the PlannerConfig document, its defaults, and what contradicts itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from hetis.formats import units
+from hetis.formats.fields import Duration, Part
+from hetis.planner.service.addresses import is_local, is_socket_path, split_address
+
+OFF = "off"
+
+
+def _address(value: str) -> str:
+    if is_socket_path(value):
+        if not value.removeprefix("unix:").startswith("/"):
+            raise ValueError(f"{value!r} is not an address: write unix: and a path from /")
+    else:
+        split_address(value)
+    return value
+
+
+def _status_address(value: str) -> str:
+    if value != OFF:
+        split_address(value)
+    return value
+
+
+def _store_url(value: str) -> str:
+    scheme, colon, rest = value.partition("://")
+    if not colon or scheme.partition("+")[0] not in ("sqlite", "postgresql") or not rest:
+        raise ValueError("is not a store: write sqlite:///hetis.db or postgresql://user@host/database")
+    return value
+
+
+def _endpoint(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError(f"{value!r} is not an endpoint: write http://host:4317 or https://host:4317")
+    return value
+
+
+def _domain(value: str) -> str:
+    if not value or any(not (c.isascii() and (c.islower() or c.isdigit() or c in ".-_")) for c in value):
+        raise ValueError(f"{value!r} is not a trust domain: a-z, 0-9, '.', '-' and '_'")
+    return value
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def default_store() -> str:
+    """A SQLite file in ``$XDG_STATE_HOME/hetis``, which is ``~/.local/state/hetis`` unless set."""
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return f"sqlite:///{state}/hetis/planner.db"
+
+
+def half_of_the_cores() -> int:
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+Address = Annotated[str, AfterValidator(_address)]
+FilePath = Annotated[str, Field(min_length=1)]
+
+
+class StatusPagePart(Part):
+    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``."""
+
+    address: Annotated[str, AfterValidator(_status_address)] = "127.0.0.1:8471"
+    public: bool = False
+
+
+class SolverPart(Part):
+    """Searches run in processes of their own; what finds none free waits."""
+
+    processes: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=half_of_the_cores)
+    queue: Annotated[int, Field(ge=1, le=100_000)] = 32
+    max_search: Annotated[Duration, Field(gt=0, le=86_400)] = 3600.0
+
+
+class TlsPart(Part):
+    """Certificate of the planner, and the authority whose clients it takes. Files are PEM."""
+
+    certificate: FilePath
+    key: FilePath
+    client_ca: FilePath | None = None
+    trust_domain: Annotated[str, AfterValidator(_domain)] = "hetis"
+
+
+class LogPart(Part):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "text"] = "json"
+
+
+class AgentsPart(Part):
+    """How often a silent agent says that it lives, and after how long a silence its node is lost."""
+
+    heartbeat: Annotated[Duration, Field(ge=0.05, le=600)] = 5.0
+    lease: Annotated[Duration, Field(ge=0.1, le=3600)] = 20.0
+
+
+class TelemetryPart(Part):
+    """Where traces go, by OTLP over gRPC."""
+
+    otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
+
+
+class PlannerConfig(Part):
+    """The configuration of a planner. Times are seconds inside, ``30s`` in files.
+
+    ``reload`` is how often certificate and token files are looked at; they are read again when they changed.
+    """
+
+    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
+    kind: Literal["PlannerConfig"]
+    listen: Annotated[list[Address], Field(min_length=1), BeforeValidator(_listed)] = Field(
+        default_factory=lambda: ["127.0.0.1:8470"]
+    )
+    status_page: StatusPagePart = StatusPagePart()
+    store: Annotated[str, AfterValidator(_store_url)] = Field(default_factory=default_store)
+    solver: SolverPart = Field(default_factory=SolverPart)
+    tls: TlsPart | None = None
+    tokens: FilePath | None = None
+    reload: Annotated[Duration, Field(ge=0.05, le=86_400)] = 30.0
+    log: LogPart = LogPart()
+    agents: AgentsPart = AgentsPart()
+    telemetry: TelemetryPart = TelemetryPart()
+    drain_timeout: Annotated[Duration, Field(ge=0, le=3600)] = 30.0
+
+    @property
+    def asks_for_credentials(self) -> bool:
+        return self.tokens is not None or (self.tls is not None and self.tls.client_ca is not None)
+
+    def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """What cannot be used although every field by itself can, as (path, message)."""
+        for position, address in enumerate(self.listen):
+            if not is_local(address) and not (self.tls is not None and self.asks_for_credentials):
+                yield (
+                    ("listen", position),
+                    f"{address} can be reached from other machines, which needs tls.certificate and tls.key, and"
+                    " tokens or tls.client_ca to know callers by; without them only loopback is allowed, such as"
+                    " 127.0.0.1:8470",
+                )
+        if self.status_page.address != OFF and not is_local(self.status_page.address) and not self.status_page.public:
+            yield (
+                ("status_page", "address"),
+                f"{self.status_page.address} can be reached from other machines, and the page asks nobody for"
+                " credentials: say status_page.public: true if that is meant",
+            )
+        if self.agents.lease < 2 * self.agents.heartbeat:
+            lease, heartbeat = units.format_duration(self.agents.lease), units.format_duration(self.agents.heartbeat)
+            yield ("agents", "lease"), f"is {lease}, must be at least twice agents.heartbeat, which is {heartbeat}"
+
+    def to_data(self) -> dict[str, Any]:
+        """The document with every default filled in, without secrets."""
+        data = self.model_dump(by_alias=True, exclude_none=True)
+        data["store"] = without_password(self.store)
+        for part, name in _DURATIONS:
+            holder = data if part is None else data.get(part)
+            if holder is not None:
+                holder[name] = units.format_duration(holder[name])
+        return {name: value for name, value in data.items() if value != {}}
+
+
+_DURATIONS: tuple[tuple[str | None, str], ...] = (
+    ("solver", "max_search"),
+    ("agents", "heartbeat"),
+    ("agents", "lease"),
+    (None, "reload"),
+    (None, "drain_timeout"),
+)
+
+
+def without_password(url: str) -> str:
+    """A store URL to show: ``postgresql://user:***@host/database``."""
+    scheme, _, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    shown = f"{scheme}://{name}:***@{host}" if at and colon else url
+    head, mark, query = shown.partition("?")
+    if not mark:
+        return shown
+    pairs = [pair.partition("=") for pair in query.split("&")]
+    return f"{head}?" + "&".join(f"{k}=***" if "pass" in k.lower() else f"{k}{e}{v}" for k, e, v in pairs)

@@ -1,0 +1,130 @@
+"""What the options of `hetis-planner` do, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from hetis.formats.documents import dump_data
+from hetis.formats.errors import DocumentError, Problem
+from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.identity import Role
+from hetis.planner.service.setting_sources import Given, load_config, mistaken_variables
+from hetis.planner.service.settings import PlannerConfig
+from hetis.planner.service.tokens import create_token
+
+if TYPE_CHECKING:
+    from hetis.planner.service.running import OpenPlanner, Planner
+
+_log = logging.getLogger("hetis.planner")
+
+
+def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None:
+    """Serves until a signal asks to stop."""
+
+    async def open_planner(config: PlannerConfig) -> Planner:
+        from hetis.planner.service.assembly import open_planner as open_all  # late: a wrong setting is said at once
+
+        return await open_all(config)
+
+    serve_with(open_planner, path, flags, ready_json=ready_json)
+
+
+def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None:
+    from hetis.planner.service.logs import set_up_logs
+    from hetis.planner.service.running import run_planner
+
+    config = load_config(path, environment=os.environ, flags=flags)
+    set_up_logs(level=config.log.level, form=config.log.format)
+    for hint in mistaken_variables(os.environ):
+        _log.warning(hint)
+    asyncio.run(run_planner(config, open_planner, version=version("hetis"), ready_json=ready_json))
+
+
+def check_config(path: str | None, flags: Sequence[Given]) -> None:
+    """Says whether the planner could start with this configuration; opens neither the store nor a port."""
+    from hetis.planner.service.running import Access
+
+    config = load_config(path, environment=os.environ, flags=flags)
+    access = Access(config)
+    for hint in mistaken_variables(os.environ):
+        print(f"warning: {hint}", file=sys.stderr)
+    tokens = f", {len(access.tokens.value)} tokens" if access.tokens is not None else ""
+    print(f"{path or 'configuration'}: ok{', certificate' if access.certificates else ''}{tokens}")
+
+
+def print_effective(path: str | None, flags: Sequence[Given]) -> None:
+    config: PlannerConfig = load_config(path, environment=os.environ, flags=flags)
+    print(dump_data(config.to_data()), end="")
+
+
+def make_token(
+    path: str, *, role: str, name: str | None, node: str | None, cluster: str | None, valid_days: str
+) -> None:
+    """Prints a new token; everything else that there is to say goes to stderr."""
+    scope = _scope(role, node, cluster)
+    expires = datetime.now(UTC) + _days(valid_days)
+    chosen = name or "-".join([role, *((scope or "").split("/")[1::2])])
+    token = create_token(path, name=chosen, role=Role(role), scope=scope, expires=expires)
+    print(token)
+    ends = expires.isoformat(timespec="seconds")
+    print(f"token {chosen}, role {role}, valid until {ends}; it is shown this once", file=sys.stderr)
+
+
+def _scope(role: str, node: str | None, cluster: str | None) -> str | None:
+    given = [scope for scope in (node, cluster) if scope is not None]
+    if role == Role.AGENT and len(given) != 1:
+        raise DocumentError([Problem(file="--role agent", message="needs either --node or --cluster")])
+    if role != Role.AGENT and given:
+        raise DocumentError([Problem(file=f"--role {role}", message="takes neither --node nor --cluster")])
+    if node is not None and "/nodes/" not in node:
+        raise DocumentError([Problem(file="--node", message=f"{node!r} is not clusters/CLUSTER/nodes/NODE")])
+    if cluster is not None and "/nodes/" in cluster:
+        raise DocumentError([Problem(file="--cluster", message=f"{cluster!r} is not clusters/CLUSTER")])
+    return given[0] if given else None
+
+
+def _days(text: str) -> timedelta:
+    try:
+        days = float(text)
+    except ValueError:
+        days = math.nan
+    if not 0 < days <= 3650:
+        raise DocumentError([Problem(file="--valid", message=f"is {text}, must be days, more than 0, at most 3650")])
+    return timedelta(days=days)
+
+
+def report(error: Exception) -> ExitCode:
+    """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
+    from hetis.planner.failures import ServiceError
+    from hetis.planner.service.server import AddressError
+    from hetis.planner.service.traces import MissingExtraError
+    from hetis.planner.store.errors import StoreError
+
+    match error:
+        case DocumentError():
+            code, lines = ExitCode.INVALID, [str(problem) for problem in error.problems]
+        case MissingExtraError():
+            code, lines = ExitCode.INVALID, [str(error)]
+        case AddressError():
+            code, lines = ExitCode.ADDRESS, [str(error)]
+        case ServiceError() | StoreError():
+            code, lines = ExitCode.STORE, [str(error)]
+        case OSError():
+            name = f"{error.filename}: " if error.filename else ""
+            code, lines = ExitCode.INTERNAL, [f"{name}{error.strerror or error}"]
+        case _:
+            lines = [
+                f"internal error: {type(error).__name__}: {error}",
+                "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback.",
+            ]
+            code = ExitCode.INTERNAL
+    print("error: " + lines[0], *(f"       {line}" for line in lines[1:]), sep="\n", file=sys.stderr)
+    return code

@@ -1,0 +1,143 @@
+"""The read-only JSON page: what the planner knows, for people with curl, for Prometheus, and for probes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from hetis.planner.service.addresses import join_address, split_address
+from hetis.planner.service.metrics import CONTENT_TYPE, Metrics
+from hetis.planner.service.overview import Overview, OverviewSource
+from hetis.planner.service.server import AddressError
+
+_GRACE_S = 1
+
+
+def status_app(source: OverviewSource, metrics: Metrics, *, version: str, is_ready: Callable[[], bool]) -> Starlette:
+    """The page's routes. All are GET, and change nothing."""
+
+    async def planner(_request: Request) -> Response:
+        return JSONResponse(overview_data(await source.overview(), version=version, is_ready=is_ready()))
+
+    async def cluster(request: Request) -> Response:
+        name = f"clusters/{request.path_params['cluster']}"
+        details = await source.cluster_details(name)
+        if details is None:
+            return JSONResponse({"error": f"{name} does not exist"}, status_code=404)
+        return JSONResponse(dict(details))
+
+    async def show_metrics(_request: Request) -> Response:
+        metrics.show(await source.overview())
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    async def alive(_request: Request) -> Response:
+        return PlainTextResponse("alive\n")
+
+    async def ready(_request: Request) -> Response:
+        return PlainTextResponse("ready\n") if is_ready() else PlainTextResponse("not ready\n", status_code=503)
+
+    return Starlette(
+        routes=[
+            Route("/", planner, methods=["GET"]),
+            Route("/clusters/{cluster}", cluster, methods=["GET"]),
+            Route("/metrics", show_metrics, methods=["GET"]),
+            Route("/healthz", alive, methods=["GET"]),
+            Route("/readyz", ready, methods=["GET"]),
+        ]
+    )
+
+
+def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[str, Any]:
+    """The first page as JSON values."""
+    return {
+        "planner": {
+            "version": version,
+            "ready": is_ready,
+            "epoch": overview.epoch,
+            "leader_since": datetime.fromtimestamp(overview.leader_since_s, UTC).isoformat(timespec="seconds"),
+        },
+        "clusters": [
+            {"name": cluster.name, "active_plan": cluster.active_plan, "nodes": dict(cluster.num_nodes)}
+            for cluster in overview.clusters
+        ],
+        "plans": dict(overview.num_plans),
+        "solver": {
+            "processes": overview.solver_processes,
+            "searching": overview.searching,
+            "queued": overview.queued,
+        },
+    }
+
+
+class StatusPage:
+    """The page, served in this event loop."""
+
+    def __init__(self, app: Starlette) -> None:
+        self._app = app
+        self._socket: socket.socket | None = None
+        self._server: _Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    def listen(self, address: str) -> str:
+        """Binds an address, and returns it with the port that was chosen for 0.
+
+        Raises:
+            AddressError: in use, or not of this machine.
+        """
+        host, port = split_address(address)
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            self._socket = socket.socket(family, kind, protocol)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.bind(where)
+        except OSError as error:
+            self.abandon()
+            raise AddressError(f"cannot listen on {address}: {(error.strerror or str(error)).lower()}") from None
+        return join_address(host, self._socket.getsockname()[1])
+
+    async def start(self) -> None:
+        """Begins to answer."""
+        assert self._socket is not None
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        self._server = _Server(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(0.005)  # uvicorn tells by a flag
+
+    async def stop(self) -> None:
+        """Finishes the requests under way, for a second at most."""
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Gives the address back without having started."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

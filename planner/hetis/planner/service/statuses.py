@@ -1,0 +1,162 @@
+"""Every error as a status with `google.rpc` details: the one place where exceptions meet the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Never, cast
+from urllib.parse import quote
+
+import grpc
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from hetis.formats.errors import DocumentError
+from hetis.planner.failures import Reason, ServiceError, invalid_document
+from hetis.solver.errors import InvalidProblemError
+
+DOMAIN = "hetis"
+Status = Any  # google.rpc has no types
+# gRPC drops responses whose headers are larger than 8 KiB. The message is in them twice, the details in base64.
+_MOST_MESSAGE_BYTES = 1200
+_MOST_DETAIL_BYTES = 3600
+_RETRIED = {
+    Reason.ERROR_REASON_SOLVER_QUEUE_FULL: 5.0,
+    Reason.ERROR_REASON_NOT_LEADER: 1.0,
+    Reason.ERROR_REASON_DRAINING: 1.0,
+}
+_ABOUT_A_RESOURCE = {
+    Reason.ERROR_REASON_NOT_FOUND,
+    Reason.ERROR_REASON_ALREADY_EXISTS,
+    Reason.ERROR_REASON_RESOURCE_IN_USE,
+}
+_TYPES = {
+    "clusters": "Cluster",
+    "nodes": "Node",
+    "replicas": "Replica",
+    "redispatches": "Redispatch",
+    "profiles": "Profile",
+    "plans": "Plan",
+}
+
+
+def draining() -> ServiceError:
+    return ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: retry")
+
+
+def incident(incident_id: str) -> ServiceError:
+    """What callers hear of a bug: nothing but where to find it."""
+    return ServiceError(
+        Reason.ERROR_REASON_INTERNAL,
+        f"internal error, incident {incident_id}: the planner's log says more, please report it with that entry",
+        metadata={"incident": incident_id},
+    )
+
+
+def as_service_error(error: Exception) -> ServiceError | None:
+    """The error for callers; None: nobody meant it, it is a bug."""
+    match error:
+        case ServiceError():
+            return error
+        case DocumentError():
+            return invalid_document(error, "document")
+        case InvalidProblemError():
+            return ServiceError(Reason.ERROR_REASON_INVALID_PROBLEM, str(error))
+    return None
+
+
+def to_status(error: ServiceError) -> Status:
+    """The status of an error with all its details. What is too long for gRPC's headers is cut, and says so."""
+    code, _ = error.code.value
+    status = status_pb2.Status(code=int(code), message=_shortened(str(error), _MOST_MESSAGE_BYTES))
+    for detail in _details(error, status.message):
+        status.details.add().Pack(detail)
+    return status
+
+
+def code_of(status: Status) -> grpc.StatusCode:
+    return next(code for code in grpc.StatusCode if code.value[0] == status.code)
+
+
+async def abort(context: Any, status: Status) -> Never:
+    """Ends a call with a status and its details.
+
+    Raises:
+        grpc.aio.AbortError: always.
+    """
+    await context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError("abort_with_status returned")
+
+
+def _details(error: ServiceError, message: str) -> Iterable[Message]:
+    metadata = {key: _shortened(value, 400) for key, value in error.metadata.items()}
+    yield error_details_pb2.ErrorInfo(reason=error.reason_name, domain=DOMAIN, metadata=metadata)
+    if error.reason == Reason.ERROR_REASON_INVENTORY_MISMATCH:
+        yield _missing_gpus(error, message)
+    elif error.violations:
+        yield _bad_request(error)
+    retry_after_s = _RETRIED.get(error.reason) if error.retry_after_s is None else error.retry_after_s
+    if retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(retry_after_s * 1e9))
+        yield error_details_pb2.RetryInfo(retry_delay=delay)
+    if error.reason in _ABOUT_A_RESOURCE:
+        name = metadata.get("name", "")
+        yield error_details_pb2.ResourceInfo(
+            resource_type=_resource_type(name), resource_name=name, owner=metadata.get("user", "")
+        )
+
+
+def _bad_request(error: ServiceError) -> Message:
+    found: Any = error_details_pb2.BadRequest()
+    for position, violation in enumerate(error.violations):
+        field, description = _shortened(violation.field, 200), _shortened(violation.description, 500)
+        found.field_violations.add(field=field, description=description)
+        if found.ByteSize() > _MOST_DETAIL_BYTES:
+            found.field_violations.pop()
+            left = len(error.violations) - position
+            found.field_violations.add(field=field, description=f"... and {left} more problems from here on")
+            break
+    return cast(Message, found)
+
+
+def _missing_gpus(error: ServiceError, message: str) -> Message:
+    cluster = error.metadata.get("cluster", "")
+    missing = [(violation.field, violation.description) for violation in error.violations] or [
+        (gpu.strip(), message) for gpu in error.metadata.get("missing_gpus", "").split(",") if gpu.strip()
+    ]
+    failure: Any = error_details_pb2.PreconditionFailure()
+    for position, (subject, description) in enumerate(missing or [(cluster, message)]):
+        failure.violations.add(type="GPU_MISSING", subject=subject[:200], description=_shortened(description, 300))
+        if failure.ByteSize() > _MOST_DETAIL_BYTES:
+            failure.violations.pop()
+            left = len(missing) - position
+            failure.violations.add(type="GPU_MISSING", subject=cluster, description=f"... and {left} more GPUs")
+            break
+    return cast(Message, failure)
+
+
+def _resource_type(name: str) -> str:
+    """``hetis.v1.Node`` of ``clusters/c/nodes/n``: the last collection of a name."""
+    parts = name.split("/")
+    collections = [part for part in parts[::2] if part in _TYPES]
+    return f"hetis.v1.{_TYPES[collections[-1]]}" if collections else ""
+
+
+def _shortened(text: str, most_bytes: int) -> str:
+    """Text that takes so many bytes at most in a header, where all but plain ASCII is written %XX."""
+    text = text.encode("utf-8", errors="replace").decode()
+    if len(text) <= most_bytes // 9 or len(quote(text, safe=_PLAIN)) <= most_bytes:
+        return text
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(quote(text[:middle], safe=_PLAIN)) <= most_bytes - 3:
+            low = middle
+        else:
+            high = middle - 1
+    return f"{text[:low]}..."
+
+
+_PLAIN = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%")

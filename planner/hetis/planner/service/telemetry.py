@@ -1,0 +1,93 @@
+"""What is written down of every call: a line, a measurement, a span."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+
+import grpc
+from google.protobuf.message import Message
+
+from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.traces import Span, Traces
+
+_log = logging.getLogger("hetis.planner.calls")
+_NAMING = ("name", "cluster", "replica", "plan", "profile", "parent", "cluster_id", "plan_id", "profile_id")
+_QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls a second: debug while they succeed
+_OUR_FAULT = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
+
+
+class CallRecord:
+    """One call, from its begin to its end."""
+
+    def __init__(self, method: str, peer: str, span: Span, *, is_stream: bool) -> None:
+        self.method = method
+        self.caller = ""
+        self.request_name = ""
+        self.reason = ""
+        self._peer = peer
+        self._span = span
+        self._is_stream = is_stream
+        self._began = time.perf_counter()
+
+    @property
+    def trace_id(self) -> str:
+        return self._span.trace_id
+
+    def end(self, code: grpc.StatusCode, metrics: Metrics) -> None:
+        seconds = time.perf_counter() - self._began
+        metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
+        self._span.end(code.name, is_error=code in _OUR_FAULT)
+        level = logging.INFO
+        if code in _OUR_FAULT:
+            level = logging.ERROR
+        elif code is grpc.StatusCode.OK and self.method.startswith(_QUIET):
+            level = logging.DEBUG
+        if _log.isEnabledFor(level):
+            _log.log(
+                level,
+                "stream ended" if self._is_stream else "call",
+                extra={
+                    "method": self.method,
+                    "code": code.name,
+                    "reason": self.reason,
+                    "seconds": round(seconds, 6),
+                    "caller": self.caller,
+                    "peer": self._peer,
+                    "request": self.request_name,
+                    "trace": self.trace_id,
+                },
+            )
+
+
+class Telemetry:
+    """Begins records."""
+
+    def __init__(self, metrics: Metrics, traces: Traces) -> None:
+        self.metrics = metrics
+        self._traces = traces
+
+    def begin(
+        self, method: str, peer: str, metadata: Iterable[tuple[str, str | bytes]], *, is_stream: bool
+    ) -> CallRecord:
+        self.metrics.call_began(method)
+        carrier: Mapping[str, str] = {
+            key: value for key, value in metadata if key in ("traceparent", "tracestate") and isinstance(value, str)
+        }
+        return CallRecord(method, peer, self._traces.begin(method, carrier), is_stream=is_stream)
+
+
+def name_of(request: Message) -> str:
+    """The resource that a request is about, at most 200 characters; empty: it names none."""
+    fields = request.DESCRIPTOR.fields_by_name
+    for naming in _NAMING:
+        field = fields.get(naming)
+        if field is None or field.is_repeated:
+            continue
+        value = getattr(request, naming)
+        if isinstance(value, str) and value:
+            return value[:200]
+        if isinstance(value, Message) and isinstance(found := getattr(value, "name", ""), str) and found:
+            return found[:200]
+    return ""

@@ -1,0 +1,94 @@
+"""`hetis-planner` as a process of its own; run as a module it serves a `FakePlanner`, with the same options."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FAKE = "tests.planner.service.process"
+REAL = "hetis.planner.service.main"
+ROOT = Path(__file__).parents[3]
+
+
+class Process:
+    """A planner that was started, and what it said. Use it as a context: it is killed at the end."""
+
+    def __init__(
+        self, arguments: Sequence[str], *, folder: Path, module: str = FAKE, environment: dict[str, str] | None = None
+    ) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
+        # A file: a pipe that nobody reads would stop the planner when it is full.
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed at the end of the context
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            cwd=folder,
+            env=kept | {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(folder)} | (environment or {}),
+        )
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    def ready(self, timeout_s: float = 60) -> Any:
+        """What ``--ready-json`` printed."""
+        assert self._process.stdout is not None
+        readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+        line = self._process.stdout.readline() if readable else ""
+        if not line:
+            self._process.kill()
+            raise AssertionError(f"not ready: {self.end()[1]}")
+        return json.loads(line)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def end(self, timeout_s: float = 60) -> tuple[int, str]:
+        """Exit code and stderr."""
+        self._process.communicate(timeout=timeout_s)
+        self._stderr.seek(0)
+        return self._process.returncode, self._stderr.read()
+
+
+def finished(arguments: Sequence[str], *, folder: Path, **environment: str) -> tuple[int, str, str, float]:
+    """Exit code, stdout, stderr and seconds of a real `hetis-planner` that ends by itself."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", REAL, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,
+        env=kept | {"COLUMNS": "120", "NO_COLOR": "1", "XDG_STATE_HOME": str(folder)} | environment,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+if __name__ == "__main__":
+    from hetis.planner.service import command, starting
+    from tests.planner.service import fakes
+
+    opened = fakes.open_held if os.environ.get("FAKE_STORE") == "held" else fakes.open_fake
+
+    def serve(path: str | None, flags: Sequence[Any], *, ready_json: bool) -> None:
+        starting.serve_with(opened, path, flags, ready_json=ready_json)
+
+    setattr(starting, "serve", serve)  # noqa: B010  # the command looks it up there
+    sys.exit(command.run(sys.argv[1:]))

@@ -1,0 +1,253 @@
+"""Who may call what: every role against every method, over a real connection."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from hetis.formats.errors import DocumentError
+from hetis.planner.failures import ServiceError
+from hetis.planner.service import command
+from hetis.planner.service.access import NEEDED
+from hetis.planner.service.identity import Role
+from hetis.planner.service.tokens import Tokens, create_token, digest
+from hetis.v1 import agent_service_pb2 as agents
+from hetis.v1 import plan_service_pb2 as plans
+from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.planner.service.serving import by_tokens, details_of, failure_of, reason_of, run, served
+
+PROTOS = Path(__file__).parents[3] / "proto" / "hetis" / "v1"
+NODE = "clusters/c/nodes/n"
+STREAMS = {"WatchCluster", "WatchPlan", "ReadPlanDocument"}
+TOMORROW = datetime.now(UTC) + timedelta(days=1)
+
+
+def make(folder: Path, role: Role, *, scope: str | None = None, name: str = "", expires: datetime = TOMORROW) -> str:
+    if role is Role.AGENT and scope is None:
+        scope = NODE
+    file = str(folder / "tokens.yaml")
+    return create_token(file, name=name or role.value, role=role, scope=scope, expires=expires)
+
+
+def bearing(token: str) -> tuple[tuple[str, str]]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+def roles_in_the_contract() -> dict[str, str]:
+    """What the comments of the .proto files say of each method."""
+    found = {}
+    for path in PROTOS.glob("*_service.proto"):
+        text = path.read_text(encoding="utf-8")
+        service = re.search(r"^service (\w+)", text, re.MULTILINE)
+        assert service
+        for comment, method in re.findall(r"((?:^  //.*\n)+)  rpc (\w+)", text, re.MULTILINE):
+            words = re.sub(r"\s*//\s*", " ", comment)
+            if said := re.search(r"Role (\w+)", words):
+                found[f"/hetis.v1.{service[1]}/{method}"] = said[1]
+    return found
+
+
+def test_the_table_says_what_the_contract_says() -> None:
+    said = roles_in_the_contract()
+    assert len(said) > 25
+    for method, role in said.items():
+        assert Role(role) in NEEDED[method], method
+    for method in NEEDED.keys() - said.keys():
+        assert "DispatchService" in method, f"the contract does not say the role of {method}"
+
+
+def test_the_roles_of_the_command_line_are_those_of_the_service() -> None:
+    assert [(role.name, role.value) for role in command.Role] == [(role.name, role.value) for role in Role]
+
+
+def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> None:
+    tokens = {role: make(tmp_path, role) for role in Role}
+
+    async def test() -> None:
+        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+            for method, needed in NEEDED.items():
+                name = method.rsplit("/", 1)[1]
+                for role, token in tokens.items():
+                    channel = planner.channel
+                    call: Any
+                    if name == "ConnectNode":
+                        call = channel.stream_stream(method)(metadata=bearing(token))
+                        await call.done_writing()
+                    elif name in STREAMS:
+                        call = channel.unary_stream(method)(b"\xff", metadata=bearing(token))
+                    else:
+                        call = channel.unary_unary(method)(b"\xff", metadata=bearing(token), timeout=5)
+                    allowed = not role.includes.isdisjoint(needed)
+                    try:
+                        error = await failure_of(call)
+                    except AssertionError:
+                        assert allowed, (method, role)
+                        continue
+                    if allowed:  # it came as far as the bytes that are no message
+                        assert reason_of(error) == "INVALID_FIELD", (method, role)
+                    else:
+                        assert error.code() is grpc.StatusCode.PERMISSION_DENIED, (method, role)
+                        assert reason_of(error) == "ROLE"
+                        metadata = details_of(error)["ErrorInfo"].metadata
+                        assert metadata["role"] == role.value
+                        assert metadata["needed"] == " or ".join(needed)
+
+    run(test)
+
+
+def test_roles_grow_and_agents_stand_apart() -> None:
+    assert Role.VIEWER.includes < Role.ORCHESTRATOR.includes < Role.ADMIN.includes
+    assert Role.AGENT not in Role.ADMIN.includes
+    assert Role.AGENT.includes == {Role.AGENT}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ((), "the call has no credentials: send the metadata `authorization: Bearer TOKEN`"),
+        ((("authorization", "Basic abc"),), "the authorization is malformed: write `Bearer TOKEN`"),
+        ((("authorization", "Bearer"),), "the authorization is malformed: write `Bearer TOKEN`"),
+        (
+            (("authorization", "Bearer hetis_short"),),
+            "the bearer token is malformed: it is not one that `hetis-planner token create` printed",
+        ),
+        (
+            (("authorization", "Bearer hetis_" + "a" * 43),),
+            "the bearer token is unknown: it was never made or has been taken out of the file",
+        ),
+        (
+            (("authorization", "Bearer a"), ("authorization", "Bearer b")),
+            "the call has more than one authorization",
+        ),
+    ],
+)
+def test_wrong_credentials_are_unauthenticated(
+    metadata: tuple[tuple[str, str], ...], message: str, tmp_path: Path
+) -> None:
+    make(tmp_path, Role.ADMIN)
+
+    async def test() -> None:
+        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+            stub = PlanServiceStub(planner.channel)
+            error = await failure_of(stub.GetPlan(plans.GetPlanRequest(), timeout=5, metadata=metadata))
+            assert (error.code(), error.details()) == (grpc.StatusCode.UNAUTHENTICATED, message)
+            assert reason_of(error) == "CREDENTIALS"
+
+    run(test)
+
+
+def test_an_expired_token_is_unauthenticated(tmp_path: Path) -> None:
+    token = make(tmp_path, Role.ADMIN, expires=datetime(2026, 1, 1, tzinfo=UTC))
+
+    async def test() -> None:
+        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+            stub = PlanServiceStub(planner.channel)
+            error = await failure_of(stub.GetPlan(plans.GetPlanRequest(), timeout=5, metadata=bearing(token)))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert error.details() == "the bearer token admin expired at 2026-01-01T00:00:00+00:00"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("scope", "node", "allowed"),
+    [
+        (NODE, NODE, True),
+        (NODE, "clusters/c/nodes/n2", False),
+        (NODE, "clusters/c2/nodes/n", False),
+        ("clusters/c", "clusters/c/nodes/other", True),
+        ("clusters/c", "clusters/c2/nodes/n", False),
+    ],
+)
+def test_an_agent_speaks_for_its_own_nodes(scope: str, node: str, allowed: bool, tmp_path: Path) -> None:
+    token = make(tmp_path, Role.AGENT, scope=scope)
+
+    async def test() -> None:
+        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+            stream = AgentServiceStub(planner.channel).ConnectNode(metadata=bearing(token))
+            await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node=node)))
+            if allowed:
+                assert (await stream.read()).WhichOneof("message") == "welcome"
+            else:
+                error = await failure_of(stream)
+                assert (error.code(), reason_of(error)) == (grpc.StatusCode.PERMISSION_DENIED, "WRONG_NODE")
+                assert details_of(error)["ErrorInfo"].metadata["node"] == node
+
+    run(test)
+
+
+def test_the_servicer_knows_who_calls(tmp_path: Path) -> None:
+    token = make(tmp_path, Role.VIEWER, name="grafana")
+
+    async def test() -> None:
+        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+            stub = PlanServiceStub(planner.channel)
+            answer = await stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=5, metadata=bearing(token))
+            assert answer.plan.labels["by"] == "grafana"
+
+    run(test)
+
+
+def test_a_token_is_nowhere_but_in_the_hands_of_its_bearer(tmp_path: Path) -> None:
+    token = make(tmp_path, Role.VIEWER)
+    file = tmp_path / "tokens.yaml"
+    assert file.stat().st_mode & 0o777 == 0o600
+    text = file.read_text()
+    assert token not in text
+    assert digest(token) in text
+    assert Tokens.load(str(file)).identify(token, now_s=time.time()).name == "viewer"
+
+
+def test_tokens_are_appended_and_what_people_wrote_stays(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.yaml"
+    first = make(tmp_path, Role.VIEWER, name="a")
+    file.write_text(file.read_text().rstrip("\n") + "  # of the dashboard")
+    second = make(tmp_path, Role.AGENT, name="b")
+    assert "# of the dashboard" in file.read_text()
+    tokens = Tokens.load(str(file))
+    assert len(tokens) == 2
+    assert tokens.identify(first, now_s=time.time()).roles == {Role.VIEWER}
+    assert tokens.identify(second, now_s=time.time()).scope == NODE
+
+
+def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    make(tmp_path, Role.VIEWER, name="a")
+    before = (tmp_path / "tokens.yaml").read_text()
+    with pytest.raises(DocumentError, match=r"tokens\[1\].name: a is taken by tokens\[0\]"):
+        make(tmp_path, Role.ADMIN, name="a")
+    assert (tmp_path / "tokens.yaml").read_text() == before
+
+
+def test_a_bad_token_file_is_refused_with_every_problem(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.yaml"
+    file.write_text(
+        "apiVersion: hetis/v1\nkind: PlannerTokens\ntokens:\n"
+        f"- {{name: a, role: agent, sha256: {'a' * 64}, expires: 2027-01-01T00:00:00Z}}\n"
+        "- {name: b, role: wizard, sha256: abc, expires: tomorrow}\n"
+    )
+    with pytest.raises(DocumentError) as caught:
+        Tokens.load(str(file))
+    shown = [str(problem).removeprefix(f"{file}:") for problem in caught.value.problems]
+    assert shown[0] == "4: tokens[0]: scope is missing: an agent's token is of a node or a cluster"
+    assert shown[1] == "5: tokens[1].role: 'wizard' is not one of viewer, orchestrator, admin, agent"
+    assert shown[2].startswith("5: tokens[1].sha256: 'abc' is not valid")
+    assert shown[3] == "5: tokens[1].expires: 'tomorrow' is not a moment: write it like 2027-01-31T00:00:00Z"
+
+
+def test_a_token_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, Role.VIEWER)
+    (tmp_path / "tokens.yaml").chmod(0o666)
+    with pytest.raises(DocumentError, match="can be written by everybody, who could give themselves roles: chmod 600"):
+        Tokens.load(str(tmp_path / "tokens.yaml"))
+
+
+def test_a_token_that_is_no_token_is_refused_without_a_look_at_the_file() -> None:
+    with pytest.raises(ServiceError, match="malformed"):
+        Tokens({}).identify("x" * 1_000_000, now_s=0)

@@ -1,0 +1,142 @@
+"""The whole planner as a process: makes a plan, is killed and comes back, drains with watches and agents connected."""
+
+from __future__ import annotations
+
+import json
+import signal
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from hetis.planner.service.exit_codes import ExitCode
+from hetis.v1 import (
+    agent_service_pb2,
+    cluster_pb2,
+    cluster_service_pb2,
+    document_pb2,
+    plan_pb2,
+    plan_service_pb2,
+)
+from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
+from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.planner.service.process import REAL, Process
+from tests.planner.service.serving import reason_of
+
+OPTIONS = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json", "--set", "solver.processes=1")
+FLEET = """
+apiVersion: hetis/v1
+kind: Cluster
+name: small
+nodes:
+- {name: a, gpus: [{type: L4, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+NODE = "clusters/small/nodes/a"
+
+
+@contextmanager
+def planner(folder: Path) -> Iterator[tuple[Process, grpc.Channel, str]]:
+    with Process(OPTIONS, folder=folder, module=REAL) as process:
+        ready = process.ready()
+        with grpc.insecure_channel(ready["listen"][0]) as channel:
+            yield process, channel, ready["status_page"]
+
+
+def page(address: str, path: str = "") -> Any:
+    with urllib.request.urlopen(address + path, timeout=10) as answer:
+        return json.loads(answer.read())
+
+
+def create_cluster(channel: grpc.Channel) -> None:
+    document = document_pb2.Document(content=FLEET.encode())
+    request = cluster_service_pb2.CreateClusterRequest(
+        cluster_id="small", cluster=cluster_pb2.Cluster(document=document)
+    )
+    ClusterServiceStub(channel).CreateCluster(request, timeout=20)
+
+
+def test_a_planner_makes_a_plan_and_knows_it_after_kill_9(tmp_path: Path) -> None:
+    with planner(tmp_path) as (process, channel, status):
+        create_cluster(channel)
+        assert page(status)["clusters"] == [{"name": "clusters/small", "active_plan": "", "nodes": {"EXPECTED": 1}}]
+        stub = PlanServiceStub(channel)
+        spec = plan_pb2.PlanSpec(model_name="Llama-3.1-8B", workload_name="humaneval_lengths")
+        request = plan_service_pb2.CreatePlanRequest(
+            plan_id="p", plan=plan_pb2.Plan(cluster="clusters/small", spec=spec)
+        )
+        made = stub.CreatePlan(request, timeout=20).plan
+        assert made.state == plan_pb2.PLAN_STATE_QUEUED
+        *_, last = stub.WatchPlan(plan_service_pb2.WatchPlanRequest(name="plans/p"), timeout=300)
+        assert last.plan.state == plan_pb2.PLAN_STATE_READY, last.plan
+        epoch = page(status)["planner"]["epoch"]
+        process.signal(signal.SIGKILL)
+    with planner(tmp_path) as (process, channel, status):
+        assert page(status)["planner"]["epoch"] == epoch + 1
+        again = PlanServiceStub(channel).GetPlan(plan_service_pb2.GetPlanRequest(name="plans/p"), timeout=20).plan
+        assert again.state == plan_pb2.PLAN_STATE_READY
+        assert page(status)["plans"] == {"READY": 1}
+        assert page(status, "clusters/small")["cluster"]["name"] == "clusters/small"
+        process.signal(signal.SIGTERM)
+        assert process.end()[0] == ExitCode.OK
+
+
+def test_a_drain_says_goodbye_to_agents_and_ends_watches(tmp_path: Path) -> None:
+    with planner(tmp_path) as (process, channel, status):
+        create_cluster(channel)
+        hello = agent_service_pb2.Hello(
+            node=NODE,
+            protocol_version=1,
+            min_protocol_version=1,
+            agent_version="0",
+            boot_id="8f14e45f-ceea-467f-9575-4a0e3d1c2b5a",
+            inventory_digest="sha256:0",
+        )
+        sent = iter([agent_service_pb2.ConnectNodeRequest(sequence=1, hello=hello)])
+        agent = AgentServiceStub(channel).ConnectNode(_then_wait(sent))
+        seen: list[str] = []
+        assert next(agent).WhichOneof("message") == "welcome"
+        watch = ClusterServiceStub(channel).WatchCluster(cluster_service_pb2.WatchClusterRequest(name="clusters/small"))
+        next(watch)
+        assert page(status)["clusters"][0]["nodes"] == {"READY": 1}
+        process.signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as ended:
+            seen.extend(message.WhichOneof("message") for message in agent)
+        assert "goodbye" in seen
+        assert reason_of(ended.value) == "DRAINING"
+        with pytest.raises(grpc.RpcError) as ended:
+            for _ in watch:
+                pass
+        assert reason_of(ended.value) == "DRAINING"
+        code, stderr = process.end()
+        assert code == ExitCode.OK, stderr
+        assert "Traceback" not in stderr
+
+
+def test_a_second_planner_is_refused_while_the_first_serves(tmp_path: Path) -> None:
+    with planner(tmp_path), Process(OPTIONS, folder=tmp_path, module=REAL) as second:
+        code, stderr = second.end()
+        assert code == ExitCode.STORE
+        assert stderr.startswith("error: another planner leads")
+
+
+def test_a_store_that_is_none_is_exit_9(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_text("this is not a database, although somebody says so")
+    with Process((*OPTIONS, "--store", f"sqlite:///{tmp_path}/x.db"), folder=tmp_path, module=REAL) as process:
+        code, stderr = process.end()
+    assert code == ExitCode.STORE
+    assert "Traceback" not in stderr
+    assert str(tmp_path / "x.db") in stderr
+
+
+def _then_wait(sent: Iterator[Any]) -> Iterator[Any]:
+    """Keeps the stream open."""
+    import threading
+
+    yield from sent
+    threading.Event().wait(30)

@@ -1,0 +1,303 @@
+"""Every call, over a real connection: deadlines, errors with their details, bytes that are no message, telemetry."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool
+
+from hetis.planner.failures import _CODE_OF, Reason, ServiceError
+from hetis.planner.service import statuses
+from hetis.planner.service.access import NEEDED
+from hetis.planner.service.logs import JsonLines, TextLines
+from hetis.v1 import agent_service_pb2 as agents
+from hetis.v1 import dispatch_service_pb2 as dispatch
+from hetis.v1 import plan_service_pb2 as plans
+from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
+from hetis.v1.dispatch_service_pb2_grpc import DispatchServiceStub
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.planner.service.serving import Served, details_of, failure_of, reason_of, run, served
+
+
+def get(served: Served, name: str, timeout: float | None = 5, **more: Any) -> Any:
+    return PlanServiceStub(served.channel).GetPlan(plans.GetPlanRequest(name=name), timeout=timeout, **more)
+
+
+def watch(served: Served, name: str, **more: Any) -> Any:
+    return PlanServiceStub(served.channel).WatchPlan(plans.WatchPlanRequest(name=name), **more)
+
+
+def test_a_unary_call_without_a_deadline_is_refused() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            error = await failure_of(get(planner, "plans/p", timeout=None))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.details() == "/hetis.v1.PlanService/GetPlan has no deadline: set one, of at most 60 s"
+            assert details_of(error)["ErrorInfo"].reason == "DEADLINE_REQUIRED"
+            assert dict(details_of(error)["ErrorInfo"].metadata) == {"max_s": "60"}
+
+    run(test)
+
+
+@pytest.mark.parametrize(("seconds", "accepted"), [(1, True), (60, True), (62, False), (1e6, False)])
+def test_a_deadline_may_be_sixty_seconds_away(seconds: float, accepted: bool) -> None:
+    async def test() -> None:
+        async with served() as planner:
+            if accepted:
+                assert (await get(planner, "plans/p", timeout=seconds)).plan.name == "plans/p"
+            else:
+                error = await failure_of(get(planner, "plans/p", timeout=seconds))
+                assert reason_of(error) == "DEADLINE_TOO_LONG"
+
+    run(test)
+
+
+def test_dispatch_calls_may_wait_ten_seconds_only() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            stub = DispatchServiceStub(planner.channel)
+            error = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=11))
+            assert reason_of(error) == "DEADLINE_TOO_LONG"
+            assert details_of(error)["ErrorInfo"].metadata["max_s"] == "10"
+            within = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=10))
+            assert within.code() is grpc.StatusCode.UNIMPLEMENTED  # by the fake: it came through
+
+    run(test)
+
+
+def test_streams_need_no_deadline() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            stream = watch(planner, "plans/p")
+            assert (await stream.read()).plan.name == "plans/p"
+            stream.cancel()
+
+    run(test)
+
+
+@pytest.mark.parametrize("name", ["missing", "changed", "full", "used", "gpus"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_errors_have_reason_and_details(name: str, streaming: bool) -> None:
+    async def test() -> grpc.aio.AioRpcError:
+        async with served() as planner:
+            return await failure_of((watch if streaming else get)(planner, f"plans/{name}"))
+
+    error = run(test)
+    details = details_of(error)
+    code, reason = {
+        "missing": (grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+        "changed": (grpc.StatusCode.ABORTED, "ETAG_MISMATCH"),
+        "full": (grpc.StatusCode.RESOURCE_EXHAUSTED, "SOLVER_QUEUE_FULL"),
+        "used": (grpc.StatusCode.FAILED_PRECONDITION, "RESOURCE_IN_USE"),
+        "gpus": (grpc.StatusCode.FAILED_PRECONDITION, "INVENTORY_MISMATCH"),
+    }[name]
+    assert (error.code(), reason_of(error)) == (code, reason)
+    match name:
+        case "missing":
+            assert error.details() == "plans/missing does not exist"
+            assert details["ResourceInfo"].resource_type == "hetis.v1.Plan"
+            assert details["ResourceInfo"].resource_name == "plans/missing"
+        case "changed":
+            assert dict(details["ErrorInfo"].metadata) == {"name": "plans/changed", "etag": "v2"}
+        case "full":
+            assert details["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == 2.5
+        case "used":
+            assert details["ResourceInfo"].owner == "plans/p"
+            assert details["ResourceInfo"].resource_type == "hetis.v1.Cluster"
+        case "gpus":
+            violations = details["PreconditionFailure"].violations
+            assert [(v.type, v.subject) for v in violations] == [("GPU_MISSING", "n1/0"), ("GPU_MISSING", "n2/3")]
+
+
+def test_a_thousand_violations_arrive_shortened_and_say_so() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            error = await failure_of(get(planner, "plans/fields"))
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+            violations = details_of(error)["BadRequest"].field_violations
+            assert [v.field for v in violations[:3]] == [f"plan.spec.field_{n}" for n in range(3)]
+            left = 1000 - (len(violations) - 1)
+            assert violations[-1].description == f"... and {left} more problems from here on"
+
+    run(test)
+
+
+def test_a_message_that_headers_cannot_hold_is_shortened() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            error = await failure_of(get(planner, "plans/long"))
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+            assert (error.details() or "").endswith("üü...")
+
+    run(test)
+
+
+def test_a_bad_document_is_invalid_with_its_line() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            error = await failure_of(get(planner, "plans/document"))
+            assert reason_of(error) == "INVALID_DOCUMENT"
+            (violation,) = details_of(error)["BadRequest"].field_violations
+            assert violation.description == "cluster.yaml:3: is empty"
+
+    run(test)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_bug_tells_callers_an_incident_and_the_log_the_rest(
+    streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hetis")
+
+    async def test() -> grpc.aio.AioRpcError:
+        async with served() as planner:
+            return await failure_of((watch if streaming else get)(planner, "plans/bug"))
+
+    error = run(test)
+    assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert "secret" not in str(error)
+    assert "Traceback" not in str(error)
+    incident_id = details_of(error)["ErrorInfo"].metadata["incident"]
+    assert incident_id in (error.details() or "")
+    (record,) = [record for record in caplog.records if record.getMessage() == "incident"]
+    logged = json.loads(JsonLines().format(record))
+    assert logged["incident"] == incident_id
+    assert "ZeroDivisionError: the secret is 42" in logged["traceback"]
+
+
+def test_every_reason_becomes_a_status_with_its_code() -> None:
+    for reason, code in _CODE_OF.items():
+        status = statuses.to_status(ServiceError(reason, "so", metadata={"name": "clusters/c/nodes/n"}))
+        assert statuses.code_of(status) is code
+        info = status.details[0]
+        assert Reason.Name(reason).removeprefix("ERROR_REASON_").encode() in info.value
+
+
+@pytest.mark.parametrize(
+    ("method", "raw"), [("PlanService/GetPlan", b"\xff\xff\xff"), ("PlanService/WatchPlan", b"\x0a\xff")]
+)
+def test_bytes_that_are_no_message_are_an_invalid_field(method: str, raw: bytes) -> None:
+    async def test() -> None:
+        async with served() as planner:
+            name = f"/hetis.v1.{method}"
+            channel = planner.channel
+            call: Any = (
+                channel.unary_stream(name)(raw) if "Watch" in method else channel.unary_unary(name)(raw, timeout=5)
+            )
+            error = await failure_of(call)
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+            assert (await get(planner, "plans/p")).plan.name == "plans/p"
+
+    run(test)
+
+
+def test_bytes_that_are_no_message_end_a_stream_of_an_agent() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            stream = planner.channel.stream_stream("/hetis.v1.AgentService/ConnectNode")()
+            await stream.write(b"\xff\xff\xff")
+            error = await failure_of(stream)
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+
+    run(test)
+
+
+def test_an_oversized_message_is_refused_by_grpc() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            error = await failure_of(get(planner, "x" * (4 * 2**20 + 1)))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert (await get(planner, "plans/p")).plan.name == "plans/p"
+
+    run(test)
+
+
+@pytest.mark.parametrize("method", ["/hetis.v1.PlanService/Nothing", "/nothing.Service/Method", "/x"])
+def test_an_unknown_method_is_unimplemented(method: str) -> None:
+    async def test() -> None:
+        async with served() as planner:
+            error = await failure_of(planner.channel.unary_unary(method)(b"", timeout=5))
+            assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert method.encode() not in planner.metrics.text()  # callers cannot make labels
+
+    run(test)
+
+
+def test_every_method_of_the_contract_that_the_planner_serves_needs_a_role() -> None:
+    pool = descriptor_pool.Default()
+    services = ("ClusterService", "ProfileService", "PlanService", "DispatchService", "AgentService")
+    methods = {
+        f"/hetis.v1.{service}/{method.name}"
+        for service in services
+        for method in pool.FindServiceByName(f"hetis.v1.{service}").methods
+    }
+    assert methods == set(NEEDED)
+
+
+def test_calls_and_streams_are_measured_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "hetis")
+
+    async def test() -> str:
+        async with served() as planner:
+            await get(planner, "plans/p")
+            await failure_of(get(planner, "plans/missing"))
+            await failure_of(watch(planner, "plans/missing"))
+            return planner.metrics.text().decode()
+
+    text = run(test)
+    get_plan = "/hetis.v1.PlanService/GetPlan"
+    assert f'hetis_planner_rpc_seconds_count{{code="OK",method="{get_plan}"}} 1.0' in text
+    assert f'hetis_planner_rpc_seconds_count{{code="NOT_FOUND",method="{get_plan}"}} 1.0' in text
+    watched = '{code="NOT_FOUND",method="/hetis.v1.PlanService/WatchPlan"} 1.0'
+    assert f"hetis_planner_streams_ended_total{watched}" in text
+    assert f'hetis_planner_rpcs_running{{method="{get_plan}"}} 0.0' in text
+    records = [record for record in caplog.records if record.name == "hetis.planner.calls"]
+    lines = [json.loads(JsonLines().format(record)) for record in records]
+    assert [(line["method"].rsplit("/", 1)[1], line["code"], line["request"], line["caller"]) for line in lines] == [
+        ("GetPlan", "OK", "plans/p", "local"),
+        ("GetPlan", "NOT_FOUND", "plans/missing", "local"),
+        ("WatchPlan", "NOT_FOUND", "plans/missing", "local"),
+    ]
+    assert all(line["seconds"] >= 0 for line in lines)
+    assert lines[1]["reason"] == "NOT_FOUND"
+
+
+def test_a_log_line_stays_one_line_whatever_a_caller_writes() -> None:
+    record = logging.makeLogRecord({"msg": "call", "name": "hetis", "request": 'plans/x\n{"level": "info"}'})
+    assert "\n" not in JsonLines().format(record)
+    assert "\n" not in TextLines().format(record)
+
+
+def test_a_call_that_its_caller_gives_up_is_counted_as_such() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            error = await failure_of(get(planner, "plans/slow", timeout=0.3))
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            call = get(planner, "plans/slow")
+            await planner.planner.plans.entered.wait()
+            call.cancel()
+            for _ in range(100):
+                text = planner.metrics.text().decode()
+                if 'code="CANCELLED"' in text or text.count('code="DEADLINE_EXCEEDED"'):
+                    break
+                await asyncio.sleep(0.02)
+            assert 'code="DEADLINE_EXCEEDED"' in text
+
+    run(test)
+
+
+def test_an_agent_stream_passes_messages_both_ways() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            stream = AgentServiceStub(planner.channel).ConnectNode()
+            await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/n")))
+            assert (await stream.read()).WhichOneof("message") == "welcome"
+            planner.planner.agents.goodbye.set()
+            assert (await stream.read()).WhichOneof("message") == "goodbye"
+
+    run(test)

@@ -1,0 +1,250 @@
+"""The command as users run it: signals, exit codes, messages, tokens, help."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from hetis.planner.service.exit_codes import ExitCode
+from hetis.v1 import plan_service_pb2 as plans
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.planner.service.certificates import Authority, write
+from tests.planner.service.process import Process, finished
+
+LOCAL = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json")
+ROOT = Path(__file__).parents[3]
+
+
+def test_it_says_where_it_listens_and_stops_when_asked_to(tmp_path: Path) -> None:
+    with Process(LOCAL, folder=tmp_path) as planner:
+        ready = planner.ready()
+        assert ready["status_page"].startswith("http://127.0.0.1:")
+        assert ready["store"] == f"sqlite:///{tmp_path}/hetis/planner.db"
+        with grpc.insecure_channel(ready["listen"][0]) as channel:
+            answer = PlanServiceStub(channel).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=10)
+            assert answer.plan.name == "plans/p"
+        planner.signal(signal.SIGTERM)
+        code, stderr = planner.end()
+    assert code == ExitCode.OK
+    lines = stderr.splitlines()
+    assert lines[0] == (
+        f"hetis-planner listens on {ready['listen'][0]} (plain), status page {ready['status_page']},"
+        f" store {ready['store']}"
+    )
+    logged = [json.loads(line) for line in lines[1:]]
+    assert [line["message"] for line in logged] == ["call", "stopping", "stopped"]
+    assert logged[0]["method"] == "/hetis.v1.PlanService/GetPlan"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    with Process((*LOCAL, "--set", "drain_timeout=50s"), folder=tmp_path) as planner:
+        address = planner.ready()["listen"][0]
+        with grpc.insecure_channel(address) as channel:
+            stub = PlanServiceStub(channel)
+            slow = stub.GetPlan.future(plans.GetPlanRequest(name="plans/slow"), timeout=50)
+            stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=10)  # the slow one was sent before
+            planner.signal(number)
+            for _ in range(500):  # until it drains
+                try:
+                    stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=10)
+                except grpc.RpcError:
+                    break
+                time.sleep(0.01)
+            began = time.monotonic()
+            planner.signal(number)
+            code, _ = planner.end()
+            assert time.monotonic() - began < 5
+            assert not slow.cancelled()
+    assert code == {signal.SIGTERM: ExitCode.TERMINATED, signal.SIGINT: ExitCode.INTERRUPTED}[number]
+
+
+def test_a_port_in_use_is_exit_8(tmp_path: Path) -> None:
+    with Process(LOCAL, folder=tmp_path) as first:
+        ready = first.ready()
+        for option, address in (("--listen", ready["listen"][0]), ("--status-page", ready["status_page"][7:-1])):
+            with Process((*LOCAL, option, address), folder=tmp_path) as second:
+                code, stderr = second.end()
+            if option == "--listen":
+                assert f"error: cannot listen on {address}: it is in use, or not of this machine" in stderr
+            else:
+                assert f"error: cannot listen on {address}: address already in use" in stderr
+            assert code == ExitCode.ADDRESS
+            assert "Traceback" not in stderr
+
+
+def test_a_store_of_another_planner_is_exit_9(tmp_path: Path) -> None:
+    with Process(LOCAL, folder=tmp_path, environment={"FAKE_STORE": "held"}) as planner:
+        code, stderr = planner.end()
+    assert (code, stderr) == (ExitCode.STORE, "error: the store hetis.db is held by another planner\n")
+
+
+def test_a_bad_configuration_is_exit_2_and_lists_everything(tmp_path: Path) -> None:
+    file = tmp_path / "planner.yaml"
+    file.write_text("apiVersion: hetis/v1\nkind: PlannerConfig\nlistn: x\nsolver: {queue: 0}\n")
+    code, stdout, stderr, _ = finished(
+        ("--config", "planner.yaml", "--log-format", "xml"), folder=tmp_path, HETIS_AGENTS__LEASE="soon"
+    )
+    assert (code, stdout) == (ExitCode.INVALID, "")
+    assert sorted(line.removeprefix("error:").strip() for line in stderr.splitlines()) == [
+        "--log-format: 'xml' is not one of json, text",
+        "HETIS_AGENTS__LEASE: 'soon' is not a duration: expected a number and one of ns, us, ms, s, min, h",
+        "planner.yaml:3: listn: unknown field, did you mean listen?",
+        "planner.yaml:4: solver.queue: is 0, must be >= 1",
+    ]
+
+
+def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path) -> None:
+    certificate, key = write(tmp_path, Authority().server())
+    options = (
+        "--check",
+        "--set",
+        f"tls.certificate={certificate}",
+        "--set",
+        f"tls.key={key}",
+        "--set",
+        "tokens=t.yaml",
+    )
+    assert finished(options, folder=tmp_path)[:3] == (ExitCode.INVALID, "", "error: t.yaml: no such file\n")
+    made = finished(("token", "create", "--file", "t.yaml", "--role", "admin"), folder=tmp_path)
+    assert re.fullmatch(r"hetis_[\w-]{43}\n", made[1])
+    assert finished(options, folder=tmp_path)[:2] == (ExitCode.OK, "configuration: ok, certificate, 1 tokens\n")
+    write(tmp_path, Authority().server(), name="other")
+    code, _, stderr, _ = finished((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
+    assert code == ExitCode.INVALID
+    assert f"other.key: does not belong to the certificate {certificate}" in stderr
+
+
+def test_it_serves_with_tls_and_a_token_on_every_address(tmp_path: Path) -> None:
+    authority = Authority()
+    certificate, key = write(tmp_path, authority.server())
+    token = finished(("token", "create", "--file", "t.yaml", "--role", "viewer"), folder=tmp_path)[1].strip()
+    environment = {"HETIS_TLS__CERTIFICATE": certificate, "HETIS_TLS__KEY": key, "HETIS_TOKENS": "t.yaml"}
+    options = ("--listen", "0.0.0.0:0", "--status-page", "off", "--ready-json")
+    with Process(options, folder=tmp_path, environment=environment) as planner:
+        port = planner.ready()["listen"][0].rsplit(":", 1)[1]
+        credentials = grpc.ssl_channel_credentials(authority.pem)
+        with grpc.secure_channel(f"localhost:{port}", credentials) as channel:
+            stub = PlanServiceStub(channel)
+            metadata = (("authorization", f"Bearer {token}"),)
+            request = plans.GetPlanRequest(name="plans/p")
+            assert stub.GetPlan(request, timeout=10, metadata=metadata).plan.labels["by"] == "viewer"
+            with pytest.raises(grpc.RpcError, match="the call has no credentials"):
+                stub.GetPlan(request, timeout=10)
+        planner.signal(signal.SIGINT)
+        code, stderr = planner.end()
+    assert code == ExitCode.OK
+    assert token not in stderr
+
+
+def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:
+    code, _, stderr, _ = finished(("--listen", "0.0.0.0:0"), folder=tmp_path)
+    assert code == ExitCode.INVALID
+    assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which needs")
+
+
+def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -> None:
+    code, stdout, _, _ = finished(
+        ("--print-config", "--store", "postgresql://me:secret@db/hetis"), folder=tmp_path, HETIS_SOLVER__QUEUE="9"
+    )
+    assert code == ExitCode.OK
+    assert "secret" not in stdout
+    assert "store: postgresql://me:***@db/hetis" in stdout
+    assert "queue: 9" in stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--role", "agent"), "--role agent: needs either --node or --cluster"),
+        (("--role", "admin", "--node", "clusters/c/nodes/n"), "--role admin: takes neither --node nor --cluster"),
+        (("--role", "agent", "--node", "n1"), "--node: 'n1' is not clusters/CLUSTER/nodes/NODE"),
+        (("--role", "agent", "--cluster", "clusters/c/nodes/n"), "--cluster: 'clusters/c/nodes/n' is not clusters/"),
+        (("--role", "admin", "--valid", "0"), "--valid: is 0, must be days, more than 0, at most 3650"),
+        (("--role", "admin", "--file", "none/t.yaml"), "none/t.yaml: no such file"),
+    ],
+)
+def test_a_token_that_makes_no_sense_is_not_made(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    code, stdout, stderr, _ = finished(("token", "create", "--file", "t.yaml", *options), folder=tmp_path)
+    assert (code, stdout) == (ExitCode.INVALID, "")
+    assert message in stderr
+    assert not (tmp_path / "t.yaml").exists()
+
+
+def test_help_is_quick_and_has_examples_and_exit_codes(tmp_path: Path) -> None:
+    runs = [finished(("--help",), folder=tmp_path) for _ in range(3)]
+    code, stdout, _, _ = runs[0]
+    assert code == ExitCode.OK
+    words = " ".join(stdout.split())
+    for expected in (
+        "hetis-planner --config planner.yaml --check",
+        "HETIS_LOG__LEVEL",
+        "Exit codes: 0",
+        "token create",
+    ):
+        assert expected in words
+    assert min(seconds for *_, seconds in runs) < 1.5  # 0.3 s on a machine that does nothing else
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    import subprocess
+    import sys
+
+    heavy = "{'grpc', 'pydantic', 'sqlalchemy', 'starlette', 'uvicorn', 'ortools', 'numba', 'google.protobuf', 'yaml'}"
+    script = f"import sys, hetis.planner.service.command; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -> None:
+    old, new = Authority("old"), Authority("new")
+    certificate, key = write(tmp_path, old.server())
+
+    def make(name: str) -> str:
+        return finished(("token", "create", "--file", "t.yaml", "--role", "viewer", "--name", name), folder=tmp_path)[1]
+
+    def call(authority: Authority, token: str) -> str:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.secure_channel(address, grpc.ssl_channel_credentials(authority.pem), options) as channel:
+            metadata = (("authorization", f"Bearer {token.strip()}"),)
+            try:
+                PlanServiceStub(channel).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=5, metadata=metadata)
+            except grpc.RpcError as error:
+                return str(error.code().name)  # type: ignore[attr-defined]
+            return "OK"
+
+    def becomes(expected: str, authority: Authority, token: str) -> None:
+        end = time.monotonic() + 20
+        while (seen := call(authority, token)) != expected:
+            assert time.monotonic() < end, seen
+            time.sleep(0.05)
+
+    first = make("first")
+    environment = {"HETIS_TLS__CERTIFICATE": certificate, "HETIS_TLS__KEY": key, "HETIS_TOKENS": "t.yaml"}
+    with Process((*LOCAL, "--set", "reload=50ms"), folder=tmp_path, environment=environment) as planner:
+        address = planner.ready()["listen"][0].replace("127.0.0.1", "localhost")
+        assert call(old, first) == "OK"
+        second = make("second")
+        becomes("OK", old, second)
+        file = tmp_path / "t.yaml"
+        text = file.read_text()
+        file.write_text("this is no token file")
+        time.sleep(0.3)
+        assert call(old, first) == "OK"  # the last good one stays
+        start, end = text.index("- name: first"), text.index("- name: second")
+        file.write_text(text[:start] + text[end:])
+        becomes("UNAUTHENTICATED", old, first)
+        assert call(old, second) == "OK"
+        write(tmp_path, new.server())
+        becomes("OK", new, second)
+        assert call(old, second) == "UNAVAILABLE"
+        planner.signal(signal.SIGTERM)
+        code, stderr = planner.end()
+    assert code == ExitCode.OK
+    assert "tokens: the new files are bad, the old ones stay in force" in stderr

@@ -1,0 +1,234 @@
+"""TLS: certificates of both sides, names in them, and new files under a running server."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from hetis.formats.errors import DocumentError
+from hetis.planner.service.certificates import Certificates
+from hetis.planner.service.credentials import Credentials
+from hetis.planner.service.settings import TlsPart
+from hetis.planner.service.tokens import Tokens
+from hetis.v1 import agent_service_pb2 as agents
+from hetis.v1 import plan_service_pb2 as plans
+from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.planner.service.certificates import Authority, Signed, write
+from tests.planner.service.serving import channel_to, failure_of, reason_of, run, served
+
+
+def certificates(folder: Path, authority: Authority, *, asks_clients: bool = False) -> Certificates:
+    certificate, key = write(folder, authority.server())
+    (folder / "ca.pem").write_bytes(authority.pem)
+    return Certificates(
+        TlsPart(certificate=certificate, key=key, client_ca=str(folder / "ca.pem") if asks_clients else None)
+    )
+
+
+def of_client(authority: Authority, signed: Signed | None = None) -> grpc.ChannelCredentials:
+    if signed is None:
+        return grpc.ssl_channel_credentials(authority.pem)
+    return grpc.ssl_channel_credentials(authority.pem, signed.key, signed.certificate)
+
+
+def by_certificate(domain: str = "hetis") -> Credentials:
+    return Credentials(tokens=None, trust_domain=domain, clock=time.time)
+
+
+async def name_of_caller(channel: grpc.aio.Channel) -> str:
+    answer = await PlanServiceStub(channel).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=5)
+    return str(answer.plan.labels["by"])
+
+
+def test_a_client_that_trusts_the_authority_is_served(tmp_path: Path) -> None:
+    authority = Authority()
+
+    async def test() -> None:
+        credentials = certificates(tmp_path, authority).credentials()
+        async with served(server_credentials=credentials, channel_credentials=of_client(authority)) as planner:
+            assert await name_of_caller(planner.channel) == "local"
+            async with channel_to(planner.address, of_client(Authority("another"))) as stranger:
+                with pytest.raises(grpc.aio.AioRpcError, match="CERTIFICATE_VERIFY_FAILED"):
+                    await name_of_caller(stranger)
+            async with channel_to(planner.address) as plain:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await name_of_caller(plain)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("spiffe://hetis/orchestrator/ci", "spiffe://hetis/orchestrator/ci"),
+        ("spiffe://hetis/clusters/c/nodes/n", None),
+    ],
+)
+def test_a_certificate_names_its_bearer(uri: str, name: str | None, tmp_path: Path) -> None:
+    authority = Authority()
+
+    async def test() -> None:
+        credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
+        channel_credentials = of_client(authority, authority.client(uri))
+        async with served(
+            authenticator=by_certificate(), server_credentials=credentials, channel_credentials=channel_credentials
+        ) as planner:
+            if name is not None:
+                assert await name_of_caller(planner.channel) == name
+                return
+            error = await failure_of(PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5))
+            assert reason_of(error) == "ROLE"
+            stream = AgentServiceStub(planner.channel).ConnectNode()
+            await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/n")))
+            assert (await stream.read()).WhichOneof("message") == "welcome"
+            other = AgentServiceStub(planner.channel).ConnectNode()
+            await other.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/m")))
+            assert reason_of(await failure_of(other)) == "WRONG_NODE"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [
+        (("spiffe://elsewhere/admin/x",), "has no URI spiffe://hetis/..."),
+        (("spiffe://hetis/wizard/x",), "is of spiffe://hetis/wizard/x, expected"),
+        (("spiffe://hetis/admin/a", "spiffe://hetis/admin/b"), "has more than one URI"),
+        ("dns", "has no URI spiffe://hetis/..."),
+    ],
+)
+def test_a_certificate_of_nobody_is_unauthenticated(
+    client: tuple[str, ...] | str, message: str, tmp_path: Path
+) -> None:
+    authority = Authority()
+    signed = authority.client_with_dns("spiffe.hetis") if isinstance(client, str) else authority.client(*client)
+
+    async def test() -> None:
+        credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
+        async with served(
+            authenticator=by_certificate(),
+            server_credentials=credentials,
+            channel_credentials=of_client(authority, signed),
+        ) as planner:
+            error = await failure_of(PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5))
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")
+            assert message in (error.details() or "")
+
+    run(test)
+
+
+def test_without_a_certificate_there_is_no_connection_where_one_is_asked_for(tmp_path: Path) -> None:
+    authority = Authority()
+
+    async def test() -> None:
+        credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
+        async with served(
+            authenticator=by_certificate(),
+            server_credentials=credentials,
+            channel_credentials=of_client(authority),
+        ) as planner:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await name_of_caller(planner.channel)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            async with channel_to(
+                planner.address, of_client(authority, Authority("x").client("spiffe://hetis/admin/a"))
+            ) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await name_of_caller(channel)
+
+    run(test)
+
+
+def test_a_token_goes_before_the_certificate() -> None:
+    credentials = Credentials(tokens=lambda: Tokens({}), trust_domain="hetis", clock=time.time)
+    connection = {"peer_uri": [b"spiffe://hetis/admin/a"]}
+    assert credentials.identify((), connection).name == "spiffe://hetis/admin/a"
+    with pytest.raises(Exception, match="unknown"):
+        credentials.identify((("authorization", "Bearer hetis_" + "a" * 43),), connection)
+
+
+def test_a_name_in_another_field_of_the_certificate_is_not_looked_at() -> None:
+    connection = {"x509_subject_alternative_name": [b"spiffe://hetis/admin/a"], "x509_common_name": [b"admin"]}
+    with pytest.raises(Exception, match="has no URI"):
+        by_certificate().identify((), connection)
+
+
+def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = Authority("old"), Authority("new")
+
+    async def test() -> None:
+        files = certificates(tmp_path, old)
+        async with served(server_credentials=files.credentials(), channel_credentials=of_client(old)) as planner:
+            await name_of_caller(planner.channel)
+            assert not files.files.refresh()  # nothing changed
+
+            (tmp_path / "planner.pem").write_bytes(new.server().certificate)  # without its key: half a rotation
+            assert not files.files.refresh()
+            assert "does not belong to the certificate" in caplog.text
+            async with channel_to(planner.address, of_client(old)) as channel:
+                await name_of_caller(channel)
+
+            write(tmp_path, new.server())
+            assert files.files.refresh()
+            await name_of_caller(planner.channel)  # a connection that stands stays
+            async with channel_to(planner.address, of_client(new)) as channel:
+                await name_of_caller(channel)
+            async with channel_to(planner.address, of_client(old)) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await name_of_caller(channel)
+
+            os.unlink(tmp_path / "planner.pem")
+            assert not files.files.refresh()
+            async with channel_to(planner.address, of_client(new)) as channel:
+                await name_of_caller(channel)
+
+    run(test)
+
+
+def test_a_new_authority_takes_the_clients_of_the_old_one_no_more(tmp_path: Path) -> None:
+    old, new = Authority("old"), Authority("new")
+
+    async def test() -> None:
+        files = certificates(tmp_path, old, asks_clients=True)
+        credentials = files.credentials()
+        client = of_client(old, old.client("spiffe://hetis/viewer/v"))
+        async with served(
+            authenticator=by_certificate(), server_credentials=credentials, channel_credentials=client
+        ) as planner:
+            await name_of_caller(planner.channel)
+            (tmp_path / "ca.pem").write_bytes(new.pem)
+            assert files.files.refresh()
+            renewed = new.client("spiffe://hetis/viewer/v")
+            both = grpc.ssl_channel_credentials(old.pem, renewed.key, renewed.certificate)
+            async with channel_to(planner.address, both) as channel:
+                await name_of_caller(channel)
+            async with channel_to(planner.address, client) as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await name_of_caller(channel)
+
+    run(test)
+
+
+def test_unusable_files_are_refused_with_every_problem(tmp_path: Path) -> None:
+    (tmp_path / "a.pem").write_text("not a certificate")
+    (tmp_path / "ca.pem").write_text("nor an authority")
+    tls = TlsPart(certificate=str(tmp_path / "a.pem"), key=str(tmp_path / "a.key"), client_ca=str(tmp_path / "ca.pem"))
+    with pytest.raises(DocumentError) as caught:
+        Certificates(tls)
+    assert str(caught.value) == f"{tmp_path}/a.key: no such file"
+    (tmp_path / "a.key").write_text("not a key")
+    with pytest.raises(DocumentError) as caught:
+        Certificates(tls)
+    lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert lines[:2] == [
+        "a.pem: holds no certificate in PEM form",
+        "a.key: holds no private key in PEM form",
+    ]
+    assert lines[2].startswith("ca.pem: holds no certificate authority in PEM form")
