@@ -11,6 +11,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from hetis.planner.cli.agents import agents
+from hetis.planner.cli.apply import APPLY_EXAMPLES, apply
+from hetis.planner.cli.cancel import cancel
 from hetis.planner.cli.catalog import catalog
 from hetis.planner.cli.check import check
 from hetis.planner.cli.completion import completion
@@ -18,13 +21,17 @@ from hetis.planner.cli.dispatch import dispatch
 from hetis.planner.cli.doctor import doctor
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.explain import explain
+from hetis.planner.cli.get import get
 from hetis.planner.cli.init import init
 from hetis.planner.cli.place import place
 from hetis.planner.cli.redispatch import redispatch
+from hetis.planner.cli.rollback import rollback
 from hetis.planner.cli.schema import schema
 from hetis.planner.cli.stage_options import DISPATCH_EXAMPLES, REDISPATCH_EXAMPLES
+from hetis.planner.cli.status import status
 from hetis.planner.cli.validate import validate
 from hetis.planner.cli.version import version
+from hetis.planner.cli.watch import watch
 
 _EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ExitCode)
 
@@ -42,6 +49,13 @@ app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)
 app.command(rich_help_panel="One stage, while it serves", epilog=REDISPATCH_EXAMPLES)(redispatch)
+app.command(rich_help_panel="With a planner", epilog=APPLY_EXAMPLES)(apply)
+app.command(rich_help_panel="With a planner")(get)
+app.command(rich_help_panel="With a planner")(watch)
+app.command(rich_help_panel="With a planner")(agents)
+app.command(rich_help_panel="With a planner")(status)
+app.command(rich_help_panel="With a planner")(rollback)
+app.command(rich_help_panel="With a planner")(cancel)
 app.command(rich_help_panel="Files")(init)
 app.command(rich_help_panel="Files")(validate)
 app.command(rich_help_panel="Files")(schema)

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every verb. 6, 7 and 10 are kept free for the verbs that will talk to a planning service."""
+    """Exit codes of every verb. 10 is kept free for differences that were found."""
 
     OK = 0
     INTERNAL = 1
@@ -14,6 +14,8 @@ class ExitCode(IntEnum):
     INFEASIBLE = 3
     NO_PLAN = 4
     MISSED = 5
+    UNREACHABLE = 6
+    CONFLICT = 7
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -30,6 +32,8 @@ _MEANINGS = {
     ExitCode.INFEASIBLE: "proved infeasible, the reasons are listed",
     ExitCode.NO_PLAN: "stopped without a plan, which proves nothing",
     ExitCode.MISSED: "--strict missed, the plan is printed and saved",
+    ExitCode.UNREACHABLE: "planner unreachable or busy, the call may be repeated",
+    ExitCode.CONFLICT: "conflict, somebody was faster or the state does not allow it",
     ExitCode.INTERRUPTED: "interrupted, the best plan so far is printed and saved",
     ExitCode.BROKEN_PIPE: "broken pipe, the reader of the output went away",
 }

@@ -32,10 +32,15 @@ class Terminal:
     verbosity: int = 0
     color: bool = True
 
-    def emit(self, document: Callable[[], Any], table: Callable[[], RenderableType]) -> None:
-        """Prints data on stdout: ``document`` (JSON values) or ``table``, whichever the output format calls for."""
+    def emit(
+        self, document: Callable[[], Any], table: Callable[[], RenderableType], *, width: int | None = None
+    ) -> None:
+        """Prints data on stdout: ``document`` (JSON values) or ``table``, whichever the output format calls for.
+
+        ``width`` is that of the table, in characters; None: that of the terminal.
+        """
         if self.output is OutputFormat.TABLE:
-            console = self._console(sys.stdout)
+            console = self._console(sys.stdout, width)
             with console.capture() as captured:
                 console.print(table())
             _write_all(captured.get())
@@ -83,10 +88,11 @@ class Terminal:
         # Soft wrap: a message that is copied or searched for must stay one line.
         self._console(sys.stderr).print(text, soft_wrap=True)
 
-    def _console(self, stream: TextIO) -> Console:
+    def _console(self, stream: TextIO, width: int | None = None) -> Console:
         from rich.console import Console
 
-        return Console(file=stream, no_color=None if self.color else True, highlight=False, emoji=False, markup=False)
+        plain = None if self.color else True
+        return Console(file=stream, width=width, no_color=plain, highlight=False, emoji=False, markup=False)
 
 
 def _write_all(text: str) -> None:

@@ -1,1 +1,22 @@
-"""Typed clients of the planning service."""
+"""Typed clients of the planning service, sync and aio, with nothing but the base install.
+
+    from hetis.planner.client import Client
+
+    with Client("127.0.0.1:8470") as client:
+        plan = client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name="plans/night")).plan
+
+`client.plans`, `client.clusters`, `client.profiles` and `client.dispatch` are the stubs that protobuf generates, so
+that every call is typed by the contract. The channel below them gives every unary call a deadline and every call that
+changes something a ``request_id``, retries what may be retried, and raises `CallError` with the contract's details.
+"""
+
+from __future__ import annotations
+
+from hetis.planner.client.async_client import AsyncClient
+from hetis.planner.client.connection import Connection
+from hetis.planner.client.documents import document_of_file
+from hetis.planner.client.errors import CallError
+from hetis.planner.client.sync_client import Client
+from hetis.planner.client.watches import Patience
+
+__all__ = ["AsyncClient", "CallError", "Client", "Connection", "Patience", "document_of_file"]

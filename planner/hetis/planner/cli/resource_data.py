@@ -1,0 +1,42 @@
+"""Resources as plain data for ``-o json`` and ``-o yaml``: field names of the contract, documents as what they hold."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+
+def resource_data(message: Message) -> dict[str, Any]:
+    """A message as JSON values; enums are names, times RFC 3339, numbers of 64 bits text, as protobuf has it."""
+    found: dict[str, Any] = _readable(MessageToDict(message, preserving_proto_field_name=True))
+    return found
+
+
+def list_data(kind: str, messages: Iterable[Message]) -> dict[str, Any]:
+    """Several resources: ``items`` under a header that says what they are."""
+    return {"apiVersion": "hetis/v1", "kind": kind, "items": [resource_data(message) for message in messages]}
+
+
+def _readable(value: Any) -> Any:
+    """The same with the content of documents in the clear; protobuf writes bytes as base64."""
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _content(item) if key == "content" else _readable(item) for key, item in value.items()}
+
+
+def _content(value: Any) -> Any:
+    try:
+        text = base64.b64decode(value, validate=True).decode("utf-8")
+    except (TypeError, ValueError):  # a UnicodeDecodeError is one
+        return value
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

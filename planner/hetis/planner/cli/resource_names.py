@@ -1,0 +1,61 @@
+"""What people call resources on the command line, and what the contract calls them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from hetis.planner.client import Client
+
+# Collections, by what a name consists of. Those of a cluster are inside it.
+COLLECTIONS = ("clusters", "nodes", "plans", "replicas", "redispatches", "profiles")
+IN_CLUSTER = ("nodes", "replicas", "redispatches")
+_SINGULAR = {"cluster": "clusters", "node": "nodes", "plan": "plans", "replica": "replicas"} | {
+    "redispatch": "redispatches",
+    "profile": "profiles",
+}
+_MAX_ID = 63
+
+
+def collection(text: str) -> str:
+    """``plans`` of ``plans``, ``plan`` and ``plans/night``; ``nodes`` of ``clusters/c/nodes/n``."""
+    last = text.split("/")[-2] if "/" in text.strip("/") else text
+    found = _SINGULAR.get(last, last)
+    if found not in COLLECTIONS:
+        raise typer.BadParameter(f"{text!r} is no kind of resource, expected one of {', '.join(COLLECTIONS)}")
+    return found
+
+
+def full_name(kind: str, text: str, cluster: str | None = None) -> str:
+    """The whole name of a resource of this kind: of its last part, or of the whole name itself."""
+    if kind not in IN_CLUSTER:
+        return text if text.startswith(f"{kind}/") else f"{kind}/{text}"
+    if text.startswith("clusters/"):
+        return text
+    assert cluster is not None
+    return f"{cluster}/{kind}/{text}"
+
+
+def chosen_cluster(client: Client, given: str | None) -> str:
+    """The cluster that is meant: the one that was named, or the only one there is."""
+    if given:
+        return full_name("clusters", given)
+    names = [cluster.name for cluster in client.list_clusters()]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise typer.BadParameter("the planner has no cluster yet: hetis-plan apply CLUSTER_FILE")
+    raise typer.BadParameter(f"which cluster? --cluster {' | '.join(last(name) for name in names[:5])}")
+
+
+def last(name: str) -> str:
+    """The last part of a name."""
+    return name.rpartition("/")[2]
+
+
+def id_of(text: str) -> str:
+    """An id made of a name that people chose: ``A100-SXM-80GB`` is ``a100-sxm-80gb``."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")

@@ -1,0 +1,267 @@
+"""The client for asyncio. It belongs to the event loop that it was made in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from grpc import aio
+
+from hetis.planner.client.connection import CHANNEL_OPTIONS, Connection
+from hetis.planner.client.documents import joined
+from hetis.planner.client.errors import call_error
+from hetis.planner.client.health import HEALTH_METHOD, says_serving
+from hetis.planner.client.preparing import CallDetails, prepared_details, prepared_request
+from hetis.planner.client.watches import Patience
+from hetis.v1 import (
+    cluster_pb2,
+    cluster_service_pb2,
+    cluster_service_pb2_grpc,
+    dispatch_service_pb2_grpc,
+    plan_pb2,
+    plan_service_pb2,
+    plan_service_pb2_grpc,
+    profile_pb2,
+    profile_service_pb2,
+    profile_service_pb2_grpc,
+    redispatch_pb2,
+    replica_pb2,
+)
+
+R = TypeVar("R")
+Q = TypeVar("Q")
+
+
+class AsyncClient:
+    """A connection to a planner. It is made with the first call. As `Client`, with ``await`` and ``async for``.
+
+    Attributes:
+        clusters, plans, profiles, dispatch: the stubs of the contract. Unary calls raise `CallError`; streams called
+            directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
+    """
+
+    def __init__(
+        self,
+        connection: Connection | str,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        **settings: Any,
+    ) -> None:
+        """Prepares a connection.
+
+        Args:
+            connection: where to; an address alone is a `Connection` with ``settings``.
+            sleep: what watches wait with before they try again.
+            **settings: of the `Connection`, when an address is given.
+
+        Raises:
+            ValueError: the settings contradict each other.
+            OSError: a certificate or key cannot be read.
+        """
+        if isinstance(connection, str):
+            connection = Connection(address=connection, **settings)
+        self._sleep = sleep
+        options = list(CHANNEL_OPTIONS)
+        interceptors: list[aio.ClientInterceptor] = [_Unary(connection), _Streaming(connection)]
+        channel = self._channel = (
+            aio.insecure_channel(connection.address, options, interceptors=interceptors)
+            if connection.is_plain
+            else aio.secure_channel(
+                connection.address, connection.channel_credentials(), options, interceptors=interceptors
+            )
+        )
+        self._health: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
+        self.clusters: cluster_service_pb2_grpc.ClusterServiceAsyncStub = cluster_service_pb2_grpc.ClusterServiceStub(
+            channel
+        )
+        self.plans: plan_service_pb2_grpc.PlanServiceAsyncStub = plan_service_pb2_grpc.PlanServiceStub(channel)
+        self.profiles: profile_service_pb2_grpc.ProfileServiceAsyncStub = profile_service_pb2_grpc.ProfileServiceStub(
+            channel
+        )
+        self.dispatch: dispatch_service_pb2_grpc.DispatchServiceAsyncStub = (
+            dispatch_service_pb2_grpc.DispatchServiceStub(channel)
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it."""
+        await self._channel.close()
+
+    # --- the planner itself
+
+    async def is_serving(self) -> bool:
+        """Whether the planner takes calls; False while it starts or drains.
+
+        Raises:
+            CallError: it is not reached.
+        """
+        return says_serving(await self._health(b""))
+
+    # --- lists, page by page
+
+    def list_clusters(self, *, page_size: int = 0) -> AsyncIterator[cluster_pb2.Cluster]:
+        request = cluster_service_pb2.ListClustersRequest(page_size=page_size)
+        return _items(self.clusters.ListClusters, request, lambda page: page.clusters)
+
+    def list_nodes(
+        self, cluster: str, *, states: list[cluster_pb2.NodeState.ValueType] | None = None, page_size: int = 0
+    ) -> AsyncIterator[cluster_pb2.Node]:
+        request = cluster_service_pb2.ListNodesRequest(parent=cluster, states=states, page_size=page_size)
+        return _items(self.clusters.ListNodes, request, lambda page: page.nodes)
+
+    def list_replicas(self, cluster: str, *, plan: str = "", page_size: int = 0) -> AsyncIterator[replica_pb2.Replica]:
+        request = cluster_service_pb2.ListReplicasRequest(parent=cluster, plan=plan, page_size=page_size)
+        return _items(self.clusters.ListReplicas, request, lambda page: page.replicas)
+
+    def list_redispatches(
+        self, cluster: str, *, replica: str = "", page_size: int = 0
+    ) -> AsyncIterator[redispatch_pb2.Redispatch]:
+        request = cluster_service_pb2.ListRedispatchesRequest(parent=cluster, replica=replica, page_size=page_size)
+        return _items(self.clusters.ListRedispatches, request, lambda page: page.redispatches)
+
+    def list_plans(
+        self, *, cluster: str = "", states: list[plan_pb2.PlanState.ValueType] | None = None, page_size: int = 0
+    ) -> AsyncIterator[plan_pb2.Plan]:
+        request = plan_service_pb2.ListPlansRequest(cluster=cluster, states=states, page_size=page_size)
+        return _items(self.plans.ListPlans, request, lambda page: page.plans)
+
+    def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> AsyncIterator[profile_pb2.Profile]:
+        request = profile_service_pb2.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
+        return _items(self.profiles.ListProfiles, request, lambda page: page.profiles)
+
+    # --- watches, that go on after a lost connection
+
+    async def watch_plan(
+        self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
+    ) -> AsyncIterator[plan_service_pb2.WatchPlanResponse]:
+        """The plan now and after each change, until nothing can change by itself.
+
+        Raises:
+            CallError: it does not exist, or the planner is not reached for longer than ``patience``.
+        """
+        patience = patience or Patience()
+        while True:
+            request = plan_service_pb2.WatchPlanRequest(name=name, after_sequence=after_sequence)
+            try:
+                async for response in self.plans.WatchPlan(request):
+                    patience.answered()
+                    after_sequence = response.sequence
+                    yield response
+                return
+            except grpc.RpcError as error:
+                wait_s = patience.next_wait_s(call_error(error))
+            await self._sleep(wait_s)
+
+    async def watch_cluster(
+        self, name: str, *, resume_token: str = "", patience: Patience | None = None
+    ) -> AsyncIterator[cluster_service_pb2.WatchClusterResponse]:
+        """The cluster's present state, then every change, until the caller stops. After an event with ``reset`` all
+        that was known is to be forgotten.
+
+        Raises:
+            CallError: it does not exist, or the planner is not reached for longer than ``patience``.
+        """
+        patience = patience or Patience()
+        while True:
+            request = cluster_service_pb2.WatchClusterRequest(name=name, resume_token=resume_token)
+            try:
+                async for response in self.clusters.WatchCluster(request):
+                    patience.answered()
+                    resume_token = response.resume_token
+                    yield response
+                wait_s = patience.next_wait_s(None)
+            except grpc.RpcError as error:
+                wait_s = patience.next_wait_s(call_error(error))
+            await self._sleep(wait_s)
+
+    async def wait(
+        self,
+        plan: str,
+        *,
+        news: Callable[[plan_pb2.Plan], object] = lambda plan: None,
+        patience: Patience | None = None,
+    ) -> plan_pb2.Plan:
+        """Waits until nothing about the plan can change by itself: solved, and in force or not. The answer is BASIC.
+
+        Args:
+            plan: its name.
+            news: called with every state of it on the way, the last one too.
+            patience: how long to look for a planner that does not answer.
+        """
+        last = plan_pb2.Plan(name=plan)
+        async for response in self.watch_plan(plan, patience=patience):
+            last = response.plan
+            news(last)
+        return last
+
+    async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
+        """The Plan document as canonical JSON, whatever its size; goes on where a lost connection left it."""
+        patience = patience or Patience()
+        pieces: list[plan_service_pb2.ReadPlanDocumentResponse] = []
+        while True:
+            offset = sum(len(piece.content) for piece in pieces)
+            request = plan_service_pb2.ReadPlanDocumentRequest(name=name, offset=offset)
+            try:
+                async for piece in self.plans.ReadPlanDocument(request):
+                    patience.answered()
+                    pieces.append(piece)
+                return joined(pieces)
+            except grpc.RpcError as error:
+                wait_s = patience.next_wait_s(call_error(error))
+            await self._sleep(wait_s)
+
+
+async def _items(call: Callable[[Q], Awaitable[R]], request: Q, items: Callable[[R], Any]) -> AsyncIterator[Any]:
+    """Everything of all pages, each fetched when the one before is used up."""
+    while True:
+        page: Any = await call(request)
+        for item in items(page):
+            yield item
+        if not page.next_page_token:
+            return
+        request.page_token = page.next_page_token  # type: ignore[attr-defined]  # every list request has it
+
+
+class _Unary(aio.UnaryUnaryClientInterceptor):
+    """Prepares a unary call and gives its failure its details."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        details = prepared_details(client_call_details, self._connection, unary=True)
+        call = await continuation(_for_aio(details), prepared_request(request))
+        try:
+            await call
+        except grpc.RpcError as error:
+            raise call_error(error) from None
+        return call
+
+
+class _Streaming(aio.UnaryStreamClientInterceptor):
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        details = prepared_details(client_call_details, self._connection, unary=False)
+        return await continuation(_for_aio(details), request)
+
+
+def _for_aio(details: CallDetails) -> aio.ClientCallDetails:
+    return aio.ClientCallDetails(
+        details.method,
+        details.timeout,
+        aio.Metadata(*details.metadata),
+        details.credentials,
+        details.wait_for_ready,
+    )

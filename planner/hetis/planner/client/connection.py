@@ -1,0 +1,113 @@
+"""How to reach a planner: its address, credentials, and the options that every channel to it has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+DEFAULT_DEADLINE_S = 30.0  # the planner allows 60
+DISPATCH_DEADLINE_S = 5.0  # the planner allows 10; an engine that waits longer decides by itself
+DISPATCH_SERVICE = "hetis.v1.DispatchService"
+
+# As docs/api.md has it; a test compares them.
+SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": "hetis.v1.ClusterService"},
+                {"service": "hetis.v1.ProfileService"},
+                {"service": "hetis.v1.PlanService"},
+            ],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ("grpc.enable_retries", 1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.primary_user_agent", "hetis-client"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """Where a planner is and as whom to speak to it.
+
+    The connection is plain only where that is asked for or the address is of this machine and nothing of TLS is given.
+
+    Attributes:
+        address: ``host:port``.
+        ca: file of the certificates that the planner's must be signed by. None: those of the system.
+        cert, key: files of the client's own certificate and key, for mTLS; both or neither.
+        token, token_file: a bearer token, or the file that it stands in, read again for every call, so that it may be
+            renewed; at most one of them.
+        plaintext: no TLS. None: as said above.
+    """
+
+    address: str
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    token: str | None = None
+    token_file: Path | None = None
+    plaintext: bool | None = None
+
+    def __post_init__(self) -> None:
+        host, separator, port = self.address.rpartition(":")
+        if not self.address.startswith("unix:") and (not separator or not host or not port.isdecimal()):
+            raise ValueError(f"{self.address!r} is no address of a planner, expected HOST:PORT")
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a client certificate needs its key, and a key its certificate")
+        if self.token is not None and self.token_file is not None:
+            raise ValueError("there is a token and a token file: one of them, please")
+        if self.plaintext and (self.ca or self.cert):
+            raise ValueError("certificates are of no use without TLS")
+        if self.is_plain and not self.is_local and (self.token or self.token_file):
+            raise ValueError("a token is not sent without TLS to another machine")
+
+    @property
+    def is_local(self) -> bool:
+        host = self.address.rpartition(":")[0].strip("[]")
+        return self.address.startswith("unix:") or host in ("localhost", "::1") or host.startswith("127.")
+
+    @property
+    def is_plain(self) -> bool:
+        return self.plaintext if self.plaintext is not None else self.is_local and not (self.ca or self.cert)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """TLS credentials from the files, as they are now.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return grpc.ssl_channel_credentials(
+            root_certificates=self.ca.read_bytes() if self.ca else None,
+            private_key=self.key.read_bytes() if self.key else None,
+            certificate_chain=self.cert.read_bytes() if self.cert else None,
+        )
+
+    def metadata(self) -> list[tuple[str, str]]:
+        """What every call carries.
+
+        Raises:
+            OSError: the token file cannot be read.
+        """
+        token = self.token_file.read_text(encoding="utf-8").strip() if self.token_file else self.token
+        return [("authorization", f"Bearer {token}")] if token else []
+
+
+def default_deadline_s(method: str) -> float:
+    """Of a unary call that is given none; ``method`` as gRPC has it: ``/hetis.v1.PlanService/GetPlan``."""
+    return DISPATCH_DEADLINE_S if method.startswith(f"/{DISPATCH_SERVICE}/") else DEFAULT_DEADLINE_S

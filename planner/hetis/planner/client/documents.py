@@ -1,0 +1,28 @@
+"""Files as the documents that calls carry. They are sent as they are: the planner reads and checks them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from hetis.formats.files import file_label, read_text
+from hetis.v1 import document_pb2, plan_service_pb2
+
+MAX_DOCUMENT_BYTES = 3 * 2**20
+_MAX_NAME = 255
+
+
+def document_of_file(path: str | os.PathLike[str], kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
+    """The document in a file, ``-`` being standard input.
+
+    Raises:
+        DocumentError: the file cannot be read.
+    """
+    return document_pb2.Document(
+        kind=kind, content=read_text(path).encode("utf-8"), source_name=file_label(path)[-_MAX_NAME:]
+    )
+
+
+def joined(pieces: Iterable[plan_service_pb2.ReadPlanDocumentResponse]) -> bytes:
+    """A document from its pieces, in their order."""
+    return b"".join(piece.content for piece in pieces)

@@ -1,0 +1,117 @@
+"""What a call failed with, in the words of the contract.
+
+HetisError (hetis.solver.errors)
++-- CallError   the planner refused a call, could not do it, or was not reached
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from hetis.solver.errors import HetisError
+
+_DETAILS_KEY = "grpc-status-details-bin"
+DOMAIN = "hetis"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """One wrong field of a request; ``field`` is its path, after ``#`` the path inside a document."""
+
+    field: str
+    description: str
+
+
+class CallError(HetisError):
+    """A call failed. Act on ``reason``, never on the message.
+
+    Attributes:
+        code: the status code.
+        reason: an ErrorReason without its prefix, such as ``ETAG_MISMATCH``; empty: gRPC itself raised it.
+        metadata: the keys that stand at the reason in ``failure.proto``.
+        violations: every wrong field of the request, and every missing GPU.
+        retry_after_s: when to try again; None: not said.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        violations: Iterable[Violation] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Nobody answered, in time or at all; the call may have been done."""
+        return self.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    @property
+    def is_conflict(self) -> bool:
+        """Somebody else was faster, or the state does not allow it: read again, decide again."""
+        return self.code in (
+            grpc.StatusCode.ABORTED,
+            grpc.StatusCode.ALREADY_EXISTS,
+            grpc.StatusCode.FAILED_PRECONDITION,
+        )
+
+
+def call_error(error: grpc.RpcError) -> CallError:
+    """The same error with its details read; details that cannot be read are left out."""
+    code, message, trailers = _code(error), _message(error), _trailers(error)
+    reason, metadata, retry_after_s = "", dict[str, str](), None
+    violations: list[Violation] = []
+    for detail in _details(trailers):
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo.FromString(detail.value)
+            if info.domain == DOMAIN:
+                reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            wrong = error_details_pb2.BadRequest.FromString(detail.value)
+            violations += [Violation(field=v.field, description=v.description) for v in wrong.field_violations]
+        elif detail.Is(error_details_pb2.PreconditionFailure.DESCRIPTOR):
+            missing = error_details_pb2.PreconditionFailure.FromString(detail.value)
+            violations += [Violation(field=v.subject, description=v.description) for v in missing.violations]
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
+            retry_after_s = delay.seconds + delay.nanos / 1e9
+    return CallError(
+        message, code=code, reason=reason, metadata=metadata, violations=violations, retry_after_s=retry_after_s
+    )
+
+
+def _details(trailers: Mapping[str, bytes]) -> list[Any]:
+    try:
+        return list(status_pb2.Status.FromString(trailers[_DETAILS_KEY]).details)
+    except (KeyError, DecodeError):
+        return []
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode:
+    found = error.code() if hasattr(error, "code") else None
+    return found if isinstance(found, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+
+
+def _message(error: grpc.RpcError) -> str:
+    text = error.details() if hasattr(error, "details") else None
+    return str(text or error)
+
+
+def _trailers(error: grpc.RpcError) -> dict[str, bytes]:
+    trailers: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    return {key: value for key, value in trailers or () if isinstance(value, bytes)}

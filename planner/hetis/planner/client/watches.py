@@ -1,0 +1,50 @@
+"""How watches go on after the connection was lost: when to try again, and when to give up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from hetis.planner.client.errors import CallError
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Patience:
+    """How long a watch without an answer is tried again.
+
+    Attributes:
+        limit_s: of the time without an answer; after it the watch ends with the error. 0: the first one ends it.
+        jitter: a number from 0 to 1, so that many clients do not come back at once.
+    """
+
+    limit_s: float = 60.0
+    jitter: Callable[[], float] = field(default=random.random)
+    _waited_s: float = field(default=0.0, init=False)
+    _attempts: int = field(default=0, init=False)
+
+    def answered(self) -> None:
+        """Something came: whatever happens next is new trouble."""
+        self._waited_s, self._attempts = 0.0, 0
+
+    def next_wait_s(self, error: CallError | None) -> float:
+        """How long to wait before the next try.
+
+        Args:
+            error: what the stream ended with; None: with OK, although there is more to come.
+
+        Raises:
+            CallError: the error itself, which waiting does not help, or which lasted too long.
+        """
+        if error is not None and (error.code is not grpc.StatusCode.UNAVAILABLE or self._waited_s >= self.limit_s):
+            raise error
+        longest = min(FIRST_WAIT_S * 2.0**self._attempts, LONGEST_WAIT_S)
+        asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
+        wait_s = max(longest * self.jitter(), asked_s)
+        self._attempts += 1
+        self._waited_s += max(wait_s, FIRST_WAIT_S / 10)  # jitter near 0 must not make it endless
+        return wait_s

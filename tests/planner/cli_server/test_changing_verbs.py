@@ -1,0 +1,273 @@
+"""apply, rollback, cancel: what they send, what they say, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.rpc import code_pb2
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2
+from tests.planner.cli_server.conftest import EXAMPLES, Run
+from tests.planner.client.fake_planner import FakePlanner, refuse, searching
+from tests.planner.command_line import COMMAND, environment
+
+Captured = pytest.CaptureFixture[str]
+PAPER = str(EXAMPLES / "paper.yaml")
+PROBLEM = ["--cluster", PAPER, "--model", "Llama-2-70B", "--workload", "8000/300"]
+
+
+def last_request(planner: FakePlanner, kind: type[Any]) -> Any:
+    return next(request for request in reversed(planner.requests) if isinstance(request, kind))
+
+
+def test_a_cluster_file_is_created_then_updated(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("apply", PAPER) == ExitCode.OK
+    (name,) = planner.clusters
+    assert capsys.readouterr().out == f"{name}  created\n"
+    assert planner.clusters[name].document.content == Path(PAPER).read_bytes()
+    assert planner.clusters[name].document.source_name == PAPER
+    assert hetis_plan("apply", PAPER) == ExitCode.OK
+    assert capsys.readouterr().out == f"{name}  updated\n"
+    assert planner.calls["UpdateCluster"] == 1
+    planner.clusters[name].document.digest = "sha256:1"  # the real one says it, and that it is the same
+
+
+def test_somebody_elses_change_is_a_conflict(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    hetis_plan("apply", PAPER)
+    name = next(iter(planner.clusters))
+
+    def fail(method: str, context: Any) -> None:
+        if method == "UpdateCluster":
+            planner.clusters[name].etag = "v9"
+
+    planner.fail = fail
+    capsys.readouterr()
+    assert hetis_plan("apply", PAPER) == ExitCode.CONFLICT
+    assert f"see what changed (hetis-plan get {name})" in capsys.readouterr().err
+
+
+def test_a_file_with_problems_is_refused_before_any_call(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(Path(PAPER).read_text().replace("count:", "cuont:", 1))
+    assert hetis_plan("apply", PAPER, str(wrong)) == ExitCode.INVALID
+    assert "wrong.yaml:" in capsys.readouterr().err
+    assert not planner.calls
+
+
+def test_every_violation_of_the_planner_is_told_with_its_line(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    planner.fail = lambda method, context: (
+        refuse(
+            context,
+            code_pb2.INVALID_ARGUMENT,
+            "INVALID_DOCUMENT",
+            "both",
+            violations=(
+                ("cluster.document#nodes[2].gpus[0].type", "fleet.yaml:12: unknown GPU 'A101'"),
+                ("cluster_id", "64 characters, at most 63"),
+            ),
+        )
+        if method == "CreateCluster"
+        else None
+    )
+    assert hetis_plan("apply", PAPER) == ExitCode.INVALID
+    assert capsys.readouterr().err == (
+        "error: 2 problems in the request (INVALID_DOCUMENT)\n"
+        "  cluster.document#nodes[2].gpus[0].type: fleet.yaml:12: unknown GPU 'A101'\n"
+        "  cluster_id: 64 characters, at most 63\n"
+    )
+
+
+def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    code = hetis_plan(
+        "apply", *PROBLEM, "--name", "night", "--ttft", "none", "--tpot", "50ms", "--time-limit", "90s", "--seed", "7"
+    )
+    assert code == ExitCode.OK
+    sent = last_request(planner, plan_service_pb2.CreatePlanRequest)
+    spec = sent.plan.spec
+    assert sent.plan_id == "night"
+    assert sent.plan.cluster == next(iter(planner.clusters))
+    assert spec.model_name.endswith("Llama-2-70b-hf")
+    assert spec.workload_name == "8000/300"
+    assert (spec.objective.ttft_unlimited, spec.objective.tpot_limit_s) == (True, 0.05)
+    assert (spec.time_limit.seconds, spec.seed, spec.strategy, spec.gap_target) == (90, 7, "hetis", 0.001)
+    captured = capsys.readouterr()
+    assert "pricing: incumbent 1.200, bound 1.700 requests/s, gap 42%" in captured.err
+    assert "2 replicas on 12 GPUs, 4 of them attention workers" in captured.out
+    assert "gap 0.19%" in captured.out
+    assert planner.calls["ActivatePlan"] == 0
+
+
+def test_a_solved_plan_is_activated_saved_and_printed_as_data(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    planner.documents["plans/night"] = b'{"kind": "Plan"}\n'
+    out = tmp_path / "plan.json"
+    arguments = ["--name", "night", "--activate", "--out", str(out), "-o", "json"]
+    assert hetis_plan("apply", *PROBLEM, *arguments) == ExitCode.OK
+    assert out.read_text() == '{"kind": "Plan"}\n'
+    data = json.loads(capsys.readouterr().out)
+    assert (data["state"], data["activation"]) == ("PLAN_STATE_READY", "ACTIVATION_STATE_ACTIVE")
+    sent = last_request(planner, plan_service_pb2.ActivatePlanRequest)
+    assert sent.cluster_etag == "v1"
+    assert sent.request_id
+
+
+def test_an_infeasible_problem_exits_3_with_its_reasons(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    planner.searches = [
+        (
+            0.0,
+            plan_pb2.Plan(
+                state=plan_pb2.PLAN_STATE_INFEASIBLE, infeasible_reasons=["weights need 140 GB, the fleet has 48"]
+            ),
+        )
+    ]
+    assert hetis_plan("apply", *PROBLEM, "--activate") == ExitCode.INFEASIBLE
+    captured = capsys.readouterr()
+    assert "  - weights need 140 GB, the fleet has 48\n" in captured.err
+    assert planner.calls["ActivatePlan"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (failure_pb2.ERROR_REASON_NO_PLAN_FOUND, ExitCode.NO_PLAN),
+        (failure_pb2.ERROR_REASON_SOLVER_CRASHED, ExitCode.INTERNAL),
+    ],
+)
+def test_a_failed_search_has_its_code(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, reason: Any, code: ExitCode
+) -> None:
+    failed = plan_pb2.Plan(
+        state=plan_pb2.PLAN_STATE_FAILED, failure=failure_pb2.Failure(reason=reason, message="it ended")
+    )
+    planner.searches = [(0.0, failed)]
+    assert hetis_plan("apply", *PROBLEM) == code
+    assert f"it ended ({failure_pb2.ErrorReason.Name(reason).removeprefix('ERROR_REASON_')})" in capsys.readouterr().err
+
+
+def test_a_plan_file_is_imported_and_activated(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, saved_plan: Path
+) -> None:
+    name = "clusters/paper"
+    assert hetis_plan("apply", "--plan", str(saved_plan), "--activate") == ExitCode.OK
+    sent = last_request(fleet, plan_service_pb2.CreatePlanRequest)
+    assert sent.plan.cluster == name
+    assert sent.plan.imported.kind == document_pb2.DOCUMENT_KIND_PLAN
+    assert sent.plan.imported.content == saved_plan.read_bytes()
+    assert fleet.clusters[name].active_plan.startswith("plans/p")
+    assert "a100-0/0" in capsys.readouterr().out
+
+
+def test_a_plan_that_is_there_is_activated_or_only_looked_at(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    assert hetis_plan("apply", "plans/day") == ExitCode.OK
+    captured = capsys.readouterr()
+    assert "this is what --activate would do; plans/night is in force now" in captured.err
+    assert "start" in captured.out
+    assert fleet.clusters["clusters/paper"].active_plan == "plans/night"
+    assert hetis_plan("apply", "--activate", "plans/day") == ExitCode.OK
+    assert fleet.clusters["clusters/paper"].active_plan == "plans/day"
+
+
+def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("apply", PAPER, "--dry-run") == ExitCode.OK
+    assert not planner.clusters
+    assert "created (dry run)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to apply"),
+        (["--model", "Llama-2-70B"], "to solve, --cluster and --workload must be said too"),
+        ([*PROBLEM, "--objective", "cost"], "--objective cost needs --rate"),
+        ([*PROBLEM, "--plan", "p.json"], "--plan is an answer already"),
+        (["plans/a", "plans/b"], "one plan at a time"),
+        ([*PROBLEM, "plans/a"], "one plan at a time"),
+    ],
+)
+def test_contradictions_are_refused_before_any_change(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, arguments: list[str], said: str
+) -> None:
+    assert hetis_plan("apply", *arguments) == ExitCode.INVALID
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not planner.calls
+
+
+def test_a_full_queue_says_when_to_come_back(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    planner.fail = lambda method, context: (
+        refuse(context, code_pb2.RESOURCE_EXHAUSTED, "SOLVER_QUEUE_FULL", "32 plans wait", retry_after_s=12)
+        if method == "CreatePlan"
+        else None
+    )
+    assert hetis_plan("apply", *PROBLEM) == ExitCode.UNREACHABLE
+    assert capsys.readouterr().err.endswith("error: 32 plans wait (SOLVER_QUEUE_FULL)\n  repeat in 12 s\n")
+
+
+def test_going_back_names_the_plan_in_force(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("rollback", "--dry-run") == ExitCode.OK
+    assert fleet.clusters["clusters/paper"].active_plan == "plans/night"
+    assert hetis_plan("rollback") == ExitCode.OK
+    assert "going back from plans/night to plans/day" in capsys.readouterr().err
+    assert last_request(fleet, plan_service_pb2.RollbackPlanRequest).name == "plans/night"
+    assert hetis_plan("rollback", "night") == ExitCode.CONFLICT
+    assert "activate another plan" in capsys.readouterr().err
+
+
+def test_without_a_plan_in_force_there_is_no_way_back(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.clusters["clusters/paper"].active_plan = ""
+    assert hetis_plan("rollback") == ExitCode.CONFLICT
+    assert capsys.readouterr().err == "error: clusters/paper has no plan in force\n"
+
+
+def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    for name, answer in (("plans/a", True), ("plans/b", False)):
+        planner.plans[name] = plan_pb2.Plan(name=name, state=plan_pb2.PLAN_STATE_SOLVING)
+        if answer:
+            planner.plans[name].result.value = 1.5
+            planner.plans[name].result.unit = "requests/s"
+    assert hetis_plan("cancel", "a") == ExitCode.OK
+    assert "CANCELLED" in capsys.readouterr().out
+    assert hetis_plan("cancel", "plans/b") == ExitCode.NO_PLAN
+    assert "cancelled before any plan was found" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:
+    planner.searches = [(0.0, searching(1.2, 1.7)), (60.0, searching(1.3, 1.6))]
+    process = subprocess.Popen(
+        [*COMMAND, "apply", *PROBLEM, "--name", "night"],
+        env=environment(HETIS_SERVER=planner.address),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until_s = time.monotonic() + 60
+        while planner.calls["WatchPlan"] == 0 and time.monotonic() < until_s:
+            time.sleep(0.05)
+        time.sleep(0.3)  # into the wait
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert out == ""
+    assert "plans/night goes on without you\n  come back: hetis-plan watch plans/night\n" in err
+    assert "stop it:   hetis-plan cancel plans/night" in err
+    assert planner.calls["CancelPlan"] == 0
+    assert planner.plans["plans/night"].state == plan_pb2.PLAN_STATE_SOLVING

@@ -1,0 +1,237 @@
+"""get, agents, status, watch: what is there, in 80 columns or as data, and nothing else on stdout."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.resource_tables import COLUMNS, ago
+from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2
+from tests.planner.cli_server.conftest import Run
+from tests.planner.client.fake_planner import FakePlanner, refuse
+
+Captured = pytest.CaptureFixture[str]
+KINDS = sorted(COLUMNS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_a_table_of_80_columns(fleet: FakePlanner, hetis_plan: Run, capsys: Captured, kind: str) -> None:
+    assert hetis_plan("get", kind) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    words = " ".join(out.split())
+    assert all(column.head in words for column in COLUMNS[kind] if not column.wide)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_json_yaml_and_names(fleet: FakePlanner, hetis_plan: Run, capsys: Captured, kind: str) -> None:
+    assert hetis_plan("get", kind, "-o", "json") == ExitCode.OK
+    data = json.loads(capsys.readouterr().out)
+    assert data["apiVersion"] == "hetis/v1"
+    names = [item["name"] for item in data["items"]]
+    assert names
+    assert hetis_plan("get", kind, "-o", "yaml") == ExitCode.OK
+    assert yaml.safe_load(capsys.readouterr().out) == data
+    assert hetis_plan("get", kind, "-o", "name") == ExitCode.OK
+    assert capsys.readouterr().out.splitlines() == names
+
+
+def test_one_resource_is_named_in_whole_or_in_part(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    for arguments in (
+        ["node", "a100-0"],
+        ["nodes", "a100-0", "--cluster", "paper"],
+        ["nodes", "clusters/paper/nodes/a100-0"],
+        ["clusters/paper/nodes/a100-0"],
+    ):
+        assert hetis_plan("get", *arguments, "-o", "json") == ExitCode.OK
+        assert json.loads(capsys.readouterr().out)["name"] == "clusters/paper/nodes/a100-0"
+
+
+def test_the_wide_form_has_more(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("get", "plans", "-o", "wide") == ExitCode.OK
+    head = capsys.readouterr().out.splitlines()[0]
+    assert "origin" in head
+    assert "etag" in head
+
+
+def test_what_is_not_there_says_how_to_see_what_is(hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("get", "plans/none") == ExitCode.INVALID
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ("error: plans/none does not exist (NOT_FOUND)\n  see what there is: hetis-plan get plans\n")
+
+
+def test_a_document_is_shown_as_what_it_holds(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.clusters["clusters/paper"].document.content = b'{"kind": "Cluster", "name": "paper"}'
+    assert hetis_plan("get", "cluster", "paper", "-o", "json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["document"]["content"] == {"kind": "Cluster", "name": "paper"}
+
+
+def test_of_several_clusters_one_must_be_named(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.clusters["clusters/other"] = cluster_pb2.Cluster(name="clusters/other")
+    assert hetis_plan("get", "nodes") == ExitCode.INVALID
+    assert "--cluster paper | other" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("arguments", [["get"], ["get", "gadgets"], ["watch"], ["cancel"], ["get", "nodes", "a", "b"]])
+def test_wrong_usage_exits_2(hetis_plan: Run, capsys: Captured, arguments: list[str]) -> None:
+    assert hetis_plan(*arguments) == ExitCode.INVALID
+    assert "Usage: hetis-plan" in capsys.readouterr().err
+
+
+def test_agents_show_every_gpu_and_what_differs(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.differences = [
+        cluster_pb2.InventoryDifference(node="a100-2", message="a100-2 is declared, but no agent is connected")
+    ]
+    assert hetis_plan("agents") == ExitCode.OK
+    captured = capsys.readouterr()
+    assert "93%" in captured.out
+    assert "throttled" in captured.out
+    assert "LOST" in captured.out
+    assert max(len(line) for line in captured.out.splitlines()) <= 80
+    assert captured.err == "warning: a100-2: a100-2 is declared, but no agent is connected\n"
+
+
+def test_of_many_differences_the_first_are_told(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.differences = [
+        cluster_pb2.InventoryDifference(node=f"n{number}", message="is missing") for number in range(500)
+    ]
+    assert hetis_plan("agents") == ExitCode.OK
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "warning: ... and 480 more differences"
+
+
+def test_status_shows_health_clusters_and_plans(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.plans["plans/later"] = plan_pb2.Plan(
+        name="plans/later",
+        cluster="clusters/paper",
+        state=plan_pb2.PLAN_STATE_READY,
+        origin=plan_pb2.PLAN_ORIGIN_PROPOSAL,
+        activation=plan_pb2.ACTIVATION_STATE_INACTIVE,
+        proposal_reason="2 GPUs were lost for 5 minutes",
+    )
+    assert hetis_plan("status") == ExitCode.OK
+    captured = capsys.readouterr()
+    assert captured.out.startswith("The planner serves.")
+    assert "paper" in captured.out
+    assert "2 GPUs were lost for 5 minutes; hetis-plan apply --activate plans/later" in captured.err
+    assert hetis_plan("status", "-q", "-o", "json") == ExitCode.OK
+    data = json.loads(capsys.readouterr().out)
+    assert data["serving"] is True
+    assert [plan["name"] for plan in data["active_plans"]] == ["plans/night"]
+
+
+def test_nobody_there_exits_6_and_says_what_to_do(
+    hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HETIS_SERVER", "127.0.0.1:1")
+    assert hetis_plan("status") == ExitCode.UNREACHABLE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: the planner at 127.0.0.1:1 is not reached: ")
+    assert captured.err.endswith(
+        "  is hetis-planner running? --server or HETIS_SERVER says where; --ca if it has a certificate of its own\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--server", "planner"], "'planner' is no address of a planner, expected HOST:PORT"),
+        (["--server", "planner.example:8470", "--cert", "c.pem"], "a client certificate needs its key"),
+        (["--token-file", "/nowhere/token"], "/nowhere/token: No such file or directory"),
+    ],
+)
+def test_connections_that_cannot_be_are_refused(
+    hetis_plan: Run, capsys: Captured, arguments: list[str], said: str
+) -> None:
+    assert hetis_plan("status", *arguments) in (ExitCode.INVALID, ExitCode.INTERNAL)
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_credentials_that_do_not_do_are_told(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.fail = lambda method, context: refuse(
+        context, 7, "ROLE", "viewer may not do this", metadata={"role": "viewer", "needed": "orchestrator"}
+    )
+    assert hetis_plan("get", "plans") == ExitCode.INVALID
+    assert "needs role orchestrator, these credentials have role viewer" in capsys.readouterr().err
+
+
+def test_a_plan_is_watched_to_its_end(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    planner.plans["plans/night"] = plan_pb2.Plan(
+        name="plans/night",
+        state=plan_pb2.PLAN_STATE_QUEUED,
+        activation=plan_pb2.ACTIVATION_STATE_INACTIVE,
+    )
+    assert hetis_plan("watch", "night") == ExitCode.OK
+    captured = capsys.readouterr()
+    assert "pricing: incumbent 1.200, bound 1.700 requests/s, gap 42%" in captured.err
+    assert "1.610 requests/s" in captured.out
+    assert "READY" in captured.out
+
+
+def cluster_events() -> list[cluster_service_pb2.WatchClusterResponse]:
+    at = Timestamp(seconds=3600)
+    made = cluster_service_pb2.WatchClusterResponse
+    events = [
+        made(reset=True),
+        made(cluster=cluster_pb2.Cluster(name="clusters/paper", num_nodes=6, num_connected_nodes=2)),
+        made(node=cluster_pb2.Node(name="clusters/paper/nodes/n1", state=cluster_pb2.NODE_STATE_SUSPECT)),
+        made(caught_up=True),
+        made(removed_node="clusters/paper/nodes/n9"),
+        made(
+            replica=replica_pb2.Replica(
+                name="clusters/paper/replicas/r-1", state=replica_pb2.REPLICA_STATE_DEGRADED, generation=4
+            )
+        ),
+        made(
+            redispatch=redispatch_pb2.Redispatch(
+                replica="clusters/paper/replicas/r-1",
+                state=redispatch_pb2.REDISPATCH_STATE_COMMITTING,
+                num_moves=3,
+                makespan_before_s=0.002,
+                makespan_after_s=0.001,
+            )
+        ),
+    ]
+    for number, event in enumerate(events):
+        event.event_time.CopyFrom(at)
+        event.resume_token = f"t{number}"
+    return events
+
+
+def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.events = cluster_events()
+
+    def fail(method: str, context: object) -> None:  # in the place of Ctrl-C: this watch has no end of its own
+        if method == "WatchCluster" and fleet.calls["WatchCluster"] > 1:
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+
+    fleet.fail = fail
+    assert hetis_plan("watch", "clusters/paper") == ExitCode.INVALID
+    assert capsys.readouterr().out.splitlines() == [
+        "--- everything anew, the token was too old",
+        "01:00:00 cluster paper: 2 of 6 nodes connected, active no plan",
+        "01:00:00 node n1: SUSPECT",
+        "--- now live",
+        "01:00:00 node n9: gone",
+        "01:00:00 replica r-1: DEGRADED, generation 4, 0 running, 0 waiting",
+        "01:00:00 re-dispatch of r-1: COMMITTING, 3 moves, 2.00 ms → 1.00 ms",
+    ]
+    fleet.calls.clear()
+    assert hetis_plan("watch", "clusters/paper", "-o", "json") == ExitCode.INVALID
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["resume_token"] for line in lines] == [f"t{number}" for number in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("passed_s", "said"), [(4, "4 s ago"), (300, "5 min ago"), (7300, "2 h ago"), (400_000, "5 days ago")]
+)
+def test_times_are_told_as_how_long_ago(passed_s: int, said: str) -> None:
+    assert ago(Timestamp(seconds=1000), now_s=1000.0 + passed_s) == said
+    assert ago(None) == ago(Timestamp()) == ""

@@ -1,0 +1,75 @@
+"""The same verbs with the real `hetis-planner` beside them: what the fake planner only claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from tests.planner.cli_server.conftest import EXAMPLES
+from tests.planner.service.process import REAL, Process
+
+Captured = pytest.CaptureFixture[str]
+PAPER = str(EXAMPLES / "paper.yaml")
+
+
+@pytest.fixture
+def hetis_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs a command line against a planner that was just started."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("HETIS_DEBUG", raising=False)
+    with Process(
+        ["--listen", "127.0.0.1:0", "--status-page", "off", "--ready-json"], folder=tmp_path, module=REAL
+    ) as it:
+        monkeypatch.setenv("HETIS_SERVER", it.ready()["listen"][0])
+        yield lambda *arguments: run(list(arguments))
+
+
+def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
+    hetis_plan: Callable[..., int], capsys: Captured, tmp_path: Path
+) -> None:
+    def said(code: ExitCode, *arguments: str) -> str:
+        assert hetis_plan(*arguments) == code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    assert said(ExitCode.OK, "apply", PAPER, "--dry-run") == "clusters/paper  created\n"
+    assert said(ExitCode.OK, "get", "clusters") == "no clusters\n"
+    assert said(ExitCode.OK, "apply", PAPER) == "clusters/paper  created\n"
+    assert said(ExitCode.OK, "apply", PAPER) == "clusters/paper  unchanged\n"
+
+    saved = tmp_path / "plan.json"
+    solve = ["apply", "--cluster", "paper", "--model", "Llama-2-13B", "--workload", "500/100", "--time-limit", "30s"]
+    out = said(ExitCode.OK, *solve, "--name", "night", "--out", str(saved), "-o", "json")
+    plan = json.loads(out)
+    assert plan["state"] == "PLAN_STATE_READY"
+    assert plan["result"]["value"] > 0
+    assert said(ExitCode.OK, "check", str(saved))  # the offline verbs read what the planner made
+
+    assert hetis_plan(*solve, "--name", "night") == ExitCode.CONFLICT
+    assert "read what is there: hetis-plan get plans/night" in capsys.readouterr().err
+
+    assert "READY" in said(ExitCode.OK, "apply", "--plan", str(saved), "--name", "offline")
+    assert said(ExitCode.OK, "get", "plans", "-o", "name").split() == ["plans/offline", "plans/night"]
+    assert "wave" in said(ExitCode.OK, "apply", "plans/night")
+    assert "READY" in said(ExitCode.OK, "cancel", "night")
+    assert "EXPECTED" in said(ExitCode.OK, "agents")
+    assert said(ExitCode.OK, "status").startswith("The planner serves.")
+    assert said(ExitCode.CONFLICT, "rollback") == ""
+
+
+def test_what_cannot_be_is_infeasible_there_too(
+    hetis_plan: Callable[..., int], capsys: Captured, tmp_path: Path
+) -> None:
+    small = tmp_path / "small.yaml"
+    small.write_text(
+        "apiVersion: hetis/v1\nkind: Cluster\nname: small\nnodes:\n"
+        "  - {name: t4, gpus: [{type: T4, count: 1}]}\nnetwork: {bandwidth: 25Gbps, latency: 20us}\n"
+    )
+    code = hetis_plan("apply", "-c", str(small), "-m", "Llama-2-70B", "-w", "500/100", "--activate")
+    assert code == ExitCode.INFEASIBLE
+    assert "error: no plan exists (plans/" in capsys.readouterr().err

@@ -1,0 +1,421 @@
+"""Clients, sync and aio, over a real channel: deadlines, ids, retries, errors with details, watches that go on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+from google.rpc import code_pb2
+
+from hetis.planner.client import AsyncClient, CallError, Client, Connection, Patience, document_of_file
+from hetis.planner.client.connection import SERVICE_CONFIG
+from hetis.v1 import (
+    cluster_pb2,
+    cluster_service_pb2,
+    dispatch_service_pb2,
+    document_pb2,
+    plan_pb2,
+    plan_service_pb2,
+    profile_service_pb2,
+)
+from tests.planner.client.fake_planner import FakePlanner, ready, refuse, searching, serving
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def planner() -> Iterator[FakePlanner]:
+    with serving(FakePlanner()) as running:
+        for number in range(7):
+            name = f"clusters/c{number}"
+            running.clusters[name] = cluster_pb2.Cluster(name=name, etag="v1")
+        running.plans["plans/night"] = plan_pb2.Plan(
+            name="plans/night", cluster="clusters/c0", state=plan_pb2.PLAN_STATE_QUEUED
+        )
+        running.searches = [(0.0, searching(1.2, 1.7)), (0.0, searching(1.5, 1.65)), (0.0, ready())]
+        yield running
+
+
+def with_both(
+    planner: FakePlanner,
+    sync: Callable[[Client], T],
+    aio: Callable[[AsyncClient], Awaitable[T]],
+) -> list[T]:
+    """What a sync and an aio client get, in this order, without waiting between tries."""
+    with Client(planner.address, sleep=lambda wait_s: None) as client:
+        first = sync(client)
+
+    async def no_sleep(wait_s: float) -> None:
+        pass
+
+    async def second() -> T:
+        async with AsyncClient(planner.address, sleep=no_sleep) as client:
+            return await aio(client)
+
+    return [first, asyncio.run(second())]
+
+
+def failing(times: int, method: str, code: int, reason: str) -> Callable[[str, grpc.ServicerContext], None]:
+    left = [times]
+
+    def fail(called: str, context: grpc.ServicerContext) -> None:
+        if called == method and left[0] > 0:
+            left[0] -= 1
+            refuse(context, code, reason, f"{reason} on demand")
+
+    return fail
+
+
+GET = plan_service_pb2.GetPlanRequest(name="plans/night")
+
+
+def test_unary_calls_have_a_deadline_and_those_of_the_caller_stand(planner: FakePlanner) -> None:
+    async def aio(client: AsyncClient) -> None:
+        await client.plans.GetPlan(GET)
+        await client.plans.GetPlan(GET, timeout=7)
+
+    def sync(client: Client) -> None:
+        client.plans.GetPlan(GET)
+        client.plans.GetPlan(GET, timeout=7)
+
+    with_both(planner, sync, aio)
+    rounded = [round(left_s) for left_s in planner.time_left_s if left_s is not None]
+    assert rounded == [30, 7, 30, 7]
+
+
+def test_dispatch_has_a_deadline_of_its_own(planner: FakePlanner) -> None:
+    with Client(planner.address) as client, pytest.raises(CallError) as caught:
+        client.dispatch.GetDispatchState(dispatch_service_pb2.GetDispatchStateRequest(name="x"))
+    assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED  # the fake has no such service; it was asked in time
+
+
+def test_calls_that_change_something_get_an_id_and_the_callers_message_stays(planner: FakePlanner) -> None:
+    request = plan_service_pb2.CancelPlanRequest(name="plans/night")
+    mine = plan_service_pb2.CancelPlanRequest(name="plans/night", request_id=str(uuid.uuid4()))
+
+    async def aio(client: AsyncClient) -> None:
+        await client.plans.CancelPlan(request)
+        await client.plans.CancelPlan(mine)
+
+    def sync(client: Client) -> None:
+        client.plans.CancelPlan(request)
+        client.plans.CancelPlan(mine)
+
+    with_both(planner, sync, aio)
+    assert request.request_id == ""
+    ids = [uuid.UUID(sent.request_id) for sent in planner.requests]
+    assert ids[1] == ids[3] == uuid.UUID(mine.request_id)
+    assert len(set(ids)) == 3
+
+
+def test_a_planner_that_is_away_for_a_moment_is_asked_again_with_the_same_id(planner: FakePlanner) -> None:
+    request = plan_service_pb2.CancelPlanRequest(name="plans/night")
+    planner.fail = failing(2, "CancelPlan", code_pb2.UNAVAILABLE, "NOT_LEADER")
+    with Client(planner.address) as client:
+        assert client.plans.CancelPlan(request).plan.name == "plans/night"
+    assert planner.calls["CancelPlan"] == 3
+    assert len({sent.request_id for sent in planner.requests}) == 1
+
+
+def test_only_unavailable_is_retried(planner: FakePlanner) -> None:
+    planner.fail = failing(1, "GetPlan", code_pb2.ABORTED, "ETAG_MISMATCH")
+    with Client(planner.address) as client, pytest.raises(CallError):
+        client.plans.GetPlan(GET)
+    assert planner.calls["GetPlan"] == 1
+
+
+def test_errors_bring_their_details(planner: FakePlanner) -> None:
+    def fail(_method: str, context: grpc.ServicerContext) -> None:
+        refuse(
+            context,
+            code_pb2.INVALID_ARGUMENT,
+            "INVALID_DOCUMENT",
+            "two problems",
+            metadata={"kind": "Cluster"},
+            violations=(("cluster.document#nodes[2].gpus[0].type", "fleet.yaml:12: unknown"), ("cluster_id", "long")),
+            retry_after_s=1.5,
+        )
+
+    planner.fail = fail
+
+    def error_of(call: Callable[[], Any]) -> CallError:
+        with pytest.raises(CallError) as caught:
+            call()
+        return caught.value
+
+    async def aio(client: AsyncClient) -> CallError:
+        with pytest.raises(CallError) as caught:
+            await client.plans.GetPlan(GET)
+        return caught.value
+
+    for error in with_both(planner, lambda client: error_of(lambda: client.plans.GetPlan(GET)), aio):
+        assert str(error) == "two problems"
+        assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_DOCUMENT")
+        assert error.metadata == {"kind": "Cluster"}
+        assert error.retry_after_s == 1.5
+        assert [(violation.field, violation.description) for violation in error.violations] == [
+            ("cluster.document#nodes[2].gpus[0].type", "fleet.yaml:12: unknown"),
+            ("cluster_id", "long"),
+        ]
+        assert not error.is_conflict
+        assert not error.is_unreachable
+
+
+def test_an_error_that_grpc_raises_itself_has_no_reason(planner: FakePlanner) -> None:
+    with Client(planner.address) as client, pytest.raises(CallError) as caught:
+        client.profiles.DeleteProfile(profile_service_pb2.DeleteProfileRequest(name="profiles/x"))
+    assert caught.value.reason == ""
+    assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+def unused_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_nobody_there_is_unreachable() -> None:
+    with Client(f"127.0.0.1:{unused_port()}") as client, pytest.raises(CallError) as caught:
+        client.plans.GetPlan(GET, timeout=5)
+    assert caught.value.is_unreachable
+
+
+def test_lists_go_on_to_the_last_page(planner: FakePlanner) -> None:
+    async def aio(client: AsyncClient) -> list[str]:
+        return [cluster.name async for cluster in client.list_clusters(page_size=3)]
+
+    def sync(client: Client) -> list[str]:
+        return [cluster.name for cluster in client.list_clusters(page_size=3)]
+
+    for names in with_both(planner, sync, aio):
+        assert names == [f"clusters/c{number}" for number in range(7)]
+    assert planner.calls["ListClusters"] == 6
+
+
+def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner) -> None:
+    async def aio(client: AsyncClient) -> list[int]:
+        return [response.sequence async for response in client.watch_plan("plans/night")]
+
+    def sync(client: Client) -> list[int]:
+        return [response.sequence for response in client.watch_plan("plans/night")]
+
+    breaks = 0
+
+    def fail(method: str, context: grpc.ServicerContext) -> None:
+        nonlocal breaks
+        if method == "WatchPlan after 1":
+            breaks += 1
+            refuse(context, code_pb2.UNAVAILABLE, "DRAINING", "going away", retry_after_s=0.01)
+
+    planner.fail = fail
+    first, second = with_both(planner, sync, aio)
+    assert first == [1, 2, 3, 900]
+    assert second == [1000]  # it is final by then
+    assert breaks == 1
+    assert [request.after_sequence for request in planner.requests] == [0, 1, 0]
+
+
+def test_an_aio_watch_goes_on_too(planner: FakePlanner) -> None:
+    planner.fail = failing(2, "WatchPlan after 2", code_pb2.UNAVAILABLE, "DRAINING")
+
+    async def watch() -> list[int]:
+        async with AsyncClient(planner.address) as client:
+            return [response.sequence async for response in client.watch_plan("plans/night")]
+
+    assert asyncio.run(watch()) == [1, 2, 3, 900]
+    assert [request.after_sequence for request in planner.requests] == [0, 2]
+
+
+def test_waiting_ends_with_the_final_plan_and_tells_the_way(planner: FakePlanner) -> None:
+    seen: list[int] = []
+    with Client(planner.address) as client:
+        plan = client.wait("plans/night", news=lambda plan: seen.append(plan.state))
+    assert plan.state == plan_pb2.PLAN_STATE_READY
+    assert plan.result.num_gpus == 12
+    assert seen[0] == plan_pb2.PLAN_STATE_SOLVING
+    assert seen[-1] == plan_pb2.PLAN_STATE_READY
+
+
+def test_a_watch_of_nothing_is_an_error_at_once(planner: FakePlanner) -> None:
+    async def aio(client: AsyncClient) -> str:
+        with pytest.raises(CallError) as caught:
+            await client.wait("plans/none")
+        return caught.value.reason
+
+    def sync(client: Client) -> str:
+        with pytest.raises(CallError) as caught:
+            client.wait("plans/none")
+        return caught.value.reason
+
+    assert with_both(planner, sync, aio) == ["NOT_FOUND", "NOT_FOUND"]
+    assert planner.calls["WatchPlan"] == 2
+
+
+def test_a_cluster_is_watched_across_connections_by_its_token(planner: FakePlanner) -> None:
+    planner.events = [
+        cluster_service_pb2.WatchClusterResponse(resume_token=f"t{number}", removed_node=f"n{number}")
+        for number in range(4)
+    ]
+
+    async def aio(client: AsyncClient) -> list[str]:
+        found = []
+        async for event in client.watch_cluster("clusters/c0", resume_token="t1"):
+            found.append(event.removed_node)
+            if len(found) == 2:
+                planner.events.append(cluster_service_pb2.WatchClusterResponse(resume_token="t9", removed_node="late"))
+            if len(found) == 3:
+                break
+        return found
+
+    def sync(client: Client) -> list[str]:
+        found = []
+        for event in client.watch_cluster("clusters/c0"):
+            found.append(event.removed_node)
+            if len(found) == 4:
+                planner.events.append(cluster_service_pb2.WatchClusterResponse(resume_token="t8", removed_node="later"))
+            if len(found) == 5:
+                break
+        return found
+
+    assert with_both(planner, sync, aio) == [["n0", "n1", "n2", "n3", "later"], ["n2", "n3", "later"]]
+
+
+def test_a_document_comes_whole_although_the_connection_breaks(planner: FakePlanner) -> None:
+    content = b"0123456789" * 9 + b"end"
+    planner.documents["plans/night"] = content
+    for client_kind in ("sync", "aio"):
+        planner.fail = failing(1, "ReadPlanDocument after 40", code_pb2.UNAVAILABLE, "DRAINING")
+
+        async def aio(client: AsyncClient) -> bytes:
+            return await client.read_plan_document("plans/night")
+
+        def sync(client: Client) -> bytes:
+            return client.read_plan_document("plans/night")
+
+        found = with_both(planner, sync, aio)
+        assert found == [content, content], client_kind
+
+
+def test_a_watch_goes_on_when_the_planner_was_restarted() -> None:
+    planner, port = FakePlanner(), unused_port()
+    planner.plans["plans/night"] = plan_pb2.Plan(name="plans/night", state=plan_pb2.PLAN_STATE_QUEUED)
+    planner.searches = [(0.0, searching(1.2, 1.7)), (0.3, ready())]
+    with Client(f"127.0.0.1:{port}") as client:
+        with serving(planner, port=port):
+            watch = client.watch_plan("plans/night")
+            assert next(watch).sequence == 1
+        with serving(planner, port=port):
+            assert [response.sequence for response in watch] == [2, 900]
+    assert planner.calls["WatchPlan"] == 2
+
+
+def test_details_that_cannot_be_read_do_no_harm(planner: FakePlanner) -> None:
+    def fail(_method: str, context: grpc.ServicerContext) -> None:
+        context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff\xff"),))
+        context.abort(grpc.StatusCode.ABORTED, "with a broken tail")
+
+    planner.fail = fail
+    with Client(planner.address) as client, pytest.raises(CallError, match="with a broken tail") as caught:
+        client.plans.GetPlan(GET)
+    assert (caught.value.reason, caught.value.is_conflict) == ("", True)
+
+
+def test_the_base_install_is_enough_for_the_client() -> None:
+    program = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {'typer', 'rich', 'sqlalchemy', 'alembic', 'starlette', 'uvicorn', 'ortools',
+                'highspy', 'numba', 'cvxpy', 'prometheus_client', 'grpc_health', 'grpc_reflection', 'torch'}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Missing())
+import hetis.planner.client
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_patience_has_an_end_and_begins_anew_with_an_answer() -> None:
+    away = CallError("away", code=grpc.StatusCode.UNAVAILABLE)
+    patience = Patience(limit_s=1.0, jitter=lambda: 1.0)
+    waits = [patience.next_wait_s(away) for _ in range(3)]
+    assert waits == [0.2, 0.4, 0.8]
+    with pytest.raises(CallError, match="away"):
+        patience.next_wait_s(away)
+    patience.answered()
+    assert patience.next_wait_s(away) == 0.2
+    assert patience.next_wait_s(CallError("later", code=grpc.StatusCode.UNAVAILABLE, retry_after_s=0.7)) == 0.7
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1.0])
+def test_patience_ends_whatever_the_jitter(jitter: float) -> None:
+    away = CallError("away", code=grpc.StatusCode.UNAVAILABLE)
+    patience = Patience(limit_s=1.0, jitter=lambda: jitter)
+
+    def wait_for_long() -> None:
+        for _ in range(1000):
+            patience.next_wait_s(away)
+
+    with pytest.raises(CallError):
+        wait_for_long()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"address": "planner"},
+        {"address": "planner:"},
+        {"address": ":8470"},
+        {"address": "h:1", "cert": Path("c")},
+        {"address": "h:1", "token": "t", "token_file": Path("f")},
+        {"address": "h:1", "token": "t", "plaintext": True},
+        {"address": "h:1", "ca": Path("c"), "plaintext": True},
+    ],
+)
+def test_connections_that_contradict_themselves_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Connection(**settings)
+
+
+def test_only_this_machine_is_spoken_to_in_the_clear_unless_that_is_asked_for() -> None:
+    assert Connection(address="127.0.0.1:8470").is_plain
+    assert Connection(address="[::1]:8470").is_plain
+    assert not Connection(address="planner.example:8470").is_plain
+    assert Connection(address="planner.example:8470", plaintext=True).is_plain
+    assert not Connection(address="localhost:8470", ca=Path("ca.pem")).is_plain
+
+
+def test_a_token_file_is_read_for_every_call(planner: FakePlanner, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    with Client(planner.address, token_file=token) as client:
+        for text in ("first\n", "second"):
+            token.write_text(text)
+            client.plans.GetPlan(GET)
+        list(client.watch_plan("plans/night"))
+    assert [sent["authorization"] for sent in planner.metadata] == ["Bearer first", "Bearer second", "Bearer second"]
+
+
+def test_the_service_config_is_the_documented_one() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = re.search(r"```json\n(\{\"methodConfig\".*?)```", text, re.DOTALL)
+    assert documented is not None
+    assert json.loads(documented[1]) == SERVICE_CONFIG
+
+
+def test_a_file_becomes_a_document_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text("kind: Cluster # comment\n")
+    document = document_of_file(path, document_pb2.DOCUMENT_KIND_CLUSTER)
+    assert document.content == b"kind: Cluster # comment\n"
+    assert document.source_name == str(path)
