@@ -1,0 +1,115 @@
+"""How an agent reaches its planner: address, certificates, token, and how long it waits between attempts."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
+MOST_MESSAGE_BYTES = 4 << 20
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
+    # gRPC's own waiting stays below ours, which has the jitter.
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class OptionError(Exception):
+    """Options that cannot be used, in words for the person who gave them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerAddress:
+    """Where the planner is and how to show who is asking. Files are read at every attempt, so that they can rotate.
+
+    Attributes:
+        server: ``host:port``.
+        ca: certificates that sign the planner's. None: those of the system, where TLS is on.
+        cert, key: of this node, for mutual TLS. None: none.
+        token_file: holds a bearer token. None: ``token_variable`` of the environment, if it is set.
+        is_plain: no TLS.
+    """
+
+    server: str
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    token_file: Path | None = None
+    token_variable: str = "HETIS_AGENT_TOKEN"
+    is_plain: bool = False
+
+    def __post_init__(self) -> None:
+        host, _, port = self.server.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise OptionError(f"--server is {self.server!r}, must be host:port such as planner.example:8470")
+        if (self.cert is None) != (self.key is None):
+            raise OptionError("--tls-cert and --tls-key come together")
+        if self.is_plain and (self.ca is not None or self.cert is not None):
+            raise OptionError("--insecure and certificates exclude each other")
+        for path in (self.ca, self.cert, self.key, self.token_file):
+            if path is not None and not os.access(path, os.R_OK):
+                raise OptionError(f"{path} cannot be read")
+        if self.is_plain and self._token() and not is_loopback(host):
+            raise OptionError(f"a token is not sent to {host} without TLS; give --tls-ca instead of --insecure")
+
+    def channel(self) -> grpc.aio.Channel:
+        """A new channel with what the files hold now.
+
+        Raises:
+            OSError: a file cannot be read any more.
+        """
+        if self.is_plain:
+            return grpc.aio.insecure_channel(self.server, options=_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
+        return grpc.aio.secure_channel(self.server, credentials, options=_OPTIONS)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of a call: the token, if there is one."""
+        token = self._token()
+        return (("authorization", f"Bearer {token}"),) if token else ()
+
+    def _token(self) -> str:
+        if self.token_file is not None:
+            return self.token_file.read_text(encoding="utf-8").strip()
+        return os.environ.get(self.token_variable, "").strip()
+
+
+class Waiting:
+    """Full jitter: a random moment within a time that doubles with every attempt that failed."""
+
+    def __init__(self, seed: random.Random) -> None:
+        self._random = seed
+        self._attempts = 0
+
+    def succeeded(self) -> None:
+        self._attempts = 0
+
+    def next_s(self) -> float:
+        limit_s = min(LEAST_WAIT_S * 2**self._attempts, MOST_WAIT_S)
+        self._attempts = min(self._attempts + 1, 16)
+        return self._random.uniform(0, limit_s)
+
+    def within_s(self, seconds: float) -> float:
+        """A random moment within a time that the planner chose."""
+        return self._random.uniform(0, seconds)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read(path: Path | None) -> bytes | None:
+    return None if path is None else path.read_bytes()

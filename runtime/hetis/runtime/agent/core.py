@@ -1,0 +1,422 @@
+"""The agent's side of the protocol without sockets, files or clocks: events in, actions out.
+
+Every method that returns actions returns them in the order in which they must be done; an acknowledgement comes after
+what it acknowledges is on disk. Times are seconds of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hetis.runtime.agent.actions import Action, EngineResponse
+from hetis.runtime.agent.desk import CALL_S, ReplicaDesk
+from hetis.runtime.agent.fence import Fence
+from hetis.runtime.agent.held import NODE_PART, DamagedStateError, HeldReplica, epoch_from_bytes
+from hetis.runtime.agent.outbox import Outbox
+from hetis.runtime.agent.pieces import pieces_of
+from hetis.runtime.agent.refusals import failure_of, stale_epoch
+from hetis.runtime.agent.reporting import Reporter
+from hetis.v1.agent_service_pb2 import (
+    AgentCapability,
+    ConnectNodeRequest,
+    ConnectNodeResponse,
+    Delta,
+    DeltaNack,
+    HeadMapPiece,
+    Hello,
+    NodeReport,
+    StateRequest,
+)
+from hetis.v1.agent_service_pb2 import HeldReplica as HelloReplica
+from hetis.v1.executor_service_pb2 import (
+    CopyMovesResponse,
+    ReadHeadMapsRequest,
+    WatchReportsResponse,
+)
+from hetis.v1.failure_pb2 import ErrorReason, Failure
+from hetis.v1.inventory_pb2 import NodeInventory
+from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
+
+PROTOCOL_VERSION = 1
+MOST_REMOVED = 256  # replicas that were removed and whose generation is remembered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentIdentity:
+    """What does not change in one run of an agent.
+
+    Attributes:
+        node: ``clusters/{cluster}/nodes/{node}``.
+        agent_version: of the software.
+        boot_id: of this run, a UUID.
+        capabilities: what it can do for its engine.
+        engine_address: where the engine listens for other engines; empty: nowhere.
+        clock: names what the times that are passed in count from; another one after a reboot.
+    """
+
+    node: str
+    agent_version: str
+    boot_id: str
+    capabilities: frozenset[AgentCapability.ValueType] = frozenset()
+    engine_address: str = ""
+    clock: str = ""
+
+
+class AgentCore:
+    """The protocol of one node's agent.
+
+    Args:
+        saved: parts of the state as they were last persisted, by name. What is damaged is in `damaged` after, and
+            starts empty.
+        seed: for the jitter of heartbeats.
+    """
+
+    def __init__(
+        self, identity: AgentIdentity, saved: Mapping[str, bytes], inventory: NodeInventory, *, seed: random.Random
+    ) -> None:
+        self.identity = identity
+        self.inventory = inventory
+        self.damaged: dict[str, str] = {}
+        self._outbox = Outbox()
+        self._reporter = Reporter(seed)
+        self._devices: list[DeviceReport] = [DeviceReport(index=device.index) for device in inventory.devices]
+        self._engine: WatchReportsResponse | None = None
+        self._engine_age_s: float | None = None
+        self._is_welcome = False
+        self._head_map_calls: dict[int, tuple[str, str]] = {}  # by number of the call: id of the request, replica
+        held = self._read(saved)
+        self._fence = Fence(self._newest_epoch(saved, held), self._outbox)
+        self._desks = {entry.replica: self._desk(entry) for entry in held}
+
+    # --- the stream
+
+    def hello(self) -> ConnectNodeRequest:
+        """The first message of a new stream; whatever went over an earlier one is over."""
+        self._is_welcome = False
+        self._head_map_calls.clear()
+        desks = self._desks.values()
+        hello = Hello(
+            node=self.identity.node,
+            protocol_version=PROTOCOL_VERSION,
+            min_protocol_version=PROTOCOL_VERSION,
+            agent_version=self.identity.agent_version,
+            boot_id=self.identity.boot_id,
+            inventory_digest=self.inventory.digest,
+            newest_epoch=self._fence.newest,
+            replicas=[
+                HelloReplica(
+                    replica=desk.held.replica,
+                    generation=desk.held.held_generation,
+                    epoch=desk.held.epoch,
+                    assignment_state=self._report_of(desk).assignment_state,
+                )
+                for desk in desks
+                if desk.held.assignment is not None
+            ],
+            changes=[status for desk in desks for status in desk.statuses()],
+            capabilities=sorted(self.identity.capabilities),
+            engine_address=self.identity.engine_address,
+        )
+        return self._outbox.open_stream(ConnectNodeRequest(hello=hello))
+
+    def handle(self, message: ConnectNodeResponse, now_s: float) -> list[Action]:
+        """A message of the planner."""
+        kind = message.WhichOneof("message")
+        if self._fence.is_stale(message.epoch):
+            self._refuse_stale(message)
+            return self._outbox.take()
+        if (kind == "welcome") == self._is_welcome:
+            what = "a second Welcome" if self._is_welcome else f"{kind} before the Welcome"
+            self._outbox.end_stream(failure_of(ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, f"the planner sent {what}"))
+            return self._outbox.take()
+        self._fence.raise_to(message.epoch)
+        match kind:
+            case "welcome":
+                self._welcome(message, now_s)
+            case "settings":
+                self._reporter.change_settings(message.settings, now_s)
+            case "delta":
+                self._delta(message.delta, epoch=message.epoch, now_s=now_s)
+            case "state_request":
+                self._state_request(message.state_request, now_s)
+            case "goodbye":
+                within = message.goodbye.reconnect_within
+                self._outbox.end_stream(None, within_s=within.seconds + within.nanos / 1e9)
+        self._report(now_s)
+        return self._outbox.take()
+
+    def stream_ended(self) -> None:
+        """Nobody hears what is sent until the next Welcome; nothing else changes."""
+        self._is_welcome = self._outbox.is_connected = False
+
+    # --- the engine and the devices
+
+    def on_engine_report(self, report: WatchReportsResponse, now_s: float, *, age_s: float = 0.0) -> list[Action]:
+        """What the engine says of itself; ``age_s`` where it was scraped: how old the numbers are."""
+        restarted = self._engine is not None and self._engine.engine_id != report.engine_id
+        first = self._engine is None
+        self._engine = report
+        self._engine_age_s = now_s - age_s
+        if report.newest_epoch > self._fence.newest:
+            self._overtaken(report.newest_epoch)
+        if restarted:
+            for desk in self._desks.values():
+                desk.engine_restarted(now_s)
+        for status in report.changes:
+            if not status.replica:
+                continue  # given up before the engine heard of it
+            if status.replica not in self._desks:
+                self._desks[status.replica] = self._desk(HeldReplica(replica=status.replica))
+            self._desks[status.replica].hear_change(status, now_s)
+        if first or restarted:
+            self._advance(now_s)
+        self._report(now_s)
+        return self._outbox.take()
+
+    def on_devices(self, devices: Sequence[DeviceReport], now_s: float) -> list[Action]:
+        """Samples of the node's devices."""
+        self._devices = list(devices)
+        self._report(now_s)
+        return self._outbox.take()
+
+    def on_inventory(self, inventory: NodeInventory, now_s: float) -> list[Action]:
+        """What the node has, where it changed."""
+        if inventory.digest != self.inventory.digest:
+            self.inventory = inventory
+            self._outbox.send(ConnectNodeRequest(inventory=inventory))
+            self._report(now_s)
+        return self._outbox.take()
+
+    def progressed(self, number: int, response: CopyMovesResponse, now_s: float) -> list[Action]:
+        """A call of CopyMoves tells how far it is."""
+        for desk in self._desks.values():
+            if desk.waits_for(number):
+                desk.progressed(response, now_s)
+        return self._outbox.take()
+
+    def answered(self, number: int, answer: EngineResponse | Failure, now_s: float) -> list[Action]:
+        """A call of the engine ended; with a Failure where it was refused or nobody answered."""
+        if number in self._head_map_calls:
+            self._send_head_maps(*self._head_map_calls.pop(number), answer)
+            return self._outbox.take()
+        for desk in self._desks.values():
+            if desk.waits_for(number):
+                if isinstance(answer, Failure) and answer.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
+                    newest = answer.metadata.get("newest_epoch", "")
+                    is_older = newest.isdigit() and int(newest) > self._fence.newest
+                    if is_older:
+                        self._overtaken(int(newest))
+                    if is_older and desk.is_applying():
+                        desk.forget_assignment()
+                desk.answered(answer, now_s)
+                break
+        self._report(now_s)
+        return self._outbox.take()
+
+    # --- time
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Whatever is due by now."""
+        for desk in self._desks.values():
+            desk.tick(now_s)
+        self._forget_removed()
+        self._report(now_s)
+        return self._outbox.take()
+
+    def next_s(self) -> float:
+        """When `tick` is due if nothing happens; infinity: never."""
+        times = [desk.next_s() for desk in self._desks.values()]
+        if self._is_welcome:
+            times.append(self._reporter.next_s())
+        return min(times, default=float("inf"))
+
+    @property
+    def newest_epoch(self) -> int:
+        return self._fence.newest
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a planner's Welcome came on the stream that is open."""
+        return self._is_welcome
+
+    def held(self) -> list[HeldReplica]:
+        """What is held, for metrics and tests."""
+        return [desk.held for desk in self._desks.values()]
+
+    # --- inside
+
+    def _read(self, saved: Mapping[str, bytes]) -> list[HeldReplica]:
+        held = []
+        for name, body in saved.items():
+            if name == NODE_PART:
+                continue
+            try:
+                entry = HeldReplica.from_bytes(body, clock=self.identity.clock)
+                if entry.replica != name:
+                    raise DamagedStateError(f"it is of {entry.replica}")
+                held.append(entry)
+            except DamagedStateError as error:
+                self.damaged[name] = str(error)
+        return held
+
+    def _newest_epoch(self, saved: Mapping[str, bytes], held: Sequence[HeldReplica]) -> int:
+        """As saved, or, where that is damaged, the newest that any assignment or change came from."""
+        epochs = [entry.epoch for entry in held] + [c.epoch for entry in held for c in entry.changes.values()]
+        if NODE_PART in saved:
+            try:
+                epochs.append(epoch_from_bytes(saved[NODE_PART]))
+            except DamagedStateError as error:
+                self.damaged[NODE_PART] = str(error)
+        return max(epochs, default=0)
+
+    def _desk(self, held: HeldReplica) -> ReplicaDesk:
+        can = self.identity.capabilities
+        if AgentCapability.AGENT_CAPABILITY_ASSIGN not in can:
+            held.assignment_state = AssignmentState.ASSIGNMENT_STATE_UNMANAGED
+        return ReplicaDesk(held, capabilities=can, clock=self.identity.clock, fence=self._fence, outbox=self._outbox)
+
+    def _refuse_stale(self, message: ConnectNodeResponse) -> None:
+        failure = stale_epoch(message.epoch, self._fence.newest)
+        if message.HasField("delta"):
+            desk = self._desks.get(message.delta.replica)
+            self._outbox.send(
+                ConnectNodeRequest(
+                    nack=DeltaNack(
+                        nonce=message.delta.nonce,
+                        replica=message.delta.replica,
+                        generation=desk.held.held_generation if desk else 0,
+                        failure=failure,
+                    )
+                )
+            )
+        self._outbox.end_stream(failure)
+        self._is_welcome = False
+
+    def _overtaken(self, newest: int) -> None:
+        """The engine has obeyed a newer planner than this agent has: the one that is connected is old."""
+        old = self._fence.newest
+        self._fence.raise_to(newest)
+        if self._is_welcome:
+            self._outbox.end_stream(stale_epoch(old, newest))
+            self._is_welcome = False
+
+    def _welcome(self, message: ConnectNodeResponse, now_s: float) -> None:
+        if message.welcome.protocol_version != PROTOCOL_VERSION:
+            self._outbox.end_stream(
+                failure_of(
+                    ErrorReason.ERROR_REASON_PROTOCOL_VERSION,
+                    f"the planner chose protocol version {message.welcome.protocol_version}, this agent speaks "
+                    f"{PROTOCOL_VERSION}",
+                    protocol_version=message.welcome.protocol_version,
+                    min_version=PROTOCOL_VERSION,
+                    max_version=PROTOCOL_VERSION,
+                )
+            )
+            return
+        self._is_welcome = self._outbox.is_connected = True
+        self._outbox.stream_epoch = message.epoch
+        self._reporter.begin(message.welcome.settings, now_s)
+        if message.welcome.send_inventory:
+            self._outbox.send(ConnectNodeRequest(inventory=self.inventory))
+        for desk in self._desks.values():
+            desk.tell_unresolved()
+
+    def _delta(self, delta: Delta, *, epoch: int, now_s: float) -> None:
+        desk = self._desks.get(delta.replica)
+        if desk is None:
+            desk = self._desk(HeldReplica(replica=delta.replica))
+            desk.handle(delta, epoch=epoch, now_s=now_s)
+            if delta.replica and (desk.held.generation or desk.held.changes):  # else it was refused
+                self._desks[delta.replica] = desk
+            return
+        desk.handle(delta, epoch=epoch, now_s=now_s)
+
+    def _state_request(self, request: StateRequest, now_s: float) -> None:
+        match request.WhichOneof("subject"):
+            case "inventory":
+                self._outbox.send(ConnectNodeRequest(inventory=self.inventory))
+            case "report":
+                self._report(now_s, asked=True)
+            case "head_map_of":
+                self._ask_for_head_maps(request)
+
+    def _ask_for_head_maps(self, request: StateRequest) -> None:
+        replica = request.head_map_of
+        desk = self._desks.get(replica)
+        if desk is None or desk.held.assignment is None:
+            missing = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{replica} is not held here", name=replica)
+            self._send_head_maps(request.request_id, replica, missing)
+        elif AgentCapability.AGENT_CAPABILITY_HEAD_MAP not in self.identity.capabilities:
+            cannot = failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node tells no head map")
+            self._send_head_maps(request.request_id, replica, cannot)
+        else:
+            number = self._outbox.call(ReadHeadMapsRequest(replica=replica), timeout_s=CALL_S)
+            self._head_map_calls[number] = (request.request_id, replica)
+
+    def _send_head_maps(self, request_id: str, replica: str, answer: EngineResponse | Failure) -> None:
+        if isinstance(answer, Failure) or not isinstance(answer, list) or not answer:
+            failure = (
+                answer
+                if isinstance(answer, Failure)
+                else failure_of(ErrorReason.ERROR_REASON_INTERNAL, "the engine answered without a head map")
+            )
+            piece = HeadMapPiece(request_id=request_id, replica=replica, is_last=True, failure=failure)
+            self._outbox.send(ConnectNodeRequest(head_map=piece))
+            return
+        pieces = list(pieces_of(head_map for response in answer for head_map in response.head_maps))
+        for index, head_maps in enumerate(pieces):
+            piece = HeadMapPiece(
+                request_id=request_id,
+                replica=replica,
+                generation=answer[0].generation,
+                step=answer[0].step,
+                index=index,
+                is_last=index == len(pieces) - 1,
+                head_maps=head_maps,
+            )
+            self._outbox.send(ConnectNodeRequest(head_map=piece))
+
+    def _advance(self, now_s: float) -> None:
+        for desk in self._desks.values():
+            desk.advance(now_s)
+
+    def _report(self, now_s: float, *, asked: bool = False) -> None:
+        if self._is_welcome:
+            message = self._reporter.due(self._node_report(now_s), now_s, asked=asked)
+            if message is not None:
+                self._outbox.send(message)
+
+    def _node_report(self, now_s: float) -> NodeReport:
+        kv = {device.index: device for device in self._engine.devices} if self._engine else {}
+        devices = []
+        for sampled in self._devices:
+            device = DeviceReport()
+            device.CopyFrom(sampled)
+            if sampled.index in kv:
+                said = kv[sampled.index]
+                device.total_blocks, device.used_blocks = said.total_blocks, said.used_blocks
+                device.evictable_blocks = said.evictable_blocks
+            devices.append(device)
+        held = [self._report_of(desk) for desk in self._desks.values() if desk.held.assignment is not None]
+        return NodeReport(devices=devices, replicas=held)
+
+    def _report_of(self, desk: ReplicaDesk) -> ReplicaReport:
+        said = self._engine.replicas if self._engine else ()
+        return desk.report(next((report for report in said if report.replica == desk.held.replica), None))
+
+    def _forget_removed(self) -> None:
+        removed = [
+            name
+            for name, desk in self._desks.items()
+            if desk.held.assignment is None and desk.held.is_applied and desk.held.open_change is None
+        ]
+        for name in removed[: max(len(removed) - MOST_REMOVED, 0)]:
+            del self._desks[name]
+            self._outbox.persist(name, None)
+
+
+def new_boot_id() -> str:
+    return str(uuid.uuid4())

@@ -1,0 +1,47 @@
+"""What an inventory says beside its devices, and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterable
+
+from hetis.v1 import inventory_pb2
+
+MAX_DEVICES = 64  # of one node, as the contract says
+
+
+def node_inventory(
+    source: inventory_pb2.DeviceSource.ValueType,
+    devices: Iterable[inventory_pb2.GpuDevice],
+    *,
+    host_name: str = "",
+    driver_version: str = "",
+) -> inventory_pb2.NodeInventory:
+    """An inventory with what the operating system says of the node, and its digest."""
+    inventory = inventory_pb2.NodeInventory(
+        devices=devices,
+        host_name=host_name or socket.gethostname(),
+        source=source,
+        driver_version=driver_version,
+        num_cpus=os.cpu_count() or 0,
+        memory_bytes=_memory_bytes(),
+    )
+    inventory.digest = digest_of(inventory)
+    return inventory
+
+
+def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
+    """``sha256:`` and the SHA-256 of the deterministic binary form without the digest."""
+    bare = inventory_pb2.NodeInventory()
+    bare.CopyFrom(inventory)
+    bare.digest = ""
+    return f"sha256:{hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()}"
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # a system that does not tell
+        return 0

@@ -1,0 +1,116 @@
+"""What an agent must not forget, in files: each part whole or as it was, never half, and checked when it is read."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+FORM = 1  # version of the files
+_SUFFIX = ".state"
+_log = logging.getLogger(__name__)
+
+
+class StateError(Exception):
+    """The state directory cannot be used; the message says why and what to do."""
+
+
+class StateDirectory:
+    """Named parts in one directory that only this user may open.
+
+    A part is a file: one line of JSON (form, name, SHA-256), then the body. It is written beside the old one, flushed
+    to the device and renamed over it. A file that does not check is set aside under another name and logged as an
+    error: the other parts are used, and what was in it is still there for a person to look at.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.chmod(0o700)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise StateError(f"state directory {path} is in use by another agent") from None
+            for left in path.glob(f"*{_SUFFIX}.new"):
+                left.unlink()  # a write that never was
+        except OSError as error:
+            raise StateError(f"state directory {path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Lets another agent use the directory."""
+        os.close(self._lock)
+
+    def read(self) -> dict[str, bytes]:
+        """Every part that checks, by name."""
+        found = {}
+        for file in sorted(self._path.glob(f"*{_SUFFIX}")):
+            try:
+                name, body = _checked(file.read_bytes())
+                if name != unquote(file.name.removesuffix(_SUFFIX)):
+                    raise ValueError(f"it is named {name} inside")
+                found[name] = body
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                self.set_aside(unquote(file.name.removesuffix(_SUFFIX)), str(error))
+        return found
+
+    def write(self, name: str, body: bytes | None) -> None:
+        """Makes ``body`` the part's content, durably; None: removes it.
+
+        Raises:
+            StateError: it could not be written; the part is as it was.
+        """
+        file = self._file(name)
+        try:
+            if body is None:
+                file.unlink(missing_ok=True)
+            else:
+                beside = file.with_name(file.name + ".new")
+                header = {"form": FORM, "name": name, "sha256": hashlib.sha256(body).hexdigest()}
+                with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+                    stream.write(json.dumps(header).encode() + b"\n" + body)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                beside.rename(file)
+            self._sync()
+        except OSError as error:
+            raise StateError(f"state file {file}: {error.strerror or error}") from error
+
+    def set_aside(self, name: str, why: str) -> None:
+        """Takes a part that cannot be used out of the way, without destroying it."""
+        file = self._file(name)
+        number = 0
+        while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
+            number += 1
+        _log.error("state file %s is damaged (%s): kept as %s, its part starts empty", file, why, aside.name)
+        try:
+            file.rename(aside)
+            self._sync()
+        except OSError as error:
+            raise StateError(f"state file {file}: {error.strerror or error}") from error
+
+    def _file(self, name: str) -> Path:
+        return self._path / (quote(name, safe="") + _SUFFIX)
+
+    def _sync(self) -> None:
+        directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _checked(content: bytes) -> tuple[str, bytes]:
+    header, newline, body = content.partition(b"\n")
+    said = json.loads(header)
+    if said["form"] != FORM:
+        raise ValueError(f"it is of form {said['form']}, this agent reads {FORM}")
+    if not newline or said["sha256"] != hashlib.sha256(body).hexdigest():
+        raise ValueError("its checksum is wrong")
+    return str(said["name"]), body

@@ -1,0 +1,161 @@
+"""The engine beside the agent, as the agent asks it: `ExecutorService` over a Unix socket."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from hetis.runtime.agent.refusals import RefusedError, failure_of_call, unreachable
+from hetis.v1.executor_service_pb2 import (
+    AbortMovesRequest,
+    AbortMovesResponse,
+    ApplyAssignmentRequest,
+    ApplyAssignmentResponse,
+    CopyMovesRequest,
+    CopyMovesResponse,
+    FlipMovesRequest,
+    FlipMovesResponse,
+    ReadHeadMapsRequest,
+    ReadHeadMapsResponse,
+    ReleaseMovesRequest,
+    ReleaseMovesResponse,
+    ReserveMovesRequest,
+    ReserveMovesResponse,
+    WatchReportsRequest,
+    WatchReportsResponse,
+)
+from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
+
+MOST_MESSAGE_BYTES = 4 << 20
+
+
+class Executor(Protocol):
+    """What an engine does for the agent; every call may be repeated. See ``executor_service.proto``.
+
+    All raise RefusedError with the engine's failure, or with ENGINE_UNREACHABLE where it is not known what became of
+    the call.
+    """
+
+    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse: ...
+
+    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse: ...
+
+    def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]: ...
+
+    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse: ...
+
+    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse: ...
+
+    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse: ...
+
+    def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]: ...
+
+    def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]: ...
+
+    async def close(self) -> None: ...
+
+
+class SocketExecutor:
+    """An engine that serves `ExecutorService` on a Unix socket of this user.
+
+    The socket is looked at before each call: one that another user owns, or that others may write to, is not used.
+    """
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        # Names the peer for HTTP/2; a path would be no valid authority.
+        options = [("grpc.default_authority", "localhost"), ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES)]
+        options += [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
+        self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
+        self._stub = ExecutorServiceStub(self._channel)
+
+    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
+        check_socket(self._socket)
+        try:
+            return await self._stub.ApplyAssignment(request)
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse:
+        check_socket(self._socket)
+        try:
+            return await self._stub.ReserveMoves(request)
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]:
+        check_socket(self._socket)
+        try:
+            async for response in self._stub.CopyMoves(request):
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse:
+        check_socket(self._socket)
+        try:
+            return await self._stub.FlipMoves(request)
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse:
+        check_socket(self._socket)
+        try:
+            return await self._stub.ReleaseMoves(request)
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse:
+        check_socket(self._socket)
+        try:
+            return await self._stub.AbortMoves(request)
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
+        check_socket(self._socket)
+        interval = Duration()
+        interval.FromNanoseconds(int(min_interval_s * 1e9))
+        try:
+            async for response in self._stub.WatchReports(WatchReportsRequest(min_interval=interval)):
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]:
+        check_socket(self._socket)
+        try:
+            async for response in self._stub.ReadHeadMaps(request):
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise RefusedError(failure_of_call(error)) from error
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def check_socket(socket: Path) -> None:
+    """Refuses a socket that anybody but this user could have put there or listens on.
+
+    Raises:
+        RefusedError: ENGINE_UNREACHABLE; it is not there, no socket, of another user, or open to others.
+    """
+    try:
+        found = socket.lstat()
+    except OSError as error:
+        raise RefusedError(unreachable(f"engine socket {socket}: {error.strerror}")) from error
+    if not stat.S_ISSOCK(found.st_mode):
+        raise RefusedError(unreachable(f"engine socket {socket}: it is no socket"))
+    if found.st_uid != os.geteuid():
+        raise RefusedError(
+            unreachable(f"engine socket {socket}: it belongs to user {found.st_uid}, this is {os.geteuid()}")
+        )
+    if found.st_mode & 0o022:
+        mode = stat.S_IMODE(found.st_mode)
+        raise RefusedError(unreachable(f"engine socket {socket}: its mode is {mode:o}, others may write to it"))

@@ -1,0 +1,23 @@
+"""The fence against planners whose leadership term is over."""
+
+from __future__ import annotations
+
+from hetis.runtime.agent.held import NODE_PART, epoch_to_bytes
+from hetis.runtime.agent.outbox import Outbox
+
+
+class Fence:
+    """The newest epoch that this node has obeyed; it only grows, and is on disk before anything of it is done."""
+
+    def __init__(self, newest: int, outbox: Outbox) -> None:
+        self.newest = newest
+        self._outbox = outbox
+
+    def is_stale(self, epoch: int) -> bool:
+        """Whether a planner of this epoch may change nothing any more. 0 is no epoch."""
+        return epoch < max(self.newest, 1)
+
+    def raise_to(self, epoch: int) -> None:
+        if epoch > self.newest:
+            self.newest = epoch
+            self._outbox.persist(NODE_PART, epoch_to_bytes(epoch))

@@ -1,0 +1,232 @@
+"""What an agent holds of one replica, in memory and on disk: the last assignment, its changes, its last answer."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest
+from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus
+from hetis.v1.failure_pb2 import Failure
+from hetis.v1.replica_pb2 import Assignment
+from hetis.v1.report_pb2 import AssignmentState
+
+NODE_PART = "node"  # of the disk: what concerns no single replica; names of replicas have slashes
+
+
+class DamagedStateError(ValueError):
+    """A part of the saved state cannot be read."""
+
+
+class Wanted(StrEnum):
+    """What was last asked of a change; beginning to prepare needs no asking."""
+
+    PREPARED = "prepared"
+    FLIPPED = "flipped"
+    ABORTED = "aborted"
+    RELEASED = "released"
+
+
+_RANK = {
+    ChangePhase.CHANGE_PHASE_UNSPECIFIED: 0,
+    ChangePhase.CHANGE_PHASE_PREPARING: 1,
+    ChangePhase.CHANGE_PHASE_READY: 2,
+    ChangePhase.CHANGE_PHASE_FLIPPED: 3,
+    ChangePhase.CHANGE_PHASE_ABORTED: 4,
+    ChangePhase.CHANGE_PHASE_RELEASED: 4,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldChange:
+    """A change on this node.
+
+    Attributes:
+        change: as prepared; only its id and replica are set where the agent heard of it by an abort or its engine.
+        parts: of this node in it.
+        epoch: of the planner that asked last.
+        deadline_s: until when it may be prepared, on the clock that is passed in.
+        status: how far it is, as it is told to the planner.
+        wanted: what is to be reached.
+        why: reason of an abort that is wanted.
+        is_resolved: a ``resolved`` delta came.
+        ended_s: when it reached its last phase. None: it has not.
+        is_reserved: the engine answered ReserveMoves in this run of the agent.
+    """
+
+    change: Change
+    parts: tuple[ChangePart.ValueType, ...]
+    epoch: int
+    deadline_s: float
+    status: ChangeStatus
+    wanted: Wanted = Wanted.PREPARED
+    why: Failure | None = None
+    is_resolved: bool = False
+    ended_s: float | None = None
+    is_reserved: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.change.change_id
+
+    @property
+    def phase(self) -> ChangePhase.ValueType:
+        return self.status.phase
+
+    @property
+    def is_open(self) -> bool:
+        """It can still flip and still abort."""
+        return self.phase in (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
+
+    @property
+    def has_ended(self) -> bool:
+        """It is in a last phase."""
+        return self.phase in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED)
+
+    @property
+    def is_authority(self) -> bool:
+        return ChangePart.CHANGE_PART_AUTHORITY in self.parts
+
+    @property
+    def copies(self) -> bool:
+        """Whether this node sends or receives KV in it."""
+        return any(part != ChangePart.CHANGE_PART_AUTHORITY for part in self.parts)
+
+    def may_become(self, phase: ChangePhase.ValueType) -> bool:
+        """Phases only go forward, and FLIPPED never becomes ABORTED."""
+        if self.phase == ChangePhase.CHANGE_PHASE_FLIPPED:
+            return phase == ChangePhase.CHANGE_PHASE_RELEASED
+        return _RANK[phase] > _RANK[self.phase]
+
+
+@dataclass(slots=True, kw_only=True)
+class HeldReplica:
+    """What the agent holds of one replica.
+
+    Attributes:
+        replica: its name.
+        generation: of its state here; kept after a removal, so that nothing older comes back.
+        epoch: of the planner that the assignment is from.
+        assignment: None: it was removed, or never assigned.
+        nonce: of the last delta.
+        answer: to that delta.
+        changes: by id, in the order in which they came.
+        is_applied: the engine took this assignment, or its removal, in its present run.
+        assignment_state: how far the engine is with it.
+        failure: why the engine refused the assignment. None: it did not.
+    """
+
+    replica: str
+    generation: int = 0
+    epoch: int = 0
+    assignment: Assignment | None = None
+    nonce: str = ""
+    answer: ConnectNodeRequest | None = None
+    changes: dict[str, HeldChange] = field(default_factory=dict)
+    is_applied: bool = False
+    assignment_state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_LOADING
+    failure: Failure | None = None
+
+    @property
+    def held_generation(self) -> int:
+        """As the planner is told: 0 when nothing is held."""
+        return self.generation if self.assignment is not None else 0
+
+    @property
+    def open_change(self) -> HeldChange | None:
+        """The one change that is under way, if one is: neither ended nor, after a flip, resolved here."""
+        return next((change for change in self.changes.values() if not change.has_ended), None)
+
+    def to_bytes(self, *, clock: str) -> bytes:
+        """As it is kept on disk. ``clock`` names what deadlines count on, which a reboot changes."""
+        data = {
+            "replica": self.replica,
+            "generation": self.generation,
+            "epoch": self.epoch,
+            "assignment": None if self.assignment is None else _text(self.assignment.SerializeToString()),
+            "nonce": self.nonce,
+            "answer": None if self.answer is None else _text(self.answer.SerializeToString()),
+            "clock": clock,
+            "changes": [_change_data(change) for change in self.changes.values()],
+        }
+        return json.dumps(data, sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, body: bytes, *, clock: str) -> HeldReplica:
+        """The inverse of `to_bytes`; deadlines of another clock have passed.
+
+        Raises:
+            DamagedStateError: the bytes are no such thing.
+        """
+        try:
+            data = json.loads(body)
+            same_clock = data["clock"] == clock
+            changes = [_change_of(entry, same_clock=same_clock) for entry in data["changes"]]
+            return cls(
+                replica=data["replica"],
+                generation=int(data["generation"]),
+                epoch=int(data["epoch"]),
+                assignment=None if data["assignment"] is None else Assignment.FromString(_bytes(data["assignment"])),
+                nonce=data["nonce"],
+                answer=None if data["answer"] is None else ConnectNodeRequest.FromString(_bytes(data["answer"])),
+                changes={change.id: change for change in changes},
+            )
+        except (ValueError, KeyError, TypeError, DecodeError) as error:
+            raise DamagedStateError(f"{type(error).__name__}: {error}") from None
+
+
+def epoch_to_bytes(epoch: int) -> bytes:
+    return json.dumps({"newest_epoch": epoch}).encode()
+
+
+def epoch_from_bytes(body: bytes) -> int:
+    """The newest epoch that was obeyed.
+
+    Raises:
+        DamagedStateError: the bytes do not say.
+    """
+    try:
+        return int(json.loads(body)["newest_epoch"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStateError(f"{type(error).__name__}: {error}") from None
+
+
+def _change_data(change: HeldChange) -> dict[str, Any]:
+    return {
+        "change": _text(change.change.SerializeToString()),
+        "parts": [int(part) for part in change.parts],
+        "epoch": change.epoch,
+        "deadline_s": change.deadline_s,
+        "status": _text(change.status.SerializeToString()),
+        "wanted": change.wanted.value,
+        "why": None if change.why is None else _text(change.why.SerializeToString()),
+        "is_resolved": change.is_resolved,
+        "ended_s": change.ended_s,
+    }
+
+
+def _change_of(data: dict[str, Any], *, same_clock: bool) -> HeldChange:
+    return HeldChange(
+        change=Change.FromString(_bytes(data["change"])),
+        parts=tuple(data["parts"]),
+        epoch=int(data["epoch"]),
+        deadline_s=float(data["deadline_s"]) if same_clock else float("-inf"),
+        status=ChangeStatus.FromString(_bytes(data["status"])),
+        wanted=Wanted(data["wanted"]),
+        why=None if data["why"] is None else Failure.FromString(_bytes(data["why"])),
+        is_resolved=bool(data["is_resolved"]),
+        ended_s=None if data["ended_s"] is None or not same_clock else float(data["ended_s"]),
+    )
+
+
+def _text(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)

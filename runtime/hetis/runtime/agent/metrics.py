@@ -1,0 +1,121 @@
+"""The agent's own metrics, served to Prometheus on the loopback unless told otherwise.
+
+Names begin with ``hetis_agent_``. Devices carry their index and type; KV is counted as in `DeviceReport`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
+
+LOOPBACK = "127.0.0.1"
+
+
+class AgentMetrics:
+    """What an agent counts. Every agent has a registry of its own, so that several fit into one process."""
+
+    def __init__(self, *, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._types: dict[int, str] = {}
+        self._serving: tuple[object, ...] | None = None
+        build = self._gauge("build", "1; its label says which software this is.", "version")
+        build.labels(version).set(1)
+        self._connected = self._gauge("connected", "Whether the stream to the planner stands, 1 or 0.")
+        self._epoch = self._gauge("epoch", "Highest epoch of a planner that was obeyed.")
+        self._connects = self._counter("connects", "Streams that were opened, by how that ended.", "outcome")
+        self._sent = self._counter("messages_sent", "Messages to the planner, by kind.", "kind")
+        self._received = self._counter("messages_received", "Messages of the planner, by kind.", "kind")
+        self._refused = self._counter("deltas_refused", "Deltas answered with a NACK, by reason.", "reason")
+        self._changes = self._counter("changes", "Changes that ended here, by outcome.", "outcome")
+        self._scrapes = self._counter("engine_scrapes", "Reads of the engine's metrics, by how they ended.", "state")
+        self._age = self._gauge("engine_age_seconds", "How old the engine's last numbers are.")
+        device = ("index", "gpu_type")
+        self._blocks = self._gauge("device_kv_blocks", "KV blocks there are, in the engine's unit.", *device)
+        self._used = self._gauge("device_kv_blocks_used", "Of them, not evictable.", *device)
+        self._memory = self._gauge("device_memory_used_bytes", "Memory in use by all processes.", *device)
+        self._busy = self._gauge("device_busy_ratio", "Share of time in which a kernel ran.", *device)
+        self._clock = self._gauge("device_clock_hertz", "Clock of the multiprocessors.", *device)
+        self._throttled = self._gauge("device_throttled", "Whether something but idleness slows it, 1 or 0.", *device)
+        self._healthy = self._gauge("device_healthy", "Whether it can be used, 1 or 0.", *device)
+
+    def serve(self, port: int, *, host: str = LOOPBACK) -> int:
+        """Serves ``/metrics`` from a thread of its own and returns the port, which is chosen for 0.
+
+        Raises:
+            OSError: the address is taken or not ours.
+        """
+        server, thread = start_http_server(port, addr=host, registry=self.registry)
+        self._serving = (server, thread)
+        return int(server.server_address[1])
+
+    def close(self) -> None:
+        """Stops serving."""
+        if self._serving is not None:
+            server, thread = self._serving
+            server.shutdown()  # type: ignore[attr-defined]  # its class is private to prometheus_client
+            server.server_close()  # type: ignore[attr-defined]
+            thread.join()  # type: ignore[attr-defined]
+            self._serving = None
+
+    # --- the stream
+
+    def stream_opened(self, epoch: int) -> None:
+        self._connected.set(1)
+        self._epoch.set(epoch)
+        self._connects.labels("welcome").inc()
+
+    def stream_ended(self, outcome: str) -> None:
+        """``outcome``: the status code or reason it ended with, in lower case."""
+        self._connected.set(0)
+        self._connects.labels(outcome).inc()
+
+    def sent(self, message: agent_service_pb2.ConnectNodeRequest) -> None:
+        self._sent.labels(message.WhichOneof("message") or "none").inc()
+
+    def received(self, message: agent_service_pb2.ConnectNodeResponse) -> None:
+        self._received.labels(message.WhichOneof("message") or "none").inc()
+
+    def delta_refused(self, reason: str) -> None:
+        """``reason``: an ErrorReason without its prefix."""
+        self._refused.labels(reason).inc()
+
+    def change_ended(self, outcome: str) -> None:
+        """``outcome``: flipped or aborted."""
+        self._changes.labels(outcome).inc()
+
+    # --- the node
+
+    def engine_scraped(self, state: str, age_s: float) -> None:
+        """``state``: a `ScrapeState`."""
+        self._scrapes.labels(state).inc()
+        self._age.set(age_s)
+
+    def inventory_found(self, inventory: inventory_pb2.NodeInventory) -> None:
+        """Names the devices that samples are of; those that are gone are forgotten."""
+        for gauge in self._of_devices():
+            gauge.clear()
+        self._types = {device.index: device.gpu_type for device in inventory.devices}
+
+    def devices_sampled(self, reports: Iterable[report_pb2.DeviceReport]) -> None:
+        for report in reports:
+            labels = (str(report.index), self._types.get(report.index, ""))
+            slowed = set(report.throttle_reasons) - {report_pb2.THROTTLE_REASON_IDLE}
+            self._blocks.labels(*labels).set(report.total_blocks)
+            self._used.labels(*labels).set(report.used_blocks)
+            self._memory.labels(*labels).set(report.memory_used_bytes)
+            self._busy.labels(*labels).set(report.busy_ratio)
+            self._clock.labels(*labels).set(report.clock_hz)
+            self._throttled.labels(*labels).set(bool(slowed))
+            self._healthy.labels(*labels).set(not report.unhealthy)
+
+    def _of_devices(self) -> tuple[Gauge, ...]:
+        return (self._blocks, self._used, self._memory, self._busy, self._clock, self._throttled, self._healthy)
+
+    def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        return Gauge(f"hetis_agent_{name}", meaning, labels, registry=self.registry)
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(f"hetis_agent_{name}", meaning, labels, registry=self.registry)

@@ -1,0 +1,85 @@
+"""What `hetis-agent` was asked to do, checked as a whole before anything is started."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from hetis.runtime.agent.connecting import OptionError, is_loopback
+
+_NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class EngineKind(StrEnum):
+    SOCKET = "unix"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    SIMULATED = "simulated"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The engine beside the agent; ``where`` is a socket's path or the address of its metrics."""
+
+    kind: EngineKind
+    where: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> EngineChoice:
+        """``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``simulated`` or ``none``.
+
+        Raises:
+            OptionError: it is none of these.
+        """
+        head, _, rest = re.sub(r"^(vllm|sglang)\s+", r"\1:", text.strip()).partition(":")
+        expected = (
+            "unix:///path/engine.sock, vllm:http://127.0.0.1:8000, sglang:http://127.0.0.1:30000, simulated or none"
+        )
+        match head:
+            case "unix" if rest.startswith("/") and rest.strip("/"):
+                return cls(EngineKind.SOCKET, "/" + rest.lstrip("/"))
+            case "vllm" | "sglang" if rest:
+                return cls(EngineKind(head), _metrics_url(rest))
+            case "simulated" | "none" if not rest:
+                return cls(EngineKind(head))
+        raise OptionError(f"--engine is {text!r}, must be {expected}")
+
+
+def _metrics_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise OptionError(f"--engine has the address {text!r}, must be http://host:port")
+    return text if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/metrics"
+
+
+def checked_node(text: str) -> str:
+    if not _NODE.fullmatch(text):
+        raise OptionError(f"--node is {text!r}, must be clusters/CLUSTER/nodes/NODE")
+    return text
+
+
+def checked_address(option: str, text: str) -> tuple[str, int]:
+    """Host and port to listen on.
+
+    Raises:
+        OptionError: it is no such thing.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise OptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470")
+    return host.strip("[]"), int(port)
+
+
+def loopback_server(server: str) -> bool:
+    """Whether the planner is on this machine, where it listens without TLS by default."""
+    return is_loopback(server.rpartition(":")[0])
+
+
+def default_state_dir(home: str | None, node: str) -> Path:
+    """One directory per node, so that several agents of a demonstration do not meet."""
+    root = Path(home) if home else Path.home() / ".local" / "state"
+    return root / "hetis" / "agent" / node.rpartition("/")[2]

@@ -1,0 +1,61 @@
+"""Actions as they pile up while one event is handled, and the numbers of the stream and of engine calls."""
+
+from __future__ import annotations
+
+from hetis.runtime.agent.actions import Action, Call, Cancel, EndStream, EngineRequest, Persist, Send
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest
+from hetis.v1.failure_pb2 import Failure
+
+
+class Outbox:
+    """Collects actions.
+
+    Attributes:
+        is_connected: the planner's Welcome came on the stream that is open: it hears what is sent.
+        stream_epoch: of that Welcome.
+    """
+
+    def __init__(self) -> None:
+        self.is_connected = False
+        self.stream_epoch = 0
+        self._sequence = 0
+        self._next_call = 1
+        self._actions: list[Action] = []
+
+    def open_stream(self, hello: ConnectNodeRequest) -> ConnectNodeRequest:
+        """Begins to number anew; the planner hears nothing but ``hello`` before its Welcome."""
+        self.is_connected, self.stream_epoch, self._sequence = False, 0, 1
+        hello.sequence = 1
+        return hello
+
+    def send(self, message: ConnectNodeRequest) -> None:
+        """Says something on the stream; nothing without one: what matters is said again after the next Welcome."""
+        if self.is_connected:
+            self._sequence += 1
+            numbered = ConnectNodeRequest()
+            numbered.CopyFrom(message)
+            numbered.sequence, numbered.epoch = self._sequence, self.stream_epoch
+            self._actions.append(Send(numbered))
+
+    def call(self, request: EngineRequest, *, timeout_s: float | None) -> int:
+        """Asks the engine; returns the number of the call."""
+        number = self._next_call
+        self._next_call += 1
+        self._actions.append(Call(number, request, timeout_s))
+        return number
+
+    def cancel(self, number: int) -> None:
+        self._actions.append(Cancel(number))
+
+    def persist(self, part: str, body: bytes | None) -> None:
+        self._actions.append(Persist(part, body))
+
+    def end_stream(self, failure: Failure | None, *, within_s: float | None = None) -> None:
+        if not any(isinstance(action, EndStream) for action in self._actions):
+            self._actions.append(EndStream(failure, within_s))
+        self.is_connected = False
+
+    def take(self) -> list[Action]:
+        """What is to be done, in order; the box is empty after."""
+        taken, self._actions = self._actions, []
+        return taken

@@ -1,0 +1,23 @@
+"""How an engine that hetis does not steer is: vLLM's and SGLang's ``/metrics``, read, judged and told as reports."""
+
+from __future__ import annotations
+
+from hetis.runtime.agent.pressure.judging import Limits, Pressure, judge
+from hetis.runtime.agent.pressure.reading import EngineReading
+from hetis.runtime.agent.pressure.reports import device_reports, replica_report
+from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
+from hetis.runtime.agent.pressure.watching import EngineNews, watch_engine
+
+__all__ = [
+    "EngineNews",
+    "EngineReading",
+    "Limits",
+    "Pressure",
+    "Scrape",
+    "ScrapeState",
+    "device_reports",
+    "judge",
+    "replica_report",
+    "scrape",
+    "watch_engine",
+]

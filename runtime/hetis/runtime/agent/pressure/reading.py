@@ -1,0 +1,61 @@
+"""What one engine said of one model, in hetis' words: counts since it started, blocks in its own unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class EngineKind(StrEnum):
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Total:
+    """Sum and count of a histogram since the engine started."""
+
+    sum: float
+    count: float
+
+    def mean_since(self, earlier: Total | None) -> float:
+        """Mean of what came since; 0: nothing did. An engine that restarted begins at 0 again."""
+        if earlier is None or self.count < earlier.count or self.sum < earlier.sum:
+            earlier = Total(sum=0.0, count=0.0)
+        count = self.count - earlier.count
+        return (self.sum - earlier.sum) / count if count > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineReading:
+    """One scrape of one model. None: the engine does not say.
+
+    Attributes:
+        kind: which engine.
+        model: name that it serves the model under.
+        num_running, num_waiting: requests now.
+        num_waiting_for_kv: of those that wait, how many wait for KV blocks.
+        total_blocks: KV blocks there are, in the engine's unit (SGLang: tokens).
+        used_blocks: of them not evictable, that is held by requests.
+        evictable_blocks: of them holding cached prefixes only.
+        kv_use_ratio: share of KV that is held by requests, from 0 to 1; said even where block counts are not.
+        num_preempted, num_finished, num_steps: since the engine started.
+        num_preempted_now: preempted in its last round; engines that have no counter say this.
+        ttft_s, tpot_s: seconds to the first token and per output token, since the engine started.
+    """
+
+    kind: EngineKind
+    model: str
+    num_running: int | None = None
+    num_waiting: int | None = None
+    num_waiting_for_kv: int | None = None
+    total_blocks: int | None = None
+    used_blocks: int | None = None
+    evictable_blocks: int | None = None
+    kv_use_ratio: float | None = None
+    num_preempted: int | None = None
+    num_preempted_now: int | None = None
+    num_finished: int | None = None
+    num_steps: int | None = None
+    ttft_s: Total | None = None
+    tpot_s: Total | None = None

@@ -1,0 +1,81 @@
+"""The text of a ``/metrics`` answer as samples, parsed as Prometheus and as nothing else.
+
+HetisError (hetis.solver.errors)
++-- UnreadableMetricsError   the text is no exposition
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from hetis.solver.errors import HetisError
+
+
+class UnreadableMetricsError(HetisError):
+    """The answer is not what Prometheus calls an exposition."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One line: its labels and its value, which is finite."""
+
+    labels: Mapping[str, str]
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """All samples, by name. Names are those of the lines: counters end in ``_total``, means come as _sum and _count."""
+
+    by_name: Mapping[str, tuple[Sample, ...]]
+
+    def of(self, *names: str) -> tuple[Sample, ...]:
+        """Samples of the first of these names that has any; newer names come first. Empty: none of them is there."""
+        for name in names:
+            if found := self.by_name.get(name):
+                return found
+        return ()
+
+    def where(self, label: str, value: str) -> Samples:
+        """Those whose label has this value; without the label it is empty."""
+        return Samples(
+            by_name={
+                name: kept
+                for name, samples in self.by_name.items()
+                if (kept := tuple(sample for sample in samples if sample.labels.get(label, "") == value))
+            }
+        )
+
+    def beginning(self, prefix: str) -> Samples:
+        """Those whose names begin so."""
+        return Samples(by_name={name: found for name, found in self.by_name.items() if name.startswith(prefix)})
+
+    def values_of(self, label: str) -> list[str]:
+        """Every value that a label has somewhere, sorted."""
+        return sorted({sample.labels.get(label, "") for samples in self.by_name.values() for sample in samples})
+
+
+def parse_samples(text: str) -> Samples:
+    """The samples of an exposition; values that are not finite are left out.
+
+    Raises:
+        UnreadableMetricsError: the text is malformed somewhere, so that nothing of it can be trusted.
+    """
+    by_name: dict[str, list[Sample]] = {}
+    for name, sample in _all_samples(text):
+        if math.isfinite(sample.value):
+            by_name.setdefault(name, []).append(sample)
+    return Samples(by_name={name: tuple(samples) for name, samples in by_name.items()})
+
+
+def _all_samples(text: str) -> Iterator[tuple[str, Sample]]:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                yield sample.name, Sample(labels=sample.labels, value=float(sample.value))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what its parser raises on bad text
+        raise UnreadableMetricsError(f"not Prometheus text: {error}"[:300]) from None

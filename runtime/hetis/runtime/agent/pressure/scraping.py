@@ -1,0 +1,101 @@
+"""One GET of an engine's ``/metrics``: always an answer, never an exception, never more than was allowed."""
+
+from __future__ import annotations
+
+import http.client
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hetis.runtime.agent.pressure.reading import EngineReading
+from hetis.runtime.agent.pressure.samples import UnreadableMetricsError, parse_samples
+from hetis.runtime.agent.pressure.sglang import PREFIX as SGLANG
+from hetis.runtime.agent.pressure.sglang import read_sglang
+from hetis.runtime.agent.pressure.vllm import PREFIX as VLLM
+from hetis.runtime.agent.pressure.vllm import read_vllm
+
+MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends some hundred KiB
+_PIECE_BYTES = 64 * 2**10
+
+
+class ScrapeState(StrEnum):
+    """How a scrape ended."""
+
+    READ = "read"
+    UNREACHABLE = "unreachable"  # nobody answers in time, or with an error status
+    TOO_LARGE = "too large"
+    UNREADABLE = "unreadable"  # what came is no Prometheus text
+    NO_ENGINE = "no engine"  # it is, but of neither engine: wrong port, or SGLang without --enable-metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scrape:
+    """What one scrape brought: readings in the order of their models, or why there are none."""
+
+    state: ScrapeState
+    readings: tuple[EngineReading, ...] = ()
+    message: str = ""
+
+
+def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
+    """Fetches and reads; blocks for twice ``timeout_s`` at most."""
+    try:
+        body = _fetch(url, timeout_s, max_bytes)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        # urllib.error.URLError is an OSError; its reason says more than itself.
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        return Scrape(state=ScrapeState.UNREACHABLE, message=f"{url}: {reason or type(reason).__name__}"[:300])
+    if body is None:
+        return Scrape(state=ScrapeState.TOO_LARGE, message=f"{url}: the answer is larger than {max_bytes} bytes")
+    return read_text(body.decode("utf-8", errors="replace"), name=url)
+
+
+def read_text(text: str, *, name: str) -> Scrape:
+    """Reads what an engine sent; ``name`` says in messages where it is from."""
+    try:
+        samples = parse_samples(_known_prefixes(text))
+    except UnreadableMetricsError as error:
+        return Scrape(state=ScrapeState.UNREADABLE, message=f"{name}: {error}")
+    readings = (*read_vllm(samples.beginning(VLLM)), *read_sglang(samples.beginning(SGLANG)))
+    if not readings:
+        return Scrape(state=ScrapeState.NO_ENGINE, message=f"{name}: no metric begins with {VLLM} or {SGLANG}")
+    return Scrape(state=ScrapeState.READ, readings=readings)
+
+
+def _known_prefixes(text: str) -> str:
+    """SGLang and collectors that refuse colons write ``sglang_`` and ``vllm_``."""
+    lines = []
+    for line in text.splitlines():
+        for known in (VLLM, SGLANG):
+            other = known.replace(":", "_")
+            if line.startswith(other):
+                line = known + line.removeprefix(other)
+            elif line.startswith((f"# TYPE {other}", f"# HELP {other}")):
+                line = line.replace(other, known, 1)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
+    """The body; None: it is larger than ``max_bytes``. The time limit is of the whole, not of one read."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("not an http or https address")
+    ends_s = time.monotonic() + timeout_s
+    request = urllib.request.Request(url, headers={"Accept": "text/plain; version=0.0.4"})
+    pieces: list[bytes] = []
+    size = 0
+    with _OPENER.open(request, timeout=timeout_s) as response:
+        while piece := response.read1(_PIECE_BYTES):
+            size += len(piece)
+            if size > max_bytes:
+                return None
+            pieces.append(piece)
+            if time.monotonic() > ends_s:
+                raise TimeoutError(f"no whole answer within {timeout_s:g} s")
+    return b"".join(pieces)
+
+
+# No proxy: an engine is on this node.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

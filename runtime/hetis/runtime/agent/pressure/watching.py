@@ -1,0 +1,95 @@
+"""An engine watched: one scrape per interval, its readings judged by those before, each with its age."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+from hetis.runtime.agent.pressure.judging import DEFAULT_LIMITS, Limits, Pressure, judge
+from hetis.runtime.agent.pressure.reading import EngineReading
+from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNews:
+    """The last that is known of an engine.
+
+    Attributes:
+        state: how the last scrape ended; the readings are those of the last that succeeded.
+        readings: by model, in the order of their names. Empty: none succeeded yet.
+        earlier: the readings one scrape before those, by model.
+        pressure: judgement of every reading, by model.
+        taken_s: when the readings were taken, in seconds of the clock that was given. 0: never.
+        message: why the last scrape failed. Empty: it did not.
+    """
+
+    state: ScrapeState
+    readings: dict[str, EngineReading]
+    earlier: dict[str, EngineReading]
+    pressure: dict[str, Pressure]
+    taken_s: float
+    message: str = ""
+
+    def age_s(self, now_s: float) -> float:
+        """How old the readings are; 0 while there are none."""
+        return max(now_s - self.taken_s, 0.0) if self.readings else 0.0
+
+
+async def watch_engine(
+    url: str,
+    *,
+    interval_s: float,
+    timeout_s: float = 2.0,
+    limits: Limits = DEFAULT_LIMITS,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    take: Callable[[], Awaitable[Scrape]] | None = None,
+) -> AsyncIterator[EngineNews]:
+    """News after every scrape, failed ones too, until the caller stops.
+
+    A scrape that takes longer than the interval delays the next one: an engine that is slow is not asked twice at once.
+
+    Args:
+        url: of the metrics, such as ``http://127.0.0.1:8000/metrics``.
+        interval_s: from the begin of one scrape to that of the next.
+        timeout_s: of one scrape.
+        limits: from when on it is pressure.
+        clock, sleep: of time, for tests.
+        take: what to do instead of a GET, for tests.
+    """
+
+    async def get() -> Scrape:
+        return await asyncio.to_thread(scrape, url, timeout_s=timeout_s)
+
+    news = EngineNews(state=ScrapeState.UNREACHABLE, readings={}, earlier={}, pressure={}, taken_s=0.0)
+    while True:
+        begun_s = clock()
+        news = after(news, await (take or get)(), begun_s, limits)
+        yield news
+        await sleep(max(interval_s - (clock() - begun_s), 0.0))
+
+
+def after(news: EngineNews, taken: Scrape, now_s: float, limits: Limits) -> EngineNews:
+    """What is known after one more scrape. A failed one keeps the readings, which grow older."""
+    if taken.state is not ScrapeState.READ:
+        return EngineNews(
+            state=taken.state,
+            readings=news.readings,
+            earlier=news.earlier,
+            pressure=news.pressure,
+            taken_s=news.taken_s,
+            message=taken.message,
+        )
+    readings = {reading.model: reading for reading in taken.readings}
+    elapsed_s = now_s - news.taken_s
+    return EngineNews(
+        state=ScrapeState.READ,
+        readings=readings,
+        earlier={model: reading for model, reading in news.readings.items() if model in readings},
+        pressure={
+            model: judge(reading, news.readings.get(model), elapsed_s, limits) for model, reading in readings.items()
+        },
+        taken_s=now_s,
+    )

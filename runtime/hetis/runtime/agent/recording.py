@@ -1,0 +1,89 @@
+"""An executor that does what it is told to and remembers what it was asked, for tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from hetis.runtime.agent.actions import EngineRequest
+from hetis.runtime.agent.refusals import RefusedError
+from hetis.v1.change_pb2 import ChangeOutcome
+from hetis.v1.executor_service_pb2 import (
+    AbortMovesRequest,
+    AbortMovesResponse,
+    ApplyAssignmentRequest,
+    ApplyAssignmentResponse,
+    CopyMovesRequest,
+    CopyMovesResponse,
+    FlipMovesRequest,
+    FlipMovesResponse,
+    ReadHeadMapsRequest,
+    ReadHeadMapsResponse,
+    ReleaseMovesRequest,
+    ReleaseMovesResponse,
+    ReserveMovesRequest,
+    ReserveMovesResponse,
+    WatchReportsResponse,
+)
+from hetis.v1.failure_pb2 import Failure
+from hetis.v1.report_pb2 import AssignmentState
+
+ResponseT = TypeVar("ResponseT", bound=Message)
+Answer = Message | Failure | None
+
+
+class RecordingExecutor:
+    """Answers everything with success, unless ``answer`` says otherwise.
+
+    Attributes:
+        asked: every request, in order.
+        reports: what `watch_reports` yields; put a report in to send it.
+    """
+
+    def __init__(self, answer: Callable[[EngineRequest], Answer] = lambda request: None) -> None:
+        self.asked: list[EngineRequest] = []
+        self.reports: asyncio.Queue[WatchReportsResponse] = asyncio.Queue()
+        self._answer = answer
+
+    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
+        removed = request.HasField("removed_replica")
+        state = AssignmentState.ASSIGNMENT_STATE_STOPPED if removed else AssignmentState.ASSIGNMENT_STATE_LOADED
+        return self._do(request, ApplyAssignmentResponse(state=state))
+
+    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse:
+        return self._do(request, ReserveMovesResponse())
+
+    async def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]:
+        yield self._do(request, CopyMovesResponse(copied_bytes=1, total_bytes=1))
+
+    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse:
+        return self._do(request, FlipMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_FLIPPED, step=1))
+
+    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse:
+        return self._do(request, ReleaseMovesResponse())
+
+    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse:
+        return self._do(request, AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED))
+
+    async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
+        while True:
+            yield await self.reports.get()
+
+    async def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]:
+        yield self._do(request, ReadHeadMapsResponse())
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+    def _do(self, request: EngineRequest, usual: ResponseT) -> ResponseT:
+        self.asked.append(request)
+        answer = self._answer(request)
+        if isinstance(answer, Failure):
+            raise RefusedError(answer)
+        if answer is not None:
+            assert isinstance(answer, type(usual)), f"{type(answer).__name__} is no {type(usual).__name__}"
+            return answer
+        return usual

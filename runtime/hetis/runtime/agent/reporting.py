@@ -1,0 +1,147 @@
+"""When a node reports: at once when KV crosses a threshold, soon when something changed, a heartbeat otherwise."""
+
+from __future__ import annotations
+
+import random
+
+from google.protobuf.duration_pb2 import Duration
+
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Heartbeat, NodeReport, Settings
+from hetis.v1.report_pb2 import DeviceReport
+
+SPEED_CHANGE_RATIO = 0.1  # of observed to predicted time: a device that got slower or faster by more is news
+JITTER_RATIO = 0.1
+
+
+class Reporter:
+    """Decides what to send when; no clock of its own.
+
+    What counts as changed: a device's share of used blocks by more than ``kv_change_ratio``; what a report says in
+    words (states, failures, generations); waiting for KV or preemptions that begin; a device that runs slower.
+    Other numbers that moved (steps, running requests) go with the next message that is due anyway.
+    """
+
+    def __init__(self, seed: random.Random) -> None:
+        self._random = seed
+        self._settings = Settings()
+        self._sent = NodeReport()
+        self._has_sent = False
+        self._sent_s = float("-inf")  # last report
+        self._spoke_s = float("-inf")  # last message of any kind that renews the lease
+        self._beat_s = 0.0
+
+    def begin(self, settings: Settings, now_s: float) -> None:
+        """A new stream: its planner has heard nothing yet."""
+        self._has_sent = False
+        self._sent_s = float("-inf")
+        self.change_settings(settings, now_s)
+
+    def change_settings(self, settings: Settings, now_s: float) -> None:
+        self._settings.CopyFrom(settings)
+        self._spoke_s = now_s
+        self._draw_beat()
+
+    def due(self, report: NodeReport, now_s: float, *, asked: bool = False) -> ConnectNodeRequest | None:
+        """What to send now: a report, a heartbeat, or nothing."""
+        rested = now_s - self._sent_s >= _seconds(self._settings.min_report_interval)
+        if asked or not self._has_sent or self._crosses(report) or (rested and self._is_news(report)):
+            return self._send(report, now_s)
+        if now_s - self._spoke_s >= self._beat_s:
+            if rested and report != self._sent:
+                return self._send(report, now_s)
+            self._spoke_s = now_s
+            self._draw_beat()
+            return ConnectNodeRequest(heartbeat=Heartbeat())
+        return None
+
+    def next_s(self) -> float:
+        """When a heartbeat is due if nothing changes."""
+        return self._spoke_s + self._beat_s
+
+    def rested_s(self) -> float:
+        """When the next report may be sent, but for thresholds."""
+        return self._sent_s + _seconds(self._settings.min_report_interval)
+
+    def _send(self, report: NodeReport, now_s: float) -> ConnectNodeRequest:
+        self._sent.CopyFrom(report)
+        self._has_sent = True
+        self._sent_s = self._spoke_s = now_s
+        self._draw_beat()
+        return ConnectNodeRequest(report=report)
+
+    def _draw_beat(self) -> None:
+        interval_s = _seconds(self._settings.heartbeat_interval)
+        self._beat_s = interval_s * (1 + self._random.uniform(-JITTER_RATIO, JITTER_RATIO))
+
+    def _crosses(self, report: NodeReport) -> bool:
+        before, now = _shares(report=self._sent), _shares(report=report)
+        return any(
+            (before.get(key, 0.0) < threshold) != (share < threshold)
+            for key, share in now.items()
+            for threshold in self._settings.kv_thresholds
+        )
+
+    def _is_news(self, report: NodeReport) -> bool:
+        if _words(report) != _words(self._sent):
+            return True
+        before, now = _shares(report=self._sent), _shares(report=report)
+        if before.keys() != now.keys():
+            return True
+        if any(abs(now[key] - before[key]) > self._settings.kv_change_ratio for key in now):
+            return True
+        slower, slow = _speeds(self._sent), _speeds(report)
+        return any(abs(slow[key] - slower.get(key, 1.0)) > SPEED_CHANGE_RATIO for key in slow)
+
+
+def _shares(*, report: NodeReport) -> dict[object, float]:
+    """Used share of KV blocks by device of the node, and by device of a stage."""
+    shares: dict[object, float] = {
+        device.index: device.used_blocks / device.total_blocks for device in report.devices if device.total_blocks
+    }
+    for replica in report.replicas:
+        for stage in replica.stages:
+            for load in stage.devices:
+                if load.total_blocks:
+                    key = (replica.replica, stage.stage, stage.copy, load.device)
+                    shares[key] = load.used_blocks / load.total_blocks
+    return shares
+
+
+def _speeds(report: NodeReport) -> dict[object, float]:
+    """Observed over predicted time of every device that was measured."""
+    return {
+        (replica.replica, stage.stage, stage.copy, load.device): load.observed_s / load.predicted_s
+        for replica in report.replicas
+        for stage in replica.stages
+        for load in stage.devices
+        if load.observed_s > 0 and load.predicted_s > 0
+    }
+
+
+def _words(report: NodeReport) -> object:
+    """What is no measure: any difference is news."""
+    return (
+        [(d.index, d.total_blocks, d.unhealthy, _hot(d)) for d in report.devices],
+        [
+            (
+                r.replica,
+                r.assignment_state,
+                r.generation,
+                r.is_primary,
+                r.num_waiting_for_kv > 0,
+                r.num_preempted,
+                r.failure.reason,
+                [(s.stage, s.copy, d.device, d.status) for s in r.stages for d in s.devices],
+            )
+            for r in report.replicas
+        ],
+    )
+
+
+def _hot(device: DeviceReport) -> list[int]:
+    """Reasons for a lower clock other than idleness, which comes and goes."""
+    return sorted(reason for reason in device.throttle_reasons if reason > 1)
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

@@ -1,0 +1,129 @@
+"""Where a new request's head groups go: by hetis' own dispatcher, or a simple rule where it is not installed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
+from hetis.v1.stage_pb2 import StageModel
+
+if TYPE_CHECKING:
+    from hetis.solver.dispatch.problem import Stage
+
+GROWTH_BLOCKS = 4  # blocks that a new request is given room to grow into
+
+
+class Admission(Protocol):
+    """A rule of admission."""
+
+    def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
+        """The device of each head group; None: it does not fit now."""
+
+
+class ProportionalAdmission:
+    """Each head group goes to the device whose blocks are least in use, as a share."""
+
+    def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
+        free = stage.free_blocks()
+        totals = [device.total_blocks for device in stage.model.devices]
+        need = stage.blocks(request.context_tokens + _growth(stage, request))
+        units = [stage.primary_groups if device.is_primary else 1 for device in stage.model.devices]
+        left, counts = stage.model.heads.head_groups, [0] * len(free)
+        while left:
+            fits = [i for i in range(len(free)) if units[i] <= left and free[i] >= need * units[i] and totals[i]]
+            if not fits:
+                return None
+            best = max(fits, key=lambda i: (free[i] - need * units[i]) / totals[i])
+            counts[best] += units[best]
+            free[best] -= need * units[best]
+            left -= units[best]
+        return owners_of(counts)
+
+
+class SolverAdmission:
+    """`hetis.solver.dispatch`: the slowest device finishes soonest."""
+
+    def __init__(self) -> None:
+        from hetis.solver.dispatch.solve import Dispatcher
+
+        self._make = Dispatcher
+        self._dispatchers: dict[bytes, Dispatcher] = {}
+
+    def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
+        import numpy as np
+
+        from hetis.solver.dispatch.problem import Load, Requests
+
+        key = stage.model.SerializeToString(deterministic=True)
+        if key not in self._dispatchers:
+            self._dispatchers[key] = self._make(solver_stage(stage.model))
+        heads, kv_bytes = stage.heads_and_bytes()
+        load = Load(
+            heads=np.array(heads, np.int64),
+            kv_bytes=np.array(kv_bytes),
+            free_blocks=np.array(stage.free_blocks(), np.int64),
+        )
+        new = Requests(
+            ids=(request.id,),
+            context_tokens=np.array([request.context_tokens], np.int64),
+            growth_tokens=np.array([_growth(stage, request)], np.int64),
+        )
+        plan = self._dispatchers[key].dispatch(load, new)
+        return None if plan.unplaced else owners_of([int(count) for count in plan.groups[0]])
+
+
+def best_admission() -> Admission:
+    """The dispatcher where numba, which compiles it, is installed."""
+    try:
+        return SolverAdmission()
+    except ImportError:
+        return ProportionalAdmission()
+
+
+def owners_of(counts: list[int]) -> list[int]:
+    return [device for device, count in enumerate(counts) for _ in range(count)]
+
+
+def solver_stage(model: StageModel) -> Stage:
+    """The solver's value of a stage; a device with fewer pieces repeats its last."""
+    import numpy as np
+
+    from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+
+    most = max(len(device.pieces) for device in model.devices)
+
+    def pieces(name: str) -> list[list[float]]:
+        return [
+            [getattr(device.pieces[min(k, len(device.pieces) - 1)], name) for k in range(most)]
+            for device in model.devices
+        ]
+
+    heads = model.heads
+    primary = [i for i, device in enumerate(model.devices) if device.is_primary]
+    return Stage(
+        heads=HeadShape(
+            head_groups=heads.head_groups,
+            queries_per_group=heads.queries_per_group,
+            kv_bytes_per_token=heads.kv_bytes_per_token,
+            exchange_bytes_per_head=heads.exchange_bytes_per_head,
+            block_tokens=heads.block_tokens,
+        ),
+        devices=tuple(device.name for device in model.devices),
+        head_s=np.array(pieces("head_s")),
+        kv_byte_s=np.array(pieces("kv_byte_s")),
+        call_s=np.array(pieces("call_s")),
+        transfer_byte_s=np.array([device.transfer_byte_s for device in model.devices]),
+        transfer_s=np.array([device.transfer_s for device in model.devices]),
+        primary=Primary(
+            device=primary[0],
+            tp=max(len(model.devices[primary[0]].gpus), 1),
+            nic_byte_s=model.nic_byte_s,
+            nic_s=model.nic_s,
+        )
+        if primary
+        else None,
+    )
+
+
+def _growth(stage: StageRun, request: SimulatedRequest) -> int:
+    return min(request.remaining_tokens, GROWTH_BLOCKS * stage.model.heads.block_tokens)

@@ -1,0 +1,238 @@
+"""A simulated replica at the engine of its primary: arrivals, admission, decode steps, growth, preemption."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Mapping
+
+from hetis.runtime.agent.simulated.admission import Admission
+from hetis.runtime.agent.simulated.control import Control
+from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
+from hetis.v1.head_map_pb2 import HeadMap, Move
+from hetis.v1.replica_pb2 import Assignment, AssignmentGoal
+from hetis.v1.report_pb2 import DeviceStatus, ReplicaReport, StageLoad
+
+IDLE_S = 0.01  # between two looks for arrivals when nothing runs
+MOST_CATCH_UP_S = 1.0  # an engine that was held up does not make good more than that
+REMEMBERED = 64  # first tokens and outputs that means are taken of
+MOST_WAITING = 10_000
+Key = tuple[int, int]  # stage and copy
+
+
+class PrimaryRun:
+    """Requests of one replica, and the decode loop that serves them. All times are those that are passed in."""
+
+    def __init__(self, assignment: Assignment, *, seed: int, admission: Admission, now_s: float) -> None:
+        self.stages: dict[Key, StageRun] = {(m.stage, m.copy): StageRun(m) for m in assignment.stages}
+        self.waiting: deque[SimulatedRequest] = deque()
+        self.running: dict[str, SimulatedRequest] = {}
+        self.void: list[tuple[str, Move]] = []  # moves whose requests went, with their changes
+        self.num_steps = self.num_finished = self.num_preempted = 0
+        self._num_waiting_for_kv = 0
+        self._random = random.Random(seed)
+        self._admission = admission
+        self._names = 0
+        self._turn = 0
+        self._next_step_s = now_s
+        self._next_arrival_s: float | None = None
+        self._first_tokens: deque[float] = deque(maxlen=REMEMBERED)
+        self._outputs: deque[float] = deque(maxlen=REMEMBERED)
+        self.assignment = assignment
+        self.use(assignment)
+
+    def use(self, assignment: Assignment) -> None:
+        """Goes on under an assignment with the same stages; conditions say which devices not to rely on."""
+        self.assignment = assignment
+        said = {condition.device: condition.status for condition in assignment.conditions}
+        for stage in self.stages.values():
+            for i, device in enumerate(stage.model.devices):
+                found = [said[gpu] for gpu in [device.name, *device.gpus] if gpu in said]
+                # LOST is worse than DRAINING is worse than OK, in the order of the numbers.
+                stage.status[i] = max(found, default=DeviceStatus.DEVICE_STATUS_OK)
+        lost = DeviceStatus.DEVICE_STATUS_LOST
+        for stage in self.stages.values():
+            gone = {i for i, status in enumerate(stage.status) if status == lost}
+            for name in [name for name, owners in stage.owners.items() if gone.intersection(owners)]:
+                self._prefill_again(self.running[name])
+
+    @property
+    def goal(self) -> AssignmentGoal.ValueType:
+        return self.assignment.goal
+
+    # --- time
+
+    def next_boundary_s(self) -> float:
+        """When the next decode step begins: owners change before it or not at all."""
+        return self._next_step_s
+
+    def step(self, control: Control, *, serves: bool) -> None:
+        """Makes the decode step whose time has come."""
+        now_s = self._next_step_s
+        if serves and self.goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
+            self._arrive(now_s, control)
+            self._admit_waiting(now_s)
+        else:
+            self._next_arrival_s = None
+        if not self.running or control.pause:
+            self._next_step_s = now_s + IDLE_S
+            return
+        self._grow(now_s)
+        self.num_steps += 1
+        self._next_step_s = now_s + self.step_s(control)
+
+    def catch_up(self, now_s: float) -> None:
+        """Lets time pass that was lost, so that a process that was stopped does not race after it."""
+        if now_s - self._next_step_s > MOST_CATCH_UP_S:
+            self._next_step_s = now_s
+
+    def step_s(self, control: Control) -> float:
+        """Seconds of one decode step: in every layer the slowest device counts; copies of a stage work side by side."""
+        slowest: dict[int, float] = {}
+        for (stage, _), run in self.stages.items():
+            times = zip(run.attention_s(), slow_of(run, control.slow), strict=True)
+            attention_s = run.model.num_layers * max(seconds * slow for seconds, slow in times)
+            slowest[stage] = max(slowest.get(stage, 0.0), attention_s)
+        dense_s = control.dense_step_s
+        if dense_s is None:
+            dense_s = self.assignment.shape.tpot_s / 2
+        return max(dense_s + sum(slowest.values()), 1e-4)
+
+    # --- requests
+
+    def _arrive(self, now_s: float, control: Control) -> None:
+        rate = control.rate_rps
+        if rate is None:
+            rate = control.load_ratio * self.assignment.shape.rate_rps
+        if rate <= 0:
+            self._next_arrival_s = None
+            return
+        if self._next_arrival_s is None:
+            self._next_arrival_s = now_s + self._random.expovariate(rate)
+        while self._next_arrival_s <= now_s:
+            self._names += 1
+            request = SimulatedRequest(
+                id=f"r{self._names}",
+                context_tokens=self._length(control.prompt_tokens),
+                remaining_tokens=self._length(control.output_tokens),
+                arrived_s=self._next_arrival_s,
+            )
+            if len(self.waiting) < MOST_WAITING:
+                self.waiting.append(request)
+            self._next_arrival_s += self._random.expovariate(rate)
+
+    def _length(self, mean: float) -> int:
+        return min(max(round(self._random.expovariate(1 / mean)), 1), round(8 * mean))
+
+    def _admit_waiting(self, now_s: float) -> None:
+        most = self.assignment.shape.micro_batch * self.assignment.shape.in_flight
+        self._num_waiting_for_kv = 0
+        while self.waiting and (not most or len(self.running) < most):
+            if not self._admit(self.waiting[0]):
+                if not self.running:  # it is larger than the replica: nobody who waits behind it should wait for ever
+                    self.waiting.popleft()
+                    self.num_finished += 1
+                    continue
+                self._num_waiting_for_kv = len(self.waiting)
+                return
+            self.waiting.popleft()
+
+    def _admit(self, request: SimulatedRequest) -> bool:
+        """Whether the request runs now; the copies of a stage take requests in turn."""
+        numbers = sorted({stage for stage, _ in self.stages})
+        copies = tuple(self._turn % sum(stage == number for stage, _ in self.stages) for number in numbers)
+        found = {}
+        for key in zip(numbers, copies, strict=True):
+            owners = self._admission.owners(self.stages[key], request)
+            if owners is None:
+                return False
+            found[key] = owners
+        for key, owners in found.items():
+            self.stages[key].admit(request, owners)
+        request.copies = copies
+        self.running[request.id] = request
+        self._turn += 1
+        return True
+
+    def _grow(self, now_s: float) -> None:
+        """Every request makes a token, those that end go, and the youngest are preempted where blocks run out."""
+        for request in list(self.running.values()):
+            request.context_tokens += 1
+            request.remaining_tokens -= 1
+            request.made_tokens += 1
+            if request.begun_s is None:
+                request.begun_s = now_s
+                self._first_tokens.append(now_s - request.arrived_s)
+            if request.remaining_tokens <= 0:
+                self._finish(request, now_s)
+        for stage in self.stages.values():
+            while (full := stage.overfull()) is not None:
+                self._make_room(stage, full)
+
+    def _make_room(self, stage: StageRun, device: int) -> None:
+        """Moves that have not been made give way first: nothing is lost with them."""
+        for change, moves in stage.reserved.items():
+            coming = next((move for move in moves if stage.index[move.target] == device), None)
+            if coming is not None:
+                moves.remove(coming)
+                self.void.append((change, coming))
+                return
+        self._prefill_again(next(self.running[n] for n in reversed(stage.owners) if device in stage.owners[n]))
+
+    def _prefill_again(self, request: SimulatedRequest) -> None:
+        """A request loses its KV and waits, first of all, to begin anew."""
+        self._leave(request)
+        request.incarnation += 1
+        request.copies = ()
+        self.num_preempted += 1
+        self.waiting.appendleft(request)
+
+    def _finish(self, request: SimulatedRequest, now_s: float) -> None:
+        self._leave(request)
+        self.num_finished += 1
+        if request.begun_s is not None and request.made_tokens > 1:
+            self._outputs.append((now_s - request.begun_s) / (request.made_tokens - 1))
+
+    def _leave(self, request: SimulatedRequest) -> None:
+        del self.running[request.id]
+        for stage in self.stages.values():
+            if request.id in stage.requests:
+                self.void += stage.drop(request.id)
+
+    def take_void(self) -> list[tuple[str, Move]]:
+        """Moves that are void since the last time, with their changes."""
+        void, self.void = self.void, []
+        return void
+
+    # --- telling
+
+    def head_maps(self) -> list[HeadMap]:
+        return [self.stages[key].head_map() for key in sorted(self.stages)]
+
+    def loads(self, control: Control) -> list[StageLoad]:
+        return [self.stages[key].load(slow_of(self.stages[key], control.slow)) for key in sorted(self.stages)]
+
+    def fill(self, report: ReplicaReport, control: Control) -> None:
+        """The primary's part of a report."""
+        report.is_primary = True
+        report.num_running, report.num_waiting = len(self.running), len(self.waiting)
+        report.num_waiting_for_kv = min(self._num_waiting_for_kv, len(self.waiting))
+        report.num_preempted, report.num_finished = self.num_preempted, self.num_finished
+        report.num_steps = self.num_steps
+        report.stages.extend(self.loads(control))
+        report.ttft_s = sum(self._first_tokens) / max(len(self._first_tokens), 1)
+        report.tpot_s = sum(self._outputs) / max(len(self._outputs), 1)
+
+    def check(self) -> None:
+        """Recounts everything; a failure is a bug."""
+        for stage in self.stages.values():
+            stage.check()
+        for name, request in self.running.items():
+            keys = list(zip(sorted({stage for stage, _ in self.stages}), request.copies, strict=True))
+            held = [key for key, stage in self.stages.items() if name in stage.requests]
+            assert sorted(held) == keys, f"{name} runs on {held}, not {keys}"
+
+
+def slow_of(stage: StageRun, slow: Mapping[str, float]) -> list[float]:
+    """How many times slower each device is: a tensor-parallel group as its slowest card."""
+    return [max((slow.get(gpu, 1.0) for gpu in device.gpus), default=1.0) for device in stage.model.devices]

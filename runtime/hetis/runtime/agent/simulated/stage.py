@@ -1,0 +1,195 @@
+"""One copy of one stage of a simulated replica: who owns which head group, and the KV blocks that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hetis.v1.head_map_pb2 import HeadMap, HeadMapDevice, Move, MoveInFlight, RunningRequest
+from hetis.v1.report_pb2 import DeviceLoad, DeviceStatus, StageLoad
+from hetis.v1.stage_pb2 import StageModel
+
+
+@dataclass(slots=True, kw_only=True)
+class SimulatedRequest:
+    """A request of a simulated replica.
+
+    Attributes:
+        id: unique in its replica.
+        incarnation: how often it lost its KV.
+        context_tokens: that a decode step attends to.
+        remaining_tokens: still to be made.
+        arrived_s: when it came.
+        copies: of every stage, the copy that it runs on. Empty while it waits.
+        begun_s: when it got its first token. None: not yet.
+        made_tokens: output tokens so far.
+    """
+
+    id: str
+    context_tokens: int
+    remaining_tokens: int
+    arrived_s: float
+    incarnation: int = 0
+    copies: tuple[int, ...] = ()
+    begun_s: float | None = None
+    made_tokens: int = 0
+
+
+@dataclass(slots=True)
+class StageRun:
+    """The head map of one copy of one stage, at the engine that owns it.
+
+    Attributes:
+        model: devices and what attention costs there.
+        owners: of every running request: the device of each head group.
+        requests: the requests behind it.
+        status: of every device.
+        reserved: moves that hold blocks at their target, by change.
+        index: positions of the devices, by name.
+    """
+
+    model: StageModel
+    owners: dict[str, list[int]] = field(default_factory=dict)
+    requests: dict[str, SimulatedRequest] = field(default_factory=dict)
+    status: list[DeviceStatus.ValueType] = field(default_factory=list)
+    reserved: dict[str, list[Move]] = field(default_factory=dict)
+    index: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = {device.name: i for i, device in enumerate(self.model.devices)}
+        self.status = self.status or [DeviceStatus.DEVICE_STATUS_OK] * len(self.model.devices)
+
+    @property
+    def primary_groups(self) -> int:
+        """Head groups that the primary takes at a time."""
+        return min(len(self.model.devices[0].gpus) or 1, self.model.heads.head_groups)
+
+    def blocks(self, context_tokens: int) -> int:
+        """KV blocks per layer that one head group of such a context takes."""
+        return -(-context_tokens // self.model.heads.block_tokens)
+
+    def used_blocks(self) -> list[int]:
+        """Per device and layer: what owners hold and what moves have reserved."""
+        used = [0] * len(self.model.devices)
+        for name, owners in self.owners.items():
+            blocks = self.blocks(self.requests[name].context_tokens)
+            for owner in owners:
+                used[owner] += blocks
+        for moves in self.reserved.values():
+            for move in moves:
+                context = self.requests[move.request].context_tokens
+                used[self.index[move.target]] += self.blocks(context) * len(move.head_groups)
+        return used
+
+    def free_blocks(self) -> list[int]:
+        """Per device and layer, for what is new: none where a device takes nothing."""
+        return [
+            device.total_blocks - used if status == DeviceStatus.DEVICE_STATUS_OK else 0
+            for device, used, status in zip(self.model.devices, self.used_blocks(), self.status, strict=True)
+        ]
+
+    def heads_and_bytes(self) -> tuple[list[int], list[float]]:
+        """Per device: query heads, and KV bytes that a layer of a step reads."""
+        shape = self.model.heads
+        heads, kv_bytes = [0] * len(self.model.devices), [0.0] * len(self.model.devices)
+        for name, owners in self.owners.items():
+            read = shape.kv_bytes_per_token * self.requests[name].context_tokens
+            for owner in owners:
+                heads[owner] += shape.queries_per_group
+                kv_bytes[owner] += read
+        return heads, kv_bytes
+
+    def attention_s(self) -> list[float]:
+        """Per device: seconds per layer of its attention, transfer included, as the profile says."""
+        heads, kv_bytes = self.heads_and_bytes()
+        return [self._device_s(i, heads[i], kv_bytes[i]) for i in range(len(heads))]
+
+    def _device_s(self, i: int, heads: int, kv_bytes: float) -> float:
+        if heads == 0:
+            return 0.0
+        device, cards, share = self.model.devices[i], 1, 1
+        if device.is_primary:
+            cards, share = max(len(device.gpus), 1), self.primary_groups
+        seconds = max(p.head_s * heads / cards + p.kv_byte_s * kv_bytes / share + p.call_s for p in device.pieces)
+        if not device.is_primary:
+            seconds += device.transfer_byte_s * self.model.heads.exchange_bytes_per_head * heads + device.transfer_s
+        return seconds
+
+    # --- requests
+
+    def admit(self, request: SimulatedRequest, owners: list[int]) -> None:
+        self.requests[request.id], self.owners[request.id] = request, owners
+
+    def drop(self, request: str) -> list[tuple[str, Move]]:
+        """Takes a request out with its blocks; returns its moves, which are void, with their changes."""
+        del self.requests[request], self.owners[request]
+        void = [(change, move) for change, moves in self.reserved.items() for move in moves if move.request == request]
+        for change, move in void:
+            self.reserved[change].remove(move)
+        return void
+
+    def overfull(self) -> int | None:
+        """A device that holds more blocks than it has. None: all fit."""
+        for i, used in enumerate(self.used_blocks()):
+            if used > self.model.devices[i].total_blocks:
+                return i
+        return None
+
+    # --- telling
+
+    def load(self, slow: list[float]) -> StageLoad:
+        heads, kv_bytes = self.heads_and_bytes()
+        used, predicted = self.used_blocks(), self.attention_s()
+        devices = [
+            DeviceLoad(
+                device=device.name,
+                heads=heads[i],
+                kv_bytes=round(kv_bytes[i]),
+                total_blocks=device.total_blocks,
+                used_blocks=used[i],
+                status=self.status[i],
+                observed_s=predicted[i] * slow[i],
+                predicted_s=predicted[i],
+            )
+            for i, device in enumerate(self.model.devices)
+        ]
+        remaining = sum(request.remaining_tokens for request in self.requests.values())
+        return StageLoad(stage=self.model.stage, copy=self.model.copy, devices=devices, remaining_tokens=remaining)
+
+    def head_map(self) -> HeadMap:
+        return HeadMap(
+            stage=self.model.stage,
+            copy=self.model.copy,
+            devices=[
+                HeadMapDevice(name=device.name, total_blocks=device.total_blocks, status=status)
+                for device, status in zip(self.model.devices, self.status, strict=True)
+            ],
+            requests=[
+                RunningRequest(
+                    id=name,
+                    incarnation=request.incarnation,
+                    context_tokens=request.context_tokens,
+                    remaining_tokens=request.remaining_tokens,
+                    owners=self.owners[name],
+                )
+                for name, request in self.requests.items()
+            ],
+            moves=[
+                MoveInFlight(change_id=change, move=move) for change, moves in self.reserved.items() for move in moves
+            ],
+        )
+
+    def check(self) -> None:
+        """One owner per request and head group; nothing on a lost device; no block twice. A failure is a bug."""
+        groups, num = self.model.heads.head_groups, len(self.model.devices)
+        assert self.owners.keys() == self.requests.keys(), "owners and requests differ"
+        for name, owners in self.owners.items():
+            assert len(owners) == groups, f"{name} has {len(owners)} owners, not {groups}"
+            assert all(0 <= owner < num for owner in owners), f"{name} is owned by no device"
+            lost = DeviceStatus.DEVICE_STATUS_LOST
+            assert all(self.status[owner] != lost for owner in owners), f"{name} has KV on a lost device"
+        assert self.overfull() is None, "a device holds more blocks than it has"
+        for moves in self.reserved.values():
+            for move in moves:
+                owners = self.owners[move.request]
+                source = self.index[move.source]
+                assert all(owners[g] == source for g in move.head_groups), "a source lost what it has not handed over"

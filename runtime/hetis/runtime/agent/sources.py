@@ -1,0 +1,85 @@
+"""Where the agent's reports of its engine come from: `ExecutorService`, or the metrics of vLLM and SGLang."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from hetis.runtime.agent.executor import Executor
+from hetis.runtime.agent.held import HeldReplica
+from hetis.runtime.agent.pressure import EngineNews, device_reports, replica_report, watch_engine
+from hetis.runtime.agent.pressure.reports import unreachable_report
+from hetis.v1.executor_service_pb2 import WatchReportsResponse
+
+LEAST_REPORT_S = 0.2  # between two reports of an engine that is asked
+SCRAPE_S = 2.0
+Reports = Callable[[], AsyncIterator[tuple[WatchReportsResponse, float]]]
+
+
+def executor_reports(executor: Executor) -> Reports:
+    """Reports of an engine that serves `ExecutorService`."""
+
+    async def reports() -> AsyncIterator[tuple[WatchReportsResponse, float]]:
+        async for report in executor.watch_reports(LEAST_REPORT_S):
+            yield report, 0.0
+
+    return reports
+
+
+def scraped_reports(
+    url: str,
+    held: Callable[[], Sequence[HeldReplica]],
+    num_devices: int,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    told: Callable[[EngineNews, float], None] = lambda news, age_s: None,
+) -> Reports:
+    """Reports made of an engine's metrics.
+
+    Args:
+        held: the replicas that are assigned to the node.
+        num_devices: of the node; the engine is taken to run on all of them.
+        told: hears of every scrape, for metrics.
+    """
+
+    async def reports() -> AsyncIterator[tuple[WatchReportsResponse, float]]:
+        async for news in watch_engine(url, interval_s=SCRAPE_S, clock=clock):
+            age_s = news.age_s(clock())
+            told(news, age_s)
+            yield report_of(news, held(), num_devices, engine_id=url), age_s
+
+    return reports
+
+
+def report_of(
+    news: EngineNews, held: Sequence[HeldReplica], num_devices: int, *, engine_id: str
+) -> WatchReportsResponse:
+    """One report. The engine's model is that of the replica whose model document names it; one of one is taken so."""
+    report = WatchReportsResponse(
+        engine_id=engine_id, devices=device_reports(news.readings.values(), range(num_devices))
+    )
+    assigned = [entry for entry in held if entry.assignment is not None]
+    for entry in assigned:
+        model = _model_of(entry, news, alone=len(assigned) == 1)
+        if news.message or model is None:
+            why = news.message or "the engine serves no model of that name"
+            report.replicas.append(unreachable_report(entry.replica, why))
+        else:
+            report.replicas.append(
+                replica_report(
+                    entry.replica,
+                    news.readings[model],
+                    earlier=news.earlier.get(model),
+                    pressure=news.pressure.get(model),
+                )
+            )
+    return report
+
+
+def _model_of(entry: HeldReplica, news: EngineNews, *, alone: bool) -> str | None:
+    assert entry.assignment is not None
+    text = entry.assignment.model.content.decode(errors="replace")
+    named = [model for model in news.readings if f'"{model}"' in text or f" {model}\n" in text]
+    if named:
+        return named[0]
+    return next(iter(news.readings)) if alone and len(news.readings) == 1 else None

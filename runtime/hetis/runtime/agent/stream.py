@@ -1,0 +1,141 @@
+"""The agent's stream to the planner: opened, kept, opened again after a random wait that no fleet shares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Protocol
+
+import grpc
+
+from hetis.runtime.agent.actions import EndStream
+from hetis.runtime.agent.connecting import PlannerAddress, Waiting
+from hetis.runtime.agent.refusals import failure_of_call, reason_name
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
+from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
+from hetis.v1.failure_pb2 import ErrorReason, Failure
+
+MOST_QUEUED = 10_000  # messages that the planner has not taken: then the stream is given up, and all is said anew
+WELCOME_S = 30.0
+_log = logging.getLogger(__name__)
+
+
+class TakenOverError(Exception):
+    """Another agent of the same node is connected; this one has to end."""
+
+
+class Listener(Protocol):
+    """Who the stream is for."""
+
+    def hello(self) -> ConnectNodeRequest: ...
+
+    def heard(self, message: ConnectNodeResponse) -> None: ...
+
+    def ended(self, reason: str) -> None: ...
+
+
+class PlannerStream:
+    """One stream after the other, until it is cancelled or taken over."""
+
+    def __init__(self, address: PlannerAddress, listener: Listener, waiting: Waiting) -> None:
+        self._address = address
+        self._listener = listener
+        self._waiting = waiting
+        self._outgoing: asyncio.Queue[ConnectNodeRequest] = asyncio.Queue(MOST_QUEUED)
+        self._end: asyncio.Future[EndStream] | None = None
+
+    def send(self, message: ConnectNodeRequest) -> None:
+        """To the planner, in order; whatever the stream that ends does not take is gone with it."""
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            self.end(EndStream(None))
+
+    def end(self, why: EndStream) -> None:
+        """Ends the present stream."""
+        if self._end is not None and not self._end.done():
+            self._end.set_result(why)
+
+    async def run(self) -> None:
+        """Connects again and again.
+
+        Raises:
+            TakenOverError: another agent of this node took over.
+        """
+        while True:
+            end, failure = await self._once()
+            if failure is not None and failure.reason == ErrorReason.ERROR_REASON_NODE_TAKEN_OVER:
+                raise TakenOverError(failure.message)
+            why = failure or (end.failure if end is not None else None)
+            within_s = end.within_s if end is not None else None
+            wait_s = self._waiting.next_s() if within_s is None else self._waiting.within_s(within_s)
+            if why is not None:
+                _log.warning("stream to %s: %s; again in %.1f s", self._address.server, why.message, wait_s)
+            self._listener.ended(reason_name(why).lower() if why is not None else "goodbye")
+            await asyncio.sleep(wait_s)
+
+    async def _once(self) -> tuple[EndStream | None, Failure | None]:
+        """One stream from Hello to its end: what ended it here, or how the planner ended it."""
+        self._end = asyncio.get_running_loop().create_future()
+        self._outgoing = asyncio.Queue(MOST_QUEUED)
+        try:
+            channel = self._address.channel()
+            metadata = self._address.metadata()
+        except OSError as error:
+            return None, Failure(reason=ErrorReason.ERROR_REASON_CREDENTIALS, message=str(error))
+        async with channel:
+            call: Any = AgentServiceStub(channel).ConnectNode(metadata=metadata)
+            tasks: set[asyncio.Future[Any]] = {
+                asyncio.create_task(self._read(call)),
+                asyncio.create_task(self._write(call)),
+            }
+            try:
+                done, _ = await asyncio.wait({*tasks, self._end}, return_when=asyncio.FIRST_COMPLETED)
+                if self._end in done:
+                    await self._flush(call)
+                    return self._end.result(), None
+                return None, await _how_it_ended(call, done)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                call.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: Any) -> None:
+        async with asyncio.timeout(WELCOME_S):
+            message = await call.read()
+        while message is not grpc.aio.EOF:
+            self._listener.heard(message)
+            message = await call.read()
+
+    async def _write(self, call: Any) -> None:
+        await call.write(self._listener.hello())
+        while True:
+            await call.write(await self._outgoing.get())
+
+    async def _flush(self, call: Any) -> None:
+        """A last word, such as a NACK, if the planner takes it soon."""
+        with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
+            async with asyncio.timeout(0.2):
+                await asyncio.sleep(0.05)
+                await call.done_writing()
+
+
+async def _how_it_ended(call: Any, done: set[Any]) -> Failure:
+    for task in done:
+        error = task.exception() if isinstance(task, asyncio.Task) else None
+        if isinstance(error, grpc.aio.AioRpcError):
+            return failure_of_call(error)
+        if isinstance(error, TimeoutError):
+            return Failure(
+                reason=ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, message=f"no Welcome came in {WELCOME_S:g} s"
+            )
+        if error is not None and not isinstance(error, asyncio.InvalidStateError):
+            raise error
+    code = await call.code()
+    if code is grpc.StatusCode.OK:
+        return Failure(reason=ErrorReason.ERROR_REASON_DRAINING, message="the planner closed the stream")
+    return failure_of_call(
+        grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
+    )

@@ -1,0 +1,213 @@
+"""What engines' metrics mean: exact names, old and new, several models, ranks, and what is missing."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.runtime.agent.pressure import EngineReading, ScrapeState, judge, replica_report
+from hetis.runtime.agent.pressure.judging import Limits
+from hetis.runtime.agent.pressure.reading import EngineKind, Total
+from hetis.runtime.agent.pressure.reports import device_reports, unreachable_report
+from hetis.runtime.agent.pressure.scraping import Scrape, read_text
+from hetis.v1 import failure_pb2, report_pb2
+from tests.runtime.agent.pressure.expositions import SGLANG, VLLM, VLLM_OLD
+
+
+def read(text: str) -> tuple[EngineReading, ...]:
+    found = read_text(text, name="engine")
+    assert found.state is ScrapeState.READ, found
+    return found.readings
+
+
+def reading(**values: object) -> EngineReading:
+    return EngineReading(kind=EngineKind.VLLM, model="m", **values)  # type: ignore[arg-type]
+
+
+def test_vllm_is_read_by_its_names() -> None:
+    assert read(VLLM) == (
+        EngineReading(
+            kind=EngineKind.VLLM,
+            model="meta-llama/Llama-3.1-8B-Instruct",
+            num_running=41,
+            num_waiting=7,
+            num_waiting_for_kv=5,
+            total_blocks=27150,
+            used_blocks=25358,  # 0.934 of them
+            kv_use_ratio=0.934,
+            num_preempted=23,
+            num_finished=1134,
+            num_steps=90210,
+            ttft_s=Total(sum=342.0, count=1140.0),
+            tpot_s=Total(sum=5000.0, count=200000.0),
+        ),
+    )
+
+
+def test_an_older_vllm_is_read_by_the_names_it_had() -> None:
+    (found,) = read(VLLM_OLD)
+    assert (found.kv_use_ratio, found.total_blocks, found.used_blocks) == (0.25, 1000, 250)
+    assert found.num_waiting_for_kv is None
+    assert found.tpot_s == Total(sum=0.2, count=10.0)
+
+
+def test_the_newer_name_wins_where_both_are_served() -> None:
+    both = VLLM_OLD + 'vllm:kv_cache_usage_perc{model_name="opt"} 0.5\n'
+    assert read(both)[0].kv_use_ratio == 0.5
+
+
+def test_sglang_is_read_without_what_it_can_evict() -> None:
+    assert read(SGLANG) == (
+        EngineReading(
+            kind=EngineKind.SGLANG,
+            model="qwen",
+            num_running=12,
+            num_waiting=4,
+            total_blocks=100_000,
+            used_blocks=60_000,  # 100,000 less 5,000 available less 35,000 evictable; not the 95,000 it calls used
+            evictable_blocks=35_000,
+            kv_use_ratio=0.6,
+            num_preempted_now=2,
+            num_finished=507,
+            ttft_s=Total(sum=101.4, count=507.0),
+            tpot_s=Total(sum=30.0, count=1000.0),
+        ),
+    )
+
+
+def test_the_fullest_pool_of_sglang_counts() -> None:
+    hybrid = SGLANG + 'sglang:swa_token_usage{engine_type="unified",model_name="qwen",pp_rank="0",tp_rank="0"} 0.97\n'
+    (found,) = read(hybrid)
+    assert (found.kv_use_ratio, found.used_blocks) == (0.97, 97_000)
+
+
+def test_ranks_that_share_their_requests_count_once_and_others_add_up() -> None:
+    text = "".join(
+        f'sglang:num_running_reqs{{dp_rank="{dp}",model_name="qwen",tp_rank="{tp}"}} {5 + dp}\n'
+        for dp in range(2)
+        for tp in range(4)
+    )
+    assert read(text)[0].num_running == 11
+    engines = 'vllm:num_requests_running{engine="0",model_name="m"} 4\n'
+    engines += 'vllm:num_requests_running{engine="1",model_name="m"} 6\n'
+    assert read(engines)[0].num_running == 10
+
+
+def test_several_models_on_one_port_are_told_apart() -> None:
+    second = VLLM.replace("meta-llama/Llama-3.1-8B-Instruct", "adapter").replace("41.0", "2.0")
+    lines = dict.fromkeys(VLLM.splitlines() + second.splitlines())
+    found = {one.model: one.num_running for one in read("\n".join(lines) + "\n")}
+    assert found == {"meta-llama/Llama-3.1-8B-Instruct": 41, "adapter": 2}
+
+
+def test_collectors_that_refuse_colons_are_understood() -> None:
+    assert read(SGLANG.replace("sglang:", "sglang_")) == read(SGLANG)
+    assert read(VLLM.replace("vllm:", "vllm_")) == read(VLLM)
+
+
+def test_metrics_that_are_missing_are_not_known_rather_than_zero() -> None:
+    (found,) = read('vllm:num_requests_running{model_name="m"} 1\n')
+    assert found == reading(num_running=1)
+    report = replica_report("clusters/c/replicas/r", found)
+    assert report == report_pb2.ReplicaReport(
+        replica="clusters/c/replicas/r",
+        assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED,
+        is_primary=True,
+        num_running=1,
+    )
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf"], ids=["not a number", "infinite", "infinite and negative"])
+def test_values_that_are_no_finite_numbers_are_not_known(value: str) -> None:
+    text = VLLM_OLD.replace("0.25", value)
+    assert read(text)[0].kv_use_ratio is None
+
+
+def test_blocks_that_are_not_measured_yet_are_not_known() -> None:
+    (found,) = read(VLLM_OLD.replace('num_gpu_blocks="1000"', 'num_gpu_blocks="None"'))
+    assert (found.total_blocks, found.used_blocks, found.kv_use_ratio) == (None, None, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        ("", ScrapeState.NO_ENGINE),
+        ("# HELP up Up.\n# TYPE up gauge\nup 1\n", ScrapeState.NO_ENGINE),
+        ("<html><body>404</body></html>", ScrapeState.UNREADABLE),
+        ('{"error": "no metrics"}', ScrapeState.UNREADABLE),
+        (VLLM[: VLLM.index("41.0")], ScrapeState.UNREADABLE),  # cut off
+        ('vllm:num_requests_running{model_name="m} 1\n', ScrapeState.UNREADABLE),
+        ('vllm:num_requests_running{model_name="m"} many\n', ScrapeState.UNREADABLE),
+    ],
+)
+def test_text_that_is_not_an_engine_has_a_state(text: str, state: ScrapeState) -> None:
+    found = read_text(text, name="engine")
+    assert found.state is state
+    assert found.message.startswith("engine: ")
+    assert found.readings == ()
+
+
+@given(st.one_of(st.text(), st.text(alphabet=string.printable), st.text(alphabet='vllm:{}=", 0\n#TYPE')))
+def test_no_text_makes_reading_fail(text: str) -> None:
+    assert isinstance(read_text(text, name="engine"), Scrape)
+
+
+@given(st.integers(0, len(VLLM)), st.integers(0, len(VLLM)), st.text(max_size=3))
+def test_no_damage_to_an_answer_makes_reading_or_reporting_fail(start: int, stop: int, between: str) -> None:
+    for found in read_text(VLLM[:start] + between + VLLM[stop:], name="engine").readings:
+        replica_report("clusters/c/replicas/r", found, pressure=judge(found, None, 1.0))
+        device_reports([found], [0])
+
+
+def test_a_mean_is_of_the_time_between_two_readings() -> None:
+    assert Total(sum=30.0, count=20.0).mean_since(Total(sum=10.0, count=10.0)) == 2.0
+    assert Total(sum=30.0, count=20.0).mean_since(None) == 1.5
+    assert Total(sum=10.0, count=10.0).mean_since(Total(sum=10.0, count=10.0)) == 0.0
+    assert Total(sum=3.0, count=2.0).mean_since(Total(sum=10.0, count=10.0)) == 1.5  # it restarted
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "reasons"),
+    [
+        (reading(kv_use_ratio=0.9), None, []),  # not above the limit
+        (reading(kv_use_ratio=0.91), None, ["requests hold 91% of the KV blocks, above 90%"]),
+        (reading(kv_use_ratio=0.3, num_waiting=9), None, []),  # they wait for something else
+        (reading(kv_use_ratio=0.3, num_waiting=9, num_waiting_for_kv=2), None, ["2 requests wait for KV blocks"]),
+        (
+            reading(kv_use_ratio=0.95, num_waiting=9),
+            None,
+            ["requests hold 95% of the KV blocks, above 90%", "9 requests wait for KV blocks"],
+        ),
+        (reading(kv_use_ratio=0.95, num_waiting=9, num_waiting_for_kv=0), None, ["requests hold 95%"]),
+        (reading(num_preempted=12), reading(num_preempted=2), ["1.00 requests/s are preempted, above 0.05"]),
+        (reading(num_preempted=12), reading(num_preempted=12), []),
+        (reading(num_preempted=12), None, []),  # since when is not known
+        (reading(num_preempted=5), reading(num_preempted=900), ["0.50 requests/s"]),  # it restarted
+        (reading(num_preempted_now=3), reading(), ["0.30 requests/s"]),
+        (reading(), None, []),
+    ],
+)
+def test_pressure_is_what_only_a_shortage_gives(
+    now: EngineReading, before: EngineReading | None, reasons: list[str]
+) -> None:
+    pressure = judge(now, before, 10.0, Limits(use_ratio=0.9, preemptions_per_s=0.05))
+    assert len(pressure.reasons) == len(reasons)
+    assert all(found.startswith(said) for found, said in zip(pressure.reasons, reasons, strict=True))
+    assert pressure.is_high == bool(reasons)
+
+
+def test_devices_that_engines_share_hold_the_blocks_of_all() -> None:
+    first, second = read(VLLM_OLD)[0], read(SGLANG)[0]
+    assert device_reports([first, second], [2, 3]) == [
+        report_pb2.DeviceReport(index=index, total_blocks=101_000, used_blocks=60_250, evictable_blocks=35_000)
+        for index in (2, 3)
+    ]
+
+
+def test_an_engine_that_does_not_answer_is_reported_so() -> None:
+    report = unreachable_report("clusters/c/replicas/r", "refused")
+    assert report.failure.reason == failure_pb2.ERROR_REASON_ENGINE_UNREACHABLE
+    assert report.assignment_state == report_pb2.ASSIGNMENT_STATE_UNMANAGED

@@ -1,0 +1,137 @@
+"""What an agent must not forget survives kills, and damage costs no more than the damaged part."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.runtime.agent.disk import StateDirectory, StateError
+from hetis.runtime.agent.held import HeldReplica
+from tests.runtime.agent.builders import REPLICA, Bench, Planner, change
+
+
+def opened(path: Path) -> dict[str, bytes]:
+    directory = StateDirectory(path)
+    try:
+        return directory.read()
+    finally:
+        directory.close()
+
+
+def test_parts_are_read_back_and_only_this_user_may(tmp_path: Path) -> None:
+    directory = StateDirectory(tmp_path / "state")
+    directory.write(REPLICA, b"one")
+    directory.write("node", b"\x00\n\xff")
+    directory.write("gone", b"x")
+    directory.write("gone", None)
+    directory.close()
+    assert opened(tmp_path / "state") == {REPLICA: b"one", "node": b"\x00\n\xff"}
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in (tmp_path / "state").iterdir())
+
+
+@given(st.data())
+def test_a_damaged_part_is_set_aside_and_the_others_are_used(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("state")
+    directory = StateDirectory(path)
+    directory.write("a", b"first part")
+    directory.write("b", b"second part")
+    directory.close()
+    file = path / "a.state"
+    content = file.read_bytes()
+    cut = data.draw(st.integers(0, len(content) - 1))
+    damaged = data.draw(
+        st.sampled_from([content[:cut], content[:cut] + bytes([content[cut] ^ 1]) + content[cut + 1 :]])
+    )
+    file.write_bytes(damaged)
+    found = opened(path)
+    assert found["b"] == b"second part"
+    if "a" in found:  # a flipped bit in the blanks of the header, say
+        assert found["a"] == b"first part"
+    else:
+        assert (path / "a.state.damaged-0").read_bytes() == damaged
+
+
+def test_damage_is_said_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.state").write_bytes(b"nonsense")
+    with caplog.at_level(logging.ERROR):
+        assert opened(tmp_path) == {}
+    assert "a.state is damaged" in caplog.text
+    assert "kept as a.state.damaged-0" in caplog.text
+
+
+def test_two_agents_do_not_share_a_directory(tmp_path: Path) -> None:
+    first = StateDirectory(tmp_path)
+    with pytest.raises(StateError, match="is in use by another agent"):
+        StateDirectory(tmp_path)
+    first.close()
+    opened(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(StateError, match=r"state directory .*: Not a directory|File exists"):
+        StateDirectory(tmp_path / "file")
+
+
+def test_a_writer_that_is_killed_leaves_the_old_or_the_new_part(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from hetis.runtime.agent.disk import StateDirectory
+directory = StateDirectory(Path({str(tmp_path)!r}))
+number = 0
+while True:
+    directory.write("part", str(number).encode() * 5000)
+    number += 1
+"""
+    seen = set()
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", program])
+        while not (tmp_path / "part.state").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.15)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        body = opened(tmp_path)["part"]
+        number = body[: len(body) // 5000]
+        assert body == number * 5000
+        seen.add(number)
+    assert len(seen) > 1
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_held_replica_is_the_same_after_a_round_trip() -> None:
+    bench = Bench()
+    bench.connect()
+    bench.hear(Planner().assign())
+    bench.hear(Planner().prepare(change()))
+    (held,) = bench.core.held()
+    body = held.to_bytes(clock="boot-1")
+    assert HeldReplica.from_bytes(body, clock="boot-1").to_bytes(clock="boot-1") == body
+    (kept,) = HeldReplica.from_bytes(body, clock="boot-2").changes.values()
+    assert kept.deadline_s == float("-inf")
+
+
+def test_a_part_that_checks_but_says_nonsense_is_named_and_the_epoch_is_not_lost() -> None:
+    bench = Bench()
+    bench.connect(epoch=6)
+    bench.hear(Planner(6).assign())
+    bench.disk["node"] = b"{}"
+    bench.boot()
+    assert set(bench.core.damaged) == {"node"}
+    assert bench.core.newest_epoch == 6  # the assignment came from it
+    bench.disk[REPLICA] = b"\xff"
+    bench.boot()
+    assert set(bench.core.damaged) == {"node", REPLICA}

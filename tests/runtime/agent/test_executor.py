@@ -1,0 +1,127 @@
+"""The client of an engine's socket, against a simulated engine that serves one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from hetis.runtime.agent.executor import SocketExecutor, check_socket
+from hetis.runtime.agent.recording import RecordingExecutor
+from hetis.runtime.agent.refusals import RefusedError, reason_name, stale_epoch
+from hetis.runtime.agent.simulated.control import Control
+from hetis.runtime.agent.simulated.engine import SimulatedEngine
+from hetis.runtime.agent.simulated.server import SimulatedServer
+from hetis.v1.executor_service_pb2 import (
+    AbortMovesRequest,
+    ApplyAssignmentRequest,
+    CopyMovesRequest,
+    FlipMovesRequest,
+    ReadHeadMapsRequest,
+    ReleaseMovesRequest,
+    ReserveMovesRequest,
+)
+from hetis.v1.replica_pb2 import EnginePeer
+from tests.runtime.agent.builders import ABORTED, FLIPPED, REPLICA, TARGET, assignment, change
+
+
+def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> None:
+    async def story() -> None:
+        server = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "e.sock")
+        await server.start()
+        executor = SocketExecutor(tmp_path / "e.sock")
+        await executor.apply_assignment(ApplyAssignmentRequest(epoch=5, generation=1, assignment=assignment()))
+        with pytest.raises(RefusedError) as refused:
+            await executor.apply_assignment(ApplyAssignmentRequest(epoch=4, generation=2, assignment=assignment()))
+        assert refused.value.failure.metadata == stale_epoch(4, 5).metadata
+        assert reason_name(refused.value.failure) == "STALE_EPOCH"
+        with pytest.raises(RefusedError) as refused:
+            async for _ in executor.read_head_maps(ReadHeadMapsRequest(replica="x")):
+                pass
+        assert reason_name(refused.value.failure) == "NOT_FOUND"
+        await server.close()
+        with pytest.raises(RefusedError) as refused:
+            await executor.release_moves(ReleaseMovesRequest(epoch=5, change_id="x"))
+        assert reason_name(refused.value.failure) == "ENGINE_UNREACHABLE"
+        await executor.close()
+
+    asyncio.run(story())
+
+
+def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: Path) -> None:
+    """Over the peers' own connection: one that has promised does not guess, and goes by what the authority says."""
+
+    async def story() -> None:
+        primary = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "p.sock")
+        worker = SimulatedServer(SimulatedEngine("w", 1), tmp_path / "w.sock")
+        primary.engine.control = Control(rate_rps=50, output_tokens=5000, load_s=0, dense_step_s=0.01)
+        for server in (primary, worker):
+            await server.start()
+        peers = [EnginePeer(node="p", address=primary.address)]
+        executors = {"p": SocketExecutor(tmp_path / "p.sock"), "w": SocketExecutor(tmp_path / "w.sock")}
+        for node, executor in executors.items():
+            what = assignment(node, peers=peers)
+            await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what))
+        moved = change(timeout_s=30)
+        request = ReserveMovesRequest(epoch=1, change=moved, parts=[TARGET])
+        await executors["w"].reserve_moves(request)
+        async for _ in executors["w"].copy_moves(CopyMovesRequest(epoch=1, change_id=moved.change_id)):
+            pass
+        expired = AbortMovesRequest(epoch=1, change_id=moved.change_id)
+        expired.failure.reason = 104  # PREPARE_EXPIRED: the authority may yet hear of it
+        with pytest.raises(RefusedError, match="may yet hear of it"):
+            await executors["w"].abort_moves(expired)
+        await executors["p"].abort_moves(expired)
+        assert (await executors["w"].abort_moves(expired)).outcome == ABORTED
+        async with asyncio.timeout(5):  # and loads of its device come the same way
+            while not worker.engine.report(worker.now_s()).devices[0].used_blocks:
+                await asyncio.sleep(0.05)
+        await primary.close()
+        for executor in executors.values():
+            await executor.close()
+        await worker.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o722])
+def test_a_socket_that_others_may_write_to_is_not_used(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "e.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        path.chmod(mode)
+        with pytest.raises(RefusedError, match=f"its mode is {mode:o}, others may write to it"):
+            check_socket(path)
+        path.chmod(0o600)
+        check_socket(path)
+
+
+def test_a_socket_of_another_user_or_no_socket_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "e.sock"
+    with pytest.raises(RefusedError, match="No such file"):
+        check_socket(path)
+    path.write_text("", encoding="utf-8")
+    with pytest.raises(RefusedError, match="it is no socket"):
+        check_socket(path)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+        with pytest.raises(RefusedError, match="it belongs to user"):
+            check_socket(path)
+
+
+def test_the_recording_executor_remembers_what_it_was_asked() -> None:
+    async def story() -> None:
+        flip = FlipMovesRequest(epoch=1, change_id=REPLICA)
+        refused = AbortMovesRequest(epoch=1, change_id="no")
+        executor = RecordingExecutor(lambda request: stale_epoch(1, 2) if request == refused else None)
+        assert (await executor.flip_moves(flip)).outcome == FLIPPED
+        with pytest.raises(RefusedError):
+            await executor.abort_moves(refused)
+        assert executor.asked == [flip, refused]
+
+    asyncio.run(story())

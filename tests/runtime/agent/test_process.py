@@ -1,0 +1,264 @@
+"""Real processes: an agent beside an engine, killed with SIGKILL at each step of a change."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hetis.runtime.agent.executor import SocketExecutor
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, StateRequest
+from hetis.v1.change_pb2 import Change, ChangePhase
+from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest
+from hetis.v1.failure_pb2 import ErrorReason, Failure
+from hetis.v1.head_map_pb2 import Move, MoveReason
+from hetis.v1.report_pb2 import AssignmentState
+from tests.runtime.agent.builders import (
+    AUTHORITY,
+    FLIPPED,
+    NODE,
+    REPLICA,
+    SOURCE,
+    Planner,
+    assignment,
+    change,
+    stage_model,
+)
+from tests.runtime.agent.planner_double import PlannerDouble
+
+COMMAND = [sys.executable, "-c", "from hetis.runtime.agent.main import main; main()"]
+BUSY = {"rate_rps": 20, "prompt_tokens": 50, "output_tokens": 2000, "load_s": 0, "dense_step_s": 0.05}
+Step = ChangePhase.ValueType
+
+
+class Processes:
+    """Starts processes and stops those that it started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(
+                [*COMMAND, *arguments], stdout=log, stderr=log, env={**os.environ, **environment}, cwd=self.folder
+            )
+        self._running.append(process)
+        return process
+
+    def agent(self, server: str, *more: str) -> subprocess.Popen[bytes]:
+        options = ["--server", server, "--node", NODE + "p", "--state-dir", str(self.folder / "state")]
+        return self.start(*options, "--simulated-devices", "L4:1", *more)
+
+    def engine(self) -> None:
+        control = self.folder / "control.json"
+        control.write_text(json.dumps(BUSY), encoding="utf-8")
+        self.start(
+            *("simulate", "--socket", str(self.folder / "e.sock"), "--node", NODE + "p"),
+            *("--simulated-devices", "L4:1", "--control", str(control)),
+        )
+
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(encoding="utf-8")
+
+    def stop(self) -> None:
+        for process in self._running:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    found = Processes(tmp_path)
+    yield found
+    found.stop()
+
+
+def serving(message: ConnectNodeRequest) -> bool:
+    return any(
+        replica.num_running > 2 and replica.assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+        for replica in message.report.replicas
+    )
+
+
+async def moves_of(executor: SocketExecutor) -> tuple[int, Move]:
+    """Generation, and a move that the head map allows."""
+    async for answer in executor.read_head_maps(ReadHeadMapsRequest(replica=REPLICA)):
+        for request in answer.head_maps[0].requests:
+            names = [device.name for device in answer.head_maps[0].devices]
+            source = names[request.owners[0]]
+            target = next(name for name in names if name != source)
+            reason = MoveReason.MOVE_REASON_BALANCE
+            move = Move(
+                request=request.id,
+                incarnation=request.incarnation,
+                head_groups=[0],
+                source=source,
+                target=target,
+                kv_bytes=1e9,
+                reason=reason,
+            )
+            return answer.generation, move
+    raise AssertionError("nothing runs")
+
+
+async def owner(executor: SocketExecutor, what: Change) -> str:
+    async for answer in executor.read_head_maps(ReadHeadMapsRequest(replica=REPLICA)):
+        head_map = answer.head_maps[0]
+        (request,) = [request for request in head_map.requests if request.id == what.moves[0].request]
+        return head_map.devices[request.owners[0]].name
+    raise AssertionError("no head map")
+
+
+@pytest.mark.parametrize("killed_after", ["prepare", "PREPARING", "READY", "commit", "FLIPPED", "resolved"])
+def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, killed_after: str) -> None:
+    """With the engine alive, the same planner, and every directive repeated, the change ends as if nothing had been."""
+
+    async def story() -> None:
+        async with PlannerDouble() as planner:
+            processes.engine()
+            engine = ["--engine", f"unix://{processes.folder / 'e.sock'}"]
+            agent = processes.agent(planner.address, *engine)
+            say = Planner()
+            await planner.connected(1)
+            planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
+            await planner.until(serving)
+            executor = SocketExecutor(processes.folder / "e.sock")
+            base, move = await moves_of(executor)
+            what = change(base=base, timeout_s=60, moves=[move])
+
+            async def kill(step: str) -> None:
+                nonlocal agent
+                if step == killed_after:
+                    agent.kill()
+                    agent.wait()
+                    times, since = planner.hellos, len(planner.heard)
+                    agent = processes.agent(planner.address, *engine)
+                    await planner.connected(times + 1)
+                    hello = await planner.until(lambda message: message.HasField("hello"), since=since)
+                    assert next(held.generation for held in hello.hello.replicas) >= base
+
+            planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
+            await kill("prepare")
+            planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
+            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_PREPARING)
+            await kill("PREPARING")
+            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
+            assert await owner(executor, what) == move.source
+            await kill("READY")
+            planner.send(say.commit(what))
+            await kill("commit")
+            if killed_after == "commit":
+                planner.send(say.commit(what))
+            flipped = await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_FLIPPED)
+            assert await owner(executor, what) == move.target
+            await kill("FLIPPED")
+            planner.send(say.resolved(what, FLIPPED))
+            await kill("resolved")
+            if killed_after == "resolved":
+                planner.send(say.resolved(what, FLIPPED))
+            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_RELEASED)
+            assert flipped is not None
+            await executor.close()
+
+    asyncio.run(story())
+
+
+def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Processes) -> None:
+    async def story() -> None:
+        executor = SocketExecutor(processes.folder / "state" / "engine.sock")
+        (processes.folder / "c.json").write_text(json.dumps(BUSY), encoding="utf-8")
+        say = Planner()
+        async with PlannerDouble() as planner:
+            processes.agent(planner.address, "--engine", "simulated", "--control", str(processes.folder / "c.json"))
+            await planner.connected(1)
+            planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
+            await planner.until(serving)
+            base, move = await moves_of(executor)
+            what = change(base=base, timeout_s=1.5, moves=[move])
+            planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
+            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
+        await asyncio.sleep(2.0)
+        async with asyncio.timeout(10):
+            async for report in executor.watch_reports(0.1):
+                phases = {status.change_id: status.phase for status in report.changes}
+                assert report.replicas[0].assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+                if phases[what.change_id] == ChangePhase.CHANGE_PHASE_ABORTED:
+                    break
+        assert await owner(executor, what) == move.source
+        await executor.close()
+
+    asyncio.run(story())
+
+
+def test_a_node_that_is_taken_over_ends_with_a_clear_message(processes: Processes) -> None:
+    async def story() -> int:
+        async with PlannerDouble() as planner:
+            planner.end_with = Failure(
+                reason=ErrorReason.ERROR_REASON_NODE_TAKEN_OVER, message="a newer stream took over"
+            )
+            agent = processes.agent(planner.address)
+            return await asyncio.to_thread(agent.wait, 20)
+
+    assert asyncio.run(story()) == 3
+    assert "hetis-agent: another agent of this node is connected" in processes.log()
+
+
+def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Processes) -> None:
+    async def story() -> int:
+        async with PlannerDouble() as planner:
+            agent = processes.start(
+                *("--server", planner.address, "--node", NODE + "p", "--state-dir", str(processes.folder / "s")),
+                *("--simulated-devices", "L4:2", "--engine", "none"),
+                HETIS_AGENT_TOKEN="secret",
+            )
+            await planner.connected(1)
+            assert planner.metadata["authorization"] == "Bearer secret"
+            planner.send(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q", inventory=True)))
+            found = await planner.until(lambda message: message.HasField("inventory"))
+            assert [device.gpu_type for device in found.inventory.devices] == ["L4", "L4"]
+            await planner.until(lambda message: message.HasField("heartbeat"))
+            agent.send_signal(signal.SIGTERM)
+            return await asyncio.to_thread(agent.wait, 20)
+
+    assert asyncio.run(story()) == 0
+    assert "Traceback" not in processes.log()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--node", "paper"], "--node is 'paper', must be clusters/CLUSTER/nodes/NODE"),
+        (["--node", NODE + "p", "--engine", "ollama"], "--engine is 'ollama', must be"),
+        (["--node", NODE + "p", "--server", "nowhere"], "--server is 'nowhere', must be host:port"),
+        (["--node", NODE + "p", "--engine", "simulated"], "needs --simulated-devices"),
+        (["--node", NODE + "p", "--tls-cert", "a.pem"], "--tls-cert and --tls-key come together"),
+    ],
+)
+def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None:
+    ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert says in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_the_agent_imports_without_solver_libraries() -> None:
+    blocked = ["ortools", "cvxpy", "torch", "highspy", "numba", "sqlalchemy"]
+    program = f"""
+import sys
+for name in {blocked}:
+    sys.modules[name] = None
+import pkgutil, importlib, hetis.runtime.agent as agent
+for module in pkgutil.walk_packages(agent.__path__, "hetis.runtime.agent."):
+    importlib.import_module(module.name)
+from hetis.runtime.agent.simulated.admission import ProportionalAdmission, best_admission
+assert isinstance(best_admission(), ProportionalAdmission)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)

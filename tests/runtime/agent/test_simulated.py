@@ -1,0 +1,372 @@
+"""The simulated engine in virtual time: what a real one would do, and what none may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from hetis.runtime.agent.refusals import RefusedError, reason_name
+from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission, SolverAdmission
+from hetis.runtime.agent.simulated.control import Control, ControlError, ControlFile
+from hetis.runtime.agent.simulated.engine import SimulatedEngine
+from hetis.v1.change_pb2 import Change
+from hetis.v1.executor_service_pb2 import (
+    AbortMovesRequest,
+    ApplyAssignmentRequest,
+    CopyMovesRequest,
+    FlipMovesRequest,
+    ReleaseMovesRequest,
+    ReserveMovesRequest,
+)
+from hetis.v1.head_map_pb2 import Move, MoveReason
+from hetis.v1.replica_pb2 import AssignmentGoal, DeviceCondition
+from hetis.v1.report_pb2 import AssignmentState, DeviceStatus, ReplicaReport
+from hetis.v1.stage_pb2 import StageModel
+from tests.runtime.agent.builders import (
+    ABORTED,
+    AUTHORITY,
+    FLIPPED,
+    REPLICA,
+    SOURCE,
+    TARGET,
+    assignment,
+    change,
+    duration,
+    stage_model,
+)
+
+BUSY = Control(rate_rps=20, prompt_tokens=100, output_tokens=200, load_s=0, dense_step_s=0.02)
+
+
+def engine_with(
+    model: StageModel | None = None, *, control: Control = BUSY, seed: int = 1, admission: Admission | None = None
+) -> SimulatedEngine:
+    engine = SimulatedEngine("p", 4, seed=seed, admission=admission, engine_id="e")
+    engine.control = control
+    what = assignment(model=model or stage_model(blocks=4000))
+    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what), 0.0)
+    return engine
+
+
+def replica(engine: SimulatedEngine, now_s: float) -> ReplicaReport:
+    (report,) = engine.report(now_s).replicas
+    return report
+
+
+def allowed_move(engine: SimulatedEngine, *, kv_bytes: float = 1e6, number: int = 0) -> Move:
+    head_map = engine.head_maps(REPLICA).head_maps[0]
+    names = [device.name for device in head_map.devices]
+    request = head_map.requests[number]
+    source = names[request.owners[0]]
+    return Move(
+        number=number,
+        request=request.id,
+        incarnation=request.incarnation,
+        head_groups=[0],
+        source=source,
+        target=next(name for name in names if name != source),
+        kv_bytes=kv_bytes,
+        reason=MoveReason.MOVE_REASON_BALANCE,
+    )
+
+
+def owner(engine: SimulatedEngine, move: Move) -> str:
+    head_map = engine.head_maps(REPLICA).head_maps[0]
+    (request,) = [request for request in head_map.requests if request.id == move.request]
+    return head_map.devices[request.owners[move.head_groups[0]]].name
+
+
+def ready(engine: SimulatedEngine, now_s: float, *, timeout_s: float = 10.0) -> Change:
+    """A change of one move that is prepared."""
+    what = change(timeout_s=timeout_s, moves=[allowed_move(engine)])
+    engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY, SOURCE]), now_s)
+    engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), now_s)
+    engine.step(now_s + 0.01)
+    return what
+
+
+def flip(engine: SimulatedEngine, what: Change, now_s: float, *, timeout_s: float = 5.0) -> None:
+    request = FlipMovesRequest(epoch=1, change_id=what.change_id, timeout=duration(timeout_s))
+    engine.flip_moves(request, now_s)
+
+
+def test_equal_seeds_make_equal_runs() -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        engine = engine_with(seed=seed)
+        engine.step(20.0)
+        runs.append((engine.head_maps(REPLICA), replica(engine, 20.0)))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_requests_come_run_and_finish() -> None:
+    engine = engine_with(stage_model(blocks=20_000))
+    engine.step(60.0)
+    report = replica(engine, 60.0)
+    assert report.assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+    assert 20 * 60 * 0.8 < report.num_finished + report.num_running + report.num_waiting < 20 * 60 * 1.2
+    assert report.num_finished > 500
+    assert report.tpot_s == pytest.approx(0.02, rel=0.2)
+    assert report.num_preempted == 0
+
+
+def test_a_slow_device_is_observed_slower_than_predicted_and_slows_the_steps() -> None:
+    engine = engine_with()
+    engine.step(10.0)
+    before = replica(engine, 10.0).num_steps
+    engine.control = Control(**{**vars_of(BUSY), "slow": {"w/0": 3000.0}})
+    engine.step(20.0)
+    report = replica(engine, 20.0)
+    assert report.num_steps - before < before * 0.9
+    ratios = {load.device: load.observed_s / load.predicted_s for load in report.stages[0].devices if load.heads}
+    assert ratios["w/0"] == pytest.approx(3000)
+    assert ratios["p/0"] == pytest.approx(1)
+
+
+def vars_of(control: Control) -> dict[str, object]:
+    return {name: getattr(control, name) for name in Control.__dataclass_fields__}
+
+
+def test_out_of_blocks_the_youngest_are_preempted_and_begin_again() -> None:
+    engine = engine_with(stage_model(blocks=300), control=Control(**{**vars_of(BUSY), "output_tokens": 200.0}))
+    engine.step(20.0)
+    report = replica(engine, 20.0)
+    assert report.num_preempted > 0
+    assert report.num_waiting_for_kv > 0
+    engine.control = Control(**{**vars_of(BUSY), "rate_rps": 0.0})
+    engine.step(2000.0)
+    report = replica(engine, 2000.0)
+    assert (report.num_running, report.num_waiting) == (0, 0)  # all that were preempted ended at last
+
+
+def test_a_lost_device_costs_its_requests_their_kv_and_nothing_else() -> None:
+    engine = engine_with()
+    engine.step(10.0)
+    running = {request.id for request in engine.head_maps(REPLICA).head_maps[0].requests}
+    what = assignment(model=stage_model(blocks=4000))
+    what.conditions.append(DeviceCondition(device="w/0", status=DeviceStatus.DEVICE_STATUS_LOST))
+    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=2, assignment=what), 10.0)
+    engine.step(10.1)
+    head_map = engine.head_maps(REPLICA).head_maps[0]
+    assert all(1 not in request.owners for request in head_map.requests)
+    again = {request.id for request in head_map.requests if request.incarnation}
+    assert again
+    assert again <= running
+
+
+def test_a_draining_replica_takes_nothing_new_and_stops_when_it_is_empty() -> None:
+    engine = engine_with()
+    engine.step(10.0)
+    what = assignment(model=stage_model(blocks=4000), goal=AssignmentGoal.ASSIGNMENT_GOAL_DRAIN)
+    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=2, assignment=what), 10.0)
+    assert replica(engine, 10.0).assignment_state == AssignmentState.ASSIGNMENT_STATE_DRAINING
+    waiting = replica(engine, 10.0).num_waiting
+    engine.step(200.0)
+    report = replica(engine, 200.0)
+    assert report.num_running == 0
+    if waiting == 0:
+        assert report.assignment_state == AssignmentState.ASSIGNMENT_STATE_STOPPED
+
+
+@pytest.mark.parametrize("admission", [ProportionalAdmission(), SolverAdmission()], ids=["proportional", "solver"])
+def test_a_tensor_parallel_primary_stays_even(admission: Admission) -> None:
+    engine = engine_with(stage_model(blocks=2000, tp=2), admission=admission)
+    engine.step(5.0)
+    requests = engine.head_maps(REPLICA).head_maps[0].requests
+    assert requests
+    assert all(list(request.owners).count(0) % 2 == 0 for request in requests)
+    odd = change(moves=[allowed_move(engine)])
+    if odd.moves[0].source == "p/0":
+        with pytest.raises(RefusedError, match="takes 2 head groups at a time"):
+            engine.reserve_moves(ReserveMovesRequest(epoch=1, change=odd, parts=[AUTHORITY]), 5.0)
+
+
+# --- moves
+
+
+def test_a_flip_is_made_between_two_steps_and_the_source_owns_until_then() -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    what = ready(engine, 5.0)
+    move = what.moves[0]
+    assert owner(engine, move) == move.source
+    boundary_s = engine.next_s()
+    flip(engine, what, 5.011)
+    engine.step(boundary_s - 1e-6)
+    assert engine.flip_answer(what.change_id) is None
+    assert owner(engine, move) == move.source
+    engine.step(boundary_s)
+    answer = engine.flip_answer(what.change_id)
+    assert answer is not None
+    assert (answer.outcome, answer.generation) == (FLIPPED, 2)
+    assert owner(engine, move) == move.target
+
+
+def test_a_flip_after_the_deadline_is_an_abort() -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    what = ready(engine, 5.0)
+    flip(engine, what, 5.02, timeout_s=0.0)
+    engine.step(5.2)
+    answer = engine.flip_answer(what.change_id)
+    assert answer is not None
+    assert answer.outcome == ABORTED
+    assert reason_name(answer.failure) == "PREPARE_EXPIRED"
+    assert owner(engine, what.moves[0]) == what.moves[0].source
+
+
+def test_an_authority_that_hears_nothing_aborts_at_its_deadline() -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    what = ready(engine, 5.0, timeout_s=3.0)
+    engine.step(8.1)
+    flip(engine, what, 8.1)
+    engine.step(8.2)
+    answer = engine.flip_answer(what.change_id)
+    assert answer is not None
+    assert answer.outcome == ABORTED
+
+
+def test_a_source_is_freed_after_the_flip_and_not_before() -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    what = ready(engine, 5.0)
+    release = ReleaseMovesRequest(epoch=1, change_id=what.change_id, generation=2)
+    with pytest.raises(RefusedError, match="was not flipped"):
+        engine.release_moves(release, 5.1)
+    engine.abort_moves(AbortMovesRequest(epoch=1, change_id=what.change_id), 5.1)
+    with pytest.raises(RefusedError, match="was not flipped"):
+        engine.release_moves(release, 5.1)
+    assert owner(engine, what.moves[0]) == what.moves[0].source
+
+
+def test_copying_takes_as_long_as_the_link_says() -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    move = allowed_move(engine, kv_bytes=2e10)
+    what = change(moves=[move])
+    parts = [AUTHORITY, SOURCE if move.source == "p/0" else TARGET]
+    if "p/0" not in (move.source, move.target):
+        pytest.skip("the move is between two workers")
+    answer = engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=parts), 5.0)
+    assert answer.copy_bytes == 20_000_000_000
+    found = engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), 5.0)
+    engine.step(6.0)  # 2e10 bytes at 1e-10 s each: 2 s
+    assert found.copied(6.0) == 10_000_000_000
+    with pytest.raises(RefusedError, match="not there yet"):
+        flip(engine, what, 6.0)
+    engine.step(7.01)
+    flip(engine, what, 7.01)
+
+
+def test_a_request_that_ends_is_left_out_and_the_others_go_on() -> None:
+    engine = engine_with(control=Control(**{**vars_of(BUSY), "output_tokens": 100.0}))
+    engine.step(5.0)
+    requests = engine.head_maps(REPLICA).head_maps[0].requests
+    order = sorted(range(len(requests)), key=lambda i: requests[i].remaining_tokens)
+    moves = [allowed_move(engine, number=i, kv_bytes=0) for i in (order[0], order[-1])]
+    what = change(timeout_s=60, moves=moves)
+    engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY]), 5.0)
+    wait_s = (requests[order[0]].remaining_tokens + 3) * 0.03
+    engine.step(5.0 + wait_s)
+    flip(engine, what, 5.0 + wait_s)
+    engine.step(5.2 + wait_s)
+    answer = engine.flip_answer(what.change_id)
+    assert answer is not None
+    assert answer.outcome == FLIPPED
+    assert [(left.number, reason_name(left.failure)) for left in answer.moves] == [(order[0], "REQUEST_GONE")]
+
+
+def test_a_reserve_that_comes_after_the_abort_is_refused() -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    what = change(moves=[allowed_move(engine)])
+    engine.abort_moves(AbortMovesRequest(epoch=1, change_id=what.change_id), 5.0)
+    with pytest.raises(RefusedError) as refused:
+        engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY]), 5.0)
+    assert reason_name(refused.value.failure) == "CHANGE_PHASE"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("request", "nobody", "REQUEST_GONE"),
+        ("incarnation", 7, "REQUEST_GONE"),
+        ("source", "elsewhere/0", "DEVICE_UNAVAILABLE"),
+        ("target", "elsewhere/0", "DEVICE_UNAVAILABLE"),
+    ],
+)
+def test_moves_that_do_not_fit_the_head_map_are_refused(field: str, value: object, reason: str) -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    move = allowed_move(engine)
+    setattr(move, field, value)
+    with pytest.raises(RefusedError) as refused:
+        engine.reserve_moves(ReserveMovesRequest(epoch=1, change=change(moves=[move]), parts=[AUTHORITY]), 5.0)
+    assert reason_name(refused.value.failure) == reason
+
+
+def test_a_source_must_own_what_moves() -> None:
+    engine = engine_with()
+    engine.step(5.0)
+    move = allowed_move(engine)
+    move.source, move.target = move.target, move.source
+    with pytest.raises(RefusedError) as refused:
+        engine.reserve_moves(ReserveMovesRequest(epoch=1, change=change(moves=[move]), parts=[AUTHORITY]), 5.0)
+    assert reason_name(refused.value.failure) == "NOT_OWNER"
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_no_order_of_calls_breaks_the_head_map(data: st.DataObject) -> None:
+    """`StageRun.check` is asserted at every step: one owner each, no block twice, sources keep what has not flipped."""
+    engine = engine_with(stage_model(blocks=150), seed=data.draw(st.integers(0, 99)))
+    now_s, what = 3.0, change()
+    engine.step(now_s)
+    for _ in range(data.draw(st.integers(1, 25))):
+        kind = data.draw(st.sampled_from(["reserve", "copy", "flip", "release", "abort", "step"]))
+        try:
+            match kind:
+                case "reserve":
+                    what = change(base=engine.head_maps(REPLICA).generation, moves=[allowed_move(engine)])
+                    request = ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY, SOURCE, TARGET])
+                    engine.reserve_moves(request, now_s)
+                case "copy":
+                    engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), now_s)
+                case "flip":
+                    flip(engine, what, now_s)
+                case "release":
+                    engine.release_moves(ReleaseMovesRequest(epoch=1, change_id=what.change_id, generation=2), now_s)
+                case "abort":
+                    engine.abort_moves(AbortMovesRequest(epoch=1, change_id=what.change_id), now_s)
+                case "step":
+                    now_s += data.draw(st.sampled_from([0.01, 0.3, 12.0]))
+        except RefusedError:
+            pass
+        engine.step(now_s)
+
+
+# --- the control file
+
+
+def test_a_control_file_is_read_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "control.yaml"
+    control = ControlFile(path)
+    assert not control.look()
+    path.write_text("rate_rps: 5\nslow: {w/0: 2}\n", encoding="utf-8")
+    assert control.look()
+    assert (control.control.rate_rps, control.control.slow) == (5, {"w/0": 2})
+    assert not control.look()
+    path.write_text("rate: 5\n", encoding="utf-8")
+    assert not control.look()
+    assert control.control.rate_rps == 5
+
+
+@pytest.mark.parametrize("data", [{"rate_rps": -1}, {"pause": 1}, {"slow": {"a": 0}}, {"output_tokens": 0}, ["x"]])
+def test_a_wrong_control_is_named(data: object) -> None:
+    with pytest.raises(ControlError, match=r"c\.yaml: "):
+        Control.of(data, source="c.yaml")
