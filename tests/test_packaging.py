@@ -43,7 +43,8 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == tree
-    assert {f"hetis/{root}/py.typed" for root in ("solver", "formats", "profiler", "planner", "runtime", "v1")} <= packed
+    typed = ("solver", "formats", "profiler", "planner", "runtime", "v1")
+    assert {f"hetis/{root}/py.typed" for root in typed} <= packed
     assert "hetis/v1/plan_service.proto" in packed
     assert any(name.endswith(".json") for name in packed)
 

@@ -1,0 +1,1 @@
+"""Example files, and a demo of the planning service."""

@@ -1,0 +1,1 @@
+"""The planning service and twelve agents on one machine."""

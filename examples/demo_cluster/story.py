@@ -1,0 +1,279 @@
+"""What happens in the demo, step by step, through the published API only."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from examples.demo_cluster.processes import Processes
+from examples.demo_cluster.teller import Teller
+from hetis.planner.client import Client, document_of_file
+from hetis.v1 import (
+    cluster_pb2,
+    cluster_service_pb2,
+    document_pb2,
+    plan_pb2,
+    plan_service_pb2,
+    redispatch_pb2,
+    replica_pb2,
+)
+
+CLUSTER = "clusters/demo"
+MODEL, WORKLOAD = "Llama-3.1-70B", "8000/300"
+TPOT_LIMIT_S = 0.2
+NODES = {"h100": "H100-SXM-80GB:2"} | {f"p100-{i}": "P100-PCIe-16GB:1" for i in range(11)}
+SLOW_FACTOR = 3.0
+LOAD = {"load_ratio": 0.8, "prompt_tokens": 8000, "output_tokens": 300}
+HEARTBEAT, LEASE = "500ms", "3s"
+PATIENCE_S = 6
+
+
+class Story:
+    """Tells the story and remembers what was seen, for a test."""
+
+    def __init__(self, processes: Processes, teller: Teller, folder: Path) -> None:
+        self._processes, self._teller = processes, teller
+        self._control = folder / "control.json"
+        self._address = ""
+        self._client: Client
+        self._seen: dict[str, Any] = {}
+
+    def tell(self) -> dict[str, Any]:
+        """Runs the whole story; returns what was seen.
+
+        Raises:
+            ProcessError: something did not happen in time.
+        """
+        self._steer({})
+        self._start()
+        try:
+            self._place()
+            self._serve()
+            self._slow_one_down()
+            self._kill_one()
+            self._kill_the_planner()
+            self._bring_it_back()
+        finally:
+            self._client.close()
+        return self._seen
+
+    # --- chapters
+
+    def _start(self) -> None:
+        say = self._teller.say
+        self._teller.chapter("A planner and twelve agents")
+        self._address = self._processes.start_planner(listen="127.0.0.1:0", lease=LEASE, heartbeat=HEARTBEAT)
+        say(f"hetis-planner serves on {self._address}")
+        self._client = Client(self._address)
+        self._client.clusters.CreateCluster(
+            cluster_service_pb2.CreateClusterRequest(
+                cluster_id="demo",
+                cluster=cluster_pb2.Cluster(
+                    document=document_of_file(
+                        Path(__file__).with_name("cluster.yaml"), document_pb2.DOCUMENT_KIND_CLUSTER
+                    ),
+                    policy=cluster_pb2.ClusterPolicy(
+                        redispatch_interval=Duration(seconds=1), placement_patience=Duration(seconds=PATIENCE_S)
+                    ),
+                ),
+            )
+        )
+        for node, devices in NODES.items():
+            self._processes.start_agent(node, server=self._address, devices=devices, control=self._control)
+        self._processes.wait_until(lambda: self._ready() == len(NODES), "all nodes are ready")
+        say(f"{len(NODES)} agents are connected: 2 H100, 11 P100; the engines behind them are simulated")
+
+    def _place(self) -> None:
+        say = self._teller.say
+        self._teller.chapter(f"A placement of {MODEL} for {WORKLOAD} tokens, {TPOT_LIMIT_S * 1e3:.0f} ms per token")
+        spec = plan_pb2.PlanSpec(
+            model_name=MODEL,
+            workload_name=WORKLOAD,
+            objective=plan_pb2.Objective(ttft_unlimited=True, tpot_limit_s=TPOT_LIMIT_S),
+        )
+        request = plan_service_pb2.CreatePlanRequest(
+            plan_id="demo", plan=plan_pb2.Plan(cluster=CLUSTER, spec=spec), request_id=str(uuid.uuid4())
+        )
+        self._client.plans.CreatePlan(request)
+        plan = self._client.wait("plans/demo", news=self._news())
+        result = plan.result
+        say(
+            f"{result.value:.4g} {result.unit}, bound {result.bound:.4g}, gap {result.gap:.2%}:"
+            f" {result.num_gpus} GPUs, {result.num_attention_workers} of them attention workers"
+        )
+        activated = self._client.plans.ActivatePlan(plan_service_pb2.ActivatePlanRequest(name="plans/demo"))
+        for step in activated.steps:
+            kind = plan_service_pb2.TransitionKind.Name(step.kind).rpartition("_")[2].lower()
+            say(f"wave {step.wave}: {kind} {step.replica} on {len(step.devices)} GPUs, {step.load_bytes / 1e9:.0f} GB")
+        plan = self._client.wait("plans/demo")
+        say(f"the plan is {plan_pb2.ActivationState.Name(plan.activation).rpartition('_')[2].lower()}")
+        self._seen["plan"] = {
+            "value": result.value,
+            "gap": result.gap,
+            "attention_workers": result.num_attention_workers,
+            "active": plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVE,
+        }
+
+    def _serve(self) -> None:
+        self._teller.chapter(f"Load: {LOAD['load_ratio']:.0%} of what the plan promises")
+        self._steer(LOAD)
+        fullest = self._fullest()
+        self._processes.wait_until(lambda: self._fullest() > 0.3, "KV fills", timeout_s=120)
+        self._teller.say("KV blocks in use:")
+        self._teller.loads(self._replica().report)
+        self._seen["pressure"] = {"before": fullest, "after": self._fullest()}
+
+    def _slow_one_down(self) -> None:
+        say = self._teller.say
+        slow = self._busiest_worker()
+        self._teller.chapter(f"{slow} becomes {SLOW_FACTOR:.0f} times slower")
+        before = self._ended()
+        self._steer(LOAD | {"slow": {slow: SLOW_FACTOR}})
+        self._processes.wait_until(lambda: self._ended() > before, "head groups have left it", timeout_s=120)
+        moved = self._last_redispatch()
+        triggers = ", ".join(_trigger(trigger) for trigger in moved.triggers)
+        say(f"re-dispatch because of {triggers}")
+        say(
+            f"{moved.num_moves} moves, {moved.kv_bytes / 1e9:.2f} GB of KV; a layer of a step"
+            f" {moved.makespan_before_s * 1e6:.0f} us -> {moved.makespan_after_s * 1e6:.0f} us"
+            f" (no placement reaches less than {moved.bound_s * 1e6:.0f} us)"
+        )
+        took_s = moved.end_time.ToNanoseconds() / 1e9 - moved.create_time.ToNanoseconds() / 1e9
+        say(f"prepared, committed and released in {took_s:.2f} s, while the requests went on decoding")
+        self._teller.loads(self._replica().report)
+        self._seen["slow"] = {
+            "device": slow,
+            "moves": moved.num_moves,
+            "before_s": moved.makespan_before_s,
+            "after_s": moved.makespan_after_s,
+            "took_s": took_s,
+        }
+
+    def _kill_one(self) -> None:
+        say = self._teller.say
+        device = self._busiest_worker()
+        self._killed = device.partition("/")[0]
+        self._teller.chapter(f"{self._killed} dies (kill -9), with the KV that it holds")
+        finished = self._replica().report.num_finished
+        self._processes.kill(self._killed)
+        took_s = self._processes.wait_until(
+            lambda: self._replica().state == replica_pb2.REPLICA_STATE_DEGRADED, "the planner misses the node"
+        )
+        say(f"its lease of {LEASE} ran out: after {took_s:.1f} s the replica is DEGRADED and goes on without it")
+        self._processes.wait_until(lambda: not self._heads_on(device), "its head groups live elsewhere")
+        self._processes.wait_until(
+            lambda: self._replica().report.num_finished > finished + 3, "requests finish again", timeout_s=180
+        )
+        report = self._replica().report
+        say(
+            f"{report.num_preempted} requests with KV there were prefilled again; {report.num_running} run,"
+            f" {report.num_finished - finished} have finished since"
+        )
+        self._teller.loads(report)
+        self._seen["killed"] = {
+            "node": self._killed,
+            "noticed_s": took_s,
+            "finished_since": report.num_finished - finished,
+        }
+
+    def _kill_the_planner(self) -> None:
+        say = self._teller.say
+        self._teller.chapter("The planner dies (kill -9)")
+        report = self._replica().report
+        self._client.close()
+        self._processes.kill("planner")
+        address = self._processes.start_planner(listen=self._address, lease=LEASE, heartbeat=HEARTBEAT)
+        assert address == self._address
+        self._client = Client(self._address)
+        took_s = self._processes.wait_until(lambda: self._ready() == len(NODES) - 1, "the agents come back")
+        self._processes.wait_until(lambda: self._replica().report.num_steps > report.num_steps, "the replica reports")
+        now = self._replica().report
+        say(f"a new planner leads, and knows plan and replica; eleven agents were back {took_s:.1f} s after it was up")
+        say(f"nobody had to wait for it: {now.num_steps - report.num_steps} decode steps were made meanwhile")
+        self._seen["planner"] = {"back_s": took_s, "steps_meanwhile": now.num_steps - report.num_steps}
+
+    def _bring_it_back(self) -> None:
+        say = self._teller.say
+        self._teller.chapter("The planner proposes, the node comes back")
+        self._processes.wait_until(lambda: self._proposals() != [], "the planner proposes a placement", timeout_s=120)
+        (proposal, *_) = self._proposals()
+        say(f"{proposal.name}: {proposal.proposal_reason}")
+        say("it waits for `hetis-plan apply --activate`: the policy of the cluster is advisory")
+        self._processes.start_agent(
+            self._killed, server=self._address, devices=NODES[self._killed], control=self._control
+        )
+        self._steer(LOAD)
+        took_s = self._processes.wait_until(
+            lambda: self._replica().state == replica_pb2.REPLICA_STATE_SERVING, "the replica is whole again"
+        )
+        say(f"{self._killed} is back; after {took_s:.1f} s the replica is SERVING with all its devices")
+        self._seen["recovered"] = {"proposal": proposal.proposal_reason, "took_s": took_s}
+
+    # --- what the planner says
+
+    def _ready(self) -> int:
+        return sum(1 for _ in self._client.list_nodes(CLUSTER, states=[cluster_pb2.NODE_STATE_READY]))
+
+    def _replica(self) -> replica_pb2.Replica:
+        """The one replica of the plan, with its last report."""
+        (found,) = self._client.list_replicas(CLUSTER, plan="plans/demo")
+        return self._client.clusters.GetReplica(cluster_service_pb2.GetReplicaRequest(name=found.name)).replica
+
+    def _fullest(self) -> float:
+        devices = [device for stage in self._replica().report.stages for device in stage.devices]
+        return max((device.used_blocks / device.total_blocks for device in devices if device.total_blocks), default=0.0)
+
+    def _busiest_worker(self) -> str:
+        """The attention worker with the most heads."""
+        loads = [load for stage in self._replica().report.stages for load in stage.devices]
+        return max((load for load in loads if load.device.startswith("p100")), key=lambda load: load.heads).device
+
+    def _heads_on(self, device: str) -> int:
+        return sum(
+            load.heads for stage in self._replica().report.stages for load in stage.devices if load.device == device
+        )
+
+    def _ended(self) -> int:
+        return sum(
+            1
+            for redispatch in self._client.list_redispatches(CLUSTER)
+            if redispatch.state == redispatch_pb2.REDISPATCH_STATE_DONE
+        )
+
+    def _last_redispatch(self) -> redispatch_pb2.Redispatch:
+        """The newest that is done."""
+        return next(
+            redispatch
+            for redispatch in self._client.list_redispatches(CLUSTER)
+            if redispatch.state == redispatch_pb2.REDISPATCH_STATE_DONE
+        )
+
+    def _proposals(self) -> list[plan_pb2.Plan]:
+        return [
+            plan for plan in self._client.list_plans(cluster=CLUSTER) if plan.origin == plan_pb2.PLAN_ORIGIN_PROPOSAL
+        ]
+
+    def _news(self) -> Any:
+        said: list[str] = []
+
+        def news(plan: plan_pb2.Plan) -> None:
+            phase = plan.progress.phase if plan.state == plan_pb2.PLAN_STATE_SOLVING else ""
+            if phase and phase not in said:
+                said.append(phase)
+                self._teller.say(f"searching: {phase}")
+
+        return news
+
+    def _steer(self, control: dict[str, Any]) -> None:
+        """What the simulated engines do from now on."""
+        self._control.write_text(json.dumps(control), encoding="utf-8")
+
+
+def _trigger(trigger: redispatch_pb2.RedispatchTrigger) -> str:
+    kind = redispatch_pb2.TriggerKind.Name(trigger.kind).removeprefix("TRIGGER_KIND_").lower().replace("_", " ")
+    where = f" of {trigger.device}" if trigger.device else ""
+    return f"{kind}{where} ({trigger.value:.0%} above {trigger.limit:.0%})" if trigger.limit else f"{kind}{where}"
