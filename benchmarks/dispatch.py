@@ -1,6 +1,6 @@
 """How long a dispatch takes and how good it is, from 12 devices to 1,024; thread CPU time, all solvers in one process.
 
-    python -m benchmarks.dispatch [--quick] [--json]
+    python -m benchmarks.dispatch [--quick] [--json] [--ties]
 
 A row is thousands of instances of one size: arrivals, running loads and mixes of cards differ. ``p50_ms`` and
 ``p99_ms`` build the problem from arrays, solve the relaxation, round and improve; ``path`` says which share of the
@@ -8,12 +8,17 @@ instances took which path. On the same instances: HiGHS alone, the relaxation fr
 settings; cvxpy with HiGHS, the relaxation at the faster of a new and
 a parametrised problem (the new one: ``cvxpy_new_p50_ms``); greedy water filling, whole groups,
 each to the device that ends first with it, compiled. ``mean_gap_to_relaxation`` is against the certified bound;
-``mean_gap_to_best`` against the best whole-group plan known, by MILP and local search with time.
+``mean_gap_to_best`` against the best whole-group plan known, by MILP and local search with time, for as many instances
+as ``judged`` says; ``p50_``, ``p95_``, ``p99_`` and ``max_`` are quantiles of the same.
 
 Loads: *balanced*, all devices end within what the arrivals will fill; *imbalanced*, the slowest device is given;
 *nearly full*, balanced with 1.2 times the KV blocks that the arrivals need, unevenly spread. Cards are those of the
-catalogue with modelled profiles; three pieces bend those around the running load. Without --quick, growth with size is
-drawn to ``benchmarks/results/``.
+catalogue with modelled profiles; three pieces bend those around the running load. Without --quick, growth with size and
+the distributions of both gaps are drawn to ``benchmarks/results/``.
+
+With --ties instead: ways to place what does not matter for the makespan now, over a simulated sequence of arrivals; see
+`benchmarks.measuring.ties`. ``over_ours``: mean makespan over that of the first rule. ``raised``: share of admissions
+that raised the makespan.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from benchmarks.measuring import plots, rows
+from benchmarks.measuring import plots, rows, ties
 from benchmarks.measuring.instances import fleet
 from benchmarks.measuring.rows import Row
 from hetis.formats.documents import load_model
@@ -92,11 +97,18 @@ class Case:
 
 def main() -> None:
     """Prints all rows and draws their growth."""
-    arguments = rows.parser("benchmarks.dispatch", __doc__).parse_args()
+    parser = rows.parser("benchmarks.dispatch", __doc__)
+    parser.add_argument("--ties", action="store_true", help="rules that break ties, over a sequence of arrivals")
+    arguments = parser.parse_args()
+    if arguments.ties:
+        rows.show(ties.measured(quick=arguments.quick, only=arguments.only), arguments, name="dispatch ties")
+        return
+    gaps: list[plots.Gaps] = []
     chosen = [case for case in cases(quick=arguments.quick) if arguments.only in case.name]
-    shown = rows.show(map(measured, chosen), arguments, name="dispatch")
+    shown = rows.show((measured(case, gaps) for case in chosen), arguments, name="dispatch")
     if not arguments.quick and len(shown) > 1:
         draw_growth(shown)
+        plots.draw_gaps(gaps, name="dispatch_gaps", document=arguments.markdown)
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
@@ -118,8 +130,8 @@ def cases(*, quick: bool) -> Iterator[Case]:
                     load=load,
                     instances=2000 if cells <= 512 else 500,
                     compared=20 if cells <= 512 else 6 if cells <= 4096 else 3,
-                    judged=8,
-                    judge_s=1.0,
+                    judged=48 if cells <= 512 else 12,
+                    judge_s=0.25 if cells <= 512 else 0.8,
                 )
 
 
@@ -232,8 +244,8 @@ class Timed:
     seconds: float
 
 
-def measured(case: Case) -> Row:
-    """One row."""
+def measured(case: Case, gaps: list[plots.Gaps]) -> Row:
+    """One row; its distributions are added to ``gaps``."""
     dispatched = dispatch_all(case)
     # All of one stage: solvers may keep what does not change.
     compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
@@ -243,6 +255,9 @@ def measured(case: Case) -> Row:
     form, cvxpy_s = best_of(forms)
     seconds = [timed.seconds for timed in dispatched]
     to_best, greedy_to_best = gaps_to_best(case, dispatched, [plan_s for plan_s, _ in greedy])
+    to_relaxation = [timed.plan.gap for timed in dispatched]
+    size = f"{case.devices} x {case.arrivals}, {case.pieces}"
+    gaps.append(plots.Gaps(panel=case.load, size=size, relaxation=to_relaxation, best=to_best))
     p50 = float(np.median(seconds))
     return {
         "name": case.name,
@@ -259,10 +274,12 @@ def measured(case: Case) -> Row:
         "greedy_p50_ms": 1e3 * float(np.median([greedy_s for _, greedy_s in greedy])),
         "speedup_vs_highs": highs_s / p50,
         "speedup_vs_cvxpy": cvxpy_s / p50,
-        "mean_gap_to_relaxation": float(np.mean([timed.plan.gap for timed in dispatched])),
+        "mean_gap_to_relaxation": float(np.mean(to_relaxation)),
+        **quantiles(to_relaxation, "gap_to_relaxation"),
         "mean_gap_to_best": float(np.mean(to_best)),
-        "max_gap_to_best": float(np.max(to_best)),
+        **quantiles(to_best, "gap_to_best"),
         "greedy_gap_to_best": float(np.mean(greedy_to_best)),
+        "judged": len(to_best),
         "unplaced": sum(len(timed.plan.unplaced) for timed in dispatched),
         "instances": case.instances,
         "note": f"HiGHS: {setting}; cvxpy: {form} problem",
@@ -301,6 +318,12 @@ def gaps_to_best(
         if math.isfinite(greedy_s):
             theirs.append(greedy_s / best - 1)
     return ours, theirs or [math.nan]
+
+
+def quantiles(values: Sequence[float], name: str) -> dict[str, float]:
+    """``p50_NAME``, ``p95_NAME``, ``p99_NAME`` and ``max_NAME``."""
+    found = {f"p{percent}_{name}": float(np.percentile(values, percent)) for percent in (50, 95, 99)}
+    return found | {f"max_{name}": float(np.max(values))}
 
 
 def best_of(seconds: dict[str, float]) -> tuple[str, float]:

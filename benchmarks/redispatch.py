@@ -6,15 +6,21 @@ One stage of Llama-2-70B (two A100 as primary, two RTX 3090 and four P100 as att
 `benchmarks.measuring.drift`. Some requests grow eight times as long as expected, a device takes twice as long from some
 step on, a device leaves after a notice of 150 steps, memory is short, or all of that. Means over seeds.
 
-All look every five steps and act on a trigger: ``joint`` and ``whole`` on any, ``paper`` as published on the deviation
-and on memory. ``thrifty joint`` asks a move to pay back within a tenth of its request's remaining steps, not a quarter.
-When a device is full regardless, the request admitted last there is evicted (``none``: the one that cannot grow).
+All look every five steps and act on a trigger, ``joint`` and ``whole`` on any, ``paper`` as published on the deviation
+and on memory. For ``joint`` the trigger must be due (`Watch`, as in the service), the others may look in vain as often
+as they like. ``thrifty joint`` asks a move to pay back within a tenth of its request's remaining steps, not a quarter.
+``same bytes`` looks when ``paper`` does and moves what the joint program likes best within as many bytes as the paper's
+rule would move then. When a device is full regardless, the request admitted last there is evicted (``none``: the one
+that cannot grow).
 
 ``mean_us`` and ``p95_us``: makespan, per layer and decode step. ``refill_us``: time to prefill KV again that was lost,
 to eviction or with a device, spread over all layers and steps. ``over_ideal``: mean excess of the makespan over all
 that runs dispatched anew, which does not reward a policy for having evicted. ``moved_gib``: KV copied between devices.
-``refilled_gib``: KV that was lost and is made again. ``saved_us_per_gib``: makespan and refill below those of ``none``,
-per GiB moved. ``evictions`` are those for lack of memory. ``tokens_per_s``: decoded, per second of virtual time.
+``refilled_gib``: KV that was lost and is made again. ``saved_us``: makespan and refill below those of ``none``;
+``saved_us_per_gib``: the same per GiB moved, over all seeds. ``more_us`` and ``more_us_per_gib``: both above what the
+paper's rule saves at the same Theta, on the same seeds, and ``.._error`` the standard errors of these differences (the
+second by the jackknife). ``evictions`` are those for lack of memory. ``tokens_per_s``: decoded, per second of virtual
+time.
 """
 
 from __future__ import annotations
@@ -26,12 +32,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from benchmarks.measuring import plots, rows
-from benchmarks.measuring.drift import LAYERS, REFILL_TOKEN_S, Policy, Run, Scenario, Tally
+from benchmarks.measuring.drift import LAYERS, REFILL_TOKEN_S, Policy, Run, Scenario, Still, Tally
 from benchmarks.measuring.rows import Row
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.solve import Dispatcher
@@ -48,8 +54,9 @@ SCENARIOS = (
     Scenario(name="memory", long_share=0.1, requests=260, overcommits=True),
     Scenario(name="all", long_share=0.1, slow="3090-0", slow_at=100, leaves="P100-1", leaves_at=250, requests=130),
 )
-STEPS, SEEDS, THETAS = 600, 4, (0.5, 0.1)
+STEPS, SEEDS, THETAS = 600, 6, (0.5, 0.1)
 GIB = 2**30
+T = TypeVar("T")
 ALL = frozenset(TriggerKind)
 
 
@@ -60,6 +67,7 @@ class Joint:
     patience: float = 0.25
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = ALL
+    is_watched: bool = True
     solvers: dict[int, Redispatcher] = field(default_factory=dict)
     solve_s: list[float] = field(default_factory=list)
 
@@ -77,6 +85,7 @@ class Paper:
 
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
+    is_watched: bool = False
     solve_s: list[float] = field(default_factory=list)
 
     def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
@@ -87,11 +96,31 @@ class Paper:
 
 
 @dataclass(slots=True)
+class SameBytes:
+    """The joint program where the paper's rule would move something, with as many bytes as that."""
+
+    evicts_itself: bool = False
+    heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
+    is_watched: bool = False
+    joint: Joint = field(default_factory=lambda: Joint(patience=1.0))
+    solve_s: list[float] = field(default_factory=list)
+
+    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
+        num_bytes = sum(move.num_bytes for move in paper_rule(problem, dispatcher, device=full))
+        if not num_bytes:
+            return ()
+        found = self.joint.moves(replace(problem, budget_bytes=num_bytes, least_gain=0.0), dispatcher, full)
+        self.solve_s.append(self.joint.solve_s[-1])
+        return found
+
+
+@dataclass(slots=True)
 class Whole:
     """Requests that are never split."""
 
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = ALL
+    is_watched: bool = False
     solve_s: list[float] = field(default_factory=list)
 
     def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
@@ -101,24 +130,26 @@ class Whole:
         return found
 
 
-@dataclass(slots=True)
-class Still:
-    """Nothing moves; eviction only."""
-
-    evicts_itself: bool
-    heeds: frozenset[TriggerKind] = frozenset()
-    solve_s: list[float] = field(default_factory=list)
-
-    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
-        return ()
-
-
-COLOURS = ("#999999", "#555555", "#e69f00", "#f0c040", "#0072b2", "#56b4e9", "#009e73", "#80c8a8", "#d55e00", "#f0a080")
+COLOURS = (
+    "#999999",
+    "#555555",
+    "#e69f00",
+    "#f0c040",
+    "#0072b2",
+    "#56b4e9",
+    "#009e73",
+    "#80c8a8",
+    "#d55e00",
+    "#f0a080",
+    "#7a3db8",
+    "#b893e0",
+)
 POLICIES: dict[str, Callable[[], Policy]] = {
     "none": lambda: Still(evicts_itself=True),
     "lifo": lambda: Still(evicts_itself=False),
-    "whole": Whole,
     "paper": Paper,
+    "whole": Whole,
+    "same bytes": SameBytes,
     "joint": Joint,
     "thrifty joint": lambda: Joint(patience=0.1),
 }
@@ -146,30 +177,41 @@ def measured(*, quick: bool, only: str, curves: dict[str, dict[str, FloatArray]]
     steps, seeds, thetas = (300, 1, THETAS[:1]) if quick else (STEPS, SEEDS, THETAS)
     for scenario in (s for s in scenarios if only in s.name):
         nothing: list[Tally] = []
+        papers: dict[float, list[Tally]] = {}
         for name, policy in POLICIES.items():
             for theta in thetas if policy().heeds else thetas[:1]:
                 made = [policy() for _ in range(seeds)]
                 tallies = [Run(scenario, p, theta=theta, seed=s).run(steps) for s, p in enumerate(made)]
                 nothing = nothing or tallies
+                if name == "paper":
+                    papers[theta] = tallies
                 label = f"{name}, Theta {theta:g}" if policy().heeds else name
                 curves.setdefault(scenario.name, {})[label] = 1e6 * np.array(tallies[0].makespans_s)
-                yield _row(f"{scenario.name}, {label}", tallies, [s for p in made for s in p.solve_s], nothing)
+                solve_s = [s for p in made for s in p.solve_s]
+                paper = papers.get(theta) if policy().heeds and name != "paper" else None
+                yield _row(f"{scenario.name}, {label}", tallies, solve_s, nothing, paper)
 
 
-def _row(title: str, tallies: Sequence[Tally], solve_s: Sequence[float], nothing: Sequence[Tally]) -> Row:
+def _row(
+    title: str,
+    tallies: Sequence[Tally],
+    solve_s: Sequence[float],
+    nothing: Sequence[Tally],
+    paper: Sequence[Tally] | None,
+) -> Row:
     makespans = np.array([tally.makespans_s for tally in tallies])
     over = np.mean([np.mean(np.array(t.makespans_s) / np.maximum(t.ideals_s, 1e-12)) for t in tallies]) - 1
-    moved_gib = _mean([t.moved_bytes for t in tallies]) / GIB
-    saved_us = _cost_us(nothing) - _cost_us(tallies)
     return {
         "name": title,
         "mean_us": 1e6 * float(makespans.mean()),
         "p95_us": 1e6 * float(np.quantile(makespans, 0.95)),
-        "refill_us": _refill_us(tallies),
+        "refill_us": _mean([_refill_us(t) for t in tallies]),
         "over_ideal": float(over),
-        "moved_gib": moved_gib,
+        "moved_gib": _mean([t.moved_bytes for t in tallies]) / GIB,
         "refilled_gib": _mean([t.refilled_bytes for t in tallies]) / GIB,
-        "saved_us_per_gib": saved_us / moved_gib if moved_gib > 0 else None,
+        "saved_us": _mean(_saved_us(tallies, nothing)),
+        "saved_us_per_gib": _per_gib(tallies, _saved_us(tallies, nothing)),
+        **_beside(tallies, paper, nothing),
         "evictions": _mean([t.evictions for t in tallies]),
         "tokens_per_s": sum(t.tokens for t in tallies) / sum(t.seconds for t in tallies),
         "looks": _mean([t.looks for t in tallies]),
@@ -177,12 +219,48 @@ def _row(title: str, tallies: Sequence[Tally], solve_s: Sequence[float], nothing
     }
 
 
-def _cost_us(tallies: Sequence[Tally]) -> float:
-    return 1e6 * _mean([_mean(t.makespans_s) for t in tallies]) + _refill_us(tallies)
+def _beside(
+    tallies: Sequence[Tally], paper: Sequence[Tally] | None, nothing: Sequence[Tally]
+) -> dict[str, float | None]:  # fmt: skip
+    """What is saved more than by the paper's rule, and that per GiB, each with its standard error over the seeds."""
+    names = ("more_us", "more_us_error", "more_us_per_gib", "more_us_per_gib_error")
+    if paper is None:
+        return dict.fromkeys(names)
+    ours, theirs = _saved_us(tallies, nothing), _saved_us(paper, nothing)
+    more, num = np.subtract(ours, theirs), len(tallies)
+    error = float(more.std(ddof=1) / np.sqrt(num)) if num > 1 else None
+    a, b = _per_gib(tallies, ours), _per_gib(paper, theirs)
+    if a is None or b is None:
+        return dict(zip(names, (float(more.mean()), error, None, None), strict=True))
+    without = list[float]()
+    for s in range(num):
+        a_s, b_s = _per_gib(_but(tallies, s), _but(ours, s)), _per_gib(_but(paper, s), _but(theirs, s))
+        if a_s is not None and b_s is not None:
+            without.append(a_s - b_s)
+    jackknife = float(np.sqrt((num - 1) * np.var(without))) if num > 1 and len(without) == num else None
+    return dict(zip(names, (float(more.mean()), error, a - b, jackknife), strict=True))
 
 
-def _refill_us(tallies: Sequence[Tally]) -> float:
-    return 1e6 * _mean([t.refilled_tokens * REFILL_TOKEN_S / (len(t.makespans_s) * LAYERS) for t in tallies])
+def _saved_us(tallies: Sequence[Tally], nothing: Sequence[Tally]) -> list[float]:
+    """Makespan and refill below those of no re-dispatch, by seed."""
+    return [_cost_us(still) - _cost_us(tally) for tally, still in zip(tallies, nothing, strict=True)]
+
+
+def _per_gib(tallies: Sequence[Tally], saved_us: Sequence[float]) -> float | None:
+    gib = sum(tally.moved_bytes for tally in tallies) / GIB
+    return sum(saved_us) / gib if gib > 0 else None
+
+
+def _but(values: Sequence[T], place: int) -> list[T]:
+    return [*values[:place], *values[place + 1 :]]
+
+
+def _cost_us(tally: Tally) -> float:
+    return 1e6 * _mean(tally.makespans_s) + _refill_us(tally)
+
+
+def _refill_us(tally: Tally) -> float:
+    return 1e6 * tally.refilled_tokens * REFILL_TOKEN_S / (len(tally.makespans_s) * LAYERS)
 
 
 def _mean(values: Sequence[float]) -> float:

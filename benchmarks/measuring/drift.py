@@ -2,19 +2,21 @@
 
 A decode step takes ``layers x makespan`` and the dense part; prefill takes time where it replaces KV that was lost.
 Moves are carried out one after the other in the background at the speed of the link; the source owns the groups until
-then. Requests, their lengths and what happens to devices depend on the seed and on the step only, not on the policy.
+then. As in the service, a `Watch` keeps triggers quiet that a look has failed to answer, where a policy wants that.
+Requests, their lengths and what happens to devices depend on the seed and on the step only, not on the policy.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import HeadShape, Primary, Requests, Stage
+from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, IntArray, Primary, Requests, Stage
+from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
@@ -23,6 +25,7 @@ from hetis.solver.redispatch.ideal import ideal_dispatch
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.result import Move
 from hetis.solver.redispatch.triggers import TriggerKind, makespan_s, triggers
+from hetis.solver.redispatch.watch import Watch
 
 LAYERS = 80
 DENSE_S = 0.02
@@ -64,10 +67,24 @@ class Policy(Protocol):
 
     evicts_itself: bool  # what cannot grow is evicted itself; else whatever was admitted last on the full device
     heeds: frozenset[TriggerKind]  # triggers that it was made for
+    is_watched: bool  # whether triggers that it failed to answer stay quiet until something changes
     solve_s: list[float]  # thread seconds of each call that looked
 
     def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
         """Moves in order; ``full`` is a device that ran out of blocks, None when a trigger fired."""
+
+
+@dataclass(slots=True)
+class Still:
+    """Nothing moves; eviction only."""
+
+    evicts_itself: bool
+    heeds: frozenset[TriggerKind] = frozenset()
+    is_watched: bool = False
+    solve_s: list[float] = field(default_factory=list)
+
+    def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
+        return ()
 
 
 @dataclass(slots=True)
@@ -83,6 +100,11 @@ class Tally:
     refilled_tokens: int = 0
     refilled_bytes: float = 0.0
     looks: int = 0
+    admissions: int = 0  # of one request or several at a time
+    raised: int = 0  # the makespan, of these
+
+
+Rearranged: TypeAlias = Callable[[DispatchProblem, DispatchPlan], IntArray]
 
 
 @dataclass(slots=True)
@@ -118,11 +140,23 @@ TOTAL_BLOCKS = (60_000, 30_000, 30_000, 15_000, 15_000, 15_000, 15_000)
 class Run:
     """One policy through one scenario."""
 
-    def __init__(self, scenario: Scenario, policy: Policy, *, theta: float, seed: int, look_every: int = 5) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        policy: Policy,
+        *,
+        theta: float,
+        seed: int,
+        look_every: int = 5,
+        rearranged: Rearranged | None = None,
+    ) -> None:
+        """``rearranged`` may put the groups of what is admitted elsewhere than dispatch does."""
+        self._rearranged = rearranged
         self.scenario, self.policy, self.theta, self.look_every = scenario, policy, theta, look_every
         self.state = DispatchState(stage(), TOTAL_BLOCKS)
         self.dispatcher = Dispatcher(self.state.stage)
         self.tally = Tally()
+        self._watch = Watch()
         self._random = np.random.default_rng(seed)
         self._queue: deque[Coming] = deque()
         self._left: dict[str, int] = {}  # output tokens that will come
@@ -193,7 +227,14 @@ class Run:
             now = np.where(takes, self.state.free_blocks() - WATERMARK * np.array(TOTAL_BLOCKS), 0).astype(np.int64)
             load = replace(load, free_blocks=now)
             requests = replace(requests, growth_tokens=np.zeros(len(coming), np.int64))
-        admitted = set(self.state.admit(requests, self.dispatcher.dispatch(load, requests)))
+        plan = self.dispatcher.dispatch(load, requests)
+        if self._rearranged is not None:
+            problem = DispatchProblem(stage=self.state.stage, load=load, requests=requests)
+            plan = replace(plan, groups=self._rearranged(problem, plan))
+        before_s = makespan_s(self.state.snapshot())
+        admitted = set(self.state.admit(requests, plan))
+        self.tally.admissions += 1
+        self.tally.raised += makespan_s(self.state.snapshot()) > before_s * (1 + 1e-9)
         for c in coming:
             if c.id in admitted:
                 self.state.expect(c.id, c.remaining)
@@ -257,10 +298,13 @@ class Run:
 
     def _look(self) -> None:
         snapshot = self.state.snapshot()
-        fired = {trigger.kind for trigger in triggers(snapshot, self.dispatcher, theta=self.theta)}
-        if fired & self.policy.heeds:
+        fired = triggers(snapshot, self.dispatcher, theta=self.theta)
+        fired = tuple(trigger for trigger in fired if trigger.kind in self.policy.heeds)
+        if self._watch.due(snapshot, fired) if self.policy.is_watched else fired:
             self.tally.looks += 1
-            self._follow(self.policy.moves(self._problem(snapshot), self.dispatcher, None))
+            found = self.policy.moves(self._problem(snapshot), self.dispatcher, None)
+            self._watch.looked(snapshot, fired, moved=bool(found))
+            self._follow(found)
             self.state.mark_seen()
 
     def _make_room(self, stuck: str) -> None:

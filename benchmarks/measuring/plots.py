@@ -1,4 +1,4 @@
-"""Curves of a benchmark as HTML, and as PNG where matplotlib happens to be installed; under ``benchmarks/results/``."""
+"""Figures of a benchmark, as HTML, and as PNG where matplotlib happens to be installed; in ``benchmarks/results/``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring.rows import Row
+import numpy as np
+
+from benchmarks.measuring.rows import DOCUMENT, Row
 
 RESULTS = Path(__file__).parents[1] / "results"
+FIGURES = DOCUMENT.parent / "figures"
 LABELS = {"gpus": "GPUs", "types": "GPU types"}
 SERIES = {"seconds": "solved and bound", "to_1_percent_s": "gap of 1% proved"}
 
@@ -23,6 +27,79 @@ def draw_cost(rows: Sequence[Row], *, across: str, name: str) -> None:
     if importlib.util.find_spec("matplotlib") is not None:
         _draw_png(rows, across, RESULTS / f"{name}.png")
     print(f"drawn: {RESULTS / name}.html", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gaps:
+    """Gaps of all instances of one size: to the proven bound, and of those that were judged to the best plan known."""
+
+    panel: str
+    size: str
+    relaxation: Sequence[float]
+    best: Sequence[float]
+
+
+MARKS = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"), (1.0, "max"))
+SHADES = {"to the best known": "#0072b2", "to the relaxation": "#e69f00"}
+
+
+def draw_gaps(gaps: Sequence[Gaps], *, name: str, document: bool) -> None:
+    """Quantiles of both gaps by size, one panel per load; with ``document`` also to ``docs/figures/`` (as SVG)."""
+    RESULTS.mkdir(exist_ok=True)
+    panels = {panel: [g for g in gaps if g.panel == panel] for panel in dict.fromkeys(g.panel for g in gaps)}
+    _gaps_html(panels, RESULTS / f"{name}.html")
+    if importlib.util.find_spec("matplotlib") is not None:
+        paths = [RESULTS / f"{name}.png"]
+        if document:
+            FIGURES.mkdir(exist_ok=True)
+            paths.append(FIGURES / f"{name}.svg")
+        _gaps_pictures(panels, paths)
+    print(f"drawn: {RESULTS / name}.html", file=sys.stderr)
+
+
+def _gaps_html(panels: dict[str, list[Gaps]], path: Path) -> None:
+    from plotly import graph_objects, subplots
+
+    figure: Any = subplots.make_subplots(rows=len(panels), cols=1, subplot_titles=list(panels))
+    for place, gaps in enumerate(panels.values(), start=1):
+        for label, shade in SHADES.items():
+            for group in gaps:
+                box = graph_objects.Box(
+                    x=[group.size] * len(_values(group, label)), y=_values(group, label), name=label, legendgroup=label,
+                    offsetgroup=label, line={"color": shade}, boxpoints="outliers",
+                    showlegend=place == 1 and group is gaps[0],
+                )  # fmt: skip
+                figure.add_trace(box, row=place, col=1)
+    figure.update_layout(boxmode="group", height=350 * len(panels))
+    figure.update_yaxes(title="gap, %")
+    figure.write_html(path, include_plotlyjs="cdn")
+
+
+def _gaps_pictures(panels: dict[str, list[Gaps]], paths: Sequence[Path]) -> None:
+    figures: Any = importlib.import_module("matplotlib.figure")
+    figure = figures.Figure(figsize=(9, 3.2 * len(panels)), layout="constrained")
+    for axis, (panel, gaps) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for shift, (label, shade) in zip((-0.15, 0.15), SHADES.items(), strict=True):
+            at = np.arange(len(gaps)) + shift
+            marked = [np.quantile(_values(g, label), [m for m, _ in MARKS]) for g in gaps]
+            low = [float(values[0]) for values in marked]
+            axis.vlines(at, low, [float(values[-1]) for values in marked], color=shade, linewidth=1)
+            for position, (_, mark) in enumerate(MARKS):
+                axis.plot(
+                    at, [float(values[position]) for values in marked], "_ov^"[position], color=shade,
+                    label=f"{label}, {mark}",
+                )  # fmt: skip
+        axis.set(title=panel, ylabel="gap, %", ylim=(0, None))
+        axis.set_xticks(range(len(gaps)), [group.size for group in gaps], rotation=30, ha="right", fontsize="small")
+    figure.axes[0].legend(fontsize="x-small", ncols=2)
+    for path in paths:
+        figure.savefig(path, dpi=120)
+
+
+def _values(gaps: Gaps, label: str) -> list[float]:
+    """Percent."""
+    chosen = gaps.best if label == "to the best known" else gaps.relaxation
+    return [100 * gap for gap in chosen]
 
 
 def _draw_html(rows: Sequence[Row], across: str, path: Path) -> None:

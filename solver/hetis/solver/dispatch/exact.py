@@ -10,7 +10,8 @@ import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.exact_admission import admit_exactly
-from hetis.solver.dispatch.perturbation import perturb
+from hetis.solver.dispatch.perturbation import perturb, placement_of
+from hetis.solver.dispatch.placement import makespan
 from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray
 from hetis.solver.dispatch.result import DispatchPlan, Path
 from hetis.solver.dispatch.solve import Dispatcher
@@ -203,12 +204,8 @@ class _Milp:
         return units * self.costs.unit
 
     def makespan_s(self, groups: IntArray) -> float:
-        """Of a placement [J, D], from the groups alone."""
-        n, t = groups.sum(axis=0), groups.T @ self.contexts
-        seconds = self.running.base + self.costs.alpha * n[:, None] + self.costs.beta * t[:, None]
-        in_use = (self.running.open_at == ALWAYS) | (n > 0)
-        slowest = float(np.max(np.where(in_use, seconds.max(axis=1), 0.0)))
-        worker = np.arange(len(n)) != self.costs.primary
-        if self.costs.primary >= 0 and np.any(in_use & worker):
-            slowest = max(slowest, self.running.nic_base + self.running.nic_group_s * float(n[worker].sum()))
-        return slowest
+        """Of a placement [J, D]."""
+        placement = placement_of(
+            self.costs, self.running, self.free_blocks, self.contexts, self.blocks, np.ascontiguousarray(groups)
+        )
+        return float(makespan(self.costs, self.running, placement))

@@ -10,9 +10,9 @@
 Which idle devices are *open* is guessed from a level: open ones pay their constants, closed ones take nothing. The
 optimum is that of the dispatch relaxation if the guess agrees with the level found, so it is repeated until it does.
 
-Few of the x_ij are ever positive. The model starts with those that the chain's prices find cheap; its own prices then
-name the ones that are missing, until none is (sifting). Arrays go in at once, the solver and its basis are kept.
-This module is the only one that talks to highspy for the relaxation.
+Few of the x_ij are ever positive: the model starts with those that the chain's prices find cheap and is given others as
+`hetis.solver.sifting` finds them missing. Arrays go in at once, the solver and its basis are kept. Only these two
+modules talk to highspy for the relaxation.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ from typing import Any
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
+from hetis.solver.sifting import BoolArray, sift
 
 MOST_GUESSES = 8
-MOST_SIFTINGS = 30
 NEAR = 0.02  # columns start in the model if they cost at most this share more than the cheapest of their request
 CHEAPER = 1e-9  # a column joins if it is cheaper than what its request pays by more than this share
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,36 +112,18 @@ class RelaxationLp:
             return None
         model = RelaxationModel(problem, is_open, scale)
         chosen = columns & is_open
-        requests, devices = np.nonzero(chosen)
-        highs = self._highs
-        highs.passModel(model.program(requests, devices))
-        for _ in range(MOST_SIFTINGS):
-            highs.run()
-            status = highs.getModelStatus()
-            if status == highspy.HighsModelStatus.kInfeasible and not chosen[:, is_open].all():
-                added = is_open & ~chosen  # no prices to go by
-            elif status != highspy.HighsModelStatus.kOptimal:
-                return None
-            else:
-                solution = highs.getSolution()
-                piece, block, nic, pays = model.prices(np.array(solution.row_dual))
-                added = (problem.group_costs(piece, block, nic) < pays[:, None] * (1 - CHEAPER)) & is_open & ~chosen
-                if not added.any():
-                    break
-            chosen |= added
-            new_requests, new_devices = np.nonzero(added)
-            model.add(highs, new_requests, new_devices)
-            requests, devices = np.append(requests, new_requests), np.append(devices, new_devices)
-        else:
+        self._highs.passModel(model.program(*np.nonzero(chosen)))
+        sifted = sift(self._highs, model, chosen=chosen, allowed=np.broadcast_to(is_open, chosen.shape))
+        if sifted is None:
             return None
-        values = np.array(solution.col_value)
+        piece, block, nic, pays = model.prices(sifted.row_duals)
         x = np.zeros(chosen.shape)
-        x[requests, devices] = np.maximum(0.0, values[1:])
+        x[sifted.requests, sifted.devices] = np.maximum(0.0, sifted.values[1:])
         # A closed device must cost every request what it pays elsewhere, or more.
         for i in np.flatnonzero(~is_open):
             least = problem.costs.alpha[i, 0] + problem.costs.beta[i, 0] * problem.contexts
             piece[i, 0] = np.max(pays / np.maximum(least, 1e-24))
-        return LpSolution(x=x, level_s=float(values[0]) / scale, piece=piece, block=block, nic=nic)
+        return LpSolution(x=x, level_s=float(sifted.values[0]) / scale, piece=piece, block=block, nic=nic)
 
 
 class RelaxationModel:
@@ -194,6 +173,12 @@ class RelaxationModel:
             num, np.zeros(num), np.zeros(num), np.full(num, highspy.kHighsInf), len(values),
             starts[:-1].astype(np.int32), rows.astype(np.int32), values,
         )  # fmt: skip
+
+    def cheaper(self, row_duals: FloatArray) -> BoolArray:
+        """Columns x_ij that cost less than what their request pays, [J, D]."""
+        piece, block, nic, pays = self.prices(row_duals)
+        cheaper: BoolArray = self.problem.group_costs(piece, block, nic) < pays[:, None] * (1 - CHEAPER)
+        return cheaper
 
     def prices(self, row_duals: FloatArray) -> tuple[FloatArray, FloatArray, float, FloatArray]:
         """Multipliers of pieces [D, K], blocks [D] and the network card, and what a group of each request pays [J]."""

@@ -6,7 +6,7 @@ One head group more costs device i, on its affine piece k, ``alpha_ik + beta_ik 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -40,6 +40,24 @@ class Running(NamedTuple):
     floor_s: float  # time of the running load on the slowest device or network card
     nic_base: float  # network card's time once any worker is used, without new requests
     nic_group_s: float  # eta
+
+
+class HasSlopes(Protocol):
+    """Costs, as far as a device's time needs them."""
+
+    @property
+    def alpha(self) -> FloatArray: ...
+    @property
+    def beta(self) -> FloatArray: ...
+
+
+class HasConstants(Protocol):
+    """What runs, as far as a device's time needs it."""
+
+    @property
+    def base(self) -> FloatArray: ...
+    @property
+    def open_at(self) -> FloatArray: ...
 
 
 def costs_of(stage: Stage) -> Costs:
@@ -102,8 +120,12 @@ def running_load(costs: Costs, heads: IntArray, kv_bytes: FloatArray) -> Running
 
 
 @kernel
-def device_s(costs: Costs, running: Running, device: int, groups: float, tokens: float) -> float:
-    """Seconds of a device given ``groups`` new head groups with ``tokens`` context tokens; 0 when it holds no heads."""
+def device_s(costs: HasSlopes, running: HasConstants, device: int, groups: float, tokens: float) -> float:
+    """Seconds of a device given ``groups`` new head groups with ``tokens`` context tokens; 0 when it holds no heads.
+
+    What a device takes is written here and nowhere else, also for re-dispatch: compiled for any tuples with these
+    arrays. Tuples are passed whole, since handing arrays out of them to a kernel made dispatch five times as slow.
+    """
     if groups <= 0 and running.open_at[device] != ALWAYS:
         return 0.0
     most = 0.0

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray
-from hetis.solver.redispatch.tables import BoolArray, Tables
+from hetis.solver.redispatch.tables import Tables
+from hetis.solver.sifting import BoolArray
 
 
 class Prices(NamedTuple):

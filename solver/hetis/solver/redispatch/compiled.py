@@ -1,6 +1,6 @@
 """The kernels of re-dispatch are compiled through `kernel`; see `hetis.solver.compiled`.
 
-They call no kernel of another package: cached code is dated by the source files of its own.
+They call kernels of dispatch, so that their cached code is dated by the source files of both.
 """
 
 from __future__ import annotations
@@ -9,4 +9,5 @@ from pathlib import Path
 
 from hetis.solver.compiled import kernel_of
 
-kernel = kernel_of(Path(__file__).parent)
+_HERE = Path(__file__).parent
+kernel = kernel_of(_HERE, _HERE.parent / "dispatch")

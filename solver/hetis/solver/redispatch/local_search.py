@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.dispatch.tables import device_s
 from hetis.solver.redispatch.compiled import kernel
-from hetis.solver.redispatch.tables import Tables
+from hetis.solver.redispatch.tables import Tables, card_s
 
 MOST_STEPS = 2000
 
@@ -54,20 +55,7 @@ def placement_of(tables: Tables, x: IntArray) -> Placement:
 def seconds_with(tables: Tables, placement: Placement, device: int, groups: int, tokens: float) -> float:
     """Time of a device if it held so many more groups and tokens; 0 when it holds no heads."""
     n, t = placement.groups[device] + groups, placement.tokens[device] + tokens
-    if n <= 0 and tables.open_at[device] != -np.inf:
-        return 0.0
-    most = 0.0
-    for k in range(tables.alpha.shape[1]):
-        most = max(most, tables.base[device, k] + tables.alpha[device, k] * n + tables.beta[device, k] * t)
-    return most
-
-
-@kernel
-def card_s(tables: Tables, workers: int) -> float:
-    """Time of the primary's network card with so many groups on workers."""
-    if tables.primary < 0 or workers + tables.on_workers == 0:
-        return 0.0
-    return tables.nic_base + tables.nic_group_s * workers
+    return device_s(tables, tables, device, float(n), float(t))
 
 
 @kernel
@@ -104,40 +92,45 @@ def round_to_groups(tables: Tables, fractions: FloatArray) -> IntArray:
 
     A request whose new home has no room for it stays where it is.
     """
-    num_requests, num = fractions.shape
     x = tables.now.copy()
-    for j in range(num_requests):
-        moved = 0.0
-        for i in range(num):
-            moved += abs(fractions[j, i] - tables.now[j, i])
-        if moved < 1e-7:
-            continue
-        left = 0
-        for i in range(num):
-            left += tables.now[j, i]
-        row = np.zeros(num, np.int64)
-        if tables.primary >= 0:
-            i = tables.primary
-            unit = tables.unit[i]
-            row[i] = min(int(np.floor(fractions[j, i] / unit + 0.5)), left // unit) * unit
-            left -= row[i]
-        for i in range(num):
-            if i != tables.primary:
-                row[i] = min(left, int(np.floor(fractions[j, i] + 1e-7)))
-                left -= row[i]
-        while left > 0:
-            best, most = -1, -np.inf
-            for i in range(num):
-                if i == tables.primary or (row[i] >= tables.now[j, i] and not tables.takes[i]):
-                    continue
-                if fractions[j, i] > 1e-9 and fractions[j, i] - row[i] > most:
-                    best, most = i, fractions[j, i] - row[i]
-            if best < 0:
-                break
-            row[best] += 1
-            left -= 1
-        if left == 0:
-            x[j] = row
+    for j in range(len(x)):
+        if np.abs(fractions[j] - tables.now[j]).sum() >= 1e-7:
+            _round_row(tables, fractions[j], tables.now[j], x[j])
+    _take_back_what_does_not_fit(tables, x)
+    return x
+
+
+@kernel
+def _round_row(tables: Tables, fractions: FloatArray, now: IntArray, row: IntArray) -> None:
+    """Writes whole groups of one request to ``row`` [D]; leaves it as it is where remainders do not tell enough."""
+    whole, left = np.zeros(len(now), np.int64), now.sum()
+    if tables.primary >= 0:
+        i = tables.primary
+        unit = tables.unit[i]
+        whole[i] = min(int(np.floor(fractions[i] / unit + 0.5)), left // unit) * unit
+        left -= whole[i]
+    for i in range(len(now)):
+        if i != tables.primary:
+            whole[i] = min(left, int(np.floor(fractions[i] + 1e-7)))
+            left -= whole[i]
+    while left > 0:
+        best, most = -1, -np.inf
+        for i in range(len(now)):
+            if i == tables.primary or (whole[i] >= now[i] and not tables.takes[i]):
+                continue
+            if fractions[i] > 1e-9 and fractions[i] - whole[i] > most:
+                best, most = i, fractions[i] - whole[i]
+        if best < 0:
+            return
+        whole[best] += 1
+        left -= 1
+    row[:] = whole
+
+
+@kernel
+def _take_back_what_does_not_fit(tables: Tables, x: IntArray) -> None:
+    """Puts requests back where they were, those with the most bytes moved first, until blocks and budget suffice."""
+    num_requests, num = x.shape
     placement = placement_of(tables, x)
     for _ in range(num_requests):
         over = -1
@@ -155,86 +148,97 @@ def round_to_groups(tables: Tables, fractions: FloatArray) -> IntArray:
                         worst, most = j, size
         x[worst] = tables.now[worst]
         placement = placement_of(tables, x)
-    return x
 
 
 @kernel
 def improve(tables: Tables, x: IntArray) -> int:
     """Moves single groups, or takes whole moves back, as long as the objective falls; changes ``x`` [N, D].
 
-    A step looks at the slowest device, at those short of blocks, and at all groups that are not where they were. It
-    takes the change that lowers the objective most. Where the primary takes several groups at a time, these may come
-    from several devices, or go to several. Returns the number of steps.
+    A step takes the change that lowers the objective most: of `_best_shift` or, where the primary takes several groups
+    at a time, of `_best_exchange`. Returns the number of steps.
     """
-    num_requests, num = x.shape
-    if num_requests == 0:
+    if len(x) == 0:
         return 0
     placement = placement_of(tables, x)
     for step in range(MOST_STEPS):
-        first, second, third = -1, -1, -1
-        for i in range(num):
-            s = placement.seconds[i]
-            if first < 0 or s > placement.seconds[first]:
-                first, second, third = i, first, second
-            elif second < 0 or s > placement.seconds[second]:
-                second, third = i, second
-            elif third < 0 or s > placement.seconds[third]:
-                third = i
-        card = card_s(tables, placement.workers[0])
-        slowest_s = max(card, placement.seconds[first])
-        best_gain = 1e-9 * slowest_s
-        best_j, best_i, best_k, best_n = -1, -1, -1, 0
-        for i in range(num):
-            short_i = short_with(tables, placement, i, 0, 0)
-            presses = i == first or short_i > 0.0 or (card >= slowest_s and i != tables.primary)
-            for j in range(num_requests):
-                moved = x[j, i] - tables.now[j, i]
-                if x[j, i] == 0 or not (presses or moved > 0):
-                    continue
-                for k in range(num):
-                    if k == i:
-                        continue
-                    unit = max(tables.unit[i], tables.unit[k])
-                    for whole in range(2):
-                        n = unit if whole == 0 else moved
-                        if n <= 0 or n > x[j, i] or n % unit != 0 or (whole == 1 and n == unit):
-                            continue
-                        there = x[j, k] - tables.now[j, k]
-                        if there + n > 0 and not tables.takes[k]:
-                            continue
-                        if placement.used[k] + n * tables.blocks[j] > tables.room[k]:
-                            continue
-                        late = seconds_with(tables, placement, i, -n, -n * tables.context[j])
-                        late = max(late, seconds_with(tables, placement, k, n, n * tables.context[j]))
-                        for other in (first, second, third):
-                            if other >= 0 and other != i and other != k:
-                                late = max(late, placement.seconds[other])
-                                break
-                        workers = placement.workers[0] + (n if i == tables.primary else 0)
-                        workers -= n if k == tables.primary else 0
-                        gain = slowest_s - max(late, card_s(tables, workers))
-                        gain -= tables.charge[j, i] * (abs(moved - n) - abs(moved))
-                        gain -= tables.charge[j, k] * (abs(there + n) - abs(there))
-                        if gain <= best_gain - short_i:
-                            continue
-                        relief = short_i - short_with(tables, placement, i, j, -n)
-                        relief += short_with(tables, placement, k, j, 0) - short_with(tables, placement, k, j, n)
-                        gain += relief
-                        if gain <= best_gain:
-                            continue
-                        spent = max(0, moved - n) - max(0, moved) + max(0, there + n) - max(0, there)
-                        if placement.spent[0] + spent * tables.num_bytes[j] > tables.budget and spent > 0:
-                            continue
-                        best_gain, best_j, best_i, best_k, best_n = gain, j, i, k, n
+        slowest = _slowest(placement)
+        gain, j, source, target, count = _best_shift(tables, placement, slowest)
         if tables.primary >= 0 and tables.unit[tables.primary] > 1:
-            j, row = _best_exchange(tables, placement, first, best_gain)
-            if j >= 0:
-                _set_row(tables, placement, j, row)
+            exchanged, row = _best_exchange(tables, placement, slowest[0], gain)
+            if exchanged >= 0:
+                _set_row(tables, placement, exchanged, row)
                 continue
-        if best_j < 0:
+        if j < 0:
             return step
-        shift(tables, placement, best_j, best_i, best_k, best_n)
+        shift(tables, placement, j, source, target, count)
     return MOST_STEPS
+
+
+@kernel
+def _slowest(placement: Placement) -> tuple[int, int, int]:
+    """The three slowest devices: whatever two change, the slowest of all others is among them; -1 for fewer devices."""
+    first, second, third = -1, -1, -1
+    for i in range(len(placement.seconds)):
+        s = placement.seconds[i]
+        if first < 0 or s > placement.seconds[first]:
+            first, second, third = i, first, second
+        elif second < 0 or s > placement.seconds[second]:
+            second, third = i, second
+        elif third < 0 or s > placement.seconds[third]:
+            third = i
+    return first, second, third
+
+
+@kernel
+def _best_shift(
+    tables: Tables, placement: Placement, slowest: tuple[int, int, int]
+) -> tuple[float, int, int, int, int]:  # fmt: skip
+    """Of all moves of one unit, or of all that a request has moved to a device, the one that gains most.
+
+    Looks at the slowest device, at those short of blocks, and at all groups that are not where they were. Returns the
+    gain, the request, source, target and groups; -1 for the request if nothing gains.
+    """
+    num_requests, num = placement.x.shape
+    card = card_s(tables, float(placement.workers[0]))
+    slowest_s = max(card, float(placement.seconds[slowest[0]]))
+    most, best_j, best_i, best_k, best_n = 1e-9 * slowest_s, -1, -1, -1, 0
+    for i in range(num):
+        short_i = short_with(tables, placement, i, 0, 0)
+        presses = i == slowest[0] or short_i > 0.0 or (card >= slowest_s and i != tables.primary)
+        for j in range(num_requests):
+            moved = placement.x[j, i] - tables.now[j, i]
+            if placement.x[j, i] == 0 or not (presses or moved > 0):
+                continue
+            for k in range(num):
+                if k == i:
+                    continue
+                unit, there = max(tables.unit[i], tables.unit[k]), placement.x[j, k] - tables.now[j, k]
+                for n in (unit, moved):
+                    # Written out: called for every candidate, functions of these tuples take three times as long.
+                    if n <= 0 or n > placement.x[j, i] or n % unit != 0 or (there + n > 0 and not tables.takes[k]):
+                        continue
+                    if placement.used[k] + n * tables.blocks[j] > tables.room[k]:
+                        continue
+                    late = seconds_with(tables, placement, i, -n, -n * tables.context[j])
+                    late = max(late, seconds_with(tables, placement, k, n, n * tables.context[j]))
+                    for other in slowest:
+                        if other >= 0 and other != i and other != k:
+                            late = max(late, placement.seconds[other])
+                            break
+                    workers = placement.workers[0] + (n if i == tables.primary else 0)
+                    workers -= n if k == tables.primary else 0
+                    gain = slowest_s - max(late, card_s(tables, float(workers)))
+                    gain -= tables.charge[j, i] * (abs(moved - n) - abs(moved))
+                    gain -= tables.charge[j, k] * (abs(there + n) - abs(there))
+                    if gain <= most - short_i:  # no relief is more than that
+                        continue
+                    gain += short_i - short_with(tables, placement, i, j, -n)
+                    gain += short_with(tables, placement, k, j, 0) - short_with(tables, placement, k, j, n)
+                    arrive = max(0, moved - n) - max(0, moved) + max(0, there + n) - max(0, there)
+                    within = arrive <= 0 or placement.spent[0] + arrive * tables.num_bytes[j] <= tables.budget
+                    if gain > most and within:
+                        most, best_j, best_i, best_k, best_n = gain, j, i, k, n
+    return most, best_j, best_i, best_k, best_n
 
 
 @kernel
@@ -300,7 +304,7 @@ def _partner(tables: Tables, placement: Placement, request: int, arrives: bool) 
 @kernel
 def _part_of_objective(tables: Tables, placement: Placement, request: int) -> float:
     """The objective but for what other requests' moves cost."""
-    value: float = max(card_s(tables, placement.workers[0]), placement.seconds.max())
+    value: float = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
     for i in range(len(tables.unit)):
         value += tables.charge[request, i] * abs(placement.x[request, i] - tables.now[request, i])
         value += short_with(tables, placement, i, request, 0)

@@ -2,8 +2,7 @@
 
 Columns are what departs (d_ij, at most what is there) and what arrives (a_ij); doing nothing is all zeros. Most
 requests never move, and those that do have one good target: the model starts with the targets that prices from
-dispatch find cheap, and its own prices name the ones that are missing (sifting). This module is the only one that talks
-to highspy for re-dispatch.
+dispatch find cheap and is given others as `hetis.solver.sifting` finds them missing.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import numpy as np
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
 from hetis.solver.redispatch.certificate import Prices, arrival_prices
-from hetis.solver.redispatch.tables import BoolArray, Tables, device_seconds
+from hetis.solver.redispatch.tables import Tables, device_seconds
+from hetis.solver.sifting import BoolArray, sift
 
-MOST_SIFTINGS = 30
 NEAR = 0.02  # arrivals start in the model if they cost at most this share more than the cheapest of their request
 CHEAPER = 1e-7  # an arrival joins if it is cheaper than what its request pays by more than this share
 
@@ -48,35 +47,17 @@ class MoveLp:
         cost = arrival_prices(tables, guess, is_open)
         targets = np.isfinite(cost)
         chosen = targets & (cost <= cost.min(axis=1, keepdims=True, initial=np.inf) * (1 + NEAR))
-        highs = self._highs
-        highs.passModel(program.start())
-        requests, devices = np.nonzero(chosen)
-        program.add(highs, requests, devices)
-        for _ in range(MOST_SIFTINGS):
-            highs.run()
-            status = highs.getModelStatus()
-            if status == highspy.HighsModelStatus.kOptimal:
-                solution = highs.getSolution()
-                prices, pays = program.prices(np.array(solution.row_dual))
-                cost = arrival_prices(tables, prices, is_open)
-                added = targets & ~chosen & (cost < pays[:, None] - CHEAPER * np.abs(pays)[:, None])
-                if not added.any():
-                    break
-            else:
-                added = targets & ~chosen  # no prices to go by
-                if not added.any():
-                    return None
-            chosen |= added
-            more_requests, more_devices = np.nonzero(added)
-            program.add(highs, more_requests, more_devices)
-            requests, devices = np.append(requests, more_requests), np.append(devices, more_devices)
-        else:
+        self._highs.passModel(program.start())
+        program.add(self._highs, *np.nonzero(chosen))
+        sifted = sift(self._highs, program, chosen=chosen, allowed=targets)
+        if sifted is None:
             return None
-        values = np.array(solution.col_value)
+        prices, _ = program.prices(sifted.row_duals)
+        values = sifted.values
         x = tables.now.astype(np.float64)
         x[program.sources] -= values[program.first : program.first_arrival]
-        np.add.at(x, (requests, devices), values[program.first_arrival :])
-        value = float(highs.getInfo().objective_function_value) / program.scale
+        np.add.at(x, (sifted.requests, sifted.devices), values[program.first_arrival :])
+        value = float(self._highs.getInfo().objective_function_value) / program.scale
         return LpSolution(x=np.maximum(0.0, x), value_s=value, prices=prices)
 
 
@@ -151,6 +132,13 @@ class _Program:
             rows.size, (rows.shape[1] * np.arange(num)).astype(np.int32), rows.reshape(-1).astype(np.int32),
             values.reshape(-1),
         )  # fmt: skip
+
+    def cheaper(self, row_duals: FloatArray) -> BoolArray:
+        """Arrivals that cost less than what their request pays, [N, D]."""
+        prices, pays = self.prices(row_duals)
+        cost = arrival_prices(self.tables, prices, self.is_open)
+        cheaper: BoolArray = cost < pays[:, None] - CHEAPER * np.abs(pays)[:, None]
+        return cheaper
 
     def prices(self, duals: FloatArray) -> tuple[Prices, FloatArray]:
         """Multipliers of a solution, and what a head group of each request pays [N]."""

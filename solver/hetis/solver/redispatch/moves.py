@@ -9,8 +9,8 @@ import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.redispatch.compiled import kernel
-from hetis.solver.redispatch.local_search import card_s, placement_of, seconds_with, short_with
-from hetis.solver.redispatch.tables import Tables
+from hetis.solver.redispatch.local_search import placement_of, seconds_with, short_with
+from hetis.solver.redispatch.tables import Tables, card_s
 
 
 class Part(NamedTuple):
@@ -139,7 +139,7 @@ def worth(tables: Tables, x: IntArray, steps: Sequence[Step]) -> list[Worth]:
 def _without_each(tables: Tables, x: IntArray, requests: IntArray, undone: IntArray) -> tuple[FloatArray, FloatArray]:
     """Seconds of makespan and of price lost when each of the changes ``undone`` [S, D] of ``requests`` [S] is made."""
     placement = placement_of(tables, x)
-    now_s = max(card_s(tables, placement.workers[0]), placement.seconds.max())
+    now_s = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
     saved, relieved = np.zeros(len(requests)), np.zeros(len(requests))
     for s in range(len(requests)):
         j, without_s, workers = requests[s], 0.0, placement.workers[0]
@@ -152,7 +152,7 @@ def _without_each(tables: Tables, x: IntArray, requests: IntArray, undone: IntAr
             relieved[s] += short_with(tables, placement, i, j, n) - short_with(tables, placement, i, j, 0)
             if i != tables.primary:
                 workers += n
-        saved[s] = max(without_s, card_s(tables, workers)) - now_s
+        saved[s] = max(without_s, card_s(tables, float(workers))) - now_s
     return saved, relieved
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.tables import BoolArray
+from hetis.solver.sifting import BoolArray
 
 cp: Any = cvxpy  # its own annotations cover half of what it exports
 

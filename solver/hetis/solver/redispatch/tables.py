@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
-from hetis.solver.dispatch.tables import costs_of, running_load
+from hetis.solver.dispatch.tables import costs_of, device_s, running_load
+from hetis.solver.redispatch.compiled import kernel
 from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.sifting import BoolArray
 
-BoolArray = npt.NDArray[np.bool_]
 EXACT = 4.0  # how often a block on a draining device can change hands before staying would be cheaper
 
 
@@ -114,16 +114,30 @@ def continued(tables: Tables, x: IntArray, *, spent_bytes: float) -> Tables:
     return tables._replace(now=x, room=room, budget=max(0.0, tables.budget - spent_bytes))
 
 
-def device_seconds(tables: Tables, x: IntArray) -> FloatArray:
-    """Seconds of each device under groups ``x`` [N, D], and of the primary's network card, shape [D + 1]."""
-    groups, tokens = x.sum(axis=0), tables.context @ x
-    pieces = tables.base + tables.alpha * groups[:, None] + tables.beta * tokens[:, None]
-    in_use = (groups > 0) | np.isneginf(tables.open_at)
-    workers = tables.on_workers + int(groups.sum()) - (int(groups[tables.primary]) if tables.primary >= 0 else 0)
-    card_s = 0.0
-    if tables.primary >= 0 and workers > 0:
-        card_s = tables.nic_base + tables.nic_group_s * (workers - tables.on_workers)
-    return np.append(np.where(in_use, pieces.max(axis=1), 0.0), card_s)
+def device_seconds(tables: Tables, x: IntArray | FloatArray) -> FloatArray:
+    """Seconds of each device under whole or fractional groups ``x`` [N, D], and of the primary's card, [D + 1]."""
+    return _device_seconds(tables, x.sum(axis=0).astype(np.float64), tables.context @ x)
+
+
+@kernel
+def _device_seconds(tables: Tables, groups: FloatArray, tokens: FloatArray) -> FloatArray:
+    """The same of groups and tokens, both [D]."""
+    num = len(groups)
+    seconds = np.empty(num + 1)
+    workers = 0.0
+    for i in range(num):
+        seconds[i] = device_s(tables, tables, i, groups[i], tokens[i])
+        workers += groups[i] if i != tables.primary else 0.0
+    seconds[num] = card_s(tables, workers)
+    return seconds
+
+
+@kernel
+def card_s(tables: Tables, workers: float) -> float:
+    """Time of the primary's network card with so many groups on workers, those that are no part of ``now`` besides."""
+    if tables.primary < 0 or workers + tables.on_workers <= 0:
+        return 0.0
+    return tables.nic_base + tables.nic_group_s * workers
 
 
 def short_blocks(tables: Tables, x: IntArray) -> FloatArray:
