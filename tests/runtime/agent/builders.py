@@ -24,7 +24,7 @@ from hetis.v1.agent_service_pb2 import (
     Welcome,
 )
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart
-from hetis.v1.failure_pb2 import Failure
+from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move, MoveReason
 from hetis.v1.inventory_pb2 import GpuDevice, NodeInventory
 from hetis.v1.replica_pb2 import (
@@ -186,7 +186,10 @@ class Planner:
         )
 
     def abort(self, what: Change) -> ConnectNodeResponse:
-        abort = AbortChange(change_id=what.change_id, failure=Failure(reason=109, message="called off"))
+        abort = AbortChange(
+            change_id=what.change_id,
+            failure=Failure(reason=ErrorReason.ERROR_REASON_CHANGE_CANCELLED, message="called off"),
+        )
         return self.delta(base=what.base_generation, generation=what.generation, abort=abort)
 
     def resolved(self, what: Change, outcome: ChangeOutcome.ValueType) -> ConnectNodeResponse:

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from hetis.v1.change_pb2 import ChangePhase
 from tests.runtime.agent.builders import REPLICA
-from tests.runtime.agent.world import NODES, World
+from tests.runtime.agent.world import CALM, NODES, World
 
 nodes = st.sampled_from(NODES)
 
@@ -18,7 +18,10 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 1000))
     def begin(self, seed: int) -> None:
-        self.world = World(seed)
+        self.start(World(seed))
+
+    def start(self, world: World) -> None:
+        self.world = world
         self.world.assign()
         for node in NODES:
             self.world.deliver(node)
@@ -106,10 +109,10 @@ TestProtocol.settings = settings(max_examples=40, stateful_step_count=30, deadli
 
 def test_a_change_goes_through_when_nothing_goes_wrong() -> None:
     machine = ProtocolMachine()
-    machine.begin(3)
-    assert machine.world.prepare(30.0)
+    machine.start(World(3, blocks=4000, control=CALM))  # room enough for every move
+    assert machine.world.prepare(60.0)
     assert machine.world.change is not None
-    for _ in range(12):
+    for _ in range(40):
         machine.run_smoothly()
     (held,) = machine.world.engines["p"]._held.values()
     assert machine.world.flipped == {machine.world.change.change_id}
@@ -124,7 +127,7 @@ def test_a_change_goes_through_when_nothing_goes_wrong() -> None:
 def test_nodes_whose_time_has_passed_do_not_guess() -> None:
     """The authority got its prepare later, and may still flip when the others' deadlines are over."""
     machine = ProtocolMachine()
-    machine.begin(3)
+    machine.start(World(3, blocks=4000, control=CALM))  # room enough for every move
     world = machine.world
     assert world.prepare(5.0)
     assert world.change is not None
@@ -137,11 +140,11 @@ def test_nodes_whose_time_has_passed_do_not_guess() -> None:
         for node in others:
             world.call(node)
     world.deliver("p")
-    for _ in range(8):
+    for _ in range(22):
         world.call("p")
         world.pass_time(0.1)
     world.decide()  # all are ready: commit
-    world.pass_time(1.5)
+    world.pass_time(0.5)
     for node in others:
         world.call(node)  # AbortMoves: the authority has not decided
         (entry,) = world.benches[node].core.held()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 from hetis.runtime.agent.actions import EngineRequest, EngineResponse
@@ -40,6 +41,7 @@ from tests.runtime.agent.builders import (
 NODES = ("p", "w", "x")
 PEERS = [EnginePeer(node="p", address="p:1")]
 BUSY = Control(rate_rps=2, prompt_tokens=60, output_tokens=40, load_s=0.0, dense_step_s=0.2)
+CALM = dataclasses.replace(BUSY, output_tokens=500)  # nobody ends soon
 ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
 
 
@@ -53,10 +55,11 @@ class World:
         told: the authority's word on a change, as the planner heard it.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, blocks: int = 60, control: Control = BUSY) -> None:
         self.random = random.Random(seed)
+        self.control = control
         self.now_s = 100.0
-        self.model = stage_model(blocks=60)
+        self.model = stage_model(blocks=blocks)
         self.benches = {node: Bench(node=node) for node in NODES}
         self.engines = {node: self._new_engine(node) for node in NODES}
         self.planner = Planner(1)
@@ -78,7 +81,7 @@ class World:
 
     def _new_engine(self, node: str) -> SimulatedEngine:
         engine = SimulatedEngine(node, 1, seed=7, engine_id=f"{node}-{self.random.random()}")
-        engine.control = BUSY
+        engine.control = self.control
         return engine
 
     # --- the planner
@@ -110,7 +113,7 @@ class World:
         if self.change is not None and not self._is_over(self.change.change_id):
             return False
         moves: list[Move] = []
-        for request in maps.head_maps[0].requests[:4]:
+        for request in sorted(maps.head_maps[0].requests, key=lambda found: -found.remaining_tokens)[:4]:
             group = self.random.randrange(8)
             names = [device.name for device in maps.head_maps[0].devices]
             source = names[request.owners[group]]

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
-from hetis.v1.stage_pb2 import StageModel
+from hetis.v1.stage_pb2 import AttentionPiece, HeadShape, StageDevice, StageModel
 
 if TYPE_CHECKING:
     from hetis.solver.dispatch.problem import Stage
+    from hetis.solver.dispatch.solve import Dispatcher
 
+MOST_KEPT = 64  # dispatchers: one per stage and set of speeds
+_PIECE = AttentionPiece(head_s=1e-6, kv_byte_s=1e-9, call_s=1e-6)
 GROWTH_BLOCKS = 4  # blocks that a new request is given room to grow into
 
 
 class Admission(Protocol):
     """A rule of admission."""
+
+    def warm_up(self) -> None:
+        """What is slow the first time, done now; may take a minute."""
 
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         """The device of each head group; None: it does not fit now."""
@@ -22,6 +30,9 @@ class Admission(Protocol):
 
 class ProportionalAdmission:
     """Each head group goes to the device whose blocks are least in use, as a share."""
+
+    def warm_up(self) -> None:
+        pass
 
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         free = stage.free_blocks()
@@ -41,22 +52,34 @@ class ProportionalAdmission:
 
 
 class SolverAdmission:
-    """`hetis.solver.dispatch`: the slowest device finishes soonest."""
+    """`hetis.solver.dispatch`: the slowest device finishes soonest, at the speeds that were measured."""
 
     def __init__(self) -> None:
-        from hetis.solver.dispatch.solve import Dispatcher
+        self._dispatchers: dict[tuple[bytes, tuple[float, ...]], Dispatcher] = {}
 
-        self._make = Dispatcher
-        self._dispatchers: dict[bytes, Dispatcher] = {}
+    def warm_up(self) -> None:
+        """Places a request on a small stage: loads the kernels of dispatch, or compiles them."""
+        devices = [
+            StageDevice(name=name, gpus=[name], is_primary=name == "p", pieces=[_PIECE], total_blocks=64)
+            for name in "pw"
+        ]
+        shape = HeadShape(
+            head_groups=4, queries_per_group=1, kv_bytes_per_token=1.0, exchange_bytes_per_head=1.0, block_tokens=16
+        )
+        stage = StageRun(StageModel(num_layers=1, heads=shape, devices=devices))
+        self.owners(stage, SimulatedRequest(id="r", context_tokens=16, remaining_tokens=16, arrived_s=0.0))
 
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         import numpy as np
 
         from hetis.solver.dispatch.problem import Load, Requests
+        from hetis.solver.dispatch.solve import Dispatcher
 
-        key = stage.model.SerializeToString(deterministic=True)
+        key = (stage.model.SerializeToString(deterministic=True), tuple(stage.slowness))
         if key not in self._dispatchers:
-            self._dispatchers[key] = self._make(solver_stage(stage.model))
+            if len(self._dispatchers) >= MOST_KEPT:
+                self._dispatchers.clear()
+            self._dispatchers[key] = Dispatcher(solver_stage(stage.model, stage.slowness))
         heads, kv_bytes = stage.heads_and_bytes()
         load = Load(
             heads=np.array(heads, np.int64),
@@ -74,34 +97,35 @@ class SolverAdmission:
 
 def best_admission() -> Admission:
     """The dispatcher where numba, which compiles it, is installed."""
-    try:
-        return SolverAdmission()
-    except ImportError:
-        return ProportionalAdmission()
+    return SolverAdmission() if find_spec("numba") else ProportionalAdmission()
 
 
 def owners_of(counts: list[int]) -> list[int]:
     return [device for device, count in enumerate(counts) for _ in range(count)]
 
 
-def solver_stage(model: StageModel) -> Stage:
-    """The solver's value of a stage; a device with fewer pieces repeats its last."""
+def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
+    """The solver's value of a stage whose devices take ``slowness`` times as long as the model says.
+
+    A device with fewer pieces than others repeats its last.
+    """
     import numpy as np
 
-    from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+    from hetis.solver.dispatch.problem import HeadShape as SolverHeads
+    from hetis.solver.dispatch.problem import Primary, Stage
 
     most = max(len(device.pieces) for device in model.devices)
 
     def pieces(name: str) -> list[list[float]]:
         return [
-            [getattr(device.pieces[min(k, len(device.pieces) - 1)], name) for k in range(most)]
-            for device in model.devices
+            [slow * getattr(device.pieces[min(k, len(device.pieces) - 1)], name) for k in range(most)]
+            for device, slow in zip(model.devices, slowness, strict=True)
         ]
 
     heads = model.heads
     primary = [i for i, device in enumerate(model.devices) if device.is_primary]
     return Stage(
-        heads=HeadShape(
+        heads=SolverHeads(
             head_groups=heads.head_groups,
             queries_per_group=heads.queries_per_group,
             kv_bytes_per_token=heads.kv_bytes_per_token,
@@ -112,8 +136,8 @@ def solver_stage(model: StageModel) -> Stage:
         head_s=np.array(pieces("head_s")),
         kv_byte_s=np.array(pieces("kv_byte_s")),
         call_s=np.array(pieces("call_s")),
-        transfer_byte_s=np.array([device.transfer_byte_s for device in model.devices]),
-        transfer_s=np.array([device.transfer_s for device in model.devices]),
+        transfer_byte_s=np.array([device.transfer_byte_s for device in model.devices]) * np.array(slowness),
+        transfer_s=np.array([device.transfer_s for device in model.devices]) * np.array(slowness),
         primary=Primary(
             device=primary[0],
             tp=max(len(model.devices[primary[0]].gpus), 1),

@@ -78,9 +78,10 @@ class SimulatedEngine:
         self.engine_id = engine_id or str(uuid.uuid4())
         self.control = Control()
         self.newest_epoch = 0
+        self.is_warm = True  # False: admission is being compiled, which counts as loading weights
         self._num_devices = num_devices
         self._seed = seed
-        self._admission = admission or ProportionalAdmission()
+        self.admission = admission or ProportionalAdmission()
         self._held: dict[str, _Held] = {}
         # Changes that the engine was told to give up before it heard of them, whatever their replica.
         self._given_up = EngineChanges("", generation=0, primary=None, devices=frozenset())
@@ -127,7 +128,7 @@ class SimulatedEngine:
         primary = None
         if kept.primary_node.rpartition("/")[2] == self.node and kept.stages:
             seed = self._seed ^ zlib.crc32(kept.replica.encode())
-            primary = PrimaryRun(kept, seed=seed, admission=self._admission, now_s=now_s)
+            primary = PrimaryRun(kept, seed=seed, admission=self.admission, now_s=now_s)
         changes = EngineChanges(kept.replica, generation=generation, primary=primary, devices=frozenset(kept.devices))
         if held is not None:  # requests begin anew, but how changes ended stays known
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
@@ -135,7 +136,7 @@ class SimulatedEngine:
         self._held[kept.replica] = _Held(kept, changes, now_s + self.control.load_s)
 
     def _state(self, held: _Held, now_s: float) -> AssignmentState.ValueType:
-        if now_s < held.loaded_s:
+        if now_s < held.loaded_s or not self.is_warm:
             return AssignmentState.ASSIGNMENT_STATE_LOADING
         match held.assignment.goal:
             case AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
@@ -244,7 +245,7 @@ class SimulatedEngine:
                     at_s = primary.next_boundary_s()
                     held.changes.advance(at_s)
                     held.changes.flip_due(at_s)
-                    primary.step(self.control, serves=at_s >= held.loaded_s)
+                    primary.step(self.control, serves=self.is_warm and at_s >= held.loaded_s)
                     primary.check()
             held.changes.advance(now_s)
         self._given_up.advance(now_s)
@@ -290,7 +291,7 @@ class SimulatedEngine:
             replica=name, assignment_state=self._state(held, now_s), generation=held.changes.generation
         )
         if held.primary is not None:
-            held.primary.fill(report, self.control)
+            held.primary.fill(report)
         return report
 
     def _device_reports(self) -> list[DeviceReport]:
@@ -298,7 +299,7 @@ class SimulatedEngine:
         total, used = [0.0] * self._num_devices, [0.0] * self._num_devices
         for held in self._held.values():
             if held.primary is not None:
-                loads = held.primary.loads(self.control)
+                loads = held.primary.loads()
             else:
                 loads = list(held.authority.stages) if held.authority is not None else []
             groups = gpu_groups(held.assignment)

@@ -69,6 +69,8 @@ class PrimaryRun:
     def step(self, control: Control, *, serves: bool) -> None:
         """Makes the decode step whose time has come."""
         now_s = self._next_step_s
+        for stage in self.stages.values():
+            stage.slowness = slow_of(stage, control.slow)
         if serves and self.goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
             self._arrive(now_s, control)
             self._admit_waiting(now_s)
@@ -79,21 +81,20 @@ class PrimaryRun:
             return
         self._grow(now_s)
         self.num_steps += 1
-        self._next_step_s = now_s + self.step_s(control)
+        self._next_step_s = now_s + self.step_s(control.dense_step_s)
 
     def catch_up(self, now_s: float) -> None:
         """Lets time pass that was lost, so that a process that was stopped does not race after it."""
         if now_s - self._next_step_s > MOST_CATCH_UP_S:
             self._next_step_s = now_s
 
-    def step_s(self, control: Control) -> float:
+    def step_s(self, dense_s: float | None) -> float:
         """Seconds of one decode step: in every layer the slowest device counts; copies of a stage work side by side."""
         slowest: dict[int, float] = {}
         for (stage, _), run in self.stages.items():
-            times = zip(run.attention_s(), slow_of(run, control.slow), strict=True)
+            times = zip(run.attention_s(), run.slowness, strict=True)
             attention_s = run.model.num_layers * max(seconds * slow for seconds, slow in times)
             slowest[stage] = max(slowest.get(stage, 0.0), attention_s)
-        dense_s = control.dense_step_s
         if dense_s is None:
             dense_s = self.assignment.shape.tpot_s / 2
         return max(dense_s + sum(slowest.values()), 1e-4)
@@ -209,17 +210,17 @@ class PrimaryRun:
     def head_maps(self) -> list[HeadMap]:
         return [self.stages[key].head_map() for key in sorted(self.stages)]
 
-    def loads(self, control: Control) -> list[StageLoad]:
-        return [self.stages[key].load(slow_of(self.stages[key], control.slow)) for key in sorted(self.stages)]
+    def loads(self) -> list[StageLoad]:
+        return [self.stages[key].load() for key in sorted(self.stages)]
 
-    def fill(self, report: ReplicaReport, control: Control) -> None:
+    def fill(self, report: ReplicaReport) -> None:
         """The primary's part of a report."""
         report.is_primary = True
         report.num_running, report.num_waiting = len(self.running), len(self.waiting)
         report.num_waiting_for_kv = min(self._num_waiting_for_kv, len(self.waiting))
         report.num_preempted, report.num_finished = self.num_preempted, self.num_finished
         report.num_steps = self.num_steps
-        report.stages.extend(self.loads(control))
+        report.stages.extend(self.loads())
         report.ttft_s = sum(self._first_tokens) / max(len(self._first_tokens), 1)
         report.tpot_s = sum(self._outputs) / max(len(self._outputs), 1)
 

@@ -64,6 +64,7 @@ class SimulatedServer:
         self._peers = Peers(engine)
         self._servers: list[grpc.aio.Server] = []
         self._loop: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serves and decodes from now on.
@@ -106,6 +107,18 @@ class SimulatedServer:
         """Until the decode loop ends, which only an error makes it do."""
         assert self._loop is not None
         await self._loop
+
+    def warm_up(self) -> None:
+        """Makes admission ready in a thread, once: this node is to run a primary."""
+        if self._warming is None:
+            self.engine.is_warm = False
+            self._warming = asyncio.create_task(self._warm_up())
+
+    async def _warm_up(self) -> None:
+        try:
+            await asyncio.to_thread(self.engine.admission.warm_up)
+        finally:
+            self.engine.is_warm = True
 
     def now_s(self) -> float:
         return self._clock()
@@ -150,6 +163,8 @@ class _Servicer(executor_service_pb2_grpc.ExecutorServiceServicer):
     async def ApplyAssignment(
         self, request: messages.ApplyAssignmentRequest, context: Context
     ) -> messages.ApplyAssignmentResponse:
+        if request.assignment.stages:
+            self._server.warm_up()
         return await _answer(context, lambda: self._engine.apply_assignment(request, self._server.now_s()))
 
     async def ReserveMoves(

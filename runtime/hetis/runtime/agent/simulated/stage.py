@@ -44,6 +44,7 @@ class StageRun:
         requests: the requests behind it.
         status: of every device.
         reserved: moves that hold blocks at their target, by change.
+        slowness: by device, how many times longer its attention takes than the model says, as measured.
         index: positions of the devices, by name.
     """
 
@@ -52,11 +53,13 @@ class StageRun:
     requests: dict[str, SimulatedRequest] = field(default_factory=dict)
     status: list[DeviceStatus.ValueType] = field(default_factory=list)
     reserved: dict[str, list[Move]] = field(default_factory=dict)
+    slowness: list[float] = field(default_factory=list)
     index: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.index = {device.name: i for i, device in enumerate(self.model.devices)}
         self.status = self.status or [DeviceStatus.DEVICE_STATUS_OK] * len(self.model.devices)
+        self.slowness = self.slowness or [1.0] * len(self.model.devices)
 
     @property
     def primary_groups(self) -> int:
@@ -136,7 +139,7 @@ class StageRun:
 
     # --- telling
 
-    def load(self, slow: list[float]) -> StageLoad:
+    def load(self) -> StageLoad:
         heads, kv_bytes = self.heads_and_bytes()
         used, predicted = self.used_blocks(), self.attention_s()
         devices = [
@@ -147,7 +150,7 @@ class StageRun:
                 total_blocks=device.total_blocks,
                 used_blocks=used[i],
                 status=self.status[i],
-                observed_s=predicted[i] * slow[i],
+                observed_s=predicted[i] * self.slowness[i],
                 predicted_s=predicted[i],
             )
             for i, device in enumerate(self.model.devices)
