@@ -13,10 +13,11 @@ WORKERS ?= auto
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
 
-.PHONY: help demo test lint types format proto bench clean
+.PHONY: help demo demo-cluster test lint types format proto bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
+	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
@@ -26,6 +27,9 @@ help:
 
 demo: $(VENV)/.planner
 	$(BIN)/hetis-plan place --cluster examples/paper.yaml --model Llama-2-70B --workload azure_conv_2023
+
+demo-cluster: $(VENV)/.cluster
+	$(BIN)/python -m examples.demo_cluster
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
@@ -59,10 +63,15 @@ $(VENV)/.planner: $(VENV)/.created pyproject.toml constraints.txt
 	@$(PIP) --editable '.[planner]'
 	@touch $@
 
+$(VENV)/.cluster: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing hetis, its planner and its agent into $(VENV) (once; a minute or two)"
+	@$(PIP) --editable '.[planner,agent]'
+	@touch $@ $(VENV)/.planner
+
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing hetis with its solvers and test tools into $(VENV) (once; a minute or two)"
 	@$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.planner
+	@touch $@ $(VENV)/.planner $(VENV)/.cluster
 
 $(VENV)/.created:
 	@if [ -z "$(PYTHON)" ]; then echo "hetis needs Python 3.11 or later; none was found (set PYTHON=/path/to/python)" >&2; exit 1; fi

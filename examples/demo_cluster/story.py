@@ -28,6 +28,8 @@ TPOT_LIMIT_S = 0.2
 NODES = {"h100": "H100-SXM-80GB:2"} | {f"p100-{i}": "P100-PCIe-16GB:1" for i in range(11)}
 SLOW_FACTOR = 3.0
 LOAD = {"load_ratio": 0.8, "prompt_tokens": 8000, "output_tokens": 300}
+RUSH = LOAD | {"load_ratio": 4.0}  # until enough requests run; at the load itself that would take a minute
+NUM_RUNNING = 20
 HEARTBEAT, LEASE = "500ms", "3s"
 PATIENCE_S = 6
 
@@ -119,19 +121,23 @@ class Story:
         }
 
     def _serve(self) -> None:
-        self._teller.chapter(f"Load: {LOAD['load_ratio']:.0%} of what the plan promises")
-        self._steer(LOAD)
+        self._teller.chapter("Requests arrive")
         fullest = self._fullest()
-        self._processes.wait_until(lambda: self._fullest() > 0.3, "KV fills", timeout_s=120)
-        self._teller.say("KV blocks in use:")
+        self._steer(RUSH)
+        self._processes.wait_until(
+            lambda: self._replica().report.num_running >= NUM_RUNNING, f"{NUM_RUNNING} requests run", timeout_s=120
+        )
+        self._steer(LOAD)
+        self._teller.say(f"{NUM_RUNNING} requests run. KV blocks in use, and query heads, by device:")
         self._teller.loads(self._replica().report)
+        self._teller.say(f"from now on {LOAD['load_ratio']:.0%} of the rate that the plan promises")
         self._seen["pressure"] = {"before": fullest, "after": self._fullest()}
 
     def _slow_one_down(self) -> None:
         say = self._teller.say
         slow = self._busiest_worker()
         self._teller.chapter(f"{slow} becomes {SLOW_FACTOR:.0f} times slower")
-        before = self._ended()
+        before, heads = self._ended(), self._heads_on(slow)
         self._steer(LOAD | {"slow": {slow: SLOW_FACTOR}})
         self._processes.wait_until(lambda: self._ended() > before, "head groups have left it", timeout_s=120)
         moved = self._last_redispatch()
@@ -140,10 +146,11 @@ class Story:
         say(
             f"{moved.num_moves} moves, {moved.kv_bytes / 1e9:.2f} GB of KV; a layer of a step"
             f" {moved.makespan_before_s * 1e6:.0f} us -> {moved.makespan_after_s * 1e6:.0f} us"
-            f" (no placement reaches less than {moved.bound_s * 1e6:.0f} us)"
+            f" (with the cost of moving {moved.objective_s / moved.bound_s - 1:.2%} above the proven bound)"
         )
         took_s = moved.end_time.ToNanoseconds() / 1e9 - moved.create_time.ToNanoseconds() / 1e9
         say(f"prepared, committed and released in {took_s:.2f} s, while the requests went on decoding")
+        self._processes.wait_until(lambda: self._heads_on(slow) < heads, "its primary reports fewer heads there")
         self._teller.loads(self._replica().report)
         self._seen["slow"] = {
             "device": slow,
@@ -158,7 +165,7 @@ class Story:
         device = self._busiest_worker()
         self._killed = device.partition("/")[0]
         self._teller.chapter(f"{self._killed} dies (kill -9), with the KV that it holds")
-        finished = self._replica().report.num_finished
+        before = self._replica().report
         self._processes.kill(self._killed)
         took_s = self._processes.wait_until(
             lambda: self._replica().state == replica_pb2.REPLICA_STATE_DEGRADED, "the planner misses the node"
@@ -166,18 +173,20 @@ class Story:
         say(f"its lease of {LEASE} ran out: after {took_s:.1f} s the replica is DEGRADED and goes on without it")
         self._processes.wait_until(lambda: not self._heads_on(device), "its head groups live elsewhere")
         self._processes.wait_until(
-            lambda: self._replica().report.num_finished > finished + 3, "requests finish again", timeout_s=180
+            lambda: self._replica().report.num_finished > before.num_finished + 3,
+            "requests finish again",
+            timeout_s=180,
         )
         report = self._replica().report
         say(
-            f"{report.num_preempted} requests with KV there were prefilled again; {report.num_running} run,"
-            f" {report.num_finished - finished} have finished since"
+            f"{report.num_preempted - before.num_preempted} requests that had KV there began anew;"
+            f" {report.num_running} run, {report.num_finished - before.num_finished} have finished since"
         )
         self._teller.loads(report)
         self._seen["killed"] = {
             "node": self._killed,
             "noticed_s": took_s,
-            "finished_since": report.num_finished - finished,
+            "finished_since": report.num_finished - before.num_finished,
         }
 
     def _kill_the_planner(self) -> None:
@@ -192,7 +201,7 @@ class Story:
         took_s = self._processes.wait_until(lambda: self._ready() == len(NODES) - 1, "the agents come back")
         self._processes.wait_until(lambda: self._replica().report.num_steps > report.num_steps, "the replica reports")
         now = self._replica().report
-        say(f"a new planner leads, and knows plan and replica; eleven agents were back {took_s:.1f} s after it was up")
+        say(f"a new planner knows plan and replica; eleven agents were back {took_s:.1f} s after it was up")
         say(f"nobody had to wait for it: {now.num_steps - report.num_steps} decode steps were made meanwhile")
         self._seen["planner"] = {"back_s": took_s, "steps_meanwhile": now.num_steps - report.num_steps}
 
@@ -202,7 +211,7 @@ class Story:
         self._processes.wait_until(lambda: self._proposals() != [], "the planner proposes a placement", timeout_s=120)
         (proposal, *_) = self._proposals()
         say(f"{proposal.name}: {proposal.proposal_reason}")
-        say("it waits for `hetis-plan apply --activate`: the policy of the cluster is advisory")
+        say(f"it waits for `hetis-plan apply {proposal.name} --activate`: the cluster's policy is ADVISORY")
         self._processes.start_agent(
             self._killed, server=self._address, devices=NODES[self._killed], control=self._control
         )
