@@ -23,6 +23,7 @@ from hetis.planner.fleet.views import Clock
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 POLL_S = 2.0  # how often a search under way is looked at
+GATHERED_S = 0.5  # changes of capacity that come together: every look is at all nodes, and after a restart all come
 LEAST_GAIN = 0.01  # share that the rate must rise by for a proposal to be put in force by itself
 MOST_NAMED = 5  # nodes in a reason
 _SEARCHING = (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
@@ -77,22 +78,22 @@ class _Cluster:
     """What is known of a cluster.
 
     Attributes:
-        nodes: its capacity.
+        nodes: its capacity, as of the last look.
         since_s: when it became so.
+        changed_s: when it may have changed since that look; None: it has not.
         plan, planned: the plan in force, and the capacity that it was made for.
         proposal, proposed: the proposal that waits, and its capacity; empty: none.
         is_settled: nothing is to be done until something changes.
-        not_before_s: no look before this time.
     """
 
     nodes: frozenset[str]
     since_s: float
+    changed_s: float | None = None
     plan: str = ""
     planned: frozenset[str] = frozenset()
     proposal: str = ""
     proposed: frozenset[str] = frozenset()
     is_settled: bool = False
-    not_before_s: float = 0.0
 
 
 class PlacementProposals:
@@ -107,12 +108,12 @@ class PlacementProposals:
 
     def capacity_changed(self, cluster: str) -> None:
         """A node was lost, is back, drains or joined; also to be called once for each cluster at the start."""
-        nodes, now_s = self._capacity(cluster), self._clock.monotonic()
+        now_s = self._clock.monotonic()
         known = self._clusters.get(cluster)
         if known is None:
-            self._clusters[cluster] = _Cluster(nodes, now_s)
-        elif nodes != known.nodes:
-            known.nodes, known.since_s, known.is_settled, known.not_before_s = nodes, now_s, False, now_s
+            self._clusters[cluster] = _Cluster(self._capacity(cluster), now_s)
+        else:
+            known.changed_s = now_s
         self._wake.set()
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
@@ -135,14 +136,15 @@ class PlacementProposals:
                 await asyncio.wait_for(self._wake.wait(), wait_s)
             except TimeoutError:
                 continue
+            await asyncio.sleep(GATHERED_S)
 
     async def step(self) -> float | None:
         """Looks at every cluster whose time has come; seconds until the next one's has, None: nothing waits."""
         waits = list[float]()
         for name, known in list(self._clusters.items()):
+            self._take_change(name, known)
             if known.is_settled:
                 continue
-            nodes = known.nodes
             try:
                 wait_s = await self._look(name, known)
             except ServiceError as error:
@@ -151,7 +153,7 @@ class PlacementProposals:
             except Exception:
                 _log.exception("the look at %s failed", name)  # the loop is for all clusters
                 wait_s = proposal_policy(self._fleet.policy_of(name)).patience_s
-            if known.nodes != nodes:
+            if known.changed_s is not None:
                 wait_s = 0.0  # it has changed meanwhile
             known.is_settled = wait_s is None
             if wait_s is not None:
@@ -214,6 +216,13 @@ class PlacementProposals:
             return POLL_S
         await self._placements.activate(proposal.name)
         return None
+
+    def _take_change(self, name: str, known: _Cluster) -> None:
+        if known.changed_s is not None:
+            nodes = self._capacity(name)
+            if nodes != known.nodes:
+                known.nodes, known.since_s, known.is_settled = nodes, known.changed_s, False
+            known.changed_s = None
 
     def _capacity(self, cluster: str) -> frozenset[str]:
         return frozenset(

@@ -1,0 +1,299 @@
+"""Node agents that cost next to nothing: they speak the protocol and do at once, in memory, what they are told.
+
+Nothing is stored, copied or decoded. A primary has a head map of made-up requests; where it is asked to flip a change,
+the map follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from hetis.runtime.agent.simulated.admission import SolverAdmission
+from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
+from hetis.v1 import agent_service_pb2 as pb
+from hetis.v1 import change_pb2, inventory_pb2, replica_pb2, report_pb2
+from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
+
+CHANNEL_OPTIONS = (  # as hetis-agent has them; a pool of its own gives every agent its own connection
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+REQUESTS, CONTEXT_TOKENS = 24, 1400  # that run on a primary: they fit there, and nothing is wrong with it
+VARIETY = 64  # reports differ in so many ways before they repeat
+
+Phase = change_pb2.ChangePhase
+State = report_pb2.AssignmentState
+_REACHED = {
+    replica_pb2.ASSIGNMENT_GOAL_LOAD: State.ASSIGNMENT_STATE_LOADED,
+    replica_pb2.ASSIGNMENT_GOAL_SERVE: State.ASSIGNMENT_STATE_SERVING,
+    replica_pb2.ASSIGNMENT_GOAL_DRAIN: State.ASSIGNMENT_STATE_DRAINING,
+}
+_ALL = (pb.AGENT_CAPABILITY_ASSIGN, pb.AGENT_CAPABILITY_MOVE, pb.AGENT_CAPABILITY_HEAD_MAP)
+_admission = SolverAdmission()
+_balanced: dict[tuple[int, ...], list[list[int]]] = {}
+
+
+class ScriptedAgent:
+    """One node's agent on a connection of its own.
+
+    Attributes:
+        node: its id.
+        stage: head map of the first stage copy, on the node of a primary; None: elsewhere, or not assigned yet.
+        heard: called with every message of the planner before it is answered.
+        sent_s: when something was sent last, by the monotonic clock.
+        num_sent: reports that were sent.
+        num_finished: requests of `stage` that ended so far.
+    """
+
+    def __init__(self, cluster: str, node: str, *, num_gpus: int, has_head_map: bool = True) -> None:
+        self.cluster, self.node = cluster, node
+        self.stage: StageRun | None = None
+        self.heard: Callable[[pb.ConnectNodeResponse], None] | None = None
+        self.sent_s, self.num_sent, self.num_finished = 0.0, 0, 0
+        self.heartbeat_s = 5.0
+        self._num_gpus = num_gpus
+        self._capabilities = _ALL if has_head_map else _ALL[:2]
+        self._held: dict[str, tuple[int, replica_pb2.Assignment]] = {}
+        self._changes: dict[str, change_pb2.Change] = {}
+        self._epoch = self._sequence = 0
+        self._numbers = itertools.cycle(range(VARIETY))
+        self._report = pb.NodeReport()
+        self._writing = asyncio.Lock()
+        self._channel: grpc.aio.Channel | None = None
+        self._call: Any = None
+        self._reading: asyncio.Task[None] | None = None
+
+    # --- the stream
+
+    async def connect(self, address: str) -> None:
+        """Says hello, and returns when the planner said welcome."""
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._call = AgentServiceStub(self._channel).ConnectNode()
+        inventory = self._inventory()
+        hello = pb.Hello(
+            node=f"{self.cluster}/nodes/{self.node}",
+            protocol_version=1,
+            min_protocol_version=1,
+            agent_version="0.0",
+            boot_id=str(uuid.uuid4()),
+            inventory_digest=inventory.digest,
+            capabilities=self._capabilities,
+        )
+        await self._write(pb.ConnectNodeRequest(hello=hello))
+        welcome = await self._call.read()
+        self._epoch = welcome.epoch
+        interval = welcome.welcome.settings.heartbeat_interval
+        self.heartbeat_s = interval.seconds + interval.nanos / 1e9
+        if welcome.welcome.send_inventory:
+            await self._write(pb.ConnectNodeRequest(inventory=inventory))
+        self._reading = asyncio.create_task(self._read(), name=f"agent of {self.node}")
+
+    async def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close()
+
+    @property
+    def is_connected(self) -> bool:
+        return self._reading is not None and not self._reading.done()
+
+    def next_heartbeat_s(self) -> float:
+        """When something has to be said at the latest, a tenth more or less."""
+        return self.sent_s + self.heartbeat_s * random.uniform(0.9, 1.1)
+
+    async def heartbeat(self) -> None:
+        await self._write(pb.ConnectNodeRequest(heartbeat=pb.Heartbeat()))
+
+    async def report(self) -> None:
+        """What the node and its replicas are like now; never twice the same."""
+        number = next(self._numbers)
+        for device in self._report.devices:
+            device.used_blocks = 50_000 + 10 * number
+            device.temperature_c = 40.0 + number
+        for replica in self._report.replicas:
+            replica.num_steps += 1
+            replica.tpot_s = 0.05 + 1e-4 * number
+        await self._write(pb.ConnectNodeRequest(report=self._report))
+        self.num_sent += 1
+
+    async def report_stage(self) -> None:
+        """A report after `stage` was changed."""
+        self._write_report()
+        await self.report()
+
+    async def _write(self, message: pb.ConnectNodeRequest) -> None:
+        async with self._writing:
+            self._sequence += 1
+            message.sequence, message.epoch = self._sequence, self._epoch
+            self.sent_s = time.monotonic()
+            await self._call.write(message)
+
+    async def _read(self) -> None:
+        while (message := await self._call.read()) is not grpc.aio.EOF:
+            if self.heard is not None:
+                self.heard(message)
+            for answer in self._answers(message):
+                await self._write(answer)
+
+    # --- what is answered
+
+    def _answers(self, message: pb.ConnectNodeResponse) -> list[pb.ConnectNodeRequest]:
+        match message.WhichOneof("message"):
+            case "delta":
+                return self._obey(message.delta)
+            case "state_request":
+                return [self._tell(message.state_request)]
+            case _:
+                return []
+
+    def _tell(self, request: pb.StateRequest) -> pb.ConnectNodeRequest:
+        if request.WhichOneof("subject") == "inventory":
+            return pb.ConnectNodeRequest(inventory=self._inventory())
+        if request.WhichOneof("subject") == "report":
+            return pb.ConnectNodeRequest(report=self._report)
+        generation, _ = self._held[request.head_map_of]
+        piece = pb.HeadMapPiece(
+            request_id=request.request_id,
+            replica=request.head_map_of,
+            generation=generation,
+            is_last=True,
+            head_maps=[] if self.stage is None else [self.stage.head_map()],
+        )
+        return pb.ConnectNodeRequest(head_map=piece)
+
+    def _obey(self, delta: pb.Delta) -> list[pb.ConnectNodeRequest]:
+        statuses, reports = list[change_pb2.ChangeStatus](), False  # the latter: more than numbers changed
+        match delta.WhichOneof("change"):
+            case "assignment":
+                self._held[delta.replica] = (delta.generation, delta.assignment)
+                self._take_stage(delta.assignment)
+                reports = True
+            case "removal":
+                self._held.pop(delta.replica, None)
+                reports = True
+            case "prepare":
+                change = self._changes[delta.prepare.change.change_id] = delta.prepare.change
+                statuses = [self._status(change, Phase.CHANGE_PHASE_READY)]
+            case "commit":
+                change = self._changes[delta.commit.change_id]
+                self._flip(change)
+                statuses, reports = [self._status(change, Phase.CHANGE_PHASE_FLIPPED)], True
+            case "abort":
+                if (aborted := self._changes.pop(delta.abort.change_id, None)) is not None:
+                    statuses = [self._status(aborted, Phase.CHANGE_PHASE_ABORTED)]
+            case "resolved":
+                resolved = self._changes.pop(delta.resolved.change_id, None)
+                if resolved is not None and delta.resolved.outcome == change_pb2.CHANGE_OUTCOME_FLIPPED:
+                    self._reach(resolved)
+                    statuses = [self._status(resolved, Phase.CHANGE_PHASE_RELEASED)]
+        generation, _ = self._held.get(delta.replica, (0, None))
+        ack = pb.DeltaAck(nonce=delta.nonce, replica=delta.replica, generation=generation)
+        answers = [pb.ConnectNodeRequest(ack=ack)]
+        answers += [pb.ConnectNodeRequest(change_status=status) for status in statuses]
+        if reports:
+            self._write_report()
+            answers.append(pb.ConnectNodeRequest(report=self._report))
+        return answers
+
+    def _status(self, change: change_pb2.Change, phase: Phase.ValueType) -> change_pb2.ChangeStatus:
+        generation, _ = self._held.get(change.replica, (0, None))
+        return change_pb2.ChangeStatus(
+            change_id=change.change_id, replica=change.replica, phase=phase, generation=generation
+        )
+
+    def _flip(self, change: change_pb2.Change) -> None:
+        assert self.stage is not None, f"{self.node} was permitted to flip and is no primary"
+        for move in change.moves:
+            owners = self.stage.owners.get(move.request)
+            if owners is not None:
+                for group in move.head_groups:
+                    owners[group] = self.stage.index[move.target]
+        self._reach(change)
+
+    def _reach(self, change: change_pb2.Change) -> None:
+        generation, assignment = self._held[change.replica]
+        self._held[change.replica] = (max(generation, change.generation), assignment)
+        self._write_report()
+
+    # --- what is told
+
+    def _take_stage(self, assignment: replica_pb2.Assignment) -> None:
+        """At the first assignment: balanced requests on the first stage copy, so that nothing is wrong with it."""
+        if assignment.stages and self.stage is None:
+            self.stage = StageRun(assignment.stages[0])
+            for number, owners in enumerate(balanced_owners(self.stage)):
+                self.stage.admit(request_of(number), list(owners))
+
+    def _write_report(self) -> None:
+        """Anew; what changes with every report is written in `report`."""
+        self._report = pb.NodeReport(
+            devices=[
+                report_pb2.DeviceReport(
+                    index=index,
+                    total_blocks=100_000,
+                    used_blocks=50_000,
+                    evictable_blocks=1000,
+                    memory_used_bytes=70 * 2**30,
+                    busy_ratio=0.9,
+                    clock_hz=1.7e9,
+                    temperature_c=60.0,
+                    power_w=500.0,
+                )
+                for index in range(self._num_gpus)
+            ]
+        )
+        for name, (generation, assignment) in self._held.items():
+            is_primary = assignment.primary_node == self.node
+            report = self._report.replicas.add(
+                replica=name,
+                assignment_state=_REACHED[assignment.goal],
+                generation=generation,
+                is_primary=is_primary,
+            )
+            if is_primary and self.stage is not None:
+                report.num_running, report.num_finished = len(self.stage.requests), self.num_finished
+                report.stages.append(self.stage.load())
+
+    def _inventory(self) -> inventory_pb2.NodeInventory:
+        is_primary = self._num_gpus > 1
+        name, gib = ("H100-SXM-80GB", 80) if is_primary else ("P100-PCIe-12GB", 12)
+        return inventory_pb2.NodeInventory(
+            devices=[
+                inventory_pb2.GpuDevice(index=index, gpu_type=name, memory_bytes=gib * 2**30)
+                for index in range(self._num_gpus)
+            ],
+            host_name=self.node,
+            source=inventory_pb2.DEVICE_SOURCE_SIMULATED,
+            digest=f"sha256:{self.node}",
+        )
+
+
+def request_of(number: int, prefix: str = "r") -> SimulatedRequest:
+    return SimulatedRequest(id=f"{prefix}{number}", context_tokens=CONTEXT_TOKENS, remaining_tokens=1000, arrived_s=0.0)
+
+
+def balanced_owners(stage: StageRun) -> list[list[int]]:
+    """Of `REQUESTS` requests, one after the other as the dispatcher places them; worked out once per shape of stage."""
+    key = tuple(device.total_blocks for device in stage.model.devices)
+    if key not in _balanced:
+        trial = StageRun(stage.model)
+        for number in range(REQUESTS):
+            request = request_of(number)
+            owners = _admission.owners(trial, request)
+            if owners is None:
+                break
+            trial.admit(request, owners)
+        _balanced[key] = list(trial.owners.values())
+    return _balanced[key]

@@ -1,0 +1,164 @@
+"""Latencies of unary calls of a planner, one after another or several at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from benchmarks.measuring.service_agents import CONTEXT_TOKENS, balanced_owners, request_of
+from hetis.planner.client import AsyncClient
+from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.fleet.dispatching import declaring
+from hetis.planner.fleet.dispatching.stage_copy import Newcomer
+from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.runtime.agent.simulated.stage import StageRun
+from hetis.v1 import dispatch_service_pb2 as pb
+from hetis.v1 import replica_pb2, report_pb2, stage_pb2
+
+Call = Callable[[list[float]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """Attributes:
+    seconds: of each call.
+    total_s: from the first call's start to the last one's end.
+    """
+
+    seconds: Sequence[float]
+    total_s: float
+
+    @property
+    def per_s(self) -> float:
+        return len(self.seconds) / self.total_s
+
+    def ms(self, percent: float) -> float:
+        return 1e3 * float(np.percentile(self.seconds, percent))
+
+
+async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
+    """``count`` calls, ``at_once`` at a time; ``call`` is given the list that its seconds belong in."""
+    left = iter(range(count))
+    seconds = list[float]()
+
+    async def lane() -> None:
+        for _ in left:
+            await call(seconds)
+
+    began_s = time.perf_counter()
+    await asyncio.gather(*(lane() for _ in range(at_once)))
+    return Latencies(seconds=seconds, total_s=time.perf_counter() - began_s)
+
+
+def timed_call(call: Callable[[], Awaitable[object]]) -> Call:
+    """A call that is timed as a whole."""
+
+    async def timed_one(seconds: list[float]) -> None:
+        began_s = time.perf_counter()
+        await call()
+        seconds.append(time.perf_counter() - began_s)
+
+    return timed_one
+
+
+class DispatchedReplica:
+    """A replica whose authority is the planner: admits batches and finishes them, so that its state stays as it is."""
+
+    def __init__(self, client: AsyncClient, replica: str) -> None:
+        self._client, self._replica = client, replica
+        self._state_id = ""
+        self._numbers = itertools.count()
+
+    async def declare(self, stage: StageRun, generation: int) -> None:
+        """What runs: what the stage has."""
+        state = pb.DispatchState(
+            name=f"{self._replica}/dispatchState", generation=generation, head_maps=[stage.head_map()]
+        )
+        request = pb.UpdateDispatchStateRequest(dispatch_state=state)
+        self._state_id = (await self._client.dispatch.UpdateDispatchState(request, timeout=10.0)).state_id
+
+    def admitting(self, batch: int) -> Call:
+        """A call for `timed`: one AdmitRequests, which is timed, and one FinishRequests, which is not."""
+        return partial(self._admit_and_finish, batch)
+
+    async def _admit_and_finish(self, batch: int, seconds: list[float]) -> None:
+        request = admission(self._replica, self._state_id, self._numbers, batch)
+        began_s = time.perf_counter()
+        answer = await self._client.dispatch.AdmitRequests(request, timeout=10.0)
+        seconds.append(time.perf_counter() - began_s)
+        if len(answer.placements) != batch:
+            raise RuntimeError(f"{batch - len(answer.placements)} requests found no room")
+        names = [one.id for one in request.requests]
+        finish = pb.FinishRequestsRequest(parent=self._replica, state_id=self._state_id, requests=names)
+        await self._client.dispatch.FinishRequests(finish, timeout=10.0)
+
+
+def admission(replica: str, state_id: str, numbers: itertools.count[int], batch: int) -> pb.AdmitRequestsRequest:
+    requests = [
+        pb.NewRequest(id=f"new-{next(numbers)}", context_tokens=CONTEXT_TOKENS // 8, growth_tokens=64)
+        for _ in range(batch)
+    ]
+    return pb.AdmitRequestsRequest(parent=replica, state_id=state_id, requests=requests)
+
+
+# --- the same work in this process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneReplica:
+    """A replica as dispatch sees it."""
+
+    stages: Sequence[stage_pb2.StageModel]
+    name: str = "clusters/c/replicas/r"
+    state: replica_pb2.ReplicaState.ValueType = replica_pb2.REPLICA_STATE_SERVING
+    generation: int = 1
+    authority: replica_pb2.HeadMapAuthority.ValueType = replica_pb2.HEAD_MAP_AUTHORITY_PLANNER
+    primary_node: str = "n"
+    redispatch: str = ""
+
+    @property
+    def conditions(self) -> dict[str, report_pb2.DeviceStatus.ValueType]:
+        return {}
+
+    def replica_view(self, name: str) -> OneReplica | None:
+        return self if name == self.name else None
+
+
+async def in_process_seconds(model: stage_pb2.StageModel, *, batch: int, count: int) -> tuple[float, float]:
+    """Median seconds of an admission by messages without gRPC, and of its solve alone."""
+    replica = OneReplica(stages=[model])
+    states = DispatchStates(replica)
+    await states.warm_up()
+    stage = StageRun(model)
+    for number, owners in enumerate(balanced_owners(stage)):
+        stage.admit(request_of(number), list(owners))
+    declared = pb.DispatchState(
+        name=f"{replica.name}/dispatchState", generation=replica.generation, head_maps=[stage.head_map()]
+    )
+    state_id = (await states.update(pb.UpdateDispatchStateRequest(dispatch_state=declared))).state_id
+    numbers = itertools.count()
+    whole, alone = list[float](), list[float]()
+    for _ in range(count):
+        request = admission(replica.name, state_id, numbers, batch)
+        began_s = time.perf_counter()
+        await states.admit(request)
+        whole.append(time.perf_counter() - began_s)
+        names = [one.id for one in request.requests]
+        states.finish(pb.FinishRequestsRequest(parent=replica.name, state_id=state_id, requests=names))
+    terms = stage_from_proto(model)
+    copy = declaring.declared(declared, {(model.stage, model.copy): terms}, state_id).copy_of(model.stage, model.copy)
+    newcomers = [
+        Newcomer(id=one.id, incarnation=0, context_tokens=one.context_tokens, growth_tokens=one.growth_tokens)
+        for one in admission(replica.name, state_id, numbers, batch).requests
+    ]
+    for _ in range(count):
+        began_s = time.perf_counter()
+        copy.plan(copy.load(), newcomers)
+        alone.append(time.perf_counter() - began_s)
+    return float(np.median(whole)), float(np.median(alone))

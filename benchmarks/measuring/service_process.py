@@ -1,0 +1,139 @@
+"""`hetis-planner` as a process of its own, and what it takes: CPU time, memory, messages.
+
+Run as a module it is the planner under cProfile, which writes what it found to the file that `PROFILE` names.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROFILE = "HETIS_BENCHMARK_PROFILE"  # not read by the planner
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class PlannerProcess:
+    """A planner that was started in a folder of its own. Use it as a context: it is stopped at the end.
+
+    Attributes:
+        address: `host:port` of gRPC.
+    """
+
+    def __init__(self, *arguments: str, profile: Path | None = None) -> None:
+        """``profile``: where to write a cProfile of it, which makes it about twice as slow."""
+        self._arguments, self._profile = arguments, profile
+
+    def __enter__(self) -> PlannerProcess:
+        self._folder = tempfile.TemporaryDirectory(prefix="hetis-benchmark-")
+        store = f"sqlite:///{self._folder.name}/planner.db"
+        self._log = open(Path(self._folder.name) / "log", "w+")  # closed with the planner
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
+        if self._profile is not None:
+            environment[PROFILE] = str(self._profile.absolute())
+        module = "hetis.planner.service.main" if self._profile is None else __name__
+        options = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--store", store, "--ready-json")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *options, "--set", "solver.processes=1", *self._arguments],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the planner did not start: {self.log()}")
+        ready = json.loads(line)
+        self.address, self._page = str(ready["listen"][0]), str(ready["status_page"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._process.communicate()  # closes its stdout
+        self._log.close()
+        self._folder.cleanup()
+
+    def log(self) -> str:
+        """Its stderr so far."""
+        self._log.flush()
+        return Path(self._log.name).read_text(encoding="utf-8")
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the process so far, all threads, without the solver's processes."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+    def rss_bytes(self) -> int:
+        """Memory of the process now."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="utf-8").split()[1]
+        return int(pages) * resource.getpagesize()
+
+    def file_limit(self) -> int:
+        """Most files and connections that it may have."""
+        limits = Path(f"/proc/{self._process.pid}/limits").read_text(encoding="utf-8")
+        found = re.search(r"Max open files\s+(\d+)", limits)
+        return int(found[1]) if found else 0
+
+    def messages(self, kind: str) -> float:
+        """Messages of agents that it has taken so far."""
+        with urllib.request.urlopen(f"{self._page}metrics", timeout=30) as page:
+            text = page.read().decode()
+        found = re.search(rf'^hetis_planner_agent_messages_total{{kind="{kind}"}} (\S+)$', text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
+class Watched:
+    """CPU time of a planner over a while: ``with watched: ...``, then `cores` and `seconds`."""
+
+    def __init__(self, planner: PlannerProcess) -> None:
+        self._planner = planner
+
+    def __enter__(self) -> Watched:
+        self._began_s, self._cpu_s = time.monotonic(), self._planner.cpu_s()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.monotonic() - self._began_s
+        self.cpu_s = self._planner.cpu_s() - self._cpu_s
+
+    @property
+    def cores(self) -> float:
+        return self.cpu_s / self.seconds
+
+
+def raise_file_limit() -> int:
+    """To the most that is allowed; returns that."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
+
+
+def _run_under_profile() -> int:
+    from hetis.planner.service.command import run
+
+    profile = cProfile.Profile()
+    code = 1
+    try:
+        code = profile.runcall(run, sys.argv[1:])
+    finally:
+        profile.dump_stats(os.environ.pop(PROFILE))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(_run_under_profile())

@@ -1,0 +1,286 @@
+"""The planner under load: agents that stay connected, reports, re-dispatches, dispatch calls, durable writes.
+
+    python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
+
+One real `hetis-planner` (SQLite, no TLS) and agents on real gRPC streams, each with a TCP connection of its own: most
+of them in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
+and eight nodes with a P100 each, its attention workers; agents and engines are scripted and do at once what they are
+told, so that the times are the planner's own, gRPC's and the scheduler's of this machine. All of it runs side by side
+on the same few cores: ``load`` says how busy they were.
+
+``rate_per_s``: of what the row is about; where calls are timed, of all lanes together. ``p50_ms``, ``p99_ms``,
+``max_ms``: of ``count`` latencies, ``at_once`` at a time. ``over_empty_p50``, ``over_empty_p99``: the same over those
+of an empty call (health's Check) on the same channel, so many at once, just before. ``cores``: CPU time of the
+planner's process per second. ``cpu_us``: the same for one of what the row is about. ``rss_mib``: its memory.
+``kb_per_agent``: memory above that before the first agent, per agent. ``lag_s``: reports that were sent and not taken
+yet, at the rate at which they are taken. ``load``: running processes of the machine, a minute's mean.
+
+``change``: from the report that shows the need, as it is written, to where the name says; ``DONE`` is durable and by
+the planner's clock. ``in process``: the same admissions without gRPC, and the solver's share of them. ``--profile``
+writes a cProfile of the planner, which makes it about twice as slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.rows import Row
+from benchmarks.measuring.service_bench import Bench, Extent, opened, percentiles
+from benchmarks.measuring.service_calls import DispatchedReplica, in_process_seconds, timed, timed_call
+from benchmarks.measuring.service_changes import CellUnderStress, ChangeTimes
+from benchmarks.measuring.service_fleet import cell_fleet
+from benchmarks.measuring.service_process import Watched
+from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
+
+QUICK = Extent(agents=100, idle_s=3.0, report_s=2.0, rates=(200, 1000), beside_rate=50, changes=20, calls=200)
+AT_ONCE, BATCHES = (1, 16), (1, 8)
+SMALL = "clusters/small"
+MANY = 10_000  # agents that what one takes is extrapolated to
+MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond that the planner is saturated
+
+
+async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
+    """Everything, one after the other, on one planner."""
+    async with opened(extent, profile) as bench:
+        await bench.create_cluster()
+        async for row in connections(bench):
+            yield row
+        async for row in empty_calls(bench):
+            yield row
+        async for row in dispatch_calls(bench):
+            yield row
+        async for row in writes(bench):
+            yield row
+        async for row in changes(bench):
+            yield row
+        async for row in reports(bench):
+            yield row
+
+
+async def connections(bench: Bench) -> AsyncIterator[Row]:
+    """What agents cost that are connected, without and with replicas."""
+    extent = bench.extent
+    with Watched(bench.planner) as watched:
+        await asyncio.sleep(extent.idle_s / 3)
+    yield bench.row("no agents", cores=watched.cores, rss_mib=bench.planner.rss_bytes() / 2**20)
+    alone = watched.cores
+    with Watched(bench.planner) as watched:
+        seconds = await bench.connect()
+        await bench.until_quiet()
+    yield bench.row(
+        "connecting", rate_per_s=extent.agents / seconds, cpu_us=1e6 * watched.cpu_s / extent.agents, **bench.memory()
+    )
+    await asyncio.sleep(extent.idle_s / 3)  # heartbeats spread
+    yield await idle(bench, "heartbeats, no replicas", alone)
+    with Watched(bench.planner) as watched:
+        seconds = await bench.activate()
+    num = len(bench.fleet.cells)
+    yield bench.row(
+        "activating a plan",
+        rate_per_s=num / seconds,
+        cpu_us=1e6 * watched.cpu_s / num,
+        note=f"of {num} replicas, {seconds:.1f} s",
+    )
+    await bench.until_quiet()
+    yield await idle(bench, "heartbeats, serving", alone)
+
+
+async def idle(bench: Bench, name: str, alone: float) -> Row:
+    """Agents that say nothing but that they live. ``alone``: cores without agents."""
+    with Watched(bench.planner) as watched:
+        await asyncio.sleep(bench.extent.idle_s)
+    beats_per_s = bench.extent.agents / 5.0
+    memory = bench.memory()
+    each, num = memory["kb_per_agent"], bench.extent.agents
+    assert isinstance(each, float)
+    cores = alone + (watched.cores - alone) * MANY / num
+    total = bench.base_bytes / 2**20 + each * 1e3 * MANY / 2**20
+    return bench.row(
+        name,
+        rate_per_s=beats_per_s,
+        cores=watched.cores,
+        cpu_us=1e6 * (watched.cores - alone) / beats_per_s,
+        **memory,
+        note=f"{MANY:,} agents, if each takes as much: {cores:.2f} cores, {total:,.0f} MiB",
+    )
+
+
+async def empty_calls(bench: Bench) -> AsyncIterator[Row]:
+    """What every call takes on this machine."""
+    for at_once in AT_ONCE:
+        await timed(timed_call(bench.client.is_serving), count=20 * at_once, at_once=at_once)
+        with Watched(bench.planner) as watched:
+            found = await timed(timed_call(bench.client.is_serving), count=bench.extent.calls, at_once=at_once)
+        bench.empty[at_once] = found
+        yield bench.latency_row(f"empty call, {at_once} at once", found, at_once=at_once, watched=watched)
+
+
+async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
+    """Admissions, each followed by a FinishRequests, so that the replica stays as loaded as it is."""
+    stage = bench.planner_cell[0].stage
+    assert stage is not None, "the primary has no assignment"
+    found = await bench.replica_at(bench.planner_cell[0].node)
+    dispatched = DispatchedReplica(bench.client, found.name)
+    await dispatched.declare(stage, found.generation)
+    note = "rate and CPU: of a pair of AdmitRequests and FinishRequests"
+    for batch in BATCHES:
+        count = bench.extent.calls
+        whole_s, alone_s = await in_process_seconds(stage.model, batch=batch, count=count)
+        for what, seconds in (("messages and solve", whole_s), ("solve", alone_s)):
+            yield bench.row(f"admit {batch}, in process: {what}", at_once=1, count=count, p50_ms=1e3 * seconds)
+        for at_once in AT_ONCE:
+            call = dispatched.admitting(batch)
+            await timed(call, count=2 * at_once, at_once=at_once)
+            with Watched(bench.planner) as watched:
+                latencies = await timed(call, count=count, at_once=at_once)
+            name = f"admit {batch}, {at_once} at once"
+            yield bench.latency_row(name, latencies, at_once=at_once, watched=watched, note=note)
+    await bench.set_rate(bench.extent.beside_rate)
+    await asyncio.sleep(1.0)
+    beside = f"beside {bench.extent.beside_rate:g} reports/s"
+    empty = await timed(timed_call(bench.client.is_serving), count=bench.extent.calls // 2, at_once=1)
+    yield bench.latency_row(f"empty call, 1 at once, {beside}", empty, at_once=1)
+    latencies = await timed(dispatched.admitting(1), count=bench.extent.calls // 2, at_once=1)
+    yield bench.latency_row(f"admit 1, 1 at once, {beside}", latencies, at_once=1)
+    await bench.set_rate(0)
+
+
+async def writes(bench: Bench) -> AsyncIterator[Row]:
+    """Durable changes of a small cluster, and a read."""
+    client, small = bench.client, cell_fleet(2 * 9)
+    policies = (cluster_pb2.REACTION_MODE_OFF, cluster_pb2.REACTION_MODE_ADVISORY)
+    turn = 0
+
+    async def update() -> None:
+        nonlocal turn
+        turn += 1
+        policy = cluster_pb2.ClusterPolicy(placement=policies[turn % 2])
+        cluster = cluster_pb2.Cluster(name=SMALL, policy=policy)
+        await client.clusters.UpdateCluster(cluster_service_pb2.UpdateClusterRequest(cluster=cluster))
+
+    async def create() -> None:
+        plan = plan_pb2.Plan(cluster=SMALL, imported=small.plan)
+        request = plan_service_pb2.CreatePlanRequest(plan_id=f"p-{uuid.uuid4()}", plan=plan)
+        await client.plans.CreatePlan(request)
+
+    async def get() -> None:
+        await client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name="plans/small"))
+
+    cluster = cluster_pb2.Cluster(document=small.cluster)
+    await client.clusters.CreateCluster(
+        cluster_service_pb2.CreateClusterRequest(cluster_id=SMALL.partition("/")[2], cluster=cluster)
+    )
+    plan = plan_pb2.Plan(cluster=SMALL, imported=small.plan)
+    await client.plans.CreatePlan(plan_service_pb2.CreatePlanRequest(plan_id="small", plan=plan))
+    for name, call, share in (("UpdateCluster", update, 4), ("CreatePlan, imported", create, 10), ("GetPlan", get, 2)):
+        for at_once in AT_ONCE:
+            with Watched(bench.planner) as watched:
+                found = await timed(timed_call(call), count=max(16, bench.extent.calls // share), at_once=at_once)
+            yield bench.latency_row(f"{name}, {at_once} at once", found, at_once=at_once, watched=watched)
+
+
+async def changes(bench: Bench) -> AsyncIterator[Row]:
+    """Re-dispatches of one replica, while the others are quiet and while they report."""
+    cell = CellUnderStress(bench.engine_cell, bench.client)
+    for rate, count in ((0.0, max(2, bench.extent.changes // 5)), (bench.extent.beside_rate, bench.extent.changes)):
+        await bench.set_rate(rate)
+        await asyncio.sleep(1.0)
+        found = list[ChangeTimes]()
+        missed = 0
+        with Watched(bench.planner) as watched:
+            while len(found) < count:
+                one = await cell.sample()
+                if one is not None:
+                    found.append(one)
+                elif (missed := missed + 1) > 2:
+                    raise RuntimeError(f"the planner moves nothing: {bench.planner.log()[-2000:]}")
+        note = f"{sum(one.moves for one in found) / len(found):.0f} moves each, {missed} reports without a change"
+        beside = f", beside {rate:g} reports/s" if rate else ""
+        for step, what in STEPS.items():
+            seconds = [getattr(one, f"{step}_s") for one in found]
+            cores = watched.cores if step == "done" else None
+            yield bench.row(f"change: {what}{beside}", count=count, **percentiles(seconds), cores=cores, note=note)
+    await bench.set_rate(0)
+
+
+STEPS = {
+    "asked": "asks for the head map",
+    "prepare": "first prepare",
+    "commit": "commit",
+    "resolved": "first resolved",
+    "done": "DONE",
+}
+
+
+async def reports(bench: Bench) -> AsyncIterator[Row]:
+    """Ever more of them."""
+    for rate in bench.extent.rates:
+        await bench.set_rate(rate)
+        await asyncio.sleep(bench.extent.report_s / 4)
+        before, _ = await bench.behind()
+        crowd = await asyncio.to_thread(bench.crowd.counts)
+        with Watched(bench.planner) as watched:
+            end_s = time.monotonic() + bench.extent.report_s
+            seconds = list[float]()
+            probe = timed_call(bench.client.is_serving)
+            while time.monotonic() < end_s:
+                await probe(seconds)
+                await asyncio.sleep(0.05)
+        crowd_cpu_s = (await asyncio.to_thread(bench.crowd.counts)).cpu_s - crowd.cpu_s
+        after, behind = await bench.behind()
+        taken_per_s = (after - before) / watched.seconds
+        lag_s = behind / taken_per_s if taken_per_s else 0.0
+        is_saturated = watched.cores > MOST_CORES or lag_s > MOST_LAG_S
+        yield bench.row(
+            f"{rate:g} reports/s asked for",
+            rate_per_s=taken_per_s,
+            count=len(seconds),
+            **percentiles(seconds),
+            cores=watched.cores,
+            cpu_us=1e6 * watched.cpu_s / (after - before),
+            lag_s=lag_s,
+            rss_mib=bench.planner.rss_bytes() / 2**20,
+            note=f"latencies: of empty calls; agents take {crowd_cpu_s / watched.seconds:.2f} cores"
+            + (", the planner is saturated" if is_saturated else ""),
+        )
+        if is_saturated:
+            break
+    await bench.set_rate(0)
+
+
+def all_rows(extent: Extent, profile: Path | None) -> Iterator[Row]:
+    """As they are measured."""
+    with asyncio.Runner() as runner:
+        found = measure(extent, profile)
+        try:
+            while True:
+                try:
+                    yield runner.run(anext(found))  # type: ignore[arg-type]
+                except StopAsyncIteration:
+                    return
+        finally:
+            runner.run(found.aclose())  # type: ignore[attr-defined]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = rows.parser("benchmarks.service", __doc__)
+    parser.add_argument("--agents", type=int, metavar="N", help="instead of 3,000, or 100 with --quick")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="a cProfile of the planner")
+    arguments = parser.parse_args(argv)
+    extent = QUICK if arguments.quick else Extent()
+    if arguments.agents is not None:
+        if arguments.agents < 2 * 9:
+            parser.error(f"--agents {arguments.agents}: two cells have 18")
+        extent = replace(extent, agents=arguments.agents)
+    found = all_rows(extent, arguments.profile)
+    rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name="service")
+
+
+if __name__ == "__main__":
+    main()
