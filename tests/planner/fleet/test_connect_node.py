@@ -235,6 +235,12 @@ async def _status_of(stub: agent_service_pb2_grpc.AgentServiceAsyncStub, *reques
     return caught.value.details() or ""
 
 
+async def _kind_of_next(call: grpc.aio.StreamStreamCall[pb.ConnectNodeRequest, pb.ConnectNodeResponse]) -> str:
+    message = await call.read()
+    assert isinstance(message, pb.ConnectNodeResponse)
+    return message.WhichOneof("message") or ""
+
+
 async def _read_to_the_end(call: grpc.aio.StreamStreamCall[pb.ConnectNodeRequest, pb.ConnectNodeResponse]) -> None:
     while await call.read() is not grpc.aio.EOF:
         pass
@@ -277,10 +283,10 @@ def test_a_second_stream_of_a_node_ends_the_first() -> None:
         async with planner() as (fleet, stub, _, _):
             first = stub.ConnectNode()
             await first.write(ModelAgent("a", Engines()).hello())
-            assert (await anext(aiter(first))).WhichOneof("message") == "welcome"
+            assert await _kind_of_next(first) == "welcome"
             second = stub.ConnectNode()
             await second.write(ModelAgent("a", Engines()).hello())
-            assert (await anext(aiter(second))).WhichOneof("message") == "welcome"
+            assert await _kind_of_next(second) == "welcome"
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await _read_to_the_end(first)
             assert caught.value.details() == "NODE_TAKEN_OVER"

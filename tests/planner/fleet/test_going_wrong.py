@@ -279,3 +279,12 @@ def test_a_change_that_no_store_knows_is_called_off(world: World) -> None:
 def test_two_changes_of_a_replica_do_not_run_at_once(world: World) -> None:
     assert world.propose()
     assert not world.propose()
+
+
+def test_an_agent_that_lost_what_it_was_told_is_told_again_when_it_is_back(world: World) -> None:
+    change_id = world.propose()
+    world.flow()
+    world.agents["c"].changes.clear()
+    world.connect("c")
+    world.flow()
+    assert list(world.agents["c"].changes) == [change_id]

@@ -19,7 +19,7 @@ from hetis.planner.fleet.change_parts import parts_of
 from hetis.planner.fleet.changes import FINAL, ChangeCoordinator, Outcome
 from hetis.planner.fleet.changes import State as RedispatchState
 from hetis.planner.fleet.counters import FleetCounters, count
-from hetis.planner.fleet.deltas import WantedRemoval
+from hetis.planner.fleet.deltas import WantedAssignment, WantedRemoval
 from hetis.planner.fleet.late_changes import LateChanges
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import NodeLink, Opened, Response
@@ -132,7 +132,7 @@ class ClusterFleet:
         replica.contents = contents or Contents.nothing()
         self.dirty.add(name)
         if replica.assigned_generation and not replica.is_stopping and not replica.has_failed:
-            self.assign(replica)
+            self.assign(replica, is_new=False)
 
     def note_drained(self, record: NodeRecord) -> None:
         self._take_node(record)
@@ -204,7 +204,10 @@ class ClusterFleet:
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
         returned: list[events.HeadMapsRead | events.Fenced] = []
-        for event in link.receive(request, now_s=now_s):
+        found = link.receive(request, now_s=now_s)
+        if not found and request.WhichOneof("message") == "report":
+            self.counters.reports_dropped += 1
+        for event in found:
             match event:
                 case events.Reported():
                     self._note_report(node, event, time_s)
@@ -339,13 +342,15 @@ class ClusterFleet:
 
     # What follows when the store knows; called by `deciding.applied`.
 
-    def assign(self, replica: Replica) -> None:
-        """Its last assignment is what its nodes should hold."""
+    def assign(self, replica: Replica, *, is_new: bool = True) -> None:
+        """Its last assignment is what its nodes should hold; not ``is_new``: an earlier planner made it."""
         peers = {node: self.link(node).engine_address for node in replica.nodes}
         replica.must_reassign = False
         for node, wanted in replica.assignments(peers, self.record.active_plan if self.record else "").items():
             self.link(node).slot(replica.name).want(wanted)
             self._talking.add(node)
+        if not is_new:
+            replica.peers = None
 
     def remove(self, replica: Replica) -> None:
         """Nothing of it should be held anywhere."""
@@ -510,18 +515,22 @@ class ClusterFleet:
         elif answer.kind == "resolved" or answer.failure is not None:
             slot = self.links[node].slots.get(answer.replica)
             if slot is not None:
-                slot.forget_change(answer.change_id)
+                slot.close_change(answer.change_id)
 
     def _hear_change(self, node: str, status: change_pb2.ChangeStatus) -> None:
         change = self.changes.get(status.change_id)
         if change is not None:
             change.hear(node, status)
             self.tell(change)
-        elif status.phase != change_pb2.CHANGE_PHASE_RELEASED:
+        elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
             if status.change_id in self._endings:
                 self._answer_late(node, status)
             else:
                 self.late.add(node, status)
+
+    def _is_closed(self, node: str, status: change_pb2.ChangeStatus) -> bool:
+        slot = self.link(node).slots.get(status.replica)
+        return slot is not None and status.change_id in slot.closed
 
     def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
         ended = self._endings.get(status.change_id)
@@ -559,8 +568,16 @@ class ClusterFleet:
 
     def _note_address(self, node: str, address: str) -> None:
         for name in self._replicas_on.get(node, ()):
-            if self.replicas[name].peers.get(node, address) != address:
-                self._must_reassign(name)
+            replica = self.replicas[name]
+            if replica.peers is not None:
+                if replica.peers.get(node, "") != address:
+                    self._must_reassign(name)
+            elif (
+                replica.contents is not None
+                and not replica.has_failed
+                and isinstance(self.link(node).slot(name).wanted, WantedAssignment)
+            ):
+                self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it whole
 
     def _write_node(self, node: str, found: events.Found | None) -> None:
         link = self.links[node]

@@ -22,6 +22,7 @@ _LASTING = {
     Reason.ERROR_REASON_ENGINE_CANNOT,
     Reason.ERROR_REASON_KV_BLOCKS_EXHAUSTED,
 }
+_CLOSED_KEPT = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,8 @@ class ReplicaSlot:
     state: how far the node is with its assignment, as it said last.
     failure: what the node said went wrong, or why it refused the assignment for good; None: nothing.
     report: its last report of the replica; None: none yet.
+    closed: changes that are over, and whose end the node has acknowledged on this stream: what it still says of them
+        needs no answer, which it would only acknowledge with another word.
     """
 
     def __init__(self, replica: str) -> None:
@@ -103,6 +106,7 @@ class ReplicaSlot:
         self.state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
         self.failure: failure_pb2.Failure | None = None
         self.report: report_pb2.ReplicaReport | None = None
+        self.closed: set[str] = set()
         self._wanted: WantedAssignment | WantedRemoval | None = None
         self._directives: dict[str, Directive] = {}
         self._told: dict[str, str] = {}  # kind of the last directive that was answered, by change
@@ -143,6 +147,13 @@ class ReplicaSlot:
         self._directives.pop(change_id, None)
         self._told.pop(change_id, None)
 
+    def close_change(self, change_id: str) -> None:
+        """The node knows how it ended, and nobody waits for its word."""
+        self.forget_change(change_id)
+        if len(self.closed) >= _CLOSED_KEPT:
+            self.closed.clear()  # at worst each is answered once more
+        self.closed.add(change_id)
+
     def tell_again(self, change_id: str) -> None:
         """What was answered may have been forgotten."""
         self._told.pop(change_id, None)
@@ -152,6 +163,7 @@ class ReplicaSlot:
         self.held, self.state = held, state
         self._in_flight = None
         self._told.clear()
+        self.closed.clear()
         self._retry_s = 0.0
 
     def next_delta(self, now_s: float, *, new_nonce: Callable[[], str], answer_s: float) -> Delta | None:
@@ -245,7 +257,10 @@ class ReplicaSlot:
         return Delta(base_generation=0, generation=wanted.generation, assignment=wanted.assignment)
 
     def _delta_of(self, directive: Directive) -> Delta:
-        delta = Delta(generation=directive.generation, base_generation=self.held)
+        # Only a prepare builds on what the node holds. The others are matched by their change, and after the flip, or a
+        # newer assignment, the node is at their generation or beyond it, which no delta may build on.
+        base = self.held if directive.kind == "prepare" else min(self.held, directive.generation - 1)
+        delta = Delta(generation=directive.generation, base_generation=base)
         getattr(delta, directive.kind).CopyFrom(directive.step)
         return delta
 

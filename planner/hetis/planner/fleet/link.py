@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.deltas import ReplicaSlot, WantedRemoval
@@ -23,6 +24,7 @@ from hetis.planner.fleet.settings import FleetSettings, duration
 from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, report_pb2
 
 PROTOCOL_VERSION = 1
+_MOST_GENERATION = 2**62  # no replica gets there; a number above it would be carried on, into what no field can hold
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
@@ -74,10 +76,23 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
             f"the agent has obeyed epoch {newest}, this planner's is {epoch}",
             metadata={"epoch": epoch, "newest_epoch": newest},
         )
+    _check_generations([*hello.replicas, *hello.changes])
     for field in ("agent_version", "boot_id", "inventory_digest"):
         if not getattr(hello, field):
             raise invalid_field(f"hello.{field}", "is required")
     return hello
+
+
+class _Generational(Protocol):
+    @property
+    def generation(self) -> int: ...
+
+
+def _check_generations(said: Iterable[_Generational]) -> None:
+    if any(one.generation > _MOST_GENERATION for one in said):
+        raise ServiceError(
+            Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"a generation is above {_MOST_GENERATION}, which none can be"
+        )
 
 
 class NodeLink:
@@ -204,6 +219,7 @@ class NodeLink:
             )
         if request.epoch < self._epoch:
             return []  # of an earlier stream: no message of this one has another epoch than its Welcome
+        _check_generations([*request.report.replicas, request.ack, request.nack, request.change_status])
         match request.WhichOneof("message"):
             case "report":
                 return self._take_report(request.sequence, request.report)
@@ -296,7 +312,8 @@ class NodeLink:
             return []
         events: list[LinkEvent] = [Answered(answer=answer)]
         if nack.failure.reason == Reason.ERROR_REASON_STALE_EPOCH:
-            events.append(Fenced(newest_epoch=int(nack.failure.metadata.get("newest_epoch", "0"))))
+            newest = nack.failure.metadata.get("newest_epoch", "")
+            events.append(Fenced(newest_epoch=int(newest) if newest.isdecimal() else 0))
         elif nack.failure.reason == Reason.ERROR_REASON_GENERATION_MISMATCH and answer.kind == "assignment":
             events.append(Behind(replica=nack.replica, held=nack.generation))
         return events

@@ -53,7 +53,7 @@ class Replica:
     dense_nodes: those of them that it cannot serve without.
     devices: all its GPUs.
     report, report_time_s: the last of its primary, and its Unix time.
-    peers: where its engines listen, by node id, as they were told last.
+    peers: where its engines listen, by node id, as they were told last. None: by no assignment of this planner.
     since_s: since when it has been starting or draining. None: it is not, or waits for its GPUs.
     cannot_start: its plan cannot be read.
     must_reassign: a node holds something later than its assignment, or listens elsewhere: they all need a new one.
@@ -71,7 +71,7 @@ class Replica:
         self.devices = tuple(devices_of(shape))
         self.report: report_pb2.ReplicaReport | None = None
         self.report_time_s: float | None = None
-        self.peers: dict[str, str] = {}
+        self.peers: dict[str, str] | None = None
         self.since_s: float | None = None
         self.cannot_start = False
         self.must_reassign = False
@@ -125,7 +125,7 @@ class Replica:
         contents, goal = self.contents, self.standing.goal
         assert contents is not None
         assert goal is not None
-        self.peers = {node: address for node in self.nodes if (address := peers.get(node, ""))}
+        self.peers = known = {node: address for node in self.nodes if (address := peers.get(node, ""))}
         return {
             node: WantedAssignment(
                 generation=self.assigned_generation,
@@ -140,7 +140,7 @@ class Replica:
                     model=contents.model,
                     stages=contents.stages if node == self.primary_node else (),
                     conditions=conditions_of(self.standing),
-                    peers=[replica_pb2.EnginePeer(node=peer, address=address) for peer, address in self.peers.items()],
+                    peers=[replica_pb2.EnginePeer(node=peer, address=address) for peer, address in known.items()],
                 ),
             )
             for node in self.nodes

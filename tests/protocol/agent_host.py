@@ -1,0 +1,139 @@
+"""An agent process in virtual time: the real daemon, stream, core and disk, which can be killed at any write."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hetis.runtime.agent.connecting import Waiting
+from hetis.runtime.agent.core import AgentCore, AgentIdentity, new_boot_id
+from hetis.runtime.agent.daemon import AgentDaemon
+from hetis.runtime.agent.devices.simulated import SimulatedDevices
+from hetis.runtime.agent.disk import StateDirectory
+from hetis.runtime.agent.metrics import AgentMetrics
+from hetis.runtime.agent.sources import executor_reports
+from hetis.runtime.agent.stream import PlannerStream, TakenOverError
+from hetis.v1.agent_service_pb2 import AgentCapability
+from tests.planner.fleet.samples import CLUSTER
+from tests.protocol.engine_host import EngineHost
+from tests.protocol.transport import Address, Network, Way
+
+STEERED = frozenset(
+    {
+        AgentCapability.AGENT_CAPABILITY_ASSIGN,
+        AgentCapability.AGENT_CAPABILITY_MOVE,
+        AgentCapability.AGENT_CAPABILITY_HEAD_MAP,
+    }
+)
+
+
+class MortalState(StateDirectory):
+    """The real directory; an agent can die before or after one of its writes."""
+
+    dies_at: int | None = None
+    dies_after = False
+    is_dead = False
+    num_writes = 0
+    died: Callable[[], None]
+
+    def write(self, name: str, body: bytes | None) -> None:
+        if self.is_dead:
+            return
+        number, self.num_writes = self.num_writes, self.num_writes + 1
+        if self.dies_at is not None and number >= self.dies_at:
+            if self.dies_after:
+                super().write(name, body)
+            self.is_dead = True
+            self.died()
+            return
+        super().write(name, body)
+
+
+class AgentHost:
+    """One node's agent. A killed one does nothing any more that anybody could notice.
+
+    Attributes:
+        engine_address: where it says that its engine listens.
+    """
+
+    def __init__(
+        self, node: str, folder: Path, network: Network, engine: EngineHost, seed: random.Random, now: Any
+    ) -> None:
+        self.node, self.folder, self.engine, self._now = node, folder, engine, now
+        self._network, self._seed = network, seed
+        self.engine_address = node
+        self.its_words_arrive = False
+        self.is_dead = True
+        self.start()
+
+    def start(self) -> None:
+        """A new process, with what is on disk."""
+        assert self.is_dead
+        self.state = MortalState(self.folder)
+        self.state.died = self.kill
+        devices = SimulatedDevices.parse("L4:1", host_name=self.node)
+        self.core = AgentCore(
+            AgentIdentity(
+                node=f"{CLUSTER}/nodes/{self.node}",
+                agent_version="1.0",
+                boot_id=new_boot_id(),
+                capabilities=STEERED,
+                engine_address=self.engine_address,
+                clock="this boot",
+            ),
+            self.state.read(),
+            devices.inventory(),
+            seed=self._seed,
+        )
+        assert not self.core.damaged, self.core.damaged
+        executor = _Guarded(self.engine, self.state)
+        daemon = AgentDaemon(
+            self.core,
+            self.state,
+            executor,
+            executor_reports(executor),
+            devices,
+            AgentMetrics(version="1.0"),
+            clock=self._now,
+        )
+        address = Address(self._network, self.node)
+        self._stream = PlannerStream(address, daemon, Waiting(self._seed))  # type: ignore[arg-type]
+        self.is_dead = False
+        self._running = asyncio.get_running_loop().create_task(
+            self._run(daemon, self._stream), name=f"agent of {self.node}"
+        )
+
+    async def _run(self, daemon: AgentDaemon, stream: PlannerStream) -> None:
+        try:
+            await daemon.run(stream)
+        except TakenOverError:
+            if not self.is_dead:
+                raise
+
+    def kill(self) -> None:
+        """-9: at once. What it has said so far arrives if ``its_words_arrive``."""
+        if self.is_dead:
+            return
+        wire = self._network.wires.get(self.node)
+        while wire is not None and self.its_words_arrive and not self._stream._outgoing.empty():
+            wire.carry(Way.UP, self._stream._outgoing.get_nowait())
+        self.is_dead = self.state.is_dead = True
+        self.state.close()
+        if wire is not None:
+            wire.cut(arrives=[Way.UP] if self.its_words_arrive else [])
+        asyncio.get_running_loop().call_soon(self._running.cancel)
+
+
+class _Guarded:
+    """The engine, for as long as the agent lives."""
+
+    def __init__(self, engine: EngineHost, state: MortalState) -> None:
+        self._engine, self._state = engine, state
+
+    def __getattr__(self, name: str) -> Any:
+        if self._state.is_dead:
+            raise asyncio.CancelledError
+        return getattr(self._engine, name)

@@ -1,0 +1,113 @@
+"""A planner process that moves head groups all the time: the real fleet, store and server, and a re-dispatch loop that
+needs no reason. ``python -m tests.protocol.planner_process FILE PORT SEED``; prints what it has acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+import uuid
+from typing import Any
+
+import grpc
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.settings import FleetSettings, duration
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.service import identity, statuses
+from hetis.planner.service.servicers.agent import AgentServicer
+from hetis.planner.store import Store
+from hetis.v1 import change_pb2, head_map_pb2, redispatch_pb2
+from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
+from tests.planner.fleet.samples import CLUSTER, REPLICA
+from tests.protocol.planner_host import SampleStages
+
+SETTINGS = FleetSettings(heartbeat_s=0.5, suspect_s=3.0, lease_s=6.0, answer_s=1.0, min_report_s=0.2, reconnect_s=0.5)
+
+
+class _Clock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def time(self) -> float:
+        return time.time()
+
+
+class _Servicer(AgentServicer):
+    """As behind the interceptor: a caller is set, and errors become statuses."""
+
+    async def ConnectNode(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        identity.set_caller(identity.ANYBODY)
+        try:
+            async for response in super().ConnectNode(request_iterator, context):
+                yield response
+        except ServiceError as error:
+            await statuses.abort(context, statuses.to_status(error))
+
+
+async def serve(file: str, port: int, dice: random.Random) -> None:
+    store = await Store.open(f"sqlite:///{file}")
+    epoch = await store.lead("test")
+    fleet = Fleet(store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=_Clock(), contents=SampleStages())
+    await fleet.start()
+    server = grpc.aio.server()
+    add_AgentServiceServicer_to_server(_Servicer(fleet), server)
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    print("ready", flush=True)
+    while True:
+        await asyncio.sleep(dice.uniform(0.0, 0.1))
+        try:
+            maps = await fleet.read_head_maps(REPLICA, 2.0)
+            change_id = await _move(fleet, maps, dice)
+        except ServiceError:
+            continue
+        if change_id:
+            print(f"kept {change_id}", flush=True)
+
+
+async def _move(fleet: Fleet, maps: Any, dice: random.Random) -> str:
+    """Of some request some head group to somewhere else; returns the change's id once it is kept."""
+    (head_map,) = maps.maps
+    if not head_map.requests:
+        return ""
+    names = [device.name for device in head_map.devices]
+    moves: list[head_map_pb2.Move] = []
+    for request in dice.sample(list(head_map.requests), min(3, len(head_map.requests))):
+        group = dice.randrange(len(request.owners))
+        source = names[request.owners[group]]
+        moves.append(
+            head_map_pb2.Move(
+                number=len(moves),
+                request=request.id,
+                incarnation=request.incarnation,
+                head_groups=[group],
+                source=source,
+                target=dice.choice([name for name in names if name != source]),
+                kv_bytes=dice.choice([0.0, 5e8]),
+                together=group,
+                reason=head_map_pb2.MOVE_REASON_BALANCE,
+            )
+        )
+    change_id = str(uuid.uuid4())
+    body = redispatch_pb2.Redispatch(
+        name=f"{CLUSTER}/redispatches/{change_id}",
+        replica=REPLICA,
+        num_moves=len(moves),
+        change=change_pb2.Change(
+            change_id=change_id,
+            replica=REPLICA,
+            base_generation=maps.generation,
+            moves=moves,
+            prepare_timeout=duration(3.0),
+        ),
+    )
+    await fleet.redispatch(body)
+    return change_id
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))))

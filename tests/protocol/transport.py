@@ -1,0 +1,333 @@
+"""The network between agents and planner, in memory: every message of every stream goes through one hand.
+
+The agent's end is a gRPC call as `hetis.runtime.agent.stream.PlannerStream` uses one, the planner's end is what the
+servicer hands to `Fleet.connect`. Between them messages are bytes, and have a `Fate`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import grpc
+from grpc_status import rpc_status
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.service import identity, statuses
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
+
+LATENCY_S = 0.002
+NOTICE_S = 25.0  # until the end that did not break a stream notices that it is broken: keepalive
+Message = ConnectNodeRequest | ConnectNodeResponse
+
+
+class Way(Enum):
+    UP = "up"  # to the planner
+    DOWN = "down"
+
+
+class Fate(Enum):
+    """What becomes of a message."""
+
+    PASS = "pass"
+    DROP = "drop"
+    DUPLICATE = "duplicate"
+    DELAY = "delay"  # others overtake it
+    CUT_BEFORE = "cut before"  # the stream breaks, and takes it along
+    CUT_AFTER = "cut after"  # it arrives, then the stream breaks
+    HOLD = "hold"  # until somebody delivers it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A message as the network saw it.
+
+    Attributes:
+        number: over all messages, from 0.
+        kind: the field that is set, with that of the delta.
+    """
+
+    number: int
+    node: str
+    way: Way
+    kind: str
+
+    def __str__(self) -> str:
+        return f"#{self.number} {self.way.value} {self.node} {self.kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How the planner ended a stream; None: with OK. ``is_broken``: nobody ended it."""
+
+    error: ServiceError | None
+    is_broken: bool = False
+
+
+class _HalfClose:
+    """The agent writes no more."""
+
+
+@dataclass(slots=True)
+class Item:
+    """Under way."""
+
+    seen: Seen
+    content: bytes | _End | _HalfClose
+
+
+@dataclass(slots=True)
+class Network:
+    """All links.
+
+    Attributes:
+        fate: decides what becomes of each message.
+        delay_s: how long a delayed one takes.
+        log: everything that was sent.
+        wires: the stream of each node that stands at the agent's end.
+        fleet: who answers a new stream; None: nobody.
+        unreachable: nodes that reach nobody.
+    """
+
+    fate: Callable[[Seen], Fate] = field(default=lambda _: Fate.PASS)
+    delay_s: float = 3.0
+    log: list[Seen] = field(default_factory=list)
+    wires: dict[str, Wire] = field(default_factory=dict)
+    fleet: Callable[[str], Fleet | None] = field(default=lambda _: None)
+    unreachable: set[str] = field(default_factory=set)
+    earlier: dict[str, list[bytes]] = field(default_factory=dict)  # down messages that each node ever got
+    acknowledged: Callable[[str, ConnectNodeRequest], None] = field(default=lambda node, request: None)
+    watches: list[Callable[[], None]] = field(default_factory=list)  # called after every delivery
+
+    def note(self, node: str, way: Way, message: Message | None, kind: str = "") -> Seen:
+        seen = Seen(number=len(self.log), node=node, way=way, kind=kind or kind_of(message))
+        self.log.append(seen)
+        return seen
+
+    def release(self) -> None:
+        """What was held goes on, in its order."""
+        for wire in list(self.wires.values()):
+            for way in Way:
+                while wire.held[way]:
+                    wire.push(way, wire.held[way].pop(0))
+
+
+class Wire:
+    """One stream of one node; it counts as long as each end takes it to stand."""
+
+    def __init__(self, network: Network, node: str, fleet: Fleet) -> None:
+        self.network, self.node, self.fleet = network, node, fleet
+        self.held: dict[Way, list[Item]] = {way: [] for way in Way}
+        self.under_way: dict[Way, list[Item]] = {way: [] for way in Way}
+        self.agent_stands = self.planner_stands = True
+        self.agent_inbox: asyncio.Queue[bytes | _End] = asyncio.Queue()
+        self._planner_inbox: asyncio.Queue[bytes | _HalfClose] = asyncio.Queue()
+        self._serving = asyncio.get_running_loop().create_task(self._serve(fleet), name=f"planner's end of {node}")
+
+    def carry(self, way: Way, message: Message) -> None:
+        seen = self.network.note(self.node, way, message)
+        item = Item(seen, message.SerializeToString())
+        if isinstance(message, ConnectNodeRequest) and message.HasField("ack"):
+            self.network.acknowledged(self.node, message)
+        if way is Way.DOWN:
+            self.network.earlier.setdefault(self.node, []).append(message.SerializeToString())
+        match self.network.fate(seen):
+            case Fate.PASS:
+                self.push(way, item)
+            case Fate.DROP:
+                pass
+            case Fate.DUPLICATE:
+                self.push(way, item)
+                self.push(way, item)
+            case Fate.DELAY:
+                asyncio.get_running_loop().call_later(self.network.delay_s, self.deliver, way, item)
+            case Fate.CUT_BEFORE:
+                self.cut()
+            case Fate.CUT_AFTER:
+                self.push(way, item)
+                asyncio.get_running_loop().call_later(2 * LATENCY_S, self.cut)
+            case Fate.HOLD:
+                self.held[way].append(item)
+
+    def end_of(self, way: Way, content: _End | _HalfClose) -> None:
+        """Ends come after what was sent before; they are not lost by themselves."""
+        item = Item(self.network.note(self.node, way, None, "end"), content)
+        if self.held[way]:
+            self.held[way].append(item)
+        else:
+            self.push(way, item)
+
+    def push(self, way: Way, item: Item) -> None:
+        """In order with everything else that is pushed."""
+        self.under_way[way].append(item)
+        asyncio.get_running_loop().call_later(LATENCY_S, self._arrive, way)
+
+    def _arrive(self, way: Way) -> None:
+        if self.under_way[way]:
+            self.deliver(way, self.under_way[way].pop(0))
+
+    def deliver(self, way: Way, item: Item) -> None:
+        if way is Way.UP and self.planner_stands:
+            assert not isinstance(item.content, _End)
+            self._planner_inbox.put_nowait(item.content)
+        if way is Way.DOWN and self.agent_stands:
+            assert not isinstance(item.content, _HalfClose)
+            self.agent_inbox.put_nowait(item.content)
+        for watch in self.network.watches:
+            watch()
+
+    # How it breaks.
+
+    def cut(self, *, agent_notices: bool = True, planner_notices: bool = True, arrives: Sequence[Way] = ()) -> None:
+        """Nothing goes through any more; an end that does not notice does so after `NOTICE_S`.
+
+        ``arrives``: what is under way in these directions still does.
+        """
+        for way in arrives:
+            while self.under_way[way]:
+                self.deliver(way, self.under_way[way].pop(0))
+        for way in Way:
+            self.held[way].clear()
+            self.under_way[way].clear()
+        loop = asyncio.get_running_loop()
+        for notices, end in ((agent_notices, self.cut_agent), (planner_notices, self.cut_planner)):
+            if notices:
+                end()
+            else:
+                loop.call_later(NOTICE_S, end)
+
+    def cut_agent(self) -> None:
+        if self.agent_stands:
+            self.agent_stands = False
+            self.agent_inbox.put_nowait(_End(None, is_broken=True))
+            if self.network.wires.get(self.node) is self:
+                del self.network.wires[self.node]
+
+    def cut_planner(self) -> None:
+        """As gRPC does: the handler is cancelled."""
+        if self.planner_stands:
+            self.planner_stands = False
+            # After the handler has read what has arrived.
+            asyncio.get_running_loop().call_later(LATENCY_S, self._serving.cancel)
+
+    # The planner's end.
+
+    async def _serve(self, fleet: Fleet) -> None:
+        error: ServiceError | None = None
+        try:
+            async with aclosing(fleet.connect(identity.ANYBODY, self._requests())) as responses:
+                async for response in responses:
+                    if self.planner_stands:
+                        self.carry(Way.DOWN, response)
+        except ServiceError as raised:
+            error = raised
+        if self.planner_stands:
+            self.planner_stands = False
+            self.end_of(Way.DOWN, _End(error))
+
+    async def _requests(self) -> AsyncIterator[ConnectNodeRequest]:
+        while True:
+            content = await self._planner_inbox.get()
+            if isinstance(content, _HalfClose):
+                return
+            yield ConnectNodeRequest.FromString(content)
+
+
+class AgentCall:
+    """The agent's end, as the calls of `grpc.aio` are."""
+
+    def __init__(self, wire: Wire | None) -> None:
+        self._wire = wire
+        self._ended: _End | None = None
+
+    async def write(self, message: ConnectNodeRequest) -> None:
+        if self._wire is not None and self._wire.agent_stands:
+            self._wire.carry(Way.UP, message)
+
+    async def done_writing(self) -> None:
+        if self._wire is not None and self._wire.agent_stands:
+            self._wire.end_of(Way.UP, _HalfClose())
+
+    async def read(self) -> Any:
+        if self._wire is None:
+            raise _aio_error(grpc.StatusCode.UNAVAILABLE, "nobody listens", ())
+        content = await self._wire.agent_inbox.get()
+        if isinstance(content, bytes):
+            return ConnectNodeResponse.FromString(content)
+        if content.is_broken:
+            raise _aio_error(grpc.StatusCode.UNAVAILABLE, "the connection broke", ())
+        self._ended = content
+        if content.error is None:
+            return grpc.aio.EOF
+        status = rpc_status.to_status(statuses.to_status(content.error))
+        raise _aio_error(status.code, status.details, status.trailing_metadata)
+
+    def cancel(self) -> None:
+        """The agent is done with it; the planner hears of it a little later."""
+        wire = self._wire
+        if wire is not None and wire.agent_stands:
+            wire.cut_agent()
+            asyncio.get_running_loop().call_later(LATENCY_S, wire.cut_planner)
+
+    async def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.OK
+
+
+class Address:
+    """In place of `PlannerAddress`: leads to whoever the network says is there."""
+
+    server = "memory"
+
+    def __init__(self, network: Network, node: str) -> None:
+        self._network, self._node = network, node
+
+    def channel(self) -> Any:
+        return _Channel(self._network, self._node)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+
+class _Channel:
+    """Has what a stub asks of a channel."""
+
+    def __init__(self, network: Network, node: str) -> None:
+        self._network, self._node = network, node
+
+    async def __aenter__(self) -> _Channel:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    def stream_stream(self, *_: Any, **__: Any) -> Callable[..., AgentCall]:
+        def call(**_: Any) -> AgentCall:
+            fleet = None if self._node in self._network.unreachable else self._network.fleet(self._node)
+            if fleet is None:
+                return AgentCall(None)
+            wire = Wire(self._network, self._node, fleet)
+            self._network.wires[self._node] = wire
+            return AgentCall(wire)
+
+        return call
+
+
+def kind_of(message: Message | None) -> str:
+    if message is None:
+        return "none"
+    kind = message.WhichOneof("message") or "none"
+    if isinstance(message, ConnectNodeResponse) and kind == "delta":
+        return f"delta.{message.delta.WhichOneof('change')}"
+    if isinstance(message, ConnectNodeRequest) and kind == "change_status":
+        return f"change_status.{message.change_status.phase}"
+    return kind
+
+
+def _aio_error(code: Any, details: str, trailing: Any) -> grpc.aio.AioRpcError:
+    empty = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(code, empty, grpc.aio.Metadata(*trailing), details)
