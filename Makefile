@@ -13,15 +13,17 @@ WORKERS ?= auto
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
 
-.PHONY: help demo demo-cluster test lint types format proto bench clean
+.PHONY: help demo demo-cluster test soak lint types format proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
+	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
 	@echo "make proto   make the stubs of hetis.v1 from proto/ again"
+	@echo "make profiles  the shipped profiles and docs/profiles.md again from the tables in DATA"
 	@echo "make bench   every benchmark, in its quick form"
 	@echo "make clean   remove $(VENV), caches and build output"
 
@@ -33,6 +35,9 @@ demo-cluster: $(VENV)/.cluster
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) -m soak $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,6 +52,11 @@ types: $(VENV)/.dev
 
 proto: $(VENV)/.dev
 	$(BIN)/python proto/generate.py
+
+# The tables are not part of the repository; README of the data folder: where each is from.
+DATA ?= ../shared/data/profiles
+profiles: $(VENV)/.dev
+	$(BIN)/python -m hetis.profiler.shipping --data $(DATA) --doc docs/profiles.md
 
 bench: $(VENV)/.dev
 	@for module in benchmarks/[a-z]*.py; do \

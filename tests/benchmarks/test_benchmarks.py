@@ -26,6 +26,8 @@ SOLVES = {"name", "gpus", "types", "status", "value", "bound", "gap", "seconds",
 PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
+    "robustness": {"name", "status", "value", "gap", "plans", "other_replicas", "over_limit", "too_slow"}
+    | {f"{mark}_{what}_loss" for mark in ("mean", "worst") for what in ("goodput", "latency")},
     "dispatch": {
         "name",
         "devices",

@@ -11,7 +11,7 @@ from hetis.formats import units
 from hetis.formats.fields import API_VERSION, Part, SizeOrBytes, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
-from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
+from hetis.solver.profile import REGION_FIELDS, Fit, FitRegion, FitScope, Op, Piece, Profile, Provenance, Source
 
 Coefficient = Annotated[float, Field(ge=0)]
 _REQUIRED = ("dense", "prefill_attention", "decode_attention", "all_reduce", "transfer")
@@ -46,11 +46,24 @@ class ScopePart(Part):
     weight_bytes: Annotated[float, Field(gt=0)] | None = None
 
 
+Range = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+
+class RegionPart(Part):
+    """What was measured, as ``[least, most]``: outside of it the fit is a guess. A field left out is not limited."""
+
+    tokens: Range | None = None
+    batch: Range | None = None
+    context_tokens: Range | None = None
+    num_bytes: Range | None = None
+
+
 class FitPart(Part):
     """The time of one operator: the maximum of its pieces."""
 
     op: Literal["dense", "prefill_attention", "decode_attention", "all_reduce", "transfer", "step"]
     scope: ScopePart | None = None
+    region: RegionPart | None = None
     provenance: ProvenancePart
     pieces: Annotated[list[PiecePart], Field(min_length=1)]
 
@@ -114,7 +127,13 @@ def _to_fit(part: FitPart) -> Fit:
             source=Source(provenance.source), origin=provenance.origin, held_out_mape=provenance.held_out_mape
         ),
         scope=FitScope(**dict(part.scope)) if part.scope else FitScope(),
+        region=_to_region(part.region) if part.region else None,
     )
+
+
+def _to_region(part: RegionPart) -> FitRegion:
+    limits = {name: value for name in REGION_FIELDS if (value := getattr(part, name)) is not None}
+    return FitRegion(**{name: (low, high) for name, (low, high) in limits.items()})
 
 
 def _fit_data(fit: Fit) -> dict[str, Any]:
@@ -123,7 +142,14 @@ def _fit_data(fit: Fit) -> dict[str, Any]:
         provenance["held_out_mape"] = fit.provenance.held_out_mape
     scope = {name: value for name in ScopePart.model_fields if (value := getattr(fit.scope, name)) is not None}
     pieces = [{name: value for name in PiecePart.model_fields if (value := getattr(p, name))} for p in fit.pieces]
-    return {"op": fit.op.value} | ({"scope": scope} if scope else {}) | {"provenance": provenance, "pieces": pieces}
+    region = {name: list(value) for name in REGION_FIELDS if fit.region and (value := getattr(fit.region, name))}
+    return {
+        "op": fit.op.value,
+        **({"scope": scope} if scope else {}),
+        **({"region": region} if fit.region is not None else {}),
+        "provenance": provenance,
+        "pieces": pieces,
+    }
 
 
 def _check_profile(data: Any) -> list[tuple[tuple[str | int, ...], str]]:

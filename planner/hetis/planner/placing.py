@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.robustness.notes import profile_notes, with_profile_errors
 from hetis.planner.sources import LoadedInputs
 from hetis.planner.versions import installed_versions
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.profile import Source
 from hetis.solver.workload import Workload
 
 DEFAULT_TTFT_S = 2.0
@@ -59,7 +59,7 @@ def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Work
 def make_plan(
     loaded: LoadedInputs, problem: PlacementProblem, settings: Settings, *, budget: Budget, report: Report
 ) -> Plan:
-    """Solves, completes the plan with its inputs and notes, and checks it.
+    """Solves, completes the plan with its inputs and notes, checks it, and says what its profiles' errors make of it.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -78,11 +78,11 @@ def make_plan(
         threads=settings.threads,
         report=report,
     )
-    plan = replace(plan, inputs=_inputs(loaded, settings), notes=plan.notes + _notes(problem))
+    plan = replace(plan, inputs=_inputs(loaded, settings), notes=plan.notes + profile_notes(problem))
     violations = check_plan(plan, problem)
     if violations:
         raise UncheckedPlanError(tuple(str(violation) for violation in violations))
-    return plan
+    return with_profile_errors(plan, problem)
 
 
 def missed(plan: Plan, settings: Settings) -> list[str]:
@@ -109,14 +109,3 @@ def _inputs(loaded: LoadedInputs, settings: Settings) -> dict[str, Any]:
         "digests": loaded.inputs.digests(),
         "documents": loaded.inputs.documents(),
     }
-
-
-def _notes(problem: PlacementProblem) -> tuple[str, ...]:
-    modelled = sorted(
-        gpu
-        for gpu, profile in problem.profiles.items()
-        if any(fit.provenance.source is Source.MODELLED for fit in profile.fits)
-    )
-    if not modelled:
-        return ()
-    return (f"modelled, not measured: the profiles of {', '.join(modelled)}; real rates may differ (--profile FILE)",)

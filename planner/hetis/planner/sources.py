@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from hetis.formats import catalogue
 from hetis.formats.documents import (
     Value,
     digest,
@@ -20,7 +21,9 @@ from hetis.formats.documents import (
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.cluster import Cluster
+from hetis.profiler.shipped import shipped_profile
+from hetis.solver.cluster import Cluster, GpuType
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import Family, PlacementProblem
@@ -29,7 +32,9 @@ from hetis.solver.workload import Workload
 
 T = TypeVar("T")
 
-MODELLED = "modelled"  # where a profile came from that no file gave
+# Where a profile came from that no file gave.
+MODELLED = "modelled"
+FITTED = "fitted"  # shipped with hetis, fitted to published measurements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +94,7 @@ class PlanAndProblem:
 
 
 def load_inputs(*, cluster: str, model: str, workload: str, profiles: Sequence[str] = ()) -> LoadedInputs:
-    """Reads the inputs of a placement. GPU types without a profile file get a modelled one.
+    """Reads the inputs of a placement. GPU types without a profile file get `default_profile`.
 
     Raises:
         DocumentError: with the problems of all inputs together.
@@ -105,7 +110,7 @@ def load_inputs(*, cluster: str, model: str, workload: str, profiles: Sequence[s
         problems += _unused(measured, fleet)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
-    by_gpu = {gpu: measured.get(gpu) or (MODELLED, modelled_profile(fleet.gpu_types[gpu])) for gpu in _gpus(fleet)}
+    by_gpu = {gpu: measured.get(gpu) or default_profile(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
     return LoadedInputs(
         inputs=Inputs(
             cluster=fleet,
@@ -120,6 +125,28 @@ def load_inputs(*, cluster: str, model: str, workload: str, profiles: Sequence[s
             "profiles": {gpu: origin for gpu, (origin, _) in by_gpu.items()},
         },
     )
+
+
+def default_profile(gpu: GpuType) -> tuple[str, Profile]:
+    """The profile of a GPU type that no file gives, and its origin: the one that is shipped, or else a modelled one.
+
+    A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
+    profile is not of that card.
+
+    Raises:
+        InvalidProblemError: none is shipped and none can be modelled.
+    """
+    if _is_of_catalogue(gpu) and (shipped := shipped_profile(gpu.name)) is not None:
+        return FITTED, shipped
+    return MODELLED, modelled_profile(gpu)
+
+
+def profile_origin(gpu: GpuType) -> str | None:
+    """The origin of `default_profile`; None where there is none."""
+    try:
+        return default_profile(gpu)[0]
+    except InvalidProblemError:
+        return None
 
 
 def load_plan_and_problem(path: str) -> PlanAndProblem:
@@ -180,6 +207,14 @@ def _known_strategy(plan: Plan, path: str) -> None:
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
+
+
+def _is_of_catalogue(gpu: GpuType) -> bool:
+    try:
+        listed = catalogue.find_gpu(gpu.name).gpu
+    except catalogue.UnknownNameError:
+        return False
+    return replace(listed, usd_per_hour=gpu.usd_per_hour) == gpu
 
 
 def _unused(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:

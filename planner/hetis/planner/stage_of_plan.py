@@ -10,9 +10,8 @@ from hetis.formats.errors import single_problem
 from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedState
 from hetis.formats.stage_heads import InlineHeads, blocks_in
 from hetis.planner.report.devices import abbreviate
-from hetis.planner.sources import PlanAndProblem, load_plan_and_problem
+from hetis.planner.sources import PlanAndProblem, default_profile, load_plan_and_problem
 from hetis.planner.stage_sources import LoadedStage, attention_pieces, with_costs
-from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
@@ -131,7 +130,7 @@ def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model:
     def device(one: SavedDevice) -> SavedDevice:
         assert one.gpu is not None
         profile = profiles[one.gpu]
-        if saved.model is not None and _is_modelled(profile):
+        if saved.model is not None and _is_default(profile):
             return one
         fit = profile.fit(Op.DECODE_ATTENTION, model, one.tp)
         assert fit is not None, "Profile guarantees a fit for decode attention"
@@ -141,9 +140,9 @@ def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model:
     return replace(saved, devices=tuple(map(device, saved.devices)))
 
 
-def _is_modelled(profile: Profile) -> bool:
+def _is_default(profile: Profile) -> bool:
     try:
-        return modelled_profile(catalogue.find_gpu(profile.gpu).gpu) == profile
+        return default_profile(catalogue.find_gpu(profile.gpu).gpu)[1] == profile
     except (catalogue.UnknownNameError, InvalidProblemError):
         return False
 

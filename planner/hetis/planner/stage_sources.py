@@ -13,8 +13,7 @@ from hetis.formats.documents import load_profile
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.saved_state import AttentionPiece, Pieces, SavedDevice, SavedState
 from hetis.formats.stage_heads import catalogue_model
-from hetis.planner.sources import MODELLED, attempt
-from hetis.profiler.roofline import modelled_profile
+from hetis.planner.sources import attempt, default_profile
 from hetis.solver.dispatch.problem import HeadShape
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.errors import InvalidProblemError
@@ -74,7 +73,7 @@ def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, P
         if device.attention is not None or device.gpu is None:
             origins[device.name] = GIVEN
             continue
-        origin, profile = measured.get(device.gpu) or (MODELLED, modelled_profile(catalogue.find_gpu(device.gpu).gpu))
+        origin, profile = measured.get(device.gpu) or default_profile(catalogue.find_gpu(device.gpu).gpu)
         origins[device.name] = origin
         costs[device.name] = _pieces_of(saved, device, profile)
     return LoadedStage(file=file, saved=saved, snapshot=saved.snapshot(costs), origins=origins)

@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 Coefficients = tuple[float, ...]
 
-_SHARES = {1: ((),), 2: ((0.3,), (0.5,), (0.7,)), 3: ((0.33, 0.67), (0.2, 0.5), (0.5, 0.8))}
+_SHARES = {
+    1: ((),),
+    2: ((0.3,), (0.5,), (0.7,)),
+    3: ((0.33, 0.67), (0.2, 0.5), (0.5, 0.8)),
+    4: ((0.25, 0.5, 0.75), (0.1, 0.4, 0.7)),
+}
 _ROUNDS = 12  # of alternation; the partitions seen in practice settle in fewer
 _REWEIGHTS = 3  # towards the least absolute relative error
 _DIGITS = 3
@@ -30,7 +35,9 @@ class PieceFit:
     mape: float
 
 
-def fit_pieces(features: FloatArray, seconds: FloatArray, *, num_pieces: int) -> PieceFit:
+def fit_pieces(
+    features: FloatArray, seconds: FloatArray, *, num_pieces: int, weights: FloatArray | None = None
+) -> PieceFit:
     """Fits ``seconds ~ max_k (a_k . features)`` with ``a_k >= 0``, minimising the mean absolute relative error.
 
     Alternates between giving every point to the piece that is largest there and refitting each piece on its points
@@ -39,16 +46,20 @@ def fit_pieces(features: FloatArray, seconds: FloatArray, *, num_pieces: int) ->
     Args:
         features: shape [points, features], one column of ones included by the caller where a constant is wanted.
         seconds: measured times, shape [points], all > 0.
-        num_pieces: at most 3.
+        num_pieces: at most 4.
+        weights: what an error at each point counts, shape [points]; all alike when left out.
     """
     relative = features / seconds[:, None]
+    importance = np.ones(len(seconds)) if weights is None else weights
     best: PieceFit | None = None
+    least = 0.0
     for owner in _partitions(features, seconds, num_pieces):
         for _ in range(_ROUNDS):
-            pieces = _refit(relative, owner, num_pieces)
-            fit = PieceFit(pieces=pieces, mape=mape(pieces, features, seconds))
-            if best is None or fit.mape < best.mape:
-                best = fit
+            pieces = _refit(relative, owner, num_pieces, importance)
+            errors = np.abs(predict(pieces, features) / seconds - 1.0)
+            error = float((importance * errors).sum())
+            if best is None or error < least:
+                best, least = PieceFit(pieces=pieces, mape=float(errors.sum()) / len(seconds)), error
             values = np.stack([_evaluate(piece, relative) for piece in pieces])
             new_owner = values.argmax(axis=0)
             if np.array_equal(new_owner, owner):
@@ -88,24 +99,30 @@ def _partitions(features: FloatArray, seconds: FloatArray, num_pieces: int) -> I
             yield np.searchsorted(cuts, rank, side="right")
 
 
-def _refit(relative: FloatArray, owner: NDArray[np.intp], num_pieces: int) -> tuple[Coefficients, ...]:
+def _refit(
+    relative: FloatArray, owner: NDArray[np.intp], num_pieces: int, importance: FloatArray
+) -> tuple[Coefficients, ...]:
     pieces = []
     for k in range(num_pieces):
         mine = np.ascontiguousarray(relative[owner == k].T)
         if mine.shape[1] >= relative.shape[1]:
-            pieces.append(_least_absolute(mine))
+            pieces.append(_least_absolute(mine, importance[owner == k]))
     unique = tuple(dict.fromkeys(pieces))
-    return unique if unique else (_least_absolute(np.ascontiguousarray(relative.T)),)
+    return unique if unique else (_least_absolute(np.ascontiguousarray(relative.T), importance),)
 
 
-def _least_absolute(columns: FloatArray) -> Coefficients:
-    """Non-negative a that minimises sum |a . x - 1| (iteratively reweighted), rounded. columns: [features, points]."""
-    weights = np.ones(columns.shape[1])
+def _least_absolute(columns: FloatArray, importance: FloatArray) -> Coefficients:
+    """Non-negative a that minimises sum w |a . x - 1| (iteratively reweighted), rounded.
+
+    Args:
+        columns: shape [features, points].
+    """
+    weights = importance
     piece: Coefficients = ()
     for _ in range(_REWEIGHTS + 1):
         piece = _non_negative_least_squares(columns, weights)
         residual = sum((a * x for a, x in zip(piece, columns, strict=True)), -np.ones(columns.shape[1]))
-        weights = 1.0 / np.maximum(np.abs(residual), 0.02)
+        weights = importance / np.maximum(np.abs(residual), 0.02)
     return tuple(rounded(a) for a in piece)
 
 
@@ -114,16 +131,19 @@ def _non_negative_least_squares(columns: FloatArray, weights: FloatArray) -> Coe
     size = len(columns)
     gram = [[float((weights * columns[i] * columns[j]).sum()) for j in range(size)] for i in range(size)]
     target = [float((weights * columns[i]).sum()) for i in range(size)]
+    full = _solve(gram, target)
+    if full is not None and min(full) >= 0:  # feasible without the constraint, so the best with it
+        return tuple(full)
     best, best_gain = (0.0,) * size, 0.0
-    for count in range(1, size + 1):
+    for count in range(1, size):
         for support in combinations(range(size), count):
             solution = _solve([[gram[i][j] for j in support] for i in support], [target[i] for i in support])
             if solution is None or min(solution) < 0:
                 continue
             gain = sum(a * target[i] for a, i in zip(solution, support, strict=True))
             if gain > best_gain * (1 + 1e-9):
-                full = dict(zip(support, solution, strict=True))
-                best, best_gain = tuple(full.get(i, 0.0) for i in range(size)), gain
+                values = dict(zip(support, solution, strict=True))
+                best, best_gain = tuple(values.get(i, 0.0) for i in range(size)), gain
     return best
 
 

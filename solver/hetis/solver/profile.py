@@ -106,13 +106,50 @@ class FitScope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FitRegion:
+    """What was measured: closed ranges within which a fit may be trusted; None: not limited.
+
+    Attributes:
+        tokens: of one call (dense: of the iteration; prefill attention: of the chunk).
+        batch: sequences of one call.
+        context_tokens: KV tokens per sequence.
+        num_bytes: of a message.
+    """
+
+    tokens: tuple[float, float] | None = None
+    batch: tuple[float, float] | None = None
+    context_tokens: tuple[float, float] | None = None
+    num_bytes: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in REGION_FIELDS:
+            limits = getattr(self, name)
+            if limits is not None and not 0 <= limits[0] <= limits[1] < float("inf"):
+                raise InvalidProblemError(
+                    f"fit region {name} is {limits[0]:g} to {limits[1]:g}, must rise from a number >= 0"
+                )
+
+    def outside(self, **sizes: float) -> tuple[str, ...]:
+        """Names of the ``sizes`` (``tokens=512, batch=4``) that are out of range, in the order given."""
+        return tuple(
+            name
+            for name, size in sizes.items()
+            if (limits := getattr(self, name)) is not None and not limits[0] <= size <= limits[1]
+        )
+
+
+REGION_FIELDS = ("tokens", "batch", "context_tokens", "num_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The time of one operator: a maximum of affine pieces, and for which model shapes it holds."""
+    """The time of one operator: a maximum of affine pieces, for which model shapes and sizes it holds."""
 
     op: Op
     pieces: tuple[Piece, ...]
     provenance: Provenance
     scope: FitScope = FitScope()
+    region: FitRegion | None = None  # None: nothing is known of its limits
 
     def __post_init__(self) -> None:
         if not self.pieces:

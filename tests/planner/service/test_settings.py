@@ -14,7 +14,7 @@ from hetis.planner.service.setting_sources import Given, load_config, mistaken_v
 from hetis.planner.service.settings import PlannerConfig, without_password
 
 HEAD = "apiVersion: hetis/v1\nkind: PlannerConfig\n"
-EXAMPLE = Path(__file__).parents[3] / "examples" / "planner.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "service" / "planner.yaml"
 
 
 def load(tmp_path: Path, text: str | None = None, *flags: Given, **environment: str) -> PlannerConfig:
@@ -237,7 +237,7 @@ def test_the_example_is_valid_and_names_every_setting() -> None:
 def test_the_manual_names_every_setting_and_exit_code() -> None:
     from hetis.planner.service.exit_codes import ExitCode
 
-    text = (EXAMPLE.parents[1] / "docs" / "planner.md").read_text(encoding="utf-8")
+    text = (EXAMPLE.parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
     for name in variables().values():
         assert f"`{name}`" in text, name
     for code in ExitCode:

@@ -41,8 +41,8 @@ ADVICE = {
 }
 
 
-def report_call_failure(terminal: Terminal, error: CallError, address: str) -> ExitCode:
-    """Prints a failed call on stderr and returns the exit code that says so."""
+def report_call_failure(terminal: Terminal, error: CallError, address: str, *, is_plain: bool = False) -> ExitCode:
+    """Prints a failed call on stderr and returns the exit code that says so. ``is_plain``: it was made without TLS."""
     message = str(error)
     if not error.reason and error.is_unreachable:
         timed_out = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -52,21 +52,38 @@ def report_call_failure(terminal: Terminal, error: CallError, address: str) -> E
         message = f"{len(violations)} problem{'s' if len(violations) > 1 else ''} in the request"
     reason = f" ({error.reason})" if error.reason else f" ({error.code.name})"
     terminal.error(f"{message}{reason}", violations)
-    advice = _advice(error)
+    advice = _advice(error, is_plain=is_plain)
     if advice:
         terminal.line(f"  {advice}")
     return _CODES.get(error.code, ExitCode.INTERNAL)
 
 
-def _advice(error: CallError) -> str:
+def _advice(error: CallError, *, is_plain: bool) -> str:
     if error.retry_after_s is not None:
         return f"repeat in {error.retry_after_s:g} s"
     if error.reason == "NOT_FOUND":
         collection = error.metadata.get("name", "").rpartition("/")[0].rpartition("/")[2]
         return f"see what there is: hetis-plan get {collection}" if collection else ""
     if not error.reason and error.is_unreachable:
-        return "is hetis-planner running? --server or HETIS_SERVER says where; --ca if it has a certificate of its own"
+        return _how_to_reach(str(error), is_plain=is_plain)
     try:
         return ADVICE.get(error.reason, "").format_map(error.metadata)
     except KeyError:  # a planner that says less than the contract asks for
         return ""
+
+
+# What gRPC says where both sides spoke, but one of them TLS and the other not, or of other authorities.
+_BROKEN_OFF = ("socket closed", "connection reset", "broken pipe", "end of tcp stream", "goaway", "preface")
+_TLS = ("ssl", "tls", "handshak", "certificate", "security")
+
+
+def _how_to_reach(message: str, *, is_plain: bool) -> str:
+    said = message.lower()
+    if is_plain and any(sign in said for sign in _BROKEN_OFF):
+        return "somebody listens there, and may want TLS: --ca FILE says the authority of the planner's certificate"
+    if not is_plain and any(sign in said for sign in (*_TLS, *_BROKEN_OFF)):
+        return (
+            "TLS fails: does --ca name the authority of the planner's certificate, is the certificate of this host name"
+            " and not expired, does the planner have TLS at all, and does it want --cert and --key?"
+        )
+    return "is hetis-planner running? --server or HETIS_SERVER says where; --ca if it has a certificate of its own"

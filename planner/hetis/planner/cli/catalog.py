@@ -28,6 +28,7 @@ def catalog(
     from hetis.formats import catalogue
     from hetis.planner.report import catalogue as tables
     from hetis.planner.report.json_values import json_value
+    from hetis.planner.sources import profile_origin
 
     def chosen(name: str) -> bool:
         return containing.lower() in name.lower()
@@ -35,7 +36,11 @@ def catalog(
     match which:
         case Catalogue.GPUS:
             gpus = [entry for entry in catalogue.gpus() if chosen(entry.gpu.name)]
-            terminal.emit(lambda: json_value(gpus), lambda: tables.gpu_table(gpus))
+            profiles = {entry.gpu.name: profile_origin(entry.gpu) for entry in gpus}
+            terminal.emit(
+                lambda: [{**json_value(entry), "profile": profiles[entry.gpu.name]} for entry in gpus],
+                lambda: tables.gpu_table(gpus, profiles),
+            )
         case Catalogue.MODELS:
             models = [entry for entry in catalogue.models() if chosen(entry.model.name)]
             terminal.emit(lambda: json_value(models), lambda: tables.model_table(models))

@@ -59,7 +59,7 @@ ProfilesOption = Annotated[
         metavar="FILE",
         rich_help_panel=_INPUTS,
         show_default=False,
-        help="Profile of a GPU type; repeatable. Types without one are modelled.",
+        help="Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled.",
     ),
 ]
 
@@ -143,6 +143,17 @@ GapOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", min=0, rich_help_panel=_SEARCH, help="Same seed, same plan.")]
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=0, rich_help_panel=_SEARCH, help="Solver threads; 0 uses every core.")
+]
+ProfileErrorOption = Annotated[
+    float | None,
+    typer.Option(
+        "--profile-error",
+        parser=quantities.error,
+        metavar="ERROR",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+        help="Also show how the plan fares when every coefficient is off by up to this: 20% or 0.2.",
+    ),
 ]
 
 # --- result

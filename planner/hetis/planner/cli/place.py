@@ -27,6 +27,7 @@ def place(
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
     threads: options.ThreadsOption = 1,
+    profile_error: options.ProfileErrorOption = None,
     out: options.OutOption = None,
     strict: options.StrictOption = False,
 ) -> ExitCode:
@@ -49,5 +50,11 @@ def place(
     )
     problem = loaded.inputs.problem(goal, strategy.value)
     return PlacementRun(
-        terminal=terminal, loaded=loaded, problem=problem, settings=settings, out=out, strict=strict
+        terminal=terminal,
+        loaded=loaded,
+        problem=problem,
+        settings=settings,
+        profile_error=profile_error,
+        out=out,
+        strict=strict,
     ).finish()

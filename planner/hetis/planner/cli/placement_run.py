@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetis.formats.documents import to_data
 from hetis.formats.errors import DocumentError
@@ -19,20 +19,27 @@ from hetis.planner.cli.terminal import OutputFormat, Terminal
 from hetis.planner.placing import Settings, make_plan, missed
 from hetis.planner.solving import run_interruptibly
 from hetis.planner.sources import LoadedInputs
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Plan, Status
 from hetis.solver.problem import PlacementProblem
 
+if TYPE_CHECKING:
+    from hetis.planner.robustness.study import Robustness
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRun:
-    """What ``place`` was asked for, inputs read."""
+    """What ``place`` was asked for, inputs read.
+
+    ``profile_error`` asks how the plan fares under profiles that are off by up to this share; None: nobody asks.
+    """
 
     terminal: Terminal
     loaded: LoadedInputs
     problem: PlacementProblem
     settings: Settings
+    profile_error: float | None
     out: Path | None
     strict: bool
 
@@ -40,28 +47,49 @@ class PlacementRun:
         """Solves and tells the outcome, whatever it is."""
         cancelled = threading.Event()
         try:
-            plan = self._solve(cancelled)
+            plan, robustness = self._solve(cancelled)
         except InfeasibleError as error:
             self._print_infeasible(error)
             return report_failure(error, self.terminal)
         except NoPlanFoundError as error:
             return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, self.terminal)
         saved = self._save(plan)
-        self._print(plan)
+        self._print(plan, robustness)
         if not saved:
             return ExitCode.INTERNAL
         if cancelled.is_set():
             return ExitCode.INTERRUPTED
         return self._judge(plan)
 
-    def _solve(self, cancelled: threading.Event) -> Plan:
-        budget = Budget(time_limit_s=self.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+    def _solve(self, cancelled: threading.Event) -> tuple[Plan, Robustness | None]:
         with no_native_output(), progress_on_stderr(self.terminal, self.problem.objective.unit) as report:
             return run_interruptibly(
-                lambda: make_plan(self.loaded, self.problem, self.settings, budget=budget, report=report),
+                lambda: self._plan_and_study(cancelled, report),
                 cancelled=cancelled,
                 on_cancel=lambda: self.terminal.say("stopping with the best plan so far; Ctrl-C again leaves at once"),
             )
+
+    def _plan_and_study(self, cancelled: threading.Event, report: Report) -> tuple[Plan, Robustness | None]:
+        plan = make_plan(self.loaded, self.problem, self.settings, budget=self._budget(cancelled), report=report)
+        if self.profile_error is None or not plan.replicas:
+            return plan, None
+        from hetis.planner.robustness.notes import with_robustness
+        from hetis.planner.robustness.study import study
+
+        found = study(
+            plan,
+            self.problem,
+            error=self.profile_error,
+            seed=self.settings.seed,
+            budget=self._budget(cancelled),
+            threads=self.settings.threads,
+            report=report,
+        )
+        return with_robustness(plan, found), found
+
+    def _budget(self, cancelled: threading.Event) -> Budget:
+        """The time limit is that of the search; a study may take as long again."""
+        return Budget(time_limit_s=self.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
     def _save(self, plan: Plan) -> bool:
         """Saves before printing: a reader of stdout that goes away must not cost the plan."""
@@ -75,10 +103,18 @@ class PlacementRun:
         self.terminal.say(f"saved {self.out}")
         return True
 
-    def _print(self, plan: Plan) -> None:
-        from hetis.planner.report.plan import render_plan
+    def _print(self, plan: Plan, robustness: Robustness | None) -> None:
+        from rich.console import Group, RenderableType
 
-        self.terminal.emit(lambda: to_data(plan), lambda: render_plan(plan))
+        from hetis.planner.report.plan import render_plan
+        from hetis.planner.report.robustness import render_robustness
+
+        def tables() -> RenderableType:
+            if robustness is None:
+                return render_plan(plan)
+            return Group(render_plan(plan), render_robustness(robustness, plan.objective))
+
+        self.terminal.emit(lambda: to_data(plan), tables)
 
     def _print_infeasible(self, error: InfeasibleError) -> None:
         if self.terminal.output is not OutputFormat.TABLE:

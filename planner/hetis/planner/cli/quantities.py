@@ -38,6 +38,14 @@ def share(text: str) -> float:
     return value
 
 
+def error(text: str) -> float:
+    """A relative error from 0 to below 1: nothing takes no time."""
+    value = ratio(text)
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{text!r} is out of range, must be at least 0% and below 100%")
+    return value
+
+
 def size(text: str) -> int:
     """Bytes of ``10GiB``."""
     from hetis.formats.units import parse_bytes

@@ -31,12 +31,14 @@ def collection(text: str) -> str:
 
 def full_name(kind: str, text: str, cluster: str | None = None) -> str:
     """The whole name of a resource of this kind: of its last part, or of the whole name itself."""
-    if kind not in IN_CLUSTER:
-        return text if text.startswith(f"{kind}/") else f"{kind}/{text}"
-    if text.startswith("clusters/"):
+    if kind in IN_CLUSTER and text.startswith("clusters/"):
         return text
+    first, slash, rest = text.partition("/")
+    own = rest if slash and _SINGULAR.get(first, first) == kind else text  # `nodes/x` and `node/x` mean x
+    if kind not in IN_CLUSTER:
+        return f"{kind}/{own}"
     assert cluster is not None
-    return f"{cluster}/{kind}/{text}"
+    return f"{cluster}/{kind}/{own}"
 
 
 def chosen_cluster(client: Client, given: str | None) -> str:

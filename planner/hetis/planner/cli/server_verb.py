@@ -78,7 +78,7 @@ def server_verb(
                 with Client(place) as client:
                     return function(terminal, client, **mine)  # type: ignore[call-arg]
             except CallError as error:
-                return report_call_failure(terminal, error, place.address)
+                return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
 
         annotations = inspect.get_annotations(function, eval_str=False)
         own = [parameter.replace(annotation=_evaluated(annotations, parameter.name, function)) for parameter in own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -10,10 +10,13 @@ from hetis.formats.catalogue import GpuEntry, ModelEntry, WorkloadEntry
 from hetis.planner.report.figures import digits, tokens
 
 
-def gpu_table(entries: Sequence[GpuEntry]) -> Table:
-    """GPU types with the peaks a plan depends on."""
+def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None]) -> Table:
+    """GPU types with the peaks a plan depends on, and where the profile of each is from when no file gives one."""
     table = _table(
-        ("name", "left"), ("architecture", "left"), *_right("memory", "GB/s", "fp16 TFLOPS", "NVLink", "USD/h")
+        ("name", "left"),
+        ("architecture", "left"),
+        *_right("memory", "GB/s", "TFLOPS", "NVLink", "USD/h"),
+        ("profile", "left"),
     )
     for entry in entries:
         gpu = entry.gpu
@@ -25,6 +28,7 @@ def gpu_table(entries: Sequence[GpuEntry]) -> Table:
             digits(gpu.fp16_flops / 1e12),
             "" if gpu.nvlink_bytes_per_s is None else f"{gpu.nvlink_bytes_per_s / 1e9:,.0f} GB/s",
             "" if gpu.usd_per_hour is None else f"{gpu.usd_per_hour:.2f}",
+            profiles[gpu.name] or "none",
         )
     return table
 

@@ -15,6 +15,8 @@ from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.grouping import group_replicas
 from hetis.planner.report.palette import Palette
 from hetis.planner.report.replica import render_replica
+from hetis.planner.robustness.notes import predicted_of
+from hetis.planner.robustness.ranges import Predicted
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
 
 MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
@@ -101,6 +103,8 @@ def _facts(plan: Plan) -> Table:
     table.add_column(overflow="fold")
     value = Text.assemble((f"{digits(result.value, 4)} {result.unit}", "bold green"), f"  {verdict(result)}")
     table.add_row(_VALUE_NAMES[result.objective], value)
+    if (expected := predicted_of(plan)) is not None:
+        table.add_row("Range", _range(expected, plan))
     table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
     table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}")
     if plan.objective.demand_rps is not None:
@@ -110,6 +114,17 @@ def _facts(plan: Plan) -> Table:
     table.add_row("Fleet", _fleet(plan))
     table.add_row("Family", Text(plan.family, style="dim"))
     return table
+
+
+def _range(expected: Predicted, plan: Plan) -> Text:
+    """What the errors of the profiles make of the rate and the latencies."""
+    rate = f"{digits(expected.rate.low)} to {digits(expected.rate.high)}"
+    unit = plan.objective.unit if plan.objective.maximises else "requests/s of goodput"
+    latencies = (
+        f"{name} {seconds(span.low)} to {seconds(span.high)}"
+        for name, span in (("TTFT", expected.ttft_s), ("TPOT", expected.tpot_s))
+    )
+    return Text(f"{rate} {unit}, {', '.join(latencies)} by the profiles' errors")
 
 
 def verdict(result: SolveResult) -> str:

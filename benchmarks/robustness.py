@@ -1,0 +1,183 @@
+"""What wrong profiles cost a plan: planned with coefficients off by up to 20%, judged with the right ones.
+
+    python -m benchmarks.robustness [--quick] [--json]
+
+Hetis (SC'25) reports that errors of 20% in its coefficients cost at most 6.9% of latency. Here every coefficient of
+every operator and GPU type is multiplied by a factor of its own, uniform within 0.8 and 1.2; a plan is made with these
+profiles and judged with the right ones, beside the plan made with the right ones. GPUs, layers and head groups stay as
+planned; the engine (micro-batches, how many in flight, chunks) is set by what it sees, the right times: to the largest
+rate within the limits (``goodput_loss``), and to the lowest latency that carries 75% of the right plan's goodput
+(``latency_loss``, p95 TTFT + mean output x TPOT, as a share of the right plan's at the same load; below 0 where the
+wrong plan is faster: the right one is the best for goodput, not for latency). ``over_limit`` counts the plans that miss
+a latency limit with the engine as planned; ``too_slow`` those that cannot carry that load.
+
+Rows called dispatch place a batch of 64 requests on an idle stage by wrong attention and transfer coefficients, which
+is what the paper's models predict: ``latency_loss`` is that of one layer's attention, the slowest device's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import example, fleet, problem
+from benchmarks.measuring.rows import Row
+from benchmarks.measuring.wrong_costs import Cards, batch, slowdown, stage_of, wrong_stage
+from hetis.planner.robustness.fixed_plan import FixedPlan
+from hetis.planner.robustness.perturbing import Profiles, corners, perturbed
+from hetis.solver.budget import Budget
+from hetis.solver.placement import solve_placement
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+ERROR = 0.2
+SAMPLES, SAMPLES_QUICK = 20, 2
+LOAD = 0.75
+LIMIT_S = 30.0
+DISPATCHES, BATCH = 500, 64
+STAGES = {
+    "dispatch, paper: A100 TP4, 4 RTX-3090, 4 P100": Cards(
+        primary="A100-PCIe-80GB", tp=4, workers=(*["RTX-3090"] * 4, *["P100-PCIe-12GB"] * 4)
+    ),
+    "dispatch, H100 TP2, 8 P100": Cards(primary="H100-SXM-80GB", tp=2, workers=["P100-PCIe-12GB"] * 8),
+    "dispatch, A100 TP4, 8 L4": Cards(primary="A100-SXM-80GB", tp=4, workers=["L4"] * 8),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A problem to plan with right and with wrong profiles."""
+
+    name: str
+    problem: PlacementProblem
+    gap: float = 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What one wrong plan costs, as shares of what the right one does; ``latency`` is infinite where it is too slow."""
+
+    same_replicas: bool
+    goodput: float
+    over_limit: bool
+    latency: float
+
+
+def main() -> None:
+    """Prints all rows."""
+    arguments = rows.parser("benchmarks.robustness", __doc__).parse_args()
+    rows.exit_if_crashed(rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="robustness"))
+
+
+def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
+    """A row of random errors and one of corner cases for every fleet."""
+    for case in cases(quick=quick):
+        if only in case.name:
+            yield from _rows(case, SAMPLES_QUICK if quick else SAMPLES, with_corners=not quick)
+    for name, cards in STAGES.items():
+        if only in name:
+            yield _dispatch_row(name, cards, 3 if quick else DISPATCHES)
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """Llama-2-70B on the paper's cluster and on others."""
+
+    first = [Case(name="paper, 12 GPUs", problem=problem(example("paper")))]
+    if quick:
+        return first
+    three = fleet("24 GPUs", (1, 8, "A100-SXM-80GB"), (4, 2, "RTX-3090"), (2, 4, "L4"))
+    return [
+        *first,
+        Case(name="h100-p100, 10 GPUs", problem=problem(example("h100-p100"))),
+        Case(name="h100-l4, 8000/300", problem=problem(example("h100-l4"), workload="8000/300")),
+        Case(name="A100, 3090, L4: 24 GPUs", problem=problem(three), gap=0.005),
+        Case(name="fleet-160", problem=problem(example("fleet-160")), gap=0.005),
+    ]
+
+
+def _rows(case: Case, samples: int, *, with_corners: bool) -> Iterator[Row]:
+    rng = np.random.default_rng(0)
+    right = _solved(case, case.problem.profiles)
+    drawn = [perturbed(case.problem.profiles, ERROR, rng) for _ in range(samples)]
+    yield _row(case, right, "random", drawn)
+    if with_corners:
+        edges = corners(case.problem.profiles, ERROR, gpus=list(case.problem.profiles))
+        yield _row(case, right, "corners", [corner.profiles for corner in edges])
+
+
+def _solved(case: Case, profiles: Profiles) -> Plan:
+    posed = replace(case.problem, profiles=profiles)
+    return solve_placement(posed, gap_target=case.gap, budget=Budget(time_limit_s=LIMIT_S, clock=time.monotonic))
+
+
+def _row(case: Case, right: Plan, errors: str, wrong: Sequence[Profiles]) -> Row:
+    judge = Judge(case.problem, right)
+    losses = [judge.loss_of(_solved(case, profiles), profiles) for profiles in wrong]
+    carried = sorted(loss.latency for loss in losses if loss.latency < math.inf)
+    return {
+        "name": f"{case.name}, {errors}",
+        "status": right.result.status.value,
+        "value": right.result.value,
+        "gap": right.result.gap,
+        "plans": len(losses),
+        "other_replicas": sum(not loss.same_replicas for loss in losses),
+        "mean_goodput_loss": _mean([loss.goodput for loss in losses]),
+        "worst_goodput_loss": max(loss.goodput for loss in losses),
+        "over_limit": sum(loss.over_limit for loss in losses),
+        "mean_latency_loss": _mean(carried),
+        "worst_latency_loss": carried[-1] if carried else None,
+        "too_slow": len(losses) - len(carried),
+    }
+
+
+def _dispatch_row(name: str, cards: Cards, count: int) -> Row:
+    rng = np.random.default_rng(0)
+    right = stage_of(cards)
+    losses = [slowdown(right, wrong_stage(right, ERROR, rng), batch(rng, BATCH)) for _ in range(count)]
+    return {
+        "name": name,
+        "status": "feasible",
+        "value": None,
+        "gap": None,
+        "plans": count,
+        "other_replicas": sum(differs for _, differs in losses),
+        "mean_goodput_loss": None,
+        "worst_goodput_loss": None,
+        "over_limit": 0,
+        "mean_latency_loss": _mean([loss for loss, _ in losses]),
+        "worst_latency_loss": max(loss for loss, _ in losses),
+        "too_slow": 0,
+    }
+
+
+class Judge:
+    """Compares plans with the ``right`` one by the profiles of ``posed``."""
+
+    def __init__(self, posed: PlacementProblem, right: Plan) -> None:
+        self._posed = posed
+        self._right = FixedPlan(right, posed)
+        self._rate = self._right.within_limits(posed.profiles).rate
+        self._latency_s = self._right.latency_s(posed.profiles, LOAD * self._rate)
+
+    def loss_of(self, wrong: Plan, profiles: Profiles) -> Loss:
+        """What a plan costs that was made with wrong ``profiles``."""
+        posed, other = self._posed, FixedPlan(wrong, self._posed, made_with=profiles)
+        return Loss(
+            same_replicas=self._right.structure == other.structure,
+            goodput=1.0 - other.within_limits(posed.profiles).rate / self._rate,
+            over_limit=other.as_planned(posed.profiles).misses(posed.objective),
+            latency=other.latency_s(posed.profiles, LOAD * self._rate) / self._latency_s - 1.0,
+        )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""Measurement files: what a tool measured on one GPU, column by column, before anything is fitted to it.
+
+A file is JSON, gzip-compressed when its name ends in ``.gz``: ``apiVersion: hetis/v1``, ``kind: Measurements``, a
+``gpu``, a ``provenance``, ``tables`` of equally long columns, and ``notes``. Seconds and bytes throughout.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
+from hetis.formats.fields import API_VERSION
+from hetis.formats.files import MAX_BYTES, file_label, unreadable, write_atomically
+from hetis.solver.errors import InvalidProblemError
+
+KIND = "Measurements"
+MAX_ROWS = 2_000_000  # of one table
+Column = NDArray[np.float64] | NDArray[np.str_]
+_TABLE = ("op", "kernel", "cold", "columns")
+_PROVENANCE = ("tool", "engine", "engine_version", "source", "licence", "host", "date")
+
+
+class MeasuredOp(StrEnum):
+    """What one table measures. Every table has ``seconds`` (median, > 0) and may have ``spread``.
+
+    =====================  ==========================================================================================
+    ``gemm``               ``m, n, k``: an (m x k) by (k x n) product; ``weight_bits`` of the (k x n) matrix
+    ``layer``              ``model, tp, op, tokens``: one operator of a layer on one rank of ``tp``, attention left
+                           out; ``hidden`` size, ``params`` weights it reads (0: elementwise), ``weight_bits``. Rows of
+                           equal ``model, tp, tokens`` add up to the layer
+    ``prefill_attention``  ``batch`` prompts of ``tokens`` each, over ``past_tokens``; ``query_heads, kv_heads,
+                           head_dim`` of the rank
+    ``decode_attention``   ``batch`` single tokens over ``context_tokens`` each; heads as above
+    ``all_reduce``         ``num_gpus`` and ``num_bytes`` of the message on each; ``impl`` names the library
+    ``transfer``           ``num_bytes`` over ``path``: h2d, d2h, d2d, peer (another GPU), network or loopback
+    ``kv_copy``            ``num_bytes`` of KV blocks gathered or scattered
+    ``step``               what an engine adds per iteration, by ``batch`` and ``tokens``
+    ``e2e``                a whole engine: ``model, tp, batch, prompt_tokens, output_tokens``; ``phase`` is prompt
+                           (seconds to the first token) or token (seconds per further token)
+    =====================  ==========================================================================================
+    """
+
+    GEMM = "gemm"
+    LAYER = "layer"
+    PREFILL_ATTENTION = "prefill_attention"
+    DECODE_ATTENTION = "decode_attention"
+    ALL_REDUCE = "all_reduce"
+    TRANSFER = "transfer"
+    KV_COPY = "kv_copy"
+    STEP = "step"
+    E2E = "e2e"
+
+
+TRANSFER_PATHS = ("h2d", "d2h", "d2d", "peer", "network", "loopback")
+_HEADS = {"query_heads": 1, "kv_heads": 1, "head_dim": 1}
+# Numeric columns and the least value each may have; text columns are in _TEXT. Optional ones in _OPTIONAL.
+_NUMBERS: Mapping[MeasuredOp, Mapping[str, float]] = {
+    MeasuredOp.GEMM: {"m": 1, "n": 1, "k": 1, "weight_bits": 1},
+    MeasuredOp.LAYER: {"tp": 1, "tokens": 1, "hidden": 1, "params": 0, "weight_bits": 1},
+    MeasuredOp.PREFILL_ATTENTION: {"batch": 1, "tokens": 1, "past_tokens": 0, **_HEADS},
+    MeasuredOp.DECODE_ATTENTION: {"batch": 1, "context_tokens": 1, **_HEADS},
+    MeasuredOp.ALL_REDUCE: {"num_gpus": 2, "num_bytes": 1},
+    MeasuredOp.TRANSFER: {"num_bytes": 1},
+    MeasuredOp.KV_COPY: {"num_bytes": 1},
+    MeasuredOp.STEP: {"batch": 1, "tokens": 0},
+    MeasuredOp.E2E: {"tp": 1, "batch": 1, "prompt_tokens": 1, "output_tokens": 1},
+}
+_TEXT: Mapping[MeasuredOp, tuple[str, ...]] = {
+    MeasuredOp.LAYER: ("model", "op"),
+    MeasuredOp.ALL_REDUCE: ("impl",),
+    MeasuredOp.TRANSFER: ("path",),
+    MeasuredOp.E2E: ("model", "phase"),
+}
+_OPTIONAL = ("spread", "impl")
+_CHOICES = {"path": TRANSFER_PATHS, "phase": ("prompt", "token")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredBy:
+    """Who measured, with what, where; empty where the source does not say.
+
+    Attributes:
+        tool: what called the kernels: ``hetis-profile 0.1.0``, ``aiconfigurator-core 0.12.0``.
+        engine: whose kernels: ``vLLM``, ``torch``.
+        source: files or an address the numbers were read from.
+    """
+
+    tool: str
+    engine: str = ""
+    engine_version: str = ""
+    source: str = ""
+    licence: str = ""
+    host: str = ""
+    date: str = ""
+
+    def __str__(self) -> str:
+        engine = " ".join(part for part in (self.engine, self.engine_version) if part)
+        licence = f" ({self.licence})" if self.licence else ""
+        return f"{self.tool}{licence}" + (f", {engine}" if engine else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Table:
+    """Rows of one operator by one kernel; ``columns`` as `MeasuredOp` says, all of one length.
+
+    Attributes:
+        cold: whether the last-level cache was flushed between samples, as serving does by reading the other layers.
+            Without it a fit leaves out the rows that a cache can have served.
+
+    Raises:
+        InvalidProblemError: a column is missing, unknown, of another length, or holds a value out of its range; the
+            message names column and row (from 1).
+    """
+
+    op: MeasuredOp
+    kernel: str
+    columns: Mapping[str, Column]
+    cold: bool = False
+
+    def __post_init__(self) -> None:
+        problems = list(_table_problems(self.op, self.columns))
+        if problems:
+            raise InvalidProblemError("; ".join(f"{self.op} table: {place}: {text}" for place, text in problems[:20]))
+
+    def __len__(self) -> int:
+        return len(self.columns["seconds"])
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        return self.numbers("seconds")
+
+    def numbers(self, name: str) -> NDArray[np.float64]:
+        """A numeric column."""
+        column: NDArray[np.float64] = np.asarray(self.columns[name], dtype=np.float64)
+        return column
+
+    def text(self, name: str) -> list[str]:
+        """A text column."""
+        return [str(value) for value in self.columns[name]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measurements:
+    """Everything of one file."""
+
+    gpu: str  # as in the GPU catalogue
+    provenance: MeasuredBy
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.gpu or not self.provenance.tool:
+            raise InvalidProblemError("measurements need the name of a GPU and of a tool")
+        if not self.tables:
+            raise InvalidProblemError(f"measurements of {self.gpu} hold no tables")
+
+
+def load_measurements(path: str | os.PathLike[str]) -> Measurements:
+    """The measurements of a file.
+
+    Raises:
+        DocumentError: not readable, truncated, not JSON, or not measurements; with every problem (of each column the
+            first row that is wrong and how many more are).
+    """
+    label = file_label(path)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise unreadable(label, error) from None
+    if len(raw) > MAX_BYTES:
+        raise single_problem(label, f"is larger than {MAX_BYTES // 2**20} MiB")
+    return parse_measurements(_json(_unpacked(raw, label), label), label)
+
+
+def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None:
+    """Writes the whole file or nothing; equal measurements give equal bytes.
+
+    Raises:
+        DocumentError: the folder does not exist or cannot be written.
+    """
+    text = json.dumps(measurements_to_data(value), ensure_ascii=False, separators=(",", ":")) + "\n"
+    if not os.fspath(path).endswith(".gz"):
+        write_atomically(path, text)
+        return
+    # Through write_atomically first, for its messages when the folder is missing or may not be written.
+    write_atomically(partial := f"{os.fspath(path)}.partial", "")
+    try:
+        Path(partial).write_bytes(gzip.compress(text.encode(), mtime=0))
+        os.replace(partial, path)
+    except OSError as error:
+        raise single_problem(os.fspath(path), f"cannot be written: {error.strerror}") from None
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def parse_measurements(data: Any, file: str) -> Measurements:
+    """The measurements of a document's plain data.
+
+    Raises:
+        DocumentError: with every problem of the document.
+    """
+    if not isinstance(data, dict):
+        raise single_problem(file, f"holds {shown(data)}, expected a mapping with apiVersion, kind, gpu, ...")
+    if data.get("kind") != KIND:
+        raise DocumentError([Problem(file=file, path="kind", message=f"is {shown(data.get('kind'))}, expected {KIND}")])
+    problems = [Problem(file=file, path=path, message=message) for path, message in _document_problems(data)]
+    if problems:
+        raise DocumentError(problems)
+    return Measurements(
+        gpu=data["gpu"],
+        provenance=MeasuredBy(**data["provenance"]),
+        tables=tuple(
+            Table(
+                op=MeasuredOp(t["op"]),
+                kernel=t.get("kernel", ""),
+                columns=_arrays(t["columns"]),
+                cold=t.get("cold", False),
+            )
+            for t in data["tables"]
+        ),
+        notes=tuple(data.get("notes", ())),
+    )
+
+
+def measurements_to_data(value: Measurements) -> dict[str, Any]:
+    """The document as plain data; reading it again gives equal columns."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "gpu": value.gpu,
+        "provenance": {name: text for name in _PROVENANCE if (text := getattr(value.provenance, name))},
+        "tables": [
+            {
+                "op": table.op.value,
+                "kernel": table.kernel,
+                **({"cold": True} if table.cold else {}),
+                "columns": {name: [_plain(v) for v in column.tolist()] for name, column in table.columns.items()},
+            }
+            for table in value.tables
+        ],
+        "notes": list(value.notes),
+    }
+
+
+def _plain(value: float | str) -> float | int | str:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _unpacked(raw: bytes, label: str) -> bytes:
+    if raw[:2] != b"\x1f\x8b":
+        if label.endswith(".gz"):
+            raise single_problem(label, "is not gzip-compressed, though its name ends in .gz")
+        return raw
+    try:
+        stream = zlib.decompressobj(wbits=31)
+        text = stream.decompress(raw, MAX_BYTES * 4)
+    except zlib.error as error:
+        raise single_problem(label, f"is damaged: {error}") from None
+    if stream.unconsumed_tail:
+        raise single_problem(label, f"is larger than {MAX_BYTES * 4 // 2**20} MiB when unpacked")
+    if not stream.eof:
+        raise single_problem(label, f"is truncated: the gzip stream ends after {len(raw)} bytes without its end mark")
+    return text
+
+
+def _json(raw: bytes, label: str) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise single_problem(label, f"is not UTF-8 text (offset {error.start})") from None
+    except json.JSONDecodeError as error:
+        what = "is empty" if not raw.strip() else f"is not JSON: {error.msg}"
+        raise single_problem(label, what, line=error.lineno, column=error.colno) from None
+    except (ValueError, RecursionError) as error:
+        raise single_problem(label, f"is not JSON: {error}") from None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _document_problems(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    known = ("apiVersion", "kind", "gpu", "provenance", "tables", "notes")
+    for name in data:
+        if name not in known:
+            yield str(name), f"unknown field{did_you_mean(str(name), known)}"
+    if data.get("apiVersion") != API_VERSION:
+        yield "apiVersion", f"is {shown(data.get('apiVersion'))}, expected {API_VERSION}"
+    if not isinstance(data.get("gpu"), str) or not data["gpu"]:
+        yield "gpu", f"is {shown(data.get('gpu'))}, expected the name of a GPU"
+    yield from _provenance_problems(data.get("provenance"))
+    notes = data.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        yield "notes", "is not a list of texts"
+    tables = data.get("tables")
+    if not isinstance(tables, list) or not tables:
+        yield "tables", "is not a list with at least one table"
+        return
+    for index, table in enumerate(tables):
+        for path, message in _raw_table_problems(table):
+            yield f"tables[{index}]{path}", message
+
+
+def _provenance_problems(provenance: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(provenance, dict):
+        yield "provenance", f"is {shown(provenance)}, expected a mapping with at least the tool"
+        return
+    for name, value in provenance.items():
+        if name not in _PROVENANCE:
+            yield f"provenance.{name}", f"unknown field{did_you_mean(str(name), _PROVENANCE)}"
+        elif not isinstance(value, str):
+            yield f"provenance.{name}", f"is {shown(value)}, expected text"
+    if not provenance.get("tool"):
+        yield "provenance.tool", "is missing"
+
+
+def _raw_table_problems(table: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(table, dict):
+        yield "", f"is {shown(table)}, expected a mapping with op, kernel and columns"
+        return
+    for name in table:
+        if name not in _TABLE:
+            yield f".{name}", f"unknown field{did_you_mean(str(name), _TABLE)}"
+    op, columns = table.get("op"), table.get("columns")
+    names = [known.value for known in MeasuredOp]
+    if op not in names:
+        hint = did_you_mean(op, names) if isinstance(op, str) else ""
+        yield ".op", f"{shown(op)} is not one of {', '.join(names)}{hint}"
+        return
+    if not isinstance(table.get("cold", False), bool):
+        yield ".cold", f"is {shown(table['cold'])}, expected true or false"
+    if not isinstance(table.get("kernel", ""), str):
+        yield ".kernel", f"is {shown(table['kernel'])}, expected text"
+    if not isinstance(columns, dict) or not all(isinstance(column, list) for column in columns.values()):
+        yield ".columns", "is not a mapping of names to lists"
+        return
+    wrong = False
+    for name, column in columns.items():
+        expected = str if name in _TEXT.get(MeasuredOp(op), ()) else (int, float)
+        for row, value in enumerate(column, start=1):
+            if not isinstance(value, expected) or isinstance(value, bool):
+                wrong = True
+                kind = "text" if expected is str else "a number"
+                yield f".columns.{name}: row {row}", f"is {shown(value)}, expected {kind}"
+                break
+    if not wrong:
+        try:
+            arrays = _arrays(columns)
+        except OverflowError:
+            yield ".columns", "holds a number too large to compute with"
+            return
+        for place, message in _table_problems(MeasuredOp(op), arrays):
+            yield f".columns.{place}", message
+
+
+def _arrays(columns: Mapping[str, list[Any]]) -> dict[str, Column]:
+    arrays: dict[str, Column] = {}
+    for name, column in columns.items():
+        is_text = bool(column) and isinstance(column[0], str)
+        arrays[name] = np.array(column, dtype=np.str_) if is_text else np.array(column, dtype=np.float64)
+    return arrays
+
+
+def _table_problems(op: MeasuredOp, columns: Mapping[str, Column]) -> Iterator[tuple[str, str]]:
+    """(column or column and row, what is wrong), of each column the first row and how many more."""
+    numbers = {**_NUMBERS[op], "seconds": 0.0, "spread": 0.0}
+    wanted = (*_TEXT.get(op, ()), *numbers)
+    missing = [name for name in wanted if name not in columns and name not in _OPTIONAL]
+    for name in missing:
+        yield name, f"is missing; a table of {op} has {', '.join(w for w in wanted if w not in _OPTIONAL)}"
+    for name in columns:
+        if name not in wanted:
+            yield name, f"unknown column{did_you_mean(name, wanted)}"
+    if "seconds" not in columns:
+        return
+    rows = len(columns["seconds"])
+    if not 1 <= rows <= MAX_ROWS:
+        yield "seconds", f"has {rows} rows, needs 1 to {MAX_ROWS}"
+    for name, column in columns.items():
+        if name not in wanted:
+            continue
+        if column.ndim != 1 or len(column) != rows:
+            yield name, f"has {len(column)} rows, seconds has {rows}"
+        elif name in numbers:
+            if column.dtype.kind not in "fiu":
+                yield name, "is text, expected numbers"
+            elif len(column):
+                yield from _number_problems(name, np.asarray(column, dtype=np.float64), numbers[name])
+        elif name in _CHOICES:
+            known = _CHOICES[name]
+            wrong = [row for row, value in enumerate(column, start=1) if str(value) not in known]
+            if wrong:
+                value = str(column[wrong[0] - 1])
+                yield (
+                    f"{name}: row {wrong[0]}",
+                    f"{value!r} is not one of {', '.join(known)}{did_you_mean(value, known)}{_more(len(wrong))}",
+                )
+
+
+def _number_problems(name: str, column: NDArray[np.float64], least: float) -> Iterator[tuple[str, str]]:
+    finite = np.isfinite(column)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        yield f"{name}: row {row + 1}", f"is {shown(float(column[row]))}, must be finite{_more(int((~finite).sum()))}"
+        return
+    low = column <= 0 if name == "seconds" else column < least
+    if low.any():
+        row = int(np.argmax(low))
+        limit = "> 0" if name == "seconds" else f">= {least:g}"
+        yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be {limit}{_more(int(low.sum()))}"
+
+
+def _more(count: int) -> str:
+    return f" (and {count - 1} more rows)" if count > 1 else ""

@@ -1,0 +1,299 @@
+"""A plan whose GPUs, layers and head groups stay what they are, priced by other profiles.
+
+Micro-batches, how many are in flight and the prefill chunk are settings of the engine: they change without a new plan.
+
+Times come from the plan checker's derivation (`hetis.solver.check`), which needs no search. Memory does not depend on
+coefficients, so that a plan that fits keeps fitting.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+from hetis.planner.report.grouping import group_replicas
+from hetis.planner.robustness.perturbing import Profiles
+from hetis.solver.check.claims import Derived, derive
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.setting import Setting
+from hetis.solver.check.shape import ReplicaShape
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import WorkloadMoments
+
+WITHIN = 1 + 1e-6  # a limit is met up to rounding
+COARSE = 3  # every third size of micro-batch is a start of the search for the best one
+NEAREST = 8  # engine settings kept for many samples, see `FixedPlan.near`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """What a plan reaches: its rate in requests/s (goodput or saturated, as its objective counts), worst latencies."""
+
+    rate: float
+    ttft_s: float  # p95, of the worst replica
+    tpot_s: float  # mean, of the worst replica
+
+    def misses(self, objective: Objective) -> bool:
+        """Whether a latency limit is missed."""
+        return any(
+            limit is not None and reached > limit * WITHIN
+            for reached, limit in ((self.ttft_s, objective.ttft_limit_s), (self.tpot_s, objective.tpot_limit_s))
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Equal replicas.
+
+    Attributes:
+        count: how many there are.
+        shape: what their times depend on, engine settings as planned.
+        claimed: share of the derived rate that the plan claims: below 1 where links are uneven and the worst counts.
+    """
+
+    count: int
+    shape: ReplicaShape
+    claimed: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What an engine can change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch.
+
+    Attributes:
+        shape: a replica with these settings, and the best size of micro-batch by the problem's own profiles.
+        sizes: of a micro-batch, those that fit in memory, ascending; the one of ``shape`` is among them.
+    """
+
+    shape: ReplicaShape
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pace:
+    """One replica at one micro-batch size."""
+
+    rate: float
+    ttft_s: float
+    tpot_s: float
+    micro_batch: int
+
+
+NOTHING = _Pace(rate=0.0, ttft_s=0.0, tpot_s=0.0, micro_batch=0)
+
+
+class FixedPlan:
+    """A plan to price under profiles; GPU types that these leave out keep the profiles of its problem."""
+
+    def __init__(self, plan: Plan, problem: PlacementProblem, *, made_with: Profiles | None = None) -> None:
+        """
+        Args:
+            plan: of sound structure, as `check_plan` has it.
+            problem: cluster, model, workload, objective, and the profiles to judge by.
+            made_with: profiles that the plan was made with; None: those of the problem.
+        """
+        self._problem = problem
+        workload = problem.workload.clipped_to(problem.model.max_position)
+        self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+        self.groups = tuple(self._groups(plan, self._under(made_with or {})))
+        self._engines: dict[Group, tuple[Engine, ...]] = {}  # filled when first asked for
+        self.structure = structure_of(plan)
+
+    @property
+    def gpus(self) -> frozenset[str]:
+        """GPU types that its times depend on."""
+        stages = [stage for group in self.groups for stage in group.shape.stages]
+        return frozenset(s.gpu for s in stages) | {s.pool.gpu for s in stages if s.pool is not None}
+
+    def as_planned(self, profiles: Profiles) -> Reach:
+        """With the micro-batches of the plan: limits may be missed."""
+        problem = self._under(profiles)
+        return self._sum((group, self._pace(problem, group, group.shape)) for group in self.groups)
+
+    def within_limits(self, profiles: Profiles) -> Reach:
+        """With the engine settings of every replica set anew, so that it serves the most within the limits.
+
+        A replica that meets them at no setting serves nothing and has no latency.
+        """
+        problem = self._under(profiles)
+        return self._sum((group, self._best(problem, group)) for group in self.groups)
+
+    def near(self, some: Sequence[Profiles]) -> FixedPlan:
+        """The same plan with a few engine settings to choose from: the best under each of these profiles.
+
+        For many samples around them; `within_limits` may then find slightly less.
+        """
+        narrowed = copy(self)
+        narrowed._engines = {}
+        for group in self.groups:
+            kept: dict[Engine, None] = {}
+            for profiles in some:
+                problem, engines = self._under(profiles), self._engines_of(group)
+                rates = {engine: self._best_of(problem, group, engine).rate for engine in engines}
+                kept |= dict.fromkeys(sorted(engines, key=lambda engine: -rates[engine])[:NEAREST])
+            narrowed._engines[group] = tuple(kept)
+        return narrowed
+
+    def latency_s(self, profiles: Profiles, load: float) -> float:
+        """Mean seconds of a whole request (p95 TTFT + mean output x TPOT) at a ``load`` of requests/s.
+
+        Replicas take a share of the load in proportion to the most that each can do; each runs with the engine settings
+        that carry its share soonest. Infinite when the plan cannot carry the load.
+        """
+        problem = self._under(profiles)
+        paces = [
+            [
+                self._pace(problem, group, replace(engine.shape, micro_batch=size))
+                for engine in self._engines_of(group)
+                for size in engine.sizes
+            ]
+            for group in self.groups
+        ]
+        most = [max(pace.rate for pace in of_group) for of_group in paces]
+        total = sum(group.count * rate for group, rate in zip(self.groups, most, strict=True)) * self._share
+        if load > total * WITHIN:
+            return math.inf
+        latency = 0.0
+        for group, of_group, rate in zip(self.groups, paces, most, strict=True):
+            soonest = min(
+                pace.ttft_s + self._moments.mean_output * pace.tpot_s
+                for pace in of_group
+                if pace.rate * WITHIN >= rate * load / total
+            )
+            latency += soonest * group.count * rate * self._share / total
+        return latency
+
+    def _under(self, profiles: Profiles) -> PlacementProblem:
+        return replace(self._problem, profiles={**self._problem.profiles, **profiles})
+
+    @property
+    def _share(self) -> float:
+        """From a saturated rate to the rate that the objective speaks of."""
+        return (
+            1.0
+            if self._problem.objective.kind is ObjectiveKind.THROUGHPUT
+            else self._problem.assumptions.planned_utilisation
+        )
+
+    def _groups(self, plan: Plan, made_for: PlacementProblem) -> Iterator[Group]:
+        found = group_replicas(plan.replicas)
+        names = {name for group in found for name in group.first.devices()}
+        cluster = self._problem.cluster
+        fleet = Fleet(cluster=cluster, devices={d.name: d for d in cluster.devices() if d.name in names})
+        for group in found:
+            shape = replica_shape(group.first, self._problem, fleet)
+            claimed = 1.0
+            if fleet.has_uneven_links:
+                claimed = min(1.0, group.first.rate * self._derive(made_for, shape).t_s)
+            yield Group(count=len(group.numbers), shape=shape, claimed=claimed)
+
+    def _engines_of(self, group: Group) -> tuple[Engine, ...]:
+        if group not in self._engines:
+            self._engines[group] = tuple(self._new_engines(group))
+        return self._engines[group]
+
+    def _new_engines(self, group: Group) -> Iterator[Engine]:
+        """Every setting of the family that fits in memory; the planned one first."""
+        planned, family = group.shape, self._problem.family
+        copies = sum(stage.copies for stage in planned.stages)
+        sizes = sorted({*family.micro_batches, planned.micro_batch})
+        pairs = [(m, c) for m in family.in_flight for c in family.chunk_tokens if m == 1 or m >= copies]
+        for m, c in dict.fromkeys([(planned.in_flight, planned.chunk_tokens), *pairs]):
+            shape = replace(planned, in_flight=m, chunk_tokens=c)
+            fits = self._num_fitting(shape, sizes)
+            if (m, c) == (planned.in_flight, planned.chunk_tokens):
+                fits = max(fits, sizes.index(planned.micro_batch) + 1)  # it was checked, up to rounding
+            if fits:
+                engine = Engine(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
+                # The rate may have several tops: from a few sizes all over, and from there to the next top.
+                starts = [replace(engine, shape=replace(shape, micro_batch=b)) for b in engine.sizes[::COARSE]]
+                at_starts = [self._pace(self._problem, group, start.shape) for start in starts]
+                rates = [pace.rate if self._is_within(pace) else 0.0 for pace in at_starts]
+                start = starts[rates.index(max(rates))]
+                best = self._best_of(self._problem, group, start).micro_batch
+                yield replace(start, shape=replace(shape, micro_batch=best)) if best else engine
+
+    def _num_fitting(self, shape: ReplicaShape, sizes: Sequence[int]) -> int:
+        """How many sizes fit in memory, from the smallest: more requests never take less."""
+
+        def is_too_large(size: int) -> bool:
+            return not self._derive(self._problem, replace(shape, micro_batch=size)).fits
+
+        return bisect_left(sizes, True, key=is_too_large)
+
+    def _derive(self, problem: PlacementProblem, shape: ReplicaShape) -> Derived:
+        setting = Setting(
+            problem=problem,
+            moments=self._moments,
+            micro_batch=shape.micro_batch,
+            in_flight=shape.in_flight,
+            chunk_tokens=shape.chunk_tokens,
+        )
+        return derive(setting, shape)
+
+    def _pace(self, problem: PlacementProblem, group: Group, shape: ReplicaShape) -> _Pace:
+        derived = self._derive(problem, shape)
+        t_s = derived.t_s / group.claimed
+        return _Pace(
+            rate=1.0 / t_s,
+            ttft_s=t_s * derived.ttft_per_t,
+            tpot_s=t_s * derived.tpot_per_t,
+            micro_batch=shape.micro_batch,
+        )
+
+    def _best(self, problem: PlacementProblem, group: Group) -> _Pace:
+        return max((self._best_of(problem, group, e) for e in self._engines_of(group)), key=lambda pace: pace.rate)
+
+    def _best_of(self, problem: PlacementProblem, group: Group, engine: Engine) -> _Pace:
+        """The size is moved from the one of the engine down until the limits hold, or up while the rate grows."""
+
+        def at(size: int) -> _Pace:
+            return self._pace(problem, group, replace(engine.shape, micro_batch=size))
+
+        sizes, start = engine.sizes, engine.sizes.index(engine.shape.micro_batch)
+        pace = at(sizes[start])
+        if not self._is_within(pace):
+            smaller = (at(size) for size in reversed(sizes[:start]))
+            return next(filter(self._is_within, smaller), NOTHING)
+        for size in sizes[start + 1 :]:
+            larger = at(size)
+            if larger.rate <= pace.rate or not self._is_within(larger):
+                break
+            pace = larger
+        return pace
+
+    def _is_within(self, pace: _Pace) -> bool:
+        return not Reach(rate=pace.rate, ttft_s=pace.ttft_s, tpot_s=pace.tpot_s).misses(self._problem.objective)
+
+    def _sum(self, paces: Iterator[tuple[Group, _Pace]]) -> Reach:
+        rate = ttft_s = tpot_s = 0.0
+        for group, pace in paces:
+            rate += group.count * pace.rate
+            ttft_s, tpot_s = max(ttft_s, pace.ttft_s), max(tpot_s, pace.tpot_s)
+        return Reach(rate=self._share * rate, ttft_s=ttft_s, tpot_s=tpot_s)
+
+
+def structure_of(plan: Plan) -> Mapping[str, int]:
+    """Shapes of the replicas in words, and how many there are of each. Batches and chunks can change: left out."""
+    counts: dict[str, int] = {}
+    for replica in plan.replicas:
+        shape = describe(replica)
+        counts[shape] = counts.get(shape, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def describe(replica: ReplicaPlan) -> str:
+    """``A100-PCIe-80GB TP4 52 layers + 2 L4 | 2 RTX-3090 TP2 28 layers``."""
+    pools = {pool.stage: pool for pool in replica.attention_workers}
+    stages = []
+    for position, stage in enumerate(replica.stages):
+        copies = f"{stage.copies} " if stage.copies > 1 else ""
+        text = f"{copies}{stage.gpu} TP{stage.tp} {stage.num_layers} layers"
+        if (pool := pools.get(position)) is not None:
+            text += f" + {len(pool.devices)} {pool.gpu} ({pool.kv_head_groups} head groups)"
+        stages.append(text)
+    return " | ".join(stages)

@@ -1,0 +1,85 @@
+"""What a plan says of its profiles: their origin, how wrong it may be by their errors, what was never measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hetis.planner.report.json_values import json_value
+from hetis.planner.robustness.perturbing import used_fits
+from hetis.planner.robustness.ranges import COMPUTE, Predicted, Range, predicted
+from hetis.planner.robustness.regions import outside_regions
+from hetis.planner.robustness.study import Robustness
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Fit, Profile, Source
+
+PROFILE_ERRORS = "profile_errors"  # entry of `Plan.inputs`: `predicted`, and `robustness` where it was asked for
+
+
+def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
+    """Which profiles are no measurements of this fleet, by what of them the model uses."""
+    profiles = used_fits(problem.profiles, problem.model, problem.family.tp_sizes)
+    modelled = sorted(gpu for gpu, profile in profiles.items() if _is_modelled(profile))
+    fitted = sorted(gpu for gpu, profile in profiles.items() if gpu not in modelled and _is_fitted(profile))
+    notes = []
+    if modelled:
+        names = ", ".join(modelled)
+        notes.append(f"modelled, not measured: the profiles of {names}; real rates may differ (--profile FILE)")
+    if fitted:
+        ops = sorted({fit.op.value for gpu in fitted for fit in profiles[gpu].fits if _modelled(fit)})
+        but = f"; modelled: {', '.join(ops)}" if ops else ""
+        notes.append(f"fitted to published measurements: the profiles of {', '.join(fitted)}{but}")
+    return tuple(notes)
+
+
+def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
+    """The plan with the range that its profiles' errors leave, and a note for every fit used outside its region."""
+    inputs = dict(plan.inputs)
+    if (found := predicted(plan, problem)) is not None:
+        inputs[PROFILE_ERRORS] = {"predicted": json_value(found)}
+    return replace(plan, inputs=inputs, notes=plan.notes + outside_regions(plan, problem))
+
+
+def with_robustness(plan: Plan, robustness: Robustness) -> Plan:
+    """The plan with the outcome of a study."""
+    errors = {**plan.inputs.get(PROFILE_ERRORS, {}), "robustness": json_value(robustness)}
+    return replace(plan, inputs={**plan.inputs, PROFILE_ERRORS: errors})
+
+
+def predicted_of(plan: Plan) -> Predicted | None:
+    """What `with_profile_errors` wrote; None where nothing, or nothing readable, was written."""
+    found = _mapping(_mapping(plan.inputs.get(PROFILE_ERRORS)).get("predicted"))
+    rate, ttft_s, tpot_s = (_range(found.get(name)) for name in ("rate", "ttft_s", "tpot_s"))
+    if rate is None or ttft_s is None or tpot_s is None:
+        return None
+    return Predicted(
+        rate=rate,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        errors=_mapping(found.get("errors")),
+        assumed=tuple(found.get("assumed", ())),
+    )
+
+
+def _range(value: Any) -> Range | None:
+    low, high = _mapping(value).get("low"), _mapping(value).get("high")
+    return Range(low=low, high=high) if isinstance(low, int | float) and isinstance(high, int | float) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_modelled(profile: Profile) -> bool:
+    """Whether an operator that the plan's time goes to is."""
+    return any(fit.op in COMPUTE and _modelled(fit) for fit in profile.fits)
+
+
+def _is_fitted(profile: Profile) -> bool:
+    return any(fit.provenance.source in (Source.FITTED, Source.IMPORTED) for fit in profile.fits)
+
+
+def _modelled(fit: Fit) -> bool:
+    return fit.provenance.source is Source.MODELLED

@@ -1,0 +1,86 @@
+"""The range of a plan's rate and latencies that follows from the errors its profiles state.
+
+Times only grow with coefficients. So the plan is priced twice: with every fit slower by its stated held-out error,
+and with every fit faster, ``1 + e`` and ``1 / (1 + e)`` times what it says. Between the two lies whatever the plan
+does as long as no fit is further off than that; errors of operators weigh by their share of the time, and never
+cancel. A held-out error is a mean: single points are further off, but a plan's times are sums over many of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hetis.planner.robustness.fixed_plan import FixedPlan, Reach
+from hetis.planner.robustness.perturbing import scaled_by, tp_sizes, used_fits
+from hetis.profiler.ranges import UNKNOWN_ERROR
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Fit, Op, Profile
+
+COMPUTE = (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """From the least to the most."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """What a plan does if its profiles are off by what they say of themselves.
+
+    Attributes:
+        rate: requests/s as the objective counts them; for cost and gpus the goodput.
+        ttft_s, tpot_s: of the worst replica, micro-batches as planned.
+        errors: by GPU type and operator, what was assumed; 0.1 is 10%.
+        assumed: GPU types and operators (``L4 step``) that state no error and were given `UNKNOWN_ERROR`.
+    """
+
+    rate: Range
+    ttft_s: Range
+    tpot_s: Range
+    errors: Mapping[str, Mapping[str, float]]
+    assumed: tuple[str, ...]
+
+
+def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
+    """None where a GPU type in use states no error of its dense layers or attention, as a measured one may."""
+    if not plan.replicas:
+        return None
+    fixed = FixedPlan(plan, problem)
+    used = {gpu: problem.profiles[gpu] for gpu in sorted(fixed.gpus)}
+    profiles = used_fits(used, problem.model, tp_sizes(plan, problem))
+    if not all(map(_states_errors, profiles.values())):
+        return None
+
+    def reach(sign: int) -> Reach:
+        return fixed.as_planned(scaled_by(profiles, lambda _gpu, fit: (1.0 + _error(fit)) ** sign))
+
+    errors: dict[str, dict[str, float]] = {gpu: {} for gpu in profiles}
+    assumed = dict[str, None]()  # in order, each once
+    for gpu, profile in profiles.items():
+        for fit in profile.fits:
+            errors[gpu][fit.op.value] = max(errors[gpu].get(fit.op.value, 0.0), _error(fit))
+            if fit.provenance.held_out_mape is None:
+                assumed[f"{gpu} {fit.op}"] = None
+    slow, fast = reach(1), reach(-1)
+    return Predicted(
+        rate=Range(low=slow.rate, high=fast.rate),
+        ttft_s=Range(low=fast.ttft_s, high=slow.ttft_s),
+        tpot_s=Range(low=fast.tpot_s, high=slow.tpot_s),
+        errors=errors,
+        assumed=tuple(assumed),
+    )
+
+
+def _states_errors(profile: Profile) -> bool:
+    return any(fit.op in COMPUTE and fit.provenance.held_out_mape is not None for fit in profile.fits)
+
+
+def _error(fit: Fit) -> float:
+    stated = fit.provenance.held_out_mape
+    return UNKNOWN_ERROR if stated is None else stated

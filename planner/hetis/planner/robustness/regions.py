@@ -1,0 +1,82 @@
+"""Where a plan uses a fit outside the sizes that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from hetis.planner.report.grouping import group_replicas
+from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Op
+from hetis.solver.workload import WorkloadMoments
+
+_WORDS = {
+    "tokens": "tokens",
+    "batch": "requests",
+    "context_tokens": "tokens of context",
+    "num_bytes": "bytes",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """A fit at the sizes that a plan calls it with."""
+
+    gpu: str
+    op: Op
+    tp: int
+    sizes: Mapping[str, float]
+
+
+def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
+    """One sentence per GPU type and operator, with the size in use and the range measured, the furthest use of each."""
+    furthest: dict[tuple[str, Op, str], tuple[float, str]] = {}
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+    for group in group_replicas(plan.replicas):
+        for use in _uses(group.first, moments, problem):
+            fit = problem.profiles[use.gpu].fit(use.op, problem.model, use.tp)
+            if fit is None or fit.region is None:
+                continue
+            for name in fit.region.outside(**use.sizes):
+                low, high = getattr(fit.region, name)
+                size = use.sizes[name]
+                off = size / high if size > high else low / max(size, 1e-9)
+                sentence = f"{use.op} of {use.gpu} at {_number(size)} {_WORDS[name]}, measured {_span(low, high)}"
+                key = (use.gpu, use.op, name)
+                if key not in furthest or off > furthest[key][0]:
+                    furthest[key] = (off, sentence)
+    by_op: dict[tuple[str, Op], tuple[float, str]] = {}
+    for (gpu, op, _), found in furthest.items():
+        by_op[gpu, op] = max(by_op.get((gpu, op), (0.0, "")), found)
+    return tuple(f"outside the region of its fit: {sentence}" for _, sentence in by_op.values())
+
+
+def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[Use]:
+    b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
+    decode = {"batch": float(b), "context_tokens": model.attended_tokens(moments.resident_context)}
+    past = moments.prefill_pairs / moments.mean_prompt
+    for position, stage in enumerate(replica.stages):
+        for tokens in (b, b + C):
+            yield Use(gpu=stage.gpu, op=Op.DENSE, tp=stage.tp, sizes={"tokens": float(tokens)})
+            num_bytes = float(tokens * model.hidden * model.activation_bytes)
+            if stage.tp > 1:
+                sizes = {"num_bytes": num_bytes, "tokens": float(tokens)}
+                yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=stage.tp, sizes=sizes)
+            if position > 0:
+                yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
+        prefill = {"tokens": float(C), "context_tokens": model.attended_tokens(past)}
+        yield Use(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
+        if stage.kv_head_groups_kept:
+            yield Use(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=decode)
+    for pool in replica.attention_workers:
+        yield Use(gpu=pool.gpu, op=Op.DECODE_ATTENTION, tp=1, sizes=decode)
+
+
+def _span(low: float, high: float) -> str:
+    return f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"

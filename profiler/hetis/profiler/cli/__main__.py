@@ -1,0 +1,5 @@
+"""``python -m hetis.profiler.cli``."""
+
+from hetis.profiler.cli.main import main
+
+main()

@@ -1,0 +1,29 @@
+"""How `hetis-profile` ends. Scripts may rely on these numbers; docs/profiling.md lists them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every verb; they mean what those of `hetis-plan` do."""
+
+    OK = 0
+    INTERNAL = 1
+    INVALID = 2
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+
+    @property
+    def meaning(self) -> str:
+        """In one line; what comes before the comma is the short form."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    ExitCode.OK: "success",
+    ExitCode.INTERNAL: "internal error, or the machine failed (a full disk, a lost process, a missing library)",
+    ExitCode.INVALID: "invalid input or usage, every problem is listed",
+    ExitCode.INTERRUPTED: "interrupted, what was measured is kept",
+    ExitCode.BROKEN_PIPE: "broken pipe, the reader of the output went away",
+}

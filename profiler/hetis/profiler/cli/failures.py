@@ -1,0 +1,59 @@
+"""Errors as messages: which exit code each has and what is printed. Imported only once something has failed."""
+
+from __future__ import annotations
+
+import traceback
+
+from hetis.formats.catalogue import UnknownNameError
+from hetis.formats.errors import DocumentError
+from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.terminal import Terminal
+from hetis.solver.errors import HetisError, InvalidProblemError
+
+# What a missing module is called where it can be had.
+_EXTRAS = {
+    "torch": "'hetis[profiler]', or torch as its site says for your GPU",
+    "pyarrow": "'hetis[profiler]'",
+    "plotly": "'hetis[profiler]'",
+    "matplotlib": "'hetis[profiler]'",
+}
+
+
+def report_failure(error: Exception) -> ExitCode:
+    """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
+    code, message, details = describe(error)
+    Terminal().error(message, details)
+    return code
+
+
+def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
+    """Exit code, headline, and the lines below it."""
+    match error:
+        case DocumentError():
+            count = len(error.problems)
+            headline = f"{count} problem{'' if count == 1 else 's'} in the input"
+            return ExitCode.INVALID, headline, [str(problem) for problem in error.problems]
+        case InvalidProblemError() | UnknownNameError():
+            return ExitCode.INVALID, str(error), []
+        case HetisError():
+            return ExitCode.INTERNAL, str(error), []
+        case ModuleNotFoundError() if error.name in _EXTRAS:
+            return ExitCode.INTERNAL, f"{error.name} is not installed: pip install {_EXTRAS[error.name]}", []
+        case OSError():
+            name = f"{error.filename}: " if error.filename else ""
+            return ExitCode.INTERNAL, f"{name}{error.strerror or error}", []
+        case RuntimeError() if type(error).__module__ == "torch" and "OutOfMemory" in type(error).__name__:
+            return (
+                ExitCode.INTERNAL,
+                "the GPU is out of memory: is somebody else using it?",
+                [str(error).split(". ")[0]],
+            )
+    return ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}{_where(error)}", [_REPORT_IT]
+
+
+_REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
+
+
+def _where(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

@@ -1,0 +1,17 @@
+"""Entry point of the ``hetis-profile`` command; the base install has it too, but not what it needs."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Runs the command line of this process and exits."""
+    try:
+        from hetis.profiler.cli.app import main as run_and_exit
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"hetis-profile needs {error.name}: pip install 'hetis[profiler]'")
+    run_and_exit()

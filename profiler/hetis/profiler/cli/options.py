@@ -1,0 +1,35 @@
+"""Options that more than one verb takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetis.profiler.cli.terminal import OutputFormat
+
+OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
+NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
+
+RawOutOption = Annotated[
+    Path, typer.Option("--out", metavar="RAW", help="Measurements file to write; packed if it ends in .gz.")
+]
+ProfileOutOption = Annotated[
+    Path, typer.Option("--out", metavar="PROFILE", help="Profile to write; .yaml or .yml for YAML, else JSON.")
+]
+ClusterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cluster",
+        "-c",
+        metavar="FILE",
+        show_default=False,
+        help="Cluster file that defines the GPU type, where the catalogue lacks it.",
+    ),
+]
+GpuOrFileArgument = Annotated[
+    str, typer.Argument(metavar="PROFILE|GPU", help="A profile file, or a GPU type: the profile hetis ships for it.")
+]

@@ -1,0 +1,70 @@
+"""``hetis-profile plot``: measured against fitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.options import ClusterOption
+from hetis.profiler.cli.terminal import Terminal
+from hetis.profiler.cli.verb import verb
+
+
+@verb()
+def plot(
+    terminal: Terminal,
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile file.")],
+    raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements to hold it against.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write: .png or .html.")],
+    cluster: ClusterOption = None,
+) -> ExitCode:
+    """Draw measured against fitted times, and the residuals of each region.
+
+    HTML needs plotly, PNG matplotlib; neither needs a browser or a network.
+    """
+    from hetis.formats.errors import single_problem
+    from hetis.formats.files import write_atomically
+    from hetis.formats.measurements import load_measurements
+    from hetis.formats.profile import load_profile
+    from hetis.profiler.cli.loading import all_of
+    from hetis.profiler.cli.profiles import gpu_type
+    from hetis.profiler.cli.whole_files import write_bytes_atomically
+    from hetis.profiler.pictures.pairs import pairs_of
+
+    if out.suffix not in (".png", ".html"):
+        raise single_problem(str(out), "the name of the picture must end in .png or .html")
+    found = load_profile(profile)
+    pairs = pairs_of(found, all_of(load_measurements, raw), gpu_type(found.gpu, cluster))
+    if not pairs:
+        raise single_problem(str(raw[0]), f"holds nothing that the profile of {found.gpu} has a comparable fit for")
+    title = f"{found.gpu}: {profile.name} against {', '.join(path.name for path in raw)}"
+    if out.suffix == ".html":
+        from hetis.profiler.pictures.html import html
+
+        write_atomically(out, html(pairs, title))
+    else:
+        from hetis.profiler.pictures.png import png
+
+        write_bytes_atomically(out, png(pairs, title))
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title=f"{found.gpu} -> {out}", title_justify="left")
+    table.add_column("what", overflow="fold")
+    for name in ("points", "MAPE", "bias"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in pairs:
+        table.add_row(one.title, f"{len(one.measured):,}", f"{one.mape:.1%}", f"{one.residual.mean():+.1%}")
+    document = [
+        {
+            "title": one.title,
+            "points": len(one.measured),
+            "mape": round(one.mape, 4),
+            "bias": round(float(one.residual.mean()), 4),
+        }
+        for one in pairs
+    ]
+    terminal.emit(lambda: {"out": str(out), "pairs": document}, lambda: table)
+    return ExitCode.OK

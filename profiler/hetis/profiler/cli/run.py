@@ -1,0 +1,164 @@
+"""``hetis-profile run``: measure this host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.options import RawOutOption
+from hetis.profiler.cli.terminal import Terminal
+from hetis.profiler.cli.verb import verb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hetis.profiler.measure.session import RunResult
+
+RUN_EXAMPLES = (
+    "Example: hetis-profile run --device cuda:0 --model Llama-3.1-8B --out raw.json · then: hetis-profile fit raw.json "
+    "--out profile.json"
+)
+_QUICK_S, _FULL_S = 35.0, 1800.0
+_CPU_MODEL, _CUDA_MODEL = "Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B"
+
+
+@verb()
+def run(
+    terminal: Terminal,
+    out: RawOutOption,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What to measure.")] = "cpu",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|FILE",
+            show_default=f"{_CPU_MODEL}; CUDA: {_CUDA_MODEL}",
+            help="Whose shapes to measure: a catalogue name, a ModelSpec file or a config.json.",
+        ),
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer points, each less often.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            min=1.0,
+            metavar="SECONDS",
+            show_default="1800; --quick: 35",
+            help="Choose no new points after this long.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str,
+        typer.Option("--gpu", metavar="NAME", show_default="the device's own", help="GPU type in the result."),
+    ] = "",
+    cluster_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster-out",
+            metavar="FILE",
+            show_default=False,
+            help="Also write a cluster of this one device, with its measured peaks, to plan on.",
+        ),
+    ] = None,
+) -> ExitCode:
+    """Measure this host with torch: where the fit is least certain first, until it is certain enough.
+
+    What was measured is kept in RAW.journal until the run is complete: Ctrl-C loses one point at most.
+    """
+    from hetis.formats.errors import single_problem
+    from hetis.formats.measurements import save_measurements
+    from hetis.formats.model import load_model
+    from hetis.profiler.cli.run_progress import run_progress
+    from hetis.profiler.measure.journal import journal_of
+    from hetis.profiler.measure.session import RunRequest, measure
+
+    spec = load_model(model or (_CPU_MODEL if device == "cpu" else _CUDA_MODEL))
+    journal = journal_of(out)
+    if journal.exists() and not resume:
+        raise single_problem(str(journal), "is left of an interrupted run: go on with --resume, or delete it")
+    for path in (out, cluster_out):
+        if path is not None and not path.parent.is_dir():
+            raise single_problem(str(path), f"cannot be written: no folder {path.parent}")
+    try:
+        with run_progress(terminal) as report:
+            result = measure(
+                RunRequest(
+                    device=device,
+                    gpu=gpu,
+                    model=spec,
+                    quick=quick,
+                    limit_s=time_limit or (_QUICK_S if quick else _FULL_S),
+                    journal=journal,
+                    resume=resume,
+                ),
+                report,
+            )
+    except KeyboardInterrupt:
+        kept = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+        terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
+        return ExitCode.INTERRUPTED
+    save_measurements(out, result.measurements)
+    journal.unlink(missing_ok=True)
+    for note in result.measurements.notes[:-1]:
+        terminal.warn(note)
+    terminal.detail(result.measurements.notes[-1])
+    if cluster_out is not None:
+        _write_cluster(cluster_out, result)
+    if result.num_known:
+        terminal.say(f"{result.num_known} points were known from the interrupted run")
+    terminal.emit(lambda: _document(result, out), lambda: _table(result, out))
+    return ExitCode.OK
+
+
+def _write_cluster(path: Path, result: RunResult) -> None:
+    import yaml
+
+    from hetis.formats.documents import write_atomically
+    from hetis.profiler.measure.host_cluster import host_cluster
+
+    write_atomically(path, yaml.safe_dump(host_cluster(result), sort_keys=False))
+
+
+def _document(result: RunResult, out: Path) -> dict[str, Any]:
+    value = result.measurements
+    return {
+        "gpu": value.gpu,
+        "out": str(out),
+        "uncertainty": round(result.uncertainty, 4),
+        "tables": [{"op": table.op.value, "kernel": table.kernel, "points": len(table)} for table in value.tables],
+        "notes": list(value.notes),
+    }
+
+
+def _table(result: RunResult, out: Path) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from hetis.profiler.cli.words import seconds
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("op", "kernel"):
+        table.add_column(name)
+    for name in ("points", "shortest", "longest", "spread"):
+        table.add_column(name, justify="right")
+    for one in result.measurements.tables:
+        times = one.seconds
+        spread = float(sorted(one.numbers("spread"))[len(one) // 2])
+        table.add_row(
+            one.op.value, one.kernel, str(len(one)), seconds(times.min()), seconds(times.max()), f"{spread:.1%}"
+        )
+    return Group(Text(f"{result.measurements.gpu} -> {out}"), table, Text(_what_is_left(result.uncertainty)))
+
+
+def _what_is_left(uncertainty: float) -> str:
+    if uncertainty >= 1:
+        return "time was up before every operator had enough points: --time-limit allows more"
+    if uncertainty > 0:
+        return f"time was up: an error of {uncertainty:.0%} is still expected somewhere between the points"
+    return "every operator is known as well as was asked for"

@@ -1,0 +1,21 @@
+"""``hetis-profile show``: what a profile says, and how far it is to be trusted."""
+
+from __future__ import annotations
+
+from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.options import GpuOrFileArgument
+from hetis.profiler.cli.terminal import Terminal
+from hetis.profiler.cli.verb import verb
+
+
+@verb()
+def show(terminal: Terminal, profile: GpuOrFileArgument) -> ExitCode:
+    """Show a profile: its pieces, where they are from, their error and the region they were measured in."""
+    from hetis.profiler.cli.profile_table import origins, profile_document, profile_table
+    from hetis.profiler.cli.profiles import profile_of
+
+    found = profile_of(profile)
+    terminal.emit(lambda: profile_document(found), lambda: profile_table(found, title=found.gpu))
+    for line in origins(found):
+        terminal.detail(line)
+    return ExitCode.OK

@@ -1,0 +1,108 @@
+"""Where a verb writes: data on stdout in one of three forms, everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+class OutputFormat(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminal:
+    """The two streams of a verb and what the user asked of them.
+
+    Attributes:
+        output: form of the data on stdout.
+        verbosity: -1 errors only, 0 normal, 1 with details.
+        color: False after ``--no-color``; ``NO_COLOR`` and streams that are no terminal are seen to by rich.
+    """
+
+    output: OutputFormat = OutputFormat.TABLE
+    verbosity: int = 0
+    color: bool = True
+
+    def emit(
+        self, document: Callable[[], Any], table: Callable[[], RenderableType], *, width: int | None = None
+    ) -> None:
+        """Prints data on stdout: ``document`` (JSON values) or ``table``, whichever the output format calls for.
+
+        ``width`` is that of the table, in characters; None: that of the terminal.
+        """
+        if self.output is OutputFormat.TABLE:
+            console = self._console(sys.stdout, width)
+            with console.capture() as captured:
+                console.print(table())
+            _write_all(captured.get())
+            return
+        from hetis.formats.documents import dump_data
+
+        _write_all(dump_data(document(), "json" if self.output is OutputFormat.JSON else "yaml"))
+
+    def say(self, message: str) -> None:
+        """A line of news on stderr; ``-q`` silences it."""
+        if self.verbosity >= 0:
+            self._note(message)
+
+    def detail(self, message: str) -> None:
+        """A line that only ``-v`` shows."""
+        if self.verbosity >= 1:
+            self._note(message)
+
+    def warn(self, message: str) -> None:
+        """Something the user should know although it is no error."""
+        if self.verbosity >= 0:
+            self._note(message, label="warning", style="yellow")
+
+    def error(self, message: str, details: Iterable[str] = ()) -> None:
+        """What went wrong, one detail per line below it. Always shown."""
+        self._note(message, label="error", style="bold red")
+        for detail in details:
+            self.line(f"  {detail}")
+
+    def line(self, message: str) -> None:
+        """A line that is always shown, such as one of many problems."""
+        self._note(message)
+
+    def stderr_console(self) -> Console:
+        """The console on stderr, for progress."""
+        return self._console(sys.stderr)
+
+    def _note(self, message: str, *, label: str | None = None, style: str = "") -> None:
+        from rich.text import Text
+
+        text = Text()
+        if label is not None:
+            text.append(f"{label}: ", style=style)
+        text.append(message)
+        # Soft wrap: a message that is copied or searched for must stay one line.
+        self._console(sys.stderr).print(text, soft_wrap=True)
+
+    def _console(self, stream: TextIO, width: int | None = None) -> Console:
+        from rich.console import Console
+
+        plain = None if self.color else True
+        return Console(file=stream, width=width, no_color=plain, highlight=False, emoji=False, markup=False)
+
+
+def _write_all(text: str) -> None:
+    """Writes to stdout until all is written or an error says why not.
+
+    Under PYTHONUNBUFFERED a text stream hands its bytes to the system once and forgets those that were not taken, so
+    that a full disk or a closed pipe would pass for success.
+    """
+    sys.stdout.flush()
+    rest = memoryview(text.encode(sys.stdout.encoding, errors=sys.stdout.errors or "strict"))
+    while rest:
+        rest = rest[sys.stdout.buffer.write(rest) :]
+    sys.stdout.buffer.flush()

@@ -1,0 +1,63 @@
+"""What every verb shares: ``-o``, ``-q``, ``-v``, ``--no-color``, and an exit code as its return value."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
+
+import typer
+
+from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.options import NoColorOption, OutputOption, QuietOption, VerboseOption
+from hetis.profiler.cli.terminal import OutputFormat, Terminal
+
+P = ParamSpec("P")
+
+
+def verb(
+    *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
+) -> Callable[[Callable[Concatenate[Terminal, P], ExitCode]], Callable[P, None]]:
+    """Turns ``f(terminal, ...) -> ExitCode`` into a typer command with the shared options.
+
+    The shared options become parameters of the signature that typer reads, and reach the verb as one `Terminal`.
+
+    Args:
+        prints_data: whether the verb has data to print, and so an ``-o`` option.
+        output: what ``-o`` is unless given.
+    """
+
+    def decorate(function: Callable[Concatenate[Terminal, P], ExitCode]) -> Callable[P, None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        names = {parameter.name for parameter in own}
+
+        @functools.wraps(function)
+        def command(*args: P.args, **kwargs: P.kwargs) -> None:
+            given: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in names}
+            terminal = Terminal(
+                output=given.get("output_format", output),
+                verbosity=-1 if given["quiet"] else int(given["verbose"]),
+                color=not given["no_color"],
+            )
+            mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
+            code = function(terminal, *args, **mine)
+            if code is not ExitCode.OK:
+                raise typer.Exit(int(code))
+
+        shared = [_keyword("output_format", OutputOption, output)] if prints_data else []
+        shared += [
+            _keyword("quiet", QuietOption, False),
+            _keyword("verbose", VerboseOption, False),
+            _keyword("no_color", NoColorOption, False),
+        ]
+        parameters = [*own, *shared]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

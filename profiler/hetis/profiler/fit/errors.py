@@ -1,0 +1,103 @@
+"""How wrong a fit is on points it never saw: over all of them, in the serving range, and region by region."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.profiler.fitting import Coefficients, predict, rounded
+from hetis.profiler.work import FloatArray
+from hetis.solver.profile import FitRegion, Op
+
+Mask = NDArray[np.bool_]
+
+# Where serving happens; `hetis-profile fit` states `held_out_mape` there.
+SERVING: Mapping[Op, FitRegion] = {
+    Op.DENSE: FitRegion(tokens=(1, 8192)),
+    Op.PREFILL_ATTENTION: FitRegion(context_tokens=(256, 16384), tokens=(256, 16384)),
+    Op.DECODE_ATTENTION: FitRegion(batch=(4, 1e9), context_tokens=(256, 16384)),
+    Op.ALL_REDUCE: FitRegion(num_bytes=(8192, 2.0**28)),
+    Op.TRANSFER: FitRegion(num_bytes=(1024, 2.0**28)),
+    Op.STEP: FitRegion(),
+}
+# Limits of the regions of a report, by size; the last is open.
+_CUTS: Mapping[str, tuple[float, ...]] = {
+    "batch": (4, 16, 64),
+    "context_tokens": (256, 1024, 4096, 16385),
+    "tokens": (64, 512, 2048),
+    "num_bytes": (2.0**16, 2.0**20, 2.0**24),
+}
+_CROSSED = {
+    Op.DECODE_ATTENTION: ("batch", "context_tokens"),
+    Op.PREFILL_ATTENTION: ("batch", "context_tokens"),
+    Op.DENSE: ("tokens",),
+    Op.ALL_REDUCE: ("num_bytes",),
+    Op.TRANSFER: ("num_bytes",),
+    Op.STEP: ("batch",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorStats:
+    """Relative errors, predicted / measured - 1: mean and median of their absolute values, 95th percentile, mean.
+
+    0.1 is 10%; a positive ``bias`` means that the fit is too slow. All zero where ``num_points`` is.
+    """
+
+    num_points: int
+    mape: float
+    median: float
+    p95: float
+    bias: float
+
+
+def error_stats(pieces: Sequence[Coefficients], features: FloatArray, seconds: FloatArray) -> ErrorStats:
+    """Errors of ``max_k pieces[k] . features``."""
+    if not len(seconds):
+        return ErrorStats(num_points=0, mape=0.0, median=0.0, p95=0.0, bias=0.0)
+    # Sorted, so that sums do not depend on the order of the points.
+    signed = np.sort(predict(pieces, features) / seconds - 1.0)
+    sizes = np.sort(np.abs(signed))
+    return ErrorStats(
+        num_points=len(signed),
+        mape=rounded(float(sizes.sum()) / len(sizes)),
+        median=rounded(float(np.median(sizes))),
+        p95=rounded(float(sizes[int(0.95 * (len(sizes) - 1))])),
+        bias=rounded(float(signed.sum()) / len(signed)),
+    )
+
+
+def within(region: FitRegion, sizes: Mapping[str, FloatArray], count: int) -> Mask:
+    """The points inside ``region``."""
+    inside = np.ones(count, dtype=np.bool_)
+    for name, size in sizes.items():
+        limits = getattr(region, name)
+        if limits is not None:
+            inside &= (size >= limits[0]) & (size <= limits[1])
+    return inside
+
+
+def regions(op: Op, sizes: Mapping[str, FloatArray]) -> Iterator[tuple[str, Mask]]:
+    """Name and points of every region of a report, empty ones left out."""
+    names = _CROSSED[op]
+    cells = np.stack([np.searchsorted(_CUTS[name], sizes[name], side="right") for name in names], axis=1)
+    for cell in sorted(set(map(tuple, cells.tolist()))):
+        label = ", ".join(_label(name, index) for name, index in zip(names, cell, strict=True))
+        yield label, (cells == np.array(cell)).all(axis=1)
+
+
+def covered(sizes: Mapping[str, FloatArray]) -> FitRegion:
+    """The range of what was measured."""
+    return FitRegion(**{name: (float(size.min()), float(size.max())) for name, size in sizes.items()})
+
+
+def _label(name: str, index: int) -> str:
+    cuts = _CUTS[name]
+    unit = {"context_tokens": "context", "num_bytes": "bytes"}.get(name, name)
+    if index == 0:
+        return f"{unit} < {cuts[0]:,.0f}"
+    low = cuts[index - 1]
+    return f"{unit} >= {low:,.0f}" if index == len(cuts) else f"{unit} {low:,.0f} to {cuts[index] - 1:,.0f}"

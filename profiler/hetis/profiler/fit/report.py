@@ -1,0 +1,160 @@
+"""What a fit says of itself, as values and as the JSON of ``hetis-profile fit -o json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hetis.profiler.fit.errors import ErrorStats
+from hetis.profiler.fit.points import Unfitted
+from hetis.profiler.fitting import rounded
+from hetis.solver.profile import FitRegion, FitScope, Op
+
+BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  # held-out MAPE in the serving range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpReport:
+    """One fit: what it saw, and how wrong it is on what it did not see.
+
+    Attributes:
+        held_out_shapes: shapes of which the fit saw nothing; a sixth of the other shapes' points is held out too.
+        serving: errors on held-out points in the serving range (batch >= 4, 256 to 16k context; dense: to 8k tokens).
+        one_piece: the same for a single affine piece fitted to the same points (the form of Hetis, SC'25).
+        left_out: rows that no fit saw and no error counts, and why.
+        remark: why the bar is missed, where it is.
+    """
+
+    op: Op
+    scope: FitScope
+    origin: str
+    num_pieces: int
+    num_fitted: int
+    num_held_out: int
+    held_out_shapes: tuple[str, ...]
+    fitted: ErrorStats
+    held_out: ErrorStats
+    serving: ErrorStats
+    one_piece: ErrorStats
+    by_region: tuple[tuple[str, ErrorStats], ...]
+    region: FitRegion
+    left_out: tuple[tuple[int, str], ...] = ()
+    remark: str = ""
+
+    @property
+    def bar(self) -> float | None:
+        return BARS.get(self.op)
+
+    @property
+    def meets_bar(self) -> bool:
+        return self.bar is None or self.serving.mape <= self.bar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """Every fit of one GPU, and every table that none was made of."""
+
+    gpu: str
+    ops: tuple[OpReport, ...]
+    unfitted: tuple[Unfitted, ...]
+
+    def held_out_mape(self, op: Op, *, one_piece: bool = False) -> float | None:
+        """Mean over all held-out points of ``op`` in the serving range, whatever their scope; None without any."""
+        stats = [report.one_piece if one_piece else report.serving for report in self.ops if report.op is op]
+        return mean_mape(stats)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data; ``held_out_mape`` by operator in the serving range, ``by_region`` by operator and region."""
+        ops = list(dict.fromkeys(report.op for report in self.ops))
+        return {
+            "gpu": self.gpu,
+            "held_out_mape": {op.value: self.held_out_mape(op) for op in ops},
+            "one_piece_held_out_mape": {op.value: self.held_out_mape(op, one_piece=True) for op in ops},
+            "by_region": {op.value: self._by_region(op) for op in ops},
+            "fits": [_op_data(report) for report in self.ops],
+            "unfitted": [asdict(table) | {"op": table.op.value} for table in self.unfitted],
+        }
+
+    def _by_region(self, op: Op) -> dict[str, dict[str, float | int | None]]:
+        cells: dict[str, list[ErrorStats]] = {}
+        for report in self.ops:
+            if report.op is op:
+                for name, stats in report.by_region:
+                    cells.setdefault(name, []).append(stats)
+        return {
+            name: {
+                "num_points": sum(s.num_points for s in stats),
+                "mape": mean_mape(stats),
+                "bias": rounded(sum(s.bias * s.num_points for s in stats) / sum(s.num_points for s in stats)),
+            }
+            for name, stats in cells.items()
+        }
+
+
+def remark(report: OpReport) -> str:
+    """Why a fit misses its bar, as far as its own regions show; empty when it does not."""
+    if report.meets_bar:
+        return ""
+    ranked = sorted(report.by_region, key=lambda cell: -cell[1].mape * cell[1].num_points)
+    worst = [(name, s) for name, s in ranked if not any(limit in name for limit in _NOT_SERVED)][:2]
+    where = "; ".join(f"{name}: {s.mape:.0%} off, bias {s.bias:+.0%}, {s.num_points} points" for name, s in worst)
+    reason = _reason(report) if any(s.bias < -0.05 for _, s in worst) else ""
+    if report.serving.num_points < 10:
+        reason = f"Only {report.serving.num_points} points judge it"
+    return f"most of the error is at {where}" + (f". {reason}" if reason else "")
+
+
+_NOT_SERVED = ("context < 256", "context >= 16,385")
+_SERIAL = (
+    "The kernel is slower there than its bytes: one SM reads the KV of a sequence and head alone, so that few "
+    "sequences of a long context leave the others idle, and the cost model knows bytes, not contexts"
+)
+_MANY_SHAPES = (
+    "Reading queries and writing outputs takes bytes by tokens and query heads; the cost model tells a fit tokens and "
+    "KV bytes, which is not enough where shapes of many head counts share it"
+)
+_CACHED = (
+    "Calls whose queries, KV and outputs fit the last-level cache take less per byte than those that do not (an L40S, "
+    "32 heads of 128, prompts of 512: 555 GB/s for one, 306 GB/s for 32), a jump that no convex function follows"
+)
+
+
+def _reason(report: OpReport) -> str:
+    """What was found behind the misses of the published tables."""
+    if report.op is Op.DECODE_ATTENTION:
+        return _SERIAL
+    if report.op is Op.PREFILL_ATTENTION:
+        return _MANY_SHAPES if report.scope.queries_per_group is None else _CACHED
+    return ""
+
+
+def mean_mape(stats: Sequence[ErrorStats]) -> float | None:
+    """The mean weighted by points; None without points."""
+    count = sum(s.num_points for s in stats)
+    return rounded(sum(s.mape * s.num_points for s in stats) / count) if count else None
+
+
+def _op_data(report: OpReport) -> dict[str, Any]:
+    def set_fields(value: FitScope | FitRegion) -> dict[str, Any]:
+        return {name: v for name in type(value).__dataclass_fields__ if (v := getattr(value, name)) is not None}
+
+    return {
+        "op": report.op.value,
+        "scope": set_fields(report.scope),
+        "region": {name: list(limits) for name, limits in set_fields(report.region).items()},
+        "origin": report.origin,
+        "num_pieces": report.num_pieces,
+        "num_fitted": report.num_fitted,
+        "num_held_out": report.num_held_out,
+        "held_out_shapes": list(report.held_out_shapes),
+        "fitted": asdict(report.fitted),
+        "held_out": asdict(report.held_out),
+        "serving": asdict(report.serving),
+        "one_piece": asdict(report.one_piece),
+        "by_region": {name: asdict(stats) for name, stats in report.by_region},
+        "left_out": [{"num_rows": count, "reason": reason} for count, reason in report.left_out],
+        "bar": report.bar,
+        "meets_bar": report.meets_bar,
+        "remark": report.remark,
+    }

@@ -1,0 +1,44 @@
+"""Other tools' tables to measurements: ``import_tables("vidur", [path, ...])``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.measurements import Measurements
+from hetis.profiler.importers import aiconfigurator, llmservingsim, splitwise, vidur
+from hetis.profiler.importers.collecting import Collection
+from hetis.profiler.importers.reading import Sheet, read_sheet
+
+_IMPORTERS: Mapping[str, Callable[[Sheet, Collection], None]] = {
+    "aiconfigurator": aiconfigurator.read,
+    "vidur": vidur.read,
+    "splitwise": splitwise.read,
+    "llmservingsim": llmservingsim.read,
+}
+FORMATS = tuple(_IMPORTERS)
+
+
+def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
+    """The measurements of all ``files`` together: one per GPU, engine, version and host, in a fixed order.
+
+    Raises:
+        DocumentError: with every problem of every file (file, row, column, value and limit); nothing partial.
+    """
+    if form not in _IMPORTERS:
+        raise single_problem(form, f"is not one of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")
+    if not files:
+        raise single_problem(form, "needs at least one file to import")
+    collection, problems = Collection(), list[Problem]()
+    for file in files:
+        try:
+            _IMPORTERS[form](read_sheet(Path(file)), collection)
+        except DocumentError as error:
+            problems += error.problems
+    if problems:
+        raise DocumentError(problems)
+    measurements = collection.finish()
+    if not measurements:
+        raise DocumentError([Problem(file=str(file), message="holds no row that hetis can use") for file in files])
+    return measurements

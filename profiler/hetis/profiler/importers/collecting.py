@@ -1,0 +1,110 @@
+"""Gathers rows into measurements, one per GPU and engine, after a check that no time is physically impossible."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hetis.formats import catalogue
+from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
+from hetis.profiler.importers.reading import Rows
+from hetis.profiler.work import roofline_seconds
+from hetis.solver.cluster import GpuType
+
+Value = float | int | str
+
+# A wrong unit is a factor of a thousand, in the table's large rows too. What repeated kernels read from caches is at
+# most 7 times the memory bandwidth in the medians of the tables we know (LLMServingSim's A6000 rows: 14 times).
+MAX_PEAKS = 40.0  # of the peak that a tenth of a table's rows may exceed
+MIN_PEAKS = 1e-3  # that the best tenth must reach
+ROW_PEAKS = 1000.0  # that no single row may exceed
+
+
+@dataclass
+class _Open:
+    """A table while it is read."""
+
+    columns: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
+    places: list[tuple[Rows, int, str]] = field(default_factory=list)
+
+    def problem(self, row: int, message: str) -> Problem:
+        rows, index, column = self.places[row]
+        return Problem(file=rows.sheet.file, path=f"row {rows.sheet.first_row + index}: {column}", message=message)
+
+
+class Collection:
+    """Rows of any number of files; `finish` makes the measurements."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[str, MeasuredBy], dict[tuple[MeasuredOp, str], _Open]] = {}
+        self._notes: dict[tuple[str, MeasuredBy], dict[str, None]] = defaultdict(dict)
+
+    def add(
+        self, gpu: str, by: MeasuredBy, op: MeasuredOp, kernel: str, row: tuple[Rows, int, str],
+        values: Mapping[str, Value | None],
+    ) -> None:  # fmt: skip
+        """One row; skipped when a value is None, as its problem is recorded already.
+
+        Args:
+            row: the rows it is from, its index there, and the column that holds the time.
+        """
+        table = self._tables.setdefault((gpu, by), {}).setdefault((op, kernel), _Open())
+        if any(value is None for value in values.values()):
+            return
+        for name, value in values.items():
+            assert value is not None
+            table.columns[name].append(value)
+        table.places.append(row)
+
+    def note(self, gpu: str, by: MeasuredBy, text: str) -> None:
+        self._notes[gpu, by][text] = None
+
+    def finish(self) -> list[Measurements]:
+        """All measurements, in a fixed order.
+
+        Raises:
+            DocumentError: times that no GPU of that type can reach, or a file without a usable row.
+        """
+        problems: list[Problem] = []
+        results = []
+        for (gpu, by), tables in sorted(
+            self._tables.items(), key=lambda item: (item[0][0], str(item[0][1]), item[0][1].host)
+        ):
+            made = []
+            for (op, kernel), opened in sorted(tables.items()):
+                if not opened.places:
+                    continue
+                table = Table(op=op, kernel=kernel, columns={n: np.array(c) for n, c in opened.columns.items()})
+                problems += _implausible(table, catalogue.find_gpu(gpu).gpu, opened)
+                made.append(table)
+            if made:
+                results.append(
+                    Measurements(gpu=gpu, provenance=by, tables=tuple(made), notes=tuple(self._notes[gpu, by]))
+                )
+        if problems:
+            raise DocumentError(problems)
+        return results
+
+
+def _implausible(table: Table, gpu: GpuType, opened: _Open) -> list[Problem]:
+    least = roofline_seconds(table, gpu)
+    if least is None or not least.any():
+        return []
+    peaks = least / table.seconds
+    works = np.flatnonzero(least)
+    order = works[np.argsort(peaks[works], kind="stable")]
+    worst, ninth = int(order[-1]), int(order[int(0.9 * (len(order) - 1))])
+    if peaks[worst] > ROW_PEAKS:
+        times = f"{peaks[worst]:,.0f} times faster than the peaks of {gpu.name} allow"
+        return [opened.problem(worst, f"is {table.seconds[worst]:.3g} s, {times} (limit {ROW_PEAKS:g})")]
+    if peaks[ninth] > MAX_PEAKS:
+        times = f"{peaks[ninth]:,.0f} times the peaks of {gpu.name} or more (limit {MAX_PEAKS:g})"
+        return [opened.problem(ninth, f"a tenth of the rows of {table.op} imply {times}: is the unit right?")]
+    if peaks[ninth] < MIN_PEAKS and len(order) >= 20:
+        times = f"{peaks[ninth]:.2g} of the peaks of {gpu.name} or less (limit {MIN_PEAKS:g})"
+        return [opened.problem(ninth, f"nine tenths of the rows of {table.op} imply {times}: is the unit right?")]
+    return []

@@ -1,0 +1,38 @@
+"""Which GPU of the catalogue a table means."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from hetis.formats import catalogue
+from hetis.profiler.importers.reading import Rows
+
+# Names that the catalogue refuses as they could mean several boards; the READMEs of the tables say which.
+_MEANT = {
+    "A100": "A100-SXM-80GB",
+    "H100": "H100-SXM-80GB",
+    "L40S-48GB": "L40S",
+    "a100-80gb": "A100-SXM-80GB",
+    "h100-80gb": "H100-SXM-80GB",
+    "h100-80gb-pcap": "H100-SXM-80GB",
+    "a100_sxm": "A100-SXM-80GB",
+    "h100_sxm": "H100-SXM-80GB",
+    "l40s": "L40S",
+}
+
+
+def gpu_name(rows: Rows, index: int, column: str) -> str | None:
+    """The catalogue's name; None after noting the problem."""
+    text = rows.text(index, column)
+    found = _found(text)
+    if found is None:
+        rows.refuse(index, column, f"is {text!r}, no GPU of the catalogue")
+    return found
+
+
+@cache
+def _found(text: str) -> str | None:
+    try:
+        return catalogue.find_gpu(_MEANT.get(text, text)).gpu.name
+    except catalogue.UnknownNameError:
+        return None

@@ -1,0 +1,205 @@
+"""Reads other tools' tables: CSV, CSV.gz and parquet to columns of text, with a clear error for each thing wrong.
+
+Nothing partial: a sheet that is read is rectangular, complete and not empty.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib
+import io
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.files import unreadable
+
+MAX_BYTES = 2**30  # of one table when unpacked
+MAX_SECONDS = 600.0  # of one call or one request; nothing that is measured here takes as long
+MAX_PROBLEMS = 100  # of one table; a wrong column is wrong in every row
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """One table as text. ``first_row``: what the file calls the first row of data (2 below a CSV header)."""
+
+    file: str
+    columns: Mapping[str, Sequence[str]]
+    first_row: int
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.columns for name in names)
+
+
+class Rows:
+    """Typed access to the rows of a sheet; collects every problem before it raises.
+
+    A wrong value reads as None; the importer skips its row, and `finish` then raises.
+    """
+
+    def __init__(self, sheet: Sheet) -> None:
+        self.sheet = sheet
+        self.problems: list[Problem] = []
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.sheet)))
+
+    def text(self, index: int, column: str) -> str:
+        return self.sheet.columns[column][index]
+
+    def number(self, index: int, column: str, *, above: float | None = None, least: float = 0.0) -> float | None:
+        """A finite number ``> above``, or else ``>= least``."""
+        value = self.text(index, column).strip()
+        try:
+            number = float(value)
+        except ValueError:
+            self.refuse(index, column, f"is {value!r}, expected a number")
+            return None
+        if not abs(number) < float("inf"):
+            self.refuse(index, column, f"is {value}, must be finite")
+            return None
+        if number <= above if above is not None else number < least:
+            limit = f"> {above:g}" if above is not None else f">= {least:g}"
+            self.refuse(index, column, f"is {value}, must be {limit}")
+            return None
+        return number
+
+    def count(self, index: int, column: str, *, least: int = 1) -> int | None:
+        """A whole number."""
+        number = self.number(index, column, least=least)
+        if number is not None and not number.is_integer():
+            self.refuse(index, column, f"is {self.text(index, column)}, expected a whole number")
+            return None
+        return None if number is None else int(number)
+
+    def seconds(self, index: int, column: str, *, unit_s: float) -> float | None:
+        """A time that the table has in units of ``unit_s`` seconds."""
+        value = self.number(index, column, above=0.0)
+        if value is not None and value * unit_s > MAX_SECONDS:
+            limit = f"<= {MAX_SECONDS:g} s"
+            self.refuse(index, column, f"is {value * unit_s:g} s, must be {limit}: is the unit right?")
+            return None
+        return None if value is None else value * unit_s
+
+    def refuse(self, index: int, column: str, message: str) -> None:
+        place = f"row {self.sheet.first_row + index}: {column}"
+        self.problems.append(Problem(file=self.sheet.file, path=place, message=message))
+        if len(self.problems) >= MAX_PROBLEMS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Raises DocumentError when anything was wrong."""
+        if self.problems:
+            raise DocumentError(self.problems)
+
+
+def read_sheet(path: Path) -> Sheet:
+    """A table by the end of its name: ``.parquet``, or else CSV, gzip-compressed or not.
+
+    Raises:
+        DocumentError: not readable, truncated, empty, ragged, or parquet without a library to read it.
+    """
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    return _csv(path, _text(path))
+
+
+def require(sheet: Sheet, forms: Mapping[str, Iterable[str]]) -> str:
+    """The first of ``forms`` (name to columns) all of whose columns the sheet has.
+
+    Raises:
+        DocumentError: none; names the columns that the nearest form misses.
+    """
+    missing = {name: [column for column in columns if not sheet.has(column)] for name, columns in forms.items()}
+    name = min(missing, key=lambda form: len(missing[form]))
+    if missing[name]:
+        found = ", ".join(list(sheet.columns)[:12])
+        raise DocumentError(
+            [
+                Problem(
+                    file=sheet.file,
+                    path="header",
+                    message=f"has no column {', '.join(missing[name])} (nearest: a table of {name}); found: {found}",
+                )
+            ]
+        )
+    return name
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(str(path), error) from None
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as stream:
+                raw = stream.read(MAX_BYTES + 1)
+        except EOFError:
+            raise single_problem(
+                str(path), f"is truncated: its gzip stream ends after {len(raw)} bytes without an end mark"
+            ) from None
+        except (OSError, zlib.error) as error:
+            raise single_problem(str(path), f"is damaged: {error}") from None
+    elif path.suffix == ".gz":
+        raise single_problem(str(path), "is not gzip-compressed, though its name ends in .gz")
+    if len(raw) > MAX_BYTES:
+        raise single_problem(str(path), f"is larger than {MAX_BYTES // 2**20} MiB when unpacked")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise single_problem(str(path), f"is not UTF-8 text (offset {error.start})") from None
+
+
+def _csv(path: Path, text: str) -> Sheet:
+    if not text.strip():
+        raise single_problem(str(path), "is empty")
+    try:
+        lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
+    except csv.Error as error:
+        raise single_problem(str(path), f"is not CSV: {error}") from None
+    header, rows = [name.strip() for name in lines[0]], lines[1:]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DocumentError(
+            [Problem(file=str(path), path="header", message=f"has column {', '.join(twice)} more than once")]
+        )
+    if not rows:
+        raise single_problem(str(path), "has a header and no rows")
+    ragged = [
+        Problem(file=str(path), path=f"row {number}", message=f"has {len(row)} values, the header {len(header)}")
+        for number, row in enumerate(rows, start=2)
+        if len(row) != len(header)
+    ]
+    if ragged:
+        raise DocumentError(ragged)
+    return Sheet(str(path), dict(zip(header, zip(*rows, strict=True), strict=True)), first_row=2)
+
+
+def _parquet(path: Path) -> Sheet:
+    try:
+        reader: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise single_problem(
+            str(path), "is a parquet table; reading it needs pyarrow (pip install 'hetis[profiler]')"
+        ) from None
+    try:
+        table = reader.read_table(path)
+    except FileNotFoundError:
+        raise single_problem(str(path), "no such file") from None
+    except Exception as error:  # pyarrow has no common base of what a damaged file raises
+        raise single_problem(str(path), f"is not a readable parquet table: {error}") from None
+    if not table.num_rows:
+        raise single_problem(str(path), "has columns and no rows")
+    columns = {
+        name: ["" if value is None else str(value) for value in table.column(name).to_pylist()]
+        for name in table.column_names
+    }
+    return Sheet(str(path), columns, first_row=1)

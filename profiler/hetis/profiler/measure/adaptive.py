@@ -1,0 +1,162 @@
+"""What to measure next and when to stop. Pure: it knows points and samples, neither torch nor the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.profiler.measure.points import Measured, Point, Series
+from hetis.profiler.measure.surrogate import Prediction, predict
+
+FloatArray = NDArray[np.float64]
+
+
+_FEW = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppingRule:
+    """When a surface is known well enough.
+
+    Attributes:
+        uncertainty: largest relative error expected anywhere among the candidates.
+        min_points: of a series, however smooth it looks: a fit holds some of them out.
+        max_points: of a series, whatever is left to know.
+        max_point_s: candidates expected to take longer than this per call are left out.
+    """
+
+    uncertainty: float = 0.05
+    min_points: int = 24
+    max_points: int = 120
+    max_point_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The next point and why: the error expected there before it is measured (1 while too few points are known)."""
+
+    series: str
+    point: Point
+    uncertainty: float
+
+
+@dataclass(slots=True)
+class SeriesState:
+    """A series and what has been measured of it."""
+
+    series: Series
+    rule: StoppingRule
+    measured: list[Measured] = field(default_factory=list)
+    _next: Choice | None = None
+    _is_stale: bool = True
+
+    def add(self, found: Measured) -> None:
+        self.measured.append(found)
+        self._is_stale = True
+
+    def next(self) -> Choice | None:
+        """The candidate that is known worst, or None when all are known well enough."""
+        if self._is_stale:
+            self._next = self._choose()
+            self._is_stale = False
+        return self._next
+
+    def _choose(self) -> Choice | None:
+        done = {found.point.key for found in self.measured}
+        left = [point for point in self.series.candidates if point.key not in done]
+        if not left or len(self.measured) >= self.rule.max_points:
+            return None
+        start = [point for point in first_points(self.series) if point.key not in done]
+        if len(self.measured) < 2 and start:
+            return Choice(series=self.series.name, point=start[0], uncertainty=1.0)
+        at = self.predict(left)
+        affordable = at.seconds <= self.rule.max_point_s
+        index_of = {point.key: index for index, point in enumerate(left)}
+        for point in start:
+            if affordable[index_of[point.key]]:
+                return Choice(series=self.series.name, point=point, uncertainty=1.0)
+        begun = {self.series.groups.get(key) for key in done} - {None}
+        for index, point in enumerate(left):
+            if self.series.groups.get(point.key) in begun and affordable[index]:
+                return Choice(series=self.series.name, point=point, uncertainty=float(at.uncertainty[index]))
+        worst = int(np.argmax(np.where(affordable, at.uncertainty, -1.0)))
+        if not affordable[worst]:
+            return None
+        if len(self.measured) < self.rule.min_points:
+            return Choice(series=self.series.name, point=left[worst], uncertainty=1.0)
+        if at.uncertainty[worst] <= self.rule.uncertainty:
+            return None
+        return Choice(series=self.series.name, point=left[worst], uncertainty=float(at.uncertainty[worst]))
+
+    def predict(self, points: Sequence[Point]) -> Prediction:
+        """What the measured points say of others."""
+        return predict(
+            self._logs(found.point for found in self.measured),
+            np.array([found.sample.seconds for found in self.measured]),
+            np.array([found.sample.spread for found in self.measured]),
+            self._logs(points),
+        )
+
+    def _logs(self, points: Iterable[Point]) -> FloatArray:
+        # One more than the size: a past of no tokens is a point too.
+        return np.log1p([[float(point.columns[axis]) for axis in self.series.axes] for point in points])
+
+
+class Campaign:
+    """All series together: the next point is the one, over all of them, that is known worst."""
+
+    def __init__(self, series: Iterable[Series], rule: StoppingRule, known: Iterable[Measured] = ()) -> None:
+        self.states = [SeriesState(series=one, rule=rule) for one in series]
+        self._state_of = {point.key: state for state in self.states for point in state.series.candidates}
+        for found in known:
+            if (state := self._state_of.get(found.point.key)) is not None:
+                state.add(found)
+
+    @property
+    def measured(self) -> list[Measured]:
+        """Everything found, series by series."""
+        return [found for state in self.states for found in state.measured]
+
+    def next(self) -> Choice | None:
+        """What to measure now; None when every series is known well enough. Of equals the series with fewest points."""
+        choices = [(state, choice) for state in self.states if (choice := state.next()) is not None]
+        if not choices:
+            return None
+        return min(choices, key=lambda pair: (-pair[1].uncertainty, len(pair[0].measured)))[1]
+
+    def add(self, found: Measured) -> None:
+        self._state_of[found.point.key].add(found)
+
+    def is_started(self) -> bool:
+        """Whether every series has a few points: less than that is no measurement of the device."""
+        return all(len(state.measured) >= _FEW or state.next() is None for state in self.states)
+
+    def worst(self) -> float:
+        """The largest relative error expected anywhere."""
+        return max((choice.uncertainty for state in self.states if (choice := state.next()) is not None), default=0.0)
+
+
+def first_points(series: Series) -> list[Point]:
+    """Where to begin: for every axis its least, middle and greatest size, the other axes in the middle; the corners."""
+    values = {axis: sorted({point.columns[axis] for point in series.candidates}) for axis in series.axes}
+    middle = {axis: sizes[len(sizes) // 2] for axis, sizes in values.items()}
+    least = {axis: sizes[0] for axis, sizes in values.items()}
+    most = {axis: sizes[-1] for axis, sizes in values.items()}
+    wanted = [least, middle]
+    for axis in series.axes:
+        wanted += [middle | {axis: values[axis][0]}, middle | {axis: values[axis][-1]}]
+    wanted.append(most)
+    found: dict[object, Point] = {}
+    for target in wanted:  # not every combination is a candidate: the nearest one is
+        goal = np.log1p([float(target[axis]) for axis in series.axes])
+        nearest = min(
+            series.candidates,
+            key=lambda point: float(
+                np.abs(np.log1p([float(point.columns[axis]) for axis in series.axes]) - goal).sum()
+            ),
+        )
+        found.setdefault(nearest.key, nearest)
+    return list(found.values())

@@ -1,0 +1,57 @@
+"""Signs that a device was not ours alone: what they are, and the notes that say so. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hetis.profiler.measure.points import Measured
+
+BUSY_SHARE = 0.1  # of the cores, taken by others
+_DRIFT = 0.1
+_JITTER = 0.25
+_JITTERY_SHARE = 0.2  # of the points
+_UNSURE_SPREAD = 0.1
+
+
+def disturbance_notes(
+    measured: Sequence[Measured],
+    *,
+    reference_s: tuple[float, float] | None,
+    others_share: float,
+    throttle_reasons: Sequence[str],
+    other_processes: int,
+) -> list[str]:
+    """A sentence per sign.
+
+    Args:
+        measured: every point.
+        reference_s: seconds of one and the same point before and after everything else; None if interrupted between.
+        others_share: of the host's cores, what other processes took meanwhile; 0 to 1.
+        throttle_reasons: of the GPU's clocks, as NVML names them.
+        other_processes: with a context on the GPU.
+    """
+    notes = []
+    if throttle_reasons:
+        notes.append(f"the GPU was throttled while measuring ({', '.join(throttle_reasons)}): its times are too long")
+    if other_processes:
+        count = "1 other process" if other_processes == 1 else f"{other_processes} other processes"
+        notes.append(f"{count} had the GPU open while measuring: it may have been shared")
+    if others_share > BUSY_SHARE:
+        notes.append(f"other processes took {others_share:.0%} of the host's cores while measuring")
+    if reference_s is not None:
+        before, after = reference_s
+        if abs(after / before - 1.0) > _DRIFT:
+            notes.append(
+                f"the same point took {before * 1e3:.3g} ms at the start and {after * 1e3:.3g} ms at the end "
+                f"({after / before - 1.0:+.0%}): clocks or neighbours changed"
+            )
+    jittery = sum(found.sample.jitter > _JITTER for found in measured)
+    if measured and jittery > _JITTERY_SHARE * len(measured):
+        notes.append(
+            f"{jittery} of {len(measured)} points jitter by more than {_JITTER:.0%} from call to call, as on a shared "
+            "device"
+        )
+    unsure = sum(found.sample.spread > _UNSURE_SPREAD for found in measured)
+    if unsure:
+        notes.append(f"{unsure} of {len(measured)} medians are known no better than {_UNSURE_SPREAD:.0%}")
+    return notes

@@ -1,0 +1,62 @@
+"""This host: what its processor is called, how busy it is, how large its caches are. Linux; elsewhere less is known."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+
+def cpu_name() -> str:
+    """``AMD EPYC`` or the machine's architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = found.group(1) if found else platform.processor() or platform.machine() or "CPU"
+    name = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*$", " ", name)
+    return " ".join(name.split())
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_device_name() -> str:
+    """The GPU type that stands for this host: ``CPU-AMD-EPYC-2-cores``."""
+    return f"CPU-{re.sub(r'[^A-Za-z0-9.]+', '-', cpu_name()).strip('-')}-{num_cores()}-cores"
+
+
+def memory_bytes() -> int:
+    """Physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def last_level_cache_bytes() -> int:
+    """The largest cache of core 0; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KM])", path.read_text(encoding="ascii").strip())
+        if found:
+            sizes.append(int(found.group(1)) * {"K": 2**10, "M": 2**20}[found.group(2)])
+    return max(sizes, default=32 * 2**20)
+
+
+def cpu_times() -> tuple[float, float]:
+    """(seconds that the cores were busy or stolen, seconds in all) since boot, summed over cores; (0, 0) if unknown."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    except (OSError, IndexError):
+        return 0.0, 0.0
+    ticks = [int(value) / os.sysconf("SC_CLK_TCK") for value in first[:8]]
+    idle = ticks[3] + ticks[4]  # idle, waiting for a disk
+    return sum(ticks) - idle, sum(ticks)
+
+
+def own_cpu_s() -> float:
+    """Processor time of this process and its children so far."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -1,0 +1,105 @@
+"""What has been measured so far, on disk beside the output: an interrupted run loses at most the point in flight."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.files import unreadable, write_atomically
+from hetis.profiler.measure.points import Measured, Point, Sample
+
+_VERSION = 1
+
+
+def journal_of(out: str | os.PathLike[str]) -> Path:
+    """Where the journal of a run that writes ``out`` lies."""
+    return Path(f"{os.fspath(out)}.journal")
+
+
+def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
+    """The points of an interrupted run; what was being written when it died is dropped.
+
+    Raises:
+        DocumentError: not a journal, or one of a run with other settings.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise unreadable(str(path), error) from None
+    header = _header(lines[0], path)
+    differing = [
+        Problem(file=str(path), path=name, message=f"is {header.get(name)!r} in the interrupted run, now {value!r}")
+        for name, value in settings.items()
+        if header.get(name) != value
+    ]
+    if differing:
+        raise DocumentError(differing)
+    found = []
+    for number, line in enumerate(lines[1:], start=2):
+        if line and number < len(lines):  # the last piece has no line end: it was cut off, or is empty
+            found.append(_measured(line, path, number))
+    return found
+
+
+class Journal:
+    """Appends one line per point, each handed to the system at once. A context manager."""
+
+    def __init__(self, path: Path, settings: Mapping[str, str], known: list[Measured]) -> None:
+        """Begins the file anew with the points ``known``, so that a cut-off line is gone.
+
+        Raises:
+            DocumentError: the file cannot be written.
+        """
+        self._path = path
+        lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]
+        write_atomically(path, "".join(lines))  # what is known stays so, whenever this process dies
+        try:
+            self._file: TextIO = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise single_problem(str(path), f"cannot be written: {error.strerror}") from None
+
+    def add(self, found: Measured) -> None:
+        """The system has it when this returns."""
+        self._file.write(_line_of(found))
+        self._file.flush()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _line_of(found: Measured) -> str:
+    return _line({"point": asdict(found.point), "sample": asdict(found.sample)})
+
+
+def _line(data: dict[str, Any]) -> str:
+    return json.dumps(data, separators=(",", ":")) + "\n"
+
+
+def _header(line: str, path: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(line)
+        if data["hetis_journal"] == _VERSION and isinstance(data["settings"], dict):
+            settings: Mapping[str, Any] = data["settings"]
+            return settings
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise single_problem(str(path), "is not the journal of an interrupted `hetis-profile run`", line=1)
+
+
+def _measured(line: str, path: Path, number: int) -> Measured:
+    try:
+        data = json.loads(line)
+        return Measured(point=Point(**data["point"]), sample=Sample(**data["sample"]))
+    except (ValueError, KeyError, TypeError):
+        raise single_problem(str(path), "is damaged: not a measured point", line=number) from None

@@ -1,0 +1,86 @@
+"""One of two processes that send each other messages: ``python -m hetis.profiler.measure.peer RANK STORE BACKEND``.
+
+Rank 0 reads a request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), tells
+rank 1, does it with it, and prints the seconds that ``count`` of them took. An empty request ends both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+OPS = ("end", "transfer", "all_reduce")
+TIMEOUT_S = 60
+
+
+def main(arguments: list[str]) -> None:
+    from datetime import timedelta
+
+    rank, store, backend = int(arguments[0]), arguments[1], arguments[2]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    # Rank 1 waits for a request as long as rank 0's caller thinks about it.
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(hours=24)
+    )
+    try:
+        if rank == 0:
+            print(json.dumps({"ready": True}), flush=True)
+            for line in sys.stdin:
+                request = json.loads(line)
+                wanted = [OPS.index(request["op"]), request["num_bytes"], request["count"]]
+                print(json.dumps({"seconds": _do(wanted, rank, device)}), flush=True)
+            _do([0, 0, 0], rank, device)
+        else:
+            while _do([0, 0, 0], rank, device) >= 0:
+                pass
+    finally:
+        dist.destroy_process_group()
+
+
+def _do(wanted: list[int], rank: int, device: torch.device) -> float:
+    """One request, which rank 1 learns from rank 0; -1 when it was to end."""
+    header = torch.tensor(wanted, dtype=torch.int64, device=device)
+    dist.broadcast(header, src=0)
+    op, num_bytes, count = (int(value) for value in header)
+    if op == 0:
+        return -1.0
+    message = torch.ones(max(1, num_bytes // 2), dtype=torch.bfloat16, device=device)
+    dist.barrier()
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        if OPS[op] == "all_reduce":
+            dist.all_reduce(message)
+        else:
+            _ping_pong(message, rank)
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    return seconds if OPS[op] == "all_reduce" else seconds / 2  # there and back
+
+
+def _ping_pong(message: torch.Tensor, rank: int) -> None:
+    if rank == 0:
+        dist.send(message, dst=1)
+        dist.recv(message, src=1)
+    else:
+        dist.recv(message, src=0)
+        dist.send(message, dst=0)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,111 @@
+"""Makes the shipped profiles and docs/profiles.md from the published tables: ``python -m hetis.profiler.shipping``.
+
+Run again on the same tables it writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from hetis.formats import catalogue
+from hetis.formats.files import write_atomically
+from hetis.formats.measurements import Measurements
+from hetis.profiler import shipping_doc
+from hetis.profiler.fit import FittedProfile, fit_profile
+from hetis.profiler.importers import import_tables
+from hetis.profiler.shipped import FOLDER, profile_text
+from hetis.solver.errors import HetisError
+
+_AIC = "aic_{}_{}.csv.gz"
+_KINDS = ("comm", "context_attention", "gemm", "generation_attention")
+_VIDUR = ("vidur_collectives.csv.gz", "vidur_cpu_overheads.csv.gz", "vidur_layer_ops.csv.gz")
+# What each GPU's profile is made from, the most trusted first: importer and files.
+SOURCES: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "A100-SXM-80GB": (
+        ("aiconfigurator", tuple(_AIC.format("a100_sxm", kind) for kind in _KINDS)),
+        (
+            "aiconfigurator",
+            ("aic_a100_sxm_generation_attention_sglang.csv.gz", "aic_a100_sxm_context_attention_sglang.csv.gz"),
+        ),
+        ("vidur", (*_VIDUR, "vidur_attention_a100.csv.gz")),
+    ),
+    "A40": (("vidur", _VIDUR),),
+    "H100-SXM-80GB": (
+        ("aiconfigurator", tuple(_AIC.format("h100_sxm", kind) for kind in _KINDS)),
+        ("vidur", _VIDUR),
+        ("llmservingsim", ("llmservingsim_attention.csv.gz",)),
+    ),
+    "L40S": (("aiconfigurator", tuple(_AIC.format("l40s", kind) for kind in _KINDS)),),
+    "RTX-A6000": (("llmservingsim", ("llmservingsim_layers.csv.gz", "llmservingsim_attention.csv.gz")),),
+}
+ENGINE_TABLE = "splitwise_e2e.csv.gz"
+
+
+def measurements_for(gpu: str, folder: Path) -> list[Measurements]:
+    """What the profile of ``gpu`` is made from.
+
+    Raises:
+        DocumentError: a table is missing or not what it should be.
+    """
+    return [
+        measured
+        for form, names in SOURCES[gpu]
+        for measured in import_tables(form, [folder / name for name in names])
+        if measured.gpu == gpu
+    ]
+
+
+def fitted(gpu: str, folder: Path) -> FittedProfile:
+    """The profile that is shipped for ``gpu``."""
+    return fit_profile(measurements_for(gpu, folder), catalogue.find_gpu(gpu).gpu)
+
+
+def _fitted_or_why_not(gpu: str, folder: Path) -> FittedProfile | str:
+    """Errors cross the border between processes as their text: those with fields of their own cannot be pickled."""
+    try:
+        return fitted(gpu, folder)
+    except HetisError as error:
+        return str(error)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hetis.profiler.shipping", description=(__doc__ or "").split(":")[0]
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the published tables")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / FOLDER, help="folder of the profiles")
+    parser.add_argument("--doc", type=Path, help="Markdown report to write")
+    parser.add_argument("--gpu", action="append", choices=list(SOURCES), help="only this one; repeatable")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    options = parser.parse_args(arguments)
+    gpus = options.gpu or list(SOURCES)
+    try:
+        # Spawned, so that no thread of this process is copied; each GPU is fitted alone, so that order never matters.
+        with ProcessPoolExecutor(max(1, options.workers), mp_context=get_context("spawn")) as pool:
+            outcomes = list(pool.map(_fitted_or_why_not, gpus, [options.data] * len(gpus)))
+        wrong = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        if wrong:
+            raise HetisError("\n".join(dict.fromkeys(line for text in wrong for line in text.split("\n"))))
+        results = {outcome.profile.gpu: outcome for outcome in outcomes if not isinstance(outcome, str)}
+        text = ""
+        if options.doc:
+            engines = import_tables("splitwise", [options.data / ENGINE_TABLE])
+            text = shipping_doc.render(results, engines)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for gpu, result in results.items():
+            write_atomically(options.out / f"{gpu}.json", profile_text(result.profile))
+        if options.doc:
+            write_atomically(options.doc, text)
+    except HetisError as error:
+        print(f"shipping: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""`hetis-profile` as its users meet it: verbs, messages, exit codes, 80 columns."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.profile import load_profile
+from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.import_tables import Format
+from tests.profiler.cli.measured_files import GPU, write_files
+from tests.profiler.command_line import COMMAND, environment, hetis_profile, invoke
+
+VERBS = ("run", "import", "fit", "model", "show", "compare", "plot", "check")
+DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Measurements, the cluster of their GPU, and a profile fitted to them."""
+    where = tmp_path_factory.mktemp("profiles")
+    raw, cluster = write_files(where)
+    assert invoke("fit", raw, "--out", where / "profile.json", "--cluster", cluster, "-q") == ExitCode.OK
+    return where
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_in_80_columns(verb: str) -> None:
+    done = hetis_profile(verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_help_answers_at_once_and_without_numpy_or_torch() -> None:
+    program = (
+        "import sys; from hetis.profiler.cli.app import run; run(['--help']);"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'plotly', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    started = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        hetis_profile("--version")
+        started.append(time.perf_counter() - begin)
+    assert min(started) < 1.5  # 0.2 s on an idle core; tests share theirs
+
+
+def test_the_help_lists_every_exit_code() -> None:
+    text = " ".join(hetis_profile("--help").stdout.split())
+    for code in ExitCode:
+        assert f"{code.value} {code.meaning.partition(',')[0]}" in text
+
+
+def test_formats_are_those_of_the_importers() -> None:
+    from hetis.profiler.importers import FORMATS
+
+    assert tuple(form.value for form in Format) == FORMATS
+
+
+def test_fit_reports_held_out_errors_by_operator_and_region(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (folder / "raw.json", "--out", folder / "again.json", "--cluster", folder / "cluster.yaml")
+    assert invoke("fit", *arguments, "-o", "json") == ExitCode.OK
+    report = json.loads(capsys.readouterr().out)
+    assert report["held_out_mape"]["decode_attention"] < 0.02
+    assert report["held_out_mape"]["dense"] < 0.08
+    assert report["by_region"]["decode_attention"]
+    assert (folder / "again.json").read_bytes() == (folder / "profile.json").read_bytes()
+    assert load_profile(folder / "again.json").gpu == GPU
+
+
+def test_fit_prints_a_table_of_80_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (folder / "raw.json", "--out", folder / "again.json", "--cluster", folder / "cluster.yaml")
+    assert invoke("fit", *arguments) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert "decode" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_gpu_type_that_nobody_defines_is_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("fit", folder / "raw.json", "--out", folder / "none.json") == ExitCode.INVALID
+    assert "--cluster" in capsys.readouterr().err
+    assert not (folder / "none.json").exists()
+
+
+def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text('{"kind": "Plan"}')
+    code = invoke("fit", tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json", "--out", tmp_path / "p.json")
+    assert code == ExitCode.INVALID
+    said = capsys.readouterr().err
+    assert all(f"{name}.json" in said for name in "abc")
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_measurements_of_two_gpus_are_not_one_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = folder / "other.json"
+    other.write_text((folder / "raw.json").read_text().replace(GPU, "L4"))
+    assert invoke("fit", folder / "raw.json", other, "--out", folder / "p.json") == ExitCode.INVALID
+    assert f"is L4, that of {folder / 'raw.json'} is {GPU}" in capsys.readouterr().err
+
+
+def test_show_is_readable_in_80_columns_and_complete_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("show", folder / "profile.json") == ExitCode.OK
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "B/1 TB/s" in text or "B/999 GB/s" in text or "TB/s" in text
+    assert invoke("show", folder / "profile.json", "-o", "json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "profile.json").read_text())
+
+
+def test_model_writes_a_profile_that_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "t4.yaml"
+    assert invoke("model", "T4", "--out", out, "-o", "json") == ExitCode.OK
+    data = json.loads(capsys.readouterr().out)
+    assert {fit["provenance"]["source"] for fit in data["fits"]} == {"modelled"}
+    assert next(fit for fit in data["fits"] if fit["op"] == "dense")["provenance"]["held_out_mape"] > 0
+    assert load_profile(out).gpu == "T4"
+
+
+def test_compare_gives_times_and_ratios(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = folder / "profile.json"
+    assert invoke("compare", mine, mine, "-o", "json") == ExitCode.OK
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert {point["op"] for point in points} >= {"dense", "prefill_attention", "decode_attention", "transfer"}
+    assert all(point["ratio"] == 1.0 for point in points)
+    assert invoke("compare", mine, mine) == ExitCode.OK
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("suffix", ["png", "html"])
+def test_plot_draws_every_operator(folder: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if suffix == "png":
+        pytest.importorskip("matplotlib")
+    out = folder / f"picture.{suffix}"
+    arguments = (folder / "profile.json", folder / "raw.json", "--out", out, "-c", folder / "cluster.yaml")
+    assert invoke("plot", *arguments, "-o", "json") == ExitCode.OK
+    pairs = {pair["title"]: pair for pair in json.loads(capsys.readouterr().out)["pairs"]}
+    assert len(pairs) == 4
+    assert all(pair["mape"] < 0.1 for pair in pairs.values())
+    content = out.read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == "png" else b"<!doctype html>")
+    assert len(content) > 20_000
+
+
+def test_plot_refuses_other_forms(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (folder / "profile.json", folder / "raw.json", "--out", folder / "x.pdf")
+    assert invoke("plot", *arguments) == ExitCode.INVALID
+    assert "must end in .png or .html" in capsys.readouterr().err
+
+
+def test_check_accepts_what_the_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("check", folder / "profile.json", "--cluster", folder / "cluster.yaml", "-o", "json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["broken"] == []
+
+
+def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads((folder / "profile.json").read_text())
+    data["usable_bytes"] = "30GiB"
+    for fit in data["fits"]:
+        if fit["op"] == "prefill_attention":
+            fit["pieces"] = [{"flop_s": 1e-15}]
+    broken = folder / "broken.json"
+    broken.write_text(json.dumps(data))
+    assert invoke("check", broken, "--cluster", folder / "cluster.yaml", "-o", "json") == ExitCode.INVALID
+    sentences = json.loads(capsys.readouterr().out)["broken"]
+    assert any("usable_bytes is 30GiB, more than the 24GiB" in sentence for sentence in sentences)
+    assert any("reaches 1000 TFLOP/s, Test-Card at most 100" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("show", "nonsense-9000"), ExitCode.INVALID, "is neither a file nor a GPU type"),
+        (("show", "missing.json"), ExitCode.INVALID, "no such file"),
+        (("model", "L40X", "--out", "x.json"), ExitCode.INVALID, "did you mean L40"),
+        (("import", "nothing.csv", "--format", "vidur", "--out", "x.json"), ExitCode.INVALID, "no such file"),
+        (("run", "--model", "no-such-model", "--out", "x.json"), ExitCode.INVALID, "no-such-model"),
+        (("run", "--out", "no/such/folder/x.json"), ExitCode.INVALID, "no folder"),
+        (("fit",), ExitCode.INVALID, "Missing"),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback(arguments: tuple[str, ...], code: int, said: str) -> None:
+    done = hetis_profile(*arguments)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_a_missing_torch_is_said_with_what_installs_it(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; from hetis.profiler.cli.app import run;"
+        f"sys.exit(run(['run', '--quick', '--out', {str(tmp_path / 'x.json')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.INTERNAL
+    assert "torch is not installed: pip install 'hetis[profiler]'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_is_not_started_over(tmp_path: Path) -> None:
+    (tmp_path / "x.json.journal").write_text("")
+    done = hetis_profile("run", "--quick", "--out", "x.json", cwd=tmp_path)
+    assert done.returncode == ExitCode.INVALID
+    assert "go on with --resume, or delete it" in done.stderr
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = " ".join(COMMAND)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} show L4 -o json | head -c 1"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, ExitCode.BROKEN_PIPE)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
+def test_published_tables_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a100.json.gz"
+    table = DATA / "vidur_attention_a100.csv.gz"
+    assert invoke("import", table, "--format", "vidur", "--out", out, "-o", "json") == ExitCode.OK
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["gpu"] == "A100-SXM-80GB"
+    assert sum(one["points"] for one in found["tables"]) > 10_000
+    assert out.is_file()

@@ -1,0 +1,108 @@
+"""From this very machine to a plan on it: measure, interrupt, resume, fit, place. Needs torch."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.measurements import MeasuredOp, load_measurements
+from hetis.formats.profile import load_profile
+from tests.planner.command_line import hetis_plan
+from tests.profiler.command_line import COMMAND, environment, hetis_profile
+
+pytestmark = pytest.mark.skipif(
+    find_spec("torch") is None, reason="torch is not installed: pip install 'hetis[profiler]' to run this"
+)
+MODEL = "Qwen/Qwen3-0.6B"
+RUN = ("run", "--device", "cpu", "--quick", "--model", MODEL, "--out", "raw.json", "--cluster-out", "cluster.yaml")
+ALL_OPS = {"dense", "prefill_attention", "decode_attention", "all_reduce", "transfer"}
+
+
+def has_cuda() -> bool:
+    """Whether torch is here and sees a GPU."""
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
+    kept = interrupted_after(5, tmp_path)
+    done = hetis_profile(*RUN, "--resume", "--time-limit", "25", "-o", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{kept} points were known from the interrupted run" in done.stderr
+    assert not (tmp_path / "raw.json.journal").exists()
+    raw = load_measurements(tmp_path / "raw.json")
+    assert {table.op for table in raw.tables} >= {MeasuredOp.GEMM, MeasuredOp.LAYER, MeasuredOp.DECODE_ATTENTION}
+    assert raw.provenance.engine == "torch"
+
+    fitted = hetis_profile(
+        "fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=tmp_path
+    )
+    assert fitted.returncode == 0, fitted.stderr
+    assert "decode_attention" in json.loads(fitted.stdout)["held_out_mape"]
+    assert {fit.op.value for fit in load_profile(tmp_path / "p.json").fits} >= ALL_OPS
+    checked = hetis_profile("check", "p.json", "--cluster", "cluster.yaml", cwd=tmp_path)
+    assert checked.returncode in (0, 2), checked.stderr  # a shared host measures what it likes
+
+    arguments = ("--cluster", "cluster.yaml", "--model", MODEL, "--workload", "300/50", "--profile", "p.json")
+    placed = hetis_plan("place", *arguments, "--objective", "throughput", "-o", "json", cwd=tmp_path)
+    assert placed.returncode == 0, placed.stderr
+    assert raw.gpu in placed.stdout
+
+
+def interrupted_after(points: int, folder: Path) -> int:
+    """Starts a run, presses Ctrl-C once so many points are in its journal; how many it says it kept."""
+    journal = folder / "raw.json.journal"
+    process = subprocess.Popen(
+        [*COMMAND, *RUN], cwd=folder, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > points):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert "the same command with --resume goes on" in stderr
+    assert not (folder / "raw.json").exists()
+    kept = journal.read_bytes().count(b"\n") - 1
+    assert f"interrupted: {kept} points are kept in raw.json.journal" in stderr
+    return kept
+
+
+def test_a_device_that_is_not_here_is_named() -> None:
+    if has_cuda():
+        pytest.skip("there is a CUDA device here")
+    done = hetis_profile("run", "--device", "cuda:0", "--out", "x.json")
+    assert done.returncode == 2
+    assert "no CUDA device here" in done.stderr
+    wrong = hetis_profile("run", "--device", "gpu", "--out", "x.json")
+    assert wrong.returncode == 2
+    assert "must be cpu, cuda or cuda:N" in wrong.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device")
+def test_a_quick_run_on_a_gpu_is_fitted(tmp_path: Path) -> None:
+    arguments = ("run", "--device", "cuda:0", "--quick", "--out", "raw.json", "--cluster-out", "cluster.yaml")
+    done = hetis_profile(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    raw = load_measurements(tmp_path / "raw.json")
+    paths = {path for table in raw.tables if table.op is MeasuredOp.TRANSFER for path in table.text("path")}
+    assert {"h2d", "d2h", "d2d"} <= paths
+    fitted = hetis_profile(
+        "fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=tmp_path
+    )
+    assert fitted.returncode == 0, fitted.stderr
+    assert json.loads(fitted.stdout)["held_out_mape"]["decode_attention"] < 0.5

@@ -1,0 +1,68 @@
+"""An interrupted run goes on where it was: nothing measured is lost, nothing damaged is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.errors import DocumentError
+from hetis.profiler.measure.journal import Journal, journal_of, read_journal
+from hetis.profiler.measure.points import Measured, Point, Sample
+
+SETTINGS = {"device": "cpu", "model": "m"}
+FOUND = [
+    Measured(
+        point=Point(op="transfer", kernel="copy", columns={"num_bytes": 2**i}, texts={"path": "d2d"}),
+        sample=Sample(seconds=1e-6 * i, spread=0.01),
+    )
+    for i in range(1, 4)
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A journal of three points."""
+    where = journal_of(tmp_path / "raw.json")
+    with Journal(where, SETTINGS, FOUND[:1]) as journal:
+        for found in FOUND[1:]:
+            journal.add(found)
+    return where
+
+
+def test_what_was_written_is_read(path: Path) -> None:
+    assert path.name == "raw.json.journal"
+    assert read_journal(path, SETTINGS) == FOUND
+
+
+def test_a_line_that_was_cut_off_is_dropped(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+    assert read_journal(path, SETTINGS) == FOUND[:2]
+
+
+def test_a_run_with_other_settings_is_refused_with_all_differences(path: Path) -> None:
+    with pytest.raises(DocumentError) as caught:
+        read_journal(path, {"device": "cuda", "model": "n"})
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"{path}: device: is 'cpu' in the interrupted run, now 'cuda'",
+        f"{path}: model: is 'm' in the interrupted run, now 'n'",
+    ]
+
+
+def test_a_damaged_line_is_named(path: Path) -> None:
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], "{nonsense", *lines[2:]]))
+    with pytest.raises(DocumentError, match=r"journal:2: is damaged"):
+        read_journal(path, SETTINGS)
+
+
+@pytest.mark.parametrize("text", ["", "[]\n", '{"hetis_journal": 2}\n', "hello\n"])
+def test_what_is_no_journal_is_refused(path: Path, text: str) -> None:
+    path.write_text(text)
+    with pytest.raises(DocumentError, match="is not the journal of an interrupted"):
+        read_journal(path, SETTINGS)
+
+
+def test_a_missing_folder_is_an_error_not_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="cannot be written"):
+        Journal(tmp_path / "none" / "x.journal", SETTINGS, [])

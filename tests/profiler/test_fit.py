@@ -1,0 +1,179 @@
+"""A fit finds what made its points, bends with them in the right way, and never looks at what judges it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.formats import catalogue
+from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
+from hetis.formats.positions import parse_text
+from hetis.formats.profile import parse_profile
+from hetis.profiler.fit import fit_profile, selected_points
+from hetis.profiler.fit.split import split
+from hetis.profiler.shipped import profile_text
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.profile import Fit, Op, Source
+
+A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
+
+
+def decode_table(*, cold: bool = True, noise: float = 0.0, factor: float = 1.0) -> Table:
+    """``max(20 us, 10 us + 0.6 ps per byte + 2 ns per head)`` for heads of 128, four of them per KV head."""
+    batches, contexts = (1, 4, 8, 16, 32, 64), 2 ** np.arange(7, 15)
+    rows = np.array([(b, c, h) for b in batches for c in contexts for h in (8, 16, 32, 64)])
+    batch, context, heads = (rows[:, i].astype(np.float64) for i in range(3))
+    num_bytes = 512.0 * batch * context * heads / 4
+    seconds = np.maximum(2e-5, 1e-5 + 6e-13 * num_bytes + 2e-9 * batch * heads)
+    seconds *= factor * np.exp(noise * np.random.default_rng(1).standard_normal(len(rows)))
+    return Table(
+        op=MeasuredOp.DECODE_ATTENTION,
+        kernel="made up",
+        cold=cold,
+        columns={
+            "batch": batch,
+            "context_tokens": context,
+            "query_heads": heads,
+            "kv_heads": heads / 4,
+            "head_dim": np.full(len(rows), 128.0),
+            "seconds": seconds,
+        },
+    )
+
+
+def of(*tables: Table, gpu: str = A100.name) -> Measurements:
+    return Measurements(gpu=gpu, provenance=MeasuredBy(tool="a test"), tables=tables)
+
+
+def decode_fit(table: Table) -> Fit:
+    profile = fit_profile([of(table)], A100).profile
+    return next(fit for fit in profile.fits if fit.op is Op.DECODE_ATTENTION and fit.scope.queries_per_group == 4)
+
+
+def reordered(table: Table, order: np.ndarray) -> Table:
+    columns: dict[str, Column] = {name: column[order] for name, column in table.columns.items()}
+    return replace(table, columns=columns)
+
+
+def test_the_function_that_made_the_points_is_found_again() -> None:
+    """An oracle: both pieces, without noise, to the digits that a fit keeps."""
+    fitted = fit_profile([of(decode_table())], A100)
+    report = next(r for r in fitted.report.ops if r.scope.queries_per_group == 4)
+    assert report.num_pieces == 2
+    assert report.serving.mape < 0.01
+    assert report.one_piece.mape > 2 * report.serving.mape
+    assert report.held_out_shapes  # a whole head count was never seen
+    steep = max(decode_fit(decode_table()).pieces, key=lambda piece: piece.byte_s)
+    assert (steep.fixed_s, steep.byte_s, steep.head_s) == pytest.approx((1e-5, 6e-13, 2e-9), rel=0.05)
+
+
+def test_outliers_do_not_move_it() -> None:
+    table = decode_table()
+    seconds = table.seconds.copy()
+    seconds[::25] *= 4.0
+    spoilt = decode_fit(replace(table, columns={**table.columns, "seconds": seconds}))
+    clean = decode_fit(table)
+    for num_bytes, heads in ((1e6, 64), (1e8, 256), (1e9, 2048)):
+        assert spoilt.seconds(num_bytes=num_bytes, heads=heads) == pytest.approx(
+            clean.seconds(num_bytes=num_bytes, heads=heads), rel=0.05
+        )
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_order_of_rows_changes_no_byte(seed: int) -> None:
+    table = decode_table(noise=0.1)
+    order = np.random.default_rng(seed).permutation(len(table))
+    first, second = (fit_profile([of(t)], A100).profile for t in (table, reordered(table, order)))
+    assert profile_text(first) == profile_text(second)
+
+
+def test_doubling_all_times_doubles_the_fit() -> None:
+    once, twice = decode_fit(decode_table(noise=0.1)), decode_fit(decode_table(noise=0.1, factor=2.0))
+    for num_bytes, heads in ((1e6, 64), (1e8, 256), (1e9, 2048)):
+        times = [fit.seconds(num_bytes=num_bytes, heads=heads) for fit in (once, twice)]
+        assert times[1] == pytest.approx(2 * times[0], rel=0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)), st.tuples(st.floats(0, 4e3), st.floats(0, 4e3)))
+def test_a_fit_rises_is_convex_and_never_negative(num_bytes: tuple[float, float], heads: tuple[float, float]) -> None:
+    fit = NOISY
+    (b0, b1), (h0, h1) = num_bytes, heads
+    ends = [fit.seconds(num_bytes=b, heads=h) for b, h in ((b0, h0), (b1, h1))]
+    middle = fit.seconds(num_bytes=(b0 + b1) / 2, heads=(h0 + h1) / 2)
+    assert 0 <= middle <= sum(ends) / 2 * (1 + 1e-9)
+    assert fit.seconds(num_bytes=max(b0, b1), heads=max(h0, h1)) >= max(ends)
+
+
+NOISY = decode_fit(decode_table(noise=0.2))
+
+
+def test_held_out_points_take_no_part() -> None:
+    """Whatever the held-out times are, the coefficients stay; only the stated error moves."""
+    table = decode_table(noise=0.05)
+    points = next(p for p in selected_points([of(table)], A100).points if p.scope.queries_per_group == 4)
+    held_out = split(points).held_out
+    assert 0.1 < held_out.mean() < 0.5
+    seconds = table.seconds.copy()
+    seconds[held_out] *= 3.0  # all rows of the table are points, in its order
+    spoilt = replace(table, columns={**table.columns, "seconds": seconds})
+    assert decode_fit(spoilt).pieces == decode_fit(table).pieces
+    errors = [decode_fit(t).provenance.held_out_mape for t in (table, spoilt)]
+    assert errors[0] is not None
+    assert errors[1] is not None
+    assert errors[1] > 5 * errors[0]
+
+
+def test_rows_that_a_cache_served_are_left_out_and_counted() -> None:
+    report = fit_profile([of(decode_table(cold=False))], A100).report
+    one = next(r for r in report.ops if r.scope.queries_per_group == 4)
+    (left_out,) = one.left_out
+    assert left_out[0] > 20
+    assert one.num_fitted + one.num_held_out + left_out[0] == len(decode_table())
+    assert left_out[1] == "KV under twice the cache (40 MB) and above 2 us of the bus"
+
+
+def test_an_impossible_table_is_not_fitted_and_the_report_says_why() -> None:
+    with pytest.raises(InvalidProblemError) as caught:
+        fit_profile([of(decode_table(factor=0.1))], A100)
+    assert "rows whose KV is twice the cache or more imply more than 1.1 times the peaks of A100" in str(caught.value)
+
+
+def test_measurements_of_another_gpu_are_refused() -> None:
+    with pytest.raises(InvalidProblemError) as caught:
+        fit_profile([of(decode_table(), gpu="L40S")], A100)
+    assert str(caught.value) == "measurements of L40S cannot be fitted to A100-SXM-80GB"
+
+
+def test_the_profile_has_every_operator_with_its_provenance_and_region() -> None:
+    fitted = fit_profile([of(decode_table())], A100)
+    assert parse_profile(*parse_text(profile_text(fitted.profile), "p.json")) == fitted.profile
+    sources = {fit.op: fit.provenance.source for fit in fitted.profile.fits}
+    assert sources[Op.DENSE] is Source.MODELLED
+    fit = decode_fit(decode_table())
+    assert (fit.provenance.source, fit.provenance.origin) == (Source.FITTED, "a test, made up")
+    assert fit.region is not None
+    assert fit.region.context_tokens == (128, 16384)
+    assert fit.region.outside(batch=128, context_tokens=1000) == ("batch",)
+    assert fitted.report.to_data()["held_out_mape"]["decode_attention"] < 0.01
+
+
+def test_gemms_alone_make_a_dense_fit() -> None:
+    """Products of Llama-2-7B on one GPU, at a roofline: the layers put together cost what their products do."""
+    sizes = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
+    rows = np.array([(m, n, k) for m in np.round(2.0 ** np.arange(0, 12.5, 0.5)) for n, k in sizes])
+    m, n, k = rows.T
+    seconds = np.maximum(2 * n * k / (0.8 * A100.mem_bytes_per_s), 2 * m * n * k / (0.7 * A100.fp16_flops)) + 3e-6
+    columns = {"m": m, "n": n, "k": k, "weight_bits": np.full(len(m), 16.0), "seconds": seconds}
+    table = Table(op=MeasuredOp.GEMM, kernel="made up", columns=columns, cold=True)
+    fitted = fit_profile([of(table)], A100)
+    fit = next(f for f in fitted.profile.fits if f.op is Op.DENSE and f.provenance.source is Source.FITTED)
+    params = 202375168.0
+    expected = 2 * params * 4096 / (0.7 * A100.fp16_flops)
+    got = fit.seconds(flops=2 * params * 4096, num_bytes=2 * params + 16 * 4096 * 4096, tokens=4096)
+    assert got == pytest.approx(expected, rel=0.15)

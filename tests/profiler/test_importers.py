@@ -1,0 +1,171 @@
+"""Other tools' tables: units and provenance are right, and nothing that is wrong comes in."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetis.formats.errors import DocumentError
+from hetis.formats.measurements import MeasuredOp
+from hetis.profiler.importers import import_tables
+
+GEMM = "device,gemm_dtype,m,n,k,latency_ms\n"
+DECODE = "device,kernel_source,head_dim,num_heads,num_key_value_heads,batch_size,kv_len,latency_ms\n"
+SPLITWISE = "model,hardware,prompt_size,batch_size,token_size,prompt_time_ms,token_time_ms,tensor_parallel\n"
+
+
+def written(tmp_path: Path, text: str, name: str = "table.csv") -> Path:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
+    return path
+
+
+def message(form: str, *paths: Path) -> str:
+    with pytest.raises(DocumentError) as caught:
+        import_tables(form, paths)
+    return str(caught.value)
+
+
+def gemm_rows(factor: float = 1.0) -> str:
+    """A hundred products at half the peak of an A100."""
+    rows = [(m, n) for m in (1024, 2048, 4096, 8192) for n in range(1024, 26 * 1024, 1024)]
+    return GEMM + "".join(
+        f"NVIDIA A100-SXM4-80GB,bfloat16,{m},{n},4096,{factor * 1e3 * 2 * m * n * 4096 / 156e12:.6g}\n" for m, n in rows
+    )
+
+
+def test_aiconfigurator_s_extracts_name_gpu_engine_version_and_kernel(tmp_path: Path) -> None:
+    path = written(tmp_path, DECODE + "NVIDIA H100 80GB HBM3,vllm_flash_attn_fa3,128,32,8,16,1025,0.05\n", "a.csv.gz")
+    (measured,) = import_tables("aiconfigurator", [path])
+    by = measured.provenance
+    assert (measured.gpu, by.tool, by.engine, by.engine_version) == (
+        "H100-SXM-80GB",
+        "aiconfigurator-core 0.12.0",
+        "vLLM",
+        "0.24.0",
+    )
+    (table,) = measured.tables
+    assert (table.op, table.kernel) == (MeasuredOp.DECODE_ATTENTION, "vllm_flash_attn_fa3")
+    assert {name: column.tolist() for name, column in table.columns.items()} == {
+        "query_heads": [32],
+        "kv_heads": [8],
+        "head_dim": [128],
+        "batch": [16],
+        "context_tokens": [1025],
+        "seconds": [pytest.approx(5e-5)],
+    }
+
+
+def test_aiconfigurator_s_own_tables_count_the_context_as_isl_and_step(tmp_path: Path) -> None:
+    header = (
+        "framework,version,device,op_name,kernel_source,batch_size,isl,num_heads,num_key_value_heads,head_dim,"
+        "beam_width,attn_dtype,kv_cache_dtype,step,latency\n"
+    )
+    row = "SGLang,0.5.1,NVIDIA L40S,{},flashinfer,4,{},32,8,128,1,bfloat16,{},{},0.1\n"
+    rows = [row.format("generation_attention", 1, *rest) for rest in (("bfloat16", 511), ("fp8", 9))]
+    decode = written(tmp_path, header + "".join(rows), "generation.txt")
+    prefill = written(tmp_path, header + row.format("context_attention", 512, "bfloat16", 0), "context.txt")
+    (measured,) = import_tables("aiconfigurator", [decode, prefill])
+    assert str(measured.provenance) == "aiconfigurator-core (Apache-2.0), SGLang 0.5.1"
+    tables = {table.op: table for table in measured.tables}
+    assert tables[MeasuredOp.DECODE_ATTENTION].numbers("context_tokens").tolist() == [512]
+    assert tables[MeasuredOp.PREFILL_ATTENTION].numbers("tokens").tolist() == [512]
+    assert measured.notes == ("attention rows with kv_cache_dtype other than 16 bits are left out",)
+
+
+def test_splitwise_gives_two_phases_and_marks_the_capped_host(tmp_path: Path) -> None:
+    rows = "llama2-70b,a100-80gb,512,1,128,200,55,2\nllama2-70b,h100-80gb-pcap,512,1,128,100,40,2\n"
+    a100, capped = import_tables("splitwise", [written(tmp_path, SPLITWISE + rows)])
+    assert (a100.gpu, a100.provenance.host) == ("A100-SXM-80GB", "")
+    assert (capped.gpu, capped.provenance.host) == ("H100-SXM-80GB", "power-capped")
+    (table,) = a100.tables
+    assert table.text("phase") == ["prompt", "token"]
+    assert table.seconds.tolist() == pytest.approx([0.2, 0.055])
+    assert table.text("model") == ["meta-llama/Llama-2-70b-hf"] * 2
+
+
+def test_a_right_unit_passes_and_a_wrong_one_does_not(tmp_path: Path) -> None:
+    assert len(import_tables("aiconfigurator", [written(tmp_path, gemm_rows())])) == 1
+    microseconds = written(tmp_path, gemm_rows(1e3))
+    text = message("aiconfigurator", microseconds)
+    assert text.startswith(f"{microseconds}: row ")
+    assert text.endswith(
+        ": latency_ms: nine tenths of the rows of gemm imply 0.0005 of the peaks of A100-SXM-80GB or less "
+        "(limit 0.001): is the unit right?"
+    )
+    seconds = written(tmp_path, gemm_rows(1e-3))
+    text = message("aiconfigurator", seconds)
+    assert text.startswith(f"{seconds}: row ")
+    assert text.endswith(
+        ": latency_ms: a tenth of the rows of gemm imply 500 times the peaks of A100-SXM-80GB or more (limit 40): "
+        "is the unit right?"
+    )
+
+
+def test_every_wrong_value_is_named_with_file_row_and_column(tmp_path: Path) -> None:
+    text = (
+        GEMM
+        + "NVIDIA L40S,bfloat16,1,32,x,0.002\nNVIDIA L41S,bfloat16,1,32,32,0.002\nNVIDIA L40S,bfloat16,0.5,32,32,-1\n"
+    )
+    path = written(tmp_path, text)
+    assert message("aiconfigurator", path).split("\n") == [
+        f"{path}: row 2: k: is 'x', expected a number",
+        f"{path}: row 3: device: is 'NVIDIA L41S', no GPU of the catalogue",
+        f"{path}: row 4: latency_ms: is -1, must be > 0",
+        f"{path}: row 4: m: is 0.5, must be >= 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        (GEMM, "has a header and no rows"),
+        (GEMM + "NVIDIA L40S,bfloat16,1\n", "row 2: has 3 values, the header 6"),
+        ("a,a\n1,2\n", "header: has column a more than once"),
+        (
+            "device,m,n,k,latency_ms\nNVIDIA L40S,1,1,1,1\n",
+            "header: has no column gemm_dtype (nearest: a table of GEMMs); found: device, m, n, k, latency_ms",
+        ),
+        (GEMM + "NVIDIA L40S,bfloat16,1,32,32,inf\n", "row 2: latency_ms: is inf, must be finite"),
+        (
+            GEMM + "NVIDIA L40S,bfloat16,1,32,32,1e9\n",
+            "row 2: latency_ms: is 1e+06 s, must be <= 600 s: is the unit right?",
+        ),
+    ],
+)
+def test_tables_of_the_wrong_shape_are_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = written(tmp_path, text)
+    assert message("aiconfigurator", path) == f"{path}: {expected}"
+
+
+def test_truncated_and_damaged_files(tmp_path: Path) -> None:
+    raw = gzip.compress(gemm_rows().encode(), mtime=0)
+    cut = tmp_path / "cut.csv.gz"
+    cut.write_bytes(raw[: len(raw) // 2])
+    size = len(raw) // 2
+    assert message("aiconfigurator", cut) == (
+        f"{cut}: is truncated: its gzip stream ends after {size} bytes without an end mark"
+    )
+    damaged = tmp_path / "damaged.csv.gz"
+    damaged.write_bytes(raw[:20] + bytes(40) + raw[60:])
+    assert message("aiconfigurator", damaged).startswith(f"{damaged}: is damaged: ")
+    assert message("vidur", tmp_path / "none.csv") == f"{tmp_path / 'none.csv'}: no such file"
+    assert message("vidu") == (
+        "vidu: is not one of aiconfigurator, vidur, splitwise, llmservingsim, did you mean vidur?"
+    )
+
+
+def test_one_bad_file_spoils_all(tmp_path: Path) -> None:
+    good, bad = written(tmp_path, gemm_rows(), "good.csv"), written(tmp_path, "x\n1\n", "bad.csv")
+    assert message("aiconfigurator", good, bad).startswith(f"{bad}: header: ")
+
+
+def test_rows_may_come_in_any_order(tmp_path: Path) -> None:
+    lines = gemm_rows().splitlines(keepends=True)
+    forward = import_tables("aiconfigurator", [written(tmp_path, "".join(lines), "f.csv")])
+    backward = import_tables("aiconfigurator", [written(tmp_path, lines[0] + "".join(lines[:0:-1]), "b.csv")])
+    assert np.array_equal(np.sort(forward[0].tables[0].seconds), np.sort(backward[0].tables[0].seconds))
