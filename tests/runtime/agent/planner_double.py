@@ -25,15 +25,22 @@ class PlannerDouble(AgentServiceServicer):
         heard: every message of the agent, of all streams.
         hellos: how many streams there were.
         end_with: ends the next stream with this failure after its Hello.
-        metadata: of the last stream.
+        metadata, peer: of the last stream; what TLS knows of who opened it.
+
+    Args:
+        credentials: for TLS. None: plain text.
+        token: that agents have to bring. Empty: none.
     """
 
-    def __init__(self, *, epoch: int = 1) -> None:
+    def __init__(self, *, epoch: int = 1, credentials: grpc.ServerCredentials | None = None, token: str = "") -> None:
         self.epoch = epoch
+        self._credentials = credentials
+        self._token = token
         self.heard: list[ConnectNodeRequest] = []
         self.hellos = 0
         self.end_with: Failure | None = None
         self.metadata: dict[str, Any] = {}
+        self.peer: dict[str, list[str]] = {}
         self.port = 0
         self._outgoing: asyncio.Queue[ConnectNodeResponse] = asyncio.Queue()
         self._news = asyncio.Event()
@@ -41,7 +48,10 @@ class PlannerDouble(AgentServiceServicer):
         add_AgentServiceServicer_to_server(self, self._server)
 
     async def __aenter__(self) -> PlannerDouble:
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        if self._credentials is None:
+            self.port = self._server.add_insecure_port("127.0.0.1:0")
+        else:
+            self.port = self._server.add_secure_port("127.0.0.1:0", self._credentials)
         await self._server.start()
         return self
 
@@ -56,6 +66,9 @@ class PlannerDouble(AgentServiceServicer):
         self, requests: AsyncIterator[ConnectNodeRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[ConnectNodeResponse]:
         self.metadata = dict(context.invocation_metadata() or ())
+        self.peer = {name: [value.decode() for value in values] for name, values in context.auth_context().items()}
+        if self._token and self.metadata.get("authorization") != f"Bearer {self._token}":
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not known")
         self._outgoing = asyncio.Queue()
         self._hear(await anext(aiter(requests)))
         if self.end_with is not None:

@@ -27,7 +27,7 @@ from hetis.v1.executor_service_pb2 import (
 )
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import HeadMap, RunningRequest
-from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
+from hetis.v1.report_pb2 import AssignmentState, DeviceReport, DeviceStatus, ReplicaReport
 from tests.runtime.agent.builders import (
     ABORTED,
     AUTHORITY,
@@ -40,6 +40,7 @@ from tests.runtime.agent.builders import (
     assignment,
     change,
     duration,
+    stage_model,
     welcome,
 )
 
@@ -124,6 +125,28 @@ def test_an_older_planner_changes_nothing_also_after_a_restart(bench: Bench) -> 
     assert bench.core.held()[0].generation == 1
 
 
+def test_a_delta_of_an_old_planner_on_a_live_stream_is_refused_and_changes_nothing(bench: Bench) -> None:
+    what = prepared(bench)
+    bench.connect(epoch=5)
+    before, calls = dict(bench.disk), dict(bench.calls)
+    old = Planner(4)
+    deltas = [
+        old.assign(generation=9),
+        old.remove(9),
+        old.prepare(change()),
+        old.commit(what),  # type: ignore[arg-type]
+        old.abort(what),  # type: ignore[arg-type]
+        old.resolved(what, ABORTED),  # type: ignore[arg-type]
+    ]
+    for delta in deltas:
+        said = bench.hear(delta)
+        assert nack_reason(said) == "STALE_EPOCH"
+        assert said[-1].nack.failure.metadata["newest_epoch"] == "5"
+        assert bench.ended[-1].failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH  # type: ignore[union-attr]
+        assert (bench.disk, bench.calls) == (before, calls)
+        bench.connect(epoch=5)
+
+
 def test_an_engine_that_obeyed_a_newer_planner_fences_the_present_one(bench: Bench) -> None:
     bench.do(bench.core.on_engine_report(WatchReportsResponse(engine_id="e", newest_epoch=7), bench.now_s))
     assert bench.ended[-1].failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH  # type: ignore[union-attr]
@@ -177,6 +200,32 @@ def test_an_assignment_builds_on_what_is_held_or_replaces_what_is_older(
     assert bench.core.held()[0].generation == (generation if fits else 1)
 
 
+@pytest.mark.parametrize(("ahead", "fits"), [(1 << 32, True), ((1 << 32) + 1, False), (1 << 62, False)])
+def test_a_generation_that_no_planner_reaches_is_not_stored(bench: Bench, ahead: int, fits: bool) -> None:
+    """It would lock out every honest planner for good: nothing goes below it again."""
+    other = assignment()
+    other.plan = "plans/two"
+    said = bench.hear(PLANNER.assign(other, generation=1 + ahead))
+    if fits:
+        assert acks(said) == [1 + ahead]
+    else:
+        assert nack_reason(said) == "GENERATION_MISMATCH"
+        assert acks(bench.hear(PLANNER.assign(other, generation=2))) == [2]
+
+
+def test_nor_by_a_node_that_has_heard_nothing_yet_nor_by_way_of_a_change(bench: Bench) -> None:
+    new = Bench()
+    new.connect()
+    assert nack_reason(new.hear(PLANNER.assign(generation=1 << 62))) == "GENERATION_MISMATCH"
+    assert acks(new.hear(PLANNER.assign(generation=1 << 33))) == [1 << 33]
+    far = change()
+    far.generation = 1 << 62
+    for delta in (PLANNER.prepare(far), PLANNER.resolved(far, FLIPPED), PLANNER.remove(1 << 62)):
+        assert nack_reason(bench.hear(delta)) == "GENERATION_MISMATCH"
+    assert bench.core.held()[0].generation == 1
+    assert not bench.core.held()[0].changes
+
+
 def test_a_removed_replica_does_not_come_back_with_an_old_assignment(bench: Bench) -> None:
     assert acks(bench.hear(PLANNER.remove(2))) == [0]
     bench.boot()
@@ -212,6 +261,72 @@ def test_a_restarted_engine_gets_everything_again_and_changes_are_given_up(bench
     applied = bench.call()
     assert isinstance(applied, ApplyAssignmentRequest)
     assert applied.generation == 1
+
+
+def states(messages: list[ConnectNodeRequest]) -> list[str]:
+    found = [message.report.replicas[0].assignment_state for message in messages if message.HasField("report")]
+    return [AssignmentState.Name(state).removeprefix("ASSIGNMENT_STATE_") for state in found]
+
+
+def engine_run(bench: Bench, engine_id: str) -> list[ConnectNodeRequest]:
+    report = kv(100)
+    report.engine_id = engine_id
+    return bench.do(bench.core.on_engine_report(report, bench.now_s))
+
+
+def test_an_engine_that_restarts_between_two_reports_is_told_of_at_once(bench: Bench) -> None:
+    """Its KV is gone, however soon it serves again."""
+    engine_run(bench, "one")
+    bench.tick(10)
+    bench.now_s += 0.001  # a report was just sent
+    assert states(engine_run(bench, "two")) == ["LOADING"]
+    bench.answer(LOADED)
+    said = engine_run(bench, "two") + bench.tick(2)
+    assert states(said) == ["SERVING"]
+    assert states(engine_run(bench, "two")) == []
+
+
+def test_an_engine_that_restarted_while_nobody_listened_is_told_of_after_the_next_welcome(bench: Bench) -> None:
+    engine_run(bench, "one")
+    bench.core.stream_ended()
+    engine_run(bench, "two")
+    bench.answer(LOADED)
+    engine_run(bench, "two")
+    bench.sent.clear()
+    hello = bench.connect()
+    assert [held.assignment_state for held in hello.hello.replicas] == [AssignmentState.ASSIGNMENT_STATE_LOADING]
+    assert states(bench.sent) == ["LOADING"]
+    assert states(bench.tick(2)) == ["SERVING"]
+
+
+def test_a_node_that_serves_is_not_said_to_load_because_it_is_told_more(bench: Bench) -> None:
+    """A planner would take it for an engine that came up anew, and its KV for lost."""
+    engine_run(bench, "one")
+    bench.tick(10)
+    more = assignment()
+    more.conditions.add(device="w/0", status=DeviceStatus.DEVICE_STATUS_LOST)
+    bench.sent.clear()
+    bench.hear(PLANNER.assign(more, generation=2))
+    bench.tick(10)
+    bench.answer(LOADED)
+    engine_run(bench, "one")
+    bench.tick(10)
+    assert set(states(bench.sent)) == {"SERVING"}
+    other = assignment(model=stage_model(blocks=7))
+    assert states(bench.hear(PLANNER.assign(other, generation=3))) == ["LOADING"]
+    assert states(engine_run(bench, "one") + bench.tick(10)) == []  # it still speaks of what it ran before
+
+
+def test_a_restarted_agent_does_not_say_that_its_engine_restarted(bench: Bench) -> None:
+    engine_run(bench, "one")
+    bench.boot()
+    engine_run(bench, "one")
+    (held,) = bench.connect().hello.replicas
+    assert held.assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+    bench.boot()
+    bench.do(bench.core.on_engine_report(WatchReportsResponse(engine_id="two"), bench.now_s))
+    (held,) = bench.connect().hello.replicas
+    assert held.assignment_state == AssignmentState.ASSIGNMENT_STATE_LOADING
 
 
 def test_an_engine_that_cannot_be_steered_has_assignments_written_down_only() -> None:

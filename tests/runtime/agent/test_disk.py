@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -86,29 +84,51 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> N
         StateDirectory(tmp_path / "file")
 
 
-def test_a_writer_that_is_killed_leaves_the_old_or_the_new_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed_at", ["open", "write", "fsync", "rename", "sync"])
+def test_a_writer_that_is_killed_leaves_the_old_or_the_new_part(tmp_path: Path, killed_at: str) -> None:
+    """It kills itself before each thing that a write does, so that no load on the machine decides where that is."""
     program = f"""
+import os, signal
 from pathlib import Path
 from hetis.runtime.agent.disk import StateDirectory
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Half:
+    def __init__(self, descriptor, _mode):
+        self.descriptor = descriptor
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        die()
+
+    def write(self, content):
+        os.write(self.descriptor, content[: len(content) // 2])
+        die()
+
 directory = StateDirectory(Path({str(tmp_path)!r}))
-number = 0
-while True:
-    directory.write("part", str(number).encode() * 5000)
-    number += 1
+directory.write("part", b"old" * 5000)
+from hetis.runtime.agent import disk
+match {killed_at!r}:
+    case "open":
+        disk.open = die
+    case "write":
+        disk.open = Half
+    case "fsync":
+        os.fsync = die
+    case "rename":
+        Path.rename = die
+    case "sync":
+        directory._sync = die
+directory.write("part", b"new" * 5000)
 """
-    seen = set()
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", program])
-        while not (tmp_path / "part.state").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(0.15)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        body = opened(tmp_path)["part"]
-        number = body[: len(body) // 5000]
-        assert body == number * 5000
-        seen.add(number)
-    assert len(seen) > 1
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / "part.state.new").exists() == (killed_at != "sync")
+    assert opened(tmp_path) == {"part": (b"new" if killed_at == "sync" else b"old") * 5000}
     assert not list(tmp_path.glob("*.new"))
 
 

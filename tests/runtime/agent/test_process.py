@@ -239,7 +239,7 @@ def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Pro
         (["--node", NODE + "p", "--engine", "ollama"], "--engine is 'ollama', must be"),
         (["--node", NODE + "p", "--server", "nowhere"], "--server is 'nowhere', must be host:port"),
         (["--node", NODE + "p", "--engine", "simulated"], "needs --simulated-devices"),
-        (["--node", NODE + "p", "--tls-cert", "a.pem"], "--tls-cert and --tls-key come together"),
+        (["--node", NODE + "p", "--tls-cert", "/dev/null"], "--tls-cert and --tls-key come together"),
     ],
 )
 def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None:
@@ -247,6 +247,34 @@ def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None
     assert ended.returncode == 2
     assert says in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_everything_that_is_wrong_with_the_options_is_said_at_once() -> None:
+    wrong = {
+        "--node": "paper",
+        "--server": "nowhere",
+        "--tls-cert": "/no/such.pem",
+        "--engine": "ollama",
+        "--devices": "lots",
+        "--metrics": "here",
+        "--log-level": "loud",
+    }
+    arguments = [text for option in wrong.items() for text in option]
+    ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    said = ended.stderr.splitlines()
+    assert all(line.startswith("hetis-agent: ") for line in said)
+    assert {option for option in wrong if option in ended.stderr} == set(wrong)
+    assert "/no/such.pem cannot be read" in ended.stderr
+    assert len(said) == len(wrong) + 1  # and that a key belongs to the certificate
+
+
+def test_help_names_every_source_of_devices() -> None:
+    environment = {**os.environ, "COLUMNS": "160", "TERM": "dumb"}
+    ended = subprocess.run(
+        [*COMMAND, "--help"], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert "simulated:TYPE:COUNT" in ended.stdout
 
 
 def test_the_agent_imports_without_solver_libraries() -> None:

@@ -12,7 +12,7 @@ from hetis.runtime.agent.refusals import RefusedError, reason_name
 from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission, SolverAdmission
 from hetis.runtime.agent.simulated.control import Control, ControlError, ControlFile
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.v1.change_pb2 import Change
+from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
     ApplyAssignmentRequest,
@@ -217,6 +217,80 @@ def test_a_flip_after_the_deadline_is_an_abort() -> None:
     assert answer.outcome == ABORTED
     assert reason_name(answer.failure) == "PREPARE_EXPIRED"
     assert owner(engine, what.moves[0]) == what.moves[0].source
+
+
+@pytest.mark.parametrize(("left_s", "outcome"), [(-0.001, ABORTED), (0.0, ABORTED), (0.001, FLIPPED)])
+@pytest.mark.parametrize("limit", ["of the call", "of the change"])
+def test_a_flip_is_made_before_its_time_is_over_or_not_at_all(left_s: float, outcome: int, limit: str) -> None:
+    """``left_s``: at the boundary between two steps, which alone counts."""
+    engine = engine_with(control=Control(**{**vars_of(BUSY), "dense_step_s": 1.0}))
+    engine.step(5.0)
+    boundary_s = engine.next_s()
+    now_s = boundary_s - 0.5
+    last_s = 0.5 + left_s
+    what = change(timeout_s=last_s if limit == "of the change" else 60.0, moves=[allowed_move(engine)])
+    engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY]), now_s)
+    flip(engine, what, now_s, timeout_s=60.0 if limit == "of the change" else last_s)
+    engine.step(boundary_s)
+    answer = engine.flip_answer(what.change_id)
+    assert answer is not None
+    assert answer.outcome == outcome
+    assert answer.generation == (2 if outcome == FLIPPED else 1)
+    assert owner(engine, what.moves[0]) == (what.moves[0].target if outcome == FLIPPED else what.moves[0].source)
+    assert not engine.head_maps(REPLICA).head_maps[0].moves
+
+
+def test_what_was_not_flipped_is_not_released_by_whoever_waits_for_the_flip() -> None:
+    """Invariant 2 at the engine: a source frees nothing before the flip, whatever it is told and however often."""
+    engine = engine_with()
+    engine.step(5.0)
+    what = change(moves=[allowed_move(engine)])
+    release = ReleaseMovesRequest(epoch=1, change_id=what.change_id, generation=2)
+    with pytest.raises(RefusedError) as unheard:
+        engine.release_moves(release, 5.0)
+    assert reason_name(unheard.value.failure) == "CHANGE_UNKNOWN"
+    engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY, SOURCE]), 5.0)
+    for step in ("reserved", "copied", "asked to flip", "aborted"):
+        with pytest.raises(RefusedError) as refused:
+            engine.release_moves(release, 5.0)
+        assert reason_name(refused.value.failure) == "CHANGE_PHASE", step
+        assert engine.head_maps(REPLICA).generation == 1
+        assert owner(engine, what.moves[0]) == what.moves[0].source
+        match step:
+            case "reserved":
+                engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), 5.0)
+                engine.step(5.001)
+            case "copied":
+                flip(engine, what, 5.001)
+            case "asked to flip":
+                engine.abort_moves(AbortMovesRequest(epoch=1, change_id=what.change_id), 5.001)
+    (status,) = engine.report(5.001).changes
+    assert (status.phase, status.generation) == (ChangePhase.CHANGE_PHASE_ABORTED, 1)
+
+
+def test_a_source_that_is_not_the_authority_gives_up_or_releases_and_never_both() -> None:
+    """It goes by what it is told of the flip; what it gave up it does not release."""
+    for first in ("abort", "release"):
+        worker = SimulatedEngine("w", 1, engine_id="e")
+        worker.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=assignment("w")), 0.0)
+        what = change()
+        worker.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[SOURCE]), 1.0)
+        abort = AbortMovesRequest(epoch=1, change_id=what.change_id)
+        release = ReleaseMovesRequest(epoch=1, change_id=what.change_id, generation=2)
+        if first == "abort":
+            assert worker.abort_moves(abort, 1.0).outcome == ABORTED
+            with pytest.raises(RefusedError, match="was not flipped"):
+                worker.release_moves(release, 1.0)
+        else:
+            worker.release_moves(release, 1.0)
+            assert worker.abort_moves(abort, 1.0).outcome == FLIPPED
+
+
+def test_an_engine_without_the_head_map_is_no_authority() -> None:
+    worker = SimulatedEngine("w", 1, engine_id="e")
+    worker.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=assignment("w")), 0.0)
+    with pytest.raises(RefusedError, match=r"the primary of .* is not here"):
+        worker.reserve_moves(ReserveMovesRequest(epoch=1, change=change(), parts=[AUTHORITY]), 1.0)
 
 
 def test_an_authority_that_hears_nothing_aborts_at_its_deadline() -> None:

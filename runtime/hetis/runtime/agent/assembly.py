@@ -154,9 +154,9 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
     )
 
 
-async def _no_reports() -> AsyncIterator[tuple[WatchReportsResponse, float]]:
+async def _no_reports() -> AsyncIterator[WatchReportsResponse]:
     """Of no engine: an empty one, so that the agent need not wait for it."""
-    yield WatchReportsResponse(), 0.0
+    yield WatchReportsResponse()
     await asyncio.Event().wait()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,11 @@ _OPTIONS = (
 
 
 class OptionError(Exception):
-    """Options that cannot be used, in words for the person who gave them."""
+    """Options that cannot be used, in words for the person who gave them: one message for each thing that is wrong."""
+
+    def __init__(self, *messages: str) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +54,24 @@ class PlannerAddress:
     is_plain: bool = False
 
     def __post_init__(self) -> None:
+        if wrong := list(self._problems()):
+            raise OptionError(*wrong)
+
+    def _problems(self) -> Iterator[str]:
         host, _, port = self.server.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise OptionError(f"--server is {self.server!r}, must be host:port such as planner.example:8470")
+            yield f"--server is {self.server!r}, must be host:port such as planner.example:8470"
         if (self.cert is None) != (self.key is None):
-            raise OptionError("--tls-cert and --tls-key come together")
+            yield "--tls-cert and --tls-key come together"
         if self.is_plain and (self.ca is not None or self.cert is not None):
-            raise OptionError("--insecure and certificates exclude each other")
-        for path in (self.ca, self.cert, self.key, self.token_file):
-            if path is not None and not os.access(path, os.R_OK):
-                raise OptionError(f"{path} cannot be read")
-        if self.is_plain and self._token() and not is_loopback(host):
-            raise OptionError(f"a token is not sent to {host} without TLS; give --tls-ca instead of --insecure")
+            yield "--insecure and certificates exclude each other"
+        files = {"ca": self.ca, "cert": self.cert, "key": self.key}
+        named = {f"--tls-{name}": path for name, path in files.items()} | {"--token-file": self.token_file}
+        unreadable = {name: path for name, path in named.items() if path is not None and not os.access(path, os.R_OK)}
+        yield from (f"{name}: {path} cannot be read" for name, path in unreadable.items())
+        may_be_token = "--token-file" not in unreadable
+        if self.is_plain and may_be_token and self._token() and not is_loopback(host):
+            yield f"a token is not sent to {host} without TLS; give --tls-ca instead of --insecure"
 
     def channel(self) -> grpc.aio.Channel:
         """A new channel with what the files hold now.
@@ -78,6 +89,21 @@ class PlannerAddress:
         token = self._token()
         return (("authorization", f"Bearer {token}"),) if token else ()
 
+    def explained(self, message: str) -> str:
+        """What a failure to connect most likely means, before gRPC's own words for it."""
+        if "CERTIFICATE_VERIFY_FAILED" in message:
+            signed = (
+                f"--tls-ca {self.ca}" if self.ca is not None else "an authority that this system trusts; give --tls-ca"
+            )
+            return f"TLS: the planner's certificate is not signed by {signed} ({message})"
+        if "handshake failed" in message:
+            return f"TLS: the planner speaks none, or its certificate is not of this address ({message})"
+        if "Socket closed" in message and self.is_plain:
+            return f"the planner closed the connection: does it want TLS, with --tls-ca? ({message})"
+        if "Socket closed" in message and self.cert is None:
+            return f"TLS: the planner closed: does it ask for a certificate, --tls-cert and --tls-key? ({message})"
+        return message
+
     def _token(self) -> str:
         if self.token_file is not None:
             return self.token_file.read_text(encoding="utf-8").strip()
@@ -92,6 +118,7 @@ class Waiting:
         self._attempts = 0
 
     def succeeded(self) -> None:
+        """A stream stood: the next attempts come soon again."""
         self._attempts = 0
 
     def next_s(self) -> float:

@@ -12,20 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetis.runtime.agent.actions import Action, EngineResponse
-from hetis.runtime.agent.desk import CALL_S, ReplicaDesk
+from hetis.runtime.agent.desk import ReplicaDesk
 from hetis.runtime.agent.fence import Fence
+from hetis.runtime.agent.head_maps import HeadMapCalls
 from hetis.runtime.agent.held import NODE_PART, DamagedStateError, HeldReplica, epoch_from_bytes
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.pieces import pieces_of
 from hetis.runtime.agent.refusals import failure_of, stale_epoch
-from hetis.runtime.agent.reporting import Reporter
+from hetis.runtime.agent.reporting import Reporter, with_kv
 from hetis.v1.agent_service_pb2 import (
     AgentCapability,
     ConnectNodeRequest,
     ConnectNodeResponse,
     Delta,
     DeltaNack,
-    HeadMapPiece,
     Hello,
     NodeReport,
     StateRequest,
@@ -33,7 +32,6 @@ from hetis.v1.agent_service_pb2 import (
 from hetis.v1.agent_service_pb2 import HeldReplica as HelloReplica
 from hetis.v1.executor_service_pb2 import (
     CopyMovesResponse,
-    ReadHeadMapsRequest,
     WatchReportsResponse,
 )
 from hetis.v1.failure_pb2 import ErrorReason, Failure
@@ -84,9 +82,9 @@ class AgentCore:
         self._reporter = Reporter(seed)
         self._devices: list[DeviceReport] = [DeviceReport(index=device.index) for device in inventory.devices]
         self._engine: WatchReportsResponse | None = None
-        self._engine_age_s: float | None = None
+        self._restart_is_untold = False  # nobody heard yet that the engine came up anew
         self._is_welcome = False
-        self._head_map_calls: dict[int, tuple[str, str]] = {}  # by number of the call: id of the request, replica
+        self._head_maps = HeadMapCalls(self._outbox, identity.capabilities)
         held = self._read(saved)
         self._fence = Fence(self._newest_epoch(saved, held), self._outbox)
         self._desks = {entry.replica: self._desk(entry) for entry in held}
@@ -96,7 +94,7 @@ class AgentCore:
     def hello(self) -> ConnectNodeRequest:
         """The first message of a new stream; whatever went over an earlier one is over."""
         self._is_welcome = False
-        self._head_map_calls.clear()
+        self._head_maps.forget()
         desks = self._desks.values()
         hello = Hello(
             node=self.identity.node,
@@ -154,15 +152,15 @@ class AgentCore:
 
     # --- the engine and the devices
 
-    def on_engine_report(self, report: WatchReportsResponse, now_s: float, *, age_s: float = 0.0) -> list[Action]:
-        """What the engine says of itself; ``age_s`` where it was scraped: how old the numbers are."""
+    def on_engine_report(self, report: WatchReportsResponse, now_s: float) -> list[Action]:
+        """What the engine says of itself."""
         restarted = self._engine is not None and self._engine.engine_id != report.engine_id
         first = self._engine is None
         self._engine = report
-        self._engine_age_s = now_s - age_s
         if report.newest_epoch > self._fence.newest:
             self._overtaken(report.newest_epoch)
         if restarted:
+            self._restart_is_untold = True
             for desk in self._desks.values():
                 desk.engine_restarted(now_s)
         for status in report.changes:
@@ -173,7 +171,7 @@ class AgentCore:
             self._desks[status.replica].hear_change(status, now_s)
         if first or restarted:
             self._advance(now_s)
-        self._report(now_s)
+        self._report(now_s, asked=restarted)
         return self._outbox.take()
 
     def on_devices(self, devices: Sequence[DeviceReport], now_s: float) -> list[Action]:
@@ -199,8 +197,8 @@ class AgentCore:
 
     def answered(self, number: int, answer: EngineResponse | Failure, now_s: float) -> list[Action]:
         """A call of the engine ended; with a Failure where it was refused or nobody answered."""
-        if number in self._head_map_calls:
-            self._send_head_maps(*self._head_map_calls.pop(number), answer)
+        if self._head_maps.waits_for(number):
+            self._head_maps.answered(number, answer)
             return self._outbox.take()
         for desk in self._desks.values():
             if desk.waits_for(number):
@@ -241,6 +239,10 @@ class AgentCore:
     def is_connected(self) -> bool:
         """Whether a planner's Welcome came on the stream that is open."""
         return self._is_welcome
+
+    def devices(self) -> list[DeviceReport]:
+        """The node's devices as they were sampled last, with KV as the engine says."""
+        return with_kv(self._devices, self._engine.devices if self._engine else ())
 
     def held(self) -> list[HeldReplica]:
         """What is held, for metrics and tests."""
@@ -341,43 +343,9 @@ class AgentCore:
             case "report":
                 self._report(now_s, asked=True)
             case "head_map_of":
-                self._ask_for_head_maps(request)
-
-    def _ask_for_head_maps(self, request: StateRequest) -> None:
-        replica = request.head_map_of
-        desk = self._desks.get(replica)
-        if desk is None or desk.held.assignment is None:
-            missing = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{replica} is not held here", name=replica)
-            self._send_head_maps(request.request_id, replica, missing)
-        elif AgentCapability.AGENT_CAPABILITY_HEAD_MAP not in self.identity.capabilities:
-            cannot = failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node tells no head map")
-            self._send_head_maps(request.request_id, replica, cannot)
-        else:
-            number = self._outbox.call(ReadHeadMapsRequest(replica=replica), timeout_s=CALL_S)
-            self._head_map_calls[number] = (request.request_id, replica)
-
-    def _send_head_maps(self, request_id: str, replica: str, answer: EngineResponse | Failure) -> None:
-        if isinstance(answer, Failure) or not isinstance(answer, list) or not answer:
-            failure = (
-                answer
-                if isinstance(answer, Failure)
-                else failure_of(ErrorReason.ERROR_REASON_INTERNAL, "the engine answered without a head map")
-            )
-            piece = HeadMapPiece(request_id=request_id, replica=replica, is_last=True, failure=failure)
-            self._outbox.send(ConnectNodeRequest(head_map=piece))
-            return
-        pieces = list(pieces_of(head_map for response in answer for head_map in response.head_maps))
-        for index, head_maps in enumerate(pieces):
-            piece = HeadMapPiece(
-                request_id=request_id,
-                replica=replica,
-                generation=answer[0].generation,
-                step=answer[0].step,
-                index=index,
-                is_last=index == len(pieces) - 1,
-                head_maps=head_maps,
-            )
-            self._outbox.send(ConnectNodeRequest(head_map=piece))
+                desk = self._desks.get(request.head_map_of)
+                held = desk is not None and desk.held.assignment is not None
+                self._head_maps.ask(request, is_held=held)
 
     def _advance(self, now_s: float) -> None:
         for desk in self._desks.values():
@@ -385,25 +353,20 @@ class AgentCore:
 
     def _report(self, now_s: float, *, asked: bool = False) -> None:
         if self._is_welcome:
-            message = self._reporter.due(self._node_report(now_s), now_s, asked=asked)
+            message = self._reporter.due(self._node_report(), now_s, asked=asked)
             if message is not None:
                 self._outbox.send(message)
+                self._restart_is_untold &= not message.HasField("report")
 
-    def _node_report(self, now_s: float) -> NodeReport:
-        kv = {device.index: device for device in self._engine.devices} if self._engine else {}
-        devices = []
-        for sampled in self._devices:
-            device = DeviceReport()
-            device.CopyFrom(sampled)
-            if sampled.index in kv:
-                said = kv[sampled.index]
-                device.total_blocks, device.used_blocks = said.total_blocks, said.used_blocks
-                device.evictable_blocks = said.evictable_blocks
-            devices.append(device)
+    def _node_report(self) -> NodeReport:
+        """The devices as sampled, with KV as the engine tells it, and every replica that is held."""
         held = [self._report_of(desk) for desk in self._desks.values() if desk.held.assignment is not None]
-        return NodeReport(devices=devices, replicas=held)
+        return NodeReport(devices=self.devices(), replicas=held)
 
     def _report_of(self, desk: ReplicaDesk) -> ReplicaReport:
+        """What the engine says; once after its restart that it loads, also where it has done so already: KV is gone."""
+        if self._restart_is_untold:
+            return desk.report_anew()
         said = self._engine.replicas if self._engine else ()
         return desk.report(next((report for report in said if report.replica == desk.held.replica), None))
 

@@ -42,8 +42,7 @@ _log = logging.getLogger(__name__)
 class EngineReports(Protocol):
     """Where reports of the engine come from: its socket, or its metrics. Raises RefusedError when it is gone."""
 
-    def __call__(self) -> AsyncIterator[tuple[WatchReportsResponse, float]]:
-        """Reports, each with its age in seconds."""
+    def __call__(self) -> AsyncIterator[WatchReportsResponse]: ...
 
 
 class AgentDaemon:
@@ -199,9 +198,9 @@ class AgentDaemon:
         told = ""
         while True:
             try:
-                async for report, age_s in self._reports():
+                async for report in self._reports():
                     told = ""
-                    self._do(self._core.on_engine_report(report, self._clock(), age_s=age_s))
+                    self._do(self._core.on_engine_report(report, self._clock()))
                     self._engine_spoke.set()
             except RefusedError as error:
                 if str(error) != told:
@@ -213,8 +212,8 @@ class AgentDaemon:
         looked_s = self._clock()
         while True:
             samples = await asyncio.to_thread(self._devices.sample)
-            self._metrics.devices_sampled(samples)
             self._do(self._core.on_devices(samples, self._clock()))
+            self._metrics.devices_sampled(self._core.devices())
             if self._clock() - looked_s >= INVENTORY_S:
                 looked_s = self._clock()
                 inventory = await asyncio.to_thread(self._devices.inventory)

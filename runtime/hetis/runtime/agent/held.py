@@ -57,6 +57,7 @@ class HeldChange:
         is_resolved: a ``resolved`` delta came.
         ended_s: when it reached its last phase. None: it has not.
         is_reserved: the engine answered ReserveMoves in this run of the agent.
+        is_abort_tried: the engine was asked to give it up since that is wanted: an assignment waits for one try.
     """
 
     change: Change
@@ -69,6 +70,7 @@ class HeldChange:
     is_resolved: bool = False
     ended_s: float | None = None
     is_reserved: bool = False
+    is_abort_tried: bool = False
 
     @property
     def id(self) -> str:
@@ -82,6 +84,11 @@ class HeldChange:
     def is_open(self) -> bool:
         """It can still flip and still abort."""
         return self.phase in (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
+
+    @property
+    def is_being_prepared(self) -> bool:
+        """It may stay so until its deadline."""
+        return self.is_open and self.wanted is Wanted.PREPARED
 
     @property
     def has_ended(self) -> bool:
@@ -117,6 +124,8 @@ class HeldReplica:
         answer: to that delta.
         changes: by id, in the order in which they came.
         is_applied: the engine took this assignment, or its removal, in its present run.
+        is_anew: the assignment is of other devices or stages than the one before: what the engine says before it has
+            taken this one is not of it.
         assignment_state: how far the engine is with it.
         failure: why the engine refused the assignment. None: it did not.
     """
@@ -129,6 +138,7 @@ class HeldReplica:
     answer: ConnectNodeRequest | None = None
     changes: dict[str, HeldChange] = field(default_factory=dict)
     is_applied: bool = False
+    is_anew: bool = False
     assignment_state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_LOADING
     failure: Failure | None = None
 
@@ -149,6 +159,7 @@ class HeldReplica:
             "generation": self.generation,
             "epoch": self.epoch,
             "assignment": None if self.assignment is None else _text(self.assignment.SerializeToString()),
+            "is_anew": self.is_anew,
             "nonce": self.nonce,
             "answer": None if self.answer is None else _text(self.answer.SerializeToString()),
             "clock": clock,
@@ -172,6 +183,7 @@ class HeldReplica:
                 generation=int(data["generation"]),
                 epoch=int(data["epoch"]),
                 assignment=None if data["assignment"] is None else Assignment.FromString(_bytes(data["assignment"])),
+                is_anew=bool(data.get("is_anew", False)),
                 nonce=data["nonce"],
                 answer=None if data["answer"] is None else ConnectNodeRequest.FromString(_bytes(data["answer"])),
                 changes={change.id: change for change in changes},

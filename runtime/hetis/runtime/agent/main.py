@@ -19,9 +19,10 @@ import typer
 
 from hetis.runtime.agent.connecting import OptionError, PlannerAddress, Waiting
 from hetis.runtime.agent.options import (
+    Checking,
     EngineChoice,
-    EngineKind,
     checked_address,
+    checked_devices,
     checked_node,
     default_state_dir,
     loopback_server,
@@ -55,13 +56,17 @@ app = typer.Typer(
 )
 
 Devices = Annotated[
-    str, typer.Option(envvar="HETIS_AGENT_DEVICES", help="Where devices come from: auto, nvml or none.")
+    str,
+    typer.Option(
+        envvar="HETIS_AGENT_DEVICES",
+        help="Where devices come from: auto, nvml, none or simulated:TYPE:COUNT,...",
+    ),
 ]
 SimulatedDevices = Annotated[
     str,
     typer.Option(
         envvar="HETIS_AGENT_SIMULATED_DEVICES",
-        help="Devices that are only said to be there: TYPE:COUNT[,TYPE:COUNT...].",
+        help="TYPE:COUNT,... is short for --devices simulated:TYPE:COUNT,...: only said to be there.",
     ),
 ]
 Control = Annotated[
@@ -131,13 +136,13 @@ def run(
     """Run the agent of this node until SIGTERM."""
     if context.invoked_subcommand is not None:
         return
-    try:
-        _set_up_logs(log_level)
-        if not node:
-            raise OptionError("--node is missing: clusters/CLUSTER/nodes/NODE")
-        checked_node(node)
-        uses_tls = tls_ca is not None or tls_cert is not None
-        address = PlannerAddress(
+    uses_tls = tls_ca is not None or tls_cert is not None
+    source = f"simulated:{simulated_devices}" if simulated_devices else devices
+    checking = Checking()
+    checking.get(lambda: _set_up_logs(log_level))
+    checking.get(lambda: checked_node(node))
+    address = checking.get(
+        lambda: PlannerAddress(
             server=server,
             ca=tls_ca,
             cert=tls_cert,
@@ -145,15 +150,18 @@ def run(
             token_file=token_file,
             is_plain=insecure or (loopback_server(server) and not uses_tls),
         )
-        choice = EngineChoice.parse(engine)
-        if choice.kind is EngineKind.SIMULATED and not simulated_devices:
-            raise OptionError("--engine simulated needs --simulated-devices, such as A100-SXM-80GB:4")
-        listen = checked_address("--metrics", metrics) if metrics else None
-        checked_address("--peer-address", peer_address)
+    )
+    choice = checking.get(lambda: EngineChoice.parse(engine))
+    checking.get(lambda: checked_devices(source, engine=choice))
+    listen = checking.get(lambda: checked_address("--metrics", metrics)) if metrics else None
+    checking.get(lambda: checked_address("--peer-address", peer_address))
+    try:
+        checking.finish()
     except OptionError as error:
-        _fail(str(error), EXIT_INVALID)
+        _fail_options(error)
+    assert address is not None
+    assert choice is not None
     state = state_dir or default_state_dir(os.environ.get("XDG_STATE_HOME"), node)
-    source = f"simulated:{simulated_devices}" if simulated_devices else devices
 
     async def work() -> None:
         from hetis.runtime.agent.assembly import Parts, run_agent
@@ -202,17 +210,21 @@ def simulate(
     peer_address: Peer = "127.0.0.1:0",
 ) -> None:
     """Run a simulated engine alone, for an agent that is started with --engine unix://SOCKET."""
+    source = f"simulated:{simulated_devices}"
+    checking = Checking()
+    checking.get(lambda: _set_up_logs("info"))
+    checking.get(lambda: checked_node(node))
+    checking.get(lambda: checked_devices(source, engine=None))
+    checking.get(lambda: checked_address("--peer-address", peer_address))
     try:
-        _set_up_logs("info")
-        checked_node(node)
-        checked_address("--peer-address", peer_address)
+        checking.finish()
     except OptionError as error:
-        _fail(str(error), EXIT_INVALID)
+        _fail_options(error)
 
     async def work() -> None:
         from hetis.runtime.agent.assembly import run_engine
 
-        await run_engine(node, f"simulated:{simulated_devices}", socket, control, seed, peer_address)
+        await run_engine(node, source, socket, control, seed, peer_address)
 
     _run_until_told(work())
 
@@ -249,7 +261,7 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
     begun_s = time.monotonic()
     try:
         asyncio.run(until_told())
-    except (DevicesUnavailableError, OptionError) as error:
+    except DevicesUnavailableError as error:
         _fail(str(error), EXIT_INVALID)
     except StateError as error:
         _fail(str(error), EXIT_STATE)
@@ -264,6 +276,8 @@ def _set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
         raise OptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
+    if level.upper() != "DEBUG":  # gRPC has lines of its own for every handshake that fails; ours say it
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(
         level=known[level.upper()], stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -272,3 +286,10 @@ def _set_up_logs(level: str) -> None:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"hetis-agent: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _fail_options(error: OptionError) -> NoReturn:
+    """One line for everything that is wrong."""
+    for message in error.messages[:-1]:
+        print(f"hetis-agent: {message}", file=sys.stderr)
+    _fail(error.messages[-1], EXIT_INVALID)

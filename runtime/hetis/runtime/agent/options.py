@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from hetis.runtime.agent.connecting import OptionError, is_loopback
 
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+T = TypeVar("T")
+
+
+class Checking:
+    """Checks one option after the other, so that everything that is wrong is said at once."""
+
+    def __init__(self) -> None:
+        self._wrong: list[str] = []
+
+    def get(self, check: Callable[[], T]) -> T | None:
+        """What the check returns; None where it says that something is wrong."""
+        try:
+            return check()
+        except OptionError as error:
+            self._wrong += error.messages
+            return None
+
+    def finish(self) -> None:
+        """Ends the checks.
+
+        Raises:
+            OptionError: with all that was wrong.
+        """
+        if self._wrong:
+            raise OptionError(*self._wrong)
 
 
 class EngineKind(StrEnum):
@@ -57,6 +86,8 @@ def _metrics_url(text: str) -> str:
 
 
 def checked_node(text: str) -> str:
+    if not text:
+        raise OptionError("--node is missing: clusters/CLUSTER/nodes/NODE")
     if not _NODE.fullmatch(text):
         raise OptionError(f"--node is {text!r}, must be clusters/CLUSTER/nodes/NODE")
     return text
@@ -72,6 +103,29 @@ def checked_address(option: str, text: str) -> tuple[str, int]:
     if not host or not port.isdigit() or int(port) > 65535:
         raise OptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470")
     return host.strip("[]"), int(port)
+
+
+def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
+    """Where devices come from; ``engine``: beside them, if that is known.
+
+    Raises:
+        OptionError: there is no such source, or a simulated engine has no simulated devices.
+    """
+    from hetis.runtime.agent.devices import DevicesUnavailableError
+    from hetis.runtime.agent.devices.simulated import SimulatedDevices
+    from hetis.runtime.agent.devices.source import SOURCES
+
+    kind, _, rest = source.partition(":")
+    if kind == "simulated":
+        try:
+            SimulatedDevices.parse(rest)
+        except DevicesUnavailableError as error:
+            raise OptionError(str(error)) from None
+    elif kind not in ("auto", "nvml", "none") or rest:
+        raise OptionError(f"--devices is {source!r}, must be {SOURCES.replace('`', '')}")
+    elif engine is not None and engine.kind is EngineKind.SIMULATED:
+        raise OptionError("--engine simulated needs --simulated-devices, such as A100-SXM-80GB:4")
+    return source
 
 
 def loopback_server(server: str) -> bool:

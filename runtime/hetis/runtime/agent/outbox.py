@@ -24,6 +24,7 @@ class Outbox:
 
     def open_stream(self, hello: ConnectNodeRequest) -> ConnectNodeRequest:
         """Begins to number anew; the planner hears nothing but ``hello`` before its Welcome."""
+        self._actions = [action for action in self._actions if not isinstance(action, Send | EndStream)]
         self.is_connected, self.stream_epoch, self._sequence = False, 0, 1
         hello.sequence = 1
         return hello

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -58,10 +59,6 @@ class Reporter:
         """When a heartbeat is due if nothing changes."""
         return self._spoke_s + self._beat_s
 
-    def rested_s(self) -> float:
-        """When the next report may be sent, but for thresholds."""
-        return self._sent_s + _seconds(self._settings.min_report_interval)
-
     def _send(self, report: NodeReport, now_s: float) -> ConnectNodeRequest:
         self._sent.CopyFrom(report)
         self._has_sent = True
@@ -91,6 +88,21 @@ class Reporter:
             return True
         slower, slow = _speeds(self._sent), _speeds(report)
         return any(abs(slow[key] - slower.get(key, 1.0)) > SPEED_CHANGE_RATIO for key in slow)
+
+
+def with_kv(sampled: Iterable[DeviceReport], said: Iterable[DeviceReport]) -> list[DeviceReport]:
+    """Devices as sampled; their KV as the engine says, which alone knows it."""
+    kv = {device.index: device for device in said}
+    devices = []
+    for sample in sampled:
+        device = DeviceReport()
+        device.CopyFrom(sample)
+        if sample.index in kv:
+            found = kv[sample.index]
+            device.total_blocks, device.used_blocks = found.total_blocks, found.used_blocks
+            device.evictable_blocks = found.evictable_blocks
+        devices.append(device)
+    return devices
 
 
 def _shares(*, report: NodeReport) -> dict[object, float]:

@@ -13,15 +13,15 @@ from hetis.v1.executor_service_pb2 import WatchReportsResponse
 
 LEAST_REPORT_S = 0.2  # between two reports of an engine that is asked
 SCRAPE_S = 2.0
-Reports = Callable[[], AsyncIterator[tuple[WatchReportsResponse, float]]]
+Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 
 
 def executor_reports(executor: Executor) -> Reports:
     """Reports of an engine that serves `ExecutorService`."""
 
-    async def reports() -> AsyncIterator[tuple[WatchReportsResponse, float]]:
+    async def reports() -> AsyncIterator[WatchReportsResponse]:
         async for report in executor.watch_reports(LEAST_REPORT_S):
-            yield report, 0.0
+            yield report
 
     return reports
 
@@ -42,11 +42,10 @@ def scraped_reports(
         told: hears of every scrape, for metrics.
     """
 
-    async def reports() -> AsyncIterator[tuple[WatchReportsResponse, float]]:
+    async def reports() -> AsyncIterator[WatchReportsResponse]:
         async for news in watch_engine(url, interval_s=SCRAPE_S, clock=clock):
-            age_s = news.age_s(clock())
-            told(news, age_s)
-            yield report_of(news, held(), num_devices, engine_id=url), age_s
+            told(news, news.age_s(clock()))
+            yield report_of(news, held(), num_devices, engine_id=url)
 
     return reports
 

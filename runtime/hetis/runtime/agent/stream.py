@@ -18,6 +18,7 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure
 
 MOST_QUEUED = 10_000  # messages that the planner has not taken: then the stream is given up, and all is said anew
 WELCOME_S = 30.0
+STOOD_S = 10.0  # a stream that lasted so long after its Welcome was no failure: the next wait is short
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +45,7 @@ class PlannerStream:
         self._waiting = waiting
         self._outgoing: asyncio.Queue[ConnectNodeRequest] = asyncio.Queue(MOST_QUEUED)
         self._end: asyncio.Future[EndStream] | None = None
+        self._welcome_s: float | None = None  # when the planner answered on the present stream
 
     def send(self, message: ConnectNodeRequest) -> None:
         """To the planner, in order; whatever the stream that ends does not take is gone with it."""
@@ -63,21 +65,29 @@ class PlannerStream:
         Raises:
             TakenOverError: another agent of this node took over.
         """
+        told = ""
         while True:
             end, failure = await self._once()
             if failure is not None and failure.reason == ErrorReason.ERROR_REASON_NODE_TAKEN_OVER:
                 raise TakenOverError(failure.message)
             why = failure or (end.failure if end is not None else None)
             within_s = end.within_s if end is not None else None
+            if self._welcome_s is not None and asyncio.get_running_loop().time() - self._welcome_s >= STOOD_S:
+                self._waiting.succeeded()
             wait_s = self._waiting.next_s() if within_s is None else self._waiting.within_s(within_s)
             if why is not None:
-                _log.warning("stream to %s: %s; again in %.1f s", self._address.server, why.message, wait_s)
+                # Once: what stays wrong needs no line per attempt.
+                level = logging.DEBUG if why.message == told else logging.WARNING
+                message = self._address.explained(why.message)
+                _log.log(level, "stream to %s: %s; again in %.1f s", self._address.server, message, wait_s)
+            told = why.message if why is not None and self._welcome_s is None else ""
             self._listener.ended(reason_name(why).lower() if why is not None else "goodbye")
             await asyncio.sleep(wait_s)
 
     async def _once(self) -> tuple[EndStream | None, Failure | None]:
         """One stream from Hello to its end: what ended it here, or how the planner ended it."""
         self._end = asyncio.get_running_loop().create_future()
+        self._welcome_s = None
         self._outgoing = asyncio.Queue(MOST_QUEUED)
         try:
             channel = self._address.channel()
@@ -105,6 +115,7 @@ class PlannerStream:
     async def _read(self, call: Any) -> None:
         async with asyncio.timeout(WELCOME_S):
             message = await call.read()
+        self._welcome_s = asyncio.get_running_loop().time()
         while message is not grpc.aio.EOF:
             self._listener.heard(message)
             message = await call.read()
@@ -132,7 +143,9 @@ async def _how_it_ended(call: Any, done: set[Any]) -> Failure:
                 reason=ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, message=f"no Welcome came in {WELCOME_S:g} s"
             )
         if error is not None and not isinstance(error, asyncio.InvalidStateError):
-            raise error
+            # What is held stays as it is: the node goes on, and says what it holds at the next attempt.
+            _log.error("a message broke the agent: the stream ends", exc_info=error)
+            return Failure(reason=ErrorReason.ERROR_REASON_INTERNAL, message=f"{type(error).__name__}: {error}")
     code = await call.code()
     if code is grpc.StatusCode.OK:
         return Failure(reason=ErrorReason.ERROR_REASON_DRAINING, message="the planner closed the stream")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from hetis.runtime.agent.refusals import RefusedError, failure_of, generation_mismatch, refusal, stale_epoch
 from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission
-from hetis.runtime.agent.simulated.changes import EngineChange, EngineChanges
+from hetis.runtime.agent.simulated.changes import EngineChanges
 from hetis.runtime.agent.simulated.control import Control
+from hetis.runtime.agent.simulated.engine_change import EngineChange
 from hetis.runtime.agent.simulated.replica import PrimaryRun
 from hetis.v1.change_pb2 import ChangeStatus
 from hetis.v1.executor_service_pb2 import (

@@ -1,0 +1,99 @@
+"""Why a delta that can be read is not taken: it does not fit what is held, or what the engine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from hetis.runtime.agent.held import HeldChange, HeldReplica, Wanted
+from hetis.runtime.agent.refusals import failure_of, generation_mismatch
+from hetis.v1.agent_service_pb2 import AgentCapability, Delta
+from hetis.v1.change_pb2 import ChangeOutcome, ChangePhase
+from hetis.v1.failure_pb2 import ErrorReason, Failure
+
+# A generation that is stored is never gone below again, so one that no planner reaches is not stored. A planner whose
+# store came from a backup leaps, by at most so much; one that a node hears first may have leapt a few times.
+MOST_AHEAD = 1 << 32
+MOST_AT_FIRST = 1 << 40
+
+
+def refusal_of(delta: Delta, held: HeldReplica, can: Collection[AgentCapability.ValueType]) -> Failure | None:
+    """Why it cannot be taken; None: it can."""
+    kind = delta.WhichOneof("change")
+    if delta.generation > (held.generation + MOST_AHEAD if held.generation else MOST_AT_FIRST):
+        return _too_far_ahead(delta, held)
+    if kind in ("assignment", "removal"):
+        return _assignment_refusal(delta, held)
+    if AgentCapability.AGENT_CAPABILITY_MOVE not in can:
+        return failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node moves no head groups")
+    if kind == "prepare":
+        return _prepare_refusal(delta, held)
+    if kind == "commit":
+        return _commit_refusal(delta, held)
+    if kind == "resolved":
+        change = held.changes.get(delta.resolved.change_id)
+        if change is not None and change.is_authority and _contradicts(change, delta.resolved.outcome):
+            return _wrong_phase(change, "decided otherwise")
+    return None
+
+
+def _assignment_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
+    if delta.base_generation and delta.base_generation != held.held_generation:
+        return generation_mismatch(delta.base_generation, held.held_generation)
+    if delta.generation > held.generation:
+        return None
+    same = delta.generation == held.generation and (
+        delta.assignment == held.assignment if delta.HasField("assignment") else held.assignment is None
+    )
+    return None if same else generation_mismatch(delta.base_generation, held.generation)
+
+
+def _prepare_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
+    known = held.changes.get(delta.prepare.change.change_id)
+    if known is not None:
+        return None if known.is_open and known.wanted is Wanted.PREPARED else _wrong_phase(known, "has ended")
+    other = held.open_change
+    if other is not None:
+        return failure_of(
+            ErrorReason.ERROR_REASON_CHANGE_IN_FLIGHT,
+            f"change {other.id} of the replica is under way",
+            change_id=other.id,
+        )
+    if held.assignment is None or delta.base_generation != held.generation:
+        return generation_mismatch(delta.base_generation, held.held_generation)
+    return None
+
+
+def _commit_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
+    change = held.changes.get(delta.commit.change_id)
+    if change is None:
+        return failure_of(
+            ErrorReason.ERROR_REASON_CHANGE_UNKNOWN,
+            f"change {delta.commit.change_id} was never prepared here",
+            change_id=delta.commit.change_id,
+        )
+    if not change.is_authority:
+        return _wrong_phase(change, "is not the authority")
+    return _wrong_phase(change, "is not ready") if change.phase == ChangePhase.CHANGE_PHASE_PREPARING else None
+
+
+def _too_far_ahead(delta: Delta, held: HeldReplica) -> Failure:
+    failure = generation_mismatch(delta.base_generation, held.held_generation)
+    failure.message = (
+        f"generation {delta.generation} is too far above {held.generation}, which is the newest here, to be meant"
+    )
+    return failure
+
+
+def _contradicts(change: HeldChange, outcome: ChangeOutcome.ValueType) -> bool:
+    has_flipped = change.phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
+    return has_flipped != (outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED)
+
+
+def _wrong_phase(change: HeldChange, why: str) -> Failure:
+    phase = ChangePhase.Name(change.phase).removeprefix("CHANGE_PHASE_")
+    return failure_of(
+        ErrorReason.ERROR_REASON_CHANGE_PHASE,
+        f"change {change.id} is {phase} here and {why}",
+        change_id=change.id,
+        phase=phase,
+    )

@@ -1,0 +1,165 @@
+"""The stream to the planner over a real channel: TLS, certificates, tokens, and what a bug costs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from pathlib import Path
+
+import pytest
+
+from hetis.runtime.agent.connecting import PlannerAddress, Waiting
+from hetis.runtime.agent.stream import PlannerStream
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, Hello, StateRequest
+from tests.runtime.agent.builders import NODE
+from tests.runtime.agent.certificates import CertificateAuthority
+from tests.runtime.agent.planner_double import PlannerDouble
+
+WAIT_S = 20.0
+
+
+class Listener:
+    """Says hello and keeps what it hears; raises ``breaks`` times at a state request."""
+
+    def __init__(self, *, breaks: int = 0) -> None:
+        self.heard_kinds: list[str | None] = []
+        self.ends: list[str] = []
+        self._breaks = breaks
+
+    def hello(self) -> ConnectNodeRequest:
+        return ConnectNodeRequest(sequence=1, hello=Hello(node=NODE + "p"))
+
+    def heard(self, message: ConnectNodeResponse) -> None:
+        self.heard_kinds.append(message.WhichOneof("message"))
+        if message.HasField("state_request") and self._breaks:
+            self._breaks -= 1
+            raise ZeroDivisionError("a bug")
+
+    def ended(self, reason: str) -> None:
+        self.ends.append(reason)
+
+
+class Soon(Waiting):
+    """Tries again at once."""
+
+    def next_s(self) -> float:
+        return min(super().next_s(), 0.05)
+
+
+async def until_ends(listener: Listener, number: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while len(listener.ends) < number:
+            await asyncio.sleep(0.02)
+
+
+def connect(address: PlannerAddress, listener: Listener) -> asyncio.Task[None]:
+    return asyncio.create_task(PlannerStream(address, listener, Soon(random.Random(0))).run())
+
+
+async def stop(running: asyncio.Task[None]) -> None:
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def test_a_node_shows_its_certificate_and_its_token_over_tls(tmp_path: Path) -> None:
+    async def story() -> None:
+        authority = CertificateAuthority(tmp_path, "ca")
+        node, token = authority.sign("node-p"), tmp_path / "token"
+        token.write_text("secret\n", encoding="utf-8")
+        server = authority.server("planner", asks_clients=True)
+        async with PlannerDouble(credentials=server, token="secret") as planner:
+            address = PlannerAddress(
+                server=planner.address, ca=authority.cert, cert=node.cert, key=node.key, token_file=token
+            )
+            running = connect(address, Listener())
+            await planner.connected(1)
+            assert planner.peer["x509_common_name"] == ["node-p"]
+            assert planner.metadata["authorization"] == "Bearer secret"
+            await stop(running)
+
+    asyncio.run(story())
+
+
+def test_a_token_that_rotates_is_read_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        authority, token = CertificateAuthority(tmp_path, "ca"), tmp_path / "token"
+        token.write_text("old", encoding="utf-8")
+        server = authority.server("planner", asks_clients=False)
+        async with PlannerDouble(credentials=server, token="new") as planner:
+            listener = Listener()
+            running = connect(PlannerAddress(server=planner.address, ca=authority.cert, token_file=token), listener)
+            await until_ends(listener, 1)
+            assert planner.hellos == 0
+            token.write_text("new", encoding="utf-8")
+            await planner.connected(1)
+            await stop(running)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("wrong", ["ca", "no certificate", "plain text"])
+def test_wrong_credentials_are_one_clear_line_and_the_agent_keeps_trying(
+    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story() -> None:
+        authority, other = CertificateAuthority(tmp_path, "ca"), CertificateAuthority(tmp_path, "other")
+        node = authority.sign("node-p")
+        async with PlannerDouble(credentials=authority.server("planner", asks_clients=True)) as planner:
+            address = {
+                "ca": PlannerAddress(server=planner.address, ca=other.cert, cert=node.cert, key=node.key),
+                "no certificate": PlannerAddress(server=planner.address, ca=authority.cert),
+                "plain text": PlannerAddress(server=planner.address, is_plain=True),
+            }[wrong]
+            listener = Listener()
+            running = connect(address, listener)
+            await until_ends(listener, 4)
+            assert planner.hellos == 0
+            assert not running.done()
+            if wrong == "ca":  # the file is put right
+                other.cert.write_bytes(authority.cert.read_bytes())
+                await planner.connected(1)
+            await stop(running)
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(story())
+    (line,) = [record.getMessage() for record in caplog.records if "stream to" in record.getMessage()]
+    assert "\n" not in line
+    assert "TLS" in line
+    if wrong == "ca":
+        assert "--tls-ca" in line
+
+
+def test_a_message_that_meets_a_bug_ends_the_stream_and_not_the_agent(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        async with PlannerDouble() as planner:
+            listener = Listener(breaks=1)
+            running = connect(PlannerAddress(server=planner.address, is_plain=True), listener)
+            await planner.connected(1)
+            planner.send(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q")))
+            await planner.connected(2)
+            assert listener.ends == ["internal"]
+            assert not running.done()
+            await stop(running)
+
+    asyncio.run(story())
+    assert "ZeroDivisionError: a bug" in caplog.text
+
+
+def test_a_stream_that_stood_makes_the_next_wait_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(stood_s: float) -> int:
+        monkeypatch.setattr("hetis.runtime.agent.stream.STOOD_S", stood_s)
+        waiting = Soon(random.Random(0))
+        async with PlannerDouble() as planner:
+            listener = Listener(breaks=3)
+            stream = PlannerStream(PlannerAddress(server=planner.address, is_plain=True), listener, waiting)
+            running = asyncio.create_task(stream.run())
+            for times in range(3):
+                await planner.connected(times + 1)
+                planner.send(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q")))
+            await until_ends(listener, 3)
+            await stop(running)
+        return waiting._attempts
+
+    assert asyncio.run(story(stood_s=0.0)) == 1
+    assert asyncio.run(story(stood_s=60.0)) == 3
