@@ -167,7 +167,7 @@ class Cluster(_message.Message):
     """Plan that RollbackPlan would go back to. Output only. Empty: none."""
     @_builtins.property
     def document(self) -> _document_pb2.Document:
-        """What the fleet is said to consist of, a Cluster document with at most 1,000,000 nodes. Required; its content is left
+        """What the fleet is said to consist of, a Cluster document with at most 10,000 nodes. Required; its content is left
         out in the view BASIC.
         """
 
@@ -280,6 +280,7 @@ class Node(_message.Message):
     CONNECT_TIME_FIELD_NUMBER: _builtins.int
     HEARD_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    ENGINE_ADDRESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`clusters/{cluster}/nodes/{node}`; the last part is the node's name in the cluster's document. Output only. Always
     set.
@@ -295,6 +296,10 @@ class Node(_message.Message):
     etag: _builtins.str
     """Version of this resource for conditional changes. It changes with `draining` and `inventory`, not with reports.
     Output only. Always set.
+    """
+    engine_address: _builtins.str
+    """`host:port` where its engine listens for other engines, as its agent said last. Output only. Empty: it does not, or
+    no agent was ever connected.
     """
     @_builtins.property
     def inventory(self) -> _inventory_pb2.NodeInventory:
@@ -329,10 +334,11 @@ class Node(_message.Message):
         connect_time: _timestamp_pb2.Timestamp | None = ...,
         heard_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        engine_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["connect_time", b"connect_time", "heard_time", b"heard_time", "inventory", b"inventory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "connect_time", b"connect_time", "devices", b"devices", "draining", b"draining", "etag", b"etag", "heard_time", b"heard_time", "inventory", b"inventory", "name", b"name", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "connect_time", b"connect_time", "devices", b"devices", "draining", b"draining", "engine_address", b"engine_address", "etag", b"etag", "heard_time", b"heard_time", "inventory", b"inventory", "name", b"name", "replicas", b"replicas", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

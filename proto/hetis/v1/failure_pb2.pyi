@@ -93,6 +93,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, or its server cannot be reached.
     Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the connection broke).
     """
+    ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 68
+    """[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
     ERROR_REASON_ENGINE_IS_AUTHORITY: _ErrorReason.ValueType  # 80
     """[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
     ERROR_REASON_DISPATCH_STATE_LOST: _ErrorReason.ValueType  # 81
@@ -209,6 +211,8 @@ ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 67
 """[UNAVAILABLE] The planner's store cannot be read or written now: its disk is full, or its server cannot be reached.
 Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when the connection broke).
 """
+ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 68
+"""[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
 ERROR_REASON_ENGINE_IS_AUTHORITY: ErrorReason.ValueType  # 80
 """[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
 ERROR_REASON_DISPATCH_STATE_LOST: ErrorReason.ValueType  # 81

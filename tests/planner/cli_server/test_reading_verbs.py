@@ -46,6 +46,8 @@ def test_one_resource_is_named_in_whole_or_in_part(fleet: FakePlanner, hetis_pla
         ["nodes", "a100-0", "--cluster", "paper"],
         ["nodes", "clusters/paper/nodes/a100-0"],
         ["clusters/paper/nodes/a100-0"],
+        ["nodes/a100-0"],
+        ["node/a100-0", "--cluster", "clusters/paper"],
     ):
         assert hetis_plan("get", *arguments, "-o", "json") == ExitCode.OK
         assert json.loads(capsys.readouterr().out)["name"] == "clusters/paper/nodes/a100-0"

@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.client import CallError, Client
 from hetis.v1 import cluster_service_pb2
 from tests.planner.client.fake_planner import FakePlanner, serving
@@ -20,6 +22,20 @@ from tests.planner.client.fake_planner import FakePlanner, serving
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """A self-signed certificate of ``localhost``, which is its own authority, and its key."""
+    key, certificate = _certificate()
+    paths = {"cert": tmp_path / "cert.pem", "key": tmp_path / "key.pem"}
+    paths["cert"].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths["key"].write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return paths
+
+
+def _other_authority() -> bytes:
+    return _certificate()[1].public_bytes(serialization.Encoding.PEM)
+
+
+def _certificate() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
@@ -35,12 +51,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    paths = {"cert": tmp_path / "cert.pem", "key": tmp_path / "key.pem"}
-    paths["cert"].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    paths["key"].write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return paths
+    return key, certificate
 
 
 def test_a_planner_with_a_certificate_is_believed_if_its_authority_is(files: dict[str, Path]) -> None:
@@ -63,3 +74,25 @@ def test_a_client_shows_its_own_certificate_where_it_is_asked_for(files: dict[st
         with Client(planner.address, ca=files["cert"]) as nobody, pytest.raises(CallError) as caught:
             nobody.clusters.ListClusters(cluster_service_pb2.ListClustersRequest(), timeout=5)
         assert caught.value.is_unreachable
+
+
+def test_whoever_is_wrong_about_tls_is_told_so_first(
+    files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = (files["key"].read_bytes(), files["cert"].read_bytes())
+    with serving(FakePlanner(), credentials=grpc.ssl_server_credentials([pair])) as planner:
+        address = planner.address.replace("localhost", "127.0.0.1")  # one address: gRPC tells the last failure only
+        assert run(["get", "clusters", "--server", address]) == ExitCode.UNREACHABLE
+        assert "may want TLS: --ca FILE" in " ".join(capsys.readouterr().err.split())
+        other = files["cert"].with_name("other.pem")
+        other.write_bytes(_other_authority())
+        assert run(["get", "clusters", "--server", address, "--ca", str(other)]) == ExitCode.UNREACHABLE
+        assert "TLS fails: does --ca name the authority" in " ".join(capsys.readouterr().err.split())
+    with serving(FakePlanner()) as planner:
+        address = planner.address.replace("localhost", "127.0.0.1")
+        arguments = ["get", "clusters", "--server", address, "--ca", str(files["cert"])]
+        assert run(arguments) == ExitCode.UNREACHABLE
+        assert "TLS fails" in " ".join(capsys.readouterr().err.split())
+    for credentials in ([], ["--ca", str(files["cert"])]):  # nobody listens any more
+        assert run(["get", "clusters", "--server", address, *credentials]) == ExitCode.UNREACHABLE
+        assert "is hetis-planner running?" in " ".join(capsys.readouterr().err.split())

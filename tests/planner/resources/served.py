@@ -18,7 +18,7 @@ from grpc_status import rpc_status  # type: ignore[import-untyped]
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.declared import DeclaredFleets
 from hetis.planner.resources.hubs import Hubs
-from hetis.planner.resources.node_views import NodeReader
+from hetis.planner.resources.node_views import CONNECTED, NodeReader
 from hetis.planner.resources.nodes import Nodes
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.running import Running
@@ -85,12 +85,18 @@ class FakeFleet:
         self.nodes: dict[str, LiveNode] = {}
         self.replicas: dict[str, LiveReplica] = {}
         self.changed: list[str] = []
+        self.looked_up: list[str] = []
 
     def node_view(self, name: str) -> LiveNode | None:
+        self.looked_up.append(name)
         return self.nodes.get(name)
 
     def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
+        self.looked_up.append(cluster)
         return {name: node for name, node in self.nodes.items() if name.startswith(f"{cluster}/")}
+
+    def num_connected(self, cluster: str) -> int:
+        return sum(node.state in CONNECTED for name, node in self.nodes.items() if name.startswith(f"{cluster}/"))
 
     def replica_view(self, name: str) -> LiveReplica | None:
         return self.replicas.get(name)

@@ -336,3 +336,23 @@ def test_a_plan_that_was_deleted_with_its_cluster_is_told(tmp_path: Path) -> Non
             break
 
     with_planner(tmp_path, scenario)
+
+
+def test_an_update_that_changes_nothing_leaves_the_etag(tmp_path: Path) -> None:
+    async def scenario(planner: Served) -> None:
+        policy = cluster_pb2.ClusterPolicy(high_water=0.8)
+        cluster = cluster_pb2.Cluster(document=document(), policy=policy)
+        made = (
+            await planner.clusters.CreateCluster(pb.CreateClusterRequest(cluster_id="night", cluster=cluster))
+        ).cluster
+        planner.now_s[0] += 5
+        planner.fleet.changed.clear()
+        cluster.name = made.name
+        again = (await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=cluster))).cluster
+        assert again == made
+        assert planner.fleet.changed == []
+        cluster.policy.high_water = 0.9
+        changed = (await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=cluster))).cluster
+        assert (changed.etag, changed.update_time.seconds) == ("v2", 1005)
+
+    with_planner(tmp_path, scenario)

@@ -208,14 +208,14 @@ def test_without_agents_everything_is_missing(tmp_path: Path) -> None:
     with_planner(tmp_path, scenario)
 
 
-@pytest.mark.parametrize("text", [CLUSTER.replace("count: 3", "count: 1000001")])
+@pytest.mark.parametrize("text", [CLUSTER.replace("count: 3", "count: 10001")])
 def test_a_fleet_that_is_too_large_is_refused(tmp_path: Path, text: str) -> None:
     async def scenario(planner: Served) -> None:
         cluster = cluster_pb2.Cluster(document=document(text))
         request = pb.CreateClusterRequest(cluster_id="night", cluster=cluster)
         refusal = await refused(planner.clusters.CreateCluster(request))
         assert refusal.fields == {
-            "cluster.document#nodes": "has 1000002 nodes, a cluster of the service has at most 1000000"
+            "cluster.document#nodes": "has 10002 nodes, a cluster of the service has at most 10000"
         }
 
     with_planner(tmp_path, scenario)
@@ -235,5 +235,48 @@ def test_a_node_record_of_a_drained_node_survives_its_agent(tmp_path: Path) -> N
         )
         node = (await planner.clusters.GetNode(pb.GetNodeRequest(name=name))).node
         assert (node.draining, node.etag, len(node.inventory.devices)) == (True, "v2", 1)
+
+    with_planner(tmp_path, scenario)
+
+
+def test_one_node_and_one_cluster_are_answered_without_looking_at_all_nodes(tmp_path: Path) -> None:
+    """Else a viewer of a large fleet could stop the planner."""
+    name = f"{PARENT}/nodes/l4-0"
+
+    async def scenario(planner: Served) -> None:
+        await make(planner)
+        see(planner, "l4-0", STATE.NODE_STATE_READY)
+        planner.fleet.looked_up.clear()
+        assert (await planner.clusters.GetNode(pb.GetNodeRequest(name=name))).node.name == name
+        await planner.clusters.DrainNode(pb.DrainNodeRequest(name=name))
+        await planner.clusters.GetCluster(pb.GetClusterRequest(name=PARENT))
+        await planner.clusters.ListClusters(pb.ListClustersRequest())
+        assert set(planner.fleet.looked_up) == {name}
+
+    with_planner(tmp_path, scenario)
+
+
+def test_replicas_of_a_node_are_those_of_the_records(tmp_path: Path) -> None:
+    """They are kept parsed, and read again only where a record has changed."""
+    name = f"{PARENT}/nodes/l4-0"
+
+    async def scenario(planner: Served) -> None:
+        async def replicas() -> list[str]:
+            return list((await planner.clusters.GetNode(pb.GetNodeRequest(name=name))).node.replicas)
+
+        await make(planner)
+        assert await replicas() == []
+        record = samples.replica(f"{PARENT}/replicas/r")
+        record.body.nodes[:] = [name]
+        await planner.store.write(lambda tx: tx.replicas.insert(record))
+        assert await replicas() == [record.name]
+        record = await planner.store.write(lambda tx: tx.replicas.update(dataclasses.replace(record, generation=9)))
+        assert await replicas() == [record.name]
+        record.body.nodes[:] = [f"{PARENT}/nodes/l4-1"]
+        await planner.store.write(lambda tx: tx.replicas.update(record))
+        assert await replicas() == []
+        record.body.nodes[:] = [name]
+        await planner.store.write(lambda tx: tx.replicas.delete(record.name))
+        assert await replicas() == []
 
     with_planner(tmp_path, scenario)

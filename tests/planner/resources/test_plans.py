@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from hetis.formats import catalogue
 from hetis.formats.documents import dump, from_data
 from hetis.planner.convert.documents import document_of
+from hetis.planner.resources import plans
 from hetis.planner.sources import problem_of_plan
 from hetis.planner.store import ProfileRecord
 from hetis.profiler.roofline import modelled_profile
@@ -24,6 +28,33 @@ from tests.planner.resources.planned import PAPER, Planner, create_request, make
 from tests.planner.resources.served import LiveNode, refused
 
 READY, INFEASIBLE = plan_pb2.PLAN_STATE_READY, plan_pb2.PLAN_STATE_INFEASIBLE
+
+
+def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 10,000 GPUs takes long enough to hold up everybody else."""
+    threads = list[tuple[str, bool]]()
+
+    def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any) -> Any:
+            threads.append((name, threading.current_thread() is threading.main_thread()))
+            return work(*arguments)
+
+        return note
+
+    for name in ("complete", "explanation_to_proto", "compare"):
+        monkeypatch.setattr(plans, name, noted(name, getattr(plans, name)))
+
+    async def scenario(planner: Planner) -> None:
+        await planner.create("night")
+        await planner.solved("plans/night")
+        await planner.get("plans/night")
+        await planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/night"))
+        await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/night", other="plans/night"))
+        assert threads == [("complete", False), ("explanation_to_proto", False), ("compare", False)]
+
+    with_planner(tmp_path, scenario)
 
 
 async def read_document(planner: Planner, name: str, offset: int = 0) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from hetis.planner.resources.requests import fingerprint, to_the_end
 from hetis.planner.store import Store
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb
-from tests.planner.resources.served import FakeFleet, document
+from tests.planner.resources.served import CLUSTER, FakeFleet, document
 from tests.planner.store.postgres import find_binaries, new_database, running_server
 
 
@@ -92,3 +93,52 @@ def test_requests_are_the_same_whatever_their_id() -> None:
     assert fingerprint(one) == fingerprint(pb.DeleteClusterRequest(name="clusters/a", request_id="2"))
     assert fingerprint(one) != fingerprint(pb.DeleteClusterRequest(name="clusters/a", etag="v1"))
     assert one.request_id == "1"
+
+
+def test_a_request_id_is_the_same_in_upper_case(tmp_path: Path) -> None:
+    request = pb.CreateClusterRequest(
+        cluster_id="a", cluster=cluster_pb2.Cluster(document=document()), request_id=str(uuid.uuid4())
+    )
+    again = pb.CreateClusterRequest()
+    again.CopyFrom(request)
+    again.request_id = request.request_id.upper()
+
+    async def scenario() -> None:
+        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+        clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
+        assert await clusters.create(request) == await clusters.create(again)
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_is_kept_without_its_document_and_given_with_it(tmp_path: Path) -> None:
+    """Else callers could fill the disk: 3 MiB for each change of a cluster's policy."""
+    text = CLUSTER.replace("count: 3", "count: 1").replace("nodes:\n", "nodes:\n" + "".join(_NODES))
+    create = pb.CreateClusterRequest(
+        cluster_id="a", cluster=cluster_pb2.Cluster(document=document(text)), request_id=str(uuid.uuid4())
+    )
+    policy = cluster_pb2.ClusterPolicy(high_water=0.8)
+    update = pb.UpdateClusterRequest(
+        cluster=cluster_pb2.Cluster(name="clusters/a", policy=policy), request_id=str(uuid.uuid4())
+    )
+    other = pb.UpdateClusterRequest(cluster=cluster_pb2.Cluster(name="clusters/a", document=document()))
+
+    async def scenario() -> None:
+        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+        clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
+        created, updated = await clusters.create(create), await clusters.update(update)
+        assert len(updated.cluster.document.content) > 10_000
+        with sqlite3.connect(tmp_path / "hetis.db") as shell:
+            assert [size for (size,) in shell.execute("SELECT length(response) FROM requests") if size > 1000] == []
+        assert await clusters.create(create) == created
+        assert await clusters.update(update) == updated
+        await clusters.update(other)
+        again = (await clusters.update(update)).cluster.document
+        assert (again.digest, again.content) == (updated.cluster.document.digest, b"")  # nobody has it any more
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+_NODES = [f"  - {{name: n{number}, gpus: [{{type: L4, count: 2}}]}}\n" for number in range(300)]

@@ -258,3 +258,23 @@ def test_under_many_changes_a_watcher_ends_with_the_truth(tmp_path: Path) -> Non
         watcher.cancel()
 
     with_planner(tmp_path, scenario)
+
+
+def test_a_change_of_a_node_is_looked_up_once_however_many_watch(tmp_path: Path) -> None:
+    name = f"{NAME}/nodes/l4-0"
+
+    async def scenario(planner: Served) -> None:
+        await make(planner)
+        watchers = [Watcher(planner) for _ in range(5)]
+        for watcher in watchers:
+            await watcher.catch_up()
+        for state in (STATE.NODE_STATE_READY, STATE.NODE_STATE_SUSPECT):
+            planner.fleet.nodes[name] = LiveNode(state=state)
+            planner.fleet.looked_up.clear()
+            planner.hubs.cluster(NAME).publish(("node", name), cluster_pb2.Node(name=name), now_s=5.0)
+            assert [(await watcher.next()).node.state for watcher in watchers] == [state] * 5
+            assert planner.fleet.looked_up == [name]
+        for watcher in watchers:
+            watcher.cancel()
+
+    with_planner(tmp_path, scenario)

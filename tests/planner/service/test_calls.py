@@ -10,11 +10,13 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hetis.planner.failures import _CODE_OF, Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import NEEDED
 from hetis.planner.service.logs import JsonLines, TextLines
+from hetis.planner.service.stream_limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import dispatch_service_pb2 as dispatch
 from hetis.v1 import plan_service_pb2 as plans
@@ -299,5 +301,51 @@ def test_an_agent_stream_passes_messages_both_ways() -> None:
             assert (await stream.read()).WhichOneof("message") == "welcome"
             planner.planner.agents.goodbye.set()
             assert (await stream.read()).WhichOneof("message") == "goodbye"
+
+    run(test)
+
+
+def test_a_caller_may_have_a_hundred_watches_open() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            watches = [watch(planner, f"plans/{n}") for n in range(MOST_OF_A_CALLER)]
+            for each in watches:
+                await each.read()
+            error = await failure_of(watch(planner, "plans/p"))
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+            assert (await get(planner, "plans/p")).plan.name == "plans/p"
+            watches[0].cancel()
+            for _ in range(100):  # until the planner has heard of it
+                again = watch(planner, "plans/p")
+                if await _read_or_none(again) is not None:
+                    break
+            else:
+                raise AssertionError("an ended watch still counts")
+            for each in [*watches, again]:
+                each.cancel()
+
+    run(test)
+
+
+async def _read_or_none(call: Any) -> Any:
+    try:
+        return await call.read() or None
+    except grpc.aio.AioRpcError:
+        await asyncio.sleep(0.02)
+        return None
+
+
+def test_strangers_may_have_a_hundred_streams_open() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            stub = health_pb2_grpc.HealthStub(planner.channel)
+            watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(MOST_OF_A_HOST)]
+            for each in watches:
+                await each.read()
+            error = await failure_of(stub.Watch(health_pb2.HealthCheckRequest()))
+            assert reason_of(error) == "TOO_MANY_STREAMS"
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            for each in watches:
+                each.cancel()
 
     run(test)

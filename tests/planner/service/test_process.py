@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
+import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +16,13 @@ import grpc
 import pytest
 
 from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.running import run_planner
+from hetis.planner.service.setting_sources import Given, load_config
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.certificates import Authority, write
-from tests.planner.service.process import Process, finished
+from tests.planner.service.fakes import open_fake
+from tests.planner.service.process import REAL, Process, finished
 
 LOCAL = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json")
 ROOT = Path(__file__).parents[3]
@@ -72,11 +79,34 @@ def test_a_port_in_use_is_exit_8(tmp_path: Path) -> None:
             with Process((*LOCAL, option, address), folder=tmp_path) as second:
                 code, stderr = second.end()
             if option == "--listen":
-                assert f"error: cannot listen on {address}: it is in use, or not of this machine" in stderr
+                assert f"error: cannot listen on {address}: address already in use" in stderr
             else:
                 assert f"error: cannot listen on {address}: address already in use" in stderr
             assert code == ExitCode.ADDRESS
             assert "Traceback" not in stderr
+            assert "add_port" not in stderr  # of gRPC's own log
+
+
+def test_a_planner_that_cannot_listen_does_not_touch_the_store(tmp_path: Path) -> None:
+    with Process(LOCAL, folder=tmp_path) as first:
+        taken = ("--listen", first.ready()["listen"][0])
+        held = {"FAKE_STORE": "held"}  # opening it would fail
+        with Process((*LOCAL, *taken), folder=tmp_path, environment=held) as second:
+            code, _ = second.end()
+        assert code == ExitCode.ADDRESS
+
+
+def test_a_planner_that_still_compiles_stops_when_asked_to(tmp_path: Path) -> None:
+    empty = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    with Process(LOCAL, folder=tmp_path, module=REAL, environment=empty) as planner:
+        planner.ready()
+        time.sleep(3)  # it is in the middle of it
+        planner.signal(signal.SIGTERM)
+        began = time.monotonic()
+        code, stderr = planner.end()
+        assert time.monotonic() - began < 10
+    assert code == ExitCode.OK, stderr
+    assert '"stopped"' in stderr
 
 
 def test_a_store_of_another_planner_is_exit_9(tmp_path: Path) -> None:
@@ -119,6 +149,16 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     code, _, stderr, _ = finished((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
     assert code == ExitCode.INVALID
     assert f"other.key: does not belong to the certificate {certificate}" in stderr
+
+
+def test_everything_wrong_is_said_at_once_also_of_files(tmp_path: Path) -> None:
+    settings = ("x=1", "tls.certificate=c.pem", "tls.key=k.pem", "tokens=t.yaml", "listen=0.0.0.0:1", "agents.lease=1s")
+    options = tuple(part for text in settings for part in ("--set", text))
+    for check in ((), ("--check",)):
+        code, _, stderr, _ = finished((*options, *check), folder=tmp_path)
+        assert code == ExitCode.INVALID
+        for said in ("x is not a setting", "c.pem: no such", "k.pem: no such", "t.yaml: no such", "at least twice"):
+            assert said in stderr, stderr
 
 
 def test_it_serves_with_tls_and_a_token_on_every_address(tmp_path: Path) -> None:
@@ -248,3 +288,25 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
         code, stderr = planner.end()
     assert code == ExitCode.OK
     assert "tokens: the new files are bad, the old ones stay in force" in stderr
+
+
+def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) -> None:
+    """Else full collections hold up everything for a second when there are thousands of agents."""
+    given = ("listen", "127.0.0.1:0"), ("status_page.address", "off"), ("store", f"sqlite:///{tmp_path}/h.db")
+    config = load_config(None, environment={}, flags=[Given(name=n, text=text, by=n) for n, text in given])
+    before, interval_s = gc.get_threshold(), sys.getswitchinterval()
+
+    async def scenario() -> None:
+        serving = asyncio.create_task(run_planner(config, open_fake, version="0", ready_json=False))
+        while not gc.get_freeze_count():
+            await asyncio.sleep(0.01)
+        assert gc.get_threshold()[2] > before[2]
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+
+    try:
+        asyncio.run(asyncio.wait_for(scenario(), 30))
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval_s)

@@ -27,9 +27,9 @@ async def ask(address: str, path: str, method: str = "GET") -> tuple[int, dict[s
 
 
 async def page(is_ready: bool = True) -> tuple[StatusPage, str]:
-    made = StatusPage(status_app(FakePlanner(), Metrics("1.2"), version="1.2", is_ready=lambda: is_ready))
+    made = StatusPage()
     address = made.listen("127.0.0.1:0")
-    await made.start()
+    await made.start(status_app(FakePlanner(), Metrics("1.2"), version="1.2", is_ready=lambda: is_ready))
     return made, address
 
 
@@ -102,7 +102,7 @@ def test_an_address_in_use_is_an_error() -> None:
     async def test() -> None:
         served, address = await page()
         with pytest.raises(AddressError, match=f"cannot listen on {address}: address already in use"):
-            StatusPage(status_app(FakePlanner(), Metrics("0"), version="0", is_ready=bool)).listen(address)
+            StatusPage().listen(address)
         await served.stop()
 
     run(test)

@@ -81,9 +81,13 @@ def _how_to_reach(message: str, *, is_plain: bool) -> str:
     said = message.lower()
     if is_plain and any(sign in said for sign in _BROKEN_OFF):
         return "somebody listens there, and may want TLS: --ca FILE says the authority of the planner's certificate"
-    if not is_plain and any(sign in said for sign in (*_TLS, *_BROKEN_OFF)):
-        return (
-            "TLS fails: does --ca name the authority of the planner's certificate, is the certificate of this host name"
-            " and not expired, does the planner have TLS at all, and does it want --cert and --key?"
-        )
-    return "is hetis-planner running? --server or HETIS_SERVER says where; --ca if it has a certificate of its own"
+    if is_plain:
+        return "is hetis-planner running? --server or HETIS_SERVER says where; --ca if it has a certificate of its own"
+    tls = (
+        "does --ca name the authority of the planner's certificate, is the certificate of this host name and not"
+        " expired, does the planner have TLS at all, and does it want --cert and --key?"
+    )
+    if any(sign in said for sign in (*_TLS, *_BROKEN_OFF)):
+        return f"TLS fails: {tls}"
+    # Of a host with several addresses gRPC tells the last failure only, which may be of one that nobody listens on.
+    return f"is hetis-planner running? --server or HETIS_SERVER says where. If it is: {tls}"

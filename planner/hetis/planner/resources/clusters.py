@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
+from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
@@ -16,7 +16,7 @@ from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.live import FleetNow
 from hetis.planner.resources.paging import read_page_request
 from hetis.planner.resources.policies import check_policy
-from hetis.planner.resources.publishing import num_connected, publish_cluster, publish_nodes
+from hetis.planner.resources.publishing import publish_cluster, publish_nodes
 from hetis.planner.resources.requests import Answer, once, to_the_end
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction, etag_of
 from hetis.solver.cluster import Cluster
@@ -112,22 +112,22 @@ class Clusters:
         checks.raise_if_wrong()
         now_s = self._clock()
 
-        def changed(tx: Reader) -> ClusterRecord:
-            record = tx.clusters.require(request.cluster.name)
+        def changed(record: ClusterRecord) -> ClusterRecord:
             if request.cluster.etag and request.cluster.etag != etag_of(record):
                 raise etag_mismatch(record.name, given=request.cluster.etag, present=etag_of(record))
-            return _with_changes(record, request.cluster, paths, parsed, now_s=now_s) if paths else record
+            return _with_changes(record, request.cluster, paths, parsed, now_s=now_s)
 
         if request.validate_only:
-            record = await self._store.read(changed)
+            record = await self._store.read(lambda tx: changed(tx.clusters.require(request.cluster.name)))
             return service_pb2.UpdateClusterResponse(cluster=self._message(record, FULL))
         before: ClusterRecord | None = None
         after: ClusterRecord | None = None
 
         def update(tx: Transaction) -> service_pb2.UpdateClusterResponse:
             nonlocal before, after
-            before, after = tx.clusters.require(request.cluster.name), changed(tx)
-            if paths:
+            before = tx.clusters.require(request.cluster.name)
+            after = changed(before)
+            if after is not before:
                 after = tx.clusters.update(after)
             return service_pb2.UpdateClusterResponse(cluster=self._message(after, FULL))
 
@@ -135,8 +135,7 @@ class Clusters:
             answer = await self._store.write(
                 lambda tx: once(tx, request, service_pb2.UpdateClusterResponse, lambda: update(tx))
             )
-            if answer.is_new and paths:
-                assert after is not None
+            if answer.is_new and after is not None and after is not before:
                 await self._tell(after, before=before)
             return answer
 
@@ -173,7 +172,7 @@ class Clusters:
         return (await to_the_end(change())).response
 
     def _message(self, record: ClusterRecord, view: view_pb2.View.ValueType) -> cluster_pb2.Cluster:
-        return cluster_message(record, view=view, num_connected=num_connected(self._fleet, record.name))
+        return cluster_message(record, view=view, num_connected=self._fleet.num_connected(record.name))
 
     async def _read_document(self, checks: Checks, cluster: cluster_pb2.Cluster) -> Parsed | None:
         if not checks.require(cluster.HasField("document"), "cluster.document", "is required"):
@@ -190,7 +189,7 @@ class Clusters:
         publish_cluster(self._hubs, self._fleet, record, now_s=self._clock())
         if before is not None and record.body.document.digest != before.body.document.digest:
             was, is_ = await self._fleets.of(before), await self._fleets.of(record)
-            changed = await asyncio.to_thread(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
+            changed = await beside_loop(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
             publish_nodes(self._hubs, record.name, changed, now_s=self._clock())
         await self._fleet.cluster_changed(record.name)
 
@@ -228,6 +227,7 @@ def _with_changes(
     *,
     now_s: float,
 ) -> ClusterRecord:
+    """The same record where nothing changes."""
     policy = cluster_pb2.ClusterPolicy()
     policy.CopyFrom(wanted.policy if "policy" in paths else record.body.policy)
     for name in (path.partition(".")[2] for path in paths if path.startswith("policy.")):
@@ -246,6 +246,8 @@ def _with_changes(
     body.ClearField("policy")
     if policy.ByteSize():
         body.policy.CopyFrom(policy)
+    if body.document.digest == record.body.document.digest and body.policy == record.body.policy:
+        return record
     return dataclasses.replace(record, body=body, update_time_s=now_s)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
+from hetis.planner.beside import beside_loop
 from hetis.planner.convert import documents
 from hetis.planner.store import ClusterRecord
 from hetis.solver.cluster import Cluster
 
-MAX_NODES = 1_000_000  # of a cluster: as many as the largest fleet that plans are made for
-_KEPT_NODES = 2 * MAX_NODES  # of all clusters that are kept parsed; about 80 bytes each
+MAX_NODES = 10_000  # of a cluster: as many as the planner was measured with (docs/benchmarks.md)
+_KEPT_NODES = 100 * MAX_NODES  # of all clusters that are kept parsed; about 80 bytes each
 
 
 class Declared:
@@ -43,7 +43,7 @@ class DeclaredFleets:
         """Beside the event loop where it must be parsed."""
         digest = record.body.document.digest
         if digest not in self._by_digest:
-            self._by_digest[digest] = await asyncio.to_thread(_read, record)
+            self._by_digest[digest] = await beside_loop(_read, record)
             self._forget_some()
         self._by_digest.move_to_end(digest)
         return self._by_digest[digest]

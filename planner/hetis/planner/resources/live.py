@@ -56,6 +56,9 @@ class FleetNow(Protocol):
 
     def nodes_of(self, cluster: str) -> Mapping[str, NodeNow]: ...
 
+    def num_connected(self, cluster: str) -> int:
+        """Nodes whose agents are connected; costs nothing, however large the cluster is."""
+
     def replica_view(self, name: str) -> ReplicaNow | None: ...
 
     async def cluster_changed(self, cluster: str) -> None:

@@ -9,6 +9,7 @@ from hetis.planner.convert.clusters import node_message
 from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.resources.declared import Declared, DeclaredFleets
 from hetis.planner.resources.live import FleetNow, NodeNow
+from hetis.planner.resources.replica_places import ReplicaPlaces
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store
 from hetis.v1 import cluster_pb2, view_pb2
 
@@ -29,18 +30,14 @@ class NodeViews:
         declared: what its document says.
         records: by node id; of all nodes, or of those that were asked for.
         replicas: names of replicas by node id.
-        live: by node id.
+        live: by node id; of all nodes, or of those that were asked for.
     """
 
     cluster: ClusterRecord
     declared: Declared
     records: Mapping[str, NodeRecord]
-    replicas: Mapping[str, list[str]]
+    replicas: Mapping[str, Sequence[str]]
     live: Mapping[str, NodeNow]
-
-    @property
-    def num_connected(self) -> int:
-        return sum(node.state in CONNECTED for node in self.live.values())
 
     def exists(self, node: str) -> bool:
         """Whether it is declared or connected."""
@@ -92,33 +89,36 @@ class NodeReader:
         self._store = store
         self._fleet = fleet
         self._fleets = fleets
+        self._places = ReplicaPlaces()
 
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
-        """Of ``clusters/{cluster}``, with the records of these node ids; None: of all.
+        """Of ``clusters/{cluster}``, with what is known of these node ids; None: of all, which a large fleet feels.
 
         Raises:
             ServiceError: NOT_FOUND: the cluster.
         """
-        record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes))
+        record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes, self._places))
         return NodeViews(
             cluster=record,
             declared=await self._fleets.of(record),
             records=kept,
             replicas=replicas,
-            live={last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()},
+            live=self._live(cluster, nodes),
         )
+
+    def _live(self, cluster: str, nodes: Collection[str] | None) -> dict[str, NodeNow]:
+        if nodes is None:
+            return {last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()}
+        found = {node: self._fleet.node_view(node_name(cluster, node)) for node in nodes}
+        return {node: live for node, live in found.items() if live is not None}
 
 
 def _read(
-    tx: Reader, cluster: str, nodes: Collection[str] | None
-) -> tuple[ClusterRecord, dict[str, NodeRecord], dict[str, list[str]]]:
+    tx: Reader, cluster: str, nodes: Collection[str] | None, places: ReplicaPlaces
+) -> tuple[ClusterRecord, dict[str, NodeRecord], Mapping[str, Sequence[str]]]:
     record = tx.clusters.require(cluster)
     if nodes is None or len(nodes) > _MOST_BY_NAME:
         kept = tx.nodes.all(cluster=cluster)
     else:
         kept = tx.nodes.all(name=[node_name(cluster, node) for node in nodes])
-    replicas = dict[str, list[str]]()
-    for replica in tx.replicas.all(cluster=cluster):
-        for node in replica.body.nodes:
-            replicas.setdefault(last_part(node), []).append(replica.name)
-    return record, {last_part(node.name): node for node in kept}, replicas
+    return record, {last_part(node.name): node for node in kept}, places.read(tx, cluster)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import time
 from bisect import bisect_right
 from collections.abc import Callable
 
+from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.inventories import FoundNode, inventory_message
@@ -77,7 +77,7 @@ class Nodes:
             if live.state in CONNECTED and (found := _found(live)) is not None
         }
         etag = etag_of(views.cluster)
-        inventory = await asyncio.to_thread(
+        inventory = await beside_loop(
             inventory_message, views.cluster.name, views.declared.value, found, cluster_etag=etag
         )
         return service_pb2.GetInventoryResponse(inventory=inventory)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 from hetis.formats.documents import digest
+from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
@@ -138,7 +138,7 @@ class PlanActivation:
                 load_bytes=lambda shape: load_bytes(replica_from_proto(shape)),
             )
 
-        return await asyncio.to_thread(prepare)
+        return await beside_loop(prepare)
 
     async def _change(
         self,

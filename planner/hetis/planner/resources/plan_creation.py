@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from hetis.formats.errors import DocumentError
+from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.plans import result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
@@ -133,16 +133,16 @@ class PlanCreation:
             problem = pose(spec, record, declared.value, left_out, profiles)
             return Posed(problem=problem, json=problem.to_json())
 
-        return await asyncio.to_thread(posed)
+        return await beside_loop(posed)
 
     async def _imported(self, cluster: str, plan: Plan, source_name: str) -> ImportedPlan:
         record = await self._store.read(lambda reader: reader.clusters.require(cluster))
         declared = await self._fleets.of(record)
         try:
-            imported = await asyncio.to_thread(checked, plan, source_name or "document")
+            imported = await beside_loop(checked, plan, source_name or "document")
         except DocumentError as error:
             raise invalid_document(error, _IMPORTED) from None
-        await asyncio.to_thread(require_gpus, cluster, declared.value, plan.replicas)
+        await beside_loop(require_gpus, cluster, declared.value, plan.replicas)
         return imported
 
     async def _make(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from hetis.formats.documents import from_data
+from hetis.planner.beside import beside_loop
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.plan_views import SEARCHING
 from hetis.planner.sources import PlanAndProblem, problem_of_plan
@@ -57,7 +57,7 @@ class PlanDocuments:
         digest = record.body.result.document.digest
         if digest not in self._read:
             document = await self._store.read(lambda reader: _document(reader, record.name))
-            self._read[digest] = document, await asyncio.to_thread(_parsed, document, record.name)
+            self._read[digest] = document, await beside_loop(_parsed, document, record.name)
         self._read.move_to_end(digest)
         document, found = self._read[digest]
         while len(self._read) > 1 and sum(len(kept) for kept, _ in self._read.values()) > _MOST_KEPT_BYTES:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hetis.formats.errors import DocumentError
+from hetis.planner.beside import beside_loop
 from hetis.planner.convert.plans import digest_of, progress_to_proto
 from hetis.planner.convert.times import timestamp
 from hetis.planner.failures import Reason, ServiceError
@@ -87,7 +88,7 @@ class PlanSearches:
                 await self._end(record.name, None, CalledOff())
                 continue
             try:
-                posed = await asyncio.to_thread(posed_from_json, posed_json)
+                posed = await beside_loop(posed_from_json, posed_json)
             except DocumentError as error:
                 await self._end(record.name, None, Invalid(f"the problem was posed by another version: {error}"))
                 continue
@@ -135,7 +136,7 @@ class PlanSearches:
         result: plan_pb2.PlanResult | None = None
         if isinstance(outcome, Found):
             result = plan_pb2.PlanResult.FromString(outcome.result)
-            if await asyncio.to_thread(digest_of, outcome.document) != result.document.digest:
+            if await beside_loop(digest_of, outcome.document) != result.document.digest:
                 outcome = Unsound(("its document is not the one that was checked",))
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:

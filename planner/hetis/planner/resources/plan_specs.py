@@ -16,9 +16,8 @@ from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.placing import Settings
 from hetis.planner.resources.checking import Checks
 from hetis.planner.resources.plan_fleets import without_nodes
-from hetis.planner.sources import MODELLED, Inputs, LoadedInputs
+from hetis.planner.sources import Inputs, LoadedInputs, default_profile
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
-from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
@@ -139,7 +138,7 @@ def pose(
     by_gpu = {
         gpu: (profiles[gpu].name, documents.read_profile(profiles[gpu].body.document))
         if gpu in profiles
-        else (MODELLED, modelled_profile(cluster.gpu_types[gpu]))
+        else default_profile(cluster.gpu_types[gpu])
         for gpu in gpu_types_of(cluster)
     }
     origin = f"{record.name} {etag_of(record)}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
+from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.explanations import explanation_to_proto
 from hetis.planner.convert.plans import complete
@@ -52,7 +52,7 @@ class Plans:
         plan = full_view(record, self._searches.progress_of(record.name))
         if record.body.HasField("result"):
             answered = await self._documents.of(record)
-            complete(plan, answered.plan, answered.document)
+            await beside_loop(complete, plan, answered.plan, answered.document)
         return pb2.GetPlanResponse(plan=plan)
 
     async def list(self, request: pb2.ListPlansRequest) -> pb2.ListPlansResponse:
@@ -148,8 +148,11 @@ class Plans:
 
         _require_name(request.name)
         answered = await self._documents.answered(request.name)
-        explanation = await asyncio.to_thread(explain_plan, answered.plan, answered.problem)
-        return explanation_to_proto(answered.plan, explanation)
+
+        def explained() -> pb2.ExplainPlanResponse:
+            return explanation_to_proto(answered.plan, explain_plan(answered.plan, answered.problem))
+
+        return await beside_loop(explained)
 
     async def diff(self, request: pb2.DiffPlansRequest) -> pb2.DiffPlansResponse:
         checks = Checks()
@@ -158,7 +161,7 @@ class Plans:
         checks.raise_if_wrong()
         one = await self._documents.answered(request.name)
         other = await self._documents.answered(request.other)
-        return await asyncio.to_thread(compare, one.found, other.found)
+        return await beside_loop(compare, one.found, other.found)
 
     async def read_document(self, request: pb2.ReadPlanDocumentRequest) -> AsyncIterator[pb2.ReadPlanDocumentResponse]:
         """The document from the offset on, in pieces; one empty piece where the offset is its end."""

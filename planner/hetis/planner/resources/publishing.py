@@ -8,21 +8,15 @@ from hetis.planner.convert.clusters import BASIC, cluster_message
 from hetis.planner.convert.names import node_name
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.live import FleetNow
-from hetis.planner.resources.node_views import CONNECTED
 from hetis.planner.store import ClusterRecord
 from hetis.v1 import cluster_pb2
 
 _MOST_ONE_BY_ONE = 1000  # nodes; above, watchers are sent the present state again
 
 
-def num_connected(fleet: FleetNow, cluster: str) -> int:
-    """Nodes whose agents are connected."""
-    return sum(node.state in CONNECTED for node in fleet.nodes_of(cluster).values())
-
-
 def publish_cluster(hubs: Hubs, fleet: FleetNow, record: ClusterRecord, *, now_s: float) -> None:
     """Its document, policy or plans have changed."""
-    message = cluster_message(record, view=BASIC, num_connected=num_connected(fleet, record.name))
+    message = cluster_message(record, view=BASIC, num_connected=fleet.num_connected(record.name))
     hubs.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from hetis.planner.resources.answered_documents import with_documents, without_documents
 from hetis.planner.store import Transaction
 
 A = TypeVar("A", bound=Message)
@@ -30,21 +31,21 @@ def once(tx: Transaction, request: Message, response: type[A], work: Callable[[]
 
     Args:
         tx: the transaction in which ``work`` changes what it does.
-        request: has a field ``request_id``, empty or a UUID.
+        request: has a field ``request_id``, empty or a UUID, whose letters may be of either case.
         response: the class of the answer.
         work: what to do, and the answer.
 
     Raises:
         ServiceError: REQUEST_ID_REUSED.
     """
-    request_id: str = request.request_id  # type: ignore[attr-defined]
+    request_id: str = request.request_id.lower()  # type: ignore[attr-defined]
     method, print_ = request.DESCRIPTOR.full_name, fingerprint(request)
     earlier = tx.requests.replay(method, request_id, print_)
     if earlier is not None:
-        return Answer(response.FromString(earlier), is_new=False)
+        return Answer(with_documents(response.FromString(earlier), tx), is_new=False)
     answer = work()
     if request_id:
-        tx.requests.remember(method, request_id, print_, answer.SerializeToString())
+        tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
     return Answer(answer, is_new=True)
 
 

@@ -1,13 +1,14 @@
 """WatchCluster: the present state of a cluster, then every change; resumed by a token.
 
 The hub says *which* resource has changed; of nodes this looks up *how* it is when the watcher is ready for it. So a
-slow watcher gets the newest state, and the present state needs no copy in memory.
+slow watcher gets the newest state, and the present state needs no copy in memory. However many watch, it is looked up
+once for each change.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from google.protobuf.message import Message
@@ -26,9 +27,9 @@ from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.resources.checking import Checks
 from hetis.planner.resources.hubs import ClusterHub, Hubs
 from hetis.planner.resources.live import FleetNow
-from hetis.planner.resources.node_views import NodeReader, NodeViews
-from hetis.planner.resources.publishing import num_connected
+from hetis.planner.resources.node_views import NodeReader
 from hetis.planner.resources.running import replica_now
+from hetis.planner.resources.shown_nodes import ShownNodes
 from hetis.planner.store import ClusterRecord, RedispatchRecord, ReplicaRecord, Store
 from hetis.planner.watching import Event
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
@@ -83,6 +84,7 @@ class ClusterWatches:
         self._hubs = hubs
         self._fleet = fleet
         self._reader = reader
+        self._shown = ShownNodes(reader)
         self._clock = clock
 
     async def watch(self, request: service_pb2.WatchClusterRequest) -> AsyncIterator[Response]:
@@ -132,7 +134,7 @@ class ClusterWatches:
             lambda tx: (tx.replicas.all(cluster=name), tx.redispatches.all(cluster=name))
         )
         token, now = here.to_text(), timestamp(self._clock())
-        cluster = cluster_message(views.cluster, view=BASIC, num_connected=views.num_connected)
+        cluster = cluster_message(views.cluster, view=BASIC, num_connected=self._fleet.num_connected(name))
         yield Response(resume_token=token, event_time=now, reset=reset, cluster=cluster)
         for node in views.ids():
             yield Response(resume_token=token, event_time=now, node=views.node(node, BASIC))
@@ -158,10 +160,10 @@ class ClusterWatches:
     ) -> AsyncIterator[Response]:
         """What is newer than ``after``; a watcher that has resumed is told when it has caught up."""
         async for events in hub.watch(after):
-            nodes = [last_part(event.key[1]) for event in events if event.key[0] == "node"]
-            views = await self._reader.read(name, nodes) if nodes else None
+            changed = {last_part(event.key[1]): event.sequence for event in events if event.key[0] == "node"}
+            nodes = await self._shown.read(hub, name, changed) if changed else {}
             for event in events:
-                response = self._response(event, views)
+                response = self._response(event, nodes)
                 if response is not None:
                     response.resume_token = here.at(event.sequence).to_text()
                     response.event_time.CopyFrom(timestamp(event.time_s))
@@ -170,17 +172,18 @@ class ClusterWatches:
                 is_resumed = False
                 yield self._caught_up(here.at(events[-1].sequence if events else after))
 
-    def _response(self, event: Event[tuple[str, str], Message], views: NodeViews | None) -> Response | None:
+    def _response(
+        self, event: Event[tuple[str, str], Message], nodes: Mapping[str, cluster_pb2.Node | None]
+    ) -> Response | None:
         kind, name = event.key
         if kind == "node":
-            assert views is not None
-            node = last_part(name)
-            return Response(node=views.node(node, BASIC)) if views.exists(node) else Response(removed_node=name)
+            node = nodes[last_part(name)]
+            return Response(removed_node=name) if node is None else Response(node=node)
         match event.value:
             case cluster_pb2.Cluster() as cluster:
                 now = cluster_pb2.Cluster()
                 now.CopyFrom(cluster)
-                now.num_connected_nodes = num_connected(self._fleet, name)
+                now.num_connected_nodes = self._fleet.num_connected(name)
                 return Response(cluster=now)
             case replica_pb2.Replica() as replica:
                 return Response(replica=basic_replica(replica))

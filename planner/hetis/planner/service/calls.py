@@ -17,6 +17,7 @@ from hetis.planner.service.access import is_open, require_role
 from hetis.planner.service.credentials import Authenticator
 from hetis.planner.service.deadlines import require_deadline
 from hetis.planner.service.identity import ANYBODY, set_caller
+from hetis.planner.service.stream_limits import StreamLimits
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
 
 _log = logging.getLogger("hetis.planner.calls")
@@ -32,6 +33,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._authenticator = authenticator
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
+        self._limits = StreamLimits()
         self._streams: set[asyncio.Task[None]] = set()
         self._num_unary = 0
         self._unary_done = asyncio.Event()
@@ -48,7 +50,23 @@ class Calls(grpc.aio.ServerInterceptor):
             if handler is None:
                 return None  # gRPC answers UNIMPLEMENTED
             wrapped = self._wrapped[method] = self._wrap(method, handler)
+        if not is_open(method) and not self._authenticator.reads_certificates:
+            try:
+                self._authenticator.identify(handler_call_details.invocation_metadata or (), {})
+            except ServiceError as error:
+                return self._refusing(method, error, is_stream=wrapped.response_streaming)
         return wrapped
+
+    def _refusing(self, method: str, error: ServiceError, *, is_stream: bool) -> Handler:
+        """Fails a call before its message has come: gRPC reads none for a stream of requests before it is asked to."""
+
+        async def answer(_requests: Any, context: Context) -> None:
+            async def body(_record: CallRecord) -> None:
+                raise error
+
+            await self._watched(method, context, body, is_stream=is_stream)
+
+        return grpc.stream_stream_rpc_method_handler(answer)
 
     def refuse_new(self) -> None:
         """From now on every call fails with DRAINING, but health and reflection."""
@@ -165,7 +183,11 @@ class Calls(grpc.aio.ServerInterceptor):
         code = grpc.StatusCode.UNKNOWN
         try:
             self._admit(method, metadata, context, record, is_stream=is_stream)
-            answer = await body(record)
+            if is_stream:
+                with self._limits.opened(method, caller=record.caller, peer=context.peer()):
+                    answer = await body(record)
+            else:
+                answer = await body(record)
             code = _code_set(context) or grpc.StatusCode.OK
             return answer
         except grpc.aio.AbortError:  # a servicer of gRPC's own, such as health

@@ -18,6 +18,11 @@ _PERSON = re.compile(r"(viewer|orchestrator|admin)/([A-Za-z0-9][A-Za-z0-9._-]{0,
 class Authenticator(Protocol):
     """Tells who calls."""
 
+    @property
+    def reads_certificates(self) -> bool:
+        """Whether the connection may say who calls; else the metadata of the call alone does."""
+        ...
+
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
         """
         Raises:
@@ -28,6 +33,8 @@ class Authenticator(Protocol):
 
 class NoCredentials:
     """Everybody may do everything: for loopback only."""
+
+    reads_certificates = False
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
         return ANYBODY
@@ -48,6 +55,10 @@ class Credentials:
         self._tokens = tokens
         self._trust_domain = trust_domain
         self._clock = clock
+
+    @property
+    def reads_certificates(self) -> bool:
+        return self._trust_domain is not None
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
         """

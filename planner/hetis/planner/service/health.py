@@ -25,6 +25,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._is_serving = False
         self._changed = asyncio.Event()
 
+    def add(self, services: Iterable[str]) -> None:
+        """Services beside those that were given."""
+        self._services.update(services)
+
     def add_to(self, server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 

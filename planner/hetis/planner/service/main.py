@@ -14,7 +14,10 @@ def main() -> NoReturn:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"hetis-planner needs {error.name}: pip install 'hetis[planner]'")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    from hetis.planner.daemons import exit_process
+
+    exit_process(code)
 
 
 if __name__ == "__main__":

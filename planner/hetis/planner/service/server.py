@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from hetis.planner.service.health import SERVICE as HEALTH
 from hetis.planner.service.health import Health
 
 MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_CALLS = 30_000  # at a time, also those whose message has not come: 10,000 agents and twice as many others
 _log = logging.getLogger("hetis.planner.server")
 _STREAMS_S = 2.0  # how long streams have to end by themselves before a drain ends them
 
@@ -32,6 +35,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Connections end now and then, so that those of 10,000 agents spread after a restart.
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 60_000),
+    # Of one connection: agents have one, which carries one stream; watchers and engines a handful of calls.
+    ("grpc.max_concurrent_streams", 1_000),
     # Two planners on one port would each get half of the calls.
     ("grpc.so_reuseport", 0),
 )
@@ -58,13 +63,14 @@ class PlannerServer:
     ) -> None:
         self._calls = calls
         self._credentials = credentials
-        self._server = grpc.aio.server(interceptors=[calls], options=OPTIONS)
-        names = [servicing.service for servicing in servicings]
-        for servicing in servicings:
-            servicing.add(servicing.servicer, self._server)
-        self.health = Health(names)
+        self._server = grpc.aio.server(interceptors=[calls], options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        self.health = Health(())
         self.health.add_to(self._server)
-        reflection.add_reflection([*names, HEALTH], self._server)
+        self._servicings = list(servicings)
+
+    def add(self, servicings: Sequence[Servicing]) -> None:
+        """Services beside those that were given, before the start."""
+        self._servicings += servicings
 
     def listen(self, address: str) -> str:
         """Binds an address before the start, and returns it with the port that was chosen for 0.
@@ -72,17 +78,24 @@ class PlannerServer:
         Raises:
             AddressError: in use, not of this machine, or not allowed.
         """
+        if not is_socket_path(address):
+            _must_be_free(address)  # gRPC itself would say so in the log, at length
         try:
             if self._credentials is None:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError:
-            raise AddressError(f"cannot listen on {address}: it is in use, or not of this machine") from None
+            raise AddressError(f"cannot listen on {address}: it is in use, or may not be used") from None
         return address if is_socket_path(address) else join_address(split_address(address)[0], port)
 
     async def start(self) -> None:
         """Begins to answer."""
+        names = [servicing.service for servicing in self._servicings]
+        for servicing in self._servicings:
+            servicing.add(servicing.servicer, self._server)
+        self.health.add(names)
+        reflection.add_reflection([*names, HEALTH], self._server)
         await self._server.start()
         self.health.serve(True)
 
@@ -111,3 +124,33 @@ class PlannerServer:
         """Cuts everything off."""
         self._calls.refuse_new()
         await self._server.stop(None)
+
+
+def _must_be_free(address: str) -> None:
+    """
+    Raises:
+        AddressError: in use, not of this machine, or not allowed.
+    """
+    host, port = split_address(address)
+    try:
+        errors = [_error_of(*found) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except OSError as error:
+        errors = [error]
+    wrong = [error for error in errors if error is not None]
+    taken = [error for error in wrong if error.errno == errno.EADDRINUSE]
+    if taken or len(wrong) == len(errors):  # a name may have an address of each family, one of which is not here
+        first = (taken or wrong)[0]
+        raise AddressError(f"cannot listen on {address}: {(first.strerror or str(first)).lower()}")
+
+
+def _error_of(
+    family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, _name: str, where: tuple[Any, ...]
+) -> OSError | None:
+    """What binding an address fails with."""
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        return error
+    return None

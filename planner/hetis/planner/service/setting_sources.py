@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -31,9 +31,19 @@ class Given:
 
 
 def load_config(
-    path: str | os.PathLike[str] | None, *, environment: Mapping[str, str], flags: Iterable[Given] = ()
+    path: str | os.PathLike[str] | None,
+    *,
+    environment: Mapping[str, str],
+    flags: Iterable[Given] = (),
+    look_further: Callable[[PlannerConfig], Iterable[Problem]] = lambda _config: (),
 ) -> PlannerConfig:
     """The configuration of a file (None: none), the ``HETIS_*`` variables over it, and flags over both.
+
+    Args:
+        path: of the file.
+        environment: of the process.
+        flags: of the command line.
+        look_further: what else is wrong with a configuration whose values are all valid, such as a missing file.
 
     Raises:
         DocumentError: with every problem of all of them.
@@ -46,10 +56,20 @@ def load_config(
         layers = _Layers(file=text.file, text=text.text, _root=text._root, problems=list(text.problems))
     for given in (*_from_environment(environment, layers), *flags):
         _put(data, given, layers)
-    config = validated(PlannerConfig, data, layers, to_value=lambda document: document)
-    if problems := [layers.problem(place, message) for place, message in config.contradictions()]:
-        raise DocumentError(problems)
+    mistakes, layers.problems[:] = list(layers.problems), []  # names that nobody knows: the values may be valid still
+    try:
+        config = validated(PlannerConfig, data, layers, to_value=lambda document: document)
+    except DocumentError as error:
+        raise DocumentError(_in_order([*mistakes, *error.problems])) from None
+    contradictions = [layers.problem(place, message) for place, message in config.contradictions()]
+    if problems := [*mistakes, *contradictions, *look_further(config)]:
+        raise DocumentError(_in_order(problems))
     return config
+
+
+def _in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """As `validated` has them: those without a line first."""
+    return sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
 
 
 def variables() -> dict[str, str]:

@@ -39,9 +39,9 @@ def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None
 
 def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None:
     from hetis.planner.service.logs import set_up_logs
-    from hetis.planner.service.running import run_planner
+    from hetis.planner.service.running import problems_of_access, run_planner
 
-    config = load_config(path, environment=os.environ, flags=flags)
+    config = load_config(path, environment=os.environ, flags=flags, look_further=problems_of_access)
     set_up_logs(level=config.log.level, form=config.log.format)
     for hint in mistaken_variables(os.environ):
         _log.warning(hint)
@@ -50,9 +50,9 @@ def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Give
 
 def check_config(path: str | None, flags: Sequence[Given]) -> None:
     """Says whether the planner could start with this configuration; opens neither the store nor a port."""
-    from hetis.planner.service.running import Access
+    from hetis.planner.service.running import Access, problems_of_access
 
-    config = load_config(path, environment=os.environ, flags=flags)
+    config = load_config(path, environment=os.environ, flags=flags, look_further=problems_of_access)
     access = Access(config)
     for hint in mistaken_variables(os.environ):
         print(f"warning: {hint}", file=sys.stderr)

@@ -82,8 +82,7 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
 class StatusPage:
     """The page, served in this event loop."""
 
-    def __init__(self, app: Starlette) -> None:
-        self._app = app
+    def __init__(self) -> None:
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -105,11 +104,11 @@ class StatusPage:
             raise AddressError(f"cannot listen on {address}: {(error.strerror or str(error)).lower()}") from None
         return join_address(host, self._socket.getsockname()[1])
 
-    async def start(self) -> None:
-        """Begins to answer."""
+    async def start(self, app: Starlette) -> None:
+        """Begins to answer with what `status_app` made."""
         assert self._socket is not None
         config = uvicorn.Config(
-            self._app,
+            app,
             log_config=None,
             access_log=False,
             lifespan="off",

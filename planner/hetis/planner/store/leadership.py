@@ -14,12 +14,13 @@ from hetis.planner.store import schema
 _ROW = schema.leadership.c.id == 1
 
 
-def take(connection: sa.Connection, holder: str, *, lease_s: float) -> int:
+def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) -> int:
     """The epoch of a new term.
 
     Args:
         connection: in a write transaction.
         holder: who leads, for people.
+        store: how messages call it.
         lease_s: how long before others may take over, by the server's clock. 0: a file lock holds the term.
 
     Raises:
@@ -28,7 +29,7 @@ def take(connection: sa.Connection, holder: str, *, lease_s: float) -> int:
     row = connection.execute(sa.select(schema.leadership).where(_ROW).with_for_update()).one()
     now_s = _now_s(connection)
     if row.lease_end_s > now_s:
-        raise not_leader(row.holder, retry_after_s=row.lease_end_s - now_s)
+        raise not_leader(row.holder, store=store, retry_after_s=row.lease_end_s - now_s)
     epoch: int = row.epoch + 1
     lease_end_s = now_s + lease_s if lease_s else 0.0
     values = {"epoch": epoch, "holder": holder, "lease_end_s": lease_end_s}
@@ -62,11 +63,12 @@ def holder_of(connection: sa.Connection) -> str:
     return str(connection.execute(sa.select(schema.leadership.c.holder).where(_ROW)).scalar_one())
 
 
-def not_leader(leader: str, *, retry_after_s: float | None = None) -> ServiceError:
-    """``leader`` is empty where it is not known."""
+def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = None) -> ServiceError:
+    """``leader`` is empty where it is not known; ``store`` is how messages call what it holds."""
+    what = f"another planner leads with the store {store}" if store else "another planner leads"
     return ServiceError(
         Reason.ERROR_REASON_NOT_LEADER,
-        f"another planner leads: {leader}" if leader else "this planner does not lead",
+        f"{what}: {leader}" if leader else "this planner does not lead",
         metadata={"leader": leader} if leader else {},
         retry_after_s=retry_after_s,
     )

@@ -166,10 +166,10 @@ class Store:
     def _lead(self, holder: str) -> int:
         if self._lock is not None and not self._lock.take():
             with self._readers.begin() as connection:
-                raise leadership.not_leader(leadership.holder_of(connection))
+                raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
         try:
             with self._engine.begin() as connection:
-                return leadership.take(connection, holder, lease_s=self._lease_s)
+                return leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
 

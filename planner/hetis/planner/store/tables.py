@@ -59,6 +59,11 @@ class TableView(Generic[R]):
     def all(self, **filters: Filter) -> list[R]:
         return [self._from_row(row) for row in self._connection.execute(self._filtered(filters))]
 
+    def versions(self, **filters: Filter) -> dict[str, int]:
+        """Of each record by its name: what has changed, without reading it."""
+        query = sa.select(self._table.c.name, self._table.c.version).where(*_conditions(self._table, filters))
+        return {row.name: row.version for row in self._connection.execute(query)}
+
     def place_of(self, record: R) -> str | tuple[float, str]:
         """What `page` goes on from."""
         if self._newest_first:

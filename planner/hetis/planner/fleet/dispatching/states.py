@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.daemons import in_daemon_thread
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.dispatching.answers import placement_to_proto, quality_to_proto, refusal_to_proto
 from hetis.planner.fleet.dispatching.batches import check_batch, growth_violations, newcomer_violations
@@ -50,12 +51,13 @@ class DispatchStates:
     # --- kernels
 
     async def warm_up(self) -> None:
-        """Compiles the kernels of dispatch in a thread, or loads them; the service starts this, `admit` waits for it.
+        """Compiles the kernels of dispatch, or loads them; the service starts this, `admit` waits for it.
 
-        A caller whose deadline comes first hears DEADLINE_EXCEEDED and tries again.
+        A thread does it that the process does not wait for at its end. A caller whose deadline comes first hears
+        DEADLINE_EXCEEDED and tries again.
         """
         if self._warming is None:
-            self._warming = asyncio.ensure_future(asyncio.to_thread(compile_kernels))
+            self._warming = asyncio.ensure_future(in_daemon_thread(compile_kernels, name="kernels of dispatch"))
         await asyncio.shield(self._warming)
 
     # --- calls

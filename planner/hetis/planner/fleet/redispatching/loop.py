@@ -20,6 +20,7 @@ from functools import partial
 from hetis.planner.convert.names import cluster_of
 from hetis.planner.convert.redispatches import triggers_to_proto
 from hetis.planner.convert.times import timestamp
+from hetis.planner.daemons import in_daemon_thread
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner, compile_kernels
@@ -114,7 +115,7 @@ class RedispatchLoop:
 
         try:
             # First of all: a compilation would spend the budget of a solve.
-            await asyncio.get_running_loop().run_in_executor(self._threads, compile_kernels)
+            await in_daemon_thread(compile_kernels, name="kernels of re-dispatch")
             while True:
                 for look in self._begin_due():
                     looks.add(look)

@@ -1,0 +1,55 @@
+"""Answers that are kept to be given again hold no large documents: the resource that they are of has them already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from hetis.planner.store import Transaction
+from hetis.v1 import document_pb2
+
+A = TypeVar("A", bound=Message)
+MOST_KEPT_BYTES = 4096
+_LEFT_OUT = b"\0"  # no document is that
+
+
+def without_documents(answer: A) -> A:
+    """A copy whose large documents are marked as left out."""
+    kept = type(answer)()
+    kept.CopyFrom(answer)
+    for document in _documents(kept):
+        if len(document.content) > MOST_KEPT_BYTES:
+            document.content = _LEFT_OUT
+    return kept
+
+
+def with_documents(answer: A, tx: Transaction) -> A:
+    """The answer with what was left out, as far as the resource still has it; else the content is empty."""
+    missing = [document for document in _documents(answer) if document.content == _LEFT_OUT]
+    if missing:
+        known = {document.digest: document.content for body in _bodies(answer, tx) for document in _documents(body)}
+        for document in missing:
+            document.content = known.get(document.digest, b"")
+    return answer
+
+
+def _bodies(answer: Message, tx: Transaction) -> Iterator[Message]:
+    """What is kept of the resources in an answer."""
+    for field, table in (("cluster", tx.clusters), ("profile", tx.profiles), ("plan", tx.plans)):
+        if field in answer.DESCRIPTOR.fields_by_name and answer.HasField(field):
+            record = table.get(getattr(answer, field).name)
+            if record is not None:
+                yield record.body
+
+
+def _documents(message: Message) -> Iterator[document_pb2.Document]:
+    if isinstance(message, document_pb2.Document):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for part in value if field.is_repeated else (value,):
+            yield from _documents(part)

@@ -1,0 +1,54 @@
+"""Large documents are read beside the event loop, which goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from pathlib import Path
+
+from hetis.planner.beside import beside_loop
+from hetis.v1 import cluster_pb2
+from hetis.v1 import cluster_service_pb2 as pb
+from tests.planner.resources.served import Served, document, with_planner
+
+_HEAD = "apiVersion: hetis/v1\nkind: Cluster\nname: fleet\nnetwork: {bandwidth: 100Gbps, latency: 20us}\nnodes:\n"
+
+
+def test_a_large_document_is_read_while_the_collector_of_garbage_rests(tmp_path: Path) -> None:
+    """Its collections hold up the loop for up to a second."""
+    text = _HEAD + "".join(f"  - {{name: n{n}, gpus: [{{type: L4, count: 2}}]}}\n" for n in range(2000))
+    collected = list[int]()
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and threading.current_thread() is not threading.main_thread():
+            collected.append(info["generation"])
+
+    async def scenario(planner: Served) -> None:
+        cluster = cluster_pb2.Cluster(document=document(text))
+        request = pb.CreateClusterRequest(cluster_id="night", cluster=cluster, validate_only=True)
+        gc.callbacks.append(note)
+        try:
+            await planner.clusters.CreateCluster(request)
+        finally:
+            gc.callbacks.remove(note)
+
+    with_planner(tmp_path, scenario)
+    assert collected.count(1) + collected.count(2) <= 1
+    assert gc.isenabled()
+
+
+def test_the_collector_works_again_when_the_last_work_has_ended() -> None:
+    async def scenario() -> None:
+        ends = [threading.Event() for _ in range(2)]
+        works = [asyncio.create_task(beside_loop(end.wait, 10)) for end in ends]
+        while gc.isenabled():
+            await asyncio.sleep(0.001)
+        ends[0].set()
+        await works[0]
+        assert not gc.isenabled()
+        ends[1].set()
+        await works[1]
+        assert gc.isenabled()
+
+    asyncio.run(scenario())
