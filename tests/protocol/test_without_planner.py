@@ -155,10 +155,6 @@ def test_the_old_planner_is_sent_away_by_agents_that_know_better() -> None:
         world.heal()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the fleet does not keep where engines listen: a new planner cannot tell that an address is another one now",
-)
 def test_engines_hear_of_an_engine_that_moved_while_the_planner_was_away() -> None:
     with World() as world:
         world.serve()
@@ -172,12 +168,7 @@ def test_engines_hear_of_an_engine_that_moved_while_the_planner_was_away() -> No
         assert {peer.node: peer.address for peer in assignment.peers}[PRIMARY] == "moved"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="no report says that an engine is another run than before, and simulated primaries have no connection that"
-    " breaks: the KV is missed by nobody when weights load between two reports",
-)
-def test_a_worker_that_restarts_faster_than_it_reports_is_missed() -> None:
+def test_a_worker_that_restarts_faster_than_it_reports_is_noticed() -> None:
     with World() as world:
         world.serve()
         for host in world.engines.values():

@@ -292,6 +292,9 @@ class Address:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return ()
 
+    def explained(self, message: str) -> str:
+        return message
+
 
 class _Channel:
     """Has what a stub asks of a channel."""

@@ -10,7 +10,7 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.link import Response
 from hetis.planner.fleet.settings import FleetSettings
-from hetis.planner.fleet.writes import apply, read_cluster, read_end
+from hetis.planner.fleet.writes import apply, read_cluster, read_ends
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.samples import CLUSTER, SETTINGS, contents
 
@@ -47,9 +47,9 @@ class DrivenPlanner:
         for _ in range(100):
             for name in list(cluster.unprepared):
                 cluster.prepare(name, contents())
-            for change_id in cluster.late.unknown:
+            for change_id in cluster.changes.late.unknown:
                 name = f"{CLUSTER}/redispatches/{change_id}"
-                cluster.found_late(change_id, read_end(self.store.tables, name))  # type: ignore[arg-type]
+                cluster.changes.found_late(change_id, read_ends(self.store.tables, [name]).get(name))  # type: ignore[arg-type]
             writes = deciding.decide(cluster, now_s=now_s)
             if writes:
                 self._fail("before")
@@ -57,7 +57,7 @@ class DrivenPlanner:
                 self._fail("after")
                 deciding.applied(cluster, writes, kept)
             self.send(now_s)
-            if not deciding.needs_look(cluster) and not cluster.late.unknown:
+            if not deciding.needs_look(cluster) and not cluster.changes.late.unknown:
                 return
         raise AssertionError("it never settles")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.planner.failures import ServiceError
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.change_parts import gpus_of_copy, parts_of
 from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State
-from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import change, shape
 from tests.planner.fleet.world import World
 
@@ -113,6 +113,102 @@ def test_the_first_word_of_the_authority_stands() -> None:
     say(one, "a", Phase.CHANGE_PHASE_ABORTED)
     assert one.was_flipped
     assert one.num_contradictions == 1
+
+
+def engine(one: ChangeCoordinator, engine_id: str, num_steps: int = 0) -> None:
+    serving = report_pb2.ASSIGNMENT_STATE_SERVING
+    one.see_report("a", report_pb2.ReplicaReport(engine_id=engine_id, num_steps=num_steps, assignment_state=serving))
+
+
+def refuse(one: ChangeCoordinator, node: str, kind: str, reason: Reason.ValueType) -> None:
+    one.answered(node, kind, ServiceError(reason, "refused").to_proto(), now_s=0.0)
+
+
+def forgotten() -> ChangeCoordinator:
+    """The authority's agent lost its disk after it was permitted."""
+    one = coordinator()
+    engine(one, "first")
+    keep(one)
+    for node in ("a", "b", "c"):
+        say(one, node, Phase.CHANGE_PHASE_READY)
+    keep(one)
+    refuse(one, "a", "commit", Reason.ERROR_REASON_CHANGE_UNKNOWN)
+    return one
+
+
+def test_an_agent_that_knows_nothing_of_a_permission_is_asked_again_until_its_engine_has_spoken() -> None:
+    one = forgotten()
+    engine(one, "first")
+    keep(one)
+    assert one.state == State.REDISPATCH_STATE_COMMITTING
+    assert one.pass_time(10.0) == ["a"]
+    assert told(one) == {"a": "commit"}
+    say(one, "a", Phase.CHANGE_PHASE_FLIPPED)
+    assert one.was_flipped
+    assert one.num_contradictions == 0
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_permission_that_is_forgotten_with_the_engine_came_to_nothing(is_first: bool) -> None:
+    one = forgotten()
+    if is_first:  # the report came before the answer
+        one = coordinator()
+        engine(one, "first")
+        keep(one)
+        for node in ("a", "b", "c"):
+            say(one, node, Phase.CHANGE_PHASE_READY)
+        keep(one)
+        engine(one, "second")
+        refuse(one, "a", "commit", Reason.ERROR_REASON_CHANGE_UNKNOWN)
+    else:
+        engine(one, "second")
+    assert one.state == State.REDISPATCH_STATE_ABORTING
+    keep(one)
+    assert told(one) == {"b": "resolved", "c": "resolved"}
+
+
+def test_an_engine_that_does_not_say_its_run_is_new_when_it_counts_from_the_start() -> None:
+    one = coordinator()
+    engine(one, "", 50)
+    keep(one)
+    for node in ("a", "b", "c"):
+        say(one, node, Phase.CHANGE_PHASE_READY)
+    keep(one)
+    refuse(one, "a", "commit", Reason.ERROR_REASON_CHANGE_UNKNOWN)
+    one.see_report("a", report_pb2.ReplicaReport(assignment_state=report_pb2.ASSIGNMENT_STATE_LOADING))  # a guess
+    assert one.state == State.REDISPATCH_STATE_COMMITTING
+    engine(one, "", 3)
+    assert one.state == State.REDISPATCH_STATE_ABORTING
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_authority_that_flipped_corrects_an_abort_that_it_never_spoke_of(restarts: bool) -> None:
+    one = forgotten()
+    engine(one, "second")
+    keep(one)
+    one.answered("b", "resolved", None, now_s=0.0)
+    if restarts:
+        body = redispatch_pb2.Redispatch()
+        body.CopyFrom(one.body)
+        one = ChangeCoordinator.resumed(body, now_s=0.0, again_s=10.0)
+    say(one, "a", Phase.CHANGE_PHASE_FLIPPED)
+    assert told(one) == {}  # not before it is kept
+    keep(one)
+    assert one.state == State.REDISPATCH_STATE_RELEASING
+    assert told(one) == {"b": "resolved", "c": "resolved"}
+    assert one.num_contradictions == 1
+
+
+def test_a_node_that_holds_another_end_does_not_hold_the_change_up_for_ever() -> None:
+    one = committing()
+    keep(one)
+    say(one, "a", Phase.CHANGE_PHASE_FLIPPED)
+    keep(one)
+    for node in ("b", "c", "a"):
+        refuse(one, node, "resolved", Reason.ERROR_REASON_CHANGE_PHASE)
+    keep(one)
+    assert one.has_ended
+    assert one.num_contradictions == 3
 
 
 def test_a_planner_that_finds_preparing_calls_it_off() -> None:

@@ -100,7 +100,7 @@ class World:
         target = "c/0" if source == "b/0" else "b/0"
         body = change(held[0] if held else 0, source=source, target=target)
         try:
-            self.planner.cluster.propose(body, now_s=self.now_s)
+            self.planner.cluster.changes.propose(body, now_s=self.now_s)
         except ServiceError:
             return ""
         self.settle()

@@ -19,7 +19,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.change_parts import Parts
 from hetis.planner.fleet.deltas import Directive
 from hetis.planner.fleet.settings import seconds_of
-from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, report_pb2
 
 State = redispatch_pb2.RedispatchState
 Phase = change_pb2.ChangePhase
@@ -34,6 +34,15 @@ _RANK = {
     Phase.CHANGE_PHASE_ABORTED: 3,
     Phase.CHANGE_PHASE_RELEASED: 4,
 }
+_FLIPPED = frozenset({Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED})
+# States that an engine is known to be in; the others an agent says before it has heard its engine.
+_HEARD = frozenset(
+    {
+        report_pb2.ASSIGNMENT_STATE_LOADED,
+        report_pb2.ASSIGNMENT_STATE_SERVING,
+        report_pb2.ASSIGNMENT_STATE_DRAINING,
+    }
+)
 _ENOUGH_ANSWERS = 3  # to `resolved`, when the node never says RELEASED: that message was lost, and it has forgotten
 
 
@@ -76,6 +85,10 @@ class ChangeCoordinator:
         self._again_s = again_s
         self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)
         self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
+        self._is_presumed = False  # the authority did not say so itself
+        self._forgotten: failure_pb2.Failure | None = None  # what its agent said that knows nothing of the permission
+        self._engine: report_pb2.ReplicaReport | None = None  # the last word of its engine
+        self._engine_is_new = False  # it is another run than when it prepared
         self._status: dict[str, change_pb2.ChangeStatus] = {}
         self._finished: set[str] = set()
         self._lost: set[str] = set()
@@ -107,6 +120,7 @@ class ChangeCoordinator:
             and authority.phase == Phase.CHANGE_PHASE_ABORTED
         ):
             found._outcome = Outcome.CHANGE_OUTCOME_ABORTED
+            found._is_presumed = authority.failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
         found._durable_outcome, found._saved = found._outcome, found._revision
         if state == State.REDISPATCH_STATE_PREPARING:
             found.call_off(
@@ -167,7 +181,9 @@ class ChangeCoordinator:
             case State.REDISPATCH_STATE_PREPARING | State.REDISPATCH_STATE_ABORTING if not knows_end:
                 abort = agent_service_pb2.AbortChange(change_id=self.change_id, failure=self.body.failure)
                 return {node: self._directive(abort) for node in self._parts}
-            case State.REDISPATCH_STATE_RELEASING | State.REDISPATCH_STATE_ABORTING:
+            case State.REDISPATCH_STATE_RELEASING | State.REDISPATCH_STATE_ABORTING if (
+                self._outcome == self._durable_outcome
+            ):
                 return self._resolved()
             case _:
                 return {}
@@ -179,11 +195,14 @@ class ChangeCoordinator:
         before = self._status.get(node)
         if node not in self._parts or status.phase not in _RANK:
             return
+        if self._is_presumed and node == self.authority and status.phase in _FLIPPED and self.body.state not in FINAL:
+            self._correct()
+            before = None
         if before is not None and _RANK[status.phase] <= _RANK[before.phase]:
             self._note_contradiction(node, before, status)
             return
         self._take(node, status)
-        if node == self.authority and status.phase in (Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED):
+        if node == self.authority and status.phase in _FLIPPED:
             self._end(Outcome.CHANGE_OUTCOME_FLIPPED)
         elif node == self.authority and status.phase == Phase.CHANGE_PHASE_ABORTED:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, status.failure)
@@ -191,6 +210,8 @@ class ChangeCoordinator:
             self.call_off(status.failure)
         if status.phase == Phase.CHANGE_PHASE_RELEASED:
             self._finished.add(node)
+        elif status.phase == Phase.CHANGE_PHASE_READY and node == self.authority:
+            self._engine_is_new = False  # whatever it was before, this run has it
         self._advance()
 
     def answered(self, node: str, kind: str, failure: failure_pb2.Failure | None, *, now_s: float) -> None:
@@ -201,16 +222,32 @@ class ChangeCoordinator:
         self._answered_s[node] = now_s
         self._answers[node] = self._answers.get(node, 0) + 1
         is_unknown = failure is not None and failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
+        is_other_end = failure is not None and failure.reason == Reason.ERROR_REASON_CHANGE_PHASE
         if kind == "prepare" and failure is not None:
             self.call_off(failure)
-        elif kind in ("abort", "commit") and is_unknown and node == self.authority:
-            # It holds nothing that it could flip, and with its engine all that it may have flipped is gone.
-            self._end(Outcome.CHANGE_OUTCOME_ABORTED, failure)
+        elif kind == "abort" and is_unknown and node == self.authority:
+            self._end(Outcome.CHANGE_OUTCOME_ABORTED, failure)  # nobody was permitted, so that it did not flip
+        elif kind == "commit" and is_unknown and node == self.authority:
+            self._forgotten = failure  # by the agent: its engine may have flipped, and says so when it is heard
+            self._presume()
+        elif kind == "resolved" and is_other_end:
+            self.num_contradictions += 1  # it will not take another end, however often it hears of it
+            self._finished.add(node)
         elif kind == "resolved" and self._knows_outcome:
             was_aborted = self._outcome == Outcome.CHANGE_OUTCOME_ABORTED
             if is_unknown or (failure is None and (was_aborted or self._answers[node] >= _ENOUGH_ANSWERS)):
                 self._finished.add(node)
         self._advance()
+
+    def see_report(self, node: str, report: report_pb2.ReplicaReport) -> None:
+        """What a node says of the replica: the authority's engine may be another run than the one that prepared."""
+        if node != self.authority or not (report.engine_id or report.assignment_state in _HEARD):
+            return
+        before, self._engine = self._engine, report
+        if before is not None and _is_another_run(before, report):
+            self._engine_is_new = True
+            self._presume()
+            self._advance()
 
     def reconnected(self, node: str, *, lists_change: bool) -> None:
         """A stream of the node began, whose Hello lists the change or not."""
@@ -296,7 +333,8 @@ class ChangeCoordinator:
         if not self.body.HasField("failure") and failure is not None:
             self.body.failure.CopyFrom(failure)
         if (said := self._status.get(self.authority)) is None or said.phase != Phase.CHANGE_PHASE_ABORTED:
-            self._take(self.authority, self._aborted_status())
+            self._is_presumed = True
+            self._take(self.authority, self._aborted_status(failure))
 
     def _enter(self, state: State.ValueType) -> None:
         self.body.state = state
@@ -304,9 +342,21 @@ class ChangeCoordinator:
         self._answers.clear()
         self._answered_s.clear()
 
-    def _aborted_status(self) -> change_pb2.ChangeStatus:
+    def _presume(self) -> None:
+        """With the engine all that it may have flipped is gone."""
+        if self._forgotten is not None and self._engine_is_new:
+            self._end(Outcome.CHANGE_OUTCOME_ABORTED, self._forgotten)
+
+    def _correct(self) -> None:
+        """It had flipped after all. Some may have been told otherwise."""
+        self.num_contradictions += 1
+        self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
+        self._is_presumed = False
+        self._finished.clear()
+
+    def _aborted_status(self, failure: failure_pb2.Failure | None) -> change_pb2.ChangeStatus:
         return change_pb2.ChangeStatus(
-            change_id=self.change_id, replica=self.body.replica, phase=Phase.CHANGE_PHASE_ABORTED
+            change_id=self.change_id, replica=self.body.replica, phase=Phase.CHANGE_PHASE_ABORTED, failure=failure
         )
 
     def _advance(self) -> None:
@@ -349,3 +399,9 @@ class ChangeCoordinator:
 
 def _failure(reason: Reason.ValueType, message: str, **metadata: str) -> failure_pb2.Failure:
     return ServiceError(reason, message, metadata=metadata).to_proto()
+
+
+def _is_another_run(before: report_pb2.ReplicaReport, now: report_pb2.ReplicaReport) -> bool:
+    if before.engine_id and now.engine_id:
+        return before.engine_id != now.engine_id
+    return now.num_steps < before.num_steps

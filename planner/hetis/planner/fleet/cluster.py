@@ -7,37 +7,24 @@ should know next; what follows for the nodes is set up when it does.
 from __future__ import annotations
 
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 
+from hetis.planner.convert.enums import name_of
 from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet import link_events as events
 from hetis.planner.fleet.activation import NodeState, Part
-from hetis.planner.fleet.change_parts import parts_of
-from hetis.planner.fleet.changes import FINAL, ChangeCoordinator, Outcome
-from hetis.planner.fleet.changes import State as RedispatchState
+from hetis.planner.fleet.cluster_changes import ClusterChanges
 from hetis.planner.fleet.counters import FleetCounters, count
-from hetis.planner.fleet.deltas import WantedAssignment, WantedRemoval
-from hetis.planner.fleet.late_changes import LateChanges
+from hetis.planner.fleet.deltas import ROOM, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import NodeLink, Opened, Response
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetSettings
 from hetis.planner.fleet.writes import KeptCluster, NodeWrite
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord
-from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, plan_pb2, redispatch_pb2, report_pb2
-
-_ENDED_KEPT = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """How a change ended, for nodes that come back and ask."""
-
-    outcome: Outcome.ValueType
-    moves: tuple[change_pb2.MoveResult, ...]
+from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
 
 
 class ClusterFleet:
@@ -47,14 +34,11 @@ class ClusterFleet:
     plan: that is in force. None: none.
     links, leases: by node id.
     replicas: by name.
-    changes: re-dispatches under way, by change id.
-    advised: those that are only to be kept.
-    late: changes that nodes speak of and that are not under way.
+    changes: its re-dispatches.
     unprepared: replicas whose plans have to be looked up.
     dirty: replicas that the rule should look at.
     shown: ("node" or "replica" or "redispatch", name) and ("plan", name) whose looks changed.
     reported: reports since they were last taken, the newest of each node and replica.
-    ended: re-dispatches that ended since they were last taken.
     capacity_changed: since that was last looked at.
     progress: of the plan in force, as it was at the last look.
     """
@@ -74,9 +58,6 @@ class ClusterFleet:
         self.links: dict[str, NodeLink] = {}
         self.leases = Leases(suspect_s=settings.suspect_s, lease_s=settings.lease_s)
         self.replicas: dict[str, Replica] = {}
-        self.changes: dict[str, ChangeCoordinator] = {}
-        self.advised: list[redispatch_pb2.Redispatch] = []
-        self.late = LateChanges()
         self.node_records: dict[str, NodeRecord] = {}
         self.node_writes: dict[str, NodeWrite] = {}
         self.unprepared: dict[str, None] = {}
@@ -84,7 +65,6 @@ class ClusterFleet:
         self.look_at_all = True
         self.shown: set[tuple[str, str]] = set()
         self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
-        self.ended: list[redispatch_pb2.Redispatch] = []
         self.capacity_changed = False
         self.progress = plan_pb2.ActivationProgress()
         self.connect_time_s: dict[str, float] = {}
@@ -93,9 +73,9 @@ class ClusterFleet:
         self._epoch = epoch
         self._new_id = new_id
         self._replicas_on: dict[str, set[str]] = {}
-        self._endings: OrderedDict[str, Ended] = OrderedDict()
         self._talking: set[str] = set()  # nodes with something to be sent
         self._waiting: set[str] = set()  # nodes with something to be sent when time has passed
+        self.changes = ClusterChanges(self)
 
     # What the store has.
 
@@ -119,7 +99,7 @@ class ClusterFleet:
             self.shown.add(("replica", name))
         if is_first:
             for redispatch in kept.redispatches:
-                self._resume(redispatch.body, now_s)
+                self.changes.resume(redispatch.body, now_s=now_s)
 
     def prepare(self, name: str, contents: Contents | None) -> None:
         """What a replica's plan says of it; None: it cannot be read, and the replica not be started."""
@@ -141,12 +121,18 @@ class ClusterFleet:
 
     def link(self, node: str) -> NodeLink:
         if node not in self.links:
-            self.links[node] = NodeLink(
-                node_name(self.name, node), epoch=self._epoch, settings=self.settings, new_id=self._new_id
+            link = self.links[node] = NodeLink(
+                node_name(self.name, node),
+                epoch=self._epoch,
+                settings=self.settings,
+                new_id=self._new_id,
+                most_held=partial(self._most_held, node),
             )
             record = self.node_records.get(node)
-            if record is not None and record.body.HasField("inventory"):
-                self.links[node].inventory = record.body.inventory
+            if record is not None:
+                link.engine_address = record.body.engine_address
+                if record.body.HasField("inventory"):
+                    link.inventory = record.body.inventory
         return self.links[node]
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> Opened:
@@ -164,18 +150,15 @@ class ClusterFleet:
         if self.leases.connect(node, now_s=now_s):
             self.note_presence([node])
         record = self.node_records.get(node)
-        if record is None or record.body.agent_version != link.agent_version:
+        told = (link.agent_version, link.engine_address)
+        if record is None or (record.body.agent_version, record.body.engine_address) != told:
             self._write_node(node, None)
-        listed = {status.change_id for status in opened.changes}
-        for change in list(self.changes.values()):
-            if node in change.nodes:
-                change.reconnected(node, lists_change=change.change_id in listed)
-        for status in opened.changes:
-            self._hear_change(node, status)
+        self.changes.reconnected(node, opened.changes)
         for name in list(link.slots):
             self._check_held(node, name)
         if link.engine_address != address:
-            self._note_address(node, link.engine_address)
+            self._note_address(node, link.engine_address, before=address)
+        self._count_ignored(link)
         self._talking.add(node)
         self.dirty |= self._replicas_on.get(node, set())
         return opened
@@ -218,9 +201,10 @@ class ClusterFleet:
                 case events.Behind():
                     self._must_reassign(event.replica)
                 case events.Progressed():
-                    self._hear_change(node, event.status)
+                    self.changes.hear(node, event.status)
                 case _:
                     returned.append(event)
+        self._count_ignored(link)
         if link.has_more:
             self._talking.add(node)
         return returned
@@ -230,14 +214,7 @@ class ClusterFleet:
         self.note_presence(self.leases.expire(now_s))
         self._talking |= self._waiting
         self._waiting.clear()
-        for change in list(self.changes.values()):
-            was = change.state
-            again = change.pass_time(now_s)
-            for node in again:
-                self.link(node).slot(change.body.replica).tell_again(change.change_id)
-                self._talking.add(node)
-            if change.state != was:
-                self.tell(change)
+        self.changes.pass_time(now_s)
         self.dirty |= {name for name, replica in self.replicas.items() if replica.since_s is not None}
 
     def note_presence(self, nodes: Iterable[str]) -> None:
@@ -249,15 +226,13 @@ class ClusterFleet:
             state = self.leases.state(node)
             if state in (NodeState.NODE_STATE_LOST, NodeState.NODE_STATE_READY, NodeState.NODE_STATE_UNSPECIFIED):
                 self.capacity_changed = True
-            for change in list(self.changes.values()):
-                if node in change.nodes:
-                    if state == NodeState.NODE_STATE_LOST:
-                        change.lose(node)
-                    else:
-                        change.regain(node)
-                    self.tell(change)
+            self.changes.note_presence(node, state)
 
     # What is to be sent and asked.
+
+    def talk(self, node: str) -> None:
+        """Something is to be sent to it."""
+        self._talking.add(node)
 
     def messages(self, now_s: float) -> dict[str, list[Response]]:
         """By node id; to be sent now."""
@@ -303,49 +278,13 @@ class ClusterFleet:
                 link.say_goodbye(reason)
                 self._talking.add(node)
 
-    def propose(self, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
-        """Begins a re-dispatch; it counts from when the store has it. ADVISED ones are only kept.
-
-        Raises:
-            ServiceError: NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH or INVALID_FIELD.
-        """
-        replica = self.replicas.get(body.replica)
-        if replica is None:
-            raise not_found(body.replica)
-        if body.state == RedispatchState.REDISPATCH_STATE_ADVISED:
-            self.advised.append(body)
-            return
-        if replica.change_id:
-            raise ServiceError(
-                Reason.ERROR_REASON_CHANGE_IN_FLIGHT,
-                f"change {replica.change_id} of {replica.name} is under way",
-                metadata={"change_id": replica.change_id},
-            )
-        held = self.link(replica.primary_node).slot(replica.name).held
-        if body.change.base_generation != held or not held:
-            raise ServiceError(
-                Reason.ERROR_REASON_GENERATION_MISMATCH,
-                f"the change builds on generation {body.change.base_generation} of {replica.name}, which is at {held}",
-                metadata={"base_generation": body.change.base_generation, "generation": held},
-            )
-        parts = parts_of(body.change, replica.record.body.shape, primary_node=replica.primary_node)
-        lost = sorted(node for node in parts if self.leases.state(node) != NodeState.NODE_STATE_READY)
-        if lost:
-            raise ServiceError(
-                Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"node {lost[0]} is not ready", metadata={"device": lost[0]}
-            )
-        body.change.generation = max(replica.generation, held) + 1
-        change = ChangeCoordinator(body, parts, now_s=now_s, again_s=self.settings.answer_s)
-        self.changes[change.change_id] = change
-        replica.change_id = change.change_id
-        self.dirty.add(replica.name)
-
     # What follows when the store knows; called by `deciding.applied`.
 
     def assign(self, replica: Replica, *, is_new: bool = True) -> None:
         """Its last assignment is what its nodes should hold; not ``is_new``: an earlier planner made it."""
         peers = {node: self.link(node).engine_address for node in replica.nodes}
-        replica.must_reassign = False
+        if is_new:
+            replica.must_reassign = False
         for node, wanted in replica.assignments(peers, self.record.active_plan if self.record else "").items():
             self.link(node).slot(replica.name).want(wanted)
             self._talking.add(node)
@@ -362,9 +301,7 @@ class ClusterFleet:
         """Its record is gone."""
         replica = self.replicas.pop(name)
         self.unprepared.pop(name, None)
-        change = self.changes.get(replica.change_id)
-        if change is not None:
-            change.give_up(_gone(name))
+        self.changes.give_up(replica)
         for node in replica.nodes:
             self._replicas_on[node].discard(name)
             self.shown.add(("node", node_name(self.name, node)))
@@ -377,31 +314,6 @@ class ClusterFleet:
         self.shown.add(("replica", name))
         self.dirty.discard(name)
         self.look_at_all = True
-
-    def tell(self, change: ChangeCoordinator) -> None:
-        """What the nodes of a change should have been told now."""
-        directives = change.directives()
-        for node in change.nodes:
-            link = self.link(node)
-            if node in directives:
-                link.slot(change.body.replica).tell(directives[node])
-                self._talking.add(node)
-            elif change.body.replica in link.slots:
-                link.slot(change.body.replica).forget_change(change.change_id)
-        self.shown.add(("redispatch", change.body.name))
-
-    def end_change(self, change: ChangeCoordinator) -> None:
-        """The store knows how it ended."""
-        del self.changes[change.change_id]
-        self.tell(change)
-        self.counters.contradictions += change.num_contradictions
-        count(self.counters.redispatches, RedispatchState.Name(change.state))
-        self._remember_end(change.body)
-        self.ended.append(change.body)
-        replica = self.replicas.get(change.body.replica)
-        if replica is not None and replica.change_id == change.change_id:
-            replica.change_id = ""
-            self.shown.add(("replica", replica.name))
 
     # For the rule of activation.
 
@@ -419,13 +331,6 @@ class ClusterFleet:
         record = self.node_records.get(node)
         return record is not None and record.draining
 
-    def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
-        """How a change that nodes speak of ended, as the store says; None: it knows no such change."""
-        if body is not None and body.state in FINAL:
-            self._remember_end(body)
-        for node, status in self.late.take(change_id):
-            self._answer_late(node, status)
-
     # Inside.
 
     def _part(self, replica: Replica, node: str) -> Part:
@@ -434,6 +339,8 @@ class ClusterFleet:
         slot = None if link is None else link.slots.get(replica.name)
         if slot is None:
             return Part(presence=state, is_draining=self.is_draining(node))
+        if not slot.is_believed:  # as good as lost, for this replica
+            return Part(presence=NodeState.NODE_STATE_LOST, is_draining=self.is_draining(node), failure=slot.failure)
         report = slot.report
         draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
         is_idle = None
@@ -469,18 +376,6 @@ class ClusterFleet:
         if replica.is_stopping:
             self.remove(replica)
 
-    def _resume(self, kept: redispatch_pb2.Redispatch, now_s: float) -> None:
-        body = redispatch_pb2.Redispatch()
-        body.CopyFrom(kept)
-        change = ChangeCoordinator.resumed(body, now_s=now_s, again_s=self.settings.answer_s)
-        self.changes[change.change_id] = change
-        replica = self.replicas.get(body.replica)
-        if replica is None:
-            change.give_up(_gone(body.replica))
-        else:
-            replica.change_id = change.change_id
-        self.tell(change)
-
     def _note_report(self, node: str, event: events.Reported, time_s: float) -> None:
         self.shown.add(("node", node_name(self.name, node)))
         for report in event.replicas:
@@ -489,6 +384,7 @@ class ClusterFleet:
                 self._check_held(node, report.replica)
                 continue
             self.reported[report.replica, node] = report
+            self.changes.see_report(node, replica, report)
             if node == replica.primary_node:
                 replica.report, replica.report_time_s = report, time_s
                 self.shown.add(("replica", report.replica))
@@ -500,7 +396,7 @@ class ClusterFleet:
         answer = event.answer
         self.dirty.add(answer.replica)
         if answer.failure is not None:
-            count(self.counters.nacks, Reason.Name(answer.failure.reason))
+            count(self.counters.nacks, name_of(Reason, answer.failure.reason))
         if not answer.change_id:
             if answer.kind == "removal" and answer.replica not in self.replicas:
                 link = self.links[node]
@@ -508,57 +404,29 @@ class ClusterFleet:
                     link.forget(answer.replica)
                 self.look_at_all = True  # something may have waited for this
             return
-        change = self.changes.get(answer.change_id)
-        if change is not None:
-            change.answered(node, answer.kind, answer.failure, now_s=now_s)
-            self.tell(change)
-        elif answer.kind == "resolved" or answer.failure is not None:
-            slot = self.links[node].slots.get(answer.replica)
-            if slot is not None:
-                slot.close_change(answer.change_id)
-
-    def _hear_change(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        change = self.changes.get(status.change_id)
-        if change is not None:
-            change.hear(node, status)
-            self.tell(change)
-        elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
-            if status.change_id in self._endings:
-                self._answer_late(node, status)
-            else:
-                self.late.add(node, status)
-
-    def _is_closed(self, node: str, status: change_pb2.ChangeStatus) -> bool:
-        slot = self.link(node).slots.get(status.replica)
-        return slot is not None and status.change_id in slot.closed
-
-    def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        ended = self._endings.get(status.change_id)
-        directive = self.late.directive(
-            status, outcome=None if ended is None else ended.outcome, moves=() if ended is None else ended.moves
-        )
-        self.link(node).slot(status.replica).tell(directive)
-        self._talking.add(node)
-
-    def _remember_end(self, body: redispatch_pb2.Redispatch) -> None:
-        authority = [one for one in body.nodes if change_pb2.CHANGE_PART_AUTHORITY in one.parts]
-        is_done = body.state == RedispatchState.REDISPATCH_STATE_DONE
-        self._endings[body.change.change_id] = Ended(
-            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
-            moves=tuple(authority[0].status.moves) if authority else (),
-        )
-        if len(self._endings) > _ENDED_KEPT:
-            self._endings.popitem(last=False)
+        self.changes.answered(node, answer, now_s=now_s)
 
     def _check_held(self, node: str, name: str) -> None:
         """What a node holds of a replica that is not its own, or a later generation than was ever given away."""
         replica = self.replicas.get(name)
-        slot = self.links[node].slot(name)
+        slot = self.links[node].heard_slot(name)
+        if slot is None:
+            return
         self._talking.add(node)
+        if slot.is_believed:
+            slot.hold(slot.held)  # it may have become a replica of the node only now
         if replica is None or node not in replica.nodes:
             slot.want(WantedRemoval(reason="no such replica belongs to this node"))
         elif slot.held > replica.generation:
             self._must_reassign(name)
+
+    def _most_held(self, node: str, name: str) -> int | None:
+        replica = self.replicas.get(name)
+        return None if replica is None or node not in replica.nodes else replica.generation + ROOM
+
+    def _count_ignored(self, link: NodeLink) -> None:
+        self.counters.replicas_ignored += link.num_ignored
+        link.num_ignored = 0
 
     def _must_reassign(self, name: str) -> None:
         replica = self.replicas.get(name)
@@ -566,12 +434,15 @@ class ClusterFleet:
             replica.must_reassign = True
             self.dirty.add(name)
 
-    def _note_address(self, node: str, address: str) -> None:
+    def _note_address(self, node: str, address: str, *, before: str) -> None:
+        """``before``: as it was last, or as an earlier planner kept it; empty: not known."""
         for name in self._replicas_on.get(node, ()):
             replica = self.replicas[name]
             if replica.peers is not None:
                 if replica.peers.get(node, "") != address:
                     self._must_reassign(name)
+            elif before and replica.assigned_generation:
+                self._must_reassign(name)  # an earlier planner told the others
             elif (
                 replica.contents is not None
                 and not replica.has_failed
@@ -586,12 +457,7 @@ class ClusterFleet:
             name=link.node,
             inventory=found.inventory if found is not None else before.inventory if before is not None else None,
             agent_version=link.agent_version,
+            engine_address=link.engine_address,
             connect_time_s=self.connect_time_s[node],
         )
         self.capacity_changed = self.capacity_changed or found is not None
-
-
-def _gone(replica: str) -> failure_pb2.Failure:
-    return ServiceError(
-        Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica} was removed before it was known how the change ended"
-    ).to_proto()

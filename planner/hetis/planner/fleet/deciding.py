@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,17 +16,12 @@ from hetis.planner.fleet.writes import Kept, PlanWrite, RedispatchWrite, Replica
 from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2
 
 Activation = plan_pb2.ActivationState
+_log = logging.getLogger("hetis.planner.fleet")
 
 
 def needs_look(cluster: ClusterFleet) -> bool:
     """Whether `decide` might find something."""
-    return bool(
-        cluster.dirty
-        or cluster.look_at_all
-        or cluster.node_writes
-        or cluster.advised
-        or any(change.is_unsaved or change.has_ended for change in cluster.changes.values())
-    )
+    return bool(cluster.dirty or cluster.look_at_all or cluster.node_writes or cluster.changes.have_news)
 
 
 def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
@@ -36,20 +32,26 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
     names = cluster.replicas if cluster.look_at_all or view.is_unsettled else cluster.dirty & cluster.replicas.keys()
     replicas = []
     for name in list(names):
-        write = _decide_replica(cluster, view, cluster.replicas[name], now_s)
+        try:
+            write = _decide_replica(cluster, view, cluster.replicas[name], now_s)
+        except Exception:  # a bug that one replica meets is not to stop the others; it is looked at when it changes
+            _log.exception("a replica could not be decided", extra={"cluster": cluster.name, "replica": name})
+            continue
         if write is not None:
             replicas.append(write)
-    cluster.dirty.clear()
-    cluster.look_at_all = False
-    nodes = list(cluster.node_writes.values())
-    cluster.node_writes.clear()
-    return Writes(
+    plan = _decide_plan(cluster, view, replicas)
+    writes = Writes(
         cluster=cluster.name,
         replicas=replicas,
-        nodes=nodes,
-        plan=_decide_plan(cluster, view, replicas),
+        nodes=list(cluster.node_writes.values()),
+        plan=plan,
         redispatches=_decide_changes(cluster),
     )
+    cluster.dirty.clear()
+    cluster.look_at_all = False
+    cluster.node_writes.clear()
+    cluster.changes.advised = []
+    return writes
 
 
 def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
@@ -59,16 +61,16 @@ def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
     for write in writes.replicas:
         _apply_replica(cluster, write, kept)
     for redispatch in writes.redispatches:
-        change = cluster.changes.get(last_part(redispatch.name))
+        change = cluster.changes.under_way.get(last_part(redispatch.name))
         cluster.shown.add(("redispatch", redispatch.name))
         if change is None:
-            cluster.ended.append(redispatch.saving.body)  # ADVISED
+            cluster.changes.ended.append(redispatch.saving.body)  # ADVISED
             continue
         change.saved(redispatch.saving)
         if change.has_ended:
-            cluster.end_change(change)
+            cluster.changes.end(change)
         else:
-            cluster.tell(change)
+            cluster.changes.tell(change)
     if kept.plan is not None:
         cluster.plan = kept.plan
         cluster.shown.add(("plan", kept.plan.name))
@@ -79,7 +81,9 @@ def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
     cluster.look_at_all = True
     for node in writes.nodes:
         cluster.node_writes.setdefault(last_part(node.name), node)
-    cluster.advised += [one.saving.body for one in writes.redispatches if last_part(one.name) not in cluster.changes]
+    cluster.changes.advised += [
+        one.saving.body for one in writes.redispatches if last_part(one.name) not in cluster.changes.under_way
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +171,7 @@ def _decide_replica(cluster: ClusterFleet, view: _View, replica: Replica, now_s:
         is_new = True  # while it had failed nobody was told of its last assignment
     if after.goal is None or after.state in (State.REPLICA_STATE_STOPPED, State.REPLICA_STATE_FAILED):
         is_new = False
-    change = cluster.changes.get(replica.change_id)
+    change = cluster.changes.of(replica)
     if is_new and replica.contents is None:
         return None  # again when they are known
     if change is not None and (is_new or after.state == State.REPLICA_STATE_STOPPED):
@@ -176,7 +180,7 @@ def _decide_replica(cluster: ClusterFleet, view: _View, replica: Replica, now_s:
             change.give_up(failure)
         else:
             change.call_off(failure)
-            cluster.tell(change)
+            cluster.changes.tell(change)
     generation = replica.generation
     if change is not None:
         generation = max(generation, change.body.change.generation)
@@ -299,13 +303,12 @@ def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2
 def _decide_changes(cluster: ClusterFleet) -> list[RedispatchWrite]:
     writes = [
         RedispatchWrite(name=change.body.name, replica=change.body.replica, saving=change.to_save())
-        for change in cluster.changes.values()
+        for change in cluster.changes.under_way.values()
         if change.is_unsaved
     ]
-    for body in cluster.advised:
+    for body in cluster.changes.advised:
         saving = Saving(revision=0, body=body, outcome=Outcome.CHANGE_OUTCOME_UNSPECIFIED)
         writes.append(RedispatchWrite(name=body.name, replica=body.replica, saving=saving))
-    cluster.advised = []
     return writes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hetis.planner.failures import ServiceError
 from hetis.v1 import agent_service_pb2, failure_pb2, replica_pb2, report_pb2
 
 Reason = failure_pb2.ErrorReason
@@ -23,6 +24,8 @@ _LASTING = {
     Reason.ERROR_REASON_KV_BLOCKS_EXHAUSTED,
 }
 _CLOSED_KEPT = 1000
+MOST_GENERATION = 2**62  # no replica gets there; a number above it would be carried on, into what no field can hold
+ROOM = 2**32  # generations that a node may be ahead of the planner, whose store may have come from a backup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,19 +93,24 @@ class Answer:
 
 
 class ReplicaSlot:
-    """Attributes:
+    """``most_held``: the highest generation that the node can have come to.
+
+    Attributes:
     replica: its name.
     held: generation that the node holds, as it said last; 0: nothing.
     state: how far the node is with its assignment, as it said last.
     failure: what the node said went wrong, or why it refused the assignment for good; None: nothing.
+    is_believed: what it said last of its generation can be. Otherwise ``held`` is 0, and it is told nothing.
     report: its last report of the replica; None: none yet.
     closed: changes that are over, and whose end the node has acknowledged on this stream: what it still says of them
         needs no answer, which it would only acknowledge with another word.
     """
 
-    def __init__(self, replica: str) -> None:
+    def __init__(self, replica: str, most_held: Callable[[], int] = lambda: MOST_GENERATION) -> None:
         self.replica = replica
         self.held = 0
+        self.is_believed = True
+        self._most_held = most_held
         self.state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
         self.failure: failure_pb2.Failure | None = None
         self.report: report_pb2.ReplicaReport | None = None
@@ -120,14 +128,20 @@ class ReplicaSlot:
         return self._wanted
 
     @property
-    def is_empty(self) -> bool:
-        """The node holds nothing of the replica, and nothing is to be told."""
-        return self.held == 0 and self._in_flight is None and not self._directives
+    def has_directives(self) -> bool:
+        return bool(self._directives)
 
     @property
-    def is_waiting(self) -> bool:
-        """Time alone may make a delta due: no answer came yet, or a try was put off."""
-        return self._in_flight is not None or self._retry_s > 0.0
+    def num_directives(self) -> int:
+        return len(self._directives)
+
+    def due_s(self, answer_s: float) -> float | None:
+        """When time alone may make a delta due: no answer came yet, or a try was put off. None: it never does."""
+        if not self.is_believed:
+            return None
+        if self._in_flight is not None:
+            return self._sent_s + answer_s
+        return self._retry_s if self._retry_s > 0.0 else None
 
     @property
     def in_flight(self) -> str:
@@ -160,7 +174,8 @@ class ReplicaSlot:
 
     def restart(self, held: int, state: AssignmentState.ValueType) -> None:
         """A stream began, in which the agent said what it holds. What was under way is void, and told again."""
-        self.held, self.state = held, state
+        self.state = state
+        self.hold(held)
         self._in_flight = None
         self._told.clear()
         self.closed.clear()
@@ -168,6 +183,8 @@ class ReplicaSlot:
 
     def next_delta(self, now_s: float, *, new_nonce: Callable[[], str], answer_s: float) -> Delta | None:
         """What to send now; None: nothing. A delta that was not answered for ``answer_s`` is sent again."""
+        if not self.is_believed:
+            return None
         if self._in_flight is not None:
             if now_s - self._sent_s < answer_s:
                 return None
@@ -184,7 +201,9 @@ class ReplicaSlot:
         delta = self._answered(ack.nonce)
         if delta is None:
             return None
-        self.held = ack.generation
+        self.hold(ack.generation)
+        if not self.is_believed:
+            return self._answer(delta, self.failure)
         if delta.WhichOneof("change") == "assignment":
             self.failure = None
             if self.state == AssignmentState.ASSIGNMENT_STATE_FAILED:  # of the assignment before
@@ -198,8 +217,8 @@ class ReplicaSlot:
         delta = self._answered(nack.nonce)
         if delta is None:
             return None
-        self.held = nack.generation
-        if delta.WhichOneof("change") in ("assignment", "removal"):
+        self.hold(nack.generation)
+        if self.is_believed and delta.WhichOneof("change") in ("assignment", "removal"):
             if nack.failure.reason in _LASTING:
                 self._refused, self.failure = delta.generation, nack.failure
             elif nack.failure.reason != Reason.ERROR_REASON_GENERATION_MISMATCH:
@@ -211,12 +230,30 @@ class ReplicaSlot:
         if report.generation < self.held:
             return False
         before = (self.held, self.state, self.failure, self.report is None)
-        self.held = report.generation
+        self.hold(report.generation)
+        if not self.is_believed:
+            return before[:3] != (self.held, self.state, self.failure)
         self.state = report.assignment_state
         if self._refused is None:
             self.failure = report.failure if report.HasField("failure") else None
         self.report = report
         return before != (self.held, self.state, self.failure, False)
+
+    def hold(self, generation: int) -> None:
+        """The node says that it holds this. A number that it cannot have come to is not carried on to other nodes: the
+        replica is left alone here, until the node says something else.
+        """
+        was_believed, self.is_believed = self.is_believed, generation <= self._most_held()
+        if self.is_believed:
+            self.held = generation
+            if not was_believed:
+                self.failure = None
+            return
+        self.held, self.state, self.report = 0, AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED, None
+        self.failure = ServiceError(
+            Reason.ERROR_REASON_PROTOCOL_VIOLATION,
+            f"the node says that it holds generation {generation} of {self.replica}, which it was never given",
+        ).to_proto()
 
     def _answered(self, nonce: str) -> Delta | None:
         delta = self._in_flight

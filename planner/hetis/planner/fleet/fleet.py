@@ -9,33 +9,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from functools import partial
 
-from hetis.planner.convert import documents
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
-from hetis.planner.fleet import deciding, publishing
+from hetis.planner.fleet import publishing
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.contents import ContentsSource, PlanContents
 from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.head_map_pieces import HeadMaps
 from hetis.planner.fleet.link import check_hello
 from hetis.planner.fleet.link_events import Fenced, HeadMapsRead
+from hetis.planner.fleet.looks import Looks
 from hetis.planner.fleet.settings import FleetSettings
 from hetis.planner.fleet.streams import Stream
 from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing
-from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_end
-from hetis.planner.store import ClusterRecord, Store
+from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # for the first message of a stream
-_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are worked out between two looks
-_PAUSE, _MOST_PAUSE_S = (
-    3.0,
-    1.0,
-)  # between two looks, in times of what the last one took: what comes meanwhile is one look
-_ROUNDS = 100  # looks at a cluster one after another before others have their turn
+_MOST_REQUEST_BYTES = 2**20  # as docs/api.md says
+_STOOD_STILL = 4.0  # ticks; a longer gap between two is the planner's own silence
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
@@ -68,14 +62,12 @@ class Fleet:
         self._clock = clock
         self._contents = contents or PlanContents(store)
         self._clusters: dict[str, ClusterFleet] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._looks: dict[str, asyncio.Task[None]] = {}  # at clusters, under way
-        self._look_s: dict[str, float] = {}  # what the last look took
+        self._looks: dict[str, Looks] = {}  # also at clusters that are read for the first time
         self._streams: dict[str, Stream] = {}  # by node name
         self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the node's name
-        self._declared: dict[str, tuple[str, tuple[str, ...]]] = {}  # digest and nodes of cluster documents
         self._ticks: asyncio.Task[None] | None = None
         self._published_s = 0.0
+        self._ticked_s = clock.monotonic()
         self._ending: ServiceError | None = None  # why no stream may begin any more
 
     # Life.
@@ -84,6 +76,7 @@ class Fleet:
         """Reads every cluster, and takes up what an earlier planner left."""
         for record in await self._store.read(lambda tx: tx.clusters.all()):
             await self.cluster_changed(record.name)
+        self._ticked_s = self._clock.monotonic()
         self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")
 
     async def stop(self, reason: str) -> None:
@@ -92,7 +85,7 @@ class Fleet:
         for cluster in self._clusters.values():
             cluster.say_goodbye(reason)
             self._send(cluster)
-        tasks = [*self._looks.values(), *([self._ticks] if self._ticks else [])]
+        tasks = [task for task in (self._ticks, *(looks.task for looks in self._looks.values())) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -145,6 +138,13 @@ class Fleet:
             return {}
         return {node_name(cluster, node): self._live_node(found, node) for node in found.leases.nodes}
 
+    def num_connected(self, cluster: str) -> int:
+        """Nodes whose agents are connected: a counter, for every answer and event about a cluster. For single nodes
+        ask `node_view`, which costs as much as one node; `nodes_of` makes a view of every one.
+        """
+        found = self._clusters.get(cluster)
+        return 0 if found is None else found.leases.num_connected
+
     def replica_view(self, name: str) -> LiveReplica | None:
         cluster = self._clusters.get(cluster_of(name))
         replica = None if cluster is None else cluster.replicas.get(name)
@@ -170,18 +170,32 @@ class Fleet:
 
     async def cluster_changed(self, cluster: str) -> None:
         """Something of it was changed in the store: reads it again, and does what follows."""
-        room = self._clusters.get(cluster)
-        if room is None:
-            room = ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters)
-            self._locks[cluster] = asyncio.Lock()
-        async with self._locks[cluster]:
-            kept = await self._store.read(partial(read_cluster, name=cluster))
-            if kept.cluster is None:
-                self._forget(room)
-                return
-            room.take(kept, await self._nodes_declared(kept.cluster), now_s=self._clock.monotonic())
-            self._clusters[cluster] = room
-        self._after(room)
+        while True:
+            looks = self._looks_at(cluster)
+            async with looks.lock:
+                if self._looks.get(cluster) is not looks:
+                    continue  # it was gone when it was read before, and may be back
+                if not await looks.read():
+                    self._forget(looks.cluster)
+                    return
+                self._clusters[cluster] = looks.cluster
+            self._after(looks.cluster)
+            return
+
+    def _looks_at(self, cluster: str) -> Looks:
+        """The one for all who come, from the first moment."""
+        if cluster not in self._looks:
+            self._looks[cluster] = Looks(
+                ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters),
+                store=self._store,
+                hubs=self._hubs,
+                contents=self._contents,
+                clock=self._clock,
+                observers=self.observers,
+                send=self._send,
+                lose_leadership=self._lose_leadership,
+            )
+        return self._looks[cluster]
 
     async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps:
         """Asks the primary's agent.
@@ -215,8 +229,8 @@ class Fleet:
         cluster = self._clusters.get(cluster_of(redispatch.replica))
         if cluster is None:
             raise not_found(redispatch.replica)
-        cluster.propose(redispatch, now_s=self._clock.monotonic())
-        await self._look(cluster)
+        cluster.changes.propose(redispatch, now_s=self._clock.monotonic())
+        await self._looks[cluster.name].look()
 
     # Streams.
 
@@ -234,6 +248,7 @@ class Fleet:
     async def _read(self, cluster: ClusterFleet, node: str, stream: Stream, requests: AsyncIterator[Request]) -> None:
         try:
             async for request in requests:
+                _check_size(request)
                 self._receive(cluster, node, stream, request)
             stream.end()
         except ServiceError as error:
@@ -297,99 +312,26 @@ class Fleet:
             cluster.capacity_changed = False
             for observer in self.observers:
                 observer.capacity_changed(cluster.name)
-        if self._has_work(cluster) and cluster.name not in self._looks and self._ending is None:
-            look = asyncio.create_task(self._look_soon(cluster), name=f"a look at {cluster.name}")
-            self._looks[cluster.name] = look
-
-    def _has_work(self, cluster: ClusterFleet) -> bool:
-        return cluster.record is not None and (
-            deciding.needs_look(cluster) or bool(cluster.late.unknown) or bool(cluster.unprepared)
-        )
+        looks = self._looks.get(cluster.name)
+        if looks is not None and self._ending is None:
+            looks.begin()
 
     def _send(self, cluster: ClusterFleet) -> None:
+        slow = []
         for node, messages in cluster.messages(self._clock.monotonic()).items():
-            stream = self._streams.get(node_name(cluster.name, node))
-            if stream is not None:
-                stream.send(messages)
-
-    async def _look_soon(self, cluster: ClusterFleet) -> None:
-        """Whatever comes in the same moment is decided together."""
-        try:
-            await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE * self._look_s.get(cluster.name, 0.0)))
-            began_s = self._clock.monotonic()
-            await self._look(cluster)
-            self._look_s[cluster.name] = self._clock.monotonic() - began_s
-        except ServiceError as error:
-            _log.warning("nothing could be kept", extra={"cluster": cluster.name, "reason": error.reason_name})
-            if error.reason == Reason.ERROR_REASON_NOT_LEADER:
-                self._lose_leadership(error)
-        except Exception:
-            _log.exception("a look at a cluster failed", extra={"cluster": cluster.name})
-        finally:
-            self._looks.pop(cluster.name, None)
-
-    async def _look(self, cluster: ClusterFleet) -> None:
-        """Decides, keeps and tells, until nothing is left to decide."""
-        async with self._locks[cluster.name]:
-            for _ in range(_ROUNDS):
-                await self._prepare(cluster)
-                await self._ask_for_ends(cluster)
-                writes = deciding.decide(cluster, now_s=self._clock.monotonic())
-                if writes:
-                    await self._keep(cluster, writes)
-                if not self._has_work(cluster):
-                    return
-
-    async def _keep(self, cluster: ClusterFleet, writes: Writes) -> None:
-        try:
-            kept = await self._store.write(partial(apply, writes=writes, now_s=self._clock.time()))
-        except ServiceError:
-            deciding.not_applied(cluster, writes)
-            raise
-        deciding.applied(cluster, writes, kept)
-        self._send(cluster)
-        ended, cluster.ended = cluster.ended, []
-        now_s = self._clock.time()
-        publishing.publish(cluster, self._hubs, now_s=now_s)
-        for body in ended:
-            publishing.publish_end(cluster, self._hubs, body, now_s=now_s)
-        for observer in self.observers:
-            for write in writes.replicas:
-                observer.replica_changed(write.name)
-            for body in ended:
-                observer.redispatch_ended(body)
-
-    async def _prepare(self, cluster: ClusterFleet) -> None:
-        """Looks up what plans say of replicas that were not looked up yet."""
-        by_plan: dict[str, list[tuple[str, int]]] = {}
-        for name in list(cluster.unprepared)[:_LOOKED_UP_AT_ONCE]:
-            record = cluster.replicas[name].record
-            by_plan.setdefault(record.plan, []).append((name, record.body.plan_index))
-        for plan, replicas in by_plan.items():
-            found = await self._contents.of(plan, [index for _, index in replicas])
-            for (name, _), contents in zip(replicas, found, strict=True):
-                cluster.prepare(name, contents)
-
-    async def _ask_for_ends(self, cluster: ClusterFleet) -> None:
-        for change_id in cluster.late.unknown:
-            name = f"{cluster.name}/redispatches/{change_id}"
-            cluster.found_late(change_id, await self._store.read(partial(read_end, name=name)))
-        self._send(cluster)
-
-    async def _nodes_declared(self, record: ClusterRecord) -> tuple[str, ...]:
-        digest = record.body.document.digest
-        known = self._declared.get(record.name)
-        if known is None or known[0] != digest:
-            known = (digest, await asyncio.to_thread(_node_ids, record))
-            self._declared[record.name] = known
-        return known[1]
+            name = node_name(cluster.name, node)
+            stream = self._streams.get(name)
+            if stream is not None and not stream.send(messages):
+                slow.append((node, name, stream))
+        for node, name, stream in slow:
+            _log.warning("an agent does not take what it is sent", extra={"node": name})
+            self._close(cluster, node, name, stream)
 
     def _forget(self, cluster: ClusterFleet) -> None:
         """The cluster is gone."""
-        if self._clusters.pop(cluster.name, None) is None:
-            return
+        self._looks.pop(cluster.name, None)
+        self._clusters.pop(cluster.name, None)
         cluster.record = None
-        self._declared.pop(cluster.name, None)
         for node in cluster.links:
             stream = self._streams.get(node_name(cluster.name, node))
             if stream is not None:
@@ -422,8 +364,14 @@ class Fleet:
     def tick(self) -> None:
         """Looks at the time: leases, deadlines, what is to be said again, what watchers should hear."""
         now_s = self._clock.monotonic()
+        gap_s, self._ticked_s = now_s - self._ticked_s - self._settings.tick_s, now_s
+        stood_still = gap_s > _STOOD_STILL * self._settings.tick_s
+        if stood_still:
+            _log.warning("the planner stood still", extra={"seconds": round(gap_s, 3)})
         publishes = now_s - self._published_s >= self._settings.publish_s
         for cluster in list(self._clusters.values()):
+            if stood_still:
+                cluster.leases.stood_still(gap_s, now_s=now_s)
             cluster.pass_time(now_s)
             self._after(cluster)
             if publishes:
@@ -434,14 +382,20 @@ class Fleet:
 
 async def _first_of(requests: AsyncIterator[Request]) -> Request:
     try:
-        return await asyncio.wait_for(anext(requests), _HELLO_S)
+        first = await asyncio.wait_for(anext(requests), _HELLO_S)
     except (StopAsyncIteration, TimeoutError):
         raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"no hello came within {_HELLO_S:g} s") from None
+    _check_size(first)
+    return first
 
 
-def _node_ids(record: ClusterRecord) -> tuple[str, ...]:
-    cluster = documents.read_cluster(record.body.document)
-    return tuple(group.node_name(index) for group in cluster.node_groups for index in range(group.count))
+def _check_size(request: Request) -> None:
+    if (size := request.ByteSize()) > _MOST_REQUEST_BYTES:
+        raise ServiceError(
+            Reason.ERROR_REASON_MESSAGE_TOO_LARGE,
+            f"a message of an agent has {size} bytes, {_MOST_REQUEST_BYTES} are the most",
+            metadata={"max_bytes": _MOST_REQUEST_BYTES},
+        )
 
 
 def _taken_over(name: str) -> ServiceError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.v1 import agent_service_pb2, head_map_pb2
+from hetis.v1 import agent_service_pb2, failure_pb2, head_map_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class HeadMapPieces:
             ServiceError: the agent has no map, or its pieces do not fit together.
         """
         if piece.HasField("failure"):
-            raise ServiceError(piece.failure.reason, piece.failure.message, metadata=piece.failure.metadata)
+            raise _failed(piece.failure)
         if piece.replica != self._replica:
             raise self._nonsense(f"piece {piece.index} is of {piece.replica}")
         if piece.index in self._pieces:
@@ -78,3 +78,11 @@ class HeadMapPieces:
 
     def _nonsense(self, what: str) -> ServiceError:
         return ServiceError(Reason.ERROR_REASON_INTERNAL, f"the head maps of {self._replica} make no sense: {what}")
+
+
+def _failed(failure: failure_pb2.Failure) -> ServiceError:
+    """As the agent says; a reason that only a newer one knows has no status code here."""
+    if failure.reason in Reason.values() and failure.reason:
+        return ServiceError(failure.reason, failure.message, metadata=failure.metadata)
+    message = f"the agent cannot tell, for reason {failure.reason}: {failure.message}"
+    return ServiceError(Reason.ERROR_REASON_ENGINE_CANNOT, message)

@@ -10,6 +10,7 @@ from hetis.planner.fleet.deltas import Directive
 from hetis.v1 import agent_service_pb2, change_pb2
 
 _MOST = 10_000
+MOST_OF_NODE = 100  # of one node at a time: it has one change of a replica under way, and few replicas
 
 
 class LateChanges:
@@ -17,11 +18,17 @@ class LateChanges:
 
     def __init__(self) -> None:
         self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}
+        self._num_of_node: dict[str, int] = {}
 
     def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
         """Too many are left to be said again."""
-        if len(self._waiting) < _MOST:
-            self._waiting.setdefault(status.change_id, {})[node] = status
+        known = self._waiting.get(status.change_id, {})
+        if node not in known:
+            num = self._num_of_node.get(node, 0)
+            if num >= MOST_OF_NODE or len(self._waiting) >= _MOST:
+                return
+            self._num_of_node[node] = num + 1
+        self._waiting.setdefault(status.change_id, {})[node] = status
 
     @property
     def unknown(self) -> list[str]:
@@ -30,7 +37,12 @@ class LateChanges:
 
     def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
         """Who spoke of it, and what it said."""
-        return tuple(self._waiting.pop(change_id, {}).items())
+        taken = self._waiting.pop(change_id, {})
+        for node in taken:
+            self._num_of_node[node] -= 1
+            if not self._num_of_node[node]:
+                del self._num_of_node[node]
+        return tuple(taken.items())
 
     def directive(
         self,

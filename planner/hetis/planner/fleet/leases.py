@@ -33,6 +33,7 @@ class Leases:
         self._lease_s = lease_s
         self._nodes: dict[str, _Presence] = {}
         self._due: list[tuple[float, str]] = []
+        self._num_connected = 0
 
     def __contains__(self, node: str) -> bool:
         return node in self._nodes
@@ -41,6 +42,11 @@ class Leases:
     def nodes(self) -> list[str]:
         """All that are declared or connected."""
         return list(self._nodes)
+
+    @property
+    def num_connected(self) -> int:
+        """Nodes with a stream, whatever their state."""
+        return self._num_connected
 
     def state(self, node: str) -> State.ValueType:
         found = self._nodes.get(node)
@@ -88,6 +94,7 @@ class Leases:
     def connect(self, node: str, *, now_s: float) -> bool:
         """A stream began; returns whether the state changed. A node that no document names is UNDECLARED."""
         presence = self._nodes.setdefault(node, _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False))
+        self._num_connected += not presence.connected
         presence.connected, presence.heard_s = True, now_s
         self._look_at(node, now_s + self._suspect_s)
         return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
@@ -98,6 +105,7 @@ class Leases:
         if presence is None or not presence.connected:
             return False
         presence.connected = False
+        self._num_connected -= 1
         if not presence.declared:
             del self._nodes[node]
             return True
@@ -137,6 +145,15 @@ class Leases:
             if self._enter(node, state):
                 changed.append(node)
         return changed
+
+    def stood_still(self, gap_s: float, *, now_s: float) -> None:
+        """For ``gap_s`` until ``now_s`` nobody listened: that is nobody's silence."""
+        self._due.clear()
+        for node, presence in self._nodes.items():
+            if presence.heard_s is not None:
+                presence.heard_s = min(presence.heard_s + gap_s, now_s)
+            if presence.due_s is not None:
+                self._look_at(node, presence.due_s + gap_s)
 
     def _look_at(self, node: str, due_s: float) -> None:
         self._nodes[node].due_s = due_s

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from hetis.planner.failures import Reason, ServiceError, invalid_field
-from hetis.planner.fleet.deltas import ReplicaSlot, WantedRemoval
+from hetis.planner.fleet.deltas import MOST_GENERATION, ReplicaSlot, WantedRemoval
 from hetis.planner.fleet.head_map_pieces import HeadMapPieces
 from hetis.planner.fleet.link_events import (
     Answered,
@@ -24,7 +25,8 @@ from hetis.planner.fleet.settings import FleetSettings, duration
 from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, report_pb2
 
 PROTOCOL_VERSION = 1
-_MOST_GENERATION = 2**62  # no replica gets there; a number above it would be carried on, into what no field can hold
+_MOST_FOREIGN = 1000  # replicas that are not a node's own and that it is listened to about
+_MOST_REMOVALS = 16  # of replicas of a node, under way
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
@@ -89,9 +91,9 @@ class _Generational(Protocol):
 
 
 def _check_generations(said: Iterable[_Generational]) -> None:
-    if any(one.generation > _MOST_GENERATION for one in said):
+    if any(one.generation > MOST_GENERATION for one in said):
         raise ServiceError(
-            Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"a generation is above {_MOST_GENERATION}, which none can be"
+            Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"a generation is above {MOST_GENERATION}, which none can be"
         )
 
 
@@ -106,6 +108,7 @@ class NodeLink:
         engine_address: where its engine listens for others; empty: it does not.
         capabilities: of its agent.
         report_age_s: how old the engine's numbers were in the last report.
+        num_ignored: how often it spoke of a replica that is not its own, after `_MOST_FOREIGN` others.
     """
 
     def __init__(
@@ -115,7 +118,9 @@ class NodeLink:
         epoch: int,
         settings: FleetSettings,
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
+        most_held: Callable[[str], int | None] = lambda _: None,
     ) -> None:
+        """``most_held``: the highest generation that the node can hold of a replica; None: it is not one of its own."""
         self.node = node
         self.devices: tuple[report_pb2.DeviceReport, ...] = ()
         self.inventory: inventory_pb2.NodeInventory | None = None
@@ -123,13 +128,20 @@ class NodeLink:
         self.engine_address = ""
         self.capabilities: frozenset[Capability.ValueType] = frozenset()
         self.report_age_s = 0.0
+        self.num_ignored = 0
+        self._most_held = most_held
         self._epoch = epoch
         self._settings = settings
         self._new_id = new_id
         self._session = ""
         self._boot_id = ""
         self._slots: dict[str, ReplicaSlot] = {}
-        self._active: set[str] = set()  # replicas for which something may have to be sent
+        self._foreign: set[str] = set()  # slots of replicas that are not its own, or were not
+        self._active: set[str] = set()  # replicas for which something may have to be sent now
+        self._due: list[tuple[float, str]] = []  # when that may be so by time alone
+        self._due_s: dict[str, float] = {}  # by replica; other entries of the heap are void
+        self._removals: set[str] = set()  # replicas whose removal was sent and not answered
+        self._put_off: dict[str, None] = {}  # those that wait for that
         self._outbox: list[Response] = []
         self._report_sequence = 0
         self._inventory_sequence = 0
@@ -145,7 +157,7 @@ class NodeLink:
     @property
     def has_more(self) -> bool:
         """Something is to be sent now, or may be when time has passed."""
-        return bool(self._active or self._outbox)
+        return bool(self._active or self._outbox or self._due or self._put_off)
 
     @property
     def slots(self) -> Mapping[str, ReplicaSlot]:
@@ -159,12 +171,30 @@ class NodeLink:
     def slot(self, replica: str) -> ReplicaSlot:
         """To be used when it is about to change: what is to be sent is looked for there."""
         self._active.add(replica)
-        return self._slots.setdefault(replica, ReplicaSlot(replica))
+        if replica not in self._slots:
+            self._slots[replica] = ReplicaSlot(replica, lambda: self._bound(replica))
+        return self._slots[replica]
+
+    def heard_slot(self, replica: str) -> ReplicaSlot | None:
+        """As `slot`, of a replica that the node speaks of. None: it has spoken of too many that are not its own."""
+        if replica not in self._slots and self._most_held(replica) is None:
+            if len(self._foreign) >= _MOST_FOREIGN:
+                self.num_ignored += 1
+                return None
+            self._foreign.add(replica)
+        return self.slot(replica)
 
     def forget(self, replica: str) -> None:
         """The replica is gone, here and everywhere."""
         self._slots.pop(replica, None)
-        self._active.discard(replica)
+        self._due_s.pop(replica, None)
+        self._put_off.pop(replica, None)
+        for known in (self._active, self._foreign, self._removals):
+            known.discard(replica)
+
+    def _bound(self, replica: str) -> int:
+        most = self._most_held(replica)
+        return MOST_GENERATION if most is None else most
 
     # The stream.
 
@@ -181,10 +211,16 @@ class NodeLink:
         self.capabilities = frozenset(hello.capabilities)
         self._report_sequence = self._inventory_sequence = 0
         self._fail_head_maps()
+        self._removals.clear()
+        self._put_off.clear()
         held = {one.replica: one for one in hello.replicas}
-        for replica in {*held, *self._slots}:
+        for replica in [one for one in self._slots if one not in held and self._most_held(one) is None]:
+            self.forget(replica)
+        self._foreign = {one for one in self._foreign if self._most_held(one) is None}
+        for replica in dict.fromkeys((*self._slots, *held)):
             one = held.get(replica, agent_service_pb2.HeldReplica())
-            self.slot(replica).restart(one.generation, one.assignment_state)
+            if (slot := self.heard_slot(replica)) is not None:
+                slot.restart(one.generation, one.assignment_state)
         known = self.inventory is not None and self.inventory.digest == hello.inventory_digest
         welcome = agent_service_pb2.Welcome(
             protocol_version=PROTOCOL_VERSION,
@@ -242,14 +278,44 @@ class NodeLink:
         if not self._session:
             return []
         found, self._outbox = self._outbox, []
-        for replica in sorted(self._active):
+        self._wake(now_s)
+        # A slot without a delta under way has nothing to say until somebody changes it, but for tries put off.
+        active, self._active = self._active, set()
+        for replica in sorted(active):
             slot = self._slots[replica]
+            if self._must_wait(slot):
+                self._put_off[replica] = None
+                continue
             delta = slot.next_delta(now_s, new_nonce=self._new_id, answer_s=self._settings.answer_s)
             if delta is not None:
                 found.append(Response(epoch=self._epoch, delta=delta))
-        # A slot without a delta under way has nothing to say until somebody changes it, but for tries put off.
-        self._active = {replica for replica in self._active if self._slots[replica].is_waiting}
+                if delta.HasField("removal"):
+                    self._removals.add(replica)
+            self._note_due(replica, slot)
         return found
+
+    def _wake(self, now_s: float) -> None:
+        while self._due and self._due[0][0] <= now_s:
+            due_s, replica = heapq.heappop(self._due)
+            if self._due_s.get(replica) == due_s:
+                del self._due_s[replica]
+                self._active.add(replica)
+        for replica in list(self._put_off)[: max(_MOST_REMOVALS - len(self._removals), 0)]:
+            del self._put_off[replica]
+            self._active.add(replica)
+
+    def _must_wait(self, slot: ReplicaSlot) -> bool:
+        if slot.in_flight or slot.has_directives or not isinstance(slot.wanted, WantedRemoval) or not slot.held:
+            return False
+        return len(self._removals) >= _MOST_REMOVALS
+
+    def _note_due(self, replica: str, slot: ReplicaSlot) -> None:
+        due_s = slot.due_s(self._settings.answer_s)
+        if due_s is None:
+            self._due_s.pop(replica, None)
+        elif self._due_s.get(replica) != due_s:
+            self._due_s[replica] = due_s
+            heapq.heappush(self._due, (due_s, replica))
 
     def ask_head_maps(self, replica: str) -> str:
         """Asks for them at the next `messages`; returns the id of the request."""
@@ -261,9 +327,6 @@ class NodeLink:
     def drop_head_maps(self, request_id: str) -> None:
         """Nobody waits for them any more."""
         self._head_maps.pop(request_id, None)
-
-    def ask_report(self) -> None:
-        self._ask(agent_service_pb2.StateRequest(request_id=self._new_id(), report=True))
 
     def say_goodbye(self, reason: str) -> None:
         """At the next `messages`."""
@@ -281,13 +344,17 @@ class NodeLink:
         self._report_sequence = sequence
         self.devices = tuple(report.devices)
         self.report_age_s = report.age_s
-        changed = []
+        changed, taken = [], []
         for one in report.replicas:
-            known = self._slots.get(one.replica)
-            if (self.slot(one.replica) if known is None else known).learn(one):
+            slot = self._slots.get(one.replica) or self.heard_slot(one.replica)
+            if slot is None:
+                continue
+            if slot.learn(one):
                 self._active.add(one.replica)
                 changed.append(one.replica)
-        return [Reported(replicas=tuple(report.replicas), changed=tuple(changed))]
+            if slot.is_believed:
+                taken.append(one)
+        return [Reported(replicas=tuple(taken), changed=tuple(changed))]
 
     def _take_inventory(self, sequence: int, inventory: inventory_pb2.NodeInventory) -> list[LinkEvent]:
         if sequence <= self._inventory_sequence:
@@ -302,12 +369,14 @@ class NodeLink:
         if ack.replica not in self._slots:
             return []
         answer = self.slot(ack.replica).acknowledge(ack)
+        self._note_answered(ack.replica)
         return [] if answer is None else [Answered(answer=answer)]
 
     def _take_nack(self, nack: agent_service_pb2.DeltaNack, now_s: float) -> list[LinkEvent]:
         if nack.replica not in self._slots:
             return []
         answer = self.slot(nack.replica).refuse(nack, now_s=now_s, retry_s=self._settings.retry_s)
+        self._note_answered(nack.replica)
         if answer is None:
             return []
         events: list[LinkEvent] = [Answered(answer=answer)]
@@ -318,10 +387,14 @@ class NodeLink:
             events.append(Behind(replica=nack.replica, held=nack.generation))
         return events
 
+    def _note_answered(self, replica: str) -> None:
+        if not self._slots[replica].in_flight:
+            self._removals.discard(replica)
+
     def _learn_generation(self, status: change_pb2.ChangeStatus) -> None:
         slot = self._slots.get(status.replica)
         if slot is not None and slot.held:
-            slot.held = max(slot.held, status.generation)
+            slot.hold(max(slot.held, status.generation))
 
     def _take_piece(self, piece: agent_service_pb2.HeadMapPiece) -> list[LinkEvent]:
         pieces = self._head_maps.get(piece.request_id)

@@ -28,9 +28,9 @@ def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
         elif kind == "plan" and cluster.plan is not None and cluster.plan.name == name:
             hubs.plans.publish(name, plan_view(cluster, cluster.plan), now_s=now_s)
         elif kind == "cluster" and cluster.record is not None:
-            connected = sum(bool(link.session) for link in cluster.links.values())
-            hub.publish((kind, name), cluster_message(cluster.record, view=BASIC, num_connected=connected), now_s=now_s)
-    under_way = {change.body.name: change.body for change in cluster.changes.values()}
+            message = cluster_message(cluster.record, view=BASIC, num_connected=cluster.leases.num_connected)
+            hub.publish((kind, name), message, now_s=now_s)
+    under_way = {change.body.name: change.body for change in cluster.changes.under_way.values()}
     for kind, name in shown:
         if kind == "redispatch" and name in under_way:
             hub.publish((kind, name), basic_redispatch(under_way[name]), now_s=now_s)
@@ -58,8 +58,8 @@ def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica
     message.CopyFrom(replica.basic_body)
     message.plan = replica.record.plan
     message.state, message.generation = replica.state, generation_of(cluster, replica)
-    if replica.change_id in cluster.changes:
-        message.redispatch = cluster.changes[replica.change_id].body.name
+    if (change := cluster.changes.of(replica)) is not None:
+        message.redispatch = change.body.name
     if replica.report is not None:
         message.report.CopyFrom(replica.report)
     if (time := optional_timestamp(replica.report_time_s)) is not None:
@@ -75,7 +75,7 @@ def generation_of(cluster: ClusterFleet, replica: Replica) -> int:
 
 
 def live_replica(cluster: ClusterFleet, replica: Replica) -> LiveReplica:
-    change = cluster.changes.get(replica.change_id)
+    change = cluster.changes.of(replica)
     contents = replica.contents
     return LiveReplica(
         name=replica.name,

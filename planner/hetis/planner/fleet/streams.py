@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterable
 
-from hetis.planner.failures import ServiceError
+from hetis.planner.failures import Reason, ServiceError
 from hetis.v1 import agent_service_pb2
 
 Response = agent_service_pb2.ConnectNodeResponse
+MOST_MESSAGES = 1000  # that an agent has not taken yet
+MOST_BYTES = 64 * 2**20
 
 
 class Stream:
@@ -16,19 +19,31 @@ class Stream:
 
     def __init__(self, session: str) -> None:
         self.session = session
-        self._queue: asyncio.Queue[Response | ServiceError | None] = asyncio.Queue()
+        self._queue: deque[Response] = deque()
+        self._num_bytes = 0
+        self._has_news = asyncio.Event()
         self._has_ended = False
+        self._error: ServiceError | None = None
 
-    def send(self, messages: Iterable[Response]) -> None:
-        if not self._has_ended:
-            for message in messages:
-                self._queue.put_nowait(message)
+    def send(self, messages: Iterable[Response]) -> bool:
+        """False: the agent is too slow, and the stream ends without them."""
+        if self._has_ended:
+            return True
+        for message in messages:
+            self._queue.append(message)
+            self._num_bytes += message.ByteSize()
+        if len(self._queue) > MOST_MESSAGES or self._num_bytes > MOST_BYTES:
+            self._queue.clear()
+            self.end(ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "the agent does not take what it is sent"))
+            return False
+        self._has_news.set()
+        return True
 
     def end(self, error: ServiceError | None = None) -> None:
         """After what was sent before. None: with OK, because the agent ended it."""
         if not self._has_ended:
-            self._has_ended = True
-            self._queue.put_nowait(error)
+            self._has_ended, self._error = True, error
+            self._has_news.set()
 
     async def messages(self) -> AsyncIterator[Response]:
         """
@@ -36,9 +51,13 @@ class Stream:
             ServiceError: that the stream was ended with.
         """
         while True:
-            message = await self._queue.get()
-            if message is None:
-                return
-            if isinstance(message, ServiceError):
-                raise message
-            yield message
+            while self._queue:
+                message = self._queue.popleft()
+                self._num_bytes -= message.ByteSize()
+                yield message
+            if self._has_ended:
+                break
+            self._has_news.clear()
+            await self._has_news.wait()
+        if self._error is not None:
+            raise self._error

@@ -47,10 +47,9 @@ def read_cluster(reader: Reader, name: str) -> KeptCluster:
     )
 
 
-def read_end(reader: Reader, name: str) -> redispatch_pb2.Redispatch | None:
-    """A re-dispatch as it is kept; None: there is no record of it."""
-    record = reader.redispatches.get(name)
-    return None if record is None else record.body
+def read_ends(reader: Reader, names: Sequence[str]) -> dict[str, redispatch_pb2.Redispatch]:
+    """Re-dispatches by name, as they are kept; those that are not here: there is no record of them."""
+    return {record.name: record.body for record in reader.redispatches.all(name=names)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +71,7 @@ class NodeWrite:
     name: str
     inventory: inventory_pb2.NodeInventory | None
     agent_version: str
+    engine_address: str
     connect_time_s: float
 
 
@@ -161,7 +161,7 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
         body.CopyFrom(record.body)
     if write.inventory is not None:
         body.inventory.CopyFrom(write.inventory)
-    body.agent_version = write.agent_version
+    body.agent_version, body.engine_address = write.agent_version, write.engine_address
     body.connect_time.CopyFrom(timestamp(write.connect_time_s))
     if record is None:
         kept.nodes[write.name] = tx.nodes.insert(NodeRecord(name=write.name, cluster=cluster, body=body))

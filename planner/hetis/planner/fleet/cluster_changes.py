@@ -1,0 +1,259 @@
+"""The re-dispatches of one cluster: those under way, those that are only kept, and those that nodes still speak of."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from hetis.planner.failures import Reason, ServiceError, not_found
+from hetis.planner.fleet.activation import NodeState
+from hetis.planner.fleet.change_parts import parts_of
+from hetis.planner.fleet.changes import FINAL, ChangeCoordinator, Outcome, State
+from hetis.planner.fleet.counters import FleetCounters, count
+from hetis.planner.fleet.deltas import Answer
+from hetis.planner.fleet.late_changes import MOST_OF_NODE, LateChanges
+from hetis.planner.fleet.leases import Leases
+from hetis.planner.fleet.link import NodeLink
+from hetis.planner.fleet.replica import Replica
+from hetis.planner.fleet.settings import FleetSettings
+from hetis.v1 import change_pb2, failure_pb2, redispatch_pb2, report_pb2
+
+_ENDED_KEPT = 1000
+_log = logging.getLogger("hetis.planner.fleet")
+
+
+class Around(Protocol):
+    """The cluster; attributes are as of `hetis.planner.fleet.cluster.ClusterFleet`."""
+
+    replicas: dict[str, Replica]
+    leases: Leases
+    dirty: set[str]
+    shown: set[tuple[str, str]]
+    counters: FleetCounters
+    settings: FleetSettings
+
+    def link(self, node: str) -> NodeLink: ...
+
+    def talk(self, node: str) -> None:
+        """Something is to be sent to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a change ended, for nodes that come back and ask."""
+
+    outcome: Outcome.ValueType
+    moves: tuple[change_pb2.MoveResult, ...]
+
+
+class ClusterChanges:
+    """Attributes:
+    under_way: by change id.
+    advised: re-dispatches that are only to be kept.
+    late: changes that nodes speak of and that are not under way.
+    ended: re-dispatches that ended since they were last taken.
+    """
+
+    def __init__(self, cluster: Around) -> None:
+        self.under_way: dict[str, ChangeCoordinator] = {}
+        self.advised: list[redispatch_pb2.Redispatch] = []
+        self.late = LateChanges()
+        self.ended: list[redispatch_pb2.Redispatch] = []
+        self._cluster = cluster
+        self._endings: OrderedDict[str, Ended] = OrderedDict()
+
+    @property
+    def have_news(self) -> bool:
+        """For the store."""
+        return bool(self.advised) or any(one.is_unsaved or one.has_ended for one in self.under_way.values())
+
+    def of(self, replica: Replica) -> ChangeCoordinator | None:
+        return self.under_way.get(replica.change_id)
+
+    def propose(self, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
+        """Begins a re-dispatch; it counts from when the store has it. ADVISED ones are only kept.
+
+        Raises:
+            ServiceError: NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE or INVALID_FIELD.
+        """
+        replica = self._cluster.replicas.get(body.replica)
+        if replica is None:
+            raise not_found(body.replica)
+        if body.state == State.REDISPATCH_STATE_ADVISED:
+            self.advised.append(body)
+            return
+        if replica.change_id:
+            raise ServiceError(
+                Reason.ERROR_REASON_CHANGE_IN_FLIGHT,
+                f"change {replica.change_id} of {replica.name} is under way",
+                metadata={"change_id": replica.change_id},
+            )
+        primary = self._cluster.link(replica.primary_node).slot(replica.name)
+        if body.change.base_generation != primary.held or not primary.held:
+            raise ServiceError(
+                Reason.ERROR_REASON_GENERATION_MISMATCH,
+                f"the change builds on generation {body.change.base_generation} of {replica.name}, which is at"
+                f" {primary.held}",
+                metadata={"base_generation": body.change.base_generation, "generation": primary.held},
+            )
+        parts = parts_of(body.change, replica.record.body.shape, primary_node=replica.primary_node)
+        lost = sorted(node for node in parts if self._cluster.leases.state(node) != NodeState.NODE_STATE_READY)
+        if lost:
+            raise ServiceError(
+                Reason.ERROR_REASON_DEVICE_UNAVAILABLE, f"node {lost[0]} is not ready", metadata={"device": lost[0]}
+            )
+        body.change.generation = max(replica.generation, primary.held) + 1
+        change = ChangeCoordinator(body, parts, now_s=now_s, again_s=self._cluster.settings.answer_s)
+        if primary.report is not None:
+            change.see_report(replica.primary_node, primary.report)
+        self.under_way[change.change_id] = change
+        replica.change_id = change.change_id
+        self._cluster.dirty.add(replica.name)
+
+    def resume(self, kept: redispatch_pb2.Redispatch, *, now_s: float) -> None:
+        """One that an earlier planner left."""
+        body = redispatch_pb2.Redispatch()
+        body.CopyFrom(kept)
+        change = ChangeCoordinator.resumed(body, now_s=now_s, again_s=self._cluster.settings.answer_s)
+        self.under_way[change.change_id] = change
+        replica = self._cluster.replicas.get(body.replica)
+        if replica is None:
+            change.give_up(_gone(body.replica))
+        else:
+            replica.change_id = change.change_id
+        self.tell(change)
+
+    def tell(self, change: ChangeCoordinator) -> None:
+        """What the nodes of a change should have been told now."""
+        directives = change.directives()
+        for node in change.nodes:
+            link = self._cluster.link(node)
+            if node in directives:
+                link.slot(change.body.replica).tell(directives[node])
+                self._cluster.talk(node)
+            elif change.body.replica in link.slots:
+                link.slot(change.body.replica).forget_change(change.change_id)
+        self._cluster.shown.add(("redispatch", change.body.name))
+
+    def end(self, change: ChangeCoordinator) -> None:
+        """The store knows how it ended."""
+        cluster = self._cluster
+        del self.under_way[change.change_id]
+        self.tell(change)
+        cluster.counters.contradictions += change.num_contradictions
+        if change.num_contradictions:
+            _log.warning("nodes contradict each other, or themselves", extra={"redispatch": change.body.name})
+        count(cluster.counters.redispatches, State.Name(change.state))
+        self._remember_end(change.body)
+        self.ended.append(change.body)
+        replica = cluster.replicas.get(change.body.replica)
+        if replica is not None and replica.change_id == change.change_id:
+            replica.change_id = ""
+            cluster.shown.add(("replica", replica.name))
+
+    def give_up(self, replica: Replica) -> None:
+        """Its record is gone."""
+        if (change := self.of(replica)) is not None:
+            change.give_up(_gone(replica.name))
+
+    # What nodes say.
+
+    def reconnected(self, node: str, said: Iterable[change_pb2.ChangeStatus]) -> None:
+        """A stream of the node began, and it listed these."""
+        listed = {status.change_id: status for status in said}
+        for change in list(self.under_way.values()):
+            if node in change.nodes:
+                change.reconnected(node, lists_change=change.change_id in listed)
+        for status in listed.values():
+            self.hear(node, status)
+
+    def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        """How far a change is on the node."""
+        change = self.under_way.get(status.change_id)
+        if change is not None:
+            change.hear(node, status)
+            self.tell(change)
+        elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
+            if status.change_id in self._endings:
+                self._answer_late(node, status)
+            else:
+                self.late.add(node, status)
+
+    def see_report(self, node: str, replica: Replica, report: report_pb2.ReplicaReport) -> None:
+        if (change := self.of(replica)) is not None:
+            was = change.state
+            change.see_report(node, report)
+            if change.state != was:
+                self.tell(change)
+
+    def answered(self, node: str, answer: Answer, *, now_s: float) -> None:
+        """A directive was."""
+        change = self.under_way.get(answer.change_id)
+        if change is not None:
+            change.answered(node, answer.kind, answer.failure, now_s=now_s)
+            self.tell(change)
+        elif answer.kind == "resolved" or answer.failure is not None:
+            slot = self._cluster.link(node).slots.get(answer.replica)
+            if slot is not None:
+                slot.close_change(answer.change_id)
+
+    def note_presence(self, node: str, state: NodeState.ValueType) -> None:
+        for change in list(self.under_way.values()):
+            if node in change.nodes:
+                if state == NodeState.NODE_STATE_LOST:
+                    change.lose(node)
+                else:
+                    change.regain(node)
+                self.tell(change)
+
+    def pass_time(self, now_s: float) -> None:
+        """Deadlines, and what should be said again."""
+        for change in list(self.under_way.values()):
+            was = change.state
+            for node in change.pass_time(now_s):
+                self._cluster.link(node).slot(change.body.replica).tell_again(change.change_id)
+                self._cluster.talk(node)
+            if change.state != was:
+                self.tell(change)
+
+    # Those that are over.
+
+    def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
+        """How a change that nodes speak of ended, as the store says; None: it knows no such change."""
+        if body is not None and body.state in FINAL:
+            self._remember_end(body)
+        for node, status in self.late.take(change_id):
+            self._answer_late(node, status)
+
+    def _is_closed(self, node: str, status: change_pb2.ChangeStatus) -> bool:
+        slot = self._cluster.link(node).slots.get(status.replica)
+        return slot is not None and status.change_id in slot.closed
+
+    def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        ended = self._endings.get(status.change_id)
+        directive = self.late.directive(
+            status, outcome=None if ended is None else ended.outcome, moves=() if ended is None else ended.moves
+        )
+        slot = self._cluster.link(node).heard_slot(status.replica)
+        if slot is not None and slot.num_directives < MOST_OF_NODE:  # the others will be said again
+            slot.tell(directive)
+            self._cluster.talk(node)
+
+    def _remember_end(self, body: redispatch_pb2.Redispatch) -> None:
+        authority = [one for one in body.nodes if change_pb2.CHANGE_PART_AUTHORITY in one.parts]
+        is_done = body.state == State.REDISPATCH_STATE_DONE
+        self._endings[body.change.change_id] = Ended(
+            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
+            moves=tuple(authority[0].status.moves) if authority else (),
+        )
+        if len(self._endings) > _ENDED_KEPT:
+            self._endings.popitem(last=False)
+
+
+def _gone(replica: str) -> failure_pb2.Failure:
+    return ServiceError(
+        Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica} was removed before it was known how the change ended"
+    ).to_proto()

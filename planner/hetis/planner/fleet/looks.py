@@ -1,0 +1,156 @@
+"""Looks at one cluster, never two at once: it is read, decided and kept, and then the nodes are told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from hetis.planner.convert import documents
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet import deciding, publishing
+from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.contents import ContentsSource
+from hetis.planner.fleet.views import Clock, FleetObserver, Publishing
+from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_ends
+from hetis.planner.store import ClusterRecord, Store
+
+_log = logging.getLogger("hetis.planner.fleet")
+_ENDS_AT_ONCE = 1000  # changes that the store is asked for in one read
+_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are worked out between two looks
+_PAUSE = 3.0  # between two looks, in times of what the last one took: what comes meanwhile is one look
+_MOST_PAUSE_S = 1.0
+_ROUNDS = 100  # looks one after another before others have their turn
+
+
+class Looks:
+    """Attributes:
+    cluster: that is looked at; its ``record`` is None before the first read, and when it is gone.
+    lock: held by whoever reads or decides.
+    task: the look that is under way or about to be. None: there is none.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterFleet,
+        *,
+        store: Store,
+        hubs: Publishing,
+        contents: ContentsSource,
+        clock: Clock,
+        observers: Sequence[FleetObserver],
+        send: Callable[[ClusterFleet], None],
+        lose_leadership: Callable[[ServiceError], None],
+    ) -> None:
+        self.cluster = cluster
+        self.lock = asyncio.Lock()
+        self.task: asyncio.Task[None] | None = None
+        self._store, self._hubs, self._contents, self._clock = store, hubs, contents, clock
+        self._observers = observers
+        self._send = send
+        self._lose_leadership = lose_leadership
+        self._took_s = 0.0
+        self._declared: tuple[str, tuple[str, ...]] = ("", ())  # digest and nodes of the cluster's document
+
+    async def read(self) -> bool:
+        """Takes what the store has, under the lock; False: the cluster is gone."""
+        kept = await self._store.read(partial(read_cluster, name=self.cluster.name))
+        if kept.cluster is None:
+            return False
+        self.cluster.take(kept, await self._nodes_declared(kept.cluster), now_s=self._clock.monotonic())
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        cluster = self.cluster
+        return cluster.record is not None and (
+            deciding.needs_look(cluster) or bool(cluster.changes.late.unknown) or bool(cluster.unprepared)
+        )
+
+    def begin(self) -> None:
+        """Where there is something to decide; whatever comes in the same moment is decided together."""
+        if self.task is None and self.has_work:
+            self.task = asyncio.create_task(self._look_soon(), name=f"a look at {self.cluster.name}")
+
+    async def look(self) -> None:
+        """Decides, keeps and tells, until nothing is left to decide."""
+        async with self.lock:
+            for _ in range(_ROUNDS):
+                if not self.has_work:
+                    return
+                await self._prepare()
+                await self._ask_for_ends()
+                writes = deciding.decide(self.cluster, now_s=self._clock.monotonic())
+                if writes:
+                    await self._keep(writes)
+
+    async def _look_soon(self) -> None:
+        extra = {"cluster": self.cluster.name}
+        try:
+            await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE * self._took_s))
+            began_s = self._clock.monotonic()
+            await self.look()
+            self._took_s = self._clock.monotonic() - began_s
+        except ServiceError as error:
+            _log.warning("nothing could be kept", extra={**extra, "reason": error.reason_name})
+            if error.reason == Reason.ERROR_REASON_NOT_LEADER:
+                self._lose_leadership(error)
+        except Exception:
+            _log.exception("a look at a cluster failed", extra=extra)
+        finally:
+            self.task = None
+
+    async def _keep(self, writes: Writes) -> None:
+        cluster = self.cluster
+        try:
+            kept = await self._store.write(partial(apply, writes=writes, now_s=self._clock.time()))
+        except BaseException:  # whatever ended it: nothing that was decided is to be forgotten
+            deciding.not_applied(cluster, writes)
+            raise
+        deciding.applied(cluster, writes, kept)
+        self._send(cluster)
+        ended, cluster.changes.ended = cluster.changes.ended, []
+        now_s = self._clock.time()
+        publishing.publish(cluster, self._hubs, now_s=now_s)
+        for body in ended:
+            publishing.publish_end(cluster, self._hubs, body, now_s=now_s)
+        for observer in self._observers:
+            for write in writes.replicas:
+                observer.replica_changed(write.name)
+            for body in ended:
+                observer.redispatch_ended(body)
+
+    async def _prepare(self) -> None:
+        """Looks up what plans say of replicas that were not looked up yet."""
+        cluster = self.cluster
+        by_plan: dict[str, list[tuple[str, int]]] = {}
+        for name in list(cluster.unprepared)[:_LOOKED_UP_AT_ONCE]:
+            record = cluster.replicas[name].record
+            by_plan.setdefault(record.plan, []).append((name, record.body.plan_index))
+        for plan, replicas in by_plan.items():
+            found = await self._contents.of(plan, [index for _, index in replicas])
+            for (name, _), contents in zip(replicas, found, strict=True):
+                cluster.prepare(name, contents)
+
+    async def _ask_for_ends(self) -> None:
+        cluster = self.cluster
+        names = {f"{cluster.name}/redispatches/{one}": one for one in cluster.changes.late.unknown[:_ENDS_AT_ONCE]}
+        if not names:
+            return
+        found = await self._store.read(partial(read_ends, names=list(names)))
+        for name, change_id in names.items():
+            cluster.changes.found_late(change_id, found.get(name))
+        self._send(cluster)
+
+    async def _nodes_declared(self, record: ClusterRecord) -> tuple[str, ...]:
+        digest, nodes = self._declared
+        if digest != record.body.document.digest or not nodes:
+            nodes = await asyncio.to_thread(_node_ids, record)
+            self._declared = (record.body.document.digest, nodes)
+        return nodes
+
+
+def _node_ids(record: ClusterRecord) -> tuple[str, ...]:
+    cluster = documents.read_cluster(record.body.document)
+    return tuple(group.node_name(index) for group in cluster.node_groups for index in range(group.count))

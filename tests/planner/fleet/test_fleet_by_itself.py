@@ -1,0 +1,310 @@
+"""The fleet in its loop where things go wrong beside it: the store, its own time, clusters that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.link import Request, Response
+from hetis.planner.resources.hubs import Hubs
+from hetis.planner.service import identity
+from hetis.planner.store import Store
+from hetis.v1 import agent_service_pb2 as pb
+from hetis.v1 import change_pb2, cluster_pb2, redispatch_pb2
+from tests.planner.fleet.memory_store import MemoryStore
+from tests.planner.fleet.model_agents import Engines, ModelAgent
+from tests.planner.fleet.samples import (
+    CLUSTER,
+    REPLICA,
+    SETTINGS,
+    SampleContents,
+    change,
+    cluster_document,
+    cluster_record,
+    store_with_plan,
+)
+
+T = TypeVar("T")
+NODE = f"{CLUSTER}/nodes/a"
+
+
+class HandClock:
+    """It goes when it is told to."""
+
+    now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time(self) -> float:
+        return self.now_s
+
+
+class FaultyStore(MemoryStore):
+    """``fails_with``: the next write; ``reads``: waits before every read."""
+
+    fails_with: BaseException | None = None
+    num_reads = 0
+    reads: asyncio.Event | None = None
+
+    async def read(self, work: Callable[[Any], T]) -> T:
+        self.num_reads += 1
+        if self.reads is not None:
+            await self.reads.wait()
+        return await super().read(work)
+
+    async def write(self, work: Callable[[Any], T]) -> T:
+        if self.fails_with is not None:
+            error, self.fails_with = self.fails_with, None
+            raise error
+        return await super().write(work)
+
+
+def store_of_one_cluster() -> FaultyStore:
+    store = FaultyStore()
+    store.tables = store_with_plan(cluster_document()).tables
+    return store
+
+
+def new_fleet(store: MemoryStore, clock: HandClock | None = None) -> Fleet:
+    return Fleet(
+        store,  # type: ignore[arg-type]
+        Hubs(1),
+        epoch=1,
+        settings=SETTINGS,
+        clock=clock or HandClock(),
+        contents=SampleContents(),
+    )
+
+
+@asynccontextmanager
+async def stream(fleet: Fleet, *messages: Request) -> AsyncIterator[list[Response]]:
+    """An agent of node a, which says no more than this; and what it is sent."""
+    sent: list[Response] = []
+
+    async def requests() -> AsyncIterator[Request]:
+        for message in messages or (ModelAgent("a", Engines()).hello(),):
+            yield message
+        await asyncio.Event().wait()
+
+    async def listen() -> None:
+        async for message in fleet.connect(identity.ANYBODY, requests()):
+            sent.append(message)
+
+    task = asyncio.create_task(listen())
+    await asyncio.sleep(0.01)
+    yield sent
+    task.cancel()
+    with suppress(asyncio.CancelledError, ServiceError):
+        await task
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(body(), 20))
+
+
+async def settle(fleet: Fleet) -> None:
+    for _ in range(200):
+        await asyncio.sleep(0.005)
+        if not any(looks.task for looks in fleet._looks.values()):
+            return
+    raise AssertionError("it looks for ever")
+
+
+def state(fleet: Fleet) -> str:
+    view = fleet.node_view(NODE)
+    assert view is not None
+    return cluster_pb2.NodeState.Name(view.state).removeprefix("NODE_STATE_")
+
+
+def test_calls_about_a_new_cluster_that_meet_make_one_room_of_it() -> None:
+    async def body() -> None:
+        store = store_of_one_cluster()
+        fleet = new_fleet(store)
+        store.reads = asyncio.Event()
+        calls = [asyncio.create_task(fleet.cluster_changed(CLUSTER)) for _ in range(2)]
+        await asyncio.sleep(0)
+        store.reads.set()
+        await calls[0]
+        room = fleet._clusters[CLUSTER]
+        async with stream(fleet):
+            calls.append(asyncio.create_task(fleet.cluster_changed(CLUSTER)))
+            await asyncio.gather(*calls)
+            assert fleet._clusters[CLUSTER] is room
+            assert state(fleet) == "READY"
+        await fleet.stop("the test is over")
+
+    run(body)
+
+
+def test_of_a_cluster_that_is_gone_nothing_is_left_and_it_may_come_again() -> None:
+    async def body() -> None:
+        store = store_of_one_cluster()
+        fleet = new_fleet(store)
+        await fleet.cluster_changed(CLUSTER)
+        await settle(fleet)
+        record = store.tables.clusters.rows.pop(CLUSTER)
+        first, second = asyncio.Event(), asyncio.Event()
+
+        async def call() -> None:
+            await fleet.cluster_changed(CLUSTER)
+            if CLUSTER in fleet._clusters:
+                assert fleet._looks[CLUSTER].cluster is fleet._clusters[CLUSTER]
+
+        store.reads = first
+        calls = [asyncio.create_task(call()) for _ in range(3)]
+        await asyncio.sleep(0)  # one reads, the others wait for it
+        store.reads = second
+        first.set()
+        await calls[0]
+        assert CLUSTER not in fleet._clusters
+        store.tables.clusters.rows[CLUSTER] = record
+        calls.append(asyncio.create_task(call()))
+        await asyncio.sleep(0)
+        second.set()
+        await asyncio.gather(*calls)
+        assert fleet._looks[CLUSTER].cluster is fleet._clusters[CLUSTER]
+        await fleet.cluster_changed("clusters/never")
+        assert list(fleet._looks) == [CLUSTER]
+        await fleet.stop("the test is over")
+
+    run(body)
+
+
+def test_a_planner_that_stood_still_takes_nobodys_silence_for_a_death() -> None:
+    async def body() -> None:
+        clock = HandClock()
+        fleet = new_fleet(store_of_one_cluster(), clock)
+        await fleet.cluster_changed(CLUSTER)
+        async with stream(fleet):
+            fleet.tick()
+            clock.now_s += 60.0  # it was stopped, or its machine was
+            fleet.tick()
+            assert state(fleet) == "READY"
+            seen = []
+            for _ in range(24):  # and now it listens, and the node says nothing
+                clock.now_s += SETTINGS.tick_s
+                fleet.tick()
+                seen.append(state(fleet))
+            assert list(dict.fromkeys(seen)) == ["READY", "SUSPECT", "LOST"]
+        await fleet.stop("the test is over")
+
+    run(body)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a disk")])
+def test_what_could_not_be_written_for_whatever_reason_is_written_with_the_next_look(error: Exception) -> None:
+    async def body() -> None:
+        store = store_of_one_cluster()
+        fleet = new_fleet(store)
+        await fleet.cluster_changed(CLUSTER)
+        await settle(fleet)
+        store.fails_with = error
+        advised = change(1)
+        advised.state = redispatch_pb2.REDISPATCH_STATE_ADVISED
+        async with stream(fleet):
+            with suppress(type(error)):
+                await fleet.redispatch(advised)
+            assert store.fails_with is None
+            fleet.tick()
+            await settle(fleet)
+        assert store.tables.nodes.require(NODE).body.agent_version == "1.0"
+        assert advised.name in store.tables.redispatches.rows
+        await fleet.stop("the test is over")
+
+    run(body)
+
+
+def test_the_store_is_asked_once_for_all_changes_that_nodes_speak_of() -> None:
+    async def body() -> None:
+        store = store_of_one_cluster()
+        fleet = new_fleet(store)
+        await fleet.cluster_changed(CLUSTER)
+        await settle(fleet)
+        before = store.num_reads
+        hello = ModelAgent("a", Engines()).hello()
+        hello.hello.changes.extend(
+            change_pb2.ChangeStatus(change_id=f"c-{number}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING)
+            for number in range(50)
+        )
+        async with stream(fleet, hello) as sent:
+            await settle(fleet)
+            assert store.num_reads - before == 1
+            assert any(message.delta.HasField("abort") for message in sent)
+        await fleet.stop("the test is over")
+
+    run(body)
+
+
+def test_the_number_of_connected_nodes_follows_their_streams() -> None:
+    async def body() -> None:
+        fleet = new_fleet(store_of_one_cluster())
+        assert fleet.num_connected(CLUSTER) == 0
+        await fleet.cluster_changed(CLUSTER)
+        async with stream(fleet):
+            assert fleet.num_connected(CLUSTER) == 1
+            async with stream(fleet):  # takes over
+                assert fleet.num_connected(CLUSTER) == 1
+        assert fleet.num_connected(CLUSTER) == 0
+        await fleet.stop("the test is over")
+
+    run(body)
+
+
+def test_no_message_of_an_agent_is_larger_than_a_mebibyte() -> None:
+    async def body() -> None:
+        fleet = new_fleet(store_of_one_cluster())
+        await fleet.cluster_changed(CLUSTER)
+        hello = ModelAgent("a", Engines()).hello()
+        large = Request()
+        large.CopyFrom(hello)
+        large.hello.agent_version = "x" * 2**20
+
+        async def requests(*messages: Request) -> AsyncIterator[Request]:
+            for message in messages:
+                yield message
+            await asyncio.Event().wait()
+
+        for messages in ((large,), (hello, Request(report=pb.NodeReport(), sequence=1, head_map=_large_piece()))):
+            with pytest.raises(ServiceError) as caught:
+                async for _ in fleet.connect(identity.ANYBODY, requests(*messages)):
+                    pass
+            assert caught.value.reason_name == "MESSAGE_TOO_LARGE"
+        await fleet.stop("the test is over")
+
+    run(body)
+
+
+def _large_piece() -> pb.HeadMapPiece:
+    return pb.HeadMapPiece(request_id="x" * 2**20)
+
+
+def test_a_planner_that_another_one_replaced_writes_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        url = f"sqlite:///{tmp_path / 'hetis.db'}"
+        zombie = await Store.open(url)
+        await zombie.lead("the first")
+        await zombie.write(lambda tx: tx.clusters.insert(cluster_record("")))
+        assert zombie._lock is not None
+        zombie._lock.release()  # as after a pause, or on a disk that forgot it
+        other = await Store.open(url)
+        await other.lead("the second")
+        with pytest.raises(ServiceError) as caught:
+            await zombie.write(lambda tx: tx.clusters.delete(CLUSTER))
+        assert caught.value.reason_name == "NOT_LEADER"
+        record = await other.read(lambda tx: tx.clusters.require(CLUSTER))
+        assert record.version == 1
+        await other.write(lambda tx: tx.clusters.update(replace(record, update_time_s=2.0)))
+        await other.close()
+        with suppress(Exception):
+            await zombie.close()
+
+    run(body)

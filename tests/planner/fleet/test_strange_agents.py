@@ -1,0 +1,226 @@
+"""What one agent says, out of malice or because it is newer, costs nobody else anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet import streams
+from hetis.planner.fleet.deltas import ROOM
+from hetis.planner.fleet.head_map_pieces import HeadMapPieces
+from hetis.planner.fleet.late_changes import MOST_OF_NODE
+from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS
+from hetis.planner.fleet.streams import Stream
+from hetis.v1 import agent_service_pb2 as pb
+from hetis.v1 import change_pb2, failure_pb2, replica_pb2, report_pb2
+from tests.planner.fleet.samples import CLUSTER, REPLICA, change
+from tests.planner.fleet.test_going_wrong import ready
+from tests.planner.fleet.world import World
+
+FAR = 2**62
+
+
+@pytest.fixture
+def world() -> World:
+    """A replica that serves."""
+    world = World()
+    world.serve()
+    return world
+
+
+def claim(world: World, node: str, generation: int) -> None:
+    _, epoch, assignment = world.agents[node].held[REPLICA]
+    world.agents[node].held[REPLICA] = (generation, epoch, assignment)
+
+
+def check_others_serve(world: World, others: Sequence[str] = ("a", "c")) -> None:
+    for node in others:
+        world.disconnect(node)
+        world.connect(node)
+        assert node in world.sessions
+    world.flow()
+    for node in others:
+        world.agents[node].load()
+    world.flow()
+    assert world.store.tables.replicas.rows[REPLICA].generation < ROOM
+    assert all(world.agents[node].held[REPLICA][0] < ROOM for node in others)
+
+
+@pytest.mark.parametrize("way", ["hello", "report", "status", "ack"])
+def test_a_generation_that_nobody_gave_away_is_not_carried_to_other_nodes(world: World, way: str) -> None:
+    agent = world.agents["b"]
+    if way == "hello":
+        claim(world, "b", FAR)
+        world.connect("b")
+    elif way == "report":
+        claim(world, "b", FAR)
+        agent.report()
+    elif way == "status":
+        status = change_pb2.ChangeStatus(
+            change_id="x", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_FLIPPED, generation=FAR
+        )
+        agent.sent.append(agent._request(change_status=status))
+    else:
+        world.propose()
+        (message,) = world.to_agent["b"]
+        world.to_agent["b"].clear()
+        ack = pb.DeltaAck(nonce=message.delta.nonce, replica=REPLICA, generation=FAR)
+        agent.sent.append(agent._request(ack=ack))
+    world.flow()
+    failure = world.planner.cluster.links["b"].slots[REPLICA].failure
+    assert failure is not None
+    assert failure.reason == Reason.ERROR_REASON_PROTOCOL_VIOLATION
+    check_others_serve(world)
+
+
+def test_a_node_whose_generation_cannot_be_is_as_good_as_lost_until_it_says_another(world: World) -> None:
+    before = world.agents["b"].held[REPLICA][0]
+    claim(world, "b", FAR)
+    world.connect("b")
+    world.flow()
+    record = world.store.tables.replicas.rows[REPLICA]
+    assert record.state == replica_pb2.REPLICA_STATE_DEGRADED
+    assert [one.device for one in record.body.conditions] == ["b/0"]
+    claim(world, "b", before)
+    world.connect("b")
+    world.heal()
+    world.check_healed()
+
+
+def test_a_planner_whose_store_came_from_a_backup_goes_on_above_what_its_nodes_hold(world: World) -> None:
+    for node in world.agents:
+        claim(world, node, 1000)
+        world.connect(node)
+    world.heal()
+    world.check_healed()
+    assert world.store.tables.replicas.rows[REPLICA].generation > 1000
+
+
+def names(world: World, num: int) -> pb.ConnectNodeRequest:
+    reports = [report_pb2.ReplicaReport(replica=f"x-{i}", generation=1) for i in range(num)]
+    return world.agents["b"]._request(report=pb.NodeReport(replicas=reports))
+
+
+def test_replicas_that_a_node_made_up_are_listened_to_up_to_a_limit(world: World) -> None:
+    world.agents["b"].sent.append(names(world, 25_000))
+    world.hear("b")
+    cluster = world.planner.cluster
+    assert len(cluster.links["b"].slots) == _MOST_FOREIGN + 1
+    assert cluster.counters.replicas_ignored >= 24_000
+    removals = [one for one in world.to_agent["b"] if one.delta.HasField("removal")]
+    assert len(removals) == _MOST_REMOVALS
+
+
+def test_what_is_not_answered_costs_no_look_per_message(world: World) -> None:
+    world.agents["b"].sent.append(names(world, _MOST_FOREIGN))
+    world.hear("b")
+    cluster = world.planner.cluster
+    beat = world.agents["b"]._request(heartbeat=pb.Heartbeat())
+    began_s = time.process_time()
+    for _ in range(1000):
+        cluster.handle("b", world.sessions["b"], beat, now_s=1.0, time_s=1.0)
+        assert not cluster.messages(1.0)
+    assert time.process_time() - began_s < 0.5  # 1,000 slots at every message take more than that by far
+
+
+def test_replicas_of_nobody_are_all_removed_in_the_end(world: World) -> None:
+    agent = world.agents["b"]
+    _, epoch, assignment = agent.held[REPLICA]
+    for number in range(3 * _MOST_REMOVALS):
+        name = f"{CLUSTER}/replicas/old-{number}"
+        agent.held[name], agent.states[name] = (1, epoch, assignment), report_pb2.ASSIGNMENT_STATE_SERVING
+    world.connect("b")
+    world.flow(1000)
+    assert list(agent.held) == [REPLICA]
+    assert list(world.planner.cluster.links["b"].slots) == [REPLICA]
+
+
+def test_an_agent_that_takes_nothing_is_not_kept_in_memory_for_ever() -> None:
+    stream = Stream("s")
+    assert stream.send([pb.ConnectNodeResponse()] * streams.MOST_MESSAGES)
+    assert not stream.send([pb.ConnectNodeResponse()])
+    assert not stream._queue
+    heavy = Stream("s")
+    text = "x" * 2**20
+    heavy_message = pb.ConnectNodeResponse(goodbye=pb.Goodbye(reason=text))
+    assert not heavy.send([heavy_message] * (streams.MOST_BYTES // len(text) + 1))
+
+
+def test_a_reason_that_only_a_newer_agent_knows_is_an_answer_like_any_other(world: World) -> None:
+    world.propose()
+    (message,) = world.to_agent["c"]
+    world.to_agent["c"].clear()
+    failure = failure_pb2.Failure(message="a reason of a newer agent")
+    failure.reason = 9999  # type: ignore[assignment]
+    nack = pb.DeltaNack(nonce=message.delta.nonce, replica=REPLICA, generation=2, failure=failure)
+    world.agents["c"].sent.append(world.agents["c"]._request(nack=nack))
+    world.hear("c")
+    assert "c" in world.sessions
+    assert world.planner.cluster.counters.nacks == {"9999": 1}
+
+
+def test_head_maps_that_fail_for_a_reason_of_a_newer_agent_fail_as_any_other() -> None:
+    failure = failure_pb2.Failure(message="a reason of a newer agent")
+    failure.reason = 9999  # type: ignore[assignment]
+    pieces = HeadMapPieces(REPLICA, most_bytes=1000)
+    with pytest.raises(ServiceError, match="9999: a reason of a newer agent") as caught:
+        pieces.add(pb.HeadMapPiece(request_id="r", replica=REPLICA, failure=failure))
+    assert caught.value.code.name == "UNIMPLEMENTED"
+
+
+def test_changes_that_a_node_made_up_are_listened_to_up_to_a_limit(world: World) -> None:
+    agent = world.agents["b"]
+    cluster = world.planner.cluster
+    hello = agent.hello()
+    hello.hello.changes.extend(
+        change_pb2.ChangeStatus(
+            change_id=f"c-{i}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING, generation=3
+        )
+        for i in range(9000)
+    )
+    cluster.open("b", hello, now_s=world.now_s, time_s=world.now_s)
+    assert len(cluster.changes.late.unknown) == MOST_OF_NODE
+    world.planner.settle(world.now_s)
+    assert cluster.links["b"].slots[REPLICA].num_directives <= MOST_OF_NODE
+    for number in range(9000):  # the same, one by one
+        status = change_pb2.ChangeStatus(
+            change_id=f"d-{number}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING, generation=3
+        )
+        cluster.changes.hear("b", status)
+    assert len(cluster.changes.late.unknown) <= MOST_OF_NODE
+    world.planner.settle(world.now_s)
+    assert cluster.links["b"].slots[REPLICA].num_directives <= MOST_OF_NODE
+
+
+def test_a_flip_that_no_store_has_recorded_is_told_as_the_node_says_it(world: World) -> None:
+    change_id = ready(world)
+    world.hear("a")
+    world.tell("a")
+    assert change_id in world.engines.flipped
+    world.store.tables.redispatches.rows.clear()
+    world.check = lambda: None  # type: ignore[method-assign]  # the permission is not in the store any more
+    world.restart_planner()
+    for node in world.agents:
+        world.connect(node)
+    (outcome,) = {
+        message.delta.resolved.outcome for message in world.to_agent["a"] if message.delta.HasField("resolved")
+    }
+    assert outcome == change_pb2.CHANGE_OUTCOME_FLIPPED
+
+
+def test_a_replica_that_cannot_be_decided_does_not_stop_the_others(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("hetis.planner.fleet.deciding._decide_replica", explode)
+    body = change(world.agents["a"].held[REPLICA][0])
+    world.planner.cluster.look_at_all = True
+    world.planner.cluster.changes.propose(body, now_s=world.now_s)
+    world.settle()
+    assert world.state(body.change.change_id) == "PREPARING"
+    assert "a replica could not be decided" in caplog.text
