@@ -40,6 +40,7 @@ from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 
 PROTOCOL_VERSION = 1
 MOST_REMOVED = 256  # replicas that were removed and whose generation is remembered
+MOST_ENGINE_ID = 64  # characters, as the contract allows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,6 +362,8 @@ class AgentCore:
     def _node_report(self) -> NodeReport:
         """The devices as sampled, with KV as the engine tells it, and every replica that is held."""
         held = [self._report_of(desk) for desk in self._desks.values() if desk.held.assignment is not None]
+        for report in held:
+            report.engine_id = self._engine.engine_id[:MOST_ENGINE_ID] if self._engine else ""
         return NodeReport(devices=self.devices(), replicas=held)
 
     def _report_of(self, desk: ReplicaDesk) -> ReplicaReport:
