@@ -1,9 +1,10 @@
 """The range of a plan's rate and latencies that follows from the errors its profiles state.
 
-Times only grow with coefficients. So the plan is priced twice: with every fit slower by its stated held-out error,
-and with every fit faster, ``1 + e`` and ``1 / (1 + e)`` times what it says. Between the two lies whatever the plan
-does as long as no fit is further off than that; errors of operators weigh by their share of the time, and never
-cancel. A held-out error is a mean: single points are further off, but a plan's times are sums over many of them.
+Times only grow with coefficients. So the plan is priced twice: with every fit too fast by its stated held-out error,
+and with every fit too slow. The error is that of predicted / measured, so that what is measured lies between
+``1 / (1 + e)`` and ``1 / (1 - e)`` times what the fit says. Between the two lies whatever the plan does as long as no
+fit is further off than that; errors of operators weigh by their share of the time, and never cancel. A held-out error
+is a mean: single points are further off, but a plan's times are sums over many of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Profile
 
+MOST_ERROR = 0.9  # beyond, "too fast by e" would have no end: ten times slower is said to be the worst
 COMPUTE = (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION)
 
 
@@ -58,7 +60,9 @@ def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
         return None
 
     def reach(sign: int) -> Reach:
-        return fixed.as_planned(scaled_by(profiles, lambda _gpu, fit: (1.0 + _error(fit)) ** sign))
+        return fixed.as_planned(
+            scaled_by(profiles, lambda _gpu, fit: 1.0 / (1.0 + sign * min(_error(fit), MOST_ERROR)))
+        )
 
     errors: dict[str, dict[str, float]] = {gpu: {} for gpu in profiles}
     assumed = dict[str, None]()  # in order, each once
@@ -67,7 +71,7 @@ def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
             errors[gpu][fit.op.value] = max(errors[gpu].get(fit.op.value, 0.0), _error(fit))
             if fit.provenance.held_out_mape is None:
                 assumed[f"{gpu} {fit.op}"] = None
-    slow, fast = reach(1), reach(-1)
+    slow, fast = reach(-1), reach(1)
     return Predicted(
         rate=Range(low=slow.rate, high=fast.rate),
         ttft_s=Range(low=fast.ttft_s, high=slow.ttft_s),

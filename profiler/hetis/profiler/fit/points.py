@@ -40,7 +40,7 @@ MAX_IMPOSSIBLE = 0.05  # of the rows that no cache can have served; a table with
 
 FEATURES = {
     Op.DENSE: ("fixed_s", "flop_s", "byte_s"),
-    Op.PREFILL_ATTENTION: ("fixed_s", "flop_s", "byte_s", "token_s"),
+    Op.PREFILL_ATTENTION: ("fixed_s", "flop_s", "token_s"),
     Op.DECODE_ATTENTION: ("fixed_s", "byte_s", "head_s"),
     Op.ALL_REDUCE: ("fixed_s", "wire"),
     Op.TRANSFER: ("fixed_s", "wire"),
@@ -224,11 +224,15 @@ def _decode(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
 
 
 def _prefill(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
-    """Chunks of 64 tokens or more, over any past."""
+    """Chunks of 64 tokens or more, over any past.
+
+    KV bytes are no feature. The published tables have no past, where KV bytes are proportional to tokens: what queries
+    and outputs cost would be charged to the KV of a chunk's past, which is far longer. The past costs its FLOPs.
+    """
     work = work_of(table)
     assert work is not None
     batch, tokens = table.numbers("batch"), table.numbers("tokens")
-    features = np.stack([np.ones(len(table)), work.flops, work.num_bytes, batch * tokens], axis=1)
+    features = np.stack([np.ones(len(table)), work.flops, batch * tokens], axis=1)
     sizes = {"batch": batch, "tokens": tokens, "context_tokens": table.numbers("past_tokens") + tokens}
     none = np.zeros(len(table), dtype=np.bool_)
     return _by_head_shape(table, Op.PREFILL_ATTENTION, features, tokens >= 64, none, "", sizes, origin)

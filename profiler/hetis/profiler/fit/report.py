@@ -110,13 +110,10 @@ _SERIAL = (
     "The kernel is slower there than its bytes: one SM reads the KV of a sequence and head alone, so that few "
     "sequences of a long context leave the others idle, and the cost model knows bytes, not contexts"
 )
-_MANY_SHAPES = (
-    "Reading queries and writing outputs takes bytes by tokens and query heads; the cost model tells a fit tokens and "
-    "KV bytes, which is not enough where shapes of many head counts share it"
-)
-_CACHED = (
-    "Calls whose queries, KV and outputs fit the last-level cache take less per byte than those that do not (an L40S, "
-    "32 heads of 128, prompts of 512: 555 GB/s for one, 306 GB/s for 32), a jump that no convex function follows"
+_NO_HEADS = (
+    "Reading queries and writing outputs takes bytes by tokens and query heads, and the cost model tells a fit tokens "
+    "only; short prompts feel it most. KV bytes would fit better, but the tables have no chunk with a past to tell what "
+    "its KV costs, and charge it many times over"
 )
 
 
@@ -125,7 +122,7 @@ def _reason(report: OpReport) -> str:
     if report.op is Op.DECODE_ATTENTION:
         return _SERIAL
     if report.op is Op.PREFILL_ATTENTION:
-        return _MANY_SHAPES if report.scope.queries_per_group is None else _CACHED
+        return _NO_HEADS
     return ""
 
 
