@@ -111,9 +111,9 @@ _SERIAL = (
     "sequences of a long context leave the others idle, and the cost model knows bytes, not contexts"
 )
 _NO_HEADS = (
-    "Reading queries and writing outputs takes bytes by tokens and query heads, and the cost model tells a fit "
-    "tokens only; short prompts feel it most. KV bytes would fit better, but the tables have no chunk with a past to tell what "
-    "its KV costs, and charge it many times over"
+    "Reading queries and writing outputs takes bytes by tokens and query heads, and the cost model tells a fit tokens "
+    "only; short prompts feel it most. KV bytes would fit better, but the tables have no chunk with a past to tell "
+    "what its KV costs, and charge it many times over"
 )
 
 
