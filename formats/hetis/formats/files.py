@@ -57,8 +57,10 @@ def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
     return single_problem(label, f"cannot be read: {reason}")
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over ``path``.
+
+    Text is written as UTF-8.
 
     A reader sees the old content or the new, never a part; an existing file keeps its permissions. What is no file (a
     pipe, ``/dev/stdout``) is simply written to.
@@ -69,14 +71,15 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     target = Path(os.path.realpath(path))  # through a symbolic link, so that the link stays one
     temporary: str | None = None
     try:
+        raw = content.encode("utf-8") if isinstance(content, str) else content
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            with open(path, "w", encoding="utf-8", newline="\n") as pipe:
-                pipe.write(text)
+            with open(path, "wb") as pipe:
+                pipe.write(raw)
             return
         mode = target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask()
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, mode)

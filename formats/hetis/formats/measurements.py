@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -191,18 +190,7 @@ def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None
         DocumentError: the folder does not exist or cannot be written.
     """
     text = json.dumps(measurements_to_data(value), ensure_ascii=False, separators=(",", ":")) + "\n"
-    if not os.fspath(path).endswith(".gz"):
-        write_atomically(path, text)
-        return
-    # Through write_atomically first, for its messages when the folder is missing or may not be written.
-    write_atomically(partial := f"{os.fspath(path)}.partial", "")
-    try:
-        Path(partial).write_bytes(gzip.compress(text.encode(), mtime=0))
-        os.replace(partial, path)
-    except OSError as error:
-        raise single_problem(os.fspath(path), f"cannot be written: {error.strerror}") from None
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    write_atomically(path, gzip.compress(text.encode(), mtime=0) if os.fspath(path).endswith(".gz") else text)
 
 
 def parse_measurements(data: Any, file: str) -> Measurements:

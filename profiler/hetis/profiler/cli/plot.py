@@ -31,7 +31,6 @@ def plot(
     from hetis.formats.profile import load_profile
     from hetis.profiler.cli.loading import all_of
     from hetis.profiler.cli.profiles import gpu_type
-    from hetis.profiler.cli.whole_files import write_bytes_atomically
     from hetis.profiler.pictures.pairs import pairs_of
 
     if out.suffix not in (".png", ".html"):
@@ -48,7 +47,7 @@ def plot(
     else:
         from hetis.profiler.pictures.png import png
 
-        write_bytes_atomically(out, png(pairs, title))
+        write_atomically(out, png(pairs, title))
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"{found.gpu} -> {out}", title_justify="left")
