@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.planner.fleet.redispatching.planning import compile_kernels
+from hetis.solver.redispatch.warming import compile_redispatch
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled() -> None:
-    compile_kernels()
+    compile_redispatch()

@@ -324,9 +324,6 @@ class ClusterFleet:
         """One of its nodes still holds something that it was told to remove."""
         return any(node in self.links and self.links[node].is_clearing for node in replica.nodes)
 
-    def replicas_on(self, node: str) -> list[str]:
-        return sorted(self._replicas_on.get(node, ()))
-
     def is_draining(self, node: str) -> bool:
         record = self.node_records.get(node)
         return record is not None and record.draining

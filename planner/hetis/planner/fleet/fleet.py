@@ -150,12 +150,6 @@ class Fleet:
         replica = None if cluster is None else cluster.replicas.get(name)
         return None if cluster is None or replica is None else publishing.live_replica(cluster, replica)
 
-    def replicas_of(self, cluster: str) -> Mapping[str, LiveReplica]:
-        """By resource name."""
-        found = self._clusters.get(cluster)
-        replicas = {} if found is None else found.replicas
-        return {name: live for name in replicas if (live := self.replica_view(name)) is not None}
-
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
         """What the planner may do in it; an empty one has the defaults."""
         found = self._clusters.get(cluster)

@@ -107,7 +107,6 @@ class NodeLink:
         agent_version: empty: no agent was connected.
         engine_address: where its engine listens for others; empty: it does not.
         capabilities: of its agent.
-        report_age_s: how old the engine's numbers were in the last report.
         num_ignored: how often it spoke of a replica that is not its own, after `_MOST_FOREIGN` others.
     """
 
@@ -127,7 +126,6 @@ class NodeLink:
         self.agent_version = ""
         self.engine_address = ""
         self.capabilities: frozenset[Capability.ValueType] = frozenset()
-        self.report_age_s = 0.0
         self.num_ignored = 0
         self._most_held = most_held
         self._epoch = epoch
@@ -343,7 +341,6 @@ class NodeLink:
             return []
         self._report_sequence = sequence
         self.devices = tuple(report.devices)
-        self.report_age_s = report.age_s
         changed, taken = [], []
         for one in report.replicas:
             slot = self._slots.get(one.replica) or self.heard_slot(one.replica)

@@ -25,6 +25,7 @@ from hetis.planner.fleet.dispatching.declaring import declared, name_violations
 from hetis.planner.fleet.dispatching.replica import Growth, ReplicaDispatch
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.running import RunningReplica, RunningReplicas
+from hetis.solver.dispatch.warming import compile_dispatch
 from hetis.v1 import change_pb2, dispatch_service_pb2, head_map_pb2, redispatch_pb2, replica_pb2
 
 MOST_DECLARED_IN_LOOP = 100  # running requests of all stages: a few milliseconds
@@ -57,7 +58,7 @@ class DispatchStates:
         DEADLINE_EXCEEDED and tries again.
         """
         if self._warming is None:
-            self._warming = asyncio.ensure_future(in_daemon_thread(compile_kernels, name="kernels of dispatch"))
+            self._warming = asyncio.ensure_future(in_daemon_thread(compile_dispatch, name="kernels of dispatch"))
         await asyncio.shield(self._warming)
 
     # --- calls
@@ -226,28 +227,6 @@ class DispatchStates:
             f"{name} has the dispatch state {present!r}, the call means {state_id!r}; declare what is running",
             metadata={"replica": name, "state_id": present},
         )
-
-
-def compile_kernels() -> None:
-    """Solves a small problem, so that the kernels of dispatch are loaded, or compiled where none are on disk."""
-    import numpy as np
-
-    from hetis.solver.dispatch.problem import HeadShape, Load, Requests, Stage
-    from hetis.solver.dispatch.solve import Dispatcher
-
-    shape = HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0)
-    ones = np.ones((2, 1))
-    stage = Stage(
-        heads=shape,
-        devices=("a", "b"),
-        head_s=1e-6 * ones,
-        kv_byte_s=1e-9 * ones,
-        call_s=1e-6 * ones,
-        transfer_byte_s=np.zeros(2),
-        transfer_s=np.zeros(2),
-    )
-    requests = Requests(ids=("a",), context_tokens=np.array([64]), growth_tokens=np.array([0]))
-    Dispatcher(stage).dispatch(Load.idle(np.array([64, 64])), requests)
 
 
 def left_out_of(redispatch: redispatch_pb2.Redispatch) -> set[int]:

@@ -23,13 +23,14 @@ from hetis.planner.convert.times import timestamp
 from hetis.planner.daemons import in_daemon_thread
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
-from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner, compile_kernels
+from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.policy import RedispatchPolicy, redispatch_policy
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
 from hetis.planner.fleet.running import ReadHeadMaps, Redispatching, RunningReplica
 from hetis.planner.fleet.settings import duration
 from hetis.planner.fleet.views import Clock
 from hetis.solver.errors import HetisError
+from hetis.solver.redispatch.warming import compile_redispatch
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 READ_TIMEOUT_S = 10.0
@@ -115,7 +116,7 @@ class RedispatchLoop:
 
         try:
             # First of all: a compilation would spend the budget of a solve.
-            await in_daemon_thread(compile_kernels, name="kernels of re-dispatch")
+            await in_daemon_thread(compile_redispatch, name="kernels of re-dispatch")
             while True:
                 for look in self._begin_due():
                     looks.add(look)

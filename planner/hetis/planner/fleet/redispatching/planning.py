@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
-
 from hetis.planner.convert.head_maps import snapshot_from_proto
 from hetis.planner.convert.redispatches import moves_to_proto
 from hetis.planner.convert.stages_in import StageTerms
@@ -153,29 +151,3 @@ def _reserved(state: DispatchState, bundle: list[Move]) -> list[int] | None:
     for number in numbers:
         state.abort_move(number)
     return None
-
-
-def compile_kernels() -> None:
-    """Solves a small problem, so that the kernels of re-dispatch are loaded, or compiled where none are on disk."""
-    from hetis.solver.dispatch.problem import HeadShape, Stage
-    from hetis.solver.dispatch.snapshot import DeviceSnapshot
-
-    ones = np.ones((2, 1))
-    stage = Stage(
-        heads=HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0),
-        devices=("a", "b"),
-        head_s=1e-6 * ones,
-        kv_byte_s=1e-9 * ones,
-        call_s=1e-6 * ones,
-        transfer_byte_s=np.zeros(2),
-        transfer_s=np.zeros(2),
-    )
-    snapshot = StateSnapshot(
-        stage=stage,
-        devices=tuple(DeviceSnapshot(name=name, total_blocks=64) for name in "ab"),
-        ids=("1", "2"),
-        context_tokens=np.array([64, 64]),
-        remaining_tokens=np.array([64, 64]),
-        groups=np.array([[2, 0], [2, 0]]),
-    )
-    Redispatcher(Dispatcher(stage)).solve(RedispatchProblem(snapshot=snapshot, num_layers=1, link_byte_s=np.zeros(2)))

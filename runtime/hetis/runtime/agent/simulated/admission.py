@@ -7,14 +7,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
-from hetis.v1.stage_pb2 import AttentionPiece, HeadShape, StageDevice, StageModel
+from hetis.v1.stage_pb2 import StageModel
 
 if TYPE_CHECKING:
     from hetis.solver.dispatch.problem import Stage
     from hetis.solver.dispatch.solve import Dispatcher
 
 MOST_KEPT = 64  # dispatchers: one per stage and set of speeds
-_PIECE = AttentionPiece(head_s=1e-6, kv_byte_s=1e-9, call_s=1e-6)
 GROWTH_BLOCKS = 4  # blocks that a new request is given room to grow into
 
 
@@ -58,16 +57,9 @@ class SolverAdmission:
         self._dispatchers: dict[tuple[bytes, tuple[float, ...]], Dispatcher] = {}
 
     def warm_up(self) -> None:
-        """Places a request on a small stage: loads the kernels of dispatch, or compiles them."""
-        devices = [
-            StageDevice(name=name, gpus=[name], is_primary=name == "p", pieces=[_PIECE], total_blocks=64)
-            for name in "pw"
-        ]
-        shape = HeadShape(
-            head_groups=4, queries_per_group=1, kv_bytes_per_token=1.0, exchange_bytes_per_head=1.0, block_tokens=16
-        )
-        stage = StageRun(StageModel(num_layers=1, heads=shape, devices=devices))
-        self.owners(stage, SimulatedRequest(id="r", context_tokens=16, remaining_tokens=16, arrived_s=0.0))
+        from hetis.solver.dispatch.warming import compile_dispatch
+
+        compile_dispatch()
 
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         import numpy as np
@@ -111,8 +103,7 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
     """
     import numpy as np
 
-    from hetis.solver.dispatch.problem import HeadShape as SolverHeads
-    from hetis.solver.dispatch.problem import Primary, Stage
+    from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 
     most = max(len(device.pieces) for device in model.devices)
 
@@ -125,7 +116,7 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
     heads = model.heads
     primary = [i for i, device in enumerate(model.devices) if device.is_primary]
     return Stage(
-        heads=SolverHeads(
+        heads=HeadShape(
             head_groups=heads.head_groups,
             queries_per_group=heads.queries_per_group,
             kv_bytes_per_token=heads.kv_bytes_per_token,

@@ -1,0 +1,28 @@
+"""Kernels of dispatch made ready before anybody waits for an answer: loaded, or compiled where none are on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hetis.solver.dispatch.problem import HeadShape, Load, Requests, Stage
+from hetis.solver.dispatch.solve import Dispatcher
+
+
+def small_stage() -> Stage:
+    """Two devices and two head groups: enough to reach every kernel, over in microseconds once they are compiled."""
+    ones = np.ones((2, 1))
+    return Stage(
+        heads=HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0),
+        devices=("a", "b"),
+        head_s=1e-6 * ones,
+        kv_byte_s=1e-9 * ones,
+        call_s=1e-6 * ones,
+        transfer_byte_s=np.zeros(2),
+        transfer_s=np.zeros(2),
+    )
+
+
+def compile_dispatch() -> None:
+    """Places a request; takes up to a minute the first time on a machine."""
+    requests = Requests(ids=("a",), context_tokens=np.array([64]), growth_tokens=np.array([0]))
+    Dispatcher(small_stage()).dispatch(Load.idle(np.array([64, 64])), requests)
