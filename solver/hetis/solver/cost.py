@@ -141,6 +141,7 @@ class DeviceCost:
                 flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp),
                 num_bytes=(attended + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
                 tokens=chunk_tokens,
+                heads=chunk_tokens * m.q_heads / self.shape.tp,
             )
         )
 

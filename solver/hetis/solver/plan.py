@@ -15,6 +15,14 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"  # the best plan when Ctrl-C came; its bound still holds
 
 
+class Role(StrEnum):
+    """What a replica does with a request: all of it, its prompt, or its output."""
+
+    UNIFIED = "unified"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class ObjectiveKind(StrEnum):
     GOODPUT = "goodput"
     THROUGHPUT = "throughput"
@@ -67,13 +75,15 @@ class AttentionWorkerPool:
     """Cards that only hold KV and compute attention for one stage.
 
     ``devices`` holds the cards of one copy after another (equally many each). ``kv_head_groups`` counts the head
-    groups per TP rank of the stage that live here.
+    groups per TP rank of the stage that live here. Cards of a ``shared`` pool serve every stage of the replica in turn
+    and are listed in the pool of each (`hetis-paper`); all others belong to their stage alone.
     """
 
     stage: int
     gpu: str
     devices: tuple[str, ...]
     kv_head_groups: int
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +92,9 @@ class ReplicaPlan:
 
     ``micro_batch`` requests decode in each of ``in_flight`` micro-batches; an iteration carries at most one prefill
     chunk of ``chunk_tokens``. ``kv_tokens`` is the KV room of the scarcest layer in tokens.
+
+    A prefill replica decodes nothing: its ``micro_batch`` and ``tpot_s`` are 0, and it may send KV to decode replicas
+    in ``kv_zones``. A decode replica prefills nothing: its ``chunk_tokens`` and ``ttft_s`` are 0.
     """
 
     rate: float
@@ -93,11 +106,22 @@ class ReplicaPlan:
     kv_tokens: int
     stages: tuple[StagePlan, ...]
     attention_workers: tuple[AttentionWorkerPool, ...] = ()
+    role: Role = Role.UNIFIED
+    kv_zones: tuple[str, ...] = ()
 
     def devices(self) -> tuple[str, ...]:
         """Every GPU of the replica, stages first."""
         primaries = tuple(d for stage in self.stages for d in stage.devices)
         return primaries + tuple(d for pool in self.attention_workers for d in pool.devices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvRoute:
+    """Requests whose KV goes from one replica to another: indices into ``Plan.replicas``, saturated requests/s."""
+
+    prefill: int
+    decode: int
+    rate: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +177,7 @@ class Plan:
     result: SolveResult
     objective: Objective
     replicas: tuple[ReplicaPlan, ...]
+    kv_routes: tuple[KvRoute, ...] = ()  # where prefill and decode are apart: all their traffic, each pair once
     prices: tuple[ClassPrice, ...] = ()
     runners_up: tuple[RunnerUp, ...] = ()
     notes: tuple[str, ...] = ()

@@ -19,7 +19,8 @@ class Op(StrEnum):
 
     ========================  ========================================================================================
     ``dense``                 all matrix products of a layer for T tokens: F FLOPs, B bytes of weights and activations
-    ``prefill_attention``     a chunk of T tokens attends to itself and its past: F FLOPs, B bytes of KV read
+    ``prefill_attention``     a chunk of T tokens attends to itself and its past: F FLOPs, B bytes of KV read,
+                              H (token, query head) pairs
     ``decode_attention``      a batch of single tokens: F FLOPs, B bytes of KV read (g in Hetis), H query heads (h)
     ``all_reduce``            B message bytes; W = ``2 (n-1)/n B / link bandwidth``, the wire time of a ring
     ``transfer``              B message bytes; W = ``B / link bandwidth``; the link's latency is added apart

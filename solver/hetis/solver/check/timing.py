@@ -90,7 +90,10 @@ def _prefill(setting: Setting, stage: StageShape) -> float:
     a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
     flops = model.attention_flops(C * a, model.q_heads / n)
     num_bytes = (a + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
-    return setting.seconds(stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C)
+    heads = C * model.q_heads / n
+    return setting.seconds(
+        stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C, heads=heads
+    )
 
 
 def _attention(setting: Setting, stage: StageShape) -> float:
