@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "solver": set[str](),
     "formats": {"solver"},
     "profiler": {"solver", "formats"},
-    "planner": {"solver", "formats", "profiler", "v1"},
+    "simulator": {"solver", "formats"},
+    "planner": {"solver", "formats", "profiler", "simulator", "v1"},
     "runtime": {"solver", "formats", "v1"},
     "proto": set[str](),
 }
