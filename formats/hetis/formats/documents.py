@@ -30,6 +30,13 @@ from hetis.formats.plan import PlanDocument, load_plan, parse_plan, plan_to_data
 from hetis.formats.positions import FLOAT, Text
 from hetis.formats.profile import ProfileDocument, load_profile, parse_profile, profile_to_data
 from hetis.formats.saved_state import SavedState
+from hetis.formats.share_problem import (
+    ShareInputs,
+    ShareProblemDocument,
+    load_share_problem,
+    parse_share_problem,
+    share_problem_to_data,
+)
 from hetis.formats.workload import WorkloadDocument, load_workload, parse_workload, workload_to_data
 from hetis.solver.cluster import Cluster
 from hetis.solver.model import ModelSpec
@@ -52,13 +59,14 @@ __all__ = [
     "load_plan",
     "load_profile",
     "load_requests",
+    "load_share_problem",
     "load_state",
     "load_workload",
     "to_data",
     "write_atomically",
 ]
 
-Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests
+Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs
 
 _DOCUMENTS: dict[str, type[BaseModel]] = {
     "Cluster": ClusterDocument,
@@ -68,6 +76,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     "Plan": PlanDocument,
     "DispatchState": DispatchStateDocument,
     "DispatchRequests": DispatchRequestsDocument,
+    "ShareProblem": ShareProblemDocument,
 }
 _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "Cluster": parse_cluster,
@@ -77,6 +86,7 @@ _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "Plan": parse_plan,
     "DispatchState": parse_state,
     "DispatchRequests": parse_requests,
+    "ShareProblem": parse_share_problem,
 }
 _KINDS: dict[type[Value], str] = {
     Cluster: "Cluster",
@@ -86,6 +96,7 @@ _KINDS: dict[type[Value], str] = {
     Plan: "Plan",
     SavedState: "DispatchState",
     NewRequests: "DispatchRequests",
+    ShareInputs: "ShareProblem",
 }
 
 
@@ -134,6 +145,8 @@ def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
             return state_to_data(value)
         case NewRequests():
             return requests_to_data(value)
+        case ShareInputs():
+            return share_problem_to_data(value)
 
 
 def kind_of(value: Value) -> str:

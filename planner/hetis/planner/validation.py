@@ -9,6 +9,7 @@ from hetis.formats.documents import Value, kind_of, load, load_model, load_workl
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.loading import read_data
 from hetis.formats.saved_state import SavedState
+from hetis.formats.share_problem import ShareInputs
 from hetis.solver.cluster import Cluster
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
@@ -55,3 +56,5 @@ def _name(value: Value) -> str:
             return f"{value.strategy}, {len(value.replicas)} replicas"
         case NewRequests():
             return f"{len(value.requests)} requests"
+        case ShareInputs():
+            return f"{len(value.tenants)} tenants"

@@ -21,6 +21,7 @@ from hetis.planner.cli.dispatch import dispatch
 from hetis.planner.cli.doctor import doctor
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.explain import explain
+from hetis.planner.cli.fair import FAIR_EXAMPLES, fair
 from hetis.planner.cli.get import get
 from hetis.planner.cli.init import init
 from hetis.planner.cli.place import place
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command(rich_help_panel="Plan")(place)
 app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
+app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
 app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)
 app.command(rich_help_panel="One stage, while it serves", epilog=REDISPATCH_EXAMPLES)(redispatch)
 app.command(rich_help_panel="With a planner", epilog=APPLY_EXAMPLES)(apply)

@@ -20,6 +20,7 @@ class Kind(StrEnum):
     PLAN = "Plan"
     DISPATCH_STATE = "DispatchState"
     DISPATCH_REQUESTS = "DispatchRequests"
+    SHARE_PROBLEM = "ShareProblem"
 
 
 @verb(output=OutputFormat.JSON)

@@ -1,0 +1,125 @@
+"""Who shares what: GPU types with counts, tenants with weights and speed-ups."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.errors import InvalidProblemError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuShare:
+    """A GPU type to be shared, and how many there are."""
+
+    gpu: str
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InvalidProblemError(f"GPU type {self.gpu}: count is {self.count}, must be >= 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A kind of work of a tenant.
+
+    ``speedups`` [types] is its throughput on one GPU of each type, in any unit; 0 where it cannot run.
+    """
+
+    name: str
+    speedups: tuple[float, ...]
+    min_gpus: int = 1  # the fewest GPUs it can start on
+
+    def __post_init__(self) -> None:
+        for speedup in self.speedups:
+            if not (speedup >= 0 and math.isfinite(speedup)):
+                raise InvalidProblemError(f"job {self.name}: speed-up is {speedup}, must be finite and >= 0")
+        if not any(self.speedups):
+            raise InvalidProblemError(f"job {self.name} runs on no GPU type: all its speed-ups are 0")
+        if self.min_gpus < 1:
+            raise InvalidProblemError(f"job {self.name}: min_gpus is {self.min_gpus}, must be >= 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """Someone with a claim to ``weight`` parts of the fleet. Its jobs have equal parts of that."""
+
+    name: str
+    jobs: tuple[Job, ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise InvalidProblemError(f"tenant {self.name}: weight is {self.weight}, must be finite and > 0")
+        if not self.jobs:
+            raise InvalidProblemError(f"tenant {self.name} has no jobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareProblem:
+    """A fleet of a few GPU types and the tenants that share it.
+
+    Every job of a tenant is a *claimant* of its own with an equal part of the tenant's weight (OEF's virtual users):
+    rows of all arrays are claimants, tenant after tenant.
+    """
+
+    gpus: tuple[GpuShare, ...]
+    tenants: tuple[Tenant, ...]
+
+    def __post_init__(self) -> None:
+        if not self.gpus or not self.tenants:
+            raise InvalidProblemError("shares need at least one GPU type and one tenant")
+        for tenant in self.tenants:
+            for job in tenant.jobs:
+                if len(job.speedups) != len(self.gpus):
+                    raise InvalidProblemError(
+                        f"tenant {tenant.name}, job {job.name}: {len(job.speedups)} speed-ups for {len(self.gpus)} GPU "
+                        "types"
+                    )
+
+    @cached_property
+    def counts(self) -> FloatArray:
+        """GPUs of each type, [K]."""
+        return np.array([share.count for share in self.gpus], dtype=float)
+
+    @cached_property
+    def speedups(self) -> FloatArray:
+        """Throughput of each claimant on one GPU of each type over that on the slowest type it runs on, [V, K]."""
+        raw = np.array([job.speedups for tenant in self.tenants for job in tenant.jobs])
+        scaled: FloatArray = raw / np.where(raw > 0.0, raw, np.inf).min(axis=1, keepdims=True)
+        return scaled
+
+    @cached_property
+    def weights(self) -> FloatArray:
+        """Parts of each claimant, [V]."""
+        return np.array([tenant.weight / len(tenant.jobs) for tenant in self.tenants for _ in tenant.jobs])
+
+    @cached_property
+    def tenant_of(self) -> IntArray:
+        """Index of each claimant's tenant, [V]."""
+        return np.array([i for i, tenant in enumerate(self.tenants) for _ in tenant.jobs], dtype=np.int64)
+
+    @cached_property
+    def min_gpus(self) -> IntArray:
+        """Fewest GPUs each claimant can start on, [V]."""
+        return np.array([job.min_gpus for tenant in self.tenants for job in tenant.jobs], dtype=np.int64)
+
+    @cached_property
+    def equal_split(self) -> FloatArray:
+        """The same part of every GPU type for every claimant, by weight, [V, K]."""
+        split: FloatArray = np.outer(self.weights / self.weights.sum(), self.counts)
+        return split
+
+    def values(self, amounts: FloatArray) -> FloatArray:
+        """Value of each claimant's share, [V]: throughput in GPUs of its slowest type."""
+        values: FloatArray = np.einsum("vk,vk->v", self.speedups, amounts)
+        return values

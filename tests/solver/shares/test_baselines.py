@@ -1,0 +1,50 @@
+"""Gavel's max-min, Gandiva_fair's trading and the equal split, and how OEF stands beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from hetis.solver.shares.baselines import equal_split, max_min, trading
+from hetis.solver.shares.oef import cooperative
+from hetis.solver.shares.problem import ShareProblem
+from hetis.solver.shares.properties import properties_of
+from tests.solver.shares.instances import problems
+from tests.solver.shares.test_oef import one_job_each
+
+
+def test_a_trade_moves_fast_gpus_to_who_gains_most_at_the_mean_price() -> None:
+    # Half of each type to begin with. Ratios are 2 and 8, so the price of a fast GPU is 5 slow ones.
+    problem = one_job_each({"slow": 10, "fast": 10}, (1.0, 2.0), (1.0, 8.0))
+    assert trading(problem).amounts == pytest.approx(np.array([[10.0, 4.0], [0.0, 6.0]]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems)
+def test_trading_pays_for_everybody(problem: ShareProblem) -> None:
+    found = properties_of(problem, trading(problem).amounts)
+    assert found.over_equal_split.min() >= 1 - 1e-9
+    assert np.abs(found.unused).max() < 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems)
+def test_max_min_raises_the_least_of_all_as_high_as_any_rule(problem: ShareProblem) -> None:
+    least = properties_of(problem, max_min(problem).amounts).over_equal_split.min()
+    for other in (equal_split(problem), trading(problem), cooperative(problem, tie_seconds=0.0)):
+        assert properties_of(problem, other.amounts).over_equal_split.min() <= least * (1 + 1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems)
+def test_cooperative_shares_are_worth_at_least_an_equal_split(problem: ShareProblem) -> None:
+    assert cooperative(problem, tie_seconds=0.0).value >= equal_split(problem).value * (1 - 1e-9)
+
+
+def test_waste_is_seen() -> None:
+    problem = one_job_each({"slow": 4, "fast": 4}, (1.0, 2.0), (1.0, 8.0))
+    found = properties_of(problem, problem.equal_split / 2)
+    assert found.unused == pytest.approx([2.0, 2.0])
+    assert found.could_gain > 1.0
+    assert not found.is_efficient
