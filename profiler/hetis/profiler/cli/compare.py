@@ -50,7 +50,7 @@ def compare(
         for name in ("A", "B", "B/A"):
             found.add_column(name, justify="right", no_wrap=True)
         for x, y in rows:
-            found.add_row(x.op, x.point, seconds(x.seconds), seconds(y.seconds), f"{y.seconds / x.seconds:.2f}")
+            found.add_row(x.op, x.point, seconds(x.seconds), seconds(y.seconds), f"{y.seconds / x.seconds:.3g}")
         title = f"one layer of {spec.name} at TP {tp}"
         return Group(Text(title, style="bold"), Text(f"A: {a} ({first.gpu})\nB: {b} ({second.gpu})"), found)
 

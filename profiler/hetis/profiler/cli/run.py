@@ -104,9 +104,8 @@ def run(
         return ExitCode.INTERRUPTED
     save_measurements(out, result.measurements)
     journal.unlink(missing_ok=True)
-    for note in result.measurements.notes[:-1]:
-        terminal.warn(note)
-    terminal.detail(result.measurements.notes[-1])
+    for note in result.measurements.notes:
+        (terminal.warn if note in result.disturbances else terminal.detail)(note)
     if cluster_out is not None:
         _write_cluster(cluster_out, result)
     if result.num_known:
@@ -143,7 +142,7 @@ def _table(result: RunResult, out: Path) -> RenderableType:
     from hetis.profiler.cli.words import seconds
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("op", "kernel"):
+    for name in ("op", "kernel", "cache"):
         table.add_column(name)
     for name in ("points", "shortest", "longest", "spread"):
         table.add_column(name, justify="right")
@@ -151,7 +150,13 @@ def _table(result: RunResult, out: Path) -> RenderableType:
         times = one.seconds
         spread = float(sorted(one.numbers("spread"))[len(one) // 2])
         table.add_row(
-            one.op.value, one.kernel, str(len(one)), seconds(times.min()), seconds(times.max()), f"{spread:.1%}"
+            one.op.value,
+            one.kernel,
+            "cold" if one.cold else "warm",
+            str(len(one)),
+            seconds(times.min()),
+            seconds(times.max()),
+            f"{spread:.1%}",
         )
     return Group(Text(f"{result.measurements.gpu} -> {out}"), table, Text(_what_is_left(result.uncertainty)))
 
