@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
+from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.importers.reading import Rows
 from hetis.profiler.work import roofline_seconds
 from hetis.solver.cluster import GpuType
@@ -78,7 +78,7 @@ class Collection:
             for (op, kernel), opened in sorted(tables.items()):
                 if not opened.places:
                     continue
-                table = Table(op=op, kernel=kernel, columns={n: np.array(c) for n, c in opened.columns.items()})
+                table = Table(op=op, kernel=kernel, columns={n: _array(c) for n, c in opened.columns.items()})
                 problems += _implausible(table, catalogue.find_gpu(gpu).gpu, opened)
                 made.append(table)
             if made:
@@ -88,6 +88,11 @@ class Collection:
         if problems:
             raise DocumentError(problems)
         return results
+
+
+def _array(values: list[Value]) -> Column:
+    # Said, not guessed: numpy would make objects of whole numbers beyond 64 bits.
+    return np.array(values, dtype=np.str_ if isinstance(values[0], str) else np.float64)
 
 
 def _implausible(table: Table, gpu: GpuType, opened: _Open) -> list[Problem]:
