@@ -159,6 +159,14 @@ def test_check_accepts_what_the_card_can_do(folder: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["broken"] == []
 
 
+@pytest.mark.parametrize("gpu", ["A100-SXM-80GB", "NVIDIA A100-SXM4-80GB", "H200-SXM-141GB"])
+def test_check_takes_the_name_of_a_gpu(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("check", gpu, "-o", "json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["broken"] == []
+    assert invoke("check", "A100-SXM-80") == ExitCode.INVALID
+    assert "is neither a file nor a GPU type" in capsys.readouterr().err
+
+
 def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads((folder / "profile.json").read_text())
     data["usable_bytes"] = "30GiB"

@@ -92,7 +92,9 @@ class Collection:
 
 def _array(values: list[Value]) -> Column:
     # Said, not guessed: numpy would make objects of whole numbers beyond 64 bits.
-    return np.array(values, dtype=np.str_ if isinstance(values[0], str) else np.float64)
+    if isinstance(values[0], str):
+        return np.array(values, dtype=np.str_)
+    return np.array(values, dtype=np.float64)
 
 
 def _implausible(table: Table, gpu: GpuType, opened: _Open) -> list[Problem]:
