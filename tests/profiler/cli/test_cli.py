@@ -13,8 +13,9 @@ import pytest
 from hetis.formats.profile import load_profile
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.import_tables import Format
+from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, write_files
-from tests.profiler.command_line import COMMAND, environment, hetis_profile, invoke
+from tests.profiler.command_line import COMMAND, hetis_profile, invoke
 
 VERBS = ("run", "import", "fit", "model", "show", "compare", "plot", "check")
 DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"

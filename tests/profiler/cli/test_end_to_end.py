@@ -13,8 +13,9 @@ import pytest
 
 from hetis.formats.measurements import MeasuredOp, load_measurements
 from hetis.formats.profile import load_profile
+from tests.command_line import environment
 from tests.planner.command_line import hetis_plan
-from tests.profiler.command_line import COMMAND, environment, hetis_profile
+from tests.profiler.command_line import COMMAND, hetis_profile
 
 pytestmark = pytest.mark.skipif(
     find_spec("torch") is None, reason="torch is not installed: pip install 'hetis[profiler]' to run this"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from hetis.profiler.cli.terminal import Terminal
+from hetis.formats.command_line.terminal import Terminal
 from hetis.profiler.cli.words import duration
 
 if TYPE_CHECKING:
