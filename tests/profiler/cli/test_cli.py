@@ -155,6 +155,12 @@ def test_plot_refuses_other_forms(folder: Path, capsys: pytest.CaptureFixture[st
     assert "must end in .png or .html" in capsys.readouterr().err
 
 
+def test_plot_refuses_measurements_of_another_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("plot", "L4", folder / "raw.json", "--out", folder / "x.png") == ExitCode.INVALID
+    assert f"{folder / 'raw.json'}: gpu: is {GPU}, the profile is of L4" in capsys.readouterr().err
+    assert not (folder / "x.png").exists()
+
+
 def test_check_accepts_what_the_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("check", folder / "profile.json", "--cluster", folder / "cluster.yaml", "-o", "json") == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["broken"] == []
@@ -191,6 +197,9 @@ def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureF
         (("import", "nothing.csv", "--format", "vidur", "--out", "x.json"), ExitCode.INVALID, "no such file"),
         (("run", "--model", "no-such-model", "--out", "x.json"), ExitCode.INVALID, "no-such-model"),
         (("run", "--out", "no/such/folder/x.json"), ExitCode.INVALID, "no folder"),
+        (("run", "--out", "."), ExitCode.INVALID, "is a folder, expected the name of a file"),
+        (("fit", "raw.json", "--out", "no/folder.json"), ExitCode.INVALID, "no folder no"),
+        (("compare", "L40S", "A40", "--tp", "3"), ExitCode.INVALID, "--tp is 3, must divide the 32 query heads"),
         (("fit",), ExitCode.INVALID, "Missing"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.errors import DocumentError
-from hetis.profiler.measure.journal import Journal, journal_of, read_journal
+from hetis.profiler.measure.journal import Journal, journal_of, points_in, read_journal
 from hetis.profiler.measure.points import Measured, Point, Sample
 
 SETTINGS = {"device": "cpu", "model": "m"}
@@ -33,6 +33,14 @@ def path(tmp_path: Path) -> Path:
 def test_what_was_written_is_read(path: Path) -> None:
     assert path.name == "raw.json.journal"
     assert read_journal(path, SETTINGS) == FOUND
+
+
+def test_points_are_counted_without_settings(path: Path, tmp_path: Path) -> None:
+    assert points_in(path) == 3
+    with Journal(tmp_path / "fresh", SETTINGS, []):
+        assert points_in(tmp_path / "fresh") == 0
+    path.write_bytes(b"\xff\n\n")
+    assert points_in(path) is None
 
 
 def test_a_line_that_was_cut_off_is_dropped(path: Path) -> None:

@@ -31,8 +31,11 @@ def compare(
     from hetis.profiler.cli.profiles import profile_of
     from hetis.profiler.cli.words import seconds
     from hetis.profiler.pictures.typical import typical_times
+    from hetis.solver.errors import InvalidProblemError
 
     spec, first, second = load_model(model), profile_of(a), profile_of(b)
+    if spec.q_heads % tp:
+        raise InvalidProblemError(f"--tp is {tp}, must divide the {spec.q_heads} query heads of {spec.name}")
     both = zip(typical_times(first, spec, tp), typical_times(second, spec, tp), strict=True)
     rows = [(x, y) for x, y in both if x.seconds > 0 and y.seconds > 0]  # 0: one has no fit for it
 

@@ -31,10 +31,12 @@ def fit(
     from hetis.formats.measurements import load_measurements
     from hetis.profiler.cli.fit_report import report_document, report_table
     from hetis.profiler.cli.loading import all_of
+    from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.profiles import gpu_type, save_profile, with_relative
     from hetis.profiler.cli.waiting import waiting
     from hetis.profiler.fit import fit_profile
 
+    require_outputs([out])
     measurements = all_of(load_measurements, raw)
     first = measurements[0].gpu
     others = [

@@ -73,17 +73,16 @@ def run(
     from hetis.formats.errors import single_problem
     from hetis.formats.measurements import save_measurements
     from hetis.formats.model import load_model
+    from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.run_progress import run_progress
-    from hetis.profiler.measure.journal import journal_of
+    from hetis.profiler.measure.journal import journal_of, points_in
     from hetis.profiler.measure.session import RunRequest, measure
 
+    require_outputs((out, cluster_out))
     spec = load_model(model or (_CPU_MODEL if device == "cpu" else _CUDA_MODEL))
     journal = journal_of(out)
-    if journal.exists() and not resume:
+    if journal.exists() and not resume and points_in(journal) != 0:
         raise single_problem(str(journal), "is left of an interrupted run: go on with --resume, or delete it")
-    for path in (out, cluster_out):
-        if path is not None and not path.parent.is_dir():
-            raise single_problem(str(path), f"cannot be written: no folder {path.parent}")
     try:
         with run_progress(terminal) as report:
             result = measure(
@@ -99,7 +98,7 @@ def run(
                 report,
             )
     except KeyboardInterrupt:
-        kept = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+        kept = (points_in(journal) if journal.exists() else None) or 0
         terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
         return ExitCode.INTERRUPTED
     save_measurements(out, result.measurements)

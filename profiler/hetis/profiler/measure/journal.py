@@ -23,6 +23,23 @@ def journal_of(out: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(out)}.journal")
 
 
+def points_in(path: Path) -> int | None:
+    """How many points were written to a journal; None when the file is none.
+
+    Raises:
+        DocumentError: it cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(str(path), error) from None
+    try:
+        _header(raw.split(b"\n")[0].decode("utf-8", errors="replace"), path)
+    except DocumentError:
+        return None
+    return max(0, raw.count(b"\n") - 1)
+
+
 def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
     """The points of an interrupted run; what was being written when it died is dropped.
 
