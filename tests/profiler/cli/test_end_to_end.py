@@ -102,8 +102,15 @@ def test_a_quick_run_on_a_gpu_is_fitted(tmp_path: Path) -> None:
     raw = load_measurements(tmp_path / "raw.json")
     paths = {path for table in raw.tables if table.op is MeasuredOp.TRANSFER for path in table.text("path")}
     assert {"h2d", "d2h", "d2d"} <= paths
+    assert all(table.cold for table in raw.tables if table.op in (MeasuredOp.GEMM, MeasuredOp.DECODE_ATTENTION))
+    assert any("(as the driver says)" in note for note in raw.notes)
+    assert "driver unknown" not in raw.provenance.host  # NVML answers wherever CUDA does
+    assert not any("NVML is not to be had" in note for note in raw.notes)
     fitted = hetis_profile(
         "fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=tmp_path
     )
     assert fitted.returncode == 0, fitted.stderr
     assert json.loads(fitted.stdout)["held_out_mape"]["decode_attention"] < 0.5
+    arguments = ("--cluster", "cluster.yaml", "--model", "Llama-3.1-8B", "--workload", "300/50", "--profile", "p.json")
+    placed = hetis_plan("place", *arguments, "--objective", "throughput", "-o", "json", cwd=tmp_path)
+    assert placed.returncode == 0, placed.stderr

@@ -48,7 +48,7 @@ def test_the_device_is_known_by_uuid_bus_and_cache(cuda: FakeCuda) -> None:
     assert isinstance(device, CudaDevice)
     assert device.address == GpuAddress(uuid="1234", bus="00000000:3B:00.0")
     assert (device.pool.cache.num_bytes, device.pool.cache.origin) == (2**20, "as the driver says")
-    assert (device.name, device.architecture) == ("Fake GPU", "sm_90")
+    assert (device.name, device.architecture) == ("Fake GPU", "Hopper")
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "one by one"])

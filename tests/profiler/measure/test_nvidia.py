@@ -8,8 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from hetis.profiler.measure.nvidia import GpuAddress, GpuWatch, own_processes, strangers, throttle_reasons
+from hetis.formats.catalogue import gpus
+from hetis.profiler.measure.nvidia import (
+    GpuAddress,
+    GpuWatch,
+    architecture_of,
+    own_processes,
+    strangers,
+    throttle_reasons,
+)
 
+# As NVIDIA lists them: developer.nvidia.com/cuda-gpus.
+CAPABILITIES = {
+    "P100": (6, 0), "V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "A40": (8, 6), "A10": (8, 6), "L4": (8, 9),
+    "L40S": (8, 9), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0),
+}  # fmt: skip
 POWER_CAP, IDLE = 0x4, 0x1
 
 
@@ -160,6 +173,17 @@ def test_strangers_are_counted_also_where_our_own_number_is_not_known(
 def test_idle_clocks_are_no_throttling() -> None:
     assert throttle_reasons(0x1 | 0x2 | 0x100) == set()
     assert throttle_reasons(0x4 | 0x40) == {"software power cap", "hardware thermal slowdown"}
+
+
+def test_architectures_are_called_what_the_catalogue_calls_them() -> None:
+    known = {entry.gpu.name.partition("-")[0]: entry.gpu.architecture for entry in gpus()}
+    for name, capability in CAPABILITIES.items():
+        assert architecture_of(*capability) == known[name], name
+
+
+def test_what_has_no_name_keeps_its_number() -> None:
+    assert architecture_of(5, 2) == "sm_52"
+    assert architecture_of(15, 0) == "sm_150"
 
 
 def test_the_driver_is_known_though_the_gpu_is_not() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hetis.profiler.measure import host
-from hetis.profiler.measure.nvidia import GpuAddress
+from hetis.profiler.measure.nvidia import GpuAddress, architecture_of
 from hetis.profiler.measure.rotation import TIMES, Cache
 from hetis.solver.errors import InvalidProblemError
 
@@ -106,7 +106,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
         self.memory_bytes = properties.total_memory
-        self.architecture = f"sm_{properties.major}{properties.minor}"
+        self.architecture = architecture_of(properties.major, properties.minor)
         self.address = _address(properties)
         l2_bytes = int(getattr(properties, "L2_cache_size", 0))
         cache = Cache(num_bytes=l2_bytes or _ASSUMED_L2, origin="as the driver says" if l2_bytes else "assumed")

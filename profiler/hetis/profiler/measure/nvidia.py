@@ -24,6 +24,17 @@ _REASONS = {
 # Violation counters: nvmlPerfPolicyType_t of nvmlDeviceGetViolationStatus. Sync boost and low utilisation are left
 # out: they lower the clocks of a GPU that waits for work, not of one that does it.
 _POLICIES = {0: "power", 1: "heat", 3: "the board's limit", 5: "reliability"}
+# The first compute capability of each architecture, ascending.
+_ARCHITECTURES = {
+    (6, 0): "Pascal",
+    (7, 0): "Volta",
+    (7, 5): "Turing",
+    (8, 0): "Ampere",
+    (8, 9): "Ada",
+    (9, 0): "Hopper",
+    (10, 0): "Blackwell",
+}
+_UNKNOWN = (13, 0)
 _LOOK_INTERVAL_S = 0.02  # a look takes a few microseconds to a millisecond of the host
 
 
@@ -140,6 +151,12 @@ class GpuWatch:
             return getattr(self._nvml, function)(self._device, *arguments)
         except Exception:
             return None
+
+
+def architecture_of(major: int, minor: int) -> str:
+    """What the catalogue calls a compute capability; ``sm_65`` where it has no name for it."""
+    known = [name for since, name in _ARCHITECTURES.items() if since <= (major, minor)]
+    return known[-1] if known and (major, minor) < _UNKNOWN else f"sm_{major}{minor}"
 
 
 def throttle_reasons(bits: int) -> set[str]:
