@@ -29,8 +29,9 @@ EXTRACT_REDUCE = (
     "H100-SXM-80GB,nccl-2.29.2,all_reduce,2,1048576,0.0331\n"
 )
 OWN_REDUCE = (
-    "framework,version,device,op_name,kernel_source,num_gpus,message_size,latency\n"
-    "vLLM,0.24.0,NVIDIA L40S,all_reduce,NCCL,2,1048576,0.1931\n"
+    "framework,version,device,op_name,kernel_source,nccl_dtype,num_gpus,message_size,latency\n"
+    "NCCL,2.27.3,NVIDIA L40S,all_reduce,NCCL,half,2,1048576,0.1931\n"
+    "NCCL,2.27.3,NVIDIA L40S,all_reduce,NCCL,int8,2,1048576,0.0971\n"
 )
 EXPERTS = (
     "gpu,kernel_source,num_tokens,hidden_size,inter_size,topk,num_experts,moe_tp_size,latency_ms\n"

@@ -59,7 +59,7 @@ def test_line_ends_of_other_systems_and_quotes_change_nothing(form: str, text: s
 @pytest.mark.parametrize(("form", "text"), parameters())
 def test_every_cell_may_hold_nonsense(form: str, text: str, tmp_path: Path) -> None:
     lines = [line.split(",") for line in text.splitlines()]
-    for row in range(len(lines)):
+    for row in (0, 1):
         for column in range(len(lines[0])):
             for nonsense in NONSENSE:
                 changed = [list(line) for line in lines]
@@ -99,6 +99,7 @@ def test_a_number_that_lost_its_end_is_noticed(tmp_path: Path) -> None:
         ("vidur", "attention", "tp", "3", "tp: is 3, must divide the 64 heads of n_q_head"),
         ("llmservingsim", "attention", "batch_size", "1e17", "batch_size: is 1e17, must be <= 9007199254740992"),
         ("llmservingsim", "attention", "batch_size", "1_0", "batch_size: is '1_0', expected a number"),
+        ("llmservingsim", "attention", "batch_size", "９", "batch_size: is '９', expected a number"),
     ],
 )
 def test_what_is_wrong_in_a_cell_is_said(
