@@ -34,7 +34,6 @@ class FakeGpu:
     bus: str
     bits: int = IDLE
     violated_ns: dict[int, int] = field(default_factory=dict)
-    now_us: int = 0
     pids: list[int] = field(default_factory=list)
 
 
@@ -65,7 +64,7 @@ class FakeNvml:
     def nvmlDeviceGetViolationStatus(self, gpu: FakeGpu, policy: int) -> SimpleNamespace:  # noqa: N802
         if not self.counters:
             raise RuntimeError("Not Supported")
-        return SimpleNamespace(violationTime=gpu.violated_ns.get(policy, 0), referenceTime=gpu.now_us)
+        return SimpleNamespace(violationTime=gpu.violated_ns.get(policy, 0))
 
 
 class Clock:
@@ -125,14 +124,27 @@ def test_looks_are_counted_and_not_repeated_at_once() -> None:
 
 def test_what_the_counters_say_counts_from_the_beginning_only() -> None:
     gpu = cool()
-    gpu.violated_ns, gpu.now_us = {0: 5_000_000_000, 1: 7}, 1_000_000
-    watch = GpuWatch(GpuAddress(uuid=gpu.uuid), clock=Clock(), nvml=FakeNvml(gpu))
+    gpu.violated_ns = {0: 5_000_000_000, 1: 7}
+    now_s = 50.0
+    watch = GpuWatch(GpuAddress(uuid=gpu.uuid), clock=lambda: now_s, nvml=FakeNvml(gpu))
+    now_s = 60.0
     watch.begin()
     assert watch.news().held_s == {}
-    gpu.violated_ns, gpu.now_us = {0: 5_500_000_000, 1: 7, 4: 9_000_000_000}, 3_000_000
+    gpu.violated_ns, now_s = {0: 5_500_000_000, 1: 7, 4: 9_000_000_000}, 62.0
     news = watch.news()
     assert news.held_s == {"power": pytest.approx(0.5)}  # low utilisation (4) harms nobody
     assert news.elapsed_s == pytest.approx(2.0)
+
+
+def test_what_was_seen_before_the_beginning_is_forgotten() -> None:
+    gpu = hot()
+    gpu.pids = [1, 2]
+    watch = GpuWatch(GpuAddress(uuid=gpu.uuid), clock=Clock(), nvml=FakeNvml(gpu))
+    watch.look()
+    watch.look_at_processes({1})
+    watch.begin()
+    news = watch.news()
+    assert (news.looks, news.reasons, news.other_processes) == (0, {}, 0)
 
 
 def test_a_gpu_without_counters_is_looked_at_all_the_same() -> None:

@@ -60,7 +60,7 @@ class GpuNews:
         looks: how often the clocks were looked at, each time with work queued.
         reasons: reasons that lowered the clocks, and in how many looks.
         held_s: seconds that the GPU's own counters add up to, by what held its clocks down.
-        elapsed_s: between the two readings of those counters.
+        elapsed_s: between the two readings of those counters, on the host's clock.
         other_processes: the most that were seen at once with a context on the GPU, ours left out.
     """
 
@@ -79,15 +79,18 @@ class GpuWatch:
         """``nvml``: a module with the functions of ``pynvml``; None: that one, if it is here."""
         self._clock = clock
         self._nvml, self._device = _opened(address, nvml)
-        self._counters: Mapping[str, tuple[float, float]] = {}
+        self._began_s = clock()
+        self._counters: Mapping[str, float] = {}
         self._looks = 0
         self._reasons: Counter[str] = Counter()
         self._others = 0
         self._next_s = 0.0
 
     def begin(self) -> None:
-        """Reads the violation counters for the first time."""
-        self._counters = self._read_counters()
+        """Forgets what was seen so far and reads the violation counters for the first time."""
+        self._looks, self._others = 0, 0
+        self._reasons.clear()
+        self._counters, self._began_s = self._read_counters(), self._clock()
 
     def look(self) -> None:
         """Looks at the clocks: call it while work is queued, as an idle GPU lowers them for no harm."""
@@ -109,18 +112,16 @@ class GpuWatch:
 
     def news(self) -> GpuNews:
         """Everything seen since `begin`."""
-        held_s, elapsed_s = {}, 0.0
-        for name, (violated_s, now_s) in self._read_counters().items():
-            if name in self._counters:
-                elapsed_s = max(elapsed_s, now_s - self._counters[name][1])
-                if violated_s > self._counters[name][0]:
-                    held_s[name] = violated_s - self._counters[name][0]
+        now = self._read_counters()
+        held_s = {
+            name: now[name] - before_s for name, before_s in self._counters.items() if now.get(name, 0.0) > before_s
+        }
         return GpuNews(
             watched=self._device is not None,
             looks=self._looks,
             reasons=dict(sorted(self._reasons.items())),
             held_s=held_s,
-            elapsed_s=elapsed_s,
+            elapsed_s=self._clock() - self._began_s,
             other_processes=self._others,
         )
 
@@ -134,13 +135,13 @@ class GpuWatch:
             return ""
         return version.decode() if isinstance(version, bytes) else str(version)
 
-    def _read_counters(self) -> Mapping[str, tuple[float, float]]:
-        """(seconds of violations, seconds on their clock) by policy; what the GPU does not count is left out."""
+    def _read_counters(self) -> Mapping[str, float]:
+        """Seconds of violations since the driver started, by policy; what the GPU does not count is left out."""
         found = {}
         for policy, name in _POLICIES.items():
             status = self._ask("nvmlDeviceGetViolationStatus", policy)
             if status is not None:
-                found[name] = (int(status.violationTime) * 1e-9, int(status.referenceTime) * 1e-6)
+                found[name] = int(status.violationTime) * 1e-9
         return found
 
     def _ask(self, function: str, *arguments: object) -> Any:

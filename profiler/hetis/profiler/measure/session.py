@@ -117,7 +117,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
         time_point(reference)  # what was idle takes a moment to raise its clocks, and libraries to set themselves up
         before = time_point(reference)
         watch.begin()
-        fresh = _run(campaign, time_point, report, journal, limit_s=request.limit_s, begin_s=begin_s)
+        _run(campaign, time_point, report, journal, limit_s=request.limit_s, begin_s=begin_s)
         after = time_point(reference)
     if not campaign.is_started():
         raise NotEnoughPointsError(
@@ -125,11 +125,15 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
             "operator had its first ones; allow more with --time-limit and go on with --resume"
         )
     disturbances = disturbance_notes(
-        fresh,
+        campaign.measured,
         reference_s=(before.seconds, after.seconds),
         others_share=watch.others_share(),
         gpu=watch.gpu_news(),
     )
+    if known:
+        disturbances.append(
+            f"{len(known)} points are of an interrupted run: what disturbed the device then is not known"
+        )
     remarks = [cache_note(device), "engine steps are not measured: there is no engine here"]
     if not device.on_cuda:
         remarks.append("host and device memory are one, so copies between them are copies in it")
@@ -166,9 +170,8 @@ def _run(
     *,
     limit_s: float,
     begin_s: float,
-) -> Sequence[Measured]:
-    """Measures what the campaign asks for; the points of this run."""
-    fresh: list[Measured] = []
+) -> None:
+    """Measures what the campaign asks for."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
     took_s: list[float] = []
     while (choice := campaign.next()) is not None:
@@ -190,9 +193,7 @@ def _run(
         found = Measured(point=choice.point, sample=time_point(choice.point))
         campaign.add(found)
         journal.add(found)
-        fresh.append(found)
         took_s.append(time.monotonic() - now_s)
-    return fresh
 
 
 def _peers_of(name: str, device: Device) -> tuple[tuple[str, str], str, str]:
