@@ -99,7 +99,11 @@ def run(
             )
     except KeyboardInterrupt:
         kept = (points_in(journal) if journal.exists() else None) or 0
-        terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
+        if kept:
+            terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
+        else:
+            journal.unlink(missing_ok=True)
+            terminal.line("interrupted before the first point: nothing is kept")
         return ExitCode.INTERRUPTED
     save_measurements(out, result.measurements)
     journal.unlink(missing_ok=True)
