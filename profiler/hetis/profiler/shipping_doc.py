@@ -100,8 +100,9 @@ same care to the same points and judged on the same held-out ones. Decode attent
 cache served is left out; dense layers do, at the bend from memory to compute.
 """
 _RANGES = """\
-`hetis.profiler.ranges.error_of`: held-out error of fitted operators; for modelled ones the error of predicting each
-measured GPU from every other one.
+`hetis.profiler.ranges.error_of`: of fitted operators the held-out error in the serving range (where under 10 points
+are in it, that of all points held out if it is larger); of modelled ones the error of predicting each measured GPU from
+every other one.
 """
 
 

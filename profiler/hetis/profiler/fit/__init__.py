@@ -12,7 +12,7 @@ from hetis.profiler.fit.layers import dense_points
 from hetis.profiler.fit.links import link_points, step_points
 from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points, Selection, Unfitted, distinct
-from hetis.profiler.fit.report import FitReport, OpReport, OtherSource, remark
+from hetis.profiler.fit.report import FitReport, OpReport, OtherSource, remark, stated_error
 from hetis.profiler.fitting import predict
 from hetis.profiler.plausibility import doubts_of_units
 from hetis.profiler.roofline import modelled_profile
@@ -129,8 +129,7 @@ def _fit_op(points: Points) -> tuple[Fit, OpReport]:
     )
     report = replace(report, remark=remark(report))
     mine = tuple(Piece(**dict(zip(FEATURES[points.op], piece, strict=True))) for piece in found.pieces)
-    error = report.serving.mape if report.serving.num_points else report.held_out.mape
-    provenance = Provenance(source=Source.FITTED, origin=points.origin, held_out_mape=error)
+    provenance = Provenance(source=Source.FITTED, origin=points.origin, held_out_mape=stated_error(report))
     return Fit(op=points.op, pieces=mine, provenance=provenance, scope=points.scope, region=report.region), report
 
 

@@ -11,6 +11,7 @@ from hetis.profiler.fit.points import LeftOut, Unfitted
 from hetis.profiler.fitting import rounded
 from hetis.solver.profile import FitRegion, FitScope, Op
 
+_FEW = 10  # points in the serving range that do not say enough alone
 BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  # held-out MAPE in the serving range
 
 
@@ -114,6 +115,15 @@ class FitReport:
         }
 
 
+def stated_error(report: OpReport) -> float:
+    """What a profile says of the fit: its error in the serving range, or of all held-out points if that is larger and
+    the serving range has only a few.
+    """
+    if report.serving.num_points >= _FEW:
+        return report.serving.mape
+    return max(report.serving.mape, report.held_out.mape)
+
+
 def remark(report: OpReport) -> str:
     """Why a fit misses its bar, as far as its own regions show; empty when it does not."""
     if report.meets_bar:
@@ -122,7 +132,7 @@ def remark(report: OpReport) -> str:
     worst = [(name, s) for name, s in ranked if not any(limit in name for limit in _NOT_SERVED)][:2]
     where = "; ".join(f"{name}: {s.mape:.0%} off, bias {s.bias:+.0%}, {s.num_points} points" for name, s in worst)
     reason = _reason(report) if any(s.bias < -0.05 for _, s in worst) else ""
-    if report.serving.num_points < 10:
+    if report.serving.num_points < _FEW:
         reason = f"Only {report.serving.num_points} points judge it"
     return f"most of the error is at {where}" + (f". {reason}" if reason else "")
 
