@@ -26,8 +26,12 @@ EXTRAS = {
     *("highspy", "numba", "ortools", "rich", "typer", "cvxpy", "sqlalchemy", "alembic", "prometheus_client"),
     *("torch", "plotly", "matplotlib", "pyarrow"),
 }
-# Rooms of the extra `profiler`: the command line, and what measures and draws.
-PROFILER_ROOMS = {"cli", "measure", "pictures"}
+# Rooms that the base install has and does not use. The profiler's: its command line, and what measures and draws. The
+# formats': what the commands share, which only they import; typer and rich come with the extra of either command.
+ROOMS_OF_EXTRAS = {
+    *(("profiler", room) for room in ("cli", "measure", "pictures")),
+    ("formats", "command_line"),
+}
 
 
 def roots() -> list[str]:
@@ -87,8 +91,17 @@ def test_every_inner_package_has_an_init_and_is_typed(root: str) -> None:
 def test_the_base_install_is_enough_for_files_and_profiles(root: str) -> None:
     for path in modules(root):
         room = path.relative_to(ROOT / root / "hetis" / root).parts[0]
-        if (root, room) not in {("profiler", room) for room in PROFILER_ROOMS}:
+        if (root, room) not in ROOMS_OF_EXTRAS:
             assert not EXTRAS & set(imported_at_start(path)), path.relative_to(ROOT)
+
+
+def test_only_commands_import_what_commands_share() -> None:
+    for root in sorted(MAY_IMPORT):
+        for path in modules(root):
+            room = path.relative_to(ROOT / root / "hetis").parts[1]
+            if room not in ("cli", "command_line"):
+                shared = [name for name in imported(path) if name.startswith("hetis.formats.command_line")]
+                assert not shared, path.relative_to(ROOT)
 
 
 def test_packaging_and_tools_list_every_root() -> None:

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
 from hetis.planner.cli.app import app
+from tests.command_line import command_of, run_command
 
-COMMAND = [sys.executable, "-m", "hetis.planner.cli"]
+COMMAND = command_of("hetis.planner.cli")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """This process's environment at 80 columns and without colours, changed."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("HETIS_DEBUG", "FORCE_COLOR")}
-    return kept | {"COLUMNS": "80", "NO_COLOR": "1"} | changes
 
 
 def hetis_plan(*arguments: str, cwd: Path | None = None, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """A whole run: exit code, stdout, stderr."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=cwd,
-        env=environment(),
-        check=False,
-    )
+    return run_command(COMMAND, *arguments, cwd=cwd, timeout_s=timeout_s)
 
 
 def invoke(*arguments: str) -> Result:

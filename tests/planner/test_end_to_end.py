@@ -12,7 +12,8 @@ import pytest
 
 from hetis.planner.cli.options import Strategy
 from hetis.solver.placement.strategies import STRATEGIES
-from tests.planner.command_line import COMMAND, environment, hetis_plan
+from tests.command_line import environment
+from tests.planner.command_line import COMMAND, hetis_plan
 
 SMALL = """\
 apiVersion: hetis/v1

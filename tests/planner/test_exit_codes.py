@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.planner.cli import app as application
+from hetis.formats.command_line import running
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.errors import (
@@ -20,16 +20,17 @@ from hetis.solver.errors import (
     NoPlanFoundError,
     UnboundPlanError,
 )
-from tests.planner.command_line import COMMAND, environment, hetis_plan
+from tests.command_line import environment
+from tests.planner.command_line import COMMAND, hetis_plan
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
 def failing_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
-    def fail(_arguments: object) -> int:
+    def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr(application, "_invoke", fail)
+    monkeypatch.setattr(running, "_invoke", fail)
     return run([])
 
 

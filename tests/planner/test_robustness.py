@@ -369,6 +369,30 @@ def test_a_fit_outside_its_region_is_named_with_both_numbers_once_per_gpu_and_op
     assert outside_regions(plan, in_region(problem, Op.DENSE, FitRegion(tokens=(1, 8))))[0].endswith("measured 1 to 8")
 
 
+def test_a_chunk_over_a_past_that_was_not_measured_is_named_with_the_past() -> None:
+    """The average chunk of Azure's conversations: they attend to a tokens on average, half of them its own."""
+    plan, problem = planned("h100-p100"), posed("h100-p100")
+    moments = problem.workload.clipped_to(problem.model.max_position).moments(
+        block_tokens=problem.assumptions.block_tokens
+    )
+    past = moments.prefill_pairs / moments.mean_prompt - plan.replicas[0].chunk_tokens / 2
+    assert past > 10
+    (note,) = outside_regions(plan, in_region(problem, Op.PREFILL_ATTENTION, FitRegion(past_tokens=(0, 0))))
+    assert note == (
+        f"outside the region of its fit: prefill_attention of H100-SXM-80GB at {past:,.0f} tokens of past, "
+        "measured without any"
+    )
+    assert outside_regions(plan, in_region(problem, Op.PREFILL_ATTENTION, FitRegion(past_tokens=(0, 1e4)))) == ()
+
+
+def test_kv_beyond_what_any_call_read_is_named_though_batch_and_context_are_inside() -> None:
+    plan, problem = planned("h100-p100"), posed("h100-p100")
+    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1, 1e4))
+    notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
+    assert len(notes) == 2
+    assert all("bytes of KV, measured 1 to 10,000" in note for note in notes)
+
+
 def test_notes_name_the_origin_of_profiles() -> None:
     problem = posed("h100-p100")
     assert profile_notes(problem)[0].startswith("modelled, not measured: the profiles of H100-SXM-80GB, P100-PCIe-12GB")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hetis.profiler import calibrate
+from hetis.profiler.calibrate import _fit, _joined, _pairs
 from hetis.profiler.efficiency import shipped
-from hetis.profiler.tables import A40, A100, H100, L40S, TableError, read_rows
+from hetis.profiler.fit.points import Points
+from hetis.profiler.fit.split import split
+from hetis.solver.profile import FitScope, Op
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -29,26 +32,14 @@ def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["doc.md", "efficiency.json"]
 
 
-@needs_tables
-def test_the_peaks_of_measured_gpus_are_the_catalogue_s() -> None:
-    with (SHARED / "gpus.csv").open(encoding="utf-8", newline="") as file:
-        rows = {row["name"]: row for row in csv.DictReader(file)}
-    for gpu in (A40, A100, H100, L40S):
-        row = rows[gpu.name]
-        assert gpu.flops == float(row["fp16_dense_tflops"]) * 1e12
-        assert gpu.bytes_per_s == float(row["mem_bw_gbs"]) * 1e9
-        link = float(row["pcie_gbs"]) if gpu in (A40, L40S) else float(row["nvlink_gbs"]) / 2
-        assert gpu.link_bytes_per_s == link * 1e9
-
-
 @pytest.mark.parametrize("architecture", ["Ada", "Ampere", "Hopper"])
 def test_measured_architectures_keep_the_bars(architecture: str) -> None:
-    """DESIGN section 10 asks for 10% in the serving range; prefill and all-reduce are not there yet."""
+    """10% in the serving range for attention, 8% for dense; all-reduces bend where libraries change their algorithm."""
     ops = shipped().architectures[architecture].ops
     for name, bar in (
         ("dense", 0.08),
-        ("decode_attention", 0.08),
-        ("prefill_attention", 0.15),
+        ("decode_attention", 0.10),
+        ("prefill_attention", 0.10),
         ("all_reduce_nvlink", 0.2),
     ):
         error = ops[name].held_out_mape
@@ -58,19 +49,42 @@ def test_measured_architectures_keep_the_bars(architecture: str) -> None:
 def test_a_missing_table_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "efficiency.json"
     assert calibrate.main(["--data", str(tmp_path), "--out", str(out)]) == 1
-    assert str(tmp_path / "vidur_layer_ops.csv.gz") in capsys.readouterr().err
+    assert str(tmp_path / "aic_a100_sxm_comm.csv.gz") in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:
-    with gzip.open(tmp_path / "t.csv.gz", "wt", encoding="utf-8") as file:
-        file.write("a,b\n1,2\n")
-    with pytest.raises(TableError, match=r"t\.csv\.gz: no column c, d$"):
-        list(read_rows(tmp_path, "t.csv.gz", "a", "c", "d"))
+def made_up(architecture_s: float) -> Points:
+    """Fifty layers on one GPU: a launch, and twice the time of the bytes at the peak."""
+    byte_s = np.linspace(1e-5, 1e-3, 50)
+    return Points(
+        op=Op.DENSE,
+        scope=FitScope(),
+        features=np.stack([np.ones(50), np.zeros(50), byte_s], axis=1),
+        seconds=architecture_s * (1e-5 + 2.0 * byte_s),
+        shapes=["one"] * 50,
+        sizes={"tokens": byte_s},
+        origin="a test",
+    )
 
 
-def test_a_truncated_table_is_refused(tmp_path: Path) -> None:
-    whole = gzip.compress(b"a\n" + b"1\n" * 10_000)
-    (tmp_path / "t.csv.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TableError, match=r"t\.csv\.gz: "):
-        list(read_rows(tmp_path, "t.csv.gz", "a"))
+def test_a_pair_of_gpus_says_how_far_each_is_from_the_other() -> None:
+    """Oracle: what is 1.25 times slower is predicted a fifth too fast, and the other way round a quarter too slow."""
+    fast_by_slow, slow_by_fast = _pairs("dense", {"slow": made_up(1.25), "fast": made_up(1.0)})
+    assert (fast_by_slow.fitted, fast_by_slow.judged, fast_by_slow.num_points) == ("slow", "fast", 50)
+    assert (fast_by_slow.mape, fast_by_slow.bias) == pytest.approx((0.25, 0.25), rel=0.02)
+    assert (slow_by_fast.mape, slow_by_fast.bias) == pytest.approx((0.2, -0.2), rel=0.02)
+
+
+def test_gpus_of_one_architecture_share_a_fit_that_held_out_points_do_not_touch() -> None:
+    sets = [made_up(1.0), made_up(1.0)]
+    clean = _fit(sets, ("a", "b"))
+    (piece,) = clean.pieces
+    assert (piece.fixed_s, piece.byte) == pytest.approx((1e-5, 2.0), rel=0.02)
+    assert (clean.num_points, clean.measured_on) == (100, ("a", "b"))
+    judged = split(_joined(sets)).judged
+    seconds = _joined(sets).seconds.copy()
+    seconds[judged] *= 3.0
+    spoilt = _fit([replace(_joined(sets), seconds=seconds)], ("a", "b"))
+    assert spoilt.pieces == clean.pieces
+    assert spoilt.held_out_mape is not None
+    assert spoilt.held_out_mape > 0.5

@@ -76,6 +76,19 @@ def test_aiconfigurator_s_own_tables_count_the_context_as_isl_and_step(tmp_path:
     assert measured.notes == ("attention rows with kv_cache_dtype other than 16 bits are left out",)
 
 
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("half", 2), ("int8", 1), ("float", 4)])
+@pytest.mark.parametrize("column", ["nccl_dtype", "allreduce_dtype"])
+def test_messages_of_aiconfigurator_are_counted_in_elements(
+    column: str, dtype: str, num_bytes: int, tmp_path: Path
+) -> None:
+    header = f"framework,version,device,op_name,kernel_source,{column},num_gpus,message_size,latency\n"
+    row = "NCCL,2.27.3,NVIDIA L40S,all_reduce,NCCL,{},2,1048576,0.2\n"
+    path = written(tmp_path, header + row.format(dtype) + row.format("fp3"))
+    (measured,) = import_tables("aiconfigurator", [path])
+    assert measured.tables[0].numbers("num_bytes").tolist() == [num_bytes * 2**20]
+    assert measured.notes == ("messages of fp3 are left out",)
+
+
 def test_splitwise_gives_two_phases_and_marks_the_capped_host(tmp_path: Path) -> None:
     rows = "llama2-70b,a100-80gb,512,1,128,200,55,2\nllama2-70b,h100-80gb-pcap,512,1,128,100,40,2\n"
     a100, capped = import_tables("splitwise", [written(tmp_path, SPLITWISE + rows)])
@@ -89,20 +102,12 @@ def test_splitwise_gives_two_phases_and_marks_the_capped_host(tmp_path: Path) ->
 
 def test_a_right_unit_passes_and_a_wrong_one_does_not(tmp_path: Path) -> None:
     assert len(import_tables("aiconfigurator", [written(tmp_path, gemm_rows())])) == 1
-    microseconds = written(tmp_path, gemm_rows(1e3))
-    text = message("aiconfigurator", microseconds)
-    assert text.startswith(f"{microseconds}: row ")
-    assert text.endswith(
-        ": latency_ms: nine tenths of the rows of gemm imply 0.0005 of the peaks of A100-SXM-80GB or less "
-        "(limit 0.001): is the unit right?"
-    )
-    seconds = written(tmp_path, gemm_rows(1e-3))
-    text = message("aiconfigurator", seconds)
-    assert text.startswith(f"{seconds}: row ")
-    assert text.endswith(
-        ": latency_ms: a tenth of the rows of gemm imply 500 times the peaks of A100-SXM-80GB or more (limit 40): "
-        "is the unit right?"
-    )
+    for factor, share in ((1e3, "0.0005 of"), (1e-3, "500 times")):
+        path = written(tmp_path, gemm_rows(factor))
+        assert message("aiconfigurator", path) == (
+            f"{path}: row 2: latency_ms: gemm: the 25 largest rows imply {share} the peaks of A100-SXM-80GB, "
+            "expected 0.02 to 20: is the unit right?"
+        )
 
 
 def test_every_wrong_value_is_named_with_file_row_and_column(tmp_path: Path) -> None:

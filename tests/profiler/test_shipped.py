@@ -74,8 +74,9 @@ def test_held_out_errors_keep_the_bars(gpu: str) -> None:
             assert fit.provenance.held_out_mape <= 0.08
 
 
-# An A100's kernel of one query head per KV head reads each sequence by one SM; the L40S's is judged by six points.
-MISSED = {"A100-SXM-80GB": {(128, 1)}, "H100-SXM-80GB": set(), "L40S": {(64, 16)}}
+# An A100's kernel of one query head per KV head reads each sequence by one SM. The others have under ten points in the
+# serving range, and state the error of all points held out.
+MISSED = {"A100-SXM-80GB": {(128, 1), (128, 6)}, "H100-SXM-80GB": set(), "L40S": {(64, 12), (64, 16)}}
 
 
 def test_fitted_profiles_are_less_uncertain_than_modelled_ones() -> None:

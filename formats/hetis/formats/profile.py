@@ -54,7 +54,9 @@ class RegionPart(Part):
 
     tokens: Range | None = None
     batch: Range | None = None
+    past_tokens: Range | None = None
     context_tokens: Range | None = None
+    kv_bytes: Range | None = None
     num_bytes: Range | None = None
 
 

@@ -1,26 +1,28 @@
 """Derives efficiency.json from the measured tables: ``python -m hetis.profiler.calibrate --data DIR --out FILE``.
 
-Every coefficient is fitted (`fitting.py`) on three quarters of the shapes and judged on the rest; on GPUs without
-tables it is judged by what the fit of each measured GPU says about every other one. Run again on the same tables it
-writes the same bytes.
+Points and fits are those of `hetis.profiler.fit`, with the work divided by the peaks of the GPU it was measured on, so
+that the GPUs of an architecture share one fit. The number of pieces is chosen within the points fitted; errors are of
+points held out. GPUs without tables are judged by every pair of measured GPUs: what the fit of one says of the other.
+Run again on the same tables it writes the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
-import zlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 
-from hetis.profiler import report, tables
+from hetis.formats import catalogue
+from hetis.formats.files import write_atomically
+from hetis.formats.measurements import MeasuredOp, Measurements
+from hetis.profiler import report
 from hetis.profiler.efficiency import (
     Architecture,
     Efficiencies,
@@ -31,16 +33,36 @@ from hetis.profiler.efficiency import (
     scaled_from,
     to_json,
 )
-from hetis.profiler.fitting import Coefficients, PieceFit, fit_pieces, mape, rounded
-from hetis.profiler.tables import A40, A100, H100, L40S, MeasuredGpu, Points
+from hetis.profiler.fit import selected_points
+from hetis.profiler.fit.errors import SERVING, error_stats, within
+from hetis.profiler.fit.pieces import fit_points
+from hetis.profiler.fit.points import FEATURES, Points
+from hetis.profiler.fitting import Coefficients, mape, predict, rounded
+from hetis.profiler.importers import import_tables
+from hetis.profiler.report import Pair
+from hetis.profiler.shipping import measurements_for
+from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
-
-_WORTH = 0.005  # a further piece costs the solver a row; it must earn half a point of held-out error
+from hetis.solver.profile import FitScope, Op
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
-_ENGINES = {A100.name: "vLLM 0.14.0", H100.name: "vLLM 0.24.0", L40S.name: "vLLM 0.24.0"}
-_MEASURED = {"Ampere": (A100, A40), "Ada": (L40S,), "Hopper": (H100,)}
+_GPUS = ("A100-SXM-80GB", "A40", "H100-SXM-80GB", "L40S")
+# What an operator is calibrated on: its name in the file, and which points it takes.
+_OPS = {
+    "dense": (Op.DENSE, FitScope()),
+    "dense_fp8": (Op.DENSE, FitScope(weight_bytes=1.0)),
+    "prefill_attention": (Op.PREFILL_ATTENTION, FitScope(head_dim=128)),
+    "decode_attention": (Op.DECODE_ATTENTION, FitScope(head_dim=128)),
+}
+_RELATIVE = {
+    "fixed_s": "fixed_s",
+    "flop_s": "flop",
+    "byte_s": "byte",
+    "token_s": "token_bytes",
+    "head_s": "head_bytes",
+    "wire": "wire",
+}
 
 # Hetis (SC'25) measured prefill MLP on a P100-12GB 24.5 times slower than on an A100-80GB; the peaks differ 16.7 times.
 _PASCAL_COMPUTE = 24.5 / (312.0 / 18.7)
@@ -74,94 +96,114 @@ _MEMORY = MemoryRule(
 _TRANSFER_WIRE = 1.25
 
 
-def calibrate(folder: Path) -> Efficiencies:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The efficiencies, and what each measured GPU's fit says of every other one."""
+
+    efficiencies: Efficiencies
+    pairs: tuple[Pair, ...]
+
+
+def calibrate(folder: Path) -> Calibration:
     """All efficiencies from the tables in ``folder``.
 
     Raises:
-        TableError: a table is missing or malformed.
+        DocumentError: a table is missing or malformed.
     """
-    dense = {gpu: tables.dense_points(folder, gpu) for gpu in (A100, A40, L40S, H100)}
-    dense_fp8 = {gpu: tables.dense_points(folder, gpu, dtype="fp8") for gpu in (L40S, H100)}
-    prefill = {gpu: [tables.prefill_points(folder, gpu)] for gpu in (A100, L40S, H100)}
-    decode = {gpu: [tables.decode_points(folder, gpu)] for gpu in (A100, L40S, H100)}
-    nvlink = {gpu: [tables.all_reduce_points(folder, gpu)] for gpu in (A100, H100)}
-    measured: dict[str, dict[str, OpEfficiency]] = {name: {} for name in _MEASURED}
-    for op, features, by_gpu, origin in (
-        ("dense", ("fixed_s", "flop", "byte"), dense, f"{_AIC} GEMMs and {_VIDUR} layer operators"),
-        ("dense_fp8", ("fixed_s", "flop", "byte"), dense_fp8, f"{_AIC} fp8 GEMMs and {_VIDUR} elementwise operators"),
-        ("prefill_attention", ("fixed_s", "flop", "token_bytes"), prefill, f"{_AIC} prefill attention"),
-        ("decode_attention", ("fixed_s", "flop", "byte", "head_bytes"), decode, f"{_AIC} decode attention, cold cache"),
-        (
-            "all_reduce_nvlink",
-            ("fixed_s", "wire"),
-            nvlink,
-            f"{_AIC} all-reduce, faster of NCCL and vLLM's, 2 to 8 GPUs",
-        ),
-    ):
-        transfer = _transfer_mape(by_gpu)
-        for arch, gpus in _MEASURED.items():
-            points = {gpu: by_gpu[gpu] for gpu in gpus if gpu in by_gpu}
-            if points:
-                fit = _fit(features, points, origin)
-                measured[arch][op] = replace(fit, transfer_mape=transfer)
+    gpus = {name: catalogue.find_gpu(name).gpu for name in _GPUS}
+    points = {name: selected_points(measurements_for(name, folder), gpu).points for name, gpu in gpus.items()}
+    relative = {name: list(_relative(found, gpus[name])) for name, found in points.items()}
+    collectives = import_tables("vidur", [folder / "vidur_collectives.csv.gz"])
+    measured: dict[str, dict[str, OpEfficiency]] = {gpu.architecture: {} for gpu in gpus.values()}
+    pairs: list[Pair] = []
+    for op in (*_OPS, "all_reduce_nvlink"):
+        by_gpu = {name: chosen for name, found in relative.items() if (chosen := _chosen(op, found, gpus[name]))}
+        crossed = list(_pairs(op, by_gpu))
+        pairs += crossed
+        transfer = rounded(fmean(pair.mape for pair in crossed))
+        for architecture in measured:
+            own = [chosen for name, chosen in by_gpu.items() if gpus[name].architecture == architecture]
+            names = tuple(name for name in by_gpu if gpus[name].architecture == architecture)
+            if own:
+                measured[architecture][op] = replace(_fit(own, names), transfer_mape=transfer)
     for ops in measured.values():
         ops["decode_attention"] = _with_compute_piece(ops["decode_attention"], ops["prefill_attention"])
     # Never measured where they are missing: Ada has no NVLink board, Ampere no fp8 units; relatives may have both.
     measured["Ada"]["all_reduce_nvlink"] = borrowed(measured["Ampere"]["all_reduce_nvlink"])
     measured["Ampere"]["dense_fp8"] = borrowed(measured["Hopper"]["dense_fp8"])
-    return Efficiencies(
-        memory=_MEMORY,
-        links={"all_reduce_pcie": _pcie(folder), "transfer": _transfer(folder), "step": _step(folder)},
-        architectures=_architectures(measured),
-    )
+    pcie = {name: [p for p in relative[name] if p.op is Op.ALL_REDUCE] for name in ("L40S", "A40")}
+    links = {"all_reduce_pcie": _pcie(pcie), "transfer": _transfer(collectives), "step": _step(folder)}
+    efficiencies = Efficiencies(memory=_MEMORY, links=links, architectures=_architectures(measured))
+    return Calibration(efficiencies=efficiencies, pairs=tuple(pairs))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hetis.profiler.calibrate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m hetis.profiler.calibrate", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the measured tables")
     parser.add_argument("--out", type=Path, required=True, help="efficiency.json to write")
     parser.add_argument("--doc", type=Path, help="Markdown report to write")
     options = parser.parse_args(arguments)
     try:
-        efficiencies = calibrate(options.data)
-        _write(options.out, to_json(efficiencies))
+        calibration = calibrate(options.data)
+        write_atomically(options.out, to_json(calibration.efficiencies))
         if options.doc:
-            _write(options.doc, report.render(efficiencies, options.data))
+            text = report.render(calibration.efficiencies, calibration.pairs, options.data)
+            write_atomically(options.doc, text)
     except HetisError as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _fit(names: Sequence[str], by_gpu: dict[MeasuredGpu, list[Points]], origin: str) -> OpEfficiency:
-    """Fits on the training shapes of all GPUs together; the number of pieces is chosen by held-out error."""
-    sets = [points for points_of_gpu in by_gpu.values() for points in points_of_gpu]
-    train, held_out = (
-        _joined([_part(p, held_out=False) for p in sets]),
-        _joined([_part(p, held_out=True) for p in sets]),
-    )
-    fits: list[tuple[float, PieceFit]] = []
-    for num_pieces in (1, 2, 3):
-        fit = fit_pieces(train.features, train.seconds, num_pieces=num_pieces)
-        fits.append((mape(fit.pieces, held_out.features, held_out.seconds), fit))
-    least = min(error for error, _ in fits)
-    error, fit = next((error, fit) for error, fit in fits if error <= least + _WORTH)
-    engines = ", ".join(f"{gpu.name}: {_ENGINES[gpu.name]}" for gpu in by_gpu if gpu.name in _ENGINES)
+def _relative(found: Sequence[Points], gpu: GpuType) -> list[Points]:
+    """The points in the serving range, their work as seconds at the peaks of ``gpu``."""
+    results = []
+    for points in found:
+        fp8 = points.scope.weight_bytes == 1.0 and gpu.fp8_flops
+        flops = gpu.fp8_flops if fp8 else gpu.fp16_flops
+        assert flops is not None
+        peaks = {"flop_s": flops, "byte_s": gpu.mem_bytes_per_s, "token_s": gpu.mem_bytes_per_s}
+        peaks |= {"head_s": gpu.mem_bytes_per_s}
+        served = points.kept(within(SERVING[points.op], points.sizes, len(points)))
+        scale = np.array([1.0 / peaks.get(name, 1.0) for name in FEATURES[points.op]])
+        given = {name: value * peaks[name] for name, value in points.given.items()}
+        results.append(replace(served, features=served.features * scale, given=given))
+    return results
+
+
+def _chosen(op: str, found: Sequence[Points], gpu: GpuType) -> Points | None:
+    """The points of one operator on one GPU; all-reduces over any number of GPUs together."""
+    if op == "all_reduce_nvlink":
+        reduces = [points for points in found if points.op is Op.ALL_REDUCE]
+        return _joined(reduces) if reduces and gpu.nvlink_bytes_per_s else None
+    wanted = _OPS[op]
+    return next((points for points in found if (points.op, points.scope) == wanted), None)
+
+
+def _fit(sets: Sequence[Points], names: Sequence[str]) -> OpEfficiency:
+    points = _joined(sets)
+    found = fit_points(points)
+    seen = points.kept(found.fitted)
     return OpEfficiency(
-        pieces=_relative_pieces(names, fit.pieces),
-        origin=f"{origin} ({engines})",
-        measured_on=tuple(gpu.name for gpu in by_gpu),
-        num_points=len(train.seconds) + len(held_out.seconds),
-        fitted_mape=rounded(fit.mape),
-        held_out_mape=rounded(error),
+        pieces=_relative_pieces(points.op, found.pieces),
+        origin=points.origin,
+        measured_on=tuple(names),
+        num_points=len(points),
+        fitted_mape=error_stats(predict(found.pieces, seen.features), seen.seconds).mape,
+        held_out_mape=error_stats(found.predicted, points.seconds[found.judges]).mape,
     )
 
 
-def _transfer_mape(by_gpu: dict[MeasuredGpu, list[Points]]) -> float:
-    """Mean error of one GPU's fit on another GPU's points, over all ordered pairs of measured GPUs."""
-    joined = {gpu: _joined(sets) for gpu, sets in by_gpu.items()}
-    pieces = {gpu: fit_pieces(p.features, p.seconds, num_pieces=2).pieces for gpu, p in joined.items()}
-    return rounded(fmean(mape(pieces[a], joined[b].features, joined[b].seconds) for a, b in permutations(joined, 2)))
+def _pairs(op: str, by_gpu: Mapping[str, Points]) -> list[Pair]:
+    """What the fit of each GPU says of all points of every other one."""
+    pieces = {name: fit_points(points).pieces for name, points in by_gpu.items()}
+    return [
+        Pair(op=op, fitted=a, judged=b, num_points=len(by_gpu[b]), mape=stats.mape, bias=stats.bias)
+        for a, b in permutations(by_gpu, 2)
+        for stats in (error_stats(predict(pieces[a], by_gpu[b].features), by_gpu[b].seconds),)
+    ]
 
 
 def _with_compute_piece(decode: OpEfficiency, prefill: OpEfficiency) -> OpEfficiency:
@@ -172,38 +214,44 @@ def _with_compute_piece(decode: OpEfficiency, prefill: OpEfficiency) -> OpEffici
     return replace(decode, pieces=(*decode.pieces, RelativePiece(fixed_s=fixed_s, flop=flop)), note=note)
 
 
-def _pcie(folder: Path) -> OpEfficiency:
-    """Geometric mean of two hosts (L40S, A40) over 2 and 4 GPUs; each host is judged by the other's mean.
+def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
+    """Geometric mean of two hosts (L40S, A40) over 2 and 4 GPUs; each host is judged by the other's fit.
 
     Over 8 GPUs both hosts cross sockets and reach a third of that again: one does not plan for it, so it is left out.
     """
-    hosts = [tables.all_reduce_points(folder, L40S), tables.a40_all_reduce_points(folder)]
-    hosts = [_selected(p, np.array([not shape.startswith("8x") for shape in p.shapes])) for p in hosts]
+    hosts = [_joined([points for points in found if points.scope.tp in (2, 4)]) for found in by_host.values()]
     fits = []
-    for p in hosts:
-        wire_s = p.features[:, 1]
+    for points in hosts:
+        wire_s = points.features[:, 1]
         large = wire_s > 1e-3
-        fixed_s = float(np.median(p.seconds[wire_s < 2e-6]))
-        fits.append(
-            (fixed_s, math.exp(fmean(math.log(s / w) for s, w in zip(p.seconds[large], wire_s[large], strict=True))))
-        )
-    errors = [mape([fit], p.features, p.seconds) for fit, p in ((fits[1], hosts[0]), (fits[0], hosts[1]))]
+        fixed_s = float(np.median(points.seconds[wire_s < 2e-6]))
+        shares = zip(points.seconds[large], wire_s[large], strict=True)
+        fits.append((fixed_s, math.exp(fmean(math.log(seconds / wire) for seconds, wire in shares))))
+    errors = [mape([fit], points.features, points.seconds) for fit, points in zip(fits[::-1], hosts, strict=True)]
     fixed_s, wire = (math.sqrt(a * b) for a, b in zip(*fits, strict=True))
     return OpEfficiency(
         pieces=(RelativePiece(fixed_s=rounded(fixed_s), wire=rounded(wire)),),
         origin=f"{_AIC} L40S host (NCCL 2.27.3) and {_VIDUR} A40 host, PCIe, 2 and 4 GPUs",
-        measured_on=(L40S.name, A40.name),
-        num_points=sum(len(p.seconds) for p in hosts),
+        measured_on=tuple(by_host),
+        num_points=sum(len(points) for points in hosts),
         held_out_mape=rounded(fmean(errors)),
         transfer_mape=rounded(fmean(errors)),
         note="hosts differ by a factor of four (peer-to-peer or through host memory, sockets crossed): measure yours",
     )
 
 
-def _transfer(folder: Path) -> OpEfficiency:
+def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
     """The fixed time from small messages inside a node; the share of the wire is assumed, as no table names its NIC."""
-    in_node = [rows for (_, one_node), rows in tables.send_seconds(folder).items() if one_node]
-    small = [seconds for rows in in_node for num_bytes, seconds in rows if num_bytes <= 16384]
+    small = [
+        seconds
+        for measured in collectives
+        for table in measured.tables
+        if table.op is MeasuredOp.TRANSFER
+        for path, num_bytes, seconds in zip(
+            table.text("path"), table.numbers("num_bytes"), table.seconds.tolist(), strict=True
+        )
+        if path == "peer" and num_bytes <= 16384
+    ]
     return OpEfficiency(
         pieces=(RelativePiece(fixed_s=rounded(median(small)), wire=_TRANSFER_WIRE),),
         origin=f"{_VIDUR} send_recv: median of messages up to 16 KiB inside a node for the fixed part; 80% of the "
@@ -214,14 +262,15 @@ def _transfer(folder: Path) -> OpEfficiency:
 
 def _step(folder: Path) -> OpEfficiency:
     """What is left per iteration when the host's work overlaps the device's: the sampler at the smallest batch."""
-    rows = tables.sampler_seconds(folder)
-    smallest = rows[0][0]
-    fixed_s = median(seconds for batch, seconds in rows if batch == smallest)
+    hosts = import_tables("vidur", [folder / "vidur_cpu_overheads.csv.gz"])
+    (table,) = next(measured for measured in hosts if measured.gpu == "A100-SXM-80GB").tables
+    batch = table.numbers("batch")
+    fixed_s = float(np.median(table.seconds[batch == batch.min()]))
     return OpEfficiency(
         pieces=(RelativePiece(fixed_s=rounded(fixed_s)),),
-        origin=f"{_VIDUR} CPU overheads, A100 hosts: median sampler end to end at batch {smallest}; scheduling, input "
-        "preparation and output processing (1.2 ms more there, growing with the batch) are assumed overlapped, as "
-        "engines of 2025 do",
+        origin=f"{_VIDUR} CPU overheads, A100 hosts: median sampler end to end at batch {batch.min():.0f}; scheduling, "
+        "input preparation and output processing (1.2 ms more there, growing with the batch) are assumed overlapped, "
+        "as engines of 2025 do",
     )
 
 
@@ -232,38 +281,24 @@ def _architectures(measured: dict[str, dict[str, OpEfficiency]]) -> dict[str, Ar
     return dict(sorted(architectures.items()))
 
 
-def _relative_pieces(names: Sequence[str], pieces: Sequence[Coefficients]) -> tuple[RelativePiece, ...]:
+def _relative_pieces(op: Op, pieces: Sequence[Coefficients]) -> tuple[RelativePiece, ...]:
+    names = [_RELATIVE[name] for name in FEATURES[op]]
     return tuple(RelativePiece(**dict(zip(names, piece, strict=True))) for piece in pieces)
 
 
-def _part(points: Points, *, held_out: bool) -> Points:
-    """A quarter of the shapes, chosen by a checksum of their names, is held out."""
-    return _selected(points, np.array([(zlib.crc32(shape.encode()) % 4 == 0) == held_out for shape in points.shapes]))
-
-
-def _selected(points: Points, keep: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Points:
-    return replace(
-        points,
-        shapes=[shape for shape, kept in zip(points.shapes, keep, strict=True) if kept],
-        features=points.features[keep],
-        seconds=points.seconds[keep],
-    )
-
-
 def _joined(sets: Sequence[Points]) -> Points:
+    """Points of several GPUs, or of several numbers of them, as one set."""
+    first = sets[0]
+    cells = [cell for points in sets for cell in (points.cells or [frozenset()] * len(points))]
     return replace(
-        sets[0],
-        shapes=[shape for p in sets for shape in p.shapes],
-        features=np.concatenate([p.features for p in sets]),
-        seconds=np.concatenate([p.seconds for p in sets]),
+        first,
+        features=np.concatenate([points.features for points in sets]),
+        seconds=np.concatenate([points.seconds for points in sets]),
+        shapes=[shape for points in sets for shape in points.shapes],
+        sizes={name: np.concatenate([points.sizes[name] for points in sets]) for name in first.sizes},
+        cells=cells if any(cells) else (),
+        origin=" and ".join(dict.fromkeys(points.origin for points in sets)),
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

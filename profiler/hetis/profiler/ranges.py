@@ -10,14 +10,14 @@ from hetis.solver.profile import Fit, Op, Profile, Source
 
 # What is said of a fit whose error nobody knows (a modelled transfer or step, a profile written by hand): the largest
 # error that modelling makes on the device side of measured GPUs, that of prefill attention.
-UNKNOWN_ERROR = 0.32
+UNKNOWN_ERROR = 0.25
 
 
 def error_of(profile: Profile, model: ModelSpec | None = None, tp: int = 1) -> Mapping[Op, float]:
     """Relative error per operator; 0.1 is 10%.
 
     Of a fitted operator it is the mean error on held-out points in the serving range; of a modelled one the error
-    that modelling makes on measured GPUs, each predicted from all others (leave one GPU out); `UNKNOWN_ERROR` where
+    that modelling makes on measured GPUs, the mean over every pair of them; `UNKNOWN_ERROR` where
     neither is known.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.profiler.efficiency import Efficiencies, OpEfficiency, RelativePiece
@@ -19,33 +20,45 @@ FLOPs take at the peak matrix rate, `b` the time the bytes take at the peak memo
 nominal wire; `1.25 b` means that 80% of the bandwidth is reached. Bytes per token or head are at the peak bandwidth
 too. Where there are several pieces the largest counts.
 
-Three errors, all mean absolute percentages: on the shapes fitted (three quarters of them), on the shapes held out, and
-on GPUs never seen (each measured GPU predicted from the fit of every other one). The last is what a GPU without tables
-gets as `held_out_mape`.
+Three errors, all mean absolute percentages: on the points fitted, on points held out, and on GPUs never seen (each
+measured GPU predicted from the fit of every other one, the mean over all pairs; each pair is listed below). The last
+is what a GPU without tables gets as `held_out_mape`.
 """
 _SELECTION = """\
 ## What was fitted to
 
-- **dense**: whole layers without attention, 1 to 8192 tokens, the models of vidur at TP 1 to 8: vidur's operators
-  (A100, A40, H100) and the same layers put together from aiconfigurator's GEMM grid. Elementwise operators are vidur's
-  unfused kernels without launch gaps; the L40S gets the A40's, scaled by bandwidth. A matrix that fits the cache is
-  charged 80% of the memory bandwidth, however fast the repeated measurement read it.
-- **prefill_attention**: one prompt of 256 to 16k tokens, 4 to 64 heads of 128.
-- **decode_attention**: batch 4 to 256, context 256 to 16k, 4 to 64 heads of 128, 1 to 8 KV heads. Only points whose KV
-  is twice the last-level cache or takes under 2 us: kernels were called over and over, so anything in between was read
-  from the cache (at up to 2.8 times the memory bandwidth of an L40S), which serving never sees, as all weights and the
-  KV of all other layers pass between two calls.
-- **all_reduce**: 8 KiB to 256 MiB on 2, 4 and 8 GPUs, the faster of NCCL and vLLM's kernel; PCIe: 2 and 4 GPUs on two
+The points, the split and the fits of [profiles.md](profiles.md), in the serving range only, the work divided by the
+peaks of its GPU:
+
+- **dense**, **dense_fp8**: whole layers without attention, 1 to 8192 tokens, from the same tables as the shipped
+  profiles. Of Ampere's (A100: layers put together from a grid; A40: measured layers) the A40's alone judge.
+- **prefill_attention**: prompts of 256 to 16k tokens, 4 and more heads of 128. The KV is charged one reading.
+- **decode_attention**: batch 4 and more, context 256 to 16k, 4 and more heads of 128; without the rows whose KV a cache
+  may have served.
+- **all_reduce**: 8 KiB to 256 MiB on 2, 4 and 8 GPUs, the fastest library at each size; PCIe: 2 and 4 GPUs on two
   hosts, geometric mean.
-- Left out: SGLang's and vidur's attention (older kernels; compared below), LLMServingSim's (its A6000 rows imply up to
-  75 TB/s of KV, a hundred times the memory bandwidth), and the engine below.
-- The number of pieces is the least within half a point of the best held-out error.
+- Left out: SGLang's and vidur's attention (other kernels; compared below), LLMServingSim's decode attention (its A6000
+  rows imply up to 75 TB/s of KV, a hundred times the memory bandwidth), and the engine below.
+- The number of pieces is chosen within the points fitted, on parts of them; the points held out only judge.
 """
 
 
-def render(efficiencies: Efficiencies, folder: Path) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """What the fit of one GPU, its work relative to the peaks, says of all points of another."""
+
+    op: str
+    fitted: str
+    judged: str
+    num_points: int
+    mape: float
+    bias: float
+
+
+def render(efficiencies: Efficiencies, pairs: Sequence[Pair], folder: Path) -> str:
     """The Markdown text."""
-    parts = [_INTRODUCTION, "## Coefficients\n", _coefficients(efficiencies), _SELECTION, "## Relatives\n"]
+    parts = [_INTRODUCTION, "## Coefficients\n", _coefficients(efficiencies), _pairs(pairs), _SELECTION]
+    parts.append("## Relatives\n")
     parts.append(
         _table(
             ("architecture", "relative", "FLOPs take", "why"),
@@ -99,6 +112,14 @@ def render(efficiencies: Efficiencies, folder: Path) -> str:
         "to this table.\n"
     )
     return "\n".join(parts)
+
+
+def _pairs(pairs: Sequence[Pair]) -> str:
+    table = _table(
+        ("op", "fitted on", "predicts", "points", "MAPE", "bias"),
+        ((p.op, p.fitted, p.judged, str(p.num_points), f"{p.mape:.1%}", f"{p.bias:+.1%}") for p in pairs),
+    )
+    return f"## One GPU from another\n\n{table}"
 
 
 def _coefficients(efficiencies: Efficiencies) -> str:

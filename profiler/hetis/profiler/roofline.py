@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from hetis.profiler.efficiency import OpEfficiency, shipped
+from hetis.profiler.efficiency import Efficiencies, OpEfficiency, shipped
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Profile, Provenance, Source
 
 
-def modelled_profile(gpu: GpuType) -> Profile:
-    """The roofline of ``gpu``: peaks of the catalogue times the efficiencies shipped with the package.
+def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> Profile:
+    """The roofline of ``gpu``: peaks of the catalogue times ``efficiencies``, those shipped with the package if None.
 
     Raises:
         InvalidProblemError: no efficiencies are known for the architecture of ``gpu``.
     """
-    efficiencies = shipped()
+    efficiencies = efficiencies or shipped()
     arch = efficiencies.architectures.get(gpu.architecture)
     if arch is None:
         known = ", ".join(efficiencies.architectures)

@@ -18,8 +18,10 @@ from hetis.formats.measurements import Measurements
 from hetis.profiler import shipping_doc
 from hetis.profiler.fit import FittedProfile, fit_profile
 from hetis.profiler.importers import import_tables
+from hetis.profiler.over_past import OverPast, over_past
 from hetis.profiler.shipped import FOLDER, profile_text
 from hetis.solver.errors import HetisError
+from hetis.solver.profile import Op
 
 _AIC = "aic_{}_{}.csv.gz"
 _KINDS = ("comm", "context_attention", "gemm", "generation_attention")
@@ -44,6 +46,7 @@ SOURCES: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "RTX-A6000": (("llmservingsim", ("llmservingsim_layers.csv.gz", "llmservingsim_attention.csv.gz")),),
 }
 ENGINE_TABLE = "splitwise_e2e.csv.gz"
+PAST_TABLE, PAST_GPU = "vidur_attention_a100.csv.gz", "A100-SXM-80GB"
 
 
 def measurements_for(gpu: str, folder: Path) -> list[Measurements]:
@@ -73,6 +76,18 @@ def _fitted_or_why_not(gpu: str, folder: Path) -> FittedProfile | str:
         return str(error)
 
 
+def _over_past(folder: Path, results: Mapping[str, FittedProfile]) -> OverPast | None:
+    """What the chunks of `PAST_TABLE` say of the profile of its GPU; None where that was not made."""
+    if PAST_GPU not in results:
+        return None
+    (measured,) = import_tables("vidur", [folder / PAST_TABLE])
+    profile, gpu = results[PAST_GPU].profile, catalogue.find_gpu(PAST_GPU).gpu
+    model = catalogue.find_model("meta-llama/Llama-2-70b-hf").model
+    shipped = profile.fit(Op.PREFILL_ATTENTION, model, 2)
+    assert shipped is not None
+    return over_past(measured, gpu, shipped)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hetis.profiler.shipping", description=(__doc__ or "").split(":")[0]
@@ -95,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = ""
         if options.doc:
             engines = import_tables("splitwise", [options.data / ENGINE_TABLE])
-            text = shipping_doc.render(results, engines)
+            past = _over_past(options.data, results)
+            text = shipping_doc.render(results, engines, past)
         options.out.mkdir(parents=True, exist_ok=True)
         for gpu, result in results.items():
             write_atomically(options.out / f"{gpu}.json", profile_text(result.profile))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from hetis.formats.measurements import Measurements
 from hetis.profiler.fit import FittedProfile
 from hetis.profiler.fit.report import FitReport
+from hetis.profiler.over_past import OverPast
 from hetis.profiler.ranges import error_of
 from hetis.profiler.whole_engine import EngineTime, engine_times, mean_error
 from hetis.solver.profile import FitScope, Op, Source
@@ -18,12 +20,19 @@ _INTRODUCTION = """\
 Made by `make profiles`; do not edit. GPUs without measurements: [profiles-modelled.md](profiles-modelled.md).
 
 A shipped profile is fitted to published tables; operators that nobody measured are modelled and marked so in the file.
-Every error here is on points that the fit never saw. **Held out** are a quarter of the shapes as a whole (head counts,
-layer sizes; of a scope with fewer than four shapes none) and a sixth of the points of the other shapes, both chosen by
-checksums of what was measured, not of the times; of tables under 40 points, a quarter of the points. The number of
-pieces is chosen on the fitted points alone, a quarter of them judging what the rest made. The error is predicted /
-measured - 1; MAPE, median and 95th percentile are of its absolute value, bias is its mean
-(positive: the profile is too slow).
+Every error here is on points that the fit never saw, and n counts distinct points: repeated measurements of one shape
+and size are one, of their median. The error is predicted / measured - 1; MAPE, median and 95th percentile are of its
+absolute value (the percentile of n >= 20 only), bias is its mean (positive: the profile is too slow).
+
+**Held out** are a quarter of the shapes as a whole (head counts, layer sizes; of a scope with fewer than four shapes
+none) and a sixth of the points of the other shapes, chosen by checksums of what was measured, not of the times. The
+number of pieces is chosen on the fitted points alone, a quarter of them judging what the rest made. Two exceptions:
+
+- *Tables under 60 points* (all-reduces, small dense tables) are judged whole: in four turns a fit of three quarters
+  predicts the fourth, choosing its pieces within its three. The fit shipped is made of all points.
+- *Dense layers put together from a grid of matrix products* share its cells with one another, so that holding some
+  out hides nothing. A quarter of them judge, each in a turn of its own whose fit sees no layer that uses any cell of
+  it. The fit shipped is made of all layers.
 
 The **serving range** is batch 4 and more over 256 to 16k tokens of context for decode attention, prompts of 256 to
 16k tokens for prefill attention, 1 to 8192 tokens for dense layers, 8 KiB to 256 MiB for all-reduce, 1 KiB and more
@@ -32,19 +41,22 @@ for transfers.
 _SELECTION = """\
 ## What the fits see
 
-- **Dense** is a whole layer without attention on one rank, on as many tokens as an iteration has: vidur's operators
-  added up, and layers of thirteen models at TP 1 to 8 put together from aiconfigurator's grid of matrix products
-  (bilinear in n and k between the sizes measured), with elementwise kernels at 80% of the memory bandwidth. A matrix
-  that fits the last-level cache is charged the memory's time: in serving it comes from memory, in a benchmark it does
-  not.
+- **Dense** is a whole layer without attention on one rank, on as many tokens as an iteration has: layers of thirteen
+  models at TP 1 to 8 put together from aiconfigurator's grid of matrix products (bilinear in n and k between the sizes
+  measured), with elementwise kernels at 80% of the memory bandwidth; of GPUs without a grid, operators of measured
+  layers added up. A matrix that fits the last-level cache is charged the memory's time: in serving it comes from
+  memory, in a benchmark it does not.
 - **Decode attention** leaves out rows whose KV is under twice the last-level cache and takes more than 2 us to read.
   Kernels were called over and over there, so that they read from the cache (an L40S at 2.8 times its memory
   bandwidth), which serving never does: all weights and the KV of all other layers pass between two calls. Tables that
   were measured with the cache flushed (`cold`, as `hetis-profile run` does) lose nothing.
 - **Attention** leaves out ranks of fewer than 4 query heads. A head shape (head size, queries per KV head) with
   60 points has a fit of its own; all shapes of a head size share another one, which serves the rest.
+- **Prefill attention** is fitted in FLOPs, tokens and (token, query head) pairs. The KV of a chunk and of its past is
+  charged one reading at the nominal bandwidth, which is given, not fitted (see "Chunks over a past").
 - **All-reduce** takes the fastest library at each size, one fit for each number of GPUs.
 - Several sources for one operator: the first counts, in the order of the files in `hetis.profiler.shipping.SOURCES`.
+  What the fits say of the others is under "Other sources".
 - Points in the serving range count four times as much as others; the fits reach beyond it, to the regions stated in
   each file, outside of which a plan warns.
 """
@@ -64,10 +76,14 @@ _ENGINE_WHY = """\
 """
 
 
-def render(results: Mapping[str, FittedProfile], engines: Sequence[Measurements]) -> str:
+def render(results: Mapping[str, FittedProfile], engines: Sequence[Measurements], past: OverPast | None = None) -> str:
     """The Markdown text."""
     parts = [_INTRODUCTION, "## Errors in the serving range, on points held out\n", _summary(results), _PAPER]
-    parts += [_SELECTION, "## By profile\n"]
+    parts += [_SELECTION, "## What the cache took\n", _CACHE, _cache_served(results)]
+    if past is not None:
+        parts += ["## Chunks over a past\n", *_over_past(past)]
+    parts += ["## Other sources\n", _OTHERS, _other_sources(results)]
+    parts += ["## By profile\n"]
     for gpu, result in results.items():
         parts += [f"### {gpu}\n", _operators(result.report), *_notes(result), *_regions(result.report)]
     parts += ["## Errors that plans use\n", _RANGES, _ranges(results)]
@@ -84,8 +100,9 @@ same care to the same points and judged on the same held-out ones. Decode attent
 cache served is left out; dense layers do, at the bend from memory to compute.
 """
 _RANGES = """\
-`hetis.profiler.ranges.error_of`: held-out error of fitted operators; for modelled ones the error of predicting each
-measured GPU from all others.
+`hetis.profiler.ranges.error_of`: of fitted operators the held-out error in the serving range (where under 10 points
+are in it, that of all points held out if it is larger); of modelled ones the error of predicting each measured GPU from
+every other one.
 """
 
 
@@ -104,13 +121,81 @@ def _summary(results: Mapping[str, FittedProfile]) -> str:
                 )  # fmt: skip
 
     return _table(
-        ("GPU", "operator", "points fitted", "held out, serving", "MAPE", "one piece", "bar", "fits that keep it"),
+        ("GPU", "operator", "points fitted", "n in the serving range", "MAPE", "one piece", "bar", "fits that keep it"),
         rows(),
     )
 
 
+_OTHERS = """\
+What the fits say of sources that they were not made from, in the serving range: other kernels, libraries, years and
+hosts. This is how far two benchmarks of one card are apart, which no held-out point of one of them shows. vidur's
+layers are whole ones, measured operator by operator: on few tokens those put together from the grid agree; on many,
+vidur's older libraries and unfused elementwise kernels take longer.
+"""
+
+
+def _other_sources(results: Mapping[str, FittedProfile]) -> str:
+    return _table(
+        ("GPU", "operator", "for", "measured by", "n", "MAPE", "median", "bias"),
+        (
+            (
+                gpu, other.op, _scope(other.scope), other.origin, other.serving.num_points,
+                _percent(other.serving.mape), _percent(other.serving.median), f"{other.serving.bias:+.1%}",
+            )
+            for gpu, result in results.items()
+            for other in result.report.other_sources
+            if other.op not in _ATTENTION or other.scope.queries_per_group in (None, 1, 8)
+        ),
+    )  # fmt: skip
+
+
+_ATTENTION = (Op.DECODE_ATTENTION, Op.PREFILL_ATTENTION)
+_CACHE = """\
+Rows of decode attention in the serving range that no fit sees, as a cache may have served them. They are as many as the
+cache is large beside the bandwidth: the fits hold for KV of twice the cache and more, which a loaded card reads, and
+for what is read within a launch. In between they are not judged: a small batch of short contexts is predicted from
+both sides.
+"""
+
+
+def _cache_served(results: Mapping[str, FittedProfile]) -> str:
+    return _table(
+        ("GPU", "for", "rows left out", "share of the serving range"),
+        (
+            (gpu, _scope(r.scope), f"{rows.num_rows:,}", _percent(rows.serving_share))
+            for gpu, result in results.items()
+            for r in result.report.ops
+            if r.op is Op.DECODE_ATTENTION and r.scope.queries_per_group is None
+            for rows in r.left_out
+            if rows.reason.startswith("KV under")
+        ),
+    )
+
+
+def _over_past(past: OverPast) -> Iterable[str]:
+    yield _paragraph(
+        "vidur's A100 table (a kernel of 2024, 32 query heads and 4 KV heads) is the only one with a past. Its chunks, "
+        "fitted with three ways to charge KV and judged on held-out chunks over a past:"
+    )
+    yield _table(
+        ("KV is charged", "points", "MAPE", "bias", "readings at the nominal bandwidth"),
+        ((c.charge, c.num_points, _percent(c.mape), f"{c.bias:+.1%}", f"{c.readings:.2g}") for c in past.charges),
+    )
+    yield _paragraph(
+        "So a past costs its FLOPs, and hardly its bytes; a fit to prompts without a past, where KV bytes grow with "
+        "tokens, would charge bytes 3 to 40 readings. The shipped A100 fit, made of prompts alone by a newer kernel, "
+        f"predicts {past.increment:.2f} times (median) what a past of 512 tokens or more adds to the same chunk in "
+        f"that table ({past.num_increments:,} chunks; off by {past.increment_mape:.1%} of the chunk's time on "
+        "average). Regions state a past of 0: a plan whose chunks have one says so in a note."
+    )
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 120) + "\n"
+
+
 def _operators(report: FitReport) -> str:
-    counts, errors = ("pieces", "fitted", "held out"), ("MAPE", "median", "p95", "bias", "one piece", "all held out")
+    counts, errors = ("pieces", "fitted", "n"), ("MAPE", "median", "p95", "bias", "one piece", "all held out")
     return _table(
         ("operator", "for", *counts, *errors),
         (
@@ -135,9 +220,10 @@ def _notes(result: FittedProfile) -> Iterable[str]:
     left_out: dict[tuple[Op, str], int] = {}
     for r in report.ops:
         if r.scope.queries_per_group is None:
-            for count, reason in r.left_out:
-                left_out[r.op, reason] = left_out.get((r.op, reason), 0) + count
+            for rows in r.left_out:
+                left_out[r.op, rows.reason] = left_out.get((r.op, rows.reason), 0) + rows.num_rows
     lines += [f"- Left out: {op}: {count:,} rows: {reason}." for (op, reason), count in left_out.items()]
+    lines += [f"- {op}: {note}." for op, note in dict.fromkeys((r.op, note) for r in report.ops for note in r.notes)]
     lines += [f"- Not fitted: {u.op}: {u.origin} ({u.num_rows:,} rows): {u.reason}." for u in report.unfitted]
     modelled = [fit for fit in result.profile.fits if fit.provenance.source is Source.MODELLED]
     measured = {r.op for r in report.ops}

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
 
-from hetis.profiler import tables
-from hetis.profiler.efficiency import Efficiencies, OpEfficiency
-from hetis.profiler.tables import A40, A100, H100, L40S, MeasuredGpu, read_rows
-from hetis.solver.model import AttentionKind, ModelSpec
+import numpy as np
 
-LLAMA_2_70B = ModelSpec(
-    name="Llama-2-70B",
-    num_layers=80,
-    hidden=8192,
-    intermediate=28672,
-    q_heads=64,
-    kv_heads=8,
-    head_dim=128,
-    vocab=32000,
-    attention=AttentionKind.GQA,
-)
-_ARCHITECTURES = {A100.name: "Ampere", A40.name: "Ampere", H100.name: "Hopper", L40S.name: "Ada"}
-_SPLITWISE = {"a100-80gb": A100, "h100-80gb": H100}
+from hetis.formats import catalogue
+from hetis.formats.measurements import MeasuredOp
+from hetis.profiler.efficiency import Efficiencies
+from hetis.profiler.fit import selected_points
+from hetis.profiler.fit.attention import LAUNCH_S, decode_points
+from hetis.profiler.fit.errors import SERVING, within
+from hetis.profiler.fit.points import CACHE_BYTES, FEATURES, Points, tables_of
+from hetis.profiler.importers import import_tables
+from hetis.profiler.importers.reading import Rows, read_sheet
+from hetis.profiler.roofline import modelled_profile
+from hetis.profiler.shipping import ENGINE_TABLE, measurements_for
+from hetis.profiler.whole_engine import EngineTime, engine_times
+from hetis.profiler.work import FloatArray
+from hetis.solver.cluster import GpuType
+from hetis.solver.profile import Fit, FitScope, Op, Profile
+
+LLAMA_2_70B = "meta-llama/Llama-2-70b-hf"
+_GPUS = ("A100-SXM-80GB", "H100-SXM-80GB", "L40S")
+_EXPERTS = {"A100-SXM-80GB": "aic_a100_sxm", "H100-SXM-80GB": "aic_h100_sxm", "L40S": "aic_l40s"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,168 +39,81 @@ class Comparison:
     mape: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenTime:
-    """Seconds of one decode step of a whole engine with one request."""
-
-    gpu: str
-    tp: int
-    measured_s: float
-    predicted_s: float
-
-
 def comparisons(efficiencies: Efficiencies, folder: Path) -> Iterator[Comparison]:
     """Every table that has a counterpart in the model and took no part in the fit."""
-
-    def op(gpu: MeasuredGpu, name: str) -> OpEfficiency:
-        return efficiencies.architectures[_ARCHITECTURES[gpu.name]].ops[name]
-
-    yield _compare("A100 decode attention, SGLang 0.5.10", A100, op(A100, "decode_attention"), _sglang_decode(folder))
-    yield _compare(
-        "A100 decode attention, vidur (2024 kernel)", A100, op(A100, "decode_attention"), _vidur_decode(folder)
-    )
-    yield _compare(
-        "A100 prefill chunks over a past, vidur (2024 kernel)",
-        A100,
-        op(A100, "prefill_attention"),
-        _vidur_prefill(folder),
-    )
-    for gpu in (A100, H100, L40S):
-        what = f"{gpu.name} decode attention, KV within twice the cache"
-        yield _compare_points(what, op(gpu, "decode_attention"), tables.decode_points(folder, gpu, warm=True))
-    for gpu in (A100, H100, L40S):
+    for name in _GPUS:
+        gpu = catalogue.find_gpu(name).gpu
+        profile, measurements = modelled_profile(gpu, efficiencies), measurements_for(name, folder)
+        for others in selected_points(measurements, gpu).others:
+            if others.scope in (FitScope(), FitScope(head_dim=128), FitScope(head_dim=128, queries_per_group=8)):
+                what = f"{name} {others.op.replace('_', ' ')}, {_source(others.origin)}"
+                yield _compare_points(what, profile, others)
+        origin, table = next(tables_of(measurements, MeasuredOp.DECODE_ATTENTION))
+        cache = CACHE_BYTES[name]
+        for points in decode_points(replace(table, cold=True), gpu, origin):
+            if points.scope == FitScope(head_dim=128):
+                num_bytes = points.sizes["kv_bytes"]
+                warm = (num_bytes < 2 * cache) & (num_bytes > LAUNCH_S * gpu.mem_bytes_per_s)
+                yield _compare_points(f"{name} decode attention, KV within twice the cache", profile, points.kept(warm))
         for what, few in (("up to 64 tokens", True), ("above 64 tokens", False)):
-            rows = [work for tokens, *work in _experts(folder, gpu) if (tokens <= 64) == few]
-            yield _compare(f"{gpu.name} fused experts, bf16, {what}", gpu, op(gpu, "dense"), rows)
+            yield _experts(f"{name} fused experts, bf16, {what}", gpu, _fit(profile, Op.DENSE), folder, few=few)
 
 
-def splitwise_token_times(efficiencies: Efficiencies, folder: Path) -> list[TokenTime]:
+def splitwise_token_times(efficiencies: Efficiencies, folder: Path) -> list[EngineTime]:
     """Llama-2-70B, one request of 512 prompt and 128 output tokens, by tensor parallelism on NVLink."""
-    columns = ("model", "hardware", "prompt_size", "batch_size", "token_size", "token_time_ms", "tensor_parallel")
-    measured = defaultdict(list)
-    for row in read_rows(folder, "splitwise_e2e.csv.gz", *columns):
-        if row["model"] != "llama2-70b" or row["hardware"] not in _SPLITWISE:
-            continue
-        if (row["prompt_size"], row["batch_size"], row["token_size"]) == ("512", "1", "128"):
-            measured[row["hardware"], int(row["tensor_parallel"])].append(float(row["token_time_ms"]) / 1e3)
-    return [
-        TokenTime(
-            gpu=_SPLITWISE[hardware].name,
-            tp=tp,
-            measured_s=median(times),
-            predicted_s=_token_s(efficiencies, _SPLITWISE[hardware], tp, context=512 + 64),
-        )
-        for (hardware, tp), times in sorted(measured.items())
-    ]
+    profiles = {name: modelled_profile(catalogue.find_gpu(name).gpu, efficiencies) for name in _GPUS[:2]}
+    times, _ = engine_times(import_tables("splitwise", [folder / ENGINE_TABLE]), profiles, LLAMA_2_70B)
+    wanted = ("token", 1, 512, 128)
+    return [time for time in times if (time.phase, time.batch, time.prompt_tokens, time.output_tokens) == wanted]
 
 
-def seconds(
-    op: OpEfficiency,
-    gpu: MeasuredGpu,
-    *,
-    flops: float = 0.0,
-    num_bytes: float = 0.0,
-    tokens: float = 0.0,
-    heads: float = 0.0,
-    wire_s: float = 0.0,
-) -> float:
-    """The operator's time on ``gpu``."""
-    pieces = [piece.at(flops=gpu.flops, bytes_per_s=gpu.bytes_per_s) for piece in op.pieces]
-    return max(p.seconds(flops=flops, num_bytes=num_bytes, tokens=tokens, heads=heads, wire_s=wire_s) for p in pieces)
+def _compare_points(what: str, profile: Profile, points: Points) -> Comparison:
+    served = points.kept(within(SERVING[points.op], points.sizes, len(points)))
+    features = dict(zip(FEATURES[points.op], served.features.T, strict=True))
+    return _comparison(what, _predicted(_fit(profile, points.op), features), served.seconds)
 
 
-def _token_s(efficiencies: Efficiencies, gpu: MeasuredGpu, tp: int, *, context: int) -> float:
-    """docs/cost-model.md for one decode token, one stage, no pool."""
-    ops, model = efficiencies.architectures[_ARCHITECTURES[gpu.name]].ops, LLAMA_2_70B
-    params, message = model.dense_layer_params() / tp, model.hidden * 2.0
-    groups = max(1.0, model.kv_heads / tp)
-    heads = model.q_heads / tp
-    dense = seconds(ops["dense"], gpu, flops=2 * params, num_bytes=2 * params + 8 * model.hidden * 2, tokens=1)
-    wire_s = 2 * (tp - 1) / tp * message / gpu.link_bytes_per_s
-    reduce = seconds(ops["all_reduce_nvlink"], gpu, num_bytes=message, tokens=1, wire_s=wire_s) if tp > 1 else 0.0
-    attention = seconds(
-        ops["decode_attention"],
-        gpu,
-        heads=heads,
-        num_bytes=context * groups * model.kv_bytes_per_token_group(),
-        flops=model.decode_attention_flops(context, heads),
-    )
-    head = model.embedding_params / tp
-    last = seconds(ops["dense"], gpu, flops=2 * head, num_bytes=2 * head, tokens=1)
-    return model.num_layers * (dense + 2 * reduce + attention) + last + efficiencies.links["step"].pieces[0].fixed_s
+def _experts(what: str, gpu: GpuType, dense: Fit, folder: Path, *, few: bool) -> Comparison:
+    """A fused expert layer is a layer without attention and projections; routing is taken as even."""
+    rows = Rows(read_sheet(folder / f"{_EXPERTS[gpu.name]}_moe.csv.gz"))
+    names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
+    found = []
+    for index in rows:
+        counts = [rows.count(index, name) for name in names]
+        seconds = rows.seconds(index, "latency_ms", unit_s=1e-3)
+        if rows.text(index, "distribution") == "power_law_1.01" and None not in counts and seconds is not None:
+            found.append([*(float(count) for count in counts if count is not None), seconds])
+    rows.finish()
+    tokens, hidden, inner, topk, experts, tp, ep, seconds_s = np.array(found).T
+    keep = (ep == 1) & (tokens <= 8192) & ((tokens <= 64) == few)
+    params = 3.0 * hidden * inner / tp
+    touched = experts * (1.0 - (1.0 - topk / experts) ** tokens)
+    work = {"flop_s": 2.0 * tokens * topk * params, "byte_s": 2.0 * touched * params + 16.0 * hidden * tokens}
+    predicted = _predicted(dense, {"fixed_s": np.ones(len(tokens)), **work})
+    return _comparison(what, predicted[keep], seconds_s[keep])
 
 
-def _compare(what: str, gpu: MeasuredGpu, op: OpEfficiency, rows: list[list[float]]) -> Comparison:
-    """rows: (FLOPs, bytes, tokens, query heads, measured seconds)."""
-    pairs = [
-        (measured, seconds(op, gpu, flops=flops, num_bytes=num_bytes, tokens=tokens, heads=heads))
-        for flops, num_bytes, tokens, heads, measured in rows
-    ]
-    return _comparison(what, pairs)
+def _fit(profile: Profile, op: Op) -> Fit:
+    return next(fit for fit in profile.fits if fit.op is op and fit.scope == FitScope())
 
 
-def _compare_points(what: str, op: OpEfficiency, points: tables.Points) -> Comparison:
-    """Points of `tables.decode_points`, whose features are relative already."""
-    pairs = []
-    for (_, flop, byte, head), measured in zip(points.features.tolist(), points.seconds.tolist(), strict=True):
-        value = max(p.fixed_s + p.flop * flop + p.byte * byte + p.head_bytes * head for p in op.pieces)
-        pairs.append((measured, value))
-    return _comparison(what, pairs)
+def _predicted(fit: Fit, features: Mapping[str, FloatArray]) -> FloatArray:
+    """Seconds of every row of ``features``, which are named as the coefficients they meet."""
+    pieces = [sum((getattr(piece, name) * column for name, column in features.items()), 0.0) for piece in fit.pieces]
+    seconds: FloatArray = np.max(np.stack([np.asarray(piece) for piece in pieces]), axis=0)
+    return seconds
 
 
-def _comparison(what: str, pairs: list[tuple[float, float]]) -> Comparison:
+def _comparison(what: str, predicted: Sequence[float] | FloatArray, measured: FloatArray) -> Comparison:
+    predicted = np.asarray(predicted)
     return Comparison(
         what=what,
-        num_points=len(pairs),
-        ratio=median(measured / predicted for measured, predicted in pairs),
-        mape=fmean(abs(predicted / measured - 1) for measured, predicted in pairs),
+        num_points=len(measured),
+        ratio=float(np.median(measured / predicted)),
+        mape=float(np.abs(predicted / measured - 1.0).mean()),
     )
 
 
-def _sglang_decode(folder: Path) -> list[list[float]]:
-    rows = []
-    name = "aic_a100_sxm_generation_attention_sglang.csv.gz"
-    for row in read_rows(folder, name, "batch_size", "num_heads", "num_key_value_heads", "kv_len", "latency_ms"):
-        batch, context, heads = int(row["batch_size"]), int(row["kv_len"]), int(row["num_heads"])
-        if 4 <= batch <= 256 and 256 <= context <= 16384 and 4 <= heads <= 64:
-            tokens = float(batch * context)
-            kv_bytes = 512.0 * tokens * int(row["num_key_value_heads"])
-            rows.append([512.0 * tokens * heads, kv_bytes, 0.0, float(batch * heads), float(row["latency_ms"]) / 1e3])
-    return rows
-
-
-def _vidur_decode(folder: Path) -> list[list[float]]:
-    rows = []
-    for row in read_rows(folder, "vidur_attention_a100.csv.gz", "batch_size", "kv_cache_size", "attn_decode_ms"):
-        batch, context = int(row["batch_size"]), int(row["kv_cache_size"])
-        if row["is_prefill"] == "False" and batch >= 4 and context >= 256:
-            tokens = float(batch * context)  # a rank at TP 2: 32 query and 4 KV heads
-            rows.append(
-                [512.0 * tokens * 32, 512.0 * tokens * 4, 0.0, 32.0 * batch, float(row["attn_decode_ms"]) / 1e3]
-            )
-    return rows
-
-
-def _vidur_prefill(folder: Path) -> list[list[float]]:
-    rows = []
-    for row in read_rows(
-        folder, "vidur_attention_a100.csv.gz", "prefill_chunk_size", "kv_cache_size", "attn_prefill_ms"
-    ):
-        chunk, past = int(row["prefill_chunk_size"]), int(row["kv_cache_size"])
-        if row["is_prefill"] == "True" and chunk >= 256:
-            pairs = chunk * (past + chunk / 2)
-            rows.append([512.0 * pairs * 32, 0.0, float(chunk), 0.0, float(row["attn_prefill_ms"]) / 1e3])
-    return rows
-
-
-def _experts(folder: Path, gpu: MeasuredGpu) -> Iterator[list[float]]:
-    """Tokens, then the work of a fused expert layer: an attention-free layer, so its time lacks the projections'."""
-    columns = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
-    for row in read_rows(folder, f"{tables.AIC_PREFIX[gpu.name]}_moe.csv.gz", *columns, "distribution", "latency_ms"):
-        tokens, hidden, inner, topk, experts, tp, ep = (int(row[column]) for column in columns)
-        if ep != 1 or tokens > 8192 or row["distribution"] != "power_law_1.01":
-            continue
-        params = 3.0 * hidden * inner / tp
-        touched = experts * (1.0 - (1.0 - topk / experts) ** tokens)
-        num_bytes = 2.0 * touched * params + 16.0 * hidden * tokens
-        yield [tokens, 2.0 * tokens * topk * params, num_bytes, tokens, 0.0, float(row["latency_ms"]) / 1e3]
+def _source(origin: str) -> str:
+    tool, _, engine = origin.partition(", ")
+    return f"{tool.split()[0]} ({engine})"

@@ -113,13 +113,17 @@ class FitRegion:
     Attributes:
         tokens: of one call (dense: of the iteration; prefill attention: of the chunk).
         batch: sequences of one call.
-        context_tokens: KV tokens per sequence.
+        past_tokens: KV tokens before a chunk, per sequence.
+        context_tokens: KV tokens per sequence, a chunk's own included.
+        kv_bytes: KV that one call reads: no table has its largest batch at its longest context.
         num_bytes: of a message.
     """
 
     tokens: tuple[float, float] | None = None
     batch: tuple[float, float] | None = None
+    past_tokens: tuple[float, float] | None = None
     context_tokens: tuple[float, float] | None = None
+    kv_bytes: tuple[float, float] | None = None
     num_bytes: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -139,7 +143,7 @@ class FitRegion:
         )
 
 
-REGION_FIELDS = ("tokens", "batch", "context_tokens", "num_bytes")
+REGION_FIELDS = ("tokens", "batch", "past_tokens", "context_tokens", "kv_bytes", "num_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

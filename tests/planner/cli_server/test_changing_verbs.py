@@ -15,9 +15,10 @@ from google.rpc import code_pb2
 
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2
+from tests.command_line import environment
 from tests.planner.cli_server.conftest import EXAMPLES, Run
 from tests.planner.client.fake_planner import FakePlanner, refuse, searching
-from tests.planner.command_line import COMMAND, environment
+from tests.planner.command_line import COMMAND
 
 Captured = pytest.CaptureFixture[str]
 PAPER = str(EXAMPLES / "paper.yaml")

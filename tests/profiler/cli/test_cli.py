@@ -13,8 +13,9 @@ import pytest
 from hetis.formats.profile import load_profile
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.import_tables import Format
+from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, write_files
-from tests.profiler.command_line import COMMAND, environment, hetis_profile, invoke
+from tests.profiler.command_line import COMMAND, hetis_profile, invoke
 
 VERBS = ("run", "import", "fit", "model", "show", "compare", "plot", "check")
 DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"
@@ -154,9 +155,23 @@ def test_plot_refuses_other_forms(folder: Path, capsys: pytest.CaptureFixture[st
     assert "must end in .png or .html" in capsys.readouterr().err
 
 
+def test_plot_refuses_measurements_of_another_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("plot", "L4", folder / "raw.json", "--out", folder / "x.png") == ExitCode.INVALID
+    assert f"{folder / 'raw.json'}: gpu: is {GPU}, the profile is of L4" in capsys.readouterr().err
+    assert not (folder / "x.png").exists()
+
+
 def test_check_accepts_what_the_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("check", folder / "profile.json", "--cluster", folder / "cluster.yaml", "-o", "json") == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["broken"] == []
+
+
+@pytest.mark.parametrize("gpu", ["A100-SXM-80GB", "NVIDIA A100-SXM4-80GB", "H200-SXM-141GB"])
+def test_check_takes_the_name_of_a_gpu(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("check", gpu, "-o", "json") == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["broken"] == []
+    assert invoke("check", "A100-SXM-80") == ExitCode.INVALID
+    assert "is neither a file nor a GPU type" in capsys.readouterr().err
 
 
 def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +197,9 @@ def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureF
         (("import", "nothing.csv", "--format", "vidur", "--out", "x.json"), ExitCode.INVALID, "no such file"),
         (("run", "--model", "no-such-model", "--out", "x.json"), ExitCode.INVALID, "no-such-model"),
         (("run", "--out", "no/such/folder/x.json"), ExitCode.INVALID, "no folder"),
+        (("run", "--out", "."), ExitCode.INVALID, "is a folder, expected the name of a file"),
+        (("fit", "raw.json", "--out", "no/folder.json"), ExitCode.INVALID, "no folder no"),
+        (("compare", "L40S", "A40", "--tp", "3"), ExitCode.INVALID, "--tp is 3, must divide the 32 query heads"),
         (("fit",), ExitCode.INVALID, "Missing"),
     ],
 )
@@ -201,6 +219,22 @@ def test_a_missing_torch_is_said_with_what_installs_it(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == ExitCode.INTERNAL
     assert "torch is not installed: pip install 'hetis[profiler]'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_interrupted_before_its_first_point_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hetis.profiler.measure import session
+    from hetis.profiler.measure.journal import Journal
+
+    def interrupted(request: session.RunRequest, report: object) -> None:
+        with Journal(request.journal, {}, []):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "measure", interrupted)
+    assert invoke("run", "--quick", "--out", tmp_path / "x.json") == ExitCode.INTERRUPTED
+    assert "interrupted before the first point: nothing is kept" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

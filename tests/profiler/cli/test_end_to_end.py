@@ -13,8 +13,9 @@ import pytest
 
 from hetis.formats.measurements import MeasuredOp, load_measurements
 from hetis.formats.profile import load_profile
+from tests.command_line import environment
 from tests.planner.command_line import hetis_plan
-from tests.profiler.command_line import COMMAND, environment, hetis_profile
+from tests.profiler.command_line import COMMAND, hetis_profile
 
 pytestmark = pytest.mark.skipif(
     find_spec("torch") is None, reason="torch is not installed: pip install 'hetis[profiler]' to run this"
@@ -101,8 +102,15 @@ def test_a_quick_run_on_a_gpu_is_fitted(tmp_path: Path) -> None:
     raw = load_measurements(tmp_path / "raw.json")
     paths = {path for table in raw.tables if table.op is MeasuredOp.TRANSFER for path in table.text("path")}
     assert {"h2d", "d2h", "d2d"} <= paths
+    assert all(table.cold for table in raw.tables if table.op in (MeasuredOp.GEMM, MeasuredOp.DECODE_ATTENTION))
+    assert any("(as the driver says)" in note for note in raw.notes)
+    assert "driver unknown" not in raw.provenance.host  # NVML answers wherever CUDA does
+    assert not any("NVML is not to be had" in note for note in raw.notes)
     fitted = hetis_profile(
         "fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=tmp_path
     )
     assert fitted.returncode == 0, fitted.stderr
     assert json.loads(fitted.stdout)["held_out_mape"]["decode_attention"] < 0.5
+    arguments = ("--cluster", "cluster.yaml", "--model", "Llama-3.1-8B", "--workload", "300/50", "--profile", "p.json")
+    placed = hetis_plan("place", *arguments, "--objective", "throughput", "-o", "json", cwd=tmp_path)
+    assert placed.returncode == 0, placed.stderr

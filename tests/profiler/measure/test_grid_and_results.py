@@ -10,7 +10,7 @@ from hetis.formats.catalogue import find_model
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, load_measurements, save_measurements
 from hetis.profiler.measure.disturbance import disturbance_notes
 from hetis.profiler.measure.grid import extent_of, matrices, series_of
-from hetis.profiler.measure.nvidia import throttle_reasons
+from hetis.profiler.measure.nvidia import GpuNews
 from hetis.profiler.measure.points import Measured, Sample
 from hetis.profiler.measure.results import to_measurements
 from hetis.solver.errors import InvalidProblemError
@@ -55,7 +55,7 @@ def test_models_without_kernels_are_refused(name: str, what: str) -> None:
 def test_measured_points_become_a_file_that_can_be_read(tmp_path: Path) -> None:
     found = series_of(LLAMA, EXTENT, paths=("d2d",), peer_kernel="gloo", peer_path="loopback")
     measured = [
-        Measured(point=point, sample=Sample(seconds=1.23456789e-3, spread=0.02))
+        Measured(point=point, sample=Sample(seconds=1.23456789e-3, spread=0.02, cold=point.op != "prefill_attention"))
         for one in found
         for point in one.candidates[:3]
     ]
@@ -68,15 +68,22 @@ def test_measured_points_become_a_file_that_can_be_read(tmp_path: Path) -> None:
     assert sum(len(table) for table in read.tables) == len(measured)
     decode = next(table for table in read.tables if table.op is MeasuredOp.DECODE_ATTENTION)
     assert decode.cold
+    assert not next(table for table in read.tables if table.op is MeasuredOp.PREFILL_ATTENTION).cold
     assert decode.seconds[0] == 1.2346e-3
+
+
+def test_points_that_a_cache_may_have_served_are_a_table_of_their_own_after_the_cold_ones() -> None:
+    point = series_of(LLAMA, EXTENT, paths=("d2d",), peer_kernel="", peer_path="")[-1].candidates[0]
+    measured = [Measured(point=point, sample=Sample(seconds=1e-3, spread=0.0, cold=cold)) for cold in (False, True)]
+    value = to_measurements("L4", MeasuredBy(tool="hetis-profile"), measured, [])
+    assert [(table.cold, len(table)) for table in value.tables] == [(True, 1), (False, 1)]
 
 
 def notes(**changes: object) -> list[str]:
     quiet: dict[str, object] = {
         "reference_s": (1e-3, 1.01e-3),
         "others_share": 0.01,
-        "throttle_reasons": [],
-        "other_processes": 0,
+        "gpu": GpuNews(watched=True, looks=100, elapsed_s=10.0),
     }
     return disturbance_notes([], **(quiet | changes))  # type: ignore[arg-type]
 
@@ -86,16 +93,27 @@ def test_an_undisturbed_device_gets_no_note() -> None:
 
 
 def test_every_disturbance_gets_a_sentence() -> None:
-    assert notes(throttle_reasons=["software power cap"]) == [
-        "the GPU was throttled while measuring (software power cap): its times are too long"
+    throttled = GpuNews(
+        watched=True, looks=100, reasons={"software power cap": 12}, held_s={"heat": 0.5}, elapsed_s=10.0
+    )
+    assert notes(gpu=throttled) == [
+        "the GPU was throttled while measuring (software power cap in 12 of 100 looks, held down by heat for 0.5 of "
+        "10 s): its times are too long"
     ]
-    assert notes(other_processes=1) == ["1 other process had the GPU open while measuring: it may have been shared"]
+    assert notes(gpu=GpuNews(watched=True, other_processes=1)) == [
+        "1 other process had the GPU open while measuring: it may have been shared"
+    ]
+    assert notes(gpu=GpuNews()) == ["NVML is not to be had: only jitter and drift would show a throttled or shared GPU"]
     assert notes(others_share=0.5) == ["other processes took 50% of the host's cores while measuring"]
     assert notes(reference_s=(1e-3, 2e-3)) == [
         "the same point took 1 ms at the start and 2 ms at the end (+100%): clocks or neighbours changed"
     ]
 
 
-def test_idle_clocks_are_no_throttling() -> None:
-    assert throttle_reasons(0x1 | 0x2 | 0x100) == set()
-    assert throttle_reasons(0x4 | 0x40) == {"software power cap", "hardware thermal slowdown"}
+def test_one_look_in_a_hundred_is_no_throttling() -> None:
+    news = GpuNews(watched=True, looks=100, reasons={"software power cap": 1}, held_s={"power": 0.1}, elapsed_s=10.0)
+    assert notes(gpu=news) == []
+
+
+def test_a_processor_has_no_clocks_to_look_at() -> None:
+    assert notes(gpu=None) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.errors import DocumentError
-from hetis.profiler.measure.journal import Journal, journal_of, read_journal
+from hetis.profiler.measure.journal import Journal, journal_of, points_in, read_journal
 from hetis.profiler.measure.points import Measured, Point, Sample
 
 SETTINGS = {"device": "cpu", "model": "m"}
@@ -35,6 +35,14 @@ def test_what_was_written_is_read(path: Path) -> None:
     assert read_journal(path, SETTINGS) == FOUND
 
 
+def test_points_are_counted_without_settings(path: Path, tmp_path: Path) -> None:
+    assert points_in(path) == 3
+    with Journal(tmp_path / "fresh", SETTINGS, []):
+        assert points_in(tmp_path / "fresh") == 0
+    path.write_bytes(b"\xff\n\n")
+    assert points_in(path) is None
+
+
 def test_a_line_that_was_cut_off_is_dropped(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     assert read_journal(path, SETTINGS) == FOUND[:2]
@@ -54,6 +62,30 @@ def test_a_damaged_line_is_named(path: Path) -> None:
     path.write_text("\n".join([lines[0], "{nonsense", *lines[2:]]))
     with pytest.raises(DocumentError, match=r"journal:2: is damaged"):
         read_journal(path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("value", "changed"),
+    [("1e-06", '"x"'), ("1e-06", "0"), ("1e-06", "NaN"), ("0.01", "-1"), ("0.01", "null"), ('"num_bytes":2', '"b":2.5'),
+     ('"copy"', "[]"), ('{"path":"d2d"}', "7")],
+)  # fmt: skip
+def test_a_line_with_nonsense_in_it_is_named(path: Path, value: str, changed: str) -> None:
+    first, second, *rest = path.read_text().split("\n")
+    assert value in second
+    path.write_text("\n".join([first, second.replace(value, changed), *rest]))
+    with pytest.raises(DocumentError, match=r"journal:2: is damaged"):
+        read_journal(path, SETTINGS)
+
+
+def test_a_journal_cut_off_anywhere_keeps_whole_lines_or_is_refused(path: Path) -> None:
+    raw = path.read_bytes()
+    for size in range(len(raw)):
+        path.write_bytes(raw[:size])
+        if size >= raw.index(b"\n"):  # the header is whole
+            assert read_journal(path, SETTINGS) == FOUND[: max(0, raw[:size].count(b"\n") - 1)]
+        else:
+            with pytest.raises(DocumentError):
+                read_journal(path, SETTINGS)
 
 
 @pytest.mark.parametrize("text", ["", "[]\n", '{"hetis_journal": 2}\n', "hello\n"])

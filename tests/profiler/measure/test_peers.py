@@ -27,12 +27,15 @@ def command(tmp_path: Path, program: str) -> list[str]:
 
 
 def test_requests_are_answered_in_turn(tmp_path: Path) -> None:
-    with Peers("gloo", command(tmp_path, ANSWERS)) as peers:
+    with Peers(("cpu", "cpu"), command(tmp_path, ANSWERS)) as peers:
         peers.wait_until_ready()
         assert peers.timer("transfer", 1000)(5) == pytest.approx(5e-6)
         assert peers.timer("all_reduce", 2000)(1) == pytest.approx(2e-6)
 
 
 def test_a_peer_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> None:
-    with Peers("gloo", command(tmp_path, DIES)) as peers, pytest.raises(PeersLostError, match="no route to peer"):
+    with (
+        Peers(("cpu", "cpu"), command(tmp_path, DIES)) as peers,
+        pytest.raises(PeersLostError, match="no route to peer"),
+    ):
         peers.wait_until_ready()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.get import ClusterNameOption
 from hetis.planner.cli.resource_names import chosen_cluster
 from hetis.planner.cli.server_verb import server_verb
-from hetis.planner.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

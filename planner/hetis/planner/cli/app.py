@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from hetis.formats.command_line.running import run_application, version_printer
 from hetis.planner.cli.agents import agents
 from hetis.planner.cli.apply import APPLY_EXAMPLES, apply
 from hetis.planner.cli.cancel import cancel
@@ -67,18 +66,13 @@ app.command(rich_help_panel="This installation")(completion)
 app.command(rich_help_panel="This installation")(version)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version as version_of
-
-        print(f"hetis-plan {version_of('hetis')}")
-        raise typer.Exit
-
-
 @app.callback()
 def hetis_plan(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=version_printer("hetis-plan"), is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Plan LLM serving on a mixed GPU fleet, with a proof of how good the plan is."""
@@ -91,46 +85,14 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code; every error has become a message on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
-            stream.reconfigure(errors="replace")  # bars and dashes become question marks, not errors
     if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script that `completion` printed asks for words
         from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there, not exported
 
         completion_init()
-    try:
-        code = _invoke(arguments)
-        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the code below
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except Exception as error:
-        if _is_broken_pipe(error):
-            return _leave_broken_pipe()
-        if os.environ.get("HETIS_DEBUG") == "1":
-            raise
-        from hetis.planner.cli.failures import report_failure
-
-        return report_failure(error)
-    return code
+    return run_application(app, "hetis-plan", arguments, _report_failure)
 
 
-def _invoke(arguments: Sequence[str]) -> int:
-    try:
-        app(list(arguments), prog_name="hetis-plan")
-    except SystemExit as stop:
-        # typer swallows a broken pipe and exits 1; the pipe is still there as the context.
-        if stop.__context__ is not None and _is_broken_pipe(stop.__context__):
-            raise stop.__context__ from None
-        return stop.code if isinstance(stop.code, int) else ExitCode.OK
-    return ExitCode.OK
+def _report_failure(error: Exception) -> int:
+    from hetis.planner.cli.failures import report_failure  # only once something has failed
 
-
-def _is_broken_pipe(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.EPIPE
-
-
-def _leave_broken_pipe() -> int:
-    # Python flushes stdout once more on its way out and would complain: give it a reader.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-    return ExitCode.BROKEN_PIPE
+    return report_failure(error)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import Strategy
 from hetis.planner.cli.rollback import DryRunOption, NoWaitOption
 from hetis.planner.cli.server_verb import server_verb
-from hetis.planner.cli.terminal import Terminal
 from hetis.solver.plan import ObjectiveKind
 
 if TYPE_CHECKING:

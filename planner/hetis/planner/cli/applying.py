@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from google.protobuf.message import Message
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import load, load_plan
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
@@ -18,7 +19,6 @@ from hetis.planner.cli.plan_summary import plan_summary
 from hetis.planner.cli.putting import Put, document, put_cluster, put_profile
 from hetis.planner.cli.resource_data import list_data, resource_data
 from hetis.planner.cli.resource_names import full_name
-from hetis.planner.cli.terminal import Terminal
 from hetis.planner.cli.waiting import outcome, wait_for_plan
 from hetis.planner.client import Client
 from hetis.solver.cluster import Cluster

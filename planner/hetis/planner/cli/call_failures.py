@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from hetis.planner.client import CallError

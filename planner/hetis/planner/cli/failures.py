@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
-
 from hetis.formats.catalogue import UnknownNameError
+from hetis.formats.command_line.internal_errors import internal_error
+from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.terminal import Terminal
 from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.report.figures import plural
 from hetis.planner.versions import LIBRARIES
@@ -42,12 +41,4 @@ def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
             return ExitCode.INTERNAL, f"{name}{error.strerror or error}", []
         case ModuleNotFoundError() if error.name in LIBRARIES:
             return ExitCode.INTERNAL, f"{error.name} is not installed: pip install 'hetis[planner]'", []
-    return ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}{_where(error)}", [_REPORT_IT]
-
-
-_REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
-
-
-def _where(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return ExitCode.INTERNAL, *internal_error(error)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.resource_names import COLLECTIONS, IN_CLUSTER, chosen_cluster, collection, full_name
 from hetis.planner.cli.server_verb import server_verb
-from hetis.planner.cli.terminal import OutputFormat, Terminal
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client

@@ -9,15 +9,7 @@ from typing import Annotated
 import typer
 
 from hetis.planner.cli import quantities, words
-from hetis.planner.cli.terminal import OutputFormat
 from hetis.solver.plan import ObjectiveKind
-
-# --- of every verb
-
-OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
-NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
 
 # --- of verbs that read a plan
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import Strategy
-from hetis.planner.cli.terminal import Terminal
-from hetis.planner.cli.verb import verb
 from hetis.solver.plan import ObjectiveKind
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.documents import to_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
@@ -15,7 +16,6 @@ from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.plan_files import save
 from hetis.planner.cli.progress import progress_on_stderr
-from hetis.planner.cli.terminal import OutputFormat, Terminal
 from hetis.planner.placing import Settings, make_plan, missed
 from hetis.planner.solving import run_interruptibly
 from hetis.planner.sources import LoadedInputs

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hetis.planner.cli.terminal import Terminal
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.report.figures import digits, percent
 from hetis.solver.budget import Progress, Report, silent
 

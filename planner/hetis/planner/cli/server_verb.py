@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.terminal import OutputFormat, Terminal
-from hetis.planner.cli.verb import verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection

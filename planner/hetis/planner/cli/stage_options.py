@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import quantities
-from hetis.planner.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from hetis.planner.stage_sources import LoadedStage

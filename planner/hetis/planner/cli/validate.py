@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.terminal import Terminal
-from hetis.planner.cli.verb import verb
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.server_verb import server_verb
-from hetis.planner.cli.terminal import OutputFormat, Terminal
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client

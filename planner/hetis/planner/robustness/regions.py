@@ -14,7 +14,9 @@ from hetis.solver.workload import WorkloadMoments
 _WORDS = {
     "tokens": "tokens",
     "batch": "requests",
+    "past_tokens": "tokens of past",
     "context_tokens": "tokens of context",
+    "kv_bytes": "bytes of KV",
     "num_bytes": "bytes",
 }
 
@@ -42,7 +44,7 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
             for name in fit.region.outside(**use.sizes):
                 low, high = getattr(fit.region, name)
                 size = use.sizes[name]
-                off = size / high if size > high else low / max(size, 1e-9)
+                off = size / max(high, 1.0) if size > high else low / max(size, 1e-9)
                 sentence = f"{use.op} of {use.gpu} at {_number(size)} {_WORDS[name]}, measured {_span(low, high)}"
                 key = (use.gpu, use.op, name)
                 if key not in furthest or off > furthest[key][0]:
@@ -55,10 +57,17 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
 
 def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[Use]:
     b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
-    decode = {"batch": float(b), "context_tokens": model.attended_tokens(moments.resident_context)}
-    past = moments.prefill_pairs / moments.mean_prompt
+    attended = model.attended_tokens(moments.resident_context)
+    kvb = model.kv_bytes_per_token_group()
+    # The average chunk: as docs/cost-model.md, it attends to a tokens, to its own half on average.
+    a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    past, context = max(0.0, a - C / 2), a + C / 2
+
+    def decode(pairs: float) -> dict[str, float]:
+        return {"batch": float(b), "context_tokens": attended, "kv_bytes": pairs * attended * kvb}
+
     for position, stage in enumerate(replica.stages):
-        for tokens in (b, b + C):
+        for tokens in sorted({b, b + C} - {0}):
             yield Use(gpu=stage.gpu, op=Op.DENSE, tp=stage.tp, sizes={"tokens": float(tokens)})
             num_bytes = float(tokens * model.hidden * model.activation_bytes)
             if stage.tp > 1:
@@ -66,16 +75,21 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
                 yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=stage.tp, sizes=sizes)
             if position > 0:
                 yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
-        prefill = {"tokens": float(C), "context_tokens": model.attended_tokens(past)}
-        yield Use(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
-        if stage.kv_head_groups_kept:
-            yield Use(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=decode)
+        if C:
+            kv_bytes = context * max(1.0, model.head_groups / stage.tp) * kvb
+            prefill = {"tokens": float(C), "past_tokens": past, "context_tokens": context, "kv_bytes": kv_bytes}
+            yield Use(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
+        if b and stage.kv_head_groups_kept:
+            sizes = decode(b * stage.kv_head_groups_kept)
+            yield Use(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=sizes)
     for pool in replica.attention_workers:
-        yield Use(gpu=pool.gpu, op=Op.DECODE_ATTENTION, tp=1, sizes=decode)
+        stage = replica.stages[pool.stage]
+        cards = len(pool.devices) / stage.copies
+        yield Use(gpu=pool.gpu, op=Op.DECODE_ATTENTION, tp=1, sizes=decode(b * pool.kv_head_groups * stage.tp / cards))
 
 
 def _span(low: float, high: float) -> str:
-    return f"{_number(low)} to {_number(high)}"
+    return f"{_number(low)} to {_number(high)}" if high else "without any"
 
 
 def _number(value: float) -> str:

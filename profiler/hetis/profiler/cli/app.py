@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import io
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
+from hetis.formats.command_line.running import run_application, version_printer
 from hetis.profiler.cli.check import check
 from hetis.profiler.cli.compare import compare
 from hetis.profiler.cli.exit_codes import ExitCode
@@ -43,18 +41,13 @@ app.command(rich_help_panel="Look at them")(plot)
 app.command(rich_help_panel="Look at them")(check)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version as version_of
-
-        print(f"hetis-profile {version_of('hetis')}")
-        raise typer.Exit
-
-
 @app.callback()
 def hetis_profile(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=version_printer("hetis-profile"), is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Measure what a GPU reaches, import what others measured, fit it, and say how wrong the fit is."""
@@ -67,42 +60,10 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code; every error has become a message on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
-            stream.reconfigure(errors="replace")  # dashes and bars become question marks, not errors
-    try:
-        code = _invoke(arguments)
-        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the code below
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except Exception as error:
-        if _is_broken_pipe(error):
-            return _leave_broken_pipe()
-        if os.environ.get("HETIS_DEBUG") == "1":
-            raise
-        from hetis.profiler.cli.failures import report_failure
-
-        return report_failure(error)
-    return code
+    return run_application(app, "hetis-profile", arguments, _report_failure)
 
 
-def _invoke(arguments: Sequence[str]) -> int:
-    try:
-        app(list(arguments), prog_name="hetis-profile")
-    except SystemExit as stop:
-        # typer swallows a broken pipe and exits 1; the pipe is still there as the context.
-        if stop.__context__ is not None and _is_broken_pipe(stop.__context__):
-            raise stop.__context__ from None
-        return stop.code if isinstance(stop.code, int) else ExitCode.OK
-    return ExitCode.OK
+def _report_failure(error: Exception) -> int:
+    from hetis.profiler.cli.failures import report_failure  # only once something has failed
 
-
-def _is_broken_pipe(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.EPIPE
-
-
-def _leave_broken_pipe() -> int:
-    # Python flushes stdout once more on its way out and would complain: give it a reader.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-    return ExitCode.BROKEN_PIPE
+    return report_failure(error)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
-from hetis.profiler.cli.options import ClusterOption
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
+from hetis.profiler.cli.options import ClusterOption, GpuOrFileArgument
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,21 +16,20 @@ if TYPE_CHECKING:
 @verb()
 def check(
     terminal: Terminal,
-    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="A profile file, or - for standard input.")],
+    profile: GpuOrFileArgument,
     cluster: ClusterOption = None,
 ) -> ExitCode:
-    """Check a profile file: its form, rates no GPU of that type can reach, memory it lacks, errors and regions.
+    """Check a profile: its form, rates no GPU of that type can reach, memory it lacks, errors and regions.
 
     What is impossible ends with exit code 2; what is merely doubtful is a warning.
     """
     from rich.text import Text
 
-    from hetis.formats.profile import load_profile
     from hetis.profiler.cli.doubts import doubts_of, impossible
-    from hetis.profiler.cli.profiles import gpu_type
+    from hetis.profiler.cli.profiles import gpu_type, profile_of
     from hetis.solver.errors import HetisError
 
-    found = load_profile(profile)
+    found = profile_of(profile)
     doubts = list(doubts_of(found))
     broken: list[str] = []
     try:

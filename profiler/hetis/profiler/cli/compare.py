@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.options import GpuOrFileArgument
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
 
 
 @verb()
@@ -31,8 +31,11 @@ def compare(
     from hetis.profiler.cli.profiles import profile_of
     from hetis.profiler.cli.words import seconds
     from hetis.profiler.pictures.typical import typical_times
+    from hetis.solver.errors import InvalidProblemError
 
     spec, first, second = load_model(model), profile_of(a), profile_of(b)
+    if spec.q_heads % tp:
+        raise InvalidProblemError(f"--tp is {tp}, must divide the {spec.q_heads} query heads of {spec.name}")
     both = zip(typical_times(first, spec, tp), typical_times(second, spec, tp), strict=True)
     rows = [(x, y) for x, y in both if x.seconds > 0 and y.seconds > 0]  # 0: one has no fit for it
 
@@ -50,7 +53,7 @@ def compare(
         for name in ("A", "B", "B/A"):
             found.add_column(name, justify="right", no_wrap=True)
         for x, y in rows:
-            found.add_row(x.op, x.point, seconds(x.seconds), seconds(y.seconds), f"{y.seconds / x.seconds:.2f}")
+            found.add_row(x.op, x.point, seconds(x.seconds), seconds(y.seconds), f"{y.seconds / x.seconds:.3g}")
         title = f"one layer of {spec.name} at TP {tp}"
         return Group(Text(title, style="bold"), Text(f"A: {a} ({first.gpu})\nB: {b} ({second.gpu})"), found)
 

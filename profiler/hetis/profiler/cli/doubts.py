@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from hetis.formats.units import format_bytes
 from hetis.profiler.cli.profile_table import scope_words
+from hetis.profiler.plausibility import implausible_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, Op, Profile
 
@@ -36,6 +37,8 @@ def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
                 f"{_name(fit)} reads {reached / 1e9:.4g} GB/s, {gpu.name} at most {gpu.mem_bytes_per_s / 1e9:.4g} from "
                 "memory"
             )
+    for fit, doubt in implausible_fits(profile, gpu):
+        yield f"{_name(fit)}: {doubt}"
 
 
 def doubts_of(profile: Profile) -> Iterator[str]:

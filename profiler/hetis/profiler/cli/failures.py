@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
-
 from hetis.formats.catalogue import UnknownNameError
+from hetis.formats.command_line.internal_errors import internal_error
+from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.profiler.cli.exit_codes import ExitCode
-from hetis.profiler.cli.terminal import Terminal
 from hetis.solver.errors import HetisError, InvalidProblemError
 
 # What a missing module is called where it can be had.
@@ -48,12 +47,4 @@ def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
                 "the GPU is out of memory: is somebody else using it?",
                 [str(error).split(". ")[0]],
             )
-    return ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}{_where(error)}", [_REPORT_IT]
-
-
-_REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
-
-
-def _where(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return ExitCode.INTERNAL, *internal_error(error)

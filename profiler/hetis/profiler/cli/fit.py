@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.options import ClusterOption, ProfileOutOption
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
 
 FIT_EXAMPLES = "Example: hetis-profile fit raw.json --out profile.json -o json | jq .held_out_mape"
 
@@ -31,10 +31,12 @@ def fit(
     from hetis.formats.measurements import load_measurements
     from hetis.profiler.cli.fit_report import report_document, report_table
     from hetis.profiler.cli.loading import all_of
+    from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.profiles import gpu_type, save_profile, with_relative
     from hetis.profiler.cli.waiting import waiting
     from hetis.profiler.fit import fit_profile
 
+    require_outputs([out])
     measurements = all_of(load_measurements, raw)
     first = measurements[0].gpu
     others = [

@@ -41,7 +41,7 @@ def report_table(fitted: FittedProfile, out: Path) -> RenderableType:
             str(one.num_held_out),
             str(one.num_pieces),
             Text(percent(shown.mape), style="" if one.meets_bar else "yellow"),
-            percent(shown.p95),
+            "-" if shown.p95 is None else percent(shown.p95),
             f"{shown.bias:+.1%}",
             percent(one.one_piece.mape) if one.one_piece.num_points else "-",
         )
@@ -51,6 +51,7 @@ def report_table(fitted: FittedProfile, out: Path) -> RenderableType:
         for one in report.ops
         if not one.meets_bar
     ]
+    notes += list(dict.fromkeys(f"{one.op.value}: {note}" for one in report.ops for note in one.notes))
     notes += [f"not fitted: {one.op.value} of {one.origin}: {one.reason}" for one in report.unfitted]
     return Group(
         Text(f"{report.gpu} -> {out}", style="bold"), table, Text(_SERVING, style="dim"), Text("\n".join(notes))

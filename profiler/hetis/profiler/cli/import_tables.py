@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.options import RawOutOption
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,8 +42,10 @@ def import_tables(
     Tables of several GPUs, engines or hosts become a file each: raw.json, raw-2.json, ...
     """
     from hetis.formats.measurements import save_measurements
+    from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.importers import import_tables as read
 
+    require_outputs([out])
     found = dict(zip(_paths(out), read(form.value, files), strict=False))
     for path, measurements in found.items():
         save_measurements(path, measurements)

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.options import ClusterOption, ProfileOutOption
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
 
 
 @verb()

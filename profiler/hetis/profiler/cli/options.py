@@ -7,13 +7,6 @@ from typing import Annotated
 
 import typer
 
-from hetis.profiler.cli.terminal import OutputFormat
-
-OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
-NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
-
 RawOutOption = Annotated[
     Path, typer.Option("--out", metavar="RAW", help="Measurements file to write; packed if it ends in .gz.")
 ]

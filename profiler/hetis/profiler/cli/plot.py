@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
-from hetis.profiler.cli.options import ClusterOption
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
+from hetis.profiler.cli.options import ClusterOption, GpuOrFileArgument
 
 
 @verb()
 def plot(
     terminal: Terminal,
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile file.")],
+    profile: GpuOrFileArgument,
     raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements to hold it against.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write: .png or .html.")],
     cluster: ClusterOption = None,
@@ -25,21 +25,29 @@ def plot(
 
     HTML needs plotly, PNG matplotlib; neither needs a browser or a network.
     """
-    from hetis.formats.errors import single_problem
+    from hetis.formats.errors import DocumentError, Problem, single_problem
     from hetis.formats.files import write_atomically
     from hetis.formats.measurements import load_measurements
-    from hetis.formats.profile import load_profile
     from hetis.profiler.cli.loading import all_of
-    from hetis.profiler.cli.profiles import gpu_type
+    from hetis.profiler.cli.outputs import require_outputs
+    from hetis.profiler.cli.profiles import gpu_type, profile_of
     from hetis.profiler.pictures.pairs import pairs_of
 
     if out.suffix not in (".png", ".html"):
         raise single_problem(str(out), "the name of the picture must end in .png or .html")
-    found = load_profile(profile)
-    pairs = pairs_of(found, all_of(load_measurements, raw), gpu_type(found.gpu, cluster))
+    require_outputs([out])
+    found, measurements = profile_of(profile), all_of(load_measurements, raw)
+    others = [
+        Problem(file=str(path), path="gpu", message=f"is {one.gpu}, the profile is of {found.gpu}")
+        for path, one in zip(raw, measurements, strict=True)
+        if one.gpu != found.gpu
+    ]
+    if others:
+        raise DocumentError(others)
+    pairs = pairs_of(found, measurements, gpu_type(found.gpu, cluster))
     if not pairs:
         raise single_problem(str(raw[0]), f"holds nothing that the profile of {found.gpu} has a comparable fit for")
-    title = f"{found.gpu}: {profile.name} against {', '.join(path.name for path in raw)}"
+    title = f"{found.gpu}: {Path(profile).name} against {', '.join(path.name for path in raw)}"
     if out.suffix == ".html":
         from hetis.profiler.pictures.html import html
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.options import RawOutOption
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,17 +73,16 @@ def run(
     from hetis.formats.errors import single_problem
     from hetis.formats.measurements import save_measurements
     from hetis.formats.model import load_model
+    from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.run_progress import run_progress
-    from hetis.profiler.measure.journal import journal_of
+    from hetis.profiler.measure.journal import journal_of, points_in
     from hetis.profiler.measure.session import RunRequest, measure
 
+    require_outputs((out, cluster_out))
     spec = load_model(model or (_CPU_MODEL if device == "cpu" else _CUDA_MODEL))
     journal = journal_of(out)
-    if journal.exists() and not resume:
+    if journal.exists() and not resume and points_in(journal) != 0:
         raise single_problem(str(journal), "is left of an interrupted run: go on with --resume, or delete it")
-    for path in (out, cluster_out):
-        if path is not None and not path.parent.is_dir():
-            raise single_problem(str(path), f"cannot be written: no folder {path.parent}")
     try:
         with run_progress(terminal) as report:
             result = measure(
@@ -99,14 +98,17 @@ def run(
                 report,
             )
     except KeyboardInterrupt:
-        kept = max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
-        terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
+        kept = (points_in(journal) if journal.exists() else None) or 0
+        if kept:
+            terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
+        else:
+            journal.unlink(missing_ok=True)
+            terminal.line("interrupted before the first point: nothing is kept")
         return ExitCode.INTERRUPTED
     save_measurements(out, result.measurements)
     journal.unlink(missing_ok=True)
-    for note in result.measurements.notes[:-1]:
-        terminal.warn(note)
-    terminal.detail(result.measurements.notes[-1])
+    for note in result.measurements.notes:
+        (terminal.warn if note in result.disturbances else terminal.detail)(note)
     if cluster_out is not None:
         _write_cluster(cluster_out, result)
     if result.num_known:
@@ -143,7 +145,7 @@ def _table(result: RunResult, out: Path) -> RenderableType:
     from hetis.profiler.cli.words import seconds
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("op", "kernel"):
+    for name in ("op", "kernel", "cache"):
         table.add_column(name)
     for name in ("points", "shortest", "longest", "spread"):
         table.add_column(name, justify="right")
@@ -151,7 +153,13 @@ def _table(result: RunResult, out: Path) -> RenderableType:
         times = one.seconds
         spread = float(sorted(one.numbers("spread"))[len(one) // 2])
         table.add_row(
-            one.op.value, one.kernel, str(len(one)), seconds(times.min()), seconds(times.max()), f"{spread:.1%}"
+            one.op.value,
+            one.kernel,
+            "cold" if one.cold else "warm",
+            str(len(one)),
+            seconds(times.min()),
+            seconds(times.max()),
+            f"{spread:.1%}",
         )
     return Group(Text(f"{result.measurements.gpu} -> {out}"), table, Text(_what_is_left(result.uncertainty)))
 

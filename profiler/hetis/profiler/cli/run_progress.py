@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from hetis.profiler.cli.terminal import Terminal
+from hetis.formats.command_line.terminal import Terminal
 from hetis.profiler.cli.words import duration
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def run_progress(terminal: Terminal) -> Iterator[Report]:
     elif console.is_terminal and not console.is_dumb_terminal:
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[left]}"))
+        # Ten wide: with the longest description and the time left that is 80 columns.
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[left]}"))
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("starting torch", total=None, left="")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ExitCode
 from hetis.profiler.cli.options import GpuOrFileArgument
-from hetis.profiler.cli.terminal import Terminal
-from hetis.profiler.cli.verb import verb
 
 
 @verb()

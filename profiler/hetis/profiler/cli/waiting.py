@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hetis.profiler.cli.terminal import Terminal
+from hetis.formats.command_line.terminal import Terminal
 
 
 @contextmanager

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hetis.formats.measurements import Measurements
+from hetis.profiler.fit.attention import attention_points
 from hetis.profiler.fit.errors import SERVING, covered, error_stats, regions, within
 from hetis.profiler.fit.layers import dense_points
-from hetis.profiler.fit.points import FEATURES, Points, Selection, Unfitted, attention_points, link_points, step_points
-from hetis.profiler.fit.report import FitReport, OpReport, remark
-from hetis.profiler.fit.split import Split, split
-from hetis.profiler.fitting import Coefficients, fit_pieces, predict
+from hetis.profiler.fit.links import link_points, step_points
+from hetis.profiler.fit.pieces import fit_points
+from hetis.profiler.fit.points import FEATURES, Points, Selection, Unfitted, distinct
+from hetis.profiler.fit.report import FitReport, OpReport, OtherSource, remark, stated_error
+from hetis.profiler.fitting import predict
+from hetis.profiler.plausibility import doubts_of_units
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
@@ -22,12 +22,8 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 
 __all__ = ["FitReport", "FittedProfile", "fit_profile", "selected_points"]
 
-Rows = NDArray[np.intp]
-Mask = NDArray[np.bool_]
-MAX_PIECES = 4
-_SERVING_WEIGHT = 4.0  # what a point in the serving range counts beside one outside of it
-_WORST_STEP = 0.15  # a step fit that is further off than this is no better than the modelled constant
-_WORTH = 0.005  # a further piece costs the solver a row; it must earn half a point of error on the tuning points
+MIN_DISTINCT = 8  # points of different shape or size, for a fit that three quarters of them make
+_WORST_STEP = 0.10  # a step fit that is further off than this is no better than the modelled constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +37,18 @@ class FittedProfile:
 def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedProfile:
     """Fits every operator that was measured; the others are the roofline's, marked ``modelled``.
 
-    Where several sources measured attention, collectives or transfers, the first of ``measurements`` counts. Modelled
+    Where several sources measured an operator, the first of ``measurements`` counts and the others judge. Modelled
     fits of any scope stay below fitted ones of a head shape or TP size, so that every model finds a fit.
 
     Raises:
-        InvalidProblemError: nothing that can be fitted, measurements of another GPU, or an unknown architecture.
+        InvalidProblemError: nothing that can be fitted, measurements of another GPU, times that look like those of
+            another unit, or an unknown architecture.
     """
     others = sorted({m.gpu for m in measurements} - {gpu.name})
     if others:
         raise InvalidProblemError(f"measurements of {', '.join(others)} cannot be fitted to {gpu.name}")
+    if doubts := list(doubts_of_units(measurements, gpu)):
+        raise InvalidProblemError(f"{gpu.name}: " + "; ".join(doubts))
     selection = selected_points(measurements, gpu)
     if not selection.points:
         reasons = "; ".join(f"{table.op} of {table.origin}: {table.reason}" for table in selection.unfitted)
@@ -62,6 +61,7 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
             selection.unfitted.append(Unfitted(op=points.op, origin=points.origin, num_rows=len(points), reason=reason))
         else:
             fitted.append((fit, report))
+    checks = [check for others in selection.others if (check := _against(others, [fit for fit, _ in fitted]))]
     modelled = modelled_profile(gpu)
     replaced = {(fit.op, fit.scope) for fit, _ in fitted}
     kept = [fit for fit in modelled.fits if (fit.op, fit.scope) not in replaced]
@@ -74,7 +74,12 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
             reserve_bytes=modelled.reserve_bytes,
             fits=tuple(fits),
         ),
-        report=FitReport(gpu=gpu.name, ops=tuple(report for _, report in fitted), unfitted=tuple(selection.unfitted)),
+        report=FitReport(
+            gpu=gpu.name,
+            ops=tuple(report for _, report in fitted),
+            unfitted=tuple(selection.unfitted),
+            other_sources=tuple(checks),
+        ),
     )
 
 
@@ -85,77 +90,58 @@ def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> Selec
     attention_points(measurements, gpu, selection)
     link_points(measurements, gpu, selection)
     step_points(measurements, selection)
+    every = [distinct(points) for points in selection.points]
+    selection.points = [points for points in every if len(points) >= MIN_DISTINCT]
+    selection.unfitted += [
+        Unfitted(
+            op=points.op, origin=points.origin, num_rows=len(points), reason=f"under {MIN_DISTINCT} distinct points"
+        )
+        for points in every
+        if len(points) < MIN_DISTINCT
+    ]
+    selection.others = [distinct(points) for points in selection.others]
     return selection
 
 
-def fit_points(points: Points) -> tuple[tuple[Coefficients, ...], tuple[Coefficients, ...], Split]:
-    """The pieces, the best single piece, and the split.
-
-    Pieces are added while each takes half a point off the error on the tuning points, a part of the fitted ones that
-    is left out until then. Held-out points take no part.
-    """
-    parts = split(points)
-    order = _order(points)  # the same points in any order give the same bytes
-    weights = np.where(within(SERVING[points.op], points.sizes, len(points)), _SERVING_WEIGHT, 1.0)
-
-    def fit(mask: Mask, num_pieces: int) -> tuple[Coefficients, ...]:
-        rows = order[mask[order]]
-        features, seconds = points.features[rows], points.seconds[rows]
-        return fit_pieces(features, seconds, num_pieces=num_pieces, weights=weights[rows]).pieces
-
-    def tuning_error(num_pieces: int) -> float:
-        total = 0.0
-        for fold in parts.tuning:
-            rows = order[fold[order]]
-            pieces = fit(parts.fitted & ~fold, num_pieces)
-            errors = np.abs(predict(pieces, points.features[rows]) / points.seconds[rows] - 1.0)
-            total += float((weights[rows] * errors).sum() / weights[rows].sum())
-        return total / max(1, len(parts.tuning))
-
-    count, least = 1, float("inf")
-    for tried in range(1, MAX_PIECES + 1):
-        if parts.fitted.sum() < 2 * tried * points.features.shape[1]:
-            break
-        error = tuning_error(tried)
-        if error > least - _WORTH:
-            break
-        count, least = tried, error
-    best = fit(parts.fitted, count)
-    return best, best if count == 1 else fit(parts.fitted, 1), parts
-
-
-def _order(points: Points) -> Rows:
-    return np.lexsort((np.array(points.shapes), points.seconds, *points.features.T))
-
-
 def _fit_op(points: Points) -> tuple[Fit, OpReport]:
-    pieces, single, parts = fit_points(points)
-    seen, unseen = points.kept(parts.fitted), points.kept(parts.held_out)
-    serving = unseen.kept(within(SERVING[points.op], unseen.sizes, len(unseen)))
+    found = fit_points(points)
+    seen, unseen = points.kept(found.fitted), points.kept(found.judges)
+    serving = within(SERVING[points.op], unseen.sizes, len(unseen))
     report = OpReport(
         op=points.op,
         scope=points.scope,
         origin=points.origin,
-        num_pieces=len(pieces),
+        num_pieces=len(found.pieces),
         num_fitted=len(seen),
         num_held_out=len(unseen),
-        held_out_shapes=parts.shapes,
-        fitted=error_stats(pieces, seen.features, seen.seconds),
-        held_out=error_stats(pieces, unseen.features, unseen.seconds),
-        serving=error_stats(pieces, serving.features, serving.seconds),
-        one_piece=error_stats(single, serving.features, serving.seconds),
+        held_out_shapes=found.shapes,
+        fitted=error_stats(predict(found.pieces, seen.features), seen.seconds),
+        held_out=error_stats(found.predicted, unseen.seconds),
+        serving=error_stats(found.predicted[serving], unseen.seconds[serving]),
+        one_piece=error_stats(found.predicted_single[serving], unseen.seconds[serving]),
         by_region=tuple(
-            (name, error_stats(pieces, unseen.features[cell], unseen.seconds[cell]))
+            (name, error_stats(found.predicted[cell], unseen.seconds[cell]))
             for name, cell in regions(points.op, unseen.sizes)
         ),
         region=covered(points.sizes),
         left_out=points.left_out,
+        notes=points.notes,
     )
     report = replace(report, remark=remark(report))
-    mine = tuple(Piece(**dict(zip(FEATURES[points.op], piece, strict=True))) for piece in pieces)
-    error = report.serving.mape if report.serving.num_points else report.held_out.mape
-    provenance = Provenance(source=Source.FITTED, origin=points.origin, held_out_mape=error)
+    mine = tuple(Piece(**dict(zip(FEATURES[points.op], piece, strict=True))) for piece in found.pieces)
+    provenance = Provenance(source=Source.FITTED, origin=points.origin, held_out_mape=stated_error(report))
     return Fit(op=points.op, pieces=mine, provenance=provenance, scope=points.scope, region=report.region), report
+
+
+def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
+    """What the fit of the same scope says of points in the serving range from another source; None without either."""
+    fit = next((fit for fit in fits if (fit.op, fit.scope) == (others.op, others.scope)), None)
+    served = others.kept(within(SERVING[others.op], others.sizes, len(others)))
+    if fit is None or not len(served):
+        return None
+    pieces = [tuple(getattr(piece, name) for name in FEATURES[others.op]) for piece in fit.pieces]
+    stats = error_stats(predict(pieces, served.features), served.seconds)
+    return OtherSource(op=others.op, scope=others.scope, origin=others.origin, serving=stats)
 
 
 def _scope_key(scope: FitScope) -> tuple[float, ...]:

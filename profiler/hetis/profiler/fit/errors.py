@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.profiler.fitting import Coefficients, predict, rounded
+from hetis.profiler.fitting import rounded
 from hetis.profiler.work import FloatArray
 from hetis.solver.profile import FitRegion, Op
 
 Mask = NDArray[np.bool_]
 
+MIN_P95 = 20  # points below which a 95th percentile says nothing
 # Where serving happens; `hetis-profile fit` states `held_out_mape` there.
 SERVING: Mapping[Op, FitRegion] = {
     Op.DENSE: FitRegion(tokens=(1, 8192)),
@@ -44,28 +46,29 @@ _CROSSED = {
 class ErrorStats:
     """Relative errors, predicted / measured - 1: mean and median of their absolute values, 95th percentile, mean.
 
-    0.1 is 10%; a positive ``bias`` means that the fit is too slow. All zero where ``num_points`` is.
+    0.1 is 10%; a positive ``bias`` means that the fit is too slow. All zero where ``num_points`` is; ``p95`` is None of
+    fewer than `MIN_P95` points, of which it would be the worst one or two.
     """
 
     num_points: int
     mape: float
     median: float
-    p95: float
+    p95: float | None
     bias: float
 
 
-def error_stats(pieces: Sequence[Coefficients], features: FloatArray, seconds: FloatArray) -> ErrorStats:
-    """Errors of ``max_k pieces[k] . features``."""
+def error_stats(predicted: FloatArray, seconds: FloatArray) -> ErrorStats:
+    """Errors of ``predicted`` where ``seconds`` were measured, both of shape [points]."""
     if not len(seconds):
-        return ErrorStats(num_points=0, mape=0.0, median=0.0, p95=0.0, bias=0.0)
+        return ErrorStats(num_points=0, mape=0.0, median=0.0, p95=None, bias=0.0)
     # Sorted, so that sums do not depend on the order of the points.
-    signed = np.sort(predict(pieces, features) / seconds - 1.0)
+    signed = np.sort(predicted / seconds - 1.0)
     sizes = np.sort(np.abs(signed))
     return ErrorStats(
         num_points=len(signed),
         mape=rounded(float(sizes.sum()) / len(sizes)),
         median=rounded(float(np.median(sizes))),
-        p95=rounded(float(sizes[int(0.95 * (len(sizes) - 1))])),
+        p95=rounded(float(sizes[math.ceil(0.95 * len(sizes)) - 1])) if len(sizes) >= MIN_P95 else None,
         bias=rounded(float(signed.sum()) / len(signed)),
     )
 

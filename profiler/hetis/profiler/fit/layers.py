@@ -11,7 +11,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
-from hetis.profiler.fit.points import CACHE_BYTES, Points, Selection, tables_of
+from hetis.profiler.fit.points import CACHE_BYTES, Cells, Points, Selection, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
 from hetis.solver.profile import FitScope, Op
@@ -20,6 +20,7 @@ from hetis.solver.profile import FitScope, Op
 _TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 _MAX_TOKEN_COUNTS = 40  # a table with fewer is taken as it is
 _COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast a repeat read it
+_MIN_LAYERS = 12  # layers and token counts, for a fit
 _TPS = (1, 2, 4, 8)
 _MODELS = (
     "meta-llama/Llama-2-7b-hf",
@@ -47,43 +48,51 @@ class _Row:
     hidden: float
     params: float
     seconds: float
+    cells: Cells = frozenset()
 
 
 def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
-    """The points of 16-bit weights, and of 8-bit ones under a scope of their own."""
+    """The points of 16-bit weights, and of 8-bit ones under a scope of their own, from the first source of each."""
     for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0))):
-        rows: list[_Row] = []
-        origins: list[str] = []
-        left_out: list[tuple[int, str]] = []
-        for origin, table in tables_of(measurements, MeasuredOp.LAYER):
-            found = list(_measured_layers(table, weight_bits))
-            if found:
-                origins.append(f"{origin} operators of layers")
-                rows += found
-        for origin, table in tables_of(measurements, MeasuredOp.GEMM):
-            found = list(_composed_layers(table, weight_bits, gpu))
-            if found:
-                origins.append(f"{origin} matrix products put together to layers")
-                rows += found
-        if len(rows) < 12:
-            continue
-        tokens, hidden, params, seconds = (
-            np.array([getattr(row, name) for row in rows]) for name in ("tokens", "hidden", "params", "seconds")
-        )
-        # docs/cost-model.md, dense(T): weights once, eight activations of the hidden size per token.
-        num_bytes = params * weight_bits / 8.0 + 8.0 * hidden * 2.0 * tokens
-        into.points.append(
-            Points(
-                op=Op.DENSE,
-                scope=scope,
-                features=np.stack([np.ones(len(rows)), 2.0 * params * tokens, num_bytes], axis=1),
-                seconds=seconds,
-                shapes=[row.shape for row in rows],
-                sizes={"tokens": tokens},
-                origin=" and ".join(origins),
-                left_out=tuple(left_out),
-            )
-        )
+        chosen = into.points
+        for measurement in measurements:
+            if points := _points([measurement], weight_bits, scope, gpu):
+                chosen.append(points)
+                chosen = into.others
+
+
+def _points(measurements: Sequence[Measurements], weight_bits: int, scope: FitScope, gpu: GpuType) -> Points | None:
+    """None for too few layers."""
+    rows: list[_Row] = []
+    origins: list[str] = []
+    notes: dict[str, None] = {}
+    for origin, table in tables_of(measurements, MeasuredOp.LAYER):
+        if found := list(_measured_layers(table, weight_bits)):
+            origins.append(f"{origin} operators of layers")
+            rows += found
+    for origin, table in tables_of(measurements, MeasuredOp.GEMM):
+        if found := list(_composed_layers(table, weight_bits, gpu)):
+            origins.append(f"{origin} matrix products put together to layers")
+            notes |= dict.fromkeys(unknown_cache(table, gpu))
+            rows += found
+    if len(rows) < _MIN_LAYERS:
+        return None
+    tokens, hidden, params, seconds = (
+        np.array([getattr(row, name) for row in rows]) for name in ("tokens", "hidden", "params", "seconds")
+    )
+    # docs/cost-model.md, dense(T): weights once, eight activations of the hidden size per token.
+    num_bytes = params * weight_bits / 8.0 + 8.0 * hidden * 2.0 * tokens
+    return Points(
+        op=Op.DENSE,
+        scope=scope,
+        features=np.stack([np.ones(len(rows)), 2.0 * params * tokens, num_bytes], axis=1),
+        seconds=seconds,
+        shapes=[row.shape for row in rows],
+        sizes={"tokens": tokens},
+        cells=[row.cells for row in rows],
+        origin=" and ".join(origins),
+        notes=tuple(notes),
+    )
 
 
 def _measured_layers(table: Table, weight_bits: int) -> Iterator[_Row]:
@@ -122,7 +131,7 @@ def _composed_layers(table: Table, weight_bits: int, gpu: GpuType) -> Iterator[_
         found = [row for model in others for tp in _TPS for row in _layer(model, tp, grid)]
     if not found:
         found = [
-            _Row(_shape(k, [n * k] * 4), tokens, k, 4.0 * n * k, 4.0 * grid.cells[tokens, n, k])
+            _Row(_shape(k, [n * k] * 4), tokens, k, 4.0 * n * k, 4.0 * grid.cells[tokens, n, k], frozenset({(n, k)}))
             for tokens, n, k in sorted(grid.cells)
         ]
     seen = set[tuple[str, float]]()
@@ -146,13 +155,14 @@ def _layer(model: ModelSpec, tp: int, grid: _Grid) -> Iterator[_Row]:
     params = [n * k for n, k in products]
     # Reads and writes of norms (4 H), residuals (3 H), rope and activation, two bytes each.
     token_bytes = 2.0 * (7 * model.hidden + 2 * (query + kv) + (gates + 1) * inner)
+    cells = frozenset(cell for n, k in products for cell in grid.around(n, k))
     for tokens in grid.tokens:
         times = [grid.seconds(tokens, n, k) for n, k in products]
         if None in times:
             continue
         elementwise = _ELEMENTWISE_LAUNCH_S + tokens * token_bytes / (_COLD_RATIO * grid.gpu.mem_bytes_per_s)
         seconds = sum(time for time in times if time is not None) + elementwise
-        yield _Row(_shape(model.hidden, params), tokens, model.hidden, sum(params), seconds)
+        yield _Row(_shape(model.hidden, params), tokens, model.hidden, sum(params), seconds, cells)
 
 
 def _shape(hidden: float, params: Sequence[float]) -> str:
@@ -185,18 +195,18 @@ class _Grid:
 
     def seconds(self, tokens: float, n: float, k: float) -> float | None:
         """None outside the grid."""
-        near_n, near_k = _around(self._n, n), _around(self._k, k)
-        corners = [
-            (weight_n * weight_k, self.cells.get((tokens, at_n, at_k)))
-            for at_n, weight_n in near_n
-            for at_k, weight_k in near_k
-        ]
+        corners = [(weight, self.cells.get((tokens, *cell))) for cell, weight in self.around(n, k).items()]
         if not corners or any(value is None for _, value in corners):
             return None
         measured = sum(weight * value for weight, value in corners if value is not None)
         weights = self._weight_bytes * n * k
         cold = weights / (_COLD_RATIO * self.gpu.mem_bytes_per_s) if weights < self._cache else 0.0
         return max(measured, cold)
+
+    def around(self, n: float, k: float) -> dict[tuple[float, float], float]:
+        """The cells next to (n, k) with their weights; none outside the grid."""
+        near_n, near_k = _around(self._n, n), _around(self._k, k)
+        return {(at_n, at_k): in_n * in_k for at_n, in_n in near_n for at_k, in_k in near_k}
 
 
 def _around(sizes: Sequence[float], size: float) -> list[tuple[float, float]]:

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hetis.profiler.fit.errors import ErrorStats
-from hetis.profiler.fit.points import Unfitted
+from hetis.profiler.fit.points import LeftOut, Unfitted
 from hetis.profiler.fitting import rounded
 from hetis.solver.profile import FitRegion, FitScope, Op
 
+_FEW = 10  # points in the serving range that do not say enough alone
 BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  # held-out MAPE in the serving range
 
 
@@ -23,6 +24,7 @@ class OpReport:
         serving: errors on held-out points in the serving range (batch >= 4, 256 to 16k context; dense: to 8k tokens).
         one_piece: the same for a single affine piece fitted to the same points (the form of Hetis, SC'25).
         left_out: rows that no fit saw and no error counts, and why.
+        notes: what a reader of the fit must know.
         remark: why the bar is missed, where it is.
     """
 
@@ -39,7 +41,8 @@ class OpReport:
     one_piece: ErrorStats
     by_region: tuple[tuple[str, ErrorStats], ...]
     region: FitRegion
-    left_out: tuple[tuple[int, str], ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
     remark: str = ""
 
     @property
@@ -52,12 +55,23 @@ class OpReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OtherSource:
+    """What a fit says of points in the serving range that another source measured: another kernel, library or host."""
+
+    op: Op
+    scope: FitScope
+    origin: str
+    serving: ErrorStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
     """Every fit of one GPU, and every table that none was made of."""
 
     gpu: str
     ops: tuple[OpReport, ...]
     unfitted: tuple[Unfitted, ...]
+    other_sources: tuple[OtherSource, ...] = ()
 
     def held_out_mape(self, op: Op, *, one_piece: bool = False) -> float | None:
         """Mean over all held-out points of ``op`` in the serving range, whatever their scope; None without any."""
@@ -73,6 +87,15 @@ class FitReport:
             "one_piece_held_out_mape": {op.value: self.held_out_mape(op, one_piece=True) for op in ops},
             "by_region": {op.value: self._by_region(op) for op in ops},
             "fits": [_op_data(report) for report in self.ops],
+            "other_sources": [
+                {
+                    "op": other.op.value,
+                    "scope": _set_fields(other.scope),
+                    "origin": other.origin,
+                    "serving": asdict(other.serving),
+                }
+                for other in self.other_sources
+            ],
             "unfitted": [asdict(table) | {"op": table.op.value} for table in self.unfitted],
         }
 
@@ -92,6 +115,15 @@ class FitReport:
         }
 
 
+def stated_error(report: OpReport) -> float:
+    """What a profile says of the fit: its error in the serving range, or of all held-out points if that is larger and
+    the serving range has only a few.
+    """
+    if report.serving.num_points >= _FEW:
+        return report.serving.mape
+    return max(report.serving.mape, report.held_out.mape)
+
+
 def remark(report: OpReport) -> str:
     """Why a fit misses its bar, as far as its own regions show; empty when it does not."""
     if report.meets_bar:
@@ -100,7 +132,7 @@ def remark(report: OpReport) -> str:
     worst = [(name, s) for name, s in ranked if not any(limit in name for limit in _NOT_SERVED)][:2]
     where = "; ".join(f"{name}: {s.mape:.0%} off, bias {s.bias:+.0%}, {s.num_points} points" for name, s in worst)
     reason = _reason(report) if any(s.bias < -0.05 for _, s in worst) else ""
-    if report.serving.num_points < 10:
+    if report.serving.num_points < _FEW:
         reason = f"Only {report.serving.num_points} points judge it"
     return f"most of the error is at {where}" + (f". {reason}" if reason else "")
 
@@ -110,10 +142,10 @@ _SERIAL = (
     "The kernel is slower there than its bytes: one SM reads the KV of a sequence and head alone, so that few "
     "sequences of a long context leave the others idle, and the cost model knows bytes, not contexts"
 )
-_NO_HEADS = (
-    "Reading queries and writing outputs takes bytes by tokens and query heads, and the cost model tells a fit tokens "
-    "only; short prompts feel it most. KV bytes would fit better, but the tables have no chunk with a past to tell "
-    "what its KV costs, and charge it many times over"
+_THROUGH_MEMORY = (
+    "Large batches of short prompts move queries, keys, values and outputs through memory, while the cache served the "
+    "smaller ones, measured over and over: a bend by bytes that the features of a chunk have not. Engines prefill a "
+    "chunk of one prompt at a time"
 )
 
 
@@ -122,7 +154,7 @@ def _reason(report: OpReport) -> str:
     if report.op is Op.DECODE_ATTENTION:
         return _SERIAL
     if report.op is Op.PREFILL_ATTENTION:
-        return _NO_HEADS
+        return _THROUGH_MEMORY
     return ""
 
 
@@ -133,13 +165,10 @@ def mean_mape(stats: Sequence[ErrorStats]) -> float | None:
 
 
 def _op_data(report: OpReport) -> dict[str, Any]:
-    def set_fields(value: FitScope | FitRegion) -> dict[str, Any]:
-        return {name: v for name in type(value).__dataclass_fields__ if (v := getattr(value, name)) is not None}
-
     return {
         "op": report.op.value,
-        "scope": set_fields(report.scope),
-        "region": {name: list(limits) for name, limits in set_fields(report.region).items()},
+        "scope": _set_fields(report.scope),
+        "region": {name: list(limits) for name, limits in _set_fields(report.region).items()},
         "origin": report.origin,
         "num_pieces": report.num_pieces,
         "num_fitted": report.num_fitted,
@@ -150,8 +179,13 @@ def _op_data(report: OpReport) -> dict[str, Any]:
         "serving": asdict(report.serving),
         "one_piece": asdict(report.one_piece),
         "by_region": {name: asdict(stats) for name, stats in report.by_region},
-        "left_out": [{"num_rows": count, "reason": reason} for count, reason in report.left_out],
+        "left_out": [asdict(rows) for rows in report.left_out],
+        "notes": list(report.notes),
         "bar": report.bar,
         "meets_bar": report.meets_bar,
         "remark": report.remark,
     }
+
+
+def _set_fields(value: FitScope | FitRegion) -> dict[str, Any]:
+    return {name: v for name in type(value).__dataclass_fields__ if (v := getattr(value, name)) is not None}

@@ -1,4 +1,4 @@
-"""Which points a fit may see. Whole shapes and single points are held out, chosen by checksums, never by order."""
+"""Which points a fit may see, and which judge it. Chosen by checksums of what was measured, never by order or time."""
 
 from __future__ import annotations
 
@@ -8,47 +8,96 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.profiler.fit.points import Points
+from hetis.profiler.fit.points import Cells, Points
 
 Mask = NDArray[np.bool_]
 SHAPES_IN = 4  # one in so many shapes is held out whole
 POINTS_IN = 6  # and of the other shapes' points one in so many
 _FOLDS = 4  # the points fitted judge the number of pieces in turns of a quarter, before the last fit sees them all
-_FEW = 40  # points of a table that is too small to hold out by chance
+FEW = 60  # points of a table that is too small to hold a part of it out for good
 _ONE_FOLD = 200  # points from which a single quarter says enough
+_LEAST = 60  # points that a turn over disjoint cells must be left with
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One fit that sees ``fitted`` and is judged by ``judged``; parts of ``fitted``, ``tuning``, choose its pieces."""
+
+    fitted: Mask
+    judged: Mask
+    tuning: tuple[Mask, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Masks over the points; ``shapes`` names the shapes that are held out whole."""
+    """One turn, or several whose judges are disjoint; ``shapes`` names the shapes that are held out whole."""
 
-    fitted: Mask
-    held_out: Mask
-    tuning: tuple[Mask, ...]  # parts of ``fitted``
+    turns: tuple[Turn, ...]
     shapes: tuple[str, ...]
+
+    @property
+    def judged(self) -> Mask:
+        """Points that judge some turn."""
+        some: Mask = np.any([turn.judged for turn in self.turns], axis=0)
+        return some
 
 
 def split(points: Points) -> Split:
     """A quarter of the shapes (none of fewer than four), and a sixth of the points of the others.
 
-    The same points in another order are split alike, and so are points whose times changed.
+    Fewer than `FEW` points are all judges, in four turns. Layers put together from a grid of matrix products judge
+    nothing where whole layers were measured; where none was, a quarter of them judge in a turn each, of a fit that saw
+    no layer with any product of theirs. The same points in another order are split alike, and so are points whose
+    times changed.
     """
+    checksums = _checksums(points)
+    if len(points) < FEW:
+        rank = np.argsort(np.argsort(checksums, kind="stable"), kind="stable")
+        return Split(
+            tuple(_turn(rank % _FOLDS != part, rank % _FOLDS == part, checksums) for part in range(_FOLDS)), ()
+        )
     names = sorted(set(points.shapes), key=lambda shape: (zlib.crc32(shape.encode()), shape))
+    composed = points.composed
+    if composed.all() and (turns := _by_cells(points, names, checksums)):
+        return turns
+    measured = {shape for shape, put_together in zip(points.shapes, composed, strict=True) if not put_together}
+    names = [name for name in names if name in measured] or names
     whole = tuple(sorted(names[: len(names) // SHAPES_IN]))
-    sizes = np.stack([*points.sizes.values(), *points.features.T[1:]], axis=1)
-    checksums = np.array(
-        [
-            zlib.crc32(f"{shape} {' '.join(f'{size:.6g}' for size in row)}".encode())
-            for shape, row in zip(points.shapes, sizes.tolist(), strict=True)
-        ],
+    held_out = np.array([shape in whole for shape in points.shapes]) | (checksums % POINTS_IN == 0)
+    judged = held_out if composed.all() else held_out & ~composed
+    return Split((_turn(~held_out, judged, checksums),), whole)
+
+
+def _checksums(points: Points) -> NDArray[np.int64]:
+    sizes = np.stack(list(points.sizes.values()), axis=1)
+    named = zip(points.shapes, sizes.tolist(), strict=True)
+    return np.array(
+        [zlib.crc32(f"{shape} {' '.join(f'{size:.6g}' for size in row)}".encode()) for shape, row in named],
         dtype=np.int64,
     )
-    in_shape = np.array([shape in whole for shape in points.shapes])
-    held_out = in_shape | (checksums % POINTS_IN == 0)
-    if len(points) < _FEW or held_out.all() or not held_out.any():  # one in four, by rank of the checksum
-        whole = ()
-        rank = np.argsort(np.argsort(checksums, kind="stable"), kind="stable")
-        held_out = rank % SHAPES_IN == 0
-    folds = [~held_out & (checksums // POINTS_IN % _FOLDS == fold) for fold in range(_FOLDS)]
-    folds = [fold for fold in folds if fold.any() and not fold[~held_out].all()]
-    return Split(~held_out, held_out, tuple(folds[:1] if (~held_out).sum() >= _ONE_FOLD else folds), whole)
+
+
+def _by_cells(points: Points, names: list[str], checksums: NDArray[np.int64]) -> Split | None:
+    """A turn for each of a quarter of the shapes; None when their cells leave too little to fit."""
+    cells: dict[str, Cells] = {}
+    for shape, of_point in zip(points.shapes, points.cells, strict=True):
+        cells[shape] = cells.get(shape, frozenset()) | of_point
+    turns, judges = list[Turn](), list[str]()
+    for name in names:
+        fitted = np.array([not cells[shape] & cells[name] for shape in points.shapes])
+        if fitted.sum() >= _LEAST and len(judges) < len(names) // SHAPES_IN:
+            turns.append(_turn(fitted, np.array([shape == name for shape in points.shapes]), checksums))
+            judges.append(name)
+    return Split(tuple(turns), tuple(sorted(judges))) if turns else None
+
+
+def _turn(fitted: Mask, judged: Mask, checksums: NDArray[np.int64]) -> Turn:
+    folds = [fitted & (checksums // POINTS_IN % _FOLDS == fold) for fold in range(_FOLDS)]
+    folds = [fold for fold in folds if fold.any() and not fold[fitted].all()]
+    return Turn(fitted, judged, tuple(folds[:1] if fitted.sum() >= _ONE_FOLD else folds))
+
+
+def whole(points: Points) -> Turn:
+    """A turn that sees every point and is judged by none."""
+    everything = np.ones(len(points), dtype=np.bool_)
+    return _turn(everything, ~everything, _checksums(points))

@@ -29,6 +29,8 @@ _FORMS = {
     "NCCL or custom all-reduce": ("op_name", "num_gpus", "message_size"),
     "fused experts": ("num_tokens", "num_experts", "topk", "moe_tp_size"),
 }
+_MESSAGE_DTYPES = ("nccl_dtype", "allreduce_dtype")  # its sizes are numbers of elements; the extracts are of halves
+_BYTES = {"half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "int8": 1, "fp8": 1}
 _BITS = {"bfloat16": 16, "float16": 16, "fp8": 8, "fp8_block": 8, "int8_wo": 8, "int4_wo": 4, "nvfp4": 4}
 
 
@@ -113,6 +115,10 @@ def _all_reduce(
 ) -> None:
     if "all_reduce" not in rows.text(index, "op_name") or seconds is None:
         return
+    dtype = next((rows.text(index, name) for name in _MESSAGE_DTYPES if rows.sheet.has(name)), "half")
+    if dtype not in _BYTES:
+        into.note(gpu, by, f"messages of {dtype} are left out")
+        return
     extract = rows.sheet.has("message_elements")
     elements = rows.count(index, "message_elements" if extract else "message_size")
     impl = rows.text(index, "impl") if extract else _column(rows, index, "kernel_source", "NCCL")
@@ -120,7 +126,7 @@ def _all_reduce(
         gpu, by, MeasuredOp.ALL_REDUCE, impl, place,
         {
             "num_gpus": rows.count(index, "num_gpus", least=2),
-            "num_bytes": None if elements is None else 2 * elements,
+            "num_bytes": None if elements is None else _BYTES[dtype] * elements,
             "impl": impl,
             "seconds": seconds,
         },

@@ -6,17 +6,14 @@ from functools import cache
 
 from hetis.formats import catalogue
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
+from hetis.profiler.importers.attention import ATTENTION_COLUMNS, add_attention
 from hetis.profiler.importers.collecting import Collection
 from hetis.profiler.importers.gpu_names import gpu_name
 from hetis.profiler.importers.reading import Rows, Sheet, require
 from hetis.solver.model import ModelSpec
 
 _BY = MeasuredBy(tool="casys-kaist/LLMServingSim", engine="vLLM", source="data/profiles", licence="MIT")
-_ATTENTION = (
-    "gpu", "n_embd", "n_q_head", "n_kv_head", "tp", "batch_size", "prefill_chunk_size", "kv_cache_size", "is_prefill",
-    "attn_prefill_ms", "attn_decode_ms",
-)  # fmt: skip
-_FORMS = {"layers": ("gpu", "model", "layer", "tokens", "tp", "latency_ns"), "attention": _ATTENTION}
+_FORMS = {"layers": ("gpu", "model", "layer", "tokens", "tp", "latency_ns"), "attention": ATTENTION_COLUMNS}
 _ELEMENTWISE = ("input_layernorm", "post_layernorm", "rope", "act_fn")
 
 
@@ -61,22 +58,7 @@ def _params(model: ModelSpec, op: str) -> int | None:
 
 
 def _attention(rows: Rows, index: int, gpu: str, into: Collection) -> None:
-    names = ("n_embd", "n_q_head", "n_kv_head", "tp", "batch_size")
-    shape = [rows.count(index, name) for name in names]
-    if None in shape:
-        return
-    hidden, q_heads, kv_heads, tp, batch = (value for value in shape if value is not None)
-    heads = {"query_heads": q_heads // tp, "kv_heads": max(1, kv_heads // tp), "head_dim": hidden // q_heads}
-    values: dict[str, int | None]
-    if rows.text(index, "is_prefill") == "True":
-        column, op = "attn_prefill_ms", MeasuredOp.PREFILL_ATTENTION
-        past = rows.count(index, "kv_cache_size", least=0)
-        values = {"batch": batch, "tokens": rows.count(index, "prefill_chunk_size"), "past_tokens": past}
-    else:
-        column, op = "attn_decode_ms", MeasuredOp.DECODE_ATTENTION
-        values = {"batch": batch, "context_tokens": rows.count(index, "kv_cache_size")}
-    seconds = rows.seconds(index, column, unit_s=1e-3)
-    into.add(gpu, _BY, op, "vllm_attention", (rows, index, column), {**values, **heads, "seconds": seconds})
+    add_attention(rows, index, gpu, _BY, "vllm_attention", into)
 
 
 @cache

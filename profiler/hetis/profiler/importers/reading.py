@@ -20,7 +20,9 @@ from hetis.formats.files import unreadable
 
 MAX_BYTES = 2**30  # of one table when unpacked
 MAX_SECONDS = 600.0  # of one call or one request; nothing that is measured here takes as long
+MAX_COUNT = 2**53  # beyond it a double is no longer exact
 MAX_PROBLEMS = 100  # of one table; a wrong column is wrong in every row
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Rows:
         try:
             number = float(value)
         except ValueError:
+            number = None
+        if number is None or "_" in value or not value.isascii():  # Python reads 1_000, and digits of other scripts
             self.refuse(index, column, f"is {value!r}, expected a number")
             return None
         if not abs(number) < float("inf"):
@@ -77,7 +81,18 @@ class Rows:
         if number is not None and not number.is_integer():
             self.refuse(index, column, f"is {self.text(index, column)}, expected a whole number")
             return None
+        if number is not None and number > MAX_COUNT:
+            self.refuse(index, column, f"is {self.text(index, column)}, must be <= {MAX_COUNT}")
+            return None
         return None if number is None else int(number)
+
+    def flag(self, index: int, column: str) -> bool | None:
+        """True or false, in any case, or 1 or 0."""
+        value = self.text(index, column).strip()
+        if value.lower() not in _FLAGS:
+            self.refuse(index, column, f"is {value!r}, expected true or false")
+            return None
+        return _FLAGS[value.lower()]
 
     def seconds(self, index: int, column: str, *, unit_s: float) -> float | None:
         """A time that the table has in units of ``unit_s`` seconds."""
@@ -106,9 +121,10 @@ def read_sheet(path: Path) -> Sheet:
     Raises:
         DocumentError: not readable, truncated, empty, ragged, or parquet without a library to read it.
     """
+    raw = _bytes(path)
     if path.suffix == ".parquet":
-        return _parquet(path)
-    return _csv(path, _text(path))
+        return _parquet(path, raw)
+    return _csv(path, _text(path, raw))
 
 
 def require(sheet: Sheet, forms: Mapping[str, Iterable[str]]) -> str:
@@ -133,12 +149,20 @@ def require(sheet: Sheet, forms: Mapping[str, Iterable[str]]) -> str:
     return name
 
 
-def _text(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
-    except OSError as error:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
         raise unreadable(str(path), error) from None
-    if raw[:2] == b"\x1f\x8b":
+    if len(raw) > MAX_BYTES:
+        raise single_problem(str(path), f"is larger than {MAX_BYTES // 2**20} MiB")
+    return raw
+
+
+def _text(path: Path, raw: bytes) -> str:
+    packed = raw[:2] == b"\x1f\x8b"
+    if packed:
         try:
             with gzip.GzipFile(fileobj=io.BytesIO(raw)) as stream:
                 raw = stream.read(MAX_BYTES + 1)
@@ -152,6 +176,10 @@ def _text(path: Path) -> str:
         raise single_problem(str(path), "is not gzip-compressed, though its name ends in .gz")
     if len(raw) > MAX_BYTES:
         raise single_problem(str(path), f"is larger than {MAX_BYTES // 2**20} MiB when unpacked")
+    if not packed and raw.strip() and not raw.endswith((b"\n", b"\r")):
+        # A number that lost its last digits is still a number; the end mark of gzip tells by itself.
+        message = "ends in the middle of a line, as if it were cut off: if it is whole, add a line end"
+        raise single_problem(str(path), message, line=1 + raw.count(b"\n"))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -166,11 +194,7 @@ def _csv(path: Path, text: str) -> Sheet:
     except csv.Error as error:
         raise single_problem(str(path), f"is not CSV: {error}") from None
     header, rows = [name.strip() for name in lines[0]], lines[1:]
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DocumentError(
-            [Problem(file=str(path), path="header", message=f"has column {', '.join(twice)} more than once")]
-        )
+    _refuse_twice(path, header)
     if not rows:
         raise single_problem(str(path), "has a header and no rows")
     ragged = [
@@ -183,7 +207,7 @@ def _csv(path: Path, text: str) -> Sheet:
     return Sheet(str(path), dict(zip(header, zip(*rows, strict=True), strict=True)), first_row=2)
 
 
-def _parquet(path: Path) -> Sheet:
+def _parquet(path: Path, raw: bytes) -> Sheet:
     try:
         reader: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
@@ -191,15 +215,21 @@ def _parquet(path: Path) -> Sheet:
             str(path), "is a parquet table; reading it needs pyarrow (pip install 'hetis[profiler]')"
         ) from None
     try:
-        table = reader.read_table(path)
-    except FileNotFoundError:
-        raise single_problem(str(path), "no such file") from None
+        table = reader.ParquetFile(io.BytesIO(raw)).read()
+        names: list[str] = table.column_names
+        values = [column.to_pylist() for column in table.columns]
     except Exception as error:  # pyarrow has no common base of what a damaged file raises
-        raise single_problem(str(path), f"is not a readable parquet table: {error}") from None
-    if not table.num_rows:
+        what = " ".join(str(error).split())
+        raise single_problem(str(path), f"is not a readable parquet table: {what}") from None
+    _refuse_twice(path, names)
+    if not names or not values[0]:
         raise single_problem(str(path), "has columns and no rows")
-    columns = {
-        name: ["" if value is None else str(value) for value in table.column(name).to_pylist()]
-        for name in table.column_names
-    }
-    return Sheet(str(path), columns, first_row=1)
+    texts = [["" if value is None else str(value) for value in column] for column in values]
+    return Sheet(str(path), dict(zip(names, texts, strict=True)), first_row=1)
+
+
+def _refuse_twice(path: Path, header: Sequence[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        message = f"has column {', '.join(twice)} more than once"
+        raise DocumentError([Problem(file=str(path), path="header", message=message)])

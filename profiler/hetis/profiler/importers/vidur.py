@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
+from hetis.profiler.importers.attention import ATTENTION_COLUMNS, add_attention, heads_of
 from hetis.profiler.importers.collecting import Collection
 from hetis.profiler.importers.gpu_names import gpu_name
 from hetis.profiler.importers.reading import Rows, Sheet, require
@@ -10,13 +11,11 @@ from hetis.profiler.importers.reading import Rows, Sheet, require
 _BY = MeasuredBy(tool="microsoft/vidur", engine="Sarathi-Serve", source="data/profiles", licence="MIT")
 _PROJECTIONS = ("attn_pre_proj_ms", "attn_post_proj_ms", "mlp_up_proj_ms", "mlp_down_proj_ms")
 _ELEMENTWISE = ("input_layernorm_ms", "post_attention_layernorm_ms", "attn_rope_ms", "mlp_act_ms", "add_ms")
-_SHAPE = ("n_head", "n_kv_head", "n_embd", "n_expanded_embd", "tp", "num_tokens")
+_SIZES = ("n_expanded_embd", "num_tokens")
+_SHAPE = ("n_head", "n_kv_head", "n_embd", "tp", *_SIZES)
 _FORMS = {
     "layer operators": ("gpu", "model", "use_gated_mlp", *_PROJECTIONS, *_ELEMENTWISE, *_SHAPE),
-    "attention": (
-        "gpu", "n_embd", "n_q_head", "n_kv_head", "tp", "batch_size", "prefill_chunk_size", "kv_cache_size",
-        "is_prefill", "attn_prefill_ms", "attn_decode_ms",
-    ),
+    "attention": ATTENTION_COLUMNS,
     "collectives": ("topology", "collective", "num_workers", "devices_per_node", "bytes", "median_ms"),
     "host overheads": ("gpu", "batch_size", "sampler_e2e_ms"),
 }  # fmt: skip
@@ -43,12 +42,12 @@ def read(sheet: Sheet, into: Collection) -> None:
 
 def _layer(rows: Rows, index: int, into: Collection) -> None:
     gpu = gpu_name(rows, index, "gpu")
-    shape = [rows.count(index, name) for name in _SHAPE]
-    if gpu is None or None in shape:
+    heads, inner, tokens = heads_of(rows, index, "n_head"), *(rows.count(index, n) for n in _SIZES)
+    gated = rows.flag(index, "use_gated_mlp")
+    if gpu is None or heads is None or inner is None or tokens is None or gated is None:
         return
-    q_heads, kv_heads, hidden, inner, tp, tokens = (value for value in shape if value is not None)
-    gates = 2 if rows.text(index, "use_gated_mlp") == "True" else 1
-    head_dim = hidden // q_heads
+    hidden, q_heads, kv_heads, tp = heads
+    gates, head_dim = 2 if gated else 1, hidden // q_heads
     params = {
         "attn_pre_proj_ms": hidden * (q_heads + 2 * kv_heads) * head_dim // tp,
         "attn_post_proj_ms": hidden * hidden // tp,
@@ -56,8 +55,8 @@ def _layer(rows: Rows, index: int, into: Collection) -> None:
         "mlp_down_proj_ms": hidden * inner // tp,
     }
     for column in (*_PROJECTIONS, *_ELEMENTWISE):
-        if column in _ELEMENTWISE and float(rows.text(index, column).strip() or 0.0) == 0.0:
-            continue  # no such operator in this model, or below the table's microsecond
+        if column in _ELEMENTWISE and not (rows.text(index, column).strip() and rows.number(index, column)):
+            continue  # no such operator in this model, below the table's microsecond, or refused by now
         into.add(
             gpu, _BY, MeasuredOp.LAYER, "torch", (rows, index, column),
             {
@@ -75,25 +74,8 @@ def _layer(rows: Rows, index: int, into: Collection) -> None:
 
 def _attention(rows: Rows, index: int, into: Collection) -> None:
     gpu = gpu_name(rows, index, "gpu")
-    names = ("n_embd", "n_q_head", "n_kv_head", "tp", "batch_size")
-    shape = [rows.count(index, name) for name in names]
-    if gpu is None or None in shape:
-        return
-    hidden, q_heads, kv_heads, tp, batch = (value for value in shape if value is not None)
-    heads = {"query_heads": q_heads // tp, "kv_heads": max(1, kv_heads // tp), "head_dim": hidden // q_heads}
-    if rows.text(index, "is_prefill") == "True":
-        column = "attn_prefill_ms"
-        values = {
-            "batch": batch,
-            "tokens": rows.count(index, "prefill_chunk_size"),
-            "past_tokens": rows.count(index, "kv_cache_size", least=0),
-        }
-        op = MeasuredOp.PREFILL_ATTENTION
-    else:
-        column, op = "attn_decode_ms", MeasuredOp.DECODE_ATTENTION
-        values = {"batch": batch, "context_tokens": rows.count(index, "kv_cache_size")}
-    seconds = rows.seconds(index, column, unit_s=1e-3)
-    into.add(gpu, _BY, op, "flash_attention", (rows, index, column), {**values, **heads, "seconds": seconds})
+    if gpu is not None:
+        add_attention(rows, index, gpu, _BY, "flash_attention", into)
 
 
 def _collective(rows: Rows, index: int, into: Collection) -> None:

@@ -1,50 +1,59 @@
-"""The device under measurement: its clock, and operands that the cache does not hold. Needs torch.
-
-Serving reads weights and KV cold, as everything else passes between two uses, so the operands of successive calls
-rotate through a pool larger than the last-level cache. That is what a flush is for, without its time in the loop.
-"""
+"""The device under measurement: its clock, and the memory that operands are views of. Needs torch."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from hetis.profiler.measure import host
+from hetis.profiler.measure.nvidia import GpuAddress, architecture_of
+from hetis.profiler.measure.rotation import TIMES, Cache
 from hetis.solver.errors import InvalidProblemError
 
 Call = Callable[[], object]
 TimeCalls = Callable[[int], float]
 
-_ROTATION = 2  # times the last-level cache
-_MAX_SETS = 256
 _ALIGNMENT = 128  # elements between sets
+_ASSUMED_L2 = 128 * 2**20  # where torch does not say; no GPU that is sold has more
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator as calls over rotating operands; ``cold``: each call finds its own outside the cache."""
+
+    calls: Sequence[Call]
+    cold: bool = False
 
 
 class Pool:
     """One long 16-bit tensor that operands are views of; it grows to what the largest point needs."""
 
-    def __init__(self, device: torch.device, cache_bytes: int) -> None:
+    def __init__(self, device: torch.device, cache: Cache) -> None:
+        self.cache = cache
         self._device = device
-        self._cache = cache_bytes
         self._data = torch.empty(0, dtype=torch.bfloat16, device=device)
 
-    def views(self, elements: int) -> list[torch.Tensor]:
-        """Non-overlapping views of ``elements`` each; together they are larger than the cache."""
+    def views(self, elements: int) -> tuple[list[torch.Tensor], bool]:
+        """(non-overlapping views of ``elements`` each to use in turn, whether each has left the cache by then)."""
         stride = -(-elements // _ALIGNMENT) * _ALIGNMENT
-        sets = min(_MAX_SETS, max(2, math.ceil(_ROTATION * self._cache / (2 * stride))))
-        if 2 * stride > _ROTATION * self._cache:
-            sets = 1  # one pass over it empties the cache by itself
+        sets = self.cache.sets(2 * elements)
         self._grow(stride * sets)
-        return [self._data[index * stride : index * stride + elements] for index in range(sets)]
+        views = [self._data[index * stride : index * stride + elements] for index in range(sets)]
+        return views, self.cache.is_evicted(sets, 2 * elements)
 
-    def blocks(self, elements: int) -> torch.Tensor:
-        """The whole pool as rows of ``elements``; larger than the cache."""
-        self._grow(_ROTATION * self._cache // 2)
-        rows = len(self._data) // elements
-        return self._data[: rows * elements].view(rows, elements)
+    def rows(self, count: int, elements: int) -> torch.Tensor:
+        """``count`` rows of ``elements`` each."""
+        self._grow(count * elements)
+        return self._data[: count * elements].view(count, elements)
+
+    def flush(self) -> None:
+        """Reads more than the cache holds, from the first operands on: none of them is left in it."""
+        elements = TIMES * self.cache.num_bytes // 2
+        self._grow(elements)
+        self._data[:elements].view(torch.int32).amax()
 
     def _grow(self, elements: int) -> None:
         if len(self._data) < elements:
@@ -63,10 +72,13 @@ class CpuDevice:
         self.name = host.cpu_device_name()
         self.memory_bytes = host.memory_bytes()
         self.architecture = "unknown"
-        self.pool = Pool(self.torch_device, host.last_level_cache_bytes())
+        self.pool = Pool(self.torch_device, host.last_level_cache())
 
-    def timer(self, calls: Sequence[Call], *, graph: bool = True) -> TimeCalls:
-        """Seconds of n calls in a row; the rotation goes on from batch to batch."""
+    def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:
+        """Seconds of n calls in a row; the rotation goes on from batch to batch. Nothing is ever queued here."""
+        calls = operator.calls
+        if operator.cold:
+            self.pool.flush()  # of what the point before this one has left
         position = 0
 
         def time_calls(count: int) -> float:
@@ -94,22 +106,38 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(self.torch_device)
         self.name = properties.name
         self.memory_bytes = properties.total_memory
-        self.architecture = f"sm_{properties.major}{properties.minor}"
-        cache = int(getattr(properties, "L2_cache_size", 0)) or 64 * 2**20
+        self.architecture = architecture_of(properties.major, properties.minor)
+        self.address = _address(properties)
+        l2_bytes = int(getattr(properties, "L2_cache_size", 0))
+        cache = Cache(num_bytes=l2_bytes or _ASSUMED_L2, origin="as the driver says" if l2_bytes else "assumed")
         self.pool = Pool(self.torch_device, cache)
 
-    def timer(self, calls: Sequence[Call], *, graph: bool = True) -> TimeCalls:
-        """Seconds of n calls in a row; a batch is whole rotations, and counts for as many calls as were asked for."""
+    def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:
+        """Seconds of n calls in a row; a batch is whole rotations, and counts for as many calls as were asked for.
+
+        Args:
+            operator: its calls only queue work on the current stream.
+            graph: capture them; copies from and to the host are queued one by one instead, as engines do.
+            while_queued: called after a batch was queued and before it is waited for; its own time does not count.
+        """
+        calls = operator.calls
         runs: dict[int, Call] = {}
 
         def time_calls(count: int) -> float:
             whole = -(-count // len(calls)) * len(calls)
             if whole not in runs:
                 runs[whole] = self._captured(calls, whole) if graph else _in_a_row(calls, whole)
+                runs[whole]()  # the first launch of a graph also uploads it
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # Work in front, so that the device is not waiting, on the clock, for the host to queue the batch.
+            if operator.cold:
+                self.pool.flush()
+            else:
+                calls[0]()
             start.record()
             runs[whole]()
             end.record()
+            while_queued()
             end.synchronize()
             return float(start.elapsed_time(end)) * 1e-3 * count / whole
 
@@ -142,14 +170,24 @@ def open_device(name: str) -> Device:
     """
     if name == "cpu":
         return CpuDevice()
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdecimal()):
+    kind, colon, index = name.partition(":")
+    if kind != "cuda" or (colon and not (index.isascii() and index.isdecimal())):
         raise InvalidProblemError(f"--device is {name!r}, must be cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
         why = f"{count} CUDA device(s) here" if count else f"no CUDA device here (torch {torch.__version__})"
         raise InvalidProblemError(f"--device is {name!r}, but there is {why}; --device cpu measures the processor")
     return CudaDevice(int(index or 0))
+
+
+def _address(properties: object) -> GpuAddress:
+    """torch has the UUID since 2.5 and the place on the bus since 2.8; `hetis.profiler.measure.nvidia` takes either."""
+    bus, slot = getattr(properties, "pci_bus_id", None), getattr(properties, "pci_device_id", None)
+    domain = getattr(properties, "pci_domain_id", 0)
+    return GpuAddress(
+        uuid=str(getattr(properties, "uuid", "")),
+        bus="" if bus is None or slot is None else f"{domain:08X}:{bus:02X}:{slot:02X}.0",
+    )
 
 
 def _in_a_row(calls: Sequence[Call], count: int) -> Call:

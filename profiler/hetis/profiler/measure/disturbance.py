@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hetis.profiler.measure.nvidia import GpuNews
 from hetis.profiler.measure.points import Measured
 
 BUSY_SHARE = 0.1  # of the cores, taken by others
@@ -11,6 +12,7 @@ _DRIFT = 0.1
 _JITTER = 0.25
 _JITTERY_SHARE = 0.2  # of the points
 _UNSURE_SPREAD = 0.1
+_THROTTLED_SHARE = 0.01  # of the looks, or of the time
 
 
 def disturbance_notes(
@@ -18,8 +20,7 @@ def disturbance_notes(
     *,
     reference_s: tuple[float, float] | None,
     others_share: float,
-    throttle_reasons: Sequence[str],
-    other_processes: int,
+    gpu: GpuNews | None,
 ) -> list[str]:
     """A sentence per sign.
 
@@ -27,15 +28,9 @@ def disturbance_notes(
         measured: every point.
         reference_s: seconds of one and the same point before and after everything else; None if interrupted between.
         others_share: of the host's cores, what other processes took meanwhile; 0 to 1.
-        throttle_reasons: of the GPU's clocks, as NVML names them.
-        other_processes: with a context on the GPU.
+        gpu: what was seen of the GPU; None on a processor.
     """
-    notes = []
-    if throttle_reasons:
-        notes.append(f"the GPU was throttled while measuring ({', '.join(throttle_reasons)}): its times are too long")
-    if other_processes:
-        count = "1 other process" if other_processes == 1 else f"{other_processes} other processes"
-        notes.append(f"{count} had the GPU open while measuring: it may have been shared")
+    notes = _gpu_notes(gpu) if gpu is not None else []
     if others_share > BUSY_SHARE:
         notes.append(f"other processes took {others_share:.0%} of the host's cores while measuring")
     if reference_s is not None:
@@ -54,4 +49,26 @@ def disturbance_notes(
     unsure = sum(found.sample.spread > _UNSURE_SPREAD for found in measured)
     if unsure:
         notes.append(f"{unsure} of {len(measured)} medians are known no better than {_UNSURE_SPREAD:.0%}")
+    return notes
+
+
+def _gpu_notes(gpu: GpuNews) -> list[str]:
+    if not gpu.watched:
+        return ["NVML is not to be had: only jitter and drift would show a throttled or shared GPU"]
+    notes = []
+    seen = [
+        f"{name} in {count} of {gpu.looks} looks"
+        for name, count in gpu.reasons.items()
+        if count > _THROTTLED_SHARE * gpu.looks
+    ]
+    seen += [
+        f"held down by {name} for {held_s:.3g} of {gpu.elapsed_s:.3g} s"
+        for name, held_s in gpu.held_s.items()
+        if held_s > _THROTTLED_SHARE * gpu.elapsed_s
+    ]
+    if seen:
+        notes.append(f"the GPU was throttled while measuring ({', '.join(seen)}): its times are too long")
+    if gpu.other_processes:
+        count = "1 other process" if gpu.other_processes == 1 else f"{gpu.other_processes} other processes"
+        notes.append(f"{count} had the GPU open while measuring: it may have been shared")
     return notes

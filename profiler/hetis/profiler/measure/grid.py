@@ -15,6 +15,7 @@ LAYER_KERNEL = "torch, unfused"
 ATTENTION_KERNEL = "torch sdpa"
 COPY_KERNEL = "torch copy"
 GATHER_KERNEL = "torch index_select"
+KV_BLOCK_BYTES = 8192  # 16 tokens, 128 dimensions, K and V: one KV block of a head group
 _WEIGHT_BITS = 16
 
 
@@ -95,7 +96,7 @@ def series_of(
         _products(model, extent, tps),
         _series("prefill attention", _prefills(model, extent, tps), ("tokens", "past_tokens", "query_heads")),
         _series("decode attention", _decodes(model, extent), ("batch", "context_tokens", "kv_heads")),
-        _series("KV copy", (_bytes("kv_copy", GATHER_KERNEL, size) for size in extent.messages), ("num_bytes",)),
+        _series("KV copy", _kv_copies(extent), ("num_bytes",)),
     ]
     for path in paths:
         points = (_bytes("transfer", COPY_KERNEL, size, path=path) for size in extent.messages)
@@ -176,6 +177,13 @@ def _decodes(model: ModelSpec, extent: Extent) -> Iterator[Point]:
         if batch * context * kv_heads * model.head_dim * 4 <= extent.kv_limit_bytes:
             columns = {"batch": batch, "context_tokens": context} | _heads(model, kv_heads)
             yield Point(op="decode_attention", kernel=ATTENTION_KERNEL, columns=columns)
+
+
+def _kv_copies(extent: Extent) -> Iterator[Point]:
+    """From a KV block of a head group on: less is never copied."""
+    for num_bytes in extent.messages:
+        if num_bytes >= KV_BLOCK_BYTES:
+            yield _bytes("kv_copy", GATHER_KERNEL, num_bytes)
 
 
 def _heads(model: ModelSpec, kv_heads: int) -> dict[str, int]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Collection
 from pathlib import Path
+
+from hetis.profiler.measure.rotation import Cache
+
+_CACHE_FILES = ("level", "size", "shared_cpu_list")
+_ASSUMED_CACHE = 256 * 2**20  # as large as servers' are; more only costs memory
 
 
 def cpu_name() -> str:
@@ -22,7 +28,7 @@ def cpu_name() -> str:
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(_cores())
 
 
 def cpu_device_name() -> str:
@@ -35,14 +41,30 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def last_level_cache_bytes() -> int:
-    """The largest cache of core 0; 32 MiB where the system does not say."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KM])", path.read_text(encoding="ascii").strip())
-        if found:
-            sizes.append(int(found.group(1)) * {"K": 2**10, "M": 2**20}[found.group(2)])
-    return max(sizes, default=32 * 2**20)
+def last_level_cache(cpus: Path = Path("/sys/devices/system/cpu"), cores: Collection[int] | None = None) -> Cache:
+    """The last-level caches of the cores that this process may use, together; each is counted once.
+
+    Args:
+        cpus: the kernel's folder of a folder per core.
+        cores: their numbers; None: those of this process.
+    """
+    found: dict[tuple[int, str], int] = {}
+    for core in _cores() if cores is None else cores:
+        for cache in (cpus / f"cpu{core}" / "cache").glob("index*"):
+            try:
+                level, size, shared = ((cache / name).read_text(encoding="ascii").strip() for name in _CACHE_FILES)
+            except OSError:
+                continue
+            read = re.fullmatch(r"(\d+)([KM])", size)
+            if read and level.isdecimal():
+                found[int(level), shared] = int(read.group(1)) * {"K": 2**10, "M": 2**20}[read.group(2)]
+    last = max((level for level, _ in found), default=0)
+    num_bytes = sum(size for (level, _), size in found.items() if level == last)
+    return Cache(num_bytes=num_bytes or _ASSUMED_CACHE, origin="as the system says" if num_bytes else "assumed")
+
+
+def _cores() -> Collection[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def cpu_times() -> tuple[float, float]:

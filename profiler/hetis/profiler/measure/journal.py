@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,6 +21,23 @@ _VERSION = 1
 def journal_of(out: str | os.PathLike[str]) -> Path:
     """Where the journal of a run that writes ``out`` lies."""
     return Path(f"{os.fspath(out)}.journal")
+
+
+def points_in(path: Path) -> int | None:
+    """How many points were written to a journal; None when the file is none.
+
+    Raises:
+        DocumentError: it cannot be read.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(str(path), error) from None
+    try:
+        _header(raw.split(b"\n")[0].decode("utf-8", errors="replace"), path)
+    except DocumentError:
+        return None
+    return max(0, raw.count(b"\n") - 1)
 
 
 def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
@@ -100,6 +118,23 @@ def _header(line: str, path: Path) -> Mapping[str, Any]:
 def _measured(line: str, path: Path, number: int) -> Measured:
     try:
         data = json.loads(line)
-        return Measured(point=Point(**data["point"]), sample=Sample(**data["sample"]))
-    except (ValueError, KeyError, TypeError):
-        raise single_problem(str(path), "is damaged: not a measured point", line=number) from None
+        found = Measured(point=Point(**data["point"]), sample=Sample(**data["sample"]))
+        if _is_sound(found):
+            return found
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise single_problem(str(path), "is damaged: not a measured point", line=number)
+
+
+def _is_sound(found: Measured) -> bool:
+    """Whether the values are of their kinds; a file may hold anything."""
+    point, sample = found.point, found.sample
+    texts = [point.op, point.kernel, *point.texts.keys(), *point.texts.values(), *point.columns.keys()]
+    counts, times = list(point.columns.values()), [sample.seconds, sample.spread, sample.jitter]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and all(type(value) in (int, float) and 0 <= value < math.inf for value in times)
+        and sample.seconds > 0
+        and isinstance(sample.cold, bool)
+    )

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from hetis.profiler.measure.device import Call, Device, TimeCalls
-from hetis.profiler.measure.grid import matrices
+from hetis.profiler.measure.device import Call, Device, Operator, TimeCalls
+from hetis.profiler.measure.grid import KV_BLOCK_BYTES, matrices
 from hetis.profiler.measure.points import Point
 from hetis.solver.model import ModelSpec
-
-_BLOCK_ELEMENTS = 4096  # 16 tokens, 128 dimensions, K and V: one KV block of a head group
 
 
 class Kernels:
     """Timers of the points of one model on one device."""
 
-    def __init__(self, device: Device, model: ModelSpec) -> None:
+    def __init__(self, device: Device, model: ModelSpec, while_queued: Call = lambda: None) -> None:
+        """``while_queued``: called now and then while the device has work queued."""
         self._device = device
         self._model = model
-        self._build: dict[str, Callable[[Point], list[Call]]] = {
+        self._while_queued = while_queued
+        self._build: dict[str, Callable[[Point], Operator]] = {
             "gemm": self._gemm,
             "layer": self._layer,
             "prefill_attention": self._prefill,
@@ -31,22 +32,24 @@ class Kernels:
             "transfer": self._copy,
         }
 
-    def timer(self, point: Point) -> TimeCalls:
-        """What times ``point``; its operands live as long as it."""
+    def timer(self, point: Point) -> tuple[TimeCalls, bool]:
+        """(what times ``point``, whether its operands are cold); they live as long as it."""
         crosses = point.texts.get("path") in ("h2d", "d2h")
-        return self._device.timer(self._build[point.op](point), graph=not crosses)
+        operator = self._build[point.op](point)
+        return self._device.timer(operator, graph=not crosses, while_queued=self._while_queued), operator.cold
 
     def _tensor(self, *shape: int) -> torch.Tensor:
         empty = torch.empty(shape, dtype=torch.bfloat16, device=self._device.torch_device)
         return empty.uniform_(-1.0, 1.0)
 
-    def _gemm(self, point: Point) -> list[Call]:
+    def _gemm(self, point: Point) -> Operator:
         m, n, k = (point.columns[name] for name in ("m", "n", "k"))
         x = self._tensor(m, k)
-        weights = [view.view(n, k) for view in self._device.pool.views(n * k)]
-        return [lambda w=w: functional.linear(x, w) for w in weights]  # type: ignore[misc]
+        views, cold = self._device.pool.views(n * k)
+        weights = [view.view(n, k) for view in views]
+        return Operator([lambda w=w: functional.linear(x, w) for w in weights], cold)  # type: ignore[misc]
 
-    def _layer(self, point: Point) -> list[Call]:
+    def _layer(self, point: Point) -> Operator:
         """Norms, projections and the feed-forward network of one layer; attention itself is left out."""
         model, tp = self._model, point.columns["tp"]
         shapes = matrices(model, tp)
@@ -67,56 +70,60 @@ class Kernels:
             return middle + functional.linear(inner, down)
 
         calls: list[Call] = []
-        for view in self._device.pool.views(sum(sizes.values())):
+        views, cold = self._device.pool.views(sum(sizes.values()))
+        for view in views:
             parts = view.split(list(sizes.values()))
             qkv, output, up, down = (part.view(shapes[name]) for name, part in zip(sizes, parts, strict=True))
             calls.append(lambda q=qkv, o=output, u=up, d=down: layer(q, o, u, d))  # type: ignore[misc]
-        return calls
+        return Operator(calls, cold)
 
-    def _prefill(self, point: Point) -> list[Call]:
+    def _prefill(self, point: Point) -> Operator:
         """Prompts are computed layer by layer, so that what they attend to has just been written: warm operands."""
         batch, tokens, past, heads, groups, width = (point.columns[name] for name in _PREFILL)
         q = self._tensor(batch, heads, tokens, width)
         k, v = (self._tensor(batch, groups, past + tokens, width) for _ in range(2))
         if past == 0:
-            return [lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads > groups)]
-        if self._device.on_cuda:
-            mask = causal_lower_right(tokens, past + tokens)
-            return [lambda: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads > groups)]
-        allowed = torch.ones(tokens, past + tokens, dtype=torch.bool).tril(past)
-        return [lambda: functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=heads > groups)]
+            masked: dict[str, Any] = {"is_causal": True}
+        elif self._device.on_cuda:
+            masked = {"attn_mask": causal_lower_right(tokens, past + tokens)}
+        else:
+            masked = {"attn_mask": torch.ones(tokens, past + tokens, dtype=torch.bool).tril(past)}
+        attention = functional.scaled_dot_product_attention
+        return Operator([lambda: attention(q, k, v, enable_gqa=heads > groups, **masked)])
 
-    def _decode(self, point: Point) -> list[Call]:
+    def _decode(self, point: Point) -> Operator:
         """The query heads of a group go in as rows of one head, so that its KV is read once."""
         batch, context, heads, groups, width = (point.columns[name] for name in _DECODE)
         q = self._tensor(batch, groups, heads // groups, width)
         shape = (2, batch, groups, context, width)
-        caches = [view.view(shape) for view in self._device.pool.views(2 * batch * groups * context * width)]
-        return [lambda kv=kv: functional.scaled_dot_product_attention(q, kv[0], kv[1]) for kv in caches]  # type: ignore[misc]
+        views, cold = self._device.pool.views(2 * batch * groups * context * width)
+        caches = [view.view(shape) for view in views]
+        attention = functional.scaled_dot_product_attention
+        return Operator([lambda kv=kv: attention(q, kv[0], kv[1]) for kv in caches], cold)  # type: ignore[misc]
 
-    def _kv_copy(self, point: Point) -> list[Call]:
-        elements = point.columns["num_bytes"] // 2
-        row = min(elements, _BLOCK_ELEMENTS)
-        out = torch.empty((elements // row, row), dtype=torch.bfloat16, device=self._device.torch_device)
-        blocks = self._device.pool.blocks(row)
-        generator = torch.Generator().manual_seed(0)
-        calls: list[Call] = []
-        for _ in range(8):
-            chosen = torch.randint(len(blocks), (elements // row,), generator=generator)
-            chosen = chosen.to(self._device.torch_device)
-            calls.append(lambda chosen=chosen: torch.index_select(blocks, 0, chosen, out=out))  # type: ignore[misc]
-        return calls
+    def _kv_copy(self, point: Point) -> Operator:
+        """Blocks from anywhere in memory; none is read again before all of the rotation were."""
+        cache, row = self._device.pool.cache, KV_BLOCK_BYTES // 2
+        count = point.columns["num_bytes"] // KV_BLOCK_BYTES
+        num_bytes = count * KV_BLOCK_BYTES
+        sets = cache.sets(num_bytes)
+        blocks = self._device.pool.rows(count * sets, row)
+        out = torch.empty((count, row), dtype=torch.bfloat16, device=self._device.torch_device)
+        order = torch.randperm(count * sets, generator=torch.Generator().manual_seed(0)).to(self._device.torch_device)
+        select = torch.index_select
+        calls: list[Call] = [lambda chosen=chosen: select(blocks, 0, chosen, out=out) for chosen in order.split(count)]  # type: ignore[misc]
+        return Operator(calls, cache.is_evicted(sets, num_bytes))
 
-    def _copy(self, point: Point) -> list[Call]:
+    def _copy(self, point: Point) -> Operator:
         elements, path = point.columns["num_bytes"] // 2, point.texts["path"]
         if path == "d2d":
-            views = self._device.pool.views(2 * elements)
-            return [lambda v=v: v[:elements].copy_(v[elements:]) for v in views]  # type: ignore[misc]
+            views, cold = self._device.pool.views(2 * elements)
+            return Operator([lambda v=v: v[:elements].copy_(v[elements:]) for v in views], cold)  # type: ignore[misc]
         on_host = torch.empty(elements, dtype=torch.bfloat16, pin_memory=True)
         on_device = self._tensor(elements)
         if path == "h2d":
-            return [lambda: on_device.copy_(on_host, non_blocking=True)]
-        return [lambda: on_host.copy_(on_device, non_blocking=True)]
+            return Operator([lambda: on_device.copy_(on_host, non_blocking=True)])
+        return Operator([lambda: on_host.copy_(on_device, non_blocking=True)])
 
 
 _PREFILL = ("batch", "tokens", "past_tokens", "query_heads", "kv_heads", "head_dim")

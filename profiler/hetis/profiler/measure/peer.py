@@ -1,4 +1,4 @@
-"""One of two processes that send each other messages: ``python -m hetis.profiler.measure.peer RANK STORE BACKEND``.
+"""One of two processes that send each other messages: ``python -m hetis.profiler.measure.peer RANK STORE DEVICE``.
 
 Rank 0 reads a request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), tells
 rank 1, does it with it, and prints the seconds that ``count`` of them took. An empty request ends both.
@@ -21,16 +21,20 @@ TIMEOUT_S = 60
 def main(arguments: list[str]) -> None:
     from datetime import timedelta
 
-    rank, store, backend = int(arguments[0]), arguments[1], arguments[2]
+    rank, store, device = int(arguments[0]), arguments[1], torch.device(arguments[2])
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
     # Rank 1 waits for a request as long as rank 0's caller thinks about it.
     dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(hours=24)
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(hours=24),
+        device_id=device if device.type == "cuda" else None,  # NCCL need not guess which GPU is whose
     )
     try:
         if rank == 0:

@@ -25,20 +25,20 @@ class PeersLostError(HetisError):
 class Peers:
     """Starts both processes; a context manager that ends them."""
 
-    def __init__(self, backend: str, command: list[str] | None = None) -> None:
-        """``backend``: ``gloo`` or ``nccl``. ``command``: what starts a peer, for tests."""
+    def __init__(self, devices: tuple[str, str], command: list[str] | None = None) -> None:
+        """``devices``: of each, ``cpu`` (gloo) or ``cuda:N`` (NCCL). ``command``: what starts a peer, for tests."""
         self._command = command or [sys.executable, "-m", "hetis.profiler.measure.peer"]
-        self._backend = backend
+        self._devices = devices
         self._folder = tempfile.TemporaryDirectory(prefix="hetis-peers-")
         self._processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Peers:
         store = Path(self._folder.name) / "store"
         with open(self._log, "w", encoding="utf-8") as log:
-            for rank in (0, 1):
+            for rank, device in enumerate(self._devices):
                 self._processes.append(
                     subprocess.Popen(
-                        [*self._command, str(rank), str(store), self._backend],
+                        [*self._command, str(rank), str(store), device],
                         stdin=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                         stderr=log,
@@ -47,6 +47,10 @@ class Peers:
                     )
                 )
         return self
+
+    def on(self, device: str) -> set[int]:
+        """The processes that have ``device`` open."""
+        return {process.pid for process, theirs in zip(self._processes, self._devices, strict=True) if theirs == device}
 
     def wait_until_ready(self) -> None:
         """Both have found each other.
@@ -81,7 +85,9 @@ class Peers:
     def _lost(self, what: str) -> PeersLostError:
         said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = f": {said[-1]}" if said else ""
-        return PeersLostError(f"the two processes that send messages over {self._backend} {what}{last}")
+        return PeersLostError(
+            f"the two processes that send messages between {' and '.join(self._devices)} {what}{last}"
+        )
 
     def _pipe(self, name: str) -> IO[str]:
         pipe: IO[str] | None = getattr(self._processes[0], name)

@@ -34,11 +34,13 @@ class Sample:
 
     ``spread`` is the half-width of the 95% confidence interval of the median, relative to it; ``jitter`` is how far
     the slow tenth of the samples lies above the median, relative to it, which is what a busy neighbour shows in.
+    ``cold``: every call found its operands outside the cache (`hetis.profiler.measure.rotation`).
     """
 
     seconds: float
     spread: float
     jitter: float = 0.0
+    cold: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

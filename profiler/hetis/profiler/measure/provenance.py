@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -12,9 +13,11 @@ import torch
 
 from hetis.formats.catalogue import UnknownNameError, find_gpu
 from hetis.formats.measurements import MeasuredBy
+from hetis.formats.units import format_bytes
 from hetis.profiler.measure import host
 from hetis.profiler.measure.device import CudaDevice, Device
-from hetis.profiler.measure.nvidia import GpuWatch
+from hetis.profiler.measure.nvidia import GpuNews, GpuWatch, own_processes
+from hetis.profiler.measure.rotation import TIMES
 
 if TYPE_CHECKING:
     from hetis.profiler.measure.session import RunRequest
@@ -38,29 +41,39 @@ class HostWatch:
 
 
 class Watch:
-    """What looks at the device and the host while points are measured."""
+    """What looks at the device and the host while points are measured: NVML at a GPU, the host's accounts always."""
 
-    def __init__(self, gpu: GpuWatch | None) -> None:
-        self._gpu = gpu
+    def __init__(self, device: Device) -> None:
+        self._gpu = GpuWatch(device.address, clock=time.monotonic) if isinstance(device, CudaDevice) else None
+        self._host = HostWatch()
 
-    def start(self) -> HostWatch:
-        return HostWatch()
+    def begin(self) -> None:
+        """From now on what is seen counts."""
+        self._host = HostWatch()
+        if self._gpu is not None:
+            self._gpu.begin()
 
     def look(self) -> None:
+        """Looks at the GPU; call it while work is queued."""
         if self._gpu is not None:
             self._gpu.look()
 
-    @property
-    def reasons(self) -> list[str]:
-        return self._gpu.reasons if self._gpu is not None else []
+    def look_at_processes(self, own: Collection[int]) -> None:
+        """Looks who else has the GPU open; ``own``: processes of ours beside this one."""
+        if self._gpu is not None:
+            self._gpu.look_at_processes(own_processes() | set(own))
 
-    def other_processes(self) -> int:
-        return self._gpu.other_processes() if self._gpu is not None else 0
+    def others_share(self) -> float:
+        """Of the host's cores, what other processes took since `begin`."""
+        return self._host.share()
 
+    def gpu_news(self) -> GpuNews | None:
+        """What was seen of the GPU since `begin`; None on a processor."""
+        return None if self._gpu is None else self._gpu.news()
 
-def watch_of(device: Device) -> Watch:
-    """NVML for a GPU; the host's own accounts always."""
-    return Watch(GpuWatch(device.index) if isinstance(device, CudaDevice) else None)
+    def driver(self) -> str:
+        """The GPU's driver; empty where there is none or nobody says."""
+        return "" if self._gpu is None else self._gpu.driver()
 
 
 def gpu_name(wanted: str, device: Device) -> str:
@@ -75,27 +88,45 @@ def gpu_name(wanted: str, device: Device) -> str:
     return device.name
 
 
-def settings_of(request: RunRequest, gpu: str) -> dict[str, str]:
-    """What must be equal for an interrupted run to go on."""
+def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:
+    """What must be equal for an interrupted run to go on: what is measured, and the machine it is measured on."""
+    of_gpu = {
+        "GPU itself": " ".join(part for part in (device.name, device.address.uuid or device.address.bus) if part),
+        "driver": driver or "unknown",
+        "CUDA": str(torch.version.cuda),
+    } if isinstance(device, CudaDevice) else {}  # fmt: skip
     return {
         "device": request.device,
         "gpu": gpu,
         "model": request.model.name,
         "quick": str(request.quick),
+        "host": f"{platform.node()}, {host.cpu_name()}, {host.num_cores()} cores",
+        **of_gpu,
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
+        "cache": f"{device.pool.cache.num_bytes} bytes {device.pool.cache.origin}",
     }
 
 
-def measured_by(request: RunRequest, device: Device) -> MeasuredBy:
+def cache_note(device: Device) -> str:
+    """What was assumed of the cache for operands to be cold."""
+    cache = device.pool.cache
+    return (
+        f"the operands of tables marked cold rotate: between two uses {format_bytes(TIMES * cache.num_bytes)} or more "
+        f"of others are read, {TIMES} times the last-level cache of {format_bytes(cache.num_bytes)} ({cache.origin})"
+    )
+
+
+def measured_by(request: RunRequest, device: Device, driver: str) -> MeasuredBy:
     """The provenance of the result."""
+    software = f", CUDA {torch.version.cuda}, driver {driver or 'unknown'}" if device.on_cuda else ""
     return MeasuredBy(
         tool=f"hetis-profile {_version('hetis')}",
         engine="torch",
         engine_version=str(torch.__version__),
         source=f"run --device {request.device} --model {request.model.name}" + (" --quick" if request.quick else ""),
         host=f"{host.cpu_name()}, {host.num_cores()} cores, {torch.get_num_threads()} threads, "
-        f"{platform.system()} {platform.machine()}" + (f", driver CUDA {torch.version.cuda}" if device.on_cuda else ""),
+        f"{platform.system()} {platform.machine()}{software}",
         date=datetime.fromtimestamp(time.time(), UTC).date().isoformat(),
     )
 

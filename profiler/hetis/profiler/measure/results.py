@@ -9,32 +9,33 @@ import numpy as np
 from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.measure.points import Measured
 
-_COLD = ("gemm", "layer", "decode_attention", "kv_copy")  # operands rotate through more than the cache holds
-
 
 def to_measurements(
     gpu: str, provenance: MeasuredBy, measured: Sequence[Measured], notes: Sequence[str]
 ) -> Measurements:
-    """One table per operator and kernel, rows in the order of their sizes: the order of measuring does not matter."""
-    groups: dict[tuple[str, str], list[Measured]] = {}
+    """One table per operator and kernel, rows in the order of their sizes: the order of measuring does not matter.
+
+    Points with cold operands and points with warm ones are tables of their own, as a fit treats them apart.
+    """
+    groups: dict[tuple[str, str, bool], list[Measured]] = {}  # cold ones sort first, as fits take the first table
     for found in measured:
-        groups.setdefault((found.point.op, found.point.kernel), []).append(found)
+        groups.setdefault((found.point.op, found.point.kernel, not found.sample.cold), []).append(found)
     return Measurements(
         gpu=gpu,
         provenance=provenance,
-        tables=tuple(_table(op, kernel, rows) for (op, kernel), rows in sorted(groups.items())),
+        tables=tuple(_table(op, kernel, not warm, rows) for (op, kernel, warm), rows in sorted(groups.items())),
         notes=tuple(notes),
     )
 
 
-def _table(op: str, kernel: str, rows: list[Measured]) -> Table:
+def _table(op: str, kernel: str, cold: bool, rows: list[Measured]) -> Table:
     rows = sorted(rows, key=lambda found: (tuple(found.point.texts.values()), tuple(found.point.columns.values())))
     first = rows[0].point
     columns: dict[str, Column] = {name: np.array([found.point.texts[name] for found in rows]) for name in first.texts}
     columns |= {name: np.array([float(found.point.columns[name]) for found in rows]) for name in first.columns}
     columns["seconds"] = np.array([_digits(found.sample.seconds) for found in rows])
     columns["spread"] = np.array([_digits(found.sample.spread) for found in rows])
-    return Table(op=MeasuredOp(op), kernel=kernel, columns=columns, cold=op in _COLD)
+    return Table(op=MeasuredOp(op), kernel=kernel, columns=columns, cold=cold)
 
 
 def _digits(value: float) -> float:

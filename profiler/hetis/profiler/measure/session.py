@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hetis.formats.measurements import Measurements
 from hetis.profiler.measure.adaptive import Campaign, StoppingRule
@@ -18,6 +19,9 @@ from hetis.profiler.measure.results import to_measurements
 from hetis.profiler.measure.statistics import SamplingRule, sample
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
+
+if TYPE_CHECKING:
+    from hetis.profiler.measure.device import Device
 
 
 class NotEnoughPointsError(HetisError):
@@ -59,7 +63,8 @@ class RunProgress:
 class RunResult:
     """What a run found, and what it found out about the host for a cluster file."""
 
-    measurements: Measurements
+    measurements: Measurements  # its notes: the disturbances, then remarks
+    disturbances: Sequence[str]
     num_known: int  # points of an earlier, interrupted run
     uncertainty: float  # the largest relative error still expected anywhere
     memory_bytes: int
@@ -78,56 +83,64 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     from hetis.profiler.measure.device import open_device
     from hetis.profiler.measure.kernels import Kernels
     from hetis.profiler.measure.peers import Peers
-    from hetis.profiler.measure.provenance import gpu_name, measured_by, settings_of, watch_of
+    from hetis.profiler.measure.provenance import Watch, cache_note, gpu_name, measured_by, settings_of
 
     begin_s = time.monotonic()
     device = open_device(request.device)
     gpu = gpu_name(request.gpu, device)
-    backend, path = _peer_backend(device.on_cuda)
+    peer_devices, backend, path = _peers_of(request.device, device)
     extent = extent_of(on_cuda=device.on_cuda, quick=request.quick)
     extent = replace(extent, kv_limit_bytes=min(extent.kv_limit_bytes, device.memory_bytes // 4))
     series = series_of(request.model, extent, paths=device.copies, peer_kernel=backend, peer_path=path)
-    settings = settings_of(request, gpu)
+    watch = Watch(device)
+    driver = watch.driver()
+    settings = settings_of(request, gpu, device, driver)
     known = read_journal(request.journal, settings) if request.resume and request.journal.exists() else []
     campaign = Campaign(series, stopping_rule(request.quick), known)
     rule = sampling_rule(request.quick)
-    kernels = Kernels(device, request.model)
-    watch = watch_of(device)
+    kernels = Kernels(device, request.model, watch.look)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(request.journal, settings, known))
-        peers = stack.enter_context(Peers(backend))
+        peers = stack.enter_context(Peers(peer_devices))
         peers.wait_until_ready()
 
         def time_point(point: Point) -> Sample:
             if point.texts.get("path") == path or point.op == "all_reduce":
-                timer = peers.timer(point.op, point.columns["num_bytes"])
+                timer, cold = peers.timer(point.op, point.columns["num_bytes"]), False
             else:
-                timer = kernels.timer(point)
-            return sample(timer, time.perf_counter, rule)
+                timer, cold = kernels.timer(point)
+            found = sample(timer, time.perf_counter, rule)
+            watch.look_at_processes(peers.on(str(device.torch_device)))
+            return replace(found, cold=cold)
 
         reference = series[0].candidates[len(series[0].candidates) // 2]
+        time_point(reference)  # what was idle takes a moment to raise its clocks, and libraries to set themselves up
         before = time_point(reference)
-        others = watch.start()
-        fresh = _run(campaign, time_point, report, journal, watch.look, limit_s=request.limit_s, begin_s=begin_s)
+        watch.begin()
+        _run(campaign, time_point, report, journal, limit_s=request.limit_s, begin_s=begin_s)
         after = time_point(reference)
     if not campaign.is_started():
         raise NotEnoughPointsError(
             f"{request.limit_s:.0f} s are too short: {len(campaign.measured)} points were measured before every "
             "operator had its first ones; allow more with --time-limit and go on with --resume"
         )
-    notes = disturbance_notes(
-        fresh,
+    disturbances = disturbance_notes(
+        campaign.measured,
         reference_s=(before.seconds, after.seconds),
-        others_share=others.share(),
-        throttle_reasons=watch.reasons,
-        other_processes=watch.other_processes(),
+        others_share=watch.others_share(),
+        gpu=watch.gpu_news(),
     )
-    notes.append(
-        "engine steps are not measured: there is no engine here"
-        + ("" if device.on_cuda else "; host and device memory are one, so copies between them are copies in it")
-    )
+    if known:
+        disturbances.append(
+            f"{len(known)} points are of an interrupted run: what disturbed the device then is not known"
+        )
+    remarks = [cache_note(device), "engine steps are not measured: there is no engine here"]
+    if not device.on_cuda:
+        remarks.append("host and device memory are one, so copies between them are copies in it")
+    provenance = measured_by(request, device, driver)
     return RunResult(
-        measurements=to_measurements(gpu, measured_by(request, device), campaign.measured, notes),
+        measurements=to_measurements(gpu, provenance, campaign.measured, [*disturbances, *remarks]),
+        disturbances=disturbances,
         num_known=len(known),
         uncertainty=campaign.worst(),
         memory_bytes=device.memory_bytes,
@@ -154,13 +167,11 @@ def _run(
     time_point: Callable[[Point], Sample],
     report: Callable[[RunProgress], None],
     journal: Journal,
-    look: Callable[[], None],
     *,
     limit_s: float,
     begin_s: float,
-) -> Sequence[Measured]:
-    """Measures what the campaign asks for; the points of this run."""
-    fresh: list[Measured] = []
+) -> None:
+    """Measures what the campaign asks for."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
     took_s: list[float] = []
     while (choice := campaign.next()) is not None:
@@ -182,17 +193,16 @@ def _run(
         found = Measured(point=choice.point, sample=time_point(choice.point))
         campaign.add(found)
         journal.add(found)
-        fresh.append(found)
-        look()
         took_s.append(time.monotonic() - now_s)
-    return fresh
 
 
-def _peer_backend(on_cuda: bool) -> tuple[str, str]:
-    """(what carries messages between two processes, the path it takes)."""
-    if on_cuda:
+def _peers_of(name: str, device: Device) -> tuple[tuple[str, str], str, str]:
+    """(devices of the two processes that send messages, what carries them, the path they take)."""
+    if device.on_cuda:
         import torch
 
-        if torch.cuda.device_count() > 1:
-            return "nccl", "peer"
-    return "gloo", "loopback"
+        count = torch.cuda.device_count()
+        if count > 1:
+            index = int(name.partition(":")[2] or 0)
+            return (f"cuda:{index}", f"cuda:{(index + 1) % count}"), "nccl", "peer"
+    return ("cpu", "cpu"), "gloo", "loopback"

@@ -9,17 +9,17 @@ from typing import Any, Concatenate, ParamSpec
 
 import typer
 
-from hetis.profiler.cli.exit_codes import ExitCode
-from hetis.profiler.cli.options import NoColorOption, OutputOption, QuietOption, VerboseOption
-from hetis.profiler.cli.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.options import NoColorOption, OutputOption, QuietOption, VerboseOption
+from hetis.formats.command_line.running import OK
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
 
 P = ParamSpec("P")
 
 
 def verb(
     *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
-) -> Callable[[Callable[Concatenate[Terminal, P], ExitCode]], Callable[P, None]]:
-    """Turns ``f(terminal, ...) -> ExitCode`` into a typer command with the shared options.
+) -> Callable[[Callable[Concatenate[Terminal, P], int]], Callable[P, None]]:
+    """Turns ``f(terminal, ...) -> exit code`` into a typer command with the shared options.
 
     The shared options become parameters of the signature that typer reads, and reach the verb as one `Terminal`.
 
@@ -28,7 +28,7 @@ def verb(
         output: what ``-o`` is unless given.
     """
 
-    def decorate(function: Callable[Concatenate[Terminal, P], ExitCode]) -> Callable[P, None]:
+    def decorate(function: Callable[Concatenate[Terminal, P], int]) -> Callable[P, None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         names = {parameter.name for parameter in own}
 
@@ -42,7 +42,7 @@ def verb(
             )
             mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
             code = function(terminal, *args, **mine)
-            if code is not ExitCode.OK:
+            if code != OK:
                 raise typer.Exit(int(code))
 
         shared = [_keyword("output_format", OutputOption, output)] if prints_data else []

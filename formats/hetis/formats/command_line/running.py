@@ -1,0 +1,78 @@
+"""Runs a command line of this process: every way it can end becomes an exit code, and errors become messages."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import typer
+
+OK = 0
+INTERRUPTED = 130  # 128 and the number of the signal, as shells count
+BROKEN_PIPE = 141
+
+
+def run_application(
+    application: typer.Typer, name: str, arguments: Sequence[str], report_failure: Callable[[Exception], int]
+) -> int:
+    """Runs one command line and returns its exit code; with ``HETIS_DEBUG=1`` an error is raised instead.
+
+    Args:
+        application: the verbs.
+        name: of the command, as its help calls it.
+        arguments: without the command itself.
+        report_failure: prints an error and returns its exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="replace")  # bars and dashes become question marks, not errors
+    try:
+        code = _invoke(application, name, arguments)
+        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the code below
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if _is_broken_pipe(error):
+            return _leave_broken_pipe()
+        if os.environ.get("HETIS_DEBUG") == "1":
+            raise
+        return report_failure(error)
+    return code
+
+
+def version_printer(name: str) -> Callable[[bool], None]:
+    """The callback of a command's ``--version``."""
+
+    def print_version(wanted: bool) -> None:
+        if wanted:
+            from importlib.metadata import version
+
+            print(f"{name} {version('hetis')}")
+            raise typer.Exit
+
+    return print_version
+
+
+def _invoke(application: typer.Typer, name: str, arguments: Sequence[str]) -> int:
+    try:
+        application(list(arguments), prog_name=name)
+    except SystemExit as stop:
+        # typer swallows a broken pipe and exits 1; the pipe is still there as the context.
+        if stop.__context__ is not None and _is_broken_pipe(stop.__context__):
+            raise stop.__context__ from None
+        return stop.code if isinstance(stop.code, int) else OK
+    return OK
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def _leave_broken_pipe() -> int:
+    # Python flushes stdout once more on its way out and would complain: give it a reader.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    return BROKEN_PIPE

@@ -1,0 +1,180 @@
+"""Decode and prefill attention: the rows that a fit may see, by head shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.formats.measurements import MeasuredOp, Measurements, Table
+from hetis.profiler.fit.errors import SERVING, within
+from hetis.profiler.fit.points import (
+    CACHE_BYTES,
+    MAX_BANDWIDTH,
+    MAX_IMPOSSIBLE,
+    LeftOut,
+    Points,
+    Selection,
+    Unfitted,
+    tables_of,
+    unknown_cache,
+)
+from hetis.profiler.fitting import rounded
+from hetis.profiler.work import FloatArray, roofline_seconds, work_of
+from hetis.solver.cluster import GpuType
+from hetis.solver.profile import FitScope, Op
+
+MIN_POINTS = 60  # of a head shape that is fitted alone; the others share a fit by head size
+MIN_HEADS = 4  # query heads of a rank: one sequence of fewer leaves most of the GPU idle, and no served rank has fewer
+_LATER = " was measured too, and comes first"
+LAUNCH_S = 2e-6  # a KV read in less is hidden by the launch, whether from cache or memory
+
+
+def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
+    """Decode and prefill attention by (head_dim, queries per group), from the first source that is possible at all."""
+    doubted = set[str]()
+    for measured, op in (
+        (MeasuredOp.DECODE_ATTENTION, Op.DECODE_ATTENTION),
+        (MeasuredOp.PREFILL_ATTENTION, Op.PREFILL_ATTENTION),
+    ):
+        taken = ""
+        for origin, table in tables_of(measurements, measured):
+            reason = _impossible(table, gpu) or (f"{taken}{_LATER}" if taken else "")
+            tool = origin.split(",")[0]
+            if not reason and tool in doubted:
+                reason = f"the decode attention of {tool} is impossible, so its prefill is not trusted either"
+            elif reason and not taken:
+                doubted.add(tool)
+            make = decode_points if op is Op.DECODE_ATTENTION else prefill_points
+            if reason:
+                if reason.endswith(_LATER):
+                    into.others += make(table, gpu, origin)
+                into.unfitted.append(Unfitted(op=op, origin=origin, num_rows=len(table), reason=reason))
+                continue
+            taken = origin
+            into.points += make(table, gpu, origin)
+
+
+def _impossible(table: Table, gpu: GpuType) -> str:
+    """Why no fit is made of an attention table; empty when it may be."""
+    least, work = roofline_seconds(table, gpu), work_of(table)
+    assert least is not None
+    assert work is not None
+    peaks = least / table.seconds
+    beyond_cache = work.num_bytes > 2 * CACHE_BYTES.get(gpu.name, 0.0)
+    large = peaks[beyond_cache]
+    share = float((large > MAX_BANDWIDTH).mean()) if len(large) else 0.0
+    if share <= MAX_IMPOSSIBLE:
+        return ""
+    return (
+        f"{share:.0%} of the {len(large)} rows whose KV is twice the cache or more imply more than {MAX_BANDWIDTH:g} "
+        f"times the peaks of {gpu.name} (median {np.median(large):.1f} times, most {large.max():.0f} times)"
+    )
+
+
+def decode_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
+    """Contexts from 128 tokens; rows that a cache can have served are left out (`CACHE_BYTES`)."""
+    work = work_of(table)
+    assert work is not None
+    batch, context, heads = (table.numbers(name) for name in ("batch", "context_tokens", "query_heads"))
+    features = np.stack([np.ones(len(table)), work.num_bytes, batch * heads], axis=1)
+    cache = 0.0 if table.cold else CACHE_BYTES.get(gpu.name, 0.0)
+    warm = (work.num_bytes < 2 * cache) & (work.num_bytes > LAUNCH_S * gpu.mem_bytes_per_s)
+    reason = f"KV under twice the cache ({cache / 1e6:.0f} MB) and above {LAUNCH_S * 1e6:g} us of the bus"
+    sizes = {"batch": batch, "context_tokens": context, "kv_bytes": work.num_bytes}
+    yield from _by_head_shape(
+        table,
+        Op.DECODE_ATTENTION,
+        features,
+        sizes,
+        usable=context >= 128,
+        warm=warm,
+        reason=reason,
+        origin=origin,
+        notes=unknown_cache(table, gpu),
+    )
+
+
+def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
+    """Chunks of 64 tokens or more, over any past.
+
+    The KV of a chunk and of its past is charged one reading at the nominal bandwidth; it is not fitted. The published
+    tables have no past, where KV bytes are proportional to tokens: a fit charges them what queries and outputs cost
+    (3 to 40 readings), and a past, which is far longer than its chunk, would be charged that too. Of vidur's chunks
+    over a past, which tell the two apart, the fit takes no more than one reading (docs/profiles.md).
+    """
+    work = work_of(table)
+    assert work is not None
+    batch, tokens, past, heads = (table.numbers(name) for name in ("batch", "tokens", "past_tokens", "query_heads"))
+    columns = [np.ones(len(table)), work.flops, work.num_bytes, batch * tokens, batch * tokens * heads]
+    sizes = {
+        "batch": batch,
+        "tokens": tokens,
+        "past_tokens": past,
+        "context_tokens": past + tokens,
+        "kv_bytes": work.num_bytes,
+    }
+    yield from _by_head_shape(
+        table,
+        Op.PREFILL_ATTENTION,
+        np.stack(columns, axis=1),
+        sizes,
+        usable=tokens >= 64,
+        warm=np.zeros(len(table), dtype=np.bool_),
+        reason="",
+        origin=origin,
+        given={"byte_s": 1.0 / gpu.mem_bytes_per_s},
+    )
+
+
+def _by_head_shape(
+    table: Table,
+    op: Op,
+    features: FloatArray,
+    sizes: Mapping[str, FloatArray],
+    *,
+    usable: NDArray[np.bool_],
+    warm: NDArray[np.bool_],
+    reason: str,
+    origin: str,
+    given: Mapping[str, float] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Iterator[Points]:
+    """One set for each (head_dim, queries per group) with enough points, and one of all shapes of a head_dim."""
+    heads, groups, head_dim = (table.numbers(name) for name in ("query_heads", "kv_heads", "head_dim"))
+    queries = heads / groups
+    few = heads < min(MIN_HEADS, heads.max())
+    shapes = np.array([f"{h:.0f}/{g:.0f}" for h, g in zip(heads, groups, strict=True)])
+    serving = within(SERVING[op], sizes, len(table))
+    for dim in sorted(set(head_dim.tolist())):
+        per_groups = sorted(set(queries[head_dim == dim].tolist()))
+        # One shape alone says nothing of others: the roofline does.
+        for per_group in [None, *per_groups] if len(per_groups) > 1 else per_groups:
+            mine = (head_dim == dim) & usable & (True if per_group is None else queries == per_group)
+            keep = mine & ~warm & ~few
+            if per_group is not None and not float(per_group).is_integer():
+                continue
+            alone = per_group is not None and len(per_groups) > 1
+            if keep.sum() < (MIN_POINTS if alone else 2 * features.shape[1]):
+                continue
+            served = max(1, int((mine & serving).sum()))
+            left_out = [
+                LeftOut(num_rows=int(rows.sum()), reason=why, serving_share=rounded((rows & serving).sum() / served))
+                for rows, why in ((mine & warm & ~few, reason), (mine & few, _FEW))
+            ]
+            yield Points(
+                op=op,
+                scope=FitScope(head_dim=int(dim), queries_per_group=None if per_group is None else int(per_group)),
+                features=features[keep],
+                seconds=table.seconds[keep],
+                shapes=shapes[keep].tolist(),
+                sizes={name: size[keep] for name, size in sizes.items()},
+                given=given or {},
+                origin=origin,
+                left_out=tuple(rows for rows in left_out if rows.num_rows),
+                notes=notes,
+            )
+
+
+_FEW = f"fewer than {MIN_HEADS} query heads on the rank: no served rank has so few, and they leave most of the GPU idle"

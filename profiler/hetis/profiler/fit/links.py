@@ -1,0 +1,89 @@
+"""All-reduces, transfers, and what an engine adds per iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from hetis.formats.measurements import MeasuredOp, Measurements
+from hetis.profiler.fit.points import MAX_BANDWIDTH, MAX_IMPOSSIBLE, Points, Selection, Unfitted, tables_of
+from hetis.solver.cluster import GpuType
+from hetis.solver.profile import FitScope, Op
+
+
+def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
+    """All-reduce by number of GPUs, the fastest library at each size; transfers between two GPUs."""
+    link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
+    chosen = into.points
+    for measurement in measurements:
+        found = [table for table in measurement.tables if table.op is MeasuredOp.ALL_REDUCE]
+        if found:
+            fastest: dict[tuple[float, float], float] = {}
+            for table in found:
+                columns = (table.numbers(name).tolist() for name in ("num_gpus", "num_bytes", "seconds"))
+                for n, num_bytes, seconds in zip(*columns, strict=True):
+                    fastest[n, num_bytes] = min(seconds, fastest.get((n, num_bytes), seconds))
+            origin = f"{measurement.provenance}, the fastest of {', '.join(sorted({t.kernel for t in found}))}"
+            chosen += _all_reduce(fastest, link, origin)
+            chosen = into.others
+    for path in ("peer", "loopback"):
+        for origin, table in tables_of(measurements, MeasuredOp.TRANSFER):
+            mine = np.array([text == path for text in table.text("path")])
+            if not mine.any():
+                continue
+            num_bytes, seconds = table.numbers("num_bytes")[mine], table.seconds[mine]
+            wire_s = num_bytes / link
+            if (wire_s > MAX_BANDWIDTH * seconds).mean() > MAX_IMPOSSIBLE:
+                reason = f"faster than the {link / 1e9:.0f} GB/s that the catalogue knows: a bridge it does not list"
+                into.unfitted.append(Unfitted(op=Op.TRANSFER, origin=origin, num_rows=len(seconds), reason=reason))
+                continue
+            into.points.append(
+                Points(
+                    op=Op.TRANSFER,
+                    scope=FitScope(),
+                    features=np.stack([np.ones(len(seconds)), wire_s], axis=1),
+                    seconds=seconds,
+                    shapes=["one"] * len(seconds),
+                    sizes={"num_bytes": num_bytes},
+                    origin=f"{origin}, {path}",
+                )
+            )
+            return
+
+
+def step_points(measurements: Sequence[Measurements], into: Selection) -> None:
+    """What an engine adds per iteration."""
+    for origin, table in tables_of(measurements, MeasuredOp.STEP):
+        tokens = table.numbers("tokens")
+        into.points.append(
+            Points(
+                op=Op.STEP,
+                scope=FitScope(),
+                features=np.stack([np.ones(len(table)), tokens], axis=1),
+                seconds=table.seconds,
+                shapes=["one"] * len(table),
+                sizes={"tokens": tokens, "batch": table.numbers("batch")},
+                origin=origin,
+            )
+        )
+        return
+
+
+def _all_reduce(fastest: dict[tuple[float, float], float], link: float, origin: str) -> Iterator[Points]:
+    """8 KiB to 256 MiB, by number of GPUs."""
+    for count in sorted({n for n, _ in fastest}):
+        rows = sorted((b, s) for (n, b), s in fastest.items() if n == count and 8192 <= b <= 2**28)
+        if len(rows) < 4:
+            continue
+        num_bytes, seconds = (np.array(column) for column in zip(*rows, strict=True))
+        wire_s = 2.0 * (count - 1) / count * num_bytes / link
+        yield Points(
+            op=Op.ALL_REDUCE,
+            scope=FitScope(tp=int(count)),
+            features=np.stack([np.ones(len(rows)), wire_s], axis=1),
+            seconds=seconds,
+            shapes=["one"] * len(rows),
+            sizes={"num_bytes": num_bytes},
+            origin=origin,
+        )

@@ -1,0 +1,96 @@
+"""What the commands share: options of every verb, where a verb writes, and exit codes that mean the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from hetis.formats.command_line import running
+from hetis.formats.command_line.running import run_application, version_printer
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
+from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
+from hetis.profiler.cli.exit_codes import ExitCode as ProfilerCode
+
+
+def application() -> typer.Typer:
+    """A command with two verbs: one prints data, the other fails as it is told."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+    @app.command()
+    @verb()
+    def show(terminal: Terminal, name: str, twice: bool = False) -> int:
+        terminal.say("showing")
+        terminal.detail("in detail")
+        terminal.emit(lambda: {"name": name, "twice": twice}, lambda: f"[name] {name}")
+        return 0
+
+    @app.command()
+    @verb(prints_data=False)
+    def fail(terminal: Terminal, how: str) -> int:
+        if how == "code":
+            terminal.error("went wrong", ["here", "there"])
+            return 5
+        raise {"interrupt": KeyboardInterrupt, "value": ValueError}[how](how)
+
+    @app.callback()
+    def command(
+        _version: bool = typer.Option(False, "--version", callback=version_printer("hetis-test"), is_eager=True),
+    ) -> None: ...
+
+    return app
+
+
+def run(*arguments: str) -> int:
+    return run_application(application(), "hetis-test", arguments, lambda error: 1 if str(error) == "value" else 99)
+
+
+def test_every_verb_takes_the_shared_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "a", "--twice", "-o", "json", "-v") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"name": "a", "twice": True}
+    assert captured.err.split("\n") == ["showing", "in detail", ""]
+    assert run("show", "a", "-q", "--no-color") == 0
+    assert capsys.readouterr() == ("[name] a\n", "")
+
+
+def test_a_verb_without_data_has_no_form_of_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fail", "code", "-o", "json") == 2
+    assert "No such option: -o" in capsys.readouterr().err
+
+
+def test_every_way_to_end_is_an_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HETIS_DEBUG", raising=False)
+    assert run("fail", "code") == 5
+    assert capsys.readouterr().err == "error: went wrong\n  here\n  there\n"
+    assert run("fail", "interrupt") == running.INTERRUPTED
+    assert run("fail", "value") == 1
+    monkeypatch.setenv("HETIS_DEBUG", "1")
+    with pytest.raises(ValueError, match="value"):
+        run("fail", "value")
+
+
+def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("hetis-test ")
+
+
+@pytest.mark.parametrize("codes", [PlannerCode, ProfilerCode], ids=["hetis-plan", "hetis-profile"])
+def test_both_commands_call_the_shared_ends_by_the_same_codes(codes: type[PlannerCode] | type[ProfilerCode]) -> None:
+    assert (codes.OK, codes.INTERRUPTED, codes.BROKEN_PIPE) == (running.OK, running.INTERRUPTED, running.BROKEN_PIPE)
+    assert {code.name: code.value for code in ProfilerCode}.items() <= {c.name: c.value for c in PlannerCode}.items()
+
+
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    program = (
+        "import sys; from tests.formats.command_line.test_command_line import run;"
+        "sys.stdout.write('x' * 100_000); sys.exit(run('show', '-q', 'y' * 100_000))"
+    )
+    shell = f'set -o pipefail; "{sys.executable}" -c "{program}" | head -c 1'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    assert done.returncode == running.BROKEN_PIPE
+    assert done.stderr == ""

@@ -1,0 +1,163 @@
+"""A thousand times too slow or too fast is found in every table, by every importer and in every profile."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetis.formats import catalogue
+from hetis.formats.errors import DocumentError
+from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
+from hetis.profiler.cli.doubts import impossible
+from hetis.profiler.fit import fit_profile
+from hetis.profiler.importers import import_tables
+from hetis.profiler.plausibility import STEP_SECONDS, implausible_fits, unit_doubt
+from hetis.profiler.roofline import modelled_profile
+from hetis.profiler.shipped import shipped_gpus, shipped_profile
+from hetis.profiler.work import roofline_seconds
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.profile import Fit, Op, Piece
+from tests.profiler.small_tables import SMALL_TABLES
+
+A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
+WRONG = pytest.mark.parametrize("factor", [1e3, 1e-3], ids=["too slow", "too fast"])
+HEADS = {"query_heads": 32.0, "kv_heads": 8.0, "head_dim": 128.0}
+COLUMNS: dict[MeasuredOp, dict[str, float | str]] = {
+    MeasuredOp.GEMM: {"m": 512.0, "n": 4096.0, "k": 4096.0, "weight_bits": 16.0},
+    MeasuredOp.LAYER: {
+        "model": "m", "op": "o", "tp": 1.0, "tokens": 512.0, "hidden": 4096.0, "params": 2e7, "weight_bits": 16.0
+    },
+    MeasuredOp.PREFILL_ATTENTION: {"batch": 1.0, "tokens": 2048.0, "past_tokens": 0.0, **HEADS},
+    MeasuredOp.DECODE_ATTENTION: {"batch": 64.0, "context_tokens": 2048.0, **HEADS},
+    MeasuredOp.ALL_REDUCE: {"num_gpus": 4.0, "num_bytes": 2.0**26, "impl": "NCCL"},
+    MeasuredOp.TRANSFER: {"num_bytes": 2.0**26, "path": "peer"},
+    MeasuredOp.KV_COPY: {"num_bytes": 2.0**26},
+    MeasuredOp.STEP: {"batch": 8.0, "tokens": 8.0},
+    MeasuredOp.E2E: {
+        "model": "m", "tp": 1.0, "batch": 1.0, "prompt_tokens": 512.0, "output_tokens": 128.0, "phase": "token"
+    },
+}  # fmt: skip
+EVERY_OP = pytest.mark.parametrize("op", list(MeasuredOp), ids=str)
+
+
+def table(op: MeasuredOp, factor: float = 1.0) -> Table:
+    """Thirty rows at half the peaks of an A100, steps of 1 ms and tokens of 30 ms; times a factor."""
+    columns = {name: np.full(30, value) for name, value in COLUMNS[op].items()}
+    draft = Table(op=op, kernel="k", columns={**columns, "seconds": np.full(30, 1e-3)})
+    least = roofline_seconds(draft, A100)
+    seconds = np.full(30, 30e-3 if op is MeasuredOp.E2E else 1e-3) if least is None else 2.0 * least
+    return Table(op=op, kernel="k", columns={**columns, "seconds": factor * seconds})
+
+
+@EVERY_OP
+def test_half_the_peak_is_no_doubt(op: MeasuredOp) -> None:
+    assert unit_doubt(table(op), A100) == ""
+
+
+@EVERY_OP
+@WRONG
+def test_a_factor_of_a_thousand_is_found_in_every_table(op: MeasuredOp, factor: float) -> None:
+    assert unit_doubt(table(op, factor), A100).endswith("is the unit right?")
+
+
+@EVERY_OP
+@WRONG
+def test_a_fit_refuses_it(op: MeasuredOp, factor: float) -> None:
+    measured = Measurements(gpu=A100.name, provenance=MeasuredBy(tool="a test"), tables=(table(op, factor),))
+    with pytest.raises(InvalidProblemError, match=rf"^A100-SXM-80GB: {op} of a test: .*: is the unit right\?$"):
+        fit_profile([measured], A100)
+
+
+def test_a_few_wrong_rows_are_no_wrong_unit() -> None:
+    """Robustness against them is the fit's business; the median says nothing of them."""
+    good = table(MeasuredOp.GEMM)
+    seconds = good.seconds.copy()
+    seconds[:10] *= 1e3
+    assert unit_doubt(replace(good, columns={**good.columns, "seconds": seconds}), A100) == ""
+
+
+def test_rows_that_a_launch_takes_longer_than_say_nothing() -> None:
+    columns = {name: np.full(30, value) for name, value in COLUMNS[MeasuredOp.DECODE_ATTENTION].items()}
+    columns |= {"batch": np.ones(30), "context_tokens": np.full(30, 128.0), "seconds": np.full(30, 5e-5)}
+    assert unit_doubt(Table(op=MeasuredOp.DECODE_ATTENTION, kernel="k", columns=columns), A100) == ""
+
+
+DECODE_ONLY = (
+    "gpu,n_embd,n_q_head,n_kv_head,tp,batch_size,prefill_chunk_size,kv_cache_size,is_prefill,attn_prefill_ms,"
+    "attn_decode_ms\nA100,8192,64,8,2,64,0,4096,False,,0.42\n"
+)
+TABLES = [
+    *(small for small in SMALL_TABLES if small[1] != "experts"),  # which have no operator of the cost model
+    ("vidur", "decode", DECODE_ONLY),
+    ("llmservingsim", "decode", DECODE_ONLY),
+]
+
+
+def scaled(text: str, factor: float) -> str:
+    """The table with every time in it multiplied."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        times = [name for name in row if name.endswith(("_ms", "_ns")) or name == "latency"]
+        writer.writerow(row | {name: repr(float(row[name]) * factor) for name in times if row[name]})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("form", "name", "text"), TABLES, ids=[f"{form} {name}" for form, name, _ in TABLES])
+def test_every_importer_refuses_it_and_takes_the_right_unit(form: str, name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    assert import_tables(form, [path])
+    for factor in (1e3, 1e-3):
+        path.write_text(scaled(text, factor))
+        with pytest.raises(DocumentError) as caught:
+            import_tables(form, [path])
+        assert str(caught.value).startswith(f"{path}: row ")
+        assert "is the unit right?" in str(caught.value) or "times faster than the peaks" in str(caught.value)
+
+
+def times_all(fit: Fit, factor: float) -> Fit:
+    return replace(
+        fit,
+        pieces=tuple(
+            Piece(**{name: factor * getattr(piece, name) for name in Piece.__dataclass_fields__})
+            for piece in fit.pieces
+        ),
+    )
+
+
+@pytest.mark.parametrize("gpu", [entry.gpu.name for entry in catalogue.gpus()])
+def test_no_modelled_profile_is_doubted(gpu: str) -> None:
+    found = catalogue.find_gpu(gpu).gpu
+    assert list(implausible_fits(modelled_profile(found), found)) == []
+
+
+@pytest.mark.parametrize("gpu", shipped_gpus())
+def test_no_shipped_profile_is_doubted(gpu: str) -> None:
+    profile = shipped_profile(gpu)
+    assert profile is not None
+    assert list(impossible(profile, catalogue.find_gpu(gpu).gpu)) == []
+
+
+@pytest.mark.parametrize("op", list(Op), ids=str)
+@WRONG
+def test_a_profile_with_it_is_broken(op: Op, factor: float) -> None:
+    profile = modelled_profile(A100)
+    fits = tuple(times_all(fit, factor) if fit.op is op else fit for fit in profile.fits)
+    broken = list(implausible_fits(replace(profile, fits=fits), A100))
+    assert {fit.op for fit, _ in broken} == {op}
+    assert all("is the unit right?" in sentence for _, sentence in broken)
+
+
+def test_an_engine_without_a_step_is_no_doubt() -> None:
+    profile = modelled_profile(A100)
+    free = tuple(times_all(fit, 0.0) if fit.op is Op.STEP else fit for fit in profile.fits)
+    assert list(implausible_fits(replace(profile, fits=free), A100)) == []
+    assert STEP_SECONDS[0] < 1e-3 < STEP_SECONDS[1]
