@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from hetis.solver.plan import Role
 from hetis.solver.problem import Family
 
 
@@ -19,11 +20,15 @@ class Strategy:
 
 
 def _uniform(family: Family) -> Family:
-    return replace(family, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0)
+    return replace(
+        family, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0, roles=(Role.UNIFIED,)
+    )
 
 
 def _hexgen(family: Family) -> Family:
-    return replace(family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0)
+    return replace(
+        family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0, roles=(Role.UNIFIED,)
+    )
 
 
 STRATEGIES: Mapping[str, Strategy] = {
