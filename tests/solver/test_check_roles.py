@@ -427,20 +427,20 @@ def test_shared_card_holds_the_kv_of_every_stage_it_serves() -> None:
         assert rules(plan_of(tight, claimed(replica, tight)), tight) == expected
 
 
-def test_shared_card_is_busy_with_every_stage_in_turn() -> None:
-    """A card that takes long over each pair: t is its time for both stages, twice what either alone would need."""
+def with_slow_shared_cards() -> tuple[PlacementProblem, Plan]:
+    """`two_stages_sharing`, where a card takes a second for a layer, whatever it holds."""
     problem, plan = two_stages_sharing()
-    pieces = (Piece(fixed_s=1.0),)
-    slow = replace(
-        problem.profiles["C"],
-        fits=tuple(replace(f, pieces=pieces) if f.op is Op.DECODE_ATTENTION else f for f in problem.profiles["C"].fits),
-    )
-    problem = replace(problem, profiles={**problem.profiles, "C": slow})
+    card = problem.profiles["C"]
+    fits = (replace(f, pieces=(Piece(fixed_s=1.0),)) if f.op is Op.DECODE_ATTENTION else f for f in card.fits)
+    slow = replace(problem, profiles={**problem.profiles, "C": replace(card, fits=tuple(fits))})
+    return slow, plan_of(slow, claimed(plan.replicas[0], slow))
+
+
+def test_shared_card_is_busy_with_every_stage_in_turn() -> None:
+    problem, plan = with_slow_shared_cards()
     (replica,) = plan.replicas
     own = tuple(replace(pool, devices=(f"c/{i}",), shared=False) for i, pool in enumerate(replica.attention_workers))
-    iterations = 10  # O / b
-    shared_s, own_s = (
-        derived_of(replace(replica, attention_workers=p), problem).t_s for p in (replica.attention_workers, own)
-    )
-    assert shared_s == pytest.approx(1.02 * iterations * 6 * 1.0, rel=1e-3)
-    assert own_s == pytest.approx(1.02 * iterations * 4 * 1.0, rel=1e-2)
+    alone = replace(replica, attention_workers=own)
+    iterations = 10  # O / b: 6 layers of both stages together, against the 4 of the larger
+    assert derived_of(replica, problem).t_s == pytest.approx(1.02 * iterations * 6 * 1.0, rel=1e-3)
+    assert derived_of(alone, problem).t_s == pytest.approx(1.02 * iterations * 4 * 1.0, rel=1e-2)

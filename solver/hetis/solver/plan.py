@@ -187,3 +187,8 @@ class Plan:
     runners_up: tuple[RunnerUp, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def served_rate(self) -> float:
+        """Saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""
+        unified = sum(replica.rate for replica in self.replicas if replica.role is Role.UNIFIED)
+        return unified + sum(route.rate for route in self.kv_routes)
