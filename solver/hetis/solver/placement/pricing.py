@@ -18,7 +18,7 @@ from hetis.solver.placement.options import NO_STAGES, Options, list_options, opt
 from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
 from hetis.solver.placement.stages import overdrawn
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
-from hetis.solver.placement.template import Configuration, Template, configurations, template_of
+from hetis.solver.placement.template import Configuration, Template, template_of
 from hetis.solver.placement.within_cap import best_within_cap
 
 BATCH = 32
@@ -107,7 +107,7 @@ def _parts(every: list[Configuration]) -> Iterator[_Part]:
 
 
 class Pricer:
-    """Prices all configurations of a family.
+    """Prices some configurations, all on one side of the master.
 
     ``row_costs`` [rows] is what a row's unit costs beside its dual. Intervals narrower than ``tolerance`` are not
     halved further: what that leaves open goes into the bound.
@@ -116,6 +116,7 @@ class Pricer:
     def __init__(
         self,
         atlas: Atlas,
+        every: list[Configuration],
         row_costs: FloatArray,
         *,
         max_copies: int,
@@ -125,16 +126,18 @@ class Pricer:
     ) -> None:
         self.atlas, self.row_costs = atlas, row_costs
         self.max_copies, self.max_pool, self.threads, self.tolerance = max_copies, max_pool, threads, tolerance
-        self.configurations = configurations(atlas)
+        self.configurations = every
         self.parts = list(_parts(self.configurations))
         self.scarce = _scarce(atlas)
 
     def price(self, row_prices: FloatArray, floor: float, keep: float, budget: Budget) -> Priced:
-        """Finds the best column of every configuration whose ratio could exceed ``floor``.
+        """Finds the best column of every configuration whose ratio could exceed ``floor`` (inf: of none).
 
         Columns within ``keep`` of the best ratio found so far are returned; a configuration that cannot come that
         close is not searched, and its ceiling does not exceed the bound returned.
         """
+        if not self.configurations or floor == np.inf:
+            return Priced((), floor if self.configurations else 0.0, True)
         prices = row_prices + self.row_costs
         worth = self.atlas.group_use @ prices, self.atlas.card_use @ prices
         best, bound, complete = floor, floor, True

@@ -18,7 +18,7 @@ from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.uniform import uniform_templates
-from hetis.solver.placement.zones import merged_problem, row_prices_of, zone_templates
+from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_prices_of, zone_templates
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 
@@ -32,7 +32,7 @@ def search(
     """
     if not atlas.ranks:
         return None
-    master = Master(atlas.resources.limits, _demand(atlas.problem))
+    master = Master(atlas.resources.limits, _demand(atlas.problem), atlas.routes)
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
@@ -48,7 +48,7 @@ def search(
         return None
     one_zone = merged_problem(atlas.problem)
     if one_zone is not None:
-        outcome = _search_merged(build_atlas(one_zone), generation, threads, gap_target, seed)
+        outcome = _search_merged(build_atlas(one_zone, is_relaxation=True), generation, threads, gap_target, seed)
         if outcome is not None:
             return outcome
     outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
@@ -68,7 +68,7 @@ def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_ta
     atlas = generation.atlas
     fastest = ColumnGeneration(
         atlas,
-        Master(atlas.resources.limits, None),
+        Master(atlas.resources.limits, None, atlas.routes),
         np.zeros(len(atlas.resources.rows)),
         budget=generation.budget,
         report=silent,
@@ -85,7 +85,7 @@ def _search_merged(
 
     The columns found stay with ``generation``.
     """
-    master = Master(merged.resources.limits, generation.master.demand)
+    master = Master(merged.resources.limits, generation.master.demand, merged.routes)
     relaxed = ColumnGeneration(
         merged, master, row_costs_of(merged), budget=generation.budget, report=generation.report
     )  # fmt: skip
@@ -94,8 +94,11 @@ def _search_merged(
         return None
     generation.pool.add(zone_templates(merged, generation.atlas, relaxed.pool.templates))
     generation.bound = Bound(
-        relaxed.bound.value, row_prices_of(merged, generation.atlas, relaxed.bound.row_prices)
-    )  # fmt: skip
+        relaxed.bound.value,
+        row_prices_of(merged, generation.atlas, relaxed.bound.row_prices),
+        np.zeros_like(generation.atlas.routes.capacity),
+        rate_prices_of(merged, generation.atlas, relaxed.bound.rate_prices),
+    )
     generation.is_whole_family = True
     generation.choose(gap=gap_target / 10, seed=seed)
     small_enough = generation.gap() <= max(gap_target, 0.005)
@@ -133,7 +136,7 @@ def _enumerate_uniform(
     columns = pool.columns()
     found = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
     relaxed = master.solve_lp(columns)
-    if found is None or relaxed is None:
+    if found is None or relaxed is None or found.value <= 0.0:
         return None
     others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
     return Outcome(
@@ -141,6 +144,8 @@ def _enumerate_uniform(
         value=found.value,
         bound=found.bound,
         row_prices=relaxed.row_prices,
+        rate_prices=relaxed.rate_prices,
+        flows=found.flows,
         runners_up=tuple(others[:5]),
         interrupted=budget.cancelled.is_set(),
     )
@@ -149,5 +154,5 @@ def _enumerate_uniform(
 def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
     """A plan of equal stages for want of time, bounded by dense work alone."""
     outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
-    bound = dense_work_bound(atlas) if master.maximises else 0.0
+    bound = dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)
