@@ -175,7 +175,11 @@ class ExactSearch:
             tables = self.atlas.scopes[c.scope].tables
             cap = tables.t_cap[c.mix, c.in_flight_index]
             ceiling = self.speed_bound[c.scope, c.mix] / (1.0 + c.slack)
-            if ceiling[-1] * cap < 1.0 or not np.any(self.roomy[kind] & (ceiling > np.maximum(wanted, f.rate))):
+            if (
+                ceiling[-1] == 0.0
+                or ceiling[-1] * cap < 1.0
+                or not np.any(self.roomy[kind] & (ceiling > np.maximum(wanted, f.rate)))
+            ):
                 continue
             if c.is_sequential and tolerance < TOLERANCES[0]:
                 continue  # found exactly by the first pass

@@ -384,7 +384,7 @@ class ColumnGeneration:
 
 
 def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:
-    """A bound on the total rate from dense work alone, before any search.
+    """A bound on the total rate of replicas of these roles from dense work alone, before any search.
 
     A GPU that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)`` layers per second
     for the best mix and TP size n of a role, and every request needs all layers. Where prompts are prefilled apart,
@@ -400,8 +400,10 @@ def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:
 
 
 def _layers_per_s(atlas: Atlas, device_class: int, role: Role) -> float:
+    """Of one GPU of a class; 0 where no replica of the role may have it."""
+    gpu = atlas.classes[device_class].gpu
     mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role]
-    if not mixes:
+    if not mixes or not any(role in scope.roles and scope.gpu in (None, gpu) for scope in atlas.scopes):
         return 0.0
     layer_s = atlas.scopes[0].tables.layer_s[mixes]
     speeds = [1.0 / (tp * layer_s[:, s].min()) for s, (g, tp) in enumerate(atlas.ranks) if g == device_class]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.template import Template
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_prices_of, zone_templates
 from hetis.solver.plan import ObjectiveKind
@@ -32,6 +34,8 @@ def search(
     """
     if not atlas.ranks:
         return None
+    if atlas.problem.family.one_type_per_role and atlas.role_types is None:
+        return _search_types(atlas, strategy, budget, gap_target, seed, threads, report)
     master = Master(atlas.resources.limits, _demand(atlas.problem), atlas.routes)
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
@@ -48,7 +52,10 @@ def search(
         return None
     one_zone = merged_problem(atlas.problem)
     if one_zone is not None:
-        outcome = _search_merged(build_atlas(one_zone, is_relaxation=True), generation, threads, gap_target, seed)
+        merged = build_atlas(one_zone, is_relaxation=True)
+        if atlas.role_types is not None:
+            merged = merged.of_types(*atlas.role_types)
+        outcome = _search_merged(merged, generation, threads, gap_target, seed)
         if outcome is not None:
             return outcome
     outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
@@ -56,6 +63,56 @@ def search(
         # Columns were found that fit in no packing: too little proof of anything.
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
     return outcome
+
+
+def _search_types(
+    atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
+) -> Outcome | None:
+    """The best pair of GPU types for prefill and decode; pairs whose dense work cannot beat the best are left out."""
+    gpus, maximises = dict.fromkeys(c.gpu for c in atlas.classes), atlas.problem.objective.maximises
+    pairs = [atlas.of_types(prefill, decode) for prefill in gpus for decode in gpus]
+    ceilings = [dense_work_bound(pair, atlas.problem.family.roles) for pair in pairs]
+    best: Outcome | None = None
+    bounds = list[float]()
+    for ceiling, pair in sorted(zip(ceilings, pairs, strict=True), key=itemgetter(0), reverse=True):
+        if best is not None and maximises and ceiling <= best.value:
+            break
+        found = None
+        if best is None or not budget.is_spent():
+            found = search(pair, strategy, budget, gap_target, seed, threads, _of_a_pair(report, best, maximises))
+        if found is None and budget.is_spent():
+            bounds.append(ceiling if maximises else 0.0)
+        if found is None:
+            continue
+        bounds.append(found.bound)
+        if best is None or (found.value > best.value if maximises else found.value < best.value):
+            best = replace(
+                found,
+                chosen=tuple((_in_scopes_of(atlas, pair, t), n) for t, n in found.chosen),
+                runners_up=tuple(_in_scopes_of(atlas, pair, t) for t in found.runners_up),
+            )
+    if best is None:
+        return None
+    best = replace(best, bound=max(bounds) if maximises else min(bounds), interrupted=budget.cancelled.is_set())
+    report(Progress(phase="pairs of GPU types", elapsed_s=budget.elapsed_s(), incumbent=best.value, bound=best.bound))
+    return best
+
+
+def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
+    """A template of an atlas of two GPU types as one of the whole."""
+    zones = pair.scopes[template.scope].zones
+    return replace(template, scope=next(i for i, scope in enumerate(atlas.scopes) if scope.zones == zones))
+
+
+def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:
+    """News of one pair among many: its bound says nothing of the others, its incumbent may not be the best."""
+    better = max if maximises else min
+
+    def told(progress: Progress) -> None:
+        known = [value for value in (progress.incumbent, best.value if best else None) if value is not None]
+        report(replace(progress, incumbent=better(known) if known else None, bound=None, gap=None))
+
+    return told
 
 
 def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:

@@ -8,7 +8,7 @@ then a few look-ups away, see `options.py`; `tabulation.py` fills the tables.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -119,6 +119,17 @@ class Atlas:
     pool_sizes: tuple[int, ...]
     scopes: tuple[Scope, ...]
     routes: Routes
+    role_types: tuple[str, str] | None = None  # the GPU types of prefill and of decode replicas; None: any
+
+    def of_types(self, prefill: str, decode: str) -> Atlas:
+        """The same problem with prefill replicas of one GPU type, decode replicas of one, and no others."""
+        scopes = (
+            scope.of_type(gpu, self.classes, (role,))
+            for scope in self.scopes
+            for role, gpu in ((Role.PREFILL, prefill), (Role.DECODE, decode))
+            if role in scope.roles
+        )
+        return replace(self, scopes=tuple(scopes), role_types=(prefill, decode))
 
     def side_of(self, scope: int, mix: int) -> int:
         """The side of the master on which replicas of a scope and mix stand."""

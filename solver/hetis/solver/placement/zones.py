@@ -60,7 +60,7 @@ def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> li
         for template in templates:
             stages = _stages_on(merged, class_of, rank_of, template)
             mix = merged.mixes[template.mix]
-            for x in mixes_like[mix.micro_batch, mix.chunk_tokens] if stages else ():
+            for x in mixes_like[mix.micro_batch, mix.chunk_tokens] if stages and part.serves(mix) else ():
                 moved = replace(template, scope=scope, mix=x, stages=stages)
                 if mix.role is not Role.UNIFIED:  # what leaves for or comes from other zones takes its time
                     moved = replace(moved, interval_s=interval_of(atlas, moved))

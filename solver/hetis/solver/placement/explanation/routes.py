@@ -18,6 +18,11 @@ def route_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
     if all(replica.role is Role.UNIFIED for replica in plan.replicas):
         return
     yield _sides(plan)
+    yield from link_sentences(plan, problem)
+
+
+def link_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
+    """What the KV takes of the links between zones, the fullest first; nothing where all of it stays in its zone."""
     loads = _loads(plan, problem)
     links = sorted(loads, key=lambda pair: -loads[pair] / problem.cluster.network.zone_link(*pair).bytes_per_s)
     kv_bytes = _prompt_bytes(problem)
