@@ -11,7 +11,7 @@ from hetis.planner.sources import LoadedInputs
 from hetis.planner.versions import installed_versions
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -21,9 +21,11 @@ DEFAULT_TPOT_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to search; all of it goes into ``plan.inputs``."""
+    """How to search; all of it goes into ``plan.inputs``. ``roles``: those that replicas may have; empty: all of the
+    strategy."""
 
     strategy: str = "hetis"
+    roles: tuple[Role, ...] = ()
     time_limit_s: float = 60.0
     gap_target: float = 0.001
     seed: int = 0
@@ -68,6 +70,7 @@ def make_plan(
     """
     from hetis.solver.check import check_plan
     from hetis.solver.placement import solve_placement
+    from hetis.solver.placement.explanation.routes import link_sentences
 
     plan = solve_placement(
         problem,
@@ -78,7 +81,8 @@ def make_plan(
         threads=settings.threads,
         report=report,
     )
-    plan = replace(plan, inputs=_inputs(loaded, settings), notes=plan.notes + profile_notes(problem))
+    notes = (*plan.notes, *link_sentences(plan, problem), *profile_notes(problem))
+    plan = replace(plan, inputs=_inputs(loaded, settings, problem), notes=notes)
     violations = check_plan(plan, problem)
     if violations:
         raise UncheckedPlanError(tuple(str(violation) for violation in violations))
@@ -98,9 +102,10 @@ def missed(plan: Plan, settings: Settings) -> list[str]:
     return found
 
 
-def _inputs(loaded: LoadedInputs, settings: Settings) -> dict[str, Any]:
+def _inputs(loaded: LoadedInputs, settings: Settings, problem: PlacementProblem) -> dict[str, Any]:
     return {
         "versions": installed_versions(),
+        "roles": [role.value for role in problem.family.roles],
         "seed": settings.seed,
         "threads": settings.threads,
         "gap_target": settings.gap_target,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hetis.planner.cli import quantities, words
+from hetis.planner.cli import families, quantities, words
 from hetis.planner.cli.terminal import OutputFormat
-from hetis.solver.plan import ObjectiveKind
+from hetis.solver.plan import ObjectiveKind, Role
 
 # --- of every verb
 
@@ -109,16 +108,29 @@ TpotOption = Annotated[
 _SEARCH = "Search"
 
 
-class Strategy(StrEnum):
-    """Families of plans; a test keeps this in step with `hetis.solver.placement.strategies.STRATEGIES`."""
-
-    HETIS = "hetis"
-    UNIFORM = "uniform"
-    HEXGEN = "hexgen"
-
+DEFAULT_STRATEGY = "hetis"
 
 StrategyOption = Annotated[
-    Strategy, typer.Option("--strategy", rich_help_panel=_SEARCH, help="Family of plans to search.")
+    str,
+    typer.Option(
+        "--strategy",
+        parser=families.strategy,
+        metavar="NAME",
+        autocompletion=words.strategy_names,
+        rich_help_panel=_SEARCH,
+        help="Family of plans to search, a name of `catalog strategies`.",
+    ),
+]
+RolesOption = Annotated[
+    frozenset[Role] | None,
+    typer.Option(
+        "--roles",
+        parser=families.roles,
+        metavar="ROLE,...",
+        rich_help_panel=_SEARCH,
+        show_default="all of the strategy",
+        help="What replicas may do: unified, or prefill,decode, or all three.",
+    ),
 ]
 TimeLimitOption = Annotated[
     float,
