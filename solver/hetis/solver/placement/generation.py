@@ -288,7 +288,9 @@ class ColumnGeneration:
         return floors
 
     def _relaxation(self) -> LpSolution | None:
-        return self.master.solve_lp(self.pool.columns()) if self.pool.templates else None
+        """The relaxation over the columns seen; None while they serve nothing, or not what is demanded."""
+        lp = self.master.solve_lp(self.pool.columns()) if self.pool.templates else None
+        return lp if lp is not None and lp.value > 0.0 else None
 
     def _smoothed(self, lp: LpSolution) -> tuple[FloatArray, FloatArray]:
         if not np.isfinite(self.bound.value) or self.bound.value <= 0:

@@ -129,8 +129,9 @@ class Routes:
         The bound is ``s worth + sum capacity link price``, convex and piecewise linear in s.
         """
         effort, between = self._efforts(theta)
-        least = max(float(theta[UNIFIED]), float((1.0 / np.diag(effort)).max(initial=0.0)))
-        stops = 1.0 / effort[between]
+        with np.errstate(divide="ignore"):
+            least = max(float(theta[UNIFIED]), float((1.0 / np.diag(effort)).max(initial=0.0)))
+            stops = 1.0 / effort[between]
         found = [(self._rate_at(s, worth, effort, between), s) for s in (least, *stops[stops > least])]
         value, scale = min(found)
         links = np.zeros_like(effort)
