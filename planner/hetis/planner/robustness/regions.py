@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hetis.planner.report.grouping import group_replicas
-from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op
 from hetis.solver.workload import WorkloadMoments
@@ -57,8 +57,10 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
     b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
     decode = {"batch": float(b), "context_tokens": model.attended_tokens(moments.resident_context)}
     past = moments.prefill_pairs / moments.mean_prompt
+    iterations = {Role.UNIFIED: (b, b + C), Role.PREFILL: (C,), Role.DECODE: (b,)}[replica.role]
+    group_bytes = model.kv_bytes_per_token_group()
     for position, stage in enumerate(replica.stages):
-        for tokens in (b, b + C):
+        for tokens in iterations:
             yield Use(gpu=stage.gpu, op=Op.DENSE, tp=stage.tp, sizes={"tokens": float(tokens)})
             num_bytes = float(tokens * model.hidden * model.activation_bytes)
             if stage.tp > 1:
@@ -66,10 +68,18 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
                 yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=stage.tp, sizes=sizes)
             if position > 0:
                 yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
-        prefill = {"tokens": float(C), "context_tokens": model.attended_tokens(past)}
-        yield Use(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
-        if stage.kv_head_groups_kept:
+        if replica.role is not Role.DECODE:
+            prefill = {"tokens": float(C), "context_tokens": model.attended_tokens(past)}
+            yield Use(gpu=stage.gpu, op=Op.PREFILL_ATTENTION, tp=stage.tp, sizes=prefill)
+        if replica.role is not Role.PREFILL and stage.kv_head_groups_kept:
             yield Use(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=decode)
+        if replica.role is Role.PREFILL:
+            sent = {"num_bytes": C * model.head_groups * group_bytes}
+            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=sent)
+        if replica.role is Role.DECODE and stage.kv_head_groups_kept:
+            kept = min(stage.tp, model.head_groups) * stage.kv_head_groups_kept
+            received = {"num_bytes": moments.mean_prompt * kept * group_bytes}
+            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=received)
     for pool in replica.attention_workers:
         yield Use(gpu=pool.gpu, op=Op.DECODE_ATTENTION, tp=1, sizes=decode)
 
