@@ -76,11 +76,12 @@ class Pool:
                 self.links.append(routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS)
         return len(self.templates) - before
 
-    def columns(self) -> Columns:
+    def columns(self, rate_cap: float = np.inf) -> Columns:
+        """All templates; rates count up to ``rate_cap`` only."""
         count, uses = len(self.uses), np.array(self.uses, dtype=np.int64)
         uses = uses.reshape(count, -1)
         return Columns(
-            rates=np.array([t.rate for t in self.templates]),
+            rates=np.minimum(np.array([t.rate for t in self.templates]), rate_cap),
             costs=uses @ self.row_costs,
             uses=uses,
             sides=np.array([self.atlas.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
@@ -224,15 +225,17 @@ class ColumnGeneration:
         prices, links, smooth = self.bound.row_prices, self.bound.link_prices, True
         floors = np.zeros(len(pricers))
         barren = np.zeros(len(pricers), dtype=bool)  # sides without a single replica
-        lp = self._relaxation()
+        cap = self._rate_cap()
+        lp = self._relaxation(cap)
         for _ in range(MAX_ROUNDS):
             if lp is not None:
                 prices, links = self._smoothed(lp) if smooth else (lp.row_prices, lp.link_prices)
-                floors = self._floors(self._lifted(prices), links, lp.demand_price)
+                floors = self._floors(self._lifted(prices), links, lp.demand_price, cap)
             lifted = self._lifted(prices)
             floors[barren] = np.inf
             priced = [
-                pricer.price(lifted, floor, KEEP, self.budget) for pricer, floor in zip(pricers, floors, strict=True)
+                pricer.price(lifted, floor, KEEP, self.budget, rate_cap=cap)
+                for pricer, floor in zip(pricers, floors, strict=True)
             ]
             complete = all(side.complete for side in priced)
             theta = np.array([side.ratio_bound for side in priced])
@@ -242,7 +245,8 @@ class ColumnGeneration:
             added = self.pool.add([template for side in priced for template in side.templates])
             if not complete:
                 return False
-            lp = self._relaxation()
+            last_cap, cap = cap, self._rate_cap()
+            lp = self._relaxation(cap)
             if lp is None:
                 if not added:
                     return False
@@ -251,7 +255,7 @@ class ColumnGeneration:
             self._tell(f"column generation, {len(self.pool.templates)} columns")
             if gap <= target_gap:
                 return True
-            if not added and not smooth:
+            if not added and not smooth and cap >= last_cap * (1.0 - target_gap):
                 return True  # nothing improves on the relaxation: what is left of the gap is the pricing's tolerance
             smooth = added > 0
         return False
@@ -272,13 +276,24 @@ class ColumnGeneration:
             for side in range(self.atlas.routes.num_sides)
         ]
 
-    def _floors(self, prices: FloatArray, link_prices: FloatArray, demand_price: float) -> FloatArray:
+    def _rate_cap(self) -> float:
+        """What a single replica can serve of a plan at most: no plan is better than the bound, or need be than the
+        demand.
+
+        A replica above it is worth no more than one at the cap. Without the cap the relaxation would take a part of
+        one that is too large for the fleet, above all of a prefill replica, of which there are few.
+        """
+        return self.bound.value if self.master.demand is None else self.master.demand
+
+    def _floors(
+        self, prices: FloatArray, link_prices: FloatArray, demand_price: float, rate_cap: float
+    ) -> FloatArray:  # fmt: skip
         """The ratio of every side below which a replica improves neither the relaxation nor the bound; [sides].
 
         No column seen has a ratio above one (1 / rate price) at the relaxation's prices, and none at all at the
         bound's: columns below one at prices in between improve neither. Of a side without columns anything may.
         """
-        columns, routes = self.pool.columns(), self.atlas.routes
+        columns, routes = self.pool.columns(rate_cap), self.atlas.routes
         seen = np.zeros(routes.num_sides)
         np.maximum.at(seen, columns.sides, columns.rates / (columns.costs + columns.uses @ prices))
         rate_prices = routes.shared_out(seen, max(demand_price, 1e-300), link_prices)
@@ -287,9 +302,9 @@ class ColumnGeneration:
         floors[1:][seen[1:] == 0.0] = 0.0
         return floors
 
-    def _relaxation(self) -> LpSolution | None:
+    def _relaxation(self, rate_cap: float) -> LpSolution | None:
         """The relaxation over the columns seen; None while they serve nothing, or not what is demanded."""
-        lp = self.master.solve_lp(self.pool.columns()) if self.pool.templates else None
+        lp = self.master.solve_lp(self.pool.columns(rate_cap)) if self.pool.templates else None
         return lp if lp is not None and lp.value > 0.0 else None
 
     def _smoothed(self, lp: LpSolution) -> tuple[FloatArray, FloatArray]:

@@ -163,7 +163,7 @@ class _Trial:
     outcome: Outcome | None
 
     def latency_s(self, constraint: Constraint, others: Constraints) -> float:
-        """What the plan's replicas reach that have this latency: all of them where a demand needs all, else the best."""
+        """What the replicas that have this latency reach: all of them where a demand needs all, else the best."""
         assert self.outcome is not None, "only asked of a plan that exists"
         a, family = self.atlas, self.atlas.problem.family
         found = []
