@@ -191,7 +191,10 @@ class ReplicaPlan(_message.Message):
 
     @_builtins.property
     def kv_zones(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Zones of the decode replicas that a prefill replica may send KV to. Empty: it sends none, like every other role."""
+        """Zones of the decode replicas that a prefill replica may send KV to. Empty: it sends none, like every other role.
+        Who hands the KV over between two engines is not part of this protocol: the planner puts roles in force and says
+        how much should go where (PlanResult.kv_routes).
+        """
 
     def __init__(
         self,
@@ -359,6 +362,7 @@ class Replica(_message.Message):
     CONDITIONS_FIELD_NUMBER: _builtins.int
     ASSIGNED_GENERATION_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Output only. Always set."""
     plan: _builtins.str
@@ -384,6 +388,10 @@ class Replica(_message.Message):
     model_digest: _builtins.str
     """Digest of the model that it serves, as Document.digest: a plan for another model does not keep it. Output only.
     Always set.
+    """
+    role: Global___ReplicaRole.ValueType
+    """What it does with a request, as its shape says. Output only. UNSPECIFIED: UNIFIED, as all replicas were that were
+    started before there were roles.
     """
     @_builtins.property
     def shape(self) -> Global___ReplicaPlan:
@@ -433,10 +441,11 @@ class Replica(_message.Message):
         conditions: _abc.Iterable[Global___DeviceCondition] | None = ...,
         assigned_generation: _builtins.int = ...,
         model_digest: _builtins.str = ...,
+        role: Global___ReplicaRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "report", b"report", "report_time", b"report_time", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "authority", b"authority", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "shape", b"shape", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "authority", b"authority", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "role", b"role", "shape", b"shape", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -483,7 +492,9 @@ class Assignment(_message.Message):
 
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageModel]:
-        """What the dispatcher of the primary needs, one per copy of each stage. Empty on nodes without the primary."""
+        """What the dispatcher of the primary needs, one per copy of each stage. Empty on nodes without the primary, and of a
+        prefill replica: it decodes nothing, so that there are no head groups to place.
+        """
 
     @_builtins.property
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceCondition]:
