@@ -17,6 +17,9 @@ from hetis.solver.workload import Workload
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
+KV_IS_FOR_ENGINES = (
+    "KV routes are planned, not carried out: engines of prefill and decode replicas hand the KV over by themselves"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +84,8 @@ def make_plan(
         threads=settings.threads,
         report=report,
     )
-    notes = (*plan.notes, *link_sentences(plan, problem), *profile_notes(problem))
+    routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
+    notes = (*plan.notes, *routed, *profile_notes(problem))
     plan = replace(plan, inputs=_inputs(loaded, settings, problem), notes=notes)
     violations = check_plan(plan, problem)
     if violations:
