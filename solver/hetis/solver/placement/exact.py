@@ -61,22 +61,26 @@ def kind_of(mix: Mix) -> Kind:
     return Kind.PREFILL if mix.sends_afar else Kind.LOCAL_PREFILL
 
 
-def speed_bounds(atlas: Atlas, lattice: Lattice) -> FloatArray:
-    """Upper bounds on the rate of any replica, per scope, mix and sub-fleet, from dense work alone; [scopes, X, V].
+def speed_bounds(atlas: Atlas, lattice: Lattice) -> tuple[FloatArray, FloatArray]:
+    """Upper bounds on the rate of replicas, per scope, mix and sub-fleet, from dense work alone; [scopes, X, V] each.
 
     A GPU of class g that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)``
-    layers per second for the best TP size n; a replica needs all layers from the GPUs it has.
+    layers per second for the best TP size n; a replica needs all layers from the GPUs it has. With a single
+    micro-batch in flight it has them one after the other, none faster than the fastest: the second bound.
     """
-    bounds = []
+    bounds, sequential = [], []
+    present = (lattice.digits > 0).T
     for scope in atlas.scopes:
         t = scope.tables
-        speeds = np.zeros((len(atlas.mixes), len(atlas.resources.rows)))
+        speeds, fastest = np.zeros((2, len(atlas.mixes), len(atlas.resources.rows)))
         for s, (device_class, tp) in enumerate(atlas.ranks):
             if t.available[device_class] > 0:
                 row = atlas.resources.rows.index((device_class, 1))
                 speeds[:, row] = np.maximum(speeds[:, row], 1.0 / (tp * t.layer_s[:, s]))
+                fastest[:, row] = np.maximum(fastest[:, row], 1.0 / np.maximum(t.layer_s[:, s], t.wire_s[:, s]))
         bounds.append(speeds @ lattice.digits.T / t.num_layers)
-    return np.array(bounds)
+        sequential.append((fastest[:, :, None] * present).max(axis=1) / t.num_layers)
+    return np.array(bounds), np.minimum(bounds, sequential)
 
 
 @dataclass(slots=True)
@@ -107,7 +111,7 @@ class ExactSearch:
         self.costs = self.lattice.digits @ row_costs
         self.configurations = configurations(atlas)
         self.kinds = [kind_of(atlas.mixes[c.mix]) for c in self.configurations]
-        self.speed_bound = speed_bounds(atlas, self.lattice)
+        self.speed_bound, self.sequential_bound = speed_bounds(atlas, self.lattice)
         self.zones = self._zones()
         self._options: dict[tuple[int, int, int], tuple[Options, Entries]] = {}
         count = len(self.lattice.digits)
@@ -174,7 +178,8 @@ class ExactSearch:
             f, wanted = self.frontiers[kind], needed[kind]
             tables = self.atlas.scopes[c.scope].tables
             cap = tables.t_cap[c.mix, c.in_flight_index]
-            ceiling = self.speed_bound[c.scope, c.mix] / (1.0 + c.slack)
+            speed = self.sequential_bound if c.is_sequential else self.speed_bound
+            ceiling = speed[c.scope, c.mix] / (1.0 + c.slack)
             if (
                 ceiling[-1] == 0.0
                 or ceiling[-1] * cap < 1.0

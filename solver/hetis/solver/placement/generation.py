@@ -228,6 +228,8 @@ class ColumnGeneration:
         cap = self._rate_cap()
         lp = self._relaxation(cap)
         for _ in range(MAX_ROUNDS):
+            if cap <= 0.0:
+                return True  # no replica does anything
             if lp is not None:
                 prices, links = self._smoothed(lp) if smooth else (lp.row_prices, lp.link_prices)
                 floors = self._floors(self._lifted(prices), links, lp.demand_price, cap)
