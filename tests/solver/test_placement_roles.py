@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
@@ -56,7 +56,7 @@ def value_of(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool 
 
 
 @pytest.mark.parametrize("strategy", APART)
-@settings(max_examples=2 * EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=4, kinds=KINDS))
 def test_exact_search_of_roles_finds_the_optimum_of_brute_force(strategy: str, problem: PlacementProblem) -> None:
     problem = of_strategy(problem, strategy)
@@ -70,7 +70,7 @@ def test_exact_search_of_roles_finds_the_optimum_of_brute_force(strategy: str, p
 
 
 @pytest.mark.parametrize("strategy", APART)
-@settings(max_examples=max(4, EXAMPLES // 4))
+@settings(max_examples=max(4, EXAMPLES // 8))
 @given(problem=problems(max_gpus=4, kinds=KINDS))
 def test_optimum_of_roles_lies_between_plan_and_bound(strategy: str, problem: PlacementProblem) -> None:
     problem = of_strategy(problem, strategy)
@@ -88,7 +88,7 @@ def test_optimum_of_roles_lies_between_plan_and_bound(strategy: str, problem: Pl
 
 
 @exactly
-@settings(max_examples=max(4, EXAMPLES // 4))
+@settings(max_examples=max(4, EXAMPLES // 8))
 @given(problem=problems(max_gpus=6, kinds=KINDS, family=SMALL_FAMILY))
 def test_hetis_is_never_worse_than_hexgen2_nor_hexgen2_than_splitwise(exact: bool, problem: PlacementProblem) -> None:
     names = ("hetis", "hexgen", "hexgen2", "splitwise")
@@ -164,7 +164,7 @@ def test_a_slow_link_changes_the_plan_and_is_never_overdrawn(exact: bool, bytes_
 
 
 @exactly
-@settings(max_examples=max(4, EXAMPLES // 2))
+@settings(max_examples=max(4, EXAMPLES // 8))
 @given(problem=problems(max_gpus=6, family=SMALL_FAMILY))
 def test_routes_never_exceed_either_side_and_carry_what_is_served(exact: bool, problem: PlacementProblem) -> None:
     plan = solved(problem, "hexgen2", exact=exact)
@@ -257,7 +257,7 @@ def test_a_family_without_roles_has_none_in_its_plans() -> None:
     assert plan.family.endswith("every replica prefills and decodes")
 
 
-@settings(max_examples=EXAMPLES // 2, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES // 3)
 @given(problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY))
 def test_roles_never_make_the_optimum_worse(problem: PlacementProblem) -> None:
     unified = value_of(replace(problem, family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,))))
