@@ -255,6 +255,15 @@ def test_plan_outside_the_family_is_caught(family: dict[str, object], expected: 
     assert rules(replace(sound(the_problem()), family=problem.family.describe()), problem) == expected
 
 
+def test_family_of_a_plan_from_before_there_were_roles_is_that_of_unified_replicas() -> None:
+    problem = the_problem(roles=(Role.UNIFIED,))
+    plan = plan_of(problem, claimed(unclaimed(UNIFIED_STAGE), problem))
+    before, _, of_roles = plan.family.rpartition("; ")
+    assert of_roles == "every replica prefills and decodes"
+    assert rules(replace(plan, family=before), problem) == set()
+    assert rules(replace(plan, family=before), the_problem()) == {Rule.FAMILY}
+
+
 @pytest.mark.parametrize(("number", "name", "rule"), [(0, "ttft", Rule.TTFT_LIMIT), (1, "tpot", Rule.TPOT_LIMIT)])
 def test_latency_of_a_role_above_its_limit_is_caught(number: int, name: str, rule: Rule) -> None:
     problem = the_problem()
