@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from operator import itemgetter
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
-from hetis.solver.placement.template import Template
+from hetis.solver.placement.types_of_roles import search_types
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_prices_of, zone_templates
 from hetis.solver.plan import ObjectiveKind
@@ -34,8 +33,13 @@ def search(
     """
     if not atlas.ranks:
         return None
-    if atlas.problem.family.one_type_per_role and atlas.role_types is None:
-        return _search_types(atlas, strategy, budget, gap_target, seed, threads, report)
+    family = atlas.problem.family
+
+    def of_types(pair: Atlas, news: Report) -> Outcome | None:
+        return search(pair, strategy, budget, gap_target, seed, threads, news)
+
+    if family.one_type_per_role and atlas.role_types is None:
+        return search_types(atlas, of_types, None, budget, threads, report)
     master = Master(atlas.resources.limits, _demand(atlas.problem), atlas.routes)
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
@@ -46,6 +50,17 @@ def search(
         if outcome is None and budget.is_spent():
             return _first_plan(atlas, master, row_costs, budget, seed)
         return outcome
+    outcome = _generate(atlas, master, row_costs, budget, gap_target, seed, threads, report)
+    if outcome is not None and family.splits_roles and atlas.role_types is None:
+        outcome = search_types(atlas, of_types, outcome, budget, threads, report)
+    return outcome
+
+
+def _generate(
+    atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int, threads: int,
+    report: Report,
+) -> Outcome | None:  # fmt: skip
+    """Column generation, zones merged or not."""
     _announce_compilation(best_replica, budget, report)
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
@@ -63,56 +78,6 @@ def search(
         # Columns were found that fit in no packing: too little proof of anything.
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
     return outcome
-
-
-def _search_types(
-    atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
-) -> Outcome | None:
-    """The best pair of GPU types for prefill and decode; pairs whose dense work cannot beat the best are left out."""
-    gpus, maximises = dict.fromkeys(c.gpu for c in atlas.classes), atlas.problem.objective.maximises
-    pairs = [atlas.of_types(prefill, decode) for prefill in gpus for decode in gpus]
-    ceilings = [dense_work_bound(pair, atlas.problem.family.roles) for pair in pairs]
-    best: Outcome | None = None
-    bounds = list[float]()
-    for ceiling, pair in sorted(zip(ceilings, pairs, strict=True), key=itemgetter(0), reverse=True):
-        if best is not None and maximises and ceiling <= best.value:
-            break
-        found = None
-        if best is None or not budget.is_spent():
-            found = search(pair, strategy, budget, gap_target, seed, threads, _of_a_pair(report, best, maximises))
-        if found is None and budget.is_spent():
-            bounds.append(ceiling if maximises else 0.0)
-        if found is None:
-            continue
-        bounds.append(found.bound)
-        if best is None or (found.value > best.value if maximises else found.value < best.value):
-            best = replace(
-                found,
-                chosen=tuple((_in_scopes_of(atlas, pair, t), n) for t, n in found.chosen),
-                runners_up=tuple(_in_scopes_of(atlas, pair, t) for t in found.runners_up),
-            )
-    if best is None:
-        return None
-    best = replace(best, bound=max(bounds) if maximises else min(bounds), interrupted=budget.cancelled.is_set())
-    report(Progress(phase="pairs of GPU types", elapsed_s=budget.elapsed_s(), incumbent=best.value, bound=best.bound))
-    return best
-
-
-def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
-    """A template of an atlas of two GPU types as one of the whole."""
-    zones = pair.scopes[template.scope].zones
-    return replace(template, scope=next(i for i, scope in enumerate(atlas.scopes) if scope.zones == zones))
-
-
-def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:
-    """News of one pair among many: its bound says nothing of the others, its incumbent may not be the best."""
-    better = max if maximises else min
-
-    def told(progress: Progress) -> None:
-        known = [value for value in (progress.incumbent, best.value if best else None) if value is not None]
-        report(replace(progress, incumbent=better(known) if known else None, bound=None, gap=None))
-
-    return told
 
 
 def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:
