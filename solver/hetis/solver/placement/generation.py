@@ -350,7 +350,7 @@ class ColumnGeneration:
             start=self.incumbent,
             seed=seed,
         )
-        if found is not None and self._is_better(found.value):
+        if found is not None and found.value > 0.0 and self._is_better(found.value):
             self.incumbent = found
             self._tell("whole counts")
         return self.incumbent
