@@ -13,7 +13,7 @@ from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
 from hetis.solver.placement.master import Master
-from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
@@ -65,7 +65,7 @@ def _generate(
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
         return None
-    one_zone = merged_problem(atlas.problem)
+    one_zone, relaxed = merged_problem(atlas.problem), None
     if one_zone is not None:
         merged = build_atlas(one_zone, is_relaxation=True)
         if atlas.role_types is not None:
@@ -73,11 +73,16 @@ def _generate(
         outcome = _search_merged(merged, generation, threads, gap_target, seed)
         if outcome is not None:
             return outcome
+        relaxed = generation.bound.value if generation.is_whole_family else None
     outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
     if outcome is None and generation.may_have_plan and not budget.is_spent():
         # Columns were found that fit in no packing: too little proof of anything.
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
-    return outcome
+    if outcome is None or relaxed is None:
+        return outcome
+    tightest = min if master.maximises else max  # the relaxation's bound holds, whatever the zones' own search proves
+    bound = sound_bound(tightest(outcome.bound, relaxed), outcome.value, maximises=master.maximises)
+    return replace(outcome, bound=bound)
 
 
 def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:
