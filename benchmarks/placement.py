@@ -35,6 +35,7 @@ from benchmarks.measuring.instances import (
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
 from hetis.solver.cluster import Cluster
+from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
 
 BETWEEN = (
@@ -50,7 +51,9 @@ GPUS_PER_TYPES_ROW = 1024
 BETWEEN_LIMIT_S = 10.0
 CURVE_LIMIT_S = 10.0
 # One choice of each for all replicas: small enough for the compact MILP.
-SHRUNK = Family(max_copies=2, max_pool=0, micro_batches=(32,), in_flight=(8,), chunk_tokens=(512,))
+SHRUNK = Family(
+    max_copies=2, max_pool=0, micro_batches=(32,), in_flight=(8,), chunk_tokens=(512,), roles=(Role.UNIFIED,)
+)
 MILP_REPLICAS = 1
 MILP_STAGES = 4
 MILP_LIMIT_S = 60.0

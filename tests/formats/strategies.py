@@ -17,10 +17,12 @@ from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
+    KvRoute,
     Objective,
     ObjectiveKind,
     Plan,
     ReplicaPlan,
+    Role,
     RunnerUp,
     SolveResult,
     StagePlan,
@@ -208,19 +210,30 @@ STAGES = st.builds(
     devices=DEVICES,
     kv_head_groups_kept=COUNTS,
 )
-POOLS = st.builds(AttentionWorkerPool, stage=COUNTS, gpu=TITLES, devices=DEVICES, kv_head_groups=COUNTS)
-REPLICAS = st.builds(
-    ReplicaPlan,
-    rate=NOT_NEGATIVE,
-    ttft_s=NOT_NEGATIVE,
-    tpot_s=NOT_NEGATIVE,
-    micro_batch=SMALL,
-    in_flight=SMALL,
-    chunk_tokens=SMALL,
-    kv_tokens=COUNTS,
-    stages=st.lists(STAGES, max_size=2).map(tuple),
-    attention_workers=st.lists(POOLS, max_size=2).map(tuple),
+POOLS = st.builds(
+    AttentionWorkerPool, stage=COUNTS, gpu=TITLES, devices=DEVICES, kv_head_groups=COUNTS, shared=st.booleans()
 )
+ROUTES = st.builds(KvRoute, prefill=COUNTS, decode=COUNTS, rate=NOT_NEGATIVE)
+
+
+def replicas_of(role: Role) -> st.SearchStrategy[ReplicaPlan]:
+    return st.builds(
+        ReplicaPlan,
+        rate=NOT_NEGATIVE,
+        ttft_s=NOT_NEGATIVE,
+        tpot_s=NOT_NEGATIVE,
+        micro_batch=st.just(0) if role is Role.PREFILL else SMALL,
+        in_flight=SMALL,
+        chunk_tokens=st.just(0) if role is Role.DECODE else SMALL,
+        kv_tokens=COUNTS,
+        stages=st.lists(STAGES, max_size=2).map(tuple),
+        attention_workers=st.lists(POOLS, max_size=2).map(tuple),
+        role=st.just(role),
+        kv_zones=st.lists(TITLES, max_size=2).map(tuple),
+    )
+
+
+REPLICAS = st.sampled_from(Role).flatmap(replicas_of)
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
@@ -260,6 +273,7 @@ def plans(draw: st.DrawFn) -> Plan:
         result=result,
         objective=objective,
         replicas=tuple(draw(st.lists(REPLICAS, max_size=2))),
+        kv_routes=tuple(draw(st.lists(ROUTES, max_size=2))),
         prices=tuple(draw(st.lists(price, max_size=2))),
         runners_up=tuple(draw(st.lists(st.builds(RunnerUp, shape=TEXTS, rate=finite, reason=TEXTS), max_size=2))),
         notes=tuple(draw(st.lists(TEXTS, max_size=2))),

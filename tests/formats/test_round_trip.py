@@ -29,7 +29,16 @@ from hetis.formats.documents import (
 )
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import parse_text
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
+from hetis.solver.plan import (
+    AttentionWorkerPool,
+    Objective,
+    ObjectiveKind,
+    Plan,
+    ReplicaPlan,
+    SolveResult,
+    StagePlan,
+    Status,
+)
 from hetis.solver.workload import Workload
 
 from . import strategies
@@ -96,6 +105,26 @@ def test_a_missing_bound_is_null_in_json(tmp_path: Path, kind: ObjectiveKind, bo
     (tmp_path / "plan.json").write_text(dump(plan, "json"))
     result = json.loads((tmp_path / "plan.json").read_text())["result"]
     assert (result["bound"], result["gap"]) == (None, None)
+    assert load_plan(tmp_path / "plan.json") == plan
+
+
+def test_a_plan_of_a_time_before_roles_is_unified(tmp_path: Path) -> None:
+    stage = StagePlan(gpu="L4", tp=1, copies=1, first_layer=0, num_layers=2, devices=("a/0",), kv_head_groups_kept=8)
+    pool = AttentionWorkerPool(stage=0, gpu="L4", devices=("a/1",), kv_head_groups=1)
+    replica = ReplicaPlan(
+        rate=1.0, ttft_s=1.0, tpot_s=0.1, micro_batch=1, in_flight=1, chunk_tokens=256, kv_tokens=100,
+        stages=(stage,), attention_workers=(pool,),
+    )  # fmt: skip
+    plan = replace(a_plan(ObjectiveKind.GOODPUT), replicas=(replica,))
+    data = json.loads(dump(plan, "json"))
+    del data["kv_routes"]
+    for part, names in (
+        (data["replicas"][0], ("role", "kv_zones")),
+        (data["replicas"][0]["attention_workers"][0], ("shared",)),
+    ):
+        for name in names:
+            del part[name]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
     assert load_plan(tmp_path / "plan.json") == plan
 
 

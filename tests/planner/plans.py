@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
+    KvRoute,
     Objective,
     ObjectiveKind,
     Plan,
     ReplicaPlan,
+    Role,
     RunnerUp,
     SolveResult,
     StagePlan,
@@ -56,6 +60,23 @@ def paper_replica() -> ReplicaPlan:
         stage("P100-PCIe-12GB", tp=2, first=74, layers=6, devices=("p100/0", "p100/1")),
         pools=(AttentionWorkerPool(stage=0, gpu="P100-PCIe-12GB", devices=("p100/2", "p100/3"), kv_head_groups=1),),
     )
+
+
+def split_plan() -> Plan:
+    """Three equal prefill replicas, two decode replicas, one of them with attention workers, and a unified one."""
+    prefill = tuple(
+        replace(
+            replica(stage("L4", tp=1, first=0, layers=80, devices=(f"l4-{i}/0",)), rate=1.0),
+            role=Role.PREFILL, kv_zones=("east", "west"), micro_batch=0, tpot_s=0.0,
+        )
+        for i in range(3)
+    )  # fmt: skip
+    decode = tuple(
+        replace(one, role=Role.DECODE, chunk_tokens=0, ttft_s=0.0, rate=rate)
+        for one, rate in ((paper_replica(), 1.6), (deep_replica(5), 1.0))
+    )
+    routes = tuple(KvRoute(prefill=i, decode=3 + i // 2, rate=1.0 if i == 2 else 0.8) for i in range(3))
+    return replace(plan(*prefill, *decode, paper_replica()), kv_routes=routes)
 
 
 def deep_replica(num_stages: int, node: int = 0) -> ReplicaPlan:
@@ -166,7 +187,9 @@ def explanation(of: Plan) -> Explanation:
                     transfer_s=0.01,
                     head_s=0.0,
                     other_s=0.02,
-                    total_s=0.52,
+                    kv_wait_s=0.0 if one.role is Role.UNIFIED else 0.04,
+                    kv_wire_s=0.0 if one.role is Role.UNIFIED else 0.13,
+                    total_s=0.52 if one.role is Role.UNIFIED else 0.56,
                     is_bottleneck=index == 0,
                 )
             )
@@ -181,6 +204,9 @@ def explanation(of: Plan) -> Explanation:
             ),
         ),
         attention_workers="Two P100 hold half the KV of stage 1: 1.50 requests/s against 1.42 without them.",
+        kv_routes=("Prefill replicas give 3 requests/s, decode replicas 2.6: the decode side limits.",)
+        if of.kv_routes
+        else (),
     )
 
 

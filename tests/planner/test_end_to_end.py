@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from hetis.planner.cli.options import Strategy
 from hetis.solver.placement.strategies import STRATEGIES
 from tests.command_line import environment
 from tests.planner.command_line import COMMAND, hetis_plan
@@ -157,10 +156,10 @@ def test_equal_seeds_give_equal_plans(folder: Path, plan: dict[str, Any]) -> Non
     assert again["result"] | {"solve_s": 0} == plan["result"] | {"solve_s": 0}
 
 
-@pytest.mark.parametrize("strategy", Strategy)
-def test_restricted_strategies_are_never_better(strategy: Strategy, folder: Path, plan: dict[str, Any]) -> None:
-    restricted = json.loads(place(folder, "--strategy", strategy.value, "-o", "json").stdout)
-    assert restricted["strategy"] == strategy.value
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_restricted_strategies_are_never_better(strategy: str, folder: Path, plan: dict[str, Any]) -> None:
+    restricted = json.loads(place(folder, "--strategy", strategy, "-o", "json").stdout)
+    assert restricted["strategy"] == strategy
     assert restricted["result"]["value"] <= plan["result"]["bound"] * (1 + 1e-6)
 
 
@@ -171,8 +170,38 @@ def test_every_objective_is_answered(objective: str, folder: Path) -> None:
     assert json.loads(done.stdout)["result"]["objective"] == objective
 
 
-def test_the_command_line_knows_every_strategy() -> None:
-    assert {strategy.value for strategy in Strategy} == set(STRATEGIES)
+def test_roles_of_a_plan_are_those_that_were_asked_for(folder: Path, plan: dict[str, Any]) -> None:
+    assert plan["inputs"]["roles"] == ["unified", "prefill", "decode"]
+    unified = json.loads(place(folder, "--roles", "unified", "-o", "json").stdout)
+    assert unified["inputs"]["roles"] == ["unified"]
+    assert {replica["role"] for replica in unified["replicas"]} == {"unified"}
+    assert unified["result"]["value"] <= plan["result"]["bound"] * (1 + 1e-6)
+    split = json.loads(place(folder, "--roles", "decode,prefill", "-o", "json").stdout)
+    assert split["inputs"]["roles"] == ["prefill", "decode"]
+    assert {replica["role"] for replica in split["replicas"]} == {"prefill", "decode"}
+    assert split["kv_routes"]
+    assert split["result"]["value"] <= plan["result"]["bound"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--strategy", "hexgen3"), "'hexgen3' is not one of "),
+        (("--roles", "unified,prefil"), "'prefil' is not one of unified, prefill, decode, did you mean prefill?"),
+        (("--roles", "decode"), "'decode' has decode replicas without prefill replicas, which they need"),
+        (("--roles", ""), "'' is not one of unified, prefill, decode"),
+        (
+            ("--strategy", "uniform", "--roles", "prefill,decode"),
+            "strategy uniform has unified replicas only, prefill, decode are asked for",
+        ),
+    ],
+)
+def test_strategies_and_roles_that_do_not_exist_are_refused(
+    folder: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    done = place(folder, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert says in " ".join(done.stderr.replace("│", " ").split())
 
 
 MANY_TYPES = """\

@@ -75,7 +75,8 @@ def test_every_kind_has_a_json_schema(kind: Kind) -> None:
 def test_catalogues_print_the_same_entries_in_every_form(which: Catalogue) -> None:
     as_json = json.loads(invoke("catalog", which.value, "-o", "json").stdout)
     assert yaml.safe_load(invoke("catalog", which.value, "-o", "yaml").stdout) == as_json
-    assert len(as_json) >= {Catalogue.GPUS: 54, Catalogue.MODELS: 44, Catalogue.WORKLOADS: 6}[which]
+    least = {Catalogue.GPUS: 54, Catalogue.MODELS: 44, Catalogue.WORKLOADS: 6, Catalogue.STRATEGIES: 5}
+    assert len(as_json) >= least[which]
     table = invoke("catalog", which.value).stdout
     assert len(table.splitlines()) >= len(as_json)
     assert max(map(len, table.splitlines())) <= 80
@@ -100,6 +101,7 @@ def test_completion_prints_a_script(shell: str) -> None:
         ("hetis-plan pl", "place"),
         ("hetis-plan place --model llama-2-70", "llama-2-70b-hf"),
         ("hetis-plan place --workload az", "azure_conv_2023"),
+        ("hetis-plan place --strategy spl", "splitwise"),
     ],
 )
 def test_the_completion_script_gets_its_words(

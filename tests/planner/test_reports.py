@@ -21,6 +21,7 @@ PLANS = {
     "deep": plans.plan(plans.deep_replica(18)),
     "deepest": plans.plan(plans.deep_replica(80)),
     "large": plans.plan(*plans.large_replicas(2000), zones=tuple(f"zone-{i}" for i in range(20))),
+    "roles": plans.split_plan(),
     "empty": plans.plan(),
     "bare": replace(plans.plan(plans.paper_replica()), inputs={}, prices=(), runners_up=(), notes=()),
 }
@@ -61,6 +62,31 @@ def test_the_table_view_shows_stages_workers_and_devices() -> None:
     text = text_of(render_plan(PLANS["paper"]))
     for part in ("TP2 ×2", "0–51 (52)", "1 of 2", "a100/[0-3]", "p100/[2-3]", "r3090-[0-1]/[0-1]"):
         assert part in text
+
+
+def test_the_table_view_shows_roles_and_routes_at_a_glance() -> None:
+    lines = text_of(render_plan(PLANS["roles"])).splitlines()
+    text = "\n".join(lines)
+    assert "6 replicas (1 unified, 3 prefill, 2 decode) on " in " ".join(text.split())
+    assert "requests/s: prefill 3.00, decode 2.60, routed 2.60, unified 1.50" in text
+    assert "3 equal replicas, prefill  1.000 requests/s saturated each, 3.000 together" in text
+    assert "Replica 3 decode  1.600 requests/s saturated" in text
+    assert "TTFT 1.21 s until the KV is there · 4 prompts in flight · chunks of 512" in text
+    assert "TPOT 99.8 ms · 64 decoding = 16 × 4 in flight\n" in text
+    assert "sends KV to east, west" in text
+    routes = [line.split() for line in lines[lines.index("KV routes") + 2 :]]
+    assert routes[0][:5] + routes[0][-3:] == ["3", "equal", "(L4)", "replica", "3", "1.600", "53%", "100%"]
+    assert "prefill" not in text_of(render_plan(PLANS["paper"]))
+
+
+def test_the_explanation_shows_the_wire_of_replicas_that_have_one() -> None:
+    text = " ".join(text_of(render_explanation(PLANS["roles"], plans.explanation(PLANS["roles"]))).split())
+    assert "Replica 0 (prefill), as 2 more" in text
+    assert "wait (wire) stage 1 53.6 7.1 17.9 1.8 3.6 7.1 23.2" in text
+    assert "Prefill to decode • Prefill replicas give 3 requests/s" in text
+    unified = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
+    assert "wire" not in unified
+    assert "Prefill to decode" not in unified
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.placing import Settings, make_plan, objective
 from hetis.planner.robustness.alternatives import Alternative, regret, smaller_families
-from hetis.planner.robustness.fixed_plan import FixedPlan, Reach, structure_of
+from hetis.planner.robustness.fixed_plan import FixedPlan, Reach
+from hetis.planner.robustness.groups import structure_of
 from hetis.planner.robustness.notes import PROFILE_ERRORS, predicted_of, profile_notes, with_profile_errors
 from hetis.planner.robustness.perturbing import corners, perturbed, scaled, tp_sizes, used_fits
 from hetis.planner.robustness.ranges import MOST_ERROR, predicted
@@ -28,25 +30,32 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
 from hetis.solver.check.claims import Rederivation
+from hetis.solver.cluster import Link
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement import solve_placement
-from hetis.solver.plan import Objective, ObjectiveKind, Plan
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile, Source
 from tests.planner.command_line import EXAMPLES
+from tests.solver import test_check_roles
 
-FLEETS = ("paper", "h100-p100")  # without and with attention workers
+FLEETS = ("paper", "h100-p100", "split")  # without and with attention workers; prefill and decode apart
 
 
 @cache
 def posed(fleet: str) -> PlacementProblem:
-    cluster, model = load_cluster(EXAMPLES / f"{fleet}.yaml"), load_model("Llama-2-70B")
+    cluster = load_cluster(EXAMPLES / f"{'h100-l4' if fleet == 'split' else fleet}.yaml")
+    model, family, goal = load_model("Llama-2-70B"), Family(), Objective()
+    if fleet == "split":
+        family, goal = replace(family, roles=(Role.PREFILL, Role.DECODE)), replace(goal, ttft_limit_s=30.0)
     names = {slots.gpu for group in cluster.node_groups for slots in group.gpus}
     return PlacementProblem(
         cluster=cluster,
         model=model,
         workload=load_workload("azure_conv_2023"),
         profiles={name: modelled_profile(cluster.gpu_types[name]) for name in names},
+        objective=goal,
+        family=family,
     )
 
 
@@ -91,6 +100,20 @@ def test_doubling_all_times_halves_the_rate_and_doubles_latencies(fleet: str) ->
     assert twice.rate == pytest.approx(once.rate / 2, rel=1e-9)
     assert twice.ttft_s == pytest.approx(2 * once.ttft_s, rel=1e-9)
     assert twice.tpot_s == pytest.approx(2 * once.tpot_s, rel=1e-9)
+
+
+def test_a_split_plan_serves_what_both_sides_and_the_links_between_zones_let_through() -> None:
+    """Prefill in the east, decode in both zones: on a slow link the west decodes what the link brings, no more."""
+    for between in (Link(bytes_per_s=4e8, latency_s=1e-3), Link(bytes_per_s=2e5, latency_s=1e-3)):
+        problem = test_check_roles.the_problem(between=between)
+        plan = test_check_roles.sound(problem)
+        prefill, east, west, unified = (replica.rate for replica in plan.replicas)
+        over_link = between.bytes_per_s / (120 * 6 * 2 * 256)  # the KV of a prompt: P L G kvb bytes
+        routed = min(prefill, east + min(west, over_link))
+        found = FixedPlan(plan, problem)
+        assert found.as_planned({}).rate == pytest.approx(0.9 * (unified + routed))
+        assert found.latency_s({}, 0.5 * found.as_planned({}).rate) < math.inf
+        assert found.latency_s({}, 1e9) == math.inf
 
 
 @pytest.mark.parametrize("fleet", FLEETS)

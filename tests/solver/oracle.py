@@ -1,10 +1,11 @@
 """The best plan of a tiny problem by brute force, written to be obviously right rather than fast.
 
-Every sequence of stages that the fleet could hold, every split of the layers, every (b, M, C), then every set of
-replicas that packs into the nodes. Rates and bytes come from the checker's own derivation, so that the oracle shares
-nothing with the search.
+Every role, every sequence of stages that the fleet could hold, every split of the layers, every (b, M, C), then every
+set of replicas that packs into the nodes, with the KV flows between its zones as a linear program of its own. Rates and
+bytes come from the checker's own derivation, so that the oracle shares nothing with the search.
 
-Not covered, and refused: explicit links between nodes; zone links so slow that traffic binds.
+Not covered, and refused: explicit links between nodes; zone links so slow that the activations of replicas over several
+zones bind. KV may bind.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from scipy.optimize import linprog
+
 from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import slowest
 from hetis.solver.check.memory import rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import slack, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.check.timing import landing_seconds, slack, stage_seconds, tpot_per_t, ttft_per_t
 from hetis.solver.cluster import Cluster, Link
-from hetis.solver.plan import ObjectiveKind
+from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
 
 
@@ -54,13 +57,75 @@ def best_plan_value(problem: PlacementProblem) -> float:
     assert not problem.cluster.network.between_nodes, "the oracle does not know explicit node links"
     nodes = device_classes(problem.cluster)
     replicas = best_replica_of_need(problem, nodes)
-    best, best_set = 0.0 if problem.objective.maximises else math.inf, list[Need]()
-    for needs in packable_sets(list(replicas), nodes):
-        value = value_of(problem, nodes, needs, sum(replicas[need].rate for need in needs))
-        if value > best if problem.objective.maximises else value < best:
-            best, best_set = value, needs
-    assert_zone_links_do_not_bind(problem, [replicas[need] for need in best_set])
+    best, best_set = 0.0 if problem.objective.maximises else math.inf, list[Wanted]()
+    for wanted in packable_sets(list(replicas), nodes):
+        rate = served_rate(problem, wanted, replicas)
+        value = value_of(problem, nodes, [w.need for w in wanted], rate)
+        if (value > best if problem.objective.maximises else value < best) and is_one_type_per_role(problem, wanted):
+            best, best_set = value, wanted
+    assert_zone_links_do_not_bind(problem, [replicas[w] for w in best_set])
     return best
+
+
+def is_one_type_per_role(problem: PlacementProblem, wanted: list[Wanted]) -> bool:
+    types: dict[Role, set[str]] = {}
+    for w in wanted:
+        types.setdefault(w.role, set()).update(w.gpus)
+    return not problem.family.one_type_per_role or all(len(gpus) == 1 for gpus in types.values())
+
+
+def served_rate(problem: PlacementProblem, wanted: list[Wanted], replicas: Mapping[Wanted, BestReplica]) -> float:
+    """Requests/s that unified replicas serve, plus the most that prefill and decode replicas serve together."""
+    unified = sum(replicas[w].rate for w in wanted if w.role is Role.UNIFIED)
+    sending = [(w, replicas[w].rate) for w in wanted if w.role is Role.PREFILL]
+    receiving = [(w, replicas[w].rate) for w in wanted if w.role is Role.DECODE]
+    if not sending or not receiving:
+        return unified
+    if len({zone for w in wanted for zone in w.zones}) == 1:
+        return unified + min(sum(rate for _, rate in sending), sum(rate for _, rate in receiving))
+    return unified + greatest_flow(problem, wanted, sending, receiving)
+
+
+def greatest_flow(
+    problem: PlacementProblem,
+    wanted: list[Wanted],
+    sending: list[tuple[Wanted, float]],
+    receiving: list[tuple[Wanted, float]],
+) -> float:
+    """Between every prefill and every decode replica that may be joined: rates and links allow so much."""
+    model, zones, network = problem.model, problem.cluster.zones(), problem.cluster.network
+    kv_bytes = problem.workload.moments().mean_prompt * model.num_layers * model.head_groups
+    kv_bytes *= model.kv_bytes_per_token_group()
+    pairs = [
+        (i, j) for i, (s, _) in enumerate(sending) for j, (r, _) in enumerate(receiving) if r.zones[0] in s.kv_zones
+    ]
+    if not pairs:
+        return 0.0
+    rows, limits = [], []
+    for i, (_, rate) in enumerate(sending):
+        rows.append([float(pair[0] == i) for pair in pairs])
+        limits.append(rate)
+    for j, (_, rate) in enumerate(receiving):
+        rows.append([float(pair[1] == j) for pair in pairs])
+        limits.append(rate)
+    for a, b in itertools.permutations(zones, 2):
+        rows.append([float(sending[i][0].zones == (a,) and receiving[j][0].zones == (b,)) for i, j in pairs])
+        shares = [share_of_link(problem, w.zones) for w in wanted if {a, b} <= set(w.zones)]
+        limits.append(max(0.0, network.zone_link(a, b).bytes_per_s - sum(shares)) / kv_bytes)
+    found = linprog([-1.0] * len(pairs), A_ub=rows, b_ub=limits)
+    assert found.success
+    return float(-found.fun)
+
+
+def share_of_link(problem: PlacementProblem, zones: tuple[str, ...]) -> float:
+    """Bytes/s that a replica over several zones is granted on the links among them, used or not."""
+    model, network = problem.model, problem.cluster.network
+    slowest_bytes = min(network.zone_link(a, b).bytes_per_s for a, b in itertools.combinations(zones, 2))
+    room = 0.0
+    for device_class, count in device_classes(problem.cluster).items():
+        profile = problem.profiles[device_class.gpu]
+        room += (profile.usable_bytes - profile.reserve_bytes) * device_class.per_node * count
+    return slowest_bytes / max(1, int(room / (model.params() * model.weight_bytes)))
 
 
 def value_of(problem: PlacementProblem, nodes: Mapping[DeviceClass, int], needs: list[Need], rate: float) -> float:
@@ -93,24 +158,51 @@ def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
     return nodes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A replica's role, where its KV may go, and what it takes of the fleet."""
+
+    role: Role
+    zones: tuple[str, ...]
+    kv_zones: tuple[str, ...]
+    gpus: frozenset[str]
+    need: Need
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class BestReplica:
     rate: float
     hops_in_zones: int  # at most, of a replica in several zones; 0 inside one
 
 
-def best_replica_of_need(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> dict[Need, BestReplica]:
-    """The best single replica for everything it may take of the fleet."""
+def best_replica_of_need(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> dict[Wanted, BestReplica]:
+    """The best single replica for everything it may do and take of the fleet."""
     options = list(stage_options(problem, nodes))
     rederivation = Rederivation(problem)
-    family, replicas = problem.family, dict[Need, BestReplica]()
-    for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
-        setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
-        for zones in subsets({device_class.zone for device_class in nodes}):
-            search = ReplicaSearch(problem, setting, nodes, options, zones)
-            for need, replica in search.all_replicas():
-                replicas[need] = max(replicas.get(need, replica), replica)
+    replicas = dict[Wanted, BestReplica]()
+    zones = {device_class.zone for device_class in nodes}
+    for role, b, M, C in iterations(problem):
+        setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C, role=role)
+        for span in subsets(zones):
+            if role is not Role.UNIFIED and len(span) > 1:
+                continue
+            for kv_zones in {span, tuple(sorted(zones))} if role is Role.PREFILL else {()}:
+                search = ReplicaSearch(problem, setting, nodes, options, span, kv_zones)
+                for need, replica in search.all_replicas():
+                    gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
+                    wanted = Wanted(role=role, zones=span, kv_zones=kv_zones, gpus=gpus, need=need)
+                    replicas[wanted] = max(replicas.get(wanted, replica), replica)
     return replicas
+
+
+def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int]]:
+    """Every (role, b, M, C) of the family."""
+    family = problem.family
+    for role in family.roles:
+        batches = (0,) if role is Role.PREFILL else family.micro_batches
+        chunks = (0,) if role is Role.DECODE else family.chunk_tokens
+        for b, M, C in itertools.product(batches, family.in_flight, chunks):
+            yield role, b, M, C
 
 
 def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> Iterator[StageOption]:
@@ -160,16 +252,23 @@ class ReplicaSearch:
         nodes: Mapping[DeviceClass, int],
         options: list[StageOption],
         zones: tuple[str, ...],
+        kv_zones: tuple[str, ...],
     ) -> None:
         network = problem.cluster.network
         zone_links = [network.zone_link(a, b) for a in zones for b in zones]
+        kv_links = [network.zone_link(zones[0], zone) for zone in kv_zones]
         self.problem, self.setting, self.nodes, self.zones = problem, setting, nodes, zones
         self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated ones
-        self.options = [
-            replace(option, shape=replace(option.shape, hop_link=slowest([option.device_class.nic, *zone_links])))
-            for option in options
-            if option.device_class.zone in zones
-        ]
+        self.options = []
+        for option in options:
+            if option.device_class.zone in zones and (setting.role is not Role.PREFILL or option.shape.pool is None):
+                hop_link = slowest([option.device_class.nic, *zone_links])
+                kv_link = slowest([hop_link, *kv_links]) if kv_links else None
+                shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link)
+                self.options.append(replace(option, shape=shape))
+        shapes = [option.shape for option in self.options if option.shape.kv_link is not None]
+        # Of all the ranks in the zone, whichever a replica uses: what it keeps of the TTFT limit for the last KV.
+        self.landing_s = max((landing_seconds(setting, s, s.kv_link) for s in shapes if s.kv_link), default=0.0)
         self.seconds: dict[tuple[int, int, bool, bool], float | None] = {}
         self.possible: dict[Need, list[tuple[int, Need]]] = {}
 
@@ -228,7 +327,7 @@ class ReplicaSearch:
             return
         busiest_s, total_s = times
         t_s = (1 + slack(self.setting, replica.copies)) * max(busiest_s, total_s / self.setting.in_flight)
-        if t_s <= t_limit_s(self.setting):
+        if t_s <= t_limit_s(self.setting, self.landing_s):
             hops = replica.copies - 1 if len(self.zones) > 1 else 0
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
 
@@ -265,13 +364,13 @@ def fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last:
     return worker_bytes(setting, stage, stage.pool, is_first=is_first) <= profiles[stage.pool.gpu].usable_bytes
 
 
-def t_limit_s(setting: Setting) -> float:
+def t_limit_s(setting: Setting, landing_s: float) -> float:
     """The latency limits as a limit on t."""
     objective, limit = setting.problem.objective, math.inf
-    if objective.tpot_limit_s is not None:
+    if objective.tpot_limit_s is not None and setting.role is not Role.PREFILL:
         limit = objective.tpot_limit_s / tpot_per_t(setting)
-    if objective.ttft_limit_s is not None:
-        limit = min(limit, objective.ttft_limit_s / ttft_per_t(setting))
+    if objective.ttft_limit_s is not None and setting.role is not Role.DECODE:
+        limit = min(limit, (objective.ttft_limit_s - landing_s) / ttft_per_t(setting))
     return limit
 
 
@@ -280,15 +379,15 @@ def subsets(zones: set[str]) -> Iterator[tuple[str, ...]]:
         yield from itertools.combinations(sorted(zones), size)
 
 
-def packable_sets(needs: list[Need], nodes: Mapping[DeviceClass, int]) -> Iterator[list[Need]]:
+def packable_sets(replicas: list[Wanted], nodes: Mapping[DeviceClass, int]) -> Iterator[list[Wanted]]:
     """Every multiset of replicas that fits into the nodes, the empty one included."""
 
-    def extend(chosen: list[Need], start: int, taken: Need) -> Iterator[list[Need]]:
+    def extend(chosen: list[Wanted], start: int, taken: Need) -> Iterator[list[Wanted]]:
         yield chosen
-        for i in range(start, len(needs)):
-            more = combine(taken, needs[i])
+        for i in range(start, len(replicas)):
+            more = combine(taken, replicas[i].need)
             if fits_nodes(more, nodes):
-                yield from extend([*chosen, needs[i]], i, more)
+                yield from extend([*chosen, replicas[i]], i, more)
 
     yield from extend([], 0, ((),) * len(nodes))
 

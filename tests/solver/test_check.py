@@ -11,24 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.check.claims import Derived, Rederivation
-from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import MoeShape
-from hetis.solver.placement.classes import device_classes
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
     Objective,
     ObjectiveKind,
     Plan,
-    ReplicaPlan,
-    SolveResult,
     StagePlan,
     Status,
 )
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
+from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
     MADE_UP,
     NO_LIMITS,
@@ -62,100 +58,10 @@ def the_problem(*, objective: Objective = NO_LIMITS, **family: object) -> Placem
     return make_problem(nodes, model=model, objective=objective, family=replace(SMALL_FAMILY, **family))  # type: ignore[arg-type]
 
 
-def unclaimed(*stages: StagePlan, pools: tuple[AttentionWorkerPool, ...] = (), in_flight: int = 4) -> ReplicaPlan:
-    """A replica whose numbers are still to be filled in."""
-    return ReplicaPlan(
-        rate=0.0,
-        ttft_s=0.0,
-        tpot_s=0.0,
-        micro_batch=4,
-        in_flight=in_flight,
-        chunk_tokens=64,
-        kv_tokens=0,
-        stages=stages,
-        attention_workers=pools,
-    )
-
-
-def derived_of(replica: ReplicaPlan, problem: PlacementProblem) -> Derived:
-    return Rederivation(problem).of(replica_shape(replica, problem, Fleet.of(problem.cluster)))
-
-
-def claimed(replica: ReplicaPlan, problem: PlacementProblem, *, share: float = 1.0) -> ReplicaPlan:
-    """The replica with the numbers the cost model gives, at a ``share`` of its rate."""
-    derived = derived_of(replica, problem)
-    return replace(
-        replica,
-        rate=share * derived.rate,
-        ttft_s=derived.ttft_per_t * derived.t_s / share,
-        tpot_s=derived.tpot_per_t * derived.t_s / share,
-        kv_tokens=math.floor(derived.kv_tokens),
-    )
-
-
-def value_of(replicas: tuple[ReplicaPlan, ...], problem: PlacementProblem) -> float:
-    rate = sum(replica.rate for replica in replicas)
-    return {
-        ObjectiveKind.GOODPUT: 0.9 * rate,
-        ObjectiveKind.THROUGHPUT: rate,
-        ObjectiveKind.COST: 1.0 * sum(len(replica.devices()) for replica in replicas),  # every GPU is 1 USD/h
-        ObjectiveKind.GPUS: 1.0 * sum(len(replica.devices()) for replica in replicas),
-    }[problem.objective.kind]
-
-
-def plan_of(problem: PlacementProblem, *replicas: ReplicaPlan, gap: float = 0.05) -> Plan:
-    """A plan of claimed replicas whose bound is ``gap`` away from its value."""
-    value = value_of(replicas, problem)
-    bound = value * (1 + gap) if problem.objective.maximises else value * (1 - gap)
-    result = SolveResult(
-        status=Status.OPTIMAL if gap == 0 else Status.FEASIBLE,
-        objective=problem.objective.kind,
-        value=value,
-        bound=bound,
-        gap=gap,
-        unit=problem.objective.unit,
-        solve_s=0.1,
-    )
-    family = problem.family
-    plan = Plan(
-        strategy=family.name, family=family.describe(), result=result, objective=problem.objective, replicas=replicas
-    )
-    return counted(plan, problem)
-
-
-def counted(plan: Plan, problem: PlacementProblem) -> Plan:
-    """The plan with a class table that counts its devices; nothing has a price."""
-    workers = {name for replica in plan.replicas for pool in replica.attention_workers for name in pool.devices}
-    used = {name for replica in plan.replicas for name in replica.devices()}
-    rows = []
-    for device_class in device_classes(problem.cluster):
-        names = {
-            device.name
-            for device in problem.cluster.devices()
-            if device.group in device_class.groups and device.gpu == device_class.gpu
-        }
-        rows.append(
-            ClassPrice(
-                gpu=device_class.gpu,
-                zone=device_class.zone,
-                gpus_per_node=device_class.gpus_per_node,
-                available=len(names),
-                used=len(names & used),
-                as_attention_workers=len(names & workers),
-                dual=0.0,
-            )
-        )
-    return replace(plan, prices=tuple(rows))
-
-
 def sound(problem: PlacementProblem) -> Plan:
     """Two replicas: A with tensor parallelism before two copies of B with attention workers on C; one A alone."""
     first = claimed(unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,)), problem)
     return plan_of(problem, first, claimed(unclaimed(A_ALONE), problem))
-
-
-def rules(plan: Plan, problem: PlacementProblem) -> set[Rule]:
-    return {violation.rule for violation in check_plan(plan, problem)}
 
 
 # --- sound plans

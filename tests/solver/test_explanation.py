@@ -12,24 +12,25 @@ from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
-from hetis.solver.check.timing import stage_seconds
+from hetis.solver.check.timing import stage_seconds, wire_seconds
+from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.explain import Explanation
 from hetis.solver.placement import solve_placement
 from hetis.solver.placement.explanation import explain_plan
-from hetis.solver.plan import ClassPrice, Objective, ObjectiveKind, Plan
+from hetis.solver.placement.explanation.replica_view import replica_views
+from hetis.solver.plan import ClassPrice, KvRoute, Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
+from tests.solver import test_check_roles
+from tests.solver.claimed_plans import claimed, plan_of, unclaimed
 from tests.solver.instances import problems
 from tests.solver.test_check import (
     A_ALONE,
     A_STAGE,
     B_STAGE,
     C_POOL,
-    claimed,
-    plan_of,
     sound,
     the_problem,
-    unclaimed,
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -44,7 +45,10 @@ def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:
     for number in numbers:
         shape = replica_shape(plan.replicas[number], problem, fleet)
         setting = rederivation.setting(
-            micro_batch=shape.micro_batch, in_flight=shape.in_flight, chunk_tokens=shape.chunk_tokens
+            micro_batch=shape.micro_batch,
+            in_flight=shape.in_flight,
+            chunk_tokens=shape.chunk_tokens,
+            role=shape.role,
         )
         times = [part for part in explanation.stage_times if part.replica == number]
         last = len(shape.stages) - 1
@@ -59,7 +63,10 @@ def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:
                 + part.transfer_s
                 + part.head_s
                 + part.other_s
+                + part.kv_wait_s
             )
+            layers = stage.layers + (problem.model.prefix_layers if i == 0 else 0)
+            assert part.kv_wire_s == pytest.approx(layers * wire_seconds(setting, stage))
             slowest_s = max(other.total_s / other.copies for other in times)
             assert part.is_bottleneck == (part.total_s / part.copies == slowest_s)
         bars = [bar for bar in explanation.memory if bar.replica == number]
@@ -175,3 +182,93 @@ def test_attention_workers_that_pay_add_up() -> None:
     assert "attention worker" in {bar.role for bar in explanation.memory}
     assert "KV would not fit" in explanation.attention_workers
     assert "mean TPOT" in explanation.bottlenecks[0]
+
+
+# --- prefill and decode replicas
+
+
+def test_replicas_of_every_role_add_up() -> None:
+    problem = test_check_roles.the_problem()
+    explanation = assert_adds_up(test_check_roles.sound(problem), problem)
+    assert [sentence.split(":")[0] for sentence in explanation.bottlenecks] == [
+        "replica 0 (prefill)",
+        "replica 1 (decode)",
+        "replica 2 (decode)",
+        "replica 3",
+    ]
+    assert ", KV leaves in " in explanation.bottlenecks[0]
+    assert ", KV arrives in " in explanation.bottlenecks[1]
+    assert "KV leaves" not in explanation.bottlenecks[3]
+    assert "mean TPOT" not in explanation.bottlenecks[0]
+    assert "p95 TTFT" not in explanation.bottlenecks[1]
+
+
+def test_replica_that_waits_for_its_wire_says_so_and_adds_up() -> None:
+    problem = test_check_roles.the_problem(between=Link(bytes_per_s=1e6, latency_s=0.1))
+    explanation = assert_adds_up(test_check_roles.sound(problem), problem)
+    assert "% of which is waiting for it" in explanation.bottlenecks[0]
+    assert explanation.stage_times[0].kv_wait_s > 0.5 * explanation.stage_times[0].total_s
+    assert explanation.stage_times[3].kv_wire_s == 0.0
+
+
+def test_next_size_of_a_prefill_replica_is_its_chunk() -> None:
+    problem = test_check_roles.the_problem(chunk_tokens=(64, 128))
+    explanation = explain_plan(test_check_roles.sound(problem), problem)
+    assert "the next chunk size, 128, " in explanation.bottlenecks[0]
+    assert "the next batch size, 16, " in explanation.bottlenecks[1]
+
+
+def test_latencies_of_a_view_are_those_of_the_plan() -> None:
+    problem = test_check_roles.the_problem()
+    plan = test_check_roles.sound(problem)
+    for view in replica_views(plan, problem):
+        interval_s = view.interval_s(view.times())
+        assert 1 / interval_s == pytest.approx(view.replica.rate)
+        assert view.ttft_s(interval_s) == pytest.approx(view.replica.ttft_s)
+        assert view.tpot_s(interval_s) == pytest.approx(view.replica.tpot_s)
+
+
+@pytest.mark.parametrize(
+    ("share", "says"),
+    [
+        ((1.0, 0.25), "the prefill side limits, 75.0% of the decode side is left over"),
+        ((0.25, 1.0), "the decode side limits, 75.0% of the prefill side is left over"),
+        ((1.0, 1.0), "both sides are used up"),
+        ((0.5, 0.5), "neither side is used up: what may send to what limits, or the links between zones"),
+    ],
+)
+def test_routes_say_which_side_limits(share: tuple[float, float], says: str) -> None:
+    problem = test_check_roles.the_problem()
+    plan = test_check_roles.sound(problem)
+    flow = 1.0
+    prefill, decode = (replace(plan.replicas[i], rate=flow / s) for i, s in zip((0, 2), share, strict=True))
+    routes = (KvRoute(prefill=0, decode=1, rate=flow),)
+    split = replace(plan, replicas=(prefill, decode), kv_routes=routes)
+    sides, link = explain_plan(split, problem).kv_routes
+    assert sides.endswith(f"1 go from the one to the other: {says}.")
+    assert link == (
+        "From east to west go 1 prompts/s of 0.4 MiB of KV each, "
+        f"{120 * 6 * 2 * 256 / 4e8:.0%} of what the link carries (0.4 GB/s)."
+    )
+
+
+def test_plan_without_roles_has_no_routes_to_explain() -> None:
+    problem = the_problem()
+    assert explain_plan(sound(problem), problem).kv_routes == ()
+
+
+def test_shared_cards_show_each_stage_its_part_and_say_when_they_limit() -> None:
+    problem, plan = test_check_roles.two_stages_sharing()
+    explanation = explain_plan(plan, problem)
+    workers = [bar for bar in explanation.memory if bar.role == "attention worker"]
+    derived = Rederivation(problem).of(replica_shape(plan.replicas[0], problem, Fleet.of(problem.cluster)))
+    both = derived.memory[-1]
+    assert sum(bar.kv_bytes for bar in workers) + workers[0].reserve_bytes == pytest.approx(both.num_bytes, abs=3)
+    kv_room = sum(bar.kv_bytes + bar.free_bytes for bar in workers)
+    assert kv_room == pytest.approx(both.usable_bytes - workers[0].reserve_bytes, abs=3)
+    for bar in workers:
+        held = bar.reserve_bytes + bar.kv_bytes
+        assert bar.unusable_bytes + held + bar.free_bytes == bar.nominal_bytes
+    busy, plan = test_check_roles.with_slow_shared_cards()
+    (sentence,) = explain_plan(plan, busy).bottlenecks
+    assert "the attention workers that its stages share are busy all of the time" in sentence

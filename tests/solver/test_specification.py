@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.specification import solve_specification
-from hetis.solver.plan import Objective, ObjectiveKind, Status
+from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
 from hetis.solver.problem import Family, PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
-TINY_FAMILY = replace(SMALL_FAMILY, micro_batches=(4,), in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
+UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,))
+TINY_FAMILY = replace(UNIFIED, micro_batches=(4,), in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
 UNIFORM = replace(TINY_FAMILY, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0)
 KINDS = tuple(ObjectiveKind)
 
@@ -74,7 +75,7 @@ def test_more_slots_only_help_until_the_fleet_is_full() -> None:
 
 
 def test_fixed_values_stand_in_for_the_family() -> None:
-    problem = make_problem([make_node("a", "A")])
+    problem = make_problem([make_node("a", "A")], family=UNIFIED)
     values = [
         solve_specification(problem, num_replicas=1, num_stages=1, micro_batches=(b,)).value
         for b in problem.family.micro_batches
@@ -101,7 +102,8 @@ def test_demand_that_no_plan_meets_is_infeasible() -> None:
 
 def test_time_limit_leaves_a_bound() -> None:
     nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=2)]
-    problem = make_problem(nodes, profiles={"A": make_profile("A"), "B": make_profile("B", bytes_per_s=5e9)})
+    profiles = {"A": make_profile("A"), "B": make_profile("B", bytes_per_s=5e9)}
+    problem = make_problem(nodes, profiles=profiles, family=UNIFIED)
     result = solve_specification(problem, num_replicas=3, num_stages=3, micro_batches=(4,), time_limit_s=0.5)
     assert result.value <= best_plan_value(problem) * (1 + 1e-6)
     assert result.bound >= result.value * (1 - 1e-9)
@@ -112,4 +114,10 @@ def test_explicit_node_links_are_refused() -> None:
     network = Network(default=link, between_nodes={("a-0", "a-1"): link})
     problem = make_problem([make_node("a", "A", nodes=2)], network=network)
     with pytest.raises(InvalidProblemError, match=r"^the specification does not know explicit links between nodes$"):
+        solve_specification(problem, num_replicas=1, num_stages=1)
+
+
+def test_prefill_and_decode_replicas_are_refused() -> None:
+    problem = make_problem([make_node("a", "A")])
+    with pytest.raises(InvalidProblemError, match=r"^the specification does not know prefill and decode replicas$"):
         solve_specification(problem, num_replicas=1, num_stages=1)

@@ -21,10 +21,12 @@ from hetis.formats.positions import Text
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
+    KvRoute,
     Objective,
     ObjectiveKind,
     Plan,
     ReplicaPlan,
+    Role,
     RunnerUp,
     SolveResult,
     StagePlan,
@@ -35,6 +37,7 @@ Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Whole = Annotated[int, Field(ge=1)]
 ObjectiveName = Literal["goodput", "throughput", "cost", "gpus"]
+RoleName = Literal["unified", "prefill", "decode"]
 
 
 class ResultPart(Part):
@@ -71,26 +74,44 @@ class StagePart(Part):
 
 
 class PoolPart(Part):
-    """Cards that hold KV and compute attention for one stage; head groups count per TP rank of the stage."""
+    """Cards that hold KV and compute attention for one stage; head groups count per TP rank of the stage.
+
+    Cards of a shared pool serve several stages of the replica in turn and are listed in the pool of each.
+    """
 
     stage: Count
     gpu: str
     devices: list[str]
     kv_head_groups: Count
+    shared: bool = False
 
 
 class ReplicaPart(Part):
-    """One replica: saturated rate in requests/s, p95 TTFT and mean TPOT in seconds."""
+    """One replica: saturated rate in requests/s, p95 TTFT and mean TPOT in seconds.
+
+    A prefill replica has no micro_batch and no tpot_s (both 0) and sends KV to decode replicas in kv_zones; a decode
+    replica has no chunk_tokens and no ttft_s.
+    """
 
     rate: Annotated[float, Field(ge=0)]
     ttft_s: Seconds
     tpot_s: Seconds
-    micro_batch: Whole
+    micro_batch: Count
     in_flight: Whole
-    chunk_tokens: Whole
+    chunk_tokens: Count
     kv_tokens: Count
     stages: list[StagePart]
     attention_workers: list[PoolPart] = Field(default_factory=list)
+    role: RoleName = "unified"
+    kv_zones: list[str] = Field(default_factory=list)
+
+
+class RoutePart(Part):
+    """Requests/s whose KV goes from one replica to another; both are counted from 0."""
+
+    prefill: Count
+    decode: Count
+    rate: Annotated[float, Field(ge=0)]
 
 
 class PricePart(Part):
@@ -124,6 +145,7 @@ class PlanDocument(Part):
     objective: ObjectivePart
     inputs: dict[str, Any] = Field(default_factory=dict)
     replicas: list[ReplicaPart]
+    kv_routes: list[RoutePart] = Field(default_factory=list)
     prices: list[PricePart] = Field(default_factory=list)
     runners_up: list[RunnerUpPart] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
@@ -144,7 +166,7 @@ def parse_plan(data: Any, source: Text) -> Plan:
     Raises:
         DocumentError: with every problem of the document.
     """
-    return validated(PlanDocument, data, source, to_value=_to_plan, check=_check_inputs)
+    return validated(PlanDocument, data, source, to_value=_to_plan, check=_check)
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
@@ -172,10 +194,16 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         },
         "inputs": dict(plan.inputs),
         "replicas": [_replica_data(replica) for replica in plan.replicas],
+        "kv_routes": [_fields(route, RoutePart) for route in plan.kv_routes],
         "prices": [_fields(price, PricePart) for price in plan.prices],
         "runners_up": [_fields(runner, RunnerUpPart) for runner in plan.runners_up],
         "notes": list(plan.notes),
     }
+
+
+def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    yield from _check_inputs(data)
+    yield from _check_sizes(data)
 
 
 def _check_inputs(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -191,6 +219,18 @@ def _check_inputs(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
             stack += [((*path, i), item) for i, item in enumerate(value)]
 
 
+def _check_sizes(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """A batch or a chunk of 0 is what a role lacks, and no size of those that have it."""
+    replicas = data.get("replicas")
+    for i, replica in enumerate(replicas if isinstance(replicas, list) else []):
+        if not isinstance(replica, dict):
+            continue
+        role = replica.get("role", "unified")
+        for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):
+            if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
+                yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -203,7 +243,7 @@ def _replica_data(replica: ReplicaPlan) -> dict[str, Any]:
     data = _fields(replica, ReplicaPart)
     data["stages"] = [_fields(s, StagePart) | {"devices": list(s.devices)} for s in replica.stages]
     data["attention_workers"] = [_fields(p, PoolPart) | {"devices": list(p.devices)} for p in replica.attention_workers]
-    return data
+    return data | {"role": replica.role.value, "kv_zones": list(replica.kv_zones)}
 
 
 def _to_plan(document: PlanDocument) -> Plan:
@@ -229,6 +269,7 @@ def _to_plan(document: PlanDocument) -> Plan:
         ),
         objective=objective,
         replicas=tuple(_to_replica(part) for part in document.replicas),
+        kv_routes=tuple(KvRoute(**dict(part)) for part in document.kv_routes),
         prices=tuple(ClassPrice(**dict(part)) for part in document.prices),
         runners_up=tuple(RunnerUp(**dict(part)) for part in document.runners_up),
         notes=tuple(document.notes),
@@ -239,4 +280,5 @@ def _to_plan(document: PlanDocument) -> Plan:
 def _to_replica(part: ReplicaPart) -> ReplicaPlan:
     stages = tuple(StagePlan(**(dict(stage) | {"devices": tuple(stage.devices)})) for stage in part.stages)
     pools = tuple(AttentionWorkerPool(**(dict(p) | {"devices": tuple(p.devices)})) for p in part.attention_workers)
-    return ReplicaPlan(**(dict(part) | {"stages": stages, "attention_workers": pools}))
+    parts = {"stages": stages, "attention_workers": pools, "role": Role(part.role), "kv_zones": tuple(part.kv_zones)}
+    return ReplicaPlan(**(dict(part) | parts))

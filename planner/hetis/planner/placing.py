@@ -11,19 +11,24 @@ from hetis.planner.sources import LoadedInputs
 from hetis.planner.versions import installed_versions
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
+KV_IS_FOR_ENGINES = (
+    "KV routes are planned, not carried out: engines of prefill and decode replicas hand the KV over by themselves"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to search; all of it goes into ``plan.inputs``."""
+    """How to search; all of it goes into ``plan.inputs``. ``roles``: those that replicas may have; empty: all of the
+    strategy."""
 
     strategy: str = "hetis"
+    roles: tuple[Role, ...] = ()
     time_limit_s: float = 60.0
     gap_target: float = 0.001
     seed: int = 0
@@ -68,6 +73,7 @@ def make_plan(
     """
     from hetis.solver.check import check_plan
     from hetis.solver.placement import solve_placement
+    from hetis.solver.placement.explanation.routes import link_sentences
 
     plan = solve_placement(
         problem,
@@ -78,7 +84,9 @@ def make_plan(
         threads=settings.threads,
         report=report,
     )
-    plan = replace(plan, inputs=_inputs(loaded, settings), notes=plan.notes + profile_notes(problem))
+    routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
+    notes = (*plan.notes, *routed, *profile_notes(problem))
+    plan = replace(plan, inputs=_inputs(loaded, settings, problem), notes=notes)
     violations = check_plan(plan, problem)
     if violations:
         raise UncheckedPlanError(tuple(str(violation) for violation in violations))
@@ -98,9 +106,10 @@ def missed(plan: Plan, settings: Settings) -> list[str]:
     return found
 
 
-def _inputs(loaded: LoadedInputs, settings: Settings) -> dict[str, Any]:
+def _inputs(loaded: LoadedInputs, settings: Settings, problem: PlacementProblem) -> dict[str, Any]:
     return {
         "versions": installed_versions(),
+        "roles": [role.value for role in problem.family.roles],
         "seed": settings.seed,
         "threads": settings.threads,
         "gap_target": settings.gap_target,

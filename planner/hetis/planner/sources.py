@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from hetis.profiler.shipped import shipped_profile
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
@@ -46,17 +46,24 @@ class Inputs:
     workload: Workload
     profiles: Mapping[str, Profile]
 
-    def problem(self, objective: Objective, strategy: str) -> PlacementProblem:
-        """The problem they pose. Prompts are clipped to what the model's context allows."""
-        from hetis.solver.placement.strategies import STRATEGIES
+    def problem(self, objective: Objective, strategy: str, roles: Sequence[Role] = ()) -> PlacementProblem:
+        """The problem they pose. Prompts are clipped to what the model's context allows.
 
+        Args:
+            objective: what the plan should be good for.
+            strategy: name of the family of plans.
+            roles: that replicas may have; empty: all that the strategy has.
+
+        Raises:
+            InvalidProblemError: the inputs contradict each other, or the strategy has not all of these roles.
+        """
         return PlacementProblem(
             cluster=self.cluster,
             model=self.model,
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
             objective=objective,
-            family=STRATEGIES[strategy].restrict(Family()),
+            family=family_of(strategy, roles),
         )
 
     def documents(self) -> dict[str, Any]:
@@ -74,6 +81,28 @@ class Inputs:
             "workload": function(self.workload),
             "profiles": {gpu: function(profile) for gpu, profile in self.profiles.items()},
         }
+
+
+def family_of(strategy: str, roles: Sequence[Role] = ()) -> Family:
+    """The plans that a strategy searches, with only some of its roles if any are named.
+
+    Raises:
+        InvalidProblemError: it has not all of these roles, or they cannot be without others.
+    """
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    family = STRATEGIES[strategy].restrict(Family())
+    extra = [role for role in roles if role not in family.roles]
+    if extra:
+        has = ", ".join(family.roles)
+        raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
+    return replace(family, roles=ordered(roles)) if roles else family
+
+
+def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
+    """Each once, in the order in which families list them."""
+    wanted = set(roles)
+    return tuple(role for role in Role if role in wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +198,8 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
-    return PlanAndProblem(plan=plan, problem=inputs.problem(plan.objective, plan.strategy), warnings=tuple(warnings))
+    problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name))
+    return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
 
 def inputs_from_documents(documents: Any, path: str) -> Inputs:
@@ -207,6 +237,18 @@ def _known_strategy(plan: Plan, path: str) -> None:
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
+
+
+def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
+    """Roles of the family that was searched. Plans of a time before roles do not say: their replicas are unified."""
+    names, known = plan.inputs.get("roles", [Role.UNIFIED.value]), [role.value for role in Role]
+    if not isinstance(names, list) or not names or not all(name in known for name in names):
+        raise single_problem(path, f"inputs.roles must be a list of {', '.join(known)}: the plan is judged by them")
+    try:
+        family_of(plan.strategy, [Role(name) for name in names])
+    except InvalidProblemError as error:
+        raise single_problem(path, f"inputs.roles: {error}") from None
+    return ordered(Role(name) for name in names)
 
 
 def _is_of_catalogue(gpu: GpuType) -> bool:

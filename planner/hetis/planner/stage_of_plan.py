@@ -15,6 +15,7 @@ from hetis.planner.stage_sources import LoadedStage, attention_pieces, with_cost
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Role
 from hetis.solver.profile import Op, Profile
 
 
@@ -30,13 +31,17 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
         stage: counted from 1, as plans draw them.
 
     Raises:
-        DocumentError: the plan is not usable or has no such replica or stage.
+        DocumentError: the plan is not usable, has no such replica or stage, or the replica decodes nothing.
         InvalidProblemError: the plan contradicts its inputs.
     """
     found = load_plan_and_problem(path)
     replicas = found.plan.replicas
     if replica >= len(replicas):
         raise single_problem(path, f"has no replica {replica}, its {len(replicas)} replicas are counted from 0")
+    if replicas[replica].role is Role.PREFILL:
+        raise single_problem(
+            path, f"replica {replica} is a prefill replica: it decodes nothing, so nothing is dispatched"
+        )
     num_stages = len(replicas[replica].stages)
     if not 1 <= stage <= num_stages:
         raise single_problem(path, f"replica {replica} has no stage {stage}, its {num_stages} are counted from 1")

@@ -350,13 +350,14 @@ class PlanSpec(_message.Message):
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NUM_THREADS_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
     """A name of the catalogue, such as `azure_conv_2023`, or mean lengths such as `8000/300`."""
     strategy: _builtins.str
-    """Family of plans that is searched: `hetis`, `hexgen` or `uniform`. A name rather than an enum, because families come
-    with the solver, not with the API. Empty: `hetis`.
+    """Family of plans that is searched, such as `hetis`, `hexgen` or `uniform`. A name rather than an enum, because
+    families come with the solver, not with the API. Empty: `hetis`.
     """
     gap_target: _builtins.float
     """Stop when the answer is proved this close to the best, `abs(bound - value) / abs(value)`: 0.005 is 0.5%; 0 to 1.
@@ -390,6 +391,12 @@ class PlanSpec(_message.Message):
         less. Unset: 60 s.
         """
 
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[_replica_pb2.ReplicaRole.ValueType]:
+        """Roles that replicas may have, each once: UNIFIED, or PREFILL and DECODE, or all three; only such as the strategy
+        has. Empty: all that it has.
+        """
+
     def __init__(
         self,
         *,
@@ -404,10 +411,11 @@ class PlanSpec(_message.Message):
         time_limit: _duration_pb2.Duration | None = ...,
         seed: _builtins.int = ...,
         num_threads: _builtins.int = ...,
+        roles: _abc.Iterable[_replica_pb2.ReplicaRole.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015
@@ -550,6 +558,7 @@ class PlanResult(_message.Message):
     DOCUMENT_BYTES_FIELD_NUMBER: _builtins.int
     PRICES_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    KV_ROUTES_FIELD_NUMBER: _builtins.int
     status: Global___SolveStatus.ValueType
     """How the search ended. Always set."""
     value: _builtins.float
@@ -571,7 +580,7 @@ class PlanResult(_message.Message):
     num_attention_workers: _builtins.int
     """Of those, attention workers. 0: none."""
     replicas_truncated: _builtins.bool
-    """Replicas are missing here. False: all are here, or the view is BASIC."""
+    """Replicas or routes are missing here. False: all are here, or the view is BASIC."""
     document_bytes: _builtins.int
     """Size of the document's content, in bytes. Always set."""
     @_builtins.property
@@ -596,6 +605,13 @@ class PlanResult(_message.Message):
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sentences worth reading, such as which profiles are modelled. Empty: none."""
 
+    @_builtins.property
+    def kv_routes(self) -> _containers.RepeatedCompositeFieldContainer[_replica_pb2.KvRoute]:
+        """Where prompts and outputs are apart: which prefill replica sends how much to which decode replica, each pair once.
+        Indices are those of the document, which are those of `replicas`. Empty in the view BASIC, and where every replica
+        is unified; where the routes have no room, `replicas_truncated` is true.
+        """
+
     def __init__(
         self,
         *,
@@ -615,10 +631,11 @@ class PlanResult(_message.Message):
         document_bytes: _builtins.int = ...,
         prices: _abc.Iterable[Global___ClassPrice] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        kv_routes: _abc.Iterable[_replica_pb2.KvRoute] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "bound", b"bound", "document", b"document", "gap", b"gap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "bound", b"bound", "document", b"document", "document_bytes", b"document_bytes", "family", b"family", "gap", b"gap", "notes", b"notes", "num_attention_workers", b"num_attention_workers", "num_gpus", b"num_gpus", "num_replicas", b"num_replicas", "prices", b"prices", "replicas", b"replicas", "replicas_truncated", b"replicas_truncated", "solve_s", b"solve_s", "status", b"status", "unit", b"unit", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_gap", b"_gap", "bound", b"bound", "document", b"document", "document_bytes", b"document_bytes", "family", b"family", "gap", b"gap", "kv_routes", b"kv_routes", "notes", b"notes", "num_attention_workers", b"num_attention_workers", "num_gpus", b"num_gpus", "num_replicas", b"num_replicas", "prices", b"prices", "replicas", b"replicas", "replicas_truncated", b"replicas_truncated", "solve_s", b"solve_s", "status", b"status", "unit", b"unit", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bound: _TypeAlias = _typing.Literal["bound"]  # noqa: Y015
     _WhichOneofArgType__bound: _TypeAlias = _typing.Literal["_bound", b"_bound"]  # noqa: Y015

@@ -466,6 +466,7 @@ class ExplainPlanResponse(_message.Message):
     PRICES_FIELD_NUMBER: _builtins.int
     RUNNERS_UP_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    KV_ROUTES_FIELD_NUMBER: _builtins.int
     attention_workers: _builtins.str
     """Why attention workers are used or not, with numbers. Always set."""
     @_builtins.property
@@ -496,6 +497,12 @@ class ExplainPlanResponse(_message.Message):
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Sentences worth reading. Empty: none."""
 
+    @_builtins.property
+    def kv_routes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What limits the traffic between prefill and decode replicas, in sentences: the sides and the links between zones.
+        Empty: every replica is unified.
+        """
+
     def __init__(
         self,
         *,
@@ -507,10 +514,11 @@ class ExplainPlanResponse(_message.Message):
         prices: _abc.Iterable[_plan_pb2.ClassPrice] | None = ...,
         runners_up: _abc.Iterable[Global___RunnerUp] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        kv_routes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "bottlenecks", b"bottlenecks", "idle", b"idle", "memory", b"memory", "notes", b"notes", "prices", b"prices", "runners_up", b"runners_up", "stage_times", b"stage_times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "bottlenecks", b"bottlenecks", "idle", b"idle", "kv_routes", b"kv_routes", "memory", b"memory", "notes", b"notes", "prices", b"prices", "runners_up", b"runners_up", "stage_times", b"stage_times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -602,6 +610,8 @@ class StageTime(_message.Message):
     OTHER_S_FIELD_NUMBER: _builtins.int
     TOTAL_S_FIELD_NUMBER: _builtins.int
     IS_BOTTLENECK_FIELD_NUMBER: _builtins.int
+    KV_WAIT_S_FIELD_NUMBER: _builtins.int
+    KV_WIRE_S_FIELD_NUMBER: _builtins.int
     replica: _builtins.int
     """Index of the replica, from 0."""
     stage: _builtins.int
@@ -630,6 +640,12 @@ class StageTime(_message.Message):
     """The sum, in seconds; divided by copies it competes for the bottleneck. Always set."""
     is_bottleneck: _builtins.bool
     """Whether it limits its replica. False: another stage does."""
+    kv_wait_s: _builtins.float
+    """Waiting for KV that leaves a prefill replica or reaches a decode replica slower than its layers compute, in seconds;
+    part of total_s. 0: none.
+    """
+    kv_wire_s: _builtins.float
+    """That KV on the wire, in seconds, most of it beside computing: not part of total_s. 0: the replica is unified."""
     def __init__(
         self,
         *,
@@ -647,10 +663,12 @@ class StageTime(_message.Message):
         other_s: _builtins.float = ...,
         total_s: _builtins.float = ...,
         is_bottleneck: _builtins.bool = ...,
+        kv_wait_s: _builtins.float = ...,
+        kv_wire_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_reduce_s", b"all_reduce_s", "copies", b"copies", "decode_attention_s", b"decode_attention_s", "dense_s", b"dense_s", "gpu_type", b"gpu_type", "head_s", b"head_s", "is_bottleneck", b"is_bottleneck", "other_s", b"other_s", "prefill_attention_s", b"prefill_attention_s", "replica", b"replica", "stage", b"stage", "total_s", b"total_s", "tp", b"tp", "transfer_s", b"transfer_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_reduce_s", b"all_reduce_s", "copies", b"copies", "decode_attention_s", b"decode_attention_s", "dense_s", b"dense_s", "gpu_type", b"gpu_type", "head_s", b"head_s", "is_bottleneck", b"is_bottleneck", "kv_wait_s", b"kv_wait_s", "kv_wire_s", b"kv_wire_s", "other_s", b"other_s", "prefill_attention_s", b"prefill_attention_s", "replica", b"replica", "stage", b"stage", "total_s", b"total_s", "tp", b"tp", "transfer_s", b"transfer_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

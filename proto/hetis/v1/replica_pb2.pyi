@@ -24,6 +24,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ReplicaRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReplicaRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REPLICA_ROLE_UNSPECIFIED: _ReplicaRole.ValueType  # 0
+    """UNIFIED."""
+    REPLICA_ROLE_UNIFIED: _ReplicaRole.ValueType  # 1
+    """Its prompt and its output."""
+    REPLICA_ROLE_PREFILL: _ReplicaRole.ValueType  # 2
+    """Its prompt; the KV then goes to a decode replica."""
+    REPLICA_ROLE_DECODE: _ReplicaRole.ValueType  # 3
+    """Its output, from the KV that a prefill replica sent."""
+
+class ReplicaRole(_ReplicaRole, metaclass=_ReplicaRoleEnumTypeWrapper):
+    """What a replica does with a request."""
+
+REPLICA_ROLE_UNSPECIFIED: ReplicaRole.ValueType  # 0
+"""UNIFIED."""
+REPLICA_ROLE_UNIFIED: ReplicaRole.ValueType  # 1
+"""Its prompt and its output."""
+REPLICA_ROLE_PREFILL: ReplicaRole.ValueType  # 2
+"""Its prompt; the KV then goes to a decode replica."""
+REPLICA_ROLE_DECODE: ReplicaRole.ValueType  # 3
+"""Its output, from the KV that a prefill replica sent."""
+Global___ReplicaRole: _TypeAlias = ReplicaRole  # noqa: Y015
+
 class _ReplicaState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -133,20 +161,26 @@ class ReplicaPlan(_message.Message):
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     ATTENTION_WORKERS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    KV_ZONES_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Saturated rate, in requests per second. Always above 0."""
     ttft_s: _builtins.float
-    """Predicted 95th percentile of the time to first token, in seconds. Always set."""
+    """Predicted 95th percentile of the time to first token, in seconds; of a prefill replica until the KV has left for the
+    decode replica. 0: a decode replica, which makes no first token.
+    """
     tpot_s: _builtins.float
-    """Predicted mean time per output token, in seconds. Always set."""
+    """Predicted mean time per output token, in seconds. 0: a prefill replica, which makes no further ones."""
     micro_batch: _builtins.int
-    """Requests that decode in each micro-batch. Always set."""
+    """Requests that decode in each micro-batch. 0: a prefill replica, where none does."""
     in_flight: _builtins.int
     """Micro-batches in flight. Always set."""
     chunk_tokens: _builtins.int
-    """Prefill tokens that an iteration carries at most. Always set."""
+    """Prefill tokens that an iteration carries at most. 0: a decode replica, whose prompts come with their KV."""
     kv_tokens: _builtins.int
     """KV room of the scarcest layer, in tokens. 0: none, which no valid plan has."""
+    role: Global___ReplicaRole.ValueType
+    """What it does with a request. UNSPECIFIED: UNIFIED, as senders mean that do not know of roles."""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePlan]:
         """Pipeline stages in the order of their layers. Always set."""
@@ -154,6 +188,13 @@ class ReplicaPlan(_message.Message):
     @_builtins.property
     def attention_workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttentionWorkerPool]:
         """Cards that only hold KV and compute attention. Empty: the replica has none."""
+
+    @_builtins.property
+    def kv_zones(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Zones of the decode replicas that a prefill replica may send KV to. Empty: it sends none, like every other role.
+        Who hands the KV over between two engines is not part of this protocol: the planner puts roles in force and says
+        how much should go where (PlanResult.kv_routes).
+        """
 
     def __init__(
         self,
@@ -167,14 +208,46 @@ class ReplicaPlan(_message.Message):
         kv_tokens: _builtins.int = ...,
         stages: _abc.Iterable[Global___StagePlan] | None = ...,
         attention_workers: _abc.Iterable[Global___AttentionWorkerPool] | None = ...,
+        role: Global___ReplicaRole.ValueType = ...,
+        kv_zones: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "in_flight", b"in_flight", "kv_tokens", b"kv_tokens", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "in_flight", b"in_flight", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaPlan: _TypeAlias = ReplicaPlan  # noqa: Y015
+
+@_typing.final
+class KvRoute(_message.Message):
+    """Requests whose prompt is prefilled on one replica of a plan and whose output is decoded on another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
+    RATE_RPS_FIELD_NUMBER: _builtins.int
+    prefill: _builtins.int
+    """Index in the plan of the replica that sends the KV, from 0; its role is PREFILL."""
+    decode: _builtins.int
+    """Index in the plan of the replica that receives it, from 0; its role is DECODE."""
+    rate_rps: _builtins.float
+    """Saturated rate, in requests per second. The routes of a replica together are not above its rate. Always above 0."""
+    def __init__(
+        self,
+        *,
+        prefill: _builtins.int = ...,
+        decode: _builtins.int = ...,
+        rate_rps: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "prefill", b"prefill", "rate_rps", b"rate_rps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvRoute: _TypeAlias = KvRoute  # noqa: Y015
 
 @_typing.final
 class StagePlan(_message.Message):
@@ -236,12 +309,15 @@ class AttentionWorkerPool(_message.Message):
     GPU_TYPE_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
     KV_HEAD_GROUPS_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
     stage: _builtins.int
     """Index of the stage, from 0."""
     gpu_type: _builtins.str
     """GPU type. Always set."""
     kv_head_groups: _builtins.int
     """Head groups per tensor-parallel rank of the stage that live here. Always set."""
+    shared: _builtins.bool
+    """The cards serve several stages of the replica in turn and are listed in the pool of each. False: this stage alone."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Its GPUs as `node/index`, equally many for each copy of the stage, those of one copy after another. Always set."""
@@ -253,10 +329,11 @@ class AttentionWorkerPool(_message.Message):
         gpu_type: _builtins.str = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
         kv_head_groups: _builtins.int = ...,
+        shared: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "gpu_type", b"gpu_type", "kv_head_groups", b"kv_head_groups", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "gpu_type", b"gpu_type", "kv_head_groups", b"kv_head_groups", "shared", b"shared", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,6 +362,7 @@ class Replica(_message.Message):
     CONDITIONS_FIELD_NUMBER: _builtins.int
     ASSIGNED_GENERATION_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Output only. Always set."""
     plan: _builtins.str
@@ -310,6 +388,10 @@ class Replica(_message.Message):
     model_digest: _builtins.str
     """Digest of the model that it serves, as Document.digest: a plan for another model does not keep it. Output only.
     Always set.
+    """
+    role: Global___ReplicaRole.ValueType
+    """What it does with a request, as its shape says. Output only. UNSPECIFIED: UNIFIED, as all replicas were that were
+    started before there were roles.
     """
     @_builtins.property
     def shape(self) -> Global___ReplicaPlan:
@@ -359,10 +441,11 @@ class Replica(_message.Message):
         conditions: _abc.Iterable[Global___DeviceCondition] | None = ...,
         assigned_generation: _builtins.int = ...,
         model_digest: _builtins.str = ...,
+        role: Global___ReplicaRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "report", b"report", "report_time", b"report_time", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "authority", b"authority", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "shape", b"shape", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "authority", b"authority", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "role", b"role", "shape", b"shape", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,7 +492,9 @@ class Assignment(_message.Message):
 
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[_stage_pb2.StageModel]:
-        """What the dispatcher of the primary needs, one per copy of each stage. Empty on nodes without the primary."""
+        """What the dispatcher of the primary needs, one per copy of each stage. Empty on nodes without the primary, and of a
+        prefill replica: it decodes nothing, so that there are no head groups to place.
+        """
 
     @_builtins.property
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceCondition]:

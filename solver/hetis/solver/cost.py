@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from hetis.solver.cluster import GpuType, Link
 from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions
 from hetis.solver.profile import Fit, Op, Profile
 from hetis.solver.workload import WorkloadMoments
@@ -28,12 +29,22 @@ P95_TAIL = 20.0  # 1 / (1 - 0.95)
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What an iteration carries: b decode tokens and at most one chunk of C tokens, and how often per request."""
+    """What an iteration carries: b decode tokens and at most one chunk of C tokens, and how often per request.
+
+    A prefill replica decodes nothing, b = 0; a decode replica prefills nothing, C = 0.
+    """
 
     micro_batch: int  # b
     chunk_tokens: int  # C
     chunk_iterations: float  # nc
     plain_iterations: float  # nd
+    sends_afar: bool = False  # a prefill replica's KV may go to all zones, not only to its own
+
+    @property
+    def role(self) -> Role:
+        if self.micro_batch and self.chunk_tokens:
+            return Role.UNIFIED
+        return Role.DECODE if self.micro_batch else Role.PREFILL
 
     @property
     def iterations(self) -> float:
@@ -46,11 +57,16 @@ class Mix:
         return self.chunk_iterations / self.iterations
 
 
-def mix_of(moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int) -> Mix:
-    """Iterations per request when b requests decode together and prompts come in chunks of C."""
-    with_chunk = moments.mean_prompt / chunk_tokens
-    without = max(0.0, moments.mean_output / micro_batch - with_chunk)
-    return Mix(micro_batch, chunk_tokens, with_chunk, without)
+def mix_of(
+    moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False
+) -> Mix:  # fmt: skip
+    """Iterations per request when b requests decode together and prompts come in chunks of C.
+
+    b = 0: a prefill replica; C = 0: a decode replica.
+    """
+    with_chunk = moments.mean_prompt / chunk_tokens if chunk_tokens else 0.0
+    without = max(0.0, moments.mean_output / micro_batch - with_chunk) if micro_batch else 0.0
+    return Mix(micro_batch, chunk_tokens, with_chunk, without, sends_afar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +184,18 @@ class DeviceCost:
         num_bytes = tokens * self.model.hidden * self.model.activation_bytes
         return float(self.transfer_s(num_bytes, link)) + link.latency_s
 
+    def kv_transfer_s(self, tokens: float, groups: Scalars, link: Link) -> Scalars:
+        """KV of so many tokens in one layer, ``groups`` head groups of every rank, over ``link`` without its latency.
+
+        Where n > G several ranks hold the same group: it is sent once.
+        """
+        sent = np.minimum(groups * self.shape.tp, self.model.head_groups)
+        return self.transfer_s(tokens * sent * self.model.kv_bytes_per_token_group(), link)
+
+    def landing_s(self, chunk_tokens: float, link: Link) -> float:
+        """What a prompt's last KV takes to its decode replica: that of the last chunk in the last layer."""
+        return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
+
     def step_s(self, tokens: float) -> float:
         fit = self.profile.fit(Op.STEP, self.model, self.shape.tp)
         return 0.0 if fit is None else float(_seconds(fit, tokens=tokens))
@@ -197,7 +225,7 @@ class DeviceCost:
         return self.model.embedding_params * self.model.embedding_bytes / self.shape.tp
 
     def logit_bytes(self, micro_batch: int) -> float:
-        return 4.0 * micro_batch * self.model.vocab / self.shape.tp
+        return 4.0 * max(micro_batch, 1) * self.model.vocab / self.shape.tp
 
     def activation_bytes(self, tokens: float) -> float:
         m = self.model
@@ -243,6 +271,12 @@ class PoolCost:
             self.primary.transfer_s(num_bytes, self.link), self.worker.transfer_s(num_bytes / cards, self.link)
         )
 
+    def receive_s(self, groups: Scalars, cards: Scalars) -> Scalars:
+        """KV of a prompt's k ``groups`` per rank arriving at the pool of a decode replica."""
+        model, prompt = self.primary.model, self.primary.moments.mean_prompt
+        num_bytes = prompt * groups * self.primary.shape.tp * model.kv_bytes_per_token_group()
+        return self.worker.transfer_s(num_bytes / cards, self.link)
+
 
 def kv_tokens_per_copy(
     model: ModelSpec, moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, micro_batches: int
@@ -251,6 +285,8 @@ def kv_tokens_per_copy(
     requests = micro_batches * mix.micro_batch
     spread = assumptions.kv_headroom_z * math.sqrt(requests) * moments.resident_context_sd
     decoding = requests * model.cached_tokens(moments.resident_context) + spread
+    if mix.role is Role.DECODE:
+        return decoding + moments.mean_prompt  # one prompt whose KV is arriving
     return decoding + micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
 
 
@@ -262,12 +298,17 @@ def slack(assumptions: Assumptions, *, in_flight: int, num_copies: int) -> float
 
 
 def tpot_per_interval(moments: WorkloadMoments, mix: Mix, in_flight: int) -> float:
-    """Mean TPOT over t: ``b M / O``."""
+    """Mean TPOT over t: ``b M / O``; 0 of a prefill replica."""
     return mix.micro_batch * in_flight / moments.mean_output
 
 
 def ttft_per_interval(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
-    """p95 TTFT over t: round trips of the p95 prompt and the wait for a prefill lane."""
+    """p95 TTFT over t: round trips of the p95 prompt and the wait for a prefill lane; 0 of a decode replica.
+
+    A prefill replica adds the landing of its KV, which does not depend on t.
+    """
+    if mix.role is Role.DECODE:
+        return 0.0
     round_trip = in_flight / mix.iterations
     utilisation = assumptions.planned_utilisation * mix.chunk_share
     must_wait = utilisation ** (math.sqrt(2.0 * (in_flight + 1)) - 1.0)

@@ -39,7 +39,9 @@ class StageTime:
     transfer_s: float  # hops between stages and prefill KV shipped to a pool
     head_s: float
     other_s: float
-    total_s: float
+    kv_wait_s: float  # waiting for KV that leaves (prefill) or arrives (decode) slower than the layers compute
+    total_s: float  # the sum of all above
+    kv_wire_s: float  # that KV on the wire, most of it beside computing: not in the sum
     is_bottleneck: bool
 
 
@@ -62,3 +64,4 @@ class Explanation:
     bottlenecks: tuple[str, ...]  # one sentence per replica: which stage or limit binds
     idle: tuple[IdleGpus, ...]
     attention_workers: str  # why they are used or not, with numbers
+    kv_routes: tuple[str, ...] = ()  # what limits the traffic between prefill and decode replicas; empty: there is none

@@ -110,9 +110,14 @@ class ReplicaPlan:
     kv_zones: tuple[str, ...] = ()
 
     def devices(self) -> tuple[str, ...]:
-        """Every GPU of the replica, stages first."""
+        """Every GPU of the replica, stages first; shared attention workers once."""
         primaries = tuple(d for stage in self.stages for d in stage.devices)
-        return primaries + tuple(d for pool in self.attention_workers for d in pool.devices)
+        return primaries + self.worker_devices()
+
+    def worker_devices(self) -> tuple[str, ...]:
+        """The attention workers of all stages; shared ones once."""
+        own = [d for pool in self.attention_workers if not pool.shared for d in pool.devices]
+        return (*own, *dict.fromkeys(d for pool in self.attention_workers if pool.shared for d in pool.devices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,3 +187,8 @@ class Plan:
     runners_up: tuple[RunnerUp, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def served_rate(self) -> float:
+        """Saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""
+        unified = sum(replica.rate for replica in self.replicas if replica.role is Role.UNIFIED)
+        return unified + sum(route.rate for route in self.kv_routes)

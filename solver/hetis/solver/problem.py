@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 
@@ -57,6 +57,8 @@ class Family:
         max_pool: attention workers of one class per stage, all copies together; 0: none. Each copy has as many, one
             of `POOL_SIZES`.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
+        roles: what replicas may do; prefill and decode replicas only both or neither.
+        one_type_per_role: all prefill replicas are of one GPU type, and all decode replicas of one.
 
     Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
     """
@@ -70,6 +72,18 @@ class Family:
     micro_batches: tuple[int, ...] = MICRO_BATCHES
     in_flight: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     chunk_tokens: tuple[int, ...] = (256, 512, 2048)
+    roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
+    one_type_per_role: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.roles or (Role.PREFILL in self.roles) != (Role.DECODE in self.roles):
+            listed = ", ".join(self.roles) or "none"
+            raise InvalidProblemError(f"roles are {listed}, must be unified, or prefill and decode, or all three")
+
+    @property
+    def splits_roles(self) -> bool:
+        """Whether prompts may be prefilled on other replicas than those that decode."""
+        return Role.PREFILL in self.roles
 
     def pool_sizes(self, copies: int) -> tuple[int, ...]:
         """Attention workers that each of a stage's copies may have."""
@@ -85,7 +99,14 @@ class Family:
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
         parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
+        parts.append(self._describe_roles())
         return "; ".join(parts)
+
+    def _describe_roles(self) -> str:
+        if not self.splits_roles:
+            return "every replica prefills and decodes"
+        text = "replicas that prefill, decode or do both" if Role.UNIFIED in self.roles else "prefill and decode apart"
+        return text + (", each on one GPU type" if self.one_type_per_role else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import pytest
 from google.rpc import code_pb2
 
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2
+from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2, replica_pb2
 from tests.command_line import environment
 from tests.planner.cli_server.conftest import EXAMPLES, Run
 from tests.planner.client.fake_planner import FakePlanner, refuse, searching
@@ -92,8 +92,9 @@ def test_every_violation_of_the_planner_is_told_with_its_line(
 
 def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     code = hetis_plan(
-        "apply", *PROBLEM, "--name", "night", "--ttft", "none", "--tpot", "50ms", "--time-limit", "90s", "--seed", "7"
-    )
+        "apply", *PROBLEM, "--name", "night", "--ttft", "none", "--tpot", "50ms", "--time-limit", "90s", "--seed", "7",
+        "--roles", "decode,prefill",
+    )  # fmt: skip
     assert code == ExitCode.OK
     sent = last_request(planner, plan_service_pb2.CreatePlanRequest)
     spec = sent.plan.spec
@@ -103,6 +104,7 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
     assert spec.workload_name == "8000/300"
     assert (spec.objective.ttft_unlimited, spec.objective.tpot_limit_s) == (True, 0.05)
     assert (spec.time_limit.seconds, spec.seed, spec.strategy, spec.gap_target) == (90, 7, "hetis", 0.001)
+    assert list(spec.roles) == [replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE]
     captured = capsys.readouterr()
     assert "pricing: incumbent 1.200, bound 1.700 requests/s, gap 42%" in captured.err
     assert "2 replicas on 12 GPUs, 4 of them attention workers" in captured.out

@@ -12,10 +12,11 @@ from hetis.formats.documents import digest
 from hetis.planner.convert.objectives import objective_from_proto
 from hetis.planner.convert.plans import complete, digest_of, progress_to_proto, result_to_proto, without_contents
 from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
+from hetis.planner.convert.roles import routes_from_proto, routes_to_proto
 from hetis.planner.jobs.progress import progress_from_frame, progress_to_frame
 from hetis.planner.jobs.solving import canonical_json
 from hetis.solver.budget import Progress
-from hetis.solver.plan import AttentionWorkerPool, Objective, ObjectiveKind, ReplicaPlan, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, ReplicaPlan, Role, StagePlan
 from hetis.v1 import document_pb2, plan_pb2
 from tests.planner import plans
 
@@ -32,7 +33,9 @@ STAGES = st.builds(
     devices=DEVICES,
     kv_head_groups_kept=COUNTS,
 )
-POOLS = st.builds(AttentionWorkerPool, stage=COUNTS, gpu=st.text(), devices=DEVICES, kv_head_groups=COUNTS)
+POOLS = st.builds(
+    AttentionWorkerPool, stage=COUNTS, gpu=st.text(), devices=DEVICES, kv_head_groups=COUNTS, shared=st.booleans()
+)
 MADE = plans.plan(plans.paper_replica())
 REPLICAS = st.builds(
     ReplicaPlan,
@@ -45,12 +48,35 @@ REPLICAS = st.builds(
     kv_tokens=st.integers(0, 2**63),
     stages=st.lists(STAGES, max_size=3).map(tuple),
     attention_workers=st.lists(POOLS, max_size=2).map(tuple),
+    role=st.sampled_from(Role),
+    kv_zones=st.lists(st.text(), max_size=2).map(tuple),
 )
+ROUTES = st.builds(KvRoute, prefill=COUNTS, decode=COUNTS, rate=NUMBERS)
 
 
 @given(REPLICAS)
 def test_a_replica_is_the_same_after_the_way_there_and_back(replica: ReplicaPlan) -> None:
     assert replica_from_proto(replica_to_proto(replica)) == replica
+
+
+def test_a_replica_of_a_sender_that_knows_no_roles_is_unified() -> None:
+    message = replica_to_proto(MADE.replicas[0])
+    message.ClearField("role")
+    assert replica_from_proto(message) == MADE.replicas[0]
+
+
+@given(st.lists(ROUTES, max_size=4).map(tuple))
+def test_routes_are_the_same_after_the_way_there_and_back(routes: tuple[KvRoute, ...]) -> None:
+    assert routes_from_proto(routes_to_proto(routes)) == routes
+
+
+def test_cards_that_several_stages_share_count_once() -> None:
+    one = MADE.replicas[0]
+    pool = AttentionWorkerPool(stage=0, gpu="L4", devices=("x/0", "x/1"), kv_head_groups=1, shared=True)
+    sharing = replace(one, attention_workers=(pool, replace(pool, stage=1)))
+    message = result_to_proto(replace(MADE, replicas=(sharing,)), b"")
+    assert message.num_attention_workers == 2
+    assert message.num_gpus == sum(len(stage.devices) for stage in one.stages) + 2
 
 
 @given(st.lists(REPLICAS, max_size=4).map(tuple), NUMBERS, st.floats(allow_nan=False), st.text())
@@ -64,7 +90,7 @@ def test_a_result_counts_and_says_what_was_proved(
     message = result_to_proto(plan, b"document")
     assert message.num_replicas == len(replicas)
     assert message.num_gpus == sum(len(replica.devices()) for replica in replicas)
-    assert message.num_attention_workers == sum(len(p.devices) for r in replicas for p in r.attention_workers)
+    assert message.num_attention_workers == sum(len(r.worker_devices()) for r in replicas)
     assert message.HasField("bound") == message.HasField("gap") == math.isfinite(bound)
     assert (message.value, list(message.notes)) == (value, [note])
     assert (message.document_bytes, message.document.digest) == (8, digest_of(b"document"))
@@ -82,6 +108,17 @@ def test_the_full_view_has_everything_where_there_is_room() -> None:
     assert message.result.document.content == b"{}"
     assert len(message.result.prices) == len(plan.prices)
     assert not message.result.replicas_truncated
+
+
+def test_routes_are_all_there_or_said_to_be_missing() -> None:
+    route = KvRoute(prefill=1, decode=2, rate=0.5)
+    for count, fits in ((3, True), (400_000, False)):
+        plan = replace(MADE, kv_routes=(route,) * count)
+        message = plan_pb2.Plan(result=result_to_proto(plan, b"{}"))
+        complete(message, plan, b"{}")
+        assert routes_from_proto(message.result.kv_routes) == (plan.kv_routes if fits else ())
+        assert message.result.replicas_truncated == (not fits)
+        assert message.ByteSize() <= 4 << 20
 
 
 @given(st.integers(0, 1500), st.integers(0, 4 << 20), st.integers(1, 5_000))

@@ -227,6 +227,13 @@ def test_an_engine_that_dispatches_by_itself_is_sent_away() -> None:
         assert caught.value.reason == Reason.ERROR_REASON_ENGINE_IS_AUTHORITY
 
 
+def test_a_replica_without_stages_to_dispatch_is_refused() -> None:
+    with pytest.raises(ServiceError) as caught:
+        Service(Replica([]))
+    assert caught.value.reason == Reason.ERROR_REASON_INVALID_FIELD
+    assert f"{REPLICA} has no stages to dispatch: it is a prefill replica, which decodes nothing" in str(caught.value)
+
+
 def test_another_generation_cannot_be_declared() -> None:
     service = Service(Replica([stage_model(1)]))
     with pytest.raises(ServiceError) as caught:

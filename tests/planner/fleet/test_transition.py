@@ -67,3 +67,23 @@ def test_every_replica_is_in_one_step_and_the_same_plan_changes_nothing(now: lis
     assert {*matching.kept, *matching.leaving} == set(running)
     after = dict(zip(matching.names, plan, strict=True))
     assert all(kind == KEEP for _, kind, _ in _steps(after, plan))
+
+
+def test_a_replica_that_was_started_before_there_were_roles_is_unified() -> None:
+    running = {f"{CLUSTER}/replicas/old-0": _one("n/0")}
+    unified = _one("n/0")
+    unified.role = replica_pb2.REPLICA_ROLE_UNIFIED
+    assert _steps(running, [unified]) == [(1, KEEP, "old-0")]
+
+
+def test_a_replica_that_changes_its_role_starts_anew() -> None:
+    running = {f"{CLUSTER}/replicas/old-0": _one("n/0")}
+    decode = _one("n/0")
+    decode.role = replica_pb2.REPLICA_ROLE_DECODE
+    assert _steps(running, [decode]) == [(2, DRAIN, "old-0"), (3, START, "next-0")]
+
+
+def test_cards_that_several_stages_share_are_one_device_each() -> None:
+    one = shape(["n/0"], ["m/0", "m/1"])
+    one.attention_workers.add(stage=1, devices=["m/0", "m/1"], shared=True)
+    assert devices_of(one) == ["n/0", "m/0", "m/1"]

@@ -22,7 +22,7 @@ from hetis.planner.placing import Settings
 from hetis.planner.sources import load_inputs, problem_of_plan
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
-from hetis.solver.plan import Objective, Plan
+from hetis.solver.plan import Objective, Plan, Role
 from hetis.v1 import plan_pb2
 
 PAPER = str(Path(__file__).parents[3] / "examples" / "paper.yaml")
@@ -52,6 +52,15 @@ def search_for(posed: PosedProblem) -> list[News]:
 def test_a_posed_problem_survives_the_way(posed: PosedProblem) -> None:
     assert posed_from_json(posed.to_json()) == posed
     assert posed_from_json(posed.to_json()).to_json() == posed.to_json()
+    split = replace(posed, settings=replace(posed.settings, roles=(Role.PREFILL, Role.DECODE)))
+    assert posed_from_json(split.to_json()) == split
+    assert posed_from_json(split.to_json()).problem().family.roles == (Role.PREFILL, Role.DECODE)
+
+
+def test_a_problem_that_was_posed_before_there_were_roles_can_be_read(posed: PosedProblem) -> None:
+    data = json.loads(posed.to_json())
+    del data["settings"]["roles"]
+    assert posed_from_json(json.dumps(data).encode()) == posed
 
 
 def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(

@@ -215,3 +215,27 @@ def test_a_replica_whose_dense_path_lost_a_node_serves_nothing() -> None:
     assert is_better(plan_on("a", name="plans/p", rate_rps=1.02), before, {"a"})
     assert not is_better(plan_on("a", name="plans/p", rate_rps=1.0), before, {"a"})
     assert not is_better(plan_on("a", name="plans/p", rate_rps=1.02), before, {"a", "b"})
+
+
+def split_plan(name: str = "plans/p", *, routed_rps: float = 2.0) -> plan_pb2.Plan:
+    """Two prefill replicas on a and b, and a decode replica on c."""
+    plan = plan_on("a", "b", "c", name=name, rate_rps=1.0)
+    for replica, role in zip(plan.result.replicas, (2, 2, 3), strict=True):
+        replica.role = replica_pb2.ReplicaRole.ValueType(role)
+    plan.result.replicas[2].rate_rps = 5.0
+    plan.result.kv_routes.add(prefill=0, decode=2, rate_rps=routed_rps / 2)
+    plan.result.kv_routes.add(prefill=1, decode=2, rate_rps=routed_rps / 2)
+    return plan
+
+
+def test_a_split_plan_serves_what_its_routes_carry_and_not_what_its_replicas_could() -> None:
+    unified = plan_on("a", "b")
+    assert not is_better(split_plan(), unified, {"a", "b", "c"})
+    assert is_better(split_plan(routed_rps=2.1), unified, {"a", "b", "c"})
+    assert is_better(plan_on("a", rate_rps=2.1), split_plan(), {"a", "b", "c"})
+
+
+def test_what_is_left_of_a_split_plan_is_its_weaker_side() -> None:
+    assert is_better(plan_on("a", rate_rps=1.02), split_plan(), {"a", "c"})
+    assert not is_better(plan_on("a", rate_rps=1.0), split_plan(), {"a", "c"})
+    assert is_better(plan_on("a", rate_rps=0.01), split_plan(), {"a", "b"})

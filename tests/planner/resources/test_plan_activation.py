@@ -16,7 +16,7 @@ from hetis.formats.documents import dump
 from hetis.planner.placing import Settings, make_plan, objective
 from hetis.planner.sources import load_inputs
 from hetis.solver.budget import Budget, silent
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.v1 import document_pb2, plan_pb2, replica_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner.resources.planned import PAPER, Planner, make_cluster, with_planner
@@ -36,8 +36,9 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Plan]:
     def solve(model: str, kind: ObjectiveKind = ObjectiveKind.GOODPUT) -> Plan:
         loaded = load_inputs(cluster=str(file), model=model, workload="azure_conv_2023")
         goal = objective(kind, ttft_s=None, tpot_s=None, demand_rps=None)
-        problem = loaded.inputs.problem(goal, "hetis")
-        return make_plan(loaded, problem, Settings(), budget=Budget(), report=silent)
+        settings = Settings(roles=(Role.UNIFIED,))
+        problem = loaded.inputs.problem(goal, "hetis", settings.roles)
+        return make_plan(loaded, problem, settings, budget=Budget(), report=silent)
 
     return {
         "large": solve("Llama-2-70B"),

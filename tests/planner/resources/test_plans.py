@@ -188,6 +188,7 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
             strategy="hexgenn",
             gap_target=2.0,
             profiles=["profile"],
+            roles=[1, 0, 9, 1],
             objective=plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_COST, ttft_limit_s=-1.0, tpot_unlimited=False),
         )
         request.plan.spec.time_limit.FromSeconds(0)
@@ -203,12 +204,25 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
             "plan.spec.strategy",
             "plan.spec.gap_target",
             "plan.spec.profiles[0]",
+            "plan.spec.roles",
+            "plan.spec.roles[1]",
+            "plan.spec.roles[2]",
             "plan.spec.time_limit",
             "plan.spec.objective.demand_rps",
             "plan.spec.objective.ttft_limit_s",
             "plan.spec.objective.tpot_unlimited",
         }
         assert "did you mean azure_conv_2023?" in wrong.fields["plan.spec.workload_name"]
+        assert wrong.fields["plan.spec.roles[1]"] == "is UNSPECIFIED, must be one of UNIFIED, PREFILL, DECODE"
+        assert wrong.fields["plan.spec.roles[2]"] == "is 9, must be one of UNIFIED, PREFILL, DECODE"
+        assert wrong.fields["plan.spec.roles"] == "has 4 entries of 3 roles, each may be there once"
+
+        for strategy, roles, says in (
+            ("uniform", [2, 3], "strategy uniform has unified replicas only, prefill, decode are asked for"),
+            ("hetis", [2], "roles are prefill, must be unified, or prefill and decode, or all three"),
+        ):
+            split = await refused(planner.call("CreatePlan", create_request(strategy=strategy, roles=roles)))
+            assert split.fields == {"plan.spec.roles": says}
 
         workload = b"apiVersion: hetis/v1\nkind: Workload\nname: w\ntrace: /etc/passwd\n"
         request = create_request(workload_document=document_pb2.Document(content=workload))

@@ -22,7 +22,7 @@ from hetis.v1.executor_service_pb2 import (
     ReserveMovesRequest,
 )
 from hetis.v1.head_map_pb2 import Move, MoveReason
-from hetis.v1.replica_pb2 import AssignmentGoal, DeviceCondition
+from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, DeviceCondition, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceStatus, ReplicaReport
 from hetis.v1.stage_pb2 import StageModel
 from tests.runtime.agent.builders import (
@@ -444,3 +444,35 @@ def test_a_control_file_is_read_when_it_changes(tmp_path: Path) -> None:
 def test_a_wrong_control_is_named(data: object) -> None:
     with pytest.raises(ControlError, match=r"c\.yaml: "):
         Control.of(data, source="c.yaml")
+
+
+def prefill_assignment(goal: AssignmentGoal.ValueType = AssignmentGoal.ASSIGNMENT_GOAL_SERVE) -> Assignment:
+    what = assignment(goal=goal, workers=())
+    what.shape.role = ReplicaRole.REPLICA_ROLE_PREFILL
+    del what.stages[:]  # a prefill replica has no head groups to place
+    return what
+
+
+def test_a_prefill_replica_serves_without_a_decode_request_and_stops_when_it_is_drained() -> None:
+    engine = SimulatedEngine("p", 4, engine_id="e")
+    engine.control = BUSY
+    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=prefill_assignment()), 0.0)
+    engine.step(60.0)
+    report = replica(engine, 60.0)
+    assert report.assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+    assert report.is_primary
+    assert (report.num_running, report.num_waiting, report.num_finished, len(report.stages)) == (0, 0, 0, 0)
+    assert not engine.head_maps(REPLICA).head_maps
+    drained = prefill_assignment(AssignmentGoal.ASSIGNMENT_GOAL_DRAIN)
+    answer = engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=2, assignment=drained), 60.0)
+    assert answer.state == AssignmentState.ASSIGNMENT_STATE_STOPPED
+
+
+def test_requests_of_a_decode_replica_come_as_the_plan_promises() -> None:
+    engine = SimulatedEngine("p", 4, engine_id="e")
+    engine.control = Control(load_ratio=0.9, prompt_tokens=100, output_tokens=50, load_s=0)
+    what = assignment(model=stage_model(blocks=4000))
+    what.shape.role = ReplicaRole.REPLICA_ROLE_DECODE
+    engine.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what), 0.0)
+    engine.step(60.0)
+    assert replica(engine, 60.0).num_finished > 100

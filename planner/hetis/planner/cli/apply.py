@@ -10,7 +10,6 @@ import typer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import Strategy
 from hetis.planner.cli.rollback import DryRunOption, NoWaitOption
 from hetis.planner.cli.server_verb import server_verb
 from hetis.solver.plan import ObjectiveKind
@@ -85,7 +84,8 @@ def apply(
     rate: options.RateOption = None,
     ttft: options.TtftOption = None,
     tpot: options.TpotOption = None,
-    strategy: options.StrategyOption = Strategy.HETIS,
+    strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
+    roles: options.RolesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -125,7 +125,8 @@ def apply(
         rate_rps=rate,
         ttft_s=ttft,
         tpot_s=tpot,
-        strategy=strategy.value,
+        strategy=strategy,
+        roles=roles or frozenset(),
         time_limit_s=time_limit,
         gap_target=gap,
         seed=seed,

@@ -1,4 +1,4 @@
-"""``hetis-plan catalog``: the GPUs, models and workloads that can be named."""
+"""``hetis-plan catalog``: the GPUs, models, workloads and strategies that can be named."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Catalogue(StrEnum):
     GPUS = "gpus"
     MODELS = "models"
     WORKLOADS = "workloads"
+    STRATEGIES = "strategies"
 
 
 @verb()
@@ -24,11 +25,13 @@ def catalog(
     which: Annotated[Catalogue, typer.Argument(help="What to list.")],
     containing: Annotated[str, typer.Argument(help="Only names that contain this text.", show_default=False)] = "",
 ) -> ExitCode:
-    """List the GPUs, models or workloads that hetis knows, with their sources (-o json)."""
+    """List the GPUs, models, workloads or strategies that hetis knows, with their sources (-o json)."""
     from hetis.formats import catalogue
     from hetis.planner.report import catalogue as tables
     from hetis.planner.report.json_values import json_value
     from hetis.planner.sources import profile_origin
+    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.problem import Family
 
     def chosen(name: str) -> bool:
         return containing.lower() in name.lower()
@@ -47,4 +50,14 @@ def catalog(
         case Catalogue.WORKLOADS:
             workloads = [entry for entry in catalogue.workloads() if chosen(entry.workload.name)]
             terminal.emit(lambda: json_value(workloads), lambda: tables.workload_table(workloads))
+        case Catalogue.STRATEGIES:
+            strategies = [one for one in STRATEGIES.values() if chosen(one.name)]
+            families = {one.name: one.restrict(Family()) for one in strategies}
+            terminal.emit(
+                lambda: [
+                    {"name": one.name, "summary": one.summary, "family": families[one.name].describe()}
+                    for one in strategies
+                ],
+                lambda: tables.strategy_table([(one.name, one.summary) for one in strategies]),
+            )
     return ExitCode.OK

@@ -16,7 +16,8 @@ from hetis.formats.documents import dump, load_cluster, load_model, load_profile
 from hetis.planner.cli.quantities import NO_LIMIT
 from hetis.planner.cli.resource_names import full_name, id_of
 from hetis.planner.client import Client
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.planner.convert.roles import TO_PROTO
+from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.v1 import document_pb2, plan_pb2
 
 _KINDS = {
@@ -42,6 +43,7 @@ class Goal:
     ttft_s: float | None
     tpot_s: float | None
     strategy: str
+    roles: frozenset[Role]  # empty: all of the strategy
     time_limit_s: float
     gap_target: float
     seed: int
@@ -106,6 +108,7 @@ class Goal:
             ],
             objective=self._objective(),
             strategy=self.strategy,
+            roles=[TO_PROTO[role] for role in Role if role in self.roles],
             gap_target=self.gap_target,
             time_limit=_duration(self.time_limit_s),
             seed=self.seed,

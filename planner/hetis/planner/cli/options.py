@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hetis.planner.cli import quantities, words
-from hetis.solver.plan import ObjectiveKind
+from hetis.planner.cli import families, quantities, words
+from hetis.solver.plan import ObjectiveKind, Role
 
 # --- of verbs that read a plan
 
@@ -101,16 +100,29 @@ TpotOption = Annotated[
 _SEARCH = "Search"
 
 
-class Strategy(StrEnum):
-    """Families of plans; a test keeps this in step with `hetis.solver.placement.strategies.STRATEGIES`."""
-
-    HETIS = "hetis"
-    UNIFORM = "uniform"
-    HEXGEN = "hexgen"
-
+DEFAULT_STRATEGY = "hetis"
 
 StrategyOption = Annotated[
-    Strategy, typer.Option("--strategy", rich_help_panel=_SEARCH, help="Family of plans to search.")
+    str,
+    typer.Option(
+        "--strategy",
+        parser=families.strategy,
+        metavar="NAME",
+        autocompletion=words.strategy_names,
+        rich_help_panel=_SEARCH,
+        help="Family of plans to search, a name of `catalog strategies`.",
+    ),
+]
+RolesOption = Annotated[
+    frozenset[Role] | None,
+    typer.Option(
+        "--roles",
+        parser=families.roles,
+        metavar="ROLE,...",
+        rich_help_panel=_SEARCH,
+        show_default="all of the strategy",
+        help="What replicas may do: unified, or prefill,decode, or all three.",
+    ),
 ]
 TimeLimitOption = Annotated[
     float,

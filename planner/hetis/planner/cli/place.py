@@ -6,7 +6,6 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import Strategy
 from hetis.solver.plan import ObjectiveKind
 
 
@@ -22,7 +21,8 @@ def place(
     rate: options.RateOption = None,
     ttft: options.TtftOption = None,
     tpot: options.TpotOption = None,
-    strategy: options.StrategyOption = Strategy.HETIS,
+    strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
+    roles: options.RolesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -38,7 +38,7 @@ def place(
     from hetis.planner import placing
     from hetis.planner.cli.placement_run import PlacementRun
     from hetis.planner.cli.plan_files import refuse_unwritable
-    from hetis.planner.sources import load_inputs
+    from hetis.planner.sources import load_inputs, ordered
 
     if out is not None:
         refuse_unwritable(out)
@@ -46,9 +46,14 @@ def place(
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(
-        strategy=strategy.value, time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads
+        strategy=strategy,
+        roles=ordered(roles or ()),
+        time_limit_s=time_limit,
+        gap_target=gap,
+        seed=seed,
+        threads=threads,
     )
-    problem = loaded.inputs.problem(goal, strategy.value)
+    problem = loaded.inputs.problem(goal, strategy, settings.roles)
     return PlacementRun(
         terminal=terminal,
         loaded=loaded,

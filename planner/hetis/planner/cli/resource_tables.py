@@ -150,6 +150,7 @@ def _replicas() -> list[Column]:
     return [
         Column("replica", lambda r: last(r.name)),
         Column("state", lambda r: state(word(replica_pb2.ReplicaState, r.state))),
+        Column("role", lambda r: word(replica_pb2.ReplicaRole, r.role).lower() if r.role else "unified"),
         Column("plan", lambda r: last(r.plan)),
         Column("generation", lambda r: str(r.generation), right=True),
         Column("running", lambda r: str(r.report.num_running), right=True),

@@ -13,6 +13,13 @@ def model_names(incomplete: str) -> list[str]:
     return [incomplete + n[len(incomplete) :] for n in short + names if n.lower().startswith(incomplete.lower())]
 
 
+def strategy_names(incomplete: str) -> list[str]:
+    """Strategies that start with this."""
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    return [name for name in STRATEGIES if name.startswith(incomplete.lower())]
+
+
 def workload_names(incomplete: str) -> list[str]:
     """Traces of the catalogue that start with this."""
     from hetis.formats.catalogue import workloads

@@ -20,6 +20,7 @@ def explanation_to_proto(plan: Plan, explanation: Explanation) -> plan_service_p
         prices=map(price_to_proto, plan.prices),
         runners_up=map(_runner_up, plan.runners_up),
         notes=plan.notes,
+        kv_routes=explanation.kv_routes,
     )
 
 
@@ -56,6 +57,8 @@ def _stage_time(part: StageTime) -> plan_service_pb2.StageTime:
         other_s=part.other_s,
         total_s=part.total_s,
         is_bottleneck=part.is_bottleneck,
+        kv_wait_s=part.kv_wait_s,
+        kv_wire_s=part.kv_wire_s,
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 
 from hetis.planner.convert.replicas import replicas_to_proto
+from hetis.planner.convert.roles import routes_to_proto
 from hetis.solver.budget import Progress
 from hetis.solver.plan import ClassPrice, Plan, Status
 from hetis.v1 import document_pb2, plan_pb2
@@ -32,7 +33,7 @@ def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
         family=plan.family,
         num_replicas=len(plan.replicas),
         num_gpus=sum(len(replica.devices()) for replica in plan.replicas),
-        num_attention_workers=sum(len(p.devices) for replica in plan.replicas for p in replica.attention_workers),
+        num_attention_workers=sum(len(replica.worker_devices()) for replica in plan.replicas),
         document=document_pb2.Document(kind=document_pb2.DOCUMENT_KIND_PLAN, digest=digest_of(document)),
         document_bytes=len(document),
         notes=plan.notes,
@@ -45,7 +46,7 @@ def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
 
 
 def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
-    """Makes the view FULL of the view BASIC: replicas, prices and the document, as far as a message has room.
+    """Makes the view FULL of the view BASIC: replicas, routes, prices and the document, as far as a message has room.
 
     The document is left out first, where it is large or there is no room: it can be read by itself.
     """
@@ -54,6 +55,11 @@ def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
     replicas = replicas_to_proto(plan.replicas, most_bytes=MOST_PLAN_BYTES - message.ByteSize())
     result.replicas.extend(replicas)
     result.replicas_truncated = len(replicas) < len(plan.replicas)
+    routes = plan_pb2.PlanResult(kv_routes=routes_to_proto(plan.kv_routes))
+    if routes.ByteSize() <= MOST_PLAN_BYTES - message.ByteSize():
+        result.MergeFrom(routes)
+    else:
+        result.replicas_truncated = True
     if len(document) <= min(MOST_DOCUMENT_BYTES, MOST_PLAN_BYTES - message.ByteSize()):
         result.document.content = document
 

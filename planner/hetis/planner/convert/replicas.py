@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hetis.planner.convert.roles import TO_PROTO, role_of
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
 from hetis.v1 import replica_pb2
 
@@ -45,10 +46,16 @@ def replica_to_proto(replica: ReplicaPlan) -> replica_pb2.ReplicaPlan:
         ),
         attention_workers=(
             replica_pb2.AttentionWorkerPool(
-                stage=pool.stage, gpu_type=pool.gpu, devices=pool.devices, kv_head_groups=pool.kv_head_groups
+                stage=pool.stage,
+                gpu_type=pool.gpu,
+                devices=pool.devices,
+                kv_head_groups=pool.kv_head_groups,
+                shared=pool.shared,
             )
             for pool in replica.attention_workers
         ),
+        role=TO_PROTO[replica.role],
+        kv_zones=replica.kv_zones,
     )
 
 
@@ -75,8 +82,14 @@ def replica_from_proto(message: replica_pb2.ReplicaPlan) -> ReplicaPlan:
         ),
         attention_workers=tuple(
             AttentionWorkerPool(
-                stage=pool.stage, gpu=pool.gpu_type, devices=tuple(pool.devices), kv_head_groups=pool.kv_head_groups
+                stage=pool.stage,
+                gpu=pool.gpu_type,
+                devices=tuple(pool.devices),
+                kv_head_groups=pool.kv_head_groups,
+                shared=pool.shared,
             )
             for pool in message.attention_workers
         ),
+        role=role_of(message),
+        kv_zones=tuple(message.kv_zones),
     )

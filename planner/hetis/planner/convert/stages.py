@@ -8,11 +8,14 @@ from hetis.planner.sources import PlanAndProblem
 from hetis.planner.stage_of_plan import state_of_stage
 from hetis.planner.stage_sources import LoadedStage, with_costs
 from hetis.solver.dispatch.problem import HeadShape
+from hetis.solver.plan import Role
 from hetis.v1 import stage_pb2
 
 
 def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.StageModel]:
     """One per copy of each stage, in their order. ``replica``: its index in the plan. Slow: not for an event loop.
+
+    None of a prefill replica: it decodes nothing, so that nothing is dispatched.
 
     KV blocks are those of the whole device: all micro-batches that are in flight share them.
 
@@ -20,6 +23,8 @@ def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.Sta
         InvalidProblemError: the plan contradicts its inputs.
     """
     one = found.plan.replicas[replica]
+    if one.role is Role.PREFILL:
+        return []
     messages = []
     for position, stage in enumerate(one.stages):
         loaded = with_costs(state_of_stage(found, replica, position), f"replica {replica}", {})

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hetis.planner.convert.names import last_part
+from hetis.planner.convert.roles import role_of
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.redispatching.policy import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock
+from hetis.solver.plan import Role
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 POLL_S = 2.0  # how often a search under way is looked at
@@ -236,9 +238,22 @@ def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]
     """Whether a proposal serves more than what ``nodes`` leave of the plan in force; no where not all is known."""
     if proposal.result.replicas_truncated or plan.result.replicas_truncated:
         return False
-    there = set(nodes)
-    left_rps = sum(replica.rate_rps for replica in plan.result.replicas if _dense_nodes(replica) <= there)
-    return sum(replica.rate_rps for replica in proposal.result.replicas) > left_rps * (1 + LEAST_GAIN)
+    return served_rps(proposal.result) > left_rps(plan.result, set(nodes)) * (1 + LEAST_GAIN)
+
+
+def served_rps(result: plan_pb2.PlanResult) -> float:
+    """What a plan serves: by its unified replicas, and over its routes."""
+    unified = sum(one.rate_rps for one in result.replicas if role_of(one) is Role.UNIFIED)
+    return unified + sum(route.rate_rps for route in result.kv_routes)
+
+
+def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
+    """What the nodes that are ``there`` leave of a plan, at most: KV may take other routes than planned."""
+    left = dict.fromkeys(Role, 0.0)
+    for replica in result.replicas:
+        if _dense_nodes(replica) <= there:
+            left[role_of(replica)] += replica.rate_rps
+    return left[Role.UNIFIED] + min(left[Role.PREFILL], left[Role.DECODE])
 
 
 def _dense_nodes(replica: replica_pb2.ReplicaPlan) -> set[str]:

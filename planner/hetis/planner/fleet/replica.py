@@ -31,7 +31,7 @@ class Contents:
 
     Attributes:
         model: a ModelSpec document.
-        stages: for the dispatcher of the primary, one per copy of each stage.
+        stages: for the dispatcher of the primary, one per copy of each stage; none of a prefill replica.
     """
 
     model: document_pb2.Document

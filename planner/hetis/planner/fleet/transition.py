@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from hetis.planner.convert.roles import TO_PROTO, role_of
 from hetis.v1 import plan_service_pb2, replica_pb2
 
 Kind = plan_service_pb2.TransitionKind
@@ -103,7 +104,8 @@ def dense_devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
 
 def devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
     """All its GPUs, as `node/index`: those of its stages, then its attention workers."""
-    return dense_devices_of(shape) + [device for pool in shape.attention_workers for device in pool.devices]
+    workers = dict.fromkeys(device for pool in shape.attention_workers for device in pool.devices)  # shared ones once
+    return [*dense_devices_of(shape), *workers]
 
 
 def node_of(device: str) -> str:
@@ -121,6 +123,7 @@ def _identity(shape: replica_pb2.ReplicaPlan) -> bytes:
     same.CopyFrom(shape)
     for field in _PREDICTIONS:
         same.ClearField(field)  # type: ignore[arg-type]  # the stubs list the names as a literal
+    same.role = TO_PROTO[role_of(shape)]  # replicas that were started before there were roles are unified
     return same.SerializeToString(deterministic=True)
 
 

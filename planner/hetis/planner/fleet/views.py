@@ -60,7 +60,7 @@ class LiveReplica:
         primary_node: id of the node.
         shape: what the plan says of it.
         model: a ModelSpec document; None: not looked up yet.
-        stages: for its dispatcher; empty: not looked up yet.
+        stages: for its dispatcher; empty: not looked up yet, or a prefill replica.
         conditions: by GPU, `node/index`; those that are not here are OK.
         report: the last of its primary; None: none yet.
         report_time_s: when that came, Unix seconds; None: never.

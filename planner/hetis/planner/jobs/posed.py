@@ -8,7 +8,7 @@ from typing import Any
 
 from hetis.planner.placing import Settings
 from hetis.planner.sources import LoadedInputs, inputs_from_documents
-from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
 
 
@@ -26,7 +26,7 @@ class PosedProblem:
         Raises:
             InvalidProblemError: the inputs contradict each other.
         """
-        return self.loaded.inputs.problem(self.objective, self.settings.strategy)
+        return self.loaded.inputs.problem(self.objective, self.settings.strategy, self.settings.roles)
 
     def to_json(self) -> bytes:
         """Equal problems give equal bytes; `posed_from_json` reads them."""
@@ -47,10 +47,11 @@ def posed_from_json(text: bytes) -> PosedProblem:
     """
     data: dict[str, Any] = json.loads(text)
     objective: dict[str, Any] = data["objective"]
+    settings: dict[str, Any] = data["settings"]
     return PosedProblem(
         loaded=LoadedInputs(
             inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
         ),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
-        settings=Settings(**data["settings"]),
+        settings=Settings(**(settings | {"roles": tuple(map(Role, settings.get("roles", ())))})),
     )

@@ -68,6 +68,14 @@ def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
     return table
 
 
+def strategy_table(entries: Sequence[tuple[str, str]]) -> Table:
+    """Strategies with what each of them searches."""
+    table = _table(("name", "left"), ("searches", "left"))
+    for name, summary in entries:
+        table.add_row(name, summary)
+    return table
+
+
 def _right(*names: str) -> list[tuple[str, str]]:
     return [(name, "right") for name in names]
 

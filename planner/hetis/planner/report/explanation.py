@@ -13,13 +13,17 @@ from hetis.planner.report.grouping import ReplicaGroup, group_replicas
 from hetis.planner.report.plan import bullets, headline, price_table, section
 from hetis.planner.report.stacked import Share, legend, stacked_bar
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Plan, Role
 
 MAX_SHAPES = 6
 PRICES_MEAN = (
     "The marginal price is what one GPU of the class is worth in the relaxation of this plan, where replicas may be "
     "fractions. 0 says that the relaxation is not short of the class, not that its GPUs are of no use. One GPU more "
     "may add more than its price, where it makes room for a larger replica, or nothing."
+)
+WIRE_MEANS = (
+    "(wire): how long the KV of a request leaves or arrives, beside computing and not in the sum; wait: where that "
+    "takes longer than computing."
 )
 BAR_WIDTH = 30
 
@@ -36,6 +40,8 @@ def _sections(plan: Plan, explanation: Explanation) -> Iterator[RenderableType]:
         yield from _replica(group, explanation)
     if len(groups) > MAX_SHAPES:
         yield Text(f"\n… and {plural(len(groups) - MAX_SHAPES, 'more shape')} (-o json has all)", style="dim")
+    if explanation.kv_routes:
+        yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:
         yield section("What a GPU of every class is worth", Group(price_table(plan), Text(PRICES_MEAN, style="dim")))
     if explanation.idle:
@@ -47,7 +53,8 @@ def _sections(plan: Plan, explanation: Explanation) -> Iterator[RenderableType]:
 
 def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[RenderableType]:
     number, count = group.numbers[0], len(group.numbers)
-    name = f"Replica {number}" if count == 1 else f"Replica {number}, as {count - 1:,} more"
+    role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
+    name = f"Replica {number}{role}" if count == 1 else f"Replica {number}{role}, as {count - 1:,} more"
     # Sentences come in the order of the replicas that are explained, the first of every shape.
     explained = dict.fromkeys(part.replica for part in explanation.stage_times)
     sentence = dict(zip(explained, explanation.bottlenecks, strict=False)).get(number)
@@ -115,7 +122,10 @@ def _times(parts: list[StageTime]) -> RenderableType:
             Text(seconds(per_copy)),
             Text("bottleneck" if part.is_bottleneck else f"{percent(per_copy / slowest)}", style="dim"),
         )
-    return Group(table, legend(_time_shares(parts[0])), _time_table(parts))
+    shares = Group(legend(_time_shares(parts[0])), _time_table(parts))
+    if any(part.kv_wire_s for part in parts):
+        return Group(table, shares, Text(WIRE_MEANS, style="dim"))
+    return Group(table, shares)
 
 
 def _time_table(parts: list[StageTime]) -> Table:
@@ -125,10 +135,14 @@ def _time_table(parts: list[StageTime]) -> Table:
     columns = [[share.amount for share in _time_shares(part)] for part in parts]
     names = [share.name for share in _time_shares(parts[0])]
     kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
+    has_wire = any(part.kv_wire_s for part in parts)
     for i in kept:
         table.add_column(names[i], justify="right")
+    if has_wire:
+        table.add_column("(wire)", justify="right")
     for part, column in zip(parts, columns, strict=True):
-        table.add_row(f"stage {part.stage + 1}", *(f"{100 * column[i] / part.total_s:.1f}" for i in kept))
+        shares = [column[i] for i in kept] + ([part.kv_wire_s] if has_wire else [])
+        table.add_row(f"stage {part.stage + 1}", *(f"{100 * share / part.total_s:.1f}" for share in shares))
     return table
 
 
@@ -141,6 +155,7 @@ def _time_shares(part: StageTime) -> list[Share]:
         Share(name="transfer", amount=part.transfer_s, glyph="=", style="magenta"),
         Share(name="head", amount=part.head_s, glyph="#", style="blue"),
         Share(name="other", amount=part.other_s, glyph="-", style="bright_black"),
+        *([Share(name="wait", amount=part.kv_wait_s, glyph="~", style="bright_red")] if part.kv_wire_s else []),
     ]
 
 

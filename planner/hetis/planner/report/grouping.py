@@ -37,7 +37,8 @@ def group_replicas(replicas: Sequence[ReplicaPlan]) -> tuple[ReplicaGroup, ...]:
 
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.kv_head_groups_kept) for s in replica.stages)
-    pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups) for p in replica.attention_workers)
+    pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups, p.shared) for p in replica.attention_workers)
     # Four digits: replicas of one template bound to different nodes may differ in the last ones.
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
-    return stages, pools, times, replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens
+    sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
+    return stages, pools, times, sizes, replica.role, replica.kv_zones

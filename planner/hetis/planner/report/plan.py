@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.grouping import group_replicas
+from hetis.planner.report.grouping import ReplicaGroup, group_replicas
 from hetis.planner.report.palette import Palette
 from hetis.planner.report.replica import render_replica
+from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
 from hetis.planner.robustness.notes import predicted_of
 from hetis.planner.robustness.ranges import Predicted
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
@@ -66,7 +67,10 @@ def price_table(plan: Plan) -> Table:
 
 def _sections(plan: Plan) -> Iterator[RenderableType]:
     yield headline(plan)
-    yield from _replicas(plan)
+    groups = group_replicas(plan.replicas)
+    yield from _replicas(groups, Palette.of(plan))
+    if plan.kv_routes:
+        yield section("KV routes", route_table(plan, groups))
     if plan.prices:
         yield section("Device classes", price_table(plan))
         if len(plan.prices) > MAX_CLASSES:
@@ -112,6 +116,8 @@ def _facts(plan: Plan) -> Table:
     for name, reached, limit in limits(plan):
         table.add_row(name, _limit(reached, limit))
     table.add_row("Fleet", _fleet(plan))
+    if count_by_role(plan):
+        table.add_row("Roles", f"requests/s: {rates_by_role(plan)}")
     table.add_row("Family", Text(plan.family, style="dim"))
     return table
 
@@ -160,12 +166,11 @@ def _fleet(plan: Plan) -> str:
     workers = sum(price.as_attention_workers for price in plan.prices)
     idle = sum(price.available for price in plan.prices) - used
     part = f", {workers:,} of them attention workers" if workers else ""
-    return f"{plural(len(plan.replicas), 'replica')} on {plural(used, 'GPU')}{part}; {idle:,} idle"
+    roles = f" ({count_by_role(plan)})" if count_by_role(plan) else ""
+    return f"{plural(len(plan.replicas), 'replica')}{roles} on {plural(used, 'GPU')}{part}; {idle:,} idle"
 
 
-def _replicas(plan: Plan) -> Iterator[RenderableType]:
-    groups = group_replicas(plan.replicas)
-    palette = Palette.of(plan)
+def _replicas(groups: Sequence[ReplicaGroup], palette: Palette) -> Iterator[RenderableType]:
     for group in groups[:MAX_SHAPES]:
         yield render_replica(group, palette)
     rest = groups[MAX_SHAPES:]

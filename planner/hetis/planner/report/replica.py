@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.devices import abbreviate
-from hetis.planner.report.figures import digits, seconds, tokens
+from hetis.planner.report.figures import digits, plural, seconds, tokens
 from hetis.planner.report.grouping import ReplicaGroup
 from hetis.planner.report.palette import Palette
-from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 
 PICTURE_WIDTH = 78
 MIN_STAGE_WIDTH = 4  # room for a two-digit stage number
@@ -28,14 +28,39 @@ def _headline(group: ReplicaGroup) -> Text:
     replica, count = group.first, len(group.numbers)
     name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
     each = "" if count == 1 else f" each, {digits(group.rate, 4)} together"
-    decoding = replica.micro_batch * replica.in_flight
+    role = "" if replica.role is Role.UNIFIED else (f" {replica.role}" if count == 1 else f", {replica.role}")
     return Text.assemble(
         (f"\n{name}", "bold"),
+        (role, "bold magenta"),
         f"  {digits(replica.rate, 4)} requests/s saturated{each}\n",
-        f" TTFT {seconds(replica.ttft_s)} · TPOT {seconds(replica.tpot_s)} · ",
-        f"{decoding} decoding = {replica.micro_batch} × {replica.in_flight} in flight · ",
-        f"chunks of {replica.chunk_tokens}\n KV room {tokens(replica.kv_tokens)} tokens",
+        f" {_latencies(replica)} · {_in_flight(replica)}\n",
+        f" KV room {tokens(replica.kv_tokens)} tokens{_kv_zones(replica)}",
     )
+
+
+def _latencies(replica: ReplicaPlan) -> str:
+    """Those that the role has."""
+    ttft, tpot = f"TTFT {seconds(replica.ttft_s)}", f"TPOT {seconds(replica.tpot_s)}"
+    match replica.role:
+        case Role.PREFILL:
+            return f"{ttft} until the KV is there"
+        case Role.DECODE:
+            return tpot
+    return f"{ttft} · {tpot}"
+
+
+def _in_flight(replica: ReplicaPlan) -> str:
+    chunks = f"chunks of {replica.chunk_tokens}"
+    if replica.role is Role.PREFILL:
+        return f"{plural(replica.in_flight, 'prompt')} in flight · {chunks}"
+    decoding = (
+        f"{replica.micro_batch * replica.in_flight} decoding = {replica.micro_batch} × {replica.in_flight} in flight"
+    )
+    return decoding if replica.role is Role.DECODE else f"{decoding} · {chunks}"
+
+
+def _kv_zones(replica: ReplicaPlan) -> str:
+    return f" · sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else ""
 
 
 def _picture(replica: ReplicaPlan, palette: Palette) -> RenderableType:
@@ -108,7 +133,7 @@ def _pool_row(pool: AttentionWorkerPool, groups: int, palette: Palette) -> list[
     return [
         "└",
         Text(pool.gpu, style=palette[pool.gpu]),
-        f"×{len(pool.devices)}",
+        f"×{len(pool.devices)}" + (" shared" if pool.shared else ""),
         "attention",
         f"{pool.kv_head_groups} of {groups}",
         abbreviate(pool.devices),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from hetis.planner.convert.roles import TO_PROTO, role_of
 from hetis.planner.convert.times import timestamp
 from hetis.planner.fleet.transition import Matching, match_replicas, nodes_of, plan_transition
 from hetis.planner.store import ClusterRecord, PlanRecord, ReplicaRecord
@@ -87,6 +88,7 @@ def new_replica(
         primary_node=nodes[0],
         nodes=nodes,
         model_digest=model_digest,
+        role=TO_PROTO[role_of(shape)],
         create_time=timestamp(now_s),
     )
     return ReplicaRecord(name=name, cluster=plan.cluster, plan=plan.name, body=body, state=body.state)

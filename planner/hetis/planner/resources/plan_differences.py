@@ -15,8 +15,8 @@ from hetis.v1 import plan_service_pb2 as pb2
 
 MOST_BYTES = (4 << 20) - (16 << 10)  # of the answer
 _Kind = pb2.ReplicaDifferenceKind
-_SETTINGS = ("seed", "threads", "gap_target", "time_limit_s")
-_LIMITS = ("micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
+_SETTINGS = ("roles", "seed", "threads", "gap_target", "time_limit_s")
+_LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 
 def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse:
@@ -94,6 +94,8 @@ def _without_predictions(replica: ReplicaPlan) -> ReplicaPlan:
 
 
 def _changes(before: ReplicaPlan, after: ReplicaPlan) -> Iterator[str]:
+    if before.kv_zones != after.kv_zones:
+        yield f"sends KV to {_zones(after)} instead of {_zones(before)}"
     for name in _LIMITS:
         if (old := getattr(before, name)) != (new := getattr(after, name)):
             yield f"{name} is {new} instead of {old}"
@@ -104,6 +106,10 @@ def _changes(before: ReplicaPlan, after: ReplicaPlan) -> Iterator[str]:
         old, new = before.stages[number].kv_head_groups_kept, after.stages[number].kv_head_groups_kept
         if old != new:
             yield f"stage {number} keeps {new} head groups per rank instead of {old}"
+
+
+def _zones(replica: ReplicaPlan) -> str:
+    return ", ".join(replica.kv_zones) or "nobody"
 
 
 def _workers(replica: ReplicaPlan, stage: int) -> str:

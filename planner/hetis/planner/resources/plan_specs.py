@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, did_you_mean
 from hetis.formats.workload import named_workload
-from hetis.planner.convert import documents, names
+from hetis.planner.convert import documents, enums, names
 from hetis.planner.convert.objectives import objective_from_proto
+from hetis.planner.convert.roles import FROM_PROTO
 from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.placing import Settings
 from hetis.planner.resources.checking import Checks
 from hetis.planner.resources.plan_fleets import without_nodes
-from hetis.planner.sources import Inputs, LoadedInputs, default_profile
+from hetis.planner.sources import Inputs, LoadedInputs, default_profile, family_of, ordered
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective
+from hetis.solver.plan import Objective, Role
 from hetis.solver.workload import Workload
-from hetis.v1 import document_pb2, plan_pb2
+from hetis.v1 import document_pb2, plan_pb2, replica_pb2
 
 DEFAULT_STRATEGY = "hetis"
 LEAST_TIME_S = 0.01
@@ -215,6 +216,12 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
         f"{field}.strategy",
         f"is {strategy[:80]!r}, must be one of {', '.join(STRATEGIES)}{did_you_mean(strategy, STRATEGIES)}",
     )
+    roles = _roles(checks, spec, field)
+    if strategy in STRATEGIES and roles:
+        try:
+            family_of(strategy, roles)
+        except InvalidProblemError as error:
+            checks.require(False, f"{field}.roles", str(error))
     gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
     checks.require(0 <= gap <= 1, f"{field}.gap_target", f"is {gap:g}, must be from 0 to 1")
     time_limit_s = min(defaults.time_limit_s, limits.time_s)
@@ -227,8 +234,24 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
         )
     return Settings(
         strategy=strategy,
+        roles=roles,
         time_limit_s=time_limit_s,
         gap_target=gap,
         seed=spec.seed % _SEEDS,
         threads=min(spec.num_threads or limits.threads, limits.threads),
     )
+
+
+def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, ...]:
+    """Those that are right; ``checks`` knows of the others."""
+    names = ", ".join(role.name for role in Role)
+    for position, value in enumerate(spec.roles[: len(Role) + 1]):
+        named = enums.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
+        checks.require(value in FROM_PROTO, f"{field}.roles[{position}]", f"is {named}, must be one of {names}")
+    num_different = len(set(spec.roles))
+    checks.require(
+        num_different == len(spec.roles),
+        f"{field}.roles",
+        f"has {len(spec.roles)} entries of {num_different} roles, each may be there once",
+    )
+    return ordered(FROM_PROTO[value] for value in spec.roles if value in FROM_PROTO)

@@ -2,8 +2,8 @@
 
 The runner-up is the best other plan found: the best by the profiles as they are, among what the search answers under
 perturbed profiles (what somebody with slightly other numbers would have chosen) and in families that lack something
-the plan has (attention workers; mixed GPU types; one of its TP sizes), as far as its replicas differ in more than
-micro-batches and chunks. It is not proven to be the second best.
+the plan has (attention workers; prefill and decode apart; mixed GPU types; one of its TP sizes), as far as its replicas
+differ in more than micro-batches and chunks. It is not proven to be the second best.
 
 Plans are compared within limits: `FixedPlan.within_limits`.
 """
@@ -17,7 +17,7 @@ from hetis.planner.robustness.fixed_plan import FixedPlan, Reach
 from hetis.planner.robustness.perturbing import Profiles
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
-from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import Family, PlacementProblem
 
 Search = Callable[[PlacementProblem, str, Budget], Plan]  # problem, strategy, what it may take
@@ -91,6 +91,8 @@ def smaller_families(plan: Plan, family: Family) -> Iterator[tuple[Family, str]]
     """Families that lack something the plan has, each with its strategy: a best plan of theirs is another one."""
     if any(replica.attention_workers for replica in plan.replicas):
         yield replace(family, max_pool=0), plan.strategy
+    if plan.kv_routes and Role.UNIFIED in family.roles:
+        yield replace(family, roles=(Role.UNIFIED,)), plan.strategy
     if any(len(_gpus(replica)) > 1 for replica in plan.replicas):
         yield family, "uniform"  # the one strategy without mixed types
     for tp in sorted({stage.tp for replica in plan.replicas for stage in replica.stages}):

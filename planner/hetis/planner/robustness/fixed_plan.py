@@ -1,6 +1,7 @@
 """A plan whose GPUs, layers and head groups stay what they are, priced by other profiles.
 
 Micro-batches, how many are in flight and the prefill chunk are settings of the engine: they change without a new plan.
+So do the routes of KV: the traffic between prefill and decode replicas is the most that both sides and the links allow.
 
 Times come from the plan checker's derivation (`hetis.solver.check`), which needs no search. Memory does not depend on
 coefficients, so that a plan that fits keeps fitting.
@@ -10,17 +11,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
 from hetis.planner.report.grouping import group_replicas
+from hetis.planner.robustness.groups import Group, structure_of
 from hetis.planner.robustness.perturbing import Profiles
+from hetis.planner.robustness.traffic import Traffic
 from hetis.solver.check.claims import Derived, derive
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import ReplicaShape
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
@@ -43,21 +46,6 @@ class Reach:
             limit is not None and reached > limit * WITHIN
             for reached, limit in ((self.ttft_s, objective.ttft_limit_s), (self.tpot_s, objective.tpot_limit_s))
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Equal replicas.
-
-    Attributes:
-        count: how many there are.
-        shape: what their times depend on, engine settings as planned.
-        claimed: share of the derived rate that the plan claims: below 1 where links are uneven and the worst counts.
-    """
-
-    count: int
-    shape: ReplicaShape
-    claimed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +87,7 @@ class FixedPlan:
         self._problem = problem
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+        self._traffic = Traffic(problem, self._moments)
         self.groups = tuple(self._groups(plan, self._under(made_with or {})))
         self._engines: dict[Group, tuple[Engine, ...]] = {}  # filled when first asked for
         self.structure = structure_of(plan)
@@ -154,17 +143,24 @@ class FixedPlan:
             for group in self.groups
         ]
         most = [max(pace.rate for pace in of_group) for of_group in paces]
-        total = sum(group.count * rate for group, rate in zip(self.groups, most, strict=True)) * self._share
+        rates = list(zip(self.groups, most, strict=True))
+        unified, routed = self._traffic.served(rates)
+        total = (unified + routed) * self._share
         if load > total * WITHIN:
             return math.inf
         latency = 0.0
         for group, of_group, rate in zip(self.groups, paces, most, strict=True):
+            role = group.shape.role
+            of_role = sum(other.count * r for other, r in rates if other.shape.role is role)
+            traffic = unified if role is Role.UNIFIED else routed  # of all replicas of the role together
+            if traffic == 0:
+                continue
             soonest = min(
-                pace.ttft_s + self._moments.mean_output * pace.tpot_s
+                pace.ttft_s + self._moments.mean_output * pace.tpot_s  # a prefill replica has no TPOT, and so on
                 for pace in of_group
-                if pace.rate * WITHIN >= rate * load / total
+                if pace.rate * WITHIN >= rate * (traffic / of_role) * load / total
             )
-            latency += soonest * group.count * rate * self._share / total
+            latency += soonest * (group.count * rate / of_role) * traffic / (unified + routed)
         return latency
 
     def _under(self, profiles: Profiles) -> PlacementProblem:
@@ -180,16 +176,23 @@ class FixedPlan:
         )
 
     def _groups(self, plan: Plan, made_for: PlacementProblem) -> Iterator[Group]:
-        found = group_replicas(plan.replicas)
-        names = {name for group in found for name in group.first.devices()}
         cluster = self._problem.cluster
+        zone_of = {group.node_name(i): group.zone for group in cluster.node_groups for i in range(group.count)}
+        by_zones: dict[tuple[str, ...], list[ReplicaPlan]] = {}
+        for replica in plan.replicas:
+            zones = tuple(zone_of[stage.devices[0].rpartition("/")[0]] for stage in replica.stages)
+            by_zones.setdefault(zones, []).append(replica)
+        found = [(zones, group) for zones, replicas in by_zones.items() for group in group_replicas(replicas)]
+        names = {name for _, group in found for name in group.first.devices()}
         fleet = Fleet(cluster=cluster, devices={d.name: d for d in cluster.devices() if d.name in names})
-        for group in found:
+        for zones, group in found:
             shape = replica_shape(group.first, self._problem, fleet)
             claimed = 1.0
             if fleet.has_uneven_links:
                 claimed = min(1.0, group.first.rate * self._derive(made_for, shape).t_s)
-            yield Group(count=len(group.numbers), shape=shape, claimed=claimed)
+            yield Group(
+                count=len(group.numbers), shape=shape, claimed=claimed, zones=zones, kv_zones=group.first.kv_zones
+            )
 
     def _engines_of(self, group: Group) -> tuple[Engine, ...]:
         if group not in self._engines:
@@ -200,8 +203,9 @@ class FixedPlan:
         """Every setting of the family that fits in memory; the planned one first."""
         planned, family = group.shape, self._problem.family
         copies = sum(stage.copies for stage in planned.stages)
-        sizes = sorted({*family.micro_batches, planned.micro_batch})
-        pairs = [(m, c) for m in family.in_flight for c in family.chunk_tokens if m == 1 or m >= copies]
+        sizes = [0] if planned.role is Role.PREFILL else sorted({*family.micro_batches, planned.micro_batch})
+        chunks = [0] if planned.role is Role.DECODE else family.chunk_tokens
+        pairs = [(m, c) for m in family.in_flight for c in chunks if m == 1 or m >= copies]
         for m, c in dict.fromkeys([(planned.in_flight, planned.chunk_tokens), *pairs]):
             shape = replace(planned, in_flight=m, chunk_tokens=c)
             fits = self._num_fitting(shape, sizes)
@@ -214,8 +218,8 @@ class FixedPlan:
                 at_starts = [self._pace(self._problem, group, start.shape) for start in starts]
                 rates = [pace.rate if self._is_within(pace) else 0.0 for pace in at_starts]
                 start = starts[rates.index(max(rates))]
-                best = self._best_of(self._problem, group, start).micro_batch
-                yield replace(start, shape=replace(shape, micro_batch=best)) if best else engine
+                best = self._best_of(self._problem, group, start)
+                yield engine if best is NOTHING else replace(start, shape=replace(shape, micro_batch=best.micro_batch))
 
     def _num_fitting(self, shape: ReplicaShape, sizes: Sequence[int]) -> int:
         """How many sizes fit in memory, from the smallest: more requests never take less."""
@@ -232,6 +236,7 @@ class FixedPlan:
             micro_batch=shape.micro_batch,
             in_flight=shape.in_flight,
             chunk_tokens=shape.chunk_tokens,
+            role=shape.role,
         )
         return derive(setting, shape)
 
@@ -240,7 +245,7 @@ class FixedPlan:
         t_s = derived.t_s / group.claimed
         return _Pace(
             rate=1.0 / t_s,
-            ttft_s=t_s * derived.ttft_per_t,
+            ttft_s=t_s * derived.ttft_per_t + derived.landing_s,
             tpot_s=t_s * derived.tpot_per_t,
             micro_batch=shape.micro_batch,
         )
@@ -270,30 +275,10 @@ class FixedPlan:
         return not Reach(rate=pace.rate, ttft_s=pace.ttft_s, tpot_s=pace.tpot_s).misses(self._problem.objective)
 
     def _sum(self, paces: Iterator[tuple[Group, _Pace]]) -> Reach:
-        rate = ttft_s = tpot_s = 0.0
-        for group, pace in paces:
-            rate += group.count * pace.rate
-            ttft_s, tpot_s = max(ttft_s, pace.ttft_s), max(tpot_s, pace.tpot_s)
-        return Reach(rate=self._share * rate, ttft_s=ttft_s, tpot_s=tpot_s)
-
-
-def structure_of(plan: Plan) -> Mapping[str, int]:
-    """Shapes of the replicas in words, and how many there are of each. Batches and chunks can change: left out."""
-    counts: dict[str, int] = {}
-    for replica in plan.replicas:
-        shape = describe(replica)
-        counts[shape] = counts.get(shape, 0) + 1
-    return dict(sorted(counts.items()))
-
-
-def describe(replica: ReplicaPlan) -> str:
-    """``A100-PCIe-80GB TP4 52 layers + 2 L4 | 2 RTX-3090 TP2 28 layers``."""
-    pools = {pool.stage: pool for pool in replica.attention_workers}
-    stages = []
-    for position, stage in enumerate(replica.stages):
-        copies = f"{stage.copies} " if stage.copies > 1 else ""
-        text = f"{copies}{stage.gpu} TP{stage.tp} {stage.num_layers} layers"
-        if (pool := pools.get(position)) is not None:
-            text += f" + {len(pool.devices)} {pool.gpu} ({pool.kv_head_groups} head groups)"
-        stages.append(text)
-    return " | ".join(stages)
+        found = list(paces)
+        unified, routed = self._traffic.served([(group, pace.rate) for group, pace in found])
+        return Reach(
+            rate=self._share * (unified + routed),
+            ttft_s=max((pace.ttft_s for _, pace in found), default=0.0),
+            tpot_s=max((pace.tpot_s for _, pace in found), default=0.0),
+        )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hetis.planner.report.grouping import group_replicas
-from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op
 from hetis.solver.workload import WorkloadMoments
@@ -82,6 +82,13 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
         if b and stage.kv_head_groups_kept:
             sizes = decode(b * stage.kv_head_groups_kept)
             yield Use(gpu=stage.gpu, op=Op.DECODE_ATTENTION, tp=stage.tp, sizes=sizes)
+        if replica.role is Role.PREFILL:
+            sent = {"num_bytes": C * model.head_groups * kvb}
+            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=sent)
+        if replica.role is Role.DECODE and stage.kv_head_groups_kept:
+            kept = min(stage.tp, model.head_groups) * stage.kv_head_groups_kept
+            received = {"num_bytes": moments.mean_prompt * kept * kvb}
+            yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=received)
     for pool in replica.attention_workers:
         stage = replica.stages[pool.stage]
         cards = len(pool.devices) / stage.copies

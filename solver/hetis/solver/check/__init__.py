@@ -14,7 +14,9 @@ from __future__ import annotations
 from hetis.solver.check.claims import Rederivation, check_replica_claims
 from hetis.solver.check.class_table import check_class_table
 from hetis.solver.check.fleet import Fleet, replica_shape
-from hetis.solver.check.result import check_link_capacity, check_result
+from hetis.solver.check.result import check_result
+from hetis.solver.check.roles import check_types_of_roles
+from hetis.solver.check.routes import check_link_capacity, check_routes
 from hetis.solver.check.structure import check_devices_once, check_replica_structure
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.plan import Plan
@@ -42,6 +44,8 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
             violations += check_replica_claims(
                 replica, where, problem.objective, derived, may_claim_less=fleet.has_uneven_links
             )
+    violations += check_types_of_roles(plan, problem)
+    violations += check_routes(plan, fleet)
     violations += check_link_capacity(plan, problem, fleet)
     violations += check_result(plan, problem, fleet)
     violations += check_class_table(plan, fleet)

@@ -9,9 +9,16 @@ from dataclasses import dataclass
 from hetis.solver.check.memory import kv_room_of_a_copy, rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import ReplicaShape
-from hetis.solver.check.timing import seconds_between_completions, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.check.shared_cards import busy_seconds, kv_room, shared_card_bytes
+from hetis.solver.check.timing import (
+    landing_seconds,
+    seconds_between_completions,
+    stage_seconds,
+    tpot_per_t,
+    ttft_per_t,
+)
 from hetis.solver.check.violation import Rule, Violation
-from hetis.solver.plan import Objective, ReplicaPlan
+from hetis.solver.plan import Objective, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 
 RELATIVE = 1e-6  # what a claim may differ from its derivation by
@@ -34,13 +41,19 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
-    """Everything the cost model says of a replica. ``tpot_per_t`` and ``ttft_per_t`` times t are its latencies."""
+    """Everything the cost model says of a replica.
+
+    Its TPOT is ``tpot_per_t`` times t, its TTFT ``ttft_per_t`` times t and, on a prefill replica, the landing of the
+    last KV: ``landing_s`` over the links of its devices, ``slowest_landing_s`` over the slowest of the cluster.
+    """
 
     t_s: float  # seconds between completions
     tpot_per_t: float
     ttft_per_t: float
     kv_tokens: float
     memory: tuple[MemoryUse, ...]
+    landing_s: float = 0.0
+    slowest_landing_s: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -60,19 +73,23 @@ class Rederivation:
         self._moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._derived: dict[ReplicaShape, Derived] = {}
 
-    def setting(self, *, micro_batch: int, in_flight: int, chunk_tokens: int) -> Setting:
+    def setting(self, *, micro_batch: int, in_flight: int, chunk_tokens: int, role: Role = Role.UNIFIED) -> Setting:
         return Setting(
             problem=self._problem,
             moments=self._moments,
             micro_batch=micro_batch,
             in_flight=in_flight,
             chunk_tokens=chunk_tokens,
+            role=role,
         )
 
     def of(self, shape: ReplicaShape) -> Derived:
         if shape not in self._derived:
             setting = self.setting(
-                micro_batch=shape.micro_batch, in_flight=shape.in_flight, chunk_tokens=shape.chunk_tokens
+                micro_batch=shape.micro_batch,
+                in_flight=shape.in_flight,
+                chunk_tokens=shape.chunk_tokens,
+                role=shape.role,
             )
             self._derived[shape] = derive(setting, shape)
         return self._derived[shape]
@@ -82,8 +99,12 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     """The cost model, applied to one replica."""
     last = len(shape.stages) - 1
     stage_s, room, memory = [], math.inf, list[MemoryUse]()
+    landing_s, slowest_landing_s = 0.0, 0.0
     for i, stage in enumerate(shape.stages):
         is_first, is_last = i == 0, i == last
+        if stage.kv_link is not None and shape.slowest_link is not None:
+            landing_s = max(landing_s, landing_seconds(setting, stage, stage.kv_link))
+            slowest_landing_s = max(slowest_landing_s, landing_seconds(setting, stage, shape.slowest_link))
         stage_s.append(stage_seconds(setting, stage, is_first=is_first, is_last=is_last))
         room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
         memory.append(
@@ -103,12 +124,26 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
                     usable_bytes=setting.problem.profiles[stage.pool.gpu].usable_bytes,
                 )
             )
+    card_s = []
+    for positions in shape.shared_by:
+        card_s.append(busy_seconds(setting, shape, positions))
+        room = min(room, kv_room(setting, shape, positions))
+        memory.append(
+            MemoryUse(
+                where=f"attention workers of stages {', '.join(map(str, positions))}",
+                rule=Rule.WORKER_MEMORY,
+                num_bytes=shared_card_bytes(setting, shape, positions),
+                usable_bytes=setting.problem.profiles[shape.pool_of(positions[0]).gpu].usable_bytes,
+            )
+        )
     return Derived(
-        t_s=seconds_between_completions(setting, stage_s, [stage.copies for stage in shape.stages]),
+        t_s=seconds_between_completions(setting, stage_s, [stage.copies for stage in shape.stages], card_s),
         tpot_per_t=tpot_per_t(setting),
         ttft_per_t=ttft_per_t(setting),
         kv_tokens=room,
         memory=tuple(memory),
+        landing_s=landing_s,
+        slowest_landing_s=slowest_landing_s,
     )
 
 
@@ -126,7 +161,7 @@ def check_replica_claims(
     if not_finite:
         return violations + not_finite
     violations += _check_rate(replica, where, derived, may_claim_less)
-    violations += _check_latency(replica, where, objective, derived)
+    violations += _check_latency(replica, where, objective, derived, may_claim_less)
     violations += _check_kv_tokens(replica, where, derived)
     return violations
 
@@ -157,17 +192,34 @@ def _check_rate(replica: ReplicaPlan, where: str, derived: Derived, may_claim_le
         yield Violation(rule=Rule.RATE, where=where, message=message)
 
 
-def _check_latency(replica: ReplicaPlan, where: str, objective: Objective, derived: Derived) -> Iterator[Violation]:
+def _check_latency(
+    replica: ReplicaPlan, where: str, objective: Objective, derived: Derived, may_claim_less: bool
+) -> Iterator[Violation]:
     """Both latencies are t times a constant: the claim must lie between the derived t and the t of the claimed rate.
 
-    A plan that claims less than its rate (see `check_replica_claims`) claims more latency with it.
+    A plan that claims less than its rate (see `check_replica_claims`) claims more latency with it, and may have charged
+    the landing of its KV a worse link.
     """
     t_max = max(derived.t_s, 1 / replica.rate if replica.rate > 0 else math.inf)
-    for claimed, per_t, limit, claim_rule, limit_rule in (
-        (replica.tpot_s, derived.tpot_per_t, objective.tpot_limit_s, Rule.TPOT, Rule.TPOT_LIMIT),
-        (replica.ttft_s, derived.ttft_per_t, objective.ttft_limit_s, Rule.TTFT, Rule.TTFT_LIMIT),
+    landing_s = derived.slowest_landing_s if may_claim_less else derived.landing_s
+    for claimed, low, high, limit, claim_rule, limit_rule in (
+        (
+            replica.tpot_s,
+            _times(derived.t_s, derived.tpot_per_t),
+            _times(t_max, derived.tpot_per_t),
+            objective.tpot_limit_s,
+            Rule.TPOT,
+            Rule.TPOT_LIMIT,
+        ),
+        (
+            replica.ttft_s,
+            _times(derived.t_s, derived.ttft_per_t) + derived.landing_s,
+            _times(t_max, derived.ttft_per_t) + landing_s,
+            objective.ttft_limit_s,
+            Rule.TTFT,
+            Rule.TTFT_LIMIT,
+        ),
     ):
-        low, high = derived.t_s * per_t, t_max * per_t
         if not low * (1 - RELATIVE) <= claimed <= high * (1 + RELATIVE):
             between = f"{low:.9g} s" if high <= low * (1 + RELATIVE) else f"between {low:.9g} and {high:.9g} s"
             message = f"claims {claim_rule.name} {claimed:.9g} s, the cost model gives {between}"
@@ -176,6 +228,11 @@ def _check_latency(replica: ReplicaPlan, where: str, objective: Objective, deriv
         if limit is not None and worst > limit * (1 + RELATIVE):
             message = f"{claim_rule.name} is {worst:.9g} s, the limit is {limit:.9g} s"
             yield Violation(rule=limit_rule, where=where, message=message)
+
+
+def _times(t_s: float, per_t: float) -> float:
+    """A latency at t; 0 for a role that does not have it, also where no rate is claimed."""
+    return t_s * per_t if per_t else 0.0
 
 
 def _check_kv_tokens(replica: ReplicaPlan, where: str, derived: Derived) -> Iterator[Violation]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
-from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 
 
@@ -61,6 +62,13 @@ class Fleet:
         links = [network.node_link(a, b) for a in self.nodes_of(some) for b in there if a != b]
         return [link for link in links if link is not None]
 
+    def slowest_link(self) -> Link:
+        """The worst bandwidth and the worst latency between any nodes of the cluster."""
+        network, zones = self.cluster.network, self.cluster.zones()
+        links = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
+        links += [group.nic or network.default for group in self.cluster.node_groups]
+        return slowest([*links, *network.between_nodes.values()])
+
 
 def slowest(links: list[Link]) -> Link:
     """The worst bandwidth and the worst latency of these links."""
@@ -76,6 +84,7 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
         prefix = problem.model.prefix_layers if position == 0 else 0
         others = [name for other in replica.stages if other is not stage for name in other.devices]
         explicit = fleet.node_links(stage.devices, others)
+        hop_link = slowest([*fleet.nic_links(stage.devices), *zone_links, *explicit])
         pool = pools.get(position)
         stages.append(
             StageShape(
@@ -84,8 +93,9 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
                 copies=stage.copies,
                 layers=stage.num_layers - prefix,
                 intra_link=fleet.intra_link(stage.devices, stage.gpu),
-                hop_link=slowest([*fleet.nic_links(stage.devices), *zone_links, *explicit]),
+                hop_link=hop_link,
                 pool=None if pool is None else _pool_shape(fleet, stage, pool),
+                kv_link=slowest([hop_link, *_kv_links(fleet, replica)]) if replica.role is Role.PREFILL else None,
             )
         )
     return ReplicaShape(
@@ -93,6 +103,9 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
         in_flight=replica.in_flight,
         chunk_tokens=replica.chunk_tokens,
         stages=tuple(stages),
+        role=replica.role,
+        shared_by=_shared_by(replica),
+        slowest_link=fleet.slowest_link() if replica.role is Role.PREFILL else None,
     )
 
 
@@ -101,6 +114,21 @@ def _zone_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
     zones = fleet.zones_of(replica.devices())
     network = fleet.cluster.network
     return [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
+
+
+def _kv_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
+    """Links from the zone of a prefill replica to those that it may send KV to."""
+    (zone,) = fleet.zones_of(replica.devices())
+    return [fleet.cluster.network.zone_link(zone, other) for other in replica.kv_zones]
+
+
+def _shared_by(replica: ReplicaPlan) -> tuple[tuple[int, ...], ...]:
+    """The different sets of stages that a card serves, where it serves more than one."""
+    served: defaultdict[str, set[int]] = defaultdict(set)
+    for pool in replica.attention_workers:
+        for name in pool.devices:
+            served[name].add(pool.stage)
+    return tuple(sorted({tuple(sorted(stages)) for stages in served.values() if len(stages) > 1}))
 
 
 def _pool_shape(fleet: Fleet, stage: StagePlan, pool: AttentionWorkerPool) -> PoolShape:

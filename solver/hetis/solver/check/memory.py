@@ -6,6 +6,7 @@ import math
 
 from hetis.solver.check.setting import Setting, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
+from hetis.solver.plan import Role
 
 
 def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
@@ -41,7 +42,8 @@ def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     decoding = D * b * setting.model.cached_tokens(moments.resident_context)
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
     prefilling = D * setting.chunk_share * (moments.prefilling_context + setting.chunk_tokens)
-    return decoding + headroom + prefilling
+    arriving = moments.mean_prompt if setting.role is Role.DECODE else 0.0
+    return decoding + headroom + prefilling + arriving
 
 
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
@@ -73,7 +75,7 @@ def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     if tables == 2 and model.tie_embeddings:
         tables = 1
     fixed += tables * model.embedding_params * model.embedding_bytes / n
-    return fixed + (4 * b * model.vocab / n if is_last else 0.0)
+    return fixed + (4 * max(b, 1) * model.vocab / n if is_last else 0.0)
 
 
 def _activation_bytes(setting: Setting, tp: int) -> float:

@@ -1,13 +1,12 @@
-"""The result of a plan: its family, value, bound, gap and status, and the traffic between zones."""
+"""The result of a plan: its family, value, bound, gap and status."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
 
 from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.routes import served_rate
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.plan import ObjectiveKind, Plan, Status
@@ -16,6 +15,7 @@ from hetis.solver.problem import PlacementProblem
 OPTIMAL_GAP = 1e-6
 RELATIVE = 1e-6  # rounding of a value or a gap
 BOUND_ROUNDING = 1e-9
+UNIFIED_ALONE = "; every replica prefills and decodes"
 
 
 def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -30,7 +30,7 @@ def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
                 _violation(Rule.STATUS, f"status is infeasible, the plan has {len(plan.replicas)} replicas")
             )
         return violations
-    if not not_finite and all(math.isfinite(replica.rate) for replica in plan.replicas):
+    if not not_finite and math.isfinite(served_rate(plan)):
         violations += _check_value(plan, problem, fleet)
         violations += _check_bound(plan, problem)
     return violations
@@ -51,9 +51,12 @@ def _check_objective(plan: Plan, problem: PlacementProblem) -> Iterator[Violatio
 
 
 def _check_family(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
-    """The bound speaks of a family: of the one that was searched, and in its words."""
+    """The bound speaks of a family: of the one that was searched, and in its words.
+
+    Plans from before there were roles leave out what is said of them: all their replicas are unified.
+    """
     family = problem.family.describe()
-    if plan.family != family:
+    if plan.family not in (family, family.removesuffix(UNIFIED_ALONE)):
         yield _violation(Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"')
 
 
@@ -79,9 +82,9 @@ def _check_finite(plan: Plan) -> Iterator[Violation]:
 
 def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
     objective, claimed = problem.objective, plan.result.value
-    rate = sum(replica.rate for replica in plan.replicas)
+    rate = served_rate(plan)
     goodput = problem.assumptions.planned_utilisation * rate
-    names = [name for replica in plan.replicas for name in replica.devices()]
+    names = list(dict.fromkeys(name for replica in plan.replicas for name in replica.devices()))
     value = {
         ObjectiveKind.GOODPUT: goodput,
         ObjectiveKind.THROUGHPUT: rate,
@@ -89,11 +92,15 @@ def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterato
         ObjectiveKind.GPUS: float(len(names)),
     }[objective.kind]
     if not math.isclose(claimed, value, rel_tol=RELATIVE, abs_tol=1e-12):
-        message = f"value is {claimed:.9g} {objective.unit}, the replicas give {value:.9g} {objective.unit}"
+        message = f"value is {claimed:.9g} {objective.unit}, {_who(plan)} {value:.9g} {objective.unit}"
         yield _violation(Rule.VALUE, message)
     demand = objective.demand_rps
     if not objective.maximises and demand is not None and goodput < demand * (1 - BOUND_ROUNDING):
         yield _violation(Rule.DEMAND, f"goodput is {goodput:.9g} requests/s, the demand is {demand:.9g} requests/s")
+
+
+def _who(plan: Plan) -> str:
+    return "the replicas and routes give" if plan.kv_routes else "the replicas give"
 
 
 def _usd_per_hour(names: list[str], fleet: Fleet) -> float:
@@ -129,29 +136,3 @@ def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
         yield _violation(Rule.GAP, f"gap is {result.gap:.9g}, |bound - value| / |value| is {gap:.9g}")
     elif result.status is Status.OPTIMAL and gap > OPTIMAL_GAP * (1 + RELATIVE):
         yield _violation(Rule.STATUS, f"status is optimal at a gap of {gap:.9g}, the limit is {OPTIMAL_GAP:.9g}")
-
-
-def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """Each hop from a zone to another carries ``rate (P + O) H s`` bytes/s; each direction of a link has its speed."""
-    model = problem.model
-    workload = problem.workload.clipped_to(model.max_position)
-    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-    bytes_per_request = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
-    load: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for replica in plan.replicas:
-        zones = [_zone_of(stage.devices, fleet) for stage in replica.stages]
-        for here, there in pairwise(zones):
-            if here is not None and there is not None and here != there:
-                load[here, there] += replica.rate * bytes_per_request
-    violations = []
-    for (here, there), bytes_per_s in load.items():
-        limit = problem.cluster.network.zone_link(here, there).bytes_per_s
-        if bytes_per_s > limit * (1 + RELATIVE):
-            message = f"replicas send {bytes_per_s:.6g} bytes/s, the link carries {limit:.6g} bytes/s"
-            violations.append(Violation(rule=Rule.LINK_CAPACITY, where=f"zones {here} to {there}", message=message))
-    return violations
-
-
-def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
-    """The zone of the first device that exists; a stage in several zones is reported elsewhere."""
-    return next((fleet.devices[name].group.zone for name in names if name in fleet.devices), None)

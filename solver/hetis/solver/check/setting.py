@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op
 from hetis.solver.workload import WorkloadMoments
@@ -12,13 +13,15 @@ from hetis.solver.workload import WorkloadMoments
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A problem seen at one (b, M, C); ``docs/cost-model.md``, "Letters" and "Iterations"."""
+    """A problem seen at one role and (b, M, C); ``docs/cost-model.md``, "Letters", "Iterations" and "Prefill and decode
+    replicas". b is 0 where nothing is decoded, C where nothing is prefilled."""
 
     problem: PlacementProblem
     moments: WorkloadMoments
     micro_batch: int  # b
     in_flight: int  # M
     chunk_tokens: int  # C
+    role: Role = Role.UNIFIED
 
     @property
     def model(self) -> ModelSpec:
@@ -27,11 +30,15 @@ class Setting:
     @property
     def chunk_iterations(self) -> float:
         """nc: iterations of a request that carry a chunk."""
+        if self.role is Role.DECODE:
+            return 0.0
         return self.moments.mean_prompt / self.chunk_tokens
 
     @property
     def plain_iterations(self) -> float:
         """nd: iterations of a request without a chunk."""
+        if self.role is Role.PREFILL:
+            return 0.0
         return max(0.0, self.moments.mean_output / self.micro_batch - self.chunk_iterations)
 
     @property

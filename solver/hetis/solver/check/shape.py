@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetis.solver.cluster import Link
+from hetis.solver.plan import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +29,26 @@ class StageShape:
     intra_link: Link  # between the GPUs of a TP group
     hop_link: Link  # what every hop into the stage is charged
     pool: PoolShape | None = None
+    kv_link: Link | None = None  # of a prefill replica: the slowest link its KV may leave over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaShape:
-    """A replica: its stages in order, b ``micro_batch``, M ``in_flight``, C ``chunk_tokens``."""
+    """A replica: its stages in order, b ``micro_batch``, M ``in_flight``, C ``chunk_tokens``.
+
+    ``shared_by`` has an entry for every way in which a card serves several stages: their positions.
+    """
 
     micro_batch: int
     in_flight: int
     chunk_tokens: int
     stages: tuple[StageShape, ...]
+    role: Role = Role.UNIFIED
+    shared_by: tuple[tuple[int, ...], ...] = ()
+    slowest_link: Link | None = None  # anywhere in the cluster; of a prefill replica
+
+    def pool_of(self, position: int) -> PoolShape:
+        """The attention workers of a stage that has them."""
+        pool = self.stages[position].pool
+        assert pool is not None
+        return pool

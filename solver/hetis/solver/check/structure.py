@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.roles import check_role
 from hetis.solver.check.setting import divides, head_groups_per_rank
 from hetis.solver.check.violation import Rule, Violation
-from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
+
+NONE = (0,)  # the only size of what a role does not have
+SHARING_STRATEGIES = ("hetis-paper",)  # published heuristics whose attention workers serve a whole replica
 
 
 def check_devices_once(plan: Plan) -> list[Violation]:
-    """Each device serves one place in the whole plan."""
+    """Each device serves one place in the whole plan; a card of shared pools, one place per stage of its replica."""
     first_seen: dict[str, str] = {}
     violations = []
     for number, replica in enumerate(plan.replicas):
         where = f"replica {number}"
-        for name in replica.devices():
+        for name in _places(replica):
             if name in first_seen:
                 message = f"device {name} is already used in {first_seen[name]}"
                 violations.append(Violation(rule=Rule.DEVICE_ONCE, where=where, message=message))
@@ -25,11 +29,25 @@ def check_devices_once(plan: Plan) -> list[Violation]:
     return violations
 
 
+def _places(replica: ReplicaPlan) -> Iterator[str]:
+    """Device names of a replica, each as often as it is used; shared by pools of different stages is used once."""
+    for stage in replica.stages:
+        yield from stage.devices
+    shared: set[str] = set()
+    for pool in replica.attention_workers:
+        if not pool.shared:
+            yield from pool.devices
+            continue
+        yield from (name for i, name in enumerate(pool.devices) if name not in shared or name in pool.devices[:i])
+        shared.update(pool.devices)
+
+
 def check_replica_structure(
     replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet
 ) -> list[Violation]:
     """Everything that must hold before the numbers of a replica mean anything."""
-    violations = list(_check_setting(replica, where, problem))
+    violations = list(check_role(replica, where, problem, fleet))
+    violations += _check_setting(replica, where, problem)
     violations += _check_layers(replica, where, problem)
     violations += _check_one_type(replica, where, problem)
     for position, stage in enumerate(replica.stages):
@@ -41,11 +59,11 @@ def check_replica_structure(
 def _check_setting(replica: ReplicaPlan, where: str, problem: PlacementProblem) -> Iterator[Violation]:
     family = problem.family
     for name, value, allowed in (
-        ("micro_batch", replica.micro_batch, family.micro_batches),
+        ("micro_batch", replica.micro_batch, NONE if replica.role is Role.PREFILL else family.micro_batches),
         ("in_flight", replica.in_flight, family.in_flight),
-        ("chunk_tokens", replica.chunk_tokens, family.chunk_tokens),
+        ("chunk_tokens", replica.chunk_tokens, NONE if replica.role is Role.DECODE else family.chunk_tokens),
     ):
-        if value < 1 or value not in allowed:
+        if value not in allowed or (value < 1 and allowed is not NONE):
             message = f"{name} is {value}, must be one of {_listed(allowed)}"
             yield Violation(rule=Rule.SETTING, where=where, message=message)
     copies = sum(stage.copies for stage in replica.stages)
@@ -136,7 +154,13 @@ def _check_pools(replica: ReplicaPlan, where: str, problem: PlacementProblem, fl
     served: dict[int, AttentionWorkerPool] = {}
     for number, pool in enumerate(replica.attention_workers):
         there = f"{where} attention workers {number}"
-        if not 0 <= pool.stage < len(replica.stages):
+        if pool.shared and problem.family.name not in SHARING_STRATEGIES:
+            message = f"are shared, strategy {problem.family.name} gives every stage its own"
+            yield Violation(rule=Rule.SHARED_POOL, where=there, message=message)
+        if replica.role is Role.PREFILL:
+            message = "belong to a prefill replica, which has no decode attention to give away"
+            yield Violation(rule=Rule.POOL_STAGE, where=there, message=message)
+        elif not 0 <= pool.stage < len(replica.stages):
             message = f"serve stage {pool.stage}, the replica has {len(replica.stages)} stages"
             yield Violation(rule=Rule.POOL_STAGE, where=there, message=message)
         elif pool.stage in served:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from hetis.solver.check.setting import Setting, head_groups_per_rank, query_heads_per_group
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link
+from hetis.solver.plan import Role
 from hetis.solver.profile import Op
 
 
@@ -31,13 +33,49 @@ def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = Fals
     with_chunk = _dense(setting, stage, b + C, is_prefix) + 2 * _all_reduce(setting, stage, b + C)
     with_chunk += _prefill(setting, stage) + attention + _ship(setting, stage)
     plain = _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + attention
-    return setting.per_request(with_chunk, plain)
+    return max(setting.per_request(with_chunk, plain), wire_seconds(setting, stage))
 
 
-def seconds_between_completions(setting: Setting, stage_s: list[float], copies: list[int]) -> float:
-    """t, from u of every stage: the busiest stage, or the round trip of too few micro-batches."""
-    busiest = max(u / c for u, c in zip(stage_s, copies, strict=True))
+def wire_seconds(setting: Setting, stage: StageShape) -> float:
+    """wire: seconds in which the KV of one request and layer leaves a prefill stage or reaches a decode stage."""
+    model, n, P = setting.model, stage.tp, setting.moments.mean_prompt
+    per_group = model.kv_bytes_per_token_group()
+    if setting.role is Role.PREFILL:
+        assert stage.kv_link is not None, "replica_shape gives stages of prefill replicas a link for their KV"
+        chunk_bytes = setting.chunk_tokens * model.head_groups * per_group
+        return setting.chunk_iterations * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
+    if setting.role is Role.DECODE:
+        given = stage.pool.head_groups * n if stage.pool is not None else 0
+        kept_s = _transfer(setting, stage.gpu, n, P * (model.head_groups - given) * per_group, stage.hop_link)
+        if stage.pool is None:
+            return kept_s
+        pool, card_bytes = stage.pool, P * given * per_group / stage.pool.cards
+        return max(kept_s, _transfer(setting, pool.gpu, 1, card_bytes, pool.link))
+    return 0.0
+
+
+def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float:
+    """Seconds from the end of the last chunk in the last layer until its KV has left over this link."""
+    model = setting.model
+    chunk_bytes = setting.chunk_tokens * model.head_groups * model.kv_bytes_per_token_group()
+    return _transfer(setting, stage.gpu, stage.tp, chunk_bytes, kv_link) + kv_link.latency_s
+
+
+def seconds_between_completions(
+    setting: Setting, stage_s: list[float], copies: list[int], card_s: Sequence[float] = ()
+) -> float:
+    """t, from u of every stage: the busiest stage or shared card, or the round trip of too few micro-batches.
+
+    Args:
+        card_s: seconds that a request of the replica keeps the cards busy that several stages share.
+    """
+    busiest = max(*(u / c for u, c in zip(stage_s, copies, strict=True)), *card_s, 0.0)
     return (1 + slack(setting, sum(copies))) * max(busiest, sum(stage_s) / setting.in_flight)
+
+
+def worker_seconds(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
+    """worker: seconds of the busiest card of a pool in one layer and iteration."""
+    return _decode(setting, stage, pool.gpu, 1, pairs=busiest_card_pairs(setting, stage, pool))
 
 
 def slack(setting: Setting, num_copies: int) -> float:
@@ -49,12 +87,14 @@ def slack(setting: Setting, num_copies: int) -> float:
 
 
 def tpot_per_t(setting: Setting) -> float:
-    """TPOT is this many t: b M / O."""
+    """TPOT is this many t: b M / O. None of it where nothing is decoded: b is 0."""
     return setting.micro_batch * setting.in_flight / setting.moments.mean_output
 
 
 def ttft_per_t(setting: Setting) -> float:
     """TTFT is this many t: round trips of the p95 prompt's chunks, and the wait for a prefill lane."""
+    if setting.role is Role.DECODE:
+        return 0.0
     M, C, moments = setting.in_flight, setting.chunk_tokens, setting.moments
     round_trip = M / setting.iterations
     q = setting.problem.assumptions.planned_utilisation * setting.chunk_share
@@ -101,8 +141,7 @@ def _attention(setting: Setting, stage: StageShape) -> float:
         return _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * groups)
     pool = stage.pool
     own = _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * (groups - pool.head_groups))
-    worker = _decode(setting, stage, pool.gpu, 1, pairs=busiest_card_pairs(setting, stage, pool))
-    return max(own, worker + _exchange(setting, stage, pool))
+    return max(own, worker_seconds(setting, stage, pool) + _exchange(setting, stage, pool))
 
 
 def busiest_card_pairs(setting: Setting, stage: StageShape, pool: PoolShape) -> int:
@@ -128,7 +167,9 @@ def _decode(setting: Setting, stage: StageShape, gpu: str, tp: int, *, pairs: in
 
 
 def _transfer(setting: Setting, gpu: str, tp: int, num_bytes: float, link: Link) -> float:
-    """A message without its latency."""
+    """A message without its latency; no time for none."""
+    if num_bytes == 0:
+        return 0.0
     return setting.seconds(gpu, Op.TRANSFER, tp, num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
 
 

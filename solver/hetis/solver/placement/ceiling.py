@@ -30,10 +30,12 @@ from hetis.solver.placement.options import (
     Options,
     copies_limit,
     copy_requests,
+    has_pools,
     layers_on_card,
     layers_on_rank,
+    pool_entry,
     pool_limit,
-    pool_seconds,
+    pool_wire_seconds,
 )
 from hetis.solver.placement.tables import PLAIN, FloatArray, Tables
 
@@ -111,12 +113,12 @@ def _least_effort(
             requests = copy_requests(t, x, f, c)
             tokens = t.kv_tokens[x, f, c - 1]
             most = np.floor(layers_on_rank(t, x, s, groups * t.kv_group_bytes * tokens, PLAIN))
-            own_s = base_s + t.own_s[x, s, groups]
+            own_s = max(base_s + t.own_s[x, s, groups], t.wire_s[x, s])
             effort = _effort(c * group_price[s], c, own_s, fixed_s, most, copy_cost, limits)
             if effort.value < least.value:
                 least = effort
             for q in range(t.available.shape[0]):
-                if max_pool == 0 or t.pool_start[s, q] < 0:
+                if not has_pools(t, x, s, q, max_pool):
                     continue
                 cards_limit = pool_limit(t, s, c, q, max_pool)
                 for size in range(t.pool_sizes.shape[0]):
@@ -127,7 +129,8 @@ def _least_effort(
                     ):
                         break
                     for k in range(1, groups + 1):
-                        layer_s = base_s + pool_seconds(t, x, s, q, k, size)
+                        entry = pool_entry(t, s, q, k, size)
+                        layer_s = max(base_s + t.pool_s[x, entry], pool_wire_seconds(t, x, entry))
                         if _effort(price, c, layer_s, fixed_s, roomiest, copy_cost, limits).value >= least.value:
                             continue
                         on_rank = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, PLAIN)

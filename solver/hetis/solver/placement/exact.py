@@ -4,25 +4,33 @@ Three passes over all configurations, each with a narrower tolerance. After a pa
 gives an incumbent, and duals scaled to fit every sub-fleet give a bound; a replica whose rate falls short of its
 price by more than the distance between the two cannot be part of anything better, so the next pass does not look for
 it (`needed_rates`).
+
+Prefill and decode replicas have frontiers of their own over the same sub-fleets: the best rate of each role on each.
+They lie in one zone, and device classes do, so that a sub-fleet tells the zone; the master joins them by their flows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.cost import Mix
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.frontier import entry_layers, explore, reach, stages_from
 from hetis.solver.placement.frontier_sequential import explore_sequential, sequential_stages
-from hetis.solver.placement.generation import dense_work_bound
+from hetis.solver.placement.generation import NO_LINKS, Pool, dense_work_bound
 from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
-from hetis.solver.placement.master import Columns, Master, MilpSolution
+from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
 from hetis.solver.placement.options import Options, list_options, stage_rows
 from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.routes import UNIFIED, Valuation
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
+from hetis.solver.plan import Role
 
 MAX_GPUS = 24
 MAX_PAIRS = 60_000  # of (usage, smaller usage): what one dynamic program looks at, at worst
@@ -36,22 +44,43 @@ def is_small(atlas: Atlas) -> bool:
     return bool(gpus <= MAX_GPUS and np.prod(sizes * (sizes + 1.0) / 2.0) <= MAX_PAIRS)
 
 
-def speed_bounds(atlas: Atlas, lattice: Lattice) -> FloatArray:
-    """Upper bounds on the rate of any replica, per scope, mix and sub-fleet, from dense work alone; [scopes, X, V].
+class Kind(IntEnum):
+    """What replicas of a frontier do."""
+
+    UNIFIED = 0
+    LOCAL_PREFILL = 1  # sends KV to its own zone only
+    PREFILL = 2  # may send it to all
+    DECODE = 3
+
+
+def kind_of(mix: Mix) -> Kind:
+    if mix.role is Role.UNIFIED:
+        return Kind.UNIFIED
+    if mix.role is Role.DECODE:
+        return Kind.DECODE
+    return Kind.PREFILL if mix.sends_afar else Kind.LOCAL_PREFILL
+
+
+def speed_bounds(atlas: Atlas, lattice: Lattice) -> tuple[FloatArray, FloatArray]:
+    """Upper bounds on the rate of replicas, per scope, mix and sub-fleet, from dense work alone; [scopes, X, V] each.
 
     A GPU of class g that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)``
-    layers per second for the best TP size n; a replica needs all layers from the GPUs it has.
+    layers per second for the best TP size n; a replica needs all layers from the GPUs it has. With a single
+    micro-batch in flight it has them one after the other, none faster than the fastest: the second bound.
     """
-    bounds = []
+    bounds, sequential = [], []
+    present = (lattice.digits > 0).T
     for scope in atlas.scopes:
         t = scope.tables
-        speeds = np.zeros((len(atlas.mixes), len(atlas.resources.rows)))
+        speeds, fastest = np.zeros((2, len(atlas.mixes), len(atlas.resources.rows)))
         for s, (device_class, tp) in enumerate(atlas.ranks):
             if t.available[device_class] > 0:
                 row = atlas.resources.rows.index((device_class, 1))
                 speeds[:, row] = np.maximum(speeds[:, row], 1.0 / (tp * t.layer_s[:, s]))
+                fastest[:, row] = np.maximum(fastest[:, row], 1.0 / np.maximum(t.layer_s[:, s], t.wire_s[:, s]))
         bounds.append(speeds @ lattice.digits.T / t.num_layers)
-    return np.array(bounds)
+        sequential.append((fastest[:, :, None] * present).max(axis=1) / t.num_layers)
+    return np.array(bounds), np.minimum(bounds, sequential)
 
 
 @dataclass(slots=True)
@@ -70,6 +99,9 @@ class Frontier:
         return np.maximum(self.bound, self.rate * (1.0 + tolerance))
 
 
+Rates = Mapping[Kind, FloatArray]  # [V] each
+
+
 class ExactSearch:
     """The exact search of one problem. ``costs`` [V] are what the master minimises where it has a demand."""
 
@@ -78,15 +110,36 @@ class ExactSearch:
         self.lattice = lattice_of(atlas.resources.limits)
         self.costs = self.lattice.digits @ row_costs
         self.configurations = configurations(atlas)
-        self.speed_bound = speed_bounds(atlas, self.lattice)
+        self.kinds = [kind_of(atlas.mixes[c.mix]) for c in self.configurations]
+        self.speed_bound, self.sequential_bound = speed_bounds(atlas, self.lattice)
+        self.zones = self._zones()
         self._options: dict[tuple[int, int, int], tuple[Options, Entries]] = {}
-        self.roomy = self._roomy()
         count = len(self.lattice.digits)
-        self.frontier = Frontier(
-            self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count)
-        )  # fmt: skip
+        self.frontiers = {
+            kind: Frontier(self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
+            for kind in sorted(set(self.kinds))
+        }
+        self.roomy = {kind: self._roomy(kind) for kind in self.frontiers}
 
-    def _roomy(self) -> BoolArray:
+    def _zones(self) -> IntArray:
+        """The zone of every sub-fleet, by its number in `Routes`; -1 of those in several, or in none; [V]."""
+        routes, zones = self.atlas.routes, np.full(len(self.lattice.digits), -1)
+        row_zones = [routes.zones.index(self.atlas.classes[g].zone) for g, _ in self.atlas.resources.rows]
+        for v, digits in enumerate(self.lattice.digits):
+            found = {row_zones[row] for row in np.flatnonzero(digits)}
+            if len(found) == 1:
+                zones[v] = found.pop()
+        return zones
+
+    def _sides(self, kind: Kind) -> IntArray:
+        """Where replicas of a kind stand in the master; -1: not on such a sub-fleet; [V]."""
+        if kind is Kind.UNIFIED:
+            return np.full(len(self.zones), UNIFIED)
+        role = Role.DECODE if kind is Kind.DECODE else Role.PREFILL
+        first = self.atlas.routes.side(role, sends_afar=kind is Kind.PREFILL)
+        return np.where(self.zones >= 0, first + self.zones, -1)
+
+    def _roomy(self, kind: Kind) -> BoolArray:
         """Sub-fleets with memory for a replica of some configuration; [V].
 
         The fewer requests a replica holds the less memory it takes, but there is no order among chunks: a longer one
@@ -94,11 +147,13 @@ class ExactSearch:
         """
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
         family, mixes = self.atlas.problem.family, self.atlas.mixes
-        batch, in_flight = min(mix.micro_batch for mix in mixes), min(family.in_flight)
+        of_kind = [x for x, mix in enumerate(mixes) if kind_of(mix) is kind]
+        batch, in_flight = min(mixes[x].micro_batch for x in of_kind), min(family.in_flight)
         f = family.in_flight.index(in_flight)
         for scope, part in enumerate(self.atlas.scopes):
-            for x in (x for x, mix in enumerate(mixes) if mix.micro_batch == batch):
-                options, entries = self.options_of(Configuration(scope, x, f, in_flight, 1 << 20, 0.0))
+            for x in (x for x in of_kind if mixes[x].micro_batch == batch and part.serves(mixes[x])):
+                side = self.atlas.side_of(scope, x)
+                options, entries = self.options_of(Configuration(scope, x, f, in_flight, 1 << 20, 0.0, side))
                 layers, _ = entry_layers(part.tables, options, entries, np.inf)
                 roomy |= reach(part.tables, self.lattice, entries, layers, 0).closing >= 0
         return roomy
@@ -112,29 +167,35 @@ class ExactSearch:
             self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
         return self._options[key]
 
-    def sweep(self, needed: FloatArray, tolerance: float, budget: Budget) -> bool:
+    def sweep(self, needed: Mapping[Kind, FloatArray], tolerance: float, budget: Budget) -> bool:
         """One pass over all configurations; False if the budget ran out on the way."""
-        f = self.frontier
-        f.bound[:] = 0.0
+        for frontier in self.frontiers.values():
+            frontier.bound[:] = 0.0
         for tag in self._order():
             if budget.is_spent():
                 return False
-            c = self.configurations[tag]
+            c, kind = self.configurations[tag], self.kinds[tag]
+            f, wanted = self.frontiers[kind], needed[kind]
             tables = self.atlas.scopes[c.scope].tables
             cap = tables.t_cap[c.mix, c.in_flight_index]
-            ceiling = self.speed_bound[c.scope, c.mix] / (1.0 + c.slack)
-            if ceiling[-1] * cap < 1.0 or not np.any(self.roomy & (ceiling > np.maximum(needed, f.rate))):
+            speed = self.sequential_bound if c.is_sequential else self.speed_bound
+            ceiling = speed[c.scope, c.mix] / (1.0 + c.slack)
+            if (
+                ceiling[-1] == 0.0
+                or ceiling[-1] * cap < 1.0
+                or not np.any(self.roomy[kind] & (ceiling > np.maximum(wanted, f.rate)))
+            ):
                 continue
             if c.is_sequential and tolerance < TOLERANCES[0]:
                 continue  # found exactly by the first pass
             options, entries = self.options_of(c)
             if c.is_sequential:
                 explore_sequential(
-                    tables, self.lattice, options, entries, cap, needed, f.rate, f.tag, f.interval_s, tag
+                    tables, self.lattice, options, entries, cap, wanted, f.rate, f.tag, f.interval_s, tag
                 )  # fmt: skip
             else:
                 explore(
-                    tables, self.lattice, options, entries, cap, c.slack, c.max_copies, needed, tolerance, f.rate,
+                    tables, self.lattice, options, entries, cap, c.slack, c.max_copies, wanted, tolerance, f.rate,
                     f.tag, f.interval_s, tag, f.bound,
                 )  # fmt: skip
         return True
@@ -142,68 +203,96 @@ class ExactSearch:
     def _order(self) -> list[int]:
         """Pipelined configurations first, those of the best rates so far before all: they rule out most others."""
         best = np.zeros(len(self.configurations))
-        np.maximum.at(best, self.frontier.tag[self.frontier.tag >= 0], self.frontier.rate[self.frontier.tag >= 0])
+        for f in self.frontiers.values():
+            np.maximum.at(best, f.tag[f.tag >= 0], f.rate[f.tag >= 0])
         return sorted(range(len(best)), key=lambda tag: (-best[tag], self.configurations[tag].is_sequential))
 
-    def columns(self, rates: FloatArray) -> tuple[IntArray, Columns]:
-        """Sub-fleets whose rate no smaller one reaches, as columns of the master."""
+    def rates(self) -> Rates:
+        return {kind: f.rate for kind, f in self.frontiers.items()}
+
+    def ceilings(self, tolerance: float) -> Rates:
+        return {kind: f.ceiling(tolerance) for kind, f in self.frontiers.items()}
+
+    def columns(self, rates: Rates) -> tuple[list[tuple[Kind, int]], Columns]:
+        """Per kind, the sub-fleets whose rate no smaller one reaches, as columns of the master."""
+        chosen = [(kind, int(v)) for kind in rates for v in self._worth_having(kind, rates[kind])]
+        vs = np.array([v for _, v in chosen], dtype=np.int64)
+        columns = Columns(
+            rates=np.array([rates[kind][v] for kind, v in chosen]),
+            costs=self.costs[vs].astype(float),
+            uses=self.lattice.digits[vs],
+            sides=np.array([self._sides(kind)[v] for kind, v in chosen], dtype=np.int64),
+            links=np.array([self._link_use(v) for v in vs]),
+        )
+        return chosen, columns
+
+    def _worth_having(self, kind: Kind, rates: FloatArray) -> IntArray:
         digits, strides = self.lattice.digits, self.lattice.strides
-        keep = rates > 0
         below = np.zeros(len(rates))
         for v in range(len(rates)):
             for row, stride in enumerate(strides):
                 if digits[v, row]:
                     below[v] = max(below[v], below[v - stride], rates[v - stride])
-        keep &= rates > below
-        chosen = np.flatnonzero(keep)
-        return chosen, Columns(rates[chosen], self.costs[chosen].astype(float), digits[chosen])
+        return np.flatnonzero((rates > 0) & (rates > below) & (self._sides(kind) >= 0))
 
-    def pack(self, rates: FloatArray, time_limit_s: float, seed: int) -> tuple[IntArray, MilpSolution | None]:
+    def _link_use(self, v: int) -> FloatArray:
+        """What a replica on a sub-fleet takes of the links between its zones."""
+        routes, rows = self.atlas.routes, self.atlas.resources.rows
+        if not routes.has_links:
+            return NO_LINKS
+        classes = {rows[row][0] for row in np.flatnonzero(self.lattice.digits[v])}
+        return routes.link_use([routes.zones.index(self.atlas.classes[g].zone) for g in classes])
+
+    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], MilpSolution | None]:
+        """The best packing of sub-fleets at these rates; None if none serves anything."""
         chosen, columns = self.columns(rates)
-        if not len(chosen):
+        if not chosen:
             return chosen, None
-        return chosen, self.master.solve_milp(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
+        packing = self.master.solve_milp(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
+        return chosen, packing if packing is not None and packing.value > 0.0 else None
 
-    def prices(self, rates: FloatArray) -> tuple[FloatArray, float] | None:
-        """Row prices of the relaxation and the price of demand (1 where the rate is maximised)."""
+    def prices(self, rates: Rates) -> LpSolution | None:
+        """The relaxation."""
         chosen, columns = self.columns(rates)
-        lp = self.master.solve_lp(columns) if len(chosen) else None
-        if lp is None:
-            return None
-        return lp.row_prices, 1.0 if self.master.maximises else lp.demand_price
+        return self.master.solve_lp(columns) if chosen else None
 
-    def needed_rates(self, ceiling: FloatArray, incumbent: float) -> FloatArray:
-        """Per sub-fleet, the rate below which a replica on it cannot be part of a better packing.
+    def needed_rates(self, ceilings: Rates, incumbent: float) -> Rates:
+        """Per kind and sub-fleet, the rate below which a replica on it cannot be part of a better packing.
 
-        With ``price(v) = cost(v) + y v`` and a demand price pi such that ``pi rate <= price`` for all replicas, any
-        packing that holds a replica of rate r on v is bounded by D less ``price(v) - pi r``, D the dual bound. It beats
-        the incumbent only if ``pi r > price(v) - |D - incumbent|``.
+        With ``price(v) = cost(v) + y v`` and rate prices a such that ``a rate <= price`` for all replicas, any packing
+        that holds a replica of rate r on v is bounded by D less ``price(v) - a r``, D the dual bound (`Routes`). It
+        beats the incumbent only if ``a r > price(v) - |D - incumbent|``.
         """
-        found = self.prices(ceiling)
+        nothing = {kind: np.zeros(len(rates)) for kind, rates in ceilings.items()}
+        found = self.prices(ceilings)
         if found is None:
-            return np.zeros(len(ceiling))
-        rows, _ = found
-        floor = 1e-9 * (rows.max(initial=0.0) + 1e-12)
-        price = self.lattice.digits @ np.maximum(rows, floor)
-        if self.master.maximises:
+            return nothing
+        rows = np.maximum(found.row_prices, 1e-9 * (found.row_prices.max(initial=0.0) + 1e-12))
+        price = self.lattice.digits @ rows + (0.0 if self.master.maximises else self.costs)
+        theta = np.zeros(self.atlas.routes.num_sides)
+        for kind, rates in ceilings.items():
+            sides = self._sides(kind)
+            here = (sides >= 0) & (rates > 0)
+            np.maximum.at(theta, sides[here], rates[here] / price[here])
+        routes, worth = self.atlas.routes, float(rows @ self.master.limits)
+        if self.master.demand is None:
+            proof: Valuation | None = routes.highest_rate(theta, worth)
+        else:
+            proof = routes.least_cost(theta, worth, self.master.demand)
+        if proof is None:
+            return nothing
+        distance = abs(proof.value - incumbent) * (1.0 + 1e-12)
+        needed = {}
+        for kind in ceilings:
+            sides = self._sides(kind)
             with np.errstate(divide="ignore", invalid="ignore"):
-                scale = float(np.nanmax(np.where(price > 0, ceiling / price, 0.0)))
-            bound = scale * float(np.maximum(rows, floor) @ self.master.limits)
-            needed: FloatArray = np.maximum(0.0, scale * price - (bound - incumbent) * (1.0 + 1e-12))
-            return needed
-        price = price + self.costs
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scale = float(np.nanmax(np.where(ceiling > 0, ceiling / price, 0.0)))
-        if scale <= 0:
-            return np.zeros(len(ceiling))
-        assert self.master.demand is not None, "costs are minimised for a demand"
-        bound = self.master.demand / scale - float(np.maximum(rows, floor) @ self.master.limits)
-        distance = (incumbent - bound) * (1.0 + 1e-12)
-        return np.asarray(np.maximum(0.0, scale * (price - distance)))
+                least = np.maximum(0.0, proof.scale * price - distance) / proof.rate_prices[sides]
+            needed[kind] = np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
+        return needed
 
-    def template(self, v: int) -> Template:
-        """The replica behind the frontier's rate of a sub-fleet, at its exact interval."""
-        f = self.frontier
+    def template(self, kind: Kind, v: int) -> Template:
+        """The replica behind a frontier's rate of a sub-fleet, at its exact interval."""
+        f = self.frontiers[kind]
         if v not in f.templates:
             c = self.configurations[int(f.tag[v])]
             tables = self.atlas.scopes[c.scope].tables
@@ -228,19 +317,18 @@ def solve_exactly(
     When the budget runs out during a pass, the result carries the bound of the last full pass.
     """
     search = ExactSearch(atlas, master, row_costs)
-    count = len(search.lattice.digits)
-    needed = np.zeros(count)
-    best: tuple[IntArray, MilpSolution] | None = None
-    proven = dense_work_bound(atlas) if master.maximises else 0.0
+    needed: Rates = {kind: np.zeros(len(f.rate)) for kind, f in search.frontiers.items()}
+    best: tuple[list[tuple[Kind, int]], MilpSolution] | None = None
+    proven = dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
     for tolerance in TOLERANCES:
         finished = search.sweep(needed, tolerance, budget)
-        chosen, packing = search.pack(search.frontier.rate, budget.remaining_s(), seed)
+        chosen, packing = search.pack(search.rates(), budget.remaining_s(), seed)
         if packing is not None:
             best = (chosen, packing)
         if not finished:
             break
-        ceiling = search.frontier.ceiling(tolerance)
-        _, optimistic = search.pack(ceiling, budget.remaining_s(), seed)
+        ceilings = search.ceilings(tolerance)
+        _, optimistic = search.pack(ceilings, budget.remaining_s(), seed)
         if packing is None:
             if optimistic is None:
                 break  # not even the ceilings meet the demand: proved
@@ -254,20 +342,37 @@ def solve_exactly(
                 phase="sub-fleets", elapsed_s=budget.elapsed_s(), incumbent=packing.value, bound=proven, gap=gap
             )
         )  # fmt: skip
-        needed = search.needed_rates(ceiling, packing.value)
+        needed = search.needed_rates(ceilings, packing.value)
     if best is None:
         return None
-    chosen, packing = best
-    counts = [(search.template(int(v)), int(n)) for v, n in zip(chosen, packing.counts, strict=True) if n]
-    value = float(sum(n * t.rate for t, n in counts)) if master.maximises else packing.value
-    prices = search.prices(search.frontier.rate)
-    used = {int(v) for v, n in zip(chosen, packing.counts, strict=True) if n}
-    others = sorted((int(v) for v in chosen if int(v) not in used), key=lambda v: -search.frontier.rate[v])
+    return _outcome(search, *best, proven, interrupted=budget.cancelled.is_set())
+
+
+def _outcome(
+    search: ExactSearch, chosen: list[tuple[Kind, int]], packing: MilpSolution, proven: float, *, interrupted: bool
+) -> Outcome:
+    """The packing as replicas, at their exact rates."""
+    atlas, master = search.atlas, search.master
+    picked = [(search.template(*where), int(n)) for where, n in zip(chosen, packing.counts, strict=True) if n]
+    pool = Pool(atlas, np.zeros(len(atlas.resources.rows)))
+    pool.add([template for template, _ in picked])
+    counts = np.zeros(len(pool.templates), dtype=np.int64)
+    for template, n in picked:
+        counts[pool.place(template)] += n
+    columns = pool.columns()
+    flows = master.best_flows(columns, counts)
+    value = master.served(columns, counts, flows) if master.maximises else packing.value
+    duals = search.prices(search.rates())
+    used = {where for where, n in zip(chosen, packing.counts, strict=True) if n}
+    others = sorted((w for w in chosen if w not in used), key=lambda w: -search.frontiers[w[0]].rate[w[1]])
+    rows, sides = len(atlas.resources.rows), atlas.routes.num_sides
     return Outcome(
-        chosen=tuple(counts),
+        chosen=tuple(picked),
         value=value,
         bound=sound_bound(proven, value, maximises=master.maximises),
-        row_prices=prices[0] if prices is not None else np.zeros(len(atlas.resources.rows)),
-        runners_up=tuple(search.template(v) for v in others[:5]),
-        interrupted=budget.cancelled.is_set(),
+        row_prices=duals.row_prices if duals is not None else np.zeros(rows),
+        rate_prices=duals.rate_prices if duals is not None else np.ones(sides),
+        flows=flows,
+        runners_up=tuple(search.template(*where) for where in others[:5]),
+        interrupted=interrupted,
     )

@@ -95,8 +95,11 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
                 if so_far + (num_layers - pos) * fastest > limits_s[v]:
                     continue
                 for n in range(1, min(most[e, PLAIN], num_layers - 1 - pos) + 1):
+                    reached_s = so_far + least[e, PLAIN, n]
+                    if reached_s + (num_layers - pos - n) * fastest > limits_s[v]:
+                        break  # more layers here take longer still than elsewhere
                     if t.cut_floor[pos + n] == pos + n:
-                        _offer(sums, v, pos + n, so_far + least[e, PLAIN, n], e, rest, pos)
+                        _offer(sums, v, pos + n, reached_s, e, rest, pos)
                 _offer(sums, v, num_layers, so_far + least[e, LAST, num_layers - pos], e, rest, pos)
     return sums
 

@@ -8,12 +8,26 @@ minimised, so that
 
 hold for every plan of the family, whatever columns have been seen. y wanders between the relaxation's duals and the
 prices of the best bound so far (Wentges smoothing), which keeps it from swinging.
+
+Roles split a request between two replicas, and its price with it. Every side of the master (`routes.py`) has a theta
+of its own: theta_u of unified replicas, theta_p and theta_d of prefill and decode replicas. Row prices s y are dual
+feasible if the flow rows have prices alpha <= s / theta_p and beta <= s / theta_d, a request prefilled and decoded
+apart being worth alpha + beta >= 1 (less what a link between zones is worth). In one zone the least such s is known
+without an LP, alpha + beta = 1 with both as large as they may be:
+
+    s = max(theta_u, 1 / (1 / theta_p + 1 / theta_d))
+
+the price of a request is that of its cheapest way through the fleet. The same holds where cost is minimised, with a
+price of demand ``pi = min(1 / theta_u, 1 / theta_p + 1 / theta_d)``. Links between zones add a price that is found in
+closed form, too (`Routes.highest_rate`, `Routes.least_cost`); what replicas over several zones take of links may only
+make them dearer, so that leaving it out of their dual row keeps the bound valid, if a little weaker. With alpha known,
+a prefill replica of ratio ``<= 1 / alpha`` improves nothing: the floor under which pricing need not look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,8 +36,10 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pricing import Pricer
+from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.template import Template, use_of
+from hetis.solver.placement.template import Template, configurations, use_of, zones_of
+from hetis.solver.plan import Role
 
 SMOOTHING = 0.5  # weight of the best bound's prices
 PRICE_FLOOR = 1e-5  # of the mean price of a row's unit: no row is free, or a replica could be infinitely good
@@ -31,6 +47,9 @@ MAX_ROUNDS = 60
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further in pricing
 MILP_SECONDS = 4.0
 KEEP = 0.97  # columns this close to the best of a round are worth keeping
+
+
+NO_LINKS = np.zeros((0, 0))  # of a fleet whose links between zones carry no KV
 
 
 @dataclass(slots=True)
@@ -41,23 +60,44 @@ class Pool:
     row_costs: FloatArray
     templates: list[Template] = field(default_factory=list)
     uses: list[IntArray] = field(default_factory=list)
-    _seen: set[tuple[object, ...]] = field(default_factory=set)
+    links: list[FloatArray] = field(default_factory=list)
+    _place: dict[tuple[object, ...], int] = field(default_factory=dict)
 
     def add(self, templates: Sequence[Template]) -> int:
         """Adds new templates that fit in the fleet; returns how many were new."""
         before = len(self.templates)
+        routes = self.atlas.routes
         for template in templates:
-            key = (template.scope, template.mix, template.in_flight_index, template.stages)
             use = use_of(self.atlas, template)
-            if key not in self._seen and np.all(use <= self.atlas.resources.limits):
-                self._seen.add(key)
+            if template.shape not in self._place and np.all(use <= self.atlas.resources.limits):
+                self._place[template.shape] = len(self.templates)
                 self.templates.append(template)
                 self.uses.append(use)
+                self.links.append(routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS)
         return len(self.templates) - before
 
-    def columns(self) -> Columns:
-        uses = np.array(self.uses, dtype=np.int64).reshape(len(self.uses), -1)
-        return Columns(np.array([t.rate for t in self.templates]), uses @ self.row_costs, uses)
+    def columns(self, rate_cap: float = np.inf) -> Columns:
+        """All templates; rates count up to ``rate_cap`` only."""
+        count, uses = len(self.uses), np.array(self.uses, dtype=np.int64)
+        uses = uses.reshape(count, -1)
+        return Columns(
+            rates=np.minimum(np.array([t.rate for t in self.templates]), rate_cap),
+            costs=uses @ self.row_costs,
+            uses=uses,
+            sides=np.array([self.atlas.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
+            links=np.array(self.links),
+        )
+
+    def place(self, template: Template) -> int:
+        """The number of a template that was added."""
+        return self._place[template.shape]
+
+    def counts_from(self, other: Pool, counts: IntArray) -> IntArray:
+        """Counts of another pool's templates, all of them in this one, in this one's order."""
+        mine = np.zeros(len(self.templates), dtype=np.int64)
+        for template, count in zip(other.templates, counts, strict=False):
+            mine[self.place(template)] += count
+        return mine
 
 
 @dataclass(slots=True)
@@ -66,19 +106,40 @@ class Bound:
 
     value: float
     row_prices: FloatArray
+    link_prices: FloatArray
+    rate_prices: FloatArray
 
 
 class ColumnGeneration:
-    """One problem's column generation: `run` for one family after another, `choose` whole counts, `outcome`."""
+    """One problem's column generation: `run` for one family after another, `choose` whole counts, `outcome`.
 
-    def __init__(self, atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report) -> None:
+    ``roles`` says which replicas are priced: the bound then speaks of plans made of these.
+    """
+
+    def __init__(
+        self,
+        atlas: Atlas,
+        master: Master,
+        row_costs: FloatArray,
+        *,
+        budget: Budget,
+        report: Report,
+        roles: tuple[Role, ...] | None = None,
+    ) -> None:
         self.atlas, self.master, self.row_costs = atlas, master, row_costs
         self.budget, self.report = budget, report
+        self.roles = atlas.problem.family.roles if roles is None else roles
         self.pool = Pool(atlas, row_costs)
-        self.bound = Bound(np.inf if master.maximises else 0.0, self._first_prices())
+        self.bound = self._no_bound(self._first_prices())
         self.incumbent: MilpSolution | None = None
         self.may_have_plan = True  # until a complete pricing finds nothing at all
         self.is_whole_family = False  # whether the bound speaks of the whole family yet
+
+    def _no_bound(self, row_prices: FloatArray) -> Bound:
+        """What is known before any pricing."""
+        value = dense_work_bound(self.atlas, self.roles) if self.master.maximises else 0.0
+        routes = self.atlas.routes
+        return Bound(value, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
 
     def _first_prices(self) -> FloatArray:
         """A GPU is worth about its memory bandwidth."""
@@ -101,23 +162,57 @@ class ColumnGeneration:
     def generate(
         self, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None = None
     ) -> None:  # fmt: skip
-        """Runs the relaxation to its end: first without stage copies and attention workers, then with them.
+        """Runs the relaxation to its end: first of the families of other strategies, then of the whole family.
 
-        The first part is the family of `hexgen`, solved as that strategy would be, so that the full family, which goes
-        on from its columns and its choice, is never worse.
+        Unified replicas without stage copies and attention workers are the family of `hexgen`, prefill and decode
+        replicas that of `hexgen2`. Each is solved as that strategy would be, so that the full family, which goes on
+        from its columns and its choice, is never worse.
         """
-        self.pool.add(seeds)
         family = self.atlas.problem.family
-        is_larger = family.max_copies > 1 or family.max_pool > 0
-        self.is_whole_family = not is_larger
-        self.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 2)
-        if is_larger:
-            if choose_seed is not None:
-                self.choose(gap=gap_target / 10, seed=choose_seed)
-            self.is_whole_family = True
-            self.run(
-                max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
-            )  # fmt: skip
+        is_plain = family.max_copies == 1 and family.max_pool == 0
+        for roles in ((Role.UNIFIED,), (Role.PREFILL, Role.DECODE)):
+            if set(roles) <= set(self.roles) and not (is_plain and len(roles) == len(self.roles)):
+                self._start_from(roles, seeds, threads=threads, gap_target=gap_target, choose_seed=choose_seed)
+        self.pool.add(self._with_roles(self.roles, seeds))
+        self.is_whole_family = True
+        self.run(
+            max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
+        )  # fmt: skip
+
+    def _start_from(
+        self, roles: tuple[Role, ...], seeds: Sequence[Template], *, threads: int, gap_target: float,
+        choose_seed: int | None,
+    ) -> None:  # fmt: skip
+        """Columns and choice of a part of the family: these roles without stage copies and attention workers."""
+        part = ColumnGeneration(
+            self.atlas, self.master, self.row_costs, budget=self.budget, report=self._report_of_part, roles=roles
+        )
+        part.pool.add(self._with_roles(roles, seeds))
+        part.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 2)
+        if choose_seed is not None:
+            part.choose(gap=gap_target / 10, seed=choose_seed)
+        self.absorb(part.pool, part.incumbent)
+        self.bound = self._no_bound(part.bound.row_prices)
+
+    def _report_of_part(self, progress: Progress) -> None:
+        """A part's news, its choice only where it is better than what is known."""
+        if self.incumbent is not None and (progress.incumbent is None or not self._is_better(progress.incumbent)):
+            progress = replace(progress, incumbent=self.incumbent.value)
+        self.report(progress)
+
+    def _with_roles(self, roles: tuple[Role, ...], templates: Sequence[Template]) -> list[Template]:
+        return [t for t in templates if self.atlas.mixes[t.mix].role in roles]
+
+    def absorb(self, pool: Pool, choice: MilpSolution | None) -> None:
+        """Takes over the columns of another search, and its choice if that is better."""
+        self.pool.add(pool.templates)
+        if choice is not None and self._is_better(choice.value):
+            self.incumbent = replace(choice, counts=self.pool.counts_from(pool, choice.counts))
+
+    def _is_better(self, value: float) -> bool:
+        if self.incumbent is None:
+            return True
+        return value > self.incumbent.value if self.master.maximises else value < self.incumbent.value
 
     def run(self, *, max_copies: int, max_pool: int, threads: int, target_gap: float) -> bool:
         """Prices and solves the relaxation in turn until the bound is within ``target_gap`` of it.
@@ -125,30 +220,35 @@ class ColumnGeneration:
         Returns whether it converged; the bound is valid for templates with at most ``max_copies`` copies per stage and
         ``max_pool`` attention workers per copy.
         """
-        pricer = Pricer(
-            self.atlas,
-            self.row_costs,
-            max_copies=max_copies,
-            max_pool=max_pool,
-            threads=threads,
-            tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
-        )
-        self.bound = Bound(dense_work_bound(self.atlas) if self.master.maximises else 0.0, self.bound.row_prices)
-        prices, floor, smooth = self.bound.row_prices, 0.0, True
-        lp = self._relaxation()
+        pricers = self._pricers(max_copies, max_pool, threads, target_gap)
+        self.bound = self._no_bound(self.bound.row_prices)
+        prices, links, smooth = self.bound.row_prices, self.bound.link_prices, True
+        floors = np.zeros(len(pricers))
+        barren = np.zeros(len(pricers), dtype=bool)  # sides without a single replica
+        cap = self._rate_cap()
+        lp = self._relaxation(cap)
         for _ in range(MAX_ROUNDS):
+            if cap <= 0.0:
+                return True  # no replica does anything
             if lp is not None:
-                prices = self._smoothed(lp) if smooth else lp.row_prices
-                # No column seen has a ratio above one (1 / demand price) at the relaxation's prices, and none at all at
-                # the bound's: columns below one at prices in between improve neither.
-                floor = (1.0 - 1e-6) * self._scale(lp)
-            priced = pricer.price(self._lifted(prices), floor, KEEP, self.budget)
-            self._improve_bound(self._lifted(prices), priced.ratio_bound)
-            added = self.pool.add(priced.templates)
-            self.may_have_plan = priced.ratio_bound > floor or lp is not None or not priced.complete
-            if not priced.complete:
+                prices, links = self._smoothed(lp) if smooth else (lp.row_prices, lp.link_prices)
+                floors = self._floors(self._lifted(prices), links, lp.demand_price, cap)
+            lifted = self._lifted(prices)
+            floors[barren] = np.inf
+            priced = [
+                pricer.price(lifted, floor, KEEP, self.budget, rate_cap=cap)
+                for pricer, floor in zip(pricers, floors, strict=True)
+            ]
+            complete = all(side.complete for side in priced)
+            theta = np.array([side.ratio_bound for side in priced])
+            barren |= (theta == 0.0) & complete
+            theta[barren] = 0.0
+            self._improve_bound(lifted, theta)
+            added = self.pool.add([template for side in priced for template in side.templates])
+            if not complete:
                 return False
-            lp = self._relaxation()
+            last_cap, cap = cap, self._rate_cap()
+            lp = self._relaxation(cap)
             if lp is None:
                 if not added:
                     return False
@@ -157,21 +257,65 @@ class ColumnGeneration:
             self._tell(f"column generation, {len(self.pool.templates)} columns")
             if gap <= target_gap:
                 return True
-            if not added and not smooth:
+            if not added and not smooth and cap >= last_cap * (1.0 - target_gap):
                 return True  # nothing improves on the relaxation: what is left of the gap is the pricing's tolerance
             smooth = added > 0
         return False
 
-    def _relaxation(self) -> LpSolution | None:
-        return self.master.solve_lp(self.pool.columns()) if self.pool.templates else None
+    def _pricers(self, max_copies: int, max_pool: int, threads: int, target_gap: float) -> list[Pricer]:
+        """One for every side of the master; those of other roles have nothing to price."""
+        every = [c for c in configurations(self.atlas) if self.atlas.mixes[c.mix].role in self.roles]
+        return [
+            Pricer(
+                self.atlas,
+                [c for c in every if c.side == side],
+                self.row_costs,
+                max_copies=max_copies,
+                max_pool=max_pool,
+                threads=threads,
+                tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
+            )
+            for side in range(self.atlas.routes.num_sides)
+        ]
 
-    def _scale(self, lp: LpSolution) -> float:
-        return 1.0 if self.master.maximises else 1.0 / max(lp.demand_price, 1e-300)
+    def _rate_cap(self) -> float:
+        """What a single replica can serve of a plan at most: no plan is better than the bound, or need be than the
+        demand.
 
-    def _smoothed(self, lp: LpSolution) -> FloatArray:
+        A replica above it is worth no more than one at the cap. Without the cap the relaxation would take a part of
+        one that is too large for the fleet, above all of a prefill replica, of which there are few.
+        """
+        return self.bound.value if self.master.demand is None else self.master.demand
+
+    def _floors(
+        self, prices: FloatArray, link_prices: FloatArray, demand_price: float, rate_cap: float
+    ) -> FloatArray:  # fmt: skip
+        """The ratio of every side below which a replica improves neither the relaxation nor the bound; [sides].
+
+        No column seen has a ratio above one (1 / rate price) at the relaxation's prices, and none at all at the
+        bound's: columns below one at prices in between improve neither. Of a side without columns anything may.
+        """
+        columns, routes = self.pool.columns(rate_cap), self.atlas.routes
+        seen = np.zeros(routes.num_sides)
+        np.maximum.at(seen, columns.sides, columns.rates / (columns.costs + columns.uses @ prices))
+        rate_prices = routes.shared_out(seen, max(demand_price, 1e-300), link_prices)
+        with np.errstate(divide="ignore"):
+            floors: FloatArray = (1.0 - 1e-6) / rate_prices
+        floors[1:][seen[1:] == 0.0] = 0.0
+        return floors
+
+    def _relaxation(self, rate_cap: float) -> LpSolution | None:
+        """The relaxation over the columns seen; None while they serve nothing, or not what is demanded."""
+        lp = self.master.solve_lp(self.pool.columns(rate_cap)) if self.pool.templates else None
+        return lp if lp is not None and lp.value > 0.0 else None
+
+    def _smoothed(self, lp: LpSolution) -> tuple[FloatArray, FloatArray]:
         if not np.isfinite(self.bound.value) or self.bound.value <= 0:
-            return lp.row_prices
-        return SMOOTHING * self.bound.row_prices + (1.0 - SMOOTHING) * lp.row_prices
+            return lp.row_prices, lp.link_prices
+        kept, new = SMOOTHING, 1.0 - SMOOTHING
+        return kept * self.bound.row_prices + new * lp.row_prices, (
+            kept * self.bound.link_prices + new * lp.link_prices
+        )  # fmt: skip
 
     def _lifted(self, prices: FloatArray) -> FloatArray:
         """Prices with a floor under those of GPUs, where nothing else makes them dear."""
@@ -181,35 +325,32 @@ class ColumnGeneration:
         floor = PRICE_FLOOR * total / max(1.0, float(unit @ limits))
         return np.maximum(prices, floor * unit)
 
-    def _improve_bound(self, prices: FloatArray, ratio: float) -> None:
-        if ratio <= 0:
-            return
-        limits = self.master.limits
+    def _improve_bound(self, prices: FloatArray, theta: FloatArray) -> None:
+        routes, worth = self.atlas.routes, float(prices @ self.master.limits)
+        found: Valuation | None
         if self.master.demand is None:
-            value, scaled = ratio * float(prices @ limits), ratio * prices
-            if value < self.bound.value:
-                self.bound = Bound(value, scaled)
+            found = routes.highest_rate(theta, worth)
+            is_better = found.value < self.bound.value
+            self.may_have_plan = found.value > 0.0
         else:
-            value = self.master.demand / ratio - float(prices @ limits)
-            if value > self.bound.value:
-                self.bound = Bound(value, prices)
+            found = routes.least_cost(theta, worth, self.master.demand)
+            is_better = found is not None and found.value > self.bound.value
+            self.may_have_plan = found is not None
+        if found is not None and is_better:
+            self.bound = Bound(found.value, found.scale * prices, found.link_prices, found.rate_prices)
 
     def choose(self, *, gap: float, seed: int) -> MilpSolution | None:
         """Whole counts over all columns seen; never worse than an earlier choice."""
         if not self.pool.templates:
             return None
-        start = None
-        if self.incumbent is not None:
-            start = np.zeros(len(self.pool.templates), dtype=np.int64)
-            start[: len(self.incumbent.counts)] = self.incumbent.counts
         found = self.master.solve_milp(
             self.pool.columns(),
             time_limit_s=max(0.5, min(MILP_SECONDS, self.budget.remaining_s())),
             gap=gap,
-            start=start,
+            start=self.incumbent,
             seed=seed,
         )
-        if found is not None:
+        if found is not None and found.value > 0.0 and self._is_better(found.value):
             self.incumbent = found
             self._tell("whole counts")
         return self.incumbent
@@ -221,13 +362,14 @@ class ColumnGeneration:
         return abs(self.bound.value - self.incumbent.value) / max(abs(self.incumbent.value), 1e-12)
 
     def outcome(self) -> Outcome | None:
-        """The incumbent as an outcome."""
-        if self.incumbent is None:
+        """The incumbent as an outcome; None without one, or if it serves nothing."""
+        if self.incumbent is None or self.incumbent.value <= 0.0:
             return None
         counts = self.incumbent.counts
         chosen = tuple((self.pool.templates[k], int(n)) for k, n in enumerate(counts) if n)
+        worth = self.bound.rate_prices
         reduced = [
-            (t.rate - float(self.bound.row_prices @ use), t)
+            (worth[self.atlas.side_of(t.scope, t.mix)] * t.rate - float(self.bound.row_prices @ use), t)
             for t, use, n in zip(self.pool.templates, self.pool.uses, self._padded(counts), strict=True)
             if n == 0
         ]
@@ -238,6 +380,8 @@ class ColumnGeneration:
             value=value,
             bound=sound_bound(self.bound.value, value, maximises=self.master.maximises),
             row_prices=self.bound.row_prices,
+            rate_prices=worth,
+            flows=self.incumbent.flows,
             runners_up=tuple(t for _, t in reduced[:5]),
             interrupted=self.budget.cancelled.is_set(),
         )
@@ -258,19 +402,28 @@ class ColumnGeneration:
         )
 
 
-def dense_work_bound(atlas: Atlas) -> float:
-    """A bound on the total rate from dense work alone, before any search.
+def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:
+    """A bound on the total rate of replicas of these roles from dense work alone, before any search.
 
     A GPU that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)`` layers per second
-    for the best mix and TP size n, and every request needs all layers.
+    for the best mix and TP size n of a role, and every request needs all layers. Where prompts are prefilled apart,
+    it serves at most a share of each request: the bound holds for every split of a request's price between the two.
     """
-    total = 0.0
-    for g, c in enumerate(atlas.classes):
-        speeds = [
-            float(1.0 / (tp * scope.tables.layer_s[:, s].min()))
-            for scope in atlas.scopes[:1]
-            for s, (device_class, tp) in enumerate(atlas.ranks)
-            if device_class == g
-        ]
-        total += c.available * max(speeds, default=0.0)
-    return total / atlas.scopes[0].tables.num_layers
+    speeds = np.array([[_layers_per_s(atlas, g, role) for role in Role] for g in range(len(atlas.classes))])
+    speeds[:, [role not in roles for role in Role]] = 0.0
+    available = np.array([c.available for c in atlas.classes])
+    totals = [
+        available @ (speeds * np.array([1.0, share, 1.0 - share])).max(axis=1) for share in np.linspace(0.0, 1.0, 21)
+    ]
+    return float(min(totals)) / atlas.scopes[0].tables.num_layers
+
+
+def _layers_per_s(atlas: Atlas, device_class: int, role: Role) -> float:
+    """Of one GPU of a class; 0 where no replica of the role may have it."""
+    gpu = atlas.classes[device_class].gpu
+    mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role]
+    if not mixes or not any(role in scope.roles and scope.gpu in (None, gpu) for scope in atlas.scopes):
+        return 0.0
+    layer_s = atlas.scopes[0].tables.layer_s[mixes]
+    speeds = [1.0 / (tp * layer_s[:, s].min()) for s, (g, tp) in enumerate(atlas.ranks) if g == device_class]
+    return float(max(speeds, default=0.0))

@@ -22,7 +22,7 @@ from hetis.solver.placement.search import search
 from hetis.solver.placement.shortage import why_nothing_fits
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
-from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
 
 MAX_TRIALS = 20  # for all reasons together
@@ -163,18 +163,18 @@ class _Trial:
     outcome: Outcome | None
 
     def latency_s(self, constraint: Constraint, others: Constraints) -> float:
-        """What the plan's replicas reach: all of them where a demand needs all, else the best."""
+        """What the replicas that have this latency reach: all of them where a demand needs all, else the best."""
         assert self.outcome is not None, "only asked of a plan that exists"
         a, family = self.atlas, self.atlas.problem.family
         found = []
         for template, _ in self.outcome.chosen:
             mix, m = a.mixes[template.mix], family.in_flight[template.in_flight_index]
-            per_t = (
-                cost.tpot_per_interval(a.moments, mix, m)
-                if constraint is Constraint.TPOT
-                else cost.ttft_per_interval(a.moments, a.problem.assumptions, mix, m)
-            )
-            found.append(per_t * template.interval_s)
+            if constraint is Constraint.TPOT and mix.role is not Role.PREFILL:
+                found.append(cost.tpot_per_interval(a.moments, mix, m) * template.interval_s)
+            if constraint is Constraint.TTFT and mix.role is not Role.DECODE:
+                per_t = cost.ttft_per_interval(a.moments, a.problem.assumptions, mix, m)
+                slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # what a limit sets aside
+                found.append(per_t * template.interval_s + float(slowest))
         return max(found) if Constraint.DEMAND in others else min(found)
 
 

@@ -1,8 +1,12 @@
-"""The master problem in HiGHS: how many replicas of each column.
+"""The master problem in HiGHS: how many replicas of each column, and where the KV of their prompts goes.
 
-    max  sum_k rate_k n_k                     or   min  sum_k cost_k n_k
-    s.t. sum_k use_kr n_k <= limit_r   every row r          s.t. the same, and  sum_k rate_k n_k >= demand
-         n_k >= 0 (LP) and whole (MILP)
+    max  sum over unified of rate_k n_k + sum F(z, y)            or   min  sum_k cost_k n_k
+    s.t. sum_k use_kr n_k <= limit_r                             every row r
+         sum_y F(z, y) <= rates of the prefill replicas in z     every zone z
+         sum_(y != z) F(z, y) <= rates of those of them that may send to all zones
+         sum_z F(z, y) <= rates of the decode replicas in y      every zone y
+         F(z, y) + sum_k link_kzy n_k <= capacity(z, y)          every link
+         n_k >= 0 (LP) and whole (MILP), F >= 0                  and, where cost is minimised, served rate >= demand
 
 This module is the only one of placement that talks to highspy; its functions return our own values.
 """
@@ -17,43 +21,54 @@ import numpy as np
 
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.tables import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns known so far: rates [K] in requests/s, costs [K], uses [K, rows]."""
+    """The columns known so far: rates [K] in requests/s, costs [K], uses [K, rows], sides [K] (see `Routes`).
+
+    ``links`` [K, Z, Z] is what a replica over several zones takes of the links, in requests/s of KV.
+    """
 
     rates: FloatArray
     costs: FloatArray
     uses: IntArray
+    sides: IntArray
+    links: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
 class LpSolution:
-    """Optimum of the relaxation; ``row_prices`` [rows] >= 0 and ``demand_price`` are its duals, ``counts`` [K]."""
+    """Optimum of the relaxation with its duals: ``row_prices`` [rows] >= 0, ``link_prices`` [Z, Z] >= 0, the price of
+    demand (1 where the rate is maximised) and of each side's rate [sides]; ``counts`` [K]."""
 
     value: float
     row_prices: FloatArray
+    link_prices: FloatArray
     demand_price: float
+    rate_prices: FloatArray
     counts: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
 class MilpSolution:
-    """Whole counts [K], their value, and HiGHS's proven bound over whole counts of these columns."""
+    """Whole counts [K] and flows [Z, Z], their value, and HiGHS's proven bound over whole counts of these columns."""
 
     counts: IntArray
+    flows: FloatArray
     value: float
     bound: float
 
 
 @dataclass(frozen=True, slots=True)
 class Master:
-    """Rows of the master: limits of the packing rows, and the demanded rate where cost is minimised."""
+    """Rows of the master: limits of the packing rows, routes, and the demanded rate where cost is minimised."""
 
     limits: IntArray
     demand: float | None  # None: maximise the rate
+    routes: Routes
 
     @property
     def maximises(self) -> bool:
@@ -68,63 +83,155 @@ class Master:
             return None
         solution = highs.getSolution()
         sign = 1.0 if self.maximises else -1.0
-        duals = np.array(solution.row_dual)
+        duals = np.maximum(0.0, sign * np.array(solution.row_dual))
+        num_rows, num_zones = len(self.limits), len(self.routes.zones)
+        price = 1.0 if self.maximises else max(0.0, float(solution.row_dual[-1]))
+        rate_prices, link_prices = np.full(self.routes.num_sides, price), np.zeros((num_zones, num_zones))
+        if self.routes.splits_roles:
+            sending, afar, receiving = duals[num_rows : num_rows + 3 * num_zones].reshape(3, num_zones)
+            rate_prices[1:] = np.concatenate([sending, sending + afar, receiving])
+            if self.routes.has_links:
+                link_prices[self._between()] = duals[num_rows + 3 * num_zones :][: num_zones * (num_zones - 1)]
         return LpSolution(
             value=float(highs.getInfo().objective_function_value),
-            row_prices=np.maximum(0.0, sign * duals[: len(self.limits)]),
-            demand_price=0.0 if self.maximises else max(0.0, float(duals[-1])),
-            counts=np.array(solution.col_value),
+            row_prices=duals[:num_rows],
+            link_prices=link_prices,
+            demand_price=price,
+            rate_prices=rate_prices,
+            counts=np.array(solution.col_value)[: len(columns.rates)],
         )
 
     def solve_milp(
-        self, columns: Columns, *, time_limit_s: float, gap: float, start: IntArray | None = None, seed: int = 0
+        self, columns: Columns, *, time_limit_s: float, gap: float, start: MilpSolution | None = None, seed: int = 0
     ) -> MilpSolution | None:
         """Whole counts within a relative gap; None if none was found in time.
 
-        ``start`` [K] is a known feasible choice: the result is never worse.
+        ``start`` is a known feasible choice of the first columns: the result is never worse.
         """
         highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
         highs.passModel(self._model(columns, whole=True))
+        counts = None
         if start is not None:
+            counts = np.zeros(len(columns.rates), dtype=np.int64)
+            counts[: len(start.counts)] = start.counts
             given = highspy.HighsSolution()
-            given.col_value = start.astype(float).tolist()
+            given.col_value = [*counts.astype(float).tolist(), *start.flows.ravel()[: self._num_flows()].tolist()]
             highs.setSolution(given)
         highs.run()
         info = highs.getInfo()
-        worst = -np.inf if self.maximises else np.inf
-        value, counts = worst, start
         if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
-            counts = np.rint(np.array(highs.getSolution().col_value)).astype(np.int64)
+            found = np.array(highs.getSolution().col_value)[: len(columns.rates)]
+            counts = np.rint(found).astype(np.int64)
         if counts is None:
             return None
-        value = float(counts @ (columns.rates if self.maximises else columns.costs))
+        flows = self.best_flows(columns, counts)
+        value = self.served(columns, counts, flows) if self.maximises else float(counts @ columns.costs)
         bound = float(info.mip_dual_bound)
         if not np.isfinite(bound):
             bound = np.inf if self.maximises else 0.0
-        return MilpSolution(counts, value, max(bound, value) if self.maximises else min(bound, value))
+        return MilpSolution(counts, flows, value, max(bound, value) if self.maximises else min(bound, value))
+
+    def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
+        """Requests/s of whole replicas."""
+        return float((counts * columns.rates)[columns.sides == UNIFIED].sum() + flows.sum())
+
+    def best_flows(self, columns: Columns, counts: IntArray) -> FloatArray:
+        """The greatest flows between chosen replicas, none a rounding error too large; [Z, Z]."""
+        routes, count = self.routes, len(self.routes.zones)
+        flows = np.zeros((count, count))
+        rates: FloatArray = np.bincount(columns.sides, counts * columns.rates, routes.num_sides).astype(float)
+        if not routes.splits_roles or not rates[1:].any():
+            return flows
+        local, afar, receiving = (part.copy() for part in routes.parts(rates))
+        if routes.has_links:
+            wanted = self._flows_by_lp(columns, counts)
+            left = routes.capacity - np.tensordot(counts, columns.links, axes=1)
+            for z, y in zip(*self._between(), strict=True):
+                flows[z, y] = max(0.0, min(wanted[z, y], afar[z], receiving[y], left[z, y]))
+                afar[z] -= flows[z, y]
+                receiving[y] -= flows[z, y]
+        np.fill_diagonal(flows, np.minimum(local + afar, receiving))
+        return flows
+
+    def _flows_by_lp(self, columns: Columns, counts: IntArray) -> FloatArray:
+        model = self._model(columns, whole=False)
+        num_columns, num_flows = len(columns.rates), self._num_flows()
+        model.sense_ = highspy.ObjSense.kMaximize
+        model.col_cost_ = np.concatenate([np.zeros(num_columns), np.ones(num_flows)])
+        model.col_lower_ = np.concatenate([counts.astype(float), np.zeros(num_flows)])
+        model.col_upper_ = np.concatenate([counts.astype(float), np.full(num_flows, highspy.kHighsInf)])
+        model.row_lower_ = np.full(model.num_row_, -highspy.kHighsInf)
+        highs = quiet_highs()
+        highs.passModel(model)
+        highs.run()
+        flows = np.array(highs.getSolution().col_value)[num_columns:]
+        return flows.reshape(self.routes.capacity.shape)
+
+    def _num_flows(self) -> int:
+        return len(self.routes.zones) ** 2 if self.routes.splits_roles else 0
+
+    def _between(self) -> Any:
+        """Index of the routes from one zone to another, row by row."""
+        return np.nonzero(~np.eye(len(self.routes.zones), dtype=bool))
 
     def _model(self, columns: Columns, *, whole: bool) -> Any:
         """The master as a HiGHS model. Column-wise arrays go in at once; nothing is modelled term by term."""
-        num_columns, num_rows = columns.uses.shape
-        matrix = columns.uses.astype(float)
-        if not self.maximises:
-            matrix = np.concatenate([matrix, columns.rates[:, None]], axis=1)
+        rows, upper = [columns.uses.astype(float)], [self.limits.astype(float)]
+        objective = columns.costs
+        served = np.where(columns.sides == UNIFIED, columns.rates, 0.0)
+        if self.routes.splits_roles:
+            flow_rows, flow_limits = self._flow_rows(columns)
+            flows = self._num_flows()
+            rows = [np.pad(rows[0], ((0, flows), (0, 0))), flow_rows]
+            upper.append(flow_limits)
+            objective = np.pad(objective, (0, flows))
+            served = np.pad(served, (0, flows), constant_values=1.0)
+        lower = np.full(sum(map(len, upper)), -highspy.kHighsInf)
+        if self.demand is not None:
+            rows.append(served[:, None])
+            upper.append(np.array([highspy.kHighsInf]))
+            lower = np.append(lower, self.demand)
+        matrix = np.concatenate(rows, axis=1)
+        num_columns = len(matrix)
         entry_columns, entry_rows = np.nonzero(matrix)
         lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = num_columns, matrix.shape[1]
+        lp.num_col_, lp.num_row_ = matrix.shape
         lp.sense_ = highspy.ObjSense.kMaximize if self.maximises else highspy.ObjSense.kMinimize
-        lp.col_cost_ = columns.rates if self.maximises else columns.costs
+        lp.col_cost_ = served if self.maximises else objective
         lp.col_lower_ = np.zeros(num_columns)
         lp.col_upper_ = np.full(num_columns, highspy.kHighsInf)
-        lp.row_lower_ = np.full(matrix.shape[1], -highspy.kHighsInf)
-        lp.row_upper_ = self.limits.astype(float)
-        if self.demand is not None:
-            lp.row_lower_ = np.append(np.full(num_rows, -highspy.kHighsInf), self.demand)
-            lp.row_upper_ = np.append(self.limits.astype(float), highspy.kHighsInf)
+        lp.row_lower_ = lower
+        lp.row_upper_ = np.concatenate(upper)
         lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
         lp.a_matrix_.start_ = np.searchsorted(entry_columns, np.arange(num_columns + 1)).astype(np.int32)
         lp.a_matrix_.index_ = entry_rows.astype(np.int32)
         lp.a_matrix_.value_ = matrix[entry_columns, entry_rows]
         if whole:
-            lp.integrality_ = [highspy.HighsVarType.kInteger] * num_columns
+            replicas = len(columns.rates)
+            kinds = highspy.HighsVarType
+            lp.integrality_ = [kinds.kInteger] * replicas + [kinds.kContinuous] * (num_columns - replicas)
         return lp
+
+    def _flow_rows(self, columns: Columns) -> tuple[FloatArray, FloatArray]:
+        """Coefficients [K + flows, .] and upper limits of the rows that bind flows: by zone what is sent, what of it
+        goes to other zones, what is received; then the links."""
+        routes, count = self.routes, len(self.routes.zones)
+        sender, receiver = (index.ravel() for index in np.indices((count, count)))
+        zones = np.arange(count)
+        sent = (sender[:, None] == zones).astype(float)
+        sent_afar = sent * (sender != receiver)[:, None]
+        received = (receiver[:, None] == zones).astype(float)
+        flows = np.concatenate([sent, sent_afar, received], axis=1)
+        by_side = np.zeros((routes.num_sides, 3 * count))  # what a request/s of a side adds to which rows
+        for z in range(count):
+            by_side[[1 + z, 1 + count + z], z] = -1.0
+            by_side[1 + count + z, count + z] = -1.0
+            by_side[1 + 2 * count + z, 2 * count + z] = -1.0
+        replicas = by_side[columns.sides] * columns.rates[:, None]
+        limits = np.zeros(3 * count)
+        if routes.has_links:
+            between = self._between()
+            flows = np.concatenate([flows, np.eye(count * count)[:, sender != receiver]], axis=1)
+            replicas = np.concatenate([replicas, columns.links[:, between[0], between[1]]], axis=1)
+            limits = np.concatenate([limits, routes.capacity[between]])
+        return np.concatenate([replicas, flows]), limits

@@ -93,9 +93,22 @@ def pool_limit(t: Tables, s: int, copies: int, q: int, max_pool: int) -> int:
 
 
 @kernel
-def pool_seconds(t: Tables, x: int, s: int, q: int, k: int, size: int) -> float:
-    """Decode attention of a layer, k head groups of every rank with the ``size``-th number of cards of class q."""
-    seconds: float = t.pool_s[x, t.pool_start[s, q] + (k - 1) * t.pool_sizes.shape[0] + size]
+def has_pools(t: Tables, x: int, s: int, q: int, max_pool: int) -> bool:
+    """Whether stages of rank type s may have attention workers of class q; prefill replicas have nothing for them."""
+    return max_pool > 0 and t.micro_batch[x] > 0 and t.pool_start[s, q] >= 0
+
+
+@kernel
+def pool_entry(t: Tables, s: int, q: int, k: int, size: int) -> int:
+    """Where the tables hold k head groups of every rank with the ``size``-th number of cards of class q."""
+    entry: int = t.pool_start[s, q] + (k - 1) * t.pool_sizes.shape[0] + size
+    return entry
+
+
+@kernel
+def pool_wire_seconds(t: Tables, x: int, entry: int) -> float:
+    """The least time of a layer with a pool: of decode replicas, what the KV of a prompt takes to arrive."""
+    seconds: float = t.pool_wire_s[entry] if t.receives[x] else 0.0
     return seconds
 
 
@@ -122,7 +135,7 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
                     on_rank[k, role] = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, role)
             without = count
             for q in range(-1, t.available.shape[0]):
-                if q >= 0 and (max_pool == 0 or t.pool_start[s, q] < 0):
+                if q >= 0 and not has_pools(t, x, s, q, max_pool):
                     continue
                 cards_limit = pool_limit(t, s, c, q, max_pool) if q >= 0 else 0
                 first_of_group = fastest = roomiest = count
@@ -132,13 +145,16 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
                         break
                     # From the roomiest split to the fastest: a split that is neither has been beaten before.
                     for k in range(groups if q >= 0 else 0, 0 if q >= 0 else -1, -1):
-                        layer_s = t.layer_s[x, s]
+                        compute_s, wire_s = t.layer_s[x, s], t.wire_s[x, s]
                         on_card = np.inf
                         if q < 0:
-                            layer_s += t.own_s[x, s, groups]
+                            compute_s += t.own_s[x, s, groups]
                         else:
-                            layer_s += pool_seconds(t, x, s, q, k, size)
+                            entry = pool_entry(t, s, q, k, size)
+                            compute_s += t.pool_s[x, entry]
+                            wire_s = pool_wire_seconds(t, x, entry)
                             on_card = layers_on_card(t, q, n, k, p, requests, tokens)
+                        layer_s = max(compute_s, wire_s)
                         most = 0
                         for role in range(4):
                             prefix = t.prefix_layers if role in (FIRST, BOTH) else 0
@@ -154,7 +170,7 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
                             continue
                         if count == out.rank.shape[0]:
                             out = _grown(out)
-                        _write(t, out, count, x, s, c, q, p, k, layer_s, caps)
+                        _write(t, out, count, x, s, c, q, p, k, compute_s, wire_s, caps)
                         if count == first_of_group or layer_s < out.layer_s[fastest]:
                             fastest = count
                         if count == first_of_group or caps[PLAIN] > out.max_layers[roomiest, PLAIN]:
@@ -165,12 +181,13 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
 
 @kernel
 def _write(
-    t: Tables, out: Options, i: int, x: int, s: int, c: int, q: int, p: int, k: int, layer_s: float, caps: IntArray
-) -> None:
+    t: Tables, out: Options, i: int, x: int, s: int, c: int, q: int, p: int, k: int, compute_s: float, wire_s: float,
+    caps: IntArray,
+) -> None:  # fmt: skip
     """Fills row i of the options."""
     out.rank[i], out.copies[i], out.pool_class[i], out.pool_cards[i], out.pool_groups[i] = s, c, q, p, k
-    out.layer_s[i] = layer_s
-    prefix_s = t.prefix_layers * (layer_s + t.prefix_delta_s[x, s])
+    out.layer_s[i] = max(compute_s, wire_s)
+    prefix_s = t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], wire_s)
     out.fixed_s[i, PLAIN] = t.step_s[x, s] + t.hop_s[x, s]
     out.fixed_s[i, FIRST] = t.step_s[x, s] + prefix_s
     out.fixed_s[i, LAST] = t.step_s[x, s] + t.hop_s[x, s] + t.last_s[x, s]

@@ -31,5 +31,7 @@ class Outcome:
     value: float
     bound: float
     row_prices: FloatArray  # duals of the master's rows, at the bound
+    rate_prices: FloatArray  # [sides] what a request/s is worth there, at the bound
+    flows: FloatArray  # [Z, Z] requests/s prefilled in one zone and decoded in another, or in the same
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +18,7 @@ from hetis.solver.placement.options import NO_STAGES, Options, list_options, opt
 from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
 from hetis.solver.placement.stages import overdrawn
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
-from hetis.solver.placement.template import Configuration, Template, configurations, template_of
+from hetis.solver.placement.template import Configuration, Template, template_of
 from hetis.solver.placement.within_cap import best_within_cap
 
 BATCH = 32
@@ -107,7 +107,7 @@ def _parts(every: list[Configuration]) -> Iterator[_Part]:
 
 
 class Pricer:
-    """Prices all configurations of a family.
+    """Prices some configurations, all on one side of the master.
 
     ``row_costs`` [rows] is what a row's unit costs beside its dual. Intervals narrower than ``tolerance`` are not
     halved further: what that leaves open goes into the bound.
@@ -116,6 +116,7 @@ class Pricer:
     def __init__(
         self,
         atlas: Atlas,
+        every: list[Configuration],
         row_costs: FloatArray,
         *,
         max_copies: int,
@@ -125,32 +126,38 @@ class Pricer:
     ) -> None:
         self.atlas, self.row_costs = atlas, row_costs
         self.max_copies, self.max_pool, self.threads, self.tolerance = max_copies, max_pool, threads, tolerance
-        self.configurations = configurations(atlas)
+        self.configurations = every
         self.parts = list(_parts(self.configurations))
         self.scarce = _scarce(atlas)
 
-    def price(self, row_prices: FloatArray, floor: float, keep: float, budget: Budget) -> Priced:
-        """Finds the best column of every configuration whose ratio could exceed ``floor``.
+    def price(self, row_prices: FloatArray, floor: float, keep: float, budget: Budget, *, rate_cap: float) -> Priced:
+        """Finds the best column of every configuration whose ratio could exceed ``floor`` (inf: of none).
+
+        Rates count up to ``rate_cap`` only.
 
         Columns within ``keep`` of the best ratio found so far are returned; a configuration that cannot come that
         close is not searched, and its ceiling does not exceed the bound returned.
         """
+        if not self.configurations or floor == np.inf:
+            return Priced((), floor if self.configurations else 0.0, True)
         prices = row_prices + self.row_costs
         worth = self.atlas.group_use @ prices, self.atlas.card_use @ prices
         best, bound, complete = floor, floor, True
         found: list[tuple[float, int, IntArray]] = []
+        tables = {part.scope: self._capped(part.scope, rate_cap) for part in self.parts}
 
         def search(i: int) -> tuple[float, IntArray, float]:
             if budget.is_spent():
                 return np.nan, NO_STAGES, 0.0
             c = self.configurations[i]
             return best_replica(
-                self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth,
-                self.scarce, self._limits(c), Ceiling(*proofs[i]), threshold, self.tolerance,
+                tables[c.scope], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
+                limits_of(tables[c.scope], c.mix, c.in_flight_index, c.slack, c.max_copies), Ceiling(*proofs[i]),
+                threshold, self.tolerance,
             )  # fmt: skip
 
         with ThreadPoolExecutor(self.threads) as workers:
-            proofs = self._ceilings(*worth, floor, workers)
+            proofs = self._ceilings(tables, *worth, floor, workers)
             highest = proofs[:, 0]
             order = np.argsort(-highest, kind="stable")
             order = order[highest[order] > floor]
@@ -175,21 +182,24 @@ class Pricer:
         )
         return Priced(templates, float(bound), complete)
 
+    def _capped(self, scope: int, rate_cap: float) -> Tables:
+        """The tables of a scope, with intervals no shorter than a rate that counts."""
+        tables = self.atlas.scopes[scope].tables
+        return tables._replace(t_floor=max(tables.t_floor, 1.0 / rate_cap))
+
     def _ceilings(
-        self, group_price: FloatArray, card_price: FloatArray, floor: float, workers: ThreadPoolExecutor
-    ) -> FloatArray:
+        self, tables: Mapping[int, Tables], group_price: FloatArray, card_price: FloatArray, floor: float,
+        workers: ThreadPoolExecutor,
+    ) -> FloatArray:  # fmt: skip
         """Upper bounds on the ratio of every configuration, no sharper than ``floor``, with m and r; [., 3]."""
 
         def bounds(part: _Part) -> FloatArray:
             return ceilings(
-                self.atlas.scopes[part.scope].tables, part.mixes, part.in_flight, part.slacks, part.copies,
-                self.max_copies, self.max_pool, group_price, card_price, floor,
+                tables[part.scope], part.mixes, part.in_flight, part.slacks, part.copies, self.max_copies,
+                 self.max_pool, group_price, card_price, floor,
             )  # fmt: skip
 
         return np.concatenate(list(workers.map(bounds, self.parts)))
-
-    def _limits(self, c: Configuration) -> Limits:
-        return limits_of(self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, c.slack, c.max_copies)
 
 
 def _scarce(atlas: Atlas) -> BoolArray:

@@ -13,12 +13,13 @@ from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
 from hetis.solver.placement.master import Master
-from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.types_of_roles import search_types
 from hetis.solver.placement.uniform import uniform_templates
-from hetis.solver.placement.zones import merged_problem, row_prices_of, zone_templates
+from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_prices_of, zone_templates
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 
@@ -32,7 +33,14 @@ def search(
     """
     if not atlas.ranks:
         return None
-    master = Master(atlas.resources.limits, _demand(atlas.problem))
+    family = atlas.problem.family
+
+    def of_types(pair: Atlas, news: Report) -> Outcome | None:
+        return search(pair, strategy, budget, gap_target, seed, threads, news)
+
+    if family.one_type_per_role and atlas.role_types is None:
+        return search_types(atlas, of_types, None, budget, threads, report)
+    master = Master(atlas.resources.limits, _demand(atlas.problem), atlas.routes)
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
@@ -42,20 +50,39 @@ def search(
         if outcome is None and budget.is_spent():
             return _first_plan(atlas, master, row_costs, budget, seed)
         return outcome
+    outcome = _generate(atlas, master, row_costs, budget, gap_target, seed, threads, report)
+    if outcome is not None and family.splits_roles and atlas.role_types is None:
+        outcome = search_types(atlas, of_types, outcome, budget, threads, report)
+    return outcome
+
+
+def _generate(
+    atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int, threads: int,
+    report: Report,
+) -> Outcome | None:  # fmt: skip
+    """Column generation, zones merged or not."""
     _announce_compilation(best_replica, budget, report)
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
         return None
-    one_zone = merged_problem(atlas.problem)
+    one_zone, relaxed = merged_problem(atlas.problem), None
     if one_zone is not None:
-        outcome = _search_merged(build_atlas(one_zone), generation, threads, gap_target, seed)
+        merged = build_atlas(one_zone, is_relaxation=True)
+        if atlas.role_types is not None:
+            merged = merged.of_types(*atlas.role_types)
+        outcome = _search_merged(merged, generation, threads, gap_target, seed)
         if outcome is not None:
             return outcome
+        relaxed = generation.bound.value if generation.is_whole_family else None
     outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
     if outcome is None and generation.may_have_plan and not budget.is_spent():
         # Columns were found that fit in no packing: too little proof of anything.
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
-    return outcome
+    if outcome is None or relaxed is None:
+        return outcome
+    tightest = min if master.maximises else max  # the relaxation's bound holds, whatever the zones' own search proves
+    bound = sound_bound(tightest(outcome.bound, relaxed), outcome.value, maximises=master.maximises)
+    return replace(outcome, bound=bound)
 
 
 def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:
@@ -68,7 +95,7 @@ def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_ta
     atlas = generation.atlas
     fastest = ColumnGeneration(
         atlas,
-        Master(atlas.resources.limits, None),
+        Master(atlas.resources.limits, None, atlas.routes),
         np.zeros(len(atlas.resources.rows)),
         budget=generation.budget,
         report=silent,
@@ -85,7 +112,7 @@ def _search_merged(
 
     The columns found stay with ``generation``.
     """
-    master = Master(merged.resources.limits, generation.master.demand)
+    master = Master(merged.resources.limits, generation.master.demand, merged.routes)
     relaxed = ColumnGeneration(
         merged, master, row_costs_of(merged), budget=generation.budget, report=generation.report
     )  # fmt: skip
@@ -94,8 +121,11 @@ def _search_merged(
         return None
     generation.pool.add(zone_templates(merged, generation.atlas, relaxed.pool.templates))
     generation.bound = Bound(
-        relaxed.bound.value, row_prices_of(merged, generation.atlas, relaxed.bound.row_prices)
-    )  # fmt: skip
+        relaxed.bound.value,
+        row_prices_of(merged, generation.atlas, relaxed.bound.row_prices),
+        np.zeros_like(generation.atlas.routes.capacity),
+        rate_prices_of(merged, generation.atlas, relaxed.bound.rate_prices),
+    )
     generation.is_whole_family = True
     generation.choose(gap=gap_target / 10, seed=seed)
     small_enough = generation.gap() <= max(gap_target, 0.005)
@@ -133,7 +163,7 @@ def _enumerate_uniform(
     columns = pool.columns()
     found = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
     relaxed = master.solve_lp(columns)
-    if found is None or relaxed is None:
+    if found is None or relaxed is None or found.value <= 0.0:
         return None
     others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
     return Outcome(
@@ -141,6 +171,8 @@ def _enumerate_uniform(
         value=found.value,
         bound=found.bound,
         row_prices=relaxed.row_prices,
+        rate_prices=relaxed.rate_prices,
+        flows=found.flows,
         runners_up=tuple(others[:5]),
         interrupted=budget.cancelled.is_set(),
     )
@@ -149,5 +181,5 @@ def _enumerate_uniform(
 def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
     """A plan of equal stages for want of time, bounded by dense work alone."""
     outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
-    bound = dense_work_bound(atlas) if master.maximises else 0.0
+    bound = dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)

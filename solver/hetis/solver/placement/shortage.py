@@ -8,6 +8,7 @@ import numpy as np
 
 from hetis.solver.placement.explanation.wording import in_bytes
 from hetis.solver.placement.tables import Atlas
+from hetis.solver.plan import Role
 
 
 def why_nothing_fits(atlas: Atlas) -> str:
@@ -28,6 +29,12 @@ def _shortages(atlas: Atlas) -> Iterator[str]:
     requests = f"{batch} request{'' if batch == 1 else 's'}, the smallest batch"
     if weights > room:
         yield f"{model.name} needs {in_bytes(weights)} for weights alone; {whose} has {in_bytes(room)} usable"
+    apart, fleet_room = Role.UNIFIED not in problem.family.roles, sum(_rooms(atlas))
+    if apart and weights <= room and 2.0 * weights > fleet_room:
+        yield (
+            f"{model.name} needs {in_bytes(weights)} for weights twice, to prefill and to decode; this fleet has "
+            f"{in_bytes(fleet_room)} usable"
+        )
     if weights + kv > room:
         yield (
             f"{model.name} needs {in_bytes(weights + kv)}: {in_bytes(weights)} for weights and {in_bytes(kv)} for the "
@@ -45,16 +52,22 @@ def _shortages(atlas: Atlas) -> Iterator[str]:
             f"the GPUs that a replica may use hold at most {most} of {layers} layers of {model.name}, KV left out: a "
             f"layer needs {in_bytes(needed)} on each of {tp} {gpu}, which have {in_bytes(usable)} usable"
         )
+    where = "every GPU of a prefill and a decode replica side by side" if apart else "every GPU"
     yield (
         f"{model.name} needs {in_bytes(weights)} for weights and {in_bytes(kv)} for the KV of {requests}; {whose} has "
-        f"{in_bytes(room)} usable, but no split into stages of whole layers keeps every GPU within its memory"
+        f"{in_bytes(room)} usable, but no split into stages of whole layers keeps {where} within its memory"
     )
+
+
+def _rooms(atlas: Atlas) -> list[float]:
+    """Bytes beside the engine's on all GPUs of every class."""
+    rooms = atlas.scopes[-1].tables.worker_room_bytes
+    return [float(room) * c.available for room, c in zip(rooms, atlas.classes, strict=True)]
 
 
 def _usable_by_a_replica(atlas: Atlas) -> tuple[float, str]:
     """Bytes beside the engine's on all GPUs that one replica may use together, and whose they are."""
-    tables = atlas.scopes[-1].tables
-    rooms = [float(room) * c.available for room, c in zip(tables.worker_room_bytes, atlas.classes, strict=True)]
+    rooms = _rooms(atlas)
     if atlas.problem.family.mixed_types or len(rooms) == 1:
         return sum(rooms), "this fleet"
     largest = int(np.argmax(rooms))
@@ -63,8 +76,9 @@ def _usable_by_a_replica(atlas: Atlas) -> tuple[float, str]:
 
 
 def _fewest_kv_tokens(atlas: Atlas) -> float:
-    """Tokens of KV that a copy must have room for, whatever the mix."""
-    return float(atlas.scopes[-1].tables.kv_tokens.min())
+    """Tokens of KV that a copy of a replica that decodes must have room for, whatever the mix."""
+    decodes = [mix.micro_batch > 0 for mix in atlas.mixes]
+    return float(atlas.scopes[-1].tables.kv_tokens[decodes].min())
 
 
 def _largest_share(atlas: Atlas) -> tuple[float, int, str, float, float]:

@@ -11,7 +11,9 @@ from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.infeasible import why_infeasible
+from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.search import row_costs_of, search
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import Atlas
@@ -22,6 +24,7 @@ from hetis.solver.placement.template import (
     fixed_bytes,
     gpus_of,
     kv_tokens_held,
+    landing_s,
     use_of,
 )
 from hetis.solver.plan import (
@@ -30,6 +33,7 @@ from hetis.solver.plan import (
     ObjectiveKind,
     Plan,
     ReplicaPlan,
+    Role,
     RunnerUp,
     SolveResult,
     StagePlan,
@@ -139,6 +143,7 @@ def _plan(
         ),
         objective=problem.objective,
         replicas=tuple(replicas),
+        kv_routes=kv_routes(atlas, templates, outcome.flows),
         prices=_prices(atlas, outcome, scale),
         runners_up=_runners_up(atlas, outcome),
         notes=_notes(problem),
@@ -147,6 +152,7 @@ def _plan(
 
 def _replica(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
     mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
+    zones = atlas.routes.zones if mix.sends_afar else atlas.scopes[template.scope].zones
     tables = atlas.scopes[template.scope].tables
     assumptions, moments, t = atlas.problem.assumptions, atlas.moments, template.interval_s
     plans, pools, first_layer = [], [], 0
@@ -174,7 +180,7 @@ def _replica(atlas: Atlas, template: Template, stages: list[BoundStage]) -> Repl
             )
     return ReplicaPlan(
         rate=template.rate,
-        ttft_s=t * cost.ttft_per_interval(moments, assumptions, mix, m),
+        ttft_s=t * cost.ttft_per_interval(moments, assumptions, mix, m) + landing_s(atlas, template),
         tpot_s=t * cost.tpot_per_interval(moments, mix, m),
         micro_batch=mix.micro_batch,
         in_flight=m,
@@ -182,6 +188,8 @@ def _replica(atlas: Atlas, template: Template, stages: list[BoundStage]) -> Repl
         kv_tokens=int(min(_kv_room(atlas, template, i) for i in range(len(template.stages)))),
         stages=tuple(plans),
         attention_workers=tuple(pools),
+        role=mix.role,
+        kv_zones=zones if mix.role is Role.PREFILL else (),
     )
 
 
@@ -240,21 +248,35 @@ def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, .
 
 def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:
     objective = atlas.problem.objective
-    total = sum(n * template.rate for template, n in outcome.chosen)
     row_costs = row_costs_of(atlas)
     result = []
     for template in outcome.runners_up:
         use = use_of(atlas, template)
-        each = float(row_costs @ use) / template.rate
+        role = atlas.mixes[template.mix].role
+        worth = float(outcome.rate_prices[atlas.side_of(template.scope, template.mix)])  # of a request/s there
         reason = "would fit, but no packing of whole replicas with it is better"
         if objective.maximises:
             price = float(outcome.row_prices @ use)
-            if price > template.rate * (1.0 + 1e-6):
-                reason = f"its GPUs are worth {price:.4g} requests/s elsewhere"
-        elif each * total > outcome.value * (1.0 + 1e-6):
-            reason = f"{each:.4g} {objective.unit} per request/s, where the plan takes {outcome.value / total:.4g}"
-        result.append(RunnerUp(shape=describe(atlas, template.stages), rate=template.rate, reason=reason))
+            if price > worth * template.rate * (1.0 + 1e-6):
+                half = "" if role is Role.UNIFIED else f", its {role} work {worth * template.rate:.4g}"
+                reason = f"its GPUs are worth {price:.4g} requests/s elsewhere{half}"
+        else:
+            each = float(row_costs @ use) / template.rate
+            paid, served = _paid_per_request(atlas, outcome), role is Role.UNIFIED
+            limit = paid if served else paid * worth / float(outcome.rate_prices[UNIFIED] or 1.0)
+            if each > limit * (1.0 + 1e-6):
+                plan = "the plan takes" if served else f"{role} work is worth"
+                reason = f"{each:.4g} {objective.unit} per request/s, where {plan} {limit:.4g}"
+        shape = describe(atlas, template.stages)
+        named = shape if role is Role.UNIFIED else f"{role}: {shape}"
+        result.append(RunnerUp(shape=named, rate=template.rate, reason=reason))
     return tuple(result)
+
+
+def _paid_per_request(atlas: Atlas, outcome: Outcome) -> float:
+    """What the plan costs per request/s served."""
+    whole = sum(n * t.rate for t, n in outcome.chosen if atlas.mixes[t.mix].role is Role.UNIFIED)
+    return outcome.value / (whole + float(outcome.flows.sum()))
 
 
 def _notes(problem: PlacementProblem) -> tuple[str, ...]:
@@ -264,6 +286,6 @@ def _notes(problem: PlacementProblem) -> tuple[str, ...]:
         notes.append(
             f"{clipped:.1%} of the requests were cut to the model's context of {problem.model.max_position} tokens"
         )
-    if len(problem.cluster.zones()) > 1:
+    if len(problem.cluster.zones()) > 1 and Role.UNIFIED in problem.family.roles:
         notes.append("a replica over several zones keeps to an equal share of the links between them")
     return tuple(notes)

@@ -4,9 +4,10 @@ A maximum over products of choices looks nonlinear: a rate is one over a time th
 exactly, because the time of a stage is a *number* once its option and layers are chosen. Let a binary y choose them,
 and let z be the rate that flows through that choice, 0 unless chosen: then ``u z`` is how busy the choice is.
 
-Only for tiny fleets, or for a few (b, M, C) of larger ones. Explicit links between nodes are refused; the capacity of
-links between zones is not modelled. Times and bytes are the checker's, not the search's. Which GPUs are alike it takes
-from the search (`classes.py`); the brute-force oracle of the tests, with classes of its own, judges both.
+Only for tiny fleets, or for a few (b, M, C) of larger ones. It knows unified replicas only: families with prefill and
+decode replicas are refused, and explicit links between nodes; the capacity of links between zones is not modelled.
+Times and bytes are the checker's, not the search's. Which GPUs are alike it takes from the search (`classes.py`); the
+brute-force oracle of the tests, with classes of its own, judges both.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def solve_specification(
     if problem.cluster.network.between_nodes:
         raise InvalidProblemError("the specification does not know explicit links between nodes")
     family = problem.family
+    if family.splits_roles:
+        raise InvalidProblemError("the specification does not know prefill and decode replicas")
     family = replace(
         family,
         micro_batches=micro_batches or family.micro_batches,

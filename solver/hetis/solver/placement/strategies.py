@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from hetis.solver.plan import Role
 from hetis.solver.problem import Family
 
 
@@ -19,11 +20,26 @@ class Strategy:
 
 
 def _uniform(family: Family) -> Family:
-    return replace(family, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0)
+    return replace(
+        family, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0, roles=(Role.UNIFIED,)
+    )
 
 
 def _hexgen(family: Family) -> Family:
-    return replace(family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0)
+    return replace(
+        family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0, roles=(Role.UNIFIED,)
+    )
+
+
+def _hexgen2(family: Family) -> Family:
+    return replace(
+        family, name="hexgen2", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0,
+        roles=(Role.PREFILL, Role.DECODE), one_type_per_role=False,
+    )  # fmt: skip
+
+
+def _splitwise(family: Family) -> Family:
+    return replace(_hexgen2(family), name="splitwise", mixed_types=False, one_type_per_role=True)
 
 
 STRATEGIES: Mapping[str, Strategy] = {
@@ -31,10 +47,12 @@ STRATEGIES: Mapping[str, Strategy] = {
     for strategy in (
         Strategy(
             "hetis",
-            "every shape: mixed types, uneven layers, stage copies, attention workers",
-            lambda family: replace(family, name="hetis", mixed_types=True, uneven_layers=True),
+            "every shape: mixed types, uneven layers, stage copies, attention workers; prefill and decode apart or not",
+            lambda family: replace(family, name="hetis", mixed_types=True, uneven_layers=True, one_type_per_role=False),
         ),
         Strategy("uniform", "what engines do today: one GPU type per replica, equal layers", _uniform),
         Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _hexgen),
+        Strategy("hexgen2", "the same for replicas that prefill and replicas that decode, never both", _hexgen2),
+        Strategy("splitwise", "prefill replicas of one GPU type, decode replicas of one", _splitwise),
     )
 }

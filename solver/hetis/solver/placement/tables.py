@@ -1,14 +1,14 @@
 """The cost model tabulated for the search: plain arrays, one entry per iteration mix, rank type and pool.
 
-A *rank type* s is a device class with a TP size; a *mix* x is a pair (b, C); roles of a stage are plain, first, last,
-both (a stage that is first and last). What a stage costs is then a few look-ups away, see `options.py`;
-`tabulation.py` fills the tables.
+A *rank type* s is a device class with a TP size; a *mix* x is a pair (b, C), of a prefill replica (0, C), of a decode
+replica (b, 0); roles of a stage are plain, first, last, both (a stage that is first and last). What a stage costs is
+then a few look-ups away, see `options.py`; `tabulation.py` fills the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from hetis.solver.cost import Mix
 from hetis.solver.placement.classes import DeviceClass, IntArray, Resources
+from hetis.solver.placement.routes import Routes
+from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
@@ -57,22 +59,49 @@ class Tables(NamedTuple):
     step_s: FloatArray  # [X, S]
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S] a prefix layer takes this much longer than a repeated one
+    wire_s: FloatArray  # [X, S] a layer takes no less: its KV leaves or arrives; 0 of unified mixes
+    landing_s: FloatArray  # [X, S] the KV of a prompt's last chunk leaves the last layer; 0 but of prefill mixes
     available: IntArray  # [N]
     worker_room_bytes: FloatArray  # [N]
     pool_sizes: IntArray  # the numbers p of attention workers tried, ascending
     pool_start: IntArray  # [S, N] where the pool entries of (s, q) start in pool_s; -1: no such pool
     pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping, over k = 1..Gr, then pool sizes
+    receives: BoolArray  # [X] whether KV arrives: the mix of a decode replica
+    pool_wire_s: FloatArray  # [total] `wire_s` of these with a pool
 
 
 class Scope:
-    """Zones that one replica may span, with the tables for the links among them, made when first asked for."""
+    """GPUs that one replica of some roles may use: those of its zones, of one type if ``gpu`` says so.
 
-    def __init__(self, zones: tuple[str, ...], tabulate: Callable[[tuple[str, ...]], Tables]) -> None:
-        self.zones, self._tabulate = zones, tabulate
+    Its tables for the links among these zones are made when first asked for.
+    """
+
+    def __init__(
+        self,
+        zones: tuple[str, ...],
+        roles: tuple[Role, ...],
+        tabulate: Callable[[tuple[str, ...]], Tables],
+        gpu: str | None = None,
+    ) -> None:
+        self.zones, self.roles, self.gpu, self._tabulate = zones, roles, gpu, tabulate
 
     @cached_property
     def tables(self) -> Tables:
         return self._tabulate(self.zones)
+
+    def serves(self, mix: Mix) -> bool:
+        """Whether replicas of this mix are looked for here."""
+        return mix.role in self.roles
+
+    def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
+        """The same zones without GPUs of other types."""
+        keep = np.array([c.gpu == gpu for c in classes])
+        whole = self
+
+        def tabulate(_: tuple[str, ...]) -> Tables:
+            return whole.tables._replace(available=np.where(keep, whole.tables.available, 0))
+
+        return Scope(self.zones, roles, tabulate, gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +118,21 @@ class Atlas:
     card_use: IntArray  # [N, rows] resources of one attention worker
     pool_sizes: tuple[int, ...]
     scopes: tuple[Scope, ...]
+    routes: Routes
+    role_types: tuple[str, str] | None = None  # the GPU types of prefill and of decode replicas; None: any
+
+    def of_types(self, prefill: str, decode: str) -> Atlas:
+        """The same problem with prefill replicas of one GPU type, decode replicas of one, and no others."""
+        scopes = (
+            scope.of_type(gpu, self.classes, (role,))
+            for scope in self.scopes
+            for role, gpu in ((Role.PREFILL, prefill), (Role.DECODE, decode))
+            if role in scope.roles
+        )
+        return replace(self, scopes=tuple(scopes), role_types=(prefill, decode))
+
+    def side_of(self, scope: int, mix: int) -> int:
+        """The side of the master on which replicas of a scope and mix stand."""
+        x = self.mixes[mix]
+        zone = 0 if x.role is Role.UNIFIED else self.routes.zones.index(self.scopes[scope].zones[0])
+        return self.routes.side(x.role, zone, sends_afar=x.sends_afar)

@@ -12,21 +12,25 @@ from hetis.solver import cost
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, Mix, PoolCost
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
+from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
 from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.plan import Role
+from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
 MANY_ZONES = 4  # with more, sets of zones are too many to search every one
 
 
-def build_atlas(problem: PlacementProblem) -> Atlas:
-    """Tabulates the cost model for every mix, rank type and pool of a problem's family."""
+def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> Atlas:
+    """Tabulates the cost model for every mix, rank type and pool of a problem's family.
+
+    ``is_relaxation``: the fleet stands for several zones as if they were one (`zones.py`).
+    """
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
     classes = device_classes(problem.cluster)
-    mixes = tuple(
-        cost.mix_of(moments, micro_batch=b, chunk_tokens=c) for b in family.micro_batches for c in family.chunk_tokens
-    )
+    zones = problem.cluster.zones()
+    mixes = tuple(_mixes(family, moments, len(zones)))
     ranks = tuple(
         (i, tp)
         for i, c in enumerate(classes)
@@ -36,7 +40,7 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
     resources = resources_of(classes, family.tp_sizes)
     biggest = max((c.available for c in classes), default=0)
     pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
-    tabulation = _Tabulation(problem, moments, classes, mixes, ranks, pool_sizes)
+    tabulation = _Tabulation(problem, moments, classes, mixes, ranks, pool_sizes, is_relaxation=is_relaxation)
     return Atlas(
         problem=problem,
         moments=moments,
@@ -49,8 +53,34 @@ def build_atlas(problem: PlacementProblem) -> Atlas:
         ),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
-        scopes=tuple(Scope(span, tabulation.tables) for span in _spans(problem.cluster.zones())),
+        scopes=tuple(_scopes(family, zones, tabulation)),
+        routes=routes_of(problem, moments, most_spanning(problem)),
     )
+
+
+def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator[Mix]:
+    """Of unified replicas (b, C), then of prefill replicas C, then of decode replicas b.
+
+    Prefill replicas that may send KV to other zones pay for the slowest link: they are apart from those that do not.
+    """
+    if Role.UNIFIED in family.roles:
+        for b in family.micro_batches:
+            for c in family.chunk_tokens:
+                yield cost.mix_of(moments, micro_batch=b, chunk_tokens=c)
+    if family.splits_roles:
+        for sends_afar in (False, True)[: min(num_zones, 2)]:
+            for c in family.chunk_tokens:
+                yield cost.mix_of(moments, micro_batch=0, chunk_tokens=c, sends_afar=sends_afar)
+        for b in family.micro_batches:
+            yield cost.mix_of(moments, micro_batch=b, chunk_tokens=0)
+
+
+def _scopes(family: Family, zones: tuple[str, ...], tabulation: _Tabulation) -> Iterator[Scope]:
+    """Prefill and decode replicas lie in one zone, unified ones may span several."""
+    for span in _spans(zones):
+        roles = tuple(role for role in family.roles if len(span) == 1 or role is Role.UNIFIED)
+        if roles:
+            yield Scope(span, roles, tabulation.tables)
 
 
 def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -71,7 +101,10 @@ class _Tabulation:
         mixes: tuple[Mix, ...],
         ranks: tuple[tuple[int, int], ...],
         pool_sizes: tuple[int, ...],
+        *,
+        is_relaxation: bool,
     ) -> None:
+        self.is_relaxation = is_relaxation
         self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
         self.ranks, self.pool_sizes = ranks, pool_sizes
         self._costs: dict[tuple[str, Link, int], DeviceCost] = {}
@@ -80,7 +113,7 @@ class _Tabulation:
         self.devices = [self._device(classes[i], tp) for i, tp in ranks]
         self.workers = [self._device(c, 1) for c in classes]
         self.own_s = self._own_table()
-        self.pool_start, self.pool_s = self._pool_table()
+        self.pool_start, self.pool_s, self.pool_wire_s = self._pool_table()
 
     def _device(self, c: DeviceClass, tp: int) -> DeviceCost:
         key = (c.gpu, c.intra, tp)
@@ -98,6 +131,7 @@ class _Tabulation:
         hops = np.array(
             [self._hops(self.devices[s], self.classes[i], zones) for s, (i, _) in enumerate(self.ranks)]
         ).T.copy()  # fmt: skip
+        wire_s, landing_s = self._kv_tables(zones)
         start = self.pool_start.copy()
         for s, (i, _) in enumerate(self.ranks):
             inside = self.classes[i].zone in zones
@@ -109,7 +143,7 @@ class _Tabulation:
             cut_floor=_cut_floor(self.problem),
             micro_batch=np.array([m.micro_batch for m in self.mixes], dtype=np.int64),
             in_flight=np.array(family.in_flight, dtype=np.int64),
-            t_cap=self._t_cap(),
+            t_cap=self._t_cap(self._slowest_landing_s(zones, landing_s)),
             t_floor=self._t_floor(zones),
             kv_tokens=self._kv_tokens(),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
@@ -128,6 +162,8 @@ class _Tabulation:
             step_s=stack["step_s"],
             last_s=stack["last_s"],
             prefix_delta_s=stack["prefix_delta_s"],
+            wire_s=wire_s,
+            landing_s=landing_s,
             available=np.array(
                 [c.available if c.zone in zones else 0 for c in self.classes], dtype=np.int64
             ),
@@ -135,6 +171,8 @@ class _Tabulation:
             pool_sizes=np.array(self.pool_sizes, dtype=np.int64),
             pool_start=start,
             pool_s=self.pool_s,
+            receives=np.array([m.role is Role.DECODE for m in self.mixes]),
+            pool_wire_s=self.pool_wire_s,
         )  # fmt: skip
 
     def _own_table(self) -> FloatArray:
@@ -182,17 +220,56 @@ class _Tabulation:
             for m in self.mixes
         ]
 
-    def _t_cap(self) -> FloatArray:
+    def _kv_tables(self, zones: tuple[str, ...]) -> tuple[FloatArray, FloatArray]:
+        """(wire, landing) of a layer without a pool: KV that leaves a prefill or arrives at a decode replica; [X, S].
+
+        Such replicas lie in one zone; ``kv_link`` of those that send to other zones is the slowest to any of them.
+        """
+        wire_s, landing_s = np.zeros((2, len(self.mixes), len(self.ranks)))
+        if len(zones) > 1:
+            return wire_s, landing_s
+        cluster = self.problem.cluster
+        done: dict[tuple[DeviceCost, Link], tuple[FloatArray, FloatArray]] = {}
+        for s, (i, _) in enumerate(self.ranks):
+            d, link = self.devices[s], self.classes[i].link_in(cluster, zones)
+            if (d, link) not in done:
+                afar = link
+                for zone in cluster.zones():
+                    afar = afar.slower_of(cluster.network.zone_link(zones[0], zone))
+                wires, landings = np.zeros((2, len(self.mixes)))
+                for x, mix in enumerate(self.mixes):
+                    if mix.role is Role.PREFILL:
+                        kv_link = afar if mix.sends_afar else link
+                        chunk_s = d.kv_transfer_s(mix.chunk_tokens, float(d.shape.groups), kv_link)
+                        wires[x], landings[x] = mix.chunk_iterations * chunk_s, d.landing_s(mix.chunk_tokens, kv_link)
+                    elif mix.role is Role.DECODE:
+                        wires[x] = d.kv_transfer_s(self.moments.mean_prompt, float(d.shape.groups), link)
+                done[d, link] = wires, landings
+            wire_s[:, s], landing_s[:, s] = done[d, link]
+        return wire_s, landing_s
+
+    def _slowest_landing_s(self, zones: tuple[str, ...], landing_s: FloatArray) -> FloatArray:
+        """Per mix, what a TTFT limit sets aside for landing: the slowest rank's of the zone, whichever are used; [X].
+
+        Where a fleet stands for several zones, no rank of some zone may land sooner than this: the quickest.
+        """
+        here = [s for s, (i, _) in enumerate(self.ranks) if self.classes[i].zone in zones]
+        if not here:
+            return np.zeros(len(self.mixes))
+        chosen = landing_s[:, here]
+        return np.asarray(chosen.min(axis=1) if self.is_relaxation else chosen.max(axis=1))
+
+    def _t_cap(self, landing_s: FloatArray) -> FloatArray:
         objective, family = self.problem.objective, self.problem.family
         caps = np.full((len(self.mixes), len(family.in_flight)), np.inf)
         for x, mix in enumerate(self.mixes):
             for f, in_flight in enumerate(family.in_flight):
-                if objective.tpot_limit_s is not None:
+                if objective.tpot_limit_s is not None and mix.role is not Role.PREFILL:
                     per_t = cost.tpot_per_interval(self.moments, mix, in_flight)
                     caps[x, f] = min(caps[x, f], objective.tpot_limit_s / per_t)
-                if objective.ttft_limit_s is not None:
+                if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
                     per_t = cost.ttft_per_interval(self.moments, self.problem.assumptions, mix, in_flight)
-                    caps[x, f] = min(caps[x, f], objective.ttft_limit_s / per_t)
+                    caps[x, f] = min(caps[x, f], max(0.0, objective.ttft_limit_s - landing_s[x]) / per_t)
         return caps
 
     def _t_floor(self, zones: tuple[str, ...]) -> float:
@@ -203,14 +280,9 @@ class _Tabulation:
         """
         if len(zones) == 1:
             return 0.0
-        model, network = self.problem.model, self.problem.cluster.network
-        slowest = min(
-            network.zone_link(a, b).bytes_per_s for i, a in enumerate(zones) for b in zones[i + 1 :]
+        return most_spanning(self.problem) * spanning_bytes(self.problem.model, self.moments) / slowest_between(
+            self.problem.cluster.network, zones
         )  # fmt: skip
-        num_bytes = (self.moments.mean_prompt + self.moments.mean_output) * model.hidden * model.activation_bytes
-        weights = model.params() * model.weight_bytes
-        total_room = sum(w.room_bytes() * c.available for w, c in zip(self.workers, self.classes, strict=True))
-        return max(1, int(total_room / weights)) * num_bytes / slowest
 
     def _kv_tokens(self) -> FloatArray:
         problem, family = self.problem, self.problem.family
@@ -229,11 +301,12 @@ class _Tabulation:
             ]
         )
 
-    def _pool_table(self) -> tuple[IntArray, FloatArray]:
-        """Decode attention of a layer with a pool, for every (rank type, pool class, k, p)."""
+    def _pool_table(self) -> tuple[IntArray, FloatArray, FloatArray]:
+        """(start, attention, wire) of a layer with a pool, for every (rank type, pool class, k, p)."""
         start = np.full((len(self.ranks), len(self.classes)), -1, dtype=np.int64)
         parts: list[FloatArray] = []
-        offsets: dict[tuple[DeviceCost, DeviceCost, Link], int] = {}
+        wires: list[FloatArray] = []
+        offsets: dict[tuple[DeviceCost, DeviceCost, Link, Link], int] = {}
         total = 0
         for s, (i, _) in enumerate(self.ranks):
             if not self.pool_sizes or not self.devices[s].shape.splits_groups:
@@ -242,15 +315,27 @@ class _Tabulation:
                 if worker_class.zone != self.classes[i].zone:
                     continue
                 zone = (worker_class.zone,)
-                link = self.classes[i].link_in(self.problem.cluster, zone)
-                link = link.slower_of(worker_class.link_in(self.problem.cluster, zone))
-                key = (self.devices[s], self.workers[q], link)
+                own_link = self.classes[i].link_in(self.problem.cluster, zone)
+                link = own_link.slower_of(worker_class.link_in(self.problem.cluster, zone))
+                key = (self.devices[s], self.workers[q], link, own_link)
                 if key not in offsets:
-                    part = self._pool_entries(PoolCost(*key))
+                    pool = PoolCost(self.devices[s], self.workers[q], link)
+                    part = self._pool_entries(pool)
+                    wires.append(self._pool_wires(pool, own_link))
                     offsets[key], total = total, total + part.shape[1]
                     parts.append(part)
                 start[s, q] = offsets[key]
-        return start, np.concatenate(parts, axis=1) if parts else np.zeros((len(self.mixes), 1))
+        if not parts:
+            return start, np.zeros((len(self.mixes), 1)), np.zeros(1)
+        return start, np.concatenate(parts, axis=1), np.concatenate(wires)
+
+    def _pool_wires(self, pool: PoolCost, own_link: Link) -> FloatArray:
+        """Shape [Gr * sizes]: KV of a prompt and layer arriving at a decode replica, kept groups on its own link."""
+        groups = pool.primary.shape.groups
+        k = np.arange(1.0, groups + 1)[:, None]
+        p = np.array(self.pool_sizes, dtype=float)[None, :]
+        kept_s = pool.primary.kv_transfer_s(self.moments.mean_prompt, groups - k, own_link)
+        return np.asarray(np.maximum(kept_s, pool.receive_s(k, p))).ravel()
 
     def _pool_entries(self, pool: PoolCost) -> FloatArray:
         """Shape [X, Gr * sizes]: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), then p."""
@@ -262,6 +347,9 @@ class _Tabulation:
         shipped: dict[int, FloatArray] = {}
         for x, mix in enumerate(self.mixes):
             b, c = mix.micro_batch, mix.chunk_tokens
+            if mix.role is Role.PREFILL:
+                entries[x] = np.inf  # has no pools
+                continue
             if b not in remote:
                 own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
                 remote[b] = np.maximum(own, pool.attention_s(b, k, p))

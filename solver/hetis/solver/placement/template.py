@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.options import layers_on_card, layers_on_rank
+from hetis.solver.placement.options import layers_on_card, layers_on_rank, pool_entry, pool_wire_seconds
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
 
 
@@ -44,13 +44,18 @@ class Template:
     def num_copies(self) -> int:
         return sum(stage.copies for stage in self.stages)
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What tells it from other templates: everything but its interval, which follows."""
+        return self.scope, self.mix, self.in_flight_index, self.stages
+
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
     """A part of the family searched on its own: a scope, a mix, M, and how full the pipeline is.
 
-    ``max_copies`` bounds the stage copies K of a replica: M = 1 is sequential (any K, copies take no turns), M >= 2 K
-    runs with ``full_slack``, M >= K with ``tight_slack``.
+    ``side`` is where its replicas stand in the master. ``max_copies`` bounds the stage copies K of a replica: M = 1 is
+    sequential (any K, copies take no turns), M >= 2 K runs with ``full_slack``, M >= K with ``tight_slack``.
     """
 
     scope: int
@@ -59,6 +64,7 @@ class Configuration:
     in_flight: int
     max_copies: int
     slack: float
+    side: int
 
     @property
     def is_sequential(self) -> bool:
@@ -74,17 +80,19 @@ def configurations(atlas: Atlas) -> list[Configuration]:
     found = []
     a, family = atlas.problem.assumptions, atlas.problem.family
     most_copies = sum(c.available for c in atlas.classes)
-    for scope in range(len(atlas.scopes)):
-        for mix in range(len(atlas.mixes)):
+    for scope, part in enumerate(atlas.scopes):
+        for mix in (i for i, mix in enumerate(atlas.mixes) if part.serves(mix)):
+            side = atlas.side_of(scope, mix)
+            limited = atlas.problem.objective.ttft_limit_s is not None and atlas.mixes[mix].chunk_tokens > 0
             filled = False
             for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
                 if m == 1:
-                    found.append(Configuration(scope, mix, f, m, 1 << 20, 0.0))
+                    found.append(Configuration(scope, mix, f, m, 1 << 20, 0.0, side))
                 elif not filled:
-                    filled = m >= 2 * most_copies and atlas.problem.objective.ttft_limit_s is None
-                    found.append(Configuration(scope, mix, f, m, m // 2, a.full_slack))
+                    filled = m >= 2 * most_copies and not limited
+                    found.append(Configuration(scope, mix, f, m, m // 2, a.full_slack, side))
                     if not filled:
-                        found.append(Configuration(scope, mix, f, m, m, a.tight_slack))
+                        found.append(Configuration(scope, mix, f, m, m, a.tight_slack, side))
     return found
 
 
@@ -113,19 +121,18 @@ def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
         s = stage.rank
         if stage.pool_class < 0:
-            layer_s = t.layer_s[x, s] + t.own_s[x, s, t.rank_groups[s]]
+            compute_s, wire_s = t.layer_s[x, s] + t.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s]
         else:
-            sizes = atlas.pool_sizes
-            entry = (stage.pool_groups - 1) * len(sizes) + sizes.index(stage.pool_cards)
-            layer_s = t.layer_s[x, s] + t.pool_s[x, t.pool_start[s, stage.pool_class] + entry]
+            entry = pool_entry(t, s, stage.pool_class, stage.pool_groups, atlas.pool_sizes.index(stage.pool_cards))
+            compute_s, wire_s = t.layer_s[x, s] + t.pool_s[x, entry], pool_wire_seconds(t, x, entry)
         fixed = float(t.step_s[x, s])
         if role in (PLAIN, LAST):
             fixed += t.hop_s[x, s]
         else:
-            fixed += t.prefix_layers * (layer_s + t.prefix_delta_s[x, s])
+            fixed += t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], wire_s)
         if role in (LAST, BOTH):
             fixed += t.last_s[x, s]
-        result.append((float(layer_s), float(fixed)))
+        result.append((float(max(compute_s, wire_s)), float(fixed)))
     return result
 
 
@@ -224,6 +231,18 @@ def use_of(atlas: Atlas, template: Template) -> IntArray:
         if stage.pool_class >= 0:
             use += stage.copies * stage.pool_cards * atlas.card_use[stage.pool_class]
     return use
+
+
+def zones_of(atlas: Atlas, template: Template) -> list[int]:
+    """The zones of a template's GPUs, by their numbers in `Routes`."""
+    names = {atlas.classes[device_class].zone for device_class in gpus_of(atlas, template)}
+    return [z for z, name in enumerate(atlas.routes.zones) if name in names]
+
+
+def landing_s(atlas: Atlas, template: Template) -> float:
+    """What a prefill replica adds to TTFT: the KV of a prompt's last chunk, from the slowest of its stages."""
+    landing = atlas.scopes[template.scope].tables.landing_s
+    return float(max(landing[template.mix, stage.rank] for stage in template.stages))
 
 
 def gpus_of(atlas: Atlas, template: Template) -> Counter[int]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 
+from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import layers_on_rank
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
@@ -23,18 +27,20 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
 
 @kernel
 def best_equal_split(
-    t: Tables, s: int, num_stages: int, full_slack: float, tight_slack: float
+    t: Tables, mixes: IntArray, s: int, num_stages: int, full_slack: float, tight_slack: float
 ) -> tuple[float, int, int]:
-    """The shortest interval of ``num_stages`` equal stages of rank type s, and its mix and in-flight index.
+    """The shortest interval of ``num_stages`` equal stages of rank type s, and its mix (of those given) and in-flight
+    index.
 
     inf where nothing fits in memory or meets the limits.
     """
     best, best_x, best_f = np.inf, -1, -1
     kinds = 1 if num_stages == 1 else (2 if num_stages == 2 else 3)
     groups = t.rank_groups[s]
-    for x in range(t.micro_batch.shape[0]):
-        w = t.layer_s[x, s] + t.own_s[x, s, groups]
-        prefix_s = t.prefix_layers * (w + t.prefix_delta_s[x, s])
+    for x in mixes:
+        compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
+        w = max(compute_s, t.wire_s[x, s])
+        prefix_s = t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], t.wire_s[x, s])
         for f in range(t.in_flight.shape[0]):
             m = t.in_flight[f]
             if 1 < m < num_stages:
@@ -76,25 +82,32 @@ def best_equal_split(
 
 
 def uniform_templates(atlas: Atlas) -> list[Template]:
-    """The best replica of every rank type and number of equal stages that fits in the fleet."""
-    a = atlas.problem.assumptions
-    found = []
+    """The best replica of every rank type and number of equal stages that fits in the fleet, on every side."""
+    found: list[Template] = []
     for scope, part in enumerate(atlas.scopes):
-        t = part.tables
-        most_stages = min(t.num_layers, max(atlas.problem.family.in_flight))
-        for s, (device_class, tp) in enumerate(atlas.ranks):
-            for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
-                interval, x, f = best_equal_split(t, s, num_stages, a.full_slack, a.tight_slack)
-                if x < 0:
-                    continue
-                stages = []
-                each, spare = divmod(t.num_layers, num_stages)
-                takers = [*range(1, num_stages - 1), 0, num_stages - 1][:spare] if num_stages > 1 else []
-                for i in range(num_stages):
-                    stages.append(TemplateStage(rank=s, copies=1, layers=each + (1 if i in takers else 0)))
-                cuts = np.cumsum([stage.layers for stage in stages])[:-1]
-                if np.any(t.cut_floor[cuts] != cuts):
-                    continue  # the model may not be cut there
-                template = Template(scope, x, f, tuple(stages), interval)
-                found.append(Template(scope, x, f, tuple(stages), interval_of(atlas, template)))
+        mixes_on: dict[int, list[int]] = {}
+        for x in (x for x, mix in enumerate(atlas.mixes) if part.serves(mix)):
+            mixes_on.setdefault(atlas.side_of(scope, x), []).append(x)
+        for mixes in mixes_on.values():
+            found.extend(_equal_stages(atlas, scope, np.array(mixes, dtype=np.int64)))
     return found
+
+
+def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Template]:
+    a, t = atlas.problem.assumptions, atlas.scopes[scope].tables
+    most_stages = min(t.num_layers, max(atlas.problem.family.in_flight))
+    for s, (device_class, tp) in enumerate(atlas.ranks):
+        for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
+            _, x, f = best_equal_split(t, mixes, s, num_stages, a.full_slack, a.tight_slack)
+            if x < 0:
+                continue
+            each, spare = divmod(t.num_layers, num_stages)
+            takers = [*range(1, num_stages - 1), 0, num_stages - 1][:spare] if num_stages > 1 else []
+            stages = tuple(
+                TemplateStage(rank=s, copies=1, layers=each + (1 if i in takers else 0)) for i in range(num_stages)
+            )
+            cuts = np.cumsum([stage.layers for stage in stages])[:-1]
+            if np.any(t.cut_floor[cuts] != cuts):
+                continue  # the model may not be cut there
+            template = Template(scope, x, f, stages, np.inf)
+            yield replace(template, interval_s=interval_of(atlas, template))

@@ -15,7 +15,8 @@ import numpy as np
 from hetis.solver.cluster import Network
 from hetis.solver.placement.classes import DeviceClass
 from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.placement.template import Template, TemplateStage, interval_of
+from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 
 MERGED = "all zones"
@@ -45,8 +46,11 @@ def _kind(c: DeviceClass) -> tuple[object, ...]:
 
 
 def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> list[Template]:
-    """Every template in every zone that has its GPU classes."""
+    """Every template in every zone that has its GPU classes; prefill replicas once more as senders to all zones."""
     found = []
+    mixes_like: dict[tuple[int, int], list[int]] = {}
+    for x, mix in enumerate(atlas.mixes):
+        mixes_like.setdefault((mix.micro_batch, mix.chunk_tokens), []).append(x)
     for scope, part in enumerate(atlas.scopes):
         if len(part.zones) != 1:
             continue
@@ -54,24 +58,42 @@ def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> li
         class_of = [here.get(_kind(c), -1) for c in merged.classes]
         rank_of = {rank: s for s, rank in enumerate(atlas.ranks)}
         for template in templates:
-            stages = []
-            for stage in template.stages:
-                device_class, tp = merged.ranks[stage.rank]
-                rank = rank_of.get((class_of[device_class], tp), -1)
-                pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
-                if rank < 0 or (stage.pool_class >= 0 and pool_class < 0):
-                    break
-                stages.append(
-                    TemplateStage(
-                        rank, stage.copies, stage.layers, pool_class, stage.pool_cards, stage.pool_groups
-                    )
-                )  # fmt: skip
-            else:
-                found.append(replace(template, scope=scope, stages=tuple(stages)))
+            stages = _stages_on(merged, class_of, rank_of, template)
+            mix = merged.mixes[template.mix]
+            for x in mixes_like[mix.micro_batch, mix.chunk_tokens] if stages and part.serves(mix) else ():
+                moved = replace(template, scope=scope, mix=x, stages=stages)
+                if mix.role is not Role.UNIFIED:  # what leaves for or comes from other zones takes its time
+                    moved = replace(moved, interval_s=interval_of(atlas, moved))
+                    if moved.interval_s > part.tables.t_cap[x, moved.in_flight_index]:
+                        continue
+                found.append(moved)
     return found
+
+
+def _stages_on(
+    merged: Atlas, class_of: list[int], rank_of: dict[tuple[int, int], int], template: Template
+) -> tuple[TemplateStage, ...]:  # fmt: skip
+    """A template's stages on a zone's own classes; none if it lacks one."""
+    stages = []
+    for stage in template.stages:
+        device_class, tp = merged.ranks[stage.rank]
+        rank = rank_of.get((class_of[device_class], tp), -1)
+        pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
+        if rank < 0 or (stage.pool_class >= 0 and pool_class < 0):
+            return ()
+        stages.append(TemplateStage(rank, stage.copies, stage.layers, pool_class, stage.pool_cards, stage.pool_groups))
+    return tuple(stages)
 
 
 def row_prices_of(merged: Atlas, atlas: Atlas, prices: FloatArray) -> FloatArray:
     """Prices of the merged fleet's rows for the rows of the real one."""
     of_kind = {(_kind(merged.classes[g]), p): prices[i] for i, (g, p) in enumerate(merged.resources.rows)}
     return np.array([of_kind.get((_kind(atlas.classes[g]), p), 0.0) for g, p in atlas.resources.rows])
+
+
+def rate_prices_of(merged: Atlas, atlas: Atlas, prices: FloatArray) -> FloatArray:
+    """Rate prices of the merged fleet's sides for the sides of the real one: the same in every zone."""
+    if not atlas.routes.splits_roles:
+        return prices
+    local, _, receiving = merged.routes.parts(prices)
+    return np.concatenate([prices[:1], np.repeat([local[0], local[0], receiving[0]], len(atlas.routes.zones))])

@@ -147,6 +147,9 @@ class DispatchStates:
         state = request.dispatch_state
         replica = self._replica_of_state(state.name, "dispatch_state.name")
         _require_generation(state, replica)
+        if not replica.stages:
+            what = "a prefill replica, which decodes nothing, or its plan is still being read"
+            raise invalid_field("dispatch_state.name", f"{replica.name} has no stages to dispatch: it is {what}")
         terms = {(stage.stage, stage.copy): stage_from_proto(stage) for stage in replica.stages}
         if sum(len(one.requests) for one in state.head_maps) <= MOST_DECLARED_IN_LOOP:
             made = declared(state, terms, self._make_id())

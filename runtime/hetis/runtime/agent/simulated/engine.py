@@ -30,7 +30,7 @@ from hetis.v1.executor_service_pb2 import (
     WatchReportsResponse,
 )
 from hetis.v1.failure_pb2 import ErrorReason
-from hetis.v1.replica_pb2 import Assignment, AssignmentGoal
+from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 
 
@@ -127,7 +127,8 @@ class SimulatedEngine:
             held.changes.advance(now_s)
             return
         primary = None
-        if kept.primary_node.rpartition("/")[2] == self.node and kept.stages:
+        prefills = kept.shape.role == ReplicaRole.REPLICA_ROLE_PREFILL
+        if kept.primary_node.rpartition("/")[2] == self.node and (kept.stages or prefills):
             seed = self._seed ^ zlib.crc32(kept.replica.encode())
             primary = PrimaryRun(kept, seed=seed, admission=self.admission, now_s=now_s)
         changes = EngineChanges(kept.replica, generation=generation, primary=primary, devices=frozenset(kept.devices))

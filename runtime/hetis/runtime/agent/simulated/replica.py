@@ -10,7 +10,7 @@ from hetis.runtime.agent.simulated.admission import Admission
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
 from hetis.v1.head_map_pb2 import HeadMap, Move
-from hetis.v1.replica_pb2 import Assignment, AssignmentGoal
+from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import DeviceStatus, ReplicaReport, StageLoad
 
 IDLE_S = 0.01  # between two looks for arrivals when nothing runs
@@ -21,7 +21,11 @@ Key = tuple[int, int]  # stage and copy
 
 
 class PrimaryRun:
-    """Requests of one replica, and the decode loop that serves them. All times are those that are passed in."""
+    """Requests of one replica, and the decode loop that serves them. All times are those that are passed in.
+
+    Only decoding is simulated: requests of a decode replica come with their KV, and a prefill replica has none, for its
+    prompts are gone when they would begin to decode.
+    """
 
     def __init__(self, assignment: Assignment, *, seed: int, admission: Admission, now_s: float) -> None:
         self.stages: dict[Key, StageRun] = {(m.stage, m.copy): StageRun(m) for m in assignment.stages}
@@ -102,7 +106,7 @@ class PrimaryRun:
     # --- requests
 
     def _arrive(self, now_s: float, control: Control) -> None:
-        rate = control.rate_rps
+        rate = 0.0 if self.assignment.shape.role == ReplicaRole.REPLICA_ROLE_PREFILL else control.rate_rps
         if rate is None:
             rate = control.load_ratio * self.assignment.shape.rate_rps
         if rate <= 0:

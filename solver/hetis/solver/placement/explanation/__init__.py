@@ -10,6 +10,7 @@ from hetis.solver.placement.explanation.attention_workers import attention_worke
 from hetis.solver.placement.explanation.bottleneck import what_binds
 from hetis.solver.placement.explanation.idle import why_idle
 from hetis.solver.placement.explanation.replica_view import replica_views
+from hetis.solver.placement.explanation.routes import route_sentences
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -32,4 +33,5 @@ def explain_plan(plan: Plan, problem: PlacementProblem) -> Explanation:
         bottlenecks=tuple(what_binds(view) for view in views),
         idle=tuple(why_idle(plan, problem, views)),
         attention_workers=" ".join(attention_workers(plan, problem, views)),
+        kv_routes=tuple(route_sentences(plan, problem)),
     )

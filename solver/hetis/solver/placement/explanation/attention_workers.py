@@ -51,7 +51,8 @@ def _used_pool(view: ReplicaView, i: int) -> str:
         f"without workers {in_time(alone_s)}"
     )
     stages = tuple(whole if j == i else other for j, other in enumerate(view.shape.stages))
-    without = replace(view, shape=replace(view.shape, stages=stages))
+    shared_by = tuple(tuple(j for j in positions if j != i) for positions in view.shape.shared_by)
+    without = replace(view, shape=replace(view.shape, stages=stages, shared_by=shared_by))
     bar = next(bar for bar in without.memory() if bar.stage == i)
     if bar.free_bytes < 0:
         return f"{text}, but {in_bytes(-bar.free_bytes)} of KV would not fit."

@@ -68,7 +68,9 @@ def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[Devi
 def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:
     """Why these GPUs make no replica of their own, where that can be proved in a line."""
     model, family, limit_s = view.problem.model, view.problem.family, view.problem.objective.tpot_limit_s
-    tokens = min(family.micro_batches) + min(family.chunk_tokens)
+    # A replica of one role has tokens of one kind alone.
+    least = (min(family.micro_batches), min(family.chunk_tokens))
+    tokens = min(least) if family.splits_roles else sum(least)
     costs = _costs(view, device_class, idle)
     if not costs:
         return
@@ -83,7 +85,8 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1))
     if limit_s is not None and token_s > limit_s:
         took = in_time_above(token_s, limit_s)
-        yield f"alone, they take at least {took} per token (TP{fastest.shape.tp}), limit {in_time(limit_s)}"
+        could = ": they could only prefill" if family.splits_roles else ""
+        yield f"alone, they take at least {took} per token (TP{fastest.shape.tp}), limit {in_time(limit_s)}{could}"
 
 
 def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:

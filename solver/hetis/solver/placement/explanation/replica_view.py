@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
+from hetis.solver.check.shared_cards import busy_seconds
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.cost import (
@@ -23,7 +25,8 @@ from hetis.solver.cost import (
 )
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import MemoryBar, StageTime
-from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.placement.explanation.wire import landing_s, layer_wire_s
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
@@ -41,10 +44,14 @@ class ReplicaView:
     shape: ReplicaShape
     mix: Mix
 
-    def with_batch(self, micro_batch: int) -> ReplicaView:
-        """The same stages, decoding other micro-batches."""
-        mix = mix_of(self.moments, micro_batch=micro_batch, chunk_tokens=self.mix.chunk_tokens)
-        return replace(self, mix=mix, shape=replace(self.shape, micro_batch=micro_batch))
+    @property
+    def role(self) -> Role:
+        return self.shape.role
+
+    def with_sizes(self, *, micro_batch: int, chunk_tokens: int) -> ReplicaView:
+        """The same stages with other micro-batches or chunks."""
+        mix = mix_of(self.moments, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
+        return replace(self, mix=mix, shape=replace(self.shape, micro_batch=micro_batch, chunk_tokens=chunk_tokens))
 
     def cost(self, gpu: str, tp: int, intra: Link) -> DeviceCost:
         shape = rank_shape(self.problem.model, tp)
@@ -82,27 +89,36 @@ class ReplicaView:
     def _stage_time(self, i: int) -> StageTime:
         stage, prefix, mix = self.shape.stages[i], self._prefix(i), self.mix
         cost, b, C = self.stage_cost(stage), mix.micro_batch, mix.chunk_tokens
-        dense_s = stage.layers * self.per_request(cost.dense_s(b + C), cost.dense_s(b))
+        pool = None if stage.pool is None else self.pool_cost(stage, stage.pool.gpu, stage.pool.link)
+        dense_s = self.per_request(cost.dense_s(b + C), cost.dense_s(b))
+        prefix_dense_s = 0.0
         if prefix:
-            dense_s += prefix * self.per_request(
+            prefix_dense_s = self.per_request(
                 cost.dense_s(b + C, prefix_layer=True), cost.dense_s(b, prefix_layer=True)
             )
-        transfer_s = 0.0
+        reduce_s = 2 * self.per_request(cost.reduce_s(b + C), cost.reduce_s(b))
+        prefill_s = mix.chunk_iterations * cost.prefill_s(C) if C else 0.0
+        decode_s = mix.iterations * max(self.attention_s(stage))
+        ship_s = 0.0
+        if pool is not None and stage.pool is not None:
+            ship_s = mix.chunk_iterations * float(pool.ship_s(C, stage.pool.head_groups, stage.pool.cards))
+        beside_dense_s = reduce_s + prefill_s + decode_s + ship_s
+        wire_s = 0.0 if self.role is Role.UNIFIED else layer_wire_s(cost, pool, stage, mix)
+        wait_s = stage.layers * max(0.0, wire_s - dense_s - beside_dense_s)
+        wait_s += prefix * max(0.0, wire_s - prefix_dense_s - beside_dense_s)
+        transfer_s = self.layers(i) * ship_s
         if i > 0:
             transfer_s += self.per_request(cost.hop_s(b + C, stage.hop_link), cost.hop_s(b, stage.hop_link))
-        if stage.pool is not None:
-            pool = self.pool_cost(stage, stage.pool.gpu, stage.pool.link)
-            ship_s = float(pool.ship_s(C, stage.pool.head_groups, stage.pool.cards))
-            transfer_s += self.layers(i) * mix.chunk_iterations * ship_s
         is_last = i == len(self.shape.stages) - 1
         parts = {
-            "dense_s": dense_s,
-            "all_reduce_s": self.layers(i) * 2 * self.per_request(cost.reduce_s(b + C), cost.reduce_s(b)),
-            "prefill_attention_s": self.layers(i) * mix.chunk_iterations * cost.prefill_s(C),
-            "decode_attention_s": self.layers(i) * mix.iterations * max(self.attention_s(stage)),
+            "dense_s": stage.layers * dense_s + prefix * prefix_dense_s,
+            "all_reduce_s": self.layers(i) * reduce_s,
+            "prefill_attention_s": self.layers(i) * prefill_s,
+            "decode_attention_s": self.layers(i) * decode_s,
             "transfer_s": transfer_s,
             "head_s": self.per_request(cost.head_s(b + 1), cost.head_s(b)) if is_last else 0.0,
             "other_s": self.per_request(cost.step_s(b + C), cost.step_s(b)),
+            "kv_wait_s": wait_s,
         }
         return StageTime(
             replica=self.number,
@@ -111,6 +127,7 @@ class ReplicaView:
             tp=stage.tp,
             copies=stage.copies,
             total_s=sum(parts.values()),
+            kv_wire_s=self.layers(i) * wire_s,
             is_bottleneck=False,
             **parts,
         )
@@ -126,7 +143,22 @@ class ReplicaView:
 
     def interval_s(self, times: tuple[StageTime, ...]) -> float:
         """t"""
-        return (1 + self.slack()) * max(max(p.total_s / p.copies for p in times), self.round_s(times))
+        busiest_s = max(part.total_s / part.copies for part in times)
+        return (1 + self.slack()) * max(busiest_s, self.round_s(times), *self.shared_card_s(), 0.0)
+
+    def shared_card_s(self) -> list[float]:
+        """Seconds of one request on the cards that several stages share, a number for each way of sharing."""
+        return [busy_seconds(self._setting(), self.shape, positions) for positions in self.shape.shared_by]
+
+    def _setting(self) -> Setting:
+        return Setting(
+            problem=self.problem,
+            moments=self.moments,
+            micro_batch=self.mix.micro_batch,
+            in_flight=self.shape.in_flight,
+            chunk_tokens=self.mix.chunk_tokens,
+            role=self.role,
+        )
 
     def round_s(self, times: tuple[StageTime, ...]) -> float:
         """Seconds between completions if nothing but the round trip held micro-batches back."""
@@ -140,7 +172,8 @@ class ReplicaView:
         return interval_s * tpot_per_interval(self.moments, self.mix, self.shape.in_flight)
 
     def ttft_s(self, interval_s: float) -> float:
-        return interval_s * ttft_per_interval(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
+        per_interval = ttft_per_interval(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
+        return interval_s * per_interval + landing_s([self.stage_cost(s) for s in self.shape.stages], self.shape)
 
     # --- memory
 
@@ -181,11 +214,20 @@ class ReplicaView:
         return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations)
 
     def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:
-        """The fullest card."""
+        """The fullest card. Of a shared one the part of this stage, by its KV: the rest is not usable here."""
+        kv = self._worker_kv(i, stage, pool)
+        bar = self._bar(i, "attention worker", pool.gpu, pool.cards * stage.copies, 0.0, kv, 0.0)
+        shared_by = next((positions for positions in self.shape.shared_by if i in positions), (i,))
+        others = sum(self._worker_kv(j, self.shape.stages[j], self.shape.pool_of(j)) for j in shared_by if j != i)
+        if not others:
+            return bar
+        elsewhere = round((bar.kv_bytes + bar.free_bytes) * others / (others + kv))
+        return replace(bar, unusable_bytes=bar.unusable_bytes + elsewhere, free_bytes=bar.free_bytes - elsewhere)
+
+    def _worker_kv(self, i: int, stage: StageShape, pool: PoolShape) -> float:
         requests, group_bytes = self.requests(stage.copies), self.problem.model.kv_bytes_per_token_group()
         pairs = -(-requests * pool.head_groups * stage.tp // pool.cards)
-        kv = self.layers(i) * pairs / requests * self.kv_tokens(stage.copies) * group_bytes
-        return self._bar(i, "attention worker", pool.gpu, pool.cards * stage.copies, 0.0, kv, 0.0)
+        return self.layers(i) * pairs / requests * self.kv_tokens(stage.copies) * group_bytes
 
     def _bar(
         self, i: int, role: str, gpu: str, num_devices: int, weights: float, kv: float, activations: float
@@ -234,8 +276,9 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
 
 
 def main_view(views: tuple[ReplicaView, ...]) -> ReplicaView:
-    """The shape that most of the traffic goes to: it speaks for the plan."""
-    return max(views, key=lambda view: view.count * view.replica.rate)
+    """The shape that most of the traffic is decoded on: it speaks for the plan."""
+    decoding = [view for view in views if view.role is not Role.PREFILL]
+    return max(decoding or views, key=lambda view: view.count * view.replica.rate)
 
 
 def _nameless(one: ReplicaPlan) -> ReplicaPlan:

@@ -1,0 +1,32 @@
+"""Which family of plans to search: ``--strategy hexgen``, ``--roles prefill,decode``; names come from the registry."""
+
+from __future__ import annotations
+
+import typer
+
+from hetis.solver.plan import Role
+
+
+def strategy(text: str) -> str:
+    """The name of a strategy."""
+    from hetis.formats.errors import did_you_mean
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    if text not in STRATEGIES:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(STRATEGIES)}{did_you_mean(text, STRATEGIES)}")
+    return text
+
+
+def roles(text: str) -> frozenset[Role]:
+    """Roles with commas between them; prefill and decode replicas need one another."""
+    from hetis.formats.errors import did_you_mean
+
+    known, names = [role.value for role in Role], [name.strip().lower() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
+    found = frozenset(map(Role, names))
+    if (Role.PREFILL in found) != (Role.DECODE in found):
+        alone, missing = (Role.PREFILL, Role.DECODE) if Role.PREFILL in found else (Role.DECODE, Role.PREFILL)
+        raise typer.BadParameter(f"{text!r} has {alone} replicas without {missing} replicas, which they need")
+    return found

@@ -1,0 +1,51 @@
+"""Equal replicas of a plan, and a plan's shapes in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hetis.solver.check.shape import ReplicaShape
+from hetis.solver.plan import Plan, ReplicaPlan, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Equal replicas.
+
+    Attributes:
+        count: how many there are.
+        shape: what their times depend on, engine settings as planned.
+        claimed: share of the derived rate that the plan claims: below 1 where links are uneven and the worst counts.
+        zones: of the stages, in their order.
+        kv_zones: where prefill replicas may send KV to.
+    """
+
+    count: int
+    shape: ReplicaShape
+    claimed: float
+    zones: tuple[str, ...]
+    kv_zones: tuple[str, ...]
+
+
+def structure_of(plan: Plan) -> Mapping[str, int]:
+    """Shapes of the replicas in words, and how many there are of each. Batches and chunks can change: left out."""
+    counts: dict[str, int] = {}
+    for replica in plan.replicas:
+        shape = describe(replica)
+        counts[shape] = counts.get(shape, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def describe(replica: ReplicaPlan) -> str:
+    """``A100-PCIe-80GB TP4 52 layers + 2 L4 | 2 RTX-3090 TP2 28 layers``, with ``prefill: `` or ``decode: `` before."""
+    pools = {pool.stage: pool for pool in replica.attention_workers}
+    stages = []
+    for position, stage in enumerate(replica.stages):
+        copies = f"{stage.copies} " if stage.copies > 1 else ""
+        text = f"{copies}{stage.gpu} TP{stage.tp} {stage.num_layers} layers"
+        if (pool := pools.get(position)) is not None:
+            text += f" + {len(pool.devices)} {pool.gpu} ({pool.kv_head_groups} head groups)"
+        stages.append(text)
+    role = "" if replica.role is Role.UNIFIED else f"{replica.role}: "
+    return role + " | ".join(stages)

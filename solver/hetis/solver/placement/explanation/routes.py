@@ -1,0 +1,75 @@
+"""What limits the traffic between prefill and decode replicas: one of the sides, or the links between zones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from hetis.solver.placement.explanation.wording import in_bytes
+from hetis.solver.plan import Plan, Role
+from hetis.solver.problem import PlacementProblem
+
+USED_UP = 1 - 1e-4  # a side whose traffic is this share of its rate is said to limit
+MAX_LINKS = 5  # that are told, the fullest first
+
+
+def route_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
+    """The sides, and every link between zones that KV crosses."""
+    if all(replica.role is Role.UNIFIED for replica in plan.replicas):
+        return
+    yield _sides(plan)
+    yield from link_sentences(plan, problem)
+
+
+def link_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
+    """What the KV takes of the links between zones, the fullest first; nothing where all of it stays in its zone."""
+    loads = _loads(plan, problem)
+    links = sorted(loads, key=lambda pair: -loads[pair] / problem.cluster.network.zone_link(*pair).bytes_per_s)
+    kv_bytes = _prompt_bytes(problem)
+    for here, there in links[:MAX_LINKS]:
+        bytes_per_s, limit = loads[here, there], problem.cluster.network.zone_link(here, there).bytes_per_s
+        yield (
+            f"From {here} to {there} go {bytes_per_s / kv_bytes:.3g} prompts/s of {in_bytes(kv_bytes)} of KV each, "
+            f"{bytes_per_s / limit:.0%} of what the link carries ({limit / 1e9:.3g} GB/s)."
+        )
+    if len(links) > MAX_LINKS:
+        yield f"{len(links) - MAX_LINKS} more links between zones carry less."
+
+
+def _sides(plan: Plan) -> str:
+    """Rates of both sides, and which of them the traffic uses up."""
+    rates = {role: sum(one.rate for one in plan.replicas if one.role is role) for role in (Role.PREFILL, Role.DECODE)}
+    flow = sum(route.rate for route in plan.kv_routes)
+    full = [role for role, rate in rates.items() if flow >= rate * USED_UP]
+    match full:
+        case [one]:
+            other = Role.DECODE if one is Role.PREFILL else Role.PREFILL
+            why = f"the {one} side limits, {1 - flow / rates[other]:.1%} of the {other} side is left over"
+        case []:
+            why = "neither side is used up: what may send to what limits, or the links between zones"
+        case _:
+            why = "both sides are used up"
+    return (
+        f"Prefill replicas give {rates[Role.PREFILL]:.4g} requests/s, decode replicas {rates[Role.DECODE]:.4g}, and "
+        f"{flow:.4g} go from the one to the other: {why}."
+    )
+
+
+def _loads(plan: Plan, problem: PlacementProblem) -> dict[tuple[str, str], float]:
+    """Bytes/s of KV by zone pair, routes inside a zone left out."""
+    zone_of_node = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
+    ends = {number for route in plan.kv_routes for number in (route.prefill, route.decode)}
+    zones = {number: zone_of_node[plan.replicas[number].stages[0].devices[0].rpartition("/")[0]] for number in ends}
+    loads: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for route in plan.kv_routes:
+        here, there = zones[route.prefill], zones[route.decode]
+        if here != there:
+            loads[here, there] += route.rate * _prompt_bytes(problem)
+    return dict(loads)
+
+
+def _prompt_bytes(problem: PlacementProblem) -> float:
+    """KV bytes of a mean prompt."""
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    prompt = workload.moments(block_tokens=problem.assumptions.block_tokens).mean_prompt
+    return prompt * problem.model.kv_bytes_per_token()

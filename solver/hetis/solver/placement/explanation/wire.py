@@ -1,0 +1,23 @@
+"""The KV of prompts on its way from prefill to decode replicas, as one side of it sees it."""
+
+from __future__ import annotations
+
+from hetis.solver.check.shape import ReplicaShape, StageShape
+from hetis.solver.cost import DeviceCost, Mix, PoolCost
+
+
+def layer_wire_s(cost: DeviceCost, pool: PoolCost | None, stage: StageShape, mix: Mix) -> float:
+    """wire: seconds that the KV of one request takes in one layer, from a prefill stage or to a decode stage."""
+    if stage.kv_link is not None:  # a prefill stage
+        return mix.chunk_iterations * float(cost.kv_transfer_s(mix.chunk_tokens, cost.shape.groups, stage.kv_link))
+    moved = 0 if stage.pool is None else stage.pool.head_groups
+    kept_s = float(cost.kv_transfer_s(cost.moments.mean_prompt, cost.shape.groups - moved, stage.hop_link))
+    if stage.pool is None or pool is None:
+        return kept_s
+    return max(kept_s, float(pool.receive_s(moved, stage.pool.cards)))
+
+
+def landing_s(costs: list[DeviceCost], shape: ReplicaShape) -> float:
+    """What the last KV of a prompt adds to the TTFT of a prefill replica; 0 of every other."""
+    links = [(cost, stage.kv_link) for cost, stage in zip(costs, shape.stages, strict=True)]
+    return max((cost.landing_s(shape.chunk_tokens, link) for cost, link in links if link is not None), default=0.0)

@@ -1,0 +1,215 @@
+"""Prefill and decode on different replicas: who may send KV to whom, and what a request's halves are worth.
+
+Replicas stand on *sides* of the master: unified ones on one side, and per zone z the prefill replicas that send to
+decode replicas of z only, the prefill replicas that may send to every zone, and the decode replicas. A *route* leads
+from the prefill replicas of a zone to the decode replicas of a zone; F(z, y) is its flow in requests/s.
+
+A side has a *rate price*: what serving one request/s there is worth, 1 on the unified side where the rate is maximised.
+A route is worth ``weight(z, y)``, 1 less the price of its link, and its two ends must share at least that much:
+``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows; `Routes.highest_rate` and
+`Routes.least_cost` make bounds of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.cluster import Network
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import WorkloadMoments
+
+FloatArray = npt.NDArray[np.float64]
+UNIFIED = 0  # the side of unified replicas
+
+
+def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
+    """Activations that a request of a replica over several zones puts on a link between them: ``(P + O) H s``."""
+    return (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
+
+
+def most_spanning(problem: PlacementProblem) -> int:
+    """Replicas over several zones that may have to share a link: as many as memory has room for the weights of."""
+    weights = problem.model.params() * problem.model.weight_bytes
+    room = 0.0
+    for group in problem.cluster.node_groups:
+        for slots in group.gpus:
+            profile = problem.profiles[slots.gpu]
+            room += group.count * slots.count * (profile.usable_bytes - profile.reserve_bytes)
+    return max(1, int(room / weights))
+
+
+def slowest_between(network: Network, zones: Sequence[str]) -> float:
+    """Bytes/s of the slowest link between any two of several zones."""
+    return min(network.zone_link(a, b).bytes_per_s for i, a in enumerate(zones) for b in zones[i + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class Valuation:
+    """A bound on every plan, with the prices that prove it.
+
+    Attributes:
+        value: no plan is better.
+        scale: what the row prices are multiplied by to be dual feasible (1 where cost is minimised).
+        rate_prices: of every side, shape [sides].
+        link_prices: of a request/s of KV from zone to zone, shape [Z, Z].
+    """
+
+    value: float
+    scale: float
+    rate_prices: FloatArray
+    link_prices: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routes:
+    """The sides of a problem's master and the routes between them; Z zones.
+
+    Attributes:
+        zones: names, in the cluster's order.
+        splits_roles: whether the family has prefill and decode replicas; if not there is one side and no route.
+        capacity: requests/s whose KV the link from zone to zone carries, shape [Z, Z]; inf inside a zone.
+        most_spanning: unified replicas over several zones that share a link equally.
+    """
+
+    zones: tuple[str, ...]
+    splits_roles: bool
+    capacity: FloatArray
+    most_spanning: int
+
+    @property
+    def num_sides(self) -> int:
+        return 1 + 3 * len(self.zones) if self.splits_roles else 1
+
+    @property
+    def has_links(self) -> bool:
+        """Whether KV may cross from zone to zone."""
+        return self.splits_roles and len(self.zones) > 1
+
+    def side(self, role: Role, zone: int = 0, *, sends_afar: bool = False) -> int:
+        """The number of a side: unified, then by zone local senders, senders to all zones, receivers."""
+        if role is Role.UNIFIED:
+            return UNIFIED
+        block = 2 if role is Role.DECODE else int(sends_afar)
+        return 1 + block * len(self.zones) + zone
+
+    def parts(self, of_sides: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of values [sides] those of local senders, of senders to all zones, and of receivers; [Z] each."""
+        local, afar, receiving = of_sides[1:].reshape(3, len(self.zones))
+        return local, afar, receiving
+
+    def link_use(self, zones: Sequence[int]) -> FloatArray:
+        """What a unified replica over ``zones`` takes of every link, in requests/s of KV; [Z, Z].
+
+        It is granted its share whether it uses all of it or not, so that it takes the same at any rate.
+        """
+        use = np.zeros_like(self.capacity)
+        inside = np.ix_(sorted(set(zones)), sorted(set(zones)))
+        if len(inside[0]) > 1:
+            use[inside] = self.capacity[inside].min() / self.most_spanning
+            np.fill_diagonal(use, 0.0)
+        return use
+
+    # --- bounds. Sides have ``theta`` [sides]: the highest rate / (cost + price of the GPUs) of any replica there, at
+    # least 0 (none); inf: not known. ``worth`` is what the row prices make of the whole fleet, y limits.
+
+    def highest_rate(self, theta: FloatArray, worth: float) -> Valuation:
+        """The least bound on the served rate that the row prices prove.
+
+        With all row prices multiplied by s a replica of side i is worth ``rate <= s price / a_i`` for every rate price
+        ``a_i <= s / theta_i``. So s must be at least theta of the unified side, and on every route
+
+            s (1 / theta_p + 1 / theta_d) + link price >= 1
+
+        The bound is ``s worth + sum capacity link price``, convex and piecewise linear in s.
+        """
+        effort, between = self._efforts(theta)
+        with np.errstate(divide="ignore"):
+            least = max(float(theta[UNIFIED]), float((1.0 / np.diag(effort)).max(initial=0.0)))
+            stops = 1.0 / effort[between]
+        found = [(self._rate_at(s, worth, effort, between), s) for s in (least, *stops[stops > least])]
+        value, scale = min(found)
+        links = np.zeros_like(effort)
+        links[between] = np.maximum(0.0, 1.0 - scale * effort[between])
+        return Valuation(value, scale, self.shared_out(theta, 1.0, links), links)
+
+    def _rate_at(self, scale: float, worth: float, effort: FloatArray, between: npt.NDArray[np.bool_]) -> float:
+        over = np.maximum(0.0, 1.0 - scale * effort[between])
+        return scale * worth + float(self.capacity[between] @ over)
+
+    def least_cost(self, theta: FloatArray, worth: float, demand: float) -> Valuation | None:
+        """The highest bound on the cost of serving ``demand`` requests/s; None where no price of it is known.
+
+        A price pi of demand is feasible if no replica's rate price exceeds ``1 / theta``: ``pi <= 1 / theta`` on the
+        unified side and ``pi <= 1 / theta_p + 1 / theta_d + link price`` on every route. The bound
+        ``pi demand - worth - sum capacity link price`` is concave and piecewise linear in pi.
+        """
+        effort, between = self._efforts(theta)
+        with np.errstate(divide="ignore"):
+            most = min(float(1.0 / theta[UNIFIED]), float(np.diag(effort).min(initial=np.inf)))
+        stops = effort[between]
+        prices = [p for p in (*stops[stops < most], most) if np.isfinite(p)]
+        if not prices:
+            return None
+        value, price = max((self._cost_at(p, worth, demand, effort, between), p) for p in prices)
+        links = np.zeros_like(effort)
+        links[between] = np.maximum(0.0, price - effort[between])
+        return Valuation(value, 1.0, self.shared_out(theta, price, links), links)
+
+    def _cost_at(
+        self, price: float, worth: float, demand: float, effort: FloatArray, between: npt.NDArray[np.bool_]
+    ) -> float:
+        return price * demand - worth - float(self.capacity[between] @ np.maximum(0.0, price - effort[between]))
+
+    def _efforts(self, theta: FloatArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+        """``1 / theta_p + 1 / theta_d`` of every route [Z, Z], and which routes between zones have replicas at all."""
+        count = len(self.zones)
+        if not self.splits_roles:
+            return np.full((count, count), np.inf), np.zeros((count, count), dtype=bool)
+        local, afar, receiving = self.parts(theta)
+        with np.errstate(divide="ignore"):
+            sending = np.repeat((1.0 / afar)[:, None], count, axis=1)
+            np.fill_diagonal(sending, 1.0 / np.maximum(local, afar))
+            effort = sending + (1.0 / receiving)[None, :]
+        return effort, np.isfinite(effort) & ~np.eye(count, dtype=bool)
+
+    def shared_out(self, theta: FloatArray, price: float, link_prices: FloatArray) -> FloatArray:
+        """Rate prices [sides] that give every route its weight, each side as far above its need as the others.
+
+        Among the many that would do these leave all sides the same room: a replica matters only if it is better than
+        theta of its side by as much as the worst route has to spare.
+        """
+        prices = np.full(self.num_sides, price)
+        if not self.splits_roles:
+            return prices
+        effort, _ = self._efforts(theta)
+        weight = price - link_prices
+        local, afar, receiving = self.parts(prices)
+        with np.errstate(divide="ignore"):
+            scale = float((weight / effort).max())
+        if not 0.0 < scale < np.inf:
+            return prices  # nothing is known of any route: either half is priced like the whole
+        _, _, theta_d = self.parts(theta)
+        with np.errstate(divide="ignore"):
+            receiving[:] = np.minimum(scale / theta_d, price)
+        needed = np.maximum(0.0, weight - receiving[None, :])
+        local[:] = np.diag(needed)
+        afar[:] = needed.max(axis=1)
+        given = np.repeat(afar[:, None], len(self.zones), axis=1)
+        np.fill_diagonal(given, local)
+        receiving[:] = np.maximum(0.0, weight - given).max(axis=0)
+        return prices
+
+
+def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int) -> Routes:
+    """The routes of a problem, whatever replicas there turn out to be."""
+    network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
+    num_bytes = moments.mean_prompt * model.num_layers * model.head_groups * model.kv_bytes_per_token_group()
+    capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
+    np.fill_diagonal(capacity, np.inf)
+    return Routes(zones, problem.family.splits_roles, capacity, most_spanning)

@@ -1,0 +1,124 @@
+"""One GPU type for prefill, one for decode: pairs of types, each a problem of its own, most of them ruled out at once.
+
+This is the family of `splitwise`. Searches of wider families end here, too: a pair that could beat their plan is
+searched, so that they are never worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.pricing import Pricer
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.template import Template, configurations
+from hetis.solver.plan import ObjectiveKind, Role
+
+Search = Callable[[Atlas, Report], Outcome | None]
+TOLERANCE = 1e-3  # of ratios that only rule out pairs
+CHEAPEST = 1e-9  # USD/h: GPUs that cost nothing have a ratio, too
+
+
+def search_types(
+    atlas: Atlas, search: Search, known: Outcome | None, budget: Budget, threads: int, report: Report
+) -> Outcome | None:
+    """The best of ``known`` and of every pair of GPU types; pairs that cannot beat the best so far are left out.
+
+    ``known`` comes from a family that holds all pairs: its bound stays. Without it the bound is the worst of the pairs.
+    """
+    objective = atlas.problem.objective
+    maximises, better = objective.maximises, max if objective.maximises else min
+    best, bounds = known, list[float]()
+    for pair, limit in _promising_first(atlas, budget, threads):
+        if best is not None and better(limit, best.value) == best.value:
+            break
+        found = None
+        if best is None or not budget.is_spent():
+            found = search(pair, _of_a_pair(report, best, maximises))
+        if found is None and budget.is_spent():
+            bounds.append(limit)
+        if found is None:
+            continue
+        bounds.append(found.bound)
+        if best is None or better(found.value, best.value) != best.value:
+            best = replace(
+                found,
+                chosen=tuple((_in_scopes_of(atlas, pair, t), n) for t, n in found.chosen),
+                runners_up=tuple(_in_scopes_of(atlas, pair, t) for t in found.runners_up),
+            )
+    if best is None or best is known:
+        return known
+    bound = better([*bounds, best.value]) if known is None else known.bound
+    best = replace(best, bound=bound, interrupted=budget.cancelled.is_set())
+    report(Progress(phase="pairs of GPU types", elapsed_s=budget.elapsed_s(), incumbent=best.value, bound=best.bound))
+    return best
+
+
+def _promising_first(atlas: Atlas, budget: Budget, threads: int) -> list[tuple[Atlas, float]]:
+    """Every pair, without stage copies and attention workers, with a limit on its value; the best limits first.
+
+    A type whose best replica of a role serves theta requests/s per GPU (or per unit of cost) serves theta times its
+    GPUs at most; where one type does both, its GPUs are shared out.
+    """
+    objective = atlas.problem.objective
+    family = replace(atlas.problem.family, max_copies=1, max_pool=0, roles=(Role.PREFILL, Role.DECODE))
+    plain = replace(atlas, problem=replace(atlas.problem, family=family))
+    gpus = list(dict.fromkeys(c.gpu for c in atlas.classes))
+    counts = {gpu: sum(c.available for c in atlas.classes if c.gpu == gpu) for gpu in gpus}
+    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), budget, threads) for gpu in gpus}
+    found = []
+    for prefill in gpus:
+        for decode in gpus:
+            with np.errstate(divide="ignore"):
+                effort = 1.0 / theta[prefill][0] + 1.0 / theta[decode][1]
+                shared = counts[prefill] / effort
+            if not objective.maximises:
+                limit = effort * (objective.demand_rps or 0.0) / atlas.problem.assumptions.planned_utilisation
+            elif prefill == decode:
+                limit = shared
+            else:
+                limit = min(counts[prefill] * theta[prefill][0], counts[decode] * theta[decode][1])
+            if limit > 0.0 if objective.maximises else limit < np.inf:
+                found.append((plain.of_types(prefill, decode), float(limit)))
+    return sorted(found, key=lambda one: one[1], reverse=objective.maximises)
+
+
+def _best_ratios(pair: Atlas, budget: Budget, threads: int) -> FloatArray:
+    """The highest rate of a prefill and of a decode replica, each per GPU or per unit of cost; [2]."""
+    family, kind = pair.problem.family, pair.problem.objective.kind
+    prices = np.zeros(len(pair.resources.rows))
+    for row, (g, p) in enumerate(pair.resources.rows):
+        price = pair.classes[g].usd_per_hour or 0.0
+        prices[row] = (max(price, CHEAPEST) if kind is ObjectiveKind.COST else 1.0) if p == 1 else 0.0
+    ratios = np.zeros(2)
+    every = configurations(pair)
+    for place, role in enumerate((Role.PREFILL, Role.DECODE)):
+        for side in sorted({c.side for c in every if pair.mixes[c.mix].role is role}):
+            pricer = Pricer(
+                pair, [c for c in every if c.side == side], np.zeros_like(prices), max_copies=family.max_copies,
+                max_pool=family.max_pool, threads=threads, tolerance=TOLERANCE,
+            )  # fmt: skip
+            priced = pricer.price(prices, 0.0, 1.0, budget, rate_cap=np.inf)
+            ratios[place] = max(ratios[place], priced.ratio_bound)
+    return ratios
+
+
+def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
+    """A template of an atlas of two GPU types as one of the whole."""
+    zones = pair.scopes[template.scope].zones
+    return replace(template, scope=next(i for i, scope in enumerate(atlas.scopes) if scope.zones == zones))
+
+
+def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:
+    """News of one pair among many: its bound says nothing of the others, its incumbent may not be the best."""
+    better = max if maximises else min
+
+    def told(progress: Progress) -> None:
+        known = [value for value in (progress.incumbent, best.value if best else None) if value is not None]
+        report(replace(progress, incumbent=better(known) if known else None, bound=None, gap=None))
+
+    return told

@@ -1,0 +1,281 @@
+"""Prefill and decode replicas: plans are those of brute force, bounds hold, KV keeps to its links."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import Link, Network
+from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement.kv_routes import kv_routes
+from hetis.solver.placement.routes import UNIFIED, Routes
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.uniform import uniform_templates
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
+from hetis.solver.problem import Family, PlacementProblem
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems
+from tests.solver.oracle import best_plan_value
+
+KINDS = tuple(ObjectiveKind)
+REL = 1e-6
+EXAMPLES = settings().max_examples
+APART = ("hexgen2", "splitwise")
+exactly = pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+
+
+def of_strategy(problem: PlacementProblem, strategy: str) -> PlacementProblem:
+    return replace(problem, family=STRATEGIES[strategy].restrict(replace(SMALL_FAMILY, name=strategy)))
+
+
+def solved(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool = True) -> Plan | None:
+    with patch.object(search, "is_small", lambda _: exact):
+        try:
+            return solve_placement(problem, strategy=strategy)
+        except InfeasibleError:
+            return None
+
+
+def value_of(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool = True) -> float:
+    plan = solved(problem, strategy, exact=exact)
+    if plan is None:
+        return 0.0 if problem.objective.maximises else math.inf
+    return plan.result.value
+
+
+# --- against brute force, with links between zones as slow as they come
+
+
+@pytest.mark.parametrize("strategy", APART)
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=4, kinds=KINDS))
+def test_exact_search_of_roles_finds_the_optimum_of_brute_force(strategy: str, problem: PlacementProblem) -> None:
+    problem = of_strategy(problem, strategy)
+    best, plan = best_plan_value(problem), solved(problem, strategy)
+    if plan is None:
+        assert best in (0.0, math.inf)
+        return
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value == pytest.approx(best, rel=REL)
+    assert plan.result.status is Status.OPTIMAL
+
+
+@pytest.mark.parametrize("strategy", APART)
+@settings(max_examples=max(4, EXAMPLES // 8))
+@given(problem=problems(max_gpus=4, kinds=KINDS))
+def test_optimum_of_roles_lies_between_plan_and_bound(strategy: str, problem: PlacementProblem) -> None:
+    problem = of_strategy(problem, strategy)
+    best, plan = best_plan_value(problem), solved(problem, strategy, exact=False)
+    if plan is None:
+        assert best in (0.0, math.inf)
+        return
+    assert check_plan(plan, problem) == ()
+    value, bound = plan.result.value, plan.result.bound
+    low, high = (value, bound) if problem.objective.maximises else (bound, value)
+    assert low * (1 - REL) <= best <= high * (1 + REL)
+
+
+# --- strategies contain one another
+
+
+@exactly
+@settings(max_examples=max(4, EXAMPLES // 8))
+@given(problem=problems(max_gpus=6, kinds=KINDS, family=SMALL_FAMILY))
+def test_hetis_is_never_worse_than_hexgen2_nor_hexgen2_than_splitwise(exact: bool, problem: PlacementProblem) -> None:
+    names = ("hetis", "hexgen", "hexgen2", "splitwise")
+    sign = 1.0 if problem.objective.maximises else -1.0
+    hetis, hexgen, hexgen2, splitwise = (sign * value_of(problem, name, exact=exact) for name in names)
+    assert hetis >= max(hexgen, hexgen2) - REL * abs(hetis)
+    assert hexgen2 >= splitwise - REL * abs(hexgen2)
+
+
+@exactly
+def test_splitwise_keeps_to_one_type_per_role(exact: bool) -> None:
+    """Three types for two roles: the third stays idle, where `hexgen2` finds work for it."""
+    profiles = {
+        "A": make_profile("A", flops=4e12, bytes_per_s=5e9),
+        "B": make_profile("B", flops=5e11, bytes_per_s=4e10),
+        "C": make_profile("C", flops=5e11, bytes_per_s=2e10),
+    }
+    problem = make_problem([make_node(n, n, gpus=2) for n in "ABC"], profiles=profiles)
+    plan = solved(problem, "splitwise", exact=exact)
+    assert plan is not None
+    types = {role: {s.gpu for r in plan.replicas if r.role is role for s in r.stages} for role in Role}
+    assert [len(types[role]) for role in (Role.UNIFIED, Role.PREFILL, Role.DECODE)] == [0, 1, 1]
+    assert plan.result.value < value_of(problem, "hexgen2", exact=exact)
+    assert "each on one GPU type" in plan.family
+
+
+# --- where roles pay
+
+
+def split_fleet(**network: Link) -> PlacementProblem:
+    """Cards that compute well in one zone, cards that read memory well in the other, and a limit on TPOT."""
+    nodes = [make_node("a", "A", gpus=2, zone="east"), make_node("b", "B", gpus=2, zone="west")]
+    profiles = {
+        "A": make_profile("A", flops=4e12, bytes_per_s=3e9, with_step=False),
+        "B": make_profile("B", flops=1e11, bytes_per_s=4e10, with_step=False),
+    }
+    links = Network(default=Link(bytes_per_s=5e9, latency_s=1e-5), **network)  # type: ignore[arg-type]
+    return make_problem(
+        nodes, profiles=profiles, network=links, objective=Objective(ttft_limit_s=None, tpot_limit_s=0.004)
+    )
+
+
+@exactly
+def test_each_role_goes_to_the_cards_that_suit_it(exact: bool) -> None:
+    problem = split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5))
+    plan = solved(problem, exact=exact)
+    assert plan is not None
+    assert check_plan(plan, problem) == ()
+    roles = {(r.role, r.stages[0].gpu) for r in plan.replicas}
+    assert {(Role.PREFILL, "A"), (Role.DECODE, "B")} <= roles
+    assert not roles & {(Role.PREFILL, "B"), (Role.DECODE, "A")}
+    assert all(r.kv_zones == ("east", "west") for r in plan.replicas if r.role is Role.PREFILL)
+    unified = replace(problem, family=replace(problem.family, roles=(Role.UNIFIED,)))
+    assert plan.result.value > 1.25 * value_of(unified, exact=exact)
+
+
+@exactly
+@pytest.mark.parametrize("bytes_per_s", [1e5, 1e7, 1e8])
+def test_a_slow_link_changes_the_plan_and_is_never_overdrawn(exact: bool, bytes_per_s: float) -> None:
+    """KV of a request is 120 tokens x 6 layers x 512 bytes: the link carries some requests, or hardly any."""
+    fast = solved(split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5)), exact=exact)
+    problem = split_fleet(zone_default=Link(bytes_per_s=bytes_per_s, latency_s=1e-5))
+    slow = solved(problem, exact=exact)
+    assert fast is not None
+    assert slow is not None
+    assert check_plan(slow, problem) == ()
+    assert slow.result.value < fast.result.value
+    zone_of = [replica.stages[0].gpu for replica in slow.replicas]
+    kv_bytes = 120 * problem.model.num_layers * problem.model.head_groups * problem.model.kv_bytes_per_token_group()
+    crossing = sum(route.rate for route in slow.kv_routes if zone_of[route.prefill] != zone_of[route.decode])
+    assert crossing * kv_bytes <= bytes_per_s * (1 + REL)
+    assert [route.rate for route in slow.kv_routes] != pytest.approx([route.rate for route in fast.kv_routes])
+
+
+@exactly
+@settings(max_examples=max(4, EXAMPLES // 8))
+@given(problem=problems(max_gpus=6, family=SMALL_FAMILY))
+def test_routes_never_exceed_either_side_and_carry_what_is_served(exact: bool, problem: PlacementProblem) -> None:
+    plan = solved(problem, "hexgen2", exact=exact)
+    if plan is None:
+        return
+    sent, received = Counter[int](), Counter[int]()
+    for route in plan.kv_routes:
+        assert route.rate > 0
+        sent[route.prefill] += route.rate  # type: ignore[assignment]
+        received[route.decode] += route.rate  # type: ignore[assignment]
+    for load, role in ((sent, Role.PREFILL), (received, Role.DECODE)):
+        for i, rate in load.items():
+            assert plan.replicas[i].role is role
+            assert rate <= plan.replicas[i].rate * (1 + 1e-9)
+    served = problem.assumptions.planned_utilisation * sum(route.rate for route in plan.kv_routes)
+    assert plan.result.value == pytest.approx(served, rel=1e-9)
+
+
+# --- bounds in closed form
+
+
+def routes(num_zones: int, capacity: float = math.inf) -> Routes:
+    between = np.full((num_zones, num_zones), capacity)
+    np.fill_diagonal(between, np.inf)
+    return Routes(tuple("abc"[:num_zones]), True, between, 1)
+
+
+ratios = st.floats(0.1, 10.0)
+
+
+@given(ratios, ratios, ratios)
+def test_in_one_zone_the_price_of_a_request_is_its_cheapest_way(unified: float, prefill: float, decode: float) -> None:
+    theta = np.array([unified, prefill, 0.0, decode])
+    apart = 1 / (1 / prefill + 1 / decode)
+    found = routes(1).highest_rate(theta, 7.0)
+    assert found.value == pytest.approx(7.0 * max(unified, apart))
+    needs = routes(1).least_cost(theta, 7.0, 100.0)
+    assert needs is not None
+    assert needs.value == pytest.approx(100.0 / max(unified, apart) - 7.0)
+
+
+@given(st.lists(ratios, min_size=7, max_size=7), st.floats(0.5, 50.0), st.booleans())
+def test_prices_that_prove_a_bound_are_dual_feasible(theta: list[float], capacity: float, demand: bool) -> None:
+    network, worth = routes(2, capacity), 7.0
+    of_sides = np.array(theta)
+    found = network.least_cost(of_sides, worth, 20.0) if demand else network.highest_rate(of_sides, worth)
+    assert found is not None
+    whole = found.rate_prices[UNIFIED]
+    assert np.all(found.rate_prices * of_sides <= found.scale * (1 + 1e-9))
+    local, afar, receiving = network.parts(found.rate_prices)
+    assert np.all(local <= afar * (1 + 1e-12))
+    for z, y in np.ndindex(2, 2):
+        sending = local[z] if z == y else afar[z]
+        assert sending + receiving[y] + found.link_prices[z, y] >= whole * (1 - 1e-9)
+    between = ~np.eye(2, dtype=bool)
+    links = float(found.link_prices[between] @ network.capacity[between])
+    proved = 20.0 * whole - worth - links if demand else found.scale * worth + links
+    assert found.value == pytest.approx(proved)
+
+
+def test_flows_are_split_over_replicas_without_a_rest() -> None:
+    problem = split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5))
+    atlas = build_atlas(problem)
+    templates = uniform_templates(atlas)
+    of_side = {atlas.side_of(t.scope, t.mix): t for t in templates}
+    afar = of_side[atlas.routes.side(Role.PREFILL, 0, sends_afar=True)]
+    local = of_side[atlas.routes.side(Role.PREFILL, 0)]
+    here, there = (of_side[atlas.routes.side(Role.DECODE, zone)] for zone in (0, 1))
+    flows = np.zeros((2, 2))
+    flows[0, 1] = 0.5 * min(afar.rate, there.rate)
+    flows[0, 0] = min(afar.rate - flows[0, 1] + local.rate, here.rate)
+    found = kv_routes(atlas, [afar, local, here, there], flows)
+    assert sum(route.rate for route in found) == pytest.approx(flows.sum())
+    assert all((route.prefill, route.decode) != (1, 3) for route in found), "a local sender does not cross zones"
+
+
+# --- the family
+
+
+def test_family_has_both_halves_of_a_request_or_neither() -> None:
+    with pytest.raises(InvalidProblemError, match=r"^roles are unified, prefill, must be unified, or prefill and"):
+        Family(roles=(Role.UNIFIED, Role.PREFILL))
+
+
+def test_a_family_without_roles_has_none_in_its_plans() -> None:
+    problem = split_fleet()
+    unified = replace(problem, family=replace(problem.family, roles=(Role.UNIFIED,)))
+    plan = solved(unified)
+    assert plan is not None
+    assert {replica.role for replica in plan.replicas} == {Role.UNIFIED}
+    assert plan.family.endswith("every replica prefills and decodes")
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY))
+def test_roles_never_make_the_optimum_worse(problem: PlacementProblem) -> None:
+    unified = value_of(replace(problem, family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,))))
+    sign = 1.0 if problem.objective.maximises else -1.0
+    assert sign * value_of(problem) >= sign * unified - REL * abs(unified) or math.isinf(unified)
+
+
+@exactly
+def test_demand_is_met_by_what_is_served_end_to_end(exact: bool) -> None:
+    """Prefill replicas alone serve nobody: a demand counts requests that leave a decode replica."""
+    most = value_of(split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5)))
+    problem = split_fleet(zone_default=Link(bytes_per_s=1e12, latency_s=1e-5))
+    demand = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, tpot_limit_s=0.004, demand_rps=0.9 * most)
+    problem = replace(problem, objective=demand)
+    plan = solved(problem, exact=exact)
+    assert plan is not None
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value == 4
+    beyond = replace(problem, objective=replace(demand, demand_rps=1.01 * most))
+    assert solved(beyond, exact=exact) is None
