@@ -21,7 +21,7 @@ ValueT = TypeVar("ValueT")
 Check = Callable[[Mapping[str, Any]], Iterable[tuple[Sequence[str | int], str]]]
 """Finds problems that concern several fields, as (path, message); must bear data of any shape."""
 
-KINDS = ("Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests")
+KINDS = ("Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "LayersProblem")
 
 
 def read_data(path: str | os.PathLike[str]) -> tuple[Any, Text]:

@@ -20,6 +20,7 @@ class Kind(StrEnum):
     PLAN = "Plan"
     DISPATCH_STATE = "DispatchState"
     DISPATCH_REQUESTS = "DispatchRequests"
+    LAYERS_PROBLEM = "LayersProblem"
 
 
 @verb(output=OutputFormat.JSON)

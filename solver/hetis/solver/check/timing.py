@@ -91,9 +91,7 @@ def _prefill(setting: Setting, stage: StageShape) -> float:
     flops = model.attention_flops(C * a, model.q_heads / n)
     num_bytes = (a + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
     heads = C * model.q_heads / n
-    return setting.seconds(
-        stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C, heads=heads
-    )
+    return setting.seconds(stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C, heads=heads)
 
 
 def _attention(setting: Setting, stage: StageShape) -> float:
