@@ -111,6 +111,8 @@ def polish(
                 placement.tilt[i] = before
         if not gained:
             step *= 0.5
+        if step < 1e-4:
+            break
     return rate
 
 

@@ -31,6 +31,9 @@ from hetis.solver.layers.plan import PricedInterval, RateBound
 from hetis.solver.layers.tables import FloatArray, IntArray, Tables
 
 _PRECISION = 5e-4  # of the bound: intervals are halved until one is as narrow
+_INTERVALS = 600  # where more in flight neither helps nor harms, most of them are needed: then the bound is looser
+_MARGIN = 1e-5  # a capacity that is just reached by what is served is out of reach for what serves more
+_DEAREST = 1e4  # price of a layer over what it costs at most in itself: dearer ones lose their digits
 _ROUNDS = 60  # of bisection
 
 
@@ -42,14 +45,15 @@ def rate_bound(tables: Tables, counts: IntArray, *, served: float) -> RateBound:
         counts: nodes of each type, shape [T].
         served: capacities are counted for placements that serve more than this.
     """
-    nodes = _Nodes.of(tables, counts, served)
+    beyond = served * (1 + _MARGIN)
+    nodes = _Nodes.of(tables, counts, beyond)
     intervals = [(-np.inf, PricedInterval(least=0.0, most=nodes.most_in_flight(), price_s=0.0))]
     while True:
         allowed, widest = intervals[0]
         low, high = widest.least, widest.most
-        if -allowed <= served or high - low <= _PRECISION * high:
+        if -allowed <= beyond or high - low <= _PRECISION * high or len(intervals) >= _INTERVALS:
             priced = sorted((interval for _, interval in intervals), key=lambda one: one.least)
-            return RateBound(rate_rps=max(served, -allowed), intervals=tuple(priced))
+            return RateBound(rate_rps=max(beyond, -allowed), beyond_rps=beyond, intervals=tuple(priced))
         heapq.heappop(intervals)
         # Powers while the interval is wide: the first one begins at nothing.
         middle = 0.5 * (low + high) if high < 4 * low else max(math.sqrt(low * high), 1e-3 * high)
@@ -138,7 +142,8 @@ class _Nodes:
         if room @ self.counts < self.num_layers * (1 - 1e-9):
             return math.inf, math.inf
         least, most = 0.0, float(np.max(linear / self.held))
-        while relaxed(most)[1] < 0 and most < 1e12:
+        dearest = _DEAREST * most
+        while relaxed(most)[1] < 0 and most < dearest:
             least, most = most, 2 * most
         best = (0.0, 0.0)
         for _ in range(_ROUNDS):

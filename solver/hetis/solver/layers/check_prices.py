@@ -34,7 +34,9 @@ def check_prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
         reached = max(reached, interval.most)
     if reached < most * (1 - _TOLERANCE):
         yield f"nothing is proved for {reached} to {most} requests in flight"
-    shapes = _Shapes.of(problem, plan.judgement.rate_rps)
+    if plan.bound.beyond_rps > plan.bound.rate_rps:
+        yield f"only placements beyond {plan.bound.beyond_rps} are looked at, the bound is {plan.bound.rate_rps}"
+    shapes = _Shapes.of(problem, plan.bound.beyond_rps)
     for interval in plan.bound.intervals:
         allowed = interval.most / (problem.mean_output_tokens * shapes.round_trip_s(interval))
         if allowed > plan.bound.rate_rps * (1 + _TOLERANCE):

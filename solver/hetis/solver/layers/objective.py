@@ -56,6 +56,7 @@ def judge(problem: LayersProblem, nodes: Sequence[PlacedNode], links: Sequence[L
     rate, limit, limit_node = min(rates, key=lambda entry: entry[0])
     return Judgement(
         rate_rps=rate,
+        flow_rps=min(1 / max(view.measured_s, view.card_s) for view in views if view.visits > 0),
         in_flight=in_flight,
         round_trip_s=round_trip_s,
         limit=limit,
@@ -84,6 +85,7 @@ class _View:
     visits: float
     kv_fill: float
     visit_s: float
+    measured_s: float  # by the measured tokens per second
     compute_s: float
     card_s: float
 
@@ -117,6 +119,7 @@ class _View:
             visits=visits,
             kv_fill=in_flight * problem.tokens_in_flight * sum(shares) / kind.kv_token_layers[held - 1],
             visit_s=visit_s,
+            measured_s=tokens / kind.tokens_per_s[held - 1],
             compute_s=max(tokens / kind.tokens_per_s[held - 1], output_tokens * batches_s),
             card_s=tokens * card_token_s,
         )

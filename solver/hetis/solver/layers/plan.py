@@ -67,12 +67,14 @@ class Judgement:
 
     Attributes:
         rate_rps: requests per second.
+        flow_rps: those that measured tokens per second and cards alone would allow, a static flow.
         in_flight: requests that KV room is enough for.
         round_trip_s: seconds per output token of a request in flight.
         limit: what binds, at node ``limit_node``.
     """
 
     rate_rps: float
+    flow_rps: float
     in_flight: float
     round_trip_s: float
     limit: Limit
@@ -96,10 +98,12 @@ class PricedInterval:
 class RateBound:
     """No placement serves more than ``rate_rps``; the prices prove it, for intervals that cover all there is room for.
 
-    `hetis.solver.layers.bound` says how prices prove a rate.
+    `hetis.solver.layers.bound` says how prices prove a rate. Capacities are counted for placements that serve more than
+    ``beyond_rps``, which is at most ``rate_rps``.
     """
 
     rate_rps: float
+    beyond_rps: float
     intervals: tuple[PricedInterval, ...]
 
 
@@ -127,6 +131,10 @@ class LayersPlan:
     @property
     def rate_rps(self) -> float:
         return self.judgement.rate_rps
+
+    @property
+    def flow_rps(self) -> float:
+        return self.judgement.flow_rps
 
     @property
     def bound_rps(self) -> float:

@@ -19,11 +19,12 @@ from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.layers.sweep import Sweep, new_sweep
 from hetis.solver.layers.tables import IntArray, Tables, tabulate
 
-STARTS = 4
-MOVES_PER_NODE = 25_000  # from every start
-MOST_MOVES = 4_000_000  # from every start
+STARTS = 8
+FINALISTS = 2  # of the starts, searched longer
+MOVES_PER_NODE, FINAL_MOVES_PER_NODE = 10_000, 30_000
+MOST_MOVES = 4_000_000  # of one search
 SLICE = 2_000_000  # moves times nodes between two looks at the clock
-HOT, COLD = 0.02, 0.0003  # losses of the rate that a third of moves are kept with, at the start and at the end
+HOT, FINAL_HOT, COLD = 0.01, 0.005, 0.0003  # losses of the rate that a third of moves are kept with, first and last
 POLISHING = 60
 
 
@@ -82,7 +83,7 @@ def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed
 
 @dataclass(slots=True, kw_only=True)
 class _Search:
-    """One search: what it works on, and the best rate so far."""
+    """One search: what it works on and who waits for it."""
 
     problem: LayersProblem
     tables: Tables
@@ -91,7 +92,6 @@ class _Search:
     budget: Budget
     report: Report
     flow_only: bool
-    best: float = 0.0
     stopped: bool = field(default=False, init=False)
 
     @classmethod
@@ -118,15 +118,21 @@ class _Search:
 
     def run(self, seed: int) -> Placement:
         """The best placement from all starts."""
-        best: Placement | None = None
+        found: list[tuple[float, Placement]] = []
         for start, placement in enumerate(self._starts(seed)):
-            if best is not None and self.budget.is_spent():
+            if found and self.budget.is_spent():
                 break
-            rate, annealed = self._anneal(placement, seed + 101 * start)
-            if rate > self.best:
-                self.best, best = rate, annealed
-            self.tell(f"start {start + 1} of {STARTS}", self.best)
-        if best is None:
+            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, seed + 101 * start))
+            self.tell(f"start {start + 1} of {STARTS}", max(rate for rate, _ in found))
+        found.sort(key=lambda entry: -entry[0])
+        for finalist, (_, placement) in enumerate(found[:FINALISTS]):
+            if self.budget.is_spent():
+                break
+            again = self._anneal(copy_of(placement), FINAL_MOVES_PER_NODE, FINAL_HOT, seed + 101 * finalist + 1)
+            found.append(again)
+            self.tell(f"finalist {finalist + 1} of {FINALISTS}", max(rate for rate, _ in found))
+        rate, best = max(found, key=lambda entry: entry[0])
+        if rate <= 0:
             raise NoPlanFoundError("the time limit ended the search before the first placement")
         self.stopped = self.budget.is_spent()
         polish(best, self.kind, self.tables, self.flow_only, self.sweep, POLISHING)
@@ -136,15 +142,15 @@ class _Search:
         """News for whoever waits."""
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=rate))
 
-    def _anneal(self, placement: Placement, seed: int) -> tuple[float, Placement]:
+    def _anneal(self, placement: Placement, moves_per_node: int, hottest: float, seed: int) -> tuple[float, Placement]:
         """The best placement met, after its rate; in slices, so that the budget is heard."""
-        num_moves = min(MOVES_PER_NODE * self.problem.num_nodes, MOST_MOVES)
+        num_moves = min(moves_per_node * self.problem.num_nodes, MOST_MOVES)
         slices = max(1, num_moves * self.problem.num_nodes // SLICE)
-        cooling = (COLD / HOT) ** (1 / slices)
+        cooling = (COLD / hottest) ** (1 / slices)
         best = copy_of(placement)
         rate = 0.0
         for number in range(slices):
-            hot = HOT * cooling**number
+            hot = hottest * cooling**number
             rate = anneal(
                 placement,
                 best,
