@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from hetis.solver.layers.objective import judge
-from hetis.solver.layers.plan import LinkShare, PlacedNode
+from hetis.solver.layers.plan import PlacedNode
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.layers.solve import solve_layers
 from tests.solver.layers.instances import links_of, paths, problems, ranges, splits
@@ -76,23 +76,30 @@ def test_the_bound_is_reached_where_one_node_does_all() -> None:
     assert plan.gap < 1e-3
 
 
-def test_a_helper_that_runs_only_the_first_layers_pays() -> None:
-    """A holds all four layers, B has room for two: B computes the first two for some requests, A goes on with those."""
-    table = TimeTable(sizes=(1.0, 100.0), seconds=(0.001, 0.0011))
+def test_a_helper_that_runs_only_the_first_layer_pays() -> None:
+    """A has room for 4,000 KV entries, B, which is fast, for 400 of one layer: too few for a stage of its own.
+
+    With A[0,3) alone 4000 / 3 KV tokens per layer are in flight, with B[0,1) before it for some requests 4400 / 3.
+    """
+    slow = TimeTable(sizes=(1.0, 100.0), seconds=(1e-3, 1.1e-3))
+    fast = TimeTable(sizes=(1.0, 100.0), seconds=(1e-5, 1.1e-5))
     kinds = (
-        NodeType(name="A", count=1, tokens_per_s=(1e6,) * 4, kv_token_layers=(4e3,) * 4, prompt=table, decode=table),
-        NodeType(name="B", count=1, tokens_per_s=(1e6,) * 2, kv_token_layers=(4e3,) * 2, prompt=table, decode=table),
+        NodeType(name="A", count=1, tokens_per_s=(1e6,) * 3, kv_token_layers=(4e3,) * 3, prompt=slow, decode=slow),
+        NodeType(name="B", count=1, tokens_per_s=(1e6,), kv_token_layers=(400.0,), prompt=fast, decode=fast),
     )
     problem = LayersProblem(
         name="helper",
-        num_layers=4,
+        num_layers=3,
         node_types=kinds,
         mean_prompt_tokens=50,
         mean_output_tokens=50,
         links=Links(bandwidth=1e12, latency_s=0.0, activation_bytes=1),
     )
-    a = PlacedNode(name="A-0", kind="A", first_layer=0, num_layers=4)
+    a = PlacedNode(name="A-0", kind="A", first_layer=0, num_layers=3)
     alone = judge(problem, (a,), links_of([((a,), 1.0)]))
     plan = solve_layers(problem)
-    assert plan.rate_rps > 1.2 * alone.rate_rps
-    assert LinkShare(source=None, target="A-0", share=1.0) not in plan.links
+    loads = {load.node.name: load for load in plan.judgement.loads}
+    assert plan.judgement.in_flight == pytest.approx(alone.in_flight * 1.1, rel=1e-3)
+    assert plan.rate_rps > 1.05 * alone.rate_rps
+    assert 0 < loads["B-0"].visits < 1
+    assert loads["A-0"].layer_share[0] < loads["A-0"].layer_share[1] == pytest.approx(1)
