@@ -56,7 +56,7 @@ def _facts(found: Layered) -> Iterator[tuple[str, Text | str]]:
     plan = found.plan
     rate = f"{digits(plan.rate_rps)} requests/s, {digits(found.output_tokens_per_s)} output tokens/s"
     yield "Rate", Text(rate, style="bold green")
-    proof = "nothing serves more" if plan.gap < 1e-6 else f"proven: the best serves at most {percent(plan.gap)} more"
+    proof = "nothing serves more" if plan.gap < 1e-4 else f"proven: the best serves at most {percent(plan.gap)} more"
     stopped = ", search stopped early" if plan.stopped else ""
     yield "Bound", f"{digits(plan.bound_rps)} requests/s  gap {percent(plan.gap)}, {proof}{stopped}"
     yield "Limit", limit_sentence(found)

@@ -19,7 +19,7 @@ def layers_document(found: Layered) -> dict[str, Any]:
         "name": problem.name,
         "num_layers": problem.num_layers,
         "result": {
-            "status": "interrupted" if plan.stopped else "feasible",
+            "stopped": plan.stopped,
             "rate_rps": plan.rate_rps,
             "bound_rps": plan.bound_rps,
             "gap": plan.gap,
