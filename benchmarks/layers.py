@@ -2,17 +2,17 @@
 
     python -m benchmarks.layers [--quick] [--json]
 
-Of each example fleet (`examples/layers-24.yaml`, `layers-42.yaml`): the plan, the placement of most flow, and others
-(short searches from many seeds, random chains). ``rate`` is the objective, ``flow`` the static flow, both
-in requests per second; ``queued`` what `benchmarks.measuring.layers_queue` serves. The last row of a fleet has the
-rank correlation (Spearman) of rate and of flow with what the queue serves.
+Of each example fleet (`examples/layers-24.yaml`, `layers-42.yaml`) and of two that nothing was fitted to: the plan, the
+placement of most flow, and others (short searches from several seeds, random chains). ``rate`` is the objective,
+``flow`` the static flow, both in requests per second; ``queued`` what `benchmarks.measuring.layers_queue` serves. The
+last row of a fleet has the rank correlation (Spearman) of rate and of flow with what the queue serves.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +21,8 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.layers_queue import ChainQueue
 from benchmarks.measuring.rows import Row
-from hetis.formats.documents import load_layers_problem
+from examples.layers_fleets import fleet
+from hetis.formats.documents import from_data, load_layers_problem
 from hetis.solver.budget import Budget
 from hetis.solver.layers import solve
 from hetis.solver.layers.plan import LayersPlan
@@ -30,6 +31,10 @@ from hetis.solver.layers.solve import solve_layers, solve_max_flow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FLEETS = ("layers-24", "layers-42")
+UNSEEN = {  # fleets that no constant of the model was fitted to: nodes of each GPU type, prompt and output tokens
+    "unseen, 16 of 3 types": ({"H100-PCIe-80GB": 2, "RTX-3090": 6, "P100-PCIe-16GB": 8}, (900.0, 250.0)),
+    "unseen, 16 A10": ({"A10": 16}, (500.0, 400.0)),
+}
 EFFORTS = (0, 3, 30, 300)  # moves per node of the short searches: from random chains to good plans
 SEEDS, SEEDS_QUICK = 3, 1
 WARM_UP_S, MEASURED_S = 60.0, 120.0
@@ -52,20 +57,29 @@ def main() -> None:
 
 def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
     """The rows of every fleet."""
-    for fleet in FLEETS:
-        if only in fleet:
-            yield from fleet_rows(fleet, seeds=SEEDS_QUICK if quick else SEEDS)
+    for name, problem in problems():
+        if only in name:
+            yield from fleet_rows(name, problem, seeds=SEEDS_QUICK if quick else SEEDS)
 
 
-def fleet_rows(fleet: str, *, seeds: int) -> Iterator[Row]:
+def problems() -> Iterator[tuple[str, LayersProblem]]:
+    """The example files, and fleets of the same roofline that the model has not seen."""
+    for name in FLEETS:
+        yield name, load_layers_problem(EXAMPLES / f"{name}.yaml")
+    for name, (counts, (prompt, output)) in UNSEEN.items():
+        problem = from_data(fleet(name, counts))
+        assert isinstance(problem, LayersProblem)
+        yield name, replace(problem, mean_prompt_tokens=prompt, mean_output_tokens=output)
+
+
+def fleet_rows(title: str, problem: LayersProblem, *, seeds: int) -> Iterator[Row]:
     """A row per placement, and the one of rank correlations."""
-    problem = load_layers_problem(EXAMPLES / f"{fleet}.yaml")
     judged = []
     for name, plan in placements(problem, seeds=seeds):
         served = ChainQueue(problem, plan).run(warm_up_s=WARM_UP_S, measured_s=MEASURED_S)
         judged.append(Judged(name=name, plan=plan, queued_rps=served.rate_rps))
         yield {
-            "name": f"{fleet}, {name}",
+            "name": f"{title}, {name}",
             "rate": plan.rate_rps,
             "flow": plan.flow_rps,
             "queued": served.rate_rps,
@@ -76,7 +90,7 @@ def fleet_rows(fleet: str, *, seeds: int) -> Iterator[Row]:
         }
     queued = [one.queued_rps for one in judged]
     yield {
-        "name": f"{fleet}, rank correlation over {len(judged)}",
+        "name": f"{title}, rank correlation over {len(judged)}",
         "rate": spearman([one.plan.rate_rps for one in judged], queued),
         "flow": spearman([one.plan.flow_rps for one in judged], queued),
         "queued": None,
