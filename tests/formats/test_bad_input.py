@@ -9,6 +9,7 @@ import pytest
 
 from hetis.formats.documents import (
     load_cluster,
+    load_layers_problem,
     load_model,
     load_plan,
     load_profile,
@@ -28,6 +29,7 @@ LOADERS: dict[str, Callable[[str], object]] = {  # by the first word of the file
     "plan": load_plan,
     "state": load_state,
     "requests": load_requests,
+    "layers": load_layers_problem,
 }
 
 

@@ -24,6 +24,12 @@ from hetis.formats.dispatch_requests import (
 from hetis.formats.dispatch_state import DispatchStateDocument, load_state, parse_state, state_to_data
 from hetis.formats.errors import DocumentError, did_you_mean, shown, single_problem
 from hetis.formats.files import write_atomically
+from hetis.formats.layers_problem import (
+    LayersProblemDocument,
+    layers_problem_to_data,
+    load_layers_problem,
+    parse_layers_problem,
+)
 from hetis.formats.loading import KINDS, read_data
 from hetis.formats.model import ModelSpecDocument, load_model, model_to_data, parse_model
 from hetis.formats.plan import PlanDocument, load_plan, parse_plan, plan_to_data
@@ -39,6 +45,7 @@ from hetis.formats.share_problem import (
 )
 from hetis.formats.workload import WorkloadDocument, load_workload, parse_workload, workload_to_data
 from hetis.solver.cluster import Cluster
+from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.profile import Profile
@@ -55,6 +62,7 @@ __all__ = [
     "kind_of",
     "load",
     "load_cluster",
+    "load_layers_problem",
     "load_model",
     "load_plan",
     "load_profile",
@@ -66,7 +74,7 @@ __all__ = [
     "write_atomically",
 ]
 
-Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs
+Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | LayersProblem
 
 _DOCUMENTS: dict[str, type[BaseModel]] = {
     "Cluster": ClusterDocument,
@@ -77,6 +85,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     "DispatchState": DispatchStateDocument,
     "DispatchRequests": DispatchRequestsDocument,
     "ShareProblem": ShareProblemDocument,
+    "LayersProblem": LayersProblemDocument,
 }
 _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "Cluster": parse_cluster,
@@ -87,6 +96,7 @@ _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "DispatchState": parse_state,
     "DispatchRequests": parse_requests,
     "ShareProblem": parse_share_problem,
+    "LayersProblem": parse_layers_problem,
 }
 _KINDS: dict[type[Value], str] = {
     Cluster: "Cluster",
@@ -97,6 +107,7 @@ _KINDS: dict[type[Value], str] = {
     SavedState: "DispatchState",
     NewRequests: "DispatchRequests",
     ShareInputs: "ShareProblem",
+    LayersProblem: "LayersProblem",
 }
 
 
@@ -147,6 +158,8 @@ def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
             return requests_to_data(value)
         case ShareInputs():
             return share_problem_to_data(value)
+        case LayersProblem():
+            return layers_problem_to_data(value)
 
 
 def kind_of(value: Value) -> str:

@@ -21,7 +21,10 @@ ValueT = TypeVar("ValueT")
 Check = Callable[[Mapping[str, Any]], Iterable[tuple[Sequence[str | int], str]]]
 """Finds problems that concern several fields, as (path, message); must bear data of any shape."""
 
-KINDS = ("Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "ShareProblem")
+KINDS = (
+    "Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "ShareProblem",
+    "LayersProblem",
+)  # fmt: skip
 
 
 def read_data(path: str | os.PathLike[str]) -> tuple[Any, Text]:

@@ -11,6 +11,7 @@ from hetis.formats.loading import read_data
 from hetis.formats.saved_state import SavedState
 from hetis.formats.share_problem import ShareInputs
 from hetis.solver.cluster import Cluster
+from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.profile import Profile
@@ -48,7 +49,7 @@ def _load_any(path: str) -> Value:
 
 def _name(value: Value) -> str:
     match value:
-        case Cluster() | ModelSpec() | Workload() | SavedState():
+        case Cluster() | ModelSpec() | Workload() | SavedState() | LayersProblem():
             return value.name
         case Profile():
             return value.gpu

@@ -23,6 +23,7 @@ from hetis.planner.cli.explain import explain
 from hetis.planner.cli.fair import FAIR_EXAMPLES, fair
 from hetis.planner.cli.get import get
 from hetis.planner.cli.init import init
+from hetis.planner.cli.layers import LAYERS_EXAMPLES, layers
 from hetis.planner.cli.place import place
 from hetis.planner.cli.redispatch import redispatch
 from hetis.planner.cli.rollback import rollback
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(rich_help_panel="Plan")(place)
+app.command(rich_help_panel="Plan", epilog=LAYERS_EXAMPLES)(layers)
 app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)

@@ -21,6 +21,7 @@ class Kind(StrEnum):
     DISPATCH_STATE = "DispatchState"
     DISPATCH_REQUESTS = "DispatchRequests"
     SHARE_PROBLEM = "ShareProblem"
+    LAYERS_PROBLEM = "LayersProblem"
 
 
 @verb(output=OutputFormat.JSON)

@@ -1,0 +1,195 @@
+"""LayersProblem files: one-node stages, measured by the number of layers they hold, for ``hetis-plan layers``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hetis.formats.errors import shown
+from hetis.formats.fields import API_VERSION, Bandwidth, Duration, Part, SizeOrBytes, Title
+from hetis.formats.loading import read_data, validated
+from hetis.formats.positions import Text
+from hetis.formats.units import format_bandwidth, format_duration
+from hetis.solver.layers.problem import MAX_LAYERS, MAX_NODES, LayersProblem, Links, NodeType, TimeTable
+
+Found = Iterator[tuple[tuple[str | int, ...], str]]
+Rate = Annotated[float, Field(gt=0, le=1e15)]
+Tokens = Annotated[float, Field(ge=1, le=1e9)]
+Point = Annotated[list[Annotated[float, Field(ge=0, le=1e12)]], Field(min_length=2, max_length=2)]
+Points = Annotated[list[Point], Field(min_length=1, max_length=1000)]
+
+
+class LayerTimesPart(Part):
+    """Milliseconds of one layer as ``[size, ms]``, linear in between: prompts of so many tokens, so many sequences."""
+
+    prompt: Points
+    decode: Points
+
+
+class NodeTypePart(Part):
+    """Equal nodes; entry k of a list is of a node that holds k layers, and its length the most a node can hold.
+
+    ``tokens_per_s`` counts prompt and output tokens alike, ``kv_token_layers`` KV entries, one per token and layer.
+    Without ``layer_ms`` a batch takes as long as its tokens do at the measured rate.
+    """
+
+    count: Annotated[int, Field(ge=1, le=MAX_NODES)]
+    tokens_per_s: Annotated[list[Rate], Field(min_length=1, max_length=MAX_LAYERS)]
+    kv_token_layers: Annotated[list[Rate], Field(min_length=1, max_length=MAX_LAYERS)]
+    layer_ms: LayerTimesPart | None = None
+
+
+class LinksPart(Part):
+    """The network card of every node, the latency between any two, and bytes per token between any two layers."""
+
+    bandwidth: Bandwidth
+    latency: Duration
+    activation_bytes: SizeOrBytes
+
+
+class LayersProblemDocument(Part):
+    """Which contiguous layers should each of these nodes hold, so that most requests per second are served?"""
+
+    api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
+    kind: Literal["LayersProblem"]
+    name: Title = "layers"
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    node_types: Annotated[dict[Title, NodeTypePart], Field(min_length=1, max_length=MAX_NODES)]
+    mean_prompt_tokens: Tokens
+    mean_output_tokens: Tokens
+    links: LinksPart
+
+
+def load_layers_problem(path: str | os.PathLike[str]) -> LayersProblem:
+    """The problem of a YAML or JSON file (``-``: standard input).
+
+    Raises:
+        DocumentError: with every problem of the file.
+    """
+    return parse_layers_problem(*read_data(path))
+
+
+def parse_layers_problem(data: Any, source: Text) -> LayersProblem:
+    """The problem of a document's plain data.
+
+    Raises:
+        DocumentError: with every problem of the document.
+    """
+    return validated(LayersProblemDocument, data, source, to_value=_to_problem, check=_check)
+
+
+def layers_problem_to_data(problem: LayersProblem) -> dict[str, Any]:
+    """The document of a problem as plain data; reading it again gives an equal problem."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "LayersProblem",
+        "name": problem.name,
+        "num_layers": problem.num_layers,
+        "node_types": {kind.name: _node_type_to_data(kind) for kind in problem.node_types},
+        "mean_prompt_tokens": problem.mean_prompt_tokens,
+        "mean_output_tokens": problem.mean_output_tokens,
+        "links": {
+            "bandwidth": format_bandwidth(problem.links.bandwidth),
+            "latency": format_duration(problem.links.latency_s),
+            "activation_bytes": problem.links.activation_bytes,
+        },
+    }
+
+
+def _to_problem(document: LayersProblemDocument) -> LayersProblem:
+    return LayersProblem(
+        name=document.name,
+        num_layers=document.num_layers,
+        node_types=tuple(
+            NodeType(
+                name=name,
+                count=part.count,
+                tokens_per_s=tuple(part.tokens_per_s),
+                kv_token_layers=tuple(part.kv_token_layers),
+                prompt=_table(part.layer_ms.prompt) if part.layer_ms else None,
+                decode=_table(part.layer_ms.decode) if part.layer_ms else None,
+            )
+            for name, part in document.node_types.items()
+        ),
+        mean_prompt_tokens=document.mean_prompt_tokens,
+        mean_output_tokens=document.mean_output_tokens,
+        links=Links(
+            bandwidth=document.links.bandwidth,
+            latency_s=document.links.latency,
+            activation_bytes=document.links.activation_bytes,
+        ),
+    )
+
+
+def _table(points: list[list[float]]) -> TimeTable:
+    return TimeTable(sizes=tuple(size for size, _ in points), seconds=tuple(ms / 1e3 for _, ms in points))
+
+
+def _node_type_to_data(kind: NodeType) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "count": kind.count,
+        "tokens_per_s": list(kind.tokens_per_s),
+        "kv_token_layers": list(kind.kv_token_layers),
+    }
+    if kind.prompt is not None and kind.decode is not None:
+        data["layer_ms"] = {"prompt": _points(kind.prompt), "decode": _points(kind.decode)}
+    return data
+
+
+def _points(table: TimeTable) -> list[list[float]]:
+    return [[size, _milliseconds(seconds)] for size, seconds in zip(table.sizes, table.seconds, strict=True)]
+
+
+def _milliseconds(seconds: float) -> float:
+    """The number that is read back as ``seconds``: multiplying and dividing by a thousand round apart now and then."""
+    near = 1e3 * seconds
+    around = (near, math.nextafter(near, math.inf), math.nextafter(near, 0.0))
+    return next((ms for ms in around if ms / 1e3 == seconds), near)
+
+
+def _check(data: Mapping[str, Any]) -> Found:
+    """Lists that belong together, tables in order, and not too many nodes; wrong types are reported elsewhere."""
+    kinds = data.get("node_types")
+    if not isinstance(kinds, dict):
+        return
+    parts = {name: part for name, part in kinds.items() if isinstance(part, dict)}
+    for name, part in parts.items():
+        rates, room = part.get("tokens_per_s"), part.get("kv_token_layers")
+        if isinstance(rates, list) and isinstance(room, list) and len(rates) != len(room):
+            message = f"has {len(room)} entries and tokens_per_s {len(rates)}: both need one per number of layers held"
+            yield ("node_types", name, "kv_token_layers"), message
+        times = part.get("layer_ms")
+        for phase, points in times.items() if isinstance(times, dict) else ():
+            yield from _check_table(("node_types", name, "layer_ms", phase), points)
+    counts = [part.get("count") for part in parts.values()]
+    total = sum(count for count in counts if isinstance(count, int) and not isinstance(count, bool))
+    if total > MAX_NODES and all(isinstance(count, int) and count <= MAX_NODES for count in counts):
+        yield ("node_types",), f"has {total:,} nodes in all, at most {MAX_NODES:,} are searched"
+
+
+def _check_table(path: tuple[str | int, ...], points: Any) -> Found:
+    if not isinstance(points, list):
+        return
+    pairs = [
+        (n, point)
+        for n, point in enumerate(points)
+        if isinstance(point, list) and len(point) == 2 and all(_is_number(value) for value in point)
+    ]
+    for (_, before), (n, point) in itertools.pairwise(pairs):
+        if point[0] <= before[0]:
+            yield (*path, n), f"size {shown(point[0])} comes after {shown(before[0])}, sizes must ascend"
+        if point[1] < before[1]:
+            yield (*path, n), f"takes {shown(point[1])} ms, less than the smaller size before ({shown(before[1])} ms)"
+    if pairs and len(pairs) == len(points) and pairs[-1][1][1] == 0:
+        yield (*path, len(points) - 1), "takes no time, the largest size must take some"
+    if pairs and len(points) == 1 and pairs[0][1][0] == 0:
+        yield (*path, 0), "is the only size and 0, which says nothing about others"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,103 @@
+"""A placement of layers with its proof checked, beside the one of most flow."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hetis.planner.errors import UncheckedPlanError
+from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.layers.plan import LayersPlan, NodeLoad
+from hetis.solver.layers.problem import LayersProblem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layered:
+    """What `hetis-plan layers` found.
+
+    Attributes:
+        problem: as the file has it.
+        plan: the placement, checked.
+        max_flow: the placement of most flow under the same model, checked; None where nobody asked.
+    """
+
+    problem: LayersProblem
+    plan: LayersPlan
+    max_flow: LayersPlan | None
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.plan.rate_rps * self.problem.mean_output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Nodes that hold the same layers."""
+
+    first_layer: int
+    num_layers: int
+    loads: tuple[NodeLoad, ...]
+
+    @property
+    def visits(self) -> float:
+        """Share of the requests that pass the stage."""
+        return sum(load.visits for load in self.loads)
+
+    @property
+    def round_trip_s(self) -> float:
+        """Its part of the round trip of a mean request."""
+        return sum(load.visits * load.visit_s for load in self.loads)
+
+
+def is_compiled() -> bool:
+    """Whether the kernels have been compiled on this machine; the first run takes half a minute longer."""
+    from hetis.solver.compiled import is_cached
+    from hetis.solver.layers.annealing import anneal
+
+    return is_cached(anneal)
+
+
+def place_layers(
+    problem: LayersProblem,
+    *,
+    budget: Budget | None = None,
+    seed: int = 0,
+    compare: bool = True,
+    report: Report = silent,
+) -> Layered:
+    """Solves and checks.
+
+    Args:
+        problem: what to place.
+        budget: of the search; the comparison, cheaper by half, gets what is left.
+        seed: the same seed gives the same plan.
+        compare: also find the placement of most flow.
+        report: hears of progress.
+
+    Raises:
+        InfeasibleError: the nodes cannot hold all layers.
+        NoPlanFoundError: the budget was spent before the first placement.
+        UncheckedPlanError: a plan fails the checker.
+    """
+    from hetis.solver.layers.check import check_layers_plan
+    from hetis.solver.layers.solve import solve_layers, solve_max_flow
+
+    plan = solve_layers(problem, budget=budget, seed=seed, report=report)
+    max_flow = solve_max_flow(problem, budget=budget, seed=seed) if compare else None
+    for one in (plan, max_flow):
+        violations = check_layers_plan(problem, one) if one is not None else ()
+        if violations:
+            raise UncheckedPlanError(violations)
+    return Layered(problem=problem, plan=plan, max_flow=max_flow)
+
+
+def stages(plan: LayersPlan) -> Iterator[Stage]:
+    """The plan's stages by first layer, shorter ones first."""
+    key = _range_of
+    for (first, held), loads in itertools.groupby(sorted(plan.judgement.loads, key=key), key):
+        yield Stage(first_layer=first, num_layers=held, loads=tuple(loads))
+
+
+def _range_of(load: NodeLoad) -> tuple[int, int]:
+    return load.node.first_layer, load.node.num_layers

@@ -1,0 +1,184 @@
+"""How much any placement can serve at most: nodes priced one by one, over all numbers of requests in flight.
+
+**Relaxation.** Take N requests in flight and forget where layers are. Node i holds k_i layers and computes a share u_i
+of the requests' work on them, the mean of its z_il; all nodes together compute every layer: sum_i k_i u_i = L. With d^
+the greatest convex function below d, by Jensen and since requests that visit a node are at least u_i,
+
+    R >= sum_i [ k_i u_i ( d_i(1) / 2 + d^_i(N u_i / 2) + (1 + N u_i / 2) p_i / O )
+                 + u_i ( h + w P / O ) + u_i^2 (N / 2) w (1 + P / O) ]
+
+and u_i is at most 1, M_i / (H N k_i) by its KV room, and, in a placement that serves X or more, 1 / (X w (P + O)),
+(T_i / (P + O)) / X and 1 / (X k_i O (c_i + p_i / O)), c_i = min_b d_i(b) / b. Chains, meshes and partial overlaps all
+obey this.
+
+**Price.** For a price pi of a layer, R >= pi L + sum_i min(0, min over k, u of [cost - pi k u]): a closed form for
+every node type, maximised over pi by bisection. Any pi gives a valid bound.
+
+**All N.** R falls nowhere as N grows, so that placements with N1 <= N <= N2 serve at most N2 / (O R(N1)). The interval
+that allows most is halved until halving no longer helps.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.solver.layers.plan import PricedInterval, RateBound
+from hetis.solver.layers.tables import FloatArray, IntArray, Tables
+
+_PRECISION = 5e-4  # of the bound: intervals are halved until one is as narrow
+_INTERVALS = 600  # where more in flight neither helps nor harms, most of them are needed: then the bound is looser
+_MARGIN = 1e-5  # a capacity that is just reached by what is served is out of reach for what serves more
+_DEAREST = 1e4  # price of a layer over what it costs at most in itself: dearer ones lose their digits
+_ROUNDS = 60  # of bisection
+
+
+def rate_bound(tables: Tables, counts: IntArray, *, served: float) -> RateBound:
+    """Requests per second that no placement exceeds, never less than ``served``, what one is known to serve.
+
+    Args:
+        tables: the problem.
+        counts: nodes of each type, shape [T].
+        served: capacities are counted for placements that serve more than this.
+    """
+    beyond = served * (1 + _MARGIN)
+    nodes = _Nodes.of(tables, counts, beyond)
+    intervals = [(-np.inf, PricedInterval(least=0.0, most=nodes.most_in_flight(), price_s=0.0))]
+    while True:
+        allowed, widest = intervals[0]
+        low, high = widest.least, widest.most
+        if -allowed <= beyond or high - low <= _PRECISION * high or len(intervals) >= _INTERVALS:
+            priced = sorted((interval for _, interval in intervals), key=lambda one: one.least)
+            return RateBound(rate_rps=max(beyond, -allowed), beyond_rps=beyond, intervals=tuple(priced))
+        heapq.heappop(intervals)
+        # Powers while the interval is wide: the first one begins at nothing.
+        middle = 0.5 * (low + high) if high < 4 * low else max(math.sqrt(low * high), 1e-3 * high)
+        for begin, end in ((low, middle), (middle, high)):
+            price_s, round_trip_s = nodes.shortest_round_trip(begin)
+            rate = end / (tables.output_tokens * round_trip_s)
+            heapq.heappush(intervals, (-rate, PricedInterval(least=begin, most=end, price_s=price_s)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Nodes:
+    """Node types, layers held and pieces of their time tables, flattened: arrays of shape [E], one entry for each."""
+
+    num_layers: int
+    counts: FloatArray  # [T]
+    kind: FloatArray  # [E] as integers
+    held: FloatArray
+    kv: FloatArray
+    cap: FloatArray  # of the share, whatever is in flight
+    flat: FloatArray  # seconds per request and layer of any batch, the piece's own part included
+    slope: FloatArray  # seconds per sequence of a batch
+    begin: FloatArray  # sequences at which the piece begins and ends
+    end: FloatArray
+    hop: FloatArray  # seconds per visit
+    hop_slope: FloatArray  # seconds per visit and sequence
+
+    @classmethod
+    def of(cls, tables: Tables, counts: IntArray, served: float) -> _Nodes:
+        rows = []
+        tokens = tables.prompt_tokens + tables.output_tokens
+        prompts = tables.prompt_tokens / tables.output_tokens
+        for t, most in enumerate(tables.most):
+            for column in range(most):
+                held, prompt_s = column + 1, tables.prompt_s[t, column]
+                sizes, seconds = tables.decode_at[t, column], tables.decode_s[t, column]
+                card_s = tables.card_s if held < tables.num_layers else 0.0
+                busy_s = [
+                    tables.rate_s[t, column],
+                    card_s * tokens,
+                    held * tables.output_tokens * (_least_per_sequence(sizes, seconds) + prompt_s),
+                ]
+                cap = min(1.0, 1 / (served * max(busy_s))) if served * max(busy_s) > 0 else 1.0
+                for begin, end, level, slope in _convex_pieces(sizes, seconds):
+                    flat = tables.wait_s[t, column] + prompt_s + level
+                    hops = (tables.latency_s + card_s * prompts, card_s * (1 + prompts))
+                    rows.append((t, held, tables.kv[t, column], cap, flat, slope + prompt_s, begin, end, *hops))
+        columns = [np.array(column, np.float64) for column in zip(*rows, strict=True)]
+        names = ("kind", "held", "kv", "cap", "flat", "slope", "begin", "end", "hop", "hop_slope")
+        return cls(
+            num_layers=tables.num_layers,
+            counts=np.asarray(counts, np.float64),
+            **dict(zip(names, columns, strict=True)),
+        )
+
+    def most_in_flight(self) -> float:
+        """KV room of all nodes, each with as few layers as serves it best."""
+        room = np.zeros_like(self.counts)
+        np.maximum.at(room, self.kind.astype(np.int64), self.kv)
+        return float(room @ self.counts) / self.num_layers
+
+    def shortest_round_trip(self, in_flight: float) -> tuple[float, float]:
+        """A lower bound of the round trip with so many requests in flight or more, after the price that proves it.
+
+        Both are infinite if nodes cannot compute all layers of so many.
+        """
+        half = max(in_flight, 1e-12) / 2
+        cap = np.minimum(self.cap, self.kv / (2 * half * self.held))
+        low, high = self.begin / half, np.minimum(self.end / half, cap)
+        usable = low <= high
+        square = half * (self.held * self.slope + self.hop_slope)
+        linear = self.held * self.flat + self.hop
+        starts = np.flatnonzero(np.diff(self.kind, prepend=-1.0))  # of the entries of each type
+
+        def relaxed(price: float) -> tuple[float, float]:
+            """The bound at a price, and layers that nodes want to compute beyond all there are."""
+            wanted = np.clip((price * self.held - linear) / np.maximum(2 * square, 1e-300), low, np.maximum(low, high))
+            gain = np.where(usable, (price * self.held - linear - square * wanted) * wanted, 0.0)
+            best = np.maximum(np.maximum.reduceat(gain, starts), 0.0)
+            chosen = usable & (gain > 0) & (gain == np.repeat(best, np.diff(starts, append=len(gain))))
+            layers = np.maximum.reduceat(np.where(chosen, self.held * wanted, 0.0), starts)
+            value = price * self.num_layers - float(self.counts @ best)
+            surplus = float(self.counts @ layers) - self.num_layers
+            return value, surplus
+
+        room = np.maximum.reduceat(np.where(usable, self.held * high, 0.0), starts)
+        if room @ self.counts < self.num_layers * (1 - 1e-9):
+            return math.inf, math.inf
+        least, most = 0.0, float(np.max(linear / self.held))
+        dearest = _DEAREST * most
+        while relaxed(most)[1] < 0 and most < dearest:
+            least, most = most, 2 * most
+        best = (0.0, 0.0)
+        for _ in range(_ROUNDS):
+            price = 0.5 * (least + most)
+            value, surplus = relaxed(price)
+            best = max(best, (value, price))
+            least, most = (price, most) if surplus < 0 else (least, price)
+            if most - least <= 1e-6 * most:
+                break
+        return best[1], best[0]
+
+
+def _least_per_sequence(sizes: FloatArray, seconds: FloatArray) -> float:
+    """The least that one of a batch of sequences takes."""
+    last = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+    known = sizes > 0
+    return float(min(last, np.min(seconds[known] / sizes[known])))
+
+
+def _convex_pieces(sizes: FloatArray, seconds: FloatArray) -> list[tuple[float, float, float, float]]:
+    """The greatest convex function below a time table, as (begin, end, value at 0 of the line, slope) of its pieces."""
+    points = [(0.0, float(seconds[0])), *((float(x), float(y)) for x, y in zip(sizes, seconds, strict=True) if x > 0)]
+    hull: list[tuple[float, float]] = []
+    for point in points:
+        while len(hull) >= 2 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    # The last slope goes on for ever: what rises faster before would be above it later.
+    last = _slope(points[-2], points[-1])
+    while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= last:
+        hull.pop()
+    pieces = [(a[0], b[0], a[1] - _slope(a, b) * a[0], _slope(a, b)) for a, b in itertools.pairwise(hull)]
+    begin, level = hull[-1]
+    return [*pieces, (begin, float("inf"), level - last * begin, last)]
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

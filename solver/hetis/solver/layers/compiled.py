@@ -1,0 +1,9 @@
+"""The kernels of layers are compiled through `kernel`; see `hetis.solver.compiled`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hetis.solver.compiled import kernel_of
+
+kernel = kernel_of(Path(__file__).parent)

@@ -1,0 +1,194 @@
+"""The entry: anneals placements from several starts, proves a bound, and names nodes and links."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
+from hetis.solver.layers.annealing import Placement, anneal, copy_of, polish
+from hetis.solver.layers.bound import rate_bound
+from hetis.solver.layers.naming import named
+from hetis.solver.layers.objective import judge
+from hetis.solver.layers.plan import LayersPlan
+from hetis.solver.layers.problem import LayersProblem
+from hetis.solver.layers.sweep import Sweep, new_sweep
+from hetis.solver.layers.tables import IntArray, Tables, tabulate
+
+STARTS = 8
+FINALISTS = 2  # of the starts, searched longer
+MOVES_PER_NODE, FINAL_MOVES_PER_NODE = 10_000, 30_000
+MOST_MOVES = 4_000_000  # of one search
+SLICE = 2_000_000  # moves times nodes between two looks at the clock
+HOT, FINAL_HOT, COLD = 0.01, 0.005, 0.0003  # losses of the rate that a third of moves are kept with, first and last
+POLISHING = 60
+
+
+def solve_layers(
+    problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0, report: Report = silent
+) -> LayersPlan:
+    """Finds ranges of layers and shares of requests that serve many requests per second, with a bound.
+
+    The same seed gives the same plan as long as the budget does not end the search.
+
+    Raises:
+        InfeasibleError: all nodes together cannot hold the layers.
+        NoPlanFoundError: the budget was spent before the first placement.
+    """
+    search = _Search.of(problem, budget or Budget(), report, flow_only=False)
+    placement = search.run(seed)
+    nodes, links, idle = named(problem, placement, search.kind, search.sweep, search.tables)
+    judgement = judge(problem, nodes, links)
+    search.tell("bound", judgement.rate_rps)
+    bound = rate_bound(search.tables, search.counts, served=judgement.rate_rps)
+    if bound.rate_rps < judgement.rate_rps * (1 - 1e-9):
+        raise BrokenProofError(f"the plan serves {judgement.rate_rps}, the bound is {bound.rate_rps}")
+    return LayersPlan(
+        nodes=nodes,
+        links=links,
+        judgement=judgement,
+        bound=bound,
+        idle=idle,
+        solver_s=search.budget.elapsed_s(),
+        stopped=search.stopped,
+    )
+
+
+def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0) -> LayersPlan:
+    """The placement of most flow by measured tokens per second and links, whatever requests are in flight.
+
+    What Helix (ASPLOS'25) maximises; found with the same search. Its judgement is that of `solve_layers`.
+
+    Raises:
+        InfeasibleError, NoPlanFoundError: as `solve_layers`.
+    """
+    search = _Search.of(problem, budget or Budget(), silent, flow_only=True)
+    placement = search.run(seed)
+    nodes, links, idle = named(problem, placement, search.kind, search.sweep, search.tables, flow_only=True)
+    judgement = judge(problem, nodes, links)
+    return LayersPlan(
+        nodes=nodes,
+        links=links,
+        judgement=judgement,
+        bound=rate_bound(search.tables, search.counts, served=judgement.rate_rps),
+        idle=idle,
+        solver_s=search.budget.elapsed_s(),
+        stopped=search.stopped,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Search:
+    """One search: what it works on and who waits for it."""
+
+    problem: LayersProblem
+    tables: Tables
+    kind: IntArray  # of every node
+    sweep: Sweep
+    budget: Budget
+    report: Report
+    flow_only: bool
+    stopped: bool = field(default=False, init=False)
+
+    @classmethod
+    def of(cls, problem: LayersProblem, budget: Budget, report: Report, *, flow_only: bool) -> _Search:
+        held = sum(kind.count * problem.most_layers(kind) for kind in problem.node_types)
+        if held < problem.num_layers:
+            raise InfeasibleError(
+                (f"the {problem.num_nodes} nodes can hold {held} layers, the model has {problem.num_layers}",)
+            )
+        counts = [kind.count for kind in problem.node_types]
+        return cls(
+            problem=problem,
+            tables=tabulate(problem),
+            kind=np.repeat(np.arange(len(counts), dtype=np.int64), counts),
+            sweep=new_sweep(problem.num_nodes, problem.num_layers),
+            budget=budget,
+            report=report,
+            flow_only=flow_only,
+        )
+
+    @property
+    def counts(self) -> IntArray:
+        return np.array([kind.count for kind in self.problem.node_types], np.int64)
+
+    def run(self, seed: int) -> Placement:
+        """The best placement from all starts."""
+        found: list[tuple[float, Placement]] = []
+        for start, placement in enumerate(self._starts(seed)):
+            if found and self.budget.is_spent():
+                break
+            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, seed + 101 * start))
+            self.tell(f"start {start + 1} of {STARTS}", max(rate for rate, _ in found))
+        found.sort(key=lambda entry: -entry[0])
+        for finalist, (_, placement) in enumerate(found[:FINALISTS]):
+            if self.budget.is_spent():
+                break
+            again = self._anneal(copy_of(placement), FINAL_MOVES_PER_NODE, FINAL_HOT, seed + 101 * finalist + 1)
+            found.append(again)
+            self.tell(f"finalist {finalist + 1} of {FINALISTS}", max(rate for rate, _ in found))
+        rate, best = max(found, key=lambda entry: entry[0])
+        if rate <= 0:
+            raise NoPlanFoundError("the time limit ended the search before the first placement")
+        self.stopped = self.budget.is_spent()
+        polish(best, self.kind, self.tables, self.flow_only, self.sweep, POLISHING)
+        return best
+
+    def tell(self, phase: str, rate: float) -> None:
+        """News for whoever waits."""
+        self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=rate))
+
+    def _anneal(self, placement: Placement, moves_per_node: int, hottest: float, seed: int) -> tuple[float, Placement]:
+        """The best placement met, after its rate; in slices, so that the budget is heard."""
+        num_moves = min(moves_per_node * self.problem.num_nodes, MOST_MOVES)
+        slices = max(1, num_moves * self.problem.num_nodes // SLICE)
+        cooling = (COLD / hottest) ** (1 / slices)
+        best = copy_of(placement)
+        rate = 0.0
+        for number in range(slices):
+            hot = hottest * cooling**number
+            rate = anneal(
+                placement,
+                best,
+                self.kind,
+                self.tables,
+                self.flow_only,
+                self.sweep,
+                math.ceil(num_moves / slices),
+                hot,
+                hot * cooling,
+                (seed + 7919 * number) % 2**32,
+            )
+            if self.budget.is_spent():
+                break
+        return rate, best
+
+    def _starts(self, seed: int) -> Iterator[Placement]:
+        """Chains of all nodes in random order, holding some share of what they can; what is left over joins others."""
+        for start in range(STARTS):
+            random = np.random.default_rng((seed, start))
+            fill = float(random.uniform(0.4, 0.9))
+            while (placement := self._chain(random, fill)) is None:
+                fill = min(1.0, 1.15 * fill)
+            yield placement
+
+    def _chain(self, random: np.random.Generator, fill: float) -> Placement | None:
+        n, num_layers = self.problem.num_nodes, self.problem.num_layers
+        placement = Placement(np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n))
+        layer, chain = 0, []
+        for i in random.permutation(n):
+            most = int(self.tables.most[self.kind[i]])
+            if layer < num_layers:
+                placement.first[i] = layer
+                placement.held[i] = min(max(1, round(fill * most)), num_layers - layer)
+                layer += int(placement.held[i])
+                chain.append(i)
+            else:
+                twin = random.choice(chain)
+                placement.first[i] = placement.first[twin]
+                placement.held[i] = min(int(placement.held[twin]), most)
+        return placement if layer == num_layers else None

@@ -1,0 +1,105 @@
+"""On tiny fleets every placement and, in steps, every routing is tried: none is better, and none beats the bound."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+
+from hetis.solver.layers.objective import judge
+from hetis.solver.layers.plan import PlacedNode
+from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
+from hetis.solver.layers.solve import solve_layers
+from tests.solver.layers.instances import links_of, paths, problems, ranges, splits
+
+STEPS = 4  # of the share of a path
+MOST_PATHS = 5
+CLOSE = 2e-3  # the search may miss the best by this share
+
+
+def best_by_enumeration(problem: LayersProblem) -> float:
+    """The best rate over all ranges and all ways to split requests among paths in quarters."""
+    best = 0.0
+    for nodes in ranges(problem):
+        routes = paths(problem, nodes)[:MOST_PATHS]
+        for shares in splits(len(routes), STEPS) if routes else ():
+            used = [(path, share) for path, share in zip(routes, shares, strict=True) if share > 0]
+            names = {node.name for path, _ in used for node in path}
+            passed = tuple(node for node in nodes if node.name in names)
+            best = max(best, judge(problem, passed, links_of(used)).rate_rps)
+    return best
+
+
+@settings(max_examples=25)
+@given(problems(max_nodes=3, max_layers=3))
+def test_no_placement_is_better_than_the_plan_or_its_bound(problem: LayersProblem) -> None:
+    best = best_by_enumeration(problem)
+    plan = solve_layers(problem)
+    assert best <= plan.bound_rps * (1 + 1e-9)
+    assert best * (1 - CLOSE) <= plan.rate_rps <= plan.bound_rps * (1 + 1e-9)
+
+
+@settings(max_examples=8)
+@given(problems(max_nodes=4, max_layers=2))
+def test_nor_is_any_of_four_nodes(problem: LayersProblem) -> None:
+    best = best_by_enumeration(problem)
+    plan = solve_layers(problem)
+    assert best <= plan.bound_rps * (1 + 1e-9)
+    assert best * (1 - CLOSE) <= plan.rate_rps
+
+
+def test_the_bound_is_reached_where_one_node_does_all() -> None:
+    """One request is in flight for 100 KV tokens: 60 of the prompt, twice 20 of outputs.
+
+    Its round trip: (d(1) / 2 + d(N / 2) + (1 + N / 2) p / O) = 5 + 10 + (1 + 1) * 40 / 20 = 19 ms for N = 2.
+    """
+    table = TimeTable(sizes=(1.0, 2.0), seconds=(0.01, 0.011))
+    kind = NodeType(
+        name="A",
+        count=1,
+        tokens_per_s=(1e6,),
+        kv_token_layers=(200.0,),
+        prompt=TimeTable(sizes=(60.0,), seconds=(0.04,)),
+        decode=table,
+    )
+    problem = LayersProblem(
+        name="one",
+        num_layers=1,
+        node_types=(kind,),
+        mean_prompt_tokens=60,
+        mean_output_tokens=20,
+        links=Links(bandwidth=1e9, latency_s=0.0, activation_bytes=1000),
+    )
+    plan = solve_layers(problem)
+    assert plan.judgement.in_flight == pytest.approx(2)
+    assert plan.judgement.round_trip_s == pytest.approx(0.019)
+    assert plan.rate_rps == pytest.approx(2 / (20 * 0.019))
+    assert plan.gap < 1e-3
+
+
+def test_a_helper_that_runs_only_the_first_layer_pays() -> None:
+    """A has room for 4,000 KV entries, B, which is fast, for 400 of one layer: too few for a stage of its own.
+
+    With A[0,3) alone 4000 / 3 KV tokens per layer are in flight, with B[0,1) before it for some requests 4400 / 3.
+    """
+    slow = TimeTable(sizes=(1.0, 100.0), seconds=(1e-3, 1.1e-3))
+    fast = TimeTable(sizes=(1.0, 100.0), seconds=(1e-5, 1.1e-5))
+    kinds = (
+        NodeType(name="A", count=1, tokens_per_s=(1e6,) * 3, kv_token_layers=(4e3,) * 3, prompt=slow, decode=slow),
+        NodeType(name="B", count=1, tokens_per_s=(1e6,), kv_token_layers=(400.0,), prompt=fast, decode=fast),
+    )
+    problem = LayersProblem(
+        name="helper",
+        num_layers=3,
+        node_types=kinds,
+        mean_prompt_tokens=50,
+        mean_output_tokens=50,
+        links=Links(bandwidth=1e12, latency_s=0.0, activation_bytes=1),
+    )
+    a = PlacedNode(name="A-0", kind="A", first_layer=0, num_layers=3)
+    alone = judge(problem, (a,), links_of([((a,), 1.0)]))
+    plan = solve_layers(problem)
+    loads = {load.node.name: load for load in plan.judgement.loads}
+    assert plan.judgement.in_flight == pytest.approx(alone.in_flight * 1.1, rel=1e-3)
+    assert plan.rate_rps > 1.05 * alone.rate_rps
+    assert 0 < loads["B-0"].visits < 1
+    assert loads["A-0"].layer_share[0] < loads["A-0"].layer_share[1] == pytest.approx(1)
