@@ -138,6 +138,8 @@ class Run:
         migrations: moves of head groups that were committed; ``migrated_bytes`` theirs.
         kv_transfers: prompts whose KV went from a prefill to a decode replica.
         rejected: requests that no replica can ever hold (their KV exceeds its room).
+        prefilled_tokens: of all chunks, prefill after an eviction included.
+        generated_tokens: output tokens, of requests that were cut off by the end of the run as of their last eviction.
         series: per device, None unless `Settings.sample_every_s`.
         end_s: virtual time at which the run ended.
     """
@@ -161,6 +163,8 @@ class Run:
     series: Series | None
     trace_events: tuple[TraceEvent, ...]
     end_s: float
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
 
     @property
     def num_requests(self) -> int:
