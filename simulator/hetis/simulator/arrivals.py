@@ -135,7 +135,8 @@ class Saturation:
 def _drawn_bins(workload: Workload, count: int, rng: np.random.Generator) -> IntArray:
     cumulative = np.cumsum([b.weight for b in workload.bins])
     chosen = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
-    return np.minimum(chosen, len(workload.bins) - 1)  # the product may round up to the total
+    inside: IntArray = np.minimum(chosen, len(workload.bins) - 1)  # the product may round up to the total
+    return inside
 
 
 def _arrival_s(load: Load, chosen: IntArray, rng: np.random.Generator) -> FloatArray:

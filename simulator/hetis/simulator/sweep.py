@@ -10,7 +10,7 @@ from hetis.simulator.summary import Summary
 
 MAX_ROUNDS = 24
 STEP = 1.15  # up from the first rate; each further step is twice as far, in powers of this
-HOPELESS = 0.01  # of the rate to start from: when even that is too much, no rate is within the limits
+IDLE = 0.01  # of the rate to start from: when even that is too much, no rate is within the limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,9 @@ def sweep(
 ) -> Sweep:
     """Brackets the highest rate within the limits in longer and longer steps up, then sections the bracket.
 
+    Where the first rate is too high already, a fleet that is all but idle is tried next: limits that it misses are
+    missed at every rate.
+
     Seeds draw the same lengths and gaps at every rate, only scaled, so that neighbouring rates differ by little but the
     load: what is within the limits at one rate hardly fails at a lower one.
 
@@ -59,18 +62,23 @@ def sweep(
     tried: dict[float, Point] = {}
     low, high = 0.0, None
     for _ in range(MAX_ROUNDS):
-        if high is None:
-            rates = [start_rps * STEP ** (2**n - 1) for n in range(len(tried), len(tried) + at_once)]
-        else:
-            rates = [low + (high - low) * part / (at_once + 1) for part in range(1, at_once + 1)]
+        rates = _next_rates(low, high, start_rps=start_rps, tried=len(tried), at_once=at_once)
         answers = evaluate(rates)
         for rate, summary in zip(rates, answers, strict=False):
             tried[rate] = _judged(rate, summary, limits)
         low, high = _bracket(tried)
-        done = high is not None and (high - low <= tolerance * high or high < HOPELESS * start_rps)
+        done = high is not None and (high - low <= tolerance * high or high <= IDLE * start_rps)
         if done or len(answers) < len(rates):
             break
     return Sweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
+
+
+def _next_rates(low: float, high: float | None, *, start_rps: float, tried: int, at_once: int) -> list[float]:
+    if high is None:
+        return [start_rps * STEP ** (2**n - 1) for n in range(tried, tried + at_once)]
+    if low == 0:
+        return [IDLE * start_rps, *(high * part / at_once for part in range(1, at_once))]
+    return [low + (high - low) * part / (at_once + 1) for part in range(1, at_once + 1)]
 
 
 def _bracket(tried: dict[float, Point]) -> tuple[float, float | None]:
