@@ -67,6 +67,11 @@ class PoolCopy:
         return self._shared is not None
 
     @property
+    def is_whole(self) -> bool:
+        """No card has failed."""
+        return all(device.status is DeviceStatus.OK for device in self.state.devices)
+
+    @property
     def num_devices(self) -> int:
         return len(self.total_blocks)
 

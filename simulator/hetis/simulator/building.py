@@ -21,10 +21,16 @@ from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import ReplicaShape, StageShape
 from hetis.solver.check.structure import check_replica_structure
+from hetis.solver.check.violation import Rule
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
+
+# What a family does not search can run all the same.
+_OF_THE_SEARCH = frozenset(
+    {Rule.SETTING, Rule.IN_FLIGHT, Rule.EQUAL_LAYERS, Rule.ONE_TYPE, Rule.POOL_SIZE, Rule.COPIES}
+)
 
 
 class Builder:
@@ -48,7 +54,9 @@ class Builder:
 
     def _replica(self, number: int, one: ReplicaPlan) -> ReplicaRun:
         for violation in check_replica_structure(one, f"replica {number}", self.problem, self.fleet):
-            raise InvalidProblemError(f"plan cannot be simulated: {violation}")
+            if violation.rule not in _OF_THE_SEARCH:
+                raise InvalidProblemError(f"plan cannot be simulated: {violation}")
+        _check_batching(one, number)
         shape = replica_shape(one, self.problem, self.fleet)
         pools = {pool.stage: pool for pool in one.attention_workers}
         shares = _shares_of_shared_cards(one)
@@ -157,6 +165,21 @@ class Builder:
             groups=groups,
             block_tokens=self.problem.assumptions.block_tokens,
         )
+
+
+def _check_batching(one: ReplicaPlan, number: int) -> None:
+    least = {
+        "micro_batch": 0 if one.role is Role.PREFILL else 1,
+        "chunk_tokens": 0 if one.role is Role.DECODE else 1,
+        "in_flight": 1,
+    }
+    for name, limit in least.items():
+        if getattr(one, name) < limit:
+            raise InvalidProblemError(
+                f"plan cannot be simulated: replica {number}: {name} is {getattr(one, name)}, must be >= {limit}"
+            )
+    if not one.rate > 0:
+        raise InvalidProblemError(f"plan cannot be simulated: replica {number}: rate is {one.rate}, must be > 0")
 
 
 def _shares_of_shared_cards(one: ReplicaPlan) -> dict[str, float]:

@@ -45,10 +45,8 @@ class Faults:
         for batch in replica.batches:
             if copy in batch.copies:
                 for request in reversed([one for one in batch.requests() if one in hit]):
-                    # An iteration under way ends without it.
-                    replica.drop(batch, request, batch.step)
                     self._forget(request)
-                    replica.outside.requeue(now_s, replica, request)
+                    replica.lose(now_s, batch, request)
         copy.pool.lose(card)
         replica.wake(now_s)
 
@@ -64,6 +62,7 @@ class Faults:
         if replica.is_up:
             self._fleet.route_held(now_s)
             replica.wake(now_s)
+            self._fleet.has_room(now_s, replica)
         else:
             waiting = list(replica.queue)
             replica.queue.clear()
@@ -74,9 +73,8 @@ class Faults:
     def _stop(self, now_s: float, replica: ReplicaRun, batch: MicroBatch) -> None:
         batch.alive = False
         for request in reversed(batch.requests()):
-            replica.drop(batch, request, batch.step)
             self._forget(request)
-            replica.outside.requeue(now_s, replica, request)
+            replica.lose(now_s, batch, request)
         book = replica.book
         for request in [*batch.sending, *batch.reserved]:  # `KvTransfers` sees to them when they would have landed
             replica.kv.release(batch, request, book.target[request])

@@ -60,6 +60,11 @@ class Fleet(Outside):
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
         return self.transfers is not None and self.transfers.take_prompt(now_s, replica, batch, request)
 
+    def has_room(self, now_s: float, replica: ReplicaRun) -> None:
+        if self.transfers is not None:
+            for sender in self.transfers.senders.get(replica.number, ()):
+                sender.wake(now_s)
+
     def requeue(self, now_s: float, replica: ReplicaRun, request: int) -> None:
         if replica.batching.chunk_tokens and replica.is_up:
             super().requeue(now_s, replica, request)

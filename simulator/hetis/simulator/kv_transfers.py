@@ -41,7 +41,11 @@ class _Expected:
 
 
 class KvTransfers:
-    """All KV routes of a plan. ``requeue`` takes requests whose KV was lost on its way."""
+    """All KV routes of a plan. ``requeue`` takes requests whose KV was lost on its way.
+
+    Attributes:
+        senders: prefill replicas by the number of the decode replica that they send to.
+    """
 
     def __init__(
         self, plan: Plan, problem: PlacementProblem, devices: Devices, replicas: Sequence[ReplicaRun], book: Book,
@@ -53,7 +57,9 @@ class KvTransfers:
         self._cards: dict[StageCopy, SharedLink] = {}
         self._zone_links: dict[tuple[str, str], SharedLink] = {}
         self._routes: dict[int, list[_Route]] = {}
+        self.senders: dict[int, list[ReplicaRun]] = {}
         for route in plan.kv_routes:
+            self.senders.setdefault(route.decode, []).append(replicas[route.prefill])
             self._routes.setdefault(route.prefill, []).append(_Route(replicas[route.decode], route.rate))
         self._expected: dict[int, _Expected] = {}
 

@@ -45,6 +45,9 @@ class Outside:
         """Takes a prompt that is done elsewhere; False: it decodes where it is."""
         return False
 
+    def has_room(self, now_s: float, replica: ReplicaRun) -> None:
+        """Something has left a replica."""
+
     def requeue(self, now_s: float, replica: ReplicaRun, request: int) -> None:
         """A request was evicted and waits again, before the others."""
         replica.outstanding += 1
@@ -187,8 +190,9 @@ class ReplicaRun:
         for pool, load in batch.pools:
             pool.look(now_s, batch, load)
         self.form(now_s, batch)
-        if has_freed and self._idle:
+        if has_freed:
             self.wake(now_s)
+            self.outside.has_room(now_s, self)
 
     def _prefilled(self, now_s: float, batch: MicroBatch, request: int) -> bool:
         """A prompt is through, which makes one token; returns whether that was all."""
@@ -254,7 +258,7 @@ class ReplicaRun:
                     break
                 self.kv.release(batch, request, 0)
                 return None
-            if not self.is_empty():
+            if not self.is_empty() or not self._is_whole():
                 return None
             queue.popleft()  # it finds no room where nobody is
             self.outstanding -= 1
@@ -269,6 +273,10 @@ class ReplicaRun:
         copies = [copy for copies in self.stages for copy in copies]
         rooms_are = all(copy.room is None or copy.room.used == copy.room.promised == 0 for copy in copies)
         return rooms_are and all(copy.pool is None or not copy.pool.homes for copy in copies)
+
+    def _is_whole(self) -> bool:
+        copies = [copy for copies in self.stages for copy in copies]
+        return all(copy.is_up and (copy.pool is None or copy.pool.is_whole) for copy in copies)
 
     # --- growth and eviction
 
@@ -293,16 +301,21 @@ class ReplicaRun:
 
     def _evict(self, now_s: float, batch: MicroBatch, request: int, *, extra_blocks: int = 0) -> None:
         """Takes a request out between two iterations; it is prefilled anew, before those that wait."""
-        self.drop(batch, request, batch.step, extra_blocks=extra_blocks)
+        self._drop(batch, request, written=0, extra_blocks=extra_blocks)
         self.outside.requeue(now_s, self, request)
 
-    def drop(self, batch: MicroBatch, request: int, step: int, *, extra_blocks: int = 0) -> None:
-        """Takes a request out of its micro-batch as of the beginning of ``step``: its KV is lost."""
+    def lose(self, now_s: float, batch: MicroBatch, request: int) -> None:
+        """Takes a request out whose KV is gone; the iteration under way makes no token of it."""
+        self._drop(batch, request, written=1)
+        self.outside.requeue(now_s, self, request)
+
+    def _drop(self, batch: MicroBatch, request: int, *, written: int, extra_blocks: int = 0) -> None:
+        """``written`` tokens of a decoding request are in KV that have not led to an output token."""
         book = self.book
         origin = batch.decoding.get(request)
         if origin is not None:
-            context = step - origin
-            book.produced[request] += context - book.target[request]
+            context = batch.step - origin + written
+            book.produced[request] += context - written - book.target[request]
             batch.leave(request, context)
         else:
             context = book.filled[request]
