@@ -69,11 +69,15 @@ class Apart:
         self._events, self._book, self._done, self._traced = events, book, done, traced
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
-        contents, loads = batch.contents, batch.loads
-        batch.seconds = [copy.timing.seconds(*contents) for copy in batch.copies]
-        for stage, copy in enumerate(batch.copies):
-            if copy.pool is not None:
-                batch.seconds[stage] += copy.pool.seconds([loads[stage]], [batch])
+        decoding, attended, tokens, pairs, read, rows = batch.contents
+        batch.seconds = [
+            copy.timing.seconds(decoding, attended, tokens, pairs, read, rows) for copy in batch.copies
+        ]  # fmt: skip
+        if batch.pools:
+            for stage, load in batch.loads.items():
+                pool = batch.copies[stage].pool
+                assert pool is not None
+                batch.seconds[stage] += pool.seconds([load], [batch])
         self._arrive(now_s, batch, 0)
 
     def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:

@@ -77,6 +77,9 @@ class ReplicaRun:
         self.discipline: Discipline
         self.outside = Outside()
         self.kv = Holdings(book, growth)
+        self._block_tokens = growth.block_tokens
+        self._takes_prompts = batching.chunk_tokens > 0
+        self._most_seats = batching.micro_batch + batching.ahead  # of a micro-batch, waiting ones included
         # The next block of everyone who decodes on the most crowded copy.
         copies = min(len(copies) for copies in self.stages)
         self._spare = -(-batching.in_flight // copies) * batching.micro_batch
@@ -109,9 +112,8 @@ class ReplicaRun:
 
     def expect(self, request: int) -> MicroBatch | None:
         """Keeps a seat and blocks for a request that is prefilled elsewhere; None: there is no room."""
-        seats = self.batching.micro_batch + self.batching.ahead
         for batch in sorted(self.batches, key=MicroBatch.seats_taken):
-            if batch.seats_taken() >= seats:
+            if batch.seats_taken() >= self._most_seats:
                 return None
             if self.kv.promise(batch, request, self._spare):
                 if self.kv.fill(batch, 0, self.book.target[request]):
@@ -148,7 +150,7 @@ class ReplicaRun:
         if decoding:
             self._grow(now_s, batch)
         tokens, pairs, read, last = 0, 0.0, 0.0, 0
-        if self.batching.chunk_tokens:
+        if self._takes_prompts and (batch.prefilling or len(decoding) + len(ready) < self._most_seats):
             batch.chunk = self._chunk(now_s, batch)
             for request, part, is_last in batch.chunk:
                 attended = self.growth.attended(book.filled[request] - part + (part + 1) / 2)
@@ -160,8 +162,9 @@ class ReplicaRun:
         if not num and not tokens:
             self.set_idle(batch)
             return
-        batch.idle = False
-        self._idle.discard(batch.index)
+        if batch.idle:
+            batch.idle = False
+            self._idle.discard(batch.index)
         batch.contents = (num, batch.attended, tokens, pairs, read, num + last)
         book.iterations += 1
         book.prefilled += tokens
@@ -218,7 +221,7 @@ class ReplicaRun:
         """Prompt tokens of the next iteration: the prompt under way, then new ones as far as tokens and seats go."""
         book, budget = self.book, self.batching.chunk_tokens
         chunk = list[tuple[int, int, bool]]()
-        seats = self.batching.micro_batch + self.batching.ahead - batch.seats_taken()
+        seats = self._most_seats - batch.seats_taken()
         while budget:
             if not batch.prefilling:
                 request = self._admitted(now_s, batch) if seats > 0 else None
@@ -282,7 +285,7 @@ class ReplicaRun:
 
     def _grow(self, now_s: float, batch: MicroBatch) -> None:
         """Every decoding request caches one token more; where blocks run out, the latest are evicted."""
-        phase = batch.step % self.growth.block_tokens
+        phase = batch.step % self._block_tokens
         while (crossing := batch.phases[phase]) and not self.kv.grow(batch, crossing):
             self._evict(now_s, batch, batch.requests()[-1])
         if batch.pools:
