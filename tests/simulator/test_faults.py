@@ -23,7 +23,7 @@ DEVICES = ("big-0/0", "big-1/0", "big-2/0", "big-4/0", "small-0/0", "small-1/0",
     st.sampled_from(["apart", "greedy"]),
     st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_whatever_fails_and_comes_back_nothing_is_lost(
     outages: list[tuple[str, float, float]], discipline: str, dispatch: bool
 ) -> None:
@@ -37,10 +37,10 @@ def test_whatever_fails_and_comes_back_nothing_is_lost(
         for fault in (Fault(at_s=at_s, device=device), Fault(at_s=at_s + for_s, device=device, joins=True))
     )
     chosen = Settings(discipline=discipline, dispatch=dispatch, faults=faults)  # type: ignore[arg-type]
-    requests = equal_requests(60, prompt=60, output=60, every_s=5e-3)
+    requests = equal_requests(60, prompt=60, output=30, every_s=5e-3)
     run = simulate(plan, problem, requests, chosen)  # asserts that all blocks come back
     assert not np.isnan(run.finished_s).any()
-    assert run.generated_tokens == 60 * 60
+    assert run.generated_tokens == 60 * 30
 
 
 def test_another_replica_takes_over_what_a_failed_one_had() -> None:

@@ -23,6 +23,7 @@ from hetis.solver.dispatch.state import DispatchState
 
 if TYPE_CHECKING:
     from hetis.solver.redispatch.result import Move
+    from hetis.solver.redispatch.watch import Watch
 
 Moved = Callable[[int], None]
 
@@ -43,6 +44,7 @@ class Migration:
         self._dispatcher = Dispatcher(state.stage)
         self._redispatcher = Redispatcher(self._dispatcher)
         self._link_byte_s = timing.move_byte_s(len(links))
+        self._watches: dict[int, Watch] = {}  # by micro-batch
         self._waves: list[list[Move]] = []
         self._pending = 0  # bundles of the present wave that are not committed
 
@@ -57,14 +59,18 @@ class Migration:
         """
         from hetis.solver.redispatch.problem import RedispatchProblem
         from hetis.solver.redispatch.triggers import triggers
+        from hetis.solver.redispatch.watch import Watch
 
         snapshot = self._snapshot(batch)
-        if not triggers(snapshot, self._dispatcher, theta=self._theta):
+        fired = triggers(snapshot, self._dispatcher, theta=self._theta)
+        watch = self._watches.setdefault(batch.index, Watch())
+        if not watch.due(snapshot, fired):
             return
         problem = RedispatchProblem(
             snapshot=snapshot, num_layers=self._timing.layers, link_byte_s=self._link_byte_s
         )  # fmt: skip
         moves = self._redispatcher.solve(problem).moves
+        watch.looked(snapshot, fired, moved=bool(moves))
         self._state.mark_seen()
         self._waves = [list(wave) for _, wave in groupby(moves, key=lambda move: move.wave)]
         self._next_wave(now_s, moved)
