@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ import numpy as np
 from benchmarks.measuring.instances import problem
 from hetis.formats.documents import from_data
 from hetis.simulator.simulate import simulate
+from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Request, Run, Settings
+from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Cluster
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -35,6 +38,7 @@ OBJECTIVES = (
     Objective(ttft_limit_s=5.0, tpot_limit_s=0.2),
     Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None),
 )
+ALTERNATING = 20_000  # iterations
 DECK = 2000  # requests drawn at even quantiles of the workload before lengths repeat
 
 
@@ -87,6 +91,8 @@ def distinct_replicas(plan: Plan) -> list[ReplicaPlan]:
     """The first replica of every shape of a plan, unified ones only."""
     first: dict[object, ReplicaPlan] = {}
     for one in plan.replicas:
+        if one.role is not Role.UNIFIED:
+            continue
         stages = tuple((s.gpu, s.tp, s.copies, s.num_layers, s.kv_head_groups_kept) for s in one.stages)
         pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups) for p in one.attention_workers)
         first.setdefault((stages, pools, one.micro_batch, one.in_flight, one.chunk_tokens), one)
@@ -108,6 +114,53 @@ def steady_rate(run: Run, in_flight: int) -> float:
     if last <= first:
         return float("nan")
     return (last - first) / float(finished[last - 1] - finished[first - 1])
+
+
+def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0) -> float:
+    """Requests/s if iterations took what the formula says, full chunks at the mean context, but came one by one.
+
+    Each iteration of a micro-batch carries a chunk or not, at random with the formula's share phi, and a micro-batch
+    stays on its copy of a stage. What is left of the planned rate is what slack should have covered.
+    """
+    plain_s, chunk_s = _formula_seconds(problem, one)
+    moments = problem.workload.clipped_to(problem.model.max_position).moments()
+    chunks = moments.mean_prompt / one.chunk_tokens
+    per_request = max(moments.mean_output / one.micro_batch, chunks)
+    rng = np.random.default_rng(seed)
+    free_s = [[0.0] * stage.copies for stage in one.stages]
+    last = len(one.stages) - 1
+    events = [(0.0, m, m, 0) for m in range(one.in_flight)]
+    carries = [False] * one.in_flight
+    order, done, began_s, now_s = len(events), 0, 0.0, 0.0
+    while done < ALTERNATING:
+        arrived_s, _, m, s = heapq.heappop(events)
+        if s == 0:
+            carries[m] = rng.random() < chunks / per_request
+        copy = m % len(free_s[s])
+        end_s = max(arrived_s, free_s[s][copy]) + (chunk_s[s] if carries[m] else plain_s[s])
+        free_s[s][copy] = end_s
+        order += 1
+        heapq.heappush(events, (end_s, order, m, s + 1 if s < last else 0))
+        if s == last:
+            done, now_s = done + 1, max(now_s, end_s)
+            began_s = now_s if done == ALTERNATING // 5 else began_s
+    return (ALTERNATING - ALTERNATING // 5) / (now_s - began_s) / per_request
+
+
+def _formula_seconds(problem: PlacementProblem, one: ReplicaPlan) -> tuple[list[float], list[float]]:
+    """Of every stage (without attention workers) an iteration without and with a chunk, as the cost model has them."""
+    model, moments = problem.model, problem.workload.clipped_to(problem.model.max_position).moments()
+    b, chunk = one.micro_batch, one.chunk_tokens
+    decoding = b, b * model.attended_tokens(moments.resident_context)
+    attended = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    shape = replica_shape(one, problem, Fleet.of(problem.cluster))
+    timings = [
+        StageTiming(problem, stage, is_first=n == 0, is_last=n == len(shape.stages) - 1)
+        for n, stage in enumerate(shape.stages)
+    ]
+    plain_s = [timing.seconds(*decoding, 0, 0.0, 0.0, b) for timing in timings]
+    chunk_s = [timing.seconds(*decoding, chunk, chunk * attended, attended + chunk / 2, b + 1) for timing in timings]
+    return plain_s, chunk_s
 
 
 def _random_cluster(rng: np.random.Generator, number: int) -> Cluster:
