@@ -33,6 +33,9 @@ _OF_THE_SEARCH = frozenset(
 )
 
 
+PACE = 1.2  # prompt tokens of a paced iteration over those that keep the seats filled on average: lengths vary
+
+
 class Builder:
     """Makes the replicas of a plan; equal stages share their timings.
 
@@ -89,8 +92,10 @@ class Builder:
             )
             ahead = max(1, math.ceil(arriving / one.in_flight))
         else:
-            chunks = self.moments.mean_prompt / chunk
-            ahead = max(1, math.ceil(max(1.0, chunks) / max(self.moments.mean_output / b, chunks)))
+            prompt, iterations = self.moments.mean_prompt, self.moments.mean_output / b
+            if self._settings.chunks == "paced":
+                chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
+            ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
         return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead)
 
     def _sent(self, prefill: int) -> float:

@@ -67,6 +67,9 @@ class Settings:
         seed: of everything that is random (ties of the router).
         discipline: ``apart``: the micro-batches of a replica stay as they are and take turns at a stage's copies, as
             the placement model assumes; ``greedy``: a stage takes all requests that wait for it at once.
+        chunks: ``planned``: an iteration carries up to the plan's C tokens of prompts whenever some wait; ``paced``: no
+            more than keep the seats filled on average, so that iterations are alike and pipelines with few
+            micro-batches do not wait for long ones. Prompts then take more iterations.
         router: ``least-work``: a request goes to the replica with the least work waiting and running, over its planned
             rate; ``weighted``: to each in proportion to its planned rate, whatever waits there.
         dispatch: head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them.
@@ -80,6 +83,7 @@ class Settings:
 
     seed: int = 0
     discipline: Literal["apart", "greedy"] = "apart"
+    chunks: Literal["planned", "paced"] = "planned"
     router: Literal["least-work", "weighted"] = "least-work"
     dispatch: bool = True
     redispatch: bool = True
