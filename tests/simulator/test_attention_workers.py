@@ -86,7 +86,7 @@ def test_dispatch_is_no_slower_than_the_plans_split() -> None:
 
 
 def test_re_dispatch_moves_head_groups_when_a_lost_worker_comes_back() -> None:
-    problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((700, 1200)))
+    problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((700, 1200)), usable_bytes=120_000_000)
     plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(2, 1)))
     requests = equal_requests(8, prompt=700, output=1200)
     faults = (Fault(at_s=0.5, device="small-0/0"), Fault(at_s=0.8, device="small-0/0", joins=True))

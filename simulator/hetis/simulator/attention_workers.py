@@ -19,8 +19,6 @@ from hetis.solver.dispatch.problem import Load, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.state import DispatchState
 
-# Blocks that dispatch keeps free for what a request may still write, as the agents' engines do: outputs are not known.
-GROWTH_BLOCKS = 4
 LOOK_STEPS = 16  # steps of a micro-batch between two looks of re-dispatch
 
 
@@ -48,6 +46,9 @@ class PoolCopy:
         """``split``: head groups of a request on the primary and on the cards together, as the plan has them."""
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
         self.state = DispatchState(timing.stage(names), blocks)
+        # Outputs are not known; room is kept for the mean. With 64 tokens, and a mean of 211, dispatch filled primaries
+        # that were then short: 2.6% of prompts prefilled anew, which cost 1.6% of the rate.
+        self._growth = round(mean_output)
         self.homes: dict[int, IntArray] = {}
         self.busy_s = np.zeros(len(names))
         self.total_blocks = np.asarray(blocks, np.int64)
@@ -84,7 +85,7 @@ class PoolCopy:
         new = Requests(
             ids=(str(request),),
             context_tokens=np.array([tokens]),
-            growth_tokens=np.array([GROWTH_BLOCKS * heads.block_tokens if len(state) else 0]),
+            growth_tokens=np.array([self._growth if len(state) else 0]),
         )
         here = Load(
             heads=load.groups * heads.queries_per_group,
