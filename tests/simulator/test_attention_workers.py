@@ -95,8 +95,9 @@ def test_re_dispatch_moves_head_groups_when_a_lost_worker_comes_back() -> None:
         for redispatch in (False, True)
     )
     assert still.migrations == 0
-    assert still.num_preemptions == moving.num_preemptions > 0
+    assert still.num_preemptions > 0
     assert moving.migrations > 0
+    assert moving.end_s < still.end_s
     assert moving.migrated_bytes > 0
     assert not np.isnan(moving.finished_s).any()
 
