@@ -53,6 +53,16 @@ def test_every_latency_by_hand() -> None:
     assert found.counts.finished == found.counts.arrived == 100
 
 
+def test_the_warm_up_is_measured_by_nothing() -> None:
+    rows = [(request(i, float(i)), i + 5.0, i + 9.0, i + 10.0) for i in range(100)]
+    rows += [(request(i, float(i)), i + 0.2, i + 0.5, i + 1.5) for i in range(100, 600)]
+    found = measure(run_of(rows, end_s=601.5), LIMITS, saturated=False)
+    assert found.window_start_s == 100.0
+    assert found.ttft_s.max == pytest.approx(0.5)
+    assert found.counts.measured == 500
+    assert found.counts.arrived == 600
+
+
 def test_a_run_that_misses_a_limit_attains_nothing() -> None:
     assert measure(even_run(), Limits(ttft_s=0.4, tpot_s=None), saturated=False).attainment == 0.0
     assert measure(even_run(), Limits(ttft_s=None, tpot_s=0.09), saturated=False).attainment == 0.0

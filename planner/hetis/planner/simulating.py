@@ -116,8 +116,12 @@ def default_requests(plan: Plan, load: Load) -> int:
     """All of a trace that is replayed as recorded; else so many that warm-up and chance weigh little."""
     if load.arrivals is Arrivals.RECORDED and isinstance(load.lengths, Trace):
         return len(load.lengths.arrival_s)
-    seats = sum(max(replica.micro_batch, 1) * replica.in_flight for replica in plan.replicas)
-    return max(MIN_REQUESTS, TURNS * seats)
+    return max(MIN_REQUESTS, TURNS * seats_of(plan))
+
+
+def seats_of(plan: Plan) -> int:
+    """Requests that a plan holds at once."""
+    return sum(max(replica.micro_batch, 1) * replica.in_flight for replica in plan.replicas)
 
 
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:

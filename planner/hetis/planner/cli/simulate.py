@@ -11,6 +11,7 @@ from hetis.planner.cli import simulation_options as options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument
 from hetis.planner.cli.simulation_options import Router
+from hetis.planner.cli.stage_options import announce_compilation
 from hetis.planner.cli.terminal import Terminal
 from hetis.planner.cli.verb import verb
 
@@ -76,6 +77,8 @@ def simulate(
     if not found.plan.replicas:
         terminal.error("the plan has no replicas: there is nothing to simulate")
         return ExitCode.INVALID
+    if not no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
+        announce_compilation(terminal)
     drawn = not recorded and not saturate
     load = Load(
         lengths=simulating.planned_lengths(found.plan, plan) if trace is None else simulating.load_lengths(trace),

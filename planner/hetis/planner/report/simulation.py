@@ -93,7 +93,9 @@ def _facts(simulated: Simulated) -> Table:
     tokens = f"{digits(summary.prompt_tokens_per_s)} prompt and {digits(summary.output_tokens_per_s)} output tokens/s"
     throughput = f"{_with_interval(summary.throughput_rps, 4)} requests/s"
     table.add_row("Throughput", Text.assemble((throughput, "bold green"), f"  {tokens}"))
-    if not summary.steady:
+    if not summary.throughput_rps.value > 0:
+        table.add_row("", Text("too short: no request finished before the last one came; more --requests", "yellow"))
+    elif not summary.steady:
         table.add_row("", Text("not carried: requests pile up, latencies grow with the length of the run", "yellow"))
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
         table.add_row("Attainment", f"{percent(summary.attainment)} of the requests kept both limits themselves")
