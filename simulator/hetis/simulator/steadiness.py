@@ -10,6 +10,7 @@ from hetis.simulator.values import FloatArray
 
 BATCH = 5
 MIN_BATCHES = 10
+ROUNDING = 1e-12
 MAX_GROWTH = 0.05  # of the requests measured may pile up, or twice the root of their number, and it is still steady
 
 
@@ -32,7 +33,8 @@ def warm_up(series: FloatArray) -> int:
     behind = np.arange(batches, 0, -1)
     total, squares = np.cumsum(means[::-1])[::-1], np.cumsum((means * means)[::-1])[::-1]
     error = np.maximum(squares - total * total / behind, 0.0) / behind**2
-    return int(np.argmin(error[: batches // 2 + 1])) * BATCH
+    error = error[: batches // 2 + 1]
+    return int(np.argmax(error <= error.min() + ROUNDING * error[0])) * BATCH  # the first of those that are equal
 
 
 def grows(*, arrived: int, finished: int) -> bool:
