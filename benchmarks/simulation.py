@@ -1,6 +1,6 @@
 """The placement's saturated rates beside simulated ones, and how fast the simulator is.
 
-    python -m benchmarks.simulation agreement|speed [--quick] [--json]
+    python -m benchmarks.simulation [--quick] [--json] [agreement | speed]
 
 ``agreement``: random (cluster, model, workload) cases are placed, and one replica of every shape of the plan is given
 requests that are always waiting, at the plan's b, M and C, with heads split as the plan splits them. ``ratio`` is the
@@ -52,7 +52,7 @@ AS_PLANNED = Settings(dispatch=False, redispatch=False)
 def main() -> None:
     """Prints one row per replica shape, or per plan."""
     parser = rows.parser("benchmarks.simulation", __doc__)
-    parser.add_argument("what", choices=("agreement", "speed"))
+    parser.add_argument("what", nargs="?", choices=("agreement", "speed"), default="agreement")
     parser.add_argument("--cases", type=int, default=60)
     arguments = parser.parse_args()
     if arguments.what == "speed":
