@@ -60,11 +60,11 @@ def main() -> None:
         return
     found = agreement_rows(4 if arguments.quick else arguments.cases, arguments.only)
     if arguments.json:
-        rows.show(found, arguments, name="simulation agreement")
+        rows.show(found, arguments, name="simulation")
         return
     measured = list(found)
     worst = sorted(measured, key=lambda row: -abs(_ratio(row) - 1))[:WORST]
-    rows.show(worst, arguments, name="simulation agreement")
+    rows.show(worst, arguments, name="simulation")
     ratios = np.array([_ratio(row) for row in measured])
     print(
         f"{(np.abs(ratios - 1) <= BAR).sum()} of {len(ratios)} replica shapes of "

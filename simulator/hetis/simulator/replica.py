@@ -103,7 +103,8 @@ class ReplicaRun:
         """Micro-batches that had nothing to do look again."""
         if self._idle:
             for index in sorted(self._idle):
-                self.form(now_s, self.batches[index])
+                if index in self._idle:
+                    self.form(now_s, self.batches[index])
 
     def set_idle(self, batch: MicroBatch) -> None:
         """A micro-batch without an iteration under way."""
