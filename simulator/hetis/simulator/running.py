@@ -113,7 +113,9 @@ class Runner:
                     future.cancel()
             if self._given is not None:
                 self.report(self._done_before + self._given.value, self._total)
-        return [future.result() for future in futures if not future.cancelled()]
+        answers = [future.result() for future in futures if not future.cancelled()]
+        # The pool hands a job out before a process is free for it: such a one had no traffic when all was stopped.
+        return [one for one in answers if one.metrics.counts.arrived or not self.cancelled.is_set()]
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -186,9 +188,9 @@ def _run_here(job: Job) -> Answer:
 
     def keep_going(given: int) -> bool:
         nonlocal stopped
-        if given and given % _LOOK_EVERY == 0:
+        if given % _LOOK_EVERY == 0:
             with this.given.get_lock():
-                this.given.value += _LOOK_EVERY
+                this.given.value += _LOOK_EVERY if given else 0
             stopped = this.stop.is_set()
         return not stopped
 
