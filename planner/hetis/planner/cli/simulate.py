@@ -45,6 +45,7 @@ def simulate(
     precision: options.PrecisionOption = "5%",  # type: ignore[assignment]
     threads: options.ProcessesOption = 0,
     greedy: options.GreedyOption = False,
+    paced: options.PacedOption = False,
     router: options.RouterOption = Router.LEAST_WORK,
     no_dispatch: options.NoDispatchOption = False,
     no_redispatch: options.NoRedispatchOption = False,
@@ -94,6 +95,7 @@ def simulate(
         seeds=tuple(range(seed, seed + seeds)),
         settings=Settings(
             discipline="greedy" if greedy else "apart",
+            chunks="paced" if paced else "planned",
             router=router.value,
             dispatch=not no_dispatch,
             redispatch=not no_redispatch and not no_dispatch,

@@ -164,6 +164,10 @@ GreedyOption = Annotated[
         "--greedy", rich_help_panel=_FLEET, help="Stages take whatever waits, instead of keeping micro-batches apart."
     ),
 ]
+PacedOption = Annotated[
+    bool,
+    typer.Option("--paced", rich_help_panel=_FLEET, help="Chunks of prompts no larger than keep the seats filled."),
+]
 RouterOption = Annotated[
     Router, typer.Option("--router", rich_help_panel=_FLEET, help="How requests are spread over replicas.")
 ]

@@ -103,6 +103,7 @@ def _facts(simulated: Simulated) -> Table:
     table.add_row("Measured", f"{_measured(simulated)}{clipped}")
     settings = question.settings
     parts = [f"micro-batches {settings.discipline}", f"{settings.router} router"]
+    parts += ["paced prompts"] if settings.chunks == "paced" else []
     parts += [] if settings.dispatch else ["no head-level dispatch"]
     parts += ["no re-dispatch"] if settings.dispatch and not settings.redispatch else []
     parts += [plural(len(settings.faults), "fault")] if settings.faults else []
