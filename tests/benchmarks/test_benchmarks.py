@@ -64,6 +64,12 @@ PROMISED = {
         "looks",
         "solve_p50_ms",
     },
+    "paper": {"name", "planned_rps", "throughput_rps", "half_width_rps", "kv_blocks", "ttft_p95_s", "tpot_p95_s"}
+    | {"hetis_over", "kv_over", "ttft_over", "tpot_over", "no_worse", "clipped", "note"}
+    | {f"paper_{figure}" for figure in ("throughput", "kv", "ttft", "tpot")},
+    "ablations": {"name", "planned_rps", "throughput_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s"}
+    | {"half_width_rps", "carried", "preemptions", "migrations", "migrated_gib", "note"},
+    "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 

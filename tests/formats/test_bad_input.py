@@ -18,6 +18,7 @@ from hetis.formats.documents import (
     load_workload,
 )
 from hetis.formats.errors import DocumentError
+from hetis.formats.faults import load_faults
 
 FOLDER = Path(__file__).parent.parent / "bad_input"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix != ".expected")
@@ -30,6 +31,7 @@ LOADERS: dict[str, Callable[[str], object]] = {  # by the first word of the file
     "state": load_state,
     "requests": load_requests,
     "layers": load_layers_problem,
+    "faults": load_faults,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.histogram import length_bins
-from hetis.formats.traces import load_trace
+from hetis.formats.traces import load_trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.solver.workload import LengthBin, moments_of
 
@@ -120,3 +121,22 @@ def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(HEADER + "0,1,1\n" + "9" * 1_000_000)
     with pytest.raises(DocumentError):
         load_trace(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "csv.gz", "jsonl.gz"])
+def test_traces_in_both_forms_are_the_same_requests_in_order_of_arrival(tmp_path: Path, ending: str) -> None:
+    rows = [(3.5, 30, 3), (1.0, 10, 1), (2.0, 20, 2)]
+    if "jsonl" in ending:
+        fields = ("arrival_s", "prompt_tokens", "output_tokens")
+        text = "".join(json.dumps({"user": "u"} | dict(zip(fields, row, strict=True))) + "\n" for row in rows)
+    else:
+        text = HEADER + "".join(f"{a},{p},{o}\n" for a, p, o in rows)
+    path = tmp_path / f"mine.{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    trace = read_trace(path)
+    assert trace.name == "mine"
+    assert trace.arrival_s.tolist() == [1.0, 2.0, 3.5]
+    assert trace.prompt_tokens.tolist() == [10, 20, 30]
+    assert trace.output_tokens.tolist() == [1, 2, 3]
+    assert trace.rate_rps == pytest.approx(2 / 2.5)
+    assert load_workload(path) == load_trace(path)

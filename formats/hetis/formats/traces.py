@@ -1,60 +1,71 @@
-"""Request traces: CSV, plain or gzip-compressed, with the columns ``arrival_s,prompt_tokens,output_tokens``."""
+"""Request traces: CSV with the columns ``arrival_s,prompt_tokens,output_tokens``, or JSONL with these fields."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import math
 import os
-import zlib
-from collections.abc import Iterator
-from functools import partial
+from array import array
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.files import unreadable
 from hetis.formats.histogram import length_bins
+from hetis.formats.trace_rows import COLUMNS, CSV_ENDINGS, JSONL_ENDINGS, rows_of
 from hetis.solver.workload import Workload
 
-COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 MAX_TOKENS = 10_000_000  # of one prompt or output
 MAX_ROWS = 20_000_000
 MAX_BINS = 4096
 MAX_PROBLEMS = 20
-MAX_LINE = 100_000  # characters
+ENDINGS = CSV_ENDINGS + JSONL_ENDINGS
 
 
-def load_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Workload:
-    """The workload of a trace: its joint length histogram (`length_bins`) and mean arrival rate.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """Requests in the order of their arrival, at least one; all arrays have the shape [requests].
 
-    Rows may be in any order and there may be more columns. The rate is (requests - 1) / (last - first arrival), and
-    None when all arrive at once.
+    ``arrival_s`` counts from the source's own start; lengths are in tokens, as the file has them (not clipped).
+    """
+
+    name: str
+    arrival_s: npt.NDArray[np.float64]
+    prompt_tokens: npt.NDArray[np.int64]
+    output_tokens: npt.NDArray[np.int64]
+
+    @property
+    def rate_rps(self) -> float | None:
+        """(requests - 1) / (last - first arrival); None when all arrive at once."""
+        span_s = float(self.arrival_s[-1] - self.arrival_s[0])
+        return (len(self.arrival_s) - 1) / span_s if span_s > 0 else None
+
+
+def read_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Trace:
+    """The requests of a trace. Rows may be in any order, and there may be more columns or fields.
 
     Args:
-        path: a ``.csv`` or ``.csv.gz`` file.
-        name: of the workload; default: the file's name without its endings.
+        path: a ``.csv`` or ``.jsonl`` file, ``.gz`` behind it if it is compressed.
+        name: of the trace; default: the file's name without its endings.
 
     Raises:
         DocumentError: not readable, no such columns, no requests, or rows that are not requests (the first 20).
     """
     label = os.fspath(path)
     problems: list[Problem] = []
-    num_problems, first, last = 0, math.inf, -math.inf
-    prompts, outputs = [], []
-    for line, row in _rows(label):
+    num_problems = 0
+    arrivals, prompts, outputs = array("d"), array("q"), array("q")
+    for line, row in rows_of(label):
         request = _request(row)
         if isinstance(request, list):
             num_problems += len(request)
             problems += [Problem(file=label, line=line, path=column, message=text) for column, text in request]
             del problems[MAX_PROBLEMS:]
             continue
-        arrival, prompt, output = request
-        first, last = min(first, arrival), max(last, arrival)
-        prompts.append(prompt)
-        outputs.append(output)
+        arrivals.append(request[0])
+        prompts.append(request[1])
+        outputs.append(request[2])
         if len(prompts) > MAX_ROWS:
             raise single_problem(label, f"has more than {MAX_ROWS} requests")
     if num_problems > len(problems):
@@ -63,42 +74,28 @@ def load_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Work
         raise DocumentError(problems)
     if not prompts:
         raise single_problem(label, "has no requests")
-    bins = length_bins(np.array(prompts, dtype=np.int64), np.array(outputs, dtype=np.int64), max_bins=MAX_BINS)
-    rate = (len(prompts) - 1) / (last - first) if last > first else None
-    return Workload(name=name or Path(label).name.removesuffix(".gz").removesuffix(".csv"), bins=bins, rate_rps=rate)
+    order = np.argsort(np.array(arrivals), kind="stable")
+    return Trace(
+        name=name or _without_endings(Path(label).name),
+        arrival_s=np.array(arrivals)[order],
+        prompt_tokens=np.array(prompts, dtype=np.int64)[order],
+        output_tokens=np.array(outputs, dtype=np.int64)[order],
+    )
 
 
-def _rows(label: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and the three values of every row."""
-    try:
-        with _opened(label) as file:
-            # A line without end is cut, and then fails as a row, before it fills the memory.
-            reader = csv.reader(iter(partial(file.readline, MAX_LINE), ""))
-            header = [column.strip() for column in next(reader, [])]
-            missing = [column for column in COLUMNS if column not in header]
-            if not header:
-                raise single_problem(label, "is empty", line=1)
-            if missing:
-                expected = f"the header must have {','.join(COLUMNS)}"
-                raise single_problem(label, f"column {', '.join(missing)} is missing, {expected}", line=1)
-            places = [header.index(column) for column in COLUMNS]
-            for row in reader:
-                if row:
-                    yield reader.line_num, [row[place] if place < len(row) else "" for place in places]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise single_problem(label, f"is not a complete gzip file: {error}") from None
-    except UnicodeDecodeError as error:
-        raise single_problem(label, f"is not UTF-8 text (offset {error.start})") from None
-    except csv.Error as error:
-        raise single_problem(label, f"is not CSV: {error}") from None
-    except (OSError, ValueError) as error:
-        raise unreadable(label, error) from None
+def load_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Workload:
+    """The workload of a trace (`read_trace`): its joint length histogram (`length_bins`) and mean arrival rate.
+
+    Raises:
+        DocumentError: as `read_trace`.
+    """
+    trace = read_trace(path, name=name)
+    bins = length_bins(trace.prompt_tokens, trace.output_tokens, max_bins=MAX_BINS)
+    return Workload(name=trace.name, bins=bins, rate_rps=trace.rate_rps)
 
 
-def _opened(label: str) -> IO[str]:
-    if label.endswith(".gz"):
-        return gzip.open(label, "rt", encoding="utf-8-sig", newline="")
-    return open(label, encoding="utf-8-sig", newline="")
+def _without_endings(name: str) -> str:
+    return name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
 
 
 def _request(row: list[str]) -> tuple[float, int, int] | list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.fields import API_VERSION, Part, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
-from hetis.formats.traces import MAX_TOKENS, load_trace
+from hetis.formats.traces import ENDINGS, MAX_TOKENS, load_trace
 from hetis.solver.workload import LengthBin, Workload
 
 Tokens = Annotated[float, Field(ge=1, le=MAX_TOKENS)]
@@ -54,7 +54,7 @@ def load_workload(ref: str | os.PathLike[str]) -> Workload:
 
     Args:
         ref: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
-            (``.csv``, ``.csv.gz``, see `load_trace`); or a Workload file (``-``: standard input).
+            (``.csv``, ``.jsonl``, ``.gz`` behind it; see `load_trace`); or a Workload file (``-``: standard input).
 
     Raises:
         DocumentError: unknown name, or a file with problems (all of them).
@@ -62,7 +62,7 @@ def load_workload(ref: str | os.PathLike[str]) -> Workload:
     text = os.fspath(ref)
     if _MEANS.fullmatch(text) and not os.path.exists(text):
         return _means(text)
-    if text.endswith((".csv", ".csv.gz")):
+    if text.endswith(ENDINGS):
         return load_trace(text)
     try:
         return catalogue.find_workload(text).workload

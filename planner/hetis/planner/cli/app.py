@@ -28,6 +28,8 @@ from hetis.planner.cli.place import place
 from hetis.planner.cli.redispatch import redispatch
 from hetis.planner.cli.rollback import rollback
 from hetis.planner.cli.schema import schema
+from hetis.planner.cli.simulate import simulate
+from hetis.planner.cli.simulation_options import SIMULATE_EXAMPLES
 from hetis.planner.cli.stage_options import DISPATCH_EXAMPLES, REDISPATCH_EXAMPLES
 from hetis.planner.cli.status import status
 from hetis.planner.cli.validate import validate
@@ -50,6 +52,7 @@ app.command(rich_help_panel="Plan", epilog=LAYERS_EXAMPLES)(layers)
 app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
+app.command(rich_help_panel="Plan", epilog=SIMULATE_EXAMPLES)(simulate)
 app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)
 app.command(rich_help_panel="One stage, while it serves", epilog=REDISPATCH_EXAMPLES)(redispatch)
 app.command(rich_help_panel="With a planner", epilog=APPLY_EXAMPLES)(apply)

@@ -1,0 +1,175 @@
+"""What each idea is worth, simulated: the same fleet without it.
+
+    python -m benchmarks.ablations [--quick] [--json] [--only TEXT] [--seeds K]
+
+Fleets and lengths where attention workers pay, and where they do not. `without attention workers` and `without stage
+copies` plan again within the smaller family; the others run the full plan with the idea switched off: head groups as
+the plan splits them (no head-level dispatch), running requests that never move, and Theta from 10% to 200%.
+
+`throughput_rps` is what is served when somebody always waits, `over_full` that over the full method's, with the half
+width of its 95% interval by seed; `ttft_p95_s` and `tpot_s` are at 90% of the full plan's saturated rate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import example, problem
+from benchmarks.measuring.rows import Row
+from benchmarks.measuring.served import served
+from hetis.formats.documents import load_workload
+from hetis.simulator.confidence import over_runs
+from hetis.simulator.metrics import prediction_of
+from hetis.simulator.values import Settings
+from hetis.solver.budget import Budget
+from hetis.solver.errors import HetisError
+from hetis.solver.placement.solve import solve_placement
+from hetis.solver.plan import Objective, Plan
+from hetis.solver.problem import PlacementProblem
+
+TIME_LIMIT_S = 20.0
+TURNS = 20  # see `hetis.planner.simulating`
+THETAS = (0.1, 0.25, 1.0, 2.0)  # beside the default of 0.5
+LOAD = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A fleet under lengths."""
+
+    name: str
+    fleet: str
+    model: str
+    workload: str
+    objective: Objective
+
+
+CASES = (
+    Case(
+        name="2 H100 + 8 P100, 8000/300, 50 ms",
+        fleet="h100-p100",
+        model="Llama-3.1-70B",
+        workload="8000/300",
+        objective=Objective(ttft_limit_s=None, tpot_limit_s=0.05),
+    ),
+    Case(
+        name="2 H100 + 8 L4, 500/2000, 100 ms",
+        fleet="h100-l4",
+        model="Llama-3.1-70B",
+        workload="500/2000",
+        objective=Objective(ttft_limit_s=None, tpot_limit_s=0.1),
+    ),
+    Case(
+        name="paper, azure, 2 s and 100 ms",
+        fleet="paper",
+        model="Llama-2-70B",
+        workload="azure_conv_2023",
+        objective=Objective(),
+    ),
+    Case(
+        name="paper, LongBench, no limits",
+        fleet="paper",
+        model="Llama-2-70B",
+        workload="longbench_lengths",
+        objective=Objective(ttft_limit_s=None, tpot_limit_s=None),
+    ),
+)
+
+
+def main() -> None:
+    """Prints one row per case and ablation."""
+    parser = rows.parser("benchmarks.ablations", __doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of every load")
+    parser.add_argument("--processes", type=int, default=0, help="runs at once; 0: all cores")
+    arguments = parser.parse_args()
+    chosen = CASES[:1] if arguments.quick else CASES
+    found = (
+        one
+        for case in chosen
+        if arguments.only in case.name
+        for one in ablated(
+            case,
+            seeds=2 if arguments.quick else arguments.seeds,
+            turns=1 if arguments.quick else TURNS,
+            thetas=THETAS[:1] if arguments.quick else THETAS,
+            processes=1 if arguments.quick else arguments.processes,
+        )
+    )
+    rows.show(found, arguments, name="ablations")
+
+
+def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], processes: int) -> Iterator[Row]:
+    """The full method first, then without each of its parts."""
+    posed = problem(example(case.fleet), model=case.model, workload=case.workload, objective=case.objective)
+    lengths = load_workload(case.workload)
+    variants: list[tuple[str, PlacementProblem, Settings]] = [
+        ("full", posed, Settings()),
+        ("without head-level dispatch", posed, Settings(dispatch=False, redispatch=False)),
+        ("without re-dispatch", posed, Settings(redispatch=False)),
+        ("without attention workers", replace(posed, family=replace(posed.family, max_pool=0)), Settings()),
+        ("without stage copies", replace(posed, family=replace(posed.family, max_copies=1)), Settings()),
+        *((f"Theta {theta:.0%}", posed, Settings(theta=theta)) for theta in thetas),
+    ]
+    plans: dict[int, tuple[Plan | None, str]] = {}
+    rate_rps, full = 0.0, list[float]()
+    for name, problem_, settings in variants:
+        if id(problem_) not in plans:
+            plans[id(problem_)] = _planned(problem_)
+        plan, note = plans[id(problem_)]
+        label = f"{case.name}: {name}"
+        if plan is None:
+            yield _row(label, note=note)
+            continue
+        rate_rps = rate_rps or LOAD * prediction_of(plan).rate_rps
+        with served(
+            plan, problem_, lengths, seeds=seeds, turns=turns, at_least=20 * turns, processes=processes
+        ) as server:
+            summary, by_seed = server.saturated(settings)
+            loaded = server.at(rate_rps, settings)
+        full = full or by_seed
+        over = over_runs(np.divide(by_seed, full).tolist())
+        workers = sum(len(pool.devices) for replica in plan.replicas for pool in replica.attention_workers)
+        yield _row(
+            label,
+            planned_rps=prediction_of(plan).rate_rps,
+            throughput_rps=summary.throughput_rps.value,
+            half_width_rps=summary.throughput_rps.half_width,
+            over_full=over.value,
+            over_full_half_width=over.half_width,
+            ttft_p95_s=loaded.ttft_p95_s.value,
+            tpot_s=loaded.mean_tpot_s.value,
+            carried="yes" if loaded.steady else "no",
+            preemptions=summary.counts.preemptions,
+            migrations=summary.counts.migrations,
+            migrated_gib=summary.counts.migrated_bytes / 2**30,
+            note=f"{workers} attention workers, copies {_copies(plan)}",
+        )
+
+
+def _row(name: str, **found: rows.Cell) -> Row:
+    columns = (
+        "planned_rps", "throughput_rps", "half_width_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s",
+        "carried", "preemptions", "migrations", "migrated_gib", "note",
+    )  # fmt: skip
+    return {"name": name} | {column: found.get(column) for column in columns}
+
+
+def _planned(posed: PlacementProblem) -> tuple[Plan | None, str]:
+    try:
+        budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.monotonic)
+        return solve_placement(posed, strategy="hetis", budget=budget), ""
+    except HetisError as error:
+        return None, str(error).splitlines()[0]
+
+
+def _copies(plan: Plan) -> str:
+    return "/".join(str(stage.copies) for replica in plan.replicas[:1] for stage in replica.stages)
+
+
+if __name__ == "__main__":
+    main()

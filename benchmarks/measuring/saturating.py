@@ -1,0 +1,182 @@
+"""Random placements, and what one replica of them serves when requests are always waiting."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.measuring.instances import problem
+from hetis.formats.documents import from_data
+from hetis.simulator.simulate import simulate
+from hetis.simulator.timing import StageTiming
+from hetis.simulator.values import Request, Run, Settings
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.cluster import Cluster
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import Workload
+
+GPUS = (
+    "H100-SXM-80GB", "A100-SXM-80GB", "A100-PCIe-40GB", "L40S", "A10G", "L4", "V100-SXM2-32GB", "T4", "RTX-3090",
+    "RTX-4090", "P100-PCIe-16GB", "A40",
+)  # fmt: skip
+MODELS = (
+    "Llama-2-7B", "Llama-2-13B", "Llama-2-70B", "OPT-13B", "OPT-30B", "Llama-3-8B", "Mistral-7B", "Qwen2.5-32B",
+    "Mixtral-8x7B", "Qwen3-30B-A3B",
+)  # fmt: skip
+WORKLOADS = (
+    "azure_conv_2023", "sharegpt_8k_lengths", "sharegpt_first_turn_lengths", "arxiv_summarization_lengths",
+    "humaneval_lengths", "longbench_lengths",
+)  # fmt: skip
+OBJECTIVES = (
+    Objective(),
+    Objective(ttft_limit_s=None, tpot_limit_s=0.05),
+    Objective(ttft_limit_s=5.0, tpot_limit_s=0.2),
+    Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None),
+)
+ALTERNATING = 20_000  # iterations
+DECK = 2000  # requests drawn at even quantiles of the workload before lengths repeat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A placement to come."""
+
+    name: str
+    problem: PlacementProblem
+
+
+def random_cases(count: int, seed: int) -> Iterator[Case]:
+    """Fleets of one to three GPU types and 2 to 16 GPUs, any model that is likely to fit, any workload."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        cluster = _random_cluster(rng, number)
+        model, workload = str(rng.choice(MODELS)), str(rng.choice(WORKLOADS))
+        objective = OBJECTIVES[int(rng.integers(len(OBJECTIVES)))]
+        posed = problem(cluster, model=model, workload=workload, objective=objective)
+        yield Case(name=f"{number}: {cluster.name}, {model}, {workload}", problem=posed)
+
+
+class Deck:
+    """A source that deals a workload's lengths at even quantiles, shuffled: it has the averages of the workload."""
+
+    def __init__(self, workload: Workload, count: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        size = min(DECK, count)
+        cumulative = np.cumsum([b.weight for b in workload.bins])
+        chosen = np.searchsorted(cumulative, (np.arange(size) + 0.5) / size * cumulative[-1])
+        lengths = [(max(1, round(b.prompt_tokens)), max(1, round(b.output_tokens))) for b in workload.bins]
+        self._left = itertools.islice(self._dealt([lengths[i] for i in chosen], rng), count)
+
+    def next_request(self, now_s: float) -> Request | None:
+        """The next card; None when all are dealt."""
+        card = next(self._left, None)
+        if card is None:
+            return None
+        number, (prompt, output) = card
+        return Request(id=number, arrival_s=now_s, prompt_tokens=prompt, output_tokens=output)
+
+    def _dealt(self, cards: list[tuple[int, int]], rng: np.random.Generator) -> Iterator[tuple[int, tuple[int, int]]]:
+        number = itertools.count()
+        while True:
+            for i in rng.permutation(len(cards)):
+                yield next(number), cards[i]
+
+
+def distinct_replicas(plan: Plan) -> list[ReplicaPlan]:
+    """The first replica of every shape of a plan, unified ones only."""
+    first: dict[object, ReplicaPlan] = {}
+    for one in plan.replicas:
+        if one.role is not Role.UNIFIED:
+            continue
+        stages = tuple((s.gpu, s.tp, s.copies, s.num_layers, s.kv_head_groups_kept) for s in one.stages)
+        pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups) for p in one.attention_workers)
+        first.setdefault((stages, pools, one.micro_batch, one.in_flight, one.chunk_tokens), one)
+    return list(first.values())
+
+
+def saturated_run(plan: Plan, problem: PlacementProblem, one: ReplicaPlan, count: int, settings: Settings) -> Run:
+    """One replica alone on ``count`` requests that are always waiting."""
+    alone = replace(plan, replicas=(one,), kv_routes=())
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    return simulate(alone, problem, Deck(workload, count, settings.seed), settings)
+
+
+def steady_rate(run: Run, in_flight: int) -> float:
+    """Completions per second from when requests have been replaced twice until the last one has come."""
+    finished = np.sort(run.finished_s[~np.isnan(run.finished_s)])
+    first = min(max(2 * in_flight, len(finished) // 4), len(finished) // 2)
+    last = int(np.searchsorted(finished, run.arrival_s.max()))
+    if last <= first:
+        return float("nan")
+    return (last - first) / float(finished[last - 1] - finished[first - 1])
+
+
+def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0) -> float:
+    """Requests/s if iterations took what the formula says, full chunks at the mean context, but came one by one.
+
+    Each iteration of a micro-batch carries a chunk or not, at random with the formula's share phi, and a micro-batch
+    stays on its copy of a stage. What is left of the planned rate is what slack should have covered.
+    """
+    plain_s, chunk_s = _formula_seconds(problem, one)
+    moments = problem.workload.clipped_to(problem.model.max_position).moments()
+    chunks = moments.mean_prompt / one.chunk_tokens
+    per_request = max(moments.mean_output / one.micro_batch, chunks)
+    rng = np.random.default_rng(seed)
+    free_s = [[0.0] * stage.copies for stage in one.stages]
+    last = len(one.stages) - 1
+    events = [(0.0, m, m, 0) for m in range(one.in_flight)]
+    carries = [False] * one.in_flight
+    order, done, began_s, now_s = len(events), 0, 0.0, 0.0
+    while done < ALTERNATING:
+        arrived_s, _, m, s = heapq.heappop(events)
+        if s == 0:
+            carries[m] = rng.random() < chunks / per_request
+        copy = m % len(free_s[s])
+        end_s = max(arrived_s, free_s[s][copy]) + (chunk_s[s] if carries[m] else plain_s[s])
+        free_s[s][copy] = end_s
+        order += 1
+        heapq.heappush(events, (end_s, order, m, s + 1 if s < last else 0))
+        if s == last:
+            done, now_s = done + 1, max(now_s, end_s)
+            began_s = now_s if done == ALTERNATING // 5 else began_s
+    return (ALTERNATING - ALTERNATING // 5) / (now_s - began_s) / per_request
+
+
+def _formula_seconds(problem: PlacementProblem, one: ReplicaPlan) -> tuple[list[float], list[float]]:
+    """Of every stage (without attention workers) an iteration without and with a chunk, as the cost model has them."""
+    model, moments = problem.model, problem.workload.clipped_to(problem.model.max_position).moments()
+    b, chunk = one.micro_batch, one.chunk_tokens
+    decoding = b, b * model.attended_tokens(moments.resident_context)
+    attended = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    shape = replica_shape(one, problem, Fleet.of(problem.cluster))
+    timings = [
+        StageTiming(problem, stage, is_first=n == 0, is_last=n == len(shape.stages) - 1)
+        for n, stage in enumerate(shape.stages)
+    ]
+    plain_s = [timing.seconds(*decoding, 0, 0.0, 0.0, b) for timing in timings]
+    chunk_s = [timing.seconds(*decoding, chunk, chunk * attended, attended + chunk / 2, b + 1) for timing in timings]
+    return plain_s, chunk_s
+
+
+def _random_cluster(rng: np.random.Generator, number: int) -> Cluster:
+    types = rng.choice(GPUS, size=int(rng.integers(1, 4)), replace=False)
+    nodes, names = list[dict[str, object]](), list[str]()
+    for index, gpu in enumerate(types):
+        count, gpus = int(rng.integers(1, 3)), int(rng.choice((1, 2, 4)))
+        nodes.append({"name": f"n{index}", "count": count, "gpus": [{"type": str(gpu), "count": gpus}]})
+        names.append(f"{count}x{gpus} {gpu}")
+    document = {
+        "apiVersion": "hetis/v1",
+        "kind": "Cluster",
+        "name": " + ".join(names),
+        "nodes": nodes,
+        "network": {"bandwidth": str(rng.choice(("10Gbps", "25Gbps", "100Gbps"))), "latency": "20us"},
+    }
+    cluster = from_data(document, name=f"case {number}")
+    assert isinstance(cluster, Cluster)
+    return cluster

@@ -1,0 +1,79 @@
+"""What a plan serves in simulation: its saturated rate, and its latencies at a rate, over several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from hetis.planner.simulating import seats_of
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import Limits, Metrics
+from hetis.simulator.running import Job, Runner, runner
+from hetis.simulator.summary import Summary, summarise
+from hetis.simulator.values import Settings
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """A plan that is put under load.
+
+    Attributes:
+        lengths: of requests, not clipped.
+        seeds: number of runs of each load.
+        turns: so often the requests that the plan holds at once are replaced in a run of ``at_least`` requests.
+    """
+
+    runs: Runner
+    lengths: Workload
+    seeds: int
+    turns: int
+    at_least: int
+
+    def saturated(self, settings: Settings | None = None) -> tuple[Summary, list[float]]:
+        """Always somebody waiting: the summary, and the throughput by seed in requests/s."""
+        metrics = self._measured(self._load(Arrivals.SATURATED, None), settings)
+        return summarise(metrics), [one.throughput_rps.value for one in metrics]
+
+    def at(self, rate_rps: float, settings: Settings | None = None) -> Summary:
+        """Poisson arrivals."""
+        return summarise(self._measured(self._load(Arrivals.DRAWN, rate_rps), settings))
+
+    def _load(self, arrivals: Arrivals, rate_rps: float | None) -> Load:
+        context = self.runs.problem.model.max_position
+        return Load(lengths=self.lengths, max_position=context, arrivals=arrivals, rate_rps=rate_rps)
+
+    def _measured(self, load: Load, settings: Settings | None) -> list[Metrics]:
+        objective = self.runs.problem.objective
+        limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
+        count = max(self.at_least, self.turns * seats_of(self.runs.plan))
+        jobs = [
+            Job(
+                load=load,
+                num_requests=count,
+                seed=seed,
+                settings=replace(settings or Settings(), seed=seed),
+                limits=limits,
+            )
+            for seed in range(self.seeds)
+        ]
+        return [answer.metrics for answer in self.runs.run(jobs)]
+
+
+@contextmanager
+def served(
+    plan: Plan,
+    problem: PlacementProblem,
+    lengths: Workload,
+    *,
+    seeds: int,
+    turns: int,
+    at_least: int = 400,
+    processes: int,
+) -> Iterator[Server]:
+    """A plan under load, its runs in ``processes`` of their own (1: in this one)."""
+    with runner(plan, problem, processes=processes) as runs:
+        yield Server(runs=runs, lengths=lengths, seeds=seeds, turns=turns, at_least=at_least)

@@ -1,0 +1,193 @@
+"""The comparison of the Hetis paper, simulated: every strategy on its cluster, models and traces.
+
+    python -m benchmarks.paper [--quick] [--json] [--only TEXT] [--objective throughput|goodput] [--seeds K]
+
+The cluster is `examples/paper.yaml` (4 A100-80GB, 4 RTX 3090, 4 P100). Lengths are those of the catalogue's ShareGPT
+(first turns), HumanEval and LongBench, clipped to each model's context: the share that was is in `clipped`.
+Every strategy plans for the same objective (none of its own tuning is held back) and is then simulated:
+
+- `throughput_rps`: what it serves when somebody always waits, over the seeds, with the half width of its 95% interval;
+- `ttft_p95_s`, `tpot_p95_s`: at one rate for all strategies of a case, 70% of what the weakest of them serves;
+- `kv_blocks`: blocks of 16 tokens in all layers that its replicas have room for;
+- `hetis_over`, `kv_over`, `ttft_over`, `tpot_over`: `hetis` beside this strategy, above 1 where `hetis` is better, and
+  `paper_*` the most that the paper reports of the same ("up to"; it does not say where);
+- `no_worse`: whether `hetis` serves at least as much, within the 95% interval of the difference by seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import example, problem
+from benchmarks.measuring.rows import Row
+from benchmarks.measuring.served import served
+from hetis.formats.documents import load_workload
+from hetis.simulator.confidence import over_runs
+from hetis.simulator.summary import Summary
+from hetis.solver.budget import Budget
+from hetis.solver.errors import HetisError
+from hetis.solver.placement.solve import solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
+
+MODELS = ("Llama-13B", "OPT-30B", "Llama-2-70B")
+TRACES = {
+    "ShareGPT": "sharegpt_first_turn_lengths",
+    "HumanEval": "humaneval_lengths",
+    "LongBench": "longbench_lengths",
+}
+OBJECTIVES = {
+    "throughput": Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None),
+    "goodput": Objective(),
+}
+TIME_LIMIT_S = 30.0
+TURNS = 20  # see `hetis.planner.simulating`
+LATENCY_LOAD = 0.7  # of what the weakest strategy serves
+BLOCK_TOKENS = 16
+# The most that the paper reports of Hetis over each: throughput, KV blocks, p95 TTFT, p95 TPOT.
+PAPER = {"splitwise": (2.25, 1.87, 1.47, 1.39), "hexgen": (1.33, 1.87, 1.22, 1.39)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A strategy on a case; without a plan ``note`` says why."""
+
+    strategy: str
+    plan: Plan | None
+    note: str
+    saturated: Summary | None = None
+    by_seed: tuple[float, ...] = ()
+    loaded: Summary | None = None
+
+
+def main() -> None:
+    """Prints one row per model, trace and strategy."""
+    parser = rows.parser("benchmarks.paper", __doc__)
+    parser.add_argument("--objective", choices=list(OBJECTIVES), default="throughput", help="what all plan for")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of every load")
+    parser.add_argument("--processes", type=int, default=0, help="runs at once; 0: all cores")
+    arguments = parser.parse_args()
+    found = cases(
+        OBJECTIVES[arguments.objective], quick=arguments.quick, only=arguments.only, seeds=arguments.seeds,
+        processes=1 if arguments.quick else arguments.processes,
+    )  # fmt: skip
+    rows.show(found, arguments, name="paper")
+
+
+def cases(objective: Objective, *, quick: bool, only: str, seeds: int, processes: int) -> Iterator[Row]:
+    """Every model and trace; of ``quick`` one, with two seeds and short runs."""
+    for model in MODELS[:1] if quick else MODELS:
+        for trace, workload in list(TRACES.items())[-1 if quick else 0 :]:
+            names = {strategy: f"{model}, {trace}, {strategy}" for strategy in STRATEGIES}
+            if not any(only in name for name in names.values()):
+                continue
+            posed = problem(example("paper"), model=model, workload=workload, objective=objective)
+            outcomes = simulated(
+                posed, workload, seeds=2 if quick else seeds, turns=1 if quick else TURNS, processes=processes
+            )
+            found = (row(names[one.strategy], one, outcomes, posed) for one in outcomes)
+            yield from (one for one in found if only in str(one["name"]))
+
+
+def simulated(posed: PlacementProblem, workload: str, *, seeds: int, turns: int, processes: int) -> list[Outcome]:
+    """Plans by every strategy, saturated, then all at one rate."""
+    lengths = load_workload(workload)
+    outcomes = []
+    for strategy in STRATEGIES:
+        restricted = replace(posed, family=STRATEGIES[strategy].restrict(posed.family))
+        outcome = planned(restricted, strategy)
+        if outcome.plan is not None:
+            with served(
+                outcome.plan, restricted, lengths, seeds=seeds, turns=turns, at_least=20 * turns, processes=processes
+            ) as server:
+                summary, by_seed = server.saturated()
+            outcome = replace(outcome, saturated=summary, by_seed=tuple(by_seed))
+        outcomes.append(outcome)
+    rate_rps = LATENCY_LOAD * min((float(np.mean(one.by_seed)) for one in outcomes if one.by_seed), default=math.nan)
+    return [_loaded(one, posed, workload, rate_rps, seeds, turns, processes) for one in outcomes]
+
+
+def planned(posed: PlacementProblem, strategy: str) -> Outcome:
+    """The strategy's plan, or why it has none."""
+    budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.monotonic)
+    try:
+        return Outcome(strategy=strategy, plan=solve_placement(posed, strategy=strategy, budget=budget), note="")
+    except HetisError as error:
+        return Outcome(strategy=strategy, plan=None, note=str(error).splitlines()[0])
+
+
+def _loaded(
+    outcome: Outcome, posed: PlacementProblem, workload: str, rate_rps: float, seeds: int, turns: int,
+    processes: int,
+) -> Outcome:  # fmt: skip
+    if outcome.plan is None:
+        return outcome
+    lengths = load_workload(workload)
+    with served(
+        outcome.plan, posed, lengths, seeds=seeds, turns=turns, at_least=20 * turns, processes=processes
+    ) as server:
+        return replace(outcome, loaded=server.at(rate_rps))
+
+
+def row(name: str, one: Outcome, outcomes: list[Outcome], posed: PlacementProblem) -> Row:
+    """A strategy beside `hetis` and beside what the paper says of the two."""
+    ours = next(outcome for outcome in outcomes if outcome.strategy == "hetis")
+    paper = PAPER.get(one.strategy, (None, None, None, None))
+    served_rps = one.saturated.throughput_rps if one.saturated is not None else None
+    return {
+        "name": name,
+        "gpus": sum(len(r.devices()) for r in one.plan.replicas) if one.plan is not None else 0,
+        "planned_rps": sum(r.rate for r in one.plan.replicas) if one.plan is not None else None,
+        "throughput_rps": served_rps.value if served_rps is not None else None,
+        "half_width_rps": served_rps.half_width if served_rps is not None else None,
+        "hetis_over": _ratio(ours.by_seed, one.by_seed),
+        "paper_throughput": paper[0],
+        "kv_blocks": _kv_blocks(one),
+        "kv_over": _over(_kv_blocks(ours), _kv_blocks(one)),
+        "paper_kv": paper[1],
+        "ttft_p95_s": one.loaded.ttft_s.p95 if one.loaded is not None else None,
+        "ttft_over": _over(_latency(one, "ttft_s"), _latency(ours, "ttft_s")),
+        "paper_ttft": paper[2],
+        "tpot_p95_s": one.loaded.tpot_s.p95 if one.loaded is not None else None,
+        "tpot_over": _over(_latency(one, "tpot_s"), _latency(ours, "tpot_s")),
+        "paper_tpot": paper[3],
+        "no_worse": _no_worse(ours.by_seed, one.by_seed),
+        "clipped": posed.workload.clipped_ratio,
+        "note": one.note,
+    }
+
+
+def _kv_blocks(one: Outcome) -> float | None:
+    return sum(r.kv_tokens for r in one.plan.replicas) / BLOCK_TOKENS if one.plan is not None else None
+
+
+def _latency(one: Outcome, name: str) -> float | None:
+    return float(getattr(one.loaded, name).p95) if one.loaded is not None else None
+
+
+def _ratio(ours: tuple[float, ...], theirs: tuple[float, ...]) -> float | None:
+    return float(np.mean(ours) / np.mean(theirs)) if ours and theirs and np.mean(theirs) > 0 else None
+
+
+def _over(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def _no_worse(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
+    """Seeds draw the same requests for both, so that their differences are what is judged."""
+    if not ours or not theirs:
+        return "-"
+    difference = over_runs(np.subtract(ours, theirs).tolist())
+    slack = difference.half_width if difference.half_width >= 0 else 0.0
+    return "yes" if difference.value + slack >= 0 else "no"
+
+
+if __name__ == "__main__":
+    main()

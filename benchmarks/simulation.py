@@ -1,0 +1,158 @@
+"""The placement's saturated rates beside simulated ones, and how fast the simulator is.
+
+    python -m benchmarks.simulation [--quick] [--json] [agreement | speed]
+
+``agreement``: random (cluster, model, workload) cases are placed, and one replica of every shape of the plan is given
+requests that are always waiting, at the plan's b, M and C, with heads split as the plan splits them. ``ratio`` is the
+simulated rate over `ReplicaPlan.rate`; the bar is 0.9 to 1.1 (DESIGN section 10). ``alternating`` is the same for a
+pipeline whose iterations take exactly what the formula says, but come one by one, with or without a chunk: where it is
+as far off, the slack of the formula is too small.
+
+``speed``: CPU seconds of whole plans on requests that are always waiting, one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.instances import example, of_types, problem
+from benchmarks.measuring.rows import Row
+from benchmarks.measuring.saturating import (
+    DECK,
+    Case,
+    Deck,
+    alternating_rate,
+    distinct_replicas,
+    random_cases,
+    saturated_run,
+    steady_rate,
+)
+from hetis.simulator.simulate import simulate
+from hetis.simulator.values import Settings
+from hetis.solver.budget import Budget
+from hetis.solver.errors import HetisError
+from hetis.solver.placement import solve_placement
+from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.problem import Family, PlacementProblem
+
+SEED = 7
+BAR = 0.1
+SOLVE_S = 8.0
+WORST = 16  # rows shown
+MOST_ITERATIONS = 60_000  # of one simulated replica, about
+AS_PLANNED = Settings(dispatch=False, redispatch=False)
+
+
+def main() -> None:
+    """Prints one row per replica shape, or per plan."""
+    parser = rows.parser("benchmarks.simulation", __doc__)
+    parser.add_argument("what", nargs="?", choices=("agreement", "speed"), default="agreement")
+    parser.add_argument("--cases", type=int, default=60)
+    arguments = parser.parse_args()
+    if arguments.what == "speed":
+        rows.show(speed_rows(quick=arguments.quick, only=arguments.only), arguments, name="simulation speed")
+        return
+    found = agreement_rows(4 if arguments.quick else arguments.cases, arguments.only)
+    if arguments.json:
+        rows.show(found, arguments, name="simulation")
+        return
+    measured = list(found)
+    worst = sorted(measured, key=lambda row: -abs(_ratio(row) - 1))[:WORST]
+    rows.show(worst, arguments, name="simulation")
+    ratios = np.array([_ratio(row) for row in measured])
+    print(
+        f"{(np.abs(ratios - 1) <= BAR).sum()} of {len(ratios)} replica shapes of "
+        f"{len({str(row['name']).partition(':')[0] for row in measured})} cases within {BAR:.0%}; "
+        f"mean {ratios.mean():.3f}, least {ratios.min():.3f}, most {ratios.max():.3f}; the worst {len(worst)} are shown"
+    )
+
+
+def agreement_rows(count: int, only: str = "") -> Iterator[Row]:
+    """One row per replica shape of every case."""
+    cases = [case for case in random_cases(count, SEED) if only in case.name]
+    with ProcessPoolExecutor(max_workers=1 if count < 8 else None) as pool:
+        for found in pool.map(_agreement, cases):
+            yield from found
+
+
+def _agreement(case: Case) -> list[Row]:
+    try:
+        plan = solve_placement(case.problem, budget=Budget(time_limit_s=SOLVE_S, clock=time.monotonic), gap_target=0.01)
+    except HetisError:
+        return []  # the model fits on none of these GPUs, or no plan meets the limits
+    return [_row(f"{case.name} #{n}", case, plan, one) for n, one in enumerate(distinct_replicas(plan))]
+
+
+def _ratio(row: Row) -> float:
+    return float(str(row["ratio"]))
+
+
+def _row(name: str, case: Case, plan: Plan, one: ReplicaPlan) -> Row:
+    moments = case.problem.workload.clipped_to(case.problem.model.max_position).moments()
+    per_request = max(moments.mean_output / one.micro_batch, moments.mean_prompt / one.chunk_tokens)
+    in_flight = one.micro_batch * one.in_flight
+    count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / per_request), 200))
+    started = time.perf_counter()
+    run = saturated_run(plan, case.problem, one, count, AS_PLANNED)
+    simulated = steady_rate(run, in_flight)
+    stages = "+".join(f"{s.copies}x{s.gpu} TP{s.tp} L{s.num_layers}" for s in one.stages)
+    pools = "".join(f", {len(p.devices)} {p.gpu} for {p.kv_head_groups} groups" for p in one.attention_workers)
+    return {
+        "name": name,
+        "shape": f"{stages}{pools}; b {one.micro_batch}, M {one.in_flight}, C {one.chunk_tokens}",
+        "planned": one.rate,
+        "simulated": simulated,
+        "ratio": simulated / one.rate,
+        "alternating": None if one.attention_workers else alternating_rate(case.problem, one) / one.rate,
+        "requests": count,
+        "preemptions": run.num_preemptions,
+        "wall_s": time.perf_counter() - started,
+    }
+
+
+def speed_rows(*, quick: bool, only: str) -> Iterator[Row]:
+    """Whole plans, saturated: seconds of simulation, iterations, and what one of them takes."""
+    paper = problem(example("paper"), model="Llama-2-13B")
+    without = replace(paper, family=Family(name="hetis", max_pool=0))
+    few, many = (200, 2_000) if quick else (5_000, 100_000)
+    cases = [
+        ("12 GPUs, no pools", without, many, Settings()),
+        ("12 GPUs, pools, plan's split", paper, few, AS_PLANNED),
+        ("12 GPUs, pools, dispatch", paper, few, Settings(redispatch=False)),
+        ("12 GPUs, pools, dispatch and re-dispatch", paper, few, Settings()),
+    ]
+    if not quick:
+        cases.append(("1,000 GPUs", problem(of_types(4, 1000)), many, Settings()))
+    for name, posed, requests, settings in cases:
+        if only in name:
+            yield _speed(name, posed, requests, settings)
+
+
+def _speed(name: str, posed: PlacementProblem, requests: int, settings: Settings) -> Row:
+    plan = solve_placement(posed, budget=Budget(time_limit_s=SOLVE_S, clock=time.monotonic), gap_target=0.01)
+    workload = posed.workload.clipped_to(posed.model.max_position)
+    simulate(plan, posed, Deck(workload, 20, 0), settings)  # compiles dispatch
+    started = time.process_time()
+    run = simulate(plan, posed, Deck(workload, requests, 0), settings)
+    seconds = time.process_time() - started
+    return {
+        "name": name,
+        "gpus": posed.cluster.num_gpus(),
+        "requests": requests,
+        "seconds": seconds,
+        "iterations": run.iterations,
+        "us_per_iteration": seconds / run.iterations * 1e6,
+        "preemptions": run.num_preemptions,
+        "migrations": run.migrations,
+        "virtual_s": run.end_s,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""A simulation on one screen: planned beside simulated, latencies, what happened, how the GPUs were used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hetis.planner.report.device_groups import grouped_use
+from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
+from hetis.planner.report.json_values import json_value
+from hetis.planner.report.plan import section
+from hetis.planner.simulating import AGREES, Simulated
+from hetis.simulator.arrivals import Arrivals
+from hetis.simulator.confidence import Estimate
+from hetis.simulator.metrics import Distribution
+from hetis.simulator.sweep import Point
+from hetis.solver.plan import Plan
+
+
+def render_simulation(simulated: Simulated, plan: Plan) -> RenderableType:
+    """At most 80 columns wide where the names allow it."""
+    return Group(*_sections(simulated, plan))
+
+
+def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
+    """The same as JSON values, with every run and every device; null where there is no number."""
+    question, summary = simulated.question, simulated.summary
+    load = question.load
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "Simulation",
+        "strategy": plan.strategy,
+        "load": {
+            "lengths": load.lengths.name,
+            "arrivals": load.arrivals.value,
+            "rate_rps": None if question.sweeps else load.rate_rps,
+            "gap_cv": load.gap_cv if load.arrivals is Arrivals.DRAWN else None,
+            "requests": question.num_requests,
+            "clipped": simulated.num_clipped,
+            "seeds": list(question.seeds),
+        },
+        "settings": {key: value for key, value in json_value(question.settings).items() if key != "seed"},
+        "limits": json_value(question.limits),
+        "complete": simulated.complete,
+        "precise": simulated.precise,
+        "steady": summary.steady,
+        "throughput_rps": json_value(summary.throughput_rps.value),
+        "goodput_rps": simulated.sweep.goodput_rps if simulated.sweep is not None else None,
+        "planned": json_value(simulated.prediction),
+        "ratios": {name: json_value(ratio) for name, _, _, ratio in _compared(simulated)},
+        "agrees": json_value(_agreement(simulated)),
+        "summary": json_value(summary),
+        "runs": json_value(simulated.runs),
+        "sweep": json_value(simulated.sweep),
+    }
+
+
+def _sections(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
+    yield _title(simulated, plan)
+    yield _facts(simulated)
+    if simulated.sweep is not None:
+        yield section("Rates tried", _points(simulated))
+    yield section("Planned and simulated", _comparison(simulated))
+    at = ""
+    if (found := simulated.sweep) is not None:
+        at = f" at {digits(found.goodput_rps or found.points[0].rate_rps, 4)} requests/s"
+    yield section(f"Latencies{at}", _latencies(simulated))
+    yield section("What happened", _events(simulated))
+    if simulated.summary.devices:
+        yield section("GPUs", _devices(simulated, plan))
+
+
+def _title(simulated: Simulated, plan: Plan) -> Text:
+    documents = plan.inputs.get("documents", {})
+    names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
+    lengths = simulated.question.load.lengths.name
+    return Text.assemble((names[0], "bold"), " on ", (names[1], "bold"), " under ", (lengths, "bold"))
+
+
+def _facts(simulated: Simulated) -> Table:
+    question, summary = simulated.question, simulated.summary
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("Arrivals", _arrivals(simulated))
+    if simulated.sweep is not None:
+        table.add_row("Goodput", _goodput(simulated))
+    tokens = f"{digits(summary.prompt_tokens_per_s)} prompt and {digits(summary.output_tokens_per_s)} output tokens/s"
+    throughput = f"{_with_interval(summary.throughput_rps, 4)} requests/s"
+    table.add_row("Throughput", Text.assemble((throughput, "bold green"), f"  {tokens}"))
+    if not summary.throughput_rps.value > 0:
+        table.add_row("", Text("too short: no request finished before the last one came; more --requests", "yellow"))
+    elif not summary.steady:
+        table.add_row("", Text("not carried: requests pile up, latencies grow with the length of the run", "yellow"))
+    if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
+        table.add_row("Attainment", f"{percent(summary.attainment)} of the requests kept both limits themselves")
+    clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
+    table.add_row("Measured", f"{_measured(simulated)}{clipped}")
+    settings = question.settings
+    parts = [f"micro-batches {settings.discipline}", f"{settings.router} router"]
+    parts += ["paced prompts"] if settings.chunks == "paced" else []
+    parts += [] if settings.dispatch else ["no head-level dispatch"]
+    parts += ["no re-dispatch"] if settings.dispatch and not settings.redispatch else []
+    parts += [plural(len(settings.faults), "fault")] if settings.faults else []
+    table.add_row("Settings", ", ".join(parts))
+    if not simulated.complete:
+        table.add_row("", Text("stopped early: figures are of what was simulated by then", "yellow"))
+    if not simulated.precise:
+        table.add_row("", Text(f"not yet stable: the widest interval is {percent(summary.precision())}", "yellow"))
+    return table
+
+
+def _arrivals(simulated: Simulated) -> str:
+    question, load = simulated.question, simulated.question.load
+    seeds = plural(len(question.seeds), "seed")
+    counts = f"{plural(question.num_requests, 'request')}, {seeds}"
+    if load.arrivals is Arrivals.SATURATED:
+        return f"saturated: one is always waiting; {counts}"
+    if load.arrivals is Arrivals.RECORDED:
+        stretched = f", stretched to {digits(load.rate_rps, 4)} requests/s" if load.rate_rps else ""
+        return f"as recorded{stretched}; {counts}"
+    kind = {0.0: "evenly spaced", 1.0: "Poisson"}.get(load.gap_cv, f"gamma, gaps with CV {load.gap_cv:g}")
+    rate = "" if question.sweeps or load.rate_rps is None else f" at {digits(load.rate_rps, 4)} requests/s"
+    return f"{kind}{rate}; {counts}"
+
+
+def _goodput(simulated: Simulated) -> str:
+    found, limits = simulated.sweep, simulated.question.limits
+    assert found is not None
+    wanted = [f"{name} {seconds(x)}" for name, x in (("p95 TTFT", limits.ttft_s), ("mean TPOT", limits.tpot_s)) if x]
+    within = f"within {' and '.join(wanted)}" if wanted else "carried"
+    if not found.goodput_rps:
+        return f"none: even {digits(found.points[0].rate_rps)} requests/s is not {within}"
+    beyond = f"; {digits(found.beyond_rps, 4)} is not" if found.beyond_rps is not None else "; no higher rate was tried"
+    return f"{digits(found.goodput_rps, 4)} requests/s {within}{beyond}"
+
+
+def _measured(simulated: Simulated) -> str:
+    summary = simulated.summary
+    of = f"{summary.counts.measured:,} requests"
+    return f"{of} over {seconds(summary.window_s)} per run, after {seconds(summary.warm_up_s)} of warm-up"
+
+
+def _points(simulated: Simulated) -> Table:
+    assert simulated.sweep is not None
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    for name in ("requests/s", "served", "TTFT p95", "TPOT mean", "attained"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for point in simulated.sweep.points:
+        summary = point.summary
+        table.add_row(
+            digits(point.rate_rps, 4),
+            digits(summary.throughput_rps.value, 4),
+            _seconds_with_interval(summary.ttft_p95_s),
+            _seconds_with_interval(summary.mean_tpot_s),
+            percent(summary.attainment),
+            _verdict(point),
+        )
+    return table
+
+
+def _verdict(point: Point) -> Text:
+    if not point.summary.steady:
+        return Text("not carried", style="yellow")
+    words = "within" if point.within else "misses"
+    return Text(words if point.sure else f"{words}, unsure", style="green" if point.within else "yellow")
+
+
+def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
+    """Name, planned, simulated and their ratio of the three figures that a plan states.
+
+    Below saturation a plan promises to carry what arrives: that is then what its throughput is held against.
+    """
+    summary, planned, load = simulated.summary, simulated.prediction, simulated.question.load
+    if simulated.sweep is None:
+        expected = planned.rate_rps
+        if load.arrivals is not Arrivals.SATURATED:
+            expected = min(expected, summary.arrival_rps)
+    else:
+        expected = min(planned.rate_rps, summary.arrival_rps)
+    rows = [("throughput", expected, summary.throughput_rps)]
+    if load.arrivals is not Arrivals.SATURATED or simulated.sweep is not None:
+        rows.append(("ttft_p95", planned.ttft_s, summary.ttft_p95_s))
+    rows.append(("tpot_mean", planned.tpot_s, summary.mean_tpot_s))
+    return [(name, p, s, s.value / p if p and math.isfinite(p) else math.nan) for name, p, s in rows]
+
+
+def _agreement(simulated: Simulated) -> bool | None:
+    """Whether throughput is within `AGREES` of the planned one; None where that is not known."""
+    ratio = _compared(simulated)[0][3]
+    return abs(ratio - 1) <= AGREES if math.isfinite(ratio) else None
+
+
+_NAMES = {"throughput": "Throughput", "ttft_p95": "TTFT p95", "tpot_mean": "TPOT mean"}
+
+
+def _comparison(simulated: Simulated) -> RenderableType:
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("")
+    for name in ("planned", "simulated", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for name, planned, found, ratio in _compared(simulated):
+        rate = name == "throughput"
+        judged = ""
+        if rate and (agrees := _agreement(simulated)) is not None:
+            judged = f"{'within' if agrees else 'not within'} {percent(AGREES)}"
+        table.add_row(
+            _NAMES[name],
+            f"{digits(planned, 4)}/s" if rate else seconds(planned),
+            f"{_with_interval(found, 4)}/s" if rate else _seconds_with_interval(found),
+            f"{ratio:.3f}" if math.isfinite(ratio) else "",
+            judged,
+        )
+    note = "A plan's TPOT is that of the saturated fleet, its TTFT that at the planned utilisation."
+    return Group(table, Text(note, style="dim"))
+
+
+def _latencies(simulated: Simulated) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("")
+    for name in ("mean", "p50", "p90", "p95", "p99"):
+        table.add_column(name, justify="right", no_wrap=True)
+    summary = simulated.summary
+    rows: tuple[tuple[str, Distribution], ...] = (
+        ("TTFT", summary.ttft_s),
+        ("TPOT of a request", summary.tpot_s),
+        ("End to end", summary.end_to_end_s),
+        ("  per output token", summary.normalised_s),
+        ("Queueing", summary.queueing_s),
+    )
+    for name, of in rows:
+        table.add_row(name, *(_seconds(value) for value in (of.mean, of.p50, of.p90, of.p95, of.p99)))
+    return table
+
+
+def _events(simulated: Simulated) -> Text:
+    counts = simulated.summary.counts
+    parts = [f"{counts.finished:,} of {plural(counts.arrived, 'request')} finished"]
+    parts += [f"{counts.rejected:,} rejected: no replica can hold them"] if counts.rejected else []
+    parts += [f"{counts.unfinished:,} unfinished"] if counts.unfinished else []
+    parts.append(plural(counts.preemptions, "preemption"))
+    if counts.migrations:
+        parts.append(f"{plural(counts.migrations, 'migration')} ({gigabytes(counts.migrated_bytes)})")
+    parts += [plural(counts.kv_transfers, "KV transfer")] if counts.kv_transfers else []
+    parts.append(plural(counts.iterations, "iteration"))
+    return Text("; ".join(parts))
+
+
+def _devices(simulated: Simulated, plan: Plan) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in ("KV in use", "highest", "busy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for use in grouped_use(plan, simulated.summary.devices):
+        table.add_row(use.device, percent(use.kv_mean), percent(use.kv_max), percent(use.busy_mean))
+    return table
+
+
+def _with_interval(estimate: Estimate, significant: int = 3) -> str:
+    if not estimate.half_width >= 0:
+        return digits(estimate.value, significant)
+    return f"{digits(estimate.value, significant)} ± {digits(estimate.half_width, 2)}"
+
+
+def _seconds_with_interval(estimate: Estimate) -> str:
+    text = _seconds(estimate.value)
+    if not estimate.half_width >= 0 or not estimate.value > 0:
+        return text
+    number, _, unit = text.partition(" ")
+    scale = {"s": 1.0, "ms": 1e3, "us": 1e6}[unit]
+    return f"{number} ± {digits(estimate.half_width * scale, 2)} {unit}"
+
+
+def _seconds(value_s: float) -> str:
+    return seconds(value_s) if math.isfinite(value_s) else "unknown"

@@ -1,0 +1,198 @@
+"""A simulation as pictures: what to draw, and drawing it as HTML (plotly) or PNG (matplotlib)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.planner.report.device_groups import device_groups
+from hetis.planner.simulating import Simulated
+from hetis.simulator.sweep import Sweep
+from hetis.simulator.values import FloatArray, Run
+from hetis.solver.plan import Plan
+
+_HEIGHT = 300  # of a panel, in pixels
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe and Ito
+_MAX_POINTS = 2000  # of a line: more cannot be seen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Line:
+    """Points of one thing; ``spread`` is the half width of an interval around each, or None."""
+
+    name: str
+    x: FloatArray
+    y: FloatArray
+    spread: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Panel:
+    """One picture; ``limits`` are drawn across it."""
+
+    title: str
+    x_title: str
+    y_title: str
+    lines: tuple[Line, ...]
+    limits: tuple[float, ...] = ()
+    log_x: bool = False
+
+
+def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
+    """HTML that needs no network for ``.html``, a PNG for ``.png``.
+
+    Raises:
+        ModuleNotFoundError: plotly, or matplotlib, is not installed.
+    """
+    panels = tuple(_panels(simulated, plan))
+    documents = plan.inputs.get("documents", {})
+    names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
+    title = f"{names[0]} on {names[1]} under {simulated.question.load.lengths.name}, simulated"
+    return _html(panels, title) if form == ".html" else _png(panels, title)
+
+
+def _panels(simulated: Simulated, plan: Plan) -> Iterator[Panel]:
+    if simulated.sweep is not None:
+        yield from _of_sweep(simulated, simulated.sweep)
+    if simulated.run is not None:
+        yield from _of_run(simulated, simulated.run, plan)
+
+
+def _of_sweep(simulated: Simulated, swept: Sweep) -> Iterator[Panel]:
+    rates = np.array([point.rate_rps for point in swept.points])
+    limits = simulated.question.limits
+    for title, estimates, limit in (
+        ("Throughput", [point.summary.throughput_rps for point in swept.points], None),
+        ("p95 TTFT", [point.summary.ttft_p95_s for point in swept.points], limits.ttft_s),
+        ("mean TPOT", [point.summary.mean_tpot_s for point in swept.points], limits.tpot_s),
+    ):
+        line = Line(
+            name=title,
+            x=rates,
+            y=np.array([estimate.value for estimate in estimates]),
+            spread=np.nan_to_num(np.array([estimate.half_width for estimate in estimates])),
+        )
+        yield Panel(
+            title=title,
+            x_title="requests/s arriving",
+            y_title="requests/s" if limit is None and title == "Throughput" else "s",
+            lines=(line,),
+            limits=(limit,) if limit is not None else (),
+        )
+
+
+def _of_run(simulated: Simulated, run: Run, plan: Plan) -> Iterator[Panel]:
+    limits = simulated.question.limits
+    yield Panel(
+        title="Latencies of requests",
+        x_title="s",
+        y_title="share of requests",
+        lines=(
+            _cumulative("TTFT", run.first_token_s - run.arrival_s),
+            _cumulative("TPOT", (run.finished_s - run.first_token_s) / np.maximum(run.output_tokens - 1, 1)),
+            _cumulative("queueing", run.admitted_s - run.arrival_s),
+        ),
+        log_x=True,
+    )
+    yield Panel(
+        title="Time to first token by arrival",
+        x_title="arrival, s",
+        y_title="s",
+        lines=(_thinned("TTFT", run.arrival_s, run.first_token_s - run.arrival_s),),
+        limits=(limits.ttft_s,) if limits.ttft_s is not None else (),
+    )
+    yield Panel(
+        title="Requests",
+        x_title="s",
+        y_title="requests",
+        lines=(_level("waiting", run.arrival_s, run.admitted_s), _level("running", run.admitted_s, run.finished_s)),
+    )
+    if run.series is not None:
+        groups = device_groups(plan)
+        members: dict[str, list[int]] = {}
+        for number, device in enumerate(run.series.devices):
+            members.setdefault(groups.get(device, device), []).append(number)
+        for title, values in (("KV in use", run.series.kv_used_fraction), ("Busy", run.series.busy_fraction)):
+            lines = tuple(
+                Line(name=f"{len(of)} × {name}", x=run.series.times_s, y=values[:, of].mean(axis=1))
+                for name, of in members.items()
+            )
+            yield Panel(title=title, x_title="s", y_title="share", lines=lines)
+
+
+def _cumulative(name: str, values: FloatArray) -> Line:
+    known = np.sort(values[np.isfinite(values) & (values > 0)])
+    return _thinned(name, known, np.arange(1, len(known) + 1) / max(len(known), 1))
+
+
+def _level(name: str, begins: FloatArray, ends: FloatArray) -> Line:
+    """How many have begun and not ended."""
+    begins, ends = begins[np.isfinite(begins)], ends[np.isfinite(ends)]
+    times = np.concatenate([begins, ends])
+    steps = np.concatenate([np.ones(len(begins)), -np.ones(len(ends))])
+    order = np.lexsort((steps, times))  # who leaves makes room for who comes at the same time
+    return _thinned(name, times[order], np.cumsum(steps[order]))
+
+
+def _thinned(name: str, x: FloatArray, y: FloatArray) -> Line:
+    chosen = np.linspace(0, len(x) - 1, min(len(x), _MAX_POINTS)).astype(np.int64)
+    return Line(name=name, x=x[chosen], y=y[chosen])
+
+
+def _html(panels: Sequence[Panel], title: str) -> str:
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=len(panels), cols=1, subplot_titles=[panel.title for panel in panels])
+    for row, panel in enumerate(panels, start=1):
+        for number, line in enumerate(panel.lines):
+            figure.add_trace(
+                go.Scatter(
+                    x=line.x.tolist(),
+                    y=line.y.tolist(),
+                    error_y={"array": line.spread.tolist()} if line.spread is not None else None,
+                    name=line.name,
+                    mode="lines" if line.spread is None else "lines+markers",
+                    line={"color": _COLORS[number % len(_COLORS)]},
+                ),
+                row=row,
+                col=1,
+            )
+        for limit in panel.limits:
+            figure.add_hline(y=limit, line={"color": "#888", "dash": "dot"}, row=row, col=1)
+        figure.update_xaxes(title_text=panel.x_title, type="log" if panel.log_x else "linear", row=row, col=1)
+        figure.update_yaxes(title_text=panel.y_title, rangemode="tozero", row=row, col=1)
+    figure.update_layout(title=title, height=_HEIGHT * len(panels) + 120, template="plotly_white")
+    text: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    return text
+
+
+def _png(panels: Sequence[Panel], title: str) -> bytes:
+    # matplotlib draws without a browser; plotly's exporter would want Chrome.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.8 * len(panels) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axis, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        for number, line in enumerate(panel.lines):
+            color = _COLORS[number % len(_COLORS)]
+            if line.spread is None:
+                axis.plot(line.x, line.y, color=color, label=line.name, linewidth=1)
+            else:
+                axis.errorbar(line.x, line.y, yerr=line.spread, color=color, label=line.name, marker="o", capsize=2)
+        for limit in panel.limits:
+            axis.axhline(limit, color="#888888", linestyle=":", linewidth=1)
+        axis.set(
+            title=panel.title, xlabel=panel.x_title, ylabel=panel.y_title, xscale="log" if panel.log_x else "linear"
+        )
+        axis.set_ylim(bottom=0)
+        if [line.name for line in panel.lines] != [panel.title]:
+            axis.legend(fontsize="x-small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,252 @@
+"""What `hetis-plan simulate` is asked for, as runs of the simulator, and their answers as one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from hetis.formats.errors import DocumentError, Problem, did_you_mean
+from hetis.formats.faults import DeviceEvent
+from hetis.formats.traces import ENDINGS, Trace, read_trace
+from hetis.formats.workload import load_workload
+from hetis.planner.sources import inputs_from_documents
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import Limits, Metrics, Prediction, prediction_of
+from hetis.simulator.running import Job, Report, Runner, runner
+from hetis.simulator.summary import Summary, summarise
+from hetis.simulator.sweep import Sweep, sweep
+from hetis.simulator.values import Fault, Run, Settings
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import Workload
+
+MIN_REQUESTS = 2000
+TURNS = 20  # so often the requests that a plan holds at once are replaced in a run, unless told otherwise
+DOUBLINGS = 6  # of the requests, at most, until the intervals are narrow
+SAMPLES = 200  # per device and run
+AGREES = 0.1  # simulated over planned may differ from one by this much
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What to simulate.
+
+    Attributes:
+        load: the traffic; its rate is not used by a sweep, which tries its own.
+        num_requests: of each run.
+        seeds: one run each.
+        settings: of the runs; the seed in it is replaced.
+        limits: what goodput and attainment are measured by.
+        sweeps: search the highest rate within the limits.
+        tolerance: of the sweep, relative.
+        precision: runs are made longer until every interval is this narrow, relative; None: as they are.
+        keep_run: the answer holds all of the first run.
+    """
+
+    load: Load
+    num_requests: int
+    seeds: tuple[int, ...]
+    settings: Settings
+    limits: Limits
+    sweeps: bool = False
+    tolerance: float = 0.02
+    precision: float | None = None
+    keep_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_requests < 1 or not self.seeds:
+            raise InvalidProblemError(f"{self.num_requests} requests in {len(self.seeds)} runs: at least one of each")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """The answer to a question, and what the plan said.
+
+    Attributes:
+        question: with the number of requests that was run in the end.
+        summary: of all runs; of a sweep: at the highest rate within the limits, or the lowest tried if none is.
+        runs: metrics of each, in the order of the seeds; empty for a sweep.
+        num_clipped: requests, of all runs, that were shortened to the model's context.
+        run: the first run, if it was to be kept.
+        complete: nobody stopped it.
+        precise: the intervals are as narrow as asked for, if that was asked.
+    """
+
+    question: Question
+    prediction: Prediction
+    summary: Summary
+    runs: tuple[Metrics, ...]
+    num_clipped: int
+    run: Run | None
+    sweep: Sweep | None
+    complete: bool
+    precise: bool
+
+
+class NothingSimulatedError(Exception):
+    """The run was stopped before any of it was done."""
+
+
+def load_lengths(ref: str) -> Trace | Workload:
+    """The requests of a trace file, or the distribution that anything else `load_workload` knows stands for.
+
+    Raises:
+        DocumentError: unknown name, or a file with problems (all of them).
+    """
+    return read_trace(ref) if ref.endswith(ENDINGS) else load_workload(ref)
+
+
+def planned_lengths(plan: Plan, name: str) -> Workload:
+    """The workload that a plan was made for, not clipped; messages call the plan ``name``.
+
+    Raises:
+        DocumentError: the documents saved in it are not usable.
+    """
+    return inputs_from_documents(plan.inputs.get("documents"), name).workload
+
+
+def default_rate(plan: Plan, problem: PlacementProblem) -> float:
+    """Where no rate is asked for: the demanded one, or else the planned goodput."""
+    return plan.objective.demand_rps or problem.assumptions.planned_utilisation * prediction_of(plan).rate_rps
+
+
+def default_requests(plan: Plan, load: Load) -> int:
+    """All of a trace that is replayed as recorded; else so many that warm-up and chance weigh little."""
+    if load.arrivals is Arrivals.RECORDED and isinstance(load.lengths, Trace):
+        return len(load.lengths.arrival_s)
+    return max(MIN_REQUESTS, TURNS * seats_of(plan))
+
+
+def seats_of(plan: Plan) -> int:
+    """Requests that a plan holds at once."""
+    return sum(max(replica.micro_batch, 1) * replica.in_flight for replica in plan.replicas)
+
+
+def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
+    """Spacing of about `SAMPLES` samples over a run; None where its length cannot be foreseen."""
+    recorded = load.lengths.rate_rps if load.arrivals is Arrivals.RECORDED else None
+    rate_rps = load.rate_rps or recorded or prediction_of(plan).rate_rps
+    return num_requests / rate_rps / SAMPLES if rate_rps > 0 else None
+
+
+def faults_of(
+    events: Iterable[DeviceEvent], plan: Plan, problem: PlacementProblem, *, source: str
+) -> tuple[Fault, ...]:
+    """Events of devices that the plan uses.
+
+    Raises:
+        DocumentError: a device is not in the cluster, or not in the plan (all of them, from ``source``).
+    """
+    used = {device for replica in plan.replicas for device in replica.devices()}
+    known = {device.name for device in problem.cluster.devices()}
+    problems, faults = [], []
+    for event in events:
+        if event.device not in known:
+            near = did_you_mean(event.device, known) if len(known) <= 10_000 else ""
+            problems.append(Problem(file=source, message=f"no device {event.device[:80]!r} in the cluster{near}"))
+        elif event.device not in used:
+            message = f"{event.device} is not used by the plan: its failing would change nothing"
+            problems.append(Problem(file=source, message=message))
+        else:
+            faults.append(Fault(at_s=event.at_s, device=event.device, joins=event.joins))
+    if problems:
+        raise DocumentError(problems)
+    return tuple(faults)
+
+
+def answer(
+    plan: Plan,
+    problem: PlacementProblem,
+    question: Question,
+    *,
+    processes: int,
+    cancelled: threading.Event,
+    report: Report,
+) -> Simulated:
+    """Runs the simulator as often as the question needs; after ``cancelled`` the answer is of what was run by then.
+
+    Raises:
+        NothingSimulatedError: cancelled before anything was.
+        InvalidProblemError: the plan cannot be simulated.
+    """
+    with runner(plan, problem, processes=processes, cancelled=cancelled, report=report) as runs:
+        if question.sweeps:
+            return _swept(runs, question)
+        found = _run(runs, question)
+        for _ in range(DOUBLINGS if question.precision is not None else 0):
+            if cancelled.is_set() or found.precise:
+                break
+            question = replace(question, num_requests=2 * question.num_requests)
+            found = _run(runs, question)
+        return found
+
+
+def _run(runs: Runner, question: Question) -> Simulated:
+    jobs = _jobs(question, question.load)
+    jobs[0] = replace(jobs[0], keep_run=question.keep_run)
+    answers = runs.run(jobs)
+    if not any(one.metrics.counts.arrived for one in answers):
+        raise NothingSimulatedError
+    metrics = tuple(one.metrics for one in answers)
+    summary = summarise(metrics)
+    return Simulated(
+        question=question,
+        prediction=prediction_of(runs.plan),
+        summary=summary,
+        runs=metrics,
+        num_clipped=sum(one.num_clipped for one in answers),
+        run=answers[0].run,
+        sweep=None,
+        complete=not runs.cancelled.is_set(),
+        precise=question.precision is None or summary.precision() <= question.precision,
+    )
+
+
+def _swept(runs: Runner, question: Question) -> Simulated:
+    clipped: list[int] = []  # of every load: all rates draw the same requests
+
+    def evaluate(rates: Sequence[float]) -> list[Summary]:
+        loads = [replace(question.load, rate_rps=rate) for rate in rates]
+        answers = runs.run([job for load in loads for job in _jobs(question, load)])
+        if runs.cancelled.is_set():
+            return []  # traffic that ended early says nothing about its rate
+        each = len(question.seeds)
+        clipped.append(sum(one.num_clipped for one in answers[:each]))
+        return [summarise([one.metrics for one in answers[i : i + each]]) for i in range(0, len(answers), each)]
+
+    found = sweep(
+        evaluate,
+        question.limits,
+        start_rps=default_rate(runs.plan, runs.problem),
+        tolerance=question.tolerance,
+        at_once=max(1, runs.processes // len(question.seeds)),
+    )
+    if not found.points:
+        raise NothingSimulatedError
+    at = next((point for point in found.points if point.rate_rps == found.goodput_rps), found.points[0])
+    return Simulated(
+        question=question,
+        prediction=prediction_of(runs.plan),
+        summary=at.summary,
+        runs=(),
+        num_clipped=clipped[0],
+        run=None,
+        sweep=found,
+        complete=not runs.cancelled.is_set(),
+        precise=True,
+    )
+
+
+def _jobs(question: Question, load: Load) -> list[Job]:
+    return [
+        Job(
+            load=load,
+            num_requests=question.num_requests,
+            seed=seed,
+            settings=replace(question.settings, seed=seed),
+            limits=question.limits,
+        )
+        for seed in question.seeds
+    ]

@@ -1,0 +1,159 @@
+"""Traffic: how long requests are and when they come, replayed from a trace or drawn, and always the same by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from hetis.formats.traces import Trace
+from hetis.simulator.values import FloatArray, IntArray, Request
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.workload import Workload
+
+MAX_CV = 100.0
+EVEN = 1e-3  # gaps that vary less than this are drawn evenly spaced
+
+
+class Arrivals(StrEnum):
+    """When requests come."""
+
+    DRAWN = "drawn"  # gaps of a gamma distribution: Poisson where their coefficient of variation is 1
+    RECORDED = "recorded"  # as in the trace, stretched to the rate where one is given
+    SATURATED = "saturated"  # one is always waiting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Load:
+    """What traffic a fleet gets.
+
+    Attributes:
+        lengths: a trace, whose requests are taken in order and from the start again, or a distribution to draw from.
+        max_position: context of the model; longer requests are clipped as `Workload.clipped_to` does it.
+        rate_rps: mean arrivals per second; None only where ``arrivals`` are saturated or as recorded.
+        gap_cv: coefficient of variation of drawn gaps: 0 evenly spaced, 1 Poisson, above 1 in bursts.
+    """
+
+    lengths: Trace | Workload
+    max_position: int
+    arrivals: Arrivals = Arrivals.DRAWN
+    rate_rps: float | None = None
+    gap_cv: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rate_rps is not None and not 0 < self.rate_rps < float("inf"):
+            raise InvalidProblemError(f"arrival rate is {self.rate_rps} requests/s, must be finite and > 0")
+        if not 0 <= self.gap_cv <= MAX_CV:
+            raise InvalidProblemError(f"gap_cv is {self.gap_cv}, must be 0 to {MAX_CV:g}")
+        if self.arrivals is Arrivals.DRAWN and self.rate_rps is None:
+            raise InvalidProblemError("arrivals that are drawn need a rate")
+        if self.arrivals is Arrivals.RECORDED and not isinstance(self.lengths, Trace):
+            raise InvalidProblemError(f"{self.lengths.name} is a distribution of lengths: it has no recorded arrivals")
+        if self.arrivals is Arrivals.RECORDED and self.lengths.rate_rps is None:
+            raise InvalidProblemError(
+                f"all requests of {self.lengths.name} arrive at once: no rate can be made of that"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Traffic:
+    """Requests to come, all arrays [requests]; ``num_clipped`` of them were shortened to fit the model's context."""
+
+    arrival_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    num_clipped: int
+
+
+def draw_traffic(load: Load, num_requests: int, *, seed: int) -> Traffic:
+    """The first ``num_requests`` requests of a load.
+
+    The same seed gives the same lengths and gaps at every rate (gaps are drawn with mean one and scaled), and more
+    requests begin with the fewer ones: what is compared at two rates, or for longer, differs in nothing else. With a
+    trace, seed 0 starts at its first request and every other seed anywhere.
+    """
+    of_lengths, of_rounding, of_gaps = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
+    if isinstance(load.lengths, Trace):
+        rows = len(load.lengths.arrival_s)
+        start = 0 if seed == 0 else int(of_lengths.integers(rows))
+        chosen = (start + np.arange(num_requests)) % rows
+        prompts, outputs = (x[chosen] for x in (load.lengths.prompt_tokens, load.lengths.output_tokens))
+    else:
+        chosen = _drawn_bins(load.lengths, num_requests, of_lengths)
+        prompts = np.array([b.prompt_tokens for b in load.lengths.bins])[chosen]
+        outputs = np.array([b.output_tokens for b in load.lengths.bins])[chosen]
+    kept_outputs = np.minimum(outputs, load.max_position - 1)
+    kept_prompts = np.minimum(prompts, load.max_position - kept_outputs)
+    # Bins hold means, which need not be whole: rounding up or down at random keeps them. What is whole stays.
+    up = of_rounding.random((num_requests, 2))
+    whole_outputs = np.floor(kept_outputs + up[:, 0]).astype(np.int64)
+    whole_prompts = np.minimum(np.floor(kept_prompts + up[:, 1]).astype(np.int64), load.max_position - whole_outputs)
+    return Traffic(
+        arrival_s=_arrival_s(load, chosen, of_gaps),
+        prompt_tokens=whole_prompts,
+        output_tokens=whole_outputs,
+        num_clipped=int(((kept_prompts != prompts) | (kept_outputs != outputs)).sum()),
+    )
+
+
+KeepGoing = Callable[[int], bool]
+"""Called with the number of requests handed out so far; False ends the traffic there."""
+
+
+def _forever(_: int) -> bool:
+    return True
+
+
+def requests_of(traffic: Traffic, *, keep_going: KeepGoing = _forever) -> Iterator[Request]:
+    """The requests at their times of arrival, made one by one."""
+    rows = zip(traffic.arrival_s.tolist(), traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
+    for number, (arrival_s, prompt, output) in enumerate(rows):
+        if not keep_going(number):
+            return
+        yield Request(id=number, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
+
+
+class Saturation:
+    """The requests of a traffic, each whenever it is asked for (`hetis.simulator.values.Source`)."""
+
+    def __init__(self, traffic: Traffic, *, keep_going: KeepGoing = _forever) -> None:
+        self._lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
+        self._keep_going = keep_going
+        self._given = 0
+
+    def next_request(self, now_s: float) -> Request | None:
+        """The next request, arriving now; None when all were given."""
+        lengths = next(self._lengths, None) if self._keep_going(self._given) else None
+        if lengths is None:
+            return None
+        self._given += 1
+        return Request(id=self._given - 1, arrival_s=now_s, prompt_tokens=lengths[0], output_tokens=lengths[1])
+
+
+def _drawn_bins(workload: Workload, count: int, rng: np.random.Generator) -> IntArray:
+    cumulative = np.cumsum([b.weight for b in workload.bins])
+    chosen = np.searchsorted(cumulative, rng.random(count) * cumulative[-1], side="right")
+    inside: IntArray = np.minimum(chosen, len(workload.bins) - 1)  # the product may round up to the total
+    return inside
+
+
+def _arrival_s(load: Load, chosen: IntArray, rng: np.random.Generator) -> FloatArray:
+    count = len(chosen)
+    if load.arrivals is Arrivals.SATURATED:
+        return np.zeros(count)
+    if load.arrivals is Arrivals.RECORDED:
+        assert isinstance(load.lengths, Trace)
+        recorded_rps = load.lengths.rate_rps
+        assert recorded_rps is not None
+        # Where the trace starts again, its first request comes a mean gap after its last.
+        gaps = np.diff(load.lengths.arrival_s, append=load.lengths.arrival_s[-1] + 1 / recorded_rps)
+        unit_gaps = gaps[chosen[:-1]] * recorded_rps
+        times = np.concatenate([[0.0], np.cumsum(unit_gaps)])
+        return times / (load.rate_rps or recorded_rps)
+    assert load.rate_rps is not None
+    if load.gap_cv < EVEN:
+        return np.arange(1, count + 1) / load.rate_rps
+    shape = load.gap_cv**-2
+    return np.cumsum(rng.standard_gamma(shape, count) / shape) / load.rate_rps

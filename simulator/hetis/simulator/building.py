@@ -1,0 +1,198 @@
+"""A plan as replicas at work: stage copies with their timings, KV blocks and attention workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from hetis.simulator.attention_workers import PoolCopy, SharedCard
+from hetis.simulator.book import Book
+from hetis.simulator.events import Events
+from hetis.simulator.memory import KvRoom, card_room_bytes, group_blocks, rank_room_bytes
+from hetis.simulator.micro_batch import Growth
+from hetis.simulator.pipeline import Apart, Greedy, StageCopy
+from hetis.simulator.pool_timing import PoolTiming
+from hetis.simulator.replica import Batching, ReplicaRun
+from hetis.simulator.timing import StageTiming
+from hetis.simulator.values import Settings
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.setting import Setting
+from hetis.solver.check.shape import ReplicaShape, StageShape
+from hetis.solver.check.structure import check_replica_structure
+from hetis.solver.check.violation import Rule
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import WorkloadMoments
+
+# What a family does not search can run all the same.
+_OF_THE_SEARCH = frozenset(
+    {Rule.SETTING, Rule.IN_FLIGHT, Rule.EQUAL_LAYERS, Rule.ONE_TYPE, Rule.POOL_SIZE, Rule.COPIES}
+)
+
+
+PACE = 1.2  # prompt tokens of a paced iteration over those that keep the seats filled on average: lengths vary
+
+
+class Builder:
+    """Makes the replicas of a plan; equal stages share their timings.
+
+    Raises:
+        InvalidProblemError: the plan contradicts its problem.
+    """
+
+    def __init__(self, plan: Plan, problem: PlacementProblem, book: Book, events: Events, settings: Settings) -> None:
+        self.plan, self.problem = plan, problem
+        self._book, self._events, self._settings = book, events, settings
+        self.fleet = Fleet.of(problem.cluster)
+        workload = problem.workload.clipped_to(problem.model.max_position)
+        self.moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+        self._growth = Growth(problem.model, problem.assumptions.block_tokens)
+        self._timings: dict[tuple[StageShape, bool, bool], StageTiming] = {}
+
+    def replicas(self) -> list[ReplicaRun]:
+        return [self._replica(number, one) for number, one in enumerate(self.plan.replicas)]
+
+    def _replica(self, number: int, one: ReplicaPlan) -> ReplicaRun:
+        for violation in check_replica_structure(one, f"replica {number}", self.problem, self.fleet):
+            if violation.rule not in _OF_THE_SEARCH:
+                raise InvalidProblemError(f"plan cannot be simulated: {violation}")
+        _check_batching(one, number)
+        shape = replica_shape(one, self.problem, self.fleet)
+        pools = {pool.stage: pool for pool in one.attention_workers}
+        shares = _shares_of_shared_cards(one)
+        cards = {name: SharedCard() for name in shares}
+        stages = [
+            self._copies(number, position, one, shape, pools.get(position), shares, cards)
+            for position in range(len(one.stages))
+        ]
+        replica = ReplicaRun(
+            number,
+            rate=one.rate,
+            batching=self._batching(one, number),
+            growth=self._growth,
+            book=self._book,
+            stages=stages,
+        )
+        discipline = Greedy if self._settings.discipline == "greedy" else Apart
+        replica.discipline = discipline(self._events, self._book, replica.done, traced=self._settings.trace)
+        return replica
+
+    def _batching(self, one: ReplicaPlan, number: int) -> Batching:
+        b, chunk = one.micro_batch, one.chunk_tokens
+        if one.role is Role.PREFILL:
+            ahead = chunk  # any number of prompts that fit in a chunk
+        elif one.role is Role.DECODE:
+            arriving = sum(
+                self.plan.replicas[route.prefill].in_flight * route.rate / self._sent(route.prefill)
+                for route in self.plan.kv_routes
+                if route.decode == number
+            )
+            ahead = max(1, math.ceil(arriving / one.in_flight))
+        else:
+            prompt, iterations = self.moments.mean_prompt, self.moments.mean_output / b
+            if self._settings.chunks == "paced":
+                chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
+            ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
+        return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead)
+
+    def _sent(self, prefill: int) -> float:
+        return sum(route.rate for route in self.plan.kv_routes if route.prefill == prefill)
+
+    def _copies(
+        self, number: int, position: int, one: ReplicaPlan, shape: ReplicaShape, pool: AttentionWorkerPool | None,
+        shares: Mapping[str, float], cards: Mapping[str, SharedCard],
+    ) -> list[StageCopy]:  # fmt: skip
+        stage, stage_shape = one.stages[position], shape.stages[position]
+        is_first, is_last = position == 0, position == len(one.stages) - 1
+        key = (stage_shape, is_first, is_last)
+        timing = self._timings.get(key)
+        if timing is None:
+            timing = self._timings[key] = StageTiming(self.problem, stage_shape, is_first=is_first, is_last=is_last)
+        setting = Setting(
+            problem=self.problem,
+            moments=self.moments,
+            micro_batch=one.micro_batch,
+            in_flight=one.in_flight,
+            chunk_tokens=one.chunk_tokens,
+        )
+        rank_bytes = rank_room_bytes(setting, stage_shape, is_first=is_first, is_last=is_last)
+        copies = []
+        for copy in range(stage.copies):
+            ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
+            room, workers = None, None
+            names: tuple[str, ...] = ()
+            if pool is None:
+                room = KvRoom(self._blocks(rank_bytes, timing.layers, timing.cost.shape.groups))
+            else:
+                num = len(pool.devices) // stage.copies
+                names = pool.devices[copy * num : (copy + 1) * num]
+                workers = self._pool_copy(timing, pool, ranks, names, rank_bytes, shares, cards)
+            track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
+            copies.append(
+                StageCopy(
+                    track=track, devices=ranks, stage=position, timing=timing, room=room, pool=workers, cards=names
+                )
+            )
+        return copies
+
+    def _pool_copy(
+        self, timing: StageTiming, pool: AttentionWorkerPool, ranks: tuple[str, ...], names: tuple[str, ...],
+        rank_bytes: float, shares: Mapping[str, float], cards: Mapping[str, SharedCard],
+    ) -> PoolCopy:  # fmt: skip
+        tp, model = timing.shape.tp, self.problem.model
+        away = pool.kv_head_groups * tp
+        blocks = [tp * self._blocks(rank_bytes, timing.layers, 1)]
+        for name in names:
+            card_bytes = card_room_bytes(self.problem, pool.gpu)
+            if pool.shared:
+                card_bytes *= timing.layers * away / shares[name]
+            blocks.append(self._blocks(card_bytes, timing.layers, 1))
+        return PoolCopy(
+            names=(ranks[0], *names),
+            blocks=np.array(blocks, np.int64),
+            timing=PoolTiming(self.problem, timing, cards=len(names)),
+            split=(model.head_groups - away, away),
+            book=self._book,
+            events=self._events,
+            settings=self._settings,
+            mean_output=self.moments.mean_output,
+            shared=tuple(cards[name] for name in names) if pool.shared else None,
+        )
+
+    def _blocks(self, room_bytes: float, layers: int, groups: int) -> int:
+        return group_blocks(
+            room_bytes,
+            self.problem.model,
+            layers=layers,
+            groups=groups,
+            block_tokens=self.problem.assumptions.block_tokens,
+        )
+
+
+def _check_batching(one: ReplicaPlan, number: int) -> None:
+    least = {
+        "micro_batch": 0 if one.role is Role.PREFILL else 1,
+        "chunk_tokens": 0 if one.role is Role.DECODE else 1,
+        "in_flight": 1,
+    }
+    for name, limit in least.items():
+        if getattr(one, name) < limit:
+            raise InvalidProblemError(
+                f"plan cannot be simulated: replica {number}: {name} is {getattr(one, name)}, must be >= {limit}"
+            )
+    if not one.rate > 0:
+        raise InvalidProblemError(f"plan cannot be simulated: replica {number}: rate is {one.rate}, must be > 0")
+
+
+def _shares_of_shared_cards(one: ReplicaPlan) -> dict[str, float]:
+    """(Layer, head group) pairs that the stages together give to each card that serves several of them."""
+    total: dict[str, float] = {}
+    for pool in one.attention_workers:
+        if pool.shared:
+            stage = one.stages[pool.stage]
+            for name in pool.devices:
+                total[name] = total.get(name, 0.0) + stage.num_layers * pool.kv_head_groups * stage.tp
+    return total

@@ -1,0 +1,99 @@
+"""Devices that fail and come back: what is lost, and who takes over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hetis.simulator.fleet import Fleet
+from hetis.simulator.micro_batch import MicroBatch
+from hetis.simulator.pipeline import StageCopy
+from hetis.simulator.replica import ReplicaRun
+
+
+class Faults:
+    """Lets devices of a fleet fail and join.
+
+    A failed GPU of a stage copy stops the copy: what ran on its micro-batches is prefilled anew, on another copy of the
+    stage where there is one, else on another replica. A failed attention worker costs the requests that had head groups
+    there. A copy that comes back takes its share of micro-batches again; those that change over are prefilled anew.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._copies: Mapping[str, list[tuple[ReplicaRun, StageCopy, int]]] = _by_device(fleet)
+        self._down: dict[StageCopy, set[str]] = {}
+
+    def change(self, now_s: float, device: str, joins: bool) -> None:
+        """A device fails or joins; one that the plan does not use changes nothing."""
+        for replica, copy, card in self._copies.get(device, ()):
+            if card:
+                self._change_card(now_s, replica, copy, card, joins)
+            else:
+                down = self._down.setdefault(copy, set())
+                down.symmetric_difference_update({device} if (device in down) == joins else set())
+                if copy.is_up == bool(down):
+                    copy.is_up = not down
+                    self._rearrange(now_s, replica)
+
+    def _change_card(self, now_s: float, replica: ReplicaRun, copy: StageCopy, card: int, joins: bool) -> None:
+        assert copy.pool is not None
+        if joins:
+            copy.pool.restore(card)
+            replica.wake(now_s)
+            return
+        hit = copy.pool.holders(card)
+        for batch in replica.batches:
+            if copy in batch.copies:
+                for request in reversed([one for one in batch.requests() if one in hit]):
+                    self._forget(request)
+                    replica.lose(now_s, batch, request)
+        copy.pool.lose(card)
+        replica.wake(now_s)
+
+    def _rearrange(self, now_s: float, replica: ReplicaRun) -> None:
+        """Micro-batches whose copies changed begin anew; without a copy of some stage the replica is down."""
+        replica.is_up = all(any(copy.is_up for copy in copies) for copies in replica.stages)
+        for index, batch in enumerate(replica.batches):
+            new = replica.new_batch(index)
+            if not replica.is_up or new.copies != batch.copies or not batch.alive:
+                self._stop(now_s, replica, batch)
+                replica.batches[index] = new
+                replica.set_idle(new)
+        if replica.is_up:
+            self._fleet.route_held(now_s)
+            replica.wake(now_s)
+            self._fleet.has_room(now_s, replica)
+        else:
+            waiting = list(replica.queue)
+            replica.queue.clear()
+            replica.outstanding -= len(waiting)
+            for request in waiting:
+                self._fleet.route(now_s, request)
+
+    def _stop(self, now_s: float, replica: ReplicaRun, batch: MicroBatch) -> None:
+        batch.alive = False
+        for request in reversed(batch.requests()):
+            self._forget(request)
+            replica.lose(now_s, batch, request)
+        book = replica.book
+        for request in [*batch.sending, *batch.reserved]:  # `KvTransfers` sees to them when they would have landed
+            replica.kv.release(batch, request, book.target[request])
+        batch.sending.clear()
+        batch.reserved.clear()
+
+    def _forget(self, request: int) -> None:
+        if self._fleet.transfers is not None:
+            self._fleet.transfers.cancel(request)
+
+
+def _by_device(fleet: Fleet) -> dict[str, list[tuple[ReplicaRun, StageCopy, int]]]:
+    """Where every device works: as a rank (0) or as so manyth card of a pool; a shared card in several pools."""
+    found: dict[str, list[tuple[ReplicaRun, StageCopy, int]]] = {}
+    for replica in fleet.replicas:
+        for copies in replica.stages:
+            for copy in copies:
+                for device in copy.devices:
+                    found.setdefault(device, []).append((replica, copy, 0))
+                for card, device in enumerate(copy.cards, start=1):
+                    found.setdefault(device, []).append((replica, copy, card))
+    return found

@@ -1,0 +1,66 @@
+"""Which KV blocks the requests of a replica hold: promised to a prompt, filled by chunks, grown into, given back."""
+
+from __future__ import annotations
+
+from hetis.simulator.book import Book
+from hetis.simulator.micro_batch import Growth, MicroBatch
+
+
+class Holdings:
+    """Takes and frees blocks on all copies that a micro-batch runs on, or on none.
+
+    Copies without a pool count blocks of whole requests (`KvRoom`), those with one ask dispatch (`PoolCopy`), which
+    takes the blocks of a prompt at once.
+    """
+
+    def __init__(self, book: Book, growth: Growth) -> None:
+        self._book, self._growth = book, growth
+
+    def promise(self, batch: MicroBatch, request: int, spare: int) -> bool:
+        """Keeps blocks for a prompt; ``spare`` stay free on every copy that holds anything. False: no room."""
+        target = self._book.target[request]
+        blocks = self._growth.blocks(target)
+        for room in batch.rooms:
+            if not room.admits(blocks, spare):
+                return False
+        for number, (pool, load) in enumerate(batch.pools):
+            if not pool.place(load, request, target):
+                for other, _ in batch.pools[:number]:
+                    other.remove(request)
+                return False
+        for room in batch.rooms:
+            room.promised += blocks
+        return True
+
+    def fill(self, batch: MicroBatch, filled: int, tokens: int) -> bool:
+        """Takes promised blocks for ``tokens`` more of a prompt; False: others have grown into them."""
+        blocks = self._growth.blocks(filled + tokens) - self._growth.blocks(filled)
+        if not blocks:
+            return True
+        for room in batch.rooms:
+            if room.used + blocks > room.total:
+                return False
+        for room in batch.rooms:
+            room.used += blocks
+            room.promised -= blocks
+        return True
+
+    def grow(self, batch: MicroBatch, blocks: int) -> bool:
+        """Takes so many blocks for requests that decode; False: some copy has too few."""
+        for room in batch.rooms:
+            if room.used + blocks > room.total:
+                return False
+        for room in batch.rooms:
+            room.used += blocks
+        return True
+
+    def release(self, batch: MicroBatch, request: int, context: int, *, extra_blocks: int = 0) -> None:
+        """Frees what a request with ``context`` tokens holds, and what is still promised to its prompt."""
+        growth, target = self._growth, self._book.target[request]
+        blocks = growth.blocks(context) + extra_blocks
+        promised = growth.blocks(target) - growth.blocks(context) if context < target else 0
+        for room in batch.rooms:
+            room.used -= blocks
+            room.promised -= promised
+        for pool, _ in batch.pools:
+            pool.remove(request)

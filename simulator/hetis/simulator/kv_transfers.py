@@ -1,0 +1,164 @@
+"""Prompts that are prefilled on one replica and decoded on another: who sends to whom, and when KV arrives.
+
+A seat and blocks at the decode replica are taken when a prompt begins, for its KV goes there layer by layer while later
+layers and chunks compute. So a transfer may use its links from then on, and ends no earlier than the last chunk's last
+layer can be there. Links are shared: the cards of both ends, and the link between two zones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hetis.simulator.book import Book
+from hetis.simulator.events import Events
+from hetis.simulator.links import SharedLink, transfer
+from hetis.simulator.micro_batch import MicroBatch
+from hetis.simulator.pipeline import StageCopy
+from hetis.simulator.replica import ReplicaRun
+from hetis.solver.check.fleet import Fleet as Devices
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+
+@dataclass(slots=True)
+class _Route:
+    """Where a prefill replica sends: ``credit`` grows with the planned share and falls with every request sent."""
+
+    replica: ReplicaRun
+    share: float
+    credit: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A prompt whose KV goes to a micro-batch of another replica, from ``begun_s`` on."""
+
+    begun_s: float
+    replica: ReplicaRun
+    batch: MicroBatch
+
+
+class KvTransfers:
+    """All KV routes of a plan. ``requeue`` takes requests whose KV was lost on its way.
+
+    Attributes:
+        senders: prefill replicas by the number of the decode replica that they send to.
+    """
+
+    def __init__(
+        self, plan: Plan, problem: PlacementProblem, devices: Devices, replicas: Sequence[ReplicaRun], book: Book,
+        events: Events, requeue: Callable[[float, int], None],
+    ) -> None:  # fmt: skip
+        self._book, self._events, self._requeue = book, events, requeue
+        self._model, self._network = problem.model, problem.cluster.network
+        self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
+        self._cards: dict[StageCopy, SharedLink] = {}
+        self._zone_links: dict[tuple[str, str], SharedLink] = {}
+        self._routes: dict[int, list[_Route]] = {}
+        self.senders: dict[int, list[ReplicaRun]] = {}
+        for route in plan.kv_routes:
+            self.senders.setdefault(route.decode, []).append(replicas[route.prefill])
+            self._routes.setdefault(route.prefill, []).append(_Route(replicas[route.decode], route.rate))
+        self._expected: dict[int, _Expected] = {}
+
+    def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
+        """Takes a seat and blocks for a prompt where its route leads; False: nowhere is room."""
+        routes = self._routes.get(replica.number)
+        if routes is None or self._book.output[request] - self._book.produced[request] == 1:
+            return True  # it stays where it is, or its prompt makes its last token
+        for route in sorted(routes, key=lambda route: -(route.credit + route.share)):
+            batch = route.replica.expect(request) if route.replica.is_up else None
+            if batch is not None:
+                total = sum(other.share for other in routes)
+                for other in routes:
+                    other.credit += other.share
+                route.credit -= total
+                self._expected[request] = _Expected(now_s, route.replica, batch)
+                return True
+        return False
+
+    def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
+        """Sends the KV of a prompt that is done; False: it decodes where it is."""
+        expected = self._expected.get(request)
+        if expected is None:
+            return False
+        batch.sending.add(request)
+        landed_s = max(
+            now_s + self._landing_s(replica, batch, request), self._sent_s(replica, batch, request, expected)
+        )
+        self._events.at(landed_s, self._land, replica, batch, request)
+        return True
+
+    def cancel(self, request: int) -> None:
+        """The prompt was lost where it is prefilled: nobody waits for it any more."""
+        expected = self._expected.pop(request, None)
+        if expected is not None and request in expected.batch.reserved:
+            expected.batch.reserved.discard(request)
+            expected.replica.kv.release(expected.batch, request, self._book.target[request])
+
+    def _land(self, now_s: float, sender: ReplicaRun, batch: MicroBatch, request: int) -> None:
+        if request in batch.sending:
+            batch.sending.discard(request)
+            sender.kv.release(batch, request, self._book.target[request])
+        sender.outstanding -= 1
+        expected = self._expected.pop(request, None)
+        is_there = expected is not None and expected.batch.alive and request in expected.batch.reserved
+        if expected is not None and is_there and batch.alive:
+            self._book.kv_transfers += 1
+            expected.replica.land(now_s, expected.batch, request)
+        else:
+            if expected is not None:
+                self._expected[request] = expected
+                self.cancel(request)
+            self._book.evict(request)
+            self._requeue(now_s, request)
+        sender.wake(now_s)
+
+    # --- time
+
+    def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
+        """The last layer of the last chunk, on the slowest stage."""
+        tokens = min(self._book.target[request], replica.batching.chunk_tokens)
+        return max(
+            float(copy.timing.cost.transfer_s(tokens * self._token_bytes(), copy.timing.shape.hop_link))
+            + copy.timing.shape.hop_link.latency_s
+            for copy in batch.copies
+        )
+
+    def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
+        """When all links that the KV passes are done with it."""
+        tokens, begun_s = self._book.target[request], expected.begun_s
+        chunks = math.ceil(tokens / replica.batching.chunk_tokens)
+        ends = list[float]()
+        for copy in batch.copies:
+            timing = copy.timing
+            part_s = float(timing.cost.transfer_s(tokens / chunks * self._token_bytes(), timing.shape.hop_link))
+            ends.append(transfer(begun_s, timing.layers * chunks * part_s, self._card(copy)))
+        for copy in expected.batch.copies:
+            ends.append(transfer(begun_s, self._received_s(copy, tokens), self._card(copy)))
+        zones = self._zones[replica.number], self._zones[expected.replica.number]
+        if zones[0] != zones[1]:
+            link = self._zone_links.setdefault(zones, SharedLink())
+            num_bytes = tokens * self._model.num_layers * self._token_bytes()
+            ends.append(transfer(begun_s, num_bytes / self._network.zone_link(*zones).bytes_per_s, link))
+        return max(ends)
+
+    def _received_s(self, copy: StageCopy, tokens: int) -> float:
+        """KV of a prompt on its way into one copy: kept groups to its ranks, the others straight to its cards."""
+        timing, model = copy.timing, self._model
+        pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
+        away = 0 if pool is None else pool.head_groups * timing.shape.tp
+        layer_s = float(timing.cost.transfer_s((model.head_groups - away) * group_bytes, timing.shape.hop_link))
+        if pool is not None:
+            card_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))
+            layer_s = max(layer_s, card_s)
+        return timing.layers * layer_s
+
+    def _token_bytes(self) -> float:
+        """KV bytes of a token in one layer."""
+        return self._model.head_groups * self._model.kv_bytes_per_token_group()
+
+    def _card(self, copy: StageCopy) -> SharedLink:
+        return self._cards.setdefault(copy, SharedLink())

@@ -1,0 +1,44 @@
+"""KV blocks: how many a stage has room for, and how many of them are taken."""
+
+from __future__ import annotations
+
+from hetis.solver.check.memory import rank_fixed_bytes
+from hetis.solver.check.setting import Setting
+from hetis.solver.check.shape import StageShape
+from hetis.solver.model import ModelSpec
+from hetis.solver.problem import PlacementProblem
+
+
+def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """Bytes that a rank has for KV, beside weights, activations and what the engine keeps."""
+    usable = setting.problem.profiles[shape.gpu].usable_bytes
+    return max(0.0, usable - rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last))
+
+
+def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:
+    """Bytes that an attention worker has for KV: all but what its engine keeps."""
+    profile = problem.profiles[gpu]
+    return float(profile.usable_bytes - profile.reserve_bytes)
+
+
+def group_blocks(room_bytes: float, model: ModelSpec, *, layers: int, groups: int, block_tokens: int) -> int:
+    """KV blocks per layer of ``groups`` head groups at once that fit in ``room_bytes``, in all ``layers``."""
+    block_bytes = layers * groups * block_tokens * model.kv_bytes_per_token_group()
+    return int(room_bytes / block_bytes * (1 + 1e-12)) if block_bytes > 0 else 1 << 40
+
+
+class KvRoom:
+    """KV blocks of one copy of a stage; a block holds ``block_tokens`` tokens of one request, in all its head groups.
+
+    ``promised`` blocks are not taken yet: prompts that were admitted will fill them.
+    """
+
+    __slots__ = ("promised", "total", "used")
+
+    def __init__(self, total: int) -> None:
+        self.total, self.used, self.promised = total, 0, 0
+
+    def admits(self, blocks: int, spare: int) -> bool:
+        """Whether a prompt of so many blocks may start. ``spare`` stay free unless nothing else is there."""
+        taken = self.used + self.promised
+        return taken + blocks + (spare if taken else 0) <= self.total

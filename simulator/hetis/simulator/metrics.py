@@ -1,0 +1,242 @@
+"""What a run was like for its requests and its devices, once it was steady."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from hetis.simulator.confidence import Estimate, within_run
+from hetis.simulator.steadiness import grows, warm_up
+from hetis.simulator.values import FloatArray, IntArray, Run
+from hetis.solver.plan import Plan, Role
+
+PERCENTS = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """Mean and percentiles of seconds over requests, and the largest; NaN where there are none."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUse:
+    """One GPU over the window: shares of its KV blocks in use and of the time it computed; NaN without samples."""
+
+    device: str
+    kv_mean: float
+    kv_max: float
+    busy_mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Requests and events of a whole run, warm-up included."""
+
+    arrived: int
+    finished: int
+    unfinished: int  # rejected ones are not among them
+    rejected: int
+    measured: int  # arrived in the window and finished
+    iterations: int
+    preemptions: int
+    migrations: int
+    migrated_bytes: float
+    kv_transfers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """A run from ``window_start_s`` (its warm-up over) to ``window_end_s`` (the last arrival).
+
+    Attributes:
+        steady: whether the load was carried: requests did not pile up in the window. Where they did, latencies grow
+            for as long as a run lasts, and belong to the run, not to the load.
+        arrival_rps, throughput_rps: requests that came and that finished in the window, per second of it.
+        prompt_tokens_per_s, output_tokens_per_s: of the requests that finished in it.
+        ttft_s: from arrival to the first output token, of requests that arrived in the window, as are all that follow.
+        tpot_s: from the first to the last output token over the tokens after the first, of requests with two or more.
+        mean_tpot_s: mean seconds per output token over *tokens*, which is what a plan's TPOT means.
+        end_to_end_s: from arrival to the last token; ``normalised_s`` the same per output token.
+        queueing_s: from arrival until the first chunk of the prompt was scheduled.
+        attainment: share of the requests that kept both limits, each by itself; NaN without limits.
+        devices: per GPU; empty without samples.
+    """
+
+    steady: bool
+    window_start_s: float
+    window_end_s: float
+    end_s: float
+    arrival_rps: float
+    throughput_rps: Estimate
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft_s: Distribution
+    ttft_p95_s: Estimate
+    tpot_s: Distribution
+    mean_tpot_s: Estimate
+    end_to_end_s: Distribution
+    normalised_s: Distribution
+    queueing_s: Distribution
+    attainment: float
+    counts: Counts
+    devices: tuple[DeviceUse, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Latency limits of an objective: of the p95 TTFT and of the mean TPOT; None: lifted."""
+
+    ttft_s: float | None
+    tpot_s: float | None
+
+    def met_by(self, *, ttft_s: float, tpot_s: float) -> bool:
+        """Whether both are; a latency that is not known (NaN) meets none."""
+        return all(limit is None or value <= limit for value, limit in ((ttft_s, self.ttft_s), (tpot_s, self.tpot_s)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a plan says of itself: its saturated rate, the worst p95 TTFT of its replicas, their mean TPOT by rate."""
+
+    rate_rps: float
+    ttft_s: float
+    tpot_s: float
+
+
+def prediction_of(plan: Plan) -> Prediction:
+    """The plan's own figures for the whole fleet."""
+    unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
+    decoding = [replica for replica in plan.replicas if replica.role is not Role.PREFILL]
+    weight = sum(replica.rate for replica in decoding)
+    return Prediction(
+        rate_rps=unified + sum(route.rate for route in plan.kv_routes),
+        ttft_s=max((r.ttft_s for r in plan.replicas if r.role is not Role.DECODE), default=math.nan),
+        tpot_s=sum(r.rate * r.tpot_s for r in decoding) / weight if weight else math.nan,
+    )
+
+
+def measure(run: Run, limits: Limits, *, saturated: bool) -> Metrics:
+    """The metrics of a run.
+
+    Where the warm-up ends is read off the end-to-end latencies in their order of arrival; of a saturated fleet, whose
+    latencies say nothing, off the gaps between completions (`warm_up`).
+    """
+    last_arrival_s = float(run.arrival_s[-1]) if run.num_requests else 0.0
+    start_s = _window_start_s(run, last_arrival_s, saturated=saturated)
+    inside = (run.arrival_s >= start_s) & (run.arrival_s <= last_arrival_s)
+    finishes = (run.finished_s >= start_s) & (run.finished_s <= last_arrival_s)
+    finishing = np.sort(run.finished_s[finishes])
+    span_s = last_arrival_s - start_s
+    arrived, measured = int(inside.sum()), inside & np.isfinite(run.finished_s)
+
+    ttft = (run.first_token_s - run.arrival_s)[measured]
+    decode = (run.finished_s - run.first_token_s)[measured]
+    later_tokens = (run.output_tokens - 1)[measured]
+    several = later_tokens > 0
+    end_to_end = (run.finished_s - run.arrival_s)[measured]
+    tpot = decode[several] / later_tokens[several]
+    num_finished = int(np.isfinite(run.finished_s).sum())
+    return Metrics(
+        steady=len(finishing) > 0 and (saturated or not grows(arrived=arrived, finished=len(finishing))),
+        window_start_s=start_s,
+        window_end_s=last_arrival_s,
+        end_s=run.end_s,
+        arrival_rps=_per_second(arrived, span_s),
+        throughput_rps=_throughput(finishing, span_s),
+        prompt_tokens_per_s=_per_second(float(run.prompt_tokens[finishes].sum()), span_s),
+        output_tokens_per_s=_per_second(float(run.output_tokens[finishes].sum()), span_s),
+        ttft_s=_distribution(ttft),
+        ttft_p95_s=within_run(ttft, partial(np.percentile, q=95)),
+        tpot_s=_distribution(tpot),
+        mean_tpot_s=_mean_tpot_s(decode[several], later_tokens[several], measured=int(measured.sum())),
+        end_to_end_s=_distribution(end_to_end),
+        normalised_s=_distribution(end_to_end / run.output_tokens[measured]),
+        queueing_s=_distribution((run.admitted_s - run.arrival_s)[measured]),
+        attainment=_attainment(limits, ttft, decode / np.maximum(later_tokens, 1), arrived),
+        counts=Counts(
+            arrived=run.num_requests,
+            finished=num_finished,
+            unfinished=run.num_requests - num_finished - run.rejected,
+            rejected=run.rejected,
+            measured=int(measured.sum()),
+            iterations=run.iterations,
+            preemptions=run.num_preemptions,
+            migrations=run.migrations,
+            migrated_bytes=run.migrated_bytes,
+            kv_transfers=run.kv_transfers,
+        ),
+        devices=_devices(run, start_s, last_arrival_s),
+    )
+
+
+def _window_start_s(run: Run, end_s: float, *, saturated: bool) -> float:
+    finished = np.isfinite(run.finished_s)
+    if saturated:
+        times = np.sort(run.finished_s[finished & (run.finished_s <= end_s)])
+        return float(times[warm_up(np.diff(times))]) if len(times) else end_s
+    latencies = (run.finished_s - run.arrival_s)[finished]
+    return float(run.arrival_s[finished][warm_up(latencies)]) if len(latencies) else end_s
+
+
+def _throughput(finishing: FloatArray, span_s: float) -> Estimate:
+    """Completions over the window; how far off that may be, from the gaps between them."""
+    value = _per_second(len(finishing), span_s)
+    gaps = np.diff(finishing)
+    spread = within_run(gaps, lambda part: 1 / max(float(part.mean()), 1e-12))
+    return Estimate(value=value, half_width=spread.half_width)
+
+
+def _mean_tpot_s(decode: FloatArray, later_tokens: IntArray, *, measured: int) -> Estimate:
+    """0 where no request has a second token to wait for."""
+    if measured and not len(decode):
+        return Estimate(value=0.0, half_width=0.0)
+    rows = np.stack([decode, later_tokens.astype(np.float64)], axis=1)
+    return within_run(rows, lambda part: float(part[:, 0].sum() / part[:, 1].sum()))
+
+
+def _per_second(amount: float, span_s: float) -> float:
+    return amount / span_s if span_s > 0 else math.nan
+
+
+def _distribution(values: FloatArray) -> Distribution:
+    if not len(values):
+        return Distribution(mean=math.nan, p50=math.nan, p90=math.nan, p95=math.nan, p99=math.nan, max=math.nan)
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(values, PERCENTS))
+    return Distribution(mean=float(values.mean()), p50=p50, p90=p90, p95=p95, p99=p99, max=float(values.max()))
+
+
+def _attainment(limits: Limits, ttft: FloatArray, tpot: FloatArray, arrived: int) -> float:
+    """Requests that arrived in the window and never finished kept no limit."""
+    if (limits.ttft_s is None and limits.tpot_s is None) or not arrived:
+        return math.nan
+    kept = np.ones(len(ttft), bool)
+    for values, limit in ((ttft, limits.ttft_s), (tpot, limits.tpot_s)):
+        if limit is not None:
+            kept &= values <= limit
+    return float(kept.sum()) / arrived
+
+
+def _devices(run: Run, start_s: float, end_s: float) -> tuple[DeviceUse, ...]:
+    if run.series is None:
+        return ()
+    inside = (run.series.times_s > start_s) & (run.series.times_s <= end_s)
+    if not inside.any():
+        return tuple(
+            DeviceUse(device=name, kv_mean=math.nan, kv_max=math.nan, busy_mean=math.nan) for name in run.series.devices
+        )
+    kv, busy = run.series.kv_used_fraction[inside], run.series.busy_fraction[inside]
+    columns = (kv.mean(axis=0).tolist(), kv.max(axis=0).tolist(), busy.mean(axis=0).tolist())
+    return tuple(
+        DeviceUse(device=name, kv_mean=kv_mean, kv_max=kv_max, busy_mean=busy_mean)
+        for name, kv_mean, kv_max, busy_mean in zip(run.series.devices, *columns, strict=True)
+    )

@@ -1,0 +1,150 @@
+"""A micro-batch: the requests that go round the pipeline together, with sums that cost nothing per request to keep.
+
+Decoding requests all grow by one token per iteration, so that a micro-batch needs to look at single ones only when they
+join, cross into a new KV block (of which it counts, by remainder, how many do so in which iteration), or finish.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from hetis.simulator.memory import KvRoom
+from hetis.simulator.pool_load import PoolLoad
+from hetis.solver.model import ModelSpec
+
+if TYPE_CHECKING:
+    from hetis.simulator.attention_workers import PoolCopy
+    from hetis.simulator.pipeline import StageCopy
+
+
+class Growth:
+    """How KV and what is attended to grow with the context of a request: linearly, but for a sliding window."""
+
+    __slots__ = ("block_tokens", "cached_limit", "slope", "window")
+
+    def __init__(self, model: ModelSpec, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        unlimited = 1 << 60
+        self.window = unlimited if model.sliding_window is None else model.sliding_window
+        every = model.sliding_window_every
+        self.slope = 1.0 - 1.0 / every if model.sliding_window is not None else 1.0  # attended beyond the window
+        self.cached_limit = self.window if every == 1 else unlimited
+
+    def blocks(self, tokens: int) -> int:
+        """KV blocks of a request with so many tokens."""
+        return -(-min(tokens, self.cached_limit) // self.block_tokens)
+
+    def attended(self, tokens: float) -> float:
+        """Tokens that one with so many attends to, averaged over layers."""
+        return tokens if tokens <= self.window else self.window + (tokens - self.window) * self.slope
+
+
+class MicroBatch:
+    """One of the M micro-batches of a replica.
+
+    Attributes:
+        copies: of every stage the copy that it runs on, which holds its KV.
+        step: iterations so far; one is under way while it is not ``idle``.
+        decoding: each decoding request, in order of joining, and the step at which it would have had no context: before
+            step k it has ``k - decoding[request]`` tokens of KV.
+        attended: tokens that they attend to in the present step.
+        growing: how many of them are within the sliding window.
+        phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block.
+        finishing: by step, requests that may finish at its end (they may have been evicted meanwhile).
+        leaving_window: by step, requests that reach the sliding window.
+        prefilling: the request whose prompt is under way; none or one between iterations.
+        ready: requests that are prefilled and wait for a seat.
+        reserved: requests whose KV is expected from a prefill replica.
+        sending: requests that are prefilled and whose KV is on its way to a decode replica.
+        chunk: (request, tokens, whether that is its last) of the present iteration.
+        seconds: of the present iteration on every stage.
+        contents: of the present iteration, what `StageTiming.seconds` takes.
+        rooms: of the copies without a pool.
+        pools: of the others, with what this micro-batch has on their devices; ``loads`` is the same by stage.
+        alive: False once a copy of it failed: what is still scheduled of it is void.
+    """
+
+    __slots__ = (
+        "alive", "attended", "chunk", "contents", "copies", "decoding", "finishing", "growing", "growth", "idle",
+        "index", "leaving_window", "loads", "phases", "pools", "prefilling", "ready", "reserved", "rooms", "seconds",
+        "sending", "step",
+    )  # fmt: skip
+
+    def __init__(self, index: int, copies: tuple[StageCopy, ...], growth: Growth) -> None:
+        self.index, self.copies, self.growth = index, copies, growth
+        self.step = 0
+        self.idle = self.alive = True
+        self.decoding: dict[int, int] = {}
+        self.attended, self.growing = 0.0, 0
+        self.phases = [0] * growth.block_tokens
+        self.finishing: dict[int, list[int]] = {}
+        self.leaving_window: dict[int, list[int]] = {}
+        self.prefilling: deque[int] = deque()
+        self.ready: deque[int] = deque()
+        self.reserved: set[int] = set()
+        self.sending: set[int] = set()
+        self.chunk: list[tuple[int, int, bool]] = []
+        self.seconds: list[float] = []
+        self.contents: tuple[int, float, int, float, float, int] = (0, 0.0, 0, 0.0, 0.0, 0)
+        self.rooms: tuple[KvRoom, ...] = tuple(copy.room for copy in copies if copy.room is not None)
+        self.loads = {copy.stage: PoolLoad(copy.pool.num_devices) for copy in copies if copy.pool is not None}
+        self.pools: tuple[tuple[PoolCopy, PoolLoad], ...] = tuple(
+            (copy.pool, self.loads[copy.stage]) for copy in copies if copy.pool is not None
+        )
+
+    def seats_taken(self) -> int:
+        """Requests that decode here or will."""
+        return len(self.decoding) + len(self.ready) + len(self.prefilling) + len(self.reserved)
+
+    def requests(self) -> list[int]:
+        """All that it works on, oldest first; not those whose KV moves from one replica to another."""
+        prefilled = [request for request, _, is_last in self.chunk if is_last]
+        return [*self.decoding, *self.ready, *prefilled, *self.prefilling]
+
+    def join(self, request: int, context: int, remaining: int) -> None:
+        """A request with ``context`` tokens of KV decodes from the present step on, ``remaining`` >= 1 steps."""
+        step, growth = self.step, self.growth
+        origin = self.decoding[request] = step - context
+        self.finishing.setdefault(step + remaining - 1, []).append(request)
+        self.attended += growth.attended(context)
+        if context < growth.cached_limit:
+            self.phases[origin % growth.block_tokens] += 1
+        if context < growth.window:
+            self.growing += 1
+            if context + remaining > growth.window:
+                self.leaving_window.setdefault(origin + growth.window, []).append(request)
+        for pool, load in self.pools:
+            load.add(pool.homes[request], growth.attended(context), grows=context < growth.window)
+
+    def leave(self, request: int, context: int) -> None:
+        """A decoding request, which has ``context`` tokens by now, goes."""
+        origin, growth = self.decoding.pop(request), self.growth
+        self.attended -= growth.attended(context)
+        is_within = origin + growth.window > self.step  # as far as `cross_windows` has seen
+        self.growing -= is_within
+        if is_within or growth.cached_limit > growth.window:
+            self.phases[origin % growth.block_tokens] -= 1
+        for pool, load in self.pools:
+            if (home := pool.homes.get(request)) is not None:  # None: a device of it was lost, with its share
+                load.add(-home, growth.attended(context), grows=is_within)
+
+    def cross_windows(self) -> None:
+        """Requests that have reached the sliding window attend to no more, or to less, of what comes."""
+        growth = self.growth
+        for request in self.leaving_window.pop(self.step, ()):
+            origin = self.decoding.get(request)
+            if origin is None or origin + growth.window != self.step:
+                continue  # the entry is of an earlier stay
+            self.growing -= 1
+            for pool, load in self.pools:
+                load.growing -= pool.homes[request]
+            if growth.cached_limit == growth.window:
+                self.phases[origin % growth.block_tokens] -= 1
+
+    def grow(self) -> None:
+        """Every decoding request attends to one token more."""
+        slope = self.growth.slope
+        self.attended += self.growing + slope * (len(self.decoding) - self.growing)
+        for _, load in self.pools:
+            load.grow(slope)

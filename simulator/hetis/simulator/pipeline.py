@@ -1,0 +1,155 @@
+"""How micro-batches take turns at the copies of stages: kept apart, or all that waits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from hetis.simulator.attention_workers import PoolCopy
+from hetis.simulator.book import Book
+from hetis.simulator.events import Events
+from hetis.simulator.memory import KvRoom
+from hetis.simulator.micro_batch import MicroBatch
+from hetis.simulator.timing import StageTiming
+from hetis.simulator.values import TraceEvent
+
+Done = Callable[[float, MicroBatch], None]
+
+
+class StageCopy:
+    """One copy of a stage: its GPUs, when they are free, and the KV that they hold.
+
+    Attributes:
+        track: what a trace calls it.
+        devices: its ranks; ``cards``: its attention workers.
+        room: KV blocks of a rank; None where a pool counts them.
+        pool: its attention workers; None: it has none.
+        is_up: no device of it has failed.
+        free_s: when the work it was given is done.
+        busy_s: seconds of work it was given so far.
+        waiting, serving: micro-batches, where they are not kept apart.
+    """
+
+    __slots__ = (
+        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "room", "serving", "stage", "timing", "track",
+        "waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self, *, track: str, devices: tuple[str, ...], stage: int, timing: StageTiming, room: KvRoom | None,
+        pool: PoolCopy | None, cards: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.track, self.devices, self.stage, self.timing = track, devices, stage, timing
+        self.cards = cards
+        self.room, self.pool = room, pool
+        self.is_up = True
+        self.free_s = self.busy_s = 0.0
+        self.waiting: list[MicroBatch] = []
+        self.serving: list[MicroBatch] = []
+
+    def busy_until(self, now_s: float) -> float:
+        """Seconds of work done up to now: what it was given is done without a pause."""
+        return self.busy_s - max(0.0, self.free_s - now_s)
+
+
+class Discipline(Protocol):
+    """Sends the micro-batches of a replica through its stages."""
+
+    def start(self, now_s: float, batch: MicroBatch) -> None:
+        """An iteration enters the first stage, with its ``contents``."""
+
+
+class Apart:
+    """Micro-batches stay as they are; a copy serves them in the order in which they come.
+
+    So a copy's free time is all that has to be kept, and a visit to a stage is one event.
+    """
+
+    def __init__(self, events: Events, book: Book, done: Done, *, traced: bool) -> None:
+        self._events, self._book, self._done, self._traced = events, book, done, traced
+
+    def start(self, now_s: float, batch: MicroBatch) -> None:
+        decoding, attended, tokens, pairs, read, rows = batch.contents
+        batch.seconds = [
+            copy.timing.seconds(decoding, attended, tokens, pairs, read, rows) for copy in batch.copies
+        ]  # fmt: skip
+        if batch.pools:
+            for stage, load in batch.loads.items():
+                pool = batch.copies[stage].pool
+                assert pool is not None
+                batch.seconds[stage] += pool.seconds([load], [batch])
+        self._arrive(now_s, batch, 0)
+
+    def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:
+        if not batch.alive:
+            return
+        copies = batch.copies
+        if stage == len(copies):
+            self._done(now_s, batch)
+            return
+        copy = copies[stage]
+        start_s = copy.free_s if copy.free_s > now_s else now_s
+        seconds = batch.seconds[stage]
+        end_s = start_s + seconds
+        if copy.pool is not None and copy.pool.is_shared:
+            end_s = copy.pool.after_others(start_s, end_s, batch.loads[stage])
+            seconds = end_s - start_s
+        copy.free_s = end_s
+        copy.busy_s += seconds
+        if self._traced:
+            self._book.trace_events.append(_bar(copy, [batch], start_s, seconds))
+        self._events.at(end_s, self._arrive, batch, stage + 1)
+
+
+class Greedy:
+    """A copy takes all micro-batches that wait for it at once; they then leave together, and so stay together."""
+
+    def __init__(self, events: Events, book: Book, done: Done, *, traced: bool) -> None:
+        self._events, self._book, self._done, self._traced = events, book, done, traced
+
+    def start(self, now_s: float, batch: MicroBatch) -> None:
+        self._arrive(now_s, batch, 0)
+
+    def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:
+        copy = batch.copies[stage]
+        copy.waiting.append(batch)
+        if not copy.serving:
+            # Others that come at this very moment shall be in it.
+            copy.serving = copy.waiting
+            self._events.at(now_s, self._serve, copy)
+
+    def _serve(self, now_s: float, copy: StageCopy) -> None:
+        copy.serving, copy.waiting = [batch for batch in copy.waiting if batch.alive], []
+        if not copy.serving:
+            return
+        parts = [batch.contents for batch in copy.serving]
+        together = parts[0] if len(parts) == 1 else tuple(map(sum, zip(*parts, strict=True)))
+        seconds = copy.timing.seconds(*together)
+        if copy.pool is not None:
+            seconds += copy.pool.seconds([batch.loads[copy.stage] for batch in copy.serving], copy.serving)
+        copy.free_s = now_s + seconds
+        copy.busy_s += seconds
+        if self._traced:
+            self._book.trace_events.append(_bar(copy, copy.serving, now_s, seconds))
+        self._events.at(copy.free_s, self._leave, copy)
+
+    def _leave(self, now_s: float, copy: StageCopy) -> None:
+        served, copy.serving = copy.serving, []
+        if copy.waiting:
+            copy.serving = copy.waiting
+            self._events.at(now_s, self._serve, copy)
+        for batch in served:
+            if not batch.alive:
+                continue
+            if copy.stage + 1 < len(batch.copies):
+                self._arrive(now_s, batch, copy.stage + 1)
+            else:
+                self._done(now_s, batch)
+
+
+def _bar(copy: StageCopy, batches: list[MicroBatch], start_s: float, seconds: float) -> TraceEvent:
+    decoding = sum(batch.contents[0] for batch in batches)
+    chunk = sum(batch.contents[2] for batch in batches)
+    names = "+".join(str(batch.index) for batch in batches)
+    arguments = (("decoding", float(decoding)), ("chunk_tokens", float(chunk)))
+    return TraceEvent(copy.track, f"micro-batch {names}", start_s, seconds, arguments)

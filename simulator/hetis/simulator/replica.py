@@ -1,0 +1,332 @@
+"""One replica: continuous batching with chunked prefill in micro-batches, on KV blocks that may run short."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetis.simulator.book import Book
+from hetis.simulator.holdings import Holdings
+from hetis.simulator.micro_batch import Growth, MicroBatch
+from hetis.simulator.pipeline import Discipline, StageCopy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """How a replica fills its iterations.
+
+    Attributes:
+        micro_batch: requests that decode in one micro-batch at most; 0 of a prefill replica.
+        in_flight: micro-batches.
+        chunk_tokens: prompt tokens of an iteration at most, of one prompt or several; 0 of a decode replica.
+        ahead: prompts of a micro-batch that may be under way, or done and waiting, beyond its seats. As many as finish
+            while a prompt is prefilled, so that decoders stay as many as the plan has.
+    """
+
+    micro_batch: int
+    in_flight: int
+    chunk_tokens: int
+    ahead: int
+
+
+class Outside:
+    """What a replica asks of the fleet around it; that of a replica alone."""
+
+    def pull(self, now_s: float) -> int | None:
+        """The next request of a source that always has one."""
+        return None
+
+    def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
+        """Whether a prompt has somewhere to go when it is done."""
+        return True
+
+    def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
+        """Takes a prompt that is done elsewhere; False: it decodes where it is."""
+        return False
+
+    def has_room(self, now_s: float, replica: ReplicaRun) -> None:
+        """Something has left a replica."""
+
+    def requeue(self, now_s: float, replica: ReplicaRun, request: int) -> None:
+        """A request was evicted and waits again, before the others."""
+        replica.outstanding += 1
+        replica.queue.appendleft(request)
+
+
+class ReplicaRun:
+    """A replica at work.
+
+    Attributes:
+        stages: the copies of every stage.
+        batches: its micro-batches.
+        queue: requests that wait for their prompt to begin.
+        outstanding: requests given to it that are not done, those that wait included.
+        is_up: every stage has a copy that is.
+    """
+
+    def __init__(
+        self, number: int, *, rate: float, batching: Batching, growth: Growth, book: Book,
+        stages: Sequence[Sequence[StageCopy]],
+    ) -> None:  # fmt: skip
+        self.number, self.rate, self.batching, self.growth, self.book = number, rate, batching, growth, book
+        self.stages = tuple(tuple(copies) for copies in stages)
+        self.queue: deque[int] = deque()
+        self.outstanding = 0
+        self.is_up = True
+        self.discipline: Discipline
+        self.outside = Outside()
+        self.kv = Holdings(book, growth)
+        self._block_tokens = growth.block_tokens
+        self._takes_prompts = batching.chunk_tokens > 0
+        self._most_seats = batching.micro_batch + batching.ahead  # of a micro-batch, waiting ones included
+        # The next block of everyone who decodes on the most crowded copy.
+        copies = min(len(copies) for copies in self.stages)
+        self._spare = -(-batching.in_flight // copies) * batching.micro_batch
+        self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
+        self._idle = set(range(batching.in_flight))
+
+    def new_batch(self, index: int) -> MicroBatch:
+        """An empty micro-batch on one copy of every stage, of those that are up: they are shared out evenly."""
+        up = [[copy for copy in copies if copy.is_up] or copies for copies in self.stages]
+        return MicroBatch(index, tuple(copies[index % len(copies)] for copies in up), self.growth)
+
+    # --- what comes
+
+    def offer(self, now_s: float, request: int) -> None:
+        """A request waits here from now on."""
+        self._take(request)
+        self.queue.append(request)
+        self.wake(now_s)
+
+    def wake(self, now_s: float) -> None:
+        """Micro-batches that had nothing to do look again."""
+        if self._idle:
+            for index in sorted(self._idle):
+                if index in self._idle:
+                    self.form(now_s, self.batches[index])
+
+    def set_idle(self, batch: MicroBatch) -> None:
+        """A micro-batch without an iteration under way."""
+        batch.idle = True
+        self._idle.add(batch.index)
+
+    def expect(self, request: int) -> MicroBatch | None:
+        """Keeps a seat and blocks for a request that is prefilled elsewhere; None: there is no room."""
+        for batch in sorted(self.batches, key=MicroBatch.seats_taken):
+            if batch.seats_taken() >= self._most_seats:
+                return None
+            if self.kv.promise(batch, request, self._spare):
+                if self.kv.fill(batch, 0, self.book.target[request]):
+                    batch.reserved.add(request)
+                    return batch
+                self.kv.release(batch, request, 0)
+        return None
+
+    def land(self, now_s: float, batch: MicroBatch, request: int) -> None:
+        """The KV of an expected request is here."""
+        batch.reserved.discard(request)
+        batch.ready.append(request)
+        self._take(request)
+        if batch.idle:
+            self.form(now_s, batch)
+
+    def _take(self, request: int) -> None:
+        self.book.replica[request] = self.number
+        self.outstanding += 1
+
+    # --- an iteration
+
+    def form(self, now_s: float, batch: MicroBatch) -> None:
+        """Fills the next iteration of a micro-batch and sends it off; without work the micro-batch is idle."""
+        if not self.is_up:
+            return
+        batch.step += 1
+        if batch.leaving_window:
+            batch.cross_windows()
+        decoding, ready, book = batch.decoding, batch.ready, self.book
+        while ready and len(decoding) < self.batching.micro_batch:
+            request = ready.popleft()
+            batch.join(request, book.target[request], book.output[request] - book.produced[request])
+        if decoding:
+            self._grow(now_s, batch)
+        tokens, pairs, read, last = 0, 0.0, 0.0, 0
+        if self._takes_prompts and (batch.prefilling or len(decoding) + len(ready) < self._most_seats):
+            batch.chunk = self._chunk(now_s, batch)
+            for request, part, is_last in batch.chunk:
+                attended = self.growth.attended(book.filled[request] - part + (part + 1) / 2)
+                tokens += part
+                pairs += part * attended
+                read += attended + part / 2
+                last += is_last
+        num = len(decoding)
+        if not num and not tokens:
+            self.set_idle(batch)
+            return
+        if batch.idle:
+            batch.idle = False
+            self._idle.discard(batch.index)
+        batch.contents = (num, batch.attended, tokens, pairs, read, num + last)
+        book.iterations += 1
+        book.prefilled += tokens
+        self.discipline.start(now_s, batch)
+
+    def done(self, now_s: float, batch: MicroBatch) -> None:
+        """An iteration has left the last stage: tokens are out, some requests are finished."""
+        book, chunk = self.book, batch.chunk
+        has_freed = False
+        if chunk:
+            batch.chunk = []
+            for request, _, is_last in chunk:
+                if is_last:
+                    has_freed |= self._prefilled(now_s, batch, request)
+        finishing = batch.finishing.pop(batch.step, None)
+        if finishing:
+            for request in finishing:
+                origin = batch.decoding.get(request)
+                context = 0 if origin is None else batch.step + 1 - origin
+                # An entry may be of an earlier stay.
+                if context == book.prompt[request] + book.output[request] - 1:
+                    batch.leave(request, context)
+                    book.produced[request] = book.output[request]
+                    self._finish(now_s, batch, request, context)
+                    has_freed = True
+        for pool, load in batch.pools:
+            pool.look(now_s, batch, load)
+        self.form(now_s, batch)
+        if has_freed:
+            self.wake(now_s)
+            self.outside.has_room(now_s, self)
+
+    def _prefilled(self, now_s: float, batch: MicroBatch, request: int) -> bool:
+        """A prompt is through, which makes one token; returns whether that was all."""
+        book = self.book
+        book.produced[request] += 1
+        if book.produced[request] == 1:
+            book.first_token_s[request] = now_s
+        if book.produced[request] == book.output[request]:
+            self._finish(now_s, batch, request, book.target[request])
+            return True
+        if not self.outside.take_prompt(now_s, self, batch, request):
+            batch.ready.append(request)
+        return False
+
+    def _finish(self, now_s: float, batch: MicroBatch, request: int, context: int) -> None:
+        self.book.finished_s[request] = now_s
+        self.outstanding -= 1
+        self.kv.release(batch, request, context)
+
+    # --- prompts
+
+    def _chunk(self, now_s: float, batch: MicroBatch) -> list[tuple[int, int, bool]]:
+        """Prompt tokens of the next iteration: the prompt under way, then new ones as far as tokens and seats go."""
+        book, budget = self.book, self.batching.chunk_tokens
+        chunk = list[tuple[int, int, bool]]()
+        seats = self._most_seats - batch.seats_taken()
+        while budget:
+            if not batch.prefilling:
+                request = self._admitted(now_s, batch) if seats > 0 else None
+                if request is None:
+                    break
+                seats -= 1
+                batch.prefilling.append(request)
+            request = batch.prefilling[0]
+            filled = book.filled[request]
+            tokens = min(budget, book.target[request] - filled)
+            if not self.kv.fill(batch, filled, tokens):
+                # Others have grown into what it was promised. It waits, but gives way where nobody else can go on.
+                if not chunk and not batch.decoding:
+                    self._evict(now_s, batch, request)
+                break
+            book.filled[request] = filled + tokens
+            budget -= tokens
+            is_last = filled + tokens == book.target[request]
+            chunk.append((request, tokens, is_last))
+            if is_last:
+                batch.prefilling.popleft()
+        return chunk
+
+    def _admitted(self, now_s: float, batch: MicroBatch) -> int | None:
+        """The next request in line, if the copies of this micro-batch have room for it."""
+        queue, outside = self.queue, self.outside
+        while True:
+            if not queue:
+                pulled = outside.pull(now_s)
+                if pulled is None:
+                    return None
+                self._take(pulled)
+                queue.append(pulled)
+            request = queue[0]
+            if self.kv.promise(batch, request, self._spare):
+                if outside.may_start(now_s, self, request):
+                    break
+                self.kv.release(batch, request, 0)
+                return None
+            if not self.is_empty() or not self._is_whole():
+                return None
+            queue.popleft()  # it finds no room where nobody is
+            self.outstanding -= 1
+            self.book.reject(request)
+        queue.popleft()
+        if self.book.preemptions[request] == 0:
+            self.book.admitted_s[request] = now_s
+        return request
+
+    def is_empty(self) -> bool:
+        """No request holds a block."""
+        copies = [copy for copies in self.stages for copy in copies]
+        rooms_are = all(copy.room is None or copy.room.used == copy.room.promised == 0 for copy in copies)
+        return rooms_are and all(copy.pool is None or not copy.pool.homes for copy in copies)
+
+    def _is_whole(self) -> bool:
+        copies = [copy for copies in self.stages for copy in copies]
+        return all(copy.is_up and (copy.pool is None or copy.pool.is_whole) for copy in copies)
+
+    # --- growth and eviction
+
+    def _grow(self, now_s: float, batch: MicroBatch) -> None:
+        """Every decoding request caches one token more; where blocks run out, the latest are evicted."""
+        phase = batch.step % self._block_tokens
+        while (crossing := batch.phases[phase]) and not self.kv.grow(batch, crossing):
+            self._evict(now_s, batch, batch.requests()[-1])
+        if batch.pools:
+            self._grow_in_pools(now_s, batch)
+        batch.grow()
+
+    def _grow_in_pools(self, now_s: float, batch: MicroBatch) -> None:
+        step, growth, stalled = batch.step, self.growth, list[int]()
+        growing = [request for request, origin in batch.decoding.items() if step - origin < growth.cached_limit]
+        for pool, _ in batch.pools:
+            stalled += pool.grow(growing)
+        for request in dict.fromkeys(stalled):
+            # Copies without a pool have counted the block that it would have crossed into.
+            crosses = (step - batch.decoding[request]) % growth.block_tokens == 0
+            self._evict(now_s, batch, request, extra_blocks=int(crosses))
+
+    def _evict(self, now_s: float, batch: MicroBatch, request: int, *, extra_blocks: int = 0) -> None:
+        """Takes a request out between two iterations; it is prefilled anew, before those that wait."""
+        self._drop(batch, request, written=0, extra_blocks=extra_blocks)
+        self.outside.requeue(now_s, self, request)
+
+    def lose(self, now_s: float, batch: MicroBatch, request: int) -> None:
+        """Takes a request out whose KV is gone; the iteration under way makes no token of it."""
+        self._drop(batch, request, written=1)
+        self.outside.requeue(now_s, self, request)
+
+    def _drop(self, batch: MicroBatch, request: int, *, written: int, extra_blocks: int = 0) -> None:
+        """``written`` tokens of a decoding request are in KV that have not led to an output token."""
+        book = self.book
+        origin = batch.decoding.get(request)
+        if origin is not None:
+            context = batch.step - origin + written
+            book.produced[request] += context - written - book.target[request]
+            batch.leave(request, context)
+        else:
+            context = book.filled[request]
+            batch.chunk = [part for part in batch.chunk if part[0] != request]
+            for line in (batch.prefilling, batch.ready):
+                if request in line:
+                    line.remove(request)
+        self.kv.release(batch, request, context, extra_blocks=extra_blocks)
+        self.outstanding -= 1
+        book.evict(request)

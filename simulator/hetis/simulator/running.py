@@ -1,0 +1,197 @@
+"""Runs of a plan, several at once in processes of their own; stopped early they give what there is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+
+from hetis.simulator.arrivals import Arrivals, KeepGoing, Load, Saturation, draw_traffic, requests_of
+from hetis.simulator.metrics import Limits, Metrics, measure
+from hetis.simulator.simulate import simulate
+from hetis.simulator.values import Run, Settings
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+_LOOK_EVERY = 64  # requests between two looks at whether to stop
+_POLL_S = 0.1
+
+Report = Callable[[int, int], None]
+"""Called with the requests that have arrived so far, over all runs, and those that will have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run: ``num_requests`` of a load, drawn by ``seed``; with ``keep_run`` the answer has every request, too."""
+
+    load: Load
+    num_requests: int
+    seed: int
+    settings: Settings
+    limits: Limits
+    keep_run: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a job found. ``num_clipped`` of its requests were shortened to the model's context."""
+
+    metrics: Metrics
+    num_clipped: int
+    run: Run | None = None
+
+
+def run_job(plan: Plan, problem: PlacementProblem, job: Job, keep_going: KeepGoing) -> Answer:
+    """Simulates one job in this process; traffic ends early once ``keep_going`` says no, and what came is served."""
+    traffic = draw_traffic(job.load, job.num_requests, seed=job.seed)
+    saturated = job.load.arrivals is Arrivals.SATURATED
+    requests = (Saturation if saturated else requests_of)(traffic, keep_going=keep_going)
+    run = simulate(plan, problem, requests, job.settings)
+    metrics = measure(run, job.limits, saturated=saturated)
+    return Answer(metrics=metrics, num_clipped=traffic.num_clipped, run=run if job.keep_run else None)
+
+
+@dataclass(slots=True, kw_only=True)
+class Runner:
+    """Runs jobs of one plan; made by `runner`, which also ends its processes.
+
+    ``cancelled`` stops all traffic when it is set: jobs that have begun answer with what they have, others not at all.
+    """
+
+    plan: Plan
+    problem: PlacementProblem
+    processes: int
+    cancelled: threading.Event
+    report: Report
+    _pool: ProcessPoolExecutor | None = None
+    _given: Synchronized[int] | None = None
+    _stop: Event | None = None
+    _total: int = field(default=0)
+    _done_before: int = field(default=0)
+
+    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Answers in the order of the jobs; fewer of them after ``cancelled``."""
+        self._total += sum(job.num_requests for job in jobs)
+        if self._pool is None and (len(jobs) == 1 or self.processes == 1):
+            return list(self._here(jobs))
+        return self._apart(jobs)
+
+    def close(self) -> None:
+        """Ends the processes; idle by then unless something went wrong."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _here(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        for job in jobs:
+            if self.cancelled.is_set():
+                return
+
+            def keep_going(given: int) -> bool:
+                if given % _LOOK_EVERY == 0:
+                    self.report(self._done_before + given, self._total)
+                return not self.cancelled.is_set()
+
+            yield run_job(self.plan, self.problem, job, keep_going)
+            self._done_before += job.num_requests
+
+    def _apart(self, jobs: Sequence[Job]) -> list[Answer]:
+        pool = self._started()
+        futures: list[Future[Answer]] = [pool.submit(_run_here, job) for job in jobs]
+        waiting: set[Future[Answer]] = set(futures)
+        while waiting:
+            _, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            if self.cancelled.is_set() and self._stop is not None and not self._stop.is_set():
+                self._stop.set()
+                for future in futures:
+                    future.cancel()
+            if self._given is not None:
+                self.report(self._done_before + self._given.value, self._total)
+        answers = [future.result() for future in futures if not future.cancelled()]
+        # The pool hands a job out before a process is free for it: such a one had no traffic when all was stopped.
+        return [one for one in answers if one.metrics.counts.arrived or not self.cancelled.is_set()]
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a fork would copy the threads of the solvers' libraries
+            self._given, self._stop = context.Value("q", 0), context.Event()
+            self._pool = ProcessPoolExecutor(
+                max_workers=self.processes,
+                mp_context=context,
+                initializer=_begin,
+                initargs=(self.plan, self.problem, self._given, self._stop),
+            )
+        return self._pool
+
+
+def _silent(_given: int, _total: int) -> None:
+    """Reports to nobody."""
+
+
+@contextmanager
+def runner(
+    plan: Plan,
+    problem: PlacementProblem,
+    *,
+    processes: int = 1,
+    cancelled: threading.Event | None = None,
+    report: Report = _silent,
+) -> Iterator[Runner]:
+    """Something that runs jobs of a plan.
+
+    Args:
+        processes: at once; 0: one per core. A single job is run in this process. More than one needs a main module
+            that may be imported again (``if __name__ == "__main__"``).
+        cancelled: may be set from a signal handler or another thread.
+        report: called a few times a second from the thread that runs jobs.
+    """
+    made = Runner(
+        plan=plan,
+        problem=problem,
+        processes=processes or os.cpu_count() or 1,
+        cancelled=cancelled or threading.Event(),
+        report=report,
+    )
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@dataclass(slots=True)
+class _Process:
+    """What a worker process was started with."""
+
+    plan: Plan
+    problem: PlacementProblem
+    given: Synchronized[int]
+    stop: Event
+
+
+_this: list[_Process] = []  # empty in the process that asks
+
+
+def _begin(plan: Plan, problem: PlacementProblem, given: Synchronized[int], stop: Event) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the asking process tells us
+    _this.append(_Process(plan, problem, given, stop))
+
+
+def _run_here(job: Job) -> Answer:
+    (this,) = _this
+    stopped = False
+
+    def keep_going(given: int) -> bool:
+        nonlocal stopped
+        if given % _LOOK_EVERY == 0:
+            with this.given.get_lock():
+                this.given.value += _LOOK_EVERY if given else 0
+            stopped = this.stop.is_set()
+        return not stopped
+
+    return run_job(this.plan, this.problem, job, keep_going)

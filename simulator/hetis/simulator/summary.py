@@ -1,0 +1,96 @@
+"""Runs of one load with different seeds, as one answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from hetis.simulator.confidence import Estimate, over_runs
+from hetis.simulator.metrics import Counts, DeviceUse, Distribution, Limits, Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What the runs say together: means over the runs of what `Metrics` says of each, and sums of its counts.
+
+    Intervals are over the runs where there are several, else from the sections of the one.
+    """
+
+    num_runs: int
+    steady: bool  # all of them
+    warm_up_s: float
+    window_s: float
+    arrival_rps: float
+    throughput_rps: Estimate
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft_p95_s: Estimate
+    mean_tpot_s: Estimate
+    ttft_s: Distribution
+    tpot_s: Distribution
+    end_to_end_s: Distribution
+    normalised_s: Distribution
+    queueing_s: Distribution
+    attainment: float
+    counts: Counts
+    devices: tuple[DeviceUse, ...]
+
+    def within(self, limits: Limits) -> bool:
+        """Whether the load is carried and both latencies keep their limits."""
+        return self.steady and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
+
+    def precision(self) -> float:
+        """The widest of the three intervals over its value; infinite where one is not known."""
+        return max(estimate.relative for estimate in (self.throughput_rps, self.ttft_p95_s, self.mean_tpot_s))
+
+
+def summarise(runs: Sequence[Metrics]) -> Summary:
+    """The summary of one run or more."""
+
+    def mean(value: Callable[[Metrics], float]) -> float:
+        return over_runs([value(run) for run in runs]).value
+
+    def estimate(of: Callable[[Metrics], Estimate]) -> Estimate:
+        return of(runs[0]) if len(runs) == 1 else over_runs([of(run).value for run in runs])
+
+    def distribution(of: Callable[[Metrics], Distribution]) -> Distribution:
+        names = [field.name for field in fields(Distribution)]
+        return Distribution(**{name: over_runs([getattr(of(run), name) for run in runs]).value for name in names})
+
+    return Summary(
+        num_runs=len(runs),
+        steady=all(run.steady for run in runs),
+        warm_up_s=mean(lambda run: run.window_start_s),
+        window_s=mean(lambda run: run.window_end_s - run.window_start_s),
+        arrival_rps=mean(lambda run: run.arrival_rps),
+        throughput_rps=estimate(lambda run: run.throughput_rps),
+        prompt_tokens_per_s=mean(lambda run: run.prompt_tokens_per_s),
+        output_tokens_per_s=mean(lambda run: run.output_tokens_per_s),
+        ttft_p95_s=estimate(lambda run: run.ttft_p95_s),
+        mean_tpot_s=estimate(lambda run: run.mean_tpot_s),
+        ttft_s=distribution(lambda run: run.ttft_s),
+        tpot_s=distribution(lambda run: run.tpot_s),
+        end_to_end_s=distribution(lambda run: run.end_to_end_s),
+        normalised_s=distribution(lambda run: run.normalised_s),
+        queueing_s=distribution(lambda run: run.queueing_s),
+        attainment=mean(lambda run: run.attainment),
+        counts=_sums([run.counts for run in runs]),
+        devices=_devices(runs),
+    )
+
+
+def _sums(counts: Sequence[Counts]) -> Counts:
+    return Counts(**{field.name: sum(getattr(one, field.name) for one in counts) for field in fields(Counts)})
+
+
+def _devices(runs: Sequence[Metrics]) -> tuple[DeviceUse, ...]:
+    return tuple(
+        DeviceUse(
+            device=uses[0].device,
+            kv_mean=over_runs([use.kv_mean for use in uses]).value,
+            kv_max=max((use.kv_max for use in uses if math.isfinite(use.kv_max)), default=math.nan),
+            busy_mean=over_runs([use.busy_mean for use in uses]).value,
+        )
+        for uses in zip(*(run.devices for run in runs), strict=True)
+    )

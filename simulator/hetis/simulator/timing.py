@@ -1,0 +1,110 @@
+"""How long a stage takes for an iteration, from what the iteration really carries.
+
+The formulas and letters are those of `docs/cost-model.md`; where that puts in averages (the mean context, chunks that
+are always full), here stand the tokens that are there. What depends on the number of tokens alone is tabulated when it
+is first asked for; attention is a maximum of affine functions, whose coefficients are worked out once.
+"""
+
+from __future__ import annotations
+
+from hetis.solver.check.shape import StageShape
+from hetis.solver.cost import DeviceCost, rank_shape
+from hetis.solver.model import ModelSpec
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Fit, Op, Profile
+
+AttentionPiece = tuple[float, float, float]  # seconds, per request or (request, group) pair, per token they attend to
+ChunkPiece = tuple[float, float, float, float]  # seconds, per token, per (query, key) pair, per token of KV read
+
+
+def fit_of(profile: Profile, op: Op, model: ModelSpec, tp: int) -> Fit:
+    fit = profile.fit(op, model, tp)
+    assert fit is not None, f"Profile guarantees a fit for {op}"
+    return fit
+
+
+def pair_pieces(profile: Profile, model: ModelSpec, tp: int, queries_per_group: int) -> list[AttentionPiece]:
+    """Decode attention of one layer per (request, head group) pair of one card, and per token that it attends to."""
+    flops = model.decode_attention_flops(1.0, float(queries_per_group))
+    return [
+        (p.fixed_s, p.head_s * queries_per_group, p.flop_s * flops + p.byte_s * model.kv_bytes_per_token_group())
+        for p in fit_of(profile, Op.DECODE_ATTENTION, model, tp).pieces
+    ]
+
+
+class StageTiming:
+    """Seconds of an iteration on one copy of a stage, all but the decode attention of a stage with a pool."""
+
+    __slots__ = ("_chunk", "_decode", "_dense", "_head", "_is_first", "_is_last", "_table", "cost", "layers", "shape")
+
+    def __init__(self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool) -> None:
+        model, profile = problem.model, problem.profiles[shape.gpu]
+        rank = rank_shape(model, shape.tp)
+        assert rank is not None, "the plan's structure was checked"
+        moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+        self.shape, self._is_first, self._is_last = shape, is_first, is_last
+        self.cost = DeviceCost(model, profile, moments, rank, shape.intra_link)
+        self.layers = shape.layers + (model.prefix_layers if is_first else 0)
+        self._dense = float(shape.layers), float(model.prefix_layers if is_first else 0)
+        self._table: dict[int, float] = {}
+        self._head: dict[int, float] = {0: 0.0}
+        n, groups = self.layers, rank.groups
+        self._decode: tuple[AttentionPiece, ...] = ()
+        if shape.pool is None:
+            pieces = pair_pieces(profile, model, shape.tp, rank.queries_per_group)
+            self._decode = tuple((n * c, n * groups * h, n * groups * t) for c, h, t in pieces)
+        heads = model.q_heads / shape.tp
+        self._chunk: tuple[ChunkPiece, ...] = tuple(
+            (
+                n * p.fixed_s,
+                n * (p.token_s + p.head_s * heads),
+                n * p.flop_s * model.attention_flops(1.0, heads),
+                n * p.byte_s * groups * model.kv_bytes_per_token_group(),
+            )
+            for p in fit_of(profile, Op.PREFILL_ATTENTION, model, shape.tp).pieces
+        )
+
+    def seconds(
+        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int
+    ) -> float:
+        """Seconds of one iteration, hop to this stage included.
+
+        Args:
+            decoding: requests that decode, which attend to ``attended`` tokens together.
+            chunk_tokens, chunk_pairs, chunk_read: of the prefill chunk its tokens, the (query, key) pairs of its
+                attention, and the tokens of KV it reads; 0 without one.
+            rows: tokens that logits are needed of.
+        """
+        tokens = decoding + chunk_tokens
+        total = self._table.get(tokens)
+        if total is None:
+            total = self._table[tokens] = self._by_tokens(tokens)
+        if decoding and self._decode:
+            most = 0.0
+            for fixed, per_request, per_token in self._decode:
+                piece = fixed + per_request * decoding + per_token * attended
+                if piece > most:
+                    most = piece
+            total += most
+        if chunk_tokens:
+            most = 0.0
+            for fixed, per_token, per_pair, per_read in self._chunk:
+                piece = fixed + per_token * chunk_tokens + per_pair * chunk_pairs + per_read * chunk_read
+                if piece > most:
+                    most = piece
+            total += most
+        if self._is_last:
+            head = self._head.get(rows)
+            if head is None:
+                head = self._head[rows] = self.cost.head_s(rows)
+            total += head
+        return total
+
+    def _by_tokens(self, tokens: int) -> float:
+        cost, (repeated, prefix) = self.cost, self._dense
+        total = repeated * cost.dense_s(tokens) + (repeated + prefix) * 2.0 * cost.reduce_s(tokens)
+        if prefix:
+            total += prefix * cost.dense_s(tokens, prefix_layer=True)
+        if not self._is_first:
+            total += cost.hop_s(tokens, self.shape.hop_link)
+        return float(total + cost.step_s(tokens))

@@ -1,0 +1,175 @@
+"""What a simulation is asked and what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.errors import InvalidProblemError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request of a trace. Arrivals never fall from one request to the next."""
+
+    id: int
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.prompt_tokens < 1 or self.output_tokens < 1:
+            raise InvalidProblemError(
+                f"request {self.id} has {self.prompt_tokens}/{self.output_tokens} tokens, "
+                "prompt and output must be >= 1"
+            )
+        if not 0 <= self.arrival_s < math.inf:
+            raise InvalidProblemError(f"request {self.id} arrives at {self.arrival_s} s, must be finite and >= 0")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Requests that are always waiting: a saturated fleet asks for the next one when it has room for it."""
+
+    def next_request(self, now_s: float) -> Request | None:
+        """The next request, which counts as arriving ``now_s``; None: none will come any more."""
+
+
+Requests = Iterable[Request] | Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A device fails, or comes back (``joins``), at ``at_s``. ``device`` is ``node/index``."""
+
+    at_s: float
+    device: str
+    joins: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_s < math.inf:
+            raise InvalidProblemError(f"fault of {self.device} is at {self.at_s} s, must be finite and >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a plan is run.
+
+    Attributes:
+        seed: of everything that is random (ties of the router).
+        discipline: ``apart``: the micro-batches of a replica stay as they are and take turns at a stage's copies, as
+            the placement model assumes; ``greedy``: a stage takes all requests that wait for it at once.
+        chunks: ``planned``: an iteration carries up to the plan's C tokens of prompts whenever some wait; ``paced``: no
+            more than keep the seats filled on average, so that iterations are alike and pipelines with few
+            micro-batches do not wait for long ones. Prompts then take more iterations.
+        router: ``least-work``: a request goes to the replica with the least work waiting and running, over its planned
+            rate; ``weighted``: to each in proportion to its planned rate, whatever waits there.
+        dispatch: head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them.
+        redispatch: head groups of running requests move by `hetis.solver.redispatch`; needs ``dispatch``.
+        theta: deviation of a stage's attention time above which re-dispatch looks.
+        faults: devices that fail and join.
+        sample_every_s: spacing of the series per device; None: no series.
+        trace: record what every stage copy does, for Perfetto.
+        horizon_s: the run ends here at the latest; None: when every request has finished.
+    """
+
+    seed: int = 0
+    discipline: Literal["apart", "greedy"] = "apart"
+    chunks: Literal["planned", "paced"] = "planned"
+    router: Literal["least-work", "weighted"] = "least-work"
+    dispatch: bool = True
+    redispatch: bool = True
+    theta: float = 0.5
+    faults: tuple[Fault, ...] = ()
+    sample_every_s: float | None = None
+    trace: bool = False
+    horizon_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sample_every_s", "horizon_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidProblemError(f"{name} is {value}, must be finite and > 0")
+        if not self.theta >= 0:
+            raise InvalidProblemError(f"theta is {self.theta}, must be >= 0")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEvent:
+    """One bar of a Perfetto trace: what ``track`` (a stage copy, a pool card or a link) did from ``start_s`` on."""
+
+    track: str
+    name: str
+    start_s: float
+    duration_s: float
+    arguments: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Samples per device, at ``times_s`` [samples]; the last sample is at the end of the run.
+
+    ``kv_used_fraction`` [samples, devices] is the share of its KV blocks in use, ``busy_fraction`` the share of the
+    time since the sample before in which the device computed.
+    """
+
+    devices: tuple[str, ...]
+    times_s: FloatArray
+    kv_used_fraction: FloatArray
+    busy_fraction: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What happened: one entry per request that arrived, in their order; NaN (or -1) where it never happened.
+
+    Attributes:
+        id: of the requests, [requests], as are all arrays here.
+        arrival_s, admitted_s: ``admitted_s`` is when its first prefill chunk was scheduled first.
+        first_token_s, finished_s: when the first and the last output token left the last stage.
+        replica: index into the plan of the replica that decodes it (or prefills it, before that is known).
+        preemptions: times it was evicted for want of KV blocks, or for a lost device, and prefilled anew.
+        moved_bytes: KV bytes of its head groups that re-dispatch moved.
+        iterations: of micro-batches, over all replicas, whole round trips.
+        migrations: moves of head groups that were committed; ``migrated_bytes`` theirs.
+        kv_transfers: prompts whose KV went from a prefill to a decode replica.
+        rejected: requests that no replica can ever hold (their KV exceeds its room).
+        prefilled_tokens: of all chunks, prefill after an eviction included.
+        generated_tokens: output tokens, of requests that were cut off by the end of the run as of their last eviction.
+        series: per device, None unless `Settings.sample_every_s`.
+        end_s: virtual time at which the run ended.
+    """
+
+    id: IntArray
+    arrival_s: FloatArray
+    admitted_s: FloatArray
+    first_token_s: FloatArray
+    finished_s: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    replica: IntArray
+    preemptions: IntArray
+    moved_bytes: FloatArray
+    iterations: int
+    num_preemptions: int
+    migrations: int
+    migrated_bytes: float
+    kv_transfers: int
+    rejected: int
+    series: Series | None
+    trace_events: tuple[TraceEvent, ...]
+    end_s: float
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.id)

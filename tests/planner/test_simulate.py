@@ -1,0 +1,215 @@
+"""`hetis-plan simulate`: what it prints and saves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetis.formats.traces import read_trace
+from hetis.planner.cli.app import run
+from tests.planner.command_line import COMMAND, environment, hetis_plan, invoke
+
+CLUSTER = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: two
+nodes:
+  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama-2-7B on two A100, as `place` saved it."""
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "cluster.yaml").write_text(CLUSTER)
+    out = folder / "plan.json"
+    placed = invoke("place", "-c", str(folder / "cluster.yaml"), "-m", "Llama-2-7B", "-w", "500/100", "--out", str(out))
+    assert placed.exit_code == 0, placed.output
+    return out
+
+
+def simulated(plan: Path, *arguments: str) -> dict[str, Any]:
+    result = invoke("simulate", str(plan), "--threads", "1", *arguments, "-o", "json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert isinstance(document, dict)
+    return document
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said on stderr, on one line, of a run that must end with exit code 2."""
+    assert run(["simulate", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return " ".join(err.replace("│", " ").split())
+
+
+def test_a_saturated_fleet_says_what_it_serves(plan: Path) -> None:
+    found = simulated(plan, "--saturate", "--requests", "1500")
+    assert found["throughput_rps"] > 0
+    assert found["throughput_rps"] == found["summary"]["throughput_rps"]["value"]
+    assert found["ratios"]["throughput"] == pytest.approx(found["throughput_rps"] / found["planned"]["rate_rps"])
+    assert found["load"]["arrivals"] == "saturated"
+
+
+def test_the_table_fits_80_columns_and_sets_the_plan_beside_what_happened(plan: Path) -> None:
+    result = invoke("simulate", str(plan), "--requests", "600", "--seeds", "3", "--threads", "1")
+    assert result.exit_code == 0, result.stderr
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+    for words in ("Planned and simulated", "Throughput", "TTFT p95", "TPOT mean", "ratio", "within 10%", "KV in use"):
+        assert words in result.stdout
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_one_does_not(plan: Path) -> None:
+    first, again, other = (simulated(plan, "--requests", "400", "--seed", seed) for seed in ("1", "1", "2"))
+    assert first == again
+    assert first["summary"] != other["summary"]
+
+
+def test_the_default_load_is_the_planned_goodput_on_the_plan_s_workload(plan: Path) -> None:
+    found = simulated(plan, "--requests", "300")
+    assert found["load"]["rate_rps"] == pytest.approx(0.9 * found["planned"]["rate_rps"])
+    assert found["load"]["lengths"] == "500/100"
+    # Every request has 500 prompt and 100 output tokens.
+    assert found["summary"]["prompt_tokens_per_s"] == pytest.approx(5 * found["summary"]["output_tokens_per_s"])
+
+
+def test_bursts_wait_longer_than_even_arrivals(plan: Path) -> None:
+    even, bursts = (simulated(plan, "--requests", "1500", "--cv", cv)["summary"] for cv in ("0", "4"))
+    assert bursts["ttft_s"]["p95"] > 1.5 * even["ttft_s"]["p95"]
+
+
+def test_files_hold_the_first_run(plan: Path, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("r.csv", "p.json", "a.html", "a.png")}
+    arguments = ("--requests", "300", "--rate", "2", "--requests-csv", str(files["r.csv"]))
+    found = simulated(plan, *arguments, "--perfetto", str(files["p.json"]), "--plot", str(files["a.html"]))
+    trace = read_trace(files["r.csv"])
+    assert len(trace.arrival_s) == found["summary"]["counts"]["arrived"] == 300
+    events = json.loads(files["p.json"].read_text())["traceEvents"]
+    assert {"X", "M", "C"} == {event["ph"] for event in events}
+    assert "plotly" in files["a.html"].read_text()
+    simulated(plan, *arguments, "--plot", str(files["a.png"]))
+    assert files["a.png"].read_bytes().startswith(b"\x89PNG")
+    replayed = simulated(plan, "--trace", str(files["r.csv"]), "--recorded")
+    assert replayed["summary"]["ttft_s"]["p95"] == pytest.approx(found["summary"]["ttft_s"]["p95"], rel=1e-3)
+
+
+def test_a_sweep_brackets_the_goodput(plan: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "s.png"
+    found = simulated(plan, "--sweep", "--requests", "400", "--tolerance", "10%", "--plot", str(plot))
+    swept = found["sweep"]
+    assert found["goodput_rps"] == swept["goodput_rps"] > 0
+    assert swept["beyond_rps"] - swept["goodput_rps"] <= 0.1 * swept["beyond_rps"]
+    rates = [point["rate_rps"] for point in swept["points"]]
+    assert rates == sorted(rates)
+    assert plot.stat().st_size > 1000
+    table = invoke("simulate", str(plan), "--sweep", "--requests", "400", "--tolerance", "20%", "--threads", "1")
+    assert "Goodput" in table.stdout
+    assert max(len(line) for line in table.stdout.splitlines()) <= 80
+
+
+def test_processes_change_nothing_but_the_time(plan: Path) -> None:
+    arguments = ("simulate", str(plan), "--requests", "200", "--seeds", "3", "-o", "json")
+    apart = hetis_plan(*arguments, "--threads", "2")
+    assert apart.returncode == 0, apart.stderr
+    assert json.loads(apart.stdout) == json.loads(hetis_plan(*arguments, "--threads", "1").stdout)
+
+
+def test_until_stable_doubles_the_requests(plan: Path) -> None:
+    found = simulated(plan, "--requests", "250", "--until-stable", "--precision", "8%")
+    assert found["load"]["requests"] > 250
+    assert found["load"]["requests"] % 250 == 0
+    assert found["precise"]
+
+
+def test_requests_beyond_the_context_are_clipped_and_counted(plan: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "long.jsonl"
+    lines = [{"arrival_s": i, "prompt_tokens": 9000 if i % 4 == 0 else 100, "output_tokens": 20} for i in range(100)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = simulated(plan, "--trace", str(trace), "--recorded")
+    assert found["load"]["clipped"] == 25
+    assert found["summary"]["counts"]["finished"] == 100
+    table = invoke("simulate", str(plan), "--trace", str(trace), "--recorded", "--threads", "1").stdout
+    assert "25 requests clipped" in " ".join(table.split())
+
+
+def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
+    command = [*COMMAND, "simulate", str(plan), "--requests", "5000000", "--rate", "1", "--threads", "1", "-o", "json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), text=True
+    ) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()  # the first news: it runs
+        time.sleep(0)
+        assert "simulating" in line
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    document = json.loads(out)
+    assert document["complete"] is False
+    assert 0 < document["summary"]["counts"]["arrived"] < 5_000_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rate", "0"), "'0' is out of range, must be above zero and finite"),
+        (("--rate", "fast"), "'fast' is not a number of requests per second"),
+        (("--saturate", "--rate", "1"), "--saturate and --rate cannot be combined"),
+        (("--saturate", "--sweep"), "--saturate and --sweep cannot be combined"),
+        (("--sweep", "--rate", "1"), "--sweep and --rate cannot be combined"),
+        (("--sweep", "--perfetto", "p.json"), "--perfetto shows one run: it goes without --sweep"),
+        (("--recorded",), "--recorded needs --trace"),
+        (("--saturate", "--cv", "2"), "--cv is for arrivals that are drawn"),
+        (("--recorded", "--trace", "500/100"), "500/100 is a distribution of lengths: it has no recorded arrivals"),
+        (("--trace", "missing.csv"), "missing.csv: no such file"),
+        (("--trace", "azure_con_2023"), "did you mean azure_conv_2023?"),
+        (("--plot", "run.pdf"), "--plot takes a name that ends in .html or .png"),
+        (("--perfetto", "/no/such/folder/p.json"), "cannot be written: no folder /no/such/folder"),
+        (("--requests", "0"), "should be greater than or equal to 1"),
+        (("--seeds", "0"), "should be greater than or equal to 1"),
+        (("--fail", "a100/0"), "'a100/0' is not a device and a time such as a100/0@30s"),
+        (("--fail", "a100/0@soon"), "'soon' is not a duration"),
+        (("--fail", "a100/7@3s", "--join", "b/0@1s"), "no device 'a100/7' in the cluster"),
+        (("--faults", "missing.csv"), "missing.csv: no such file"),
+        (("--tolerance", "0"), "must be above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_one_message(
+    plan: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in refusal(capsys, str(plan), *arguments)
+
+
+def test_all_unknown_devices_are_named_at_once(plan: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    faults = tmp_path / "faults.csv"
+    faults.write_text("at_s,device,event\n1,a100/9,fail\n2,b/0,fail\n3,a100/0,join\n")
+    err = refusal(capsys, str(plan), "--faults", str(faults))
+    assert "2 problems in the input" in err
+    assert "'a100/9'" in err
+    assert "'b/0'" in err
+
+
+def test_every_bad_row_of_a_trace_is_named(plan: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "bad.csv"
+    trace.write_text(HEADER + "0,100,10\n1,-5,10\n2,100,none\n")
+    err = refusal(capsys, str(plan), "--trace", str(trace))
+    assert f"{trace}:3: prompt_tokens: is -5, must be 1 to 10000000" in err
+    assert f"{trace}:4: output_tokens: 'none' is not a whole number" in err
+
+
+def test_a_plan_without_replicas_is_refused(plan: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    document = json.loads(plan.read_text())
+    document["replicas"] = []
+    (tmp_path / "empty.json").write_text(json.dumps(document))
+    assert "the plan has no replicas" in refusal(capsys, str(tmp_path / "empty.json"))

@@ -1,0 +1,116 @@
+"""Stages with attention workers: dispatch and re-dispatch by the solver, the plan's split, shared cards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.simulator.attention_workers import PoolCopy
+from hetis.simulator.book import Book
+from hetis.simulator.building import Builder
+from hetis.simulator.events import Events
+from hetis.simulator.fleet import Fleet
+from hetis.simulator.router import LeastWork
+from hetis.simulator.simulate import simulate
+from hetis.simulator.values import Fault, Request, Settings
+from hetis.solver.plan import AttentionWorkerPool, Plan
+from hetis.solver.problem import PlacementProblem
+from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
+from tests.solver.instances import make_model, make_profile, make_workload
+
+AS_PLANNED = Settings(dispatch=False, redispatch=False)
+
+
+def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], chosen: Settings) -> list[PoolCopy]:
+    """Runs half a second and returns the stage copies with pools as they are then, moves under way included."""
+    book, events = Book(), Events()
+    fleet = Fleet(Builder(plan, problem, book, events, chosen).replicas(), book, events, LeastWork())
+    fleet.serve(iter(requests))
+    events.run(0.5)
+    return [c.pool for one in fleet.replicas for copies in one.stages for c in copies if c.pool is not None]
+
+
+@given(
+    st.sampled_from([AS_PLANNED, Settings(redispatch=False), Settings(theta=0.0)]),
+    st.lists(st.tuples(st.integers(1, 80), st.integers(1, 60)), min_size=1, max_size=20),
+    st.sampled_from([11_500_000, 60_000_000]),
+    st.integers(1, 3),
+)
+@settings(max_examples=25)
+def test_everything_is_served_with_head_groups_on_workers(
+    chosen: Settings, lengths: list[tuple[int, int]], usable_bytes: int, in_flight: int
+) -> None:
+    problem = small_problem(model=make_model(kv_heads=4), usable_bytes=usable_bytes)
+    plan = plan_of(pipeline(problem, 6, micro_batch=5, in_flight=in_flight, pool=(2, 1)))
+    requests = [
+        Request(id=n, arrival_s=n * 1e-3, prompt_tokens=prompt, output_tokens=output)
+        for n, (prompt, output) in enumerate(lengths)
+    ]
+    run = simulate(plan, problem, requests, chosen)  # asserts that all blocks come back
+    assert (~np.isnan(run.finished_s)).sum() + run.rejected == len(requests)
+    assert run.migrated_bytes == pytest.approx(run.moved_bytes.sum())
+    if not run.rejected:
+        assert run.generated_tokens == run.output_tokens.sum()
+
+
+@pytest.mark.parametrize("chosen", [AS_PLANNED, Settings(redispatch=False), Settings(theta=0.0)])
+def test_the_head_map_is_sound_in_the_middle_of_a_run(chosen: Settings) -> None:
+    problem = small_problem(model=make_model(kv_heads=4))
+    plan = plan_of(pipeline(problem, 3, 3, micro_batch=6, in_flight=2, pool=(2, 2)))
+    (pool,) = pool_run(plan, problem, equal_requests(40, prompt=50, output=4000), chosen)
+    pool.state.check_invariants()
+    assert len(pool.homes) == len(pool.state) > 0
+    for request, home in pool.homes.items():
+        np.testing.assert_array_equal(home, pool.state.groups(str(request)))
+
+
+def test_the_plans_split_gives_every_request_its_groups_and_every_card_as_many() -> None:
+    problem = small_problem(model=make_model(kv_heads=4))
+    plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(2, 1)))
+    (pool,) = pool_run(plan, problem, equal_requests(8, prompt=20, output=4000), AS_PLANNED)
+    homes = np.stack(list(pool.homes.values()))
+    assert homes[:, 0].tolist() == [3] * 8
+    assert homes[:, 1:].sum(axis=0).tolist() == [4, 4]
+
+
+def test_dispatch_is_no_slower_than_the_plans_split() -> None:
+    problem = small_problem(model=make_model(kv_heads=4))
+    plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(1, 3)))  # far too much for a slow card
+    requests = equal_requests(30, prompt=400, output=60)
+    planned, dispatched = (simulate(plan, problem, requests, one) for one in (AS_PLANNED, Settings(redispatch=False)))
+    assert dispatched.end_s < 0.9 * planned.end_s
+
+
+def test_re_dispatch_moves_head_groups_when_a_lost_worker_comes_back() -> None:
+    problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((700, 1200)), usable_bytes=120_000_000)
+    plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(2, 1)))
+    requests = equal_requests(8, prompt=700, output=1200)
+    faults = (Fault(at_s=0.5, device="small-0/0"), Fault(at_s=0.8, device="small-0/0", joins=True))
+    still, moving = (
+        simulate(plan, problem, requests, Settings(faults=faults, redispatch=redispatch, theta=0.05))
+        for redispatch in (False, True)
+    )
+    assert still.migrations == 0
+    assert still.num_preemptions > 0
+    assert moving.migrations > 0
+    assert moving.end_s < still.end_s
+    assert moving.migrated_bytes > 0
+    assert not np.isnan(moving.finished_s).any()
+
+
+def test_cards_that_serve_two_stages_take_turns() -> None:
+    problem = small_problem(model=make_model(kv_heads=4), usable_bytes=400_000_000)
+    slow = make_profile("small", bytes_per_s=1e9, usable_bytes=400_000_000)  # nothing else limits the rate
+    problem = replace(problem, profiles={**problem.profiles, "small": slow})
+    one = pipeline(problem, 3, 3, micro_batch=8, in_flight=4)
+    pools = tuple(AttentionWorkerPool(stage=n, gpu="small", devices=("small-0/0",), kv_head_groups=4) for n in (0, 1))
+    stages = tuple(replace(stage, kv_head_groups_kept=0) for stage in one.stages)
+    shared = replace(one, stages=stages, attention_workers=tuple(replace(pool, shared=True) for pool in pools))
+    apart = replace(one, stages=stages, attention_workers=(pools[0], replace(pools[1], devices=("small-1/0",))))
+    requests = equal_requests(60, prompt=300, output=100)
+    together_s, alone_s = (simulate(plan_of(each), problem, requests, AS_PLANNED).end_s for each in (shared, apart))
+    assert together_s == pytest.approx(2.0 * alone_s, rel=0.1)

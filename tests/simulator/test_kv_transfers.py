@@ -1,0 +1,85 @@
+"""Prompts on some replicas, outputs on others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.simulator.simulate import simulate
+from hetis.simulator.values import Fault, Settings
+from hetis.solver.cluster import Link, Network
+from hetis.solver.plan import KvRoute, Plan, Role
+from hetis.solver.problem import PlacementProblem
+from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem, with_role
+from tests.solver.instances import make_model
+
+
+def split_plan(problem: PlacementProblem, *, shares: tuple[float, ...] = (1.0,), pool: bool = False) -> Plan:
+    """One prefill replica on big-0 and big-1, and a decode replica on two more cards for each share."""
+    prefill = with_role(pipeline(problem, 3, 3, in_flight=2), Role.PREFILL)
+    decodes = [
+        with_role(pipeline(problem, 2, 4, first=2 * n + 2, micro_batch=6, pool=(1, 1) if pool else None), Role.DECODE)
+        for n in range(len(shares))
+    ]
+    routes = tuple(KvRoute(prefill=0, decode=n + 1, rate=share) for n, share in enumerate(shares))
+    return plan_of(prefill, *decodes, routes=routes)
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.sampled_from([11_500_000, 60_000_000])
+)
+@settings(max_examples=30)
+def test_every_prompt_is_sent_once_and_all_blocks_come_back(
+    prompt: int, output: int, count: int, pool: bool, usable_bytes: int
+) -> None:
+    problem = small_problem(model=make_model(kv_heads=4), usable_bytes=usable_bytes)
+    plan = split_plan(problem, shares=(2.0, 1.0), pool=pool)
+    run = simulate(plan, problem, equal_requests(count, prompt=prompt, output=output, every_s=1e-3), Settings())
+    assert not np.isnan(run.finished_s).any()
+    assert run.kv_transfers == (count if output > 1 else 0) + run.num_preemptions
+    assert np.all(run.replica == 0) if output == 1 else np.all(run.replica > 0)
+    assert run.generated_tokens == count * output
+
+
+def test_traffic_follows_the_shares_of_the_routes() -> None:
+    problem = small_problem()
+    run = simulate(
+        split_plan(problem, shares=(3.0, 1.0)), problem, equal_requests(80, prompt=9, output=9, every_s=0.05)
+    )
+    assert np.bincount(run.replica).tolist() == [0, 60, 20]
+
+
+def test_a_slow_link_between_zones_limits_the_rate() -> None:
+    # Everything else is far faster: requests leave at the link's bytes per second over the KV bytes of a prompt.
+    problem = small_problem()
+    groups = tuple(replace(g, zone="there" if g.name == "small" else "here") for g in problem.cluster.node_groups)
+    link = Link(bytes_per_s=2e6, latency_s=1e-4)
+    network = Network(default=problem.cluster.network.default, zone_default=link)
+    problem = replace(problem, cluster=replace(problem.cluster, node_groups=groups, network=network))
+    plan = split_plan(problem)
+    decode = plan.replicas[1]
+    stages = tuple(
+        replace(stage, gpu="small", devices=tuple(name.replace("big", "small") for name in stage.devices))
+        for stage in decode.stages
+    )
+    prefill = replace(plan.replicas[0], kv_zones=("here", "there"))
+    plan = replace(plan, replicas=(prefill, replace(decode, stages=stages)))
+    run = simulate(plan, problem, equal_requests(60, prompt=30, output=2))
+    kv_bytes = 30 * problem.model.kv_bytes_per_token()
+    finished = np.sort(run.finished_s)
+    assert (finished[50] - finished[10]) / 40 == pytest.approx(kv_bytes / link.bytes_per_s, rel=0.02)
+
+
+@pytest.mark.parametrize(("device", "prompt"), [("big-0/0", 400), ("big-2/0", 30)])
+def test_a_failure_on_either_side_costs_no_request(device: str, prompt: int) -> None:
+    problem = small_problem()
+    faults = (Fault(at_s=0.05, device=device), Fault(at_s=0.3, device=device, joins=True))
+    requests = equal_requests(60, prompt=prompt, output=30)
+    run = simulate(split_plan(problem), problem, requests, Settings(faults=faults))
+    assert run.num_preemptions > 0
+    assert not np.isnan(run.finished_s).any()
+    assert run.generated_tokens == 60 * 30

@@ -1,0 +1,168 @@
+"""Metrics are what they are called, on runs worked out by hand and on a queue with a known answer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hetis.simulator.arrivals import Arrivals, Load, Saturation, draw_traffic, requests_of
+from hetis.simulator.metrics import Limits, Prediction, measure, prediction_of
+from hetis.simulator.summary import summarise
+from hetis.simulator.values import Request, Run, Settings
+from hetis.solver.workload import LengthBin, Workload
+from tests.planner import plans
+from tests.simulator.fake_runs import queue_run, run_of
+
+LIMITS = Limits(ttft_s=1.0, tpot_s=0.05)
+NOTHING = math.nan
+
+
+def request(number: int, arrival_s: float, output: int = 11) -> Request:
+    return Request(id=number, arrival_s=arrival_s, prompt_tokens=100, output_tokens=output)
+
+
+def load(rate_rps: float | None = 5.0, arrivals: Arrivals = Arrivals.DRAWN) -> Load:
+    lengths = Workload(name="w", bins=(LengthBin(prompt_tokens=10, output_tokens=91, weight=1.0),))
+    return Load(lengths=lengths, max_position=1000, rate_rps=rate_rps, arrivals=arrivals)
+
+
+def even_run() -> Run:
+    """100 requests, one a second: 0.2 s of queueing, 0.5 s to the first token, then 11 tokens in 1 s."""
+    rows = [(request(i, float(i)), i + 0.2, i + 0.5, i + 1.5) for i in range(100)]
+    return run_of(rows, end_s=100.5)
+
+
+def test_every_latency_by_hand() -> None:
+    found = measure(even_run(), Limits(ttft_s=1.0, tpot_s=0.2), saturated=False)
+    for distribution, value in (
+        (found.queueing_s, 0.2),
+        (found.ttft_s, 0.5),
+        (found.tpot_s, 0.1),  # ten gaps in a second
+        (found.end_to_end_s, 1.5),
+        (found.normalised_s, 1.5 / 11),
+    ):
+        assert [distribution.mean, distribution.p50, distribution.p99] == pytest.approx([value] * 3)
+    assert found.mean_tpot_s.value == pytest.approx(0.1)
+    assert found.ttft_p95_s.value == pytest.approx(0.5)
+    assert found.steady
+    assert found.attainment == 1.0
+    assert found.throughput_rps.value == pytest.approx(1.0, rel=0.03)
+    assert found.output_tokens_per_s == pytest.approx(11.0, rel=0.03)
+    assert found.counts.finished == found.counts.arrived == 100
+
+
+def test_the_warm_up_is_measured_by_nothing() -> None:
+    rows = [(request(i, float(i)), i + 5.0, i + 9.0, i + 10.0) for i in range(100)]
+    rows += [(request(i, float(i)), i + 0.2, i + 0.5, i + 1.5) for i in range(100, 600)]
+    found = measure(run_of(rows, end_s=601.5), LIMITS, saturated=False)
+    assert found.window_start_s == 100.0
+    assert found.ttft_s.max == pytest.approx(0.5)
+    assert found.counts.measured == 500
+    assert found.counts.arrived == 600
+
+
+def test_a_run_that_misses_a_limit_attains_nothing() -> None:
+    assert measure(even_run(), Limits(ttft_s=0.4, tpot_s=None), saturated=False).attainment == 0.0
+    assert measure(even_run(), Limits(ttft_s=None, tpot_s=0.09), saturated=False).attainment == 0.0
+    assert math.isnan(measure(even_run(), Limits(ttft_s=None, tpot_s=None), saturated=False).attainment)
+
+
+def test_mean_tpot_weighs_tokens_and_percentiles_weigh_requests() -> None:
+    # Half the requests have 2 tokens 1 s apart, half 101 tokens 10 ms apart: (50 + 50) s over (50 + 5000) tokens.
+    rows = [(request(i, float(i), 2 if i % 2 else 101), float(i), float(i), i + 1.0) for i in range(100)]
+    found = measure(run_of(rows, end_s=101.0), LIMITS, saturated=False)
+    assert found.mean_tpot_s.value == pytest.approx(100 / 5050, rel=0.02)
+    assert found.tpot_s.mean == pytest.approx(0.505, rel=0.02)
+
+
+def test_single_tokens_have_no_tpot_and_miss_no_limit_of_it() -> None:
+    rows = [(request(i, float(i), 1), float(i), i + 0.5, i + 0.5) for i in range(100)]
+    found = measure(run_of(rows, end_s=100.0), LIMITS, saturated=False)
+    assert found.mean_tpot_s.value == 0.0
+    assert math.isnan(found.tpot_s.mean)
+    assert found.attainment == 1.0
+    assert summarise([found]).within(LIMITS)
+
+
+def test_requests_that_never_finish_are_counted_and_attain_nothing() -> None:
+    rows = [(request(i, float(i)), i + 0.2, i + 0.5, i + 0.9 if i % 2 else NOTHING) for i in range(200)]
+    found = measure(run_of(rows, end_s=300.0, rejected=40), LIMITS, saturated=False)
+    assert found.counts.unfinished == 60
+    assert found.counts.rejected == 40
+    assert found.attainment == pytest.approx(0.5, abs=0.02)
+    assert not found.steady  # half of what comes piles up
+
+
+def test_a_load_that_is_carried_is_steady_and_one_that_is_not_is_not() -> None:
+    # 8 seats, a second each: 8 requests/s are served at most.
+    carried = measure(queue_run(requests_of(draw_traffic(load(6.0), 3000, seed=0))), LIMITS, saturated=False)
+    assert carried.steady
+    assert carried.throughput_rps.value == pytest.approx(carried.arrival_rps, rel=0.02)
+    overloaded = measure(queue_run(requests_of(draw_traffic(load(10.0), 3000, seed=0))), LIMITS, saturated=False)
+    assert not overloaded.steady
+    assert overloaded.throughput_rps.value == pytest.approx(8.0, rel=0.01)
+    assert not summarise([carried, overloaded]).steady
+
+
+def test_saturation_measures_what_can_be_served() -> None:
+    source = Saturation(draw_traffic(load(None, Arrivals.SATURATED), 1000, seed=0))
+    found = measure(queue_run(source), LIMITS, saturated=True)
+    assert found.steady
+    assert found.throughput_rps.value == pytest.approx(8.0, rel=0.02)
+
+
+def test_little_s_law_holds_in_the_window() -> None:
+    run = queue_run(requests_of(draw_traffic(load(7.0), 20_000, seed=4)))
+    found = measure(run, LIMITS, saturated=False)
+    start, end = found.window_start_s, found.window_end_s
+    inside = np.clip(run.finished_s, start, end) - np.clip(run.arrival_s, start, end)
+    in_system = inside.sum() / (end - start)
+    assert in_system == pytest.approx(found.arrival_rps * found.end_to_end_s.mean, rel=0.02)
+
+
+def test_devices_are_measured_in_the_window_only() -> None:
+    run = queue_run(requests_of(draw_traffic(load(4.0), 2000, seed=1)), Settings(sample_every_s=1.0))
+    found = measure(run, LIMITS, saturated=False)
+    assert [use.device for use in found.devices] == ["a100/0", "a100/1"]
+    # Half of the seats are taken on average (Little: 4/s of 1 s each over 8); the second device shows half of that.
+    assert found.devices[0].busy_mean == pytest.approx(0.5, rel=0.06)
+    assert found.devices[1].kv_mean == pytest.approx(found.devices[0].kv_mean / 2)
+    assert found.devices[0].kv_max <= 1.0
+
+
+@pytest.mark.parametrize("saturated", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_runs_of_hardly_any_request_have_metrics(count: int, saturated: bool) -> None:
+    rows = [(request(i, float(i)), i + 0.2, i + 0.5, i + 0.9) for i in range(count)]
+    found = measure(run_of(rows, end_s=1.0 * count), LIMITS, saturated=saturated)
+    assert found.counts.arrived == count
+    assert summarise([found, found]).num_runs == 2
+
+
+def test_a_run_of_which_nothing_finished_has_metrics() -> None:
+    rows = [(request(i, float(i)), NOTHING, NOTHING, NOTHING) for i in range(100)]
+    found = measure(run_of(rows, end_s=200.0), LIMITS, saturated=False)
+    assert not found.steady
+    assert math.isnan(found.ttft_s.p95)
+    assert not summarise([found]).within(Limits(ttft_s=None, tpot_s=None))
+
+
+def test_intervals_over_seeds_come_from_the_runs() -> None:
+    runs = [
+        measure(queue_run(requests_of(draw_traffic(load(6.0), 500, seed=seed))), LIMITS, saturated=False)
+        for seed in range(5)
+    ]
+    summary = summarise(runs)
+    values = [run.throughput_rps.value for run in runs]
+    assert summary.throughput_rps.value == pytest.approx(np.mean(values))
+    assert summary.throughput_rps.half_width == pytest.approx(2.776 * np.std(values, ddof=1) / math.sqrt(5))
+    assert summary.counts.arrived == 2500
+    assert summarise(runs[:1]).throughput_rps == runs[0].throughput_rps
+
+
+def test_a_plan_predicts_the_sum_of_its_rates_the_worst_ttft_and_the_mean_tpot() -> None:
+    plan = plans.plan(plans.paper_replica(), plans.paper_replica())
+    assert prediction_of(plan) == Prediction(rate_rps=3.0, ttft_s=1.21, tpot_s=pytest.approx(0.0998))
+    assert prediction_of(plans.plan()).rate_rps == 0

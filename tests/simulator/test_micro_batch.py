@@ -1,0 +1,68 @@
+"""The sums that a micro-batch keeps are those that one gets by looking at every request."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.simulator.micro_batch import Growth, MicroBatch
+from tests.solver.instances import make_model
+
+BLOCK = 4
+
+
+class Told:
+    """The same, request by request: contexts before the present step."""
+
+    def __init__(self, growth: Growth) -> None:
+        self.growth = growth
+        self.context: dict[int, int] = {}
+
+    def attended(self) -> float:
+        """During the step: each attends to itself as well."""
+        return sum(self.growth.attended(context + 1) for context in self.context.values())
+
+    def crossing(self) -> int:
+        return sum(self.growth.blocks(c + 1) - self.growth.blocks(c) for c in self.context.values())
+
+
+@given(
+    st.sampled_from([None, (6, 1), (6, 2), (10, 3)]),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 14), st.integers(1, 12)), min_size=5, max_size=40),
+    st.randoms(use_true_random=False),
+)
+def test_sums_are_those_of_the_single_requests(
+    window: tuple[int, int] | None, joins: list[tuple[int, int, int]], random: object
+) -> None:
+    model = make_model()
+    if window is not None:
+        model = replace(model, sliding_window=window[0], sliding_window_every=window[1])
+    growth = Growth(model, BLOCK)
+    batch, told, number = MicroBatch(0, (), growth), Told(growth), 0
+    left: dict[int, int] = {}
+    for many, context, remaining in joins:
+        batch.step += 1
+        batch.cross_windows()
+        if told.context and random.random() < 0.3:  # type: ignore[attr-defined]
+            evicted = random.choice(sorted(told.context))  # type: ignore[attr-defined]
+            batch.leave(evicted, told.context.pop(evicted))
+            del left[evicted]
+        for _ in range(many):
+            number += 1
+            batch.join(number, context, remaining)
+            told.context[number], left[number] = context, remaining
+        assert batch.phases[batch.step % BLOCK] == told.crossing()
+        batch.grow()
+        assert batch.attended == pytest.approx(told.attended())
+        for request in list(told.context):
+            told.context[request] += 1
+            left[request] -= 1
+        done = [request for request in batch.finishing.pop(batch.step, []) if left.get(request) == 0]
+        assert sorted(done) == sorted(request for request, steps in left.items() if steps == 0)
+        for request in done:
+            batch.leave(request, told.context.pop(request))
+            del left[request]
+    assert len(batch.decoding) == len(told.context)

@@ -1,0 +1,254 @@
+"""Whole runs: what came is served, nothing is lost, time goes forward, and theory is met where it has an answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.simulator.simulate import simulate
+from hetis.simulator.timing import StageTiming
+from hetis.simulator.values import Fault, Request, Run, Settings
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
+from tests.solver.instances import make_model, make_profile, make_workload
+
+AS_PLANNED = Settings(dispatch=False, redispatch=False)
+
+
+class Waiting:
+    """Equal requests that are always waiting, so many of them."""
+
+    def __init__(self, count: int, *, prompt: int, output: int) -> None:
+        self._left, self._lengths = iter(range(count)), (prompt, output)
+
+    def next_request(self, now_s: float) -> Request | None:
+        number = next(self._left, None)
+        if number is None:
+            return None
+        return Request(id=number, arrival_s=now_s, prompt_tokens=self._lengths[0], output_tokens=self._lengths[1])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Plan, PlacementProblem, list[Request], Settings]:
+    """Pipelines of one to three stages with copies, pools and little memory; requests of any lengths."""
+    window = draw(st.sampled_from([None, None, (24, 1), (24, 2)]))
+    model = make_model(num_layers=6, kv_heads=draw(st.sampled_from([2, 4])))
+    if window is not None:
+        model = replace(model, sliding_window=window[0], sliding_window_every=window[1])
+    problem = small_problem(
+        gpus=16, model=model, usable_bytes=draw(st.sampled_from([10_500_000, 11_000_000, 60_000_000]))
+    )
+    layers = draw(st.sampled_from([(6,), (3, 3), (1, 2, 3)]))
+    pool = draw(st.sampled_from([None, (1, 1), (2, 1)]))
+    replicas = [
+        pipeline(
+            problem,
+            *layers,
+            copies=[2 if pool is not None and pool[0] == 2 else draw(st.integers(1, 2)), 2, 1][: len(layers)],
+            first=4 * n,
+            micro_batch=draw(st.sampled_from([1, 3, 8])),
+            in_flight=draw(st.sampled_from([1, 2, 5])),
+            chunk_tokens=draw(st.sampled_from([8, 64])),
+            pool=pool if pool is None or pool[0] == 2 else None,
+        )
+        for n in range(draw(st.integers(1, 2)))
+    ]
+    gaps = draw(st.lists(st.sampled_from([0.0, 1e-3, 0.05]), min_size=1, max_size=25))
+    lengths = st.tuples(st.integers(1, 90), st.integers(1, 60))
+    requests = [
+        Request(id=n, arrival_s=at, prompt_tokens=prompt, output_tokens=output)
+        for n, at in enumerate(itertools.accumulate(gaps))
+        for prompt, output in [draw(lengths)]
+    ]
+    chosen = Settings(
+        discipline=draw(st.sampled_from(["apart", "greedy"])),
+        router=draw(st.sampled_from(["least-work", "weighted"])),
+        dispatch=False,
+        redispatch=False,
+        sample_every_s=draw(st.sampled_from([None, 0.01])),
+    )
+    return plan_of(*replicas), problem, requests, chosen
+
+
+@given(cases())
+@settings(max_examples=120)
+def test_every_request_is_served_once_in_order_and_all_blocks_come_back(
+    case: tuple[Plan, PlacementProblem, list[Request], Settings],
+) -> None:
+    plan, problem, requests, chosen = case
+    run = simulate(plan, problem, requests, chosen)  # asserts itself that no block is kept
+    served = ~np.isnan(run.finished_s)
+    assert served.sum() + run.rejected == len(requests)
+    assert run.prompt_tokens.tolist() == [request.prompt_tokens for request in requests]
+    assert np.all(run.arrival_s[served] <= run.admitted_s[served])
+    assert np.all(run.admitted_s[served] < run.first_token_s[served])
+    assert np.all(run.first_token_s[served] <= run.finished_s[served])
+    assert np.all(run.finished_s[served] <= run.end_s)
+    once = served & (run.output_tokens > 1)
+    assert np.all(run.first_token_s[once] < run.finished_s[once])
+    if not run.rejected:
+        assert run.generated_tokens == run.output_tokens.sum()
+        assert run.prefilled_tokens >= run.prompt_tokens.sum()
+        assert (run.prefilled_tokens == run.prompt_tokens.sum()) or run.num_preemptions
+    if run.series is not None:
+        assert np.all((run.series.kv_used_fraction >= 0) & (run.series.kv_used_fraction <= 1))
+        assert np.all(run.series.kv_used_fraction[-1] == 0)
+        assert np.all(np.diff(run.series.times_s) > 0)
+
+
+@given(cases())
+@settings(max_examples=15)
+def test_the_same_arguments_give_the_same_run(case: tuple[Plan, PlacementProblem, list[Request], Settings]) -> None:
+    plan, problem, requests, chosen = case
+    first, second = (simulate(plan, problem, requests, replace(chosen, trace=True)) for _ in range(2))
+    for field in fields(Run):
+        if field.name != "series":
+            np.testing.assert_equal(getattr(first, field.name), getattr(second, field.name))
+
+
+def test_little_memory_evicts_and_still_serves_everything() -> None:
+    problem = small_problem(usable_bytes=11_800_000)
+    plan = plan_of(pipeline(problem, 6, micro_batch=16, in_flight=2))
+    run = simulate(plan, problem, equal_requests(60, prompt=20, output=80), AS_PLANNED)
+    assert run.num_preemptions > 0
+    assert run.num_preemptions == run.preemptions.sum()
+    assert run.generated_tokens == 60 * 80
+    assert run.prefilled_tokens > 60 * 20
+
+
+def test_a_request_that_can_never_fit_is_rejected_and_the_others_are_served() -> None:
+    problem = small_problem(usable_bytes=11_800_000)
+    plan = plan_of(pipeline(problem, 6))
+    requests = equal_requests(5, prompt=20, output=5)
+    requests[2] = replace(requests[2], prompt_tokens=4000)
+    run = simulate(plan, problem, requests, AS_PLANNED)
+    assert run.rejected == 1
+    assert np.flatnonzero(np.isnan(run.finished_s)).tolist() == [2]
+
+
+def test_a_queue_of_one_server_waits_as_long_as_theory_says() -> None:
+    # M/D/1: prompts that fill a chunk and make one token are served one by one, in equal times S. The mean wait is
+    # rho S / (2 (1 - rho)) (Pollaczek and Khinchine).
+    problem = small_problem(workload=make_workload((32, 1)))
+    plan = plan_of(pipeline(problem, 6, micro_batch=1, in_flight=1, chunk_tokens=32))
+    alone = simulate(plan, problem, equal_requests(1, prompt=32, output=1), AS_PLANNED)
+    service_s = float(alone.finished_s[0])
+    rho = 0.7
+    rng = np.random.default_rng(5)
+    arrivals = np.cumsum(rng.exponential(service_s / rho, 40_000))
+    requests = (
+        Request(id=n, arrival_s=at, prompt_tokens=32, output_tokens=1) for n, at in enumerate(arrivals.tolist())
+    )
+    run = simulate(plan, problem, requests, AS_PLANNED)
+    wait_s = run.admitted_s - run.arrival_s
+    assert float(np.mean(wait_s)) == pytest.approx(rho * service_s / (2 * (1 - rho)), rel=0.1)
+    # Lindley's recursion has the very arrivals: each waits for what is left of those before.
+    left_s, expected = 0.0, []
+    for gap_s in np.diff(arrivals, prepend=arrivals[0]).tolist():
+        left_s = max(0.0, left_s - gap_s)
+        expected.append(left_s)
+        left_s += service_s
+    np.testing.assert_allclose(wait_s, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "copies"),
+    [(1, (1, 1, 1)), (2, (1, 1, 1)), (3, (1, 1, 1)), (7, (1, 1, 1)), (1, (2, 1, 2)), (2, (2, 1, 2)), (8, (2, 1, 2))],
+)
+def test_a_closed_pipeline_of_equal_iterations_runs_at_the_limit_of_theory(
+    in_flight: int, copies: tuple[int, ...]
+) -> None:
+    # Prompts that fill a chunk and make one token: every iteration is alike, so that M micro-batches go round at
+    # min(M / sum u, 1 / max (u / c)), c of them being at work at a time where M is a multiple of c.
+    problem = small_problem(workload=make_workload((32, 1)))
+    one = pipeline(problem, 1, 2, 3, copies=copies, micro_batch=1, in_flight=in_flight, chunk_tokens=32)
+    run = simulate(plan_of(one), problem, Waiting(600, prompt=32, output=1), AS_PLANNED)
+    shape = replica_shape(one, problem, Fleet.of(problem.cluster))
+    seconds = [
+        StageTiming(problem, stage, is_first=n == 0, is_last=n == 2).seconds(0, 0.0, 32, 32 * 16.5, 16.5 + 16, 1)
+        for n, stage in enumerate(shape.stages)
+    ]
+    finished = np.sort(run.finished_s)
+    rate = 400 / (finished[500] - finished[100])
+    busiest_s = max(u / c for u, c in zip(seconds, copies, strict=True))
+    limit = min(in_flight / sum(seconds), 1 / busiest_s)
+    assert rate == pytest.approx(limit, rel=0.02)
+
+
+def test_greedy_and_apart_are_the_same_for_one_micro_batch() -> None:
+    problem = small_problem()
+    plan = plan_of(pipeline(problem, 2, 4, in_flight=1))
+    requests = equal_requests(30, prompt=30, output=20, every_s=0.002)
+    apart, greedy = (
+        simulate(plan, problem, requests, replace(AS_PLANNED, discipline=discipline))
+        for discipline in ("apart", "greedy")
+    )
+    np.testing.assert_allclose(apart.finished_s, greedy.finished_s)
+
+
+def test_greedy_micro_batches_stay_together_once_they_have_met() -> None:
+    problem = small_problem()
+    plan = plan_of(pipeline(problem, 2, 4, in_flight=4))
+    greedy = replace(AS_PLANNED, discipline="greedy", trace=True)
+    run = simulate(plan, problem, Waiting(40, prompt=32, output=30), greedy)
+    together = [event for event in run.trace_events if "+" in event.name]
+    assert len(together) > len(run.trace_events) / 4
+
+
+def test_paced_chunks_keep_a_tight_pipeline_going() -> None:
+    # As many micro-batches as stages, and chunks that take far longer than decoding: whoever carries one holds up the
+    # others at every stage. The same prompts in small pieces do not. Outputs differ, so that chunks do not coincide.
+    workload = make_workload((400, 400))
+    problem = small_problem(workload=workload, usable_bytes=400_000_000)
+    slow = make_profile("big", flops=2e10, usable_bytes=400_000_000)
+    problem = replace(problem, profiles={**problem.profiles, "big": slow})
+    plan = plan_of(pipeline(problem, 2, 2, 2, micro_batch=4, in_flight=3, chunk_tokens=400))
+    outputs = np.random.default_rng(1).integers(1, 800, 150).tolist()
+    requests = [Request(id=n, arrival_s=0.0, prompt_tokens=400, output_tokens=o) for n, o in enumerate(outputs)]
+    planned, paced = (
+        simulate(plan, problem, requests, replace(AS_PLANNED, chunks=chunks)) for chunks in ("planned", "paced")
+    )
+    assert paced.end_s < 0.9 * planned.end_s
+
+
+def test_a_run_ends_at_its_horizon_with_what_there_is() -> None:
+    problem = small_problem()
+
+    def forever() -> Iterator[Request]:
+        for n in itertools.count():
+            yield Request(id=n, arrival_s=n * 1e-3, prompt_tokens=20, output_tokens=10)
+
+    run = simulate(plan_of(pipeline(problem, 6)), problem, forever(), replace(AS_PLANNED, horizon_s=0.5))
+    assert run.end_s == 0.5
+    assert 0 < np.isnan(run.finished_s).sum() < run.num_requests
+    assert np.nanmax(run.finished_s) <= 0.5
+
+
+def test_arrivals_that_fall_are_refused() -> None:
+    problem = small_problem()
+    requests = [*equal_requests(2, prompt=5, output=5, every_s=1.0), *equal_requests(1, prompt=5, output=5)]
+    with pytest.raises(InvalidProblemError, match=r"request 0 arrives at 0.0 s, before the one ahead of it at 1.0 s"):
+        simulate(plan_of(pipeline(problem, 6)), problem, requests, AS_PLANNED)
+
+
+def test_a_plan_that_contradicts_its_problem_is_refused() -> None:
+    problem = small_problem(gpus=1)
+    plan = plan_of(pipeline(problem, 3, 3))  # needs big-1/0
+    with pytest.raises(InvalidProblemError, match="cannot be simulated"):
+        simulate(plan, problem, [], AS_PLANNED)
+
+
+def test_a_fault_of_an_unknown_device_is_refused() -> None:
+    problem = small_problem()
+    faults = (Fault(at_s=1.0, device="nowhere/0"),)
+    with pytest.raises(InvalidProblemError, match="no device nowhere/0"):
+        simulate(plan_of(pipeline(problem, 6)), problem, [], replace(AS_PLANNED, faults=faults))
