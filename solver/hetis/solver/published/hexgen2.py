@@ -1,0 +1,214 @@
+"""`hexgen2-paper`: HexGen-2's own heuristic (ICLR'25, arXiv 2502.07903) under our cost model.
+
+    A  partition   GPUs into K serving groups, K = floor(memory / memory of a replica); groups into prefill and decode
+    B  evaluate    the best replica of every group, then the maximum flow through all of them
+    C  refine      swaps guided by the flow, until none raises it
+
+What the paper leaves open, and what our model asks for beyond it:
+
+- The memory of a replica is its weights and some headroom for KV, which decides K and with it a great deal. How much
+  HexGen-2 leaves is not known: several are tried (`HEADROOMS`), the best answer is kept. A fleet with memory for fewer
+  than two groups is still cut in two: nothing can be served with one.
+- Prefill and decode replicas lie in one zone each, so the fleet is partitioned zone by zone. KV goes to other zones
+  only if all prefill replicas may send there (over slower links): both ways are tried, the better one is kept.
+- A group that fits no replica idles. Where no request can be served within the latency limits, which HexGen-2 does not
+  know, one group changes sides, or the fleet is cut into ever fewer groups; if none serve, swaps are made without the
+  limits first.
+- It maximises the rate, whatever the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.solve import replica_plan
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.published.bipartition import coarsened, maximum_cut
+from hetis.solver.published.graph import FleetGraph, fleet_graph
+from hetis.solver.published.memory import replica_bytes
+from hetis.solver.published.naming import named_stages
+from hetis.solver.published.parallelism import ReplicaSearch
+from hetis.solver.published.partition import Part, refine, spectral_partition
+from hetis.solver.published.pipelines import duty_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
+from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
+
+HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # KV bytes of a replica over weight bytes, in estimating its memory
+MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
+
+NOTES = (
+    WITHOUT_PROOF,
+    "HexGen-2 reconstructed: recursive Fiedler bisection by memory, changes of sides among the guided swaps, groups "
+    "inside zones, one TP degree per GPU type of a group (docs/strategies.md)",
+)
+
+
+def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
+    """The plan that HexGen-2's heuristic finds.
+
+    Raises:
+        NoPlanFoundError: it finds none, which proves nothing.
+    """
+    if problem.cluster.num_gpus() > MAX_GPUS:
+        size = problem.cluster.num_gpus()
+        raise NoPlanFoundError(f"hexgen2-paper partitions GPU by GPU: {size} GPUs, it is meant for {MAX_GPUS} at most")
+    atlas = build_atlas(problem)
+    if not atlas.ranks or problem.cluster.num_gpus() < 2:
+        raise NoPlanFoundError("hexgen2-paper needs two GPUs at least, one to prefill and one to decode")
+    rooms = [problem.profiles[c.gpu].usable_bytes - problem.profiles[c.gpu].reserve_bytes for c in atlas.classes]
+    graph = fleet_graph(problem.cluster, atlas.classes, rooms)
+    search = ReplicaSearch(atlas)
+    networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
+    counts = _group_counts(atlas, graph)
+    starts = [_arranged(atlas, graph, groups, headroom) for headroom, groups in counts]
+    found = [
+        _refined(network, evaluated, budget, seed, report)
+        for start in starts
+        for network, evaluated in _first_to_serve(networks, [start], budget)
+    ]
+    if not found:
+        fewer = (_arranged(atlas, graph, groups, counts[0][0]) for groups in _ever_fewer(counts[0][1]))
+        serving = _first_to_serve(networks, fewer, budget)
+        found = [_refined(network, evaluated, budget, seed, report) for network, evaluated in serving]
+    if not found:
+        found = [_from_without_limits(network, starts[0], budget, seed, report) for network in networks]
+    network, best = max(found, key=lambda pair: pair[1].flow.value)
+    if best.flow.value <= 0.0:
+        raise no_plan(budget, "hexgen2-paper found no prefill and decode groups that serve a request within the limits")
+    return _plan(atlas, network, best, budget)
+
+
+def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
+    return (False, True) if len(problem.cluster.zones()) > 1 else (False,)
+
+
+def _group_counts(atlas: Atlas, graph: FleetGraph) -> list[tuple[float, dict[str, int]]]:
+    """For every headroom the groups of every zone: as many as memory allows, two in all at least; the most first."""
+    members = {zone: [i for i, z in enumerate(graph.zones) if z == zone] for zone in dict.fromkeys(graph.zones)}
+    room = {zone: float(graph.room_bytes[gpus].sum()) for zone, gpus in members.items()}
+    found: list[tuple[float, dict[str, int]]] = []
+    for headroom in HEADROOMS:
+        needed = replica_bytes(atlas.problem.model, headroom)
+        counts = {zone: min(len(gpus), int(room[zone] / needed)) for zone, gpus in members.items()}
+        while sum(counts.values()) < 2:
+            open_zones = [zone for zone in members if counts[zone] < len(members[zone])]
+            counts[max(open_zones, key=lambda zone: room[zone] / (counts[zone] + 1))] += 1
+        if all(counts != before for _, before in found):
+            found.append((headroom, counts))
+    return found
+
+
+def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
+    """A tenth fewer groups, and so on down to two, from the zones that have most."""
+    counts = dict(counts)
+    while sum(counts.values()) > 2:
+        for _ in range(min(sum(counts.values()) - 2, max(1, sum(counts.values()) // 10))):
+            counts[max(counts, key=lambda zone: counts[zone])] -= 1
+        yield dict(counts)
+
+
+def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> Network:
+    zones = atlas.problem.cluster.zones()
+    model, cluster = atlas.problem.model, atlas.problem.cluster
+    kv_bytes = atlas.moments.mean_prompt * model.kv_bytes_per_token()
+    return Network(
+        graph=graph,
+        search=search,
+        duties={
+            (role, zone): duty_of(atlas, role, zone, sends_afar=sends_afar and role is Role.PREFILL)
+            for role in (Role.PREFILL, Role.DECODE)
+            for zone in zones
+        },
+        link_rates={
+            (a, b): cluster.network.zone_link(a, b).bytes_per_s / kv_bytes for a in zones for b in zones if a != b
+        },
+        sends_afar=sends_afar,
+    )
+
+
+def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int], headroom: float) -> Arrangement:
+    """Step A for given numbers of groups."""
+    least = replica_bytes(atlas.problem.model, headroom)
+    groups = tuple(group for zone, count in counts.items() for group in _groups(graph, zone, count, least))
+    prefill, _ = maximum_cut(coarsened(graph.bytes_per_s, groups))
+    return Arrangement(groups, tuple(Role.PREFILL if g in prefill else Role.DECODE for g in range(len(groups))))
+
+
+def _first_to_serve(
+    networks: Sequence[Network], starts: Iterable[Arrangement], budget: Budget
+) -> list[tuple[Network, Evaluated]]:  # fmt: skip
+    """The first arrangement through which requests flow, one group on the other side if need be, on every network."""
+    for arrangement in (changed for start in starts for changed in _changes_of_sides(start)):
+        found = [(network, network.evaluated(arrangement)) for network in networks]
+        serving = [(network, evaluated) for network, evaluated in found if evaluated.flow.value > 0.0]
+        if serving:
+            return serving
+        if budget.is_spent():
+            break
+    return []
+
+
+def _changes_of_sides(start: Arrangement) -> Iterator[Arrangement]:
+    """The arrangement itself, then with one group on the other side as long as both keep one."""
+    yield start
+    for group, role in enumerate(start.roles):
+        if start.roles.count(role) > 1:
+            yield with_other_role(start, group)
+
+
+def _refined(
+    network: Network, start: Evaluated, budget: Budget, seed: int, report: Report
+) -> tuple[Network, Evaluated]:  # fmt: skip
+    return network, improved(network, start, budget=budget, seed=seed, report=report)
+
+
+def _from_without_limits(
+    network: Network, start: Arrangement, budget: Budget, seed: int, report: Report
+) -> tuple[Network, Evaluated]:
+    """Swaps without the latency limits, then with them: none leads out of an arrangement that serves nothing."""
+    relaxed = replace(network, search=ReplicaSearch(network.search.atlas, keeps_limits=False))
+    found = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent)
+    return _refined(network, network.evaluated(found.arrangement), budget, seed, report)
+
+
+def _groups(graph: FleetGraph, zone: str, count: int, least_bytes: float) -> list[Part]:
+    """Serving groups of one zone: spectral, then exchanges that keep room for a replica in each."""
+    if count == 0:
+        return []
+    gpus = [i for i, z in enumerate(graph.zones) if z == zone]
+    weights, sizes = graph.bytes_per_s[gpus][:, gpus], graph.room_bytes[gpus]
+    parts = refine(weights, sizes, spectral_partition(weights, sizes, count), least_bytes)
+    return [tuple(gpus[i] for i in part) for part in parts]
+
+
+def _plan(atlas: Atlas, network: Network, found: Evaluated, budget: Budget) -> Plan:
+    """The replicas with their GPUs by name; those that the flow leaves out idle."""
+    numbers: dict[Role, list[int]] = {Role.PREFILL: [], Role.DECODE: []}
+    replicas: list[ReplicaPlan] = []
+    for group, role, template in zip(
+        found.arrangement.groups, found.arrangement.roles, found.replicas, strict=True
+    ):  # fmt: skip
+        if template is None:
+            continue
+        numbers[role].append(len(replicas))
+        replicas.append(replica_plan(atlas, template, named_stages(atlas, network.graph, group, template)))
+    routes = [
+        KvRoute(prefill=numbers[Role.PREFILL][i], decode=numbers[Role.DECODE][j], rate=rate)
+        for (i, j), rate in found.flow.routes.items()
+    ]
+    used = sorted({number for route in routes for number in (route.prefill, route.decode)})
+    place = {number: position for position, number in enumerate(used)}
+    answer = Answer(
+        replicas=tuple(replicas[number] for number in used),
+        kv_routes=tuple(
+            KvRoute(prefill=place[route.prefill], decode=place[route.decode], rate=route.rate) for route in routes
+        ),
+        notes=NOTES,
+    )
+    return plan_of(atlas, "hexgen2-paper", answer, budget)
