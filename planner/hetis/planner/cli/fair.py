@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.terminal import Terminal
-from hetis.planner.cli.verb import verb
 
 FAIR_EXAMPLES = """Examples:\n
   hetis-plan fair examples/tenants.yaml\n

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options, quantities
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.terminal import Terminal
-from hetis.planner.cli.verb import verb
 
 LAYERS_EXAMPLES = "Example: hetis-plan layers examples/layers-24.yaml"
 

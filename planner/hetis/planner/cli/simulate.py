@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import simulation_options as options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument
 from hetis.planner.cli.simulation_options import Router
 from hetis.planner.cli.stage_options import announce_compilation
-from hetis.planner.cli.terminal import Terminal
-from hetis.planner.cli.verb import verb
 
 if TYPE_CHECKING:
     from hetis.simulator.metrics import Limits

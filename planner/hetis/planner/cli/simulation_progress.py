@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hetis.planner.cli.terminal import Terminal
+from hetis.formats.command_line.terminal import Terminal
 
 PLAIN_INTERVAL_S = 5.0
 

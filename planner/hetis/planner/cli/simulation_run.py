@@ -6,12 +6,12 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.simulation_progress import requests_on_stderr
-from hetis.planner.cli.terminal import Terminal
 from hetis.planner.report.simulation import render_simulation, simulation_document
 from hetis.planner.simulating import NothingSimulatedError, Question, Simulated, answer
 from hetis.planner.solving import run_interruptibly
