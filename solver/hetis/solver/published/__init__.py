@@ -1,0 +1,53 @@
+"""Heuristics of other planners as their papers describe them, under our cost model: to compare with, not to plan by.
+
+A published heuristic returns a plan like any other, which the same checker accepts; only its bound is weak. What its
+paper leaves open is reconstructed, and said in the heuristic's module and in `docs/strategies.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from hetis.solver.budget import Budget, Report
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.published.hetis_paper import solve_hetis_paper
+from hetis.solver.published.hexgen2 import solve_hexgen2
+
+
+class Solve(Protocol):
+    """A heuristic. ``problem.family`` is the strategy's own.
+
+    Raises:
+        NoPlanFoundError: it finds no plan, which proves nothing.
+    """
+
+    def __call__(self, problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A published heuristic: name, one sentence for people, and how it is run."""
+
+    name: str
+    summary: str
+    solve: Solve
+
+
+PUBLISHED: Mapping[str, Published] = {
+    published.name: published
+    for published in (
+        Published(
+            "hexgen2-paper",
+            "HexGen-2's heuristic: spectral partition, Kernighan-Lin, maximum flow, guided swaps",
+            solve_hexgen2,
+        ),
+        Published(
+            "hetis-paper",
+            "Hetis's heuristic: hierarchical DP/PP/TP, 5% rule, attention workers shared by a replica",
+            solve_hetis_paper,
+        ),
+    )
+}

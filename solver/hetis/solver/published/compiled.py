@@ -1,0 +1,10 @@
+"""Kernels of the published heuristics are compiled through `kernel`; see `hetis.solver.compiled`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hetis.solver import placement
+from hetis.solver.compiled import kernel_of
+
+kernel = kernel_of(Path(__file__).parent, Path(placement.__file__).parent)

@@ -1,0 +1,110 @@
+"""Which GPU types of a replica compute its dense layers, and which become attention workers: the 5% rule of Hetis.
+
+The cost of a dense path is C = C_comp + C_comm: seconds that a request keeps the slowest stage computing, and seconds
+of all its all-reduces and hops along the pipeline; at a reference mix, without decode attention, which Hetis spreads by
+heads later. GPUs of one type on one node form a TP group as wide as can be, different nodes and types are joined by
+pipeline parallelism, the fastest type first. Starting from all types, the slowest one leaves as long as it takes no
+more than 5% off the cost. (What exactly C sums, the reference mix, and that whole types leave are reconstructed; on the
+paper's cluster this leaves A100 and RTX 3090 in the dense path and P100 for attention, as reported.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.solver import cost
+from hetis.solver.cost import DeviceCost
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.published.layers import best_split
+from hetis.solver.published.parallelism import Composition, tp_groups
+from hetis.solver.published.pipelines import Duty, Ranks, priced
+
+LEAST_GAIN = 0.05  # delta: what a type must take off the cost to stay in the dense path
+REFERENCE_BATCH, REFERENCE_CHUNK = 32, 512
+
+
+@dataclass(frozen=True, slots=True)
+class DensePath:
+    """Stages of the dense path, its cost, and the device classes that are left for attention, fastest first."""
+
+    ranks: Ranks
+    cost_s: float
+    leavers: tuple[int, ...]
+
+
+def dense_path(atlas: Atlas, duty: Duty, group: Composition) -> DensePath | None:
+    """The dense path of a replica on these GPUs after the 5% rule; None if no types together can hold the weights."""
+    reference = _reference(atlas, duty)
+    staying = sorted(group, key=lambda part: (-_speed(atlas, reference, part[0]), part[0]))
+    best, leavers = _path(atlas, reference, staying), list[int]()
+    while len(staying) > 1:
+        without = _path(atlas, reference, staying[:-1])
+        if best is not None and (without is None or without.cost_s * (1.0 - LEAST_GAIN) > best.cost_s):
+            break
+        leavers.insert(0, staying.pop()[0])
+        best = without
+    return None if best is None else DensePath(best.ranks, best.cost_s, tuple(leavers))
+
+
+def _reference(atlas: Atlas, duty: Duty) -> Duty:
+    """The same duty at one mix: the family's closest to the reference."""
+
+    def distance(x: int) -> tuple[float, float]:
+        mix = atlas.mixes[x]
+        return abs(np.log(mix.chunk_tokens / REFERENCE_CHUNK)), abs(np.log(mix.micro_batch / REFERENCE_BATCH))
+
+    return Duty(duty.role, duty.scope, (min(duty.mixes, key=distance),))
+
+
+def _speed(atlas: Atlas, reference: Duty, device_class: int) -> float:
+    """Layers per second of one GPU."""
+    t = atlas.scopes[reference.scope].tables
+    speeds = [
+        1.0 / (tp * t.layer_s[reference.mixes[0], s]) for s, (c, tp) in enumerate(atlas.ranks) if c == device_class
+    ]
+    return float(max(speeds, default=0.0))
+
+
+def _path(atlas: Atlas, reference: Duty, parts: list[tuple[int, tuple[int, ...]]]) -> DensePath | None:
+    """The dense path over all GPUs of these classes, in this order; None if it cannot hold the weights."""
+    rank_of = {rank: s for s, rank in enumerate(atlas.ranks)}
+    stages: list[int] = []
+    for device_class, nodes in parts:
+        sizes = [tp for c, tp in atlas.ranks if c == device_class]
+        stages += [rank_of[device_class, tp] for count in nodes for tp in tp_groups(count, sizes)]
+    cost_s = _cost_s(atlas, reference, tuple(stages)) if stages else np.inf
+    return DensePath(tuple(stages), cost_s, ()) if cost_s < np.inf else None
+
+
+def _cost_s(atlas: Atlas, reference: Duty, ranks: Ranks) -> float:
+    """C = C_comp + C_comm at the split of layers that balances computing; infinite if the weights do not fit."""
+    t = atlas.scopes[reference.scope].tables
+    x, s = reference.mixes[0], np.array(ranks)
+    reduce_s = np.array([_all_reduce_s(atlas, x, rank) for rank in ranks])
+    # No head group is kept: what KV the stages hold is decided later.
+    p = priced(atlas, reference, ranks, (t.layer_s[x, s] - reduce_s)[None, :], t.rank_groups[s])
+    even = p._replace(
+        fixed_s=np.zeros_like(p.fixed_s),
+        in_flight=np.array([2 * len(ranks)]),
+        room=p.room[:, :1].copy(),
+        card_share=p.card_share[:, :1].copy(),
+        t_cap=np.full((1, 1), np.inf),
+        full_slack=0.0,
+    )
+    split = best_split(even)
+    if split.x < 0:
+        return float("inf")
+    return float(split.interval_s + split.layers @ reduce_s + t.hop_s[x, s[1:]].sum())
+
+
+def _all_reduce_s(atlas: Atlas, x: int, rank: int) -> float:
+    """Seconds of a request in the all-reduces of one layer."""
+    device_class, tp = atlas.ranks[rank]
+    c, mix, model = atlas.classes[device_class], atlas.mixes[x], atlas.problem.model
+    shape = cost.rank_shape(model, tp)
+    assert shape is not None, "rank types are valid shapes"
+    device = DeviceCost(model, atlas.problem.profiles[c.gpu], atlas.moments, shape, c.intra)
+    with_chunk, plain = mix.micro_batch + mix.chunk_tokens, mix.micro_batch
+    return 2.0 * (mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain))

@@ -1,0 +1,80 @@
+"""The fleet as the partitioning of HexGen-2 sees it: a graph of GPUs, weighted by memory and bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.solver.cluster import Cluster, Device
+from hetis.solver.cost import intra_link
+from hetis.solver.placement.classes import DeviceClass
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetGraph:
+    """N GPUs in the order of the cluster: vertices with memory, edges with bandwidth."""
+
+    names: tuple[str, ...]
+    nodes: tuple[str, ...]  # name of each GPU's node
+    zones: tuple[str, ...]  # of each GPU
+    device_class: IntArray  # [N] index into the device classes
+    room_bytes: FloatArray  # [N] for weights and KV
+    bytes_per_s: FloatArray  # [N, N] symmetric, 0 on the diagonal
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self.names)
+
+    def kind(self, gpu: int) -> tuple[int, str]:
+        """GPUs of one kind (device class and node) can stand in for one another."""
+        return int(self.device_class[gpu]), self.nodes[gpu]
+
+
+def fleet_graph(cluster: Cluster, classes: tuple[DeviceClass, ...], room_bytes: Iterable[float]) -> FleetGraph:
+    """The graph of a cluster; ``room_bytes`` is what a GPU of each class has for weights and KV."""
+    devices = tuple(cluster.devices())
+    class_of = {(group.name, c.gpu): i for i, c in enumerate(classes) for group in c.groups}
+    device_class = np.array([class_of[d.group.name, d.gpu] for d in devices], dtype=np.int64)
+    room = np.array(list(room_bytes))[device_class]
+    return FleetGraph(
+        names=tuple(d.name for d in devices),
+        nodes=tuple(d.node for d in devices),
+        zones=tuple(d.group.zone for d in devices),
+        device_class=device_class,
+        room_bytes=room,
+        bytes_per_s=_bandwidths(cluster, devices),
+    )
+
+
+def _bandwidths(cluster: Cluster, devices: tuple[Device, ...]) -> FloatArray:
+    """Bandwidth of every pair of GPUs; equal pairs of nodes are looked up once."""
+    places = list(dict.fromkeys((d.node, d.gpu) for d in devices))
+    first = {(d.node, d.gpu): d for d in devices}
+    between = np.zeros((len(places), len(places)))
+    for i, place in enumerate(places):
+        for j in range(i, len(places)):
+            between[i, j] = between[j, i] = _bandwidth(cluster, first[place], first[places[j]])
+    index = {place: i for i, place in enumerate(places)}
+    of_device = [index[d.node, d.gpu] for d in devices]
+    matrix = between[np.ix_(of_device, of_device)]
+    np.fill_diagonal(matrix, 0.0)
+    return matrix
+
+
+def _bandwidth(cluster: Cluster, a: Device, b: Device) -> float:
+    """The slower of both ends' links: board to board inside a node, NIC to NIC between nodes."""
+    if a.node == b.node:
+        ends = [intra_link(cluster.gpu_types[d.gpu], d.group.intra_link) for d in (a, b)]
+        return min(link.bytes_per_s for link in ends)
+    explicit = cluster.network.node_link(a.node, b.node)
+    if explicit is not None:
+        return explicit.bytes_per_s
+    nics = [d.group.nic or cluster.network.default for d in (a, b)]
+    zone = cluster.network.zone_link(a.group.zone, b.group.zone)
+    return min(link.bytes_per_s for link in (*nics, zone))

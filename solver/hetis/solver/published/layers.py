@@ -1,0 +1,122 @@
+"""How many layers each stage of a given pipeline holds, compiled: the best split, and the setting it is best at.
+
+A *setting* is a mix x and a number of micro-batches in flight (index f). Stages come in order, each one TP group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.tables import FloatArray
+from hetis.solver.published.compiled import kernel
+
+
+class Pipeline(NamedTuple):
+    """S stages under X mixes and F numbers in flight, as the cost model has them.
+
+    ``card_*`` is of attention workers that all stages share: what a layer of each stage costs the busiest card in
+    seconds and the fullest card as a share of its memory; zeros where there are none.
+    """
+
+    num_layers: int
+    cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
+    layer_s: FloatArray  # [X, S] seconds of a request in one layer
+    fixed_s: FloatArray  # [X, S] of a stage whatever its layers
+    room: IntArray  # [X, F, S] layers that fit in memory
+    card_s: FloatArray  # [X, S]
+    card_share: FloatArray  # [X, F, S]
+    prefix_layers: int  # of the first stage, beside those counted: on the cards they are layers like any other
+    in_flight: IntArray  # [F]
+    t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
+    full_slack: float
+    tight_slack: float
+
+
+class Split(NamedTuple):
+    """``interval_s`` is infinite where no split fits; x and f are positions in the pipeline's arrays."""
+
+    interval_s: float
+    x: int
+    f: int
+    layers: IntArray  # [S]
+
+
+@kernel
+def best_split(p: Pipeline) -> Split:
+    """The setting and the split of layers with the shortest interval between completions.
+
+    For a full pipeline a layer goes to the stage that is quickest with it, one after another: no split has a quicker
+    slowest stage. For a single micro-batch, whose stages take turns, it goes to the stage where it costs least.
+    """
+    num_mixes, num_stages = p.layer_s.shape
+    best = Split(np.inf, -1, -1, np.zeros(num_stages, np.int64))
+    for x in range(num_mixes):
+        for f in range(p.in_flight.shape[0]):
+            m = p.in_flight[f]
+            if 1 < m < num_stages:
+                continue
+            layers = _filled(p, x, f)
+            if layers.shape[0] == 0 or not _move_cuts(p, x, f, layers):
+                continue
+            interval = _interval(p, x, m, layers)
+            if interval <= p.t_cap[x, f] and interval < best.interval_s:
+                best = Split(interval, x, f, layers)
+    return best
+
+
+@kernel
+def _filled(p: Pipeline, x: int, f: int) -> IntArray:
+    """Layers of every stage, at least one each; empty where they do not fit."""
+    num_stages = p.layer_s.shape[1]
+    layers = np.ones(num_stages, np.int64)
+    left, total = p.num_layers - num_stages, 0
+    for s in range(num_stages):
+        if p.room[x, f, s] < 1:
+            return np.empty(0, np.int64)
+        total += p.room[x, f, s]
+    if left < 0 or total < p.num_layers:
+        return np.empty(0, np.int64)
+    sequential = p.in_flight[f] == 1
+    for _ in range(left):
+        chosen, least = -1, np.inf
+        for s in range(num_stages):
+            if layers[s] < p.room[x, f, s]:
+                late = p.layer_s[x, s] if sequential else p.fixed_s[x, s] + (layers[s] + 1) * p.layer_s[x, s]
+                if late < least:
+                    chosen, least = s, late
+        layers[chosen] += 1
+    return layers
+
+
+@kernel
+def _move_cuts(p: Pipeline, x: int, f: int, layers: IntArray) -> bool:
+    """Moves every cut that the model forbids to the last allowed one before it; whether that leaves a valid split."""
+    start, held = 0, 0
+    for s in range(layers.shape[0]):
+        held += layers[s]
+        end = held if s == layers.shape[0] - 1 else p.cut_floor[held]
+        layers[s] = end - start
+        start = end
+        if layers[s] < 1 or layers[s] > p.room[x, f, s]:
+            return False
+    share = p.prefix_layers * p.card_share[x, f, 0]
+    for s in range(layers.shape[0]):
+        share += layers[s] * p.card_share[x, f, s]
+    fits: bool = share <= 1.0 + 1e-9
+    return fits
+
+
+@kernel
+def _interval(p: Pipeline, x: int, m: int, layers: IntArray) -> float:
+    busiest, total, card = 0.0, 0.0, p.prefix_layers * p.card_s[x, 0]
+    for s in range(layers.shape[0]):
+        seconds = layers[s] * p.layer_s[x, s] + p.fixed_s[x, s]
+        busiest = max(busiest, seconds)
+        total += seconds
+        card += layers[s] * p.card_s[x, s]
+    slack = 0.0 if m == 1 else (p.full_slack if m >= 2 * layers.shape[0] else p.tight_slack)
+    interval: float = (1.0 + slack) * max(max(busiest, card), total / m)
+    return interval

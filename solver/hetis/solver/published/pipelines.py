@@ -1,0 +1,81 @@
+"""A pipeline of TP groups priced under the cost model: the tables of the search, gathered for the stages at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.options import layers_on_rank
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, Atlas, FloatArray, Tables
+from hetis.solver.placement.template import roles
+from hetis.solver.plan import Role
+from hetis.solver.published.compiled import kernel
+from hetis.solver.published.layers import Pipeline
+
+Ranks = tuple[int, ...]  # rank type (index into `Atlas.ranks`) of every stage in order
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """What replicas are wanted for: a role in a zone, and the mixes of the family that serve it."""
+
+    role: Role
+    scope: int  # index into `Atlas.scopes`, of one zone
+    mixes: tuple[int, ...]  # indices into `Atlas.mixes`
+
+
+def duty_of(atlas: Atlas, role: Role, zone: str, *, sends_afar: bool = False) -> Duty:
+    """The duty of a role in a zone; ``sends_afar``: a prefill replica may send KV to all zones."""
+    scope = next(i for i, scope in enumerate(atlas.scopes) if scope.zones == (zone,))
+    mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role and mix.sends_afar == sends_afar]
+    return Duty(role, scope, tuple(mixes))
+
+
+def pipeline_of(atlas: Atlas, duty: Duty, ranks: Ranks) -> Pipeline:
+    """Times and room of a pipeline without attention workers under every mix of a duty."""
+    t = atlas.scopes[duty.scope].tables
+    x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
+    groups = t.rank_groups[s]
+    layer_s = t.layer_s[np.ix_(x, s)] + t.own_s[x[:, None], s, groups]
+    return priced(atlas, duty, ranks, layer_s, np.zeros(len(ranks), dtype=np.int64))
+
+
+def priced(atlas: Atlas, duty: Duty, ranks: Ranks, layer_s: FloatArray, given: IntArray) -> Pipeline:
+    """The rest of a pipeline whose layers take ``layer_s`` [X, S] and give away ``given`` [S] head groups per rank."""
+    t = atlas.scopes[duty.scope].tables
+    x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
+    places = np.array(roles(len(ranks)), dtype=np.int64)
+    is_first, is_last = np.isin(places, (FIRST, BOTH)), np.isin(places, (LAST, BOTH))
+    at = np.ix_(x, s)
+    fixed_s = t.step_s[at] + np.where(is_first, t.prefix_layers * (layer_s + t.prefix_delta_s[at]), t.hop_s[at])
+    fixed_s = fixed_s + np.where(is_last, t.last_s[at], 0.0)
+    room = np.empty((len(x), len(t.in_flight), len(s)), dtype=np.int64)
+    _fill_rooms(t, x, s, places, given, room)
+    assumptions = atlas.problem.assumptions
+    return Pipeline(
+        num_layers=t.num_layers,
+        cut_floor=t.cut_floor,
+        layer_s=layer_s,
+        fixed_s=fixed_s,
+        room=room,
+        card_s=np.zeros_like(layer_s),
+        card_share=np.zeros(room.shape),
+        prefix_layers=t.prefix_layers,
+        in_flight=t.in_flight,
+        t_cap=t.t_cap[x],
+        full_slack=assumptions.full_slack,
+        tight_slack=assumptions.tight_slack,
+    )
+
+
+@kernel
+def _fill_rooms(t: Tables, x: IntArray, s: IntArray, places: IntArray, given: IntArray, room: IntArray) -> None:
+    """Layers that fit on a rank of every stage, for every mix and number in flight."""
+    for i in range(x.shape[0]):
+        for f in range(t.in_flight.shape[0]):
+            tokens = t.kv_tokens[x[i], f, 0]
+            for j in range(s.shape[0]):
+                kept = (t.rank_groups[s[j]] - given[j]) * t.kv_group_bytes * tokens
+                room[i, f, j] = int(layers_on_rank(t, x[i], s[j], kept, places[j]))

@@ -1,0 +1,105 @@
+"""A heuristic's answer as a plan: value, bound from dense work, class table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.solver.budget import Budget
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.binding import BoundStage
+from hetis.solver.placement.solve import _replica
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.template import Template
+from hetis.solver.plan import ClassPrice, KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
+from hetis.solver.published.work_bound import least_cost, most_requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a heuristic decided."""
+
+    replicas: tuple[ReplicaPlan, ...]
+    kv_routes: tuple[KvRoute, ...] = ()
+    notes: tuple[str, ...]
+
+
+def replica_of(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
+    """A replica on named GPUs, its numbers from the tables."""
+    return _replica(atlas, template, stages)
+
+
+def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan:
+    """The plan, with the bound that dense work gives: no plan of any strategy is better than that.
+
+    Raises:
+        NoPlanFoundError: the plan serves less than is demanded, where cost or GPUs are minimised.
+    """
+    problem, objective = atlas.problem, atlas.problem.objective
+    rate = sum(r.rate for r in answer.replicas if r.role is Role.UNIFIED) + sum(r.rate for r in answer.kv_routes)
+    goodput = problem.assumptions.planned_utilisation * rate
+    demand = objective.demand_rps
+    if not objective.maximises and demand is not None and goodput < demand * (1.0 - 1e-9):
+        raise NoPlanFoundError(f"{strategy} serves {goodput:.4g} requests/s, {demand:.4g} are demanded")
+    value, bound = _value_and_bound(atlas, answer, rate)
+    gap = abs(bound - value) / abs(value) if value else 0.0
+    notes = answer.notes
+    if not objective.maximises:
+        notes = (*notes, f"the heuristic maximises the rate: it uses what serves {goodput:.4g} requests/s")
+    return Plan(
+        strategy=strategy,
+        family=problem.family.describe(),
+        result=SolveResult(
+            status=Status.FEASIBLE,
+            objective=objective.kind,
+            value=value,
+            bound=bound,
+            gap=gap,
+            unit=objective.unit,
+            solve_s=budget.elapsed_s(),
+        ),
+        objective=objective,
+        replicas=answer.replicas,
+        kv_routes=answer.kv_routes,
+        prices=_class_table(atlas, answer),
+        notes=notes,
+    )
+
+
+def _value_and_bound(atlas: Atlas, answer: Answer, rate: float) -> tuple[float, float]:
+    problem, kind = atlas.problem, atlas.problem.objective.kind
+    if problem.objective.maximises:
+        scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
+        return scale * rate, scale * max(rate, most_requests(atlas))
+    costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in atlas.classes])
+    value = float(sum(costs[row] * count for row, count in _used(atlas, answer)[0].items()))
+    needed = (problem.objective.demand_rps or 0.0) / problem.assumptions.planned_utilisation
+    return value, min(value, least_cost(atlas, needed, costs))
+
+
+def _used(atlas: Atlas, answer: Answer) -> tuple[Counter[int], Counter[int]]:
+    """GPUs of every class that the plan uses, and of these the attention workers."""
+    class_of = {(group.name, c.gpu): i for i, c in enumerate(atlas.classes) for group in c.groups}
+    device_class = {d.name: class_of[d.group.name, d.gpu] for d in atlas.problem.cluster.devices()}
+    used = {name for replica in answer.replicas for name in replica.devices()}
+    workers = {name for replica in answer.replicas for pool in replica.attention_workers for name in pool.devices}
+    return Counter(device_class[name] for name in used), Counter(device_class[name] for name in workers)
+
+
+def _class_table(atlas: Atlas, answer: Answer) -> tuple[ClassPrice, ...]:
+    """How many GPUs of every class there are and are used; a heuristic has no prices, so all are 0."""
+    used, workers = _used(atlas, answer)
+    return tuple(
+        ClassPrice(
+            gpu=c.gpu,
+            zone=c.zone,
+            gpus_per_node=c.gpus_per_node,
+            available=c.available,
+            used=used[g],
+            as_attention_workers=workers[g],
+            dual=0.0,
+        )
+        for g, c in enumerate(atlas.classes)
+    )
