@@ -16,6 +16,7 @@ from hetis.planner.cli.apply import APPLY_EXAMPLES, apply
 from hetis.planner.cli.cancel import cancel
 from hetis.planner.cli.catalog import catalog
 from hetis.planner.cli.check import check
+from hetis.planner.cli.compare import compare
 from hetis.planner.cli.completion import completion
 from hetis.planner.cli.dispatch import dispatch
 from hetis.planner.cli.doctor import doctor
@@ -45,6 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(rich_help_panel="Plan")(place)
+app.command(rich_help_panel="Plan")(compare)
 app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import typer
 
 from hetis.solver.plan import Role
@@ -15,6 +17,22 @@ def strategy(text: str) -> str:
     if text not in STRATEGIES:
         raise typer.BadParameter(f"{text!r} is not one of {', '.join(STRATEGIES)}{did_you_mean(text, STRATEGIES)}")
     return text
+
+
+@dataclass(frozen=True, slots=True)
+class Strategies:
+    """Strategies by name; a class of its own, for typer takes a tuple for several arguments."""
+
+    names: tuple[str, ...]
+
+
+def strategies(text: str) -> Strategies:
+    """Names of strategies with commas between them, each once; ``all`` for every one."""
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    if text.strip() == "all":
+        return Strategies(tuple(STRATEGIES))
+    return Strategies(tuple(dict.fromkeys(strategy(name.strip()) for name in text.split(","))))
 
 
 def roles(text: str) -> frozenset[Role]:

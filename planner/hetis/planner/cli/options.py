@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -109,6 +110,7 @@ _SEARCH = "Search"
 
 
 DEFAULT_STRATEGY = "hetis"
+ALL_STRATEGIES = "all"
 
 StrategyOption = Annotated[
     str,
@@ -130,6 +132,16 @@ RolesOption = Annotated[
         rich_help_panel=_SEARCH,
         show_default="all of the strategy",
         help="What replicas may do: unified, or prefill,decode, or all three.",
+    ),
+]
+StrategiesOption = Annotated[
+    families.Strategies,
+    typer.Option(
+        "--strategies",
+        parser=families.strategies,
+        metavar="NAME,...",
+        rich_help_panel=_SEARCH,
+        help="Families of plans to search, names of `catalog strategies`, or all.",
     ),
 ]
 TimeLimitOption = Annotated[
@@ -180,6 +192,16 @@ OutOption = Annotated[
         rich_help_panel=_RESULT,
         show_default=False,
         help="Also save the plan; .yaml or .yml for YAML, anything else is JSON.",
+    ),
+]
+PlansFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        rich_help_panel=_RESULT,
+        show_default=False,
+        help="Also save every plan there, as STRATEGY.json.",
     ),
 ]
 StrictOption = Annotated[

@@ -1,0 +1,113 @@
+"""``hetis-plan compare``: several strategies on the same problem, side by side."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hetis.planner.cli import options
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.terminal import Terminal
+from hetis.planner.cli.verb import verb
+from hetis.solver.plan import ObjectiveKind, Status
+
+if TYPE_CHECKING:
+    from hetis.planner.comparing import Compared
+
+
+@verb()
+def compare(
+    terminal: Terminal,
+    *,
+    cluster: options.ClusterOption,
+    model: options.ModelOption,
+    workload: options.WorkloadOption,
+    profile: options.ProfilesOption = None,
+    objective: options.ObjectiveOption = ObjectiveKind.GOODPUT,
+    rate: options.RateOption = None,
+    ttft: options.TtftOption = None,
+    tpot: options.TpotOption = None,
+    strategies: options.StrategiesOption = options.ALL_STRATEGIES,  # type: ignore[assignment]  # goes through the parser
+    time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
+    gap: options.GapOption = "0.1%",  # type: ignore[assignment]
+    seed: options.SeedOption = 0,
+    threads: options.ThreadsOption = 1,
+    out: options.PlansFolderOption = None,
+) -> ExitCode:
+    """Plan by several strategies and show their plans side by side, checked alike.
+
+    Every strategy has the whole time limit. One without a plan is a row with its reason. Ctrl-C once ends the
+    strategy at work with its best plan so far, and shows what there is; twice leaves at once.
+    """
+    from hetis.planner import placing
+    from hetis.planner.cli.native_output import no_native_output
+    from hetis.planner.cli.progress import progress_on_stderr
+    from hetis.planner.comparing import compare_strategies
+    from hetis.planner.report.comparison import comparison_document, render_comparison
+    from hetis.planner.solving import run_interruptibly
+    from hetis.planner.sources import load_inputs
+    from hetis.solver.budget import Budget
+
+    if out is not None:
+        _refuse_unwritable_plans(out, strategies.names)
+    loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    placing.require_demand(objective, rate, loaded.inputs.workload)
+    goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
+    settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
+    cancelled = threading.Event()
+    with no_native_output(), progress_on_stderr(terminal, goal.unit) as report:
+        compared = run_interruptibly(
+            lambda: compare_strategies(
+                loaded,
+                goal,
+                settings,
+                strategies.names,
+                budget=lambda: Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled),
+                report=report,
+            ),
+            cancelled=cancelled,
+            on_cancel=lambda: terminal.say("stopping with the plans so far; Ctrl-C again leaves at once"),
+        )
+    if out is not None:
+        _save_plans(terminal, compared, out)
+    terminal.emit(
+        lambda: comparison_document(compared, loaded.inputs, goal),
+        lambda: render_comparison(compared, loaded.inputs, goal),
+    )
+    return ExitCode.INTERRUPTED if cancelled.is_set() else _judge(compared)
+
+
+def _plan_file(folder: Path, strategy: str) -> Path:
+    return folder / f"{strategy}.json"
+
+
+def _refuse_unwritable_plans(folder: Path, strategies: Sequence[str]) -> None:
+    from hetis.planner.cli.plan_files import refuse_unwritable
+
+    for strategy in strategies:
+        refuse_unwritable(_plan_file(folder, strategy))
+
+
+def _save_plans(terminal: Terminal, compared: Sequence[Compared], folder: Path) -> None:
+    from hetis.planner.cli.plan_files import save
+
+    for outcome in compared:
+        if outcome.plan is not None:
+            path = _plan_file(folder, outcome.strategy)
+            save(outcome.plan, path)
+            terminal.say(f"saved {path}")
+
+
+def _judge(compared: Sequence[Compared]) -> ExitCode:
+    """Success where there is something to choose from and nothing is broken."""
+    from hetis.planner.comparing import FAILED
+
+    if any(outcome.status == FAILED for outcome in compared):
+        return ExitCode.INTERNAL
+    if any(outcome.plan is not None for outcome in compared):
+        return ExitCode.OK
+    every = {outcome.status for outcome in compared}
+    return ExitCode.INFEASIBLE if every == {Status.INFEASIBLE.value} else ExitCode.NO_PLAN

@@ -1,0 +1,185 @@
+"""Several strategies on one problem: their plans side by side, each checked, each with the best bound that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.placing import Settings, make_plan
+from hetis.planner.sources import Inputs, LoadedInputs
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
+
+# Every plan of a strategy is one of its container's, whose bound therefore holds for it, too. `hetis-paper` shares
+# attention workers among stages, which no other strategy does.
+CONTAINERS: Mapping[str, str] = {
+    "uniform": "hexgen",
+    "hexgen": "hetis",
+    "hexgen2-paper": "hexgen2",
+    "splitwise": "hexgen2",
+    "hexgen2": "hetis",
+}
+
+NO_PLAN, FAILED = "no plan", "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What became of one strategy. ``status`` is that of its plan, or why there is none; ``reasons`` say more."""
+
+    strategy: str
+    status: str
+    plan: Plan | None = None
+    reasons: tuple[str, ...] = ()
+    solve_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """A plan in the numbers that strategies are compared by.
+
+    Attributes:
+        rate_rps: goodput, or throughput where that is the objective.
+        usd_per_hour: of the GPUs in use; None: some have no price.
+        usd_per_million_output_tokens: at ``rate_rps``.
+        ttft_s, tpot_s: of the slowest replica.
+        kv_tokens: KV room of the replicas that decode.
+    """
+
+    rate_rps: float
+    usd_per_hour: float | None
+    usd_per_million_output_tokens: float | None
+    ttft_s: float
+    tpot_s: float
+    kv_tokens: int
+    gpus_used: int
+    gpus_idle: int
+
+
+def compare_strategies(
+    loaded: LoadedInputs,
+    objective: Objective,
+    settings: Settings,
+    strategies: Sequence[str],
+    *,
+    budget: Callable[[], Budget],
+    report: Report,
+) -> tuple[Compared, ...]:
+    """Plans by every strategy, contained ones first, each with a budget of its own; outcomes as they were asked for.
+
+    A strategy without a plan is an outcome like any other. Once a budget is cancelled, the strategies after it are not
+    run.
+
+    Raises:
+        InvalidProblemError: the objective asks for what the cluster does not have, a price say.
+    """
+    found: dict[str, Compared] = {}
+    for strategy in _contained_first(strategies):
+        found[strategy] = _run(loaded, objective, replace(settings, strategy=strategy), budget(), report)
+    plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
+    return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
+
+
+def _contained_first(strategies: Iterable[str]) -> list[str]:
+    return sorted(dict.fromkeys(strategies), key=lambda name: -len(_containers(name)))
+
+
+def _containers(strategy: str) -> list[str]:
+    """The strategies that contain this one, the closest first."""
+    found = []
+    while strategy in CONTAINERS:
+        strategy = CONTAINERS[strategy]
+        found.append(strategy)
+    return found
+
+
+def _run(
+    loaded: LoadedInputs, objective: Objective, settings: Settings, budget: Budget, report: Report
+) -> Compared:  # fmt: skip
+    name, problem = settings.strategy, loaded.inputs.problem(objective, settings.strategy)
+    if budget.cancelled.is_set():
+        return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
+
+    def told(progress: Progress) -> None:
+        report(replace(progress, phase=f"{name}: {progress.phase}"))
+
+    try:
+        plan = make_plan(loaded, problem, settings, budget=budget, report=told)
+    except InfeasibleError as error:
+        status, reasons = Status.INFEASIBLE.value, error.reasons
+    except NoPlanFoundError as error:
+        status, reasons = NO_PLAN, (str(error),)
+    except UncheckedPlanError as error:
+        status, reasons = FAILED, (str(error), *error.violations)
+    except InvalidProblemError:
+        raise
+    except HetisError as error:
+        status, reasons = FAILED, (str(error),)
+    else:
+        return Compared(strategy=name, status=plan.result.status.value, plan=plan, solve_s=budget.elapsed_s())
+    return Compared(strategy=name, status=status, reasons=reasons, solve_s=budget.elapsed_s())
+
+
+def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
+    """The same with the bound of a strategy that contains it, where that is better than its own."""
+    if compared.plan is None:
+        return compared
+    result, objective = compared.plan.result, compared.plan.objective
+    bounds = [result.bound, *(plans[name].result.bound for name in _containers(compared.strategy) if name in plans)]
+    # A bound may not cross the value: both are sums of rounded numbers.
+    bound = max(result.value, min(bounds)) if objective.maximises else min(result.value, max(bounds))
+    if bound == result.bound:
+        return compared
+    better = _with_bound(result, bound)
+    return replace(compared, plan=replace(compared.plan, result=better), status=better.status.value)
+
+
+def _with_bound(result: SolveResult, bound: float) -> SolveResult:
+    gap = abs(bound - result.value) / abs(result.value) if result.value else result.gap
+    return replace(result, bound=bound, gap=gap)
+
+
+def figures_of(plan: Plan, inputs: Inputs) -> Figures:
+    """The numbers to compare a plan by."""
+    goodput_share = inputs.problem(plan.objective, plan.strategy).assumptions.planned_utilisation
+    is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
+    rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share)
+    usd = _usd_per_hour(plan, inputs)
+    tokens_per_hour = 3600.0 * rate * inputs.workload.clipped_to(inputs.model.max_position).moments().mean_output
+    used = len(_devices(plan))
+    return Figures(
+        rate_rps=rate,
+        usd_per_hour=usd,
+        usd_per_million_output_tokens=None if usd is None or not tokens_per_hour else 1e6 * usd / tokens_per_hour,
+        ttft_s=max(replica.ttft_s for replica in plan.replicas),
+        tpot_s=max(replica.tpot_s for replica in plan.replicas),
+        kv_tokens=sum(replica.kv_tokens for replica in plan.replicas if replica.role is not Role.PREFILL),
+        gpus_used=used,
+        gpus_idle=inputs.cluster.num_gpus() - used,
+    )
+
+
+def saturated_rate(plan: Plan) -> float:
+    """Requests/s: those of unified replicas, and those that are prefilled on one replica and decoded on another."""
+    unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
+    return unified + sum(route.rate for route in plan.kv_routes)
+
+
+def _devices(plan: Plan) -> set[str]:
+    return {name for replica in plan.replicas for name in replica.devices()}
+
+
+def _usd_per_hour(plan: Plan, inputs: Inputs) -> float | None:
+    """What the GPUs in use cost; None where one of them has no price."""
+    used, total = _devices(plan), 0.0
+    for group in inputs.cluster.node_groups:
+        prices = [inputs.cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
+        for node in range(group.count):
+            for index, price in enumerate(prices):
+                if f"{group.node_name(node)}/{index}" in used:
+                    if price is None:
+                        return None
+                    total += price
+    return total

@@ -1,0 +1,122 @@
+"""Strategies side by side: one row each, and below the table why some have no plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hetis.formats.documents import to_data
+from hetis.planner.comparing import Compared, Figures, figures_of
+from hetis.planner.report.figures import digits, percent, plural, tokens
+from hetis.planner.report.json_values import json_value
+from hetis.planner.sources import Inputs
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
+
+_LINES_PER_REASON = 3
+
+
+def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
+    """At most 80 columns wide where the names allow it."""
+    parts: list[RenderableType] = [_title(inputs), _goal(objective), Text(), _table(compared, inputs, objective)]
+    without = [outcome for outcome in compared if outcome.plan is None]
+    if without:
+        parts += [Text("\nWithout a plan", style="bold"), _reasons(without)]
+    return Group(*parts)
+
+
+def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:
+    """The comparison as plain data, every plan in full."""
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "Comparison",
+        "objective": json_value(objective),
+        "strategies": [_entry(outcome, inputs) for outcome in compared],
+    }
+
+
+def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
+    plan = outcome.plan
+    return {
+        "strategy": outcome.strategy,
+        "status": outcome.status,
+        "result": json_value(plan.result) if plan is not None else None,
+        "figures": json_value(figures_of(plan, inputs)) if plan is not None else None,
+        "solve_s": outcome.solve_s,
+        "reasons": list(outcome.reasons),
+        "plan": to_data(plan) if plan is not None else None,
+    }
+
+
+def _title(inputs: Inputs) -> Text:
+    fleet = f"{inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')})"
+    return Text.assemble(
+        (inputs.model.name, "bold"), " on ", (fleet, "bold"), " for ", (inputs.workload.name, "bold")
+    )  # fmt: skip
+
+
+def _goal(objective: Objective) -> Text:
+    ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
+    limits = [
+        f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
+        f"TPOT {'unlimited' if tpot is None else f'up to {1e3 * tpot:g} ms'}",
+    ]
+    demand = "" if objective.demand_rps is None else f" for {digits(objective.demand_rps)} requests/s"
+    return Text(f"{objective.kind.value}{demand}; {', '.join(limits)}", style="dim")
+
+
+def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("strategy", no_wrap=True, vertical="bottom")
+    rate = "through-\nput" if objective.kind is ObjectiveKind.THROUGHPUT else "good-\nput"
+    headings = [f"{rate} /s", "bound", "gap", "USD\n/h", "USD/M\ntokens", "TTFT\ns", "TPOT\nms", "KV\ntokens"]
+    if not objective.maximises:
+        headings[1] = f"bound\n{objective.unit}"
+    for heading in (*headings, "GPUs\n(idle)", "solved\ns"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = _best(compared, objective)
+    for outcome in compared:
+        if outcome.plan is None:
+            table.add_row(outcome.strategy, Text(outcome.status, style="yellow"), *[""] * 8, digits(outcome.solve_s, 2))
+        else:
+            row = _row(outcome.plan, figures_of(outcome.plan, inputs), outcome.solve_s)
+            table.add_row(outcome.strategy, *row, style="bold" if outcome is best else "")
+    return table
+
+
+def _best(compared: Sequence[Compared], objective: Objective) -> Compared | None:
+    found = [(outcome.plan.result.value, outcome) for outcome in compared if outcome.plan is not None]
+    if not found:
+        return None
+    pick = max if objective.maximises else min
+    return pick(found, key=lambda pair: pair[0])[1]
+
+
+def _row(plan: Plan, figures: Figures, solve_s: float) -> list[str]:
+    def or_dash(value: float | None) -> str:
+        return "-" if value is None else digits(value)
+
+    return [
+        digits(figures.rate_rps),
+        digits(plan.result.bound),
+        percent(plan.result.gap),
+        or_dash(figures.usd_per_hour),
+        or_dash(figures.usd_per_million_output_tokens),
+        digits(figures.ttft_s),
+        digits(1e3 * figures.tpot_s),
+        tokens(figures.kv_tokens),
+        f"{figures.gpus_used:,} ({figures.gpus_idle:,})",
+        digits(solve_s, 2),
+    ]
+
+
+def _reasons(without: Sequence[Compared]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for outcome in without:
+        table.add_row(f" {outcome.strategy}", "\n".join(outcome.reasons[:_LINES_PER_REASON]))
+    return table
