@@ -69,6 +69,10 @@ def solve_placement(
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
     budget = budget if budget is not None else Budget()
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    if STRATEGIES[strategy].is_published:
+        from hetis.solver.published import PUBLISHED
+
+        return PUBLISHED[strategy].solve(problem, budget=budget, seed=seed, report=_in_objective_units(report, problem))
     atlas = build_atlas(problem)
     report = _in_objective_units(report, problem)
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
@@ -125,7 +129,7 @@ def _plan(
     replicas = []
     for template, stages in zip(templates, bound_stages, strict=True):
         if template not in shapes:
-            shapes[template] = _replica(atlas, template, stages)
+            shapes[template] = replica_plan(atlas, template, stages)
             replicas.append(shapes[template])
         else:
             replicas.append(_with_devices(shapes[template], stages))
@@ -150,7 +154,8 @@ def _plan(
     )
 
 
-def _replica(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
+def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
+    """A template on named GPUs, in the numbers of the cost model."""
     mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
     zones = atlas.routes.zones if mix.sends_afar else atlas.scopes[template.scope].zones
     tables = atlas.scopes[template.scope].tables

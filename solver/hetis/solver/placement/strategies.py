@@ -17,6 +17,7 @@ class Strategy:
     name: str
     summary: str
     restrict: Callable[[Family], Family]
+    is_published: bool = False  # a heuristic of `hetis.solver.published`, not a search with a proof
 
 
 def _uniform(family: Family) -> Family:
@@ -42,6 +43,14 @@ def _splitwise(family: Family) -> Family:
     return replace(_hexgen2(family), name="splitwise", mixed_types=False, one_type_per_role=True)
 
 
+def _hexgen2_paper(family: Family) -> Family:
+    return replace(_hexgen2(family), name="hexgen2-paper")
+
+
+def _hetis_paper(family: Family) -> Family:
+    return replace(_hexgen(family), name="hetis-paper", max_pool=family.max_pool)
+
+
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
@@ -54,5 +63,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _hexgen),
         Strategy("hexgen2", "the same for replicas that prefill and replicas that decode, never both", _hexgen2),
         Strategy("splitwise", "prefill replicas of one GPU type, decode replicas of one", _splitwise),
+        Strategy("hexgen2-paper", "HexGen-2's own heuristic: partition, maximum flow, swaps", _hexgen2_paper, True),
+        Strategy("hetis-paper", "Hetis's own heuristic: 5% rule, workers shared by a replica", _hetis_paper, True),
     )
 }

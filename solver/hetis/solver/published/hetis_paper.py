@@ -25,6 +25,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Template, kv_tokens_held
@@ -36,7 +37,7 @@ from hetis.solver.published.memory import weight_bytes
 from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import Composition, composition
 from hetis.solver.published.pipelines import Duty, duty_of
-from hetis.solver.published.plans import Answer, plan_of, replica_of
+from hetis.solver.published.plans import Answer, plan_of
 from hetis.solver.published.shared_pool import SharedPool, best_with_pool, worker_cost
 
 MAX_GPUS = 4096  # GPUs are dealt one by one
@@ -161,13 +162,13 @@ def _replica(atlas: Atlas, graph: FleetGraph, gpus: Sequence[int], template: Tem
     stages = named_stages(atlas, graph, gpus, template)
     pooled = [stage for stage in template.stages if stage.pool_class >= 0]
     if not pooled:
-        return replica_of(atlas, template, stages)
+        return replica_plan(atlas, template, stages)
     device_class, cards = pooled[0].pool_class, pooled[0].pool_cards
     workers = [graph.names[gpu] for gpu in gpus if graph.device_class[gpu] == device_class][:cards]
     for stage, bound in zip(template.stages, stages, strict=True):
         if stage.pool_class >= 0:
             bound.workers.extend(workers)
-    plan = replica_of(atlas, template, stages)
+    plan = replica_plan(atlas, template, stages)
     return replace(
         plan,
         kv_tokens=min(plan.kv_tokens, _shared_room(atlas, template, SharedPool(device_class, cards))),

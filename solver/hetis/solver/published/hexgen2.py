@@ -17,9 +17,11 @@ What the paper leaves open, and what our model asks for beyond it:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from hetis.solver.budget import Budget, Report
+from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
@@ -31,7 +33,7 @@ from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import Answer, plan_of, replica_of
+from hetis.solver.published.plans import Answer, plan_of
 from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved
 
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
@@ -109,12 +111,21 @@ def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar:
 def _solve(
     atlas: Atlas, network: Network, counts: dict[str, int], budget: Budget, seed: int, report: Report
 ) -> Evaluated:
-    """Steps A to C for given numbers of groups."""
+    """Steps A to C for given numbers of groups.
+
+    Swaps cannot lead out of an arrangement that serves nothing. If that is so within the latency limits, which HexGen-2
+    does not know, the swaps are first made without them.
+    """
     groups = tuple(group for zone, count in counts.items() for group in _groups(atlas, network.graph, zone, count))
     prefill, _ = maximum_cut(coarsened(network.graph.bytes_per_s, groups))
     roles = tuple(Role.PREFILL if g in prefill else Role.DECODE for g in range(len(groups)))
-    start = network.evaluated(Arrangement(groups, roles))
-    return improved(network, start, budget=budget, seed=seed, report=report)
+    start = Arrangement(groups, roles)
+    found = improved(network, network.evaluated(start), budget=budget, seed=seed, report=report)
+    if found.flow.value > 0.0:
+        return found
+    relaxed = replace(network, search=ReplicaSearch(atlas, keeps_limits=False))
+    start = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent).arrangement
+    return improved(network, network.evaluated(start), budget=budget, seed=seed, report=report)
 
 
 def _groups(atlas: Atlas, graph: FleetGraph, zone: str, count: int) -> list[Part]:
@@ -137,7 +148,7 @@ def _plan(atlas: Atlas, network: Network, found: Evaluated, budget: Budget) -> P
         if template is None:
             continue
         numbers[role].append(len(replicas))
-        replicas.append(replica_of(atlas, template, named_stages(atlas, network.graph, group, template)))
+        replicas.append(replica_plan(atlas, template, named_stages(atlas, network.graph, group, template)))
     routes = [
         KvRoute(prefill=numbers[Role.PREFILL][i], decode=numbers[Role.DECODE][j], rate=rate)
         for (i, j), rate in found.flow.routes.items()

@@ -39,9 +39,10 @@ def composition(graph: FleetGraph, gpus: Sequence[int]) -> Composition:
 
 @dataclass(slots=True)
 class ReplicaSearch:
-    """Finds the best replica of a group; equal groups once."""
+    """Finds the best replica of a group; equal groups once. Without ``keeps_limits`` latency does not matter."""
 
     atlas: Atlas
+    keeps_limits: bool = True
     _found: dict[tuple[Composition, Duty], Template | None] = field(default_factory=dict)
     _rank_of: dict[tuple[int, int], int] = field(init=False)
 
@@ -111,7 +112,10 @@ class ReplicaSearch:
         return float(best_split(alone).interval_s * alone.in_flight[0])
 
     def _at_best_setting(self, shape: Ranks, duty: Duty) -> Template | None:
-        split = best_split(pipeline_of(self.atlas, duty, shape))
+        pipeline = pipeline_of(self.atlas, duty, shape)
+        if not self.keeps_limits:
+            pipeline = pipeline._replace(t_cap=np.full_like(pipeline.t_cap, np.inf))
+        split = best_split(pipeline)
         if split.x < 0:
             return None
         return Template(

@@ -28,7 +28,7 @@ class Duty:
 
 def duty_of(atlas: Atlas, role: Role, zone: str, *, sends_afar: bool = False) -> Duty:
     """The duty of a role in a zone; ``sends_afar``: a prefill replica may send KV to all zones."""
-    scope = next(i for i, scope in enumerate(atlas.scopes) if scope.zones == (zone,))
+    scope = next(i for i, scope in enumerate(atlas.scopes) if scope.zones == (zone,) and role in scope.roles)
     mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role and mix.sends_afar == sends_afar]
     return Duty(role, scope, tuple(mixes))
 
@@ -37,19 +37,20 @@ def pipeline_of(atlas: Atlas, duty: Duty, ranks: Ranks) -> Pipeline:
     """Times and room of a pipeline without attention workers under every mix of a duty."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
-    groups = t.rank_groups[s]
-    layer_s = t.layer_s[np.ix_(x, s)] + t.own_s[x[:, None], s, groups]
-    return priced(atlas, duty, ranks, layer_s, np.zeros(len(ranks), dtype=np.int64))
+    compute_s = t.layer_s[np.ix_(x, s)] + t.own_s[x[:, None], s, t.rank_groups[s]]
+    return priced(atlas, duty, ranks, compute_s, np.zeros(len(ranks), dtype=np.int64))
 
 
-def priced(atlas: Atlas, duty: Duty, ranks: Ranks, layer_s: FloatArray, given: IntArray) -> Pipeline:
-    """The rest of a pipeline whose layers take ``layer_s`` [X, S] and give away ``given`` [S] head groups per rank."""
+def priced(atlas: Atlas, duty: Duty, ranks: Ranks, compute_s: FloatArray, given: IntArray) -> Pipeline:
+    """A pipeline whose layers compute for ``compute_s`` [X, S] and give away ``given`` [S] head groups per rank."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     places = np.array(roles(len(ranks)), dtype=np.int64)
     is_first, is_last = np.isin(places, (FIRST, BOTH)), np.isin(places, (LAST, BOTH))
     at = np.ix_(x, s)
-    fixed_s = t.step_s[at] + np.where(is_first, t.prefix_layers * (layer_s + t.prefix_delta_s[at]), t.hop_s[at])
+    layer_s = np.maximum(compute_s, t.wire_s[at])
+    prefix_s = t.prefix_layers * np.maximum(compute_s + t.prefix_delta_s[at], t.wire_s[at])
+    fixed_s = t.step_s[at] + np.where(is_first, prefix_s, t.hop_s[at])
     fixed_s = fixed_s + np.where(is_last, t.last_s[at], 0.0)
     room = np.empty((len(x), len(t.in_flight), len(s)), dtype=np.int64)
     _fill_rooms(t, x, s, places, given, room)

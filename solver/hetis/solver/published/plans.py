@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -9,12 +10,10 @@ import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement.binding import BoundStage
-from hetis.solver.placement.solve import _replica
+from hetis.solver.placement.generation import dense_work_bound
 from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.template import Template
 from hetis.solver.plan import ClassPrice, KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
-from hetis.solver.published.work_bound import least_cost, most_requests
+from hetis.solver.published.work_bound import least_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +23,6 @@ class Answer:
     replicas: tuple[ReplicaPlan, ...]
     kv_routes: tuple[KvRoute, ...] = ()
     notes: tuple[str, ...]
-
-
-def replica_of(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
-    """A replica on named GPUs, its numbers from the tables."""
-    return _replica(atlas, template, stages)
 
 
 def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan:
@@ -72,11 +66,12 @@ def _value_and_bound(atlas: Atlas, answer: Answer, rate: float) -> tuple[float, 
     problem, kind = atlas.problem, atlas.problem.objective.kind
     if problem.objective.maximises:
         scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
-        return scale * rate, scale * max(rate, most_requests(atlas))
+        return scale * rate, scale * max(rate, dense_work_bound(atlas, problem.family.roles))
     costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in atlas.classes])
     value = float(sum(costs[row] * count for row, count in _used(atlas, answer)[0].items()))
     needed = (problem.objective.demand_rps or 0.0) / problem.assumptions.planned_utilisation
-    return value, min(value, least_cost(atlas, needed, costs))
+    bound = least_cost(atlas, needed, costs)
+    return value, min(value, math.ceil(bound - 1e-6) if kind is ObjectiveKind.GPUS else bound)
 
 
 def _used(atlas: Atlas, answer: Answer) -> tuple[Counter[int], Counter[int]]:

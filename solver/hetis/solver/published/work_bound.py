@@ -1,14 +1,14 @@
-"""A bound that holds for every plan under the cost model, whatever its strategy: from dense work alone.
+"""A bound on cost that holds for every plan under the cost model, whatever its strategy: from dense work alone.
 
-Every request needs the dense work of all repeated layers, its prompt's and its output's. A GPU that gives all its time
-to that work, at the best mix and TP size there is and without attention, KV or waiting, does at most a certain number
-of layers per second: u of both at once, p of prompts, d of outputs. Let a plan serve r requests/s, so that r L layers'
-worth of prompts and r L of outputs are done per second. For every share q from 0 to 1
+Every request needs the dense work of all L repeated layers, its prompt's and its output's. A GPU that gives its time
+to that work alone, at the best mix and TP size there is, no attention, KV or waiting, does at most a certain number
+of layers per second: u of both at once, p of prompts, d of outputs. A plan that serves r requests/s has r L layers'
+worth of prompts and r L of outputs done per second, and so for every share q from 0 to 1
 
     r L  =  q r L + (1 - q) r L  <=  sum over GPUs of max(u, q p, (1 - q) d)
 
-because a GPU that spends a part of its time on each kind of work adds at most the largest of the three per second. The
-least right-hand side over a grid of q is the bound.
+because a GPU that spends a part of its time on each kind of work adds at most the largest of the three per second. (The
+bound on the rate is `hetis.solver.placement.generation.dense_work_bound`, by the same argument.)
 """
 
 from __future__ import annotations
@@ -46,12 +46,6 @@ class LayerSpeeds:
         """What a GPU of each class adds at most to r L, shape [N]."""
         result: FloatArray = np.maximum(self.unified, np.maximum(share * self.prefill, (1.0 - share) * self.decode))
         return result
-
-
-def most_requests(atlas: Atlas) -> float:
-    """No plan serves more requests/s."""
-    speeds, available = LayerSpeeds.of(atlas), _available(atlas)
-    return min(float(speeds.at(q) @ available) for q in SHARES) / _layers(atlas)
 
 
 def least_cost(atlas: Atlas, demand: float, unit_costs: FloatArray) -> float:
