@@ -10,13 +10,15 @@ What the paper leaves open, and what our model asks for beyond it:
   two groups is still cut in two: nothing can be served with one.
 - Prefill and decode replicas lie in one zone each, so the fleet is partitioned zone by zone. KV goes to other zones
   only if all prefill replicas may send there (over slower links): both ways are tried, the better one is kept.
-- A group that fits no replica idles. Where no request can be served, it is tried again with one group less.
+- A group that fits no replica idles. Where no request can be served within the latency limits, which HexGen-2 does not
+  know, one group changes sides, or the fleet is cut into ever fewer groups; if none serve, swaps are made without the
+  limits first.
 - It maximises the rate, whatever the objective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from hetis.solver.budget import Budget, Report, silent
@@ -34,7 +36,7 @@ from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
 from hetis.solver.published.plans import Answer, plan_of
-from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved
+from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
 
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
 
@@ -61,14 +63,18 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
     graph = fleet_graph(problem.cluster, atlas.classes, rooms)
     search = ReplicaSearch(atlas)
     networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
-    for counts in _group_counts(atlas, graph):
-        found = [_solve(atlas, network, counts, budget, seed, report) for network in networks]
-        best = max(range(len(found)), key=lambda i: found[i].flow.value)
-        if found[best].flow.value > 0.0:
-            return _plan(atlas, networks[best], found[best], budget)
-        if budget.is_spent():
-            break
-    raise NoPlanFoundError("hexgen2-paper found no prefill and decode groups that serve a request within the limits")
+    starts = (_arranged(atlas, graph, counts) for counts in _group_counts(atlas, graph))
+    serving = _first_to_serve(networks, starts, budget)
+    found = [_refined(network, start, budget, seed, report) for network, start in serving]
+    if not found:
+        start = _arranged(atlas, graph, next(_group_counts(atlas, graph)))
+        found = [_from_without_limits(network, start, budget, seed, report) for network in networks]
+    network, best = max(found, key=lambda pair: pair[1].flow.value)
+    if best.flow.value <= 0.0:
+        raise NoPlanFoundError(
+            "hexgen2-paper found no prefill and decode groups that serve a request within the limits"
+        )
+    return _plan(atlas, network, best, budget)
 
 
 def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
@@ -76,7 +82,7 @@ def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
 
 
 def _group_counts(atlas: Atlas, graph: FleetGraph) -> Iterator[dict[str, int]]:
-    """Groups of every zone: as many as memory allows, two in all at least; then ever fewer."""
+    """Groups of every zone: as many as memory allows, two in all at least; then a tenth fewer, and so on."""
     needed = replica_bytes(atlas)
     members = {zone: [i for i, z in enumerate(graph.zones) if z == zone] for zone in dict.fromkeys(graph.zones)}
     room = {zone: float(graph.room_bytes[gpus].sum()) for zone, gpus in members.items()}
@@ -86,7 +92,8 @@ def _group_counts(atlas: Atlas, graph: FleetGraph) -> Iterator[dict[str, int]]:
         counts[max(open_zones, key=lambda zone: room[zone] / (counts[zone] + 1))] += 1
     while sum(counts.values()) >= 2:
         yield dict(counts)
-        counts[max(counts, key=lambda zone: counts[zone])] -= 1
+        for _ in range(max(1, sum(counts.values()) // 10)):
+            counts[max(counts, key=lambda zone: counts[zone])] -= 1
 
 
 def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> Network:
@@ -108,24 +115,48 @@ def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar:
     )
 
 
-def _solve(
-    atlas: Atlas, network: Network, counts: dict[str, int], budget: Budget, seed: int, report: Report
-) -> Evaluated:
-    """Steps A to C for given numbers of groups.
+def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int]) -> Arrangement:
+    """Step A for given numbers of groups."""
+    groups = tuple(group for zone, count in counts.items() for group in _groups(atlas, graph, zone, count))
+    prefill, _ = maximum_cut(coarsened(graph.bytes_per_s, groups))
+    return Arrangement(groups, tuple(Role.PREFILL if g in prefill else Role.DECODE for g in range(len(groups))))
 
-    Swaps cannot lead out of an arrangement that serves nothing. If that is so within the latency limits, which HexGen-2
-    does not know, the swaps are first made without them.
-    """
-    groups = tuple(group for zone, count in counts.items() for group in _groups(atlas, network.graph, zone, count))
-    prefill, _ = maximum_cut(coarsened(network.graph.bytes_per_s, groups))
-    roles = tuple(Role.PREFILL if g in prefill else Role.DECODE for g in range(len(groups)))
-    start = Arrangement(groups, roles)
-    found = improved(network, network.evaluated(start), budget=budget, seed=seed, report=report)
-    if found.flow.value > 0.0:
-        return found
-    relaxed = replace(network, search=ReplicaSearch(atlas, keeps_limits=False))
-    start = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent).arrangement
-    return improved(network, network.evaluated(start), budget=budget, seed=seed, report=report)
+
+def _first_to_serve(
+    networks: Sequence[Network], starts: Iterable[Arrangement], budget: Budget
+) -> list[tuple[Network, Evaluated]]:  # fmt: skip
+    """The first arrangement through which requests flow, one group on the other side if need be, on every network."""
+    for arrangement in (changed for start in starts for changed in _changes_of_sides(start)):
+        found = [(network, network.evaluated(arrangement)) for network in networks]
+        serving = [(network, evaluated) for network, evaluated in found if evaluated.flow.value > 0.0]
+        if serving:
+            return serving
+        if budget.is_spent():
+            break
+    return []
+
+
+def _changes_of_sides(start: Arrangement) -> Iterator[Arrangement]:
+    """The arrangement itself, then with one group on the other side as long as both keep one."""
+    yield start
+    for group, role in enumerate(start.roles):
+        if start.roles.count(role) > 1:
+            yield with_other_role(start, group)
+
+
+def _refined(
+    network: Network, start: Evaluated, budget: Budget, seed: int, report: Report
+) -> tuple[Network, Evaluated]:  # fmt: skip
+    return network, improved(network, start, budget=budget, seed=seed, report=report)
+
+
+def _from_without_limits(
+    network: Network, start: Arrangement, budget: Budget, seed: int, report: Report
+) -> tuple[Network, Evaluated]:
+    """Swaps without the latency limits, then with them: none leads out of an arrangement that serves nothing."""
+    relaxed = replace(network, search=ReplicaSearch(network.search.atlas, keeps_limits=False))
+    found = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent)
+    return _refined(network, network.evaluated(found.arrangement), budget, seed, report)
 
 
 def _groups(atlas: Atlas, graph: FleetGraph, zone: str, count: int) -> list[Part]:

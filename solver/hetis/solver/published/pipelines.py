@@ -8,7 +8,7 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.options import layers_on_rank
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, Atlas, FloatArray, Tables
+from hetis.solver.placement.tables import Atlas, FloatArray, Tables
 from hetis.solver.placement.template import roles
 from hetis.solver.plan import Role
 from hetis.solver.published.compiled import kernel
@@ -37,7 +37,7 @@ def pipeline_of(atlas: Atlas, duty: Duty, ranks: Ranks) -> Pipeline:
     """Times and room of a pipeline without attention workers under every mix of a duty."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
-    compute_s = t.layer_s[np.ix_(x, s)] + t.own_s[x[:, None], s, t.rank_groups[s]]
+    compute_s = t.layer_s[x[:, None], s] + t.own_s[x[:, None], s, t.rank_groups[s]]
     return priced(atlas, duty, ranks, compute_s, np.zeros(len(ranks), dtype=np.int64))
 
 
@@ -46,8 +46,8 @@ def priced(atlas: Atlas, duty: Duty, ranks: Ranks, compute_s: FloatArray, given:
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     places = np.array(roles(len(ranks)), dtype=np.int64)
-    is_first, is_last = np.isin(places, (FIRST, BOTH)), np.isin(places, (LAST, BOTH))
-    at = np.ix_(x, s)
+    is_first, is_last = np.arange(len(s)) == 0, np.arange(len(s)) == len(s) - 1
+    at = x[:, None], s
     layer_s = np.maximum(compute_s, t.wire_s[at])
     prefix_s = t.prefix_layers * np.maximum(compute_s + t.prefix_delta_s[at], t.wire_s[at])
     fixed_s = t.step_s[at] + np.where(is_first, prefix_s, t.hop_s[at])

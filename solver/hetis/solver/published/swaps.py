@@ -104,8 +104,7 @@ def proposals(graph: FleetGraph, found: Evaluated, order: np.random.Generator) -
     saturated = [g for g in lots if loads[g] >= SATURATED]
     for giver in slack:
         if roles.count(roles[giver]) > 1:
-            other = Role.DECODE if roles[giver] is Role.PREFILL else Role.PREFILL
-            yield replace(found.arrangement, roles=(*roles[:giver], other, *roles[giver + 1 :]))
+            yield with_other_role(found.arrangement, giver)
     pairs = [(g, t) for g in slack for t in saturated if graph.zones[groups[g][0]] == graph.zones[groups[t][0]]]
     for giver, taker in pairs:
         if len(groups[giver]) > 1:
@@ -116,6 +115,13 @@ def proposals(graph: FleetGraph, found: Evaluated, order: np.random.Generator) -
             for other_gpu in _one_of_each_kind(graph, groups[taker]):
                 if graph.kind(gpu) != graph.kind(other_gpu):
                     yield _exchanged(found.arrangement, giver, (gpu,), taker, (other_gpu,))
+
+
+def with_other_role(arrangement: Arrangement, group: int) -> Arrangement:
+    """The same with one group on the other side."""
+    roles = arrangement.roles
+    other = Role.DECODE if roles[group] is Role.PREFILL else Role.PREFILL
+    return replace(arrangement, roles=(*roles[:group], other, *roles[group + 1 :]))
 
 
 def _one_of_each_kind(graph: FleetGraph, gpus: Sequence[int]) -> list[int]:

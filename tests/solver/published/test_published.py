@@ -1,0 +1,152 @@
+"""Published heuristics: every plan passes the checker, is the same again, and is never better than what contains it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import Link, Network
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.placement import solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.published import PUBLISHED
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems
+
+KINDS = tuple(ObjectiveKind)
+REL = 1e-6
+EXAMPLES = max(5, settings().max_examples // 2)
+
+
+def planned(problem: PlacementProblem, strategy: str, *, seed: int = 0) -> Plan | None:
+    try:
+        return solve_placement(problem, strategy=strategy, seed=seed)
+    except (NoPlanFoundError, InfeasibleError):
+        return None
+
+
+def restricted(problem: PlacementProblem, strategy: str) -> PlacementProblem:
+    return replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+
+
+def test_every_published_heuristic_is_a_strategy() -> None:
+    assert {name for name, strategy in STRATEGIES.items() if strategy.is_published} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("strategy", sorted(PUBLISHED))
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=8, kinds=KINDS))
+def test_every_plan_passes_the_checker(strategy: str, problem: PlacementProblem) -> None:
+    plan = planned(problem, strategy)
+    if plan is not None:
+        assert plan.strategy == strategy
+        assert plan.result.status is Status.FEASIBLE
+        assert check_plan(plan, restricted(problem, strategy)) == ()
+
+
+@pytest.mark.parametrize("strategy", sorted(PUBLISHED))
+@settings(max_examples=5)
+@given(problem=problems(max_gpus=8))
+def test_the_same_seed_gives_the_same_plan(strategy: str, problem: PlacementProblem) -> None:
+    assert planned(problem, strategy, seed=3) == planned(problem, strategy, seed=3)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=6))
+def test_hexgen2_paper_is_never_better_than_hexgen2(problem: PlacementProblem) -> None:
+    published, proven = planned(problem, "hexgen2-paper"), planned(problem, "hexgen2")
+    if published is not None:
+        assert proven is not None
+        assert published.result.value <= proven.result.value * (1 + REL)
+        assert published.result.bound >= proven.result.value * (1 - REL)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=6, kinds=(ObjectiveKind.COST, ObjectiveKind.GPUS)))
+def test_the_bound_on_cost_holds_for_hexgen2(problem: PlacementProblem) -> None:
+    published, proven = planned(problem, "hexgen2-paper"), planned(problem, "hexgen2")
+    if published is not None:
+        assert proven is not None
+        assert published.result.bound <= proven.result.value * (1 + REL)
+        assert proven.result.value <= published.result.value * (1 + REL)
+
+
+def strong_and_weak(*, objective: Objective = NO_LIMITS) -> PlacementProblem:
+    """Two strong cards beside four weak ones with much memory."""
+    nodes = [make_node("strong", "A", gpus=2), make_node("weak", "B", gpus=4)]
+    profiles = {
+        "A": make_profile("A", flops=2e13, bytes_per_s=2e11, usable_bytes=40_000_000),
+        "B": make_profile("B", flops=1e11, bytes_per_s=4e10, usable_bytes=60_000_000),
+    }
+    return make_problem(nodes, profiles=profiles, objective=objective)
+
+
+def test_a_type_that_hardly_helps_becomes_attention_workers_of_every_stage() -> None:
+    plan = planned(strong_and_weak(), "hetis-paper")
+    assert plan is not None
+    primaries = {stage.gpu for replica in plan.replicas for stage in replica.stages}
+    assert primaries == {"A"}
+    assert all(pool.shared and pool.gpu == "B" for replica in plan.replicas for pool in replica.attention_workers)
+
+
+def test_types_of_equal_strength_stay_in_the_dense_path() -> None:
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=2)]
+    plan = planned(make_problem(nodes), "hetis-paper")
+    assert plan is not None
+    assert {stage.gpu for replica in plan.replicas for stage in replica.stages} == {"A", "B"}
+
+
+def test_hexgen2_paper_routes_all_that_it_serves() -> None:
+    plan = planned(strong_and_weak(), "hexgen2-paper")
+    assert plan is not None
+    assert {replica.role for replica in plan.replicas} == {Role.PREFILL, Role.DECODE}
+    share = make_problem([make_node("a", "A")]).assumptions.planned_utilisation
+    assert plan.result.value == pytest.approx(share * sum(route.rate for route in plan.kv_routes))
+
+
+def test_kv_goes_to_another_zone_where_that_serves_more() -> None:
+    """One fast card in each zone: alone neither zone can prefill and decode, so KV has to cross."""
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    fast = Link(bytes_per_s=5e9, latency_s=1e-5)
+    problem = make_problem(nodes, network=Network(default=fast, zone_default=fast))
+    plan = planned(problem, "hexgen2-paper")
+    assert plan is not None
+    assert check_plan(plan, restricted(problem, "hexgen2-paper")) == ()
+    prefill = next(replica for replica in plan.replicas if replica.role is Role.PREFILL)
+    assert set(prefill.kv_zones) == {"east", "west"}
+
+
+def test_a_slow_link_between_zones_limits_the_flow() -> None:
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    values = []
+    for bytes_per_s in (5e9, 1e7):
+        link = Link(bytes_per_s=bytes_per_s, latency_s=1e-5)
+        problem = make_problem(nodes, network=Network(default=Link(bytes_per_s=5e9, latency_s=1e-5), zone_default=link))
+        plan = planned(problem, "hexgen2-paper")
+        assert plan is not None
+        assert check_plan(plan, restricted(problem, "hexgen2-paper")) == ()
+        values.append(plan.result.value)
+    assert values[1] < 0.5 * values[0]
+
+
+def test_one_gpu_cannot_prefill_and_decode_apart() -> None:
+    with pytest.raises(NoPlanFoundError, match=r"^hexgen2-paper needs two GPUs at least"):
+        solve_placement(make_problem([make_node("a", "A")]), strategy="hexgen2-paper")
+
+
+@pytest.mark.parametrize("strategy", sorted(PUBLISHED))
+def test_a_fleet_too_large_for_the_heuristic_is_refused_with_its_size(strategy: str) -> None:
+    problem = make_problem([make_node("a", "A", gpus=8, nodes=1000)], family=replace(SMALL_FAMILY, max_pool=0))
+    with pytest.raises(NoPlanFoundError, match=r"8000 GPUs, it is meant for (1024|4096) at most$"):
+        solve_placement(problem, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", sorted(PUBLISHED))
+def test_a_demand_beyond_the_heuristic_is_no_plan_but_no_proof_either(strategy: str) -> None:
+    objective = Objective(kind=ObjectiveKind.GPUS, ttft_limit_s=None, tpot_limit_s=None, demand_rps=1e6)
+    with pytest.raises(NoPlanFoundError, match=r"serves .* requests/s, 1e\+06 are demanded$"):
+        solve_placement(strong_and_weak(objective=objective), strategy=strategy)
