@@ -18,7 +18,8 @@ def test_the_cut_has_half_of_the_weight_and_nine_tenths_of_the_best(weights: Flo
     """Half of all edges is what any cut must reach that no single exchange or change of sides improves."""
     first, second = maximum_cut(weights)
     assert sorted((*first, *second)) == list(range(len(weights)))
-    assert first and second
+    assert first
+    assert second
     cut = cut_between(weights, first, second)
     best = max(cut_between(weights, *pair) for pair in bipartitions(len(weights)))
     assert cut >= 0.5 * weights.sum() / 2 - 1e-9

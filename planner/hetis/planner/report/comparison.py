@@ -17,6 +17,7 @@ from hetis.planner.sources import Inputs
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
 _LINES_PER_REASON = 3
+_WIDEST_GAP = 9.99  # shown as it is
 
 
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
@@ -80,7 +81,7 @@ def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -
     best = _best(compared, objective)
     for outcome in compared:
         if outcome.plan is None:
-            table.add_row(outcome.strategy, Text(outcome.status, style="yellow"), *[""] * 8, digits(outcome.solve_s, 2))
+            table.add_row(outcome.strategy, *["-"] * 9, _solve_time(outcome.solve_s), style="dim")
         else:
             row = _row(outcome.plan, figures_of(outcome.plan, inputs), outcome.solve_s)
             table.add_row(outcome.strategy, *row, style="bold" if outcome is best else "")
@@ -102,15 +103,23 @@ def _row(plan: Plan, figures: Figures, solve_s: float) -> list[str]:
     return [
         digits(figures.rate_rps),
         digits(plan.result.bound),
-        percent(plan.result.gap),
+        _gap(plan.result.gap),
         or_dash(figures.usd_per_hour),
         or_dash(figures.usd_per_million_output_tokens),
         digits(figures.ttft_s),
         digits(1e3 * figures.tpot_s),
         tokens(figures.kv_tokens),
         f"{figures.gpus_used:,} ({figures.gpus_idle:,})",
-        digits(solve_s, 2),
+        _solve_time(solve_s),
     ]
+
+
+def _gap(gap: float) -> str:
+    return percent(gap) if gap <= _WIDEST_GAP else f">{percent(_WIDEST_GAP)}"
+
+
+def _solve_time(solve_s: float) -> str:
+    return f"{solve_s:.1f}" if solve_s < 99.95 else f"{solve_s:,.0f}"
 
 
 def _reasons(without: Sequence[Compared]) -> Table:
@@ -118,5 +127,5 @@ def _reasons(without: Sequence[Compared]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for outcome in without:
-        table.add_row(f" {outcome.strategy}", "\n".join(outcome.reasons[:_LINES_PER_REASON]))
+        table.add_row(f" {outcome.strategy}", "\n".join((f"{outcome.status}:", *outcome.reasons[:_LINES_PER_REASON])))
     return table

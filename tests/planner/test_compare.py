@@ -1,0 +1,227 @@
+"""`compare` by the fake of a solver: order, bounds, figures, the table, and how it ends for every outcome."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.documents import load_plan
+from hetis.planner import comparing
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.comparing import compare_strategies, figures_of
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.placing import Settings
+from hetis.planner.sources import load_inputs
+from hetis.solver.budget import Budget, silent
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import KvRoute, Objective, ObjectiveKind, Plan, Role
+from tests.planner import plans
+from tests.planner.command_line import EXAMPLES
+
+LOADED = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256")
+COMMAND = ["compare", "--cluster", str(EXAMPLES / "paper.yaml"), "-m", "Llama-2-70B", "-w", "1024/256"]
+
+Outcome = tuple[float, float] | Exception  # value and bound
+Solver = Callable[[Mapping[str, Outcome]], list[str]]
+
+
+def plan_of(strategy: str, value: float, bound: float, objective: Objective) -> Plan:
+    plan = plans.plan(plans.paper_replica())
+    gap = abs(bound - value) / value
+    result = replace(plan.result, value=value, bound=bound, gap=gap, objective=objective.kind, unit=objective.unit)
+    return replace(plan, strategy=strategy, result=result, objective=objective)
+
+
+@pytest.fixture
+def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
+    """Makes every strategy return a value and a bound, or raise; tells in which order they were run."""
+
+    def answer_with(outcomes: Mapping[str, Outcome]) -> list[str]:
+        asked: list[str] = []
+
+        def make_plan(_loaded: object, problem: object, settings: Settings, **_options: object) -> Plan:
+            asked.append(settings.strategy)
+            outcome = outcomes[settings.strategy]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return plan_of(settings.strategy, *outcome, problem.objective)  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(comparing, "make_plan", make_plan)
+        return asked
+
+    return answer_with
+
+
+def compared(strategies: list[str], budget: Budget | None = None) -> dict[str, comparing.Compared]:
+    found = compare_strategies(
+        LOADED, Objective(), Settings(), strategies, budget=lambda: budget or Budget(), report=silent
+    )
+    return {outcome.strategy: outcome for outcome in found}
+
+
+def test_contained_strategies_are_run_before_what_contains_them(solver: Solver) -> None:
+    asked = solver(dict.fromkeys(STRATEGIES, (1.0, 1.0)))
+    found = compared(list(STRATEGIES))
+    assert list(found) == list(STRATEGIES)
+    for inner, outer in comparing.CONTAINERS.items():
+        assert asked.index(inner) < asked.index(outer)
+
+
+def test_containers_are_strategies_that_have_every_plan_of_the_contained_one() -> None:
+    from hetis.solver.problem import Family
+
+    for inner, outer in comparing.CONTAINERS.items():
+        small, large = STRATEGIES[inner].restrict(Family()), STRATEGIES[outer].restrict(Family())
+        assert small.max_copies <= large.max_copies
+        assert small.max_pool <= large.max_pool
+        assert set(small.roles) <= set(large.roles)
+        assert small.mixed_types <= large.mixed_types
+        assert small.uneven_layers <= large.uneven_layers
+
+
+def test_a_heuristic_gets_the_bound_of_the_strategy_that_contains_it(solver: Solver) -> None:
+    solver({"hexgen2-paper": (2.0, 9.0), "hexgen2": (2.4, 2.5), "hetis": (3.0, 3.0), "hetis-paper": (2.0, 9.0)})
+    found = compared(["hexgen2-paper", "hexgen2", "hetis", "hetis-paper"])
+    results = {name: outcome.plan.result for name, outcome in found.items() if outcome.plan is not None}
+    assert (results["hexgen2-paper"].bound, results["hexgen2-paper"].gap) == (2.5, pytest.approx(0.25))
+    assert results["hetis-paper"].bound == 9.0  # its attention workers are shared, which no other strategy has
+
+
+def test_a_bound_never_crosses_the_value(solver: Solver) -> None:
+    """Both are sums of rounded numbers."""
+    solver({"hexgen2-paper": (2.0 * (1 + 1e-12), 9.0), "hexgen2": (2.0, 2.0)})
+    plan = compared(["hexgen2-paper", "hexgen2"])["hexgen2-paper"].plan
+    assert plan is not None
+    assert plan.result.bound == plan.result.value
+
+
+def test_once_cancelled_the_others_are_not_run(solver: Solver) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    asked = solver({"hetis": (1.0, 1.0)})
+    found = compared(["hetis"], Budget(cancelled=cancelled))
+    assert asked == []
+    assert found["hetis"].reasons == ("interrupted before it was run",)
+
+
+def test_figures_of_a_plan() -> None:
+    """Twelve GPUs at 2 USD/h and 1.5 requests/s, 90% of it planned, 256 output tokens each."""
+    groups = tuple(
+        replace(group, gpus=tuple(replace(slots, usd_per_hour=2.0) for slots in group.gpus))
+        for group in LOADED.inputs.cluster.node_groups
+    )
+    inputs = replace(LOADED.inputs, cluster=replace(LOADED.inputs.cluster, node_groups=groups))
+    figures = figures_of(plans.plan(plans.paper_replica()), inputs)
+    assert figures.rate_rps == pytest.approx(0.9 * 1.5)
+    assert figures.usd_per_hour == pytest.approx(24.0)
+    assert figures.usd_per_million_output_tokens == pytest.approx(1e6 * 24.0 / (0.9 * 1.5 * 256 * 3600))
+    assert (figures.gpus_used, figures.gpus_idle, figures.kv_tokens) == (12, 0, 123_456)
+
+
+def test_a_gpu_without_a_price_makes_the_plan_s_price_unknown() -> None:
+    """The catalogue has none for P100."""
+    figures = figures_of(plans.plan(plans.paper_replica()), LOADED.inputs)
+    assert figures.usd_per_hour is None
+    assert figures.usd_per_million_output_tokens is None
+
+
+def test_prefill_replicas_have_no_room_for_requests_and_routes_are_the_rate() -> None:
+    prefill = replace(plans.paper_replica(), role=Role.PREFILL, micro_batch=0, tpot_s=0.0, attention_workers=())
+    decode = replace(plans.deep_replica(2), role=Role.DECODE, chunk_tokens=0, ttft_s=0.0)
+    plan = replace(plans.plan(prefill, decode), kv_routes=(KvRoute(prefill=0, decode=1, rate=0.1),))
+    figures = figures_of(plan, LOADED.inputs)
+    assert figures.rate_rps == pytest.approx(0.09)
+    assert figures.kv_tokens == decode.kv_tokens
+    assert (figures.ttft_s, figures.tpot_s) == (prefill.ttft_s, decode.tpot_s)
+
+
+def test_a_strategy_without_a_plan_is_a_row_with_its_reason(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    infeasible, late = InfeasibleError(("weights take 140 GB",)), NoPlanFoundError("no time")
+    solver({"hetis": (1.35, 1.36), "uniform": infeasible, "hexgen": late})
+    assert run([*COMMAND, "--strategies", "hetis,uniform,hexgen"]) == ExitCode.OK
+    table, reasons = capsys.readouterr().out.split("Without a plan")
+    assert "1.35" in next(line for line in table.splitlines() if line.startswith("hetis"))
+    assert " - " in next(line for line in table.splitlines() if line.startswith("uniform"))
+    words = " ".join(reasons.split())
+    assert words == "uniform infeasible: weights take 140 GB hexgen no plan: no time"
+
+
+def test_the_table_fits_80_columns(
+    solver: Solver, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    outcomes: dict[str, Outcome] = dict.fromkeys(STRATEGIES, (0.1234, 17.23))
+    solver(outcomes | {"splitwise": InfeasibleError(("no " * 60,))})
+    assert run(COMMAND) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    row = next(line for line in lines if line.startswith("hexgen2-paper"))
+    for cell in ("1.35", "17.2", ">999%", "12 (0)", "123k"):
+        assert cell in row
+
+
+def test_json_holds_every_plan_and_its_figures(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    solver({"hetis": (1.35, 1.36), "uniform": InfeasibleError(("weights take 140 GB",))})
+    assert run([*COMMAND, "--strategies", "hetis,uniform", "-o", "json"]) == ExitCode.OK
+    document = json.loads(capsys.readouterr().out)
+    hetis, uniform = document["strategies"]
+    assert document["kind"] == "Comparison"
+    assert hetis["plan"]["strategy"] == "hetis"
+    assert hetis["figures"]["gpus_used"] == 12
+    assert hetis["result"]["bound"] == 1.36
+    assert (uniform["status"], uniform["plan"], uniform["reasons"]) == ("infeasible", None, ["weights take 140 GB"])
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        ({"hetis": InfeasibleError(("no",)), "uniform": InfeasibleError(("no",))}, ExitCode.INFEASIBLE),
+        ({"hetis": InfeasibleError(("no",)), "uniform": NoPlanFoundError("late")}, ExitCode.NO_PLAN),
+        ({"hetis": (1.0, 1.0), "uniform": UncheckedPlanError(("replica 0: no device",))}, ExitCode.INTERNAL),
+    ],
+)
+def test_exit_codes(
+    outcomes: Mapping[str, Outcome], code: ExitCode, solver: Solver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver(outcomes)
+    assert run([*COMMAND, "--strategies", ",".join(outcomes)]) == code
+    assert "Without a plan" in capsys.readouterr().out
+
+
+def test_plans_are_saved_by_strategy(solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solver({"hetis": (1.35, 1.36), "uniform": InfeasibleError(("no",))})
+    assert run([*COMMAND, "--strategies", "hetis,uniform", "--out", str(tmp_path)]) == ExitCode.OK
+    assert [path.name for path in tmp_path.iterdir()] == ["hetis.json"]
+    assert load_plan(tmp_path / "hetis.json").result.value == 1.35
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_solve(
+    solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = solver({})
+    assert run([*COMMAND, "--strategies", "hetis", "--out", str(tmp_path / "missing")]) == ExitCode.INVALID
+    assert asked == []
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_an_unknown_strategy_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*COMMAND, "--strategies", "hetis,hexgem"]) == ExitCode.INVALID
+    assert "did you mean hexgen?" in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_least_cost_is_compared_by_cost(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
+    solver({"hexgen": (9.0, 8.0), "hetis": (8.5, 8.5)})
+    cluster = ["--cluster", str(EXAMPLES / "h100-l4.yaml")]  # all of its GPUs have a price
+    goal = ["--objective", "cost", "--rate", "1", "--strategies", "hexgen,hetis"]
+    assert run([*COMMAND, *cluster, *goal, "-o", "json"]) == ExitCode.OK
+    hexgen, hetis = json.loads(capsys.readouterr().out)["strategies"]
+    assert hexgen["result"]["objective"] == ObjectiveKind.COST.value
+    assert hexgen["result"]["bound"] == 8.5  # no plan of hexgen costs less than the least of hetis
+    assert hetis["result"]["bound"] == 8.5
