@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,17 @@ class Gaps:
     best: Sequence[float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bars:
+    """A group of bars side by side, one for each name."""
+
+    panel: str
+    group: str
+    heights: Mapping[str, float]
+
+
 MARKS = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"), (1.0, "max"))
+COLORS = ("#0072b2", "#999999", "#e69f00", "#009e73", "#56b4e9", "#d55e00", "#cc79a7")
 SHADES = {"to the best known": "#0072b2", "to the relaxation": "#e69f00"}
 
 
@@ -55,6 +65,54 @@ def draw_gaps(gaps: Sequence[Gaps], *, name: str, document: bool) -> None:
             paths.append(FIGURES / f"{name}.svg")
         _gaps_pictures(panels, paths)
     print(f"drawn: {RESULTS / name}.html", file=sys.stderr)
+
+
+def draw_bars(bars: Sequence[Bars], *, name: str, label: str, document: bool) -> None:
+    """Groups of bars, one panel below another; with ``document`` also to ``docs/figures/`` (as SVG)."""
+    RESULTS.mkdir(exist_ok=True)
+    panels = {panel: [b for b in bars if b.panel == panel] for panel in dict.fromkeys(b.panel for b in bars)}
+    _bars_html(panels, label, RESULTS / f"{name}.html")
+    if importlib.util.find_spec("matplotlib") is not None:
+        paths = [RESULTS / f"{name}.png"]
+        if document:
+            FIGURES.mkdir(exist_ok=True)
+            paths.append(FIGURES / f"{name}.svg")
+        _bars_pictures(panels, label, paths)
+    print(f"drawn: {RESULTS / name}.html", file=sys.stderr)
+
+
+def _bars_html(panels: dict[str, list[Bars]], label: str, path: Path) -> None:
+    from plotly import graph_objects, subplots
+
+    figure: Any = subplots.make_subplots(rows=len(panels), cols=1, subplot_titles=list(panels))
+    for place, groups in enumerate(panels.values(), start=1):
+        for number, bar in enumerate(groups[0].heights):
+            trace = graph_objects.Bar(
+                x=[group.group.replace("\n", "<br>") for group in groups],
+                y=[group.heights[bar] for group in groups], name=bar, legendgroup=bar,
+                marker={"color": COLORS[number % len(COLORS)]}, showlegend=place == 1,
+            )  # fmt: skip
+            figure.add_trace(trace, row=place, col=1)
+    figure.update_layout(barmode="group", height=380 * len(panels))
+    figure.update_yaxes(title=label)
+    figure.write_html(path, include_plotlyjs="cdn")
+
+
+def _bars_pictures(panels: dict[str, list[Bars]], label: str, paths: Sequence[Path]) -> None:
+    figures: Any = importlib.import_module("matplotlib.figure")
+    most = max(len(groups) for groups in panels.values())
+    figure = figures.Figure(figsize=(max(6.0, 1.0 * most), 3.2 * len(panels)), layout="constrained")
+    for axis, (panel, groups) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        names = list(groups[0].heights)
+        width = 0.8 / len(names)
+        for number, bar in enumerate(names):
+            at = np.arange(len(groups)) + (number - (len(names) - 1) / 2) * width
+            axis.bar(at, [group.heights[bar] for group in groups], width, label=bar, color=COLORS[number % len(COLORS)])
+        axis.set(title=panel, ylabel=label)
+        axis.set_xticks(range(len(groups)), [group.group for group in groups], fontsize="x-small")
+    figure.axes[0].legend(fontsize="x-small", ncols=4, loc="lower right")
+    for path in paths:
+        figure.savefig(path, dpi=120)
 
 
 def _gaps_html(panels: dict[str, list[Gaps]], path: Path) -> None:

@@ -127,5 +127,6 @@ def _reasons(without: Sequence[Compared]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for outcome in without:
-        table.add_row(f" {outcome.strategy}", "\n".join((f"{outcome.status}:", *outcome.reasons[:_LINES_PER_REASON])))
+        reasons = "\n".join(outcome.reasons[:_LINES_PER_REASON])
+        table.add_row(f" {outcome.strategy}", f"{outcome.status}: {reasons}")
     return table

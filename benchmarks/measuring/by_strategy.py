@@ -1,0 +1,54 @@
+"""One placement by a named strategy, measured and checked; heuristics without a plan are answers like any other."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from dataclasses import dataclass, replace
+
+from hetis.solver.budget import Budget
+from hetis.solver.check import check_plan
+from hetis.solver.errors import HetisError, InfeasibleError
+from hetis.solver.placement import solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import Status
+from hetis.solver.problem import PlacementProblem
+
+FAILED = "failed"  # a crash, or a plan that the checker refuses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a strategy found. Without a plan the value is 0; where that is proved, the bound is 0, too."""
+
+    status: str
+    value: float
+    bound: float
+    seconds: float
+    note: str = ""
+
+
+def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> Answer:
+    """Solves by one strategy; ``seconds`` are wall clock, named GPUs included, the checker not."""
+    started = time.perf_counter()
+    try:
+        budget = Budget(time_limit_s=time_limit_s, clock=time.monotonic)
+        plan = solve_placement(problem, strategy=strategy, budget=budget)
+    except InfeasibleError as error:
+        return _without_plan(Status.INFEASIBLE.value, 0.0, started, str(error))
+    except HetisError as error:
+        return _without_plan("none", math.inf, started, str(error))
+    except Exception as error:  # a bug: the row says so, and those after it are still measured
+        traceback.print_exc()
+        return _without_plan(FAILED, math.inf, started, repr(error))
+    seconds = time.perf_counter() - started
+    violations = check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(problem.family)))
+    if violations:
+        return _without_plan(FAILED, math.inf, started, f"the checker objects: {violations[0]}")
+    result = plan.result
+    return Answer(status=result.status.value, value=result.value, bound=result.bound, seconds=seconds)
+
+
+def _without_plan(status: str, bound: float, started: float, note: str) -> Answer:
+    return Answer(status=status, value=0.0, bound=bound, seconds=time.perf_counter() - started, note=note)

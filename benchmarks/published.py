@@ -1,0 +1,141 @@
+"""How far published heuristics are from the proven optimum: their rate over the bound of the family they search.
+
+    python -m benchmarks.published [--quick] [--json]
+
+`hexgen2-paper` beside `hexgen2`, which holds every plan of it: ``ratio`` is its value over the proven bound, so that it
+is at least that far from the best. `hetis-paper` beside `hetis`: its attention workers are shared by all stages of a
+replica, which `hetis` does not do, so that its ratio to the value of `hetis` is a comparison, not a proof. The fleets
+are those of both papers, as far as they are known (HexGen-2's setting 1 is recalled, not verified: 2 H100, 6 A100, 4
+L40, 8 A6000), and random ones: 8 to 32 GPUs of two to four types. Llama-2-70B, or OPT-30B where the name says so, by
+the lengths in the name (prompt/output tokens); limits as in the name, else none. ``seconds`` are those of the
+heuristic, ``proof_s`` those of the strategy with the bound, kernels compiled before.
+
+"No plan" of a heuristic is a ratio of 0, unless no plan exists at all: then there is no ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.measuring import rows
+from benchmarks.measuring.by_strategy import FAILED, Answer, answer
+from benchmarks.measuring.instances import NO_LIMITS, example, fleet, gpu_types, problem
+from benchmarks.measuring.rows import Row
+from hetis.solver.cluster import Cluster
+from hetis.solver.plan import Objective
+from hetis.solver.problem import PlacementProblem
+
+PROVEN = {"hexgen2-paper": "hexgen2", "hetis-paper": "hetis"}
+TIME_LIMIT_S = 10.0
+HEURISTIC_LIMIT_S = 120.0  # HexGen-2 reports 90 to 120 s
+TYPES = ("H100-SXM-80GB", "A100-SXM-80GB", "A100-PCIe-40GB", "L40S", "RTX-A6000", "A10G", "L4", "RTX-3090", "T4")
+RANDOM_FLEETS = 12
+# Heavy or light prefill (above or below 512 tokens), heavy or light decode (above or below 128), as HexGen-2 has them.
+LENGTHS = ("1024/64", "1024/256", "256/256", "256/64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A fleet under load."""
+
+    name: str
+    problem: PlacementProblem
+
+
+def main() -> None:
+    """Prints two rows per case, one for each heuristic, then what they come to."""
+    parser = rows.parser("benchmarks.published", __doc__)
+    arguments = parser.parse_args()
+    answer(problem(example("h100-l4"), objective=NO_LIMITS), "hexgen2-paper", time_limit_s=60.0)  # compiles
+    chosen = (case for case in cases(quick=arguments.quick) if arguments.only in case.name)
+    shown = rows.show((row for case in chosen for row in compare(case)), arguments, name="published")
+    rows.exit_if_crashed(shown)
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """The papers' fleets, then random ones."""
+    for name, cluster, model in _fleets_of_papers():
+        for lengths in LENGTHS[1:2] if quick else LENGTHS:
+            yield _case(f"{name}, {lengths}", cluster, model=model, lengths=lengths)
+        if quick:
+            return
+    slow = Objective(ttft_limit_s=None, tpot_limit_s=0.1)
+    yield _case("paper, 1024/256, TPOT 100 ms", example("paper"), lengths="1024/256", objective=slow)
+    for seed in range(RANDOM_FLEETS):
+        cluster = random_fleet(seed)
+        lengths = LENGTHS[seed % len(LENGTHS)]
+        yield _case(f"random {seed}: {_described(cluster)}, {lengths}", cluster, lengths=lengths)
+
+
+def _case(
+    name: str, cluster: Cluster, *, lengths: str, model: str = "Llama-2-70B", objective: Objective = NO_LIMITS
+) -> Case:  # fmt: skip
+    return Case(name=name, problem=problem(cluster, model=model, workload=lengths, objective=objective))
+
+
+def _fleets_of_papers() -> Iterator[tuple[str, Cluster, str]]:
+    yield "paper", example("paper"), "Llama-2-70B"
+    recalled = fleet(
+        "hexgen2-1", (1, 2, "H100-SXM-80GB"), (3, 2, "A100-SXM-80GB"), (1, 4, "L40"), (2, 4, "RTX-A6000")
+    )  # fmt: skip
+    yield "HexGen-2 setting 1", recalled, "Llama-2-70B"
+    yield "HexGen-2 setting 1, OPT-30B", recalled, "opt-30b"
+    yield "8 H100", fleet("8 H100", (1, 8, "H100-SXM-80GB")), "Llama-2-70B"
+
+
+def random_fleet(seed: int) -> Cluster:
+    """Two to four kinds of nodes of one to eight GPUs, 8 to 32 GPUs that hold the model more than twice."""
+    random = np.random.default_rng(seed)
+    while True:
+        kinds = random.choice(len(TYPES), size=int(random.integers(2, 5)), replace=False)
+        nodes = [(int(random.integers(1, 4)), int(random.choice((1, 2, 4, 8))), TYPES[kind]) for kind in kinds]
+        cluster = fleet(f"random-{seed}", *nodes)
+        memory = sum(
+            group.count * slots.count * cluster.gpu_types[slots.gpu].memory_bytes
+            for group in cluster.node_groups
+            for slots in group.gpus
+        )
+        if 8 <= cluster.num_gpus() <= 32 and memory > 400e9:
+            return cluster
+
+
+def _described(cluster: Cluster) -> str:
+    counts: dict[str, int] = {}
+    for group in cluster.node_groups:
+        for slots in group.gpus:
+            counts[slots.gpu] = counts.get(slots.gpu, 0) + group.count * slots.count
+    return " + ".join(f"{count} {gpu.split('-')[0]}" for gpu, count in counts.items())
+
+
+def compare(case: Case) -> Iterator[Row]:
+    """One row per heuristic."""
+    for heuristic, strategy in PROVEN.items():
+        ours = answer(case.problem, heuristic, time_limit_s=HEURISTIC_LIMIT_S)
+        proven = answer(case.problem, strategy, time_limit_s=TIME_LIMIT_S)
+        best = proven.bound if heuristic == "hexgen2-paper" else proven.value
+        yield {
+            "name": f"{case.name}: {heuristic}",
+            "gpus": case.problem.cluster.num_gpus(),
+            "types": len(gpu_types(case.problem.cluster)),
+            "status": FAILED if FAILED in (ours.status, proven.status) else ours.status,
+            "value": ours.value,
+            "proven_value": proven.value,
+            "proven_bound": proven.bound,
+            "ratio": _ratio(ours, best),
+            "seconds": ours.seconds,
+            "proof_s": proven.seconds,
+            "note": ours.note or proven.note,
+        }
+
+
+def _ratio(ours: Answer, best: float) -> float:
+    """Infinite, that is none, where there is nothing to compare with."""
+    return ours.value / best if best > 0.0 and math.isfinite(best) else math.inf
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Every strategy on the same fleets: goodput and time, by lengths of requests, with and without a TPOT limit.
+
+    python -m benchmarks.strategies [--quick] [--json]
+
+Llama-2-70B on five fleets: the cluster of the paper, 8 A100 + 8 L4, 4 H100 + 8 L4, 2 H100 + 8 P100 and the 160 GPUs of
+examples/fleet-160.yaml; prompt/output tokens 1024/256, 8000/300 and 500/2000 (cut to the model's context); TTFT
+unlimited, TPOT unlimited or up to 50 ms. A column is the goodput of a strategy in requests/s (0: no plan; all but the
+published heuristics prove that there is none, unless their time was over), one with ``_s`` its seconds. ``gap`` is the
+one left of `hetis`.
+``best`` names the strategies within 0.1% of the best value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.measuring import plots, rows
+from benchmarks.measuring.by_strategy import FAILED, Answer, answer
+from benchmarks.measuring.instances import NO_LIMITS, example, fleet, problem
+from benchmarks.measuring.rows import Row
+from hetis.solver.cluster import Cluster
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import Objective
+from hetis.solver.problem import PlacementProblem
+
+LENGTHS = ("1024/256", "8000/300", "500/2000")
+TPOT_LIMITS_S = (None, 0.05)
+TIME_LIMIT_S = 10.0
+TIE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A fleet under load."""
+
+    fleet: str
+    lengths: str
+    limit: str
+    problem: PlacementProblem
+
+    @property
+    def name(self) -> str:
+        return f"{self.fleet}, {self.lengths}, {self.limit}"
+
+
+def main() -> None:
+    """Prints one row per fleet, lengths and limit, and draws them."""
+    parser = rows.parser("benchmarks.strategies", __doc__)
+    arguments = parser.parse_args()
+    for strategy in STRATEGIES:  # compiles, so that no row pays for it
+        answer(problem(example("h100-l4"), objective=NO_LIMITS), strategy, time_limit_s=60.0)
+    chosen = [case for case in cases(quick=arguments.quick) if arguments.only in case.name]
+    shown = rows.show((measured(case) for case in chosen), arguments, name="strategies")
+    bars = [
+        plots.Bars(
+            panel=case.limit,
+            group=f"{case.fleet}\n{case.lengths}",
+            heights={name: float(row[name] or 0.0) / max(1e-300, float(row["hetis"] or 0.0)) for name in STRATEGIES},
+        )
+        for case, row in zip(chosen, shown, strict=True)
+        if row["hetis"]
+    ]
+    if bars:
+        plots.draw_bars(bars, name="strategies", label="goodput over that of hetis", document=arguments.markdown)
+    rows.exit_if_crashed(shown)
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    """Every combination; one of each of two fleets for ``quick``."""
+    for name, cluster in list(_fleets())[: 1 if quick else None]:
+        for tpot_s in TPOT_LIMITS_S:
+            for lengths in LENGTHS[: 1 if quick else None]:
+                objective = Objective(ttft_limit_s=None, tpot_limit_s=tpot_s)
+                yield Case(
+                    fleet=name,
+                    lengths=lengths,
+                    limit="no limit" if tpot_s is None else f"TPOT {1e3 * tpot_s:g} ms",
+                    problem=problem(cluster, workload=lengths, objective=objective),
+                )
+
+
+def _fleets() -> Iterator[tuple[str, Cluster]]:
+    yield "paper", example("paper")
+    yield "8 A100 + 8 L4", fleet("8 A100 + 8 L4", (1, 8, "A100-SXM-80GB"), (2, 4, "L4"))
+    yield "4 H100 + 8 L4", fleet("4 H100 + 8 L4", (1, 4, "H100-SXM-80GB"), (2, 4, "L4"))
+    yield "2 H100 + 8 P100", example("h100-p100")
+    yield "160 GPUs", example("fleet-160")
+
+
+def measured(case: Case) -> Row:
+    """Solves a case by every strategy, contained ones before `hetis`."""
+    answers = {name: answer(case.problem, name, time_limit_s=TIME_LIMIT_S) for name in list(STRATEGIES)[::-1]}
+    best = max(found.value for found in answers.values())
+    within = [name for name in STRATEGIES if best > 0.0 and answers[name].value >= best * (1.0 - TIE)]
+    row: dict[str, rows.Cell] = {"name": case.name, "status": _status(answers), "best": ", ".join(within) or "no plan"}
+    for name in STRATEGIES:
+        row[name] = answers[name].value
+    hetis = answers["hetis"]
+    row["gap"] = (hetis.bound - hetis.value) / hetis.value if hetis.value else 0.0
+    for name in STRATEGIES:
+        row[f"{name}_s"] = answers[name].seconds
+    return row
+
+
+def _status(answers: dict[str, Answer]) -> str:
+    return FAILED if any(found.status == FAILED for found in answers.values()) else answers["hetis"].status
+
+
+if __name__ == "__main__":
+    main()
