@@ -7,6 +7,7 @@ import time
 import traceback
 from dataclasses import dataclass, replace
 
+from hetis.planner.cli.native_output import no_native_output
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError
@@ -34,7 +35,8 @@ def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> 
     started = time.perf_counter()
     try:
         budget = Budget(time_limit_s=time_limit_s, clock=time.monotonic)
-        plan = solve_placement(problem, strategy=strategy, budget=budget)
+        with no_native_output():
+            plan = solve_placement(problem, strategy=strategy, budget=budget)
     except InfeasibleError as error:
         return _without_plan(Status.INFEASIBLE.value, 0.0, started, str(error))
     except HetisError as error:

@@ -17,6 +17,7 @@ from benchmarks import redispatch as redispatch_benchmark
 from benchmarks.measuring import drift, instances, plots, rows, solving, ties
 from hetis.solver.budget import Progress
 from hetis.solver.dispatch.solve import solve_dispatch
+from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
 from tests.solver.dispatch.instances import random_problem
 from tests.solver.dispatch.oracle import assert_feasible, makespan_of
@@ -26,6 +27,9 @@ SOLVES = {"name", "gpus", "types", "status", "value", "bound", "gap", "seconds",
 PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
+    "strategies": {"name", "status", "best", "gap"} | set(STRATEGIES) | {f"{name}_s" for name in STRATEGIES},
+    "published": {"name", "gpus", "types", "status", "value", "proven_value", "proven_bound", "ratio"}
+    | {"seconds", "proof_s", "note"},
     "robustness": {"name", "status", "value", "gap", "plans", "other_replicas", "over_limit", "too_slow"}
     | {f"{mark}_{what}_loss" for mark in ("mean", "worst") for what in ("goodput", "latency")},
     "dispatch": {
@@ -141,6 +145,20 @@ def test_distributions_of_gaps_are_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     page = (tmp_path / "results" / "gaps.html").read_text(encoding="utf-8")
     assert "nearly full" in page
     assert "to the best known" in page
+
+
+def test_bars_of_strategies_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plots, "FIGURES", tmp_path / "figures")
+    bars = [
+        plots.Bars(panel=limit, group=f"paper\n{lengths}", heights={"hetis": 1.0, "uniform": 0.8})
+        for limit in ("no limit", "TPOT 50 ms")
+        for lengths in ("1024/256", "8000/300")
+    ]
+    plots.draw_bars(bars, name="bars", label="goodput over that of hetis", document=True)
+    page = (tmp_path / "results" / "bars.html").read_text(encoding="utf-8")
+    assert "TPOT 50 ms" in page
+    assert "uniform" in page
 
 
 def tally(makespan_s: float, moved_bytes: float) -> drift.Tally:

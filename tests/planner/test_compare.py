@@ -91,6 +91,9 @@ def test_a_heuristic_gets_the_bound_of_the_strategy_that_contains_it(solver: Sol
     found = compared(["hexgen2-paper", "hexgen2", "hetis", "hetis-paper"])
     results = {name: outcome.plan.result for name, outcome in found.items() if outcome.plan is not None}
     assert (results["hexgen2-paper"].bound, results["hexgen2-paper"].gap) == (2.5, pytest.approx(0.25))
+    plan = found["hexgen2-paper"].plan
+    assert plan is not None
+    assert plan.notes[-1] == "the bound is that of strategy hexgen2, which has all plans of hexgen2-paper"
     assert results["hetis-paper"].bound == 9.0  # its attention workers are shared, which no other strategy has
 
 

@@ -127,16 +127,22 @@ def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
     if compared.plan is None:
         return compared
     result, objective = compared.plan.result, compared.plan.objective
-    bounds = [result.bound, *(plans[name].result.bound for name in _containers(compared.strategy) if name in plans)]
-    # A bound may not cross the value: both are sums of rounded numbers.
-    bound = max(result.value, min(bounds)) if objective.maximises else min(result.value, max(bounds))
-    if bound == result.bound:
+    known = {name: plans[name].result.bound for name in _containers(compared.strategy) if name in plans}
+    known = {compared.strategy: result.bound} | known
+    # The strategy's own bound where a container's is no better.
+    best = min(known, key=lambda name: known[name] if objective.maximises else -known[name])
+    if best == compared.strategy:
         return compared
-    better = _with_bound(result, bound)
-    return replace(compared, plan=replace(compared.plan, result=better), status=better.status.value)
+    note = f"the bound is that of strategy {best}, which has all plans of {compared.strategy}"
+    plan = replace(
+        compared.plan, result=_with_bound(result, known[best], objective), notes=(*compared.plan.notes, note)
+    )
+    return replace(compared, plan=plan)
 
 
-def _with_bound(result: SolveResult, bound: float) -> SolveResult:
+def _with_bound(result: SolveResult, bound: float, objective: Objective) -> SolveResult:
+    """The result with another bound, which may not cross the value: both are sums of rounded numbers."""
+    bound = max(result.value, bound) if objective.maximises else min(result.value, bound)
     gap = abs(bound - result.value) / abs(result.value) if result.value else result.gap
     return replace(result, bound=bound, gap=gap)
 

@@ -37,13 +37,13 @@ from hetis.solver.published.memory import weight_bytes
 from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import Composition, composition
 from hetis.solver.published.pipelines import Duty, duty_of
-from hetis.solver.published.plans import Answer, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, plan_of
 from hetis.solver.published.shared_pool import SharedPool, best_with_pool, worker_cost
 
 MAX_GPUS = 4096  # GPUs are dealt one by one
 
 NOTES = (
-    "a heuristic as published, without a proof of its own: the bound is that of the fleet's dense work",
+    WITHOUT_PROOF,
     "Hetis reconstructed: the cost's terms, whole types leaving the dense path, one share of head groups for all "
     "stages (docs/strategies.md)",
 )
@@ -74,7 +74,17 @@ def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, r
         replicas += _of_zone(atlas, graph, duty_of(atlas, Role.UNIFIED, zone), zone, budget, report)
     if not replicas:
         raise NoPlanFoundError("hetis-paper found no replica that keeps memory and limits")
-    return plan_of(atlas, "hetis-paper", Answer(replicas=tuple(replicas), notes=NOTES), budget)
+    notes = (*NOTES, *_who_serves_attention(replicas))
+    return plan_of(atlas, "hetis-paper", Answer(replicas=tuple(replicas), notes=notes), budget)
+
+
+def _who_serves_attention(replicas: Sequence[ReplicaPlan]) -> Iterator[str]:
+    """A reader who looks for attention workers shall find them, or why there are none."""
+    pools = {pool.gpu for replica in replicas for pool in replica.attention_workers}
+    if pools:
+        yield f"attention workers of whole replicas: {', '.join(sorted(pools))}"
+    else:
+        yield "no attention workers: no type left the dense path, or giving head groups to those that did serves less"
 
 
 def _of_zone(

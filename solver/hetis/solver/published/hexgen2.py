@@ -35,13 +35,13 @@ from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import Answer, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, plan_of
 from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
 
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
 
 NOTES = (
-    "a heuristic as published, without a proof of its own: the bound is that of the fleet's dense work",
+    WITHOUT_PROOF,
     "HexGen-2 reconstructed: recursive Fiedler bisection by memory, changes of sides among the guided swaps, groups "
     "inside zones, one TP degree per GPU type of a group (docs/strategies.md)",
 )

@@ -15,6 +15,8 @@ from hetis.solver.placement.tables import Atlas
 from hetis.solver.plan import ClassPrice, KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.published.work_bound import least_cost
 
+WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it has the bound of the fleet's dense work"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
