@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
+from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
@@ -131,6 +132,17 @@ def test_a_slow_link_between_zones_limits_the_flow() -> None:
         assert check_plan(plan, restricted(problem, "hexgen2-paper")) == ()
         values.append(plan.result.value)
     assert values[1] < 0.5 * values[0]
+
+
+@pytest.mark.parametrize("strategy", sorted(PUBLISHED))
+def test_out_of_time_is_told_from_not_found(strategy: str) -> None:
+    seconds = iter(range(100))
+    budget = Budget(time_limit_s=0.5, clock=lambda: float(next(seconds)))
+    tight = Objective(ttft_limit_s=1e-6, tpot_limit_s=1e-6)
+    with pytest.raises(NoPlanFoundError, match=r"^no plan found within .* s; allow more time$"):
+        solve_placement(strong_and_weak(objective=tight), strategy=strategy, budget=budget)
+    with pytest.raises(NoPlanFoundError, match=rf"^{strategy} found no "):
+        solve_placement(strong_and_weak(objective=tight), strategy=strategy)
 
 
 def test_one_gpu_cannot_prefill_and_decode_apart() -> None:

@@ -37,7 +37,7 @@ from hetis.solver.published.memory import weight_bytes
 from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import Composition, composition
 from hetis.solver.published.pipelines import Duty, duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
 from hetis.solver.published.shared_pool import SharedPool, best_with_pool, worker_cost
 
 MAX_GPUS = 4096  # GPUs are dealt one by one
@@ -73,7 +73,7 @@ def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, r
     for zone in problem.cluster.zones():
         replicas += _of_zone(atlas, graph, duty_of(atlas, Role.UNIFIED, zone), zone, budget, report)
     if not replicas:
-        raise NoPlanFoundError("hetis-paper found no replica that keeps memory and limits")
+        raise no_plan(budget, "hetis-paper found no replica that keeps memory and limits")
     notes = (*NOTES, *_who_serves_attention(replicas))
     return plan_of(atlas, "hetis-paper", Answer(replicas=tuple(replicas), notes=notes), budget)
 

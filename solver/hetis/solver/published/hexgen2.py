@@ -35,7 +35,7 @@ from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
 from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
 
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
@@ -71,9 +71,7 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
         found = [_from_without_limits(network, start, budget, seed, report) for network in networks]
     network, best = max(found, key=lambda pair: pair[1].flow.value)
     if best.flow.value <= 0.0:
-        raise NoPlanFoundError(
-            "hexgen2-paper found no prefill and decode groups that serve a request within the limits"
-        )
+        raise no_plan(budget, "hexgen2-paper found no prefill and decode groups that serve a request within the limits")
     return _plan(atlas, network, best, budget)
 
 

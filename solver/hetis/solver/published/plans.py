@@ -27,6 +27,13 @@ class Answer:
     notes: tuple[str, ...]
 
 
+def no_plan(budget: Budget, message: str) -> NoPlanFoundError:
+    """The error of a heuristic that ends without a plan: out of time, or for the reason in ``message``."""
+    if budget.is_spent():
+        return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
+    return NoPlanFoundError(message)
+
+
 def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan:
     """The plan, with the bound that dense work gives: no plan of any strategy is better than that.
 
@@ -48,7 +55,7 @@ def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan
         strategy=strategy,
         family=problem.family.describe(),
         result=SolveResult(
-            status=Status.FEASIBLE,
+            status=Status.INTERRUPTED if budget.cancelled.is_set() else Status.FEASIBLE,
             objective=objective.kind,
             value=value,
             bound=bound,
