@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +15,23 @@ from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement import solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published import PUBLISHED
-from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems
+from hetis.solver.published import dense_path as dense_path_module
+from hetis.solver.published.dense_path import dense_path
+from hetis.solver.published.pipelines import duty_of
+from tests.solver.instances import (
+    NO_LIMITS,
+    SMALL_FAMILY,
+    make_model,
+    make_node,
+    make_problem,
+    make_profile,
+    make_workload,
+    problems,
+)
 
 KINDS = tuple(ObjectiveKind)
 REL = 1e-6
@@ -92,6 +107,58 @@ def test_a_type_that_hardly_helps_becomes_attention_workers_of_every_stage() -> 
     primaries = {stage.gpu for replica in plan.replicas for stage in replica.stages}
     assert primaries == {"A"}
     assert all(pool.shared and pool.gpu == "B" for replica in plan.replicas for pool in replica.attention_workers)
+
+
+@pytest.mark.parametrize(
+    ("worker_bytes", "micro_batch", "kept"),
+    [(3_000_000, 4, [1, 1]), (6_000_000, 4, [0, 0]), (20_000_000, 16, [0, 0])],
+)
+def test_shared_cards_hold_the_kv_of_all_stages(worker_bytes: int, micro_batch: int, kept: list[int]) -> None:
+    """Two strong cards need a stage each for the weights; what the workers hold decides how much decodes at once."""
+    nodes = [make_node("strong", "A", nodes=2), make_node("weak", "B", gpus=2)]
+    profiles = {
+        "A": make_profile("A", flops=2e13, bytes_per_s=2e10, usable_bytes=8_000_000),
+        "B": make_profile("B", flops=1e11, bytes_per_s=2e11, usable_bytes=worker_bytes),
+    }
+    fast = Network(default=Link(bytes_per_s=1e11, latency_s=1e-7))
+    problem = make_problem(nodes, profiles=profiles, network=fast, workload=make_workload((300, 200)))
+    plan = planned(problem, "hetis-paper")
+    assert plan is not None
+    (replica,) = plan.replicas
+    assert [stage.kv_head_groups_kept for stage in replica.stages] == kept
+    assert replica.micro_batch == micro_batch
+    assert {pool.devices for pool in replica.attention_workers} == {("weak/0", "weak/1")}
+    assert [pool.stage for pool in replica.attention_workers] == [0, 1]
+    assert check_plan(plan, restricted(problem, "hetis-paper")) == ()
+
+
+@pytest.mark.parametrize(("flops", "stays"), [(4e12, True), (1e12, True), (1e11, False), (1e10, False)])
+def test_a_type_leaves_the_dense_path_that_takes_five_percent_off_it_at_most(flops: float, stays: bool) -> None:
+    """Two strong cards of 8e12 FLOP/s and one weak one; all are roomy and wired fast, so that computing decides."""
+    profiles = {
+        "A": make_profile("A", flops=8e12, usable_bytes=10**9),
+        "B": make_profile("B", flops=flops, bytes_per_s=1e12, usable_bytes=10**9),
+    }
+    problem = make_problem(
+        [make_node("a", "A", gpus=2), make_node("b", "B")],
+        profiles=profiles,
+        model=make_model(num_layers=60),
+        workload=make_workload((4000, 10)),
+        network=Network(default=Link(bytes_per_s=1e12, latency_s=0.0)),
+    )
+    atlas = build_atlas(restricted(problem, "hetis-paper"))
+    duty, strong, weak = duty_of(atlas, Role.UNIFIED, "default"), (0, (2,)), (1, (1,))
+    without, by_rule = dense_path(atlas, duty, (strong,)), dense_path(atlas, duty, (strong, weak))
+    with patch.object(dense_path_module, "LEAST_GAIN", -math.inf):
+        everyone = dense_path(atlas, duty, (strong, weak))
+    assert without is not None
+    assert by_rule is not None
+    assert everyone is not None
+    gain = 1.0 - everyone.cost_s / without.cost_s
+    assert (gain > 0.05) == stays
+    assert by_rule.leavers == (() if stays else (1,))
+    if flops == 1e11:
+        assert gain > 0.0  # it would help, if a little
 
 
 def test_types_of_equal_strength_stay_in_the_dense_path() -> None:
