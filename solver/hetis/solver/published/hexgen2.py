@@ -6,8 +6,9 @@
 
 What the paper leaves open, and what our model asks for beyond it:
 
-- The memory of a replica is its weights and the KV of a few requests (`memory.py`). A fleet with memory for fewer than
-  two groups is still cut in two: nothing can be served with one.
+- The memory of a replica is its weights and some headroom for KV, which decides K and with it a great deal. How much
+  HexGen-2 leaves is not known: several are tried (`HEADROOMS`), the best answer is kept. A fleet with memory for fewer
+  than two groups is still cut in two: nothing can be served with one.
 - Prefill and decode replicas lie in one zone each, so the fleet is partitioned zone by zone. KV goes to other zones
   only if all prefill replicas may send there (over slower links): both ways are tried, the better one is kept.
 - A group that fits no replica idles. Where no request can be served within the latency limits, which HexGen-2 does not
@@ -38,6 +39,7 @@ from hetis.solver.published.pipelines import duty_of
 from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
 from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
 
+HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # KV bytes of a replica over weight bytes, in estimating its memory
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
 
 NOTES = (
@@ -63,12 +65,19 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
     graph = fleet_graph(problem.cluster, atlas.classes, rooms)
     search = ReplicaSearch(atlas)
     networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
-    starts = (_arranged(atlas, graph, counts) for counts in _group_counts(atlas, graph))
-    serving = _first_to_serve(networks, starts, budget)
-    found = [_refined(network, start, budget, seed, report) for network, start in serving]
+    counts = _group_counts(atlas, graph)
+    starts = [_arranged(atlas, graph, groups, headroom) for headroom, groups in counts]
+    found = [
+        _refined(network, evaluated, budget, seed, report)
+        for start in starts
+        for network, evaluated in _first_to_serve(networks, [start], budget)
+    ]
     if not found:
-        start = _arranged(atlas, graph, next(_group_counts(atlas, graph)))
-        found = [_from_without_limits(network, start, budget, seed, report) for network in networks]
+        fewer = (_arranged(atlas, graph, groups, counts[0][0]) for groups in _ever_fewer(counts[0][1]))
+        serving = _first_to_serve(networks, fewer, budget)
+        found = [_refined(network, evaluated, budget, seed, report) for network, evaluated in serving]
+    if not found:
+        found = [_from_without_limits(network, starts[0], budget, seed, report) for network in networks]
     network, best = max(found, key=lambda pair: pair[1].flow.value)
     if best.flow.value <= 0.0:
         raise no_plan(budget, "hexgen2-paper found no prefill and decode groups that serve a request within the limits")
@@ -79,19 +88,29 @@ def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
     return (False, True) if len(problem.cluster.zones()) > 1 else (False,)
 
 
-def _group_counts(atlas: Atlas, graph: FleetGraph) -> Iterator[dict[str, int]]:
-    """Groups of every zone: as many as memory allows, two in all at least; then a tenth fewer, and so on."""
-    needed = replica_bytes(atlas)
+def _group_counts(atlas: Atlas, graph: FleetGraph) -> list[tuple[float, dict[str, int]]]:
+    """For every headroom the groups of every zone: as many as memory allows, two in all at least; the most first."""
     members = {zone: [i for i, z in enumerate(graph.zones) if z == zone] for zone in dict.fromkeys(graph.zones)}
     room = {zone: float(graph.room_bytes[gpus].sum()) for zone, gpus in members.items()}
-    counts = {zone: min(len(gpus), int(room[zone] / needed)) for zone, gpus in members.items()}
-    while sum(counts.values()) < 2:
-        open_zones = [zone for zone in members if counts[zone] < len(members[zone])]
-        counts[max(open_zones, key=lambda zone: room[zone] / (counts[zone] + 1))] += 1
-    while sum(counts.values()) >= 2:
-        yield dict(counts)
-        for _ in range(max(1, sum(counts.values()) // 10)):
+    found: list[tuple[float, dict[str, int]]] = []
+    for headroom in HEADROOMS:
+        needed = replica_bytes(atlas.problem.model, headroom)
+        counts = {zone: min(len(gpus), int(room[zone] / needed)) for zone, gpus in members.items()}
+        while sum(counts.values()) < 2:
+            open_zones = [zone for zone in members if counts[zone] < len(members[zone])]
+            counts[max(open_zones, key=lambda zone: room[zone] / (counts[zone] + 1))] += 1
+        if all(counts != before for _, before in found):
+            found.append((headroom, counts))
+    return found
+
+
+def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
+    """A tenth fewer groups, and so on down to two, from the zones that have most."""
+    counts = dict(counts)
+    while sum(counts.values()) > 2:
+        for _ in range(min(sum(counts.values()) - 2, max(1, sum(counts.values()) // 10))):
             counts[max(counts, key=lambda zone: counts[zone])] -= 1
+        yield dict(counts)
 
 
 def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> Network:
@@ -113,9 +132,10 @@ def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar:
     )
 
 
-def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int]) -> Arrangement:
+def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int], headroom: float) -> Arrangement:
     """Step A for given numbers of groups."""
-    groups = tuple(group for zone, count in counts.items() for group in _groups(atlas, graph, zone, count))
+    least = replica_bytes(atlas.problem.model, headroom)
+    groups = tuple(group for zone, count in counts.items() for group in _groups(graph, zone, count, least))
     prefill, _ = maximum_cut(coarsened(graph.bytes_per_s, groups))
     return Arrangement(groups, tuple(Role.PREFILL if g in prefill else Role.DECODE for g in range(len(groups))))
 
@@ -157,13 +177,13 @@ def _from_without_limits(
     return _refined(network, network.evaluated(found.arrangement), budget, seed, report)
 
 
-def _groups(atlas: Atlas, graph: FleetGraph, zone: str, count: int) -> list[Part]:
+def _groups(graph: FleetGraph, zone: str, count: int, least_bytes: float) -> list[Part]:
     """Serving groups of one zone: spectral, then exchanges that keep room for a replica in each."""
     if count == 0:
         return []
     gpus = [i for i, z in enumerate(graph.zones) if z == zone]
     weights, sizes = graph.bytes_per_s[gpus][:, gpus], graph.room_bytes[gpus]
-    parts = refine(weights, sizes, spectral_partition(weights, sizes, count), replica_bytes(atlas))
+    parts = refine(weights, sizes, spectral_partition(weights, sizes, count), least_bytes)
     return [tuple(gpus[i] for i in part) for part in parts]
 
 

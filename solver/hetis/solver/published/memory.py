@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from hetis.solver.model import ModelSpec
-from hetis.solver.placement.tables import Atlas
-
-HEADROOM_REQUESTS = 32  # whose KV a replica has room for
 
 
 def weight_bytes(model: ModelSpec) -> float:
@@ -14,8 +11,6 @@ def weight_bytes(model: ModelSpec) -> float:
     return (model.params() - ends) * model.weight_bytes + ends * model.embedding_bytes
 
 
-def replica_bytes(atlas: Atlas) -> float:
-    """Estimated memory of a replica: weights, and the KV of a few requests."""
-    model = atlas.problem.model
-    tokens = HEADROOM_REQUESTS * model.cached_tokens(atlas.moments.resident_context)
-    return weight_bytes(model) + tokens * model.kv_bytes_per_token()
+def replica_bytes(model: ModelSpec, headroom: float) -> float:
+    """Estimated memory of a replica: weights, and KV of ``headroom`` times as many bytes."""
+    return (1.0 + headroom) * weight_bytes(model)
