@@ -55,7 +55,7 @@ def main() -> None:
     bars = [
         plots.Bars(
             panel=case.limit,
-            group=f"{case.fleet}\n{case.lengths}",
+            group="{}\n{}".format(case.fleet.replace(" + ", "\n+ "), case.lengths),
             heights={name: float(row[name] or 0.0) / max(1e-300, float(row["hetis"] or 0.0)) for name in STRATEGIES},
         )
         for case, row in zip(chosen, shown, strict=True)

@@ -110,7 +110,8 @@ def _bars_pictures(panels: dict[str, list[Bars]], label: str, paths: Sequence[Pa
             axis.bar(at, [group.heights[bar] for group in groups], width, label=bar, color=COLORS[number % len(COLORS)])
         axis.set(title=panel, ylabel=label)
         axis.set_xticks(range(len(groups)), [group.group for group in groups], fontsize="x-small")
-    figure.axes[0].legend(fontsize="x-small", ncols=4, loc="lower right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize="small", ncols=len(labels), loc="outside upper center")
     for path in paths:
         figure.savefig(path, dpi=120)
 

@@ -19,7 +19,7 @@ from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.placing import Settings
 from hetis.planner.sources import load_inputs
 from hetis.solver.budget import Budget, silent
-from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import KvRoute, Objective, ObjectiveKind, Plan, Role
 from tests.planner import plans
@@ -103,6 +103,34 @@ def test_a_bound_never_crosses_the_value(solver: Solver) -> None:
     plan = compared(["hexgen2-paper", "hexgen2"])["hexgen2-paper"].plan
     assert plan is not None
     assert plan.result.bound == plan.result.value
+
+
+def test_a_better_plan_of_a_contained_strategy_is_the_container_s_too(
+    solver: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its search was cut short at 2.0; the heuristic found 2.2, the bound stays 2.5. `hetis` is ahead of both."""
+    monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
+    solver({"hexgen2-paper": (2.2, 9.0), "hexgen2": (2.0, 2.5), "hetis": (3.0, 3.0)})
+    found = compared(["hetis", "hexgen2", "hexgen2-paper"])
+    plan = found["hexgen2"].plan
+    assert plan is not None
+    assert (plan.strategy, plan.result.value, plan.result.bound) == ("hexgen2", 2.2, 2.5)
+    assert plan.notes[-1] == "the plan was found by strategy hexgen2-paper, whose plans are all of hexgen2"
+    assert found["hetis"].plan is not None
+    assert found["hetis"].plan.result.value == 3.0
+
+
+def test_a_plan_that_the_checker_refuses_is_not_taken_over(solver: Solver) -> None:
+    solver({"hexgen2-paper": (2.2, 9.0), "hexgen2": (2.0, 2.5)})  # made by hand: their numbers prove nothing
+    plan = compared(["hexgen2", "hexgen2-paper"])["hexgen2"].plan
+    assert plan is not None
+    assert plan.result.value == 2.0
+
+
+def test_a_plan_beyond_a_proven_bound_is_a_broken_proof(solver: Solver) -> None:
+    solver({"hexgen2-paper": (2.6, 9.0), "hexgen2": (2.0, 2.5)})
+    with pytest.raises(BrokenProofError, match=r"contradicts the bound"):
+        compared(["hexgen2", "hexgen2-paper"])
 
 
 def test_once_cancelled_the_others_are_not_run(solver: Solver) -> None:

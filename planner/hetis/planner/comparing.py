@@ -9,8 +9,11 @@ from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.placing import Settings, make_plan
 from hetis.planner.sources import Inputs, LoadedInputs
 from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
+from hetis.solver.problem import PlacementProblem
 
 # Every plan of a strategy is one of its container's, whose bound therefore holds for it, too. `hetis-paper` shares
 # attention workers among stages, which no other strategy does.
@@ -21,6 +24,8 @@ CONTAINERS: Mapping[str, str] = {
     "splitwise": "hexgen2",
     "hexgen2": "hetis",
 }
+
+ROUNDING = 1e-6  # share by which a plan must be ahead of another
 
 NO_PLAN, FAILED = "no plan", "failed"
 
@@ -78,6 +83,11 @@ def compare_strategies(
     found: dict[str, Compared] = {}
     for strategy in _contained_first(strategies):
         found[strategy] = _run(loaded, objective, replace(settings, strategy=strategy), budget(), report)
+    for strategy in _contained_first(strategies):
+        container = CONTAINERS.get(strategy)
+        if container in found:
+            problem = loaded.inputs.problem(objective, container)
+            found[container] = _with_better_plan(found[container], found[strategy].plan, problem)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
 
@@ -122,6 +132,38 @@ def _run(
     return Compared(strategy=name, status=status, reasons=reasons, solve_s=budget.elapsed_s())
 
 
+def _with_better_plan(container: Compared, contained: Plan | None, problem: PlacementProblem) -> Compared:
+    """The container with a plan of a strategy inside it, where its own search ended with a worse one.
+
+    Bound and prices stay the container's. Each has its time limit: a heuristic may be ahead of a search that is cut
+    short.
+    """
+    own = container.plan
+    if own is None or contained is None or not _is_better(contained, own):
+        return container
+    duals = [price.dual for price in own.prices]
+    note = f"the plan was found by strategy {contained.strategy}, whose plans are all of {own.strategy}"
+    result = _with_bound(replace(contained.result, solve_s=own.result.solve_s), own.result.bound, own.objective)
+    better = replace(
+        contained,
+        strategy=own.strategy,
+        family=own.family,
+        result=replace(result, status=Status.FEASIBLE),
+        prices=tuple(replace(price, dual=dual) for price, dual in zip(contained.prices, duals, strict=True)),
+        runners_up=own.runners_up,
+        notes=(*own.notes, note),
+        inputs=own.inputs,
+    )
+    if check_plan(better, problem):
+        return container
+    return replace(container, plan=better, status=better.result.status.value)
+
+
+def _is_better(plan: Plan, other: Plan) -> bool:
+    ahead = plan.result.value - other.result.value
+    return (ahead if plan.objective.maximises else -ahead) > ROUNDING * abs(other.result.value)
+
+
 def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
     """The same with the bound of a strategy that contains it, where that is better than its own."""
     if compared.plan is None:
@@ -141,8 +183,12 @@ def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
 
 
 def _with_bound(result: SolveResult, bound: float, objective: Objective) -> SolveResult:
-    """The result with another bound, which may not cross the value: both are sums of rounded numbers."""
-    bound = max(result.value, bound) if objective.maximises else min(result.value, bound)
+    """The result with another bound.
+
+    Raises:
+        BrokenProofError: it crosses the value by more than rounding explains.
+    """
+    bound = sound_bound(bound, result.value, maximises=objective.maximises)
     gap = abs(bound - result.value) / abs(result.value) if result.value else result.gap
     return replace(result, bound=bound, gap=gap)
 

@@ -67,11 +67,12 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
     networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
     counts = _group_counts(atlas, graph)
     starts = [_arranged(atlas, graph, groups, headroom) for headroom, groups in counts]
-    found = [
-        _refined(network, evaluated, budget, seed, report)
-        for start in starts
-        for network, evaluated in _first_to_serve(networks, [start], budget)
-    ]
+    found: list[tuple[Network, Evaluated]] = []
+    for start in starts:
+        if found and budget.is_spent():
+            break
+        serving = _first_to_serve(networks, [start], budget)
+        found += [_refined(network, evaluated, budget, seed, report) for network, evaluated in serving]
     if not found:
         fewer = (_arranged(atlas, graph, groups, counts[0][0]) for groups in _ever_fewer(counts[0][1]))
         serving = _first_to_serve(networks, fewer, budget)
