@@ -11,6 +11,7 @@ from hetis.solver.explain import IdleGpus
 from hetis.solver.placement.classes import DeviceClass, device_classes
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view
 from hetis.solver.placement.explanation.wording import in_percent, in_time, in_time_above, num_layers, stage_name
+from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -45,6 +46,8 @@ def _reasons(
     unit = plan.objective.unit
     if plan.objective.demand_rps is not None and views:
         yield f"the demand of {plan.objective.demand_rps:g} requests/s is met without them"
+    elif STRATEGIES[plan.strategy].is_published:
+        yield f"{plan.strategy} left them over: a heuristic as published has no prices to say why"
     elif price.dual <= NOTHING * abs(plan.result.value):
         yield "their price at the margin is 0: the relaxation is not short of them"
     else:
