@@ -406,7 +406,7 @@ def test_notes_name_the_origin_of_profiles() -> None:
     )
     notes = profile_notes(replace(problem, profiles={**problem.profiles, "H100-SXM-80GB": fitted}))
     assert notes[0].startswith("modelled, not measured: the profiles of P100-PCIe-12GB;")
-    assert notes[1] == "fitted to published measurements: the profiles of H100-SXM-80GB; modelled: step"
+    assert notes[1] == "fitted to measurements: the profiles of H100-SXM-80GB; modelled: step"
 
 
 def test_a_card_that_only_shares_a_name_with_the_catalogue_is_modelled() -> None:

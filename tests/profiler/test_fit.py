@@ -17,6 +17,7 @@ from hetis.profiler.fit import fit_profile, selected_points
 from hetis.profiler.fit.errors import MIN_P95, error_stats
 from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import Points
+from hetis.profiler.fit.report import remark
 from hetis.profiler.fit.split import split
 from hetis.profiler.shipped import profile_text
 from hetis.solver.errors import InvalidProblemError
@@ -132,6 +133,14 @@ def test_held_out_points_take_no_part() -> None:
     assert errors[1] > 5 * errors[0]
 
 
+@pytest.mark.parametrize("rows", [12, 20, 48, 192], ids=str)
+def test_no_judge_takes_part_in_the_choice_of_pieces(rows: int) -> None:
+    points = next(p for p in selected_points([of(decode_table())], A100).points if p.scope.queries_per_group == 4)
+    for turn in split(points.kept(np.arange(rows))).turns:
+        assert turn.tuning
+        assert not any((part & (turn.judged | ~turn.fitted)).any() for part in turn.tuning)
+
+
 def test_rows_that_a_cache_served_are_left_out_and_counted() -> None:
     report = fit_profile([of(decode_table(cold=False))], A100).report
     one = next(r for r in report.ops if r.scope.queries_per_group == 4)
@@ -163,6 +172,7 @@ def test_the_profile_has_every_operator_with_its_provenance_and_region() -> None
     assert (fit.provenance.source, fit.provenance.origin) == (Source.FITTED, "a test, made up")
     assert fit.region is not None
     assert fit.region.context_tokens == (128, 16384)
+    assert fit.region.kv_bytes == (512.0 * 128 * 2, 512.0 * 64 * 16384 * 16)
     assert fit.region.outside(batch=128, context_tokens=1000) == ("batch",)
     assert fitted.report.to_data()["held_out_mape"]["decode_attention"] < 0.01
 
@@ -298,7 +308,7 @@ def test_what_a_second_source_says_is_reported_and_not_fitted() -> None:
 
 def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
     """Prompts without a past, where queries cost five readings of the KV: a chunk over a past must not."""
-    tokens, heads = (grid.ravel() for grid in np.meshgrid(2.0 ** np.arange(7, 14, 0.5), (4.0, 8.0, 16.0, 32.0)))
+    tokens, heads = (grid.ravel() for grid in np.meshgrid(np.round(2.0 ** np.arange(7, 14, 0.5)), (4.0, 8.0, 16.0, 32.0)))
     pairs = 4.0 * heads * 128 * tokens * (tokens + 1) / 2
     num_bytes = 512.0 * tokens * heads / 4
     seconds = 1e-5 + pairs / 150e12 + num_bytes / A100.mem_bytes_per_s + 2e-10 * tokens * heads
@@ -321,3 +331,38 @@ def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
     assert fit.region is not None
     assert fit.region.past_tokens == (0, 0)
     assert fit.region.outside(tokens=512, past_tokens=100, kv_bytes=1e12) == ("past_tokens", "kv_bytes")
+
+
+@pytest.mark.parametrize(
+    ("op", "region", "said"),
+    [
+        (Op.PREFILL_ATTENTION, "batch >= 64, context 256 to 1,023", "Large batches of short prompts"),
+        (Op.PREFILL_ATTENTION, "batch < 4, context 1,024 to 4,095", "most of the error is at batch < 4"),
+        (Op.DECODE_ATTENTION, "batch 4 to 15, context 4,096 to 16,384", "one SM reads the KV"),
+        (Op.DECODE_ATTENTION, "batch >= 64, context 1,024 to 4,095", "most of the error is at batch >= 64"),
+        (Op.DECODE_ATTENTION, "batch < 4, context 1,024 to 4,095", ""),  # not in the serving range
+    ],
+)
+def test_a_miss_is_explained_only_where_its_reason_was_found(op: Op, region: str, said: str) -> None:
+    stats = error_stats(np.full(20, 0.5), np.ones(20))
+    one = next(one for one in fit_profile([of(decode_table())], A100).report.ops if one.op is Op.DECODE_ATTENTION)
+    found = remark(replace(one, op=op, serving=stats, by_region=((region, stats),)))
+    assert said in found
+    assert ("SM" in found or "Large batches" in found) == (said.startswith(("one SM", "Large")))
+
+
+def test_all_reduces_over_a_bridge_that_the_catalogue_lacks_are_not_fitted() -> None:
+    gpu = catalogue.find_gpu("A100-PCIe-80GB").gpu
+    num_bytes = np.tile(2.0 ** np.arange(13, 29), 2)
+    num_gpus = np.repeat([2.0, 4.0], 16)
+    wire_s = 2 * (num_gpus - 1) / num_gpus * num_bytes / gpu.pcie_bytes_per_s
+    seconds = 1e-5 + np.where(num_gpus == 2, 0.12, 1.4) * wire_s
+    table = Table(
+        op=MeasuredOp.ALL_REDUCE,
+        kernel="NCCL",
+        columns={"num_gpus": num_gpus, "num_bytes": num_bytes, "impl": np.full(32, "NCCL"), "seconds": seconds},
+    )
+    report = fit_profile([of(table, gpu=gpu.name)], gpu).report
+    assert [one.scope.tp for one in report.ops] == [4]
+    assert [(one.op, one.num_rows) for one in report.unfitted] == [(Op.ALL_REDUCE, 16)]
+    assert "a bridge it does not list" in report.unfitted[0].reason

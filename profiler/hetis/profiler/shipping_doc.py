@@ -21,8 +21,10 @@ Made by `make profiles`; do not edit. GPUs without measurements: [profiles-model
 
 A shipped profile is fitted to published tables; operators that nobody measured are modelled and marked so in the file.
 Every error here is on points that the fit never saw, and n counts distinct points: repeated measurements of one shape
-and size are one, of their median. The error is predicted / measured - 1; MAPE, median and 95th percentile are of its
-absolute value (the percentile of n >= 20 only), bias is its mean (positive: the profile is too slow).
+and size are one, of their median. Points of a head shape with a fit of its own judge that fit and the one of all
+shapes, and count for both where fits are added up. The error is predicted / measured - 1; MAPE, median and 95th
+percentile are of its absolute value (the percentile of n >= 20 only), bias is its mean (positive: the profile is too
+slow).
 
 **Held out** are a quarter of the shapes as a whole (head counts, layer sizes; of a scope with fewer than four shapes
 none) and a sixth of the points of the other shapes, chosen by checksums of what was measured, not of the times. The
@@ -49,9 +51,11 @@ _SELECTION = """\
 - **Decode attention** leaves out rows whose KV is under twice the last-level cache and takes more than 2 us to read.
   Kernels were called over and over there, so that they read from the cache (an L40S at 2.8 times its memory
   bandwidth), which serving never does: all weights and the KV of all other layers pass between two calls. Tables that
-  were measured with the cache flushed (`cold`, as `hetis-profile run` does) lose nothing.
-- **Attention** leaves out ranks of fewer than 4 query heads. A head shape (head size, queries per KV head) with
-  60 points has a fit of its own; all shapes of a head size share another one, which serves the rest.
+  were measured with the cache flushed (`cold`, as `hetis-profile run` does) lose nothing by that.
+- **Attention** leaves out fewer than 4 query heads, where one sequence leaves most of the GPU idle. A device that is
+  given so few (head groups dispatched to it, high TP) is predicted all the same, and no error here is of that. A head
+  shape (head size, queries per KV head) with 60 points has a fit of its own; all shapes of a head size share another
+  one, which serves the rest.
 - **Prefill attention** is fitted in FLOPs, tokens and (token, query head) pairs. The KV of a chunk and of its past is
   charged one reading at the nominal bandwidth, which is given, not fitted (see "Chunks over a past").
 - **All-reduce** takes the fastest library at each size, one fit for each number of GPUs.

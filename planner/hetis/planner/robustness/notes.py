@@ -30,7 +30,7 @@ def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
     if fitted:
         ops = sorted({fit.op.value for gpu in fitted for fit in profiles[gpu].fits if _modelled(fit)})
         but = f"; modelled: {', '.join(ops)}" if ops else ""
-        notes.append(f"fitted to published measurements: the profiles of {', '.join(fitted)}{but}")
+        notes.append(f"fitted to measurements: the profiles of {', '.join(fitted)}{but}")
     return tuple(notes)
 
 

@@ -26,7 +26,7 @@ from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 
 MIN_POINTS = 60  # of a head shape that is fitted alone; the others share a fit by head size
-MIN_HEADS = 4  # query heads of a rank: one sequence of fewer leaves most of the GPU idle, and no served rank has fewer
+MIN_HEADS = 4  # query heads of a rank: one sequence of fewer leaves most of the GPU idle
 _LATER = " was measured too, and comes first"
 LAUNCH_S = 2e-6  # a KV read in less is hidden by the launch, whether from cache or memory
 
@@ -177,4 +177,4 @@ def _by_head_shape(
             )
 
 
-_FEW = f"fewer than {MIN_HEADS} query heads on the rank: no served rank has so few, and they leave most of the GPU idle"
+_FEW = f"fewer than {MIN_HEADS} query heads on the rank: one sequence of them leaves most of the GPU idle"
