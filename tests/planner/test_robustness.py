@@ -387,10 +387,21 @@ def test_a_chunk_over_a_past_that_was_not_measured_is_named_with_the_past() -> N
 
 def test_kv_beyond_what_any_call_read_is_named_though_batch_and_context_are_inside() -> None:
     plan, problem = planned("h100-p100"), posed("h100-p100")
-    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1, 1e4))
+    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1, 1e5))
     notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
     assert len(notes) == 2
-    assert all("bytes of KV, measured 1 to 10,000" in note for note in notes)
+    assert all("MB of KV, measured 1e-06 to 0.1" in note for note in notes)
+
+
+def test_kv_that_a_cache_served_is_named_once_per_gpu_though_smaller_kv_was_fitted() -> None:
+    """Regions of decode attention begin above the cache: a plan with a small batch has the note, and no louder one."""
+    plan, problem = planned("h100-p100"), posed("h100-p100")
+    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1e12, 2e12))
+    notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
+    assert len(notes) == 2
+    for note, gpu in zip(notes, ("H100-SXM-80GB", "P100-PCIe-12GB"), strict=True):
+        assert note.startswith(f"outside the region of its fit: decode_attention of {gpu} at ")
+        assert note.endswith(" MB of KV, measured 1,000,000 to 2,000,000")
 
 
 def test_notes_name_the_origin_of_profiles() -> None:

@@ -151,6 +151,65 @@ def test_rows_that_a_cache_served_are_left_out_and_counted() -> None:
     assert left_out.reason == "KV under twice the cache (40 MB) and above 2 us of the bus"
 
 
+def test_a_region_begins_above_what_the_cache_took_and_at_the_smallest_row_of_a_cold_table() -> None:
+    cold, warm = (decode_fit(decode_table(cold=cold)).region for cold in (True, False))
+    assert cold is not None
+    assert warm is not None
+    assert cold.kv_bytes is not None
+    assert warm.kv_bytes is not None
+    assert cold.kv_bytes[0] == 512.0 * 128 * 2
+    assert 80e6 <= warm.kv_bytes[0] < 160e6  # the grid doubles
+    assert warm.kv_bytes[1] == cold.kv_bytes[1]
+    assert warm.outside(batch=8, context_tokens=1024, kv_bytes=20e6) == ("kv_bytes",)
+
+
+def mixed_table() -> Table:
+    """The shape of `decode_table` and three others of few rows, five times as slow, which no fit of their own has."""
+    main, rare = decode_table(), decode_table(factor=5.0)
+    rows = np.flatnonzero(rare.numbers("context_tokens") <= 2048)[::4]
+    columns: dict[str, Column] = {}
+    for name, column in main.columns.items():
+        others = [np.asarray(rare.columns[name])[rows[i::3]] for i in range(3)]
+        if name == "kv_heads":
+            others = [rare.numbers("query_heads")[rows[i::3]] / q for i, q in enumerate((1, 2, 8))]
+        columns[name] = np.concatenate([np.asarray(column), *others])
+    return replace(main, columns=columns)
+
+
+def test_every_held_out_point_is_judged_once_by_the_fit_that_a_plan_would_ask() -> None:
+    report = fit_profile([of(mixed_table())], A100).report
+    by_queries = {r.scope.queries_per_group: r for r in report.ops}
+    assert by_queries.keys() == {None, 4}
+    shared, own = by_queries[None], by_queries[4]
+    assert own.served.serving == own.serving
+    assert own.served.num_fitted == own.num_fitted
+    assert 0 < shared.served.serving.num_points < shared.serving.num_points / 4
+    judges = (own.serving, shared.served.serving)
+    expected = sum(s.mape * s.num_points for s in judges) / sum(s.num_points for s in judges)
+    assert report.held_out_mape(Op.DECODE_ATTENTION) == pytest.approx(expected, rel=0.01)
+    cells = report.to_data()["by_region"]["decode_attention"].values()
+    counted = sum(s.num_points for r in (own, shared) for _, s in r.served.by_region)
+    assert sum(cell["num_points"] for cell in cells) == counted < sum(r.held_out.num_points for r in (own, shared))
+
+
+def test_rows_of_few_query_heads_are_judged_and_not_fitted() -> None:
+    """Three times as slow as the fit of more heads says: two thirds too fast."""
+    table = decode_table()
+    slow = np.flatnonzero(table.numbers("query_heads") == 8)
+    columns: dict[str, Column] = {}
+    for name, column in table.columns.items():
+        factor = {"query_heads": 0.25, "kv_heads": 0.5, "seconds": 3.0}.get(name, 1.0)  # two of one KV head
+        columns[name] = np.concatenate([np.asarray(column), table.numbers(name)[slow] * factor])
+    mixed = replace(table, columns=columns)
+    alone, both = fit_profile([of(table)], A100), fit_profile([of(mixed)], A100)
+    assert decode_fit(mixed).pieces == decode_fit(table).pieces
+    assert alone.report.few_heads == ()
+    (few,) = both.report.few_heads
+    assert (few.op, few.scope) == (Op.DECODE_ATTENTION, FitScope(head_dim=128))  # their shape has no fit of its own
+    assert 0 < few.small_batch.num_points < few.serving.num_points < len(slow)
+    assert few.serving.bias < -0.5
+
+
 def test_an_impossible_table_is_not_fitted_and_the_report_says_why() -> None:
     with pytest.raises(InvalidProblemError) as caught:
         fit_profile([of(decode_table(factor=0.1))], A100)

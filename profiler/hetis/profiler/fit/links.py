@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,11 +27,13 @@ def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: Select
                 for n, num_bytes, seconds in zip(*columns, strict=True):
                     fastest[n, num_bytes] = min(seconds, fastest.get((n, num_bytes), seconds))
             origin = f"{measurement.provenance}, the fastest of {', '.join(sorted({t.kernel for t in found}))}"
-            for points in _all_reduce(fastest, link, origin):
-                if _is_beyond(points.features[:, 1], points.seconds):
-                    into.unfitted.append(_bridged(points.op, f"{origin}, {points.scope.tp} GPUs", len(points), link))
-                else:
-                    chosen.append(points)
+            every = list(_all_reduce(fastest, link, origin))
+            bridged = [points for points in every if _is_beyond(points.features[:, 1], points.seconds)]
+            for points in bridged:
+                into.unfitted.append(_bridged(points.op, f"{origin}, {points.scope.tp} GPUs", len(points), link))
+            notes = (_ALSO_BRIDGED,) if bridged else ()
+            beyond = {points.scope for points in bridged}
+            chosen += [replace(points, notes=notes) for points in every if points.scope not in beyond]
             chosen = into.others
     for path in ("peer", "loopback"):
         for origin, table in tables_of(measurements, MeasuredOp.TRANSFER):
@@ -72,6 +75,12 @@ def step_points(measurements: Sequence[Measurements], into: Selection) -> None:
             )
         )
         return
+
+
+_ALSO_BRIDGED = (
+    "measured on a host with bridges between some of its GPUs, which the larger rings fitted here cross too: on a host "
+    "without them they may be slower"
+)
 
 
 def _is_beyond(wire_s: FloatArray, seconds: FloatArray) -> bool:

@@ -11,8 +11,24 @@ from hetis.profiler.fit.points import LeftOut, Unfitted
 from hetis.profiler.fitting import rounded
 from hetis.solver.profile import FitRegion, FitScope, Op
 
+SMALL_BATCH = 64  # sequences; below it few query heads leave most of a GPU idle
 _FEW = 10  # points in the serving range that do not say enough alone
 BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  # held-out MAPE in the serving range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What of a fit's points a plan would ask it for: those of shapes with a fit of their own are not among them.
+
+    Attributes:
+        num_fitted: of the points that it saw.
+        serving, one_piece, by_region: as those of `OpReport`, of these points alone.
+    """
+
+    num_fitted: int
+    serving: ErrorStats
+    one_piece: ErrorStats
+    by_region: tuple[tuple[str, ErrorStats], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +39,7 @@ class OpReport:
         held_out_shapes: shapes of which the fit saw nothing; a sixth of the other shapes' points is held out too.
         serving: errors on held-out points in the serving range (batch >= 4, 256 to 16k context; dense: to 8k tokens).
         one_piece: the same for a single affine piece fitted to the same points (the form of Hetis, SC'25).
+        served: the same of the points that a plan would ask this fit for.
         left_out: rows that no fit saw and no error counts, and why.
         notes: what a reader of the fit must know.
         remark: why the bar is missed, where it is.
@@ -41,6 +58,7 @@ class OpReport:
     one_piece: ErrorStats
     by_region: tuple[tuple[str, ErrorStats], ...]
     region: FitRegion
+    served: Served
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
     remark: str = ""
@@ -65,6 +83,16 @@ class OtherSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FewHeads:
+    """What a fit says of rows in the serving range with fewer query heads than it was made of, none of which it saw."""
+
+    op: Op
+    scope: FitScope
+    serving: ErrorStats
+    small_batch: ErrorStats  # of those under `SMALL_BATCH` sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
     """Every fit of one GPU, and every table that none was made of."""
 
@@ -72,11 +100,14 @@ class FitReport:
     ops: tuple[OpReport, ...]
     unfitted: tuple[Unfitted, ...]
     other_sources: tuple[OtherSource, ...] = ()
+    few_heads: tuple[FewHeads, ...] = ()
 
     def held_out_mape(self, op: Op, *, one_piece: bool = False) -> float | None:
-        """Mean over all held-out points of ``op`` in the serving range, whatever their scope; None without any."""
-        stats = [report.one_piece if one_piece else report.serving for report in self.ops if report.op is op]
-        return mean_mape(stats)
+        """Mean over the held-out points of ``op`` in the serving range, each by the fit that a plan would ask; None
+        without any.
+        """
+        served = [report.served for report in self.ops if report.op is op]
+        return mean_mape([one.one_piece if one_piece else one.serving for one in served])
 
     def to_data(self) -> dict[str, Any]:
         """Plain data; ``held_out_mape`` by operator in the serving range, ``by_region`` by operator and region."""
@@ -96,6 +127,9 @@ class FitReport:
                 }
                 for other in self.other_sources
             ],
+            "few_heads": [
+                asdict(few) | {"op": few.op.value, "scope": _set_fields(few.scope)} for few in self.few_heads
+            ],
             "unfitted": [asdict(table) | {"op": table.op.value} for table in self.unfitted],
         }
 
@@ -103,7 +137,7 @@ class FitReport:
         cells: dict[str, list[ErrorStats]] = {}
         for report in self.ops:
             if report.op is op:
-                for name, stats in report.by_region:
+                for name, stats in report.served.by_region:
                     cells.setdefault(name, []).append(stats)
         return {
             name: {
@@ -184,6 +218,7 @@ def _op_data(report: OpReport) -> dict[str, Any]:
         "serving": asdict(report.serving),
         "one_piece": asdict(report.one_piece),
         "by_region": {name: asdict(stats) for name, stats in report.by_region},
+        "served": asdict(report.served) | {"by_region": {n: asdict(s) for n, s in report.served.by_region}},
         "left_out": [asdict(rows) for rows in report.left_out],
         "notes": list(report.notes),
         "bar": report.bar,
