@@ -418,6 +418,15 @@ def test_notes_name_the_origin_of_profiles() -> None:
     notes = profile_notes(replace(problem, profiles={**problem.profiles, "H100-SXM-80GB": fitted}))
     assert notes[0].startswith("modelled, not measured: the profiles of P100-PCIe-12GB;")
     assert notes[1] == "fitted to measurements: the profiles of H100-SXM-80GB; modelled: step"
+    reduced = replace(
+        h100,
+        fits=tuple(
+            replace(fit, provenance=replace(fit.provenance, source=Source.FITTED)) if fit.op is Op.ALL_REDUCE else fit
+            for fit in h100.fits
+        ),
+    )
+    (note,) = profile_notes(replace(problem, profiles={**problem.profiles, "H100-SXM-80GB": reduced}))
+    assert note.endswith("(--profile FILE); all_reduce of H100-SXM-80GB fitted")
 
 
 def test_a_card_that_only_shares_a_name_with_the_catalogue_is_modelled() -> None:

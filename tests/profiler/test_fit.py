@@ -427,3 +427,4 @@ def test_all_reduces_over_a_bridge_that_the_catalogue_lacks_are_not_fitted() -> 
     assert [one.scope.tp for one in report.ops] == [4]
     assert [(one.op, one.num_rows) for one in report.unfitted] == [(Op.ALL_REDUCE, 16)]
     assert "a bridge it does not list" in report.unfitted[0].reason
+    assert report.ops[0].notes[0].startswith("measured on a host with bridges between some of its GPUs")
