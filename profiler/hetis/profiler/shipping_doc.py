@@ -171,7 +171,9 @@ _UNUSED = """\
 - **All-reduces and transfers between bridged cards.** vidur's hosts named `pairwise_nvlink` join PCIe boards in pairs
   by a bridge, and the catalogue lists none: it knows the card, not what joins two. All-reduces on 2 GPUs and transfers
   there are faster than the PCIe link, hold on no other host, and are not fitted. Those on 4 GPUs cross PCIe, stay below
-  its rate, and are. Of one host they say what `hetis-profile run` says of yours: the error stated is that of this host.
+  its rate, and are; the error stated is that of predicting this one host. On 2 of these cards the modelled all-reduce
+  stands, calibrated on hosts that are three times as slow for their link, so that a plan may prefer TP 4 to TP 2 for
+  that alone: measure yours (`hetis-profile run`).
 - **All-reduces across nodes** (vidur): tensor parallelism stays inside a node.
 - **apex_collectives** (microsoft/apex_plus, H100-SXM-80GB) has no importer: its times are whole microseconds, 8 of them
   for the smallest all-reduces, so that rounding alone is up to 6% there; and two finer sources measured all-reduces of

@@ -134,11 +134,13 @@ class FitReport:
         }
 
     def _by_region(self, op: Op) -> dict[str, dict[str, float | int | None]]:
-        cells: dict[str, list[ErrorStats]] = {}
-        for report in self.ops:
-            if report.op is op:
-                for name, stats in report.served.by_region:
-                    cells.setdefault(name, []).append(stats)
+        mine = [report for report in self.ops if report.op is op]
+        # In the order of the fit with the most regions, which serves few of them itself.
+        widest = max(mine, key=lambda report: len(report.by_region)).by_region
+        cells: dict[str, list[ErrorStats]] = {name: [] for name, _ in widest}
+        for report in mine:
+            for name, stats in report.served.by_region:
+                cells.setdefault(name, []).append(stats)
         return {
             name: {
                 "num_points": sum(s.num_points for s in stats),
@@ -146,6 +148,7 @@ class FitReport:
                 "bias": rounded(sum(s.bias * s.num_points for s in stats) / sum(s.num_points for s in stats)),
             }
             for name, stats in cells.items()
+            if stats
         }
 
 
