@@ -53,7 +53,7 @@ def changed(*path: str | int, to: object) -> Any:
     return data
 
 
-@given(st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=20), st.booleans())
+@given(st.lists(st.floats(1e-9, 600.0), min_size=1, max_size=20), st.booleans())
 def test_a_document_reads_back_as_it_was(seconds: list[float], cold: bool) -> None:
     value = transfer(seconds, cold=cold)
     again = parse_measurements(json.loads(json.dumps(measurements_to_data(value))), "m.json")
@@ -100,6 +100,18 @@ COLUMNS = "tables[0].columns"
         (
             changed("tables", 0, "columns", "seconds", to=[1e-5, "fast"]),
             f"m: {COLUMNS}.seconds: row 2: is 'fast', expected a number",
+        ),
+        (
+            changed("tables", 0, "columns", "seconds", to=[1e-5, 1e3]),
+            f"m: {COLUMNS}.seconds: row 2: is 1000, must be <= 600",
+        ),
+        (
+            changed("tables", 0, "columns", "num_bytes", to=[1.5, 1]),
+            f"m: {COLUMNS}.num_bytes: row 1: is 1.5, must be a whole number",
+        ),
+        (
+            changed("tables", 0, "columns", "num_bytes", to=[1, 1e18]),
+            f"m: {COLUMNS}.num_bytes: row 2: is 1e+18, must be <= 9.0072e+15",
         ),
         (changed("tables", 0, "columns", "num_bytes", to=[1]), f"m: {COLUMNS}.num_bytes: has 1 rows, seconds has 2"),
         (

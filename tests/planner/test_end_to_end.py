@@ -69,7 +69,7 @@ def test_stdout_and_the_file_hold_the_same_plan(folder: Path, plan: dict[str, An
 def test_the_plan_names_all_it_was_made_from(plan: dict[str, Any]) -> None:
     inputs = plan["inputs"]
     assert inputs["origins"]["cluster"] == "small.yaml"
-    assert inputs["origins"]["profiles"] == {"A100-PCIe-80GB": "modelled", "L4": "modelled"}
+    assert inputs["origins"]["profiles"] == {"A100-PCIe-80GB": "fitted", "L4": "modelled"}
     assert all(digest.startswith("sha256:") for digest in inputs["digests"]["profiles"].values())
     assert {"hetis", "python", "highspy", "numba"} <= inputs["versions"].keys()
     assert inputs["seed"] == 0

@@ -410,10 +410,21 @@ def test_a_chunk_over_a_past_that_was_not_measured_is_named_with_the_past() -> N
 
 def test_kv_beyond_what_any_call_read_is_named_though_batch_and_context_are_inside() -> None:
     plan, problem = planned("h100-p100"), posed("h100-p100")
-    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1, 1e4))
+    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1, 1e5))
     notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
     assert len(notes) == 2
-    assert all("bytes of KV, measured 1 to 10,000" in note for note in notes)
+    assert all("MB of KV, measured 1e-06 to 0.1" in note for note in notes)
+
+
+def test_kv_that_a_cache_served_is_named_once_per_gpu_though_smaller_kv_was_fitted() -> None:
+    """Regions of decode attention begin above the cache: a plan with a small batch has the note, and no louder one."""
+    plan, problem = planned("h100-p100"), posed("h100-p100")
+    region = FitRegion(batch=(1, 1e6), context_tokens=(1, 1e6), kv_bytes=(1e12, 2e12))
+    notes = outside_regions(plan, in_region(problem, Op.DECODE_ATTENTION, region))
+    assert len(notes) == 2
+    for note, gpu in zip(notes, ("H100-SXM-80GB", "P100-PCIe-12GB"), strict=True):
+        assert note.startswith(f"outside the region of its fit: decode_attention of {gpu} at ")
+        assert note.endswith(" MB of KV, measured 1,000,000 to 2,000,000")
 
 
 def test_notes_name_the_origin_of_profiles() -> None:
@@ -429,7 +440,16 @@ def test_notes_name_the_origin_of_profiles() -> None:
     )
     notes = profile_notes(replace(problem, profiles={**problem.profiles, "H100-SXM-80GB": fitted}))
     assert notes[0].startswith("modelled, not measured: the profiles of P100-PCIe-12GB;")
-    assert notes[1] == "fitted to published measurements: the profiles of H100-SXM-80GB; modelled: step"
+    assert notes[1] == "fitted to measurements: the profiles of H100-SXM-80GB; modelled: step"
+    reduced = replace(
+        h100,
+        fits=tuple(
+            replace(fit, provenance=replace(fit.provenance, source=Source.FITTED)) if fit.op is Op.ALL_REDUCE else fit
+            for fit in h100.fits
+        ),
+    )
+    (note,) = profile_notes(replace(problem, profiles={**problem.profiles, "H100-SXM-80GB": reduced}))
+    assert note.endswith("(--profile FILE); all_reduce of H100-SXM-80GB fitted")
 
 
 def test_a_card_that_only_shares_a_name_with_the_catalogue_is_modelled() -> None:

@@ -17,6 +17,7 @@ from hetis.profiler.fit import fit_profile, selected_points
 from hetis.profiler.fit.errors import MIN_P95, error_stats
 from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import Points
+from hetis.profiler.fit.report import remark
 from hetis.profiler.fit.split import split
 from hetis.profiler.shipped import profile_text
 from hetis.solver.errors import InvalidProblemError
@@ -132,6 +133,14 @@ def test_held_out_points_take_no_part() -> None:
     assert errors[1] > 5 * errors[0]
 
 
+@pytest.mark.parametrize("rows", [12, 20, 48, 192], ids=str)
+def test_no_judge_takes_part_in_the_choice_of_pieces(rows: int) -> None:
+    points = next(p for p in selected_points([of(decode_table())], A100).points if p.scope.queries_per_group == 4)
+    for turn in split(points.kept(np.arange(rows))).turns:
+        assert turn.tuning
+        assert not any((part & (turn.judged | ~turn.fitted)).any() for part in turn.tuning)
+
+
 def test_rows_that_a_cache_served_are_left_out_and_counted() -> None:
     report = fit_profile([of(decode_table(cold=False))], A100).report
     one = next(r for r in report.ops if r.scope.queries_per_group == 4)
@@ -140,6 +149,65 @@ def test_rows_that_a_cache_served_are_left_out_and_counted() -> None:
     assert 0.1 < left_out.serving_share < 0.9
     assert one.num_fitted + one.num_held_out + left_out.num_rows == len(decode_table())
     assert left_out.reason == "KV under twice the cache (40 MB) and above 2 us of the bus"
+
+
+def test_a_region_begins_above_what_the_cache_took_and_at_the_smallest_row_of_a_cold_table() -> None:
+    cold, warm = (decode_fit(decode_table(cold=cold)).region for cold in (True, False))
+    assert cold is not None
+    assert warm is not None
+    assert cold.kv_bytes is not None
+    assert warm.kv_bytes is not None
+    assert cold.kv_bytes[0] == 512.0 * 128 * 2
+    assert 80e6 <= warm.kv_bytes[0] < 160e6  # the grid doubles
+    assert warm.kv_bytes[1] == cold.kv_bytes[1]
+    assert warm.outside(batch=8, context_tokens=1024, kv_bytes=20e6) == ("kv_bytes",)
+
+
+def mixed_table() -> Table:
+    """The shape of `decode_table` and three others of few rows, five times as slow, which no fit of their own has."""
+    main, rare = decode_table(), decode_table(factor=5.0)
+    rows = np.flatnonzero(rare.numbers("context_tokens") <= 2048)[::4]
+    columns: dict[str, Column] = {}
+    for name, column in main.columns.items():
+        others = [np.asarray(rare.columns[name])[rows[i::3]] for i in range(3)]
+        if name == "kv_heads":
+            others = [rare.numbers("query_heads")[rows[i::3]] / q for i, q in enumerate((1, 2, 8))]
+        columns[name] = np.concatenate([np.asarray(column), *others])
+    return replace(main, columns=columns)
+
+
+def test_every_held_out_point_is_judged_once_by_the_fit_that_a_plan_would_ask() -> None:
+    report = fit_profile([of(mixed_table())], A100).report
+    by_queries = {r.scope.queries_per_group: r for r in report.ops}
+    assert by_queries.keys() == {None, 4}
+    shared, own = by_queries[None], by_queries[4]
+    assert own.served.serving == own.serving
+    assert own.served.num_fitted == own.num_fitted
+    assert 0 < shared.served.serving.num_points < shared.serving.num_points / 4
+    judges = (own.serving, shared.served.serving)
+    expected = sum(s.mape * s.num_points for s in judges) / sum(s.num_points for s in judges)
+    assert report.held_out_mape(Op.DECODE_ATTENTION) == pytest.approx(expected, rel=0.01)
+    cells = report.to_data()["by_region"]["decode_attention"].values()
+    counted = sum(s.num_points for r in (own, shared) for _, s in r.served.by_region)
+    assert sum(cell["num_points"] for cell in cells) == counted < sum(r.held_out.num_points for r in (own, shared))
+
+
+def test_rows_of_few_query_heads_are_judged_and_not_fitted() -> None:
+    """Three times as slow as the fit of more heads says: two thirds too fast."""
+    table = decode_table()
+    slow = np.flatnonzero(table.numbers("query_heads") == 8)
+    columns: dict[str, Column] = {}
+    for name, column in table.columns.items():
+        factor = {"query_heads": 0.25, "kv_heads": 0.5, "seconds": 3.0}.get(name, 1.0)  # two of one KV head
+        columns[name] = np.concatenate([np.asarray(column), table.numbers(name)[slow] * factor])
+    mixed = replace(table, columns=columns)
+    alone, both = fit_profile([of(table)], A100), fit_profile([of(mixed)], A100)
+    assert decode_fit(mixed).pieces == decode_fit(table).pieces
+    assert alone.report.few_heads == ()
+    (few,) = both.report.few_heads
+    assert (few.op, few.scope) == (Op.DECODE_ATTENTION, FitScope(head_dim=128))  # their shape has no fit of its own
+    assert 0 < few.small_batch.num_points < few.serving.num_points < len(slow)
+    assert few.serving.bias < -0.5
 
 
 def test_an_impossible_table_is_not_fitted_and_the_report_says_why() -> None:
@@ -163,6 +231,7 @@ def test_the_profile_has_every_operator_with_its_provenance_and_region() -> None
     assert (fit.provenance.source, fit.provenance.origin) == (Source.FITTED, "a test, made up")
     assert fit.region is not None
     assert fit.region.context_tokens == (128, 16384)
+    assert fit.region.kv_bytes == (512.0 * 128 * 2, 512.0 * 64 * 16384 * 16)
     assert fit.region.outside(batch=128, context_tokens=1000) == ("batch",)
     assert fitted.report.to_data()["held_out_mape"]["decode_attention"] < 0.01
 
@@ -298,7 +367,9 @@ def test_what_a_second_source_says_is_reported_and_not_fitted() -> None:
 
 def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
     """Prompts without a past, where queries cost five readings of the KV: a chunk over a past must not."""
-    tokens, heads = (grid.ravel() for grid in np.meshgrid(2.0 ** np.arange(7, 14, 0.5), (4.0, 8.0, 16.0, 32.0)))
+    tokens, heads = (
+        grid.ravel() for grid in np.meshgrid(np.round(2.0 ** np.arange(7, 14, 0.5)), (4.0, 8.0, 16.0, 32.0))
+    )
     pairs = 4.0 * heads * 128 * tokens * (tokens + 1) / 2
     num_bytes = 512.0 * tokens * heads / 4
     seconds = 1e-5 + pairs / 150e12 + num_bytes / A100.mem_bytes_per_s + 2e-10 * tokens * heads
@@ -321,3 +392,39 @@ def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
     assert fit.region is not None
     assert fit.region.past_tokens == (0, 0)
     assert fit.region.outside(tokens=512, past_tokens=100, kv_bytes=1e12) == ("past_tokens", "kv_bytes")
+
+
+@pytest.mark.parametrize(
+    ("op", "region", "said"),
+    [
+        (Op.PREFILL_ATTENTION, "batch >= 64, context 256 to 1,023", "Large batches of short prompts"),
+        (Op.PREFILL_ATTENTION, "batch < 4, context 1,024 to 4,095", "most of the error is at batch < 4"),
+        (Op.DECODE_ATTENTION, "batch 4 to 15, context 4,096 to 16,384", "one SM reads the KV"),
+        (Op.DECODE_ATTENTION, "batch >= 64, context 1,024 to 4,095", "most of the error is at batch >= 64"),
+        (Op.DECODE_ATTENTION, "batch < 4, context 1,024 to 4,095", ""),  # not in the serving range
+    ],
+)
+def test_a_miss_is_explained_only_where_its_reason_was_found(op: Op, region: str, said: str) -> None:
+    stats = error_stats(np.full(20, 0.5), np.ones(20))
+    one = next(one for one in fit_profile([of(decode_table())], A100).report.ops if one.op is Op.DECODE_ATTENTION)
+    found = remark(replace(one, op=op, serving=stats, by_region=((region, stats),)))
+    assert said in found
+    assert ("SM" in found or "Large batches" in found) == (said.startswith(("one SM", "Large")))
+
+
+def test_all_reduces_over_a_bridge_that_the_catalogue_lacks_are_not_fitted() -> None:
+    gpu = catalogue.find_gpu("A100-PCIe-80GB").gpu
+    num_bytes = np.tile(2.0 ** np.arange(13, 29), 2)
+    num_gpus = np.repeat([2.0, 4.0], 16)
+    wire_s = 2 * (num_gpus - 1) / num_gpus * num_bytes / gpu.pcie_bytes_per_s
+    seconds = 1e-5 + np.where(num_gpus == 2, 0.12, 1.4) * wire_s
+    table = Table(
+        op=MeasuredOp.ALL_REDUCE,
+        kernel="NCCL",
+        columns={"num_gpus": num_gpus, "num_bytes": num_bytes, "impl": np.full(32, "NCCL"), "seconds": seconds},
+    )
+    report = fit_profile([of(table, gpu=gpu.name)], gpu).report
+    assert [one.scope.tp for one in report.ops] == [4]
+    assert [(one.op, one.num_rows) for one in report.unfitted] == [(Op.ALL_REDUCE, 16)]
+    assert "a bridge it does not list" in report.unfitted[0].reason
+    assert report.ops[0].notes[0].startswith("measured on a host with bridges between some of its GPUs")

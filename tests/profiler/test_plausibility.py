@@ -156,6 +156,19 @@ def test_a_profile_with_it_is_broken(op: Op, factor: float) -> None:
     assert all("is the unit right?" in sentence for _, sentence in broken)
 
 
+def test_decode_attention_that_takes_a_thousand_times_as_long_per_query_head_is_broken() -> None:
+    profile = modelled_profile(A100)
+    fits = tuple(
+        replace(fit, pieces=tuple(replace(piece, head_s=1e3 * piece.head_s) for piece in fit.pieces))
+        if fit.op is Op.DECODE_ATTENTION
+        else fit
+        for fit in profile.fits
+    )
+    ((fit, sentence),) = implausible_fits(replace(profile, fits=fits), A100)
+    assert fit.op is Op.DECODE_ATTENTION
+    assert sentence.startswith("512 requests of 256 tokens imply ")
+
+
 def test_an_engine_without_a_step_is_no_doubt() -> None:
     profile = modelled_profile(A100)
     free = tuple(times_all(fit, 0.0) if fit.op is Op.STEP else fit for fit in profile.fits)

@@ -13,7 +13,7 @@ from hetis.profiler.ranges import UNKNOWN_ERROR, error_of
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_gpus, shipped_profile
 from hetis.profiler.whole_engine import predicted_s
-from hetis.solver.profile import Op, Source
+from hetis.solver.profile import FitScope, Op, Source
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT.parent / "shared" / "data" / "profiles"
@@ -32,8 +32,8 @@ def remade(tmp_path: Path, *gpus: str) -> None:
 
 @needs_tables
 def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
-    """Of the two that take seconds; the soak test makes all of them."""
-    remade(tmp_path, "A40", "RTX-A6000")
+    """Of those that take seconds; the soak test makes all of them."""
+    remade(tmp_path, "A100-PCIe-80GB", "A40", "H100-PCIe-80GB", "RTX-A6000")
 
 
 @needs_tables
@@ -77,6 +77,20 @@ def test_held_out_errors_keep_the_bars(gpu: str) -> None:
 # An A100's kernel of one query head per KV head reads each sequence by one SM. The others have under ten points in the
 # serving range, and state the error of all points held out.
 MISSED = {"A100-SXM-80GB": {(128, 1), (128, 6)}, "H100-SXM-80GB": set(), "L40S": {(64, 12), (64, 16)}}
+
+
+@pytest.mark.parametrize("gpu", ["A100-PCIe-80GB", "H100-PCIe-80GB"])
+def test_boards_measured_with_bridges_in_pairs_have_all_reduces_of_four_fitted_and_all_else_modelled(gpu: str) -> None:
+    """Two bridged cards are faster than the PCIe link that the catalogue knows: nobody else's two are."""
+    profile = shipped_profile(gpu)
+    assert profile is not None
+    fitted = [fit for fit in profile.fits if fit.provenance.source is Source.FITTED]
+    assert [(fit.op, fit.scope) for fit in fitted] == [(Op.ALL_REDUCE, FitScope(tp=4))]
+    assert (fitted[0].provenance.held_out_mape or 1.0) < 0.1
+    link = catalogue.find_gpu(gpu).gpu.pcie_bytes_per_s
+    wire_s = 1.5 * 2**26 / link
+    assert fitted[0].seconds(wire_s=wire_s) > wire_s  # no faster than the link
+    assert {fit.provenance.source for fit in profile.fits} == {Source.FITTED, Source.MODELLED}
 
 
 def test_fitted_profiles_are_less_uncertain_than_modelled_ones() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from hetis.solver.errors import InvalidProblemError
 
 KIND = "Measurements"
 MAX_ROWS = 2_000_000  # of one table
+MAX_SECONDS = 600.0  # of one call or one request; nothing that is measured here takes as long
+MAX_COUNT = 2**53  # beyond it a double is no longer exact
 Column = NDArray[np.float64] | NDArray[np.str_]
 _TABLE = ("op", "kernel", "cold", "columns")
 _PROVENANCE = ("tool", "engine", "engine_version", "source", "licence", "host", "date")
@@ -81,6 +84,7 @@ _TEXT: Mapping[MeasuredOp, tuple[str, ...]] = {
     MeasuredOp.TRANSFER: ("path",),
     MeasuredOp.E2E: ("model", "phase"),
 }
+_COUNTS = {name for numbers in _NUMBERS.values() for name in numbers} - {"params"}  # a product may be beyond them
 _OPTIONAL = ("spread", "impl")
 _CHOICES = {"path": TRANSFER_PATHS, "phase": ("prompt", "token")}
 
@@ -408,6 +412,15 @@ def _number_problems(name: str, column: NDArray[np.float64], least: float) -> It
         row = int(np.argmax(low))
         limit = "> 0" if name == "seconds" else f">= {least:g}"
         yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be {limit}{_more(int(low.sum()))}"
+    most = MAX_SECONDS if name == "seconds" else MAX_COUNT if name in _COUNTS else math.inf
+    high = column > most
+    if high.any():
+        row = int(np.argmax(high))
+        yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be <= {most:g}{_more(int(high.sum()))}"
+    broken = column != np.floor(column)
+    if name in _COUNTS and broken.any():
+        row = int(np.argmax(broken))
+        yield f"{name}: row {row + 1}", f"is {column[row]:g}, must be a whole number{_more(int(broken.sum()))}"
 
 
 def _more(count: int) -> str:

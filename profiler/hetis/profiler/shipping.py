@@ -25,9 +25,11 @@ from hetis.solver.profile import Op
 
 _AIC = "aic_{}_{}.csv.gz"
 _KINDS = ("comm", "context_attention", "gemm", "generation_attention")
-_VIDUR = ("vidur_collectives.csv.gz", "vidur_cpu_overheads.csv.gz", "vidur_layer_ops.csv.gz")
+_COLLECTIVES = "vidur_collectives.csv.gz"
+_VIDUR = (_COLLECTIVES, "vidur_cpu_overheads.csv.gz", "vidur_layer_ops.csv.gz")
 # What each GPU's profile is made from, the most trusted first: importer and files.
 SOURCES: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    "A100-PCIe-80GB": (("vidur", (_COLLECTIVES,)),),
     "A100-SXM-80GB": (
         ("aiconfigurator", tuple(_AIC.format("a100_sxm", kind) for kind in _KINDS)),
         (
@@ -37,6 +39,7 @@ SOURCES: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("vidur", (*_VIDUR, "vidur_attention_a100.csv.gz")),
     ),
     "A40": (("vidur", _VIDUR),),
+    "H100-PCIe-80GB": (("vidur", (_COLLECTIVES,)),),
     "H100-SXM-80GB": (
         ("aiconfigurator", tuple(_AIC.format("h100_sxm", kind) for kind in _KINDS)),
         ("vidur", _VIDUR),

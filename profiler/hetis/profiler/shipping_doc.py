@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hetis.formats.measurements import Measurements
 from hetis.profiler.fit import FittedProfile
-from hetis.profiler.fit.report import FitReport
+from hetis.profiler.fit.report import SMALL_BATCH, FitReport, mean_mape
 from hetis.profiler.over_past import OverPast
 from hetis.profiler.ranges import error_of
 from hetis.profiler.whole_engine import EngineTime, engine_times, mean_error
@@ -21,8 +21,10 @@ Made by `make profiles`; do not edit. GPUs without measurements: [profiles-model
 
 A shipped profile is fitted to published tables; operators that nobody measured are modelled and marked so in the file.
 Every error here is on points that the fit never saw, and n counts distinct points: repeated measurements of one shape
-and size are one, of their median. The error is predicted / measured - 1; MAPE, median and 95th percentile are of its
-absolute value (the percentile of n >= 20 only), bias is its mean (positive: the profile is too slow).
+and size are one, of their median. Where fits are added up, every point counts once, for the fit that a plan would ask:
+points of a head shape with a fit of its own judge that fit there, and the one of all shapes only in its own row under
+"By profile". The error is predicted / measured - 1; MAPE, median and 95th percentile are of its absolute value (the
+percentile of n >= 20 only), bias is its mean (positive: the profile is too slow).
 
 **Held out** are a quarter of the shapes as a whole (head counts, layer sizes; of a scope with fewer than four shapes
 none) and a sixth of the points of the other shapes, chosen by checksums of what was measured, not of the times. The
@@ -49,9 +51,11 @@ _SELECTION = """\
 - **Decode attention** leaves out rows whose KV is under twice the last-level cache and takes more than 2 us to read.
   Kernels were called over and over there, so that they read from the cache (an L40S at 2.8 times its memory
   bandwidth), which serving never does: all weights and the KV of all other layers pass between two calls. Tables that
-  were measured with the cache flushed (`cold`, as `hetis-profile run` does) lose nothing.
-- **Attention** leaves out ranks of fewer than 4 query heads. A head shape (head size, queries per KV head) with
-  60 points has a fit of its own; all shapes of a head size share another one, which serves the rest.
+  were measured with the cache flushed (`cold`, as `hetis-profile run` does) lose nothing by that.
+- **Attention** leaves out fewer than 4 query heads, where one sequence leaves most of the GPU idle. A device that is
+  given so few (head groups dispatched to it, high TP) is predicted all the same: "Few query heads" has how wrongly. A
+  head shape (head size, queries per KV head) with 60 points has a fit of its own; all shapes of a head size share
+  another one, which serves the rest.
 - **Prefill attention** is fitted in FLOPs, tokens and (token, query head) pairs. The KV of a chunk and of its past is
   charged one reading at the nominal bandwidth, which is given, not fitted (see "Chunks over a past").
 - **All-reduce** takes the fastest library at each size, one fit for each number of GPUs.
@@ -80,6 +84,7 @@ def render(results: Mapping[str, FittedProfile], engines: Sequence[Measurements]
     """The Markdown text."""
     parts = [_INTRODUCTION, "## Errors in the serving range, on points held out\n", _summary(results), _PAPER]
     parts += [_SELECTION, "## What the cache took\n", _CACHE, _cache_served(results)]
+    parts += ["## Few query heads\n", _FEW_HEADS, _few_heads(results), "## Tables left out\n", _UNUSED]
     if past is not None:
         parts += ["## Chunks over a past\n", *_over_past(past)]
     parts += ["## Other sources\n", _OTHERS, _other_sources(results)]
@@ -115,7 +120,7 @@ def _summary(results: Mapping[str, FittedProfile]) -> str:
                 missed = [r for r in mine if not r.meets_bar]
                 bar = mine[0].bar
                 yield (
-                    gpu, op, sum(r.num_fitted for r in mine), sum(r.serving.num_points for r in mine),
+                    gpu, op, sum(r.served.num_fitted for r in mine), sum(r.served.serving.num_points for r in mine),
                     _percent(report.held_out_mape(op)), _percent(report.held_out_mape(op, one_piece=True)),
                     _percent(bar), "" if bar is None else f"{len(mine) - len(missed)} of {len(mine)}",
                 )  # fmt: skip
@@ -154,7 +159,30 @@ _CACHE = """\
 Rows of decode attention in the serving range that no fit sees, as a cache may have served them. They are as many as the
 cache is large beside the bandwidth: the fits hold for KV of twice the cache and more, which a loaded card reads, and
 for what is read within a launch. In between they are not judged: a small batch of short contexts is predicted from
-both sides.
+both sides. The regions of these fits begin above the cache, so that a plan whose calls read less says so in a note
+(calls within a launch were fitted, and have the note all the same: a region is one range).
+"""
+_FEW_HEADS = """\
+Rows of attention in the serving range with fewer than 4 query heads, which no fit saw, as the fit that a plan would ask
+predicts them (decode: without rows that a cache may have served). This is the error for a device that is given one to
+three query heads.
+"""
+_UNUSED = """\
+- **All-reduces and transfers between bridged cards.** vidur's hosts named `pairwise_nvlink` join PCIe boards in pairs
+  by a bridge, and the catalogue lists none: it knows the card, not what joins two. All-reduces on 2 GPUs and transfers
+  there are faster than the PCIe link, hold on no other host, and are not fitted. Those on 4 GPUs cross PCIe, stay below
+  its rate, and are; the error stated is that of predicting this one host. On 2 of these cards the modelled all-reduce
+  stands, calibrated on hosts that are three times as slow for their link, so that a plan may prefer TP 4 to TP 2 for
+  that alone: measure yours (`hetis-profile run`).
+- **All-reduces across nodes** (vidur): tensor parallelism stays inside a node.
+- **apex_collectives** (microsoft/apex_plus, H100-SXM-80GB) has no importer: its times are whole microseconds, 8 of them
+  for the smallest all-reduces, so that rounding alone is up to 6% there; and two finer sources measured all-reduces of
+  the same card, of which one is fitted and the other judges.
+- **distserve_a100_coefficients** (LLMServe/DistServe) has no importer: it has no times, but coefficients of whole-model
+  times (OPT-13B and 66B under two engines, one of them negative), which hide what an operator takes and how well they
+  fitted. A profile is of operators, for any model.
+- **Fused experts** (aiconfigurator) are not fitted: the cost model prices experts by the dense fit, and
+  [profiles-modelled.md](profiles-modelled.md) has how far the modelled one is from these tables.
 """
 
 
@@ -170,6 +198,26 @@ def _cache_served(results: Mapping[str, FittedProfile]) -> str:
             if rows.reason.startswith("KV under")
         ),
     )
+
+
+def _few_heads(results: Mapping[str, FittedProfile]) -> str:
+    """By GPU and operator, over all fits."""
+
+    def rows() -> Iterable[Sequence[object]]:
+        for gpu, result in results.items():
+            for op in _ATTENTION:
+                mine = [few for few in result.report.few_heads if few.op is op]
+                if mine:
+                    every, small = [few.serving for few in mine], [few.small_batch for few in mine]
+                    count = sum(stats.num_points for stats in every)
+                    bias = sum(stats.bias * stats.num_points for stats in every) / count
+                    yield (
+                        gpu, op, count, _percent(mean_mape(every)), f"{bias:+.1%}",
+                        sum(stats.num_points for stats in small), _percent(mean_mape(small)),
+                    )  # fmt: skip
+
+    batch = f"batch < {SMALL_BATCH}"
+    return _table(("GPU", "operator", "n", "MAPE", "bias", f"n of {batch}", f"MAPE at {batch}"), rows())
 
 
 def _over_past(past: OverPast) -> Iterable[str]:
@@ -235,7 +283,7 @@ def _notes(result: FittedProfile) -> Iterable[str]:
 
 
 def _regions(report: FitReport) -> Iterable[str]:
-    """By region over all scopes of an operator that has more than one region."""
+    """By region over all scopes of an operator that has more than one region, every point by the fit for it."""
     data = report.to_data()["by_region"]
     for op, cells in data.items():
         if len(cells) > 1:

@@ -258,7 +258,7 @@ def test_stored_profiles_are_used_the_newest_first_unless_they_are_named(tmp_pat
             await planner.solved(f"plans/{plan_id}")
         for plan_id, used in (("newest", "profiles/p2"), ("named", "profiles/p1")):
             origins = json.loads(await read_document(planner, f"plans/{plan_id}"))["inputs"]["origins"]["profiles"]
-            assert origins == {"A100-PCIe-80GB": "modelled", "RTX-3090": used, "P100-PCIe-12GB": "modelled"}
+            assert origins == {"A100-PCIe-80GB": "fitted", "RTX-3090": used, "P100-PCIe-12GB": "modelled"}
         diff = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/newest", other="plans/named"))
         assert diff.changed_inputs == ["documents.profiles.RTX-3090"]
         twice = await refused(planner.call("CreatePlan", create_request(profiles=["profiles/p1", "profiles/p2"])))

@@ -111,3 +111,12 @@ def test_a_series_of_one_point_is_measured_and_done() -> None:
     assert choice.point == point
     state.add(Measured(point=point, sample=Sample(seconds=1.0, spread=0.0)))
     assert state.next() is None
+
+
+def test_what_cannot_be_measured_further_is_not_called_known() -> None:
+    series, seconds = surface("a")
+    campaign = Campaign([series], StoppingRule(uncertainty=0.05, min_points=5))
+    for point in series.candidates:
+        campaign.add(Measured(point=point, sample=Sample(seconds=seconds[point.key], spread=2.0)))
+    assert campaign.next() is None
+    assert campaign.worst() > 0.05

@@ -26,11 +26,14 @@ def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
     notes = []
     if modelled:
         names = ", ".join(modelled)
-        notes.append(f"modelled, not measured: the profiles of {names}; real rates may differ (--profile FILE)")
+        parts = [f"; {', '.join(_fitted_ops(profiles[g]))} of {g} fitted" for g in modelled if _is_fitted(profiles[g])]
+        notes.append(
+            f"modelled, not measured: the profiles of {names}; real rates may differ (--profile FILE){''.join(parts)}"
+        )
     if fitted:
         ops = sorted({fit.op.value for gpu in fitted for fit in profiles[gpu].fits if _modelled(fit)})
         but = f"; modelled: {', '.join(ops)}" if ops else ""
-        notes.append(f"fitted to published measurements: the profiles of {', '.join(fitted)}{but}")
+        notes.append(f"fitted to measurements: the profiles of {', '.join(fitted)}{but}")
     return tuple(notes)
 
 
@@ -78,7 +81,11 @@ def _is_modelled(profile: Profile) -> bool:
 
 
 def _is_fitted(profile: Profile) -> bool:
-    return any(fit.provenance.source in (Source.FITTED, Source.IMPORTED) for fit in profile.fits)
+    return bool(_fitted_ops(profile))
+
+
+def _fitted_ops(profile: Profile) -> list[str]:
+    return sorted({fit.op.value for fit in profile.fits if fit.provenance.source in (Source.FITTED, Source.IMPORTED)})
 
 
 def _modelled(fit: Fit) -> bool:

@@ -16,9 +16,10 @@ _WORDS = {
     "batch": "requests",
     "past_tokens": "tokens of past",
     "context_tokens": "tokens of context",
-    "kv_bytes": "bytes of KV",
+    "kv_bytes": "MB of KV",
     "num_bytes": "bytes",
 }
+_UNITS = {"kv_bytes": 1e6}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +43,9 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
             if fit is None or fit.region is None:
                 continue
             for name in fit.region.outside(**use.sizes):
-                low, high = getattr(fit.region, name)
-                size = use.sizes[name]
-                off = size / max(high, 1.0) if size > high else low / max(size, 1e-9)
+                unit = _UNITS.get(name, 1.0)
+                low, high, size = (value / unit for value in (*getattr(fit.region, name), use.sizes[name]))
+                off = size / max(high, 1.0 / unit) if size > high else low / max(size, 1e-9)
                 sentence = f"{use.op} of {use.gpu} at {_number(size)} {_WORDS[name]}, measured {_span(low, high)}"
                 key = (use.gpu, use.op, name)
                 if key not in furthest or off > furthest[key][0]:

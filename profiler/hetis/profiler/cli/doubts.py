@@ -48,7 +48,7 @@ def doubts_of(profile: Profile) -> Iterator[str]:
         if error is None and fit.op is not Op.STEP:
             yield f"{_name(fit)}: how wrong it is on points it never saw is not known"
         elif error is not None and error > WANTED_ERROR:
-            yield f"{_name(fit)}: wrong by {error:.0%} on points it never saw, {WANTED_ERROR:.0%} is wanted"
+            yield f"{_name(fit)}: wrong by {error:.1%} on points it never saw, {WANTED_ERROR:.1%} is wanted"
         if all(piece.flop_s == piece.byte_s == piece.token_s == piece.wire == 0 for piece in fit.pieces) and (
             fit.op is not Op.STEP
         ):

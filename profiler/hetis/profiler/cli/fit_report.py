@@ -52,6 +52,12 @@ def report_table(fitted: FittedProfile, out: Path) -> RenderableType:
         if not one.meets_bar
     ]
     notes += list(dict.fromkeys(f"{one.op.value}: {note}" for one in report.ops for note in one.notes))
+    most: dict[tuple[str, str], int] = {}
+    for one in report.ops:
+        for rows in one.left_out:
+            key = one.op.value, rows.reason
+            most[key] = max(most.get(key, 0), rows.num_rows)
+    notes += [f"left out: {op}: {count:,} rows: {reason}" for (op, reason), count in most.items()]
     notes += [f"not fitted: {one.op.value} of {one.origin}: {one.reason}" for one in report.unfitted]
     return Group(
         Text(f"{report.gpu} -> {out}", style="bold"), table, Text(_SERVING, style="dim"), Text("\n".join(notes))

@@ -168,5 +168,5 @@ def _what_is_left(uncertainty: float) -> str:
     if uncertainty >= 1:
         return "time was up before every operator had enough points: --time-limit allows more"
     if uncertainty > 0:
-        return f"time was up: an error of {uncertainty:.0%} is still expected somewhere between the points"
+        return f"an error of {uncertainty:.0%} is still expected somewhere: time was up, or times vary as much"
     return "every operator is known as well as was asked for"

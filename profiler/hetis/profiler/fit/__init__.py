@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hetis.formats.measurements import Measurements
 from hetis.profiler.fit.attention import attention_points
-from hetis.profiler.fit.errors import SERVING, covered, error_stats, regions, within
+from hetis.profiler.fit.errors import SERVING, ErrorStats, covered, error_stats, regions, within
 from hetis.profiler.fit.layers import dense_points
 from hetis.profiler.fit.links import link_points, step_points
 from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points, Selection, Unfitted, distinct
-from hetis.profiler.fit.report import FitReport, OpReport, OtherSource, remark, stated_error
+from hetis.profiler.fit.report import (
+    SMALL_BATCH,
+    FewHeads,
+    FitReport,
+    OpReport,
+    OtherSource,
+    Served,
+    remark,
+    stated_error,
+)
 from hetis.profiler.fitting import predict
 from hetis.profiler.plausibility import doubts_of_units
 from hetis.profiler.roofline import modelled_profile
@@ -54,13 +66,15 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
         reasons = "; ".join(f"{table.op} of {table.origin}: {table.reason}" for table in selection.unfitted)
         raise InvalidProblemError(f"{gpu.name}: nothing that can be fitted" + (f" ({reasons})" if reasons else ""))
     fitted = []
+    scopes = {(points.op, points.scope) for points in selection.points}
     for points in selection.points:
-        fit, report = _fit_op(points)
+        fit, report = _fit_op(points, {scope for op, scope in scopes if op is points.op})
         if points.op is Op.STEP and report.held_out.mape > _WORST_STEP:
             reason = f"neither batch nor tokens explain it: held-out error {report.held_out.mape:.0%}"
             selection.unfitted.append(Unfitted(op=points.op, origin=points.origin, num_rows=len(points), reason=reason))
         else:
             fitted.append((fit, report))
+    few_heads = [few for points in selection.points if (few := _on_few_heads(points, [fit for fit, _ in fitted]))]
     checks = [check for others in selection.others if (check := _against(others, [fit for fit, _ in fitted]))]
     modelled = modelled_profile(gpu)
     replaced = {(fit.op, fit.scope) for fit, _ in fitted}
@@ -79,6 +93,7 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
             ops=tuple(report for _, report in fitted),
             unfitted=tuple(selection.unfitted),
             other_sources=tuple(checks),
+            few_heads=tuple(few_heads),
         ),
     )
 
@@ -103,10 +118,17 @@ def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> Selec
     return selection
 
 
-def _fit_op(points: Points) -> tuple[Fit, OpReport]:
+def _fit_op(points: Points, scopes: Collection[FitScope]) -> tuple[Fit, OpReport]:
+    """The fit of ``points``, and how wrong it is; ``scopes`` are those of all fits of the operator."""
     found = fit_points(points)
     seen, unseen = points.kept(found.fitted), points.kept(found.judges)
-    serving = within(SERVING[points.op], unseen.sizes, len(unseen))
+    serving, served = within(SERVING[points.op], unseen.sizes, len(unseen)), unseen.served(scopes)
+
+    def errors(where: NDArray[np.bool_], *, one_piece: bool = False) -> ErrorStats:
+        predicted = found.predicted_single if one_piece else found.predicted
+        return error_stats(predicted[where], unseen.seconds[where])
+
+    cells = list(regions(points.op, unseen.sizes))
     report = OpReport(
         op=points.op,
         scope=points.scope,
@@ -117,13 +139,16 @@ def _fit_op(points: Points) -> tuple[Fit, OpReport]:
         held_out_shapes=found.shapes,
         fitted=error_stats(predict(found.pieces, seen.features), seen.seconds),
         held_out=error_stats(found.predicted, unseen.seconds),
-        serving=error_stats(found.predicted[serving], unseen.seconds[serving]),
-        one_piece=error_stats(found.predicted_single[serving], unseen.seconds[serving]),
-        by_region=tuple(
-            (name, error_stats(found.predicted[cell], unseen.seconds[cell]))
-            for name, cell in regions(points.op, unseen.sizes)
+        serving=errors(serving),
+        one_piece=errors(serving, one_piece=True),
+        by_region=tuple((name, errors(cell)) for name, cell in cells),
+        region=covered(points.sizes, points.least),
+        served=Served(
+            num_fitted=int(seen.served(scopes).sum()),
+            serving=errors(serving & served),
+            one_piece=errors(serving & served, one_piece=True),
+            by_region=tuple((name, errors(cell & served)) for name, cell in cells if (cell & served).any()),
         ),
-        region=covered(points.sizes),
         left_out=points.left_out,
         notes=points.notes,
     )
@@ -139,9 +164,26 @@ def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
     served = others.kept(within(SERVING[others.op], others.sizes, len(others)))
     if fit is None or not len(served):
         return None
-    pieces = [tuple(getattr(piece, name) for name in FEATURES[others.op]) for piece in fit.pieces]
-    stats = error_stats(predict(pieces, served.features), served.seconds)
-    return OtherSource(op=others.op, scope=others.scope, origin=others.origin, serving=stats)
+    return OtherSource(op=others.op, scope=others.scope, origin=others.origin, serving=_errors_of(fit, served))
+
+
+def _on_few_heads(points: Points, fits: Sequence[Fit]) -> FewHeads | None:
+    """What the fit of ``points`` says of fewer query heads, where a plan would ask it for them; None without any."""
+    fit = next((fit for fit in fits if (fit.op, fit.scope) == (points.op, points.scope)), None)
+    if fit is None or points.few_heads is None:
+        return None
+    few = distinct(points.few_heads)
+    few = few.kept(few.served({fit.scope for fit in fits if fit.op is points.op}))
+    few = few.kept(within(SERVING[few.op], few.sizes, len(few)))
+    if not len(few):
+        return None
+    small = few.kept(few.sizes["batch"] < SMALL_BATCH)
+    return FewHeads(op=few.op, scope=few.scope, serving=_errors_of(fit, few), small_batch=_errors_of(fit, small))
+
+
+def _errors_of(fit: Fit, points: Points) -> ErrorStats:
+    pieces = [tuple(getattr(piece, name) for name in FEATURES[fit.op]) for piece in fit.pieces]
+    return error_stats(predict(pieces, points.features), points.seconds)
 
 
 def _scope_key(scope: FitScope) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 
 MIN_POINTS = 60  # of a head shape that is fitted alone; the others share a fit by head size
-MIN_HEADS = 4  # query heads of a rank: one sequence of fewer leaves most of the GPU idle, and no served rank has fewer
+MIN_HEADS = 4  # query heads of a rank: one sequence of fewer leaves most of the GPU idle
 _LATER = " was measured too, and comes first"
 LAUNCH_S = 2e-6  # a KV read in less is hidden by the launch, whether from cache or memory
 
@@ -147,6 +148,11 @@ def _by_head_shape(
     few = heads < min(MIN_HEADS, heads.max())
     shapes = np.array([f"{h:.0f}/{g:.0f}" for h, g in zip(heads, groups, strict=True)])
     serving = within(SERVING[op], sizes, len(table))
+    own = {
+        (dim, q): FitScope(head_dim=int(dim), queries_per_group=int(q) if q.is_integer() else None)
+        for dim, q in set(zip(head_dim.tolist(), queries.tolist(), strict=True))
+    }
+    scopes = [own[key] for key in zip(head_dim.tolist(), queries.tolist(), strict=True)]
     for dim in sorted(set(head_dim.tolist())):
         per_groups = sorted(set(queries[head_dim == dim].tolist()))
         # One shape alone says nothing of others: the roofline does.
@@ -156,6 +162,7 @@ def _by_head_shape(
             if per_group is not None and not float(per_group).is_integer():
                 continue
             alone = per_group is not None and len(per_groups) > 1
+            scope = FitScope(head_dim=int(dim), queries_per_group=None if per_group is None else int(per_group))
             if keep.sum() < (MIN_POINTS if alone else 2 * features.shape[1]):
                 continue
             served = max(1, int((mine & serving).sum()))
@@ -163,18 +170,30 @@ def _by_head_shape(
                 LeftOut(num_rows=int(rows.sum()), reason=why, serving_share=rounded((rows & serving).sum() / served))
                 for rows, why in ((mine & warm & ~few, reason), (mine & few, _FEW))
             ]
-            yield Points(
+            every = Points(
                 op=op,
-                scope=FitScope(head_dim=int(dim), queries_per_group=None if per_group is None else int(per_group)),
-                features=features[keep],
-                seconds=table.seconds[keep],
-                shapes=shapes[keep].tolist(),
-                sizes={name: size[keep] for name, size in sizes.items()},
+                scope=scope,
+                features=features,
+                seconds=table.seconds,
+                shapes=shapes.tolist(),
+                sizes=sizes,
+                least=_above(sizes["kv_bytes"], hole=mine & warm & ~few, keep=keep),
                 given=given or {},
                 origin=origin,
                 left_out=tuple(rows for rows in left_out if rows.num_rows),
                 notes=notes,
+                scopes=scopes,
             )
+            unseen = every.kept(mine & few & ~warm)
+            yield replace(every.kept(keep), few_heads=unseen if len(unseen) else None)
 
 
-_FEW = f"fewer than {MIN_HEADS} query heads on the rank: no served rank has so few, and they leave most of the GPU idle"
+def _above(kv_bytes: FloatArray, *, hole: NDArray[np.bool_], keep: NDArray[np.bool_]) -> Mapping[str, float]:
+    """The least KV kept that is more than any of the ``hole``; empty where there is no hole, or nothing above it."""
+    if not hole.any():
+        return {}
+    above = kv_bytes[keep & (kv_bytes > kv_bytes[hole].max())]
+    return {"kv_bytes": float(above.min())} if len(above) else {}
+
+
+_FEW = f"fewer than {MIN_HEADS} query heads on the rank: one sequence of them leaves most of the GPU idle"

@@ -92,9 +92,11 @@ def regions(op: Op, sizes: Mapping[str, FloatArray]) -> Iterator[tuple[str, Mask
         yield label, (cells == np.array(cell)).all(axis=1)
 
 
-def covered(sizes: Mapping[str, FloatArray]) -> FitRegion:
-    """The range of what was measured."""
-    return FitRegion(**{name: (float(size.min()), float(size.max())) for name, size in sizes.items()})
+def covered(sizes: Mapping[str, FloatArray], least: Mapping[str, float]) -> FitRegion:
+    """The range of what was measured, from ``least`` where a size has one."""
+    return FitRegion(
+        **{name: (max(float(size.min()), least.get(name, 0.0)), float(size.max())) for name, size in sizes.items()}
+    )
 
 
 def _label(name: str, index: int) -> str:

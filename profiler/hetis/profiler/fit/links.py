@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from hetis.formats.measurements import MeasuredOp, Measurements
 from hetis.profiler.fit.points import MAX_BANDWIDTH, MAX_IMPOSSIBLE, Points, Selection, Unfitted, tables_of
+from hetis.profiler.work import FloatArray
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 
@@ -25,7 +27,13 @@ def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: Select
                 for n, num_bytes, seconds in zip(*columns, strict=True):
                     fastest[n, num_bytes] = min(seconds, fastest.get((n, num_bytes), seconds))
             origin = f"{measurement.provenance}, the fastest of {', '.join(sorted({t.kernel for t in found}))}"
-            chosen += _all_reduce(fastest, link, origin)
+            every = list(_all_reduce(fastest, link, origin))
+            bridged = [points for points in every if _is_beyond(points.features[:, 1], points.seconds)]
+            for points in bridged:
+                into.unfitted.append(_bridged(points.op, f"{origin}, {points.scope.tp} GPUs", len(points), link))
+            notes = (_ALSO_BRIDGED,) if bridged else ()
+            beyond = {points.scope for points in bridged}
+            chosen += [replace(points, notes=notes) for points in every if points.scope not in beyond]
             chosen = into.others
     for path in ("peer", "loopback"):
         for origin, table in tables_of(measurements, MeasuredOp.TRANSFER):
@@ -34,9 +42,8 @@ def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: Select
                 continue
             num_bytes, seconds = table.numbers("num_bytes")[mine], table.seconds[mine]
             wire_s = num_bytes / link
-            if (wire_s > MAX_BANDWIDTH * seconds).mean() > MAX_IMPOSSIBLE:
-                reason = f"faster than the {link / 1e9:.0f} GB/s that the catalogue knows: a bridge it does not list"
-                into.unfitted.append(Unfitted(op=Op.TRANSFER, origin=origin, num_rows=len(seconds), reason=reason))
+            if _is_beyond(wire_s, seconds):
+                into.unfitted.append(_bridged(Op.TRANSFER, origin, len(seconds), link))
                 continue
             into.points.append(
                 Points(
@@ -68,6 +75,22 @@ def step_points(measurements: Sequence[Measurements], into: Selection) -> None:
             )
         )
         return
+
+
+_ALSO_BRIDGED = (
+    "measured on a host with bridges between some of its GPUs, which the larger rings fitted here cross too: on a host "
+    "without them they may be slower"
+)
+
+
+def _is_beyond(wire_s: FloatArray, seconds: FloatArray) -> bool:
+    """Whether more than a few messages were faster than the nominal link."""
+    return bool((wire_s > MAX_BANDWIDTH * seconds).mean() > MAX_IMPOSSIBLE)
+
+
+def _bridged(op: Op, origin: str, num_rows: int, link: float) -> Unfitted:
+    reason = f"faster than the {link / 1e9:.0f} GB/s that the catalogue knows: a bridge it does not list"
+    return Unfitted(op=op, origin=origin, num_rows=num_rows, reason=reason)
 
 
 def _all_reduce(fastest: dict[tuple[float, float], float], link: float, origin: str) -> Iterator[Points]:

@@ -5,7 +5,7 @@ Absolute units: FLOPs, bytes, tokens, query heads, nominal seconds on the wire.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -63,10 +63,15 @@ class Points:
         features: shape [points, features], in the order of ``FEATURES[op]``.
         shapes: of each point, the name of the shape that is held out as a whole.
         sizes: of each point, the sizes that a region is stated in (`FitRegion`), each of shape [points].
+        least: by size, the lower limit of the region where that is above the smallest point: below it, sizes that no
+            point has lie between others.
         given: coefficients by name that are known beforehand, the same in every piece; the others are fitted.
         cells: of each point, the cells of a measured grid that it was put together from, none where it was measured
             itself; left out where all were.
         notes: what a reader of the fit must know.
+        scopes: of each point, the scope of the fit of its own shape, where there is one; left out where that is
+            ``scope``.
+        few_heads: the same on fewer query heads than a fit is made of: never fitted, and reported.
     """
 
     op: Op
@@ -76,10 +81,13 @@ class Points:
     shapes: Sequence[str]
     sizes: Mapping[str, FloatArray]
     origin: str
+    least: Mapping[str, float] = field(default_factory=dict)
     given: Mapping[str, float] = field(default_factory=dict)
     cells: Sequence[Cells] = ()
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    scopes: Sequence[FitScope] = ()
+    few_heads: Points | None = None
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -88,6 +96,11 @@ class Points:
     def composed(self) -> NDArray[np.bool_]:
         """Which points were put together from others' measurements."""
         return np.array([bool(cells) for cells in self.cells] or [False] * len(self), dtype=np.bool_)
+
+    def served(self, fitted: Collection[FitScope]) -> NDArray[np.bool_]:
+        """Which points a plan would ask the fit of these points for: those without a fit of their own in ``fitted``."""
+        alone = [scope != self.scope and scope in fitted for scope in self.scopes]
+        return ~np.array(alone or [False] * len(self), dtype=np.bool_)
 
     def kept(self, keep: NDArray[np.bool_] | NDArray[np.intp]) -> Points:
         """Only the points where ``keep``, or with those indices."""
@@ -99,6 +112,7 @@ class Points:
             shapes=[self.shapes[row] for row in rows],
             sizes={name: size[rows] for name, size in self.sizes.items()},
             cells=[self.cells[row] for row in rows] if self.cells else (),
+            scopes=[self.scopes[row] for row in rows] if self.scopes else (),
         )
 
 

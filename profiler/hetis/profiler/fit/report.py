@@ -11,8 +11,24 @@ from hetis.profiler.fit.points import LeftOut, Unfitted
 from hetis.profiler.fitting import rounded
 from hetis.solver.profile import FitRegion, FitScope, Op
 
+SMALL_BATCH = 64  # sequences; below it few query heads leave most of a GPU idle
 _FEW = 10  # points in the serving range that do not say enough alone
 BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  # held-out MAPE in the serving range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What of a fit's points a plan would ask it for: those of shapes with a fit of their own are not among them.
+
+    Attributes:
+        num_fitted: of the points that it saw.
+        serving, one_piece, by_region: as those of `OpReport`, of these points alone.
+    """
+
+    num_fitted: int
+    serving: ErrorStats
+    one_piece: ErrorStats
+    by_region: tuple[tuple[str, ErrorStats], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +39,7 @@ class OpReport:
         held_out_shapes: shapes of which the fit saw nothing; a sixth of the other shapes' points is held out too.
         serving: errors on held-out points in the serving range (batch >= 4, 256 to 16k context; dense: to 8k tokens).
         one_piece: the same for a single affine piece fitted to the same points (the form of Hetis, SC'25).
+        served: the same of the points that a plan would ask this fit for.
         left_out: rows that no fit saw and no error counts, and why.
         notes: what a reader of the fit must know.
         remark: why the bar is missed, where it is.
@@ -41,6 +58,7 @@ class OpReport:
     one_piece: ErrorStats
     by_region: tuple[tuple[str, ErrorStats], ...]
     region: FitRegion
+    served: Served
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
     remark: str = ""
@@ -65,6 +83,16 @@ class OtherSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FewHeads:
+    """What a fit says of rows in the serving range with fewer query heads than it was made of, none of which it saw."""
+
+    op: Op
+    scope: FitScope
+    serving: ErrorStats
+    small_batch: ErrorStats  # of those under `SMALL_BATCH` sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
     """Every fit of one GPU, and every table that none was made of."""
 
@@ -72,11 +100,14 @@ class FitReport:
     ops: tuple[OpReport, ...]
     unfitted: tuple[Unfitted, ...]
     other_sources: tuple[OtherSource, ...] = ()
+    few_heads: tuple[FewHeads, ...] = ()
 
     def held_out_mape(self, op: Op, *, one_piece: bool = False) -> float | None:
-        """Mean over all held-out points of ``op`` in the serving range, whatever their scope; None without any."""
-        stats = [report.one_piece if one_piece else report.serving for report in self.ops if report.op is op]
-        return mean_mape(stats)
+        """Mean over the held-out points of ``op`` in the serving range, each by the fit that a plan would ask; None
+        without any.
+        """
+        served = [report.served for report in self.ops if report.op is op]
+        return mean_mape([one.one_piece if one_piece else one.serving for one in served])
 
     def to_data(self) -> dict[str, Any]:
         """Plain data; ``held_out_mape`` by operator in the serving range, ``by_region`` by operator and region."""
@@ -96,15 +127,20 @@ class FitReport:
                 }
                 for other in self.other_sources
             ],
+            "few_heads": [
+                asdict(few) | {"op": few.op.value, "scope": _set_fields(few.scope)} for few in self.few_heads
+            ],
             "unfitted": [asdict(table) | {"op": table.op.value} for table in self.unfitted],
         }
 
     def _by_region(self, op: Op) -> dict[str, dict[str, float | int | None]]:
-        cells: dict[str, list[ErrorStats]] = {}
-        for report in self.ops:
-            if report.op is op:
-                for name, stats in report.by_region:
-                    cells.setdefault(name, []).append(stats)
+        mine = [report for report in self.ops if report.op is op]
+        # In the order of the fit with the most regions, which serves few of them itself.
+        widest = max(mine, key=lambda report: len(report.by_region)).by_region
+        cells: dict[str, list[ErrorStats]] = {name: [] for name, _ in widest}
+        for report in mine:
+            for name, stats in report.served.by_region:
+                cells.setdefault(name, []).append(stats)
         return {
             name: {
                 "num_points": sum(s.num_points for s in stats),
@@ -112,6 +148,7 @@ class FitReport:
                 "bias": rounded(sum(s.bias * s.num_points for s in stats) / sum(s.num_points for s in stats)),
             }
             for name, stats in cells.items()
+            if stats
         }
 
 
@@ -129,9 +166,10 @@ def remark(report: OpReport) -> str:
     if report.meets_bar:
         return ""
     ranked = sorted(report.by_region, key=lambda cell: -cell[1].mape * cell[1].num_points)
-    worst = [(name, s) for name, s in ranked if not any(limit in name for limit in _NOT_SERVED)][:2]
+    unserved = (*_NOT_SERVED, "batch < 4") if report.op is Op.DECODE_ATTENTION else _NOT_SERVED
+    worst = [(name, s) for name, s in ranked if not any(limit in name for limit in unserved)][:2]
     where = "; ".join(f"{name}: {s.mape:.0%} off, bias {s.bias:+.0%}, {s.num_points} points" for name, s in worst)
-    reason = _reason(report) if any(s.bias < -0.05 for _, s in worst) else ""
+    reason = next((_reason(report, name) for name, s in worst if s.bias < -0.05 and _reason(report, name)), "")
     if report.serving.num_points < _FEW:
         reason = f"Only {report.serving.num_points} points judge it"
     return f"most of the error is at {where}" + (f". {reason}" if reason else "")
@@ -149,11 +187,15 @@ _THROUGH_MEMORY = (
 )
 
 
-def _reason(report: OpReport) -> str:
-    """What was found behind the misses of the published tables."""
-    if report.op is Op.DECODE_ATTENTION:
+_SERIAL_AT = ("batch < 4, context 4,096 to 16,384", "batch 4 to 15, context 4,096 to 16,384")
+_THROUGH_MEMORY_AT = ("batch 16 to 63, context 256 to 1,023", "batch >= 64, context 256 to 1,023")
+
+
+def _reason(report: OpReport, region: str) -> str:
+    """What was found behind too fast fits of the published tables in such a region; empty elsewhere."""
+    if report.op is Op.DECODE_ATTENTION and region in _SERIAL_AT:
         return _SERIAL
-    if report.op is Op.PREFILL_ATTENTION:
+    if report.op is Op.PREFILL_ATTENTION and region in _THROUGH_MEMORY_AT:
         return _THROUGH_MEMORY
     return ""
 
@@ -179,6 +221,7 @@ def _op_data(report: OpReport) -> dict[str, Any]:
         "serving": asdict(report.serving),
         "one_piece": asdict(report.one_piece),
         "by_region": {name: asdict(stats) for name, stats in report.by_region},
+        "served": asdict(report.served) | {"by_region": {n: asdict(s) for n, s in report.served.by_region}},
         "left_out": [asdict(rows) for rows in report.left_out],
         "notes": list(report.notes),
         "bar": report.bar,

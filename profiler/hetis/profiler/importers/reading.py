@@ -17,10 +17,9 @@ from typing import Any
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import unreadable
+from hetis.formats.measurements import MAX_COUNT, MAX_SECONDS
 
 MAX_BYTES = 2**30  # of one table when unpacked
-MAX_SECONDS = 600.0  # of one call or one request; nothing that is measured here takes as long
-MAX_COUNT = 2**53  # beyond it a double is no longer exact
 MAX_PROBLEMS = 100  # of one table; a wrong column is wrong in every row
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 

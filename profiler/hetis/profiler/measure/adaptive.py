@@ -91,6 +91,17 @@ class SeriesState:
             return None
         return Choice(series=self.series.name, point=left[worst], uncertainty=float(at.uncertainty[worst]))
 
+    def worst(self) -> float:
+        """The largest relative error expected at any candidate; 0 when all are known as well as the rule asks."""
+        if (choice := self.next()) is not None:
+            return choice.uncertainty
+        if len(self.measured) < 2:
+            return 0.0
+        # Nothing is left to measure, which does not mean that it is known: medians vary, too.
+        at = self.predict(self.series.candidates)
+        worst = float(np.where(at.seconds <= self.rule.max_point_s, at.uncertainty, 0.0).max())
+        return worst if worst > self.rule.uncertainty else 0.0
+
     def predict(self, points: Sequence[Point]) -> Prediction:
         """What the measured points say of others."""
         return predict(
@@ -136,7 +147,7 @@ class Campaign:
 
     def worst(self) -> float:
         """The largest relative error expected anywhere."""
-        return max((choice.uncertainty for state in self.states if (choice := state.next()) is not None), default=0.0)
+        return max((state.worst() for state in self.states), default=0.0)
 
 
 def first_points(series: Series) -> list[Point]:

@@ -16,7 +16,11 @@ _LIMIT = 50.0  # percent: where the colours end
 
 def html(pairs: Sequence[Pairs], title: str) -> str:
     """Per operator: measured against fitted, and the mean residual of each region."""
-    titles = [text for one in pairs for text in (f"{one.title}: MAPE {one.mape:.1%}", "fitted / measured - 1, %")]
+    titles = [
+        text
+        for one in pairs
+        for text in (f"{one.title}: MAPE {one.mape:.1%} of all points", "fitted / measured - 1, %")
+    ]
     rows = len(pairs)
     figure = make_subplots(rows=rows, cols=2, subplot_titles=titles, vertical_spacing=0.35 / max(rows, 2))
     for row, one in enumerate(pairs, start=1):

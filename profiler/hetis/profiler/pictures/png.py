@@ -28,7 +28,7 @@ def png(pairs: Sequence[Pairs], title: str) -> bytes:
         left.set(xscale="log", yscale="log", xlabel="measured, s", ylabel="fitted, s")
         for axis in (left.xaxis, left.yaxis):
             axis.set_minor_formatter(NullFormatter())  # labels between the powers of ten run into each other
-        left.set_title(f"{one.title}: MAPE {one.mape:.1%}", fontsize=10)
+        left.set_title(f"{one.title}: MAPE {one.mape:.1%} of all points", fontsize=10)
         rows, columns, mean, _ = one.by_region()
         image = right.imshow(
             100 * mean, cmap="RdBu_r", vmin=-_LIMIT, vmax=_LIMIT, aspect="auto", origin="lower", interpolation="nearest"
