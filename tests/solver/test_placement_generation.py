@@ -21,7 +21,7 @@ from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import configurations, use_of
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
@@ -191,3 +191,15 @@ def test_ceilings_kept_from_earlier_prices_hide_no_replica(problem: PlacementPro
         for template in best.templates:
             ratio = min(template.rate, rate_cap) / float(prices @ use_of(atlas, template))
             assert again.ratio_bound >= ratio * (1 - REL)
+
+
+def test_a_replica_that_a_limit_keeps_fast_is_priced_whatever_rate_counts() -> None:
+    """It cannot be slowed down to the cap, and may be part of a plan that serves less than it could."""
+    limits = Objective(ttft_limit_s=0.05, tpot_limit_s=None)
+    atlas = build_atlas(make_problem([make_node("a", "A", gpus=2)], objective=limits))
+    every = [c for c in configurations(atlas) if c.side == UNIFIED]
+    prices = np.ones(len(atlas.resources.rows))
+    pricer = Pricer(atlas, every, 0.0 * prices, max_copies=2, max_pool=0, threads=1, tolerance=1e-4)
+    priced = pricer.price(prices, 0.0, 1.0, Budget(), rate_cap=1e-3)
+    assert priced.templates
+    assert priced.ratio_bound >= 1e-3 / 2
