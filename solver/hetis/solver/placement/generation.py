@@ -160,15 +160,8 @@ class ColumnGeneration:
         None if no plan was found.
         """
         self.generate(seeds, threads=threads, gap_target=gap_target, choose_seed=seed)
-        self.settle(gap_target=gap_target, seed=seed)
-        return self.outcome()
-
-    def settle(self, *, gap_target: float, seed: int) -> None:
-        """Chooses whole counts, and again with columns of more sizes where the gap asks for them."""
         self.choose(gap=gap_target / 10, seed=seed)
-        if self.gap() > gap_target:
-            self.vary()
-            self.choose(gap=gap_target / 10, seed=seed)
+        return self.outcome()
 
     def generate(
         self, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None = None
@@ -201,7 +194,7 @@ class ColumnGeneration:
         part.pool.add(self._with_roles(roles, seeds))
         part.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 2)
         if choose_seed is not None:
-            part.settle(gap_target=gap_target, seed=choose_seed)
+            part.choose(gap=gap_target / 10, seed=choose_seed)
         self.absorb(part.pool, part.incumbent)
         self.bound = self._no_bound(part.bound.row_prices)
 
@@ -278,7 +271,7 @@ class ColumnGeneration:
         """Adds columns of several sizes: what nearly every configuration has to offer at the bound's prices.
 
         The relaxation asks for the best replicas only, and whole counts for others: of prefill replicas there are few,
-        and one that is a little worse but half as large may leave less over.
+        and one that is a little worse but half as large may leave less over. Cheap where no class is scarce.
         """
         prices, cap = self._lifted(self.bound.row_prices), self._rate_cap()
         for pricer, worth in zip(self._last_pricers, self.bound.rate_prices, strict=True):
