@@ -6,15 +6,22 @@ import math
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots, Link, NodeGroup
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement.pricing import Pricer
+from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.template import configurations, use_of
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
@@ -161,3 +168,38 @@ def test_slow_links_between_zones_are_never_overdrawn(
     problem = replace(problem, cluster=replace(problem.cluster, network=network), profiles=small)
     plan = searched_exactly(problem) if exact else generated(problem)
     assert plan is None or check_plan(plan, problem) == ()
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    problem=problems(max_gpus=4, family=SMALL_FAMILY), factors=st.lists(st.floats(0.5, 2.0), min_size=12, max_size=12)
+)
+def test_ceilings_kept_from_earlier_prices_hide_no_replica(problem: PlacementProblem, factors: list[float]) -> None:
+    """One pricer at ever other prices and ever lower caps says what a new one says, or something weaker."""
+    atlas = build_atlas(problem)
+    num_rows = len(atlas.resources.rows)
+    settings_of = {"max_copies": 2, "max_pool": 2, "threads": 1, "tolerance": 1e-4}
+    every = [c for c in configurations(atlas) if c.side == UNIFIED]
+    kept, rate_cap = Pricer(atlas, every, np.zeros(num_rows), **settings_of), 1e4  # type: ignore[arg-type]
+    for at in range(3):
+        prices = np.array([factors[(at * num_rows + row) % len(factors)] for row in range(num_rows)])
+        new = Pricer(atlas, every, np.zeros(num_rows), **settings_of)  # type: ignore[arg-type]
+        rate_cap *= 0.5
+        best = new.price(prices, 0.0, 1.0, Budget(), rate_cap=rate_cap)
+        floor = 0.9 * best.ratio_bound
+        again = kept.price(prices, floor, 1.0, Budget(), rate_cap=rate_cap, ease=0.01)
+        for template in best.templates:
+            ratio = min(template.rate, rate_cap) / float(prices @ use_of(atlas, template))
+            assert again.ratio_bound >= ratio * (1 - REL)
+
+
+def test_a_replica_that_a_limit_keeps_fast_is_priced_whatever_rate_counts() -> None:
+    """It cannot be slowed down to the cap, and may be part of a plan that serves less than it could."""
+    limits = Objective(ttft_limit_s=0.05, tpot_limit_s=None)
+    atlas = build_atlas(make_problem([make_node("a", "A", gpus=2)], objective=limits))
+    every = [c for c in configurations(atlas) if c.side == UNIFIED]
+    prices = np.ones(len(atlas.resources.rows))
+    pricer = Pricer(atlas, every, 0.0 * prices, max_copies=2, max_pool=0, threads=1, tolerance=1e-4)
+    priced = pricer.price(prices, 0.0, 1.0, Budget(), rate_cap=1e-3)
+    assert priced.templates
+    assert priced.ratio_bound >= 1e-3 / 2

@@ -46,6 +46,9 @@ PRICE_FLOOR = 1e-5  # of the mean price of a row's unit: no row is free, or a re
 MAX_ROUNDS = 60
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further in pricing
 MILP_SECONDS = 4.0
+MANY = 64  # replicas: from here on the MILP keeps close to the relaxation
+VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # of the best ratio: what columns of other sizes must have
+EASE, MOST_EASE = 0.125, 0.01  # of the gap, and at most: what pricing need not look for while much is missing
 KEEP = 0.97  # columns this close to the best of a round are worth keeping
 
 
@@ -132,6 +135,7 @@ class ColumnGeneration:
         self.pool = Pool(atlas, row_costs)
         self.bound = self._no_bound(self._first_prices())
         self.incumbent: MilpSolution | None = None
+        self._last_pricers: list[Pricer] = []  # of the latest run: they know ceilings
         self.may_have_plan = True  # until a complete pricing finds nothing at all
         self.is_whole_family = False  # whether the bound speaks of the whole family yet
 
@@ -220,12 +224,12 @@ class ColumnGeneration:
         Returns whether it converged; the bound is valid for templates with at most ``max_copies`` copies per stage and
         ``max_pool`` attention workers per copy.
         """
-        pricers = self._pricers(max_copies, max_pool, threads, target_gap)
+        pricers = self._last_pricers = self._pricers(max_copies, max_pool, threads, target_gap)
         self.bound = self._no_bound(self.bound.row_prices)
         prices, links, smooth = self.bound.row_prices, self.bound.link_prices, True
         floors = np.zeros(len(pricers))
         barren = np.zeros(len(pricers), dtype=bool)  # sides without a single replica
-        cap = self._rate_cap()
+        cap, ease = self._rate_cap(), 0.0
         lp = self._relaxation(cap)
         for _ in range(MAX_ROUNDS):
             if cap <= 0.0:
@@ -236,7 +240,7 @@ class ColumnGeneration:
             lifted = self._lifted(prices)
             floors[barren] = np.inf
             priced = [
-                pricer.price(lifted, floor, KEEP, self.budget, rate_cap=cap)
+                pricer.price(lifted, floor, KEEP, self.budget, rate_cap=cap, ease=ease)
                 for pricer, floor in zip(pricers, floors, strict=True)
             ]
             complete = all(side.complete for side in priced)
@@ -260,7 +264,21 @@ class ColumnGeneration:
             if not added and not smooth and cap >= last_cap * (1.0 - target_gap):
                 return True  # nothing improves on the relaxation: what is left of the gap is the pricing's tolerance
             smooth = added > 0
+            ease = min(EASE * gap, MOST_EASE) if smooth else 0.0
         return False
+
+    def vary(self) -> None:
+        """Adds columns of several sizes: what nearly every configuration has to offer at the bound's prices.
+
+        The relaxation asks for the best replicas only, and whole counts for others: of prefill replicas there are few,
+        and one that is a little worse but half as large may leave less over. Cheap where no class is scarce.
+        """
+        prices, cap = self._lifted(self.bound.row_prices), self._rate_cap()
+        for pricer, worth in zip(self._last_pricers, self.bound.rate_prices, strict=True):
+            role = self.atlas.mixes[pricer.configurations[0].mix].role if pricer.configurations else Role.UNIFIED
+            if cap > 0.0 and worth > 0.0 and role in VARIETY and not self.budget.is_spent():
+                share = VARIETY[role]
+                self.pool.add(pricer.price(prices, share / worth, share, self.budget, rate_cap=cap).templates)
 
     def _pricers(self, max_copies: int, max_pool: int, threads: int, target_gap: float) -> list[Pricer]:
         """One for every side of the master; those of other roles have nothing to price."""
@@ -343,17 +361,30 @@ class ColumnGeneration:
         """Whole counts over all columns seen; never worse than an earlier choice."""
         if not self.pool.templates:
             return None
+        columns = self.pool.columns()
+        least, start = self._nearly_whole(columns), self.incumbent
+        if least is not None and start is not None and np.any(self._padded(start.counts) < least):
+            start = None
         found = self.master.solve_milp(
-            self.pool.columns(),
+            columns,
             time_limit_s=max(0.5, min(MILP_SECONDS, self.budget.remaining_s())),
             gap=gap,
-            start=self.incumbent,
+            start=start,
+            least=least,
             seed=seed,
         )
         if found is not None and found.value > 0.0 and self._is_better(found.value):
             self.incumbent = found
             self._tell("whole counts")
         return self.incumbent
+
+    def _nearly_whole(self, columns: Columns) -> IntArray | None:
+        """Of a plan of many replicas, those of the relaxation, less one of each column: what need not be searched."""
+        relaxed = self.master.solve_lp(columns)
+        if relaxed is None or relaxed.counts.sum() < MANY:
+            return None
+        least: IntArray = np.maximum(np.floor(relaxed.counts + 1e-6).astype(np.int64) - 1, 0)
+        return least
 
     def gap(self) -> float:
         """Between the incumbent and the bound."""

@@ -102,14 +102,27 @@ class Master:
         )
 
     def solve_milp(
-        self, columns: Columns, *, time_limit_s: float, gap: float, start: MilpSolution | None = None, seed: int = 0
+        self,
+        columns: Columns,
+        *,
+        time_limit_s: float,
+        gap: float,
+        start: MilpSolution | None = None,
+        least: IntArray | None = None,
+        seed: int = 0,
     ) -> MilpSolution | None:
         """Whole counts within a relative gap; None if none was found in time.
 
-        ``start`` is a known feasible choice of the first columns: the result is never worse.
+        ``start`` is a known feasible choice of the first columns: the result is never worse. With ``least`` [K] counts
+        are no less than that, and so is what the bound speaks of.
         """
         highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
-        highs.passModel(self._model(columns, whole=True))
+        model = self._model(columns, whole=True)
+        if least is not None:
+            lower = np.array(model.col_lower_)
+            lower[: len(least)] = least
+            model.col_lower_ = lower
+        highs.passModel(model)
         counts = None
         if start is not None:
             counts = np.zeros(len(columns.rates), dtype=np.int64)

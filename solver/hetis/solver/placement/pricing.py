@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,6 +23,7 @@ from hetis.solver.placement.within_cap import best_within_cap
 
 BATCH = 32
 SCARCE = 256
+ROUNDING = 1e-9  # share by which what is proved at other prices is widened
 
 
 @kernel
@@ -80,32 +81,6 @@ class Priced:
     complete: bool  # False: the budget ran out, and ceilings stand in for what was not searched
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Configurations of one scope, in their order, as the arrays that `ceilings` reads."""
-
-    scope: int
-    mixes: IntArray
-    in_flight: IntArray
-    slacks: FloatArray
-    copies: IntArray
-
-
-def _parts(every: list[Configuration]) -> Iterator[_Part]:
-    """Shares of the configurations for one thread each; those of a scope stand together."""
-    for scope, members in groupby(every, key=lambda c: c.scope):
-        of_scope = list(members)
-        for start in range(0, len(of_scope), 4 * BATCH):
-            part = of_scope[start : start + 4 * BATCH]
-            yield _Part(
-                scope,
-                np.array([c.mix for c in part], dtype=np.int64),
-                np.array([c.in_flight_index for c in part], dtype=np.int64),
-                np.array([c.slack for c in part]),
-                np.array([c.max_copies for c in part], dtype=np.int64),
-            )
-
-
 class Pricer:
     """Prices some configurations, all on one side of the master.
 
@@ -127,13 +102,22 @@ class Pricer:
         self.atlas, self.row_costs = atlas, row_costs
         self.max_copies, self.max_pool, self.threads, self.tolerance = max_copies, max_pool, threads, tolerance
         self.configurations = every
-        self.parts = list(_parts(self.configurations))
+        self.scopes = np.array([c.scope for c in every], dtype=np.int64)
+        self.mixes = np.array([c.mix for c in every], dtype=np.int64)
+        self.in_flight = np.array([c.in_flight_index for c in every], dtype=np.int64)
+        self.slacks = np.array([c.slack for c in every])
+        self.copies = np.array([c.max_copies for c in every], dtype=np.int64)
+        self.longest_s = np.array([atlas.scopes[c.scope].tables.t_cap[c.mix, c.in_flight_index] for c in every])
         self.scarce = _scarce(atlas)
+        self._proved = _Proved(len(every), len(row_costs))
 
-    def price(self, row_prices: FloatArray, floor: float, keep: float, budget: Budget, *, rate_cap: float) -> Priced:
+    def price(
+        self, row_prices: FloatArray, floor: float, keep: float, budget: Budget, *, rate_cap: float, ease: float = 0.0
+    ) -> Priced:  # fmt: skip
         """Finds the best column of every configuration whose ratio could exceed ``floor`` (inf: of none).
 
-        Rates count up to ``rate_cap`` only.
+        Rates count up to ``rate_cap`` only. With ``ease`` configurations are left alone that cannot exceed the floor by
+        more than this share; what they may have goes into the bound.
 
         Columns within ``keep`` of the best ratio found so far are returned; a configuration that cannot come that
         close is not searched, and its ceiling does not exceed the bound returned.
@@ -142,25 +126,30 @@ class Pricer:
             return Priced((), floor if self.configurations else 0.0, True)
         prices = row_prices + self.row_costs
         worth = self.atlas.group_use @ prices, self.atlas.card_use @ prices
-        best, bound, complete = floor, floor, True
+        best, enough, complete = floor, floor * (1.0 + ease), True
         found: list[tuple[float, int, IntArray]] = []
-        tables = {part.scope: self._capped(part.scope, rate_cap) for part in self.parts}
+        tables = self._tables(rate_cap)
+        highest = self._proved.at(prices, rate_cap)
 
         def search(i: int) -> tuple[float, IntArray, float]:
             if budget.is_spent():
                 return np.nan, NO_STAGES, 0.0
             c = self.configurations[i]
             return best_replica(
-                tables[c.scope], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
-                limits_of(tables[c.scope], c.mix, c.in_flight_index, c.slack, c.max_copies), Ceiling(*proofs[i]),
+                tables[i], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
+                limits_of(tables[i], c.mix, c.in_flight_index, c.slack, c.max_copies), Ceiling(*proofs[i]),
                 threshold, self.tolerance,
             )  # fmt: skip
 
         with ThreadPoolExecutor(self.threads) as workers:
-            proofs = self._ceilings(tables, *worth, floor, workers)
-            highest = proofs[:, 0]
+            promising = np.flatnonzero(highest > enough)
+            proofs = np.zeros((len(highest), 3))
+            proofs[promising] = self._ceilings(promising, tables, *worth, enough, workers)
+            highest[promising] = np.minimum(highest[promising], proofs[promising, 0])
+            self._proved.note(promising, highest[promising], prices, rate_cap)
+            bound = max(floor, float(highest[highest <= enough].max(initial=0.0)))
             order = np.argsort(-highest, kind="stable")
-            order = order[highest[order] > floor]
+            order = order[highest[order] > enough]
             # In batches: the threshold of a batch depends on those before it only, so that threads change nothing.
             for start in range(0, len(order), BATCH):
                 threshold = max(floor, best * keep)
@@ -173,6 +162,7 @@ class Pricer:
                         bound = max(bound, float(highest[i]))
                         continue
                     bound = max(bound, left)
+                    self._proved.note(i, min(highest[i], max(left, threshold)), prices, rate_cap)
                     if ratio > threshold:
                         found.append((ratio, int(i), rows))
                         best = max(best, ratio)
@@ -182,24 +172,63 @@ class Pricer:
         )
         return Priced(templates, float(bound), complete)
 
-    def _capped(self, scope: int, rate_cap: float) -> Tables:
-        """The tables of a scope, with intervals no shorter than a rate that counts."""
-        tables = self.atlas.scopes[scope].tables
-        return tables._replace(t_floor=max(tables.t_floor, 1.0 / rate_cap))
+    def _tables(self, rate_cap: float) -> list[Tables]:
+        """The tables of every configuration, with intervals no shorter than a rate that counts.
+
+        Where a latency limit asks for shorter ones all rates count: such a replica cannot be slowed down to the cap.
+        """
+        whole = {int(scope): self.atlas.scopes[scope].tables for scope in np.unique(self.scopes)}
+        capped = {scope: t._replace(t_floor=max(t.t_floor, 1.0 / rate_cap)) for scope, t in whole.items()}
+        return [
+            (capped if capped[c.scope].t_floor <= t_cap else whole)[c.scope]
+            for c, t_cap in zip(self.configurations, self.longest_s, strict=True)
+        ]
 
     def _ceilings(
-        self, tables: Mapping[int, Tables], group_price: FloatArray, card_price: FloatArray, floor: float,
-        workers: ThreadPoolExecutor,
+        self, which: IntArray, tables: Sequence[Tables], group_price: FloatArray, card_price: FloatArray,
+        floor: float, workers: ThreadPoolExecutor,
     ) -> FloatArray:  # fmt: skip
-        """Upper bounds on the ratio of every configuration, no sharper than ``floor``, with m and r; [., 3]."""
+        """Upper bounds on the ratio of these configurations, no sharper than ``floor``, with m and r; [., 3]."""
 
-        def bounds(part: _Part) -> FloatArray:
+        def bounds(part: IntArray) -> FloatArray:
             return ceilings(
-                tables[part.scope], part.mixes, part.in_flight, part.slacks, part.copies, self.max_copies,
-                 self.max_pool, group_price, card_price, floor,
+                tables[int(part[0])], self.mixes[part], self.in_flight[part], self.slacks[part],
+                self.copies[part], self.max_copies, self.max_pool, group_price, card_price, floor,
             )  # fmt: skip
 
-        return np.concatenate(list(workers.map(bounds, self.parts)))
+        return np.concatenate([np.zeros((0, 3)), *workers.map(bounds, _shares(which, tables))])
+
+
+def _shares(which: IntArray, tables: Sequence[Tables]) -> Iterator[IntArray]:
+    """Shares of the configurations for one thread each, in their order; those of a share have the same tables."""
+    for _, members in groupby(which.tolist(), key=lambda i: id(tables[i])):
+        alike = np.array(list(members), dtype=np.int64)
+        for start in range(0, len(alike), 4 * BATCH):
+            yield alike[start : start + 4 * BATCH]
+
+
+class _Proved:
+    """Ceilings proved at earlier prices, which say something at others.
+
+    With ``y <= c y'`` in every row no replica is dearer at y than c times what it is at y', so that its ratio at y' is
+    at most c times that at y. Rates that count up to less only lower it.
+    """
+
+    def __init__(self, num_configurations: int, num_rows: int) -> None:
+        self.ratios = np.full(num_configurations, np.inf)
+        self.prices = np.zeros((num_configurations, num_rows))
+        self.rate_caps = np.full(num_configurations, np.inf)
+
+    def at(self, prices: FloatArray, rate_cap: float) -> FloatArray:
+        """No replica of a configuration has a ratio above this; inf: nothing is known; [configurations]."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            dearer = np.where(self.prices > 0.0, self.prices / prices, 0.0).max(axis=1, initial=0.0)
+            known = np.where(self.ratios > 0.0, self.ratios * dearer * (1.0 + ROUNDING), 0.0)
+        return np.where((rate_cap <= self.rate_caps) & np.isfinite(self.ratios), known, np.inf)
+
+    def note(self, which: IntArray | int, ratios: FloatArray | float, prices: FloatArray, rate_cap: float) -> None:
+        """Ceilings proved at these prices."""
+        self.ratios[which], self.prices[which], self.rate_caps[which] = ratios, prices, rate_cap
 
 
 def _scarce(atlas: Atlas) -> BoolArray:

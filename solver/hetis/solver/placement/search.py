@@ -119,6 +119,7 @@ def _search_merged(
     relaxed.generate(uniform_templates(merged), threads=threads, gap_target=gap_target)
     if not np.isfinite(relaxed.bound.value):
         return None
+    relaxed.vary()
     generation.pool.add(zone_templates(merged, generation.atlas, relaxed.pool.templates))
     generation.bound = Bound(
         relaxed.bound.value,

@@ -20,6 +20,7 @@ from hetis.solver.plan import ObjectiveKind, Role
 
 Search = Callable[[Atlas, Report], Outcome | None]
 TOLERANCE = 1e-3  # of ratios that only rule out pairs
+ROUNDING = 1e-9  # share by which a limit may seem better than what it was made from
 CHEAPEST = 1e-9  # USD/h: GPUs that cost nothing have a ratio, too
 
 
@@ -33,7 +34,7 @@ def search_types(
     objective = atlas.problem.objective
     maximises, better = objective.maximises, max if objective.maximises else min
     best, bounds = known, list[float]()
-    for pair, limit in _promising_first(atlas, budget, threads):
+    for pair, limit in _promising_first(atlas, known, budget, threads):
         if best is not None and better(limit, best.value) == best.value:
             break
         found = None
@@ -58,18 +59,28 @@ def search_types(
     return best
 
 
-def _promising_first(atlas: Atlas, budget: Budget, threads: int) -> list[tuple[Atlas, float]]:
+def _promising_first(
+    atlas: Atlas, known: Outcome | None, budget: Budget, threads: int
+) -> list[tuple[Atlas, float]]:  # fmt: skip
     """Every pair, without stage copies and attention workers, with a limit on its value; the best limits first.
 
     A type whose best replica of a role serves theta requests/s per GPU (or per unit of cost) serves theta times its
-    GPUs at most; where one type does both, its GPUs are shared out.
+    GPUs at most; where one type does both, its GPUs are shared out. Pricing need not look below a theta with which the
+    limit, whatever the other role's, would not be better than ``known``.
     """
     objective = atlas.problem.objective
     family = replace(atlas.problem.family, max_copies=1, max_pool=0, roles=(Role.PREFILL, Role.DECODE))
     plain = replace(atlas, problem=replace(atlas.problem, family=family))
     gpus = list(dict.fromkeys(c.gpu for c in atlas.classes))
     counts = {gpu: sum(c.available for c in atlas.classes if c.gpu == gpu) for gpu in gpus}
-    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), budget, threads) for gpu in gpus}
+    demand = (objective.demand_rps or 0.0) / atlas.problem.assumptions.planned_utilisation
+    floors = dict.fromkeys(gpus, 0.0)
+    if known is not None and known.value > 0.0:
+        enough = 1.0 - ROUNDING
+        floors = {
+            gpu: enough * (known.value / counts[gpu] if objective.maximises else demand / known.value) for gpu in gpus
+        }
+    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], budget, threads) for gpu in gpus}
     found = []
     for prefill in gpus:
         for decode in gpus:
@@ -77,7 +88,7 @@ def _promising_first(atlas: Atlas, budget: Budget, threads: int) -> list[tuple[A
                 effort = 1.0 / theta[prefill][0] + 1.0 / theta[decode][1]
                 shared = counts[prefill] / effort
             if not objective.maximises:
-                limit = effort * (objective.demand_rps or 0.0) / atlas.problem.assumptions.planned_utilisation
+                limit = effort * demand
             elif prefill == decode:
                 limit = shared
             else:
@@ -87,8 +98,8 @@ def _promising_first(atlas: Atlas, budget: Budget, threads: int) -> list[tuple[A
     return sorted(found, key=lambda one: one[1], reverse=objective.maximises)
 
 
-def _best_ratios(pair: Atlas, budget: Budget, threads: int) -> FloatArray:
-    """The highest rate of a prefill and of a decode replica, each per GPU or per unit of cost; [2]."""
+def _best_ratios(pair: Atlas, floor: float, budget: Budget, threads: int) -> FloatArray:
+    """The highest rate of a prefill and of a decode replica, each per GPU or per unit of cost, or ``floor``; [2]."""
     family, kind = pair.problem.family, pair.problem.objective.kind
     prices = np.zeros(len(pair.resources.rows))
     for row, (g, p) in enumerate(pair.resources.rows):
@@ -102,7 +113,7 @@ def _best_ratios(pair: Atlas, budget: Budget, threads: int) -> FloatArray:
                 pair, [c for c in every if c.side == side], np.zeros_like(prices), max_copies=family.max_copies,
                 max_pool=family.max_pool, threads=threads, tolerance=TOLERANCE,
             )  # fmt: skip
-            priced = pricer.price(prices, 0.0, 1.0, budget, rate_cap=np.inf)
+            priced = pricer.price(prices, floor, 1.0, budget, rate_cap=np.inf)
             ratios[place] = max(ratios[place], priced.ratio_bound)
     return ratios
 
