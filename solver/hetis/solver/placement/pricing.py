@@ -175,14 +175,18 @@ class Pricer:
     def _tables(self, rate_cap: float) -> list[Tables]:
         """The tables of every configuration, with intervals no shorter than a rate that counts.
 
-        Where a latency limit asks for shorter ones all rates count: such a replica cannot be slowed down to the cap.
+        Where a latency limit asks for shorter ones, rates count up to the slowest that meets it.
         """
         whole = {int(scope): self.atlas.scopes[scope].tables for scope in np.unique(self.scopes)}
-        capped = {scope: t._replace(t_floor=max(t.t_floor, 1.0 / rate_cap)) for scope, t in whole.items()}
-        return [
-            (capped if capped[c.scope].t_floor <= t_cap else whole)[c.scope]
-            for c, t_cap in zip(self.configurations, self.longest_s, strict=True)
-        ]
+        made: dict[tuple[int, float], Tables] = {}
+        found = []
+        for c, t_cap in zip(self.configurations, self.longest_s.tolist(), strict=True):
+            t_floor = max(whole[c.scope].t_floor, min(1.0 / rate_cap, t_cap))
+            key = (c.scope, t_floor)
+            if key not in made:
+                made[key] = whole[c.scope]._replace(t_floor=t_floor)
+            found.append(made[key])
+        return found
 
     def _ceilings(
         self, which: IntArray, tables: Sequence[Tables], group_price: FloatArray, card_price: FloatArray,
