@@ -129,23 +129,25 @@ class Pricer:
         best, enough, complete = floor, floor * (1.0 + ease), True
         found: list[tuple[float, int, IntArray]] = []
         tables = self._tables(rate_cap)
+        counted = np.minimum(1.0, rate_cap * self.longest_s)
         highest = self._proved.at(prices, rate_cap)
 
         def search(i: int) -> tuple[float, IntArray, float]:
             if budget.is_spent():
                 return np.nan, NO_STAGES, 0.0
-            c = self.configurations[i]
-            return best_replica(
+            c, share = self.configurations[i], float(counted[i])
+            ratio, rows, left = best_replica(
                 tables[i], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
                 limits_of(tables[i], c.mix, c.in_flight_index, c.slack, c.max_copies), Ceiling(*proofs[i]),
-                threshold, self.tolerance,
+                threshold / share, self.tolerance,
             )  # fmt: skip
+            return ratio * share, rows, left * share
 
         with ThreadPoolExecutor(self.threads) as workers:
             promising = np.flatnonzero(highest > enough)
             proofs = np.zeros((len(highest), 3))
             proofs[promising] = self._ceilings(promising, tables, *worth, enough, workers)
-            highest[promising] = np.minimum(highest[promising], proofs[promising, 0])
+            highest[promising] = np.minimum(highest[promising], proofs[promising, 0] * counted[promising])
             self._proved.note(promising, highest[promising], prices, rate_cap)
             bound = max(floor, float(highest[highest <= enough].max(initial=0.0)))
             order = np.argsort(-highest, kind="stable")
@@ -175,7 +177,8 @@ class Pricer:
     def _tables(self, rate_cap: float) -> list[Tables]:
         """The tables of every configuration, with intervals no shorter than a rate that counts.
 
-        Where a latency limit asks for shorter ones, rates count up to the slowest that meets it.
+        Where a latency limit asks for shorter ones, any that meets it will do: all of them count for the cap, a share
+        of the slowest such rate.
         """
         whole = {int(scope): self.atlas.scopes[scope].tables for scope in np.unique(self.scopes)}
         made: dict[tuple[int, float], Tables] = {}
