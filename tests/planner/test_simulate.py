@@ -14,7 +14,8 @@ import pytest
 
 from hetis.formats.traces import read_trace
 from hetis.planner.cli.app import run
-from tests.planner.command_line import COMMAND, environment, hetis_plan, invoke
+from tests.command_line import environment
+from tests.planner.command_line import COMMAND, hetis_plan, invoke
 
 CLUSTER = """\
 apiVersion: hetis/v1

@@ -22,7 +22,9 @@ from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
 EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about a second each
-EVERY_WAY = [(strategy, exact) for strategy in STRATEGIES for exact in (True, False)]
+# Heuristics as published prove nothing, so that they cannot say why there is no plan.
+SEARCHED = [name for name, strategy in STRATEGIES.items() if not strategy.is_published]
+EVERY_WAY = [(strategy, exact) for strategy in SEARCHED for exact in (True, False)]
 every_way = pytest.mark.parametrize(
     ("strategy", "exact"), EVERY_WAY, ids=[f"{s}-{'exact' if e else 'generated'}" for s, e in EVERY_WAY]
 )

@@ -29,7 +29,15 @@ from hetis.solver.workload import WorkloadMoments
 
 # What a family does not search can run all the same.
 _OF_THE_SEARCH = frozenset(
-    {Rule.SETTING, Rule.IN_FLIGHT, Rule.EQUAL_LAYERS, Rule.ONE_TYPE, Rule.POOL_SIZE, Rule.COPIES}
+    {
+        Rule.SETTING,
+        Rule.IN_FLIGHT,
+        Rule.EQUAL_LAYERS,
+        Rule.ONE_TYPE,
+        Rule.POOL_SIZE,
+        Rule.COPIES,
+        Rule.SHARED_POOL,
+    }
 )
 
 

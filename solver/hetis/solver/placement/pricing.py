@@ -129,7 +129,7 @@ class Pricer:
         best, enough, complete = floor, floor * (1.0 + ease), True
         found: list[tuple[float, int, IntArray]] = []
         tables = self._tables(rate_cap)
-        counted = np.minimum(1.0, rate_cap * self.longest_s)
+        counted = self._counted(rate_cap)
         highest = self._proved.at(prices, rate_cap)
 
         def search(i: int) -> tuple[float, IntArray, float]:
@@ -173,6 +173,14 @@ class Pricer:
             template_of(self.atlas, self.configurations[i], rows) for ratio, i, rows in found if ratio >= best * keep
         )
         return Priced(templates, float(bound), complete)
+
+    def _counted(self, rate_cap: float) -> FloatArray:
+        """The share of its slowest allowed rate that counts, of every configuration."""
+        shares = np.ones(len(self.configurations))
+        if np.isfinite(rate_cap):
+            possible = self.longest_s > 0.0  # others have no replica at all
+            shares[possible] = np.minimum(1.0, rate_cap * self.longest_s[possible])
+        return shares
 
     def _tables(self, rate_cap: float) -> list[Tables]:
         """The tables of every configuration, with intervals no shorter than a rate that counts.
