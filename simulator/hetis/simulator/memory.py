@@ -18,7 +18,7 @@ def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_l
 def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:
     """Bytes that an attention worker has for KV: all but what its engine keeps."""
     profile = problem.profiles[gpu]
-    return float(profile.usable_bytes - profile.reserve_bytes)
+    return float(profile.room_bytes)
 
 
 def group_blocks(room_bytes: float, model: ModelSpec, *, layers: int, groups: int, block_tokens: int) -> int:

@@ -236,7 +236,7 @@ class DeviceCost:
 
     def room_bytes(self) -> float:
         """Usable memory less what the engine keeps for itself."""
-        return float(self.profile.usable_bytes - self.profile.reserve_bytes)
+        return float(self.profile.room_bytes)
 
 
 @dataclass(frozen=True, slots=True)

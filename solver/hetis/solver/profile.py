@@ -195,6 +195,11 @@ class Profile:
         if missing:
             raise InvalidProblemError(f"profile of {self.gpu} has no fit for {', '.join(sorted(missing))}")
 
+    @property
+    def room_bytes(self) -> int:
+        """What weights, KV and activations have: usable memory less what the engine keeps for itself."""
+        return self.usable_bytes - self.reserve_bytes
+
     def fit(self, op: Op, model: ModelSpec, tp: int) -> Fit | None:
         """The most specific fit of ``op`` for this model and TP size; None when there is none at all."""
         best, best_rank = None, -1

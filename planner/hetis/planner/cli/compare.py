@@ -12,6 +12,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.families import ALL_STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Status
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def compare(
     rate: options.RateOption = None,
     ttft: options.TtftOption = None,
     tpot: options.TpotOption = None,
-    strategies: options.StrategiesOption = options.ALL_STRATEGIES,  # type: ignore[assignment]  # goes through the parser
+    strategies: options.StrategiesOption = ALL_STRATEGIES,  # type: ignore[assignment]  # defaults go through the parser
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,

@@ -8,6 +8,8 @@ import typer
 
 from hetis.solver.plan import Role
 
+ALL_STRATEGIES = "all"
+
 
 def strategy(text: str) -> str:
     """The name of a strategy."""
@@ -30,7 +32,7 @@ def strategies(text: str) -> Strategies:
     """Names of strategies with commas between them, each once; ``all`` for every one."""
     from hetis.solver.placement.strategies import STRATEGIES
 
-    if text.strip() == "all":
+    if text.strip() == ALL_STRATEGIES:
         return Strategies(tuple(STRATEGIES))
     return Strategies(tuple(dict.fromkeys(strategy(name.strip()) for name in text.split(","))))
 

@@ -101,7 +101,6 @@ _SEARCH = "Search"
 
 
 DEFAULT_STRATEGY = "hetis"
-ALL_STRATEGIES = "all"
 
 StrategyOption = Annotated[
     str,

@@ -21,6 +21,8 @@ from hetis.planner.service.stream_limits import StreamLimits
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
 
 _log = logging.getLogger("hetis.planner.calls")
+DEADLINE_SLACK_S = 0.05
+"""A call cancelled this near its deadline ended by it: the caller's clock, a hair ahead, may end it first."""
 Handler = Any  # grpc.RpcMethodHandler and ServicerContext: gRPC types neither beyond Any where they meet here
 Context = Any
 Decode = Callable[[bytes], Message]
@@ -195,7 +197,7 @@ class Calls(grpc.aio.ServerInterceptor):
             raise
         except asyncio.CancelledError:
             remaining_s = context.time_remaining()
-            is_late = remaining_s is not None and remaining_s <= 0
+            is_late = remaining_s is not None and remaining_s <= DEADLINE_SLACK_S
             code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from hetis.solver.cluster import Cluster, Link, NodeGroup
 from hetis.solver.cost import intra_link
+from hetis.solver.plan import ClassPrice
 
 IntArray = npt.NDArray[np.int64]
 
@@ -88,6 +90,29 @@ def _worst_of_group(group: NodeGroup, worst: dict[str, Link]) -> Link | None:
     for link in links[1:]:
         result = link if result is None else result.slower_of(link)
     return result
+
+
+def class_of_slots(classes: Sequence[DeviceClass]) -> dict[tuple[str, str], int]:
+    """The class of the GPUs of a type in a node group, by the names of both."""
+    return {(group.name, c.gpu): i for i, c in enumerate(classes) for group in c.groups}
+
+
+def class_prices(
+    classes: Sequence[DeviceClass], used: Mapping[int, int], workers: Mapping[int, int], duals: Sequence[float]
+) -> tuple[ClassPrice, ...]:
+    """The table of a plan's classes, from the GPUs used of each, the attention workers among them, and the duals."""
+    return tuple(
+        ClassPrice(
+            gpu=c.gpu,
+            zone=c.zone,
+            gpus_per_node=c.gpus_per_node,
+            available=c.available,
+            used=used.get(g, 0),
+            as_attention_workers=workers.get(g, 0),
+            dual=duals[g],
+        )
+        for g, c in enumerate(classes)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class Pool:
     uses: list[IntArray] = field(default_factory=list)
     links: list[FloatArray] = field(default_factory=list)
     _place: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _built: Columns | None = None  # of all templates; None: some are new since
 
     def add(self, templates: Sequence[Template]) -> int:
         """Adds new templates that fit in the fleet; returns how many were new."""
@@ -77,14 +78,20 @@ class Pool:
                 self.templates.append(template)
                 self.uses.append(use)
                 self.links.append(routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS)
+        if len(self.templates) > before:
+            self._built = None
         return len(self.templates) - before
 
     def columns(self, rate_cap: float = np.inf) -> Columns:
         """All templates; rates count up to ``rate_cap`` only."""
-        count, uses = len(self.uses), np.array(self.uses, dtype=np.int64)
-        uses = uses.reshape(count, -1)
+        if self._built is None:
+            self._built = self._columns()
+        return replace(self._built, rates=np.minimum(self._built.rates, rate_cap))
+
+    def _columns(self) -> Columns:
+        uses = np.array(self.uses, dtype=np.int64).reshape(len(self.uses), -1)
         return Columns(
-            rates=np.minimum(np.array([t.rate for t in self.templates]), rate_cap),
+            rates=np.array([t.rate for t in self.templates]),
             costs=uses @ self.row_costs,
             uses=uses,
             sides=np.array([self.atlas.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),

@@ -39,8 +39,7 @@ def most_spanning(problem: PlacementProblem) -> int:
     room = 0.0
     for group in problem.cluster.node_groups:
         for slots in group.gpus:
-            profile = problem.profiles[slots.gpu]
-            room += group.count * slots.count * (profile.usable_bytes - profile.reserve_bytes)
+            room += group.count * slots.count * problem.profiles[slots.gpu].room_bytes
     return max(1, int(room / weights))
 
 
@@ -209,7 +208,7 @@ class Routes:
 def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int) -> Routes:
     """The routes of a problem, whatever replicas there turn out to be."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
-    num_bytes = moments.mean_prompt * model.num_layers * model.head_groups * model.kv_bytes_per_token_group()
+    num_bytes = moments.mean_prompt * model.kv_bytes_per_token()
     capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
     np.fill_diagonal(capacity, np.inf)
     return Routes(zones, problem.family.splits_roles, capacity, most_spanning)

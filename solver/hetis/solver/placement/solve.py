@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
+from hetis.solver.placement.classes import class_prices
 from hetis.solver.placement.infeasible import why_infeasible
 from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.outcome import Outcome
@@ -229,26 +231,15 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
 
 
 def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:
-    used = [0] * len(atlas.classes)
-    workers = [0] * len(atlas.classes)
+    used, workers = Counter[int](), Counter[int]()
     for template, count in outcome.chosen:
         for g, n in gpus_of(atlas, template).items():
             used[g] += count * n
         for stage in template.stages:
             if stage.pool_class >= 0:
                 workers[stage.pool_class] += count * stage.copies * stage.pool_cards
-    return tuple(
-        ClassPrice(
-            gpu=c.gpu,
-            zone=c.zone,
-            gpus_per_node=c.gpus_per_node,
-            available=c.available,
-            used=used[g],
-            as_attention_workers=workers[g],
-            dual=scale * float(outcome.row_prices[atlas.resources.rows.index((g, 1))]),
-        )
-        for g, c in enumerate(atlas.classes)
-    )
+    rows = [atlas.resources.rows.index((g, 1)) for g in range(len(atlas.classes))]
+    return class_prices(atlas.classes, used, workers, (scale * outcome.row_prices[rows]).tolist())
 
 
 def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:

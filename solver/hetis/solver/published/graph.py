@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from hetis.solver.cluster import Cluster, Device
 from hetis.solver.cost import intra_link
-from hetis.solver.placement.classes import DeviceClass
+from hetis.solver.placement.classes import DeviceClass, class_of_slots
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ class FleetGraph:
 def fleet_graph(cluster: Cluster, classes: tuple[DeviceClass, ...], room_bytes: Iterable[float]) -> FleetGraph:
     """The graph of a cluster; ``room_bytes`` is what a GPU of each class has for weights and KV."""
     devices = tuple(cluster.devices())
-    class_of = {(group.name, c.gpu): i for i, c in enumerate(classes) for group in c.groups}
+    class_of = class_of_slots(classes)
     device_class = np.array([class_of[d.group.name, d.gpu] for d in devices], dtype=np.int64)
     room = np.array(list(room_bytes))[device_class]
     return FleetGraph(

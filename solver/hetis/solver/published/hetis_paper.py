@@ -67,7 +67,7 @@ def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, r
         size = problem.cluster.num_gpus()
         raise NoPlanFoundError(f"hetis-paper deals out GPU by GPU: {size} GPUs, it is meant for {MAX_GPUS} at most")
     atlas = build_atlas(problem)
-    rooms = [problem.profiles[c.gpu].usable_bytes - problem.profiles[c.gpu].reserve_bytes for c in atlas.classes]
+    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
     graph = fleet_graph(problem.cluster, atlas.classes, rooms)
     replicas: list[ReplicaPlan] = []
     for zone in problem.cluster.zones():

@@ -61,7 +61,7 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
     atlas = build_atlas(problem)
     if not atlas.ranks or problem.cluster.num_gpus() < 2:
         raise NoPlanFoundError("hexgen2-paper needs two GPUs at least, one to prefill and one to decode")
-    rooms = [problem.profiles[c.gpu].usable_bytes - problem.profiles[c.gpu].reserve_bytes for c in atlas.classes]
+    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
     graph = fleet_graph(problem.cluster, atlas.classes, rooms)
     search = ReplicaSearch(atlas)
     networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]

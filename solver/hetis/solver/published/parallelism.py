@@ -97,7 +97,7 @@ class ReplicaSearch:
 
     def _room_bytes(self, device_class: int) -> float:
         profile = self.atlas.problem.profiles[self.atlas.classes[device_class].gpu]
-        return float(profile.usable_bytes - profile.reserve_bytes)
+        return float(profile.room_bytes)
 
     def _latency_s(self, shape: Ranks, duty: Duty) -> float:
         """Seconds of a mean prompt that is alone in the pipeline (or among as few as the family allows)."""

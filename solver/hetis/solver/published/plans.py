@@ -10,9 +10,10 @@ import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.classes import class_of_slots, class_prices
 from hetis.solver.placement.generation import dense_work_bound
 from hetis.solver.placement.tables import Atlas
-from hetis.solver.plan import ClassPrice, KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
+from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.published.work_bound import least_cost
 
 WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it has the bound of the fleet's dense work"
@@ -46,7 +47,8 @@ def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan
     demand = objective.demand_rps
     if not objective.maximises and demand is not None and goodput < demand * (1.0 - 1e-9):
         raise NoPlanFoundError(f"{strategy} serves {goodput:.4g} requests/s, {demand:.4g} are demanded")
-    value, bound = _value_and_bound(atlas, answer, rate)
+    used = _used(atlas, answer)
+    value, bound = _value_and_bound(atlas, used[0], rate)
     gap = abs(bound - value) / abs(value) if value else 0.0
     notes = answer.notes
     if not objective.maximises:
@@ -66,18 +68,18 @@ def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan
         objective=objective,
         replicas=answer.replicas,
         kv_routes=answer.kv_routes,
-        prices=_class_table(atlas, answer),
+        prices=class_prices(atlas.classes, *used, duals=[0.0] * len(atlas.classes)),  # a heuristic has none
         notes=notes,
     )
 
 
-def _value_and_bound(atlas: Atlas, answer: Answer, rate: float) -> tuple[float, float]:
+def _value_and_bound(atlas: Atlas, used: Counter[int], rate: float) -> tuple[float, float]:
     problem, kind = atlas.problem, atlas.problem.objective.kind
     if problem.objective.maximises:
         scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
         return scale * rate, scale * max(rate, dense_work_bound(atlas, problem.family.roles))
     costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in atlas.classes])
-    value = float(sum(costs[row] * count for row, count in _used(atlas, answer)[0].items()))
+    value = float(sum(costs[row] * count for row, count in used.items()))
     needed = (problem.objective.demand_rps or 0.0) / problem.assumptions.planned_utilisation
     bound = least_cost(atlas, needed, costs)
     return value, min(value, math.ceil(bound - 1e-6) if kind is ObjectiveKind.GPUS else bound)
@@ -85,25 +87,8 @@ def _value_and_bound(atlas: Atlas, answer: Answer, rate: float) -> tuple[float, 
 
 def _used(atlas: Atlas, answer: Answer) -> tuple[Counter[int], Counter[int]]:
     """GPUs of every class that the plan uses, and of these the attention workers."""
-    class_of = {(group.name, c.gpu): i for i, c in enumerate(atlas.classes) for group in c.groups}
+    class_of = class_of_slots(atlas.classes)
     device_class = {d.name: class_of[d.group.name, d.gpu] for d in atlas.problem.cluster.devices()}
     used = {name for replica in answer.replicas for name in replica.devices()}
     workers = {name for replica in answer.replicas for pool in replica.attention_workers for name in pool.devices}
     return Counter(device_class[name] for name in used), Counter(device_class[name] for name in workers)
-
-
-def _class_table(atlas: Atlas, answer: Answer) -> tuple[ClassPrice, ...]:
-    """How many GPUs of every class there are and are used; a heuristic has no prices, so all are 0."""
-    used, workers = _used(atlas, answer)
-    return tuple(
-        ClassPrice(
-            gpu=c.gpu,
-            zone=c.zone,
-            gpus_per_node=c.gpus_per_node,
-            available=c.available,
-            used=used[g],
-            as_attention_workers=workers[g],
-            dual=0.0,
-        )
-        for g, c in enumerate(atlas.classes)
-    )

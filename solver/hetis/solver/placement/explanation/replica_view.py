@@ -248,7 +248,7 @@ class ReplicaView:
             weight_bytes=parts[0],
             kv_bytes=parts[1],
             activation_bytes=parts[2],
-            free_bytes=profile.usable_bytes - profile.reserve_bytes - sum(parts),
+            free_bytes=profile.room_bytes - sum(parts),
         )
 
 
