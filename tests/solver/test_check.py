@@ -426,8 +426,10 @@ def test_single_stage_takes_the_time_worked_by_hand() -> None:
     # w = 2 * 68 ms + 8 * 4 ms = 168 ms; six layers 1008 ms; LM head 2 * 5 ms + 8 * 4 ms = 42 ms.
     assert derived.t_s == pytest.approx(1.050)
     assert derived.tpot_per_t == pytest.approx(0.1)  # b M / O
-    # q = 0.9 * 0.2 = 0.18; 20 * q^(sqrt(4) - 1) = 3.6; wait = 2 RT / (1 - 0.18) / 2 * ln 3.6, RT = t / 10
-    assert derived.ttft_per_t == pytest.approx(0.2 + 0.1 / 0.82 * math.log(3.6))
+    # q = 0.9 * 0.2 = 0.18; 20 * q^(sqrt(4) - 1) = 3.6; wait = 2 RT / (1 - 0.18) / 2 * ln 3.6. A round trip takes t / 10
+    # in the mean, with a chunk 6 * 68 + 5 ms.
+    assert derived.ttft_s(derived.t_s) == pytest.approx(0.413 * (2 + math.log(3.6) / 0.82))
+    assert derived.ttft_s(10.0) == pytest.approx(1.0 * (2 + math.log(3.6) / 0.82))
 
 
 def test_pipeline_takes_the_time_worked_by_hand() -> None:

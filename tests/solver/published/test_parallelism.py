@@ -31,11 +31,14 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
         layer_s=np.array([[draw(seconds) for _ in range(stages)]]),
         fixed_s=np.array([[draw(seconds) for _ in range(stages)]]),
         room=np.array([[[draw(st.integers(0, 6)) for _ in range(stages)]]]),
+        chunk_layer_s=np.zeros((1, stages)),
+        chunk_fixed_s=np.zeros((1, stages)),
         card_s=np.array([[draw(seconds) if shared else 0.0 for _ in range(stages)]]),
         card_share=np.zeros((1, 1, stages)),
         prefix_layers=0,
         in_flight=np.array([draw(st.sampled_from((1, 3, 8)))]),
         t_cap=np.array([[np.inf]]),
+        trip_cap=np.array([[np.inf]]),
         full_slack=0.02,
         tight_slack=0.12,
     )
@@ -75,19 +78,22 @@ def test_no_split_is_quicker_where_the_slowest_stage_or_the_sum_decides(p: Pipel
         assert best_split(p).interval_s == pytest.approx(min(found))
 
 
-def test_an_interval_above_its_cap_is_refused() -> None:
+def test_an_interval_or_a_round_trip_above_its_cap_is_refused() -> None:
     p = Pipeline(
         num_layers=2, cut_floor=np.arange(3), layer_s=np.ones((1, 1)), fixed_s=np.ones((1, 1)),
+        chunk_layer_s=np.full((1, 1), 2.0), chunk_fixed_s=np.ones((1, 1)), trip_cap=np.array([[5.0]]),
         room=np.full((1, 1, 1), 9), card_s=np.zeros((1, 1)), card_share=np.zeros((1, 1, 1)), prefix_layers=0,
         in_flight=np.array([1]), t_cap=np.array([[3.0]]), full_slack=0.0, tight_slack=0.0,
     )  # fmt: skip
     assert best_split(p).interval_s == 3.0
     assert best_split(p._replace(t_cap=np.array([[2.9]]))).x == -1
+    assert best_split(p._replace(trip_cap=np.array([[4.9]]))).x == -1
 
 
 def test_shared_cards_may_be_full_before_the_stages_are() -> None:
     p = Pipeline(
         num_layers=4, cut_floor=np.arange(5), layer_s=np.ones((1, 2)), fixed_s=np.zeros((1, 2)),
+        chunk_layer_s=np.zeros((1, 2)), chunk_fixed_s=np.zeros((1, 2)), trip_cap=np.array([[np.inf]]),
         room=np.full((1, 1, 2), 9), card_s=np.zeros((1, 2)), card_share=np.full((1, 1, 2), 0.25), prefix_layers=0,
         in_flight=np.array([4]), t_cap=np.array([[np.inf]]), full_slack=0.0, tight_slack=0.0,
     )  # fmt: skip
@@ -99,6 +105,7 @@ def test_forbidden_cuts_are_not_made() -> None:
     """Five layers on two equal stages would be cut after 3; the model allows 2 and 4."""
     p = Pipeline(
         num_layers=5, cut_floor=np.array([0, 0, 2, 2, 4, 5]), layer_s=np.ones((1, 2)), fixed_s=np.zeros((1, 2)),
+        chunk_layer_s=np.zeros((1, 2)), chunk_fixed_s=np.zeros((1, 2)), trip_cap=np.array([[np.inf]]),
         room=np.full((1, 1, 2), 9), card_s=np.zeros((1, 2)), card_share=np.zeros((1, 1, 2)), prefix_layers=0,
         in_flight=np.array([4]), t_cap=np.array([[np.inf]]), full_slack=0.0, tight_slack=0.0,
     )  # fmt: skip

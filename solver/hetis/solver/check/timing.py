@@ -29,11 +29,30 @@ def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
 def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """w, or w' of a prefix layer: seconds of one request in one layer."""
     b, C = setting.micro_batch, setting.chunk_tokens
-    attention = _attention(setting, stage)
-    with_chunk = _dense(setting, stage, b + C, is_prefix) + 2 * _all_reduce(setting, stage, b + C)
-    with_chunk += _prefill(setting, stage) + attention + _ship(setting, stage)
-    plain = _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + attention
+    plain = _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + _attention(setting, stage)
+    with_chunk = _chunk_layer_seconds(setting, stage, is_prefix=is_prefix) if C else 0.0
     return max(setting.per_request(with_chunk, plain), wire_seconds(setting, stage))
+
+
+def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
+    """A layer in one iteration with a chunk."""
+    b, C = setting.micro_batch, setting.chunk_tokens
+    seconds = _dense(setting, stage, b + C, is_prefix) + 2 * _all_reduce(setting, stage, b + C)
+    return seconds + _prefill(setting, stage) + _attention(setting, stage) + _ship(setting, stage)
+
+
+def chunk_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """One iteration with a chunk on one copy of a stage; 0 on a decode replica."""
+    if setting.role is Role.DECODE:
+        return 0.0
+    b, C = setting.micro_batch, setting.chunk_tokens
+    wire_s = wire_seconds(setting, stage) / setting.chunk_iterations
+    seconds = stage.layers * max(_chunk_layer_seconds(setting, stage), wire_s) + _step(setting, stage, b + C)
+    if is_first:
+        seconds += setting.model.prefix_layers * max(_chunk_layer_seconds(setting, stage, is_prefix=True), wire_s)
+    else:
+        seconds += _hop(setting, stage, b + C)
+    return seconds + (_lm_head(setting, stage, b + 1) if is_last else 0.0)
 
 
 def wire_seconds(setting: Setting, stage: StageShape) -> float:
@@ -91,20 +110,19 @@ def tpot_per_t(setting: Setting) -> float:
     return setting.micro_batch * setting.in_flight / setting.moments.mean_output
 
 
-def ttft_per_t(setting: Setting) -> float:
-    """TTFT is this many t: round trips of the p95 prompt's chunks, and the wait for a prefill lane."""
+def ttft_round_trips(setting: Setting) -> float:
+    """TTFT is this many round trips with a chunk: those of the p95 prompt, and the wait for a prefill lane."""
     if setting.role is Role.DECODE:
         return 0.0
     M, C, moments = setting.in_flight, setting.chunk_tokens, setting.moments
-    round_trip = M / setting.iterations
     q = setting.problem.assumptions.planned_utilisation * setting.chunk_share
     if q >= 1:
         return math.inf
     p_wait = q ** (math.sqrt(2 * (M + 1)) - 1)
     tail = max(0.0, math.log(20 * p_wait)) if p_wait > 0 else 0.0
-    service = moments.mean_prompt / C * round_trip
+    service = moments.mean_prompt / C
     wait = service / (M * (1 - q)) * (1 + moments.prompt_cv2) / 2 * tail
-    return math.ceil(moments.p95_prompt / C) * round_trip + wait
+    return math.ceil(moments.p95_prompt / C) + wait
 
 
 def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:

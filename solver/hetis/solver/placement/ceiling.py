@@ -27,10 +27,13 @@ import numpy as np
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import (
+    ROUNDING,
     Options,
+    chunk_cap,
     copies_limit,
     copy_requests,
     has_pools,
+    interval_cap,
     layers_on_card,
     layers_on_rank,
     pool_entry,
@@ -50,6 +53,8 @@ class Limits(NamedTuple):
     slack: float
     copies: int  # K
     sequential: bool
+    chunk_cap_s: float  # in an iteration with a chunk, over a stage's copies
+    unevenness: float  # of an iteration with a chunk over a mean one; of sequential replicas
 
 
 class Effort(NamedTuple):
@@ -69,10 +74,12 @@ class Ceiling(NamedTuple):
 
 
 @kernel
-def limits_of(t: Tables, x: int, f: int, slack: float, copies: int) -> Limits:
+def limits_of(t: Tables, x: int, f: int, slack: float, copies: int, unevenness: float) -> Limits:
     """The limits of a configuration."""
     stretch = 1.0 + slack
-    return Limits(t.t_floor / stretch, t.t_cap[x, f] / stretch, slack, copies, t.in_flight[f] == 1)
+    longest_s = interval_cap(t, x, f, unevenness) / stretch
+    sequential = t.in_flight[f] == 1
+    return Limits(t.t_floor / stretch, longest_s, slack, copies, sequential, chunk_cap(t, x, f, copies), unevenness)
 
 
 @kernel
@@ -113,6 +120,11 @@ def _least_effort(
             requests = copy_requests(t, x, f, c)
             tokens = t.kv_tokens[x, f, c - 1]
             most = np.floor(layers_on_rank(t, x, s, groups * t.kv_group_bytes * tokens, PLAIN))
+            in_time = roomiest
+            if limits.chunk_cap_s < np.inf:
+                chunk_s, own_chunk_s = t.chunk.layer_s[x, s], t.own_s[x, s, groups] / t.iterations[x]
+                most = min(most, np.floor(c * limits.chunk_cap_s / (chunk_s + own_chunk_s) + ROUNDING))
+                in_time = min(roomiest, np.floor(c * limits.chunk_cap_s / chunk_s + ROUNDING))
             own_s = max(base_s + t.own_s[x, s, groups], t.wire_s[x, s])
             effort = _effort(c * group_price[s], c, own_s, fixed_s, most, copy_cost, limits)
             if effort.value < least.value:
@@ -125,17 +137,18 @@ def _least_effort(
                     p = t.pool_sizes[size]
                     price = c * (group_price[s] + p * card_price[q])
                     if p > cards_limit or (
-                        _effort(price, c, base_s, fixed_s, roomiest, copy_cost, limits).value >= least.value
+                        _effort(price, c, base_s, fixed_s, in_time, copy_cost, limits).value >= least.value
                     ):
                         break
                     for k in range(1, groups + 1):
                         entry = pool_entry(t, s, q, k, size)
                         layer_s = max(base_s + t.pool_s[x, entry], pool_wire_seconds(t, x, entry))
-                        if _effort(price, c, layer_s, fixed_s, roomiest, copy_cost, limits).value >= least.value:
+                        if _effort(price, c, layer_s, fixed_s, in_time, copy_cost, limits).value >= least.value:
                             continue
                         on_rank = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, PLAIN)
                         on_card = layers_on_card(t, q, n, k, p, requests, tokens)
-                        effort = _effort(price, c, layer_s, fixed_s, np.floor(min(on_rank, on_card)), copy_cost, limits)
+                        most = min(in_time, np.floor(min(on_rank, on_card)))
+                        effort = _effort(price, c, layer_s, fixed_s, most, copy_cost, limits)
                         if effort.value < least.value:
                             least = effort
     return least
@@ -187,13 +200,14 @@ def ceiling(
 
 @kernel
 def ceilings(
-    t: Tables, mixes: IntArray, in_flight: IntArray, slacks: FloatArray, copies: IntArray, max_copies: int,
-    max_pool: int, group_price: FloatArray, card_price: FloatArray, enough: float,
+    t: Tables, mixes: IntArray, in_flight: IntArray, slacks: FloatArray, copies: IntArray,
+    unevenness: FloatArray, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
+    enough: float,
 ) -> FloatArray:  # fmt: skip
     """`ceiling` of many configurations; shape [configurations, 3]: ratio, m, r."""
     found = np.zeros((mixes.shape[0], 3), np.float64)
     for i in range(mixes.shape[0]):
-        limits = limits_of(t, mixes[i], in_flight[i], slacks[i], copies[i])
+        limits = limits_of(t, mixes[i], in_flight[i], slacks[i], copies[i], unevenness[i])
         if limits.shortest_s <= limits.longest_s:
             proof = ceiling(
                 t, mixes[i], in_flight[i], max_copies, max_pool, group_price, card_price, limits, enough

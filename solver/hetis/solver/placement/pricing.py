@@ -13,12 +13,21 @@ from hetis.solver.budget import Budget
 from hetis.solver.placement.ceiling import Ceiling, Limits, ceilings, limits_of, within_reach
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.configurations import Configuration
 from hetis.solver.placement.cover import best_column
-from hetis.solver.placement.options import NO_STAGES, Options, list_options, option_prices, selected, stage_rows
+from hetis.solver.placement.options import (
+    NO_STAGES,
+    Options,
+    interval_cap,
+    list_options,
+    option_prices,
+    selected,
+    stage_rows,
+)
 from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
 from hetis.solver.placement.stages import overdrawn
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
-from hetis.solver.placement.template import Configuration, Template, template_of
+from hetis.solver.placement.template import Template, template_of
 from hetis.solver.placement.within_cap import best_within_cap
 
 BATCH = 32
@@ -31,7 +40,7 @@ def _useful(
     limits: Limits, proof: Ceiling, floor: float,
 ) -> tuple[Options, FloatArray]:  # fmt: skip
     """The options that a replica of ratio above ``floor`` can have a stage of, and their prices."""
-    options = list_options(t, x, f, max_copies, max_pool)
+    options = list_options(t, x, f, max_copies, max_pool, limits.chunk_cap_s, limits.unevenness)
     prices = option_prices(t, options, group_price, card_price)
     if floor <= 0.0:
         return options, prices
@@ -52,7 +61,7 @@ def best_replica(
     Returns (ratio, rows of its stages, bound): no replica that fits in the fleet is above ``max(bound, floor)``.
     """
     options, prices = _useful(t, x, f, max_copies, max_pool, group_price, card_price, limits, proof, floor)
-    cap = t.t_cap[x, f]
+    cap = interval_cap(t, x, f, limits.unevenness)
     if not limits.sequential:
         return best_column(t, options, prices, cap, limits.slack, limits.copies, scarce, floor, tolerance)
     ratio, weight, bound = best_sequential(t, options, prices, cap, floor)
@@ -89,6 +98,7 @@ class _Part:
     in_flight: IntArray
     slacks: FloatArray
     copies: IntArray
+    unevenness: FloatArray
 
 
 def _parts(every: list[Configuration]) -> Iterator[_Part]:
@@ -103,6 +113,7 @@ def _parts(every: list[Configuration]) -> Iterator[_Part]:
                 np.array([c.in_flight_index for c in part], dtype=np.int64),
                 np.array([c.slack for c in part]),
                 np.array([c.max_copies for c in part], dtype=np.int64),
+                np.array([c.unevenness for c in part]),
             )
 
 
@@ -152,8 +163,8 @@ class Pricer:
             c = self.configurations[i]
             return best_replica(
                 tables[c.scope], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
-                limits_of(tables[c.scope], c.mix, c.in_flight_index, c.slack, c.max_copies), Ceiling(*proofs[i]),
-                threshold, self.tolerance,
+                limits_of(tables[c.scope], c.mix, c.in_flight_index, c.slack, c.max_copies, c.unevenness),
+                Ceiling(*proofs[i]), threshold, self.tolerance,
             )  # fmt: skip
 
         with ThreadPoolExecutor(self.threads) as workers:
@@ -195,8 +206,8 @@ class Pricer:
 
         def bounds(part: _Part) -> FloatArray:
             return ceilings(
-                tables[part.scope], part.mixes, part.in_flight, part.slacks, part.copies, self.max_copies,
-                 self.max_pool, group_price, card_price, floor,
+                tables[part.scope], part.mixes, part.in_flight, part.slacks, part.copies, part.unevenness,
+                self.max_copies, self.max_pool, group_price, card_price, floor,
             )  # fmt: skip
 
         return np.concatenate(list(workers.map(bounds, self.parts)))

@@ -16,7 +16,8 @@ from hetis.solver.check.fleet import slowest
 from hetis.solver.check.memory import rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import layer_seconds, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.check.timing import chunk_seconds, layer_seconds, stage_seconds, tpot_per_t, ttft_round_trips
+from hetis.solver.cost import UNEVENNESS_STEP, unevenness_level
 from hetis.solver.placement.classes import DeviceClass, device_classes
 from hetis.solver.problem import PlacementProblem
 
@@ -32,6 +33,8 @@ class Shared:
     slack: float
     most_copies: float  # K
     t_limit_s: float  # T
+    chunk_limit_s: float  # what a stage may take in an iteration with a chunk, over its copies
+    unevenness: float  # and as a multiple of what it takes in a mean one
     gpu: str | None  # None: any
     layers: tuple[int, int]  # fewest and most of a stage
 
@@ -96,13 +99,18 @@ def _shared(problem: PlacementProblem) -> Iterator[Shared]:
     layers = [(1, repeated)] if family.uneven_layers else [(few, few + 1) for few in range(1, repeated + 1)]
     for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
         setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
-        for (slack, most_copies), zones, gpu, held in itertools.product(_slacks(setting), zone_sets, types, layers):
+        chunk_rules = _chunk_rules(setting)
+        for (slack, most_copies), (per_copy_s, unevenness, t_limit_s), zones, gpu, held in itertools.product(
+            _slacks(setting), chunk_rules, zone_sets, types, layers
+        ):
             yield Shared(
                 setting=setting,
                 zones=zones,
                 slack=slack,
                 most_copies=most_copies,
-                t_limit_s=_t_limit_s(setting),
+                t_limit_s=t_limit_s,
+                chunk_limit_s=per_copy_s / (most_copies // 1) if M > 1 else math.inf,
+                unevenness=unevenness,
                 gpu=gpu,
                 layers=held,
             )
@@ -121,9 +129,23 @@ def _t_limit_s(setting: Setting) -> float:
     objective, limit = setting.problem.objective, math.inf
     if objective.tpot_limit_s is not None:
         limit = objective.tpot_limit_s / tpot_per_t(setting)
-    if objective.ttft_limit_s is not None:
-        limit = min(limit, objective.ttft_limit_s / ttft_per_t(setting))
-    return limit
+    return min(limit, _trip_limit_s(setting) * setting.iterations / setting.in_flight)
+
+
+def _trip_limit_s(setting: Setting) -> float:
+    """The limit on TTFT, as one on a round trip with a chunk."""
+    limit_s = setting.problem.objective.ttft_limit_s
+    return math.inf if limit_s is None else limit_s / ttft_round_trips(setting)
+
+
+def _chunk_rules(setting: Setting) -> list[tuple[float, float, float]]:
+    """(limit on a stage's iteration with a chunk, before copies; on its unevenness; T), one or another to be kept."""
+    trip_s, t_limit_s = _trip_limit_s(setting), _t_limit_s(setting)
+    if math.isinf(trip_s) or setting.in_flight > 1:
+        return [(trip_s, math.inf, t_limit_s)]
+    levels = range(1 + unevenness_level(setting.iterations / setting.chunk_iterations))
+    limits = [UNEVENNESS_STEP**k for k in levels]
+    return [(math.inf, limit, min(t_limit_s, trip_s * setting.iterations / limit)) for limit in limits]
 
 
 def _stage_types(problem: PlacementProblem, classes: Sequence[DeviceClass]) -> Iterator[tuple[StageShape, Groups]]:
@@ -172,7 +194,13 @@ class _Choices:
                         break
                     u = one_layer_s + (held - 1) * layer_s
                     w = stage.copies / ((1 + shared.slack) * u)
-                    if w * shared.t_limit_s >= 1 - 1e-9 and stage.copies <= shared.most_copies:
+                    chunk_s = chunk_seconds(shared.setting, stage, is_first=is_first, is_last=is_last)
+                    if (
+                        w * shared.t_limit_s >= 1 - 1e-9
+                        and stage.copies <= shared.most_copies
+                        and chunk_s <= stage.copies * shared.chunk_limit_s * (1 + 1e-9)
+                        and chunk_s * shared.setting.iterations <= u * shared.unevenness * (1 + 1e-9)
+                    ):
                         whole = is_first and is_last
                         yield Choice(shared=e, shape=stage, groups=groups, is_whole=whole, u_s=u, rate_limit=w)
 

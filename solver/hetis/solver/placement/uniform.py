@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from hetis.solver.cost import UNEVENNESS_STEP
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import layers_on_rank
+from hetis.solver.placement.options import ROUNDING, layers_on_rank
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
@@ -41,25 +42,30 @@ def best_equal_split(
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
         prefix_s = t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], t.wire_s[x, s])
+        chunk_w = t.chunk.layer_s[x, s] + t.own_s[x, s, groups] / t.iterations[x]
+        chunk_prefix_s = t.prefix_layers * (chunk_w + t.chunk.prefix_delta_s[x, s])
         for f in range(t.in_flight.shape[0]):
             m = t.in_flight[f]
             if 1 < m < num_stages:
                 continue
             kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0]
             busiest, total, fits = 0.0, 0.0, True
+            chunk_s, uneven = 0.0, 1.0
             for kind in range(kinds):
                 role = BOTH if num_stages == 1 else (FIRST, LAST, PLAIN)[kind]
                 layers = _equal_layers(t.num_layers, num_stages, role)
                 if layers < 1 or layers > layers_on_rank(t, x, s, kept, role):
                     fits = False
                     break
-                fixed = t.step_s[x, s]
+                fixed, chunk_fixed = t.step_s[x, s], t.chunk.step_s[x, s]
                 if role in (FIRST, BOTH):
-                    fixed += prefix_s
+                    fixed, chunk_fixed = fixed + prefix_s, chunk_fixed + chunk_prefix_s
                 else:
-                    fixed += t.hop_s[x, s]
+                    fixed, chunk_fixed = fixed + t.hop_s[x, s], chunk_fixed + t.chunk.hop_s[x, s]
                 if role in (LAST, BOTH):
-                    fixed += t.last_s[x, s]
+                    fixed, chunk_fixed = fixed + t.last_s[x, s], chunk_fixed + t.chunk.last_s[x, s]
+                chunk_s = max(chunk_s, layers * chunk_w + chunk_fixed)
+                uneven = max(uneven, (layers * chunk_w + chunk_fixed) * t.iterations[x] / (layers * w + fixed))
                 busiest = max(busiest, layers * w + fixed)
                 if role != PLAIN:
                     total += layers * w + fixed
@@ -76,6 +82,15 @@ def best_equal_split(
                 slack = full_slack if m >= 2 * num_stages else tight_slack
                 interval = (1.0 + slack) * max(busiest, total / m)
             interval = max(interval, t.t_floor)
+            if t.trip_cap[x, f] < np.inf:
+                if m == 1:
+                    limit = UNEVENNESS_STEP ** np.ceil(np.log(uneven) / np.log(UNEVENNESS_STEP) - ROUNDING)
+                    in_time = interval <= t.trip_cap[x, f] * t.iterations[x] / limit
+                else:
+                    copies = m // 2 if m >= 2 * num_stages else m
+                    in_time = chunk_s * copies <= t.trip_cap[x, f]
+                if not in_time:
+                    continue
             if interval <= t.t_cap[x, f] and interval < best:
                 best, best_x, best_f = interval, x, f
     return best, best_x, best_f

@@ -25,12 +25,15 @@ class Pipeline(NamedTuple):
     cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
     layer_s: FloatArray  # [X, S] seconds of a request in one layer
     fixed_s: FloatArray  # [X, S] of a stage whatever its layers
+    chunk_layer_s: FloatArray  # [X, S] both, of one iteration with a chunk; zeros but of unified mixes
+    chunk_fixed_s: FloatArray  # [X, S]
     room: IntArray  # [X, F, S] layers that fit in memory
     card_s: FloatArray  # [X, S]
     card_share: FloatArray  # [X, F, S]
     prefix_layers: int  # of the first stage, beside those counted: on the cards they are layers like any other
     in_flight: IntArray  # [F]
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
+    trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that does
     full_slack: float
     tight_slack: float
 
@@ -62,7 +65,11 @@ def best_split(p: Pipeline) -> Split:
             if layers.shape[0] == 0 or not _move_cuts(p, x, f, layers):
                 continue
             interval = _interval(p, x, m, layers)
-            if interval <= p.t_cap[x, f] and interval < best.interval_s:
+            if (
+                interval <= p.t_cap[x, f]
+                and interval < best.interval_s
+                and _chunk_trip(p, x, layers) <= p.trip_cap[x, f]
+            ):
                 best = Split(interval, x, f, layers)
     return best
 
@@ -107,6 +114,15 @@ def _move_cuts(p: Pipeline, x: int, f: int, layers: IntArray) -> bool:
         share += layers[s] * p.card_share[x, f, s]
     fits: bool = share <= 1.0 + 1e-9
     return fits
+
+
+@kernel
+def _chunk_trip(p: Pipeline, x: int, layers: IntArray) -> float:
+    """Seconds of an iteration with a chunk at all stages."""
+    total = 0.0
+    for s in range(layers.shape[0]):
+        total += layers[s] * p.chunk_layer_s[x, s] + p.chunk_fixed_s[x, s]
+    return total
 
 
 @kernel

@@ -10,6 +10,7 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.shared_cards import busy_seconds
 from hetis.solver.check.structure import check_replica_structure
+from hetis.solver.check.timing import chunk_seconds
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.cost import (
     DeviceCost,
@@ -21,7 +22,7 @@ from hetis.solver.cost import (
     rank_shape,
     slack,
     tpot_per_interval,
-    ttft_per_interval,
+    ttft_round_trips,
 )
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import MemoryBar, StageTime
@@ -172,8 +173,17 @@ class ReplicaView:
         return interval_s * tpot_per_interval(self.moments, self.mix, self.shape.in_flight)
 
     def ttft_s(self, interval_s: float) -> float:
-        per_interval = ttft_per_interval(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
-        return interval_s * per_interval + landing_s([self.stage_cost(s) for s in self.shape.stages], self.shape)
+        """p95 where completions are so far apart."""
+        trips = ttft_round_trips(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
+        if not trips:
+            return 0.0
+        stages, setting = self.shape.stages, self._setting()
+        chunks_s = [
+            chunk_seconds(setting, stage, is_first=i == 0, is_last=i == len(stages) - 1)
+            for i, stage in enumerate(stages)
+        ]
+        trip_s = max(self.shape.in_flight * interval_s / self.mix.iterations, sum(chunks_s))
+        return trips * trip_s + landing_s([self.stage_cost(s) for s in self.shape.stages], self.shape)
 
     # --- memory
 
