@@ -194,8 +194,10 @@ def best_replica_of_need(problem: PlacementProblem, nodes: Mapping[DeviceClass, 
             if role is not Role.UNIFIED and len(span) > 1:
                 continue
             for kv_zones in {span, tuple(sorted(zones))} if role is Role.PREFILL else {()}:
-                search = ReplicaSearch(problem, setting, nodes, options, span, kv_zones)
-                for need, replica in search.all_replicas():
+                for need, replica in itertools.chain.from_iterable(
+                    ReplicaSearch(problem, setting, nodes, options, span, kv_zones, most_copies).all_replicas()
+                    for most_copies in ((math.inf,) if M == 1 else (M // 2, M))  # with one slack and another
+                ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
                     wanted = Wanted(role=role, zones=span, kv_zones=kv_zones, gpus=gpus, need=need)
                     replicas[wanted] = max(replicas.get(wanted, replica), replica)
@@ -248,7 +250,7 @@ Times = tuple[float, float, float]
 
 
 class ReplicaSearch:
-    """All replicas of one (b, M, C) that span exactly these zones.
+    """All replicas of one (b, M, C) that span exactly these zones, with at most so many stage copies.
 
     Of two beginnings that are alike in everything but their times, one that is slower in all is forgotten: whatever
     follows, it stays slower.
@@ -262,11 +264,13 @@ class ReplicaSearch:
         options: list[StageOption],
         zones: tuple[str, ...],
         kv_zones: tuple[str, ...],
+        most_copies: float,
     ) -> None:
         network = problem.cluster.network
         zone_links = [network.zone_link(a, b) for a in zones for b in zones]
         kv_links = [network.zone_link(zones[0], zone) for zone in kv_zones]
         self.problem, self.setting, self.nodes, self.zones = problem, setting, nodes, zones
+        self.most_copies = most_copies
         self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated ones
         self.options = []
         for option in options:
@@ -299,7 +303,7 @@ class ReplicaSearch:
         model = self.problem.model
         for number, need in self.options_after(begun.need):
             copies = self.options[number].shape.copies
-            if 1 < self.setting.in_flight < begun.copies + copies:
+            if begun.copies + copies > self.most_copies:
                 continue
             for held in range(1, self.layers - begun.layers + 1):
                 done = begun.layers + held
@@ -337,7 +341,7 @@ class ReplicaSearch:
         if used != set(self.zones):
             return
         busiest_s, total_s, chunk = times
-        t_s = (1 + slack(self.setting, replica.copies)) * max(busiest_s, total_s / self.setting.in_flight)
+        t_s = max(busiest_s, total_s / self.setting.in_flight)
         if t_s <= t_limit_s(self.setting, self.landing_s) and self.keeps_chunk_rule(replica.copies, t_s, chunk):
             hops = replica.copies - 1 if len(self.zones) > 1 else 0
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
@@ -356,13 +360,15 @@ class ReplicaSearch:
         return chunk * (M // 2 if 2 * copies <= M else M) <= trip_s * (1 + 1e-9)
 
     def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:
-        """u of a stage, and its iteration with a chunk; None when it does not fit in memory."""
+        """u of a stage with its slack, and its iteration with a chunk; None when it does not fit in memory."""
         key = (number, layers, is_first, is_last)
         if key not in self.seconds:
             stage = replace(self.options[number].shape, layers=layers)
             fits = fits_memory(self.setting, stage, is_first=is_first, is_last=is_last)
             ends = {"is_first": is_first, "is_last": is_last}
-            seconds = (stage_seconds(self.setting, stage, **ends), chunk_seconds(self.setting, stage, **ends))
+            copies = 1 if math.isinf(self.most_copies) else int(self.most_copies)
+            u = (1 + slack(self.setting, stage, copies)) * stage_seconds(self.setting, stage, **ends)
+            seconds = (u, chunk_seconds(self.setting, stage, **ends))
             self.seconds[key] = seconds if fits else None
         return self.seconds[key]
 

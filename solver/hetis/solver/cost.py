@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -290,11 +290,25 @@ def kv_tokens_per_copy(
     return decoding + micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
 
 
-def slack(assumptions: Assumptions, *, in_flight: int, num_copies: int) -> float:
-    """What is added to the even pipeline's interval for M micro-batches over K stage copies."""
+class Regime(NamedTuple):
+    """Slack sigma of a stage where M micro-batches serve K copies: ``max(least, unevenness (E / m - 1))``."""
+
+    least: float
+    unevenness: float
+
+
+def regimes(assumptions: Assumptions) -> tuple[Regime, Regime]:
+    """Of pipelines with at least two micro-batches per stage copy, and with at least one."""
+    a = assumptions
+    return Regime(a.full_slack, a.full_unevenness), Regime(a.tight_slack, a.tight_unevenness)
+
+
+def regime_of(assumptions: Assumptions, *, in_flight: int, num_copies: int) -> Regime:
+    """The regime of M micro-batches over K stage copies."""
     if in_flight == 1:
-        return 0.0
-    return assumptions.full_slack if in_flight >= 2 * num_copies else assumptions.tight_slack
+        return Regime(0.0, 0.0)
+    full, tight = regimes(assumptions)
+    return full if in_flight >= 2 * num_copies else tight
 
 
 def most_copies(in_flight: int, num_copies: int) -> int:

@@ -24,6 +24,9 @@ class Assumptions:
         full_slack: share added to the interval between completions when at least two micro-batches are in flight per
             stage copy; iterations with and without a chunk alternate, and the bottleneck's queue runs dry now and then.
         tight_slack: the same with fewer than two. None of it for a single micro-batch, which waits for nobody.
+        full_unevenness, tight_unevenness: these shares are at least so many times ``E / m - 1``, of the longest of M
+            iterations E and the mean one m of a stage: whoever carries a chunk holds the others up. Fitted to 600
+            simulated pipelines (`docs/benchmarks.md`, "simulation").
         planned_utilisation: goodput is this share of the saturated rate.
     """
 
@@ -31,6 +34,8 @@ class Assumptions:
     kv_headroom_z: float = 1.645
     full_slack: float = 0.02
     tight_slack: float = 0.12
+    full_unevenness: float = 0.28
+    tight_unevenness: float = 0.8
     planned_utilisation: float = 0.9
 
 

@@ -158,7 +158,7 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
             )
         )
     return Derived(
-        t_s=seconds_between_completions(setting, stage_s, [stage.copies for stage in shape.stages], card_s),
+        t_s=seconds_between_completions(setting, shape.stages, stage_s, card_s),
         tpot_per_t=tpot_per_t(setting),
         ttft_round_trips=ttft_round_trips(setting),
         round_trip_per_t=setting.in_flight / setting.iterations,

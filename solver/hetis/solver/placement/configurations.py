@@ -26,7 +26,7 @@ class Configuration:
     in_flight_index: int
     in_flight: int
     max_copies: int
-    slack: float
+    regime: cost.Regime
     side: int
     unevenness: float = np.inf
 
@@ -42,7 +42,8 @@ def configurations(atlas: Atlas) -> list[Configuration]:
     memory and time, unless a limit on TTFT binds: a prompt is less likely to wait where more are prefilled at a time.
     """
     found = []
-    a, family = atlas.problem.assumptions, atlas.problem.family
+    full, tight = cost.regimes(atlas.problem.assumptions)
+    family = atlas.problem.family
     most_copies = sum(c.available for c in atlas.classes)
     for scope, part in enumerate(atlas.scopes):
         for mix in (i for i, mix in enumerate(atlas.mixes) if part.serves(mix)):
@@ -52,12 +53,12 @@ def configurations(atlas: Atlas) -> list[Configuration]:
             for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
                 if m == 1:
                     for unevenness in _unevenness_limits(atlas, scope, mix, f):
-                        found.append(Configuration(scope, mix, f, m, 1 << 20, 0.0, side, unevenness))
+                        found.append(Configuration(scope, mix, f, m, 1 << 20, cost.Regime(0.0, 0.0), side, unevenness))
                 elif not filled:
                     filled = m >= 2 * most_copies and not limited
-                    found.append(Configuration(scope, mix, f, m, m // 2, a.full_slack, side))
+                    found.append(Configuration(scope, mix, f, m, m // 2, full, side))
                     if not filled:
-                        found.append(Configuration(scope, mix, f, m, m, a.tight_slack, side))
+                        found.append(Configuration(scope, mix, f, m, m, tight, side))
     return found
 
 

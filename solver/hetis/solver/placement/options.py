@@ -26,8 +26,8 @@ class Options(NamedTuple):
     pool_class: IntArray  # q, -1 without a pool
     pool_cards: IntArray  # p
     pool_groups: IntArray  # k
-    layer_s: FloatArray  # w
-    fixed_s: FloatArray  # [., 4] hop, step and ends
+    layer_s: FloatArray  # w, and slack
+    fixed_s: FloatArray  # [., 4] hop, step and ends, and slack
     min_layers: IntArray  # [., 4] with fewer, what a chunk takes beside layers is too uneven; 1 where all will do
     max_layers: IntArray  # [., 4] repeated layers that fit in memory and in a round trip with a chunk
 
@@ -131,6 +131,21 @@ def chunk_cap(t: Tables, x: int, f: int, copies: int) -> float:
 
 
 @kernel
+def stretch(
+    t: Tables, x: int, f: int, request_s: float, chunk_s: float, least_slack: float, slack_unevenness: float
+) -> float:
+    """1 + sigma of a stage: a repeated layer takes a request ``request_s``, an iteration with a chunk ``chunk_s``."""
+    slack = least_slack
+    plain = t.iterations[x] - t.chunk_iterations[x]
+    if slack_unevenness > 0.0 and plain > 0.0 and t.chunk_iterations[x] > 0.0:
+        plain_s = (request_s - t.chunk_iterations[x] * chunk_s) / plain
+        longest_s = chunk_s - (chunk_s - plain_s) * t.without_chunk[x, f]
+        slack = max(slack, slack_unevenness * (longest_s * t.iterations[x] / request_s - 1.0))
+    stretched: float = 1.0 + slack
+    return stretched
+
+
+@kernel
 def _fill_fixed(
     fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s: float, hop_s: float, step_s: float,
     last_s: float, prefix_delta_s: float,
@@ -171,12 +186,13 @@ def _limit_layers(
 
 @kernel
 def list_options(
-    t: Tables, x: int, f: int, max_copies: int, max_pool: int, chunk_cap_s: float, unevenness: float
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, least_slack: float, slack_unevenness: float,
+    chunk_cap_s: float, unevenness: float,
 ) -> Options:  # fmt: skip
     """Every stage option of a configuration that fits in memory, fewer those no better than a cheaper one beside it.
 
     A stage with c copies takes at most ``c chunk_cap_s`` seconds in an iteration with a chunk, and at most
-    ``unevenness`` times what it takes in a mean one.
+    ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option.
 
     An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
     of the same class, is as fast and has as much room: it would only cost more.
@@ -243,6 +259,10 @@ def list_options(
                             )  # fmt: skip
                             if caps.max() == 0:
                                 continue
+                        longer = stretch(t, x, f, layer_s, chunk_layer_s, least_slack, slack_unevenness)
+                        layer_s *= longer
+                        for role in range(4):
+                            fixed_s[role] *= longer
                         if count > first_of_group and (
                             _at_least(out, fastest, layer_s, fixed_s, floors, caps)
                             or _at_least(out, roomiest, layer_s, fixed_s, floors, caps)

@@ -40,7 +40,9 @@ def _useful(
     limits: Limits, proof: Ceiling, floor: float,
 ) -> tuple[Options, FloatArray]:  # fmt: skip
     """The options that a replica of ratio above ``floor`` can have a stage of, and their prices."""
-    options = list_options(t, x, f, max_copies, max_pool, limits.chunk_cap_s, limits.unevenness)
+    options = list_options(
+        t, x, f, max_copies, max_pool, limits.slack, limits.slack_unevenness, limits.chunk_cap_s, limits.unevenness
+    )
     prices = option_prices(t, options, group_price, card_price)
     if floor <= 0.0:
         return options, prices
@@ -63,7 +65,7 @@ def best_replica(
     options, prices = _useful(t, x, f, max_copies, max_pool, group_price, card_price, limits, proof, floor)
     cap = interval_cap(t, x, f, limits.unevenness)
     if not limits.sequential:
-        return best_column(t, options, prices, cap, limits.slack, limits.copies, scarce, floor, tolerance)
+        return best_column(t, options, prices, cap, limits.copies, scarce, floor, tolerance)
     ratio, weight, bound = best_sequential(t, options, prices, cap, floor)
     stages = np.empty((0, 2), np.int64)
     if ratio > floor:
@@ -111,7 +113,7 @@ def _parts(every: list[Configuration]) -> Iterator[_Part]:
                 scope,
                 np.array([c.mix for c in part], dtype=np.int64),
                 np.array([c.in_flight_index for c in part], dtype=np.int64),
-                np.array([c.slack for c in part]),
+                np.array([c.regime for c in part]),
                 np.array([c.max_copies for c in part], dtype=np.int64),
                 np.array([c.unevenness for c in part]),
             )
@@ -163,7 +165,7 @@ class Pricer:
             c = self.configurations[i]
             return best_replica(
                 tables[c.scope], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
-                limits_of(tables[c.scope], c.mix, c.in_flight_index, c.slack, c.max_copies, c.unevenness),
+                limits_of(tables[c.scope], c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness),
                 Ceiling(*proofs[i]), threshold, self.tolerance,
             )  # fmt: skip
 

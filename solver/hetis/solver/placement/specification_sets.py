@@ -16,7 +16,7 @@ from hetis.solver.check.fleet import slowest
 from hetis.solver.check.memory import rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import chunk_seconds, layer_seconds, stage_seconds, tpot_per_t, ttft_round_trips
+from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage_seconds, tpot_per_t, ttft_round_trips
 from hetis.solver.cost import UNEVENNESS_STEP, unevenness_level
 from hetis.solver.placement.classes import DeviceClass, device_classes
 from hetis.solver.problem import PlacementProblem
@@ -30,7 +30,7 @@ class Shared:
 
     setting: Setting
     zones: frozenset[str]
-    slack: float
+    num_copies: int  # K, as far as slack depends on it
     most_copies: float  # K
     t_limit_s: float  # T
     chunk_limit_s: float  # what a stage may take in an iteration with a chunk, over its copies
@@ -47,7 +47,7 @@ class Choice:
     shape: StageShape | None
     groups: Groups
     is_whole: bool  # holds the whole model
-    u_s: float
+    u_s: float  # slack included
     rate_limit: float  # w
 
     @property
@@ -100,13 +100,13 @@ def _shared(problem: PlacementProblem) -> Iterator[Shared]:
     for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
         setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
         chunk_rules = _chunk_rules(setting)
-        for (slack, most_copies), (per_copy_s, unevenness, t_limit_s), zones, gpu, held in itertools.product(
-            _slacks(setting), chunk_rules, zone_sets, types, layers
+        for (num_copies, most_copies), (per_copy_s, unevenness, t_limit_s), zones, gpu, held in itertools.product(
+            _fillings(setting), chunk_rules, zone_sets, types, layers
         ):
             yield Shared(
                 setting=setting,
                 zones=zones,
-                slack=slack,
+                num_copies=num_copies,
                 most_copies=most_copies,
                 t_limit_s=t_limit_s,
                 chunk_limit_s=per_copy_s / (most_copies // 1) if M > 1 else math.inf,
@@ -116,12 +116,10 @@ def _shared(problem: PlacementProblem) -> Iterator[Shared]:
             )
 
 
-def _slacks(setting: Setting) -> list[tuple[float, float]]:
-    """Slacks a replica may count on, each with the most stage copies it may then have."""
-    assumed, M = setting.problem.assumptions, setting.in_flight
-    if M == 1:
-        return [(0.0, math.inf)]
-    return [(assumed.full_slack, M / 2), (assumed.tight_slack, M)]
+def _fillings(setting: Setting) -> list[tuple[int, float]]:
+    """(K as far as slack depends on it, the most stage copies that a replica with that slack may have)."""
+    M = setting.in_flight
+    return [(1, math.inf)] if M == 1 else [(1, M / 2), (M, M)]
 
 
 def _t_limit_s(setting: Setting) -> float:
@@ -193,7 +191,8 @@ class _Choices:
                     if not _fits_memory(shared.setting, stage, is_first=is_first, is_last=is_last):
                         break
                     u = one_layer_s + (held - 1) * layer_s
-                    w = stage.copies / ((1 + shared.slack) * u)
+                    stretched_s = (1 + slack(shared.setting, stage, shared.num_copies)) * u
+                    w = stage.copies / stretched_s
                     chunk_s = chunk_seconds(shared.setting, stage, is_first=is_first, is_last=is_last)
                     if (
                         w * shared.t_limit_s >= 1 - 1e-9
@@ -202,7 +201,9 @@ class _Choices:
                         and chunk_s * shared.setting.iterations <= u * shared.unevenness * (1 + 1e-9)
                     ):
                         whole = is_first and is_last
-                        yield Choice(shared=e, shape=stage, groups=groups, is_whole=whole, u_s=u, rate_limit=w)
+                        yield Choice(
+                            shared=e, shape=stage, groups=groups, is_whole=whole, u_s=stretched_s, rate_limit=w
+                        )
 
 
 def _empty_stages(shared: Sequence[Shared], first: Sequence[Choice]) -> Iterator[Choice]:

@@ -52,6 +52,8 @@ class Tables(NamedTuple):
     micro_batch: IntArray  # [X]
     in_flight: IntArray  # [F]
     iterations: FloatArray  # [X] n_it
+    chunk_iterations: FloatArray  # [X] nc
+    without_chunk: FloatArray  # [X, F] (1 - phi)^M: the odds that no micro-batch in flight carries a chunk
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that does; inf but of unified mixes
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones

@@ -144,6 +144,10 @@ class _Tabulation:
             micro_batch=np.array([m.micro_batch for m in self.mixes], dtype=np.int64),
             in_flight=np.array(family.in_flight, dtype=np.int64),
             iterations=np.array([m.iterations for m in self.mixes]),
+            chunk_iterations=np.array([m.chunk_iterations for m in self.mixes]),
+            without_chunk=np.array(
+                [[max(0.0, 1.0 - m.chunk_share) ** in_flight for in_flight in family.in_flight] for m in self.mixes]
+            ),
             t_cap=self._t_cap(self._slowest_landing_s(zones, landing_s)),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),

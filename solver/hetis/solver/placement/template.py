@@ -11,7 +11,14 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.configurations import Configuration
-from hetis.solver.placement.options import ROUNDING, layers_on_card, layers_on_rank, pool_entry, pool_wire_seconds
+from hetis.solver.placement.options import (
+    ROUNDING,
+    layers_on_card,
+    layers_on_rank,
+    pool_entry,
+    pool_wire_seconds,
+    stretch,
+)
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
 
 
@@ -119,13 +126,24 @@ def times_of(template: Template, seconds: Sequence[tuple[float, float]]) -> list
     return [stage.layers * w + fixed for stage, (w, fixed) in zip(template.stages, seconds, strict=True)]
 
 
+def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
+    """`stage_seconds`, stretched by the slack of each stage."""
+    t, m = atlas.scopes[template.scope].tables, atlas.problem.family.in_flight[template.in_flight_index]
+    regime = cost.regime_of(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
+    found = []
+    chunks = chunk_stage_seconds(atlas, template)
+    for (w, fixed), (chunk_s, _) in zip(stage_seconds(atlas, template), chunks, strict=True):
+        longer = stretch(t, template.mix, template.in_flight_index, w, chunk_s, *regime)
+        found.append((longer * w, longer * fixed))
+    return found
+
+
 def interval_of(atlas: Atlas, template: Template) -> float:
     """t of `docs/cost-model.md`."""
-    times = times_of(template, stage_seconds(atlas, template))
+    times = times_of(template, slacked_seconds(atlas, template))
     m = atlas.problem.family.in_flight[template.in_flight_index]
     busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
-    slack = cost.slack(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
-    return max((1.0 + slack) * max(busiest, sum(times) / m), atlas.scopes[template.scope].tables.t_floor)
+    return max(busiest, sum(times) / m, atlas.scopes[template.scope].tables.t_floor)
 
 
 def rebalanced(atlas: Atlas, template: Template) -> Template:
@@ -138,7 +156,7 @@ def rebalanced(atlas: Atlas, template: Template) -> Template:
     m = atlas.problem.family.in_flight[template.in_flight_index]
     if m == 1 or len(template.stages) == 1 or atlas.problem.model.forbidden_cuts:
         return template
-    times = stage_seconds(atlas, template)
+    times = slacked_seconds(atlas, template)
     rooms = [room_layers(atlas, template, i) for i in range(len(template.stages))]
     trip_cap = float(atlas.scopes[template.scope].tables.trip_cap[template.mix, template.in_flight_index])
     if np.isfinite(trip_cap):
@@ -147,10 +165,9 @@ def rebalanced(atlas: Atlas, template: Template) -> Template:
         in_time = [(stage.copies * longest_s - f) / s for stage, (s, f) in zip(template.stages, chunks, strict=True)]
         rooms = [min(room, int(max(0.0, n + ROUNDING))) for room, n in zip(rooms, in_time, strict=True)]
     total = sum(stage.layers for stage in template.stages)
-    slack = cost.slack(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
     best = template
     while True:
-        target = best.interval_s / (1.0 + slack) * (1.0 - 1e-12)
+        target = best.interval_s * (1.0 - 1e-12)
         fits = [
             min(room, int((stage.copies * target - fixed) / w)) if stage.copies * target > fixed else 0
             for room, stage, (w, fixed) in zip(rooms, best.stages, times, strict=True)

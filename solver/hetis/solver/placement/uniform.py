@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis.solver.cost import UNEVENNESS_STEP
+from hetis.solver.cost import UNEVENNESS_STEP, Regime, regimes
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import ROUNDING, layers_on_rank
+from hetis.solver.placement.options import ROUNDING, layers_on_rank, stretch
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
@@ -28,7 +28,7 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
 
 @kernel
 def best_equal_split(
-    t: Tables, mixes: IntArray, s: int, num_stages: int, full_slack: float, tight_slack: float
+    t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime
 ) -> tuple[float, int, int]:
     """The shortest interval of ``num_stages`` equal stages of rank type s, and its mix (of those given) and in-flight
     index.
@@ -79,8 +79,8 @@ def best_equal_split(
             if m == 1:
                 interval = total
             else:
-                slack = full_slack if m >= 2 * num_stages else tight_slack
-                interval = (1.0 + slack) * max(busiest, total / m)
+                regime = full if m >= 2 * num_stages else tight
+                interval = stretch(t, x, f, w, chunk_w, regime.least, regime.unevenness) * max(busiest, total / m)
             interval = max(interval, t.t_floor)
             if t.trip_cap[x, f] < np.inf:
                 if m == 1:
@@ -113,7 +113,7 @@ def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Templat
     most_stages = min(t.num_layers, max(atlas.problem.family.in_flight))
     for s, (device_class, tp) in enumerate(atlas.ranks):
         for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
-            _, x, f = best_equal_split(t, mixes, s, num_stages, a.full_slack, a.tight_slack)
+            _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes(a))
             if x < 0:
                 continue
             each, spare = divmod(t.num_layers, num_stages)

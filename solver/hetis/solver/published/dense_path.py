@@ -93,7 +93,8 @@ def _cost_s(atlas: Atlas, reference: Duty, ranks: Ranks) -> float:
         card_share=p.card_share[:, :1].copy(),
         t_cap=np.full((1, 1), np.inf),
         trip_cap=np.full((1, 1), np.inf),
-        full_slack=0.0,
+        without_chunk=p.without_chunk[:, :1].copy(),
+        full=cost.Regime(0.0, 0.0),
     )
     split = best_split(even)
     if split.x < 0:

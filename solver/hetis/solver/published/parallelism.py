@@ -109,6 +109,7 @@ class ReplicaSearch:
             card_share=p.card_share[:, fewest : fewest + 1].copy(),
             t_cap=np.full((len(duty.mixes), 1), np.inf),
             trip_cap=np.full((len(duty.mixes), 1), np.inf),
+            without_chunk=p.without_chunk[:, fewest : fewest + 1].copy(),
         )
         return float(best_split(alone).interval_s * alone.in_flight[0])
 

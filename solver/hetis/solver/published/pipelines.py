@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hetis.solver.cost import regimes
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.options import layers_on_rank
 from hetis.solver.placement.tables import Atlas, FloatArray, Tables
@@ -62,7 +63,7 @@ def priced(
     chunk_fixed_s = chunk_fixed_s + np.where(is_last, t.chunk.last_s[at], 0.0)
     room = np.empty((len(x), len(t.in_flight), len(s)), dtype=np.int64)
     _fill_rooms(t, x, s, places, given, room)
-    assumptions = atlas.problem.assumptions
+    full, tight = regimes(atlas.problem.assumptions)
     return Pipeline(
         num_layers=t.num_layers,
         cut_floor=t.cut_floor,
@@ -77,8 +78,11 @@ def priced(
         in_flight=t.in_flight,
         t_cap=t.t_cap[x],
         trip_cap=t.trip_cap[x],
-        full_slack=assumptions.full_slack,
-        tight_slack=assumptions.tight_slack,
+        iterations=t.iterations[x],
+        chunk_iterations=t.chunk_iterations[x],
+        without_chunk=t.without_chunk[x],
+        full=full,
+        tight=tight,
     )
 
 
