@@ -66,6 +66,7 @@ class Family:
         one_type_per_role: all prefill replicas are of one GPU type, and all decode replicas of one.
 
     Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
+    Under a limit on TTFT stages keep to rules of their own (`docs/cost-model.md`, "Latency").
     """
 
     name: str = "hetis"
@@ -104,6 +105,7 @@ class Family:
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
         parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
+        parts.append("under a TTFT limit, stages that take their share of a round trip with a chunk")
         parts.append(self._describe_roles())
         return "; ".join(parts)
 

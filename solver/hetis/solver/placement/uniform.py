@@ -38,6 +38,8 @@ def best_equal_split(
     best, best_x, best_f = np.inf, -1, -1
     kinds = 1 if num_stages == 1 else (2 if num_stages == 2 else 3)
     groups = t.rank_groups[s]
+    # Plain stages take the remainder first: not all of them, if it is less.
+    many_plain = 0 < t.num_layers % num_stages < num_stages - 2
     for x in mixes:
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
@@ -65,7 +67,9 @@ def best_equal_split(
                 if role in (LAST, BOTH):
                     fixed, chunk_fixed = fixed + t.last_s[x, s], chunk_fixed + t.chunk.last_s[x, s]
                 chunk_s = max(chunk_s, layers * chunk_w + chunk_fixed)
-                uneven = max(uneven, (layers * chunk_w + chunk_fixed) * t.iterations[x] / (layers * w + fixed))
+                # Of plain stages some may have a layer less, beside which the rest counts for more.
+                for n in range(max(1, layers - 1) if role == PLAIN and many_plain else layers, layers + 1):
+                    uneven = max(uneven, (n * chunk_w + chunk_fixed) * t.iterations[x] / (n * w + fixed))
                 busiest = max(busiest, layers * w + fixed)
                 if role != PLAIN:
                     total += layers * w + fixed
