@@ -29,7 +29,8 @@ def ceiling_of(
     family = atlas.problem.family
     found = ceilings(
         atlas.scopes[c.scope].tables, np.array([c.mix]), np.array([c.in_flight_index]), np.array([c.regime]),
-        np.array([c.max_copies]), family.max_copies, family.max_pool, group_price, card_price, enough,
+        np.array([c.max_copies]), np.array([c.unevenness]), family.max_copies, family.max_pool, group_price,
+        card_price, enough,
     )  # fmt: skip
     return Ceiling(*map(float, found[0]))
 
