@@ -161,7 +161,7 @@ def test_engine_settings_chosen_anew_are_the_best_of_all_that_fit() -> None:
         is_allowed = m == 1 or m >= sum(stage.copies for stage in group.shape.stages)
         reach = Reach(
             rate=0.9 * len(plan.replicas) * derived.rate,
-            ttft_s=derived.t_s * derived.ttft_per_t,
+            ttft_s=derived.ttft_s(derived.t_s),
             tpot_s=derived.t_s * derived.tpot_per_t,
         )
         if is_allowed and derived.fits and not reach.misses(problem.objective):
