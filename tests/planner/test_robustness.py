@@ -45,7 +45,7 @@ FLEETS = ("paper", "h100-p100", "split")  # without and with attention workers; 
 @cache
 def posed(fleet: str) -> PlacementProblem:
     cluster = load_cluster(EXAMPLES / f"{'h100-l4' if fleet == 'split' else fleet}.yaml")
-    model, family, goal = load_model("Llama-2-70B"), Family(), Objective()
+    model, family, goal = load_model("Llama-2-70B"), Family(), Objective(ttft_limit_s=4.0)
     if fleet == "split":
         family, goal = replace(family, roles=(Role.PREFILL, Role.DECODE)), replace(goal, ttft_limit_s=30.0)
     names = {slots.gpu for group in cluster.node_groups for slots in group.gpus}
