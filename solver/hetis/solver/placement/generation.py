@@ -257,7 +257,8 @@ class ColumnGeneration:
             theta = np.array([side.ratio_bound for side in priced])
             barren |= (theta == 0.0) & complete
             theta[barren] = 0.0
-            self._improve_bound(lifted, theta)
+            if complete or np.isfinite(theta).all():
+                self._improve_bound(lifted, theta)
             added = self.pool.add([template for side in priced for template in side.templates])
             if not complete:
                 return False
@@ -359,7 +360,7 @@ class ColumnGeneration:
         if self.master.demand is None:
             found = routes.highest_rate(theta, worth)
             is_better = found.value < self.bound.value
-            self.may_have_plan = not found.value <= 0.0  # nan: nothing was priced in time
+            self.may_have_plan = found.value > 0.0
         else:
             found = routes.least_cost(theta, worth, self.master.demand)
             is_better = found is not None and found.value > self.bound.value

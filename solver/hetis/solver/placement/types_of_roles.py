@@ -126,7 +126,7 @@ def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
     """What no replica of the role can exceed for its dense work alone: all that a spent budget leaves time for."""
     layers = pair.scopes[0].tables.num_layers
     of_gpu = {g: price for (g, p), price in zip(pair.resources.rows, prices, strict=True) if p == 1}
-    return max(layers_per_s(pair, g, role) / layers / price for g, price in of_gpu.items() if price > 0.0)
+    return max(layers_per_s(pair, g, role) / layers / float(price) for g, price in of_gpu.items() if price > 0.0)
 
 
 def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
