@@ -204,3 +204,29 @@ def test_a_replica_that_a_limit_keeps_fast_is_priced_whatever_rate_counts() -> N
     priced = pricer.price(prices, 0.0, 1.0, Budget(), rate_cap=1e-3)
     assert priced.templates
     assert priced.ratio_bound >= 1e-3 / 2
+
+
+def test_pricing_without_time_knows_nothing_and_says_so() -> None:
+    atlas = build_atlas(make_problem([make_node("a", "A", gpus=2)]))
+    every = [c for c in configurations(atlas) if c.side == UNIFIED]
+    prices = np.ones(len(atlas.resources.rows))
+    pricer = Pricer(atlas, every, 0.0 * prices, max_copies=2, max_pool=0, threads=1, tolerance=1e-4)
+    spent = Budget()
+    spent.cancelled.set()
+    priced = pricer.price(prices, 0.0, 1.0, spent, rate_cap=np.inf)
+    assert (priced.templates, priced.ratio_bound, priced.complete) == ((), np.inf, False)
+    later = pricer.price(prices, 0.0, 1.0, Budget(), rate_cap=np.inf)  # nothing of it is kept as proved
+    assert later.complete
+    assert later.templates
+    assert later.ratio_bound < np.inf
+
+
+def test_a_share_of_a_budget_ends_before_it_and_is_cancelled_with_it() -> None:
+    readings = iter([10.0, 12.0, 12.0, 13.0, 15.5])
+    budget = Budget(time_limit_s=8.0, clock=lambda: next(readings))
+    part = budget.share(0.5)  # at 12 s: 6 s are left; its own start is read and not kept
+    assert part.elapsed_s() == 5.5
+    assert part.time_limit_s == 5.0
+    assert not budget.cancelled.is_set()
+    budget.cancelled.set()
+    assert part.cancelled.is_set()

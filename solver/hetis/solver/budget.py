@@ -33,6 +33,13 @@ class Budget:
     def remaining_s(self) -> float:
         return self.time_limit_s - self.elapsed_s()
 
+    def share(self, of_rest: float) -> Budget:
+        """A budget that ends after this share of the time that is left, begun and cancelled with this one."""
+        limit_s = self.elapsed_s() + of_rest * self.remaining_s()
+        part = Budget(time_limit_s=limit_s, clock=self.clock, cancelled=self.cancelled)
+        part.started_s = self.started_s
+        return part
+
     def is_spent(self) -> bool:
         return self.cancelled.is_set() or self.remaining_s() <= 0
 

@@ -10,37 +10,41 @@ from hypothesis import strategies as st
 from hetis.solver.layers.plan import LinkShare, PlacedNode
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 
+SLOW = 30.0  # times slower than others is a type that does more harm than good
+
 
 @st.composite
-def tables(draw: st.DrawFn) -> TimeTable:
+def tables(draw: st.DrawFn, *, slower: float = 1.0) -> TimeTable:
     """Times that rise with the batch, convex or not."""
     sizes = sorted(draw(st.sets(st.integers(1, 60), min_size=1, max_size=4)))
     seconds = [draw(st.floats(1e-4, 5e-3))]
     for _ in sizes[1:]:
         seconds.append(seconds[-1] + draw(st.floats(1e-6, 5e-3)))
-    return TimeTable(sizes=tuple(float(size) for size in sizes), seconds=tuple(seconds))
+    return TimeTable(sizes=tuple(float(size) for size in sizes), seconds=tuple(slower * one for one in seconds))
 
 
 @st.composite
 def problems(draw: st.DrawFn, *, max_nodes: int = 3, max_layers: int = 4) -> LayersProblem:
-    """Tight and roomy nodes, with and without batch times, slow and fast links."""
+    """Nodes with KV room over three decades, with and without batch times, one type slow or none; any links."""
     num_layers = draw(st.integers(1, max_layers))
     num_nodes = draw(st.integers(1, max_nodes))
     kinds: list[NodeType] = []
+    slow = draw(st.integers(0, 3))  # the type of this number, if there is one
     while num_nodes > 0:
         count = draw(st.integers(1, num_nodes))
         num_nodes -= count
         most = draw(st.integers(1, num_layers))
-        room = draw(st.floats(500, 50_000))
+        room = 500 * 10 ** draw(st.floats(0, 3))
+        slower = SLOW if slow == len(kinds) else 1.0
         timed = draw(st.booleans())
         kinds.append(
             NodeType(
                 name="ABCDEF"[len(kinds)],
                 count=count,
-                tokens_per_s=tuple(draw(st.floats(1e3, 1e5)) / k for k in range(1, most + 1)),
+                tokens_per_s=tuple(draw(st.floats(1e3, 1e5)) / slower / k for k in range(1, most + 1)),
                 kv_token_layers=tuple(room * (1 - 0.1 * k) for k in range(most)),
-                prompt=draw(tables()) if timed else None,
-                decode=draw(tables()) if timed else None,
+                prompt=draw(tables(slower=slower)) if timed else None,
+                decode=draw(tables(slower=slower)) if timed else None,
             )
         )
     if sum(kind.count * min(len(kind.tokens_per_s), num_layers) for kind in kinds) < num_layers:

@@ -103,3 +103,74 @@ def test_a_helper_that_runs_only_the_first_layer_pays() -> None:
     assert plan.rate_rps > 1.05 * alone.rate_rps
     assert 0 < loads["B-0"].visits < 1
     assert loads["A-0"].layer_share[0] < loads["A-0"].layer_share[1] == pytest.approx(1)
+
+
+def unlike(kinds: tuple[NodeType, ...], num_layers: int, prompt: float, output: float, links: Links) -> LayersProblem:
+    return LayersProblem(
+        name="unlike",
+        num_layers=num_layers,
+        node_types=kinds,
+        mean_prompt_tokens=prompt,
+        mean_output_tokens=output,
+        links=links,
+    )
+
+
+def test_nodes_that_slow_everybody_down_stay_idle() -> None:
+    """One request on a B in the stage is slower than twenty on each A: no move of one node out of four is enough."""
+    slow = TimeTable(sizes=(0.0, 8.0, 300.0), seconds=(0.0434, 0.0459, 0.0472))
+    kinds = (
+        NodeType(name="A", count=2, tokens_per_s=(2323.0,), kv_token_layers=(5710.0,)),
+        NodeType(
+            name="B",
+            count=2,
+            tokens_per_s=(2398.0,),
+            kv_token_layers=(4137.0,),
+            prompt=TimeTable(sizes=(100.0, 1000.0), seconds=(0.0024, 0.2)),
+            decode=slow,
+        ),
+    )
+    problem = unlike(kinds, 1, 1.0, 250.0, Links(bandwidth=2.44e7, latency_s=1e-3, activation_bytes=16384))
+    plan = solve_layers(problem)
+    assert {node.kind for node in plan.nodes} == {"A"}
+    assert best_by_enumeration(problem) == pytest.approx(plan.rate_rps)
+
+
+def test_few_requests_are_left_to_slow_nodes_with_much_room() -> None:
+    """B has room for twenty times as much, and gets a quarter of the requests."""
+    kinds = (
+        NodeType(
+            name="A",
+            count=2,
+            tokens_per_s=(1276.0,),
+            kv_token_layers=(2255.0,),
+            prompt=TimeTable(sizes=(100.0, 1000.0), seconds=(0.0145, 0.2)),
+            decode=TimeTable(sizes=(0.0,), seconds=(0.00265,)),
+        ),
+        NodeType(name="B", count=2, tokens_per_s=(710.0, 208.0), kv_token_layers=(40877.0, 45417.0)),
+    )
+    problem = unlike(kinds, 2, 900.0, 30.0, Links(bandwidth=3.35e6, latency_s=1e-3, activation_bytes=0))
+    plan = solve_layers(problem)
+    visits = {load.node.name: load.visits for load in plan.judgement.loads}
+    assert best_by_enumeration(problem) <= plan.rate_rps
+    assert visits["A-0"] == pytest.approx(visits["A-1"], rel=1e-3)
+    assert 0.7 < visits["A-0"] < 0.8
+
+
+def test_a_node_with_a_hundredth_of_the_room_takes_half_of_the_requests() -> None:
+    """A weight by KV room alone, or eight times as much, would leave it idle or cut the chain between the two."""
+    kinds = (
+        NodeType(name="A", count=1, tokens_per_s=(642.0, 450.0, 202.0, 160.0), kv_token_layers=(575, 1521, 779, 1476)),
+        NodeType(
+            name="B",
+            count=1,
+            tokens_per_s=(264.0, 121.0, 68.7, 65.3),
+            kv_token_layers=(95178, 131802, 151632, 157325),
+            prompt=TimeTable(sizes=(100.0, 1000.0), seconds=(0.0782, 0.2)),
+            decode=TimeTable(sizes=(2.0, 4.0, 64.0), seconds=(0.00258, 0.00469, 0.0435)),
+        ),
+    )
+    problem = unlike(kinds, 4, 1.0, 250.0, Links(bandwidth=2.09e9, latency_s=1e-3, activation_bytes=16384))
+    plan = solve_layers(problem)
+    assert best_by_enumeration(problem) <= plan.rate_rps
+    assert all(load.node.num_layers == 4 and 0.4 < load.visits < 0.6 for load in plan.judgement.loads)

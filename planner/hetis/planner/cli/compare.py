@@ -17,6 +17,7 @@ from hetis.solver.plan import ObjectiveKind, Status
 
 if TYPE_CHECKING:
     from hetis.planner.comparing import Compared
+    from hetis.solver.budget import Report
 
 
 @verb()
@@ -47,6 +48,7 @@ def compare(
     from hetis.planner.cli.native_output import no_native_output
     from hetis.planner.cli.progress import progress_on_stderr
     from hetis.planner.comparing import compare_strategies
+    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.solving import run_interruptibly
     from hetis.planner.sources import load_inputs
@@ -59,16 +61,21 @@ def compare(
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
     cancelled = threading.Event()
+
+    def work(report: Report) -> tuple[Compared, ...]:
+        compile_kernels(loaded.inputs.cluster.num_gpus(), strategies.names, report=report)
+        return compare_strategies(
+            loaded,
+            goal,
+            settings,
+            strategies.names,
+            budget=lambda: Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled),
+            report=report,
+        )
+
     with no_native_output(), progress_on_stderr(terminal, goal.unit) as report:
         compared = run_interruptibly(
-            lambda: compare_strategies(
-                loaded,
-                goal,
-                settings,
-                strategies.names,
-                budget=lambda: Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled),
-                report=report,
-            ),
+            lambda: work(report),
             cancelled=cancelled,
             on_cancel=lambda: terminal.say("stopping with the plans so far; Ctrl-C again leaves at once"),
         )

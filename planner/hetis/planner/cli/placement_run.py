@@ -16,6 +16,7 @@ from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.plan_files import save
 from hetis.planner.cli.progress import progress_on_stderr
+from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.placing import Settings, make_plan, missed
 from hetis.planner.solving import run_interruptibly
 from hetis.planner.sources import LoadedInputs
@@ -70,6 +71,7 @@ class PlacementRun:
             )
 
     def _plan_and_study(self, cancelled: threading.Event, report: Report) -> tuple[Plan, Robustness | None]:
+        compile_kernels(self.problem.cluster.num_gpus(), (self.settings.strategy,), report=report)
         plan = make_plan(self.loaded, self.problem, self.settings, budget=self._budget(cancelled), report=report)
         if self.profile_error is None or not plan.replicas:
             return plan, None

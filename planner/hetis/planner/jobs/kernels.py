@@ -6,6 +6,8 @@ is to solve a problem that is as small as it can be.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from hetis.formats import catalogue
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Progress, Report
@@ -16,6 +18,8 @@ from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.solve import solve_placement
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.published import PUBLISHED
+from hetis.solver.published.layers import best_split
 from hetis.solver.workload import LengthBin, Workload
 
 COMPILING = "compiling"
@@ -34,6 +38,15 @@ def load_kernels(num_gpus: int, *, report: Report) -> None:
     if not is_cached(explore if is_small else best_replica):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
         solve_placement(_smallest_problem(1 if is_small else MAX_GPUS + 1))
+
+
+def compile_kernels(num_gpus: int, strategies: Collection[str], *, report: Report) -> None:
+    """Makes sure that these strategies search such a fleet without compiling anything."""
+    load_kernels(num_gpus, report=report)
+    if not is_cached(best_split) and not PUBLISHED.keys().isdisjoint(strategies):
+        report(Progress(phase=COMPILING, elapsed_s=0.0))
+        for strategy in PUBLISHED:
+            solve_placement(_smallest_problem(2), strategy=strategy)
 
 
 def load_cached_kernels() -> None:

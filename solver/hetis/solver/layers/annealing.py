@@ -14,7 +14,8 @@ from hetis.solver.layers.compiled import kernel
 from hetis.solver.layers.sweep import Sweep, rate_of
 from hetis.solver.layers.tables import FloatArray, IntArray, Tables
 
-MOST_TILT = 8.0  # a node's weight may be so far from its KV room per layer
+MOST_TILT, MOST_WILD_TILT = 8.0, 1000.0  # a node's weight is at most so many times its KV room per layer, or so few
+NEW_TILT = 0.2  # of nodes in a new place, where weights are wild: those that get any weight
 
 
 class Placement(NamedTuple):
@@ -60,12 +61,14 @@ def anneal(
     num_moves: int,
     hot: float,
     cold: float,
+    wild: bool,
     seed: int,
 ) -> float:
     """Moves ``placement`` about, and ``best`` to the best one met; returns the rate of ``best``.
 
     A move that loses a share x of the rate is kept with probability exp(-x / temperature); the temperature falls
-    geometrically from ``hot`` to ``cold``.
+    geometrically from ``hot`` to ``cold``. ``wild``: weights may be far from what KV room per layer says, as fleets of
+    very unlike nodes need and others lose time with.
     """
     np.random.seed(seed)
     n = placement.first.shape[0]
@@ -76,7 +79,7 @@ def anneal(
     for step in range(num_moves):
         temperature = hot * (cold / hot) ** (step / num_moves)
         _copy(placement, trial)
-        if not _move(trial, kind, tables):
+        if not _move(trial, kind, tables, wild):
             continue
         found = worth(trial, kind, tables, flow_only, weight, sweep)
         if found >= rate or (found > 0.0 and np.random.random() < np.exp(np.log(found / rate) / temperature)):
@@ -124,16 +127,16 @@ def _copy(source: Placement, target: Placement) -> None:
 
 
 @kernel
-def _move(trial: Placement, kind: IntArray, tables: Tables) -> bool:
+def _move(trial: Placement, kind: IntArray, tables: Tables, wild: bool) -> bool:
     """Changes ``trial`` at random; False where the move is not possible."""
     first, held = trial.first, trial.held
     n = first.shape[0]
     i, j = np.random.randint(n), np.random.randint(n)
     which = np.random.random()
     if which < 0.22:
-        return _join(trial, kind, tables, i, j)
+        return _join(trial, kind, tables, i, j, wild)
     if which < 0.36:
-        return _swap(trial, kind, tables, i, j)
+        return _swap(trial, kind, tables, i, j, wild)
     if which < 0.52:
         return _trade(trial, kind, tables, i, j)
     if which < 0.66:
@@ -141,7 +144,8 @@ def _move(trial: Placement, kind: IntArray, tables: Tables) -> bool:
     if which < 0.76:
         return _stretch(trial, kind, tables, i)
     if which < 0.86:
-        trial.tilt[i] = min(max(trial.tilt[i] * np.exp(0.4 * np.random.randn()), 1 / MOST_TILT), MOST_TILT)
+        most = MOST_WILD_TILT if wild else MOST_TILT
+        trial.tilt[i] = min(max(trial.tilt[i] * np.exp(0.4 * np.random.randn()), 1 / most), most)
         return bool(held[i] > 0)
     if which < 0.92:
         return _split(trial, i)
@@ -152,24 +156,32 @@ def _move(trial: Placement, kind: IntArray, tables: Tables) -> bool:
 
 
 @kernel
-def _join(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int) -> bool:
+def _new_tilt(wild: bool) -> float:
+    """Of a node in a new place: by its KV room, or any."""
+    if wild and np.random.random() < NEW_TILT:
+        return float(MOST_WILD_TILT ** np.random.uniform(-1.0, 1.0))
+    return 1.0
+
+
+@kernel
+def _join(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int, wild: bool) -> bool:
     """Node i takes the range of node j, or as much of its begin as it can hold."""
     if i == j or trial.held[j] == 0:
         return False
     trial.first[i] = trial.first[j]
     trial.held[i] = min(trial.held[j], tables.most[kind[i]])
-    trial.tilt[i] = 1.0
+    trial.tilt[i] = _new_tilt(wild)
     return True
 
 
 @kernel
-def _swap(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int) -> bool:
+def _swap(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int, wild: bool) -> bool:
     """Nodes of two types change places."""
     if kind[i] == kind[j] or trial.held[i] > tables.most[kind[j]] or trial.held[j] > tables.most[kind[i]]:
         return False
     trial.first[i], trial.first[j] = trial.first[j], trial.first[i]
     trial.held[i], trial.held[j] = trial.held[j], trial.held[i]
-    trial.tilt[i], trial.tilt[j] = 1.0, 1.0
+    trial.tilt[i], trial.tilt[j] = _new_tilt(wild), _new_tilt(wild)
     return True
 
 

@@ -19,7 +19,7 @@ from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.layers.sweep import Sweep, new_sweep
 from hetis.solver.layers.tables import IntArray, Tables, tabulate
 
-STARTS = 8
+STARTS, SPARSE_STARTS = 8, 2  # with all nodes; with as few as hold the layers
 FINALISTS = 2  # of the starts, searched longer
 MOVES_PER_NODE, FINAL_MOVES_PER_NODE = 10_000, 30_000
 MOST_MOVES = 4_000_000  # of one search
@@ -118,20 +118,21 @@ class _Search:
 
     def run(self, seed: int) -> Placement:
         """The best placement from all starts."""
-        found: list[tuple[float, Placement]] = []
+        found: list[tuple[float, Placement, bool]] = []
         for start, placement in enumerate(self._starts(seed)):
             if found and self.budget.is_spent():
                 break
-            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, seed + 101 * start))
-            self.tell(f"start {start + 1} of {STARTS}", max(rate for rate, _ in found))
+            wild = start >= STARTS
+            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, wild, seed + 101 * start))
+            self.tell(f"start {start + 1} of {STARTS + SPARSE_STARTS}", max(rate for rate, *_ in found))
         found.sort(key=lambda entry: -entry[0])
-        for finalist, (_, placement) in enumerate(found[:FINALISTS]):
+        for finalist, (_, placement, wild) in enumerate(found[:FINALISTS]):
             if self.budget.is_spent():
                 break
-            again = self._anneal(copy_of(placement), FINAL_MOVES_PER_NODE, FINAL_HOT, seed + 101 * finalist + 1)
-            found.append(again)
-            self.tell(f"finalist {finalist + 1} of {FINALISTS}", max(rate for rate, _ in found))
-        rate, best = max(found, key=lambda entry: entry[0])
+            again = copy_of(placement)
+            found.append(self._anneal(again, FINAL_MOVES_PER_NODE, FINAL_HOT, wild, seed + 101 * finalist + 1))
+            self.tell(f"finalist {finalist + 1} of {FINALISTS}", max(rate for rate, *_ in found))
+        rate, best, _ = max(found, key=lambda entry: entry[0])
         if rate <= 0:
             raise NoPlanFoundError("the time limit ended the search before the first placement")
         self.stopped = self.budget.is_spent()
@@ -142,8 +143,10 @@ class _Search:
         """News for whoever waits."""
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=rate))
 
-    def _anneal(self, placement: Placement, moves_per_node: int, hottest: float, seed: int) -> tuple[float, Placement]:
-        """The best placement met, after its rate; in slices, so that the budget is heard."""
+    def _anneal(
+        self, placement: Placement, moves_per_node: int, hottest: float, wild: bool, seed: int
+    ) -> tuple[float, Placement, bool]:
+        """The best placement met, after its rate and before ``wild``; in slices, so that the budget is heard."""
         num_moves = min(moves_per_node * self.problem.num_nodes, MOST_MOVES)
         slices = max(1, num_moves * self.problem.num_nodes // SLICE)
         cooling = (COLD / hottest) ** (1 / slices)
@@ -161,34 +164,46 @@ class _Search:
                 math.ceil(num_moves / slices),
                 hot,
                 hot * cooling,
+                wild,
                 (seed + 7919 * number) % 2**32,
             )
             if self.budget.is_spent():
                 break
-        return rate, best
+        return rate, best, wild
 
     def _starts(self, seed: int) -> Iterator[Placement]:
-        """Chains of all nodes in random order, holding some share of what they can; what is left over joins others."""
-        for start in range(STARTS):
+        """Chains of nodes that hold some share of what they can.
+
+        First of all nodes in random order, what is left over joins others; then type by type, what is left over stays
+        idle. A node that slows everybody down is hard to lose, one that helps is easy to add.
+        """
+        for start in range(STARTS + SPARSE_STARTS):
             random = np.random.default_rng((seed, start))
             fill = float(random.uniform(0.4, 0.9))
-            while (placement := self._chain(random, fill)) is None:
+            while (placement := self._chain(random, fill, is_sparse=start >= STARTS)) is None:
                 fill = min(1.0, 1.15 * fill)
             yield placement
 
-    def _chain(self, random: np.random.Generator, fill: float) -> Placement | None:
+    def _chain(self, random: np.random.Generator, fill: float, *, is_sparse: bool) -> Placement | None:
         n, num_layers = self.problem.num_nodes, self.problem.num_layers
         placement = Placement(np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n))
         layer, chain = 0, []
-        for i in random.permutation(n):
+        for i in self._by_type(random) if is_sparse else random.permutation(n):
             most = int(self.tables.most[self.kind[i]])
             if layer < num_layers:
                 placement.first[i] = layer
                 placement.held[i] = min(max(1, round(fill * most)), num_layers - layer)
                 layer += int(placement.held[i])
                 chain.append(i)
+            elif is_sparse:
+                break
             else:
                 twin = random.choice(chain)
                 placement.first[i] = placement.first[twin]
                 placement.held[i] = min(int(placement.held[twin]), most)
         return placement if layer == num_layers else None
+
+    def _by_type(self, random: np.random.Generator) -> IntArray:
+        """All nodes, one type after the other in random order."""
+        order = random.permutation(len(self.counts))
+        return np.argsort(order[self.kind], kind="stable")

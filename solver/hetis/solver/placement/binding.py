@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from hetis.solver.budget import Budget
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.classes import DeviceClass
@@ -41,16 +42,19 @@ class BoundStage:
     workers: list[str] = field(default_factory=list)
 
 
-def bind(atlas: Atlas, templates: Sequence[Template], *, seed: int = 0) -> list[list[BoundStage]]:
-    """Named GPUs for every stage of every template, in their order.
+def bind(
+    atlas: Atlas, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None
+) -> list[list[BoundStage]]:
+    """Named GPUs for every stage of every template, in their order; first fit where the budget leaves no time.
 
     Raises:
         UnboundPlanError: the templates do not fit in the fleet's nodes.
     """
     parts = [part for i, template in enumerate(templates) for part in _parts_of(atlas, i, template)]
     nodes = _first_fit(atlas, parts)
-    if _num_pairs(atlas, parts) <= MAX_CP_SAT_PAIRS:
-        nodes = _fewest_nodes(atlas, parts, nodes, seed)
+    budget = budget if budget is not None else Budget()
+    if _num_pairs(atlas, parts) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
+        nodes = _fewest_nodes(atlas, parts, nodes, seed, budget)
     names = _Names(atlas)
     bound = [[BoundStage() for _ in template.stages] for template in templates]
     for part, node in zip(parts, nodes, strict=True):
@@ -110,7 +114,9 @@ def _num_pairs(atlas: Atlas, parts: Sequence[Part]) -> int:
     return sum(atlas.classes[part.device_class].num_nodes for part in parts)
 
 
-def _fewest_nodes(atlas: Atlas, parts: Sequence[Part], start: Sequence[int], seed: int) -> list[int]:
+def _fewest_nodes(
+    atlas: Atlas, parts: Sequence[Part], start: Sequence[int], seed: int, budget: Budget
+) -> list[int]:  # fmt: skip
     """The assignment that spreads replicas over the fewest nodes, by CP-SAT from ``start``.
 
     Sets       a parts, v nodes of a's class, r replicas
@@ -146,6 +152,7 @@ def _fewest_nodes(atlas: Atlas, parts: Sequence[Part], start: Sequence[int], see
     solver.parameters.catch_sigint_signal = False  # Ctrl-C is the caller's
     solver.parameters.random_seed = seed
     solver.parameters.max_deterministic_time = CP_SAT_SECONDS
+    solver.parameters.max_time_in_seconds = budget.remaining_s()
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return list(start)
     return [

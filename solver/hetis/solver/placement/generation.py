@@ -46,7 +46,7 @@ SMOOTHING = 0.5  # weight of the best bound's prices
 PRICE_FLOOR = 1e-5  # of the mean price of a row's unit: no row is free, or a replica could be infinitely good
 MAX_ROUNDS = 60
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further in pricing
-MILP_SECONDS = 4.0
+MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the least even of a spent budget: a plan is due
 MANY = 64  # replicas: from here on the MILP keeps close to the relaxation
 VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # of the best ratio: what columns of other sizes must have
 EASE, MOST_EASE = 0.125, 0.01  # of the gap, and at most: what pricing need not look for while much is missing
@@ -197,11 +197,12 @@ class ColumnGeneration:
     ) -> None:  # fmt: skip
         """Columns and choice of a part of the family: these roles without stage copies and attention workers."""
         part = ColumnGeneration(
-            self.atlas, self.master, self.row_costs, budget=self.budget, report=self._report_of_part, roles=roles
-        )
+            self.atlas, self.master, self.row_costs, budget=self.budget.share(0.5), report=self._report_of_part,
+            roles=roles,
+        )  # fmt: skip
         part.pool.add(self._with_roles(roles, seeds))
         part.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 2)
-        if choose_seed is not None:
+        if choose_seed is not None and not part.budget.is_spent():
             part.choose(gap=gap_target / 10, seed=choose_seed)
         self.absorb(part.pool, part.incumbent)
         self.bound = self._no_bound(part.bound.row_prices)
@@ -242,6 +243,8 @@ class ColumnGeneration:
         for _ in range(MAX_ROUNDS):
             if cap <= 0.0:
                 return True  # no replica does anything
+            if self.budget.is_spent():
+                return False
             if lp is not None:
                 prices, links = self._smoothed(lp) if smooth else (lp.row_prices, lp.link_prices)
                 floors = self._floors(self._lifted(prices), links, lp.demand_price, cap)
@@ -255,7 +258,8 @@ class ColumnGeneration:
             theta = np.array([side.ratio_bound for side in priced])
             barren |= (theta == 0.0) & complete
             theta[barren] = 0.0
-            self._improve_bound(lifted, theta)
+            if complete or np.isfinite(theta).all():
+                self._improve_bound(lifted, theta)
             added = self.pool.add([template for side in priced for template in side.templates])
             if not complete:
                 return False
@@ -375,7 +379,7 @@ class ColumnGeneration:
             start = None
         found = self.master.solve_milp(
             columns,
-            time_limit_s=max(0.5, min(MILP_SECONDS, self.budget.remaining_s())),
+            time_limit_s=max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s())),
             gap=gap,
             start=start,
             least=least,
@@ -448,7 +452,7 @@ def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:
     for the best mix and TP size n of a role, and every request needs all layers. Where prompts are prefilled apart,
     it serves at most a share of each request: the bound holds for every split of a request's price between the two.
     """
-    speeds = np.array([[_layers_per_s(atlas, g, role) for role in Role] for g in range(len(atlas.classes))])
+    speeds = np.array([[layers_per_s(atlas, g, role) for role in Role] for g in range(len(atlas.classes))])
     speeds[:, [role not in roles for role in Role]] = 0.0
     available = np.array([c.available for c in atlas.classes])
     totals = [
@@ -457,7 +461,7 @@ def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:
     return float(min(totals)) / atlas.scopes[0].tables.num_layers
 
 
-def _layers_per_s(atlas: Atlas, device_class: int, role: Role) -> float:
+def layers_per_s(atlas: Atlas, device_class: int, role: Role) -> float:
     """Of one GPU of a class; 0 where no replica of the role may have it."""
     gpu = atlas.classes[device_class].gpu
     mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role]

@@ -89,7 +89,7 @@ class Priced:
 
     templates: tuple[Template, ...]
     ratio_bound: float
-    complete: bool  # False: the budget ran out, and ceilings stand in for what was not searched
+    complete: bool  # False: the budget ran out; ceilings, infinite at worst, stand in for what was not searched
 
 
 class Pricer:
@@ -158,7 +158,7 @@ class Pricer:
         with ThreadPoolExecutor(self.threads) as workers:
             promising = np.flatnonzero(highest > enough)
             proofs = np.zeros((len(highest), 3))
-            proofs[promising] = self._ceilings(promising, tables, *worth, enough, workers)
+            proofs[promising] = self._ceilings(promising, tables, *worth, enough, workers, budget)
             highest[promising] = np.minimum(highest[promising], proofs[promising, 0] * counted[promising])
             self._proved.note(promising, highest[promising], prices, rate_cap)
             bound = max(floor, float(highest[highest <= enough].max(initial=0.0)))
@@ -218,11 +218,16 @@ class Pricer:
 
     def _ceilings(
         self, which: IntArray, tables: Sequence[Tables], group_price: FloatArray, card_price: FloatArray,
-        floor: float, workers: ThreadPoolExecutor,
+        floor: float, workers: ThreadPoolExecutor, budget: Budget,
     ) -> FloatArray:  # fmt: skip
-        """Upper bounds on the ratio of these configurations, no sharper than ``floor``, with m and r; [., 3]."""
+        """Upper bounds on the ratio of these configurations, no sharper than ``floor``, with m and r; [., 3].
+
+        Those that the budget leaves no time for are infinite.
+        """
 
         def bounds(part: IntArray) -> FloatArray:
+            if budget.is_spent():
+                return np.full((len(part), 3), np.inf)
             return ceilings(
                 tables[int(part[0])], self.mixes[part], self.in_flight[part], self.regimes[part], self.copies[part],
                 self.unevenness[part], self.max_copies, self.max_pool, group_price, card_price, floor,

@@ -85,7 +85,7 @@ def solve_placement(
             raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
         raise InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
     templates = [template for template, count in outcome.chosen for _ in range(count)]
-    bound_stages = bind(atlas, templates, seed=seed)
+    bound_stages = bind(atlas, templates, seed=seed, budget=budget)
     return _plan(atlas, strategy, outcome, templates, bound_stages, budget)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.placement.configurations import configurations
+from hetis.solver.placement.generation import layers_per_s
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.tables import Atlas, FloatArray
@@ -81,7 +82,8 @@ def _promising_first(
         floors = {
             gpu: enough * (known.value / counts[gpu] if objective.maximises else demand / known.value) for gpu in gpus
         }
-    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], budget, threads) for gpu in gpus}
+    ratios_budget = budget.share(0.5)  # the rest is for the pairs
+    theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], ratios_budget, threads) for gpu in gpus}
     found = []
     for prefill in gpus:
         for decode in gpus:
@@ -116,7 +118,16 @@ def _best_ratios(pair: Atlas, floor: float, budget: Budget, threads: int) -> Flo
             )  # fmt: skip
             priced = pricer.price(prices, floor, 1.0, budget, rate_cap=np.inf)
             ratios[place] = max(ratios[place], priced.ratio_bound)
+        if not np.isfinite(ratios[place]):
+            ratios[place] = _dense_ratio(pair, role, prices)
     return ratios
+
+
+def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
+    """What no replica of the role can exceed for its dense work alone: all that a spent budget leaves time for."""
+    layers = pair.scopes[0].tables.num_layers
+    of_gpu = {g: price for (g, p), price in zip(pair.resources.rows, prices, strict=True) if p == 1}
+    return max(layers_per_s(pair, g, role) / layers / float(price) for g, price in of_gpu.items() if price > 0.0)
 
 
 def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
