@@ -21,6 +21,8 @@ def place(
     rate: options.RateOption = None,
     ttft: options.TtftOption = None,
     tpot: options.TpotOption = None,
+    pin: options.PinsOption = None,
+    forbid: options.ForbidsOption = None,
     strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
     roles: options.RolesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
@@ -43,6 +45,7 @@ def place(
     if out is not None:
         refuse_unwritable(out)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(

@@ -16,6 +16,7 @@ from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.plan_files import save
 from hetis.planner.cli.progress import progress_on_stderr
+from hetis.planner.market import catalogue_market
 from hetis.planner.placing import Settings, make_plan, missed
 from hetis.planner.solving import run_interruptibly
 from hetis.planner.sources import LoadedInputs
@@ -70,7 +71,14 @@ class PlacementRun:
             )
 
     def _plan_and_study(self, cancelled: threading.Event, report: Report) -> tuple[Plan, Robustness | None]:
-        plan = make_plan(self.loaded, self.problem, self.settings, budget=self._budget(cancelled), report=report)
+        plan = make_plan(
+            self.loaded,
+            self.problem,
+            self.settings,
+            budget=self._budget(cancelled),
+            report=report,
+            market=catalogue_market,
+        )
         if self.profile_error is None or not plan.replicas:
             return plan, None
         from hetis.planner.robustness.notes import with_robustness
@@ -121,6 +129,8 @@ class PlacementRun:
             self.terminal.emit(lambda: self._infeasible_document(error), lambda: "")
 
     def _infeasible_document(self, error: InfeasibleError) -> dict[str, Any]:
+        from hetis.planner.report.infeasible import infeasible_parts
+
         objective = self.problem.objective
         return {
             "apiVersion": "hetis/v1",
@@ -134,7 +144,7 @@ class PlacementRun:
                 "gap": None,
                 "unit": objective.unit,
             },
-            "reasons": list(error.reasons),
+            **infeasible_parts(error),
             "replicas": [],
         }
 

@@ -9,11 +9,14 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.compiled import is_cached
+from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.pinned_columns import pinned_columns
+from hetis.solver.placement.pins import pins_of
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
@@ -40,7 +43,8 @@ def search(
 
     if family.one_type_per_role and atlas.role_types is None:
         return search_types(atlas, of_types, None, budget, threads, report)
-    master = Master(atlas.resources.limits, _demand(atlas.problem), atlas.routes)
+    pins = pins_of(atlas.problem.marks, atlas.classes, atlas.resources)
+    master = Master(atlas.resources.limits, demanded_rate(atlas.problem), atlas.routes, pins)
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
@@ -65,6 +69,9 @@ def _generate(
     generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
         return None
+    if master.pins is not None:
+        prices = generation.bound.row_prices
+        generation.pool.add(tuple(pinned_columns(atlas, master.pins, row_costs, prices, budget, threads)))
     one_zone, relaxed = merged_problem(atlas.problem), None
     if one_zone is not None:
         merged = build_atlas(one_zone, is_relaxation=True)
@@ -75,6 +82,8 @@ def _generate(
             return outcome
         relaxed = generation.bound.value if generation.is_whole_family else None
     outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
+    if outcome is None and generation.may_have_plan and master.pins is not None:
+        raise NoPlanFoundError("no plan was found that keeps the pins on GPUs and replicas, nor proved impossible")
     if outcome is None and generation.may_have_plan and not budget.is_spent():
         # Columns were found that fit in no packing: too little proof of anything.
         return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
@@ -133,7 +142,7 @@ def _search_merged(
     return generation.outcome() if small_enough or generation.budget.is_spent() else None
 
 
-def _demand(problem: PlacementProblem) -> float | None:
+def demanded_rate(problem: PlacementProblem) -> float | None:
     """The saturated rate that the demanded goodput takes; None where the rate is maximised."""
     objective = problem.objective
     if objective.maximises:
