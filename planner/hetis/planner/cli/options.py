@@ -117,6 +117,15 @@ ForbidsOption = Annotated[
     ),
 ]
 
+PricePinsOption = Annotated[
+    bool,
+    typer.Option(
+        "--price-pins",
+        rich_help_panel=_GOAL,
+        help="Solve again without each pin and forbidden thing: what the objective would gain.",
+    ),
+]
+
 # --- search
 
 _SEARCH = "Search"

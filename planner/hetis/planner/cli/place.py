@@ -23,6 +23,7 @@ def place(
     tpot: options.TpotOption = None,
     pin: options.PinsOption = None,
     forbid: options.ForbidsOption = None,
+    price_pins: options.PricePinsOption = False,
     strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
     roles: options.RolesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
@@ -63,6 +64,7 @@ def place(
         problem=problem,
         settings=settings,
         profile_error=profile_error,
+        price_pins=price_pins,
         out=out,
         strict=strict,
     ).finish()

@@ -108,7 +108,7 @@ def solve_placement(
 
 def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     """Progress in the unit of the objective: searches speak of saturated rates, people of goodput."""
-    scale = _scale(problem)
+    scale = scale_of(problem)
 
     def scaled(progress: Progress) -> None:
         report(
@@ -122,7 +122,7 @@ def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     return scaled
 
 
-def _scale(problem: PlacementProblem) -> float:
+def scale_of(problem: PlacementProblem) -> float:
     """From a saturated rate to the objective."""
     return problem.assumptions.planned_utilisation if problem.objective.kind is ObjectiveKind.GOODPUT else 1.0
 
@@ -137,7 +137,7 @@ def _plan(
 ) -> Plan:
     problem = atlas.problem
     kind = problem.objective.kind
-    scale = _scale(problem)
+    scale = scale_of(problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
         bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole

@@ -22,7 +22,6 @@ from hetis.solver.placement.infeasible.relaxations import Relaxation, relaxation
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping, requirements_of
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.infeasible.wording import listed
-from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.shortage import why_nothing_fits
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.problem import PlacementProblem
@@ -60,7 +59,7 @@ def why_infeasible(
     fits = trials.of(fleet).exists if asked else False
     if fits is None:
         text = f"no time was left to tell what is in the way: memory, or {listed(asked)}"
-        return Infeasibility(conflicts=(), relaxations=(), reasons=(*_known_at_once(problem, asked), text))
+        return Infeasibility(conflicts=(), relaxations=(), reasons=(*_known_at_once(trials, given), text))
     if not fits:
         return _of_the_fleet(trials, given, fleet, market)
     conflicts = tuple(conflicts_among(trials, given))
@@ -73,24 +72,18 @@ def why_infeasible(
     return Infeasibility(conflicts=conflicts, relaxations=relaxations, reasons=tuple(reasons))
 
 
-def _known_at_once(problem: PlacementProblem, asked: Sequence[Requirement]) -> Iterator[str]:
+def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str]:
     """What needs no search: limits and a demand beyond what the GPUs do at dense work alone."""
-    if grounded(problem).is_empty:
-        return
-    demand = [r for r in asked if r.subject is Subject.DEMAND]
-    limits = [r for r in asked if r.subject in (Subject.TPOT, Subject.TTFT)]
-    others = [r for r in requirements_of(problem) if r not in demand]
-    bound = _goodput_bound(problem, others)
+    demand = [r for r in given if r.subject is Subject.DEMAND]
+    limits = [r for r in given if r.subject in (Subject.TPOT, Subject.TTFT)]
+    others, share = [r for r in given if r not in demand], trials.problem.assumptions.planned_utilisation
+    bound = share * trials.rate_bound(others)
     if limits and bound == 0.0:
         yield f"{listed(limits)} cannot be kept: dense work alone takes longer, on whichever GPUs of this fleet"
-        bound, limits = _goodput_bound(problem, [r for r in others if r not in limits]), []
+        bound, limits = share * trials.rate_bound([r for r in others if r not in limits]), []
     if demand and 0.0 < bound < demand[0].value:
         within = f" within {listed(limits)}" if limits else ""
         yield f"{demand[0]} is above {bound:.4g}, what all GPUs serve at most at dense work alone{within}"
-
-
-def _goodput_bound(problem: PlacementProblem, kept: Sequence[Requirement]) -> float:
-    return problem.assumptions.planned_utilisation * rate_bound(build_atlas(grounded(keeping(problem, kept)).problem))
 
 
 def _of_the_fleet(

@@ -37,7 +37,9 @@ def growths(trials: Trials, kept: Collection[Requirement], market: Market) -> It
     """What to add so that all of ``kept`` can be kept; the cheapest found first."""
     problem = keeping(trials.problem, kept)
     found: list[tuple[float, Relaxation]] = []
-    for offer in _offers(trials.problem, market):
+    for offer in () if trials.is_over() else _offers(trials.problem, market):
+        if trials.is_over():
+            break
         enough = min((usd for usd, _ in found), default=float("inf"))
         fewest = _fewest(trials, problem, demand_of(kept), offer, enough)
         if fewest is not None:
@@ -77,6 +79,8 @@ def _fewest(
 ) -> int | None:  # fmt: skip
     """The fewest of `COUNTS` with which a plan exists, below a rent; None if none was found."""
     counts = [n for n in COUNTS if n * offer.usd_per_hour < enough_usd or enough_usd == float("inf")]
+    if not counts or trials.is_refuted_at_once(with_added(problem, offer, counts[-1]), demand_rps):
+        return None
     last = len(counts) - 1
     low, high, step = -1, -1, 0  # places in counts: none exists at `low`, one does at `high`
     while step < len(counts):

@@ -80,10 +80,11 @@ def _best_rate(trials: Trials, member: Requirement, others: Collection[Requireme
     if others and trials.of(others).exists is False:
         return _unknown(member, f"is not the only obstacle: no plan at all exists{within}")
     outcome = trials.best(others)
-    if outcome is None:
-        text = f"is above what this fleet serves{within}; no time was left to find how much it serves (--rate)"
-        return _unknown(member, text)
     share = trials.problem.assumptions.planned_utilisation
+    if outcome is None:
+        most = f"{share * trials.rate_bound(others):.4g} requests/s at most, at dense work alone"
+        text = f"is above what this fleet serves{within}: {most}; no time was left to find how much it does (--rate)"
+        return _unknown(member, text)
     value, bound = f"{share * outcome.value:.4g}", f"{share * outcome.bound:.4g}"
     proof = "" if bound == value else f" with the best plan found, proven at most {bound}"
     option = f"--rate {rounded_down(share * outcome.value):g}"

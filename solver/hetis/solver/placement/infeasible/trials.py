@@ -10,7 +10,7 @@ from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.grounding import grounded
 from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, keeping
-from hetis.solver.placement.out_of_reach import is_out_of_reach
+from hetis.solver.placement.out_of_reach import is_out_of_reach, rate_bound
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.search import search
 from hetis.solver.placement.tables import Atlas
@@ -88,10 +88,20 @@ class Trials:
             return Trial(exists=None, atlas=atlas)
         return self._search_until_certain(atlas, least * (1.0 - ROUNDING))
 
+    def is_refuted_at_once(self, problem: PlacementProblem, demand_rps: float) -> bool:
+        """Whether dense work alone proves that no plan of a problem has this goodput."""
+        atlas = self._atlas(problem)
+        return atlas is None or is_out_of_reach(atlas, demand_rps / self.problem.assumptions.planned_utilisation)
+
     def best(self, kept: Iterable[Requirement]) -> Outcome | None:
         """The best rate that keeps these; None if it was not found in time."""
         atlas = self._atlas(keeping(self.problem, frozenset(kept)))
         return None if atlas is None or self.is_over() else self._search(atlas, self._share(), silent)
+
+    def rate_bound(self, kept: Iterable[Requirement]) -> float:
+        """Saturated requests/s that no plan of these exceeds, known without a search."""
+        atlas = self._atlas(keeping(self.problem, frozenset(kept)))
+        return 0.0 if atlas is None else rate_bound(atlas)
 
     def is_over(self) -> bool:
         """Whether nothing more is tried."""
