@@ -117,7 +117,7 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
     """Every stage option of a configuration that fits in memory, fewer those no better than a cheaper one beside it.
 
     An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
-    of the same class, is as fast and has as much room: it would only cost more.
+    of the same class, is as fast and has as much room: it would only cost more (unless cards count, `Tables`).
     """
     out = _empty_options(256)
     count = 0
@@ -162,11 +162,19 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
                             most = max(most, caps[role])
                         if most == 0:
                             continue
-                        if count > first_of_group and (
-                            _at_least(out, fastest, layer_s, caps) or _at_least(out, roomiest, layer_s, caps)
+                        counts = t.keeps_idle_cards
+                        if (
+                            not counts
+                            and count > first_of_group
+                            and (_at_least(out, fastest, layer_s, caps) or _at_least(out, roomiest, layer_s, caps))
                         ):
                             continue
-                        if q >= 0 and without < first_of_group and _at_least(out, without, layer_s, caps):
+                        if (
+                            not counts
+                            and q >= 0
+                            and without < first_of_group
+                            and _at_least(out, without, layer_s, caps)
+                        ):
                             continue
                         if count == out.rank.shape[0]:
                             out = _grown(out)

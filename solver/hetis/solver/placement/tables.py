@@ -68,6 +68,7 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping, over k = 1..Gr, then pool sizes
     receives: BoolArray  # [X] whether KV arrives: the mix of a decode replica
     pool_wire_s: FloatArray  # [total] `wire_s` of these with a pool
+    keeps_idle_cards: bool  # whether attention workers count that do nothing for their stage: some must be in use
 
 
 class Scope:

@@ -19,6 +19,7 @@ from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.will import DUTY_OF_ROLE, Duty
 from hetis.solver.workload import WorkloadMoments
 
+FEW_GPUS = 24  # up to here attention workers that do nothing are tried where GPUs must be in use
 MANY_ZONES = 4  # with more, sets of zones are too many to search every one
 
 
@@ -184,7 +185,13 @@ class _Tabulation:
             pool_s=self.pool_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
             pool_wire_s=self.pool_wire_s,
+            keeps_idle_cards=self._keeps_idle_cards(),
         )  # fmt: skip
+
+    def _keeps_idle_cards(self) -> bool:
+        """Where GPUs must be in use, a plan may give a stage workers that it does not need: small fleets try them."""
+        marks = self.problem.marks
+        return marks is not None and bool(marks.least) and sum(c.available for c in self.classes) <= FEW_GPUS
 
     def _own_table(self) -> FloatArray:
         """Decode attention of kept groups, [X, S, max groups + 1]; equal devices are computed once."""
