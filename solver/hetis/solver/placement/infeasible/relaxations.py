@@ -60,9 +60,14 @@ def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requi
             yield _gone(trials, member, others)
 
 
+def _shown(others: Collection[Requirement]) -> list[Requirement]:
+    """What a number depends on, without what goes without saying."""
+    return [r for r in others if not r.subject.is_of_fleet and r.subject not in (Subject.STRATEGY, Subject.ROLES)]
+
+
 def _beside(others: Collection[Requirement]) -> str:
-    asked = [r for r in others if not r.subject.is_of_fleet]
-    return f" beside {listed(asked)}" if asked else ""
+    shown = _shown(others)
+    return f" beside {listed(shown)}" if shown else ""
 
 
 def _not_alone(member: Requirement, others: Collection[Requirement]) -> Relaxation:
@@ -75,7 +80,7 @@ def _unknown(member: Requirement, what: str) -> Relaxation:
 
 
 def _best_rate(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
-    limits = [r for r in others if not r.subject.is_of_fleet]
+    limits = _shown(others)
     within = f" within {listed(limits)}" if limits else ""
     if others and trials.of(others).exists is False:
         return _unknown(member, f"is not the only obstacle: no plan at all exists{within}")
@@ -175,18 +180,19 @@ def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) 
     """For what is there or not."""
     exists = trials.of(others).exists
     if exists is None:
-        return _unknown(member, f"is in the way{_beside(others)}; no time was left to tell whether it alone is")
+        return _unknown(member, "is in the way; no time was left to tell whether it alone is")
     if not exists:
         return _not_alone(member, others)
     words = {
-        Subject.WISH: f"without {member}",
+        Subject.WISH: "without it",
         Subject.ROLES: "with all roles of the strategy",
         Subject.STRATEGY: "with strategy hetis",
         Subject.CUTS: f"if {trials.problem.model.name} could be cut between any two layers",
     }[member.subject]
     option = {Subject.STRATEGY: "--strategy hetis"}.get(member.subject, "")
-    sentence = f"{member} is in the way{_beside(others)}: {words} a plan exists"
-    return Relaxation(about=member, sentence=sentence, change=words, option=option)
+    sentence = f"{member} is in the way: {words} a plan exists"
+    change = f"without {member}" if member.subject is Subject.WISH else words
+    return Relaxation(about=member, sentence=sentence, change=change, option=option)
 
 
 def _smallest(exists: Callable[[float], bool | None], precision: float, most: float) -> float | None:
