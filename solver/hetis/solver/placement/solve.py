@@ -86,7 +86,7 @@ def solve_placement(
         return restored(plan, searched, problem) if problem.will else plan
 
     def no_plan() -> InfeasibleError:
-        why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market)
+        why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
         return InfeasibleError(why.reasons, why)
 
     if searched.is_empty:

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.placement.grounding import grounded
 from hetis.solver.placement.infeasible.conflicts import Conflict, conflicts_among
 from hetis.solver.placement.infeasible.growth import Market, Offer, growths, may_help
-from hetis.solver.placement.infeasible.relaxations import Relaxation, relaxations_of, smaller_weights
+from hetis.solver.placement.infeasible.relaxations import Relaxation, relaxations_of, smaller_memory
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping, requirements_of
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.infeasible.wording import listed
@@ -46,13 +46,15 @@ def why_infeasible(
     seed: int = 0,
     threads: int = 1,
     market: Market | None = None,
+    report: Report = silent,
 ) -> Infeasibility:
     """What stands in the way of a problem that was proved infeasible, each member with what it would have to be.
 
     ``budget`` is the caller's: what it leaves no time for is said instead. ``market`` is asked for GPU types to add
     beside those of the fleet; None: nothing is to be added.
     """
-    trials = Trials(problem, budget if budget is not None else Budget(), seed, threads)
+    trials = Trials(problem, budget if budget is not None else Budget(), seed, threads, report)
+    trials.tell("no plan exists: finding out why")
     given = requirements_of(problem)
     fleet = [requirement for requirement in given if requirement.subject.is_of_fleet]
     asked = [requirement for requirement in given if not requirement.subject.is_of_fleet]
@@ -100,7 +102,7 @@ def _of_the_fleet(
         others = [member for member in conflict.members if member.subject is not Subject.CUTS]
         relaxations += relaxations_of(trials, members[Subject.CUTS], others)
     if Subject.MEMORY in members:
-        relaxations += smaller_weights(trials, members[Subject.MEMORY], given)
+        relaxations += smaller_memory(trials, members[Subject.MEMORY], given)
         relaxations += growths(trials, given, market) if market is not None else ()
     reasons = (reason, *(relaxation.sentence for relaxation in relaxations))
     return Infeasibility(conflicts=(conflict,), relaxations=tuple(relaxations), reasons=reasons)

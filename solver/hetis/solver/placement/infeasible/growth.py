@@ -40,6 +40,7 @@ def growths(trials: Trials, kept: Collection[Requirement], market: Market) -> It
     for offer in () if trials.is_over() else _offers(trials.problem, market):
         if trials.is_over():
             break
+        trials.tell(f"no plan exists: trying {offer.gpu.name} to add")
         enough = min((usd for usd, _ in found), default=float("inf"))
         fewest = _fewest(trials, problem, demand_of(kept), offer, enough)
         if fewest is not None:

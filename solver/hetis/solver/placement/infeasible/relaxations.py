@@ -21,6 +21,7 @@ PRECISION = 1.02  # a best latency is known this closely, as a ratio
 LINK_PRECISION = 1.2  # and how much faster links must be
 FASTEST_LINKS = 1024.0
 SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
+SMALLER_KV = 1.0  # bytes per element
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requi
         case Subject.LINKS:
             yield _faster_links(trials, member, others)
         case Subject.MEMORY:
-            yield from smaller_weights(trials, member, [member, *others])
+            yield from smaller_memory(trials, member, [member, *others])
         case Subject.WISH if isinstance(member.wish, Use) and member.wish.least > 1:
             yield _fewer_in_use(trials, member, member.wish, others)
         case _:
@@ -138,21 +139,28 @@ def _faster_links(trials: Trials, member: Requirement, others: Collection[Requir
     return Relaxation(about=member, sentence=sentence, change=f"links {text}")
 
 
-def smaller_weights(
+def smaller_memory(
     trials: Trials, member: Requirement, kept: Collection[Requirement]
 ) -> Iterator[Relaxation]:  # fmt: skip
-    """Weights of fewer bytes, the fewest changes first; the first that does."""
+    """Weights of fewer bytes, the fewest changes first: the first that does; and a KV cache of fewer."""
     model = trials.problem.model
-    for num_bytes, words in SMALLER_WEIGHTS:
-        if num_bytes >= model.weight_bytes:
-            continue
-        problem = keeping(trials.problem, kept)
-        problem = replace(problem, model=replace(problem.model, weight_bytes=num_bytes))
-        if trials.of_problem(problem, demand_of(kept)).exists:
-            size = model.params() * model.weight_bytes, problem.model.params() * num_bytes
+    sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < model.weight_bytes]
+    for num_bytes, words in sizes:
+        if _exists_with(trials, kept, weight_bytes=num_bytes):
+            size = model.params() * model.weight_bytes, model.params() * num_bytes
             sentence = f"with {words} a plan exists: {in_bytes(size[1])} instead of {in_bytes(size[0])}"
             yield Relaxation(about=member, sentence=sentence, change=words)
-            return
+            break
+    if model.kv_bytes > SMALLER_KV and _exists_with(trials, kept, kv_bytes=SMALLER_KV):
+        sentence = "with an 8-bit KV cache (fp8) a plan exists: half the bytes of every token"
+        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache (fp8)")
+
+
+def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) -> bool:
+    """Whether a plan exists for the model with other bytes per number."""
+    problem = keeping(trials.problem, kept)
+    smaller = replace(problem, model=replace(problem.model, **sizes))  # type: ignore[arg-type]
+    return bool(trials.of_problem(smaller, demand_of(kept)).exists)
 
 
 def _fewer_in_use(trials: Trials, member: Requirement, wish: Use, others: Collection[Requirement]) -> Relaxation:

@@ -66,8 +66,13 @@ class Trials:
     budget: Budget
     seed: int
     threads: int
+    report: Report = silent
     _done: dict[Requirements, Trial] = field(default_factory=dict)
     _num_searches: int = 0
+
+    def tell(self, phase: str) -> None:
+        """News: what is being found out."""
+        self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
 
     def of(self, kept: Iterable[Requirement]) -> Trial:
         """Whether a plan keeps these; the search ends as soon as that is certain."""
