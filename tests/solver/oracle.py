@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from scipy.optimize import linprog
@@ -59,16 +59,30 @@ class StageOption:
 Need = tuple[tuple[int, ...], ...]  # per class: sizes of the device groups, descending
 
 
-def best_plan_value(problem: PlacementProblem) -> float:
-    """Objective value of the best plan of the family; 0 (or infinity when minimising) when there is none."""
+def always(_: object) -> bool:
+    return True
+
+
+def best_plan_value(
+    problem: PlacementProblem,
+    *,
+    may_be: Callable[[StageOption], bool] = always,
+    may_serve: Callable[[Wanted], bool] = always,
+    may_plan: Callable[[list[Wanted]], bool] = always,
+) -> float:
+    """Objective value of the best plan of the family; 0 (or infinity when minimising) when there is none.
+
+    Stages, replicas and plans that the predicates refuse are left out.
+    """
     assert not problem.cluster.network.between_nodes, "the oracle does not know explicit node links"
     nodes = device_classes(problem.cluster)
-    replicas = best_replica_of_need(problem, nodes)
+    replicas = {w: r for w, r in best_replica_of_need(problem, nodes, may_be).items() if may_serve(w)}
     best, best_set = 0.0 if problem.objective.maximises else math.inf, list[Wanted]()
     for wanted in packable_sets(list(replicas), nodes):
         rate = served_rate(problem, wanted, replicas)
         value = value_of(problem, nodes, [w.need for w in wanted], rate)
-        if (value > best if problem.objective.maximises else value < best) and is_one_type_per_role(problem, wanted):
+        is_better = value > best if problem.objective.maximises else value < best
+        if is_better and is_one_type_per_role(problem, wanted) and may_plan(wanted):
             best, best_set = value, wanted
     assert_zone_links_do_not_bind(problem, [replicas[w] for w in best_set])
     return best
@@ -182,9 +196,11 @@ class BestReplica:
     hops_in_zones: int  # at most, of a replica in several zones; 0 inside one
 
 
-def best_replica_of_need(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> dict[Wanted, BestReplica]:
+def best_replica_of_need(
+    problem: PlacementProblem, nodes: Mapping[DeviceClass, int], may_be: Callable[[StageOption], bool] = always
+) -> dict[Wanted, BestReplica]:
     """The best single replica for everything it may do and take of the fleet."""
-    options = list(stage_options(problem, nodes))
+    options = [option for option in stage_options(problem, nodes) if may_be(option)]
     rederivation = Rederivation(problem)
     replicas = dict[Wanted, BestReplica]()
     zones = {device_class.zone for device_class in nodes}

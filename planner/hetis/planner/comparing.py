@@ -12,6 +12,7 @@ from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.outcome import sound_bound
+from hetis.solver.placement.strategies import wishes_ignored
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
@@ -111,6 +112,10 @@ def _run(
     name, problem = settings.strategy, loaded.inputs.problem(objective, settings.strategy)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
+    ignored = wishes_ignored(name, problem.will)
+    if ignored:
+        reasons = tuple(f"it cannot keep {wish}" for wish in ignored)
+        return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
     def told(progress: Progress) -> None:
         report(replace(progress, phase=f"{name}: {progress.phase}"))

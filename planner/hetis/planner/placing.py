@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.robustness.notes import profile_notes, with_profile_errors
@@ -14,6 +14,9 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
+
+if TYPE_CHECKING:
+    from hetis.solver.placement.infeasible import Market
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
@@ -62,9 +65,17 @@ def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Work
 
 
 def make_plan(
-    loaded: LoadedInputs, problem: PlacementProblem, settings: Settings, *, budget: Budget, report: Report
+    loaded: LoadedInputs,
+    problem: PlacementProblem,
+    settings: Settings,
+    *,
+    budget: Budget,
+    report: Report,
+    market: Market | None = None,
 ) -> Plan:
     """Solves, completes the plan with its inputs and notes, checks it, and says what its profiles' errors make of it.
+
+    Where no plan exists, ``market`` says which GPUs could be added (None: nobody asks).
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -83,6 +94,7 @@ def make_plan(
         seed=settings.seed,
         threads=settings.threads,
         report=report,
+        market=market,
     )
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
     notes = (*plan.notes, *routed, *profile_notes(problem))
@@ -110,6 +122,7 @@ def _inputs(loaded: LoadedInputs, settings: Settings, problem: PlacementProblem)
     return {
         "versions": installed_versions(),
         "roles": [role.value for role in problem.family.roles],
+        **({"will": [str(wish) for wish in problem.will]} if problem.will else {}),
         "seed": settings.seed,
         "threads": settings.threads,
         "gap_target": settings.gap_target,

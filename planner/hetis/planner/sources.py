@@ -20,6 +20,7 @@ from hetis.formats.documents import (
     to_data,
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.will import read_will, will_from_texts
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile
 from hetis.solver.cluster import Cluster, GpuType
@@ -28,6 +29,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.profile import Profile
+from hetis.solver.will import Will
 from hetis.solver.workload import Workload
 
 T = TypeVar("T")
@@ -39,12 +41,13 @@ FITTED = "fitted"  # shipped with hetis, fitted to published measurements
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The values a placement is made from; the workload as it was, not clipped."""
+    """The values a placement is made from; the workload as it was, not clipped; ``will``: what plans must keep."""
 
     cluster: Cluster
     model: ModelSpec
     workload: Workload
     profiles: Mapping[str, Profile]
+    will: Will = ()
 
     def problem(self, objective: Objective, strategy: str, roles: Sequence[Role] = ()) -> PlacementProblem:
         """The problem they pose. Prompts are clipped to what the model's context allows.
@@ -64,6 +67,7 @@ class Inputs:
             profiles=self.profiles,
             objective=objective,
             family=family_of(strategy, roles),
+            will=self.will,
         )
 
     def documents(self) -> dict[str, Any]:
@@ -111,6 +115,14 @@ class LoadedInputs:
 
     inputs: Inputs
     origins: Mapping[str, Any]
+
+    def with_will(self, *, pins: Sequence[str], forbids: Sequence[str]) -> LoadedInputs:
+        """The same with what ``--pin`` and ``--forbid`` ask for.
+
+        Raises:
+            DocumentError: with every problem of all of them.
+        """
+        return replace(self, inputs=replace(self.inputs, will=read_will(pins, forbids, self.inputs.cluster)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +210,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
+    inputs = replace(inputs, will=_will_of(plan, inputs.cluster, name))
     problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name))
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
@@ -237,6 +250,21 @@ def _known_strategy(plan: Plan, path: str) -> None:
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
+
+
+def _will_of(plan: Plan, cluster: Cluster, path: str) -> Will:
+    """The wishes that a plan says it keeps; none unless it does."""
+    texts = plan.inputs.get("will", [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise single_problem(
+            path, "inputs.will must be a list of --pin and --forbid options: the plan is judged by them"
+        )
+    try:
+        return will_from_texts(texts, cluster)
+    except DocumentError as error:
+        raise DocumentError(
+            replace(problem, path="inputs.will", file=path, message=str(problem)) for problem in error.problems
+        ) from None
 
 
 def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:

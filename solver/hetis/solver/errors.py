@@ -10,6 +10,11 @@ HetisError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hetis.solver.placement.infeasible import Infeasibility
+
 
 class HetisError(Exception):
     """Root of every error that hetis raises on purpose."""
@@ -24,11 +29,12 @@ class InfeasibleError(HetisError):
 
     Attributes:
         reasons: one sentence per cause, each with the numbers of both sides, the most telling first.
+        why: the same as values, where a placement was asked for.
     """
 
-    def __init__(self, reasons: tuple[str, ...]) -> None:
+    def __init__(self, reasons: tuple[str, ...], why: Infeasibility | None = None) -> None:
         super().__init__("; ".join(reasons))
-        self.reasons = reasons
+        self.reasons, self.why = reasons, why
 
 
 class NoPlanFoundError(HetisError):

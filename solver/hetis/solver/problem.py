@@ -10,6 +10,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.profile import Profile
+from hetis.solver.will import Marks, Will
 from hetis.solver.workload import Workload
 
 
@@ -118,7 +119,10 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementProblem:
-    """Everything a placement depends on. Profiles are keyed by GPU type name."""
+    """Everything a placement depends on. Profiles are keyed by GPU type name.
+
+    ``will`` is what the plan must keep beside all else; ``marks`` are made of it for the search (`grounding.py`).
+    """
 
     cluster: Cluster
     model: ModelSpec
@@ -127,6 +131,12 @@ class PlacementProblem:
     objective: Objective = field(default_factory=Objective)
     assumptions: Assumptions = Assumptions()
     family: Family = field(default_factory=Family)
+    will: Will = ()
+    marks: Marks | None = None
+
+    def describe_family(self) -> str:
+        """Which plans are searched, in one sentence: those of the family that keep the will."""
+        return "; ".join([self.family.describe(), *map(str, self.will)])
 
     def __post_init__(self) -> None:
         if self.objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and self.objective.demand_rps is None:

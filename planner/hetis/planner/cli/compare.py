@@ -32,6 +32,8 @@ def compare(
     rate: options.RateOption = None,
     ttft: options.TtftOption = None,
     tpot: options.TpotOption = None,
+    pin: options.PinsOption = None,
+    forbid: options.ForbidsOption = None,
     strategies: options.StrategiesOption = ALL_STRATEGIES,  # type: ignore[assignment]  # defaults go through the parser
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
@@ -57,6 +59,7 @@ def compare(
     if out is not None:
         _refuse_unwritable_plans(out, strategies.names)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)

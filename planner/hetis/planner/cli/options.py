@@ -95,6 +95,37 @@ TpotOption = Annotated[
     ),
 ]
 
+PinsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin",
+        metavar="WISH",
+        rich_help_panel=_GOAL,
+        show_default=False,
+        help="node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, "
+        "unified (nothing else); replicas=N or N..M. Repeatable.",
+    ),
+]
+ForbidsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--forbid",
+        metavar="WISH",
+        rich_help_panel=_GOAL,
+        show_default=False,
+        help="gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers. Repeatable.",
+    ),
+]
+
+PricePinsOption = Annotated[
+    bool,
+    typer.Option(
+        "--price-pins",
+        rich_help_panel=_GOAL,
+        help="Solve again without each pin and forbidden thing: what the objective would gain.",
+    ),
+]
+
 # --- search
 
 _SEARCH = "Search"

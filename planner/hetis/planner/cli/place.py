@@ -21,6 +21,9 @@ def place(
     rate: options.RateOption = None,
     ttft: options.TtftOption = None,
     tpot: options.TpotOption = None,
+    pin: options.PinsOption = None,
+    forbid: options.ForbidsOption = None,
+    price_pins: options.PricePinsOption = False,
     strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
     roles: options.RolesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
@@ -43,6 +46,7 @@ def place(
     if out is not None:
         refuse_unwritable(out)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(
@@ -60,6 +64,7 @@ def place(
         problem=problem,
         settings=settings,
         profile_error=profile_error,
+        price_pins=price_pins,
         out=out,
         strict=strict,
     ).finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.plan_files import save
 from hetis.planner.cli.progress import progress_on_stderr
 from hetis.planner.jobs.kernels import compile_kernels
+from hetis.planner.market import catalogue_market
 from hetis.planner.placing import Settings, make_plan, missed
 from hetis.planner.solving import run_interruptibly
 from hetis.planner.sources import LoadedInputs
@@ -27,6 +28,16 @@ from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
     from hetis.planner.robustness.study import Robustness
+    from hetis.solver.placement.wish_prices import WishPrice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """A plan and what was found out about it."""
+
+    plan: Plan
+    robustness: Robustness | None = None
+    prices: tuple[WishPrice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +45,7 @@ class PlacementRun:
     """What ``place`` was asked for, inputs read.
 
     ``profile_error`` asks how the plan fares under profiles that are off by up to this share; None: nobody asks.
+    ``price_pins`` asks what every wish costs.
     """
 
     terminal: Terminal
@@ -41,6 +53,7 @@ class PlacementRun:
     problem: PlacementProblem
     settings: Settings
     profile_error: float | None
+    price_pins: bool
     out: Path | None
     strict: bool
 
@@ -48,21 +61,22 @@ class PlacementRun:
         """Solves and tells the outcome, whatever it is."""
         cancelled = threading.Event()
         try:
-            plan, robustness = self._solve(cancelled)
+            answer = self._solve(cancelled)
         except InfeasibleError as error:
             self._print_infeasible(error)
             return report_failure(error, self.terminal)
         except NoPlanFoundError as error:
             return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, self.terminal)
+        plan = answer.plan
         saved = self._save(plan)
-        self._print(plan, robustness)
+        self._print(answer)
         if not saved:
             return ExitCode.INTERNAL
         if cancelled.is_set():
             return ExitCode.INTERRUPTED
         return self._judge(plan)
 
-    def _solve(self, cancelled: threading.Event) -> tuple[Plan, Robustness | None]:
+    def _solve(self, cancelled: threading.Event) -> _Answer:
         with no_native_output(), progress_on_stderr(self.terminal, self.problem.objective.unit) as report:
             return run_interruptibly(
                 lambda: self._plan_and_study(cancelled, report),
@@ -70,11 +84,23 @@ class PlacementRun:
                 on_cancel=lambda: self.terminal.say("stopping with the best plan so far; Ctrl-C again leaves at once"),
             )
 
-    def _plan_and_study(self, cancelled: threading.Event, report: Report) -> tuple[Plan, Robustness | None]:
+    def _plan_and_study(self, cancelled: threading.Event, report: Report) -> _Answer:
         compile_kernels(self.problem.cluster.num_gpus(), (self.settings.strategy,), report=report)
-        plan = make_plan(self.loaded, self.problem, self.settings, budget=self._budget(cancelled), report=report)
+        plan = make_plan(
+            self.loaded,
+            self.problem,
+            self.settings,
+            budget=self._budget(cancelled),
+            report=report,
+            market=catalogue_market,
+        )
+        prices = self._wish_prices(plan, cancelled, report)
+        if prices:
+            from hetis.planner.report.wishes import WILL_PRICES, price_rows
+
+            plan = replace(plan, inputs={**plan.inputs, WILL_PRICES: price_rows(prices)})
         if self.profile_error is None or not plan.replicas:
-            return plan, None
+            return _Answer(plan=plan, prices=prices)
         from hetis.planner.robustness.notes import with_robustness
         from hetis.planner.robustness.study import study
 
@@ -87,10 +113,26 @@ class PlacementRun:
             threads=self.settings.threads,
             report=report,
         )
-        return with_robustness(plan, found), found
+        return _Answer(plan=with_robustness(plan, found), robustness=found, prices=prices)
+
+    def _wish_prices(self, plan: Plan, cancelled: threading.Event, report: Report) -> tuple[WishPrice, ...]:
+        """What every wish costs, in a time limit of its own; nothing where nobody asks."""
+        if not self.price_pins or not self.problem.will:
+            return ()
+        from hetis.solver.placement.wish_prices import price_wishes
+
+        return price_wishes(
+            self.problem,
+            plan,
+            budget=self._budget(cancelled),
+            gap_target=self.settings.gap_target,
+            seed=self.settings.seed,
+            threads=self.settings.threads,
+            report=report,
+        )
 
     def _budget(self, cancelled: threading.Event) -> Budget:
-        """The time limit is that of the search; a study may take as long again."""
+        """The time limit is that of the search; a study may take as long again, and so may prices of wishes."""
         return Budget(time_limit_s=self.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
     def _save(self, plan: Plan) -> bool:
@@ -105,24 +147,30 @@ class PlacementRun:
         self.terminal.say(f"saved {self.out}")
         return True
 
-    def _print(self, plan: Plan, robustness: Robustness | None) -> None:
+    def _print(self, answer: _Answer) -> None:
         from rich.console import Group, RenderableType
 
         from hetis.planner.report.plan import render_plan
         from hetis.planner.report.robustness import render_robustness
+        from hetis.planner.report.wishes import render_wish_prices
 
         def tables() -> RenderableType:
-            if robustness is None:
-                return render_plan(plan)
-            return Group(render_plan(plan), render_robustness(robustness, plan.objective))
+            parts = [render_plan(answer.plan)]
+            if answer.prices:
+                parts.append(render_wish_prices(answer.prices, answer.plan.result.unit))
+            if answer.robustness is not None:
+                parts.append(render_robustness(answer.robustness, answer.plan.objective))
+            return Group(*parts)
 
-        self.terminal.emit(lambda: to_data(plan), tables)
+        self.terminal.emit(lambda: to_data(answer.plan), tables)
 
     def _print_infeasible(self, error: InfeasibleError) -> None:
         if self.terminal.output is not OutputFormat.TABLE:
             self.terminal.emit(lambda: self._infeasible_document(error), lambda: "")
 
     def _infeasible_document(self, error: InfeasibleError) -> dict[str, Any]:
+        from hetis.planner.report.infeasible import infeasible_parts
+
         objective = self.problem.objective
         return {
             "apiVersion": "hetis/v1",
@@ -136,7 +184,7 @@ class PlacementRun:
                 "gap": None,
                 "unit": objective.unit,
             },
-            "reasons": list(error.reasons),
+            **infeasible_parts(error),
             "replicas": [],
         }
 

@@ -19,6 +19,7 @@ from hetis.solver.check.roles import check_types_of_roles
 from hetis.solver.check.routes import check_link_capacity, check_routes
 from hetis.solver.check.structure import check_devices_once, check_replica_structure
 from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.check.will import check_will
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -31,9 +32,11 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     A replica whose structure is broken (an unknown device, missing layers) is reported for that alone: its numbers
     have no meaning, so they are not derived.
     """
-    fleet = Fleet.of(problem.cluster)
+    whole = Fleet.of(problem.cluster)
+    fleet = whole.without_left_out(problem.will)
     rederivation = Rederivation(problem)
     violations = check_devices_once(plan)
+    violations += check_will(plan, problem, whole)
     for number, replica in enumerate(plan.replicas):
         where = f"replica {number}"
         broken = check_replica_structure(replica, where, problem, fleet)
@@ -48,5 +51,5 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     violations += check_routes(plan, fleet)
     violations += check_link_capacity(plan, problem, fleet)
     violations += check_result(plan, problem, fleet)
-    violations += check_class_table(plan, fleet)
+    violations += check_class_table(plan, whole)
     return tuple(violations)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.will import LeaveOut, Will
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,25 @@ class Fleet:
     @staticmethod
     def of(cluster: Cluster) -> Fleet:
         return Fleet(cluster=cluster, devices={device.name: device for device in cluster.devices()})
+
+    def without_left_out(self, will: Will) -> Fleet:
+        """The fleet as it is where GPUs are forbidden: these do not exist."""
+        out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
+        if not out:
+            return self
+        left = {
+            name: device
+            for name, device in self.devices.items()
+            if not any(
+                gpus.takes(device=name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in out
+            )
+        }  # fmt: skip
+        return replace(self, devices=left)
+
+    def zones(self) -> tuple[str, ...]:
+        """Zones that have devices, in order of appearance."""
+        left = {device.group.zone for device in self.devices.values()}
+        return tuple(zone for zone in self.cluster.zones() if zone in left)
 
     @property
     def has_uneven_links(self) -> bool:
@@ -64,7 +84,7 @@ class Fleet:
 
     def slowest_link(self) -> Link:
         """The worst bandwidth and the worst latency between any nodes of the cluster."""
-        network, zones = self.cluster.network, self.cluster.zones()
+        network, zones = self.cluster.network, self.zones()
         links = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
         links += [group.nic or network.default for group in self.cluster.node_groups]
         return slowest([*links, *network.between_nodes.values()])

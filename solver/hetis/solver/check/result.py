@@ -55,7 +55,7 @@ def _check_family(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
 
     Plans from before there were roles leave out what is said of them: all their replicas are unified.
     """
-    family = problem.family.describe()
+    family = problem.describe_family()
     if plan.family not in (family, family.removesuffix(UNIFIED_ALONE)):
         yield _violation(Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"')
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from hetis.solver.cluster import Cluster, Link, NodeGroup
 from hetis.solver.cost import intra_link
 from hetis.solver.plan import ClassPrice
+from hetis.solver.will import NO_MARK, Mark, Marks
 
 IntArray = npt.NDArray[np.int64]
 
@@ -27,6 +28,7 @@ class DeviceClass:
     intra: Link
     usd_per_hour: float | None
     node_links: Link | None  # the worst explicit link of its nodes, where the cluster gives any
+    mark: Mark  # what is wished of it
     groups: tuple[NodeGroup, ...]  # the node groups it is made of
 
     @property
@@ -45,8 +47,8 @@ class DeviceClass:
         return link if self.node_links is None else link.slower_of(self.node_links)
 
 
-def device_classes(cluster: Cluster) -> tuple[DeviceClass, ...]:
-    """The classes of a fleet, in order of appearance."""
+def device_classes(cluster: Cluster, marks: Marks | None = None) -> tuple[DeviceClass, ...]:
+    """The classes of a fleet, in order of appearance; ``marks`` are wishes that set GPUs apart."""
     worst = _worst_node_links(cluster)
     merged: dict[tuple[object, ...], list[NodeGroup]] = {}
     for group in cluster.node_groups:
@@ -57,7 +59,8 @@ def device_classes(cluster: Cluster) -> tuple[DeviceClass, ...]:
             price = prices.pop() if len(prices) == 1 else _mean_price(cluster, group, gpu)
             nic = group.nic if group.nic is not None else cluster.network.default
             intra = intra_link(cluster.gpu_types[gpu], group.intra_link)
-            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, explicit)
+            mark = marks.of(group.name, gpu) if marks is not None else NO_MARK
+            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, explicit, mark)
             merged.setdefault(key, []).append(group)
     return tuple(DeviceClass(*key, tuple(groups)) for key, groups in merged.items())  # type: ignore[call-arg,arg-type]
 

@@ -36,6 +36,7 @@ from hetis.solver.plan import Role
 MAX_GPUS = 24
 MAX_PAIRS = 60_000  # of (usage, smaller usage): what one dynamic program looks at, at worst
 TOLERANCES = (0.2, 0.01, 1e-7)
+PIN_ROUNDING = 1e-6  # share of the relaxation's value by which its duals may be wrong
 
 
 def is_small(atlas: Atlas) -> bool:
@@ -108,7 +109,8 @@ class ExactSearch:
 
     def __init__(self, atlas: Atlas, master: Master, row_costs: FloatArray) -> None:
         self.atlas, self.master = atlas, master
-        self.lattice = lattice_of(atlas.resources.limits)
+        self.counts_gpus = master.pins is not None and master.pins.ask_for_gpus
+        self.lattice = lattice_of(atlas.resources.limits, inherits=not self.counts_gpus)
         self.costs = self.lattice.digits @ row_costs
         self.configurations = configurations(atlas)
         self.kinds = [kind_of(atlas.mixes[c.mix]) for c in self.configurations]
@@ -237,7 +239,10 @@ class ExactSearch:
             for row, stride in enumerate(strides):
                 if digits[v, row]:
                     below[v] = max(below[v], below[v - stride], rates[v - stride])
-        return np.flatnonzero((rates > 0) & (rates > below) & (self._sides(kind) >= 0))
+        better = rates > below
+        if self.counts_gpus:
+            better[:] = True  # a smaller vector may do the same and yet use too few
+        return np.flatnonzero((rates > 0) & better & (self._sides(kind) >= 0))
 
     def _link_use(self, v: int) -> FloatArray:
         """What a replica on a sub-fleet takes of the links between its zones."""
@@ -268,6 +273,8 @@ class ExactSearch:
         beats the incumbent only if ``a r > price(v) - |D - incumbent|``.
         """
         nothing = {kind: np.zeros(len(rates)) for kind, rates in ceilings.items()}
+        if self.master.pins is not None:
+            return self._needed_with_pins(ceilings, incumbent) or nothing
         found = self.prices(ceilings)
         if found is None:
             return nothing
@@ -291,6 +298,26 @@ class ExactSearch:
             sides = self._sides(kind)
             with np.errstate(divide="ignore", invalid="ignore"):
                 least = np.maximum(0.0, proof.scale * price - distance) / proof.rate_prices[sides]
+            needed[kind] = np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
+        return needed
+
+    def _needed_with_pins(self, ceilings: Rates, incumbent: float) -> Rates | None:
+        """The same where pins have prices, which no scaling fits to all sub-fleets: the relaxation's own duals do.
+
+        A pin's price is of either sign, so that it is the distance to the relaxation that a replica must make up for.
+        """
+        chosen, columns = self.columns(ceilings)
+        found = self.master.solve_lp(columns, pinned=True) if chosen and self.master.pins is not None else None
+        if found is None or self.master.pins is None or self.atlas.routes.has_links:
+            return None
+        price = self.lattice.digits @ found.row_prices + (0.0 if self.master.maximises else self.costs)
+        price = price + self.master.pins.coefficients(self.lattice.digits) @ found.pin_prices
+        distance = abs(found.value - incumbent) + PIN_ROUNDING * abs(found.value)
+        needed = {}
+        for kind in ceilings:
+            sides = self._sides(kind)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                least = np.maximum(0.0, price - distance) / found.rate_prices[sides]
             needed[kind] = np.where(sides >= 0, np.nan_to_num(least, nan=0.0, posinf=np.inf), np.inf)
         return needed
 

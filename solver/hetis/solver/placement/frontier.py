@@ -69,14 +69,14 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
             if k > 1:
                 position[k, v] = position[k - 1, v]
             for row in range(num_rows):
-                if lattice.digits[v, row] > 0:
+                if lattice.inherits and lattice.digits[v, row] > 0:
                     below = v - lattice.strides[row]
                     if position[k, below] > position[k, v]:
                         position[k, v] = position[k, below]
                         back_entry[k, v] = -1
                         back_from[k, v] = below
         for row in range(num_rows):
-            if closing[v] < 0 and lattice.digits[v, row] > 0:
+            if lattice.inherits and closing[v] < 0 and lattice.digits[v, row] > 0:
                 below = v - lattice.strides[row]
                 if closing[below] >= 0:
                     closing[v] = closing[below]
@@ -90,10 +90,11 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
             c = entries.copies[e] if max_copies > 0 else 1
             if c > levels:
                 continue
-            if closing[v] < 0 and layers[e, BOTH] >= num_layers:
+            may_begin = lattice.inherits or rest == 0
+            if may_begin and closing[v] < 0 and layers[e, BOTH] >= num_layers:
                 closing[v], closing_copies[v], closing_from[v] = e, c, NOTHING_BEFORE
             for k in range(c, levels + 1):
-                if layers[e, FIRST] > 0:
+                if may_begin and layers[e, FIRST] > 0:
                     reached = t.cut_floor[min(layers[e, FIRST], num_layers - 1)]
                     if reached > position[k, v]:
                         position[k, v], back_entry[k, v], back_from[k, v] = reached, e, NOTHING_BEFORE

@@ -78,7 +78,7 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
     sums = Sums(seconds, np.full(shape, -1, np.int64), np.full(shape, -1, np.int64), np.zeros(shape, np.int64), option)
     for v in range(num_vectors):
         for row in range(lattice.limits.shape[0]):
-            if lattice.digits[v, row] > 0:
+            if lattice.inherits and lattice.digits[v, row] > 0:
                 below = v - lattice.strides[row]
                 for pos in range(1, num_layers + 1):
                     _offer(sums, v, pos, sums.seconds[below, pos], -1, below, pos)
@@ -86,10 +86,11 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
             if not within(lattice, entries.usage[e], v):
                 continue
             rest = v - entries.usage[e]
-            _offer(sums, v, num_layers, least[e, BOTH, num_layers], e, NOTHING_BEFORE, 0)
-            for n in range(1, min(most[e, FIRST], num_layers - 1) + 1):
-                if t.cut_floor[n] == n:
-                    _offer(sums, v, n, least[e, FIRST, n], e, NOTHING_BEFORE, 0)
+            if lattice.inherits or rest == 0:
+                _offer(sums, v, num_layers, least[e, BOTH, num_layers], e, NOTHING_BEFORE, 0)
+                for n in range(1, min(most[e, FIRST], num_layers - 1) + 1):
+                    if t.cut_floor[n] == n:
+                        _offer(sums, v, n, least[e, FIRST, n], e, NOTHING_BEFORE, 0)
             for pos in range(1, num_layers):
                 so_far = sums.seconds[rest, pos]
                 if so_far + (num_layers - pos) * fastest > limits_s[v]:

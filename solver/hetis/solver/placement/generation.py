@@ -393,7 +393,7 @@ class ColumnGeneration:
     def _nearly_whole(self, columns: Columns) -> IntArray | None:
         """Of a plan of many replicas, those of the relaxation, less one of each column: what need not be searched."""
         relaxed = self.master.solve_lp(columns)
-        if relaxed is None or relaxed.counts.sum() < MANY:
+        if relaxed is None or relaxed.counts.sum() < MANY or self.master.pins is not None:
             return None
         least: IntArray = np.maximum(np.floor(relaxed.counts + 1e-6).astype(np.int64) - 1, 0)
         return least

@@ -23,6 +23,7 @@ class Lattice(NamedTuple):
     limits: IntArray  # [R]
     strides: IntArray  # [R]
     digits: IntArray  # [V, R]
+    inherits: bool  # a vector may do what a smaller one does; False: replicas use all of their vector
 
 
 class Entries(NamedTuple):
@@ -33,13 +34,13 @@ class Entries(NamedTuple):
     option: IntArray  # [O] entry of each option, -1 if it does not fit in the fleet
 
 
-def lattice_of(limits: IntArray) -> Lattice:
+def lattice_of(limits: IntArray, *, inherits: bool = True) -> Lattice:
     """The usage vectors of a fleet with these row limits."""
     sizes = limits + 1
     strides = np.concatenate([[1], np.cumprod(sizes)[:-1]]).astype(np.int64)
     numbers = np.arange(int(np.prod(sizes)), dtype=np.int64)
     digits = (numbers[:, None] // strides[None, :]) % sizes[None, :]
-    return Lattice(limits.astype(np.int64), strides, digits.astype(np.int64))
+    return Lattice(limits.astype(np.int64), strides, digits.astype(np.int64), inherits)
 
 
 @kernel

@@ -7,6 +7,7 @@
          sum_z F(z, y) <= rates of the decode replicas in y      every zone y
          F(z, y) + sum_k link_kzy n_k <= capacity(z, y)          every link
          n_k >= 0 (LP) and whole (MILP), F >= 0                  and, where cost is minimised, served rate >= demand
+         least_p <= sum_k count_kp n_k <= most_p                 every pin p (`pins.py`); not in the LP unless asked for
 
 This module is the only one of placement that talks to highspy; its functions return our own values.
 """
@@ -21,6 +22,7 @@ import numpy as np
 
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.tables import FloatArray
 
@@ -42,7 +44,8 @@ class Columns:
 @dataclass(frozen=True, slots=True)
 class LpSolution:
     """Optimum of the relaxation with its duals: ``row_prices`` [rows] >= 0, ``link_prices`` [Z, Z] >= 0, the price of
-    demand (1 where the rate is maximised) and of each side's rate [sides]; ``counts`` [K]."""
+    demand (1 where the rate is maximised) and of each side's rate [sides]; ``counts`` [K]. ``pin_prices`` [P], of any
+    sign, where the relaxation has pins."""
 
     value: float
     row_prices: FloatArray
@@ -50,6 +53,7 @@ class LpSolution:
     demand_price: float
     rate_prices: FloatArray
     counts: FloatArray
+    pin_prices: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +73,23 @@ class Master:
     limits: IntArray
     demand: float | None  # None: maximise the rate
     routes: Routes
+    pins: Pins | None = None
 
     @property
     def maximises(self) -> bool:
         return self.demand is None
 
-    def solve_lp(self, columns: Columns) -> LpSolution | None:
-        """The relaxation; None if the demand cannot be met by these columns."""
+    def solve_lp(self, columns: Columns, *, pinned: bool = False) -> LpSolution | None:
+        """The relaxation, with the pins if ``pinned``; None if the demand, or a pin, cannot be met by these columns."""
         highs = quiet_highs()
-        highs.passModel(self._model(columns, whole=False))
+        highs.passModel(self._model(columns, whole=False, pinned=pinned))
         highs.run()
         if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
         solution = highs.getSolution()
         sign = 1.0 if self.maximises else -1.0
-        duals = np.maximum(0.0, sign * np.array(solution.row_dual))
+        signed = sign * np.array(solution.row_dual)
+        duals = np.maximum(0.0, signed)
         num_rows, num_zones = len(self.limits), len(self.routes.zones)
         price = 1.0 if self.maximises else max(0.0, float(solution.row_dual[-1]))
         rate_prices, link_prices = np.full(self.routes.num_sides, price), np.zeros((num_zones, num_zones))
@@ -99,7 +105,13 @@ class Master:
             demand_price=price,
             rate_prices=rate_prices,
             counts=np.array(solution.col_value)[: len(columns.rates)],
+            pin_prices=self._pin_prices(signed) if pinned else np.zeros(0),
         )
+
+    def _pin_prices(self, signed: FloatArray) -> FloatArray:
+        """Of the duals of all rows, those of the pins: the last ones but for the demand."""
+        end = len(signed) - (0 if self.maximises else 1)
+        return signed[end - (len(self.pins.lower) if self.pins is not None else 0) : end]
 
     def solve_milp(
         self,
@@ -117,7 +129,7 @@ class Master:
         are no less than that, and so is what the bound speaks of.
         """
         highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
-        model = self._model(columns, whole=True)
+        model = self._model(columns, whole=True, pinned=True)
         if least is not None:
             lower = np.array(model.col_lower_)
             lower[: len(least)] = least
@@ -135,7 +147,7 @@ class Master:
         if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
             found = np.array(highs.getSolution().col_value)[: len(columns.rates)]
             counts = np.rint(found).astype(np.int64)
-        if counts is None:
+        if counts is None or (self.pins is not None and not self.pins.are_kept(columns.uses, counts)):
             return None
         flows = self.best_flows(columns, counts)
         value = self.served(columns, counts, flows) if self.maximises else float(counts @ columns.costs)
@@ -187,7 +199,7 @@ class Master:
         """Index of the routes from one zone to another, row by row."""
         return np.nonzero(~np.eye(len(self.routes.zones), dtype=bool))
 
-    def _model(self, columns: Columns, *, whole: bool) -> Any:
+    def _model(self, columns: Columns, *, whole: bool, pinned: bool = False) -> Any:
         """The master as a HiGHS model. Column-wise arrays go in at once; nothing is modelled term by term."""
         rows, upper = [columns.uses.astype(float)], [self.limits.astype(float)]
         objective = columns.costs
@@ -200,6 +212,10 @@ class Master:
             objective = np.pad(objective, (0, flows))
             served = np.pad(served, (0, flows), constant_values=1.0)
         lower = np.full(sum(map(len, upper)), -highspy.kHighsInf)
+        if pinned and self.pins is not None:
+            rows.append(np.pad(self.pins.coefficients(columns.uses), ((0, len(served) - len(columns.rates)), (0, 0))))
+            upper.append(self.pins.upper)
+            lower = np.append(lower, self.pins.lower)
         if self.demand is not None:
             rows.append(served[:, None])
             upper.append(np.array([highspy.kHighsInf]))

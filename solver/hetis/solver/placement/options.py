@@ -195,7 +195,7 @@ def list_options(
     ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option.
 
     An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
-    of the same class, is as fast and has as much room: it would only cost more.
+    of the same class, is as fast and has as much room: it would only cost more (unless cards count, `Tables`).
     """
     out = _empty_options(256)
     count = 0
@@ -263,13 +263,19 @@ def list_options(
                         layer_s *= longer
                         for role in range(4):
                             fixed_s[role] *= longer
-                        if count > first_of_group and (
-                            _at_least(out, fastest, layer_s, fixed_s, floors, caps)
-                            or _at_least(out, roomiest, layer_s, fixed_s, floors, caps)
+                        counts = t.keeps_idle_cards
+                        if (
+                            not counts
+                            and count > first_of_group
+                            and (
+                                _at_least(out, fastest, layer_s, fixed_s, floors, caps)
+                                or _at_least(out, roomiest, layer_s, fixed_s, floors, caps)
+                            )
                         ):
                             continue
                         if (
-                            q >= 0
+                            not counts
+                            and q >= 0
                             and without < first_of_group
                             and _at_least(out, without, layer_s, fixed_s, floors, caps)
                         ):

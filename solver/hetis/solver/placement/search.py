@@ -9,11 +9,14 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.compiled import is_cached
+from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.pinned_columns import pinned_columns
+from hetis.solver.placement.pins import Pins, pins_of
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
@@ -22,6 +25,8 @@ from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_prices_of, zone_templates
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
+
+RELAXATION, COLUMNS = 0.6, 0.8  # of the time left: for the relaxation where there are pins, then for their columns
 
 
 def search(
@@ -36,11 +41,17 @@ def search(
     family = atlas.problem.family
 
     def of_types(pair: Atlas, news: Report) -> Outcome | None:
-        return search(pair, strategy, budget, gap_target, seed, threads, news)
+        try:
+            return search(pair, strategy, budget, gap_target, seed, threads, news)
+        except NoPlanFoundError:  # a pair that keeps no pin, as far as anyone knows
+            if family.one_type_per_role:
+                raise
+            return None
 
     if family.one_type_per_role and atlas.role_types is None:
         return search_types(atlas, of_types, None, budget, threads, report)
-    master = Master(atlas.resources.limits, _demand(atlas.problem), atlas.routes)
+    pins = pins_of(atlas.problem.marks, atlas.classes, atlas.resources)
+    master = Master(atlas.resources.limits, demanded_rate(atlas.problem), atlas.routes, pins)
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
@@ -50,20 +61,56 @@ def search(
         if outcome is None and budget.is_spent():
             return _first_plan(atlas, master, row_costs, budget, seed)
         return outcome
-    outcome = _generate(atlas, master, row_costs, budget, gap_target, seed, threads, report)
+    part = budget if pins is None else _part_of(budget, RELAXATION)
+    generation = ColumnGeneration(atlas, master, row_costs, budget=part, report=report)
+    outcome = _generate(generation, part, gap_target, seed, threads)
+    if pins is not None:
+        outcome = _pinned(generation, outcome, pins, budget, gap_target, seed, threads)
     if outcome is not None and family.splits_roles and atlas.role_types is None:
         outcome = search_types(atlas, of_types, outcome, budget, threads, report)
     return outcome
 
 
-def _generate(
-    atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int, threads: int,
-    report: Report,
+def _part_of(budget: Budget, share: float) -> Budget:
+    """A share of the time that is left, called off with the rest."""
+    return Budget(time_limit_s=share * budget.remaining_s(), clock=budget.clock, cancelled=budget.cancelled)
+
+
+def _pinned(
+    generation: ColumnGeneration, known: Outcome | None, pins: Pins, budget: Budget, gap_target: float, seed: int,
+    threads: int,
 ) -> Outcome | None:  # fmt: skip
+    """The best choice that keeps pins, with columns that only they ask for; None: proved that there is none.
+
+    Raises:
+        NoPlanFoundError: none was found, and nothing proved.
+    """
+    if not generation.may_have_plan:
+        return None
+    prices = generation.bound.row_prices
+    found = pinned_columns(generation.atlas, pins, generation.row_costs, prices, _part_of(budget, COLUMNS), threads)
+    generation.pool.add(tuple(found))
+    generation.choose(gap=gap_target / 10, seed=seed)
+    outcome = generation.outcome()
+    if outcome is None:
+        raise NoPlanFoundError("no plan was found that keeps the pins on GPUs and replicas, nor proved impossible")
+    return outcome if known is None else _with_bound(outcome, known.bound, maximises=generation.master.maximises)
+
+
+def _with_bound(outcome: Outcome, bound: float, *, maximises: bool) -> Outcome:
+    """An outcome with another bound that holds for it, where that is tighter."""
+    tightest = (min if maximises else max)(outcome.bound, bound)
+    return replace(outcome, bound=sound_bound(tightest, outcome.value, maximises=maximises))
+
+
+def _generate(
+    generation: ColumnGeneration, budget: Budget, gap_target: float, seed: int, threads: int
+) -> Outcome | None:
     """Column generation, zones merged or not."""
-    _announce_compilation(best_replica, budget, report)
-    generation = ColumnGeneration(atlas, master, row_costs, budget=budget, report=report)
+    atlas, master, row_costs = generation.atlas, generation.master, generation.row_costs
+    _announce_compilation(best_replica, budget, generation.report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
+        generation.may_have_plan = False
         return None
     one_zone, relaxed = merged_problem(atlas.problem), None
     if one_zone is not None:
@@ -75,14 +122,13 @@ def _generate(
             return outcome
         relaxed = generation.bound.value if generation.is_whole_family else None
     outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
-    if outcome is None and generation.may_have_plan and not budget.is_spent():
+    if outcome is None and generation.may_have_plan and master.pins is None and not budget.is_spent():
         # Columns were found that fit in no packing: too little proof of anything.
-        return solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
+        return solve_exactly(atlas, master, row_costs, budget=budget, report=generation.report, seed=seed)
     if outcome is None or relaxed is None:
         return outcome
-    tightest = min if master.maximises else max  # the relaxation's bound holds, whatever the zones' own search proves
-    bound = sound_bound(tightest(outcome.bound, relaxed), outcome.value, maximises=master.maximises)
-    return replace(outcome, bound=bound)
+    # The relaxation's bound holds, whatever the zones' own search proves.
+    return _with_bound(outcome, relaxed, maximises=master.maximises)
 
 
 def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:
@@ -133,7 +179,7 @@ def _search_merged(
     return generation.outcome() if small_enough or generation.budget.is_spent() else None
 
 
-def _demand(problem: PlacementProblem) -> float | None:
+def demanded_rate(problem: PlacementProblem) -> float | None:
     """The saturated rate that the demanded goodput takes; None where the rate is maximised."""
     objective = problem.objective
     if objective.maximises:

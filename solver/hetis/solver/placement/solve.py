@@ -13,12 +13,14 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.classes import class_prices
 from hetis.solver.placement.first_token import ttft_s
-from hetis.solver.placement.infeasible import why_infeasible
+from hetis.solver.placement.grounding import grounded, restored
+from hetis.solver.placement.infeasible import Market, why_infeasible
 from hetis.solver.placement.kv_routes import kv_routes
+from hetis.solver.placement.out_of_reach import is_out_of_reach
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.routes import UNIFIED
-from hetis.solver.placement.search import row_costs_of, search
-from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.search import demanded_rate, row_costs_of, search
+from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import (
@@ -56,15 +58,17 @@ def solve_placement(
     seed: int = 0,
     threads: int = 1,
     report: Report = silent,
+    market: Market | None = None,
 ) -> Plan:
     """Chooses replicas for a fleet so that the objective is best, and proves how good the choice is.
 
     Small fleets are solved exactly (`exact.py`), others by column generation (`generation.py`) until the gap is at
     most ``gap_target``, the time is over or no column is left that could help. With the same arguments and no time
-    limit the plan is the same.
+    limit the plan is the same. Where no plan exists, ``market`` is asked for GPU types that could be added
+    (None: none is looked for).
 
     Raises:
-        InvalidProblemError: unknown strategy, or an objective that lacks its demand.
+        InvalidProblemError: unknown strategy, an objective that lacks its demand, or a wish that nobody can keep.
         InfeasibleError: proved that the family holds no plan; ``reasons`` say what is missing.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
@@ -72,26 +76,40 @@ def solve_placement(
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
     budget = budget if budget is not None else Budget()
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    searched = grounded(problem)
+    report = _in_objective_units(report, problem)
     if STRATEGIES[strategy].is_published:
         from hetis.solver.published import PUBLISHED
 
-        return PUBLISHED[strategy].solve(problem, budget=budget, seed=seed, report=_in_objective_units(report, problem))
-    atlas = build_atlas(problem)
-    report = _in_objective_units(report, problem)
+        for wish in wishes_ignored(strategy, problem.will):
+            raise InvalidProblemError(f"{wish}: strategy {strategy} can only leave out GPUs and TP sizes")
+        plan = PUBLISHED[strategy].solve(searched.problem, budget=budget, seed=seed, report=report)
+        return restored(plan, searched, problem) if problem.will else plan
+
+    def no_plan() -> InfeasibleError:
+        why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
+        return InfeasibleError(why.reasons, why)
+
+    if searched.is_empty:
+        raise no_plan()
+    atlas = build_atlas(searched.problem)
+    if is_out_of_reach(atlas, demanded_rate(searched.problem) or 0.0):
+        raise no_plan()
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
     outcome = search(atlas, strategy, budget, gap_target, seed, threads, report)
     if outcome is None:
         if budget.is_spent():
             raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-        raise InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
+        raise no_plan()
     templates = [template for template, count in outcome.chosen for _ in range(count)]
     bound_stages = bind(atlas, templates, seed=seed, budget=budget)
-    return _plan(atlas, strategy, outcome, templates, bound_stages, budget)
+    plan = _plan(atlas, strategy, outcome, templates, bound_stages, budget)
+    return restored(plan, searched, problem) if problem.will else plan
 
 
 def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     """Progress in the unit of the objective: searches speak of saturated rates, people of goodput."""
-    scale = _scale(problem)
+    scale = scale_of(problem)
 
     def scaled(progress: Progress) -> None:
         report(
@@ -105,7 +123,7 @@ def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     return scaled
 
 
-def _scale(problem: PlacementProblem) -> float:
+def scale_of(problem: PlacementProblem) -> float:
     """From a saturated rate to the objective."""
     return problem.assumptions.planned_utilisation if problem.objective.kind is ObjectiveKind.GOODPUT else 1.0
 
@@ -120,7 +138,7 @@ def _plan(
 ) -> Plan:
     problem = atlas.problem
     kind = problem.objective.kind
-    scale = _scale(problem)
+    scale = scale_of(problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
         bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family
+from hetis.solver.will import LeaveOut, Will, Wish, WithoutTp
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +68,10 @@ STRATEGIES: Mapping[str, Strategy] = {
         Strategy("hetis-paper", "Hetis's own heuristic: 5% rule, workers shared by a replica", _hetis_paper, True),
     )
 }
+
+
+def wishes_ignored(strategy: str, will: Will) -> tuple[Wish, ...]:
+    """Wishes that a strategy cannot keep: a published heuristic knows a fleet and TP sizes, not what a GPU is for."""
+    if not STRATEGIES[strategy].is_published:
+        return ()
+    return tuple(wish for wish in will if not isinstance(wish, LeaveOut | WithoutTp))

@@ -84,6 +84,7 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping, over k = 1..Gr, then pool sizes
     receives: BoolArray  # [X] whether KV arrives: the mix of a decode replica
     pool_wire_s: FloatArray  # [total] `wire_s` of these with a pool
+    keeps_idle_cards: bool  # whether attention workers count that do nothing for their stage: some must be in use
 
 
 class Scope:
@@ -111,13 +112,17 @@ class Scope:
 
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
         """The same zones without GPUs of other types."""
-        keep = np.array([c.gpu == gpu for c in classes])
+        others = np.array([c.gpu != gpu for c in classes])
+        return Scope(self.zones, roles, self.without(others)._tabulate, gpu)
+
+    def without(self, out: BoolArray) -> Scope:
+        """The same without the GPUs of some classes, [N]."""
         whole = self
 
         def tabulate(_: tuple[str, ...]) -> Tables:
-            return whole.tables._replace(available=np.where(keep, whole.tables.available, 0))
+            return whole.tables._replace(available=np.where(out, 0, whole.tables.available))
 
-        return Scope(self.zones, roles, tabulate, gpu)
+        return Scope(self.zones, self.roles, tabulate, self.gpu)
 
 
 @dataclass(frozen=True, slots=True)

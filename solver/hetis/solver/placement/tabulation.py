@@ -16,8 +16,10 @@ from hetis.solver.placement.routes import most_spanning, routes_of, slowest_betw
 from hetis.solver.placement.tables import Atlas, ChunkTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.will import DUTY_OF_ROLE, Duty
 from hetis.solver.workload import WorkloadMoments
 
+FEW_GPUS = 24  # up to here attention workers that do nothing are tried where GPUs must be in use
 MANY_ZONES = 4  # with more, sets of zones are too many to search every one
 
 
@@ -28,14 +30,14 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
     """
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
-    classes = device_classes(problem.cluster)
+    classes = device_classes(problem.cluster, problem.marks)
     zones = problem.cluster.zones()
     mixes = tuple(_mixes(family, moments, len(zones)))
     ranks = tuple(
         (i, tp)
         for i, c in enumerate(classes)
         for tp in family.tp_sizes
-        if tp <= c.gpus_per_node and cost.rank_shape(model, tp) is not None
+        if tp <= c.gpus_per_node and cost.rank_shape(model, tp) is not None and Duty.PRIMARY not in c.mark.barred
     )
     resources = resources_of(classes, family.tp_sizes)
     biggest = max((c.available for c in classes), default=0)
@@ -53,7 +55,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
         ),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
-        scopes=tuple(_scopes(family, zones, tabulation)),
+        scopes=tuple(_scopes(family, zones, classes, tabulation)),
         routes=routes_of(problem, moments, most_spanning(problem)),
     )
 
@@ -75,12 +77,19 @@ def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator
             yield cost.mix_of(moments, micro_batch=b, chunk_tokens=0)
 
 
-def _scopes(family: Family, zones: tuple[str, ...], tabulation: _Tabulation) -> Iterator[Scope]:
-    """Prefill and decode replicas lie in one zone, unified ones may span several."""
+def _scopes(
+    family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], tabulation: _Tabulation
+) -> Iterator[Scope]:
+    """Prefill and decode replicas lie in one zone, unified ones may span several; roles of the same GPUs together."""
     for span in _spans(zones):
-        roles = tuple(role for role in family.roles if len(span) == 1 or role is Role.UNIFIED)
-        if roles:
-            yield Scope(span, roles, tabulation.tables)
+        alike: dict[tuple[bool, ...], list[Role]] = {}
+        for role in family.roles:
+            if len(span) == 1 or role is Role.UNIFIED:
+                may = tuple(DUTY_OF_ROLE[role] not in c.mark.barred for c in classes)
+                alike.setdefault(may, []).append(role)
+        for may, roles in alike.items():
+            whole = Scope(span, tuple(roles), tabulation.tables)
+            yield whole if all(may) else whole.without(np.array([not each for each in may]))
 
 
 def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -135,7 +144,10 @@ class _Tabulation:
         start = self.pool_start.copy()
         for s, (i, _) in enumerate(self.ranks):
             inside = self.classes[i].zone in zones
-            start[s] = np.where([inside and q.zone == self.classes[i].zone for q in self.classes], start[s], -1)
+            may = [
+                inside and q.zone == self.classes[i].zone and Duty.WORKER not in q.mark.barred for q in self.classes
+            ]  # fmt: skip
+            start[s] = np.where(may, start[s], -1)
         return Tables(
             num_layers=model.num_layers - model.prefix_layers,
             prefix_layers=model.prefix_layers,
@@ -187,7 +199,13 @@ class _Tabulation:
             pool_s=self.pool_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
             pool_wire_s=self.pool_wire_s,
+            keeps_idle_cards=self._keeps_idle_cards(),
         )  # fmt: skip
+
+    def _keeps_idle_cards(self) -> bool:
+        """Where GPUs must be in use, a plan may give a stage workers that it does not need: small fleets try them."""
+        marks = self.problem.marks
+        return marks is not None and bool(marks.least) and sum(c.available for c in self.classes) <= FEW_GPUS
 
     def _own_table(self) -> FloatArray:
         """Decode attention of kept groups, [X, S, max groups + 1]; equal devices are computed once."""

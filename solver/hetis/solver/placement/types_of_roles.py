@@ -132,8 +132,9 @@ def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
 
 def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
     """A template of an atlas of two GPU types as one of the whole."""
-    zones = pair.scopes[template.scope].zones
-    return replace(template, scope=next(i for i, scope in enumerate(atlas.scopes) if scope.zones == zones))
+    zones, mix = pair.scopes[template.scope].zones, pair.mixes[template.mix]
+    here = (i for i, scope in enumerate(atlas.scopes) if scope.zones == zones and scope.serves(mix))
+    return replace(template, scope=next(here))
 
 
 def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:

@@ -14,6 +14,7 @@ from hetis.solver.placement.explanation.wording import in_percent, in_time, in_t
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.will import LeaveOut
 
 NOTHING = 1e-6  # a dual below this share of the objective is none
 
@@ -21,8 +22,24 @@ NOTHING = 1e-6  # a dual below this share of the objective is none
 def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[IdleGpus]:
     """The idle GPUs of every class, with the reasons."""
     for price, device_class in idle_classes(plan, problem):
-        reason = "; ".join(_reasons(plan, problem, views, price, device_class))
+        forbidden, idle = _forbidden(problem, device_class), price.available - price.used
+        reasons = [f"{forbidden:,} of them are forbidden"] if 0 < forbidden < idle else []
+        reasons += _reasons(plan, problem, views, price, device_class) if forbidden < idle else ["they are forbidden"]
+        reason = "; ".join(reasons)
         yield IdleGpus(gpu=price.gpu, zone=price.zone, count=price.available - price.used, reason=reason)
+
+
+def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
+    """GPUs of a class that a wish leaves out."""
+    out = [wish.gpus for wish in problem.will if isinstance(wish, LeaveOut)]
+    if not out:
+        return 0
+    groups = {group.name for group in device_class.groups}
+    return sum(
+        any(gpus.takes(device=d.name, node=d.node, gpu=d.gpu, zone=d.group.zone) for gpus in out)
+        for d in problem.cluster.devices()
+        if d.group.name in groups and d.gpu == device_class.gpu
+    )
 
 
 def idle_classes(plan: Plan, problem: PlacementProblem) -> list[tuple[ClassPrice, DeviceClass]]:

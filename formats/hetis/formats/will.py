@@ -1,0 +1,163 @@
+"""Wishes as the command line and plan files write them: ``--forbid type=L4:as=primary``, ``--pin replicas=2..4``.
+
+forbid  SELECTION            these GPUs are not used
+        SELECTION:as=DUTY    they do not have this duty
+        tp=N | workers       no stage has this TP size; none has attention workers
+pin     SELECTION[:use=N]    at least N of them are in use, 1 unless given
+        SELECTION:as=DUTY    of the duties of its kind they have this one alone; `:use=N` may follow
+        replicas=N | N..M    so many replicas; either end may be left out
+
+SELECTION  gpu=NODE/INDEX (forbid only), node=NODE, type=GPU, zone=ZONE
+DUTY       primary, worker (what the GPU does in a replica); unified, prefill, decode (what the replica does)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from hetis.formats.errors import DocumentError, Problem, did_you_mean
+from hetis.solver.cluster import Cluster
+from hetis.solver.problem import Family
+from hetis.solver.will import (
+    Duty,
+    Keep,
+    LeaveOut,
+    Replicas,
+    Selection,
+    Unit,
+    Use,
+    Will,
+    Wish,
+    WithoutTp,
+    WithoutWorkers,
+    misfits,
+)
+
+PIN, FORBID = "--pin", "--forbid"
+_RANGE = re.compile(r"(\d*)\.\.(\d*)|(\d+)")
+
+
+def read_will(
+    pins: Sequence[str], forbids: Sequence[str], cluster: Cluster, tp_sizes: tuple[int, ...] = Family().tp_sizes
+) -> Will:
+    """What ``--pin`` and ``--forbid`` were given, forbidden things first, each wish once.
+
+    Raises:
+        DocumentError: with every problem of all of them: how they are written, and names that the cluster has not.
+    """
+    wishes, problems = dict[Wish, None](), list[Problem]()
+    for option, texts, parse in ((FORBID, forbids, parse_forbid), (PIN, pins, parse_pin)):
+        for text in texts:
+            try:
+                wishes |= dict.fromkeys(parse(text))
+            except ValueError as error:
+                problems.append(Problem(file=f"{option} {text}", message=str(error)))
+    will = tuple(wishes)
+    for misfit in misfits(will, cluster, tp_sizes):
+        message = misfit.message + did_you_mean(misfit.name, misfit.known)
+        problems.append(Problem(file=str(misfit.wish), message=message))
+    if problems:
+        raise DocumentError(problems)
+    return will
+
+
+def will_from_texts(texts: Iterable[str], cluster: Cluster) -> Will:
+    """What a plan file says of the will it keeps: every wish as its options are written.
+
+    Raises:
+        DocumentError: as `read_will`.
+    """
+    by_option: dict[str, list[str]] = {PIN: [], FORBID: []}
+    problems = []
+    for text in texts:
+        option, _, rest = text.partition(" ")
+        if option in by_option:
+            by_option[option].append(rest)
+        else:
+            problems.append(Problem(file=text, message=f"is no wish, must begin with {PIN} or {FORBID}"))
+    if problems:
+        raise DocumentError(problems)
+    return read_will(by_option[PIN], by_option[FORBID], cluster)
+
+
+def parse_forbid(text: str) -> tuple[Wish, ...]:
+    """The wish of one ``--forbid``.
+
+    Raises:
+        ValueError: it is not written like one; says what is expected.
+    """
+    if text == "workers":
+        return (WithoutWorkers(),)
+    key, value, extras = _parts(text, ("as",))
+    if key == "tp":
+        if extras or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"tp is {value!r}, must be a whole number, alone")
+        return (WithoutTp(tp=int(value)),)
+    gpus = _selection(key, value, (*(unit.value for unit in Unit), "tp", "workers"))
+    if "as" in extras:
+        return (Keep(gpus=gpus, duty=_duty(extras["as"]), only=False),)
+    return (LeaveOut(gpus=gpus),)
+
+
+def parse_pin(text: str) -> tuple[Wish, ...]:
+    """The wishes of one ``--pin``.
+
+    Raises:
+        ValueError: it is not written like one; says what is expected.
+    """
+    key, value, extras = _parts(text, ("as", "use"))
+    if key == "replicas":
+        if extras:
+            raise ValueError("replicas are counted: nothing may follow")
+        return (_replicas(value),)
+    gpus = _selection(key, value, ("node", "type", "zone", "replicas"))
+    wishes: list[Wish] = []
+    if "as" in extras:
+        wishes.append(Keep(gpus=gpus, duty=_duty(extras["as"]), only=True))
+    if "use" in extras or not wishes:
+        least = extras.get("use", "1")
+        if not least.isdecimal() or int(least) < 1:
+            raise ValueError(f"use is {least!r}, must be a whole number above 0")
+        wishes.append(Use(gpus=gpus, least=int(least)))
+    return tuple(wishes)
+
+
+def _parts(text: str, extras: Sequence[str]) -> tuple[str, str, dict[str, str]]:
+    """``key=value:extra=value`` taken apart."""
+    first, *rest = text.split(":")
+    key, equals, value = first.partition("=")
+    if not equals or not value:
+        raise ValueError("must be written NAME=VALUE, such as node=a100-0, type=L4")
+    found: dict[str, str] = {}
+    for part in rest:
+        name, equals, given = part.partition("=")
+        if name not in extras or not given or name in found:
+            expected = " or ".join(f"{extra}=..." for extra in extras)
+            raise ValueError(f"{part!r} after {first} is not {expected}, each once")
+        found[name] = given
+    return key, value, found
+
+
+def _selection(key: str, value: str, known: Sequence[str]) -> Selection:
+    units = [unit.value for unit in Unit if unit.value in known]
+    if key not in units:
+        raise ValueError(f"{key!r} is not one of {', '.join(known)}{did_you_mean(key, known)}")
+    return Selection(unit=Unit(key), name=value)
+
+
+def _duty(text: str) -> Duty:
+    known = [duty.value for duty in Duty]
+    if text not in known:
+        raise ValueError(f"as is {text!r}, must be one of {', '.join(known)}{did_you_mean(text, known)}")
+    return Duty(text)
+
+
+def _replicas(text: str) -> Replicas:
+    match = _RANGE.fullmatch(text)
+    if match is None or text == "..":
+        raise ValueError(f"replicas is {text!r}, must be N, N..M, N.. or ..M")
+    least, most, exactly = match.groups()
+    if exactly is not None:
+        return Replicas(least=int(exactly), most=int(exactly))
+    return Replicas(least=int(least or 0), most=int(most) if most else None)

@@ -1,0 +1,39 @@
+"""Why a problem has no plan, as data: conflicts and what each member would have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hetis.solver.errors import InfeasibleError
+
+if TYPE_CHECKING:
+    from hetis.solver.placement.infeasible import Conflict, Relaxation, Requirement
+
+
+def infeasible_parts(error: InfeasibleError) -> Mapping[str, Any]:
+    """``reasons`` in sentences; ``conflicts`` and ``relaxations`` where the solver gave them."""
+    if error.why is None:
+        return {"reasons": list(error.reasons)}
+    return {
+        "reasons": list(error.reasons),
+        "conflicts": [_conflict(conflict) for conflict in error.why.conflicts],
+        "relaxations": [_relaxation(relaxation) for relaxation in error.why.relaxations if relaxation.is_tried],
+    }
+
+
+def _conflict(conflict: Conflict) -> dict[str, Any]:
+    return {"members": [_member(member) for member in conflict.members], "minimal": conflict.is_minimal}
+
+
+def _member(member: Requirement) -> dict[str, Any]:
+    return {"subject": member.subject.name.lower(), "name": str(member), "value": member.value or None}
+
+
+def _relaxation(relaxation: Relaxation) -> dict[str, Any]:
+    return {
+        "of": None if relaxation.about is None else str(relaxation.about),
+        "change": relaxation.change,
+        "option": relaxation.option or None,
+        "usd_per_hour": relaxation.usd_per_hour,
+    }

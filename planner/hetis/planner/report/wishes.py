@@ -1,0 +1,48 @@
+"""What the wishes of a plan cost: a table, and the same as data for the plan's file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from hetis.planner.report.figures import digits
+from hetis.planner.report.plan import section
+
+if TYPE_CHECKING:
+    from hetis.solver.placement.wish_prices import WishPrice
+
+WILL_PRICES = "will_prices"  # entry of `Plan.inputs`
+
+
+def price_rows(prices: Sequence[WishPrice]) -> list[dict[str, Any]]:
+    """As `Plan.inputs` keeps them."""
+    return [
+        {
+            "wishes": [str(wish) for wish in price.will],
+            "least": price.least,
+            "most": price.most,
+            "solved": price.is_solved,
+        }
+        for price in prices
+    ]
+
+
+def render_wish_prices(prices: Sequence[WishPrice], unit: str) -> RenderableType:
+    """What the objective would gain without each wish, and without all."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("without", overflow="fold")
+    table.add_column(f"gain, {unit}", justify="right")
+    for price in prices:
+        name = str(price.will[0]) if len(price.will) == 1 else f"all {len(price.will)} together"
+        table.add_row(name, _interval(price))
+    return section("What the wishes cost", table)
+
+
+def _interval(price: WishPrice) -> str:
+    low, high = digits(price.least), digits(price.most)
+    if not price.is_solved:
+        return f"at most {high}, not solved again"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,76 @@
+"""Whether a plan keeps the wishes of its problem: looked up device by device, whatever the search made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.will import Duty, Keep, LeaveOut, Replicas, Selection, Use, WithoutTp, WithoutWorkers
+
+
+def check_will(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
+    """Every wish that a plan does not keep; devices that do not exist are reported elsewhere."""
+    return [
+        Violation(rule=Rule.WILL, where=str(wish), message=message)
+        for wish in problem.will
+        for message in _broken(wish, plan, fleet)
+    ]
+
+
+def _broken(wish: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
+    match wish:
+        case LeaveOut(gpus=gpus):
+            used = sorted({name for name, _ in _duties(plan) if _is_of(gpus, name, fleet)})
+            if used:
+                yield f"{_some(used)} used"
+        case Keep(gpus=gpus, barred=barred):
+            for duty in sorted(barred):
+                having = sorted(
+                    {name for name, duties in _duties(plan) if duty in duties and _is_of(gpus, name, fleet)}
+                )
+                if having:
+                    yield f"{_some(having)} in the duty {duty}"
+        case Use(gpus=gpus, least=least):
+            count = len({name for name, _ in _duties(plan) if _is_of(gpus, name, fleet)})
+            if count < least:
+                yield f"{count} of them are used, must be at least {least}"
+        case WithoutTp(tp=tp):
+            for number, replica in enumerate(plan.replicas):
+                if any(stage.tp == tp for stage in replica.stages):
+                    yield f"replica {number} has a stage of TP size {tp}"
+        case WithoutWorkers():
+            for number, replica in enumerate(plan.replicas):
+                if replica.attention_workers:
+                    yield f"replica {number} has attention workers"
+        case Replicas() if not wish.allows(len(plan.replicas)):
+            yield f"the plan has {len(plan.replicas)} replicas"
+
+
+def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:
+    """Every device of the plan with what it does."""
+    for replica in plan.replicas:
+        for stage in replica.stages:
+            for name in stage.devices:
+                yield name, frozenset({Duty.PRIMARY, _of_role(replica)})
+        for pool in replica.attention_workers:
+            for name in pool.devices:
+                yield name, frozenset({Duty.WORKER, _of_role(replica)})
+
+
+def _of_role(replica: ReplicaPlan) -> Duty:
+    return {Role.UNIFIED: Duty.UNIFIED, Role.PREFILL: Duty.PREFILL, Role.DECODE: Duty.DECODE}[replica.role]
+
+
+def _is_of(gpus: Selection, name: str, fleet: Fleet) -> bool:
+    device = fleet.devices.get(name)
+    return device is not None and gpus.takes(
+        device=name, node=device.node, gpu=device.gpu, zone=device.group.zone
+    )  # fmt: skip
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,141 @@
+"""Why no plan exists: which requirements exclude one another, and what must give way for a plan to exist.
+
+    Requirements  demand, limits, wishes, roles and strategy as asked; memory, links and cuts as fleet and model are
+    Trial of S    whether some plan keeps S, a part of them: the best rate under its limits, beside its demand
+    Conflict      an S that no plan keeps, and of which nothing can be left out (found by leaving out each in turn)
+    Relaxation    of a member of a conflict, the others kept: the best rate for a demand, the best latency for a limit,
+                  faster links, smaller weights, a wish gone; and GPUs to add, with nothing given up
+
+The same search that found no plan answers the trials, each until it is certain and no further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.placement.grounding import grounded
+from hetis.solver.placement.infeasible.conflicts import Conflict, conflicts_among
+from hetis.solver.placement.infeasible.growth import Market, Offer, growths, may_help
+from hetis.solver.placement.infeasible.relaxations import Relaxation, relaxations_of, smaller_memory
+from hetis.solver.placement.infeasible.requirements import Requirement, Subject, keeping, requirements_of
+from hetis.solver.placement.infeasible.trials import Trials
+from hetis.solver.placement.infeasible.wording import listed
+from hetis.solver.placement.shortage import why_nothing_fits
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.will import Replicas, Use
+
+__all__ = ["Conflict", "Infeasibility", "Market", "Offer", "Relaxation", "Requirement", "why_infeasible"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasibility:
+    """Why a problem has no plan. ``reasons`` say all of it in sentences, the most telling first."""
+
+    conflicts: tuple[Conflict, ...]
+    relaxations: tuple[Relaxation, ...]
+    reasons: tuple[str, ...]
+
+
+def why_infeasible(
+    problem: PlacementProblem,
+    budget: Budget | None = None,
+    *,
+    seed: int = 0,
+    threads: int = 1,
+    market: Market | None = None,
+    report: Report = silent,
+) -> Infeasibility:
+    """What stands in the way of a problem that was proved infeasible, each member with what it would have to be.
+
+    ``budget`` is the caller's: what it leaves no time for is said instead. ``market`` is asked for GPU types to add
+    beside those of the fleet; None: nothing is to be added.
+    """
+    trials = Trials(problem, budget if budget is not None else Budget(), seed, threads, report)
+    trials.tell("no plan exists: finding out why")
+    given = requirements_of(problem)
+    fleet = [requirement for requirement in given if requirement.subject.is_of_fleet]
+    asked = [requirement for requirement in given if not requirement.subject.is_of_fleet]
+    fits = trials.of(fleet).exists if asked else False
+    if fits is None:
+        text = f"no time was left to tell what is in the way: memory, or {listed(asked)}"
+        return Infeasibility(conflicts=(), relaxations=(), reasons=(*_known_at_once(trials, given), text))
+    if not fits:
+        return _of_the_fleet(trials, given, fleet, market)
+    conflicts = tuple(conflicts_among(trials, given))
+    told = tuple(_of_what_was_asked(trials, given, conflicts))
+    grown: tuple[Relaxation, ...] = ()
+    if market is not None and any(may_help(conflict.members) for conflict in conflicts):
+        grown = tuple(growths(trials, given, market))
+    relaxations = (*(each for each in told if isinstance(each, Relaxation)), *grown)
+    reasons = [each.sentence if isinstance(each, Relaxation) else each for each in (*told, *grown)]
+    return Infeasibility(conflicts=conflicts, relaxations=relaxations, reasons=tuple(reasons))
+
+
+def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str]:
+    """What needs no search: limits and a demand beyond what the GPUs do at dense work alone."""
+    demand = [r for r in given if r.subject is Subject.DEMAND]
+    limits = [r for r in given if r.subject in (Subject.TPOT, Subject.TTFT)]
+    others, share = [r for r in given if r not in demand], trials.problem.assumptions.planned_utilisation
+    bound = share * trials.rate_bound(others)
+    if limits and bound == 0.0:
+        yield f"{listed(limits)} cannot be kept: dense work alone takes longer, on whichever GPUs of this fleet"
+        bound, limits = share * trials.rate_bound([r for r in others if r not in limits]), []
+    if demand and 0.0 < bound < demand[0].value:
+        within = f" within {listed(limits)}" if limits else ""
+        yield f"{demand[0]} is above {bound:.4g}, what all GPUs serve at most at dense work alone{within}"
+
+
+def _of_the_fleet(
+    trials: Trials, given: Sequence[Requirement], fleet: Sequence[Requirement], market: Market | None
+) -> Infeasibility:
+    """Nothing fits, whatever is asked: memory, or cuts that the model forbids; or no GPU can be used at all."""
+    reason = why_nothing_fits(build_atlas(grounded(keeping(trials.problem, fleet)).problem))
+    if not trials.of(()).exists:
+        return Infeasibility(conflicts=(), relaxations=(), reasons=(reason,))
+    (conflict,) = conflicts_among(trials, fleet)
+    members = {member.subject: member for member in conflict.members}
+    relaxations: list[Relaxation] = []
+    if Subject.CUTS in members:
+        others = [member for member in conflict.members if member.subject is not Subject.CUTS]
+        relaxations += relaxations_of(trials, members[Subject.CUTS], others)
+    if Subject.MEMORY in members:
+        relaxations += smaller_memory(trials, members[Subject.MEMORY], given)
+        relaxations += growths(trials, given, market) if market is not None else ()
+    reasons = (reason, *(relaxation.sentence for relaxation in relaxations))
+    return Infeasibility(conflicts=(conflict,), relaxations=tuple(relaxations), reasons=reasons)
+
+
+def _of_what_was_asked(
+    trials: Trials, given: Sequence[Requirement], conflicts: Sequence[Conflict]
+) -> Iterator[str | Relaxation]:
+    """Sentences about every conflict and its members, what was asked before what is there."""
+    if len(conflicts) > 1:
+        yield "several things are in the way, and all must give way: what is said of one supposes the others lifted"
+    blamed = {member for conflict in conflicts for member in conflict.members}
+    rest = [r for r in given if r not in blamed or r.subject.is_of_fleet]
+    for conflict in conflicts:
+        if len(conflict.members) > 1:
+            yield f"each can be kept, but not together: {listed(conflict.members)}; any one of them may give way"
+        if not conflict.is_minimal:
+            yield "no time was left to tell whether all of these are in the way"
+        yield from _what_is_short(trials, given, rest, conflict)
+        for member in conflict.members:
+            others = [r for r in given if r != member and (r in rest or r in conflict.members)]
+            yield from relaxations_of(trials, member, others)
+
+
+def _what_is_short(
+    trials: Trials, given: Sequence[Requirement], rest: Sequence[Requirement], conflict: Conflict
+) -> Iterator[str]:
+    """How much memory is missing, where it is that and no number of requests or seconds."""
+    subjects = {member.subject for member in conflict.members}
+    sums = any(isinstance(member.wish, Use | Replicas) for member in conflict.members)
+    if Subject.MEMORY in subjects and not sums and not subjects & {Subject.DEMAND, Subject.TPOT, Subject.TTFT}:
+        kept = [r for r in given if r in rest or r in conflict.members]
+        asked = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]
+        found = grounded(keeping(trials.problem, asked))
+        if not found.is_empty:
+            yield why_nothing_fits(build_atlas(found.problem))

@@ -1,0 +1,224 @@
+"""How far a member of a conflict must give way, the others kept: each way is tried, and a plan was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+
+from hetis.solver.placement.explanation.wording import in_bytes
+from hetis.solver.placement.infeasible.requirements import (
+    Requirement,
+    Subject,
+    keeping,
+    with_faster_links,
+)
+from hetis.solver.placement.infeasible.trials import Trials
+from hetis.solver.placement.infeasible.wording import listed, option_down, option_up, rounded_down
+from hetis.solver.will import Use
+
+PRECISION = 1.02  # a best latency is known this closely, as a ratio
+LINK_PRECISION = 1.2  # and how much faster links must be
+FASTEST_LINKS = 1024.0
+SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
+SMALLER_KV = 1.0  # bytes per element
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxation:
+    """A change with which a plan exists; ``sentence`` says what is known of it.
+
+    Attributes:
+        about: what gives way; None: nothing does, the fleet grows.
+        change: what to do, in words.
+        option: the option that does it; empty: an input must change.
+        usd_per_hour: what it costs; None: not known, or nothing.
+        is_tried: whether a plan was found with it. False: the sentence only says what is out of reach.
+    """
+
+    about: Requirement | None
+    sentence: str
+    change: str = ""
+    option: str = ""
+    usd_per_hour: float | None = None
+    is_tried: bool = True
+
+
+def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Iterator[Relaxation]:
+    """Ways for one requirement to give way when ``others`` stay."""
+    match member.subject:
+        case Subject.DEMAND:
+            yield _best_rate(trials, member, others)
+        case Subject.TPOT | Subject.TTFT:
+            yield _best_latency(trials, member, others)
+        case Subject.LINKS:
+            yield _faster_links(trials, member, others)
+        case Subject.MEMORY:
+            yield from smaller_memory(trials, member, [member, *others])
+        case Subject.WISH if isinstance(member.wish, Use) and member.wish.least > 1:
+            yield _fewer_in_use(trials, member, member.wish, others)
+        case _:
+            yield _gone(trials, member, others)
+
+
+def _shown(others: Collection[Requirement]) -> list[Requirement]:
+    """What a number depends on, without what goes without saying."""
+    return [r for r in others if not r.subject.is_of_fleet and r.subject not in (Subject.STRATEGY, Subject.ROLES)]
+
+
+def _beside(others: Collection[Requirement]) -> str:
+    shown = _shown(others)
+    return f" beside {listed(shown)}" if shown else ""
+
+
+def _not_alone(member: Requirement, others: Collection[Requirement]) -> Relaxation:
+    sentence = f"{member} is not the only obstacle: without it no plan exists either{_beside(others)}"
+    return Relaxation(about=member, sentence=sentence, is_tried=False)
+
+
+def _unknown(member: Requirement, what: str) -> Relaxation:
+    return Relaxation(about=member, sentence=f"{member} {what}", is_tried=False)
+
+
+def _best_rate(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
+    limits = _shown(others)
+    within = f" within {listed(limits)}" if limits else ""
+    if others and trials.of(others).exists is False:
+        return _unknown(member, f"is not the only obstacle: no plan at all exists{within}")
+    outcome = trials.best(others)
+    share = trials.problem.assumptions.planned_utilisation
+    if outcome is None:
+        most = f"{share * trials.rate_bound(others):.4g} requests/s at most, at dense work alone"
+        text = f"is above what this fleet serves{within}: {most}; no time was left to find how much it does (--rate)"
+        return _unknown(member, text)
+    value, bound = f"{share * outcome.value:.4g}", f"{share * outcome.bound:.4g}"
+    proof = "" if bound == value else f" with the best plan found, proven at most {bound}"
+    option = f"--rate {rounded_down(share * outcome.value):g}"
+    sentence = f"{member} is above what this fleet serves{within}: {value} requests/s{proof} ({option})"
+    return Relaxation(about=member, sentence=sentence, change=f"demand {value} requests/s", option=option)
+
+
+def _best_latency(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
+    """Bisects between the limit and what a plan reaches without it."""
+    keeping_ = _beside(others)
+    name = f"--{member.subject.name.lower()}"
+    of_all = any(r.subject is Subject.DEMAND for r in others)
+    first = trials.of(others)
+    if first.exists is None:
+        text = f"is out of reach{keeping_}; no time was left to find what is not: try a longer one, or {name} none"
+        return _unknown(member, text)
+    if not first.exists:
+        return _not_alone(member, others)
+    low, high = member.value, first.latency_s(member.subject, of_all=of_all)
+    while high > low * PRECISION:
+        middle = math.sqrt(low * high)
+        trial = trials.of([*others, member.at(middle)])
+        if trial.exists is None:
+            break
+        if trial.exists:
+            high = min(middle, trial.latency_s(member.subject, of_all=of_all))
+        else:
+            low = middle
+    impossible, possible = option_down(low), option_up(high)
+    option = f"{name} {possible}"
+    sentence = f"{member} is out of reach{keeping_}: {impossible} cannot be kept, {possible} can ({option})"
+    return Relaxation(about=member, sentence=sentence, change=f"{member.subject} {possible}", option=option)
+
+
+def _faster_links(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
+    def exists(factor: float) -> bool | None:
+        kept = keeping(trials.problem, [member, *others])
+        faster = replace(kept, cluster=with_faster_links(kept.cluster, factor))
+        return trials.of_problem(faster, demand_of(others)).exists
+
+    found = _smallest(exists, LINK_PRECISION, FASTEST_LINKS)
+    if found is None:
+        return _unknown(member, f"are too slow{_beside(others)}; no time was left to find how fast they must be")
+    text = f"{math.ceil(found * 10.0) / 10.0:g} times as fast"
+    sentence = f"{member} are too slow{_beside(others)}: {text} they would do, bandwidth and latency alike"
+    return Relaxation(about=member, sentence=sentence, change=f"links {text}")
+
+
+def smaller_memory(
+    trials: Trials, member: Requirement, kept: Collection[Requirement]
+) -> Iterator[Relaxation]:  # fmt: skip
+    """Weights of fewer bytes, the fewest changes first: the first that does; and a KV cache of fewer."""
+    model = trials.problem.model
+    sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < model.weight_bytes]
+    for num_bytes, words in sizes:
+        if _exists_with(trials, kept, weight_bytes=num_bytes):
+            size = model.params() * model.weight_bytes, model.params() * num_bytes
+            sentence = f"with {words} a plan exists: {in_bytes(size[1])} instead of {in_bytes(size[0])}"
+            yield Relaxation(about=member, sentence=sentence, change=words)
+            break
+    if model.kv_bytes > SMALLER_KV and _exists_with(trials, kept, kv_bytes=SMALLER_KV):
+        sentence = "with an 8-bit KV cache (fp8) a plan exists: half the bytes of every token"
+        yield Relaxation(about=member, sentence=sentence, change="8-bit KV cache (fp8)")
+
+
+def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) -> bool:
+    """Whether a plan exists for the model with other bytes per number."""
+    problem = keeping(trials.problem, kept)
+    smaller = replace(problem, model=replace(problem.model, **sizes))  # type: ignore[arg-type]
+    return bool(trials.of_problem(smaller, demand_of(kept)).exists)
+
+
+def _fewer_in_use(trials: Trials, member: Requirement, wish: Use, others: Collection[Requirement]) -> Relaxation:
+    """The most GPUs that can be in use beside the others."""
+    low, high = 0, wish.least
+    if trials.of(others).exists is not True:
+        return _gone(trials, member, others)
+    while high - low > 1:
+        middle = (low + high) // 2
+        changed = replace(wish, least=middle)
+        problem = keeping(trials.problem, [member, *others])
+        problem = replace(problem, will=tuple(changed if w == wish else w for w in problem.will))
+        if trials.of_problem(problem, demand_of(others)).exists:
+            low = middle
+        else:
+            high = middle
+    if low == 0:
+        return _gone(trials, member, others)
+    option = str(replace(wish, least=low))
+    sentence = f"{member} is out of reach{_beside(others)}: {low} of them can be in use ({option})"
+    return Relaxation(about=member, sentence=sentence, change=f"{low} of {wish.gpus} in use", option=option)
+
+
+def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
+    """For what is there or not."""
+    exists = trials.of(others).exists
+    if exists is None:
+        return _unknown(member, "is in the way; no time was left to tell whether it alone is")
+    if not exists:
+        return _not_alone(member, others)
+    words = {
+        Subject.WISH: "without it",
+        Subject.ROLES: "with all roles of the strategy",
+        Subject.STRATEGY: "with strategy hetis",
+        Subject.CUTS: f"if {trials.problem.model.name} could be cut between any two layers",
+    }[member.subject]
+    option = {Subject.STRATEGY: "--strategy hetis"}.get(member.subject, "")
+    sentence = f"{member} is in the way: {words} a plan exists"
+    change = f"without {member}" if member.subject is Subject.WISH else words
+    return Relaxation(about=member, sentence=sentence, change=change, option=option)
+
+
+def _smallest(exists: Callable[[float], bool | None], precision: float, most: float) -> float | None:
+    """The smallest factor above 1 that does, by bisection; None if none was found."""
+    low, high = 1.0, 2.0
+    while not exists(high):
+        low, high = high, high * 4.0
+        if high > most:
+            return None
+    while high > low * precision:
+        middle = math.sqrt(low * high)
+        if exists(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def demand_of(kept: Collection[Requirement]) -> float:
+    """The demanded goodput among them; 0: none."""
+    return next((r.value for r in kept if r.subject is Subject.DEMAND), 0.0)

@@ -1,0 +1,194 @@
+"""What a plan must keep, as things that can be lifted one by one: a problem without some of them is a relaxation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from hetis.solver.cluster import Cluster, Link, Network
+from hetis.solver.placement.routes import most_spanning
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.plan import Objective, ObjectiveKind, Role
+from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.will import Wish
+
+WIDEST = "hetis"  # the strategy that contains all searched ones
+FAST = Link(bytes_per_s=1e18, latency_s=0.0)
+PLENTY = 1000  # times the memory: more than the KV of any batch asks for
+
+
+class Subject(StrEnum):
+    """What a requirement is about. A conflict blames those named first last: they are left out first."""
+
+    DEMAND = "demand"  # requests/s of goodput
+    TPOT = "mean TPOT limit"  # seconds
+    TTFT = "p95 TTFT limit"  # seconds
+    WISH = "wish"
+    ROLES = "roles"
+    STRATEGY = "strategy"
+    CUTS = "forbidden cuts"
+    LINKS = "links between nodes"
+    MEMORY = "GPU memory"
+
+    @property
+    def is_of_fleet(self) -> bool:
+        """Whether it is a fact of fleet and model, not something that was asked for."""
+        return self in (Subject.CUTS, Subject.LINKS, Subject.MEMORY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """One of them; ``value`` of a demand or a limit, ``wish`` of a wish, else ``text`` says which."""
+
+    subject: Subject
+    value: float = 0.0
+    wish: Wish | None = None
+    text: str = ""
+
+    def __str__(self) -> str:
+        match self.subject:
+            case Subject.DEMAND:
+                return f"{self.subject} {self.value:g} requests/s"
+            case Subject.TPOT:
+                return f"{self.subject} {self.value * 1e3:.4g} ms"
+            case Subject.TTFT:
+                return f"{self.subject} {self.value:.4g} s"
+            case Subject.WISH:
+                return str(self.wish)
+            case Subject.ROLES | Subject.STRATEGY:
+                return f"{self.subject} {self.text}"
+        return str(self.subject)
+
+    def at(self, value: float) -> Requirement:
+        """The same limit or demand at another value."""
+        return replace(self, value=value)
+
+
+Requirements = frozenset[Requirement]
+
+
+def requirements_of(problem: PlacementProblem) -> tuple[Requirement, ...]:
+    """All of a problem, in the order in which a conflict leaves them out."""
+    return tuple(_requirements(problem))
+
+
+def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
+    objective, family = problem.objective, problem.family
+    values: Mapping[Subject, float | None] = {
+        Subject.DEMAND: None if objective.maximises else objective.demand_rps,
+        Subject.TPOT: objective.tpot_limit_s,
+        Subject.TTFT: objective.ttft_limit_s,
+    }
+    for subject, value in values.items():
+        if value is not None:
+            yield Requirement(subject=subject, value=value)
+    for wish in problem.will:
+        yield Requirement(subject=Subject.WISH, wish=wish)
+    if _roles_of(family.name) != set(family.roles):
+        yield Requirement(subject=Subject.ROLES, text=",".join(family.roles))
+    if family.name != WIDEST:
+        yield Requirement(subject=Subject.STRATEGY, text=family.name)
+    if problem.model.forbidden_cuts:
+        yield Requirement(subject=Subject.CUTS)
+    if sum(group.count for group in problem.cluster.node_groups) > 1:
+        yield Requirement(subject=Subject.LINKS)
+    yield Requirement(subject=Subject.MEMORY)
+
+
+def _roles_of(strategy: str) -> set[Role]:
+    return set(STRATEGIES[strategy].restrict(Family()).roles)
+
+
+def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> PlacementProblem:
+    """The problem with these requirements alone, as one of the highest rate: whoever asks compares it to the demand.
+
+    Every plan of ``problem`` is one of this: lifting links makes them too fast to matter, lifting memory makes much
+    more of it, at unchanged shares of the links between zones.
+    """
+    by_subject = {requirement.subject: requirement for requirement in kept}
+    limits = {s: r.value for s, r in by_subject.items()}
+    objective = Objective(
+        kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=limits.get(Subject.TTFT), tpot_limit_s=limits.get(Subject.TPOT)
+    )
+    found = replace(
+        problem,
+        objective=objective,
+        family=_family(problem.family, by_subject),
+        will=tuple(wish for wish in problem.will if Requirement(subject=Subject.WISH, wish=wish) in kept),
+    )
+    if Subject.CUTS not in by_subject and problem.model.forbidden_cuts:
+        found = replace(found, model=replace(problem.model, forbidden_cuts=frozenset()))
+    if Subject.MEMORY not in by_subject:
+        found = _with_plenty_of_memory(found)
+    if Subject.LINKS not in by_subject:
+        found = replace(found, cluster=with_links(found.cluster, FAST))
+    return found
+
+
+def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
+    asked = Requirement(subject=Subject.ROLES, text=",".join(family.roles))
+    roles = family.roles if kept.get(Subject.ROLES) == asked else None
+    strategy = kept[Subject.STRATEGY].text if Subject.STRATEGY in kept else WIDEST
+    if strategy == family.name:
+        widest = tuple(role for role in Role if role in _roles_of(strategy))
+        return replace(family, roles=roles or widest)
+    sizes = Family(
+        tp_sizes=family.tp_sizes,
+        micro_batches=family.micro_batches,
+        in_flight=family.in_flight,
+        chunk_tokens=family.chunk_tokens,
+    )
+    wide = STRATEGIES[strategy].restrict(sizes)
+    return replace(wide, roles=roles or wide.roles)
+
+
+def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
+    weights = problem.model.params() * problem.model.weight_bytes
+    profiles = {
+        gpu: replace(profile, usable_bytes=int(profile.usable_bytes + PLENTY * weights))
+        for gpu, profile in problem.profiles.items()
+    }
+    found = replace(problem, profiles=profiles)
+    if len(problem.cluster.zones()) == 1:
+        return found
+    return replace(found, cluster=_with_zone_shares(found.cluster, most_spanning(found) / most_spanning(problem)))
+
+
+def _with_zone_shares(cluster: Cluster, factor: float) -> Cluster:
+    """Links between zones so much wider, those inside as they are."""
+    zones, network = cluster.zones(), cluster.network
+    between = {
+        (a, b): network.zone_link(a, b) if a == b else _faster(network.zone_link(a, b), factor, latency=1.0)
+        for i, a in enumerate(zones)
+        for b in zones[i:]
+    }
+    return replace(cluster, network=replace(network, between_zones=between))
+
+
+def with_links(cluster: Cluster, link: Link) -> Cluster:
+    """A cluster where this is the link between any two nodes."""
+    groups = tuple(replace(group, nic=None) for group in cluster.node_groups)
+    return replace(cluster, node_groups=groups, network=Network(default=link))
+
+
+def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
+    """A cluster whose links between nodes and zones have ``factor`` times the bandwidth, a fraction of the latency."""
+    network = cluster.network
+    groups = tuple(
+        replace(group, nic=None if group.nic is None else _faster(group.nic, factor)) for group in cluster.node_groups
+    )  # fmt: skip
+    faster = Network(
+        default=_faster(network.default, factor),
+        zone_default=None if network.zone_default is None else _faster(network.zone_default, factor),
+        between_zones={pair: _faster(link, factor) for pair, link in network.between_zones.items()},
+        between_nodes={pair: _faster(link, factor) for pair, link in network.between_nodes.items()},
+    )
+    return replace(cluster, node_groups=groups, network=faster)
+
+
+def _faster(link: Link, factor: float, latency: float | None = None) -> Link:
+    return Link(
+        bytes_per_s=link.bytes_per_s * factor,
+        latency_s=link.latency_s / (factor if latency is None else latency),
+    )  # fmt: skip

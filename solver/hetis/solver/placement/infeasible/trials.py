@@ -1,0 +1,152 @@
+"""Whether a plan exists that keeps some requirements: the search itself, ended as soon as the answer is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hetis.solver import cost
+from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.first_token import least_ttft_limit_s
+from hetis.solver.placement.grounding import grounded
+from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, keeping
+from hetis.solver.placement.out_of_reach import is_out_of_reach, rate_bound
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.search import search
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.plan import Role
+from hetis.solver.problem import PlacementProblem
+
+MAX_TRIALS = 40  # for all reasons together
+GAP = 0.005  # of a best rate where the fleet is too large for an exact one
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Whether a plan exists that keeps some requirements, None: not known; and one, if so."""
+
+    exists: bool | None
+    atlas: Atlas | None = None
+    outcome: Outcome | None = None
+
+    def latency_s(self, subject: Subject, *, of_all: bool) -> float:
+        """What the replicas that have this latency reach: all of them where a demand needs all, else the best."""
+        assert self.outcome is not None, "only asked of a plan that exists"
+        assert self.atlas is not None
+        a, family = self.atlas, self.atlas.problem.family
+        found = []
+        for template, _ in self.outcome.chosen:
+            mix, m = a.mixes[template.mix], family.in_flight[template.in_flight_index]
+            if subject is Subject.TPOT and mix.role is not Role.PREFILL:
+                found.append(cost.tpot_per_interval(a.moments, mix, m) * template.interval_s)
+            if subject is Subject.TTFT and mix.role is not Role.DECODE:
+                slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # what a limit sets aside
+                found.append(least_ttft_limit_s(a, template) + float(slowest))
+        return max(found) if of_all else min(found)
+
+
+@dataclass(slots=True, kw_only=True)
+class _ShareOfBudget(Budget):
+    """A trial's budget: its own to cancel, spent when the caller's is."""
+
+    callers: Budget
+
+    def is_spent(self) -> bool:
+        return self.cancelled.is_set() or self.callers.is_spent()
+
+
+@dataclass(slots=True)
+class Trials:
+    """Trials of one problem, each only once and no more than `MAX_TRIALS`."""
+
+    problem: PlacementProblem
+    budget: Budget
+    seed: int
+    threads: int
+    report: Report = silent
+    _done: dict[Requirements, Trial] = field(default_factory=dict)
+    _num_searches: int = 0
+
+    def tell(self, phase: str) -> None:
+        """News: what is being found out."""
+        self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
+
+    def of(self, kept: Iterable[Requirement]) -> Trial:
+        """Whether a plan keeps these; the search ends as soon as that is certain."""
+        key = frozenset(kept)
+        if key not in self._done:
+            self._done[key] = self.of_problem(keeping(self.problem, key), _demand(key))
+        return self._done[key]
+
+    def of_problem(self, problem: PlacementProblem, demand_rps: float) -> Trial:
+        """Whether a plan of a problem of the highest rate has this goodput."""
+        atlas = self._atlas(problem)
+        if atlas is None:
+            return Trial(exists=False)
+        least = demand_rps / self.problem.assumptions.planned_utilisation
+        if is_out_of_reach(atlas, least):
+            return Trial(exists=False, atlas=atlas)
+        if self.is_over():
+            return Trial(exists=None, atlas=atlas)
+        return self._search_until_certain(atlas, least * (1.0 - ROUNDING))
+
+    def is_refuted_at_once(self, problem: PlacementProblem, demand_rps: float) -> bool:
+        """Whether dense work alone proves that no plan of a problem has this goodput."""
+        atlas = self._atlas(problem)
+        return atlas is None or is_out_of_reach(atlas, demand_rps / self.problem.assumptions.planned_utilisation)
+
+    def best(self, kept: Iterable[Requirement]) -> Outcome | None:
+        """The best rate that keeps these; None if it was not found in time."""
+        atlas = self._atlas(keeping(self.problem, frozenset(kept)))
+        return None if atlas is None or self.is_over() else self._search(atlas, self._share(), silent)
+
+    def rate_bound(self, kept: Iterable[Requirement]) -> float:
+        """Saturated requests/s that no plan of these exceeds, known without a search."""
+        atlas = self._atlas(keeping(self.problem, frozenset(kept)))
+        return 0.0 if atlas is None else rate_bound(atlas)
+
+    def is_over(self) -> bool:
+        """Whether nothing more is tried."""
+        return self._num_searches >= MAX_TRIALS or self.budget.is_spent()
+
+    def _atlas(self, problem: PlacementProblem) -> Atlas | None:
+        """None where no GPU is left."""
+        found = grounded(problem)
+        return None if found.is_empty else build_atlas(found.problem)
+
+    def _search_until_certain(self, atlas: Atlas, least: float) -> Trial:
+        share, refuted = self._share(), False
+
+        def stop_when_certain(progress: Progress) -> None:
+            nonlocal refuted
+            refuted = refuted or (progress.bound is not None and progress.bound < least)
+            if refuted or (progress.incumbent is not None and progress.incumbent >= least):
+                share.cancelled.set()
+
+        outcome = self._search(atlas, share, stop_when_certain)
+        exists: bool | None = None
+        if outcome is not None and outcome.value >= least:
+            exists = True
+        elif refuted or (outcome is not None and outcome.bound < least) or (outcome is None and not share.is_spent()):
+            exists = False
+        return Trial(exists=exists, atlas=atlas, outcome=outcome)
+
+    def _share(self) -> Budget:
+        return _ShareOfBudget(
+            time_limit_s=self.budget.remaining_s(), clock=self.budget.clock, callers=self.budget
+        )  # fmt: skip
+
+    def _search(self, atlas: Atlas, budget: Budget, report: Report) -> Outcome | None:
+        self._num_searches += 1
+        try:
+            return search(atlas, atlas.problem.family.name, budget, GAP, self.seed, self.threads, report)
+        except NoPlanFoundError:
+            budget.cancelled.set()  # neither found nor refuted: as if it had been stopped
+            return None
+
+
+def _demand(kept: Iterable[Requirement]) -> float:
+    return next((r.value for r in kept if r.subject is Subject.DEMAND), 0.0)

@@ -1,0 +1,54 @@
+"""What no plan can do, known before any search: from the dense work that every request needs.
+
+A replica with M micro-batches in flight takes ``t >= (sum of its stages) / M``, and its stages hold all L layers: with
+w the least time of a layer on any GPU it may use, ``t >= L w / M``. A mix whose latency limits ask for less has no
+replica. Of the others a GPU that gives all its time to dense work does at most ``1 / (n w)`` layers per second, and
+every request needs all layers; for prompts prefilled apart see `dense_work_bound`, whose argument this is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.plan import Role
+
+SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that its prompt may have
+ROUNDING = 1e-9
+
+
+def rate_bound(atlas: Atlas) -> float:
+    """No plan within the latency limits serves more requests/s; 0: none serves any. Memory is left out."""
+    if not atlas.ranks or not atlas.scopes:
+        return 0.0
+    speeds = np.array([_layers_per_s(atlas, role) for role in Role])  # [roles, N]
+    available = np.array([c.available for c in atlas.classes])
+    weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
+    totals = (weights[:, :, None] * speeds[:, None, :]).max(axis=0) @ available
+    return float(totals.min()) / atlas.scopes[0].tables.num_layers
+
+
+def is_out_of_reach(atlas: Atlas, saturated_rps: float) -> bool:
+    """Whether no plan serves that much; with 0, whether the limits alone leave no replica."""
+    bound = rate_bound(atlas)
+    return bound <= 0.0 or bound < saturated_rps * (1.0 - ROUNDING)
+
+
+def _layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
+    """Of one GPU of every class at dense work in replicas of a role that keep the limits, [N]."""
+    best = np.zeros(len(atlas.classes))
+    in_flight = np.array(atlas.problem.family.in_flight)
+    for part in atlas.scopes:
+        t = part.tables
+        mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role and part.serves(mix)]
+        here = [s for s, (g, _) in enumerate(atlas.ranks) if t.available[g] > 0]
+        if not mixes or not here:
+            continue
+        layer_s = t.layer_s[np.ix_(mixes, here)]
+        shortest = t.num_layers * np.maximum(layer_s, t.wire_s[np.ix_(mixes, here)]).min(axis=1)
+        kept = (t.t_cap[mixes] * in_flight >= shortest[:, None] * (1.0 - ROUNDING)).any(axis=1)
+        if kept.any():
+            for s, fastest in zip(here, layer_s[kept].min(axis=0), strict=True):
+                device_class, tp = atlas.ranks[s]
+                best[device_class] = max(best[device_class], 1.0 / (tp * fastest))
+    return best

@@ -1,0 +1,65 @@
+"""Columns for pins: what the relaxation has no reason to ask for, because pricing knows no pin.
+
+GPUs that must be used are all but free, one pin after the other. Where there may be few replicas only, those are
+priced that are quick enough to be one of so few, with one GPU type all but free after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from hetis.solver.budget import Budget
+from hetis.solver.placement.out_of_reach import rate_bound
+from hetis.solver.placement.pins import Pins
+from hetis.solver.placement.pricing import Pricer
+from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
+from hetis.solver.placement.template import Template, configurations
+
+CHEAP = 1e-3  # what GPUs that must be used cost, beside what others do
+KEEP = 0.7  # of the best ratio: what columns must have
+TOLERANCE = 1e-2
+QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # of what each of the fewest replicas would have to serve of all that is possible
+
+
+def pinned_columns(
+    atlas: Atlas, pins: Pins, row_costs: FloatArray, prices: FloatArray, budget: Budget, threads: int
+) -> Iterator[Template]:
+    """Replicas that pins may ask for; ``prices`` [rows] are those of GPUs that no pin wants."""
+    family, most = atlas.problem.family, float(pins.upper[-1])
+    each = rate_bound(atlas) / most if np.isfinite(most) else 0.0
+    free = [row > 0.0 for row in pins.of_rows.T if row.any()]
+    if each:  # few replicas leave GPUs over, of whichever type
+        rows = atlas.resources.rows
+        free += [np.zeros(len(rows), dtype=bool)]
+        free += [np.array([atlas.classes[g].gpu == gpu for g, _ in rows]) for gpu in _types(atlas)]
+    asked = [np.where(cheap, CHEAP * prices, prices) for cheap in free]
+    for least in dict.fromkeys(share * each for share in QUICK):
+        quick = replace(atlas, scopes=tuple(_quick(scope, least) for scope in atlas.scopes))
+        every = configurations(quick)
+        for side in range(quick.routes.num_sides):
+            pricer = Pricer(
+                quick, [c for c in every if c.side == side], row_costs, max_copies=family.max_copies,
+                max_pool=family.max_pool, threads=threads, tolerance=TOLERANCE,
+            )  # fmt: skip
+            for each_prices in asked:
+                if not budget.is_spent():
+                    yield from pricer.price(each_prices, 0.0, KEEP, budget, rate_cap=np.inf).templates
+
+
+def _types(atlas: Atlas) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(c.gpu for c in atlas.classes))
+
+
+def _quick(scope: Scope, least_rate: float) -> Scope:
+    """The same with replicas of at least this rate only."""
+    if least_rate <= 0.0:
+        return scope
+
+    def tabulate(_: tuple[str, ...]) -> Tables:
+        t = scope.tables
+        return t._replace(t_cap=np.minimum(t.t_cap, 1.0 / least_rate))
+
+    return Scope(scope.zones, scope.roles, tabulate, scope.gpu)

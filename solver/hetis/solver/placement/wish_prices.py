@@ -1,0 +1,94 @@
+"""What every wish costs: the objective without it, the others kept, found by solving again.
+
+The best plan that keeps all wishes is worth something between the plan's value and its bound, the best one without a
+wish something between value and bound of that solve. The price of the wish is the difference, known within an interval;
+never below 0, for whatever keeps all wishes keeps fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.errors import HetisError
+from hetis.solver.placement.grounding import grounded
+from hetis.solver.placement.out_of_reach import rate_bound
+from hetis.solver.placement.solve import scale_of, solve_placement
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.will import Will
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WishPrice:
+    """What the objective would gain without some wishes, in its unit: ``least`` to ``most``.
+
+    ``is_solved``: by solving again. False: no time was left for that, and ``most`` is what dense work allows.
+    """
+
+    will: Will
+    least: float
+    most: float
+    is_solved: bool
+
+
+def price_wishes(
+    problem: PlacementProblem,
+    plan: Plan,
+    *,
+    budget: Budget,
+    gap_target: float = 0.001,
+    seed: int = 0,
+    threads: int = 1,
+    report: Report = silent,
+) -> tuple[WishPrice, ...]:
+    """The price of every wish of a problem beside the others, and of all together where there are several.
+
+    Every solve may take an equal part of the time that is left.
+    """
+    parts: list[Will] = [(wish,) for wish in problem.will]
+    if len(parts) > 1:
+        parts.append(problem.will)
+    prices = []
+    for number, part in enumerate(parts):
+        freed = replace(problem, will=tuple(wish for wish in problem.will if wish not in part))
+        share = Budget(
+            time_limit_s=budget.remaining_s() / (len(parts) - number), clock=budget.clock, cancelled=budget.cancelled
+        )
+        price = None if budget.is_spent() else _solved(freed, plan, part, share, gap_target, seed, threads, report)
+        prices.append(price if price is not None else _at_once(freed, plan, part))
+    return tuple(prices)
+
+
+def _solved(
+    freed: PlacementProblem, plan: Plan, part: Will, budget: Budget, gap_target: float, seed: int, threads: int,
+    report: Report,
+) -> WishPrice | None:  # fmt: skip
+    try:
+        better = solve_placement(
+            freed,
+            strategy=plan.strategy,
+            budget=budget,
+            gap_target=gap_target,
+            seed=seed,
+            threads=threads,
+            report=report,
+        )
+    except HetisError:
+        return None  # stopped before it had a plan: nothing is proved
+    sign = 1.0 if plan.objective.maximises else -1.0
+    least = sign * (better.result.value - plan.result.bound)
+    most = sign * (better.result.bound - plan.result.value)
+    return WishPrice(will=part, least=max(0.0, least), most=max(0.0, least, most), is_solved=True)
+
+
+def _at_once(freed: PlacementProblem, plan: Plan, part: Will) -> WishPrice:
+    """Without a search: no plan serves more than dense work allows, and none is cheaper than nothing."""
+    if not plan.objective.maximises:
+        return WishPrice(will=part, least=0.0, most=plan.result.value, is_solved=False)
+    family = STRATEGIES[plan.strategy].restrict(freed.family)
+    atlas = build_atlas(grounded(replace(freed, family=family)).problem)
+    most = scale_of(freed) * rate_bound(atlas) - plan.result.value
+    return WishPrice(will=part, least=0.0, most=max(0.0, most), is_solved=False)

@@ -1,0 +1,98 @@
+"""Wishes are read as they are written, written as they are read, and refused with everything that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from hetis.formats.errors import DocumentError
+from hetis.formats.will import parse_forbid, parse_pin, read_will, will_from_texts
+from hetis.solver.will import (
+    Duty,
+    Keep,
+    LeaveOut,
+    Replicas,
+    Selection,
+    Unit,
+    Use,
+    Wish,
+    WithoutTp,
+    WithoutWorkers,
+)
+from tests.solver.instances import make_node, make_problem
+
+CLUSTER = make_problem([make_node("a", "A", nodes=2, gpus=2), make_node("b", "B", zone="west")]).cluster
+
+
+def of(unit: Unit, name: str) -> Selection:
+    return Selection(unit=unit, name=name)
+
+
+@pytest.mark.parametrize(
+    ("text", "wish"),
+    [
+        ("gpu=a-0/1", LeaveOut(gpus=of(Unit.GPU, "a-0/1"))),
+        ("node=a-1", LeaveOut(gpus=of(Unit.NODE, "a-1"))),
+        ("zone=west", LeaveOut(gpus=of(Unit.ZONE, "west"))),
+        ("type=A:as=worker", Keep(gpus=of(Unit.TYPE, "A"), duty=Duty.WORKER, only=False)),
+        ("tp=4", WithoutTp(tp=4)),
+        ("workers", WithoutWorkers()),
+    ],
+)
+def test_what_is_forbidden(text: str, wish: Wish) -> None:
+    assert parse_forbid(text) == (wish,)
+    assert str(wish) == f"--forbid {text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "wishes"),
+    [
+        ("node=a-0", (Use(gpus=of(Unit.NODE, "a-0"), least=1),)),
+        ("type=A:use=3", (Use(gpus=of(Unit.TYPE, "A"), least=3),)),
+        ("zone=west:as=decode", (Keep(gpus=of(Unit.ZONE, "west"), duty=Duty.DECODE, only=True),)),
+        (
+            "type=A:as=worker:use=2",
+            (Keep(gpus=of(Unit.TYPE, "A"), duty=Duty.WORKER, only=True), Use(gpus=of(Unit.TYPE, "A"), least=2)),
+        ),
+        ("replicas=2", (Replicas(least=2, most=2),)),
+        ("replicas=2..5", (Replicas(least=2, most=5),)),
+        ("replicas=2..", (Replicas(least=2, most=None),)),
+        ("replicas=..5", (Replicas(least=0, most=5),)),
+    ],
+)
+def test_what_is_pinned(text: str, wishes: tuple[Wish, ...]) -> None:
+    assert parse_pin(text) == wishes
+    assert will_from_texts(map(str, wishes), CLUSTER) == wishes
+
+
+def test_everything_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(DocumentError) as caught:
+        read_will(
+            ["nod=a-0", "type=A:use=0", "type=A:as=wrker", "replicas=5..2", "replicas=x", "type=A:use=9", "gpu=a-0/0"],
+            ["type=C", "tp=3", "tp=x", "type=A:use=2", "node=a-5", "rubbish"],
+            CLUSTER,
+        )
+    assert [str(problem) for problem in caught.value.problems] == [
+        "--forbid tp=x: tp is 'x', must be a whole number, alone",
+        "--forbid type=A:use=2: 'use=2' after type=A is not as=..., each once",
+        "--forbid rubbish: must be written NAME=VALUE, such as node=a100-0, type=L4",
+        "--pin nod=a-0: 'nod' is not one of node, type, zone, replicas, did you mean node?",
+        "--pin type=A:use=0: use is '0', must be a whole number above 0",
+        "--pin type=A:as=wrker: as is 'wrker', must be one of primary, worker, unified, prefill, decode, "
+        "did you mean worker?",
+        "--pin replicas=x: replicas is 'x', must be N, N..M, N.. or ..M",
+        "--pin gpu=a-0/0: 'gpu' is not one of node, type, zone, replicas",
+        "--forbid type=C: tiny has no type C",
+        "--forbid tp=3: TP sizes are 1, 2, 4, 8",
+        "--forbid node=a-5: tiny has no node a-5, did you mean a-1?",
+        "--pin replicas=5..2: the most is below the least, or below 1",
+        "--pin type=A:use=9: tiny has 4 of these GPUs",
+    ]
+
+
+def test_a_wish_that_is_said_twice_is_one() -> None:
+    assert read_will(["replicas=2", "replicas=2..2"], [], CLUSTER) == (Replicas(least=2, most=2),)
+
+
+def test_a_plan_with_a_wish_that_is_none_is_refused() -> None:
+    with pytest.raises(DocumentError, match="please: is no wish, must begin with --pin or --forbid"):
+        will_from_texts(["please"], CLUSTER)

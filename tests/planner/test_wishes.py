@@ -1,0 +1,133 @@
+"""`--pin`, `--forbid`, `--price-pins`, and what is said where no plan exists: the real command line and solver."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+
+SMALL = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: small
+nodes:
+  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
+  - {name: l4, count: 2, gpus: [{type: L4, count: 1}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+Run = tuple[ExitCode, dict[str, Any]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def place(capsys: pytest.CaptureFixture[str], *options: str, model: str = "Meta-Llama-3-8B") -> Run:
+    inputs = ["place", "-c", "small.yaml", "-m", model, "-w", "1024/256", "-q", "-o", "json"]
+    code = run([*inputs, *options])
+    return ExitCode(code), json.loads(capsys.readouterr().out or "{}")
+
+
+def test_a_plan_keeps_its_wishes_and_prices_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wishes = ("--forbid", "gpu=a100/0", "--pin", "type=L4:use=2", "--price-pins", "--out", "plan.json")
+    code, plan = place(capsys, *wishes)
+    assert code == ExitCode.OK
+    used = {name for replica in plan["replicas"] for stage in replica["stages"] for name in stage["devices"]}
+    used |= {name for replica in plan["replicas"] for pool in replica["attention_workers"] for name in pool["devices"]}
+    assert "a100/0" not in used
+    assert {"l4-0/0", "l4-1/0"} <= used
+    assert plan["inputs"]["will"] == ["--forbid gpu=a100/0", "--pin type=L4:use=2"]
+    assert plan["family"].endswith("; --forbid gpu=a100/0; --pin type=L4:use=2")
+    prices = plan["inputs"]["will_prices"]
+    assert [price["wishes"] for price in prices] == [[wish] for wish in plan["inputs"]["will"]] + [
+        plan["inputs"]["will"]
+    ]
+    assert all(price["solved"] and 0 <= price["least"] <= price["most"] for price in prices)
+    assert prices[0]["least"] > 0
+    _, free = place(capsys)
+    gain = free["result"]["value"] - plan["result"]["value"]
+    assert prices[-1]["least"] - 1e-6 <= gain <= prices[-1]["most"] + 1e-6
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+    assert run(["explain", "plan.json"]) == ExitCode.OK
+    assert "they are forbidden" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_file_with_another_will_is_found_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place(capsys, "--pin", "replicas=2", "--out", "plan.json")
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["inputs"]["will"] = ["--pin replicas=1", "--forbid workers"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.INVALID
+    assert "--pin replicas=1: the plan has 2 replicas (will)" in " ".join(capsys.readouterr().out.split())
+    plan["inputs"]["will"] = ["--pin type=H100"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json"]) == ExitCode.INVALID
+    assert "inputs.will: --pin type=H100:use=1: small has no type H100" in capsys.readouterr().err
+
+
+def test_wishes_that_make_no_sense_are_listed_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = ["place", "-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256"]
+    assert run([*inputs, "--pin", "node=a10", "--forbid", "tp=3", "--forbid", "workes"]) == ExitCode.INVALID
+    assert capsys.readouterr().err == (
+        "error: 3 problems in the input\n"
+        "  --forbid workes: must be written NAME=VALUE, such as node=a100-0, type=L4\n"
+        "  --forbid tp=3: TP sizes are 1, 2, 4, 8\n"
+        "  --pin node=a10:use=1: small has no node a10, did you mean a100?\n"
+    )
+
+
+def test_what_excludes_what_is_data_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wishes = ("--pin", "type=A100-PCIe-80GB:as=worker", "--forbid", "type=L4", "--pin", "replicas=..4")
+    code, document = place(capsys, *wishes)
+    assert code == ExitCode.INFEASIBLE
+    (conflict,) = document["conflicts"]
+    assert conflict["minimal"]
+    assert [member["name"] for member in conflict["members"]] == [
+        "--forbid type=L4",
+        "--pin type=A100-PCIe-80GB:as=worker",
+    ]
+    assert {relaxation["of"] for relaxation in document["relaxations"]} == {m["name"] for m in conflict["members"]}
+
+
+def test_weights_that_do_not_fit_are_counted_and_gpus_to_add_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fleet has two A100 less than the model needs."""
+    cluster = yaml.safe_load(SMALL)
+    cluster["nodes"] = cluster["nodes"][:1]
+    cluster["nodes"][0]["gpus"][0]["count"] = 1
+    (folder / "small.yaml").write_text(yaml.safe_dump(cluster))
+    code, document = place(capsys, model="Llama-2-70B")
+    assert code == ExitCode.INFEASIBLE
+    assert "needs 128.5 GiB for weights alone; this fleet has " in document["reasons"][0]
+    assert [member["subject"] for member in document["conflicts"][0]["members"]] == ["memory"]
+    changes = {relaxation["change"]: relaxation["usd_per_hour"] for relaxation in document["relaxations"]}
+    assert "8-bit weights (fp8 or int8)" in changes
+    added = [change for change in changes if change.startswith("add ")]
+    assert added
+    rents = [changes[change] for change in added]
+    assert rents == sorted(rents)
+    count, gpu = added[0].split()[1:]
+    cluster["nodes"].append({"name": "more", "gpus": [{"type": gpu, "count": int(count)}]})
+    (folder / "small.yaml").write_text(yaml.safe_dump(cluster))
+    assert place(capsys, model="Llama-2-70B")[0] == ExitCode.OK
+
+
+def test_strategies_are_compared_under_the_same_wishes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = ["compare", "-c", "small.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q", "-o", "json"]
+    code = run([*inputs, "--strategies", "hetis,uniform,hetis-paper", "--pin", "replicas=1"])
+    assert code == ExitCode.OK
+    rows = {row["strategy"]: row for row in json.loads(capsys.readouterr().out)["strategies"]}
+    assert len(rows["hetis"]["plan"]["replicas"]) == len(rows["uniform"]["plan"]["replicas"]) == 1
+    assert rows["hetis-paper"]["plan"] is None
+    assert rows["hetis-paper"]["reasons"] == ["it cannot keep --pin replicas=1"]

@@ -1,0 +1,364 @@
+"""Plans keep what is pinned and forbidden, and are the best that do: brute force says the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.budget import Budget
+from hetis.solver.check import Rule, check_plan
+from hetis.solver.cluster import Cluster
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement.wish_prices import price_wishes
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.will import (
+    DUTY_OF_ROLE,
+    PARTS,
+    Duty,
+    Keep,
+    LeaveOut,
+    Replicas,
+    Selection,
+    Unit,
+    Use,
+    Will,
+    Wish,
+    WithoutTp,
+    WithoutWorkers,
+)
+from tests.solver.instances import (
+    NO_LIMITS,
+    SMALL_FAMILY,
+    make_model,
+    make_node,
+    make_problem,
+    make_profile,
+    problems,
+)
+from tests.solver.oracle import StageOption, Wanted, best_plan_value, device_classes
+
+EXAMPLES = max(8, settings().max_examples // 2)
+
+
+def of(text: str) -> Selection:
+    unit, _, name = text.partition("=")
+    return Selection(unit=Unit(unit), name=name)
+
+
+def two_types(*will: Wish, **options: object) -> PlacementProblem:
+    """Two nodes of two quick cards and one of two small ones."""
+    profiles = {"A": make_profile("A", bytes_per_s=4e10), "B": make_profile("B", usable_bytes=12_000_000)}
+    nodes = [make_node("a", "A", nodes=2, gpus=2), make_node("b", "B", gpus=2)]
+    return replace(make_problem(nodes, profiles=profiles, **options), will=will)  # type: ignore[arg-type]
+
+
+def used(plan: Plan) -> set[str]:
+    return {name for replica in plan.replicas for name in replica.devices()}
+
+
+def workers(plan: Plan) -> set[str]:
+    return {name for replica in plan.replicas for name in replica.worker_devices()}
+
+
+def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan:
+    """A plan that passes the checker."""
+    plan = solve_placement(problem, strategy=strategy)
+    assert check_plan(plan, replace(problem, family=problem.family)) == ()
+    return plan
+
+
+# --- brute force
+
+
+def without_nodes(cluster: Cluster, will: Will) -> Cluster:
+    """The cluster without the nodes, types and zones that are left out, found by looking at each node."""
+    groups = []
+    for group in cluster.node_groups:
+        gone = 0
+        kept = group
+        for wish in will:
+            if isinstance(wish, LeaveOut):
+                name = wish.gpus.name
+                if wish.gpus.unit is Unit.NODE:
+                    gone += sum(name == group.node_name(i) for i in range(group.count))
+                elif wish.gpus.unit is Unit.TYPE:
+                    kept = replace(kept, gpus=tuple(slots for slots in kept.gpus if slots.gpu != name))
+                elif group.zone == name:
+                    gone = group.count
+        if gone < group.count and kept.gpus:
+            groups.append(replace(kept, count=group.count - gone))
+    return replace(cluster, node_groups=tuple(groups))
+
+
+def best_by_brute_force(problem: PlacementProblem) -> float:
+    """The best value of a plan that keeps the will; 0 or infinity where there is none."""
+    will, family = problem.will, problem.family
+    cluster = without_nodes(problem.cluster, will)
+    sizes = tuple(tp for tp in family.tp_sizes if WithoutTp(tp=tp) not in will)
+    nothing = 0.0 if problem.objective.maximises else float("inf")
+    if not cluster.node_groups or not sizes:
+        return nothing
+    family = replace(family, tp_sizes=sizes, max_pool=0 if WithoutWorkers() in will else family.max_pool)
+    kept = [wish for wish in will if isinstance(wish, Keep)]
+
+    def barred(gpu: str, zone: str) -> set[Duty]:
+        return {duty for wish in kept if wish.gpus.name in (gpu, zone) for duty in wish.barred}
+
+    def may_be(option: StageOption) -> bool:
+        own = option.device_class
+        pools = [other for other, _ in option.groups[option.shape.copies :]]
+        return Duty.PRIMARY not in barred(own.gpu, own.zone) and not any(
+            Duty.WORKER in barred(other.gpu, other.zone) for other in pools
+        )
+
+    classes = list(device_classes(cluster))
+
+    def may_serve(wanted: Wanted) -> bool:
+        return not any(
+            DUTY_OF_ROLE[wanted.role] in barred(c.gpu, c.zone)
+            for c, sizes in zip(classes, wanted.need, strict=True)
+            if sizes
+        )
+
+    def may_plan(chosen: list[Wanted]) -> bool:
+        count = Counter[str]()
+        for wanted in chosen:
+            for c, sizes in zip(classes, wanted.need, strict=True):
+                count[c.gpu] += sum(sizes)
+                count[c.zone] += sum(sizes)
+        return all(
+            count[wish.gpus.name] >= wish.least if isinstance(wish, Use) else wish.allows(len(chosen))
+            for wish in will
+            if isinstance(wish, Use | Replicas)
+        )
+
+    plain = replace(problem, will=(), cluster=cluster, family=family)
+    return best_plan_value(plain, may_be=may_be, may_serve=may_serve, may_plan=may_plan)
+
+
+@st.composite
+def wishes(draw: st.DrawFn, cluster: Cluster) -> Wish:
+    """A wish that the cluster can be asked."""
+    types = sorted({slots.gpu for group in cluster.node_groups for slots in group.gpus})
+    nodes = [group.node_name(i) for group in cluster.node_groups for i in range(group.count)]
+    kind = draw(st.sampled_from(("out", "out", "keep", "keep", "use", "use", "tp", "workers", "replicas")))
+    places = [of(f"type={gpu}") for gpu in types]
+    match kind:
+        case "out":
+            out = [of(f"node={node}") for node in nodes] + (places if len(places) > 1 else [])
+            return LeaveOut(gpus=draw(st.sampled_from(out)))
+        case "keep":
+            duty = draw(st.sampled_from(list(Duty)))
+            return Keep(gpus=draw(st.sampled_from(places)), duty=duty, only=draw(st.integers(0, 2)) == 0)
+        case "use":
+            place = draw(st.sampled_from([*places, *(of(f"zone={zone}") for zone in cluster.zones())]))
+            most = sum(
+                group.count * slots.count
+                for group in cluster.node_groups
+                for slots in group.gpus
+                if place.name in (slots.gpu, group.zone)
+            )
+            return Use(gpus=place, least=draw(st.integers(1, most)))
+        case "tp":
+            return WithoutTp(tp=draw(st.sampled_from(SMALL_FAMILY.tp_sizes)))
+        case "workers":
+            return WithoutWorkers()
+    least = draw(st.integers(0, 2))
+    return Replicas(least=least, most=draw(st.sampled_from((None, max(1, least), least + 1))))
+
+
+@st.composite
+def wished(draw: st.DrawFn) -> PlacementProblem:
+    """Small random problems with a wish or two, most of which have a plan."""
+    kinds = (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS)
+    problem = draw(problems(max_gpus=4, kinds=kinds, family=SMALL_FAMILY, num_zones=1))
+    will = draw(st.lists(wishes(problem.cluster), min_size=1, max_size=2, unique=True))
+    return replace(problem, will=tuple(will))
+
+
+@settings(max_examples=EXAMPLES)
+@given(wished())
+def test_no_plan_that_keeps_the_will_is_better(problem: PlacementProblem) -> None:
+    best = best_by_brute_force(problem)
+    try:
+        plan = solve_placement(problem)
+    except InfeasibleError:
+        assert best == (0.0 if problem.objective.maximises else float("inf"))
+        return
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value == pytest.approx(best, rel=1e-5)
+    assert plan.result.bound == pytest.approx(best, rel=1e-5)
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(wished())
+def test_generated_plans_keep_the_will_and_their_bounds_hold(problem: PlacementProblem) -> None:
+    with patch.object(search, "is_small", lambda _: False):
+        try:
+            plan = solve_placement(problem)
+        except NoPlanFoundError:
+            return  # nothing is claimed
+        except InfeasibleError:
+            assert best_by_brute_force(problem) == (0.0 if problem.objective.maximises else float("inf"))
+            return
+    assert check_plan(plan, problem) == ()
+    best = best_by_brute_force(problem)
+    low, high = sorted((plan.result.value, plan.result.bound))
+    assert low * (1 - 1e-6) <= best <= high * (1 + 1e-6)
+
+
+# --- every wish
+
+
+def test_a_gpu_that_is_left_out_keeps_the_names_of_the_others() -> None:
+    plan = solved(two_types(LeaveOut(gpus=of("gpu=a-0/0"))))
+    assert used(plan) == {"a-0/1", "a-1/0", "a-1/1", "b/0", "b/1"}
+    row = next(price for price in plan.prices if price.gpu == "A")
+    assert (row.available, row.used) == (4, 3)
+
+
+def test_left_out_gpus_of_equal_nodes_are_left_out_of_each() -> None:
+    problem = replace(two_types(), cluster=two_types().cluster)
+    groups = (
+        replace(
+            problem.cluster.node_groups[0],
+            gpus=(problem.cluster.node_groups[1].gpus[0], problem.cluster.node_groups[0].gpus[0]),
+        ),
+    )
+    mixed = replace(problem, cluster=replace(problem.cluster, node_groups=groups))  # B B A A in each of two nodes
+    plan = solved(replace(mixed, will=(LeaveOut(gpus=of("type=B")),)))
+    assert used(plan) == {"a-0/2", "a-0/3", "a-1/2", "a-1/3"}
+
+
+def test_a_type_kept_for_attention_is_that_or_idle() -> None:
+    only = Keep(gpus=of("type=B"), duty=Duty.WORKER, only=True)
+    plan = solved(two_types(only, Use(gpus=of("type=B"), least=2)))
+    assert {"b/0", "b/1"} == workers(plan)
+
+
+def test_a_node_kept_for_prompts_holds_prefill_replicas_alone() -> None:
+    plan = solved(two_types(Keep(gpus=of("node=a-1"), duty=Duty.PREFILL, only=True), Use(gpus=of("node=a-1"), least=1)))
+    there = [replica for replica in plan.replicas if any(name.startswith("a-1/") for name in replica.devices())]
+    assert there
+    assert {replica.role for replica in there} == {Role.PREFILL}
+
+
+def test_replicas_are_counted() -> None:
+    assert len(solved(two_types(Replicas(least=1, most=1))).replicas) == 1
+    assert len(solved(two_types(Replicas(least=6, most=None))).replicas) == 6
+
+
+def test_a_wish_for_what_is_not_there_is_refused() -> None:
+    with pytest.raises(
+        InvalidProblemError, match=r"--forbid node=x: tiny has no node x; --pin type=A:use=9: tiny has 4"
+    ):
+        solve_placement(two_types(LeaveOut(gpus=of("node=x")), Use(gpus=of("type=A"), least=9)))
+
+
+def test_heuristics_as_published_leave_gpus_out_and_refuse_other_wishes() -> None:
+    plan = solve_placement(two_types(LeaveOut(gpus=of("node=a-0"))), strategy="hetis-paper")
+    assert not any(name.startswith("a-0/") for name in used(plan))
+    with pytest.raises(InvalidProblemError, match="--pin replicas=1: strategy hetis-paper can only leave out"):
+        solve_placement(two_types(Replicas(least=1, most=1)), strategy="hetis-paper")
+
+
+def test_zones_are_left_out_with_their_links() -> None:
+    nodes = [make_node("e", "A", nodes=2, zone="east"), make_node("w", "A", nodes=2, zone="west")]
+    problem = replace(make_problem(nodes), will=(LeaveOut(gpus=of("zone=west")),))
+    assert used(solved(problem)) == {"e-0/0", "e-1/0"}
+
+
+def test_a_large_fleet_keeps_its_pins_and_its_bound() -> None:
+    nodes = [make_node("a", "A", nodes=30, gpus=2), make_node("b", "B", nodes=10, gpus=2)]
+    profiles = {"A": make_profile("A", bytes_per_s=4e10), "B": make_profile("B", bytes_per_s=3e9)}
+    problem = make_problem(nodes, profiles=profiles, objective=replace(NO_LIMITS, tpot_limit_s=0.01))
+    free = solve_placement(problem)
+    pinned = solved(replace(problem, will=(Use(gpus=of("type=B"), least=15), Replicas(least=1, most=20))))
+    assert sum(name.startswith("b-") for name in used(pinned)) >= 15
+    assert len(pinned.replicas) <= 20
+    assert pinned.result.value <= free.result.bound * (1 + 1e-9)
+
+
+# --- the checker
+
+
+def broken_by(plan: Plan, problem: PlacementProblem) -> set[str]:
+    return {violation.where for violation in check_plan(plan, problem) if violation.rule is Rule.WILL}
+
+
+def test_the_checker_sees_every_broken_wish() -> None:
+    free = two_types()
+    plan = solved(free)  # five replicas, no workers, all GPUs
+    broken: list[Wish] = [
+        LeaveOut(gpus=of("gpu=b/0")),
+        Keep(gpus=of("type=B"), duty=Duty.WORKER, only=True),
+        Keep(gpus=of("node=a-0"), duty=Duty.UNIFIED, only=False),
+        WithoutTp(tp=1),
+        Replicas(least=6, most=None),
+    ]
+    kept: list[Wish] = [
+        Use(gpus=of("zone=default"), least=6),
+        Keep(gpus=of("type=A"), duty=Duty.WORKER, only=False),
+        WithoutWorkers(),
+        WithoutTp(tp=4),
+        Replicas(least=0, most=5),
+    ]
+    assert broken_by(plan, replace(free, will=(*broken, *kept))) == set(map(str, broken))
+    idle = solved(two_types(LeaveOut(gpus=of("type=B"))))
+    assert broken_by(idle, replace(free, will=(Use(gpus=of("type=B"), least=1),))) == {"--pin type=B:use=1"}
+    attended = solved(two_types(Keep(gpus=of("type=B"), duty=Duty.WORKER, only=True), Use(gpus=of("type=B"), least=2)))
+    forbidden: Iterator[Wish] = iter((WithoutWorkers(), Keep(gpus=of("type=B"), duty=Duty.PRIMARY, only=True)))
+    for wish in forbidden:
+        assert broken_by(attended, replace(free, will=(wish,))) == {str(wish)}
+
+
+def test_duties_are_of_two_kinds() -> None:
+    assert Duty.WORKER.others == {Duty.PRIMARY}
+    assert Duty.PREFILL.others == {Duty.UNIFIED, Duty.DECODE}
+    assert {Duty.PRIMARY, Duty.WORKER} == PARTS
+
+
+# --- prices
+
+
+@settings(max_examples=EXAMPLES // 3)
+@given(wished())
+def test_prices_of_wishes_hold_the_difference(problem: PlacementProblem) -> None:
+    try:
+        plan = solve_placement(problem)
+    except InfeasibleError:
+        return
+    sign = 1.0 if problem.objective.maximises else -1.0
+    best = best_by_brute_force(problem)
+    for price in price_wishes(problem, plan, budget=Budget()):
+        assert price.is_solved
+        rest = tuple(wish for wish in problem.will if wish not in price.will)
+        gain = sign * (best_by_brute_force(replace(problem, will=rest)) - best)
+        room = 1e-4 * max(best, 1.0)
+        assert price.least - room <= gain <= price.most + room
+
+
+def test_prices_that_nobody_had_time_for_are_bounds() -> None:
+    for objective in (NO_LIMITS, Objective(kind=ObjectiveKind.GPUS, demand_rps=50.0)):
+        problem = two_types(LeaveOut(gpus=of("node=a-0")), objective=objective)
+        plan = solved(problem)
+        spent = Budget()
+        spent.cancelled.set()
+        (price,) = price_wishes(problem, plan, budget=spent)
+        (true,) = price_wishes(problem, plan, budget=Budget())
+        assert not price.is_solved
+        assert price.least == 0.0
+        assert price.most >= true.most * (1 - 1e-9)
+
+
+def test_a_model_with_cuts_that_are_forbidden_still_keeps_wishes() -> None:
+    model = make_model(forbidden_cuts=frozenset({1, 2, 4}))
+    solved(two_types(WithoutTp(tp=2), Replicas(least=2, most=3), model=model))
