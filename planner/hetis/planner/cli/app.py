@@ -28,6 +28,7 @@ from hetis.planner.cli.init import init
 from hetis.planner.cli.layers import LAYERS_EXAMPLES, layers
 from hetis.planner.cli.place import place
 from hetis.planner.cli.redispatch import redispatch
+from hetis.planner.cli.replan import REPLAN_EXAMPLES, replan
 from hetis.planner.cli.rollback import rollback
 from hetis.planner.cli.schema import schema
 from hetis.planner.cli.simulate import simulate
@@ -58,6 +59,7 @@ app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
 app.command(rich_help_panel="Plan", epilog=SIMULATE_EXAMPLES)(simulate)
 app.command("what-if", rich_help_panel="Change", epilog=WHAT_IF_EXAMPLES)(what_if)
+app.command(rich_help_panel="Change", epilog=REPLAN_EXAMPLES)(replan)
 app.command(rich_help_panel="Change", epilog=DIFF_EXAMPLES)(diff)
 app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)
 app.command(rich_help_panel="One stage, while it serves", epilog=REDISPATCH_EXAMPLES)(redispatch)
