@@ -65,8 +65,10 @@ def _check_value(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
             if not math.isclose(start_s, continued.start_s, rel_tol=RELATIVE):
                 yield f"a new replica starts in {start_s:.6g} s, not in {continued.start_s:.6g} s"
         value += replica.rate * posed.costs.served_share(start_s)
-        if continued.fate is Fate.KEPT and continued.old is not None:
-            value += HALF_DONE * in_flight(posed.running.replicas[continued.old]) / posed.costs.horizon_s
+    kept = {c.old for c in found.continued if c.fate is Fate.KEPT}
+    for number, old in enumerate(posed.running.replicas):
+        if number not in kept and number not in found.lost:
+            value -= HALF_DONE * in_flight(old) / posed.costs.horizon_s
     if problem.objective.kind is ObjectiveKind.GOODPUT:
         value *= problem.assumptions.planned_utilisation
     if not math.isclose(value, found.value, rel_tol=RELATIVE, abs_tol=1e-12):

@@ -188,10 +188,9 @@ class NetMaster:
         return columns, np.array([n for _, n in chosen], dtype=np.int64)
 
 
-def least_start_s(costs: ChangeCosts, atlas: Atlas) -> float:
-    """Until any new replica serves, at the soonest: its layers are spread over no more GPUs than the fleet has."""
+def least_start_s(costs: ChangeCosts, atlas: Atlas, num_gpus: int) -> float:
+    """Until a new replica serves, at the soonest: its layers are spread over no more than ``num_gpus``."""
     model = atlas.problem.model
     params = (model.num_layers - model.prefix_layers) * model.layer_params()
     params += model.prefix_layers * model.dense_layer_params()
-    num_gpus = sum(c.available for c in atlas.classes)
     return costs.start_s(params * model.weight_bytes / max(1, num_gpus))

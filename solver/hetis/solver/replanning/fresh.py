@@ -73,7 +73,7 @@ def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | N
     for tolerance in (*TOLERANCES[:-1], FINEST):
         if not search_of.sweep(nothing, tolerance, budget):
             return None
-    chosen, columns = search_of.columns(search_of.ceilings(FINEST))
+    chosen, columns = search_of.columns(search_of.ceilings(FINEST), every=True)
     no_prices = np.zeros(len(atlas.resources.rows))
     if not chosen:
         bound = 0.0 if master.maximises else np.inf

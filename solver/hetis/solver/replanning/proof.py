@@ -10,7 +10,8 @@ net rate is at most
 over whole x and u: a small mixed program, whose bound by HiGHS is ours. Where cost is minimised, new replicas cost at
 least ``(1 + d / horizon) (pi demand - sum_o a_s rate_o x_o - w u - links)``, and at least nothing.
 
-On small fleets new replicas are listed with ceilings on their rates instead, each counted with ``share``.
+On small fleets new replicas are listed with ceilings on their rates instead, each counted with the share of a replica
+whose weights are spread evenly over its sub-fleet.
 
 Replicas of prefill and decode may be larger than any plan asks for, and then serve all it asks for even while they
 start: ``share`` is 1 where w prices those.
@@ -85,7 +86,8 @@ def _stay(net: NetMaster, candidate: Candidate) -> float:
 
 def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time_limit_s: float, seed: int) -> float:
     atlas, maximises = net.atlas, net.master.maximises
-    share = net.costs.served_share(least_start_s(net.costs, atlas))
+    start_s = least_start_s(net.costs, atlas, sum(c.available for c in atlas.classes))
+    share, later = net.costs.served_share(start_s), 1.0 + start_s / net.costs.horizon_s
     if atlas.routes.splits_roles:
         share = 1.0
     rows = _rows_of(net)
@@ -107,7 +109,6 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
     demand = float(prices.rate_prices[UNIFIED]) * (net.master.demand or 0.0) - fixed
     if demand <= 0.0:
         return 0.0
-    later = 1.0 + least_start_s(net.costs, atlas) / net.costs.horizon_s
     gathered.add({}, demand / PARTS, later * demand / PARTS)  # a part of the demand served anew
     found = _solve(net, rows, gathered, demand, time_limit_s, seed)
     return max(0.0, found - later * demand / PARTS) * (1.0 - ROUNDING)
@@ -122,7 +123,6 @@ def _worth_of_group_rows(net: NetMaster, prices: Bound) -> float:
 def _by_list(net: NetMaster, options: Sequence[Candidate], listed: Columns, time_limit_s: float, seed: int) -> float:
     """The same master with ceilings in place of new replicas; its rows are those of the atlas."""
     atlas, maximises = net.atlas, net.master.maximises
-    start_s = least_start_s(net.costs, atlas)
     base = list(atlas.resources.rows)
     rows: dict[Row, int] = {("row", *row): i for i, row in enumerate(base)}
     rows |= {row: len(base) + i for i, row in enumerate(r for r in net.inventory.rows if r[0] in ("replica", "moves"))}
@@ -146,15 +146,16 @@ def _by_list(net: NetMaster, options: Sequence[Candidate], listed: Columns, time
         uses.append(use)
     uses += [{("stays", c.option.old): 1} for c in stays if c.option is not None]
     nets = [net.net(candidate) for candidate in options]
-    share, later = net.costs.served_share(start_s), 1.0 + start_s / net.costs.horizon_s
+    each = listed.uses[:, [p == 1 for _, p in base]].sum(axis=1)  # GPUs of every sub-fleet
+    starts_s = np.array([least_start_s(net.costs, atlas, int(n)) for n in each])
+    share = np.array([net.costs.served_share(s) for s in starts_s]) if maximises else np.ones(len(each))
+    later = 1.0 + starts_s / net.costs.horizon_s
     sides = [atlas.side_of(c.template.scope, c.template.mix) for c in options]
     links = [net.links(c.template) for c in options]
     still = [np.zeros_like(links_of) for links_of in listed.links[:1]] or [np.zeros((0, 0))]
     columns = Columns(
-        rates=np.array(
-            [*(r for r, _ in nets), *(share if maximises else 1.0) * listed.rates, *(_stay(net, c) for c in stays)]
-        ),
-        costs=np.array([*(c for _, c in nets), *later * listed.costs, *[0.0] * len(stays)]),
+        rates=np.array([*(r for r, _ in nets), *(share * listed.rates), *(_stay(net, c) for c in stays)]),
+        costs=np.array([*(c for _, c in nets), *(later * listed.costs), *[0.0] * len(stays)]),
         uses=_matrix(uses, rows),
         sides=np.array([*sides, *listed.sides, *[UNIFIED] * len(stays)], dtype=np.int64),
         links=np.array([*links, *listed.links, *[still[0]] * len(stays)])

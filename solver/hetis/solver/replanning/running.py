@@ -1,9 +1,10 @@
 """Running replicas on the fleet as it is now: what each may go on as.
 
-A replica none of whose GPUs left may be *kept*, or *reset*: the same GPUs and weights under other engine settings (what
-new traffic or limits may ask for). One that lost GPUs may be *repaired*, other GPUs of the same class taking the place
-of its broken TP groups and lost attention workers, or *shrunk* to the stage copies that are whole. Layers stay where
-they are in all of these, so that only GPUs that join a replica read weights. Any other change is a new replica.
+A replica none of whose GPUs left may be *kept*, or *reset*: the same GPUs and weights under other engine settings or in
+another role (what new traffic or limits may ask for). One that lost GPUs may be *repaired*, other GPUs of the same
+class taking the place of its broken TP groups and lost attention workers, or *shrunk* to the stage copies that are
+whole. Layers stay where they are in all of these, so that only GPUs that join a replica read weights. Any other change
+is a new replica.
 """
 
 from __future__ import annotations
@@ -190,9 +191,12 @@ class Continuations:
         kept = template if is_allowed(self.atlas, template) else None
         if kept is not None:
             yield self._option(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
-        best = self._best_settings(template)
-        if best is not None and (kept is None or best.rate > kept.rate * WITHIN):
-            yield self._option(number, Fate.RESET, best, layout.groups, layout.workers, self.costs.start_s(0.0))
+        own = self.atlas.mixes[template.mix]
+        for role, afar in dict.fromkeys((mix.role, mix.sends_afar) for mix in self.atlas.mixes):
+            best = self._best_settings(template, role, afar=afar)
+            same_work = (role, afar) == (own.role, own.sends_afar)
+            if best is not None and not (same_work and kept is not None and best.rate <= kept.rate * WITHIN):
+                yield self._option(number, Fate.RESET, best, layout.groups, layout.workers, self.costs.start_s(0.0))
 
     def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
         repaired = self._best_settings(template)
@@ -234,18 +238,22 @@ class Continuations:
         joining = [size for size, stage in zip(sizes, groups, strict=True) if any(group is None for group in stage)]
         return max(joining, default=0.0)
 
-    def _best_settings(self, template: Template) -> Template | None:
-        """The same stages under the engine settings that serve the most; None where none are allowed."""
+    def _best_settings(self, template: Template, role: Role | None = None, *, afar: bool = False) -> Template | None:
+        """The same stages under the engine settings that serve the most, in its own role or another; None: none are
+        allowed."""
         own = self.atlas.mixes[template.mix]
-        key = (template.scope, template.stages, own.role, own.sends_afar)
+        role, afar = (own.role, own.sends_afar) if role is None else (role, afar)
+        key = (template.scope, template.stages, role, afar)
         if key not in self._best:
-            self._best[key] = self._search_settings(template)
+            self._best[key] = self._search_settings(template, role, afar)
         return self._best[key]
 
-    def _search_settings(self, template: Template) -> Template | None:
-        atlas, own, best = self.atlas, self.atlas.mixes[template.mix], None
+    def _search_settings(self, template: Template, role: Role, afar: bool) -> Template | None:
+        atlas, best = self.atlas, None
+        if role is Role.PREFILL and any(stage.pool_class >= 0 for stage in template.stages):
+            return None  # nothing decodes there
         for x, mix in enumerate(atlas.mixes):
-            if (mix.role, mix.sends_afar) != (own.role, own.sends_afar):
+            if (mix.role, mix.sends_afar) != (role, afar) or not atlas.scopes[template.scope].serves(mix):
                 continue
             for f in range(len(atlas.problem.family.in_flight)):
                 candidate = replace(template, mix=x, in_flight_index=f)

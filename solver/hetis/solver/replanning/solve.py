@@ -146,14 +146,25 @@ class _Running:
         self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
         self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
         horizon_s = posed.costs.horizon_s
-        kept = {o.old: o.template.rate for o in self.options if o.fate is Fate.KEPT}
-        self.stay_rates = {old: HALF_DONE * in_flight(replicas[old]) / horizon_s for old in kept}
-        self.stay_shares = {old: min(1.0, rate / kept[old]) for old, rate in self.stay_rates.items()}
+        whole = {i: template for i, template in enumerate(self.templates) if template is not None}
+        self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in whole}
+        self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
+        self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
 
     def master(self, demand: float | None) -> NetMaster:
-        stays = self.stay_rates if demand is None else {}
+        stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
         inventory = inventory_of(self.atlas, self.places, self.options, stays, self.posed.max_moves)
         return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
+
+    def all_dropped(self, net: NetMaster) -> float:
+        """What is lost if no running replica is kept: the requests in flight on all that are whole, in net's unit.
+
+        The master counts what keeping gains against that; people count what dropping loses.
+        """
+        if net.master.maximises:
+            return sum(self.stay_rates.values())
+        rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}
+        return sum(share * rent[i] for i, share in self.stay_shares.items())
 
     def left_over(
         self, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int
@@ -233,6 +244,8 @@ def _answer(
     problem, scale = atlas.problem, objective_scale(atlas.problem)
     value = net.value_of(choice.chosen)
     bound = sound_bound(bound, value, maximises=net.master.maximises)
+    dropped = running.all_dropped(net)
+    value, bound = (v - dropped if net.master.maximises else v + dropped for v in (value, bound))
     chosen = [candidate for candidate, count in choice.chosen for _ in range(count)]
     bound_stages = name_gpus(atlas, running.places, chosen, holdings(posed.running))
     outcome = _outcome(net, fresh, choice, interrupted=budget.cancelled.is_set())
