@@ -17,6 +17,8 @@ RELATIVE = 1e-6
 
 def check_replanning(posed: ReplanningProblem, found: Replanning) -> list[str]:
     """Everything that is wrong, in sentences; the plan itself is `check_plan`'s to judge."""
+    if len(found.continued) != len(found.plan.replicas):
+        return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
     return [
         *_check_continued(posed, found),
         *_check_moves(posed, found),
@@ -27,9 +29,6 @@ def check_replanning(posed: ReplanningProblem, found: Replanning) -> list[str]:
 
 def _check_continued(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
     """Replicas that are kept are the running ones; those that go on another way keep their weights."""
-    if len(found.continued) != len(found.plan.replicas):
-        yield f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"
-        return
     olds = [continued.old for continued in found.continued if continued.old is not None]
     if len(olds) != len(set(olds)):
         yield "a running replica goes on twice"
