@@ -83,7 +83,7 @@ def compare_strategies(
     """
     found: dict[str, Compared] = {}
     for strategy in _contained_first(strategies):
-        found[strategy] = _run(loaded, objective, replace(settings, strategy=strategy), budget(), report)
+        found[strategy] = planned(loaded, objective, replace(settings, strategy=strategy), budget(), report)
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found:
@@ -106,10 +106,11 @@ def _containers(strategy: str) -> list[str]:
     return found
 
 
-def _run(
+def planned(
     loaded: LoadedInputs, objective: Objective, settings: Settings, budget: Budget, report: Report
 ) -> Compared:  # fmt: skip
-    name, problem = settings.strategy, loaded.inputs.problem(objective, settings.strategy)
+    """The plan of one strategy, or why there is none."""
+    name, problem = settings.strategy, loaded.inputs.problem(objective, settings.strategy, settings.roles)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
     ignored = wishes_ignored(name, problem.will)

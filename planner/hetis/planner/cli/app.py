@@ -17,6 +17,7 @@ from hetis.planner.cli.catalog import catalog
 from hetis.planner.cli.check import check
 from hetis.planner.cli.compare import compare
 from hetis.planner.cli.completion import completion
+from hetis.planner.cli.diff import DIFF_EXAMPLES, diff
 from hetis.planner.cli.dispatch import dispatch
 from hetis.planner.cli.doctor import doctor
 from hetis.planner.cli.exit_codes import ExitCode
@@ -27,6 +28,7 @@ from hetis.planner.cli.init import init
 from hetis.planner.cli.layers import LAYERS_EXAMPLES, layers
 from hetis.planner.cli.place import place
 from hetis.planner.cli.redispatch import redispatch
+from hetis.planner.cli.replan import REPLAN_EXAMPLES, replan
 from hetis.planner.cli.rollback import rollback
 from hetis.planner.cli.schema import schema
 from hetis.planner.cli.simulate import simulate
@@ -36,6 +38,7 @@ from hetis.planner.cli.status import status
 from hetis.planner.cli.validate import validate
 from hetis.planner.cli.version import version
 from hetis.planner.cli.watch import watch
+from hetis.planner.cli.what_if import WHAT_IF_EXAMPLES, what_if
 
 _EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ExitCode)
 
@@ -55,6 +58,9 @@ app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
 app.command(rich_help_panel="Plan", epilog=SIMULATE_EXAMPLES)(simulate)
+app.command("what-if", rich_help_panel="Change", epilog=WHAT_IF_EXAMPLES)(what_if)
+app.command(rich_help_panel="Change", epilog=REPLAN_EXAMPLES)(replan)
+app.command(rich_help_panel="Change", epilog=DIFF_EXAMPLES)(diff)
 app.command(rich_help_panel="One stage, while it serves", epilog=DISPATCH_EXAMPLES)(dispatch)
 app.command(rich_help_panel="One stage, while it serves", epilog=REDISPATCH_EXAMPLES)(redispatch)
 app.command(rich_help_panel="With a planner", epilog=APPLY_EXAMPLES)(apply)

@@ -56,6 +56,13 @@ def size(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
+def bandwidth(text: str) -> float:
+    """Bytes per second of ``100Gbps`` or ``2GB/s``, above zero."""
+    from hetis.formats.units import parse_bandwidth
+
+    return _positive(_parsed(parse_bandwidth, text), text)
+
+
 def rate(text: str) -> float:
     """Requests per second, above zero."""
     try:

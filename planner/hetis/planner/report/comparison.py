@@ -22,7 +22,7 @@ _WIDEST_GAP = 9.99  # shown as it is
 
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
     """At most 80 columns wide where the names allow it."""
-    parts: list[RenderableType] = [_title(inputs), _goal(objective), Text(), _table(compared, inputs, objective)]
+    parts: list[RenderableType] = [_title(inputs), goal_line(objective), Text(), _table(compared, inputs, objective)]
     without = [outcome for outcome in compared if outcome.plan is None]
     if without:
         parts += [Text("\nWithout a plan", style="bold"), _reasons(without)]
@@ -59,7 +59,8 @@ def _title(inputs: Inputs) -> Text:
     )  # fmt: skip
 
 
-def _goal(objective: Objective) -> Text:
+def goal_line(objective: Objective) -> Text:
+    """The objective and its limits in a line."""
     ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
     limits = [
         f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",

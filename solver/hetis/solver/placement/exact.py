@@ -219,9 +219,10 @@ class ExactSearch:
     def ceilings(self, tolerance: float) -> Rates:
         return {kind: f.ceiling(tolerance) for kind, f in self.frontiers.items()}
 
-    def columns(self, rates: Rates) -> tuple[list[tuple[Kind, int]], Columns]:
-        """Per kind, the sub-fleets whose rate no smaller one reaches, as columns of the master."""
-        chosen = [(kind, int(v)) for kind in rates for v in self._worth_having(kind, rates[kind])]
+    def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[Kind, int]], Columns]:
+        """Per kind, the sub-fleets whose rate no smaller one reaches, as columns of the master; or ``every`` one."""
+        worth = self._of_any_worth if every else self._worth_having
+        chosen = [(kind, int(v)) for kind in rates for v in worth(kind, rates[kind])]
         vs = np.array([v for _, v in chosen], dtype=np.int64)
         columns = Columns(
             rates=np.array([rates[kind][v] for kind, v in chosen]),
@@ -243,6 +244,9 @@ class ExactSearch:
         if self.counts_gpus:
             better[:] = True  # a smaller vector may do the same and yet use too few
         return np.flatnonzero((rates > 0) & better & (self._sides(kind) >= 0))
+
+    def _of_any_worth(self, kind: Kind, rates: FloatArray) -> IntArray:
+        return np.flatnonzero((rates > 0) & (self._sides(kind) >= 0))
 
     def _link_use(self, v: int) -> FloatArray:
         """What a replica on a sub-fleet takes of the links between its zones."""

@@ -12,11 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver.budget import Budget
+from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
-from hetis.solver.placement.template import Template, configurations
+from hetis.solver.placement.template import Template
 
 CHEAP = 1e-3  # what GPUs that must be used cost, beside what others do
 KEEP = 0.7  # of the best ratio: what columns must have

@@ -103,13 +103,13 @@ def solve_placement(
         raise no_plan()
     templates = [template for template, count in outcome.chosen for _ in range(count)]
     bound_stages = bind(atlas, templates, seed=seed, budget=budget)
-    plan = _plan(atlas, strategy, outcome, templates, bound_stages, budget)
+    plan = plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
     return restored(plan, searched, problem) if problem.will else plan
 
 
 def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     """Progress in the unit of the objective: searches speak of saturated rates, people of goodput."""
-    scale = scale_of(problem)
+    scale = objective_scale(problem)
 
     def scaled(progress: Progress) -> None:
         report(
@@ -123,12 +123,12 @@ def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     return scaled
 
 
-def scale_of(problem: PlacementProblem) -> float:
+def objective_scale(problem: PlacementProblem) -> float:
     """From a saturated rate to the objective."""
     return problem.assumptions.planned_utilisation if problem.objective.kind is ObjectiveKind.GOODPUT else 1.0
 
 
-def _plan(
+def plan_of(
     atlas: Atlas,
     strategy: str,
     outcome: Outcome,
@@ -136,9 +136,10 @@ def _plan(
     bound_stages: list[list[BoundStage]],
     budget: Budget,
 ) -> Plan:
+    """What a search found, on named GPUs. ``templates`` are its replicas one by one, in the order of the plan."""
     problem = atlas.problem
     kind = problem.objective.kind
-    scale = scale_of(problem)
+    scale = objective_scale(problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
         bound = min(value, float(np.ceil(bound - 1e-6)))  # GPUs come whole

@@ -13,7 +13,7 @@ from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.errors import HetisError
 from hetis.solver.placement.grounding import grounded
 from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.solve import scale_of, solve_placement
+from hetis.solver.placement.solve import objective_scale, solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Plan
@@ -90,5 +90,5 @@ def _at_once(freed: PlacementProblem, plan: Plan, part: Will) -> WishPrice:
         return WishPrice(will=part, least=0.0, most=plan.result.value, is_solved=False)
     family = STRATEGIES[plan.strategy].restrict(freed.family)
     atlas = build_atlas(grounded(replace(freed, family=family)).problem)
-    most = scale_of(freed) * rate_bound(atlas) - plan.result.value
+    most = objective_scale(freed) * rate_bound(atlas) - plan.result.value
     return WishPrice(will=part, least=0.0, most=max(0.0, most), is_solved=False)

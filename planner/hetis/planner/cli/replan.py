@@ -1,0 +1,170 @@
+"""``hetis-plan replan``: from the plan that runs to the next one, when nodes have come or gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
+from hetis.planner.cli import options, quantities, words
+from hetis.planner.cli.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from hetis.solver.plan import Plan
+
+REPLAN_EXAMPLES = """Examples:\n
+  hetis-plan replan --from running.json --cluster fewer-nodes.yaml --out next.json\n
+  hetis-plan replan --from running.json --cluster more-nodes.yaml --max-moves 8\n
+  hetis-plan replan --from running.json --cluster fleet.yaml --workload 8000/300 --horizon 24h --restart 90s"""
+
+_CHANGE = "What a change costs"
+
+FromOption = Annotated[
+    str, typer.Option("--from", metavar="PLAN", rich_help_panel="Inputs", help="The plan that runs: a plan file, or -.")
+]
+ModelCheckOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="NAME|FILE",
+        autocompletion=words.model_names,
+        rich_help_panel="Inputs",
+        show_default=False,
+        help="Refuse a plan of another model; its own is used in any case.",
+    ),
+]
+NewWorkloadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--workload",
+        "-w",
+        metavar="NAME|FILE|P/O",
+        autocompletion=words.workload_names,
+        rich_help_panel="Inputs",
+        show_default="the plan's",
+        help="The traffic as it is now.",
+    ),
+]
+MaxMovesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-moves",
+        min=0,
+        metavar="N",
+        rich_help_panel=_CHANGE,
+        show_default="any number",
+        help="GPUs of the new plan that may do something else than before.",
+    ),
+]
+HorizonOption = Annotated[
+    float,
+    typer.Option(
+        "--horizon",
+        parser=quantities.positive_duration,
+        metavar="TIME",
+        rich_help_panel=_CHANGE,
+        help="How long the new plan will last: what the change loses is spread over it.",
+    ),
+]
+RestartOption = Annotated[
+    float,
+    typer.Option(
+        "--restart",
+        parser=quantities.positive_duration,
+        metavar="TIME",
+        rich_help_panel=_CHANGE,
+        help="From stopping an engine to serving again, without reading weights.",
+    ),
+]
+LoadOption = Annotated[
+    float,
+    typer.Option(
+        "--load",
+        parser=quantities.bandwidth,
+        metavar="BANDWIDTH",
+        rich_help_panel=_CHANGE,
+        help="At which every GPU reads its weights.",
+    ),
+]
+
+
+@verb()
+def replan(
+    terminal: Terminal,
+    *,
+    running: FromOption,
+    cluster: options.ClusterOption,
+    workload: NewWorkloadOption = None,
+    model: ModelCheckOption = None,
+    profile: options.ProfilesOption = None,
+    rate: options.RateOption = None,
+    max_moves: MaxMovesOption = None,
+    horizon: HorizonOption = "1h",  # type: ignore[assignment]  # defaults go through the parser, too
+    restart: RestartOption = "30s",  # type: ignore[assignment]
+    load: LoadOption = "2GB/s",  # type: ignore[assignment]
+    time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
+    gap: options.GapOption = "0.1%",  # type: ignore[assignment]
+    seed: options.SeedOption = 0,
+    threads: options.ThreadsOption = 1,
+    out: options.OutOption = None,
+) -> ExitCode:
+    """Plan again from a running plan: keep what is worth keeping, count what a change costs, and order its steps.
+
+    Objective, limits, strategy and roles are those of the running plan. The cluster is what is there now: nodes that
+    it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves at once.
+    """
+    from hetis.planner import replanning
+    from hetis.planner.cli.native_output import no_native_output
+    from hetis.planner.cli.plan_files import refuse_unwritable
+    from hetis.planner.cli.progress import progress_on_stderr
+    from hetis.planner.placing import Settings
+    from hetis.planner.report.replan import render_replan, replan_document
+    from hetis.planner.solving import run_interruptibly
+    from hetis.solver.budget import Budget
+    from hetis.solver.replanning.problem import ChangeCosts
+
+    if out is not None:
+        refuse_unwritable(out)
+    if running == cluster == "-":
+        raise typer.BadParameter("only one of --from and --cluster can come from standard input")
+    settings = Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
+    posed = replanning.load_replanning(
+        running=running, cluster=cluster, workload=workload, model=model, profiles=profile or (), rate_rps=rate,
+        settings=settings,
+    )  # fmt: skip
+    for warning in posed.warnings:
+        terminal.warn(warning)
+    costs = ChangeCosts(horizon_s=horizon, restart_s=restart, load_bytes_per_s=load)
+    cancelled = threading.Event()
+    budget = Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled)
+    with no_native_output(), progress_on_stderr(terminal, posed.problem.objective.unit) as report:
+        found = run_interruptibly(
+            lambda: replanning.replan(posed, costs, max_moves, budget=budget, report=report),
+            cancelled=cancelled,
+            on_cancel=lambda: terminal.say("stopping with the best answer so far; Ctrl-C again leaves at once"),
+        )
+    saved = out is None or _save(terminal, found.plan, out)
+    terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
+    if not saved:
+        return ExitCode.INTERNAL
+    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
+
+
+def _save(terminal: Terminal, plan: Plan, out: Path) -> bool:
+    """Saves before printing: a reader of stdout that goes away must not cost the plan."""
+    from hetis.formats.errors import DocumentError
+    from hetis.planner.cli.plan_files import save
+
+    try:
+        save(plan, out)
+    except DocumentError as error:
+        terminal.error("the plan was not saved", [str(problem) for problem in error.problems])
+        return False
+    terminal.say(f"saved {out}")
+    return True

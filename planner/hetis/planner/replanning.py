@@ -1,0 +1,119 @@
+"""From a plan file and a new fleet to a checked plan, what it keeps of the old one, and the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.placing import KV_IS_FOR_ENGINES, Settings, inputs_of_plan
+from hetis.planner.robustness.notes import profile_notes, with_profile_errors
+from hetis.planner.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
+from hetis.planner.what_if import with_cluster
+from hetis.solver.budget import Budget, Report
+from hetis.solver.check import check_plan
+from hetis.solver.plan import Plan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.replanning.check import check_replanning
+from hetis.solver.replanning.problem import ChangeCosts, ReplanningProblem
+from hetis.solver.replanning.solve import Replanning, solve_replanning
+
+NOTE = "re-planned from a running plan; value and bound are those of the fleet, the change is not counted in them"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posed:
+    """A re-planning as asked for. ``warnings`` tell what looks odd about the running plan."""
+
+    running: Plan
+    loaded: LoadedInputs
+    problem: PlacementProblem
+    settings: Settings
+    warnings: tuple[str, ...]
+
+
+def load_replanning(
+    *, running: str, cluster: str, workload: str | None, model: str | None, profiles: Sequence[str],
+    rate_rps: float | None, settings: Settings,
+) -> Posed:  # fmt: skip
+    """Reads the running plan and the new fleet. Model, objective, strategy and roles are the plan's; its profiles and
+    traffic are, too, unless others are given.
+
+    Raises:
+        DocumentError: with the problems of all files; or the plan is of another model than ``model``.
+        InvalidProblemError: a GPU type has no profile and none can be modelled.
+    """
+    problems: list[Problem] = []
+    found = attempt(lambda: load_plan_and_problem(running), problems)
+    fleet = attempt(lambda: load_cluster(cluster), problems)
+    traffic = attempt(lambda: load_workload(workload), problems) if workload is not None else None
+    spec = attempt(lambda: load_model(model), problems) if model is not None else None
+    given = [(path, attempt(lambda p=path: load_profile(p), problems)) for path in profiles]  # type: ignore[misc]
+    if problems or found is None or fleet is None:
+        raise DocumentError(problems)
+    inputs = inputs_from_documents(found.plan.inputs.get("documents"), running)
+    if spec is not None and spec != inputs.model:
+        raise single_problem(running, f"is a plan of {inputs.model.name}, not of {spec.name} as --model says")
+    origins = dict(found.plan.inputs.get("origins") or {})
+    measured = {profile.gpu: profile for _, profile in given if profile is not None}
+    loaded = with_cluster(
+        LoadedInputs(
+            inputs=Inputs(
+                cluster=inputs.cluster,
+                model=inputs.model,
+                workload=traffic if traffic is not None else inputs.workload,
+                profiles={**inputs.profiles, **measured},
+            ),
+            origins=_origins(origins, workload, {profile.gpu: path for path, profile in given if profile is not None}),
+        ),
+        fleet,
+        cluster,
+    )
+    settings = replace(settings, strategy=found.plan.strategy, roles=found.problem.family.roles)
+    objective = found.plan.objective
+    if rate_rps is not None:
+        objective = replace(objective, demand_rps=rate_rps)
+    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles)
+    return Posed(
+        running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=found.warnings
+    )  # fmt: skip
+
+
+def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str, str]) -> dict[str, object]:
+    before = saved.get("profiles")
+    named = {**(before if isinstance(before, dict) else {}), **profiles}
+    return {**saved, "profiles": named, **({} if workload is None else {"workload": workload})}
+
+
+def replan(
+    posed: Posed, costs: ChangeCosts, max_moves: int | None, *, budget: Budget, report: Report
+) -> Replanning:  # fmt: skip
+    """Solves, completes the plan with its inputs and notes, and checks plan and change.
+
+    Raises:
+        InfeasibleError: no plan exists, or none within ``max_moves``.
+        NoPlanFoundError: stopped before one was found.
+        UncheckedPlanError: the answer fails its checks.
+    """
+    settings = posed.settings
+    question = ReplanningProblem(running=posed.running, problem=posed.problem, costs=costs, max_moves=max_moves)
+    found = solve_replanning(
+        question,
+        strategy=settings.strategy,
+        budget=budget,
+        gap_target=settings.gap_target,
+        seed=settings.seed,
+        threads=settings.threads,
+        report=report,
+    )
+    split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)
+    notes = (*found.plan.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()), *profile_notes(posed.problem))
+    plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
+    found = replace(found, plan=plan)
+    violations = [str(violation) for violation in check_plan(plan, posed.problem)]
+    violations += check_replanning(question, found)
+    if violations:
+        raise UncheckedPlanError(tuple(violations))
+    return replace(found, plan=with_profile_errors(plan, posed.problem))

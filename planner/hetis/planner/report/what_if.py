@@ -1,0 +1,287 @@
+"""Two fleets side by side, and what to buy next: as tables and as documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hetis.formats.documents import to_data
+from hetis.planner.comparing import Figures, figures_of
+from hetis.planner.report.comparison import goal_line
+from hetis.planner.report.dispatch import plain_table
+from hetis.planner.report.figures import digits, percent, plural
+from hetis.planner.report.json_values import json_value
+from hetis.planner.report.plan import bullets, section
+from hetis.planner.report.plan_diff import change_counts, change_document
+from hetis.planner.what_if import BuyNext, FleetChange, Offer, Side, WhatIf
+from hetis.solver.advice.difference import Difference, Verdict
+from hetis.solver.advice.fleets import NodeShape
+from hetis.solver.cluster import Link
+from hetis.solver.plan import Objective, Plan
+
+_NOTE = (
+    "Every plan is solved from scratch; hetis-plan replan says what of a running plan to keep, and what moving costs."
+)
+
+
+def render_what_if(found: WhatIf) -> RenderableType:
+    """The table view, at most 80 columns wide where names allow it."""
+    return Group(*_sections(found))
+
+
+def _sections(found: WhatIf) -> Iterator[RenderableType]:
+    yield _title(found.before)
+    yield goal_line(found.objective)
+    yield from _change_lines(found.change, found.before)
+    yield Text()
+    yield _sides(found)
+    yield section("Difference of the best plans", Text(_verdict(found.difference, found.objective)))
+    for name, side in (("before", found.before), ("after", found.after)):
+        if side.outcome.plan is None:
+            yield section(f"No plan {name}: {side.outcome.status}", bullets(side.outcome.reasons[:3]))
+    yield section("GPUs in use", _use_table(found))
+    if found.plan_change is not None:
+        yield section("Replicas", Text(change_counts(found.plan_change)))
+        yield Text(f" {_NOTE}", style="dim")
+
+
+def _title(side: Side) -> Text:
+    inputs = side.loaded.inputs
+    fleet = f"{inputs.cluster.name} ({plural(inputs.cluster.num_gpus(), 'GPU')})"
+    return Text.assemble(
+        (inputs.model.name, "bold"), " on ", (fleet, "bold"), " for ", (inputs.workload.name, "bold")
+    )  # fmt: skip
+
+
+def _change_lines(change: FleetChange, before: Side) -> Iterator[Text]:
+    if change.remove:
+        yield Text.assemble(("without  ", "dim"), ", ".join(change.remove))
+    if change.add:
+        added = ", ".join(f"{addition.count} {addition.gpu.name}" for addition in change.add)
+        yield Text.assemble(("with     ", "dim"), added)
+        yield Text.assemble(("         ", "dim"), shape_words(change.shape, before))
+
+
+def shape_words(shape: NodeShape, before: Side) -> str:
+    """``in nodes of up to 8 GPUs, zone default, the network's 100 Gb/s``."""
+    default = before.loaded.inputs.cluster.network.default
+    nic = f"the network's {_speed(default)}" if shape.nic is None else f"a NIC of {_speed(shape.nic)}"
+    inside = "" if shape.intra_link is None else f", {_speed(shape.intra_link)} between its GPUs"
+    return f"in nodes of up to {plural(shape.gpus_per_node, 'GPU')}, zone {shape.zone}, {nic}{inside}"
+
+
+def _speed(link: Link) -> str:
+    return f"{digits(8e-9 * link.bytes_per_s)} Gb/s"
+
+
+def _sides(found: WhatIf) -> Table:
+    table = plain_table(("", "left"), ("before", "right"), ("after", "right"))
+    plans = [side.outcome.plan for side in (found.before, found.after)]
+    sides = (found.before, found.after)
+    table.add_row("GPUs", *(f"{side.loaded.inputs.cluster.num_gpus():,}" for side in sides))
+    table.add_row("fleet USD/h", *(_money(side.usd_per_hour) for side in sides))
+    results = [plan.result if plan is not None else None for plan in plans]
+    name = f"{found.objective.kind.value} {found.objective.unit}"
+    table.add_row(name, *("-" if result is None else digits(result.value, 4) for result in results), style="bold")
+    table.add_row("bound", *(_bound(side) for side in sides))
+    table.add_row("gap", *("-" if result is None else percent(result.gap) for result in results))
+    figures = [_figures(side) for side in sides]
+    table.add_row("GPUs in use", *("-" if f is None else f"{f.gpus_used:,}" for f in figures))
+    table.add_row("used USD/h", *("-" if f is None else _money(f.usd_per_hour) for f in figures))
+    table.add_row("replicas", *("-" if plan is None else f"{len(plan.replicas):,}" for plan in plans))
+    table.add_row("solved", *(f"{side.outcome.solve_s:.1f} s" for side in sides))
+    return table
+
+
+def _figures(side: Side) -> Figures | None:
+    return None if side.outcome.plan is None else figures_of(side.outcome.plan, side.loaded.inputs)
+
+
+def _bound(side: Side) -> str:
+    return digits(side.proven.bound, 4) if math.isfinite(side.proven.bound) else "unknown"
+
+
+def _money(usd: float | None) -> str:
+    return "-" if usd is None else f"{usd:,.2f}"
+
+
+def _verdict(difference: Difference, objective: Objective) -> str:
+    """What is proven, in words; a difference smaller than the gaps is not made up."""
+    unit = objective.unit
+    span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
+    found = f"the plans found differ by {_signed(difference.found)} {unit}"
+    match difference.verdict:
+        case Verdict.SAME:
+            return "proven: none"
+        case Verdict.BETTER | Verdict.WORSE:
+            return f"proven: {difference.verdict.value}, {span}; {found}"
+    advice = "" if difference.low == difference.high else "; a smaller --gap or a longer --time-limit narrows that"
+    return f"undecided: {span}, which the gaps leave open ({found}){advice}"
+
+
+def _signed(value: float) -> str:
+    if not math.isfinite(value):
+        return "unknown"
+    return f"{'+' if value > 0 else '-' if value < 0 else ''}{digits(abs(value))}"
+
+
+def _use_table(found: WhatIf) -> Table:
+    """Of every type how many there are and how many are used, before and after."""
+    table = plain_table(
+        ("GPU", "left"), ("there", "right"), ("used", "right"), ("then there", "right"), ("used", "right")
+    )
+    sides = [_counts(side) for side in (found.before, found.after)]
+    for gpu in dict.fromkeys([*sides[0], *sides[1]]):
+        cells = [f"{count:,}" for side in sides for count in side.get(gpu, (0, 0))]
+        table.add_row(gpu, *cells)
+    return table
+
+
+def _counts(side: Side) -> dict[str, tuple[int, int]]:
+    """There and used, by GPU type."""
+    there: dict[str, int] = {}
+    for group in side.loaded.inputs.cluster.node_groups:
+        for slots in group.gpus:
+            there[slots.gpu] = there.get(slots.gpu, 0) + group.count * slots.count
+    used = dict.fromkeys(there, 0)
+    for price in side.outcome.plan.prices if side.outcome.plan is not None else ():
+        used[price.gpu] += price.used
+    return {gpu: (there[gpu], used[gpu]) for gpu in there}
+
+
+def what_if_document(found: WhatIf) -> dict[str, Any]:
+    """The answer as plain data, both plans in full."""
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "WhatIf",
+        "objective": json_value(found.objective),
+        "removed": list(found.change.remove),
+        "added": [{"gpu": a.gpu.name, "count": a.count} for a in found.change.add],
+        "node_shape": json_value(found.change.shape),
+        "before": _side_document(found.before),
+        "after": _side_document(found.after),
+        "difference": {**json_value(found.difference), "unit": found.objective.unit},
+        "plan_change": None if found.plan_change is None else change_document(found.plan_change),
+    }
+
+
+def _side_document(side: Side, *, with_plan: bool = True) -> dict[str, Any]:
+    plan = side.outcome.plan
+    return {
+        "gpus": side.loaded.inputs.cluster.num_gpus(),
+        "fleet_usd_per_hour": side.usd_per_hour,
+        "status": side.outcome.status,
+        "result": None if plan is None else json_value(plan.result),
+        "figures": None if plan is None else json_value(_figures(side)),
+        "reasons": list(side.outcome.reasons),
+        **({"plan": _plan_document(plan)} if with_plan else {}),
+    }
+
+
+def _plan_document(plan: Plan | None) -> Any:
+    return None if plan is None else to_data(plan)
+
+
+# --- what to buy next
+
+
+def render_buy_next(found: BuyNext) -> RenderableType:
+    """The market as a table, the best purchase per dollar first."""
+    return Group(*_market_sections(found))
+
+
+def _market_sections(found: BuyNext) -> Iterator[RenderableType]:
+    result, unit = found.before.outcome.plan, found.objective.unit
+    yield _title(found.before)
+    yield goal_line(found.objective)
+    now = "no plan" if result is None else f"{digits(result.result.value, 4)} {unit}, gap {percent(result.result.gap)}"
+    yield Text.assemble(("now      ", "dim"), now)
+    yield Text.assemble(
+        ("added    ", "dim"), f"{plural(found.count, 'GPU')} of one type, {shape_words(found.shape, found.before)}"
+    )
+    yield Text()
+    if found.offers:
+        yield _market_table(found)
+        yield Text(
+            "\ngain: of the plans found, all added GPUs together. proven: what both bounds leave possible.\n"
+            "marginal price: what one GPU is worth in the plan now, an estimate that solving again replaces.",
+            style="dim",
+        )
+    if found.left_out:
+        yield section("Not solved in time", Text(", ".join(found.left_out)))
+
+
+def _market_table(found: BuyNext) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("GPU", vertical="bottom", overflow="fold")
+    for name in (
+        "USD/h\neach",
+        "marginal\nprice",
+        f"{found.objective.unit}\nthen",
+        "gain",
+        "per GPU",
+        "per\nUSD/h",
+        "proven",
+        "",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for offer in found.offers:
+        table.add_row(*_offer_row(offer))
+    return table
+
+
+def _offer_row(offer: Offer) -> list[str]:
+    plan, found = offer.after.outcome.plan, offer.difference.found
+    per_gpu = found / offer.addition.count
+    price = offer.usd_per_hour
+    return [
+        offer.addition.gpu.name,
+        _money(price),
+        "-" if offer.dual is None else digits(offer.dual),
+        "-" if plan is None else digits(plan.result.value, 4),
+        _signed(found),
+        _signed(per_gpu),
+        "-" if not price else _signed(per_gpu / price),
+        _proven(offer.difference),
+        "?" if offer.difference.verdict is Verdict.UNDECIDED else "",
+    ]
+
+
+def _proven(difference: Difference) -> str:
+    if difference.verdict is Verdict.SAME:
+        return "0"
+    low, high = _signed(difference.low), _signed(difference.high)
+    return low if low == high else f"{low}…{high}"
+
+
+def buy_next_document(found: BuyNext) -> dict[str, Any]:
+    """The market as plain data; ``gain`` is in the objective's unit, negative where that is minimised and falls."""
+    return {
+        "apiVersion": "hetis/v1",
+        "kind": "BuyNext",
+        "objective": json_value(found.objective),
+        "node_shape": json_value(found.shape),
+        "count": found.count,
+        "before": _side_document(found.before, with_plan=False),
+        "offers": [_offer_document(offer, found.objective) for offer in found.offers],
+        "left_out": list(found.left_out),
+    }
+
+
+def _offer_document(offer: Offer, objective: Objective) -> dict[str, Any]:
+    price, count, gain = offer.usd_per_hour, offer.addition.count, offer.difference.found
+    return {
+        "gpu": offer.addition.gpu.name,
+        "usd_per_hour": price,
+        "dual": offer.dual,
+        "gain": gain,
+        "gain_per_gpu": gain / count,
+        "gain_per_usd_per_hour": None if not price else gain / count / price,
+        "difference": {**json_value(offer.difference), "unit": objective.unit},
+        "after": _side_document(offer.after, with_plan=False),
+    }

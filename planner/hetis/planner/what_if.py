@@ -1,0 +1,267 @@
+"""What another fleet would be worth: the same problem solved before and after, and what the two proofs say.
+
+`what_if` adds and removes nodes as asked; `buy_next` adds the same number of GPUs of every type on a market list in
+turn. Every answer is a solve, with the options of `hetis-plan place`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hetis.planner.comparing import FAILED, NO_PLAN, Compared, planned
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.placing import Settings
+from hetis.planner.sources import LoadedInputs, default_profile
+from hetis.solver.advice.difference import Change, Difference, Proven, difference
+from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.cluster import Cluster
+from hetis.solver.plan import Objective, Status
+from hetis.solver.replanning.change import PlanChange, plan_change
+
+Solve = Callable[[LoadedInputs, str], Compared]  # inputs, and what its progress is called
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two fleets: what was planned on it, and what that proves.
+
+    ``usd_per_hour`` is the price of the whole fleet; None: a GPU has none.
+    """
+
+    loaded: LoadedInputs
+    outcome: Compared
+    proven: Proven
+    usd_per_hour: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetChange:
+    """Nodes by name (or groups) to take away, GPUs to add, and the nodes these come in."""
+
+    remove: tuple[str, ...] = ()
+    add: tuple[Addition, ...] = ()
+    shape: NodeShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WhatIf:
+    """Before and after. ``plan_change`` says what became of the replicas; None: a side has no plan."""
+
+    objective: Objective
+    change: FleetChange
+    before: Side
+    after: Side
+    difference: Difference
+    plan_change: PlanChange | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A GPU type on the market, added to the fleet and solved again.
+
+    Attributes:
+        addition: the type, how many were added, and the price asked.
+        dual: what one GPU of the type is worth at the margin of the plan before; None: the fleet has none. An estimate.
+        difference: what all added GPUs together change.
+    """
+
+    addition: Addition
+    dual: float | None
+    after: Side
+    difference: Difference
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Of one GPU."""
+        price = self.addition.usd_per_hour
+        return price if price is not None else self.addition.gpu.usd_per_hour
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuyNext:
+    """The market, the best purchase per dollar first: by what the plans found gain, then by what is proven."""
+
+    objective: Objective
+    shape: NodeShape
+    count: int
+    before: Side
+    offers: tuple[Offer, ...]
+    left_out: tuple[str, ...]  # types for which the time or Ctrl-C left no solve
+
+
+def what_if(
+    loaded: LoadedInputs,
+    objective: Objective,
+    settings: Settings,
+    change: FleetChange,
+    *,
+    budget: Callable[[], Budget],
+    report: Report,
+) -> WhatIf:
+    """Solves on the fleet as it is and as it would be, each with a budget of its own.
+
+    Raises:
+        InvalidProblemError: an unknown node, a type without profile, no node left.
+        UncheckedPlanError: a plan fails the independent checker.
+    """
+    solve = _solver(objective, settings, budget, report)
+    changed = _changed(loaded, change)
+    before = _side(loaded, "before", solve, objective)
+    after = _side(changed, "after", solve, objective)
+    return WhatIf(
+        objective=objective,
+        change=change,
+        before=before,
+        after=after,
+        difference=_difference(before, after, objective),
+        plan_change=_plan_change(before, after),
+    )
+
+
+def buy_next(
+    loaded: LoadedInputs,
+    objective: Objective,
+    settings: Settings,
+    market: Sequence[Addition],
+    shape: NodeShape,
+    *,
+    budget: Callable[[], Budget],
+    report: Report,
+) -> BuyNext:
+    """Solves again with every type of the market added, types of the highest dual per dollar first.
+
+    Once a budget is cancelled, the types after it are left out and named.
+
+    Raises:
+        InvalidProblemError: a type has no profile and none can be modelled.
+        UncheckedPlanError: a plan fails the independent checker.
+    """
+    solve = _solver(objective, settings, budget, report)
+    fleets = {a.gpu.name: _changed(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
+    before = _side(loaded, "before", solve, objective)
+    duals = _duals(before)
+    offers, left_out = [], []
+    for addition in sorted(market, key=lambda a: -_per_dollar(duals.get(a.gpu.name, 0.0), _price(a))):
+        name = addition.gpu.name
+        after = _side(fleets[name], f"with {addition.count} {name}", solve, objective)
+        if after.outcome.plan is None and after.outcome.status == NO_PLAN:
+            left_out.append(name)
+            continue
+        gain = _difference(before, after, objective)
+        offers.append(Offer(addition=addition, dual=duals.get(name), after=after, difference=gain))
+    sign = 1.0 if objective.maximises else -1.0
+
+    def worth(offer: Offer) -> tuple[float, float]:
+        found = sign * offer.difference.found / offer.addition.count
+        return -_per_dollar(found, offer.usd_per_hour), -found
+
+    return BuyNext(
+        objective=objective,
+        shape=shape,
+        count=market[0].count if market else 0,
+        before=before,
+        offers=tuple(sorted(offers, key=worth)),
+        left_out=tuple(left_out),
+    )
+
+
+def _price(addition: Addition) -> float | None:
+    return addition.usd_per_hour if addition.usd_per_hour is not None else addition.gpu.usd_per_hour
+
+
+def _per_dollar(gain: float, usd_per_hour: float | None) -> float:
+    return gain / usd_per_hour if usd_per_hour else 0.0
+
+
+def _duals(side: Side) -> dict[str, float]:
+    """The highest dual among the classes of every type."""
+    duals: dict[str, float] = {}
+    for price in side.outcome.plan.prices if side.outcome.plan is not None else ():
+        duals[price.gpu] = max(duals.get(price.gpu, 0.0), price.dual)
+    return duals
+
+
+def _solver(objective: Objective, settings: Settings, budget: Callable[[], Budget], report: Report) -> Solve:
+    def solve(loaded: LoadedInputs, name: str) -> Compared:
+        def told(progress: Progress) -> None:
+            phase = progress.phase.removeprefix(f"{settings.strategy}: ")
+            report(replace(progress, phase=f"{name}: {phase}"))
+
+        outcome = planned(loaded, objective, settings, budget(), told)
+        if outcome.status == FAILED:
+            raise UncheckedPlanError(outcome.reasons)
+        return outcome
+
+    return solve
+
+
+def _side(loaded: LoadedInputs, name: str, solve: Solve, objective: Objective) -> Side:
+    outcome = solve(loaded, name)
+    return Side(
+        loaded=loaded,
+        outcome=outcome,
+        proven=_proven(outcome, objective),
+        usd_per_hour=usd_per_hour_of(loaded.inputs.cluster),
+    )
+
+
+def _proven(outcome: Compared, objective: Objective) -> Proven:
+    nothing, anything = (0.0, math.inf) if objective.maximises else (math.inf, 0.0)
+    if outcome.plan is not None:
+        return Proven(value=outcome.plan.result.value, bound=outcome.plan.result.bound)
+    proved = outcome.status == Status.INFEASIBLE.value
+    return Proven(value=nothing, bound=nothing if proved else anything)
+
+
+def _difference(before: Side, after: Side, objective: Objective) -> Difference:
+    change = _kind_of_change(before.loaded.inputs.cluster, after.loaded.inputs.cluster)
+    return difference(before.proven, after.proven, maximises=objective.maximises, change=change)
+
+
+def _kind_of_change(before: Cluster, after: Cluster) -> Change:
+    """Grown or shrunk where one fleet holds the other; among several zones that decides nothing about plans."""
+    if len(set(before.zones()) | set(after.zones())) > 1:
+        return Change.OTHER
+    old, new = (dict.fromkeys(d.name + d.gpu for d in cluster.devices()) for cluster in (before, after))
+    if old.keys() <= new.keys():
+        return Change.GROWN
+    return Change.SHRUNK if new.keys() <= old.keys() else Change.OTHER
+
+
+def _plan_change(before: Side, after: Side) -> PlanChange | None:
+    old, new = before.outcome.plan, after.outcome.plan
+    if old is None or new is None:
+        return None
+    inputs = before.loaded.inputs
+    problem = inputs.problem(new.objective, new.strategy)
+    moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+    return plan_change(old, new, inputs.model, moments)
+
+
+def _changed(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
+    """The same inputs with another fleet; types that join get `default_profile`."""
+    cluster = loaded.inputs.cluster
+    if change.remove:
+        cluster = without(cluster, change.remove)
+    if change.add:
+        cluster = with_added(cluster, change.add, change.shape)
+    return with_cluster(loaded, cluster)
+
+
+def with_cluster(loaded: LoadedInputs, cluster: Cluster, origin: str | None = None) -> LoadedInputs:
+    """The same model, workload and profiles on another fleet; types without a profile get `default_profile`."""
+    used = dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus)
+    profiles, origins = dict(loaded.inputs.profiles), dict(loaded.origins.get("profiles", {}))
+    for gpu in used:
+        if gpu not in profiles:
+            origins[gpu], profiles[gpu] = default_profile(cluster.gpu_types[gpu])
+    kept = {gpu: profiles[gpu] for gpu in used}
+    named: Mapping[str, Any] = {**loaded.origins, "profiles": {gpu: o for gpu, o in origins.items() if gpu in used}}
+    return LoadedInputs(
+        inputs=replace(loaded.inputs, cluster=cluster, profiles=kept),
+        origins=named if origin is None else {**named, "cluster": origin},
+    )

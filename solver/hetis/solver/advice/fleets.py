@@ -1,0 +1,134 @@
+"""The same fleet with nodes added or taken away; every node that stays keeps its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
+from hetis.solver.errors import InvalidProblemError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeShape:
+    """What added GPUs come in.
+
+    Attributes:
+        gpus_per_node: GPUs fill nodes of this size; the last node has what is left.
+        zone: of every added node.
+        nic: None: the cluster network's link.
+        intra_link: GPU to GPU inside a node; None: NVLink or PCIe of the GPU type.
+    """
+
+    gpus_per_node: int = 8
+    zone: str
+    nic: Link | None = None
+    intra_link: Link | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """``count`` GPUs of a type; ``usd_per_hour`` of one of them, None: the type's price."""
+
+    gpu: GpuType
+    count: int
+    usd_per_hour: float | None = None
+
+
+def with_added(cluster: Cluster, additions: Sequence[Addition], shape: NodeShape) -> Cluster:
+    """The fleet with more GPUs, in nodes of their own called ``added-TYPE``.
+
+    Raises:
+        InvalidProblemError: a type has the name of one of the fleet's, with other numbers.
+    """
+    types = dict(cluster.gpu_types)
+    groups = list(cluster.node_groups)
+    for addition in additions:
+        known = types.setdefault(addition.gpu.name, addition.gpu)
+        if replace(known, usd_per_hour=None) != replace(addition.gpu, usd_per_hour=None):
+            raise InvalidProblemError(f"{known.name} of cluster {cluster.name} is not the one to add: other numbers")
+        groups += _groups_of(addition, shape, {group.name for group in groups})
+    return replace(cluster, node_groups=tuple(groups), gpu_types=types)
+
+
+def _groups_of(addition: Addition, shape: NodeShape, taken: set[str]) -> Iterator[NodeGroup]:
+    full, rest = divmod(addition.count, shape.gpus_per_node)
+    for count, size in ((full, shape.gpus_per_node), (1, rest)):
+        if count and size:
+            name = _free_name(f"added-{addition.gpu.name.lower()}", taken)
+            taken.add(name)
+            yield NodeGroup(
+                name=name,
+                gpus=(GpuSlots(gpu=addition.gpu.name, count=size, usd_per_hour=addition.usd_per_hour),),
+                count=count,
+                numbered=count > 1,
+                zone=shape.zone,
+                nic=shape.nic,
+                intra_link=shape.intra_link,
+            )
+
+
+def _free_name(wanted: str, taken: set[str]) -> str:
+    number = 2
+    name = wanted
+    while any(other == name or other.startswith(f"{name}-") for other in taken):
+        name, number = f"{wanted}-{number}", number + 1
+    return name
+
+
+def without(cluster: Cluster, names: Iterable[str]) -> Cluster:
+    """The fleet without these nodes, given by their names, or by the name of a group for all of its nodes.
+
+    Raises:
+        InvalidProblemError: no such node, all that are unknown in one message; or no node is left.
+    """
+    gone = set(names)
+    groups = tuple(left for group in cluster.node_groups for left in _left_of(group, gone))
+    known = {group.name for group in cluster.node_groups} | set(node_names(cluster))
+    if unknown := sorted(gone - known):
+        raise InvalidProblemError(f"cluster {cluster.name} has no node {', '.join(unknown)}")
+    if not groups:
+        raise InvalidProblemError(f"cluster {cluster.name} has no node left")
+    return replace(cluster, node_groups=groups, network=_network_of(cluster.network, groups))
+
+
+def node_names(cluster: Cluster) -> Iterator[str]:
+    """Every node of the fleet by name."""
+    for group in cluster.node_groups:
+        yield from (group.node_name(i) for i in range(group.count))
+
+
+def _left_of(group: NodeGroup, gone: set[str]) -> Iterator[NodeGroup]:
+    """What is left of a group: itself with fewer nodes where the last ones went, else its nodes one by one."""
+    if group.name in gone:
+        return
+    left = [i for i in range(group.count) if group.node_name(i) not in gone]
+    if left == list(range(len(left))):
+        if left:
+            yield replace(group, count=len(left))
+        return
+    for i in left:
+        yield replace(group, name=group.node_name(i), count=1, numbered=False)
+
+
+def _network_of(network: Network, groups: Sequence[NodeGroup]) -> Network:
+    """Links between zones and nodes that are still there."""
+    zones = {group.zone for group in groups}
+    nodes = {group.node_name(i) for group in groups for i in range(group.count)} if network.between_nodes else set()
+    return replace(
+        network,
+        between_zones={pair: link for pair, link in network.between_zones.items() if set(pair) <= zones},
+        between_nodes={pair: link for pair, link in network.between_nodes.items() if set(pair) <= nodes},
+    )
+
+
+def usd_per_hour_of(cluster: Cluster) -> float | None:
+    """What the whole fleet costs, used or not; None where a GPU has no price."""
+    total = 0.0
+    for group in cluster.node_groups:
+        for slots in group.gpus:
+            price = cluster.price_of(slots)
+            if price is None:
+                return None
+            total += group.count * slots.count * price
+    return total

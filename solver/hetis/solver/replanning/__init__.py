@@ -1,0 +1,1 @@
+"""From a running plan to the next one: what a change costs, which replicas stay, in which order to go there."""

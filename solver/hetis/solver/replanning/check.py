@@ -1,0 +1,104 @@
+"""A re-planning checked by what it says alone: which GPUs it names, what they held, what that costs, in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from hetis.solver.plan import ObjectiveKind, ReplicaPlan, Role
+from hetis.solver.replanning.change import Fate, is_same
+from hetis.solver.replanning.holdings import holdings, holdings_of, in_flight
+from hetis.solver.replanning.problem import HALF_DONE, ReplanningProblem
+from hetis.solver.replanning.solve import Replanning
+from hetis.solver.replanning.transition import Action
+
+RELATIVE = 1e-6
+
+
+def check_replanning(posed: ReplanningProblem, found: Replanning) -> list[str]:
+    """Everything that is wrong, in sentences; the plan itself is `check_plan`'s to judge."""
+    if len(found.continued) != len(found.plan.replicas):
+        return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
+    return [
+        *_check_continued(posed, found),
+        *_check_moves(posed, found),
+        *_check_value(posed, found),
+        *_check_steps(posed, found),
+    ]
+
+
+def _check_continued(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    """Replicas that are kept are the running ones; those that go on another way keep their weights."""
+    olds = [continued.old for continued in found.continued if continued.old is not None]
+    if len(olds) != len(set(olds)):
+        yield "a running replica goes on twice"
+    for number, (replica, continued) in enumerate(zip(found.plan.replicas, found.continued, strict=True)):
+        if continued.old is None:
+            continue
+        old = posed.running.replicas[continued.old]
+        if continued.fate is Fate.KEPT and not is_same(old, replica):
+            yield f"replica {number} is not the running replica {continued.old}, which it is said to be"
+        if continued.fate is Fate.RESET and dict(holdings_of(old)) != dict(holdings_of(replica)):
+            yield f"replica {number} has other weights than the running replica {continued.old}"
+
+
+def _check_moves(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    held = holdings(posed.running)
+    moved = [device for device, holding in holdings(found.plan).items() if held.get(device) != holding]
+    if sorted(moved) != sorted(found.change.moved):
+        yield f"{len(moved)} GPUs do something else than before, {len(found.change.moved)} are named"
+    if posed.max_moves is not None and len(moved) > posed.max_moves:
+        yield f"{len(moved)} GPUs do something else than before, at most {posed.max_moves} may"
+
+
+def _check_value(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    """The net value from the replicas' rates and starts; of plans without routes and without a demand only."""
+    problem = posed.problem
+    if not problem.objective.maximises or any(r.role is not Role.UNIFIED for r in found.plan.replicas):
+        return
+    value = 0.0
+    for replica, continued in zip(found.plan.replicas, found.continued, strict=True):
+        start_s = continued.start_s
+        if continued.fate is Fate.NEW:
+            start_s = posed.costs.start_s(_longest_load(posed, replica))
+            if not math.isclose(start_s, continued.start_s, rel_tol=RELATIVE):
+                yield f"a new replica starts in {start_s:.6g} s, not in {continued.start_s:.6g} s"
+        value += replica.rate * posed.costs.served_share(start_s)
+    kept = {c.old for c in found.continued if c.fate is Fate.KEPT}
+    for number, old in enumerate(posed.running.replicas):
+        if number not in kept and number not in found.lost:
+            value -= HALF_DONE * in_flight(old) / posed.costs.horizon_s
+    if problem.objective.kind is ObjectiveKind.GOODPUT:
+        value *= problem.assumptions.planned_utilisation
+    if not math.isclose(value, found.value, rel_tol=RELATIVE, abs_tol=1e-12):
+        yield f"the net value is {value:.9g}, not {found.value:.9g}"
+    if found.bound < found.value * (1.0 - RELATIVE):
+        yield f"the bound is {found.bound:.9g}, below the net value {found.value:.9g}"
+
+
+def _longest_load(posed: ReplanningProblem, replica: ReplicaPlan) -> float:
+    return max(holding.weight_bytes(posed.problem.model) for _, holding in holdings_of(replica))
+
+
+def _check_steps(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    """Nothing starts on GPUs that are busy; at the end the plan runs and nothing else."""
+    lost = set(found.lost)
+    runs = {i: set(r.devices()) for i, r in enumerate(posed.running.replicas) if i not in lost}
+    stays = {c.old for c in found.continued if c.fate is Fate.KEPT}
+    started: set[int] = set()
+    for step in found.transition.steps:
+        for number in step.replicas:
+            if step.action is Action.STOP:
+                if runs.pop(number, None) is None or number in stays:
+                    yield f"running replica {number} is stopped, which does not run or is to stay"
+                continue
+            devices = set(found.plan.replicas[number].devices())
+            busy = [i for i, others in runs.items() if others & devices]
+            if busy:
+                yield f"replica {number} starts on GPUs of running replica {busy[0]}"
+            started.add(number)
+    if set(runs) != stays:
+        yield "replicas of before still run at the end"
+    starting = {i for i, c in enumerate(found.continued) if c.fate is not Fate.KEPT}
+    if started != starting:
+        yield f"{len(started)} replicas start, {len(starting)} are to"

@@ -1,0 +1,208 @@
+"""The fleet as if nothing ran on it: replicas to choose from, and proofs that also hold beside running ones.
+
+A *proof* bounds what new replicas can be worth beside replicas that go on:
+
+    listed   small fleets: a ceiling on the rate of every sub-fleet, by the exact search; packed by the master
+    priced   larger ones: prices w of GPUs and rate prices a by column generation, with ``a_s rate <= cost + w use`` for
+             every replica of the family, so that replicas on GPUs u are worth at most w u
+
+The first also lists the family of `uniform`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
+from hetis.solver.placement.generation import Bound, ColumnGeneration, dense_work_bound
+from hetis.solver.placement.master import Columns, Master
+from hetis.solver.placement.search import row_costs_of, search
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.template import Template, interval_of
+from hetis.solver.placement.uniform import uniform_templates
+from hetis.solver.plan import ObjectiveKind
+from hetis.solver.replanning.running import is_allowed
+
+FINEST = 1e-6  # share by which ceilings of the exact search may be above the rates found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fresh:
+    """What a search of the empty fleet found.
+
+    Attributes:
+        templates: replicas to choose from.
+        value, bound: of the best plan found and of all plans, in the master's unit.
+        listed: ceilings on the rates of sub-fleets, as columns; None: ``prices`` are the proof.
+        prices: of column generation.
+        row_prices: duals of the rows, where there are no ``prices``; [rows].
+    """
+
+    templates: tuple[Template, ...]
+    value: float | None
+    bound: float
+    row_prices: FloatArray
+    listed: Columns | None = None
+    prices: Bound | None = None
+
+
+def search_fresh(
+    atlas: Atlas, demand: float | None, *, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int,
+    report: Report,
+) -> Fresh:  # fmt: skip
+    """Replicas and a proof for the whole fleet. Without time for more, what is known at once."""
+    master = Master(atlas.resources.limits, demand, atlas.routes)
+    if strategy == "uniform":
+        return _listed(atlas, master, uniform_templates(atlas), budget, seed)
+    if is_small(atlas):
+        found = _exact(atlas, master, budget, seed)
+        if found is not None:
+            return found
+    return _priced(atlas, master, budget, gap_target, seed, threads, report)
+
+
+def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | None:
+    """Every sub-fleet's best replica; none is ruled out, for a plan that keeps replicas may want any of them."""
+    search_of = ExactSearch(atlas, master, row_costs_of(atlas))
+    nothing = {kind: np.zeros(len(f.rate)) for kind, f in search_of.frontiers.items()}
+    for tolerance in (*TOLERANCES[:-1], FINEST):
+        if not search_of.sweep(nothing, tolerance, budget):
+            return None
+    chosen, columns = search_of.columns(search_of.ceilings(FINEST), every=True)
+    no_prices = np.zeros(len(atlas.resources.rows))
+    if not chosen:
+        bound = 0.0 if master.maximises else np.inf
+        return Fresh(templates=(), value=None, bound=bound, row_prices=no_prices, listed=columns)
+    found = [(kind, v) for kind, v in chosen if search_of.frontiers[kind].rate[v] > 0.0]
+    templates = tuple(search_of.template(kind, v) for kind, v in found)
+    _, best = search_of.pack(search_of.rates(), budget.remaining_s(), seed)
+    most = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
+    bound = most.bound if most is not None else (0.0 if master.maximises else np.inf)
+    duals = search_of.prices(search_of.rates())
+    return Fresh(
+        templates=templates,
+        value=None if best is None else best.value,
+        bound=bound,
+        row_prices=no_prices if duals is None else duals.row_prices,
+        listed=columns,
+    )
+
+
+def _listed(atlas: Atlas, master: Master, templates: list[Template], budget: Budget, seed: int) -> Fresh:
+    """A family that is listed outright."""
+    generation = ColumnGeneration(atlas, master, row_costs_of(atlas), budget=budget, report=silent)
+    generation.pool.add(templates)
+    columns = generation.pool.columns()
+    best = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
+    relaxed = master.solve_lp(columns) if templates else None
+    return Fresh(
+        templates=tuple(generation.pool.templates) if best is not None else (),
+        value=None if best is None else best.value,
+        bound=best.bound if best is not None else 0.0 if master.maximises else np.inf,
+        row_prices=np.zeros(len(atlas.resources.rows)) if relaxed is None else relaxed.row_prices,
+        listed=columns,
+    )
+
+
+def _priced(
+    atlas: Atlas, master: Master, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
+) -> Fresh:  # fmt: skip
+    generation = ColumnGeneration(atlas, master, row_costs_of(atlas), budget=budget, report=report)
+    generation.generate(uniform_templates(atlas), threads=threads, gap_target=gap_target, choose_seed=seed)
+    generation.choose(gap=gap_target / 10, seed=seed)
+    known = generation.is_whole_family and np.isfinite(generation.bound.value) and np.any(generation.bound.row_prices)
+    return Fresh(
+        templates=tuple(generation.pool.templates),
+        value=None if generation.incumbent is None else generation.incumbent.value,
+        bound=generation.bound.value if known else _known_at_once(atlas, master),
+        row_prices=generation.bound.row_prices,
+        prices=generation.bound if known else None,
+    )
+
+
+def _known_at_once(atlas: Atlas, master: Master) -> float:
+    return dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
+
+
+# --- what is left of a fleet when some of its GPUs are taken
+
+
+def search_left_over(
+    atlas: Atlas, taken: set[str], demand_rps: float | None, *, strategy: str, budget: Budget, gap_target: float,
+    seed: int, threads: int,
+) -> tuple[Template, ...]:  # fmt: skip
+    """The replicas of the best plan on the GPUs that are not ``taken``, as replicas of the whole fleet.
+
+    ``demand_rps``: the goodput that they are to serve where the objective is minimised.
+    """
+    left = _left_over(atlas.problem.cluster, taken)
+    if left is None:
+        return ()
+    objective = atlas.problem.objective
+    if objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS):
+        objective = replace(objective, demand_rps=demand_rps)
+    part = build_atlas(replace(atlas.problem, cluster=left, objective=objective))
+    outcome = search(part, strategy, budget, gap_target, seed, threads, silent)
+    if outcome is None:
+        return ()
+    found = (_translated(template, part, atlas) for template, _ in outcome.chosen)
+    return tuple(template for template in found if template is not None and is_allowed(atlas, template))
+
+
+def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
+    """Nodes without GPUs that are taken as they are, others one by one with what is left of them."""
+    groups: list[NodeGroup] = []
+    touched = {device.rpartition("/")[0] for device in taken}
+    for group in cluster.node_groups:
+        whole = [i for i in range(group.count) if group.node_name(i) not in touched]
+        if whole:
+            groups.append(replace(group, name=f"{group.name}/", count=len(whole)))
+        for i in range(group.count):
+            name = group.node_name(i)
+            if name in touched:
+                slots = _free_slots(group, name, taken)
+                if slots:
+                    groups.append(replace(group, name=f"{group.name}/{name}", count=1, gpus=slots))
+    return replace(cluster, node_groups=tuple(groups)) if groups else None
+
+
+def _free_slots(group: NodeGroup, name: str, taken: set[str]) -> tuple[GpuSlots, ...]:
+    found, index = [], 0
+    for slots in group.gpus:
+        free = sum(f"{name}/{i}" not in taken for i in range(index, index + slots.count))
+        index += slots.count
+        if free:
+            found.append(replace(slots, count=free))
+    return tuple(found)
+
+
+def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | None:
+    """A replica of what is left over as one of the whole fleet: classes by the node groups they come from."""
+    class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
+    stages = []
+    for stage in template.stages:
+        g, tp = part.ranks[stage.rank]
+        if (class_of[g], tp) not in whole.ranks:
+            return None
+        pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
+        stages.append(replace(stage, rank=whole.ranks.index((class_of[g], tp)), pool_class=pool_class))
+    mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
+    mixes = [x for x, other in enumerate(whole.mixes) if other == mix]
+    scopes = [i for i, scope in enumerate(whole.scopes) if scope.zones == zones and scope.serves(mix)]
+    if not mixes or not scopes:
+        return None
+    found = replace(template, scope=scopes[0], mix=mixes[0], stages=tuple(stages))
+    return replace(found, interval_s=interval_of(whole, found))
+
+
+def _origin(part: Atlas, g: int, whole: Atlas) -> int:
+    """The class of the whole fleet that a class of what is left over comes from."""
+    name, gpu = part.classes[g].groups[0].name.partition("/")[0], part.classes[g].gpu
+    return next(
+        i for i, c in enumerate(whole.classes) if c.gpu == gpu and any(group.name == name for group in c.groups)
+    )

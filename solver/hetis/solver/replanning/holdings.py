@@ -1,0 +1,83 @@
+"""What every GPU of a plan holds, and the bytes it has to load to hold something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan, ReplicaPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """The part of the model on one GPU: shard ``rank`` of ``tp`` of the layers from ``first_layer`` to ``end_layer``.
+
+    An attention worker holds the KV of those layers and no weights; ``rank`` is then -1.
+    """
+
+    first_layer: int
+    end_layer: int  # one past the last
+    tp: int
+    rank: int
+
+    @property
+    def is_worker(self) -> bool:
+        return self.rank < 0
+
+    def weight_bytes(self, model: ModelSpec) -> float:
+        """Weights of the shard, with its share of embedding and LM head on the first and the last layers."""
+        return self.bytes_to_load(model, None)
+
+    def bytes_to_load(self, model: ModelSpec, before: Holding | None) -> float:
+        """What a GPU reads that held ``before``: nothing of layers it keeps, all of them where its shard differs."""
+        if self.is_worker:
+            return 0.0
+        same_shard = before is not None and (before.tp, before.rank) == (self.tp, self.rank)
+        kept = before if same_shard else None
+        layers = sum(_layer_bytes(model, i) for i in self._layers() if kept is None or not kept.has(i))
+        tables = self._tables(model) - (kept._tables(model) if kept is not None else frozenset())
+        return (layers + len(tables) * model.embedding_params * model.embedding_bytes) / self.tp
+
+    def has(self, layer: int) -> bool:
+        return self.first_layer <= layer < self.end_layer
+
+    def _layers(self) -> range:
+        return range(self.first_layer, self.end_layer)
+
+    def _tables(self, model: ModelSpec) -> frozenset[str]:
+        """Embedding and LM head; one table where they are tied."""
+        ends = (("embedding", 0), ("embedding" if model.tie_embeddings else "head", model.num_layers - 1))
+        return frozenset(name for name, layer in ends if self.has(layer))
+
+
+def _layer_bytes(model: ModelSpec, layer: int) -> float:
+    params = model.dense_layer_params() if layer < model.prefix_layers else model.layer_params()
+    return params * model.weight_bytes
+
+
+def holdings(plan: Plan) -> dict[str, Holding]:
+    """What every GPU of the plan holds, by device name; shared attention workers as of their first stage."""
+    found: dict[str, Holding] = {}
+    for replica in plan.replicas:
+        for device, holding in holdings_of(replica):
+            found.setdefault(device, holding)
+    return found
+
+
+def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
+    """The same of one replica, in the order of its stages, their attention workers last."""
+    for stage in replica.stages:
+        end = stage.first_layer + stage.num_layers
+        for i, device in enumerate(stage.devices):
+            yield device, Holding(first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=i % stage.tp)
+    for pool in replica.attention_workers:
+        stage = replica.stages[pool.stage]
+        end = stage.first_layer + stage.num_layers
+        for device in pool.devices:
+            yield device, Holding(first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=-1)
+
+
+def in_flight(replica: ReplicaPlan) -> int:
+    """Requests whose KV a replica holds while it is full: those that decode, or the prompts of a prefill replica."""
+    return max(1, replica.micro_batch) * replica.in_flight

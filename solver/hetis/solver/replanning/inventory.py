@@ -1,0 +1,130 @@
+"""The rows of the re-planning master: GPUs by class, room for TP groups in nodes, running replicas, moves.
+
+Replicas that go on have their GPUs already, by name; new ones take what is left. How much room that is for TP groups
+depends on the nodes in which the named GPUs are. Sizes are powers of two, so that groups fit exactly if, for every
+class g and size p,
+
+    sum over groups of size q >= p of q n_q  <=  p sum over nodes floor(free GPUs / p)
+
+A node that only one running replica has GPUs in adds what that replica leaves of it to the option's column; a node
+that several share has a whole variable per p for ``floor(free / p)``. Columns (see `master.py` of placement):
+
+    groups of 1     GPUs of every class, counted
+    groups of p     the row above, of every class and size
+    shared nodes    p floor + named GPUs <= size
+    replicas        at most one option of each
+    stays           what staying is worth (KV that is not dropped) only comes with the option that is kept
+    moves           GPUs that do something else than before
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.template import Template
+from hetis.solver.replanning.running import Option, Place
+
+Slot = tuple[str, int]  # the GPUs of one class in one node
+Row = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """Rows with their limits, and what stays the same for every column."""
+
+    atlas: Atlas
+    places: Mapping[str, Place]
+    rows: Mapping[Row, int]  # row -> its number
+    limits: IntArray  # [rows]
+    sizes: tuple[int, ...]  # of TP groups, above 1
+    shared: frozenset[Slot] = field(default_factory=frozenset)
+
+    def of_template(self, template: Template, count_moves: bool = True) -> dict[Row, int]:
+        """What a new replica takes."""
+        parts = [self.atlas.ranks[s.rank] for s in template.stages for _ in range(s.copies)]
+        parts += [
+            (s.pool_class, 1) for s in template.stages if s.pool_class >= 0 for _ in range(s.copies * s.pool_cards)
+        ]
+        return self._of_parts(parts, count_moves)
+
+    def of_option(self, option: Option) -> dict[Row, int]:
+        """What a running replica takes that goes on: its own GPUs by name, others like a new one."""
+        use = Counter(self._of_parts(option.missing(self.atlas), True))
+        for slot, count in _by_slot(option.named(), self.places).items():
+            _, g = slot
+            use["gpus", g] += count
+            node_size = self.atlas.classes[g].gpus_per_node
+            for p in self._sizes_of(g):
+                if slot in self.shared:
+                    use["node", slot, p] += count
+                else:
+                    use["groups", g, p] += p * (node_size // p - (node_size - count) // p)
+        use["replica", option.old] += 1
+        return dict(use)
+
+    def floors(self) -> list[dict[Row, int]]:
+        """The whole variables of shared nodes."""
+        return [
+            {("groups", g, p): -p, ("node", (node, g), p): p}
+            for node, g in sorted(self.shared)
+            for p in self._sizes_of(g)
+        ]
+
+    def matrix(self, uses: Sequence[Mapping[Row, int]]) -> IntArray:
+        """Columns as the master takes them, shape [columns, rows]."""
+        matrix = np.zeros((len(uses), len(self.limits)), dtype=np.int64)
+        for k, use in enumerate(uses):
+            for row, amount in use.items():
+                if row in self.rows:
+                    matrix[k, self.rows[row]] = amount
+        return matrix
+
+    def _of_parts(self, parts: Iterable[tuple[int, int]], count_moves: bool) -> dict[Row, int]:
+        use: Counter[Row] = Counter()
+        for g, size in parts:
+            use["gpus", g] += size
+            for p in self._sizes_of(g):
+                if size >= p:
+                    use["groups", g, p] += size
+            if count_moves:
+                use["moves",] += size
+        return dict(use)
+
+    def _sizes_of(self, device_class: int) -> list[int]:
+        return [p for p in self.sizes if p <= self.atlas.classes[device_class].gpus_per_node]
+
+
+def inventory_of(
+    atlas: Atlas, places: Mapping[str, Place], options: Sequence[Option], stays: Iterable[int], max_moves: int | None
+) -> Inventory:
+    """The rows for these options; ``stays`` are the running replicas for which staying is worth something."""
+    owners: dict[Slot, set[int]] = {}
+    for option in options:
+        for slot in _by_slot(option.named(), places):
+            owners.setdefault(slot, set()).add(option.old)
+    shared = frozenset(slot for slot, olds in owners.items() if len(olds) > 1)
+    sizes = tuple(size for size in sorted(atlas.problem.family.tp_sizes) if size > 1)
+    limits: dict[Row, int] = {}
+    for g, c in enumerate(atlas.classes):
+        limits["gpus", g] = c.available
+        for p in (size for size in sizes if size <= c.gpus_per_node):
+            alone = c.num_nodes - sum(1 for _, of_class in shared if of_class == g)
+            limits["groups", g, p] = alone * p * (c.gpus_per_node // p)
+            for slot in (slot for slot in shared if slot[1] == g):
+                limits["node", slot, p] = c.gpus_per_node
+    limits |= {("replica", old): 1 for old in sorted({option.old for option in options})}
+    limits |= {("stays", old): 0 for old in stays}
+    if max_moves is not None:
+        limits["moves",] = max_moves
+    rows = {row: number for number, row in enumerate(limits)}
+    return Inventory(atlas, places, rows, np.array(list(limits.values()), dtype=np.int64), sizes, shared)
+
+
+def _by_slot(devices: Iterable[str], places: Mapping[str, Place]) -> Counter[Slot]:
+    return Counter((places[device].node, places[device].device_class) for device in devices)

@@ -1,0 +1,285 @@
+"""Running replicas on the fleet as it is now: what each may go on as.
+
+A replica none of whose GPUs left may be *kept*, or *reset*: the same GPUs and weights under other engine settings or in
+another role (what new traffic or limits may ask for). One that lost GPUs may be *repaired*, other GPUs of the same
+class taking the place of its broken TP groups and lost attention workers, or *shrunk* to the stage copies that are
+whole. Layers stay where they are in all of these, so that only GPUs that join a replica read weights. Any other change
+is a new replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetis.solver.cluster import Cluster
+from hetis.solver.placement.classes import class_of_slots
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, Atlas
+from hetis.solver.placement.template import Template, TemplateStage, interval_of, roles, room_layers
+from hetis.solver.plan import ReplicaPlan, Role
+from hetis.solver.replanning.change import Fate
+from hetis.solver.replanning.problem import ChangeCosts
+
+WITHIN = 1.0 + 1e-9  # a limit is met up to rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a GPU is: its node, and its class in the atlas."""
+
+    node: str
+    gpu: str
+    device_class: int
+
+
+def places_of(cluster: Cluster, atlas: Atlas) -> dict[str, Place]:
+    """Every GPU of the fleet by name."""
+    classes = class_of_slots(atlas.classes)
+    return {d.name: Place(d.node, d.gpu, classes[d.group.name, d.gpu]) for d in cluster.devices()}
+
+
+Group = tuple[str, ...] | None  # names of a TP group's GPUs, or of one attention worker; None: still to be found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way for a running replica to go on.
+
+    Attributes:
+        old: its place in the running plan.
+        fate: kept, reset, or changed (repaired or shrunk).
+        groups: of every stage, its TP groups copy after copy.
+        workers: of every stage, its attention workers, those of one copy after another.
+        start_s: until it serves; 0: it never stops.
+    """
+
+    old: int
+    fate: Fate
+    template: Template
+    groups: tuple[tuple[Group, ...], ...]
+    workers: tuple[tuple[Group, ...], ...]
+    start_s: float
+
+    def named(self) -> Iterator[str]:
+        """GPUs that it has already."""
+        for parts in (*self.groups, *self.workers):
+            for group in parts:
+                yield from group or ()
+
+    def missing(self, atlas: Atlas) -> Iterator[tuple[int, int]]:
+        """(class, GPUs) of every TP group and attention worker that is to be found."""
+        for stage, groups, workers in zip(self.template.stages, self.groups, self.workers, strict=True):
+            yield from (atlas.ranks[stage.rank] for group in groups if group is None)
+            yield from ((stage.pool_class, 1) for card in workers if card is None)
+
+    def num_moved(self, atlas: Atlas) -> int:
+        """GPUs that join it."""
+        return sum(size for _, size in self.missing(atlas))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A running replica with what is left of it: groups and cards that lost a GPU are None."""
+
+    replica: ReplicaPlan
+    groups: tuple[tuple[Group, ...], ...]
+    workers: tuple[tuple[Group, ...], ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return all(group is not None for parts in (*self.groups, *self.workers) for group in parts)
+
+
+class Continuations:
+    """The options of running replicas; equal shapes are looked at once."""
+
+    def __init__(self, atlas: Atlas, places: Mapping[str, Place], costs: ChangeCosts) -> None:
+        self.atlas, self.places, self.costs = atlas, places, costs
+        self._best: dict[object, Template | None] = {}
+
+    def options(self, number: int, replica: ReplicaPlan) -> tuple[Option, ...]:
+        """Every way in which replica ``number`` of the running plan may go on; empty: it cannot."""
+        layout = self._layout(replica)
+        template = self._template(layout)
+        if template is None:
+            return ()
+        if layout.is_whole:
+            return tuple(self._of_whole(number, layout, template))
+        return tuple(self._of_broken(number, layout, template))
+
+    def rate_now(self, replica: ReplicaPlan) -> float:
+        """Requests/s that it serves on the fleet as it is now, limits or not; 0 where it lost a GPU."""
+        layout = self._layout(replica)
+        template = self._template(layout) if layout.is_whole else None
+        return 0.0 if template is None else template.rate
+
+    def template_now(self, replica: ReplicaPlan) -> Template | None:
+        """The replica as a template, if it still runs."""
+        layout = self._layout(replica)
+        return self._template(layout) if layout.is_whole else None
+
+    def _layout(self, replica: ReplicaPlan) -> _Layout:
+        workers: list[list[Group]] = [[] for _ in replica.stages]
+        for pool in replica.attention_workers:
+            workers[pool.stage] += [self._left((device,), pool.gpu) for device in pool.devices]
+        groups = tuple(
+            tuple(self._left(stage.devices[i * stage.tp : (i + 1) * stage.tp], stage.gpu) for i in range(stage.copies))
+            for stage in replica.stages
+        )
+        return _Layout(replica, groups, tuple(map(tuple, workers)))
+
+    def _left(self, devices: tuple[str, ...], gpu: str) -> Group:
+        """The group, if every one of its GPUs is there, of the type it was, in one node and class."""
+        found = [self.places.get(device) for device in devices]
+        whole = all(place is not None and place.gpu == gpu for place in found)
+        return devices if whole and len({(p.node, p.device_class) for p in found if p is not None}) == 1 else None
+
+    def _template(self, layout: _Layout) -> Template | None:
+        """The replica in the atlas's terms; None where the family or the fleet has no such replica."""
+        stages, replica = [], layout.replica
+        tables = self.atlas.scopes[0].tables
+        for index, (stage, groups, workers) in enumerate(
+            zip(replica.stages, layout.groups, layout.workers, strict=True)
+        ):
+            device_class = self._class_of(groups, stage.gpu)
+            if device_class is None or (device_class, stage.tp) not in self.atlas.ranks:
+                return None
+            pool_class, cards, held = -1, 0, 0
+            if workers:
+                pool = next(pool for pool in replica.attention_workers if pool.stage == index)
+                found = self._class_of(workers, pool.gpu)
+                cards, rest = divmod(len(workers), stage.copies)
+                if found is None or rest or pool.shared or cards not in self.atlas.pool_sizes:
+                    return None
+                pool_class, held = found, pool.kv_head_groups
+            layers = stage.num_layers - (tables.prefix_layers if index == 0 else 0)
+            rank = self.atlas.ranks.index((device_class, stage.tp))
+            stages.append(TemplateStage(rank, stage.copies, layers, pool_class, cards, held))
+        settings = self._settings(replica, stages)
+        if settings is None:
+            return None
+        scope, mix, f = settings
+        rough = Template(scope, mix, f, tuple(stages), np.inf)
+        return replace(rough, interval_s=interval_of(self.atlas, rough))
+
+    def _class_of(self, groups: Sequence[Group], gpu: str) -> int | None:
+        """The one class of all groups that are left; of none left, the fleet's largest class of the type."""
+        found = {self.places[group[0]].device_class for group in groups if group is not None}
+        if len(found) > 1:
+            return None
+        alike = [g for g, c in enumerate(self.atlas.classes) if c.gpu == gpu]
+        return found.pop() if found else max(alike, key=lambda g: self.atlas.classes[g].available, default=None)
+
+    def _settings(self, replica: ReplicaPlan, stages: Sequence[TemplateStage]) -> tuple[int, int, int] | None:
+        """(scope, mix, in-flight index) of a replica on these stages."""
+        zones = {self.atlas.classes[self.atlas.ranks[stage.rank][0]].zone for stage in stages}
+        zones |= {self.atlas.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
+        afar = replica.role is Role.PREFILL and len(replica.kv_zones) > 1
+        key = (replica.micro_batch, replica.chunk_tokens, replica.role, afar)
+        for x, mix in enumerate(self.atlas.mixes):
+            if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar) == key:
+                for scope, part in enumerate(self.atlas.scopes):
+                    if set(part.zones) == zones and part.serves(mix):
+                        in_flight = self.atlas.problem.family.in_flight
+                        found = in_flight.index(replica.in_flight) if replica.in_flight in in_flight else None
+                        return None if found is None else (scope, x, found)
+        return None
+
+    def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
+        kept = template if is_allowed(self.atlas, template) else None
+        if kept is not None:
+            yield self._option(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
+        own = self.atlas.mixes[template.mix]
+        for role, afar in dict.fromkeys((mix.role, mix.sends_afar) for mix in self.atlas.mixes):
+            best = self._best_settings(template, role, afar=afar)
+            same_work = (role, afar) == (own.role, own.sends_afar)
+            if best is not None and not (same_work and kept is not None and best.rate <= kept.rate * WITHIN):
+                yield self._option(number, Fate.RESET, best, layout.groups, layout.workers, self.costs.start_s(0.0))
+
+    def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
+        repaired = self._best_settings(template)
+        if repaired is not None:
+            start_s = self.costs.start_s(self._longest_load(repaired, layout.groups))
+            yield self._option(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
+        if not all(any(group is not None for group in groups) for groups in layout.groups):
+            return
+        groups = tuple(tuple(group for group in stage if group is not None) for stage in layout.groups)
+        shrunk = self._shrunk(template, groups, layout.workers)
+        best = self._best_settings(shrunk[0]) if shrunk is not None else None
+        if shrunk is not None and best is not None:
+            yield self._option(number, Fate.CHANGED, best, groups, shrunk[1], self.costs.start_s(0.0))
+
+    def _option(
+        self, number: int, fate: Fate, template: Template, groups: tuple[tuple[Group, ...], ...],
+        workers: tuple[tuple[Group, ...], ...], start_s: float,
+    ) -> Option:  # fmt: skip
+        return Option(old=number, fate=fate, template=template, groups=groups, workers=workers, start_s=start_s)
+
+    def _shrunk(
+        self, template: Template, groups: tuple[tuple[Group, ...], ...], workers: tuple[tuple[Group, ...], ...]
+    ) -> tuple[Template, tuple[tuple[Group, ...], ...]] | None:
+        """The template on the stage copies that are left, each with as many of the attention workers that are left."""
+        stages, pools = [], []
+        for stage, left, cards in zip(template.stages, groups, workers, strict=True):
+            there = [card for card in cards if card is not None]
+            each = max((p for p in self.atlas.pool_sizes if p * len(left) <= len(there)), default=0)
+            if stage.pool_class >= 0 and each == 0:
+                return None  # its head groups had to go back to the stage, where memory was short of them
+            each = each if stage.pool_class >= 0 else 0
+            stages.append(replace(stage, copies=len(left), pool_cards=each))
+            pools.append(tuple(there[: each * len(left)]))
+        return replace(template, stages=tuple(stages)), tuple(pools)
+
+    def _longest_load(self, template: Template, groups: tuple[tuple[Group, ...], ...]) -> float:
+        """Bytes of the GPU that reads most, of those that join."""
+        sizes = stage_bytes(self.atlas, template)
+        joining = [size for size, stage in zip(sizes, groups, strict=True) if any(group is None for group in stage)]
+        return max(joining, default=0.0)
+
+    def _best_settings(self, template: Template, role: Role | None = None, *, afar: bool = False) -> Template | None:
+        """The same stages under the engine settings that serve the most, in its own role or another; None: none are
+        allowed."""
+        own = self.atlas.mixes[template.mix]
+        role, afar = (own.role, own.sends_afar) if role is None else (role, afar)
+        key = (template.scope, template.stages, role, afar)
+        if key not in self._best:
+            self._best[key] = self._search_settings(template, role, afar)
+        return self._best[key]
+
+    def _search_settings(self, template: Template, role: Role, afar: bool) -> Template | None:
+        atlas, best = self.atlas, None
+        if role is Role.PREFILL and any(stage.pool_class >= 0 for stage in template.stages):
+            return None  # nothing decodes there
+        for x, mix in enumerate(atlas.mixes):
+            if (mix.role, mix.sends_afar) != (role, afar) or not atlas.scopes[template.scope].serves(mix):
+                continue
+            for f in range(len(atlas.problem.family.in_flight)):
+                candidate = replace(template, mix=x, in_flight_index=f)
+                candidate = replace(candidate, interval_s=interval_of(atlas, candidate))
+                if (best is None or candidate.rate > best.rate) and is_allowed(atlas, candidate):
+                    best = candidate
+        return best
+
+
+def is_allowed(atlas: Atlas, template: Template) -> bool:
+    """Whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
+    tables = atlas.scopes[template.scope].tables
+    m = int(tables.in_flight[template.in_flight_index])
+    if m > 1 and m < template.num_copies:
+        return False
+    if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:
+        return False
+    return all(room_layers(atlas, template, i) >= stage.layers for i, stage in enumerate(template.stages))
+
+
+def stage_bytes(atlas: Atlas, template: Template) -> list[float]:
+    """Weights of one GPU of every stage."""
+    t, sizes = atlas.scopes[template.scope].tables, []
+    for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
+        size = float(stage.layers * t.layer_bytes[stage.rank])
+        size += float(t.first_bytes[stage.rank]) if role in (FIRST, BOTH) else 0.0
+        size += float(t.last_bytes[stage.rank]) if role in (LAST, BOTH) else 0.0
+        sizes.append(size - (float(t.tied_bytes[stage.rank]) if role == BOTH else 0.0))
+    return sizes

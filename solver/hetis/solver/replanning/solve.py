@@ -1,0 +1,323 @@
+"""`solve_replanning`: from the plan that runs to the best one on the fleet as it is now, change costs counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.infeasible import why_infeasible
+from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.solve import objective_scale, plan_of
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.template import Template
+from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.replanning.change import Fate, PlanChange, plan_change
+from hetis.solver.replanning.columns import Candidate, Choice, NetMaster
+from hetis.solver.replanning.fresh import Fresh, search_fresh, search_left_over
+from hetis.solver.replanning.holdings import holdings, in_flight
+from hetis.solver.replanning.inventory import inventory_of
+from hetis.solver.replanning.naming import name_gpus
+from hetis.solver.replanning.problem import HALF_DONE, ReplanningProblem
+from hetis.solver.replanning.proof import bound_of
+from hetis.solver.replanning.running import Continuations, places_of
+from hetis.solver.replanning.transition import Start, Transition, plan_transition
+
+FRESH_SHARE = 0.5  # of the time: for the fleet as if nothing ran on it
+CHOICE_SECONDS = 10.0  # of each mixed program
+MOVE_PENALTY = 1e-7  # of the value, per GPU of the fleet: tells equally good plans apart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continued:
+    """A replica of the new plan: ``old`` is the running one that goes on, None: new. ``start_s``: until it serves."""
+
+    old: int | None
+    fate: Fate
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replanning:
+    """The new plan, what it is worth with the change counted, and how to get there.
+
+    Attributes:
+        plan: its result is that of the plan itself once it runs, its bound that of the fleet as if nothing ran on it.
+        value: net of the change, spread over the horizon, in the objective's unit.
+        bound: no re-planning is better; ``gap`` is between the two.
+        fresh_value: of the best plan found for the fleet as if nothing ran on it; None: none was found.
+        continued: every replica of the plan, in its order.
+        lost: running replicas that lost GPUs.
+        change: what it takes, GPU by GPU.
+        transition: the order; capacities in requests/s as the objective counts them.
+    """
+
+    plan: Plan
+    value: float
+    bound: float
+    gap: float
+    fresh_value: float | None
+    continued: tuple[Continued, ...]
+    lost: tuple[int, ...]
+    change: PlanChange
+    transition: Transition
+
+
+def solve_replanning(
+    posed: ReplanningProblem,
+    *,
+    strategy: str = "hetis",
+    budget: Budget | None = None,
+    gap_target: float = 0.001,
+    seed: int = 0,
+    threads: int = 1,
+    report: Report = silent,
+) -> Replanning:
+    """Chooses which running replicas go on, and which new ones join them; proves how good that is.
+
+    The family is that of ``strategy`` with its replicas kept, reset, repaired and shrunk among them
+    (`running.py`). With the same arguments and no time limit the answer is the same.
+
+    Raises:
+        InvalidProblemError: a strategy without re-planning.
+        InfeasibleError: proved that the fleet has no plan, or none within ``max_moves``.
+        NoPlanFoundError: the budget was spent before a plan was found.
+    """
+    budget = budget if budget is not None else Budget()
+    _require_search(strategy)
+    problem = replace(posed.problem, family=STRATEGIES[strategy].restrict(posed.problem.family))
+    atlas = build_atlas(problem)
+    report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
+    if not atlas.ranks:
+        raise InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
+    running = _Running(posed, atlas)
+    demand = None if problem.objective.maximises else _saturated_demand(problem)
+    report(Progress(phase="the fleet as if nothing ran on it", elapsed_s=budget.elapsed_s()))
+    fresh = search_fresh(
+        atlas, demand, strategy=strategy, budget=_part(budget), gap_target=gap_target, seed=seed, threads=threads,
+        report=silent,
+    )  # fmt: skip
+    net = running.master(demand)
+    report(Progress(phase="what the running replicas leave over", elapsed_s=budget.elapsed_s()))
+    left_over = running.left_over(strategy, _part(budget), gap_target, seed, threads)
+    candidates = [*running.candidates, *_new(net, [*fresh.templates, *left_over])]
+    report(Progress(phase="which replicas stay", elapsed_s=budget.elapsed_s()))
+    choice = _choose(net, candidates, running, fresh, gap_target, seed, budget)
+    if choice is None:
+        raise _none(atlas, posed, fresh, budget, seed, threads)
+    bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(budget), seed=seed)
+    return _answer(posed, atlas, running, net, fresh, choice, bound, strategy, budget)
+
+
+def _require_search(strategy: str) -> None:
+    known = [s.name for s in STRATEGIES.values() if not s.is_published and s.name != "splitwise"]
+    if strategy not in known:
+        raise InvalidProblemError(f"strategy {strategy!r} has no re-planning, must be one of {', '.join(known)}")
+
+
+def _saturated_demand(problem: PlacementProblem) -> float:
+    assert problem.objective.demand_rps is not None, "PlacementProblem checks it"
+    return problem.objective.demand_rps / problem.assumptions.planned_utilisation
+
+
+def _part(budget: Budget) -> Budget:
+    return Budget(time_limit_s=FRESH_SHARE * budget.remaining_s(), clock=budget.clock, cancelled=budget.cancelled)
+
+
+def _seconds(budget: Budget) -> float:
+    return max(0.5, min(CHOICE_SECONDS, budget.remaining_s()))
+
+
+class _Running:
+    """The running replicas on the fleet as it is now: their options, and what staying is worth."""
+
+    def __init__(self, posed: ReplanningProblem, atlas: Atlas) -> None:
+        self.posed, self.atlas = posed, atlas
+        self.places = places_of(posed.problem.cluster, atlas)
+        self.continuations = Continuations(atlas, self.places, posed.costs)
+        replicas = posed.running.replicas
+        self.templates = [self.continuations.template_now(replica) for replica in replicas]
+        self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
+        self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
+        horizon_s = posed.costs.horizon_s
+        whole = {i: template for i, template in enumerate(self.templates) if template is not None}
+        self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in whole}
+        self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
+        self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
+
+    def master(self, demand: float | None) -> NetMaster:
+        stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
+        inventory = inventory_of(self.atlas, self.places, self.options, stays, self.posed.max_moves)
+        return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
+
+    def all_dropped(self, net: NetMaster) -> float:
+        """What is lost if no running replica is kept: the requests in flight on all that are whole, in net's unit.
+
+        The master counts what keeping gains against that; people count what dropping loses.
+        """
+        if net.master.maximises:
+            return sum(self.stay_rates.values())
+        rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}
+        return sum(share * rent[i] for i, share in self.stay_shares.items())
+
+    def left_over(
+        self, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int
+    ) -> tuple[Template, ...]:  # fmt: skip
+        """New replicas beside all running ones that are whole; none where they serve what is demanded already."""
+        stay: dict[int, Candidate] = {}
+        for candidate in self.candidates:
+            option = candidate.option
+            assert option is not None
+            better = option.old not in stay or candidate.template.rate > stay[option.old].template.rate
+            if option.fate is not Fate.CHANGED and better:
+                stay[option.old] = candidate
+        if not stay or self.posed.max_moves == 0:
+            return ()
+        taken = {name for c in stay.values() if c.option is not None for name in c.option.named()}
+        problem, demand_rps = self.posed.problem, None
+        if not problem.objective.maximises:
+            served = sum(c.template.rate for c in stay.values()) * problem.assumptions.planned_utilisation
+            assert problem.objective.demand_rps is not None
+            demand_rps = problem.objective.demand_rps - served
+            if demand_rps <= 0.0:
+                return ()
+        return search_left_over(
+            self.atlas, taken, demand_rps, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed,
+            threads=threads,
+        )  # fmt: skip
+
+
+def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
+    """Each shape once, of those that may join at all."""
+    by_shape = {template.shape: template for template in templates}
+    candidates = [Candidate(template=t, start_s=net.start_s(t)) for t in by_shape.values()]
+    most = net.inventory.limits[net.inventory.rows["moves",]] if ("moves",) in net.inventory.rows else None
+    return [c for c in candidates if most is None or net.inventory.of_template(c.template)["moves",] <= most]
+
+
+def _choose(
+    net: NetMaster, candidates: Sequence[Candidate], running: _Running, fresh: Fresh, gap_target: float, seed: int,
+    budget: Budget,
+) -> Choice | None:  # fmt: skip
+    """The best choice found; never worse than keeping all replicas that can be kept."""
+    if not candidates:
+        return None
+    num_gpus = sum(c.available for c in net.atlas.classes)
+    penalty = MOVE_PENALTY * abs(fresh.value or 0.0) / max(1, num_gpus)
+    found = net.choose(
+        candidates, time_limit_s=_seconds(budget), gap=min(1e-6, gap_target / 10), seed=seed, penalty=penalty
+    )
+    if not net.master.maximises:
+        return found
+    kept = tuple((c, 1) for c in running.candidates if c.option is not None and c.option.fate is Fate.KEPT)
+    if kept and (found is None or net.value_of(found.chosen) <= net.value_of(kept)):
+        return Choice(chosen=kept, value=net.value_of(kept), bound=np.inf)
+    return found if found is not None and net.rate_of(found.chosen) > 0.0 else None
+
+
+def _none(
+    atlas: Atlas, posed: ReplanningProblem, fresh: Fresh, budget: Budget, seed: int, threads: int
+) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
+    """Why there is nothing to choose."""
+    if fresh.value is None:
+        if budget.is_spent():
+            return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
+        return InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
+    if posed.max_moves is None:
+        return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
+    demand = posed.problem.objective.demand_rps
+    asked = "" if demand is None or posed.problem.objective.maximises else f" that serves {demand:.4g} requests/s"
+    reason = f"at most {posed.max_moves} GPUs may do something else than before, and no plan{asked} needs so few"
+    return InfeasibleError((reason,))
+
+
+def _answer(
+    posed: ReplanningProblem, atlas: Atlas, running: _Running, net: NetMaster, fresh: Fresh, choice: Choice,
+    bound: float, strategy: str, budget: Budget,
+) -> Replanning:  # fmt: skip
+    problem, scale = atlas.problem, objective_scale(atlas.problem)
+    value = net.value_of(choice.chosen)
+    bound = sound_bound(bound, value, maximises=net.master.maximises)
+    dropped = running.all_dropped(net)
+    value, bound = (v - dropped if net.master.maximises else v + dropped for v in (value, bound))
+    chosen = [candidate for candidate, count in choice.chosen for _ in range(count)]
+    bound_stages = name_gpus(atlas, running.places, chosen, holdings(posed.running))
+    outcome = _outcome(net, fresh, choice, interrupted=budget.cancelled.is_set())
+    plan = plan_of(atlas, strategy, outcome, [c.template for c in chosen], bound_stages, budget)
+    moments = problem.workload.clipped_to(problem.model.max_position)
+    change = plan_change(
+        posed.running, plan, problem.model, moments.moments(block_tokens=problem.assumptions.block_tokens)
+    )
+    return Replanning(
+        plan=plan,
+        value=scale * value,
+        bound=scale * bound,
+        gap=abs(bound - value) / abs(value) if value else 0.0,
+        fresh_value=None if fresh.value is None else scale * fresh.value,
+        continued=tuple(_continued(candidate) for candidate in chosen),
+        lost=tuple(i for i, template in enumerate(running.templates) if template is None),
+        change=change,
+        transition=_transition(posed, running, net, plan, chosen),
+    )
+
+
+def _continued(candidate: Candidate) -> Continued:
+    option = candidate.option
+    if option is None:
+        return Continued(old=None, fate=Fate.NEW, start_s=candidate.start_s)
+    return Continued(old=option.old, fate=option.fate, start_s=option.start_s)
+
+
+def _outcome(net: NetMaster, fresh: Fresh, choice: Choice, *, interrupted: bool) -> Outcome:
+    """The choice as a search of placement would return it: its worth once it runs, the bound of the empty fleet."""
+    atlas, maximises = net.atlas, net.master.maximises
+    by_template: dict[Template, int] = {}
+    for candidate, count in choice.chosen:
+        by_template[candidate.template] = by_template.get(candidate.template, 0) + count
+    value = net.rate_of(choice.chosen) if maximises else net.rent_of(choice.chosen)
+    prices = fresh.prices
+    return Outcome(
+        chosen=tuple(by_template.items()),
+        value=value,
+        bound=sound_bound(fresh.bound, value, maximises=maximises),
+        row_prices=prices.row_prices if prices is not None else fresh.row_prices,
+        rate_prices=prices.rate_prices if prices is not None else np.ones(atlas.routes.num_sides),
+        flows=net.flows_of(choice.chosen),
+        interrupted=interrupted,
+    )
+
+
+def _transition(
+    posed: ReplanningProblem, running: _Running, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
+) -> Transition:  # fmt: skip
+    """The order of steps; capacities are goodputs, saturated rates where throughput is the objective."""
+    throughput = posed.problem.objective.kind is ObjectiveKind.THROUGHPUT
+    scale = 1.0 if throughput else posed.problem.assumptions.planned_utilisation
+    runs = [i for i, template in enumerate(running.templates) if template is not None]
+    stays = [c.option.old for c in chosen if c.option is not None and c.option.fate is Fate.KEPT]
+    owner = {device: i for i in runs for device in posed.running.replicas[i].devices()}
+    starts = [
+        Start(
+            replica=number,
+            needs=frozenset(owner[device] for device in plan.replicas[number].devices() if device in owner),
+            start_s=candidate.start_s,
+        )
+        for number, candidate in enumerate(chosen)
+        if candidate.option is None or candidate.option.fate is not Fate.KEPT
+    ]
+    seen: dict[tuple[frozenset[int], frozenset[int]], float] = {}
+
+    def capacity(olds: frozenset[int], news: frozenset[int]) -> float:
+        if (olds, news) not in seen:
+            serving = [t for i in sorted(olds) if (t := running.templates[i]) is not None]
+            serving += [chosen[number].template for number in sorted(news)]
+            seen[olds, news] = scale * net.rate_of([(Candidate(template=t), 1) for t in serving])
+        return seen[olds, news]
+
+    return plan_transition(runs, stays, starts, capacity)

@@ -1,0 +1,176 @@
+"""In which order to stop and start replicas, so that the capacity on the way is as high as it can be.
+
+Replicas whose GPUs are idle start first; stopping comes when a replica that starts needs the GPUs, and at the very end
+for what nobody needs. Both can only raise the capacity: more replicas never serve less. What is left is the order of
+the starts that need something stopped. Starting two of them at once stops as much as starting them one after another
+and has the first of them serve later, so that they go one by one, and the best order is a path through the sets of
+what has started:
+
+    best(S) = max over j in S of  min(best(S - j), capacity(what runs when j has stopped what it needs, S - j started))
+
+exact for up to `MAX_EXACT` of them. For more, the start with the least dip goes first, and the bound is what the
+first and the last start leave at best, whichever they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+MAX_EXACT = 10  # starts that need something stopped
+
+Capacity = Callable[[frozenset[int], frozenset[int]], float]  # (old replicas that run, new ones that run)
+
+
+class Action(StrEnum):
+    START = "start"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A replica of the new plan that is to start, and the running ones whose GPUs it needs."""
+
+    replica: int
+    needs: frozenset[int]
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step: ``replicas`` of the new plan start together, or those of the old one stop.
+
+    Attributes:
+        seconds: until the last of them serves; 0 for a stop.
+        capacity: while the step is under way.
+        capacity_after: when it is done.
+    """
+
+    action: Action
+    replicas: tuple[int, ...]
+    seconds: float
+    capacity: float
+    capacity_after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """The way from the running plan to the new one.
+
+    Attributes:
+        before, after: capacities of what runs now, and of the new plan.
+        lowest: on the way, both ends among it.
+        best_lowest: no order does better.
+        seconds: all steps one after another.
+        lost: requests that ``after`` would have served in that time and the steps do not.
+    """
+
+    steps: tuple[Step, ...]
+    before: float
+    after: float
+    lowest: float
+    best_lowest: float
+    seconds: float
+    lost: float
+
+
+def plan_transition(
+    running: Sequence[int], stays: Sequence[int], starts: Sequence[Start], capacity: Capacity
+) -> Transition:
+    """The order with the highest lowest capacity.
+
+    Args:
+        running: old replicas that serve now.
+        stays: those of them that never stop.
+        starts: what is to start.
+        capacity: of old and new replicas together, never falling when one joins.
+    """
+    runs, started = frozenset(running), frozenset[int]()
+    before = capacity(runs, started)
+    steps: list[Step] = []
+    free = [start for start in starts if not start.needs & runs]
+    blocked = [start for start in starts if start.needs & runs]
+    if free:
+        now, started = capacity(runs, started), frozenset(start.replica for start in free)
+        steps.append(_step(Action.START, started, max(s.start_s for s in free), now, capacity(runs, started)))
+    order, best_lowest = _order(blocked, runs, started, capacity)
+    for start in order:
+        if stopping := start.needs & runs:
+            now, runs = capacity(runs, started), runs - stopping
+            steps.append(_step(Action.STOP, stopping, 0.0, now, capacity(runs, started)))
+        now, started = capacity(runs, started), started | {start.replica}
+        steps.append(_step(Action.START, {start.replica}, start.start_s, now, capacity(runs, started)))
+    if left := runs - frozenset(stays):
+        now, runs = capacity(runs, started), runs - left
+        steps.append(_step(Action.STOP, left, 0.0, now, capacity(runs, started)))
+    after = capacity(runs, started)
+    return Transition(
+        steps=tuple(steps),
+        before=before,
+        after=after,
+        lowest=min(before, after, *(step.capacity for step in steps), *(step.capacity_after for step in steps)),
+        best_lowest=min(before, after, best_lowest),
+        seconds=sum(step.seconds for step in steps),
+        lost=sum(step.seconds * max(0.0, after - step.capacity) for step in steps),
+    )
+
+
+def _step(action: Action, replicas: frozenset[int] | set[int], seconds: float, now: float, then: float) -> Step:
+    return Step(
+        action=action, replicas=tuple(sorted(replicas)), seconds=seconds, capacity=now, capacity_after=then
+    )  # fmt: skip
+
+
+def _order(
+    blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
+) -> tuple[list[Start], float]:
+    """Starts in order, and the highest lowest capacity that any order has during them."""
+    if not blocked:
+        return [], math.inf
+    return (_exact if len(blocked) <= MAX_EXACT else _greedy)(blocked, runs, started, capacity)
+
+
+def _exact(
+    blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
+) -> tuple[list[Start], float]:
+    """By dynamic program over the sets of what has started; of equal lows the one that loses the fewest requests."""
+    count = len(blocked)
+    best: list[tuple[float, float]] = [(math.inf, 0.0)] + [(-math.inf, 0.0)] * ((1 << count) - 1)
+    last = [-1] * (1 << count)
+    for done in range(1, 1 << count):
+        members = [j for j in range(count) if done >> j & 1]
+        left = runs.difference(*(blocked[j].needs for j in members))
+        for j in members:
+            others = started | {blocked[i].replica for i in members if i != j}
+            low, lost = best[done ^ (1 << j)]
+            during = capacity(left, others)
+            candidate = (min(low, during), lost + blocked[j].start_s * during)
+            if last[done] < 0 or candidate > best[done]:
+                best[done], last[done] = candidate, j
+    order, done = list[Start](), (1 << count) - 1
+    while done:
+        order.append(blocked[last[done]])
+        done ^= 1 << last[done]
+    return order[::-1], best[-1][0]
+
+
+def _greedy(
+    blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
+) -> tuple[list[Start], float]:
+    """The least dip first; the bound is that of the best first and the best last start."""
+    every = frozenset(start.replica for start in blocked)
+    first = max(capacity(runs - start.needs, started) for start in blocked)
+    at_end = runs.difference(*(start.needs for start in blocked))
+    final = max(capacity(at_end, started | (every - {start.replica})) for start in blocked)
+    order, waiting = list[Start](), list(blocked)
+    while waiting:
+        chosen = max(
+            waiting,
+            key=lambda s: (capacity(runs - s.needs, started), capacity(runs - s.needs, started | {s.replica})),
+        )
+        waiting.remove(chosen)
+        order.append(chosen)
+        runs, started = runs - chosen.needs, started | {chosen.replica}
+    return order, min(first, final)

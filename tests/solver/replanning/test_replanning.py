@@ -1,0 +1,257 @@
+"""Re-planning: against brute force on tiny fleets, and what it promises of steady input, moves and bounds."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from hetis.solver.advice.fleets import without
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.placement import solve_placement
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.replanning import fresh as fresh_search
+from hetis.solver.replanning.change import Fate
+from hetis.solver.replanning.check import check_replanning
+from hetis.solver.replanning.holdings import in_flight
+from hetis.solver.replanning.problem import HALF_DONE, ChangeCosts, ReplanningProblem
+from hetis.solver.replanning.solve import Replanning, solve_replanning
+from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
+from tests.solver.oracle import best_plan_value
+
+UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,), max_copies=1, max_pool=1)
+# Weights are read at once, so that a start takes the same whatever is loaded: the oracle needs no more than rates.
+AT_ONCE = ChangeCosts(horizon_s=100.0, restart_s=20.0, load_bytes_per_s=1e30)
+TWO_TYPES = {"A": make_profile("A", usable_bytes=30_000_000), "B": make_profile("B", usable_bytes=12_000_000)}
+
+
+def fleet(num_a: int, num_b: int, *, objective: Objective | None = None) -> PlacementProblem:
+    """Single-GPU nodes: A holds the model, B takes two."""
+    nodes = [make_node("a", "A", nodes=num_a)] if num_a else []
+    nodes += [make_node("b", "B", nodes=num_b)] if num_b else []
+    nodes = [replace(node, numbered=True) for node in nodes]
+    goal = objective or Objective(ttft_limit_s=None, tpot_limit_s=None)
+    return make_problem(nodes, profiles=TWO_TYPES, family=UNIFIED, objective=goal)
+
+
+def replanned(running: Plan, problem: PlacementProblem, costs: ChangeCosts = AT_ONCE, **more: object) -> Replanning:
+    """The answer, having passed every check."""
+    posed = ReplanningProblem(running=running, problem=problem, costs=costs, **more)  # type: ignore[arg-type]
+    found = solve_replanning(posed)
+    assert not check_plan(found.plan, problem)
+    assert not check_replanning(posed, found)
+    return found
+
+
+def best_by_enumeration(running: Plan, problem: PlacementProblem, costs: ChangeCosts) -> float:
+    """The best net goodput: every set of running replicas that stays, the best plan on what is left beside it."""
+    there = {device.name for device in problem.cluster.devices()}
+    whole = [replica for replica in running.replicas if set(replica.devices()) <= there]
+    share, goodput = costs.served_share(costs.restart_s), problem.assumptions.planned_utilisation
+    best = 0.0
+    for size in range(len(whole) + 1):
+        for kept in itertools.combinations(whole, size):
+            left = left_over(problem.cluster, {device for replica in kept for device in replica.devices()})
+            value = goodput * sum(replica.rate for replica in kept)
+            if left is not None:
+                value += share * best_plan_value(replace(problem, cluster=left))
+            stopped = (replica for replica in whole if replica not in kept)
+            value -= goodput * sum(HALF_DONE * in_flight(replica) for replica in stopped) / costs.horizon_s
+            best = max(best, value)
+    return best
+
+
+def left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
+    """Every node on its own, without the GPUs that are taken."""
+    groups = []
+    for group in cluster.node_groups:
+        for i in range(group.count):
+            name, index, slots = group.node_name(i), 0, []
+            for part in group.gpus:
+                free = sum(f"{name}/{k}" not in taken for k in range(index, index + part.count))
+                index += part.count
+                slots += [GpuSlots(gpu=part.gpu, count=free, usd_per_hour=part.usd_per_hour)] if free else []
+            if slots:
+                groups.append(NodeGroup(name=name, gpus=tuple(slots), zone=group.zone, nic=group.nic))
+    return replace(cluster, node_groups=tuple(groups)) if groups else None
+
+
+@given(problems(max_gpus=4, family=UNIFIED, num_zones=1))
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+def test_steady_input_gives_a_steady_plan(problem: PlacementProblem) -> None:
+    try:
+        running = solve_placement(problem)
+    except InfeasibleError:
+        return
+    found = replanned(running, problem)
+    assert found.plan.replicas == running.replicas
+    assert found.change.count(Fate.KEPT) == len(running.replicas)
+    assert not found.change.moved
+    assert not found.transition.steps
+    assert found.gap <= 1e-5
+
+
+@pytest.mark.parametrize("lost", ["a-0", "a-1", "b-0", "b-1"])
+@pytest.mark.parametrize("max_moves", [None, 1])
+def test_the_answer_is_the_best_by_enumeration_when_a_node_is_lost(lost: str, max_moves: int | None) -> None:
+    problem = fleet(2, 3)
+    running = solve_placement(problem)
+    left = replace(problem, cluster=without(problem.cluster, [lost]))
+    found = replanned(running, left, max_moves=max_moves)
+    best = best_by_enumeration(running, left, AT_ONCE)
+    if max_moves is None:
+        assert found.value == pytest.approx(best, rel=1e-5)
+    assert found.value <= best * (1 + 1e-6)
+    assert found.value <= found.bound * (1 + 1e-9)
+    assert found.gap <= 1e-4
+
+
+@given(problems(max_gpus=4, family=UNIFIED, num_zones=1))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_the_answer_is_the_best_by_enumeration_on_random_fleets(problem: PlacementProblem) -> None:
+    names = [group.node_name(i) for group in problem.cluster.node_groups for i in range(group.count)]
+    if len(names) < 2:
+        return
+    left = replace(problem, cluster=without(problem.cluster, names[:1]))
+    try:
+        running = solve_placement(problem)
+        found = replanned(running, left)
+    except InfeasibleError:
+        return
+    best = best_by_enumeration(running, left, AT_ONCE)
+    assert found.value == pytest.approx(best, rel=1e-4)
+    assert found.bound >= best * (1 - 1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (3, 2)), ((2, 2), (1, 4)), ((1, 4), (2, 1))])
+def test_no_answer_as_good_moves_fewer_gpus(before: tuple[int, int], after: tuple[int, int]) -> None:
+    running, problem = solve_placement(fleet(*before)), fleet(*after)
+    found = replanned(running, problem)
+    moved = len(found.change.moved)
+    assert moved > 0
+    again = replanned(running, problem, max_moves=moved)
+    assert again.value == pytest.approx(found.value, rel=1e-6)
+    fewer = replanned(running, problem, max_moves=moved - 1)
+    assert fewer.value < found.value * (1 - 1e-6)
+    assert fewer.bound >= fewer.value
+
+
+def test_nothing_moves_when_nothing_may() -> None:
+    running, problem = solve_placement(fleet(1, 2)), fleet(3, 4)
+    found = replanned(running, problem, max_moves=0)
+    assert found.change.count(Fate.KEPT) == len(running.replicas)
+    assert found.gap <= 1e-6
+
+
+def test_a_gain_that_a_restart_eats_up_is_left_alone() -> None:
+    """Two B serve as one replica; an A that joins would hardly start within the horizon."""
+    running, problem = solve_placement(fleet(0, 2)), fleet(1, 2)
+    short = ChangeCosts(horizon_s=21.0, restart_s=20.0, load_bytes_per_s=1e30)
+    kept = replanned(running, problem, costs=short)
+    assert kept.change.count(Fate.KEPT) == 1
+    assert kept.value >= solve_placement(fleet(0, 2)).result.value * (1 - 1e-9)
+
+
+def test_column_generation_proves_a_bound_for_larger_fleets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof by prices holds where the exact one is known."""
+    problem = fleet(2, 3)
+    running = solve_placement(problem)
+    left = replace(problem, cluster=without(problem.cluster, ["a-0"]))
+    exact = replanned(running, left)
+    monkeypatch.setattr(fresh_search, "is_small", lambda _: False)
+    for max_moves in (None, 0, 1):
+        priced = replanned(running, left, max_moves=max_moves)
+        assert priced.value <= exact.bound * (1 + 1e-6)
+        if max_moves is None:
+            assert priced.bound >= exact.value * (1 - 1e-6)
+        if max_moves == 0:
+            assert priced.gap <= 1e-5  # nothing may be new: what stays is all there is
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("kind", [ObjectiveKind.COST, ObjectiveKind.GPUS])
+def test_the_least_cost_keeps_what_serves_the_demand(
+    kind: ObjectiveKind, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = solve_placement(fleet(3, 2)).result.value
+    goal = Objective(kind=kind, ttft_limit_s=None, tpot_limit_s=None, demand_rps=0.6 * most)
+    problem = fleet(3, 2, objective=goal)
+    running = solve_placement(problem)
+    if not small:
+        monkeypatch.setattr(fresh_search, "is_small", lambda _: False)
+    steady = replanned(running, problem)
+    assert steady.plan.replicas == running.replicas
+    assert steady.bound <= steady.value * (1 + 1e-9)
+    lost = running.replicas[0].devices()[0].partition("/")[0]
+    left = replace(problem, cluster=without(problem.cluster, [lost]))
+    found = replanned(running, left)
+    assert found.plan.served_rate() * problem.assumptions.planned_utilisation >= 0.6 * most * (1 - 1e-9)
+    assert found.bound <= found.value * (1 + 1e-9)
+    assert found.change.count(Fate.KEPT) == len(running.replicas) - 1
+
+
+@given(problems(max_gpus=5, family=SMALL_FAMILY), problems(max_gpus=5, family=SMALL_FAMILY))
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_answers_of_every_role_and_zone_pass_their_checks(before: PlacementProblem, after: PlacementProblem) -> None:
+    """The fleet of another problem of the same model: devices of the same name may be of another type, or gone."""
+    after = replace(
+        after, model=before.model, profiles={**before.profiles, **after.profiles}, objective=before.objective
+    )
+    try:
+        running = solve_placement(before)
+        found = replanned(running, after, costs=ChangeCosts(horizon_s=60.0, restart_s=1.0, load_bytes_per_s=1e7))
+    except InfeasibleError:
+        return
+    assert found.bound >= found.value - 1e-6 * abs(found.value)
+    assert found.transition.lowest <= found.transition.best_lowest + 1e-9
+
+
+def test_a_demand_that_needs_more_moves_is_refused_with_the_reason() -> None:
+    most = solve_placement(fleet(2, 0)).result.value
+    goal = Objective(kind=ObjectiveKind.GPUS, ttft_limit_s=None, tpot_limit_s=None, demand_rps=0.9 * most)
+    running = solve_placement(fleet(2, 0, objective=goal))
+    problem = replace(fleet(3, 0, objective=goal), cluster=without(fleet(4, 0).cluster, ["a-0"]))
+    with pytest.raises(InfeasibleError, match="at most 0 GPUs may do something else"):
+        replanned(running, problem, max_moves=0)
+
+
+def test_new_traffic_resets_engines_and_leaves_weights_where_they_are() -> None:
+    problem = fleet(2, 0)
+    running = solve_placement(problem)
+    other = replace(problem, workload=make_workload((20, 200)))
+    slow = ChangeCosts(horizon_s=1e5, restart_s=20.0, load_bytes_per_s=1e3)
+    found = replanned(running, other, costs=slow)
+    assert not found.change.moved
+    assert found.value <= found.bound
+
+
+def test_a_plan_by_a_heuristic_has_no_replanning() -> None:
+    running, problem = solve_placement(fleet(1, 0)), fleet(1, 0)
+    with pytest.raises(InvalidProblemError, match="has no re-planning"):
+        solve_replanning(ReplanningProblem(running=running, problem=problem), strategy="hetis-paper")
+
+
+def test_costs_and_moves_out_of_range_are_refused() -> None:
+    with pytest.raises(InvalidProblemError, match=r"horizon_s is 0"):
+        ChangeCosts(horizon_s=0.0)
+    with pytest.raises(InvalidProblemError, match=r"max_moves is -1"):
+        ReplanningProblem(running=solve_placement(fleet(1, 0)), problem=fleet(1, 0), max_moves=-1)
+
+
+def test_the_checker_finds_what_is_wrong() -> None:
+    problem = fleet(2, 2)
+    running = solve_placement(problem)
+    left = replace(problem, cluster=without(problem.cluster, ["a-0"]))
+    posed = ReplanningProblem(running=running, problem=left, costs=AT_ONCE)
+    found = solve_replanning(posed)
+    assert not check_replanning(posed, found)
+    assert check_replanning(posed, replace(found, value=2 * found.value))
+    assert check_replanning(posed, replace(found, bound=0.5 * found.value))
+    assert check_replanning(posed, replace(found, continued=()))
+    started = [replace(c, fate=Fate.KEPT, old=0) for c in found.continued]
+    assert check_replanning(posed, replace(found, continued=tuple(started)))
