@@ -86,7 +86,7 @@ def solve_placement(
         raise InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
     templates = [template for template, count in outcome.chosen for _ in range(count)]
     bound_stages = bind(atlas, templates, seed=seed)
-    return _plan(atlas, strategy, outcome, templates, bound_stages, budget)
+    return plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
 
 
 def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
@@ -110,7 +110,7 @@ def _scale(problem: PlacementProblem) -> float:
     return problem.assumptions.planned_utilisation if problem.objective.kind is ObjectiveKind.GOODPUT else 1.0
 
 
-def _plan(
+def plan_of(
     atlas: Atlas,
     strategy: str,
     outcome: Outcome,
@@ -118,6 +118,7 @@ def _plan(
     bound_stages: list[list[BoundStage]],
     budget: Budget,
 ) -> Plan:
+    """The plan of an outcome, its templates in the order of ``bound_stages``."""
     problem = atlas.problem
     kind = problem.objective.kind
     scale = _scale(problem)
