@@ -58,6 +58,7 @@ class FleetSearch:
         self.tenants = tuple(
             replace(t, problem=replace(t.problem, family=restrict(t.problem.family))) for t in tenancy.tenants
         )
+        self.tenancy = Tenancy(tenants=self.tenants)  # with the families that are searched
         atlases = [build_atlas(tenant.problem) for tenant in self.tenants]
         self.limits = atlases[0].resources.limits
         self.contenders: list[Contender] = []
