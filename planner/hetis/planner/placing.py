@@ -86,7 +86,7 @@ def make_plan(
     )
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
     notes = (*plan.notes, *routed, *profile_notes(problem))
-    plan = replace(plan, inputs=_inputs(loaded, settings, problem), notes=notes)
+    plan = replace(plan, inputs=inputs_of(loaded, settings, problem), notes=notes)
     violations = check_plan(plan, problem)
     if violations:
         raise UncheckedPlanError(tuple(str(violation) for violation in violations))
@@ -106,7 +106,8 @@ def missed(plan: Plan, settings: Settings) -> list[str]:
     return found
 
 
-def _inputs(loaded: LoadedInputs, settings: Settings, problem: PlacementProblem) -> dict[str, Any]:
+def inputs_of(loaded: LoadedInputs, settings: Settings, problem: PlacementProblem) -> dict[str, Any]:
+    """What makes a plan re-creatable."""
     return {
         "versions": installed_versions(),
         "roles": [role.value for role in problem.family.roles],

@@ -90,7 +90,7 @@ def every_split(tenancy: Tenancy) -> Iterator[Split]:
         for slot in range(len(group.gpus))
     ]
     counts = [first.cluster.node_groups[g].gpus[slot].count for g, _, slot in cards]
-    known: dict[tuple[int, tuple[object, ...]], float] = {}
+    known: dict[object, float] = {}
     for given_away in itertools.product(*(range(count + 1) for count in counts)):
         left = tuple(count - taken for count, taken in zip(counts, given_away, strict=True))
         yield Split(
@@ -99,7 +99,9 @@ def every_split(tenancy: Tenancy) -> Iterator[Split]:
         )
 
 
-def _served(who: int, problem: PlacementProblem, cards: Mapping[tuple[int, int, int], int], known: dict) -> float:  # type: ignore[type-arg]
+def _served(
+    who: int, problem: PlacementProblem, cards: Mapping[tuple[int, int, int], int], known: dict[object, float]
+) -> float:
     groups, shape = [], []
     for number, group in enumerate(problem.cluster.node_groups):
         for node in range(group.count):
@@ -200,7 +202,7 @@ def test_any_prices_prove_a_bound(tenancy: Tenancy, drawn: list[float], share: f
         assert np.all(bound.multipliers * bought <= bound_scale(bound.row_prices, prices) * (1 + REL))
 
 
-def most_per_worth(contender: Listed, alone: float, prices: np.ndarray) -> float:  # type: ignore[type-arg]
+def most_per_worth(contender: Listed, alone: float, prices: np.ndarray) -> float:
     """Normalised rate that a unit of worth buys: of whole replicas, or of a pair of halves."""
     columns = contender.ceilings(alone)
     ratios = columns.rates / (columns.uses @ prices)
@@ -209,7 +211,7 @@ def most_per_worth(contender: Listed, alone: float, prices: np.ndarray) -> float
     return max(by_side[0], pair)
 
 
-def bound_scale(scaled: np.ndarray, prices: np.ndarray) -> float:  # type: ignore[type-arg]
+def bound_scale(scaled: np.ndarray, prices: np.ndarray) -> float:
     return float(scaled.max() / prices[int(np.argmax(scaled))])
 
 

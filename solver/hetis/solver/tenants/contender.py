@@ -26,6 +26,7 @@ from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.tenants.master import TenantColumns
 from hetis.solver.tenants.problem import Tenant
 
+VARIETY = 0.93  # of the best ratio: what columns of other sizes must have
 NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
 
 
@@ -173,15 +174,7 @@ class Priced:
 
         Returns (the bound e, how many columns are new, whether the search was complete).
         """
-        routes = self.atlas.routes
-        columns = self.pool.columns(self.rate_cap)
-        seen = np.zeros(routes.num_sides)
-        np.maximum.at(seen, columns.sides, columns.rates / (columns.uses @ prices))
-        rate_prices = multiplier * routes.shared_out(multiplier * seen, 1.0, np.zeros_like(routes.capacity))
-        with np.errstate(divide="ignore"):
-            floors = NOTHING_BELOW / rate_prices
-        floors[1:][seen[1:] == 0.0] = 0.0
-        floors[self._barren] = np.inf
+        floors = NOTHING_BELOW * self._ratios_that_matter(prices, multiplier)
         priced = [
             pricer.price(prices, floor, KEEP, budget, rate_cap=self.rate_cap)
             for pricer, floor in zip(self._pricers, floors, strict=True)
@@ -191,7 +184,31 @@ class Priced:
         self._barren |= (theta == 0.0) & complete
         theta[self._barren] = 0.0
         added = self.pool.add([template for side in priced for template in side.templates])
-        return routes.highest_rate(theta, 1.0).value, added, complete
+        return self.atlas.routes.highest_rate(theta, 1.0).value, added, complete
+
+    def vary(self, prices: FloatArray, multiplier: float, budget: Budget) -> None:
+        """Adds what nearly every configuration has to offer at these prices: columns of other sizes and classes.
+
+        The relaxation asks for the best replicas only; whole counts want some that fill what those leave over.
+        """
+        ratios = self._ratios_that_matter(prices, multiplier)
+        for pricer, ratio in zip(self._pricers, ratios, strict=True):
+            if np.isfinite(ratio) and ratio > 0.0 and not budget.is_spent():
+                self.pool.add(
+                    pricer.price(prices, VARIETY * ratio, VARIETY, budget, rate_cap=self.rate_cap).templates
+                )  # fmt: skip
+
+    def _ratios_that_matter(self, prices: FloatArray, multiplier: float) -> FloatArray:
+        """Of every side: no column seen has a better ratio unless it improves something; [sides]."""
+        routes, columns = self.atlas.routes, self.pool.columns(self.rate_cap)
+        seen = np.zeros(routes.num_sides)
+        np.maximum.at(seen, columns.sides, columns.rates / (columns.uses @ prices))
+        rate_prices = multiplier * routes.shared_out(multiplier * seen, 1.0, np.zeros_like(routes.capacity))
+        with np.errstate(divide="ignore"):
+            ratios: FloatArray = 1.0 / rate_prices
+        ratios[1:][seen[1:] == 0.0] = 0.0
+        ratios[self._barren] = np.inf
+        return ratios
 
 
 def _normalised(columns: Columns, scale: float) -> TenantColumns:

@@ -52,6 +52,15 @@ class JointGeneration:
                 return
             smooth = added > 0
 
+    def vary(self) -> None:
+        """Adds columns that are nearly as good at the bound's prices, for whole counts to choose from."""
+        if self.bound is None:
+            return
+        prices = self._lifted(self.bound.row_prices, self.bound.value)
+        multipliers = self._least(self.bound.multipliers) * self._scales
+        for contender, multiplier in zip(self.contenders, multipliers.tolist(), strict=True):
+            contender.vary(prices, multiplier, self.budget)
+
     def _columns(self) -> list[TenantColumns]:
         return [c.capped_columns(float(a)) for c, a in zip(self.contenders, self.alone, strict=True)]
 

@@ -69,6 +69,10 @@ class Choice:
     rates: FloatArray
     bound: float
 
+    def of_more(self, blocks: Sequence[TenantColumns]) -> Choice:
+        """The same choice where columns were added behind those it counts."""
+        return Choice(tuple(_padded(blocks, self.counts)), self.rates, self.bound)
+
     def value(self, goal: Goal) -> float:
         """What the choice is worth; -inf where it owes somebody its floor."""
         if np.any(self.rates < goal.floors * (1.0 - 1e-9)):

@@ -74,7 +74,7 @@ class FleetSearch:
             self._reach(contender, part_of(self.limits, claim), f"{contender.tenant.name} on its part of the fleet")
             for contender, claim in zip(self.contenders, tenancy.claims, strict=True)
         )
-        self.incumbent: list[IntArray] | None = None  # counts that the next rule may start from
+        self._known: list[Choice] = []  # of earlier rules: they may do for the next
 
     def _alone(self, contender: Contender) -> Reach:
         name = contender.tenant.name
@@ -136,10 +136,16 @@ class FleetSearch:
         priced = [c for c in self.contenders if isinstance(c, Priced)]
         joint = JointGeneration(priced, rates, goal, self.budget, self.report)
         joint.run(self.settings.gap_target / 2)
-        choice = self._choose(goal, phase)
+        joint.vary()
+        choice = self._choose(goal, joint.bound.value if joint.bound is not None else np.inf, phase)
         if choice is None:
             raise NoPlanFoundError(f"no whole replicas found within {self.budget.elapsed_s():.1f} s; allow more time")
-        return choice, joint.bound, joint.bound.value if joint.bound is not None else np.inf
+        return choice, joint.bound, joint.bound.value if joint.bound is not None else self._bound_alone(goal)
+
+    def _bound_alone(self, goal: Goal) -> float:
+        """What holds before any pricing: nobody exceeds what it could reach alone."""
+        most = np.array([reach.bound / reach.rate for reach in self.alone])
+        return float(goal.gains @ most) if goal.claims is None else float((most / goal.claims).min())
 
     def _pack(self, goal: Goal) -> tuple[Choice, None, float]:
         """A small fleet: the best packing of sub-fleets, and no packing of what they could be at most is better."""
@@ -152,24 +158,27 @@ class FleetSearch:
         assert above is not None, "ceilings are no lower"
         return choice, None, above.bound
 
-    def _choose(self, goal: Goal, phase: str) -> Choice | None:
+    def _choose(self, goal: Goal, bound: float, phase: str) -> Choice | None:
         """Whole counts over all columns seen; never worse than what an earlier rule chose."""
         columns, s = self._columns(), self.settings
         relaxed = solve_relaxation(columns, self.limits, goal)
-        time_limit_s = max(0.5, min(MILP_SECONDS, self.budget.remaining_s()))
-        best: Choice | None = None
-        # Near the relaxation first: of many replicas most are settled. Where that fails, anywhere.
+        earlier = [choice.of_more(columns) for choice in self._known]
+        best = max(earlier, key=lambda choice: choice.value(goal), default=None)
+        if best is not None and best.value(goal) == -np.inf:
+            best = None
+        # Near the relaxation first: of many replicas most are settled. Then anywhere, while the gap asks for it.
         for least in (least_counts(relaxed, MANY), None):
-            if best is not None:
+            if best is not None and bound - best.value(goal) <= s.gap_target * best.value(goal):
                 break
             found = choose_whole(
-                columns, self.limits, goal, time_limit_s=time_limit_s, gap=s.gap_target / 10, seed=s.seed,
-                least=least, start=self.incumbent if least is None else None,
+                columns, self.limits, goal, time_limit_s=max(0.5, min(MILP_SECONDS, self.budget.remaining_s())),
+                gap=s.gap_target / 10, seed=s.seed, least=least,
+                start=best.counts if least is None and best is not None else None,
             )  # fmt: skip
-            if found is not None and found.value(goal) > -np.inf:
+            if found is not None and found.value(goal) > (-np.inf if best is None else best.value(goal)):
                 best = found
         if best is not None:
-            self.incumbent = list(best.counts)
+            self._known.append(best)
             value = best.value(goal)
             self.report(Progress(phase=f"whole counts: {phase}", elapsed_s=self.budget.elapsed_s(), incumbent=value))
         return best
