@@ -43,6 +43,7 @@ from hetis.formats.share_problem import (
     parse_share_problem,
     share_problem_to_data,
 )
+from hetis.formats.tenants import FleetTenants, TenantsDocument, load_tenants, parse_tenants, tenants_to_data
 from hetis.formats.workload import WorkloadDocument, load_workload, parse_workload, workload_to_data
 from hetis.solver.cluster import Cluster
 from hetis.solver.layers.problem import LayersProblem
@@ -69,12 +70,24 @@ __all__ = [
     "load_requests",
     "load_share_problem",
     "load_state",
+    "load_tenants",
     "load_workload",
     "to_data",
     "write_atomically",
 ]
 
-Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | LayersProblem
+Value = (
+    Cluster
+    | ModelSpec
+    | Workload
+    | Profile
+    | Plan
+    | SavedState
+    | NewRequests
+    | ShareInputs
+    | LayersProblem
+    | FleetTenants
+)
 
 _DOCUMENTS: dict[str, type[BaseModel]] = {
     "Cluster": ClusterDocument,
@@ -86,6 +99,7 @@ _DOCUMENTS: dict[str, type[BaseModel]] = {
     "DispatchRequests": DispatchRequestsDocument,
     "ShareProblem": ShareProblemDocument,
     "LayersProblem": LayersProblemDocument,
+    "Tenants": TenantsDocument,
 }
 _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "Cluster": parse_cluster,
@@ -97,6 +111,7 @@ _PARSERS: dict[str, Callable[[Any, Text], Value]] = {
     "DispatchRequests": parse_requests,
     "ShareProblem": parse_share_problem,
     "LayersProblem": parse_layers_problem,
+    "Tenants": parse_tenants,
 }
 _KINDS: dict[type[Value], str] = {
     Cluster: "Cluster",
@@ -108,6 +123,7 @@ _KINDS: dict[type[Value], str] = {
     NewRequests: "DispatchRequests",
     ShareInputs: "ShareProblem",
     LayersProblem: "LayersProblem",
+    FleetTenants: "Tenants",
 }
 
 
@@ -160,6 +176,8 @@ def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
             return share_problem_to_data(value)
         case LayersProblem():
             return layers_problem_to_data(value)
+        case FleetTenants():
+            return tenants_to_data(value)
 
 
 def kind_of(value: Value) -> str:

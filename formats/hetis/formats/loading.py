@@ -23,7 +23,7 @@ Check = Callable[[Mapping[str, Any]], Iterable[tuple[Sequence[str | int], str]]]
 
 KINDS = (
     "Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "ShareProblem",
-    "LayersProblem",
+    "LayersProblem", "Tenants",
 )  # fmt: skip
 
 

@@ -101,6 +101,7 @@ def share_problem(
 ) -> tuple[ShareProblem, tuple[str, ...]]:
     """The problem of a file, with the names of the jobs whose speed-ups were derived."""
     work = _models_and_workloads(inputs)
+    known: dict[tuple[str, str], Mapping[str, float]] = {}  # one derivation serves all jobs with the same work
     derived = []
     tenants = []
     for tenant in inputs.tenants:
@@ -109,8 +110,11 @@ def share_problem(
             speedups = job.speedups
             if job.model is not None and job.workload is not None:
                 name = f"{tenant.name}/{job.name}"
-                tell(f"speed-ups of {name} from placements on each GPU type")
-                speedups = _derived_speedups(inputs, *work[job.model, job.workload], budget=budget)
+                pair = (job.model, job.workload)
+                if pair not in known:
+                    tell(f"speed-ups of {name} from placements on each GPU type")
+                    known[pair] = _derived_speedups(inputs, *work[pair], budget=budget)
+                speedups = known[pair]
                 derived.append(name)
             assert speedups is not None, "a file gives speed-ups, or a model and its workload"
             jobs.append(

@@ -10,6 +10,7 @@ from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.loading import read_data
 from hetis.formats.saved_state import SavedState
 from hetis.formats.share_problem import ShareInputs
+from hetis.formats.tenants import FleetTenants
 from hetis.solver.cluster import Cluster
 from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec
@@ -57,5 +58,5 @@ def _name(value: Value) -> str:
             return f"{value.strategy}, {len(value.replicas)} replicas"
         case NewRequests():
             return f"{len(value.requests)} requests"
-        case ShareInputs():
+        case ShareInputs() | FleetTenants():
             return f"{len(value.tenants)} tenants"

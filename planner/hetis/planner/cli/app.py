@@ -31,6 +31,7 @@ from hetis.planner.cli.redispatch import redispatch
 from hetis.planner.cli.replan import REPLAN_EXAMPLES, replan
 from hetis.planner.cli.rollback import rollback
 from hetis.planner.cli.schema import schema
+from hetis.planner.cli.share import SHARE_EXAMPLES, share
 from hetis.planner.cli.simulate import simulate
 from hetis.planner.cli.simulation_options import SIMULATE_EXAMPLES
 from hetis.planner.cli.stage_options import DISPATCH_EXAMPLES, REDISPATCH_EXAMPLES
@@ -57,6 +58,7 @@ app.command(rich_help_panel="Plan")(compare)
 app.command(rich_help_panel="Plan")(explain)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
+app.command(rich_help_panel="Plan", epilog=SHARE_EXAMPLES)(share)
 app.command(rich_help_panel="Plan", epilog=SIMULATE_EXAMPLES)(simulate)
 app.command("what-if", rich_help_panel="Change", epilog=WHAT_IF_EXAMPLES)(what_if)
 app.command(rich_help_panel="Change", epilog=REPLAN_EXAMPLES)(replan)

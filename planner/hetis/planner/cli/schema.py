@@ -22,6 +22,7 @@ class Kind(StrEnum):
     DISPATCH_REQUESTS = "DispatchRequests"
     SHARE_PROBLEM = "ShareProblem"
     LAYERS_PROBLEM = "LayersProblem"
+    TENANTS = "Tenants"
 
 
 @verb(output=OutputFormat.JSON)

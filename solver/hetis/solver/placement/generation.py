@@ -293,20 +293,10 @@ class ColumnGeneration:
                 self.pool.add(pricer.price(prices, share / worth, share, self.budget, rate_cap=cap).templates)
 
     def _pricers(self, max_copies: int, max_pool: int, threads: int, target_gap: float) -> list[Pricer]:
-        """One for every side of the master; those of other roles have nothing to price."""
-        every = [c for c in configurations(self.atlas) if self.atlas.mixes[c.mix].role in self.roles]
-        return [
-            Pricer(
-                self.atlas,
-                [c for c in every if c.side == side],
-                self.row_costs,
-                max_copies=max_copies,
-                max_pool=max_pool,
-                threads=threads,
-                tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
-            )
-            for side in range(self.atlas.routes.num_sides)
-        ]
+        return pricers_of(
+            self.atlas, self.row_costs, self.roles, max_copies=max_copies, max_pool=max_pool, threads=threads,
+            target_gap=target_gap,
+        )  # fmt: skip
 
     def _rate_cap(self) -> float:
         """What a single replica can serve of a plan at most: no plan is better than the bound, or need be than the
@@ -443,6 +433,26 @@ class ColumnGeneration:
                 gap=self.gap() if known and self.incumbent is not None else None,
             )
         )
+
+
+def pricers_of(
+    atlas: Atlas, row_costs: FloatArray, roles: Sequence[Role], *, max_copies: int, max_pool: int, threads: int,
+    target_gap: float,
+) -> list[Pricer]:  # fmt: skip
+    """One for every side of the master; those of other roles have nothing to price."""
+    every = [c for c in configurations(atlas) if atlas.mixes[c.mix].role in roles]
+    return [
+        Pricer(
+            atlas,
+            [c for c in every if c.side == side],
+            row_costs,
+            max_copies=max_copies,
+            max_pool=max_pool,
+            threads=threads,
+            tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
+        )
+        for side in range(atlas.routes.num_sides)
+    ]
 
 
 def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:

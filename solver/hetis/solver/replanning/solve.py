@@ -95,7 +95,7 @@ def solve_replanning(
     atlas = build_atlas(problem)
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
     if not atlas.ranks:
-        raise InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
+        raise _infeasible(problem, budget, seed, threads)
     running = _Running(posed, atlas)
     demand = None if problem.objective.maximises else _saturated_demand(problem)
     report(Progress(phase="the fleet as if nothing ran on it", elapsed_s=budget.elapsed_s()))
@@ -221,6 +221,11 @@ def _choose(
     return found if found is not None and net.rate_of(found.chosen) > 0.0 else None
 
 
+def _infeasible(problem: PlacementProblem, budget: Budget, seed: int, threads: int) -> InfeasibleError:
+    why = why_infeasible(problem, budget, seed=seed, threads=threads)
+    return InfeasibleError(why.reasons, why)
+
+
 def _none(
     atlas: Atlas, posed: ReplanningProblem, fresh: Fresh, budget: Budget, seed: int, threads: int
 ) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
@@ -228,7 +233,7 @@ def _none(
     if fresh.value is None:
         if budget.is_spent():
             return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-        return InfeasibleError(why_infeasible(atlas, budget, seed=seed, threads=threads))
+        return _infeasible(atlas.problem, budget, seed, threads)
     if posed.max_moves is None:
         return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
     demand = posed.problem.objective.demand_rps

@@ -1,0 +1,132 @@
+"""One fleet shared by tenants with different models: files in, a checked plan for each of them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.tenants import FleetTenant, load_tenants
+from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.placing import KV_IS_FOR_ENGINES, Settings, inputs_of_plan, objective
+from hetis.planner.robustness.notes import profile_notes
+from hetis.planner.sources import LoadedInputs, attempt, load_inputs
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.plan import ObjectiveKind
+from hetis.solver.tenants.problem import Tenancy, Tenant
+from hetis.solver.tenants.result import EnvyCell, FleetShares, TenantRule
+from hetis.solver.tenants.solve import FleetSearch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedTenants:
+    """The tenants of a file on a cluster, and the inputs of each, in the file's order."""
+
+    tenancy: Tenancy
+    inputs: tuple[LoadedInputs, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedFleet:
+    """The fleet shared by the rule asked for, and by others to compare with.
+
+    Attributes:
+        tenancy: the tenants with the families that were searched.
+        answers: by the rule asked for, then by the others that were done in time.
+        envy: of the first answer, tenant by tenant; None: not asked for.
+    """
+
+    tenancy: Tenancy
+    answers: tuple[FleetShares, ...]
+    envy: tuple[tuple[EnvyCell, ...], ...] | None
+
+
+def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strategy: str = "hetis") -> LoadedTenants:
+    """Reads the tenants and everything they name.
+
+    Raises:
+        DocumentError: with the problems of all inputs together.
+        InvalidProblemError: the tenants cannot share this fleet.
+    """
+    if cluster == "-":
+        raise single_problem(cluster, "every tenant's problem is posed on the cluster: give a file, not standard input")
+    given = load_tenants(file).tenants
+    problems: list[Problem] = []
+    loaded = [attempt(lambda tenant=tenant: _load(tenant, cluster, profiles), problems) for tenant in given]  # type: ignore[misc]
+    if problems:
+        raise DocumentError(list(dict.fromkeys(problems)))
+    found = tuple(one for one in loaded if one is not None)
+    tenancy = Tenancy(
+        tenants=tuple(_tenant(tenant, one, strategy) for tenant, one in zip(given, found, strict=True))
+    )  # fmt: skip
+    return LoadedTenants(tenancy=tenancy, inputs=found)
+
+
+def _load(tenant: FleetTenant, cluster: str, profiles: Sequence[str]) -> LoadedInputs:
+    return load_inputs(cluster=cluster, model=tenant.model, workload=tenant.workload, profiles=profiles)
+
+
+def _tenant(tenant: FleetTenant, loaded: LoadedInputs, strategy: str) -> Tenant:
+    goal = objective(
+        ObjectiveKind(tenant.objective), ttft_s=tenant.ttft_s, tpot_s=tenant.tpot_s, demand_rps=None
+    )  # fmt: skip
+    problem = loaded.inputs.problem(goal, strategy)
+    return Tenant(name=tenant.name, problem=problem, weight=tenant.weight, worth=tenant.worth)
+
+
+def share_out_fleet(
+    loaded: LoadedTenants, rules: Sequence[TenantRule], settings: Settings, *, with_envy: bool, budget: Budget,
+    report: Report,
+) -> SharedFleet:  # fmt: skip
+    """Shares the fleet by the first rule, and by the others while there is time; every answer has passed the checker.
+
+    Raises:
+        InfeasibleError: a tenant cannot be served on this fleet at all.
+        NoPlanFoundError: stopped before there were shares by the first rule.
+        UncheckedPlanError: an answer fails the independent checker.
+    """
+    search = FleetSearch(
+        loaded.tenancy, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target, seed=settings.seed,
+        threads=settings.threads, report=report,
+    )  # fmt: skip
+    first, *others = rules
+    answers = [_finished(search, loaded, first, settings, report)]
+    for rule in others:
+        if budget.is_spent():
+            break
+        try:
+            answers.append(_finished(search, loaded, rule, settings, report))
+        except NoPlanFoundError:
+            break  # the time is over: what there is will do
+    envy = search.envy(answers[0]) if with_envy else None
+    return SharedFleet(tenancy=search.tenancy, answers=tuple(answers), envy=envy)
+
+
+def _finished(
+    search: FleetSearch, loaded: LoadedTenants, rule: TenantRule, settings: Settings, report: Report
+) -> FleetShares:
+    """The answer by a rule, its plans complete, checked."""
+    from hetis.solver.tenants.check import check_fleet_shares
+
+    report(Progress(phase=f"rule {rule}", elapsed_s=search.budget.elapsed_s()))
+    answer = search.share(rule)
+    shares = []
+    for share, tenant, inputs in zip(answer.shares, search.tenants, loaded.inputs, strict=True):
+        plan = share.plan
+        if plan is not None:
+            others = " and ".join(other.name for other in search.tenants if other.name != tenant.name)
+            shared = () if not others else (
+                f"tenant {tenant.name} shares the fleet with {others} by the rule {rule}; the bound is what it could "
+                "serve with the whole fleet to itself",
+            )  # fmt: skip
+            routed = (KV_IS_FOR_ENGINES,) if plan.kv_routes else ()
+            notes = tuple(chain(plan.notes, shared, routed, profile_notes(tenant.problem)))
+            plan = replace(plan, inputs=inputs_of_plan(inputs, settings, tenant.problem), notes=notes)
+        shares.append(replace(share, plan=plan))
+    answer = replace(answer, shares=tuple(shares))
+    wrong = check_fleet_shares(search.tenancy, answer)
+    if wrong:
+        raise UncheckedPlanError(wrong)
+    return answer

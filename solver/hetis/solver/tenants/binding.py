@@ -1,0 +1,85 @@
+"""From chosen replicas of several tenants to named GPUs, none of them twice, and a plan for each tenant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from hetis.solver.budget import Budget
+from hetis.solver.placement.binding import BoundStage, bind
+from hetis.solver.placement.generation import Pool
+from hetis.solver.placement.master import Master
+from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.solve import plan_of
+from hetis.solver.placement.tables import Atlas, FloatArray
+from hetis.solver.placement.template import Template
+from hetis.solver.plan import Plan
+from hetis.solver.tenants.contender import Contender, Reach, templates_of, utilisation
+from hetis.solver.tenants.master import Choice
+
+
+def plans_of(
+    contenders: Sequence[Contender], choice: Choice, alone: Sequence[Reach], *, prices: FloatArray,
+    multipliers: Sequence[float], budget: Budget, strategy: str, seed: int,
+) -> list[Plan | None]:  # fmt: skip
+    """The plan of every tenant on the whole cluster's GPUs, disjoint; None: it has no replica.
+
+    A plan's bound is what its tenant could reach alone, which it may be far from; its prices are those of the shared
+    inventory, in the tenant's own rate.
+    """
+    chosen = [templates_of(c, counts.tolist()) for c, counts in zip(contenders, choice.counts, strict=True)]
+    singles = [[template for template, n in parts for _ in range(n)] for parts in chosen]
+    bound = bind_together([c.atlas for c in contenders], singles, seed=seed)
+    plans: list[Plan | None] = []
+    for i, (contender, stages) in enumerate(zip(contenders, bound, strict=True)):
+        if not singles[i]:
+            plans.append(None)
+            continue
+        unit, atlas = utilisation(contender.tenant), contender.atlas
+        outcome = _outcome(
+            atlas, chosen[i], bound=alone[i].bound / unit,
+            prices=prices / (multipliers[i] * unit / alone[i].rate) if multipliers[i] > 0.0 else 0.0 * prices,
+            interrupted=budget.cancelled.is_set(),
+        )  # fmt: skip
+        plans.append(plan_of(atlas, strategy, outcome, singles[i], stages, budget))
+    return plans
+
+
+def bind_together(
+    atlases: Sequence[Atlas], templates: Sequence[Sequence[Template]], *, seed: int
+) -> list[list[list[BoundStage]]]:
+    """Named GPUs for the stages of every tenant's templates. Tenants number their ranks differently."""
+    ranks = tuple(dict.fromkeys(rank for atlas in atlases for rank in atlas.ranks))
+    place = {rank: s for s, rank in enumerate(ranks)}
+    together = [
+        replace(t, stages=tuple(replace(stage, rank=place[atlas.ranks[stage.rank]]) for stage in t.stages))
+        for atlas, own in zip(atlases, templates, strict=True)
+        for t in own
+    ]
+    bound = iter(bind(replace(atlases[0], ranks=ranks), together, seed=seed))
+    return [[next(bound) for _ in own] for own in templates]
+
+
+def _outcome(
+    atlas: Atlas, chosen: tuple[tuple[Template, int], ...], *, bound: float, prices: FloatArray, interrupted: bool
+) -> Outcome:
+    """A tenant's replicas with the rate they serve; halves of requests meet in the fleet's one zone."""
+    pool = Pool(atlas, np.zeros(len(atlas.resources.rows)))
+    pool.add([template for template, _ in chosen])
+    counts = np.zeros(len(pool.templates), dtype=np.int64)
+    for template, n in chosen:
+        counts[pool.place(template)] += n
+    master, columns = Master(atlas.resources.limits, None, atlas.routes), pool.columns()
+    flows = master.best_flows(columns, counts)
+    value = master.served(columns, counts, flows)
+    return Outcome(
+        chosen=chosen,
+        value=value,
+        bound=sound_bound(bound, value, maximises=True),
+        row_prices=prices,
+        rate_prices=np.ones(atlas.routes.num_sides),
+        flows=flows,
+        interrupted=interrupted,
+    )

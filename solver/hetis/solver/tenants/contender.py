@@ -1,0 +1,220 @@
+"""A tenant as the search sees it: columns on the shared inventory, and what it reaches alone on any part of it.
+
+`Listed` knows the best replica of every sub-fleet of a small fleet, so that packings of its columns are optimal.
+`Priced` knows some replicas of a larger fleet and finds more at given prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Report
+from hetis.solver.placement.classes import IntArray, Resources
+from hetis.solver.placement.exact import TOLERANCES, ExactSearch
+from hetis.solver.placement.generation import KEEP, Pool, pricers_of
+from hetis.solver.placement.master import Columns, Master
+from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.pricing import Pricer
+from hetis.solver.placement.search import search
+from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Scope, Tables
+from hetis.solver.placement.template import Template
+from hetis.solver.placement.uniform import uniform_templates
+from hetis.solver.tenants.master import TenantColumns
+from hetis.solver.tenants.problem import Tenant
+
+VARIETY = 0.93  # of the best ratio: what columns of other sizes must have
+NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """What a tenant reaches alone, and no plan exceeds; in its objective's requests/s."""
+
+    rate: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSettings:
+    """How to search: see `solve_placement`."""
+
+    strategy: str
+    gap_target: float
+    seed: int
+    threads: int
+
+
+class Contender(Protocol):
+    """What the rules need of a tenant."""
+
+    tenant: Tenant
+    atlas: Atlas
+
+    def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
+        """What it reaches with so much of every row; None: nothing, or nothing was found in time."""
+        ...
+
+    def columns(self, alone: float) -> TenantColumns:
+        """The columns known, rates over ``alone``."""
+        ...
+
+    def template(self, column: int) -> Template:
+        """The replica behind a column."""
+        ...
+
+
+def utilisation(tenant: Tenant) -> float:
+    """From a saturated rate to the tenant's objective."""
+    problem = tenant.problem
+    return problem.assumptions.planned_utilisation if problem.objective.kind.value == "goodput" else 1.0
+
+
+def within(atlas: Atlas, limits: IntArray) -> Atlas:
+    """The same problem with no more of every row of the inventory than this."""
+    counts = np.zeros(len(atlas.classes), dtype=np.int64)
+    for (device_class, p), limit in zip(atlas.resources.rows, limits, strict=True):
+        if p == 1:
+            counts[device_class] = limit
+
+    def narrowed(scope: Scope) -> Scope:
+        def tabulate(_: tuple[str, ...]) -> Tables:
+            return scope.tables._replace(available=np.minimum(scope.tables.available, counts))
+
+        return Scope(scope.zones, scope.roles, tabulate, scope.gpu)
+
+    return replace(
+        atlas,
+        resources=Resources(atlas.resources.rows, np.minimum(atlas.resources.limits, limits)),
+        scopes=tuple(narrowed(scope) for scope in atlas.scopes),
+    )
+
+
+class Listed:
+    """A tenant on a fleet small enough to know the best replica of every sub-fleet."""
+
+    def __init__(self, tenant: Tenant, atlas: Atlas, settings: SearchSettings, budget: Budget) -> None:
+        self.tenant, self.atlas, self._seed = tenant, atlas, settings.seed
+        self._search = ExactSearch(atlas, self._master(atlas.resources.limits), np.zeros(len(atlas.resources.rows)))
+        needed = {kind: np.zeros(len(f.rate)) for kind, f in self._search.frontiers.items()}
+        self.complete = all(self._search.sweep(needed, tolerance, budget) for tolerance in TOLERANCES)
+        self._chosen, self._columns = self._search.columns(self._search.rates())
+        self._ceilings = self._search.columns(self._search.ceilings(TOLERANCES[-1]))[1]
+
+    def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
+        if not self._chosen:
+            return None
+        master, unit = self._master(limits), utilisation(self.tenant)
+        found = master.solve_milp(self._columns, time_limit_s=np.inf, gap=0.0, seed=self._seed)
+        above = master.solve_milp(self._ceilings, time_limit_s=np.inf, gap=0.0, seed=self._seed)
+        if found is None or found.value <= 0.0 or above is None:
+            return None
+        return Reach(rate=unit * found.value, bound=unit * max(found.value, above.bound))
+
+    def columns(self, alone: float) -> TenantColumns:
+        return _normalised(self._columns, utilisation(self.tenant) / alone)
+
+    def ceilings(self, alone: float) -> TenantColumns:
+        """The same sub-fleets at rates that no replica on them exceeds."""
+        return _normalised(self._ceilings, utilisation(self.tenant) / alone)
+
+    def template(self, column: int) -> Template:
+        return self._search.template(*self._chosen[column])
+
+    def _master(self, limits: IntArray) -> Master:
+        return Master(limits, None, self.atlas.routes)
+
+
+class Priced:
+    """A tenant on a larger fleet. ``rate_cap`` is a saturated rate that no plan of it exceeds."""
+
+    def __init__(self, tenant: Tenant, atlas: Atlas, settings: SearchSettings) -> None:
+        self.tenant, self.atlas, self._settings = tenant, atlas, settings
+        no_costs = np.zeros(len(atlas.resources.rows))
+        self.pool = Pool(atlas, no_costs)
+        self.pool.add(uniform_templates(atlas))
+        family = atlas.problem.family
+        self._pricers: list[Pricer] = pricers_of(
+            atlas, no_costs, family.roles, max_copies=family.max_copies, max_pool=family.max_pool,
+            threads=settings.threads, target_gap=settings.gap_target,
+        )  # fmt: skip
+        self._barren: BoolArray = np.zeros(len(self._pricers), dtype=bool)  # sides without a single replica
+        self.rate_cap = np.inf
+
+    def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
+        s = self._settings
+        part = within(self.atlas, limits)
+        found: Outcome | None = search(part, s.strategy, budget, s.gap_target, s.seed, s.threads, report)
+        if found is None:
+            return None
+        self.pool.add([*(template for template, _ in found.chosen), *found.runners_up])
+        if np.array_equal(part.resources.limits, self.atlas.resources.limits):
+            self.rate_cap = min(self.rate_cap, found.bound)
+        unit = utilisation(self.tenant)
+        return Reach(rate=unit * found.value, bound=unit * found.bound)
+
+    def columns(self, alone: float) -> TenantColumns:
+        return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)
+
+    def capped_columns(self, alone: float) -> TenantColumns:
+        """The same, where a replica counts for no more than any plan serves."""
+        return _normalised(self.pool.columns(self.rate_cap), utilisation(self.tenant) / alone)
+
+    def template(self, column: int) -> Template:
+        return self.pool.templates[column]
+
+    def price(self, prices: FloatArray, multiplier: float, budget: Budget) -> tuple[float, int, bool]:
+        """The most saturated requests/s that a unit of worth buys at these prices, as far as it matters.
+
+        At prices over ``multiplier`` (the worth of a saturated request/s) no column seen has a ratio above one: ways
+        through the fleet below that improve nothing.
+
+        Returns (the bound e, how many columns are new, whether the search was complete).
+        """
+        floors = NOTHING_BELOW * self._ratios_that_matter(prices, multiplier)
+        priced = [
+            pricer.price(prices, floor, KEEP, budget, rate_cap=self.rate_cap)
+            for pricer, floor in zip(self._pricers, floors, strict=True)
+        ]
+        complete = all(side.complete for side in priced)
+        theta = np.array([side.ratio_bound for side in priced])
+        self._barren |= (theta == 0.0) & complete
+        theta[self._barren] = 0.0
+        added = self.pool.add([template for side in priced for template in side.templates])
+        return self.atlas.routes.highest_rate(theta, 1.0).value, added, complete
+
+    def vary(self, prices: FloatArray, multiplier: float, budget: Budget) -> None:
+        """Adds what nearly every configuration has to offer at these prices: columns of other sizes and classes.
+
+        The relaxation asks for the best replicas only; whole counts want some that fill what those leave over.
+        """
+        ratios = self._ratios_that_matter(prices, multiplier)
+        for pricer, ratio in zip(self._pricers, ratios, strict=True):
+            if np.isfinite(ratio) and ratio > 0.0 and not budget.is_spent():
+                self.pool.add(
+                    pricer.price(prices, VARIETY * ratio, VARIETY, budget, rate_cap=self.rate_cap).templates
+                )  # fmt: skip
+
+    def _ratios_that_matter(self, prices: FloatArray, multiplier: float) -> FloatArray:
+        """Of every side: no column seen has a better ratio unless it improves something; [sides]."""
+        routes, columns = self.atlas.routes, self.pool.columns(self.rate_cap)
+        seen = np.zeros(routes.num_sides)
+        np.maximum.at(seen, columns.sides, columns.rates / (columns.uses @ prices))
+        rate_prices = multiplier * routes.shared_out(multiplier * seen, 1.0, np.zeros_like(routes.capacity))
+        with np.errstate(divide="ignore"):
+            ratios: FloatArray = 1.0 / rate_prices
+        ratios[1:][seen[1:] == 0.0] = 0.0
+        ratios[self._barren] = np.inf
+        return ratios
+
+
+def _normalised(columns: Columns, scale: float) -> TenantColumns:
+    return TenantColumns(scale * columns.rates, columns.uses, columns.sides)
+
+
+def templates_of(contender: Contender, counts: Sequence[int]) -> tuple[tuple[Template, int], ...]:
+    """The replicas behind counts of columns."""
+    return tuple((contender.template(k), int(n)) for k, n in enumerate(counts) if n)

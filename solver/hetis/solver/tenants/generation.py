@@ -1,0 +1,120 @@
+"""Column generation for several tenants at once: one inventory and its prices, every tenant priced at its own worth.
+
+Each round prices the replicas of every tenant at the same row prices; `bound.py` makes a bound of what comes back,
+whatever rule is asked for. Prices lie between those of the relaxation and those of the best bound (Wentges smoothing),
+as for one tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.placement.classes import IntArray, Resources
+from hetis.solver.placement.generation import MAX_ROUNDS, PRICE_FLOOR, SMOOTHING
+from hetis.solver.placement.tables import FloatArray
+from hetis.solver.tenants.bound import Bound, Goal, bound_of
+from hetis.solver.tenants.contender import Priced, utilisation
+from hetis.solver.tenants.master import Relaxed, TenantColumns, solve_relaxation
+
+LEAST_MULTIPLIER = 1e-6  # of the greatest: nobody's rate is worth nothing, or a replica's floor would be infinite
+
+
+class JointGeneration:
+    """Prices and solves the relaxation of one goal in turn. ``alone`` [tenants] are the rates that count as 1."""
+
+    def __init__(
+        self, contenders: Sequence[Priced], alone: FloatArray, goal: Goal, budget: Budget, report: Report
+    ) -> None:
+        self.contenders, self.alone, self.goal = contenders, alone, goal
+        self.budget, self.report = budget, report
+        self.resources: Resources = contenders[0].atlas.resources
+        # A request/s of a tenant as a normalised rate; pricing knows saturated rates only.
+        self._scales = np.array([utilisation(c.tenant) / a for c, a in zip(contenders, alone, strict=True)])
+        self.bound: Bound | None = None
+        self.is_infeasible = False  # whether some prices prove that the floors cannot be met
+
+    def run(self, target_gap: float) -> None:
+        """Adds columns until the bound is within ``target_gap`` of the relaxation, or nothing improves on it."""
+        smooth = True
+        for _ in range(MAX_ROUNDS):
+            relaxed = solve_relaxation(self._columns(), self.resources.limits, self.goal)
+            if relaxed is None:
+                return  # columns that meet the floors came with them: only rounding can take them away
+            if self._gap(relaxed) <= target_gap:
+                return
+            prices, multipliers = self._between(relaxed) if smooth else (relaxed.row_prices, relaxed.multipliers)
+            added, complete = self._price(self._lifted(prices, relaxed.value), self._least(multipliers))
+            self._tell(relaxed)
+            if not complete or self.is_infeasible or (not added and not smooth):
+                return
+            smooth = added > 0
+
+    def vary(self) -> None:
+        """Adds columns that are nearly as good at the bound's prices, for whole counts to choose from."""
+        if self.bound is None:
+            return
+        prices = self._lifted(self.bound.row_prices, self.bound.value)
+        multipliers = self._least(self.bound.multipliers) * self._scales
+        for contender, multiplier in zip(self.contenders, multipliers.tolist(), strict=True):
+            contender.vary(prices, multiplier, self.budget)
+
+    def _columns(self) -> list[TenantColumns]:
+        return [c.capped_columns(float(a)) for c, a in zip(self.contenders, self.alone, strict=True)]
+
+    def _gap(self, relaxed: Relaxed) -> float:
+        if self.bound is None:
+            return np.inf
+        return (self.bound.value - relaxed.value) / max(relaxed.value, 1e-12)
+
+    def _between(self, relaxed: Relaxed) -> tuple[FloatArray, FloatArray]:
+        """Prices and multipliers between the relaxation's and the best bound's: dual feasible for columns seen."""
+        if self.bound is None:
+            return relaxed.row_prices, relaxed.multipliers
+        kept, new = SMOOTHING, 1.0 - SMOOTHING
+        return (
+            kept * self.bound.row_prices + new * relaxed.row_prices,
+            kept * self.bound.multipliers + new * relaxed.multipliers,
+        )
+
+    def _lifted(self, prices: FloatArray, value: float) -> FloatArray:
+        """Prices with a floor under those of GPUs: what is free could be infinitely good."""
+        limits = self.resources.limits
+        unit = np.array([1.0 if p == 1 else 0.0 for _, p in self.resources.rows])
+        total = max(float(prices @ limits), value, 1e-9)
+        return np.maximum(prices, PRICE_FLOOR * total / max(1.0, float(unit @ limits)) * unit)
+
+    def _least(self, multipliers: FloatArray) -> FloatArray:
+        return np.asarray(np.maximum(multipliers, LEAST_MULTIPLIER * multipliers.max(initial=1e-9)))
+
+    def _price(self, prices: FloatArray, multipliers: FloatArray) -> tuple[int, bool]:
+        """Prices every tenant's replicas and makes a bound of it; how many are new, and whether all was searched."""
+        efficiency, added, complete = np.zeros(len(self.contenders)), 0, True
+        for i, contender in enumerate(self.contenders):
+            most, new, whole = contender.price(prices, float(multipliers[i] * self._scales[i]), self.budget)
+            efficiency[i], added, complete = most * self._scales[i], added + new, complete and whole
+        found = bound_of(self.goal, prices, efficiency, self.resources.limits.astype(float))
+        self.is_infeasible = found is None
+        if found is not None and (self.bound is None or found.value < self.bound.value):
+            self.bound = found
+        return added, complete
+
+    def _tell(self, relaxed: Relaxed) -> None:
+        columns = sum(len(c.pool.templates) for c in self.contenders)
+        self.report(
+            Progress(
+                phase=f"column generation, {columns} columns of {len(self.contenders)} tenants",
+                elapsed_s=self.budget.elapsed_s(),
+                bound=self.bound.value if self.bound is not None else None,
+                gap=self._gap(relaxed),
+            )
+        )
+
+
+def least_counts(relaxed: Relaxed | None, many: int) -> list[IntArray] | None:
+    """Of a placement of many replicas, those of the relaxation, less one of each column: what need not be searched."""
+    if relaxed is None or sum(float(counts.sum()) for counts in relaxed.counts) < many:
+        return None
+    return [np.maximum(np.floor(counts + 1e-6).astype(np.int64) - 1, 0) for counts in relaxed.counts]

@@ -1,0 +1,226 @@
+"""The master of several tenants in HiGHS: how many replicas of each tenant's columns on one inventory.
+
+    Sets       i tenants, k columns (replicas of one tenant i(k)), r rows of the shared inventory
+    Variables  n_k >= 0 replicas (whole in the MILP);  f_i >= 0 requests prefilled and decoded apart;
+               u_i >= m_i normalised rates;  L level
+    Maximise   sum_i g_i u_i                                    or   L, or least  sum_k GPUs_k n_k
+    Such that  sum_k use_kr n_k <= limit_r                      every row r
+               u_i <= f_i + sum over unified k of i of rate_k n_k        every tenant
+               f_i <= sum over prefill k of i of rate_k n_k
+               f_i <= sum over decode k of i of rate_k n_k
+               w_i L <= u_i                                     where a level is asked for
+
+Rates are normalised: 1 is what a tenant reaches alone on the whole fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import highspy
+import numpy as np
+
+from hetis.solver.highs import quiet_highs
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.routes import UNIFIED
+from hetis.solver.placement.tables import FloatArray
+from hetis.solver.tenants.bound import Goal
+
+ROWS_OF_TENANT = 3  # rate, sent, received
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TenantColumns:
+    """Columns of one tenant: normalised ``rates`` [K], ``uses`` [K, rows], ``sides`` [K] of its routes (one zone)."""
+
+    rates: FloatArray
+    uses: IntArray
+    sides: IntArray
+
+    def served(self, counts: IntArray) -> float:
+        """The normalised rate of so many replicas."""
+        unified, sent, received = np.bincount(self._rows(), counts * self.rates, ROWS_OF_TENANT)
+        return float(unified + min(sent, received))
+
+    def _rows(self) -> IntArray:
+        """Which of a tenant's rows each column feeds: its rate itself, what is sent, what is received."""
+        # Sides of one zone: unified, local senders, senders to all zones (none), receivers.
+        rows: IntArray = np.where(self.sides == UNIFIED, 0, np.where(self.sides <= 2, 1, 2))
+        return rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relaxed:
+    """Optimum of the relaxation: ``row_prices`` [rows] and ``multipliers`` [tenants] are its duals."""
+
+    value: float
+    row_prices: FloatArray
+    multipliers: FloatArray
+    counts: tuple[FloatArray, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """Whole counts of every tenant's columns, normalised rates [tenants], and a bound over whole counts of these."""
+
+    counts: tuple[IntArray, ...]
+    rates: FloatArray
+    bound: float
+
+    def of_more(self, blocks: Sequence[TenantColumns]) -> Choice:
+        """The same choice where columns were added behind those it counts."""
+        return Choice(tuple(_padded(blocks, self.counts)), self.rates, self.bound)
+
+    def value(self, goal: Goal) -> float:
+        """What the choice is worth; -inf where it owes somebody its floor."""
+        if np.any(self.rates < goal.floors * (1.0 - 1e-9)):
+            return -np.inf
+        if goal.claims is not None:
+            return float((self.rates / goal.claims).min())
+        return float(goal.gains @ self.rates)
+
+
+def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: Goal) -> Relaxed | None:
+    """The relaxation; None if these columns cannot meet the floors."""
+    highs = quiet_highs()
+    highs.passModel(_model(blocks, limits, goal, whole=False))
+    highs.run()
+    if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        return None
+    solution = highs.getSolution()
+    duals = np.maximum(0.0, np.array(solution.row_dual))
+    of_tenants = duals[len(limits) : len(limits) + ROWS_OF_TENANT * len(blocks)].reshape(-1, ROWS_OF_TENANT)
+    return Relaxed(
+        value=float(highs.getInfo().objective_function_value),
+        row_prices=duals[: len(limits)],
+        multipliers=of_tenants[:, 0],
+        counts=_split(np.array(solution.col_value), blocks),
+    )
+
+
+def choose_whole(
+    blocks: Sequence[TenantColumns],
+    limits: IntArray,
+    goal: Goal,
+    *,
+    time_limit_s: float,
+    gap: float,
+    start: Sequence[IntArray] | None = None,
+    least: Sequence[IntArray] | None = None,
+    seed: int = 0,
+) -> Choice | None:
+    """Whole counts within a relative gap; None if none was found in time.
+
+    ``start`` is a known feasible choice of the first columns of each tenant. With ``least`` counts are no less than
+    that, and so is what the bound speaks of.
+    """
+    highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
+    model = _model(blocks, limits, goal, whole=True)
+    if least is not None:
+        lower = np.array(model.col_lower_)
+        lower[: sum(map(len, least))] = np.concatenate(list(least))
+        model.col_lower_ = lower
+    highs.passModel(model)
+    if start is not None:
+        highs.setSolution(_as_solution(blocks, goal, start))
+    highs.run()
+    info = highs.getInfo()
+    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        return None
+    counts = tuple(np.rint(part).astype(np.int64) for part in _split(np.array(highs.getSolution().col_value), blocks))
+    bound = float(info.mip_dual_bound)
+    return Choice(counts, _rates(blocks, counts), bound if np.isfinite(bound) else np.inf)
+
+
+def fewest_gpus(
+    blocks: Sequence[TenantColumns], limits: IntArray, gpus: Sequence[FloatArray], floors: FloatArray, *,
+    time_limit_s: float, start: Sequence[IntArray], seed: int = 0,
+) -> Choice:  # fmt: skip
+    """The choice of the fewest GPUs that meets the floors; ``start`` where no better one is found in time.
+
+    ``gpus`` are those of every column.
+    """
+    goal = Goal(np.zeros(len(blocks)), floors)
+    model = _model(blocks, limits, goal, whole=True)
+    cost = np.zeros(model.num_col_)
+    cost[: sum(map(len, gpus))] = np.concatenate(list(gpus))
+    model.col_cost_, model.sense_ = cost, highspy.ObjSense.kMinimize
+    highs = quiet_highs({"mip_rel_gap": 1e-3}, time_limit_s=time_limit_s, seed=seed)
+    highs.passModel(model)
+    highs.setSolution(_as_solution(blocks, goal, start))
+    highs.run()
+    counts = tuple(np.asarray(part) for part in _padded(blocks, start))
+    if highs.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
+        found = tuple(np.rint(p).astype(np.int64) for p in _split(np.array(highs.getSolution().col_value), blocks))
+        if np.all(_rates(blocks, found) >= floors * (1.0 - 1e-9)):
+            counts = found
+    return Choice(counts, _rates(blocks, counts), np.inf)
+
+
+def _rates(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> FloatArray:
+    return np.array([block.served(count) for block, count in zip(blocks, counts, strict=True)])
+
+
+def _padded(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> list[IntArray]:
+    """Counts of the first columns as counts of all."""
+    return [np.pad(n, (0, len(b.rates) - len(n))) for b, n in zip(blocks, counts, strict=True)]
+
+
+def _as_solution(blocks: Sequence[TenantColumns], goal: Goal, counts: Sequence[IntArray]) -> Any:
+    whole = _padded(blocks, counts)
+    rates = _rates(blocks, whole)
+    flows = [min(np.bincount(b._rows(), n * b.rates, ROWS_OF_TENANT)[1:]) for b, n in zip(blocks, whole, strict=True)]
+    level = float((rates / goal.claims).min()) if goal.claims is not None else 0.0
+    given = highspy.HighsSolution()
+    given.col_value = [*np.concatenate(whole).astype(float).tolist(), *flows, *rates.tolist(), level]
+    return given
+
+
+def _split(values: FloatArray, blocks: Sequence[TenantColumns]) -> tuple[FloatArray, ...]:
+    """Values of the replicas' columns, tenant by tenant."""
+    ends = np.cumsum([len(block.rates) for block in blocks])
+    return tuple(np.split(values[: ends[-1]], ends[:-1]))
+
+
+def _model(blocks: Sequence[TenantColumns], limits: IntArray, goal: Goal, *, whole: bool) -> Any:
+    """The master as a HiGHS model: columns n, f, u, L; rows inventory, three of each tenant, levels."""
+    inf, tenants = highspy.kHighsInf, len(blocks)
+    replicas = sum(len(block.rates) for block in blocks)
+    num_rows, num_columns = len(limits) + (ROWS_OF_TENANT + 1) * tenants, replicas + 2 * tenants + 1
+    matrix, first = np.zeros((num_columns, num_rows)), 0
+    for i, block in enumerate(blocks):
+        last, mine = first + len(block.rates), len(limits) + ROWS_OF_TENANT * i
+        matrix[first:last, : len(limits)] = block.uses
+        matrix[np.arange(first, last), mine + block._rows()] = -block.rates
+        flow, rate = replicas + i, replicas + tenants + i
+        matrix[flow, mine : mine + 3] = (-1.0, 1.0, 1.0)
+        matrix[rate, mine] = 1.0
+        if goal.claims is not None:
+            matrix[rate, len(limits) + ROWS_OF_TENANT * tenants + i] = -1.0
+            matrix[-1, len(limits) + ROWS_OF_TENANT * tenants + i] = goal.claims[i]
+        first = last
+    gain, lower = np.zeros(num_columns), np.zeros(num_columns)
+    if goal.claims is None:
+        gain[-1 - tenants : -1] = goal.gains
+    else:
+        gain[-1] = 1.0
+    lower[-1 - tenants : -1] = goal.floors
+    upper = np.full(num_columns, inf)
+    upper[-1] = 0.0 if goal.claims is None else inf
+    entry_columns, entry_rows = np.nonzero(matrix)
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = matrix.shape
+    lp.sense_ = highspy.ObjSense.kMaximize
+    lp.col_cost_, lp.col_lower_, lp.col_upper_ = gain, lower, upper
+    lp.row_lower_ = np.full(num_rows, -inf)
+    lp.row_upper_ = np.concatenate([limits.astype(float), np.zeros((ROWS_OF_TENANT + 1) * tenants)])
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    lp.a_matrix_.start_ = np.searchsorted(entry_columns, np.arange(num_columns + 1)).astype(np.int32)
+    lp.a_matrix_.index_ = entry_rows.astype(np.int32)
+    lp.a_matrix_.value_ = matrix[entry_columns, entry_rows]
+    if whole:
+        kinds = highspy.HighsVarType
+        lp.integrality_ = [kinds.kInteger] * replicas + [kinds.kContinuous] * (num_columns - replicas)
+    return lp

@@ -1,0 +1,312 @@
+"""`share_fleet`: from tenants to a plan for each of them on disjoint GPUs, by a rule, with a bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.exact import is_small
+from hetis.solver.placement.generation import MANY
+from hetis.solver.placement.solve import OPTIMAL_GAP
+from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.plan import Status
+from hetis.solver.tenants.binding import plans_of
+from hetis.solver.tenants.bound import Bound, Goal
+from hetis.solver.tenants.contender import Contender, Listed, Priced, Reach, SearchSettings
+from hetis.solver.tenants.generation import JointGeneration, least_counts
+from hetis.solver.tenants.master import Choice, TenantColumns, choose_whole, fewest_gpus, solve_relaxation
+from hetis.solver.tenants.problem import Tenancy, Tenant
+from hetis.solver.tenants.result import EnvyCell, FleetShares, PriceProof, RowPrice, TenantRule, TenantShare
+
+SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families a fleet can be shared in
+MILP_SECONDS = 10.0  # for each choice of whole counts
+ROUNDING = 1e-9  # share by which a floor is lowered, so that what was reached can be reached again
+
+
+class FleetSearch:
+    """One fleet and its tenants: what each reaches alone and on its part, then any rule; columns are kept between.
+
+    Raises:
+        InvalidProblemError: the strategy has no family that can be shared.
+        InfeasibleError: proved that a tenant fits on the fleet in no way, even alone.
+        NoPlanFoundError: the budget was spent before every tenant was known alone.
+    """
+
+    def __init__(
+        self,
+        tenancy: Tenancy,
+        *,
+        strategy: str = "hetis",
+        budget: Budget | None = None,
+        gap_target: float = 0.005,
+        seed: int = 0,
+        threads: int = 1,
+        report: Report = silent,
+    ) -> None:
+        if strategy not in SHARED:
+            raise InvalidProblemError(f"strategy {strategy!r} cannot be shared, must be one of {', '.join(SHARED)}")
+        self.budget = budget if budget is not None else Budget()
+        self.settings = SearchSettings(strategy=strategy, gap_target=gap_target, seed=seed, threads=threads)
+        self.report = report
+        restrict = STRATEGIES[strategy].restrict
+        self.tenants = tuple(
+            replace(t, problem=replace(t.problem, family=restrict(t.problem.family))) for t in tenancy.tenants
+        )
+        self.tenancy = Tenancy(tenants=self.tenants)  # with the families that are searched
+        atlases = [build_atlas(tenant.problem) for tenant in self.tenants]
+        self.limits = atlases[0].resources.limits
+        self.contenders: list[Contender] = []
+        if all(is_small(atlas) for atlas in atlases):
+            listed = [Listed(*pair, self.settings, self.budget) for pair in zip(self.tenants, atlases, strict=True)]
+            if not all(one.complete for one in listed):
+                raise NoPlanFoundError(f"no shares found within {self.budget.elapsed_s():.1f} s; allow more time")
+            self.contenders.extend(listed)
+        else:
+            self.contenders.extend(Priced(*pair, self.settings) for pair in zip(self.tenants, atlases, strict=True))
+        self.alone = tuple(self._alone(contender) for contender in self.contenders)
+        self.parts = tuple(
+            self._reach(contender, part_of(self.limits, claim), f"{contender.tenant.name} on its part of the fleet")
+            for contender, claim in zip(self.contenders, tenancy.claims, strict=True)
+        )
+        self._known: list[Choice] = []  # of earlier rules: they may do for the next
+
+    def _alone(self, contender: Contender) -> Reach:
+        name = contender.tenant.name
+        found = self._reach(contender, self.limits, f"{name} alone on the whole fleet")
+        if found.rate > 0.0:
+            return found
+        if self.budget.is_spent():
+            raise NoPlanFoundError(f"no plan for {name} found within {self.budget.elapsed_s():.1f} s; allow more time")
+        raise InfeasibleError((f"tenant {name} can be served by no replica on this fleet, even alone",))
+
+    def _reach(self, contender: Contender, limits: IntArray, phase: str) -> Reach:
+        self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
+        found = contender.alone(limits, self.budget, silent)
+        return found if found is not None else Reach(rate=0.0, bound=0.0)
+
+    # --- one rule
+
+    def share(self, rule: TenantRule) -> FleetShares:
+        """Replicas for every tenant under a rule.
+
+        Raises:
+            NoPlanFoundError: the budget was spent before whole replicas that keep the rule were found.
+        """
+        claims = np.array([tenant.weight for tenant in self.tenants])
+        gains = np.array([worth(t, a) * a.rate for t, a in zip(self.tenants, self.alone, strict=True)])
+        none = np.zeros(len(claims))
+        level_bound, level_proof, best_level = None, None, 0.0
+        if rule.has_level:
+            goal = Goal(gains, none, claims)
+            choice, bound, proven = self._solve(goal, "the least rate")
+            best_level = choice.value(goal)
+            level_bound = max(proven, best_level)
+            level_proof = self._proof(bound, none)
+        floors = none
+        if rule is TenantRule.SHARING_INCENTIVE:
+            floors = np.array([part.rate / a.rate for part, a in zip(self.parts, self.alone, strict=True)])
+        if rule.has_level:
+            floors = claims * best_level
+        floors = floors * (1.0 - ROUNDING)
+        goal = Goal(gains, floors)
+        if rule is TenantRule.EQUAL_THROUGHPUT:
+            assert level_bound is not None
+            choice = self._fewest(floors, choice)
+            granted, total = claims * best_level, float(gains @ claims)
+            value, proven, proof = total * best_level, total * level_bound, level_proof
+        else:
+            choice, bound, proven = self._solve(goal, "total value")
+            granted = choice.rates
+            value, proof = choice.value(goal), self._proof(bound, floors)
+        return self._answer(
+            rule, choice, granted, value, max(proven, value), best_level, level_bound, proof, level_proof
+        )
+
+    def _solve(self, goal: Goal, phase: str) -> tuple[Choice, Bound | None, float]:
+        """The best choice found, the bound from prices, and the best value proved."""
+        rates = self._rates()
+        if isinstance(self.contenders[0], Listed):
+            return self._pack(goal)
+        priced = [c for c in self.contenders if isinstance(c, Priced)]
+        joint = JointGeneration(priced, rates, goal, self.budget, self.report)
+        joint.run(self.settings.gap_target / 2)
+        joint.vary()
+        choice = self._choose(goal, joint.bound.value if joint.bound is not None else np.inf, phase)
+        if choice is None:
+            raise NoPlanFoundError(f"no whole replicas found within {self.budget.elapsed_s():.1f} s; allow more time")
+        return choice, joint.bound, joint.bound.value if joint.bound is not None else self._bound_alone(goal)
+
+    def _bound_alone(self, goal: Goal) -> float:
+        """What holds before any pricing: nobody exceeds what it could reach alone."""
+        most = np.array([reach.bound / reach.rate for reach in self.alone])
+        return float(goal.gains @ most) if goal.claims is None else float((most / goal.claims).min())
+
+    def _pack(self, goal: Goal) -> tuple[Choice, None, float]:
+        """A small fleet: the best packing of sub-fleets, and no packing of what they could be at most is better."""
+        listed, rates = [c for c in self.contenders if isinstance(c, Listed)], self._rates()
+        columns = [c.columns(a) for c, a in zip(listed, rates, strict=True)]
+        ceilings = [c.ceilings(a) for c, a in zip(listed, rates, strict=True)]
+        choice = choose_whole(columns, self.limits, goal, time_limit_s=np.inf, gap=0.0, seed=self.settings.seed)
+        above = choose_whole(ceilings, self.limits, goal, time_limit_s=np.inf, gap=0.0, seed=self.settings.seed)
+        assert choice is not None, "every tenant has its part of the fleet at once"
+        assert above is not None, "ceilings are no lower"
+        return choice, None, above.bound
+
+    def _choose(self, goal: Goal, bound: float, phase: str) -> Choice | None:
+        """Whole counts over all columns seen; never worse than what an earlier rule chose."""
+        columns, s = self._columns(), self.settings
+        relaxed = solve_relaxation(columns, self.limits, goal)
+        earlier = [choice.of_more(columns) for choice in self._known]
+        best = max(earlier, key=lambda choice: choice.value(goal), default=None)
+        if best is not None and best.value(goal) == -np.inf:
+            best = None
+        # Near the relaxation first: of many replicas most are settled. Then anywhere, while the gap asks for it.
+        for least in (least_counts(relaxed, MANY), None):
+            if best is not None and bound - best.value(goal) <= s.gap_target * best.value(goal):
+                break
+            found = choose_whole(
+                columns, self.limits, goal, time_limit_s=max(0.5, min(MILP_SECONDS, self.budget.remaining_s())),
+                gap=s.gap_target / 10, seed=s.seed, least=least,
+                start=best.counts if least is None and best is not None else None,
+            )  # fmt: skip
+            if found is not None and found.value(goal) > (-np.inf if best is None else best.value(goal)):
+                best = found
+        if best is not None:
+            self._known.append(best)
+            value = best.value(goal)
+            self.report(Progress(phase=f"whole counts: {phase}", elapsed_s=self.budget.elapsed_s(), incumbent=value))
+        return best
+
+    def _fewest(self, floors: FloatArray, choice: Choice) -> Choice:
+        """The same level on the fewest GPUs: nobody is granted more, so nobody needs more."""
+        columns = self._columns()
+        first = np.array([1.0 if p == 1 else 0.0 for _, p in self.contenders[0].atlas.resources.rows])
+        gpus = [block.uses @ first for block in columns]
+        time_limit_s = max(0.5, min(MILP_SECONDS, self.budget.remaining_s()))
+        return fewest_gpus(
+            columns, self.limits, gpus, floors, time_limit_s=time_limit_s, start=choice.counts,
+            seed=self.settings.seed,
+        )  # fmt: skip
+
+    def _rates(self) -> FloatArray:
+        return np.array([reach.rate for reach in self.alone])
+
+    def _columns(self) -> list[TenantColumns]:
+        return [c.columns(float(a)) for c, a in zip(self.contenders, self._rates(), strict=True)]
+
+    # --- the answer
+
+    def _answer(
+        self, rule: TenantRule, choice: Choice, granted: FloatArray, value: float, bound: float, level: float,
+        level_bound: float | None, proof: PriceProof | None, level_proof: PriceProof | None,
+    ) -> FleetShares:  # fmt: skip
+        multipliers = proof.multipliers if proof is not None else (1.0,) * len(self.tenants)
+        prices = np.array([row.price for row in proof.rows]) if proof is not None else np.zeros(len(self.limits))
+        plans = plans_of(
+            self.contenders, choice, self.alone, prices=prices, multipliers=multipliers, budget=self.budget,
+            strategy=self.settings.strategy, seed=self.settings.seed,
+        )  # fmt: skip
+        shares = []
+        for i, (tenant, plan) in enumerate(zip(self.tenants, plans, strict=True)):
+            alone, part = self.alone[i], self.parts[i]
+            shares.append(
+                TenantShare(
+                    name=tenant.name,
+                    weight=tenant.weight,
+                    worth=worth(tenant, alone),
+                    plan=plan,
+                    placed=float(choice.rates[i] * alone.rate),
+                    rate=float(granted[i] * alone.rate),
+                    alone=alone.rate,
+                    alone_bound=alone.bound,
+                    part=part.rate,
+                    part_bound=part.bound,
+                )
+            )
+        level = min(share.normalised / share.weight for share in shares)
+        gaps = [(bound, value)] + ([] if level_bound is None else [(level_bound, level)])
+        status = Status.FEASIBLE
+        if all(above - reached <= OPTIMAL_GAP * abs(reached) for above, reached in gaps):
+            status = Status.OPTIMAL
+        elif self.budget.cancelled.is_set():
+            status = Status.INTERRUPTED
+        return FleetShares(
+            rule=rule,
+            status=status,
+            shares=tuple(shares),
+            value=value,
+            bound=bound,
+            level=level,
+            level_bound=level_bound,
+            proof=proof,
+            level_proof=level_proof,
+            solve_s=self.budget.elapsed_s(),
+        )
+
+    def _proof(self, bound: Bound | None, floors: FloatArray) -> PriceProof | None:
+        if bound is None:
+            return None
+        atlas = self.contenders[0].atlas
+        rows = tuple(
+            RowPrice(
+                gpu=atlas.classes[g].gpu,
+                gpus_per_node=atlas.classes[g].gpus_per_node,
+                tp_at_least=p,
+                limit=int(limit),
+                price=float(price),
+            )
+            for (g, p), limit, price in zip(atlas.resources.rows, self.limits, bound.row_prices, strict=True)
+        )
+        return PriceProof(
+            rows=rows, multipliers=tuple(bound.multipliers.tolist()), floors=tuple(floors.tolist()), bound=bound.value
+        )
+
+    # --- envy
+
+    def envy(self, shares: FleetShares) -> tuple[tuple[EnvyCell, ...], ...]:
+        """What every tenant (row) would serve with as many GPUs of each class as each tenant (column) has.
+
+        On the diagonal stands what it has. Searches end with the budget: a cell then tells what was found.
+        """
+        uses = [self._use_of(share) for share in shares.shares]
+        table = []
+        for i, contender in enumerate(self.contenders):
+            row = []
+            for j, use in enumerate(uses):
+                if i == j:
+                    placed = shares.shares[i].placed
+                    row.append(EnvyCell(rate=placed, bound=placed))
+                    continue
+                other = shares.shares[j].name
+                reach = self._reach(contender, use, f"{contender.tenant.name} with the GPUs of {other}")
+                row.append(EnvyCell(rate=reach.rate, bound=reach.bound))
+            table.append(tuple(row))
+        return tuple(table)
+
+    def _use_of(self, share: TenantShare) -> IntArray:
+        """As much of every row of the inventory as the GPUs of a share allow."""
+        used = [price.used for price in share.plan.prices] if share.plan is not None else [0] * len(self.limits)
+        rows = self.contenders[0].atlas.resources.rows
+        return np.array([min(limit, used[g]) for (g, _), limit in zip(rows, self.limits, strict=True)], dtype=np.int64)
+
+
+def share_fleet(tenancy: Tenancy, rule: TenantRule, **settings: object) -> FleetShares:
+    """Shares a fleet by one rule; settings are those of `FleetSearch`."""
+    return FleetSearch(tenancy, **settings).share(rule)  # type: ignore[arg-type]
+
+
+def part_of(limits: IntArray, claim: float) -> IntArray:
+    """A tenant's part of every row of the inventory, rounded down: all parts together fit in the fleet's nodes."""
+    part: IntArray = np.floor(limits * claim + ROUNDING).astype(np.int64)
+    return part
+
+
+def worth(tenant: Tenant, alone: Reach) -> float:
+    """Of a request/s."""
+    return tenant.worth if tenant.worth is not None else 1.0 / alone.rate

@@ -1,0 +1,409 @@
+"""Fleets shared by tenants with different models: brute force agrees, bounds hold at any prices, rules are kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.cluster import Cluster, Link, Network
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement import solve_placement
+from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.tenants import solve as solving
+from hetis.solver.tenants.bound import Goal, bound_of
+from hetis.solver.tenants.check import check_fleet_shares
+from hetis.solver.tenants.contender import Listed
+from hetis.solver.tenants.problem import Tenancy, Tenant
+from hetis.solver.tenants.result import FleetShares, TenantRule
+from hetis.solver.tenants.solve import FleetSearch, part_of
+from tests.solver.instances import (
+    NO_LIMITS,
+    SMALL_FAMILY,
+    make_model,
+    make_node,
+    make_problem,
+    make_profile,
+    make_workload,
+    problems,
+)
+
+EXAMPLES = max(2, settings().max_examples // 10)
+REL = 1e-6
+UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,), micro_batches=(1, 8))
+SPLIT = replace(UNIFIED, roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE), max_pool=0)
+OTHER_MODELS = (make_model(num_layers=4), make_model(num_layers=8, kv_heads=1))
+OTHER_WORKLOADS = (make_workload((200, 10)), make_workload((30, 90)))
+OTHER_GOALS = (NO_LIMITS, Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=0.01))
+
+
+@st.composite
+def tenancies(draw: st.DrawFn, *, max_gpus: int = 4) -> Tenancy:
+    """Two tenants that can both be served on up to ``max_gpus`` GPUs in one zone."""
+    family = draw(st.sampled_from((UNIFIED, SPLIT)))
+    first = draw(problems(max_gpus=max_gpus, family=family, num_zones=1))
+    second = replace(
+        first,
+        model=draw(st.sampled_from(OTHER_MODELS)),
+        workload=draw(st.sampled_from(OTHER_WORKLOADS)),
+        objective=draw(st.sampled_from(OTHER_GOALS)),
+    )
+    weights = draw(st.sampled_from(((1.0, 1.0), (1.0, 2.0), (3.0, 1.0))))
+    worth = draw(st.sampled_from((None, None, 0.01)))
+    return Tenancy(
+        tenants=(
+            Tenant(name="one", problem=first, weight=weights[0]),
+            Tenant(name="other", problem=second, weight=weights[1], worth=worth),
+        )
+    )
+
+
+def searched(tenancy: Tenancy) -> FleetSearch | None:
+    """None where a tenant cannot be served at all."""
+    try:
+        return FleetSearch(tenancy)
+    except InfeasibleError:
+        return None
+
+
+class Split(NamedTuple):
+    """What two tenants serve when the nodes' GPUs are handed out."""
+
+    one: float
+    other: float
+
+
+def every_split(tenancy: Tenancy) -> Iterator[Split]:
+    """Every way to hand out the GPUs of every node, each tenant's part placed as if it were the whole fleet."""
+    first, second = (tenant.problem for tenant in tenancy.tenants)
+    cards = [
+        (number, node, slot)
+        for number, group in enumerate(first.cluster.node_groups)
+        for node in range(group.count)
+        for slot in range(len(group.gpus))
+    ]
+    counts = [first.cluster.node_groups[g].gpus[slot].count for g, _, slot in cards]
+    known: dict[object, float] = {}
+    for given_away in itertools.product(*(range(count + 1) for count in counts)):
+        left = tuple(count - taken for count, taken in zip(counts, given_away, strict=True))
+        yield Split(
+            _served(0, first, dict(zip(cards, given_away, strict=True)), known),
+            _served(1, second, dict(zip(cards, left, strict=True)), known),
+        )
+
+
+def _served(
+    who: int, problem: PlacementProblem, cards: Mapping[tuple[int, int, int], int], known: dict[object, float]
+) -> float:
+    groups, shape = [], []
+    for number, group in enumerate(problem.cluster.node_groups):
+        for node in range(group.count):
+            slots = tuple(
+                replace(s, count=cards[number, node, slot])
+                for slot, s in enumerate(group.gpus)
+                if cards[number, node, slot]
+            )
+            if slots:
+                groups.append(replace(group, name=f"{group.name}-{node}", gpus=slots, count=1, numbered=False))
+                shape.append((number, slots))
+    key = (who, tuple(sorted(shape, key=repr)))
+    if key not in known:
+        try:
+            part = replace(problem, cluster=replace(problem.cluster, node_groups=tuple(groups)))
+            known[key] = solve_placement(part).result.value if groups else 0.0
+        except InfeasibleError:
+            known[key] = 0.0
+    return known[key]
+
+
+def assert_best_of(splits: list[Split], search: FleetSearch, answer: FleetShares) -> None:
+    """The answer is the best of all splits under its rule, and its bounds are not below."""
+    alone = np.array([share.alone for share in answer.shares])
+    weights = np.array([share.weight for share in answer.shares])
+    worths = np.array([share.worth for share in answer.shares])
+    rates = np.array(splits)
+    if answer.rule.has_level:
+        best_level = (rates / alone / weights).min(axis=1).max()
+        assert answer.level == pytest.approx(best_level, rel=REL, abs=1e-12)
+        assert answer.level_bound is not None
+        assert answer.level_bound >= best_level * (1 - REL)
+    owed = np.zeros(2)
+    if answer.rule is TenantRule.MAX_MIN:
+        owed = answer.level * weights * alone
+    if answer.rule is TenantRule.SHARING_INCENTIVE:
+        owed = np.array([share.part for share in answer.shares])
+    best = float((rates @ worths)[np.all(rates >= owed * (1 - 1e-7), axis=1)].max())
+    if answer.rule is TenantRule.EQUAL_THROUGHPUT:
+        best = float(answer.level * (weights * alone) @ worths)
+    assert answer.value == pytest.approx(best, rel=REL)
+    assert answer.bound >= best * (1 - REL)
+    assert answer.status is Status.OPTIMAL or answer.value == 0.0
+
+
+@given(tenancies())
+@settings(max_examples=EXAMPLES)
+def test_small_fleets_are_shared_as_brute_force_shares_them(tenancy: Tenancy) -> None:
+    search = searched(tenancy)
+    if search is None:
+        return
+    splits = list(every_split(tenancy))
+    for rule in TenantRule:
+        answer = search.share(rule)
+        assert check_fleet_shares(search.tenancy, answer) == ()
+        assert_best_of(splits, search, answer)
+
+
+@given(tenancies())
+@settings(max_examples=EXAMPLES)
+def test_column_generation_brackets_the_optimum_of_small_fleets(tenancy: Tenancy) -> None:
+    exact = searched(tenancy)
+    if exact is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solving, "is_small", lambda atlas: False)
+        search = FleetSearch(tenancy)
+    for rule in TenantRule:
+        answer, best = search.share(rule), exact.share(rule)
+        assert check_fleet_shares(search.tenancy, answer) == ()
+        if rule.has_level:
+            assert answer.level_bound is not None
+            assert answer.level <= best.level * (1 + REL)
+            assert best.level <= answer.level_bound * (1 + REL)
+        if rule is not TenantRule.MAX_MIN or answer.level >= best.level * (1 - REL):  # else the floors differ
+            assert answer.value <= best.value * (1 + REL)
+            assert best.value <= answer.bound * (1 + REL)
+
+
+@given(tenancies(), st.lists(st.floats(0.01, 10.0), min_size=8, max_size=8), st.floats(0.0, 0.9))
+@settings(max_examples=EXAMPLES)
+def test_any_prices_prove_a_bound(tenancy: Tenancy, drawn: list[float], share: float) -> None:
+    search = searched(tenancy)
+    if search is None:
+        return
+    listed = [contender for contender in search.contenders if isinstance(contender, Listed)]
+    prices = np.array(drawn[: len(search.limits)])
+    bought = np.array([most_per_worth(c, a.rate, prices) for c, a in zip(listed, search.alone, strict=True)])
+    limits = search.limits.astype(float)
+    weights = np.array([tenant.weight for tenant in tenancy.tenants])
+    gains, none = np.array([1.0, 0.7]), np.zeros(2)
+    level = search.share(TenantRule.MAX_MIN).level
+    for goal in (Goal(gains, none), Goal(gains, share * level * weights), Goal(gains, none, weights)):
+        choice, _, _ = search._pack(goal)
+        bound = bound_of(goal, prices, bought, limits)
+        assert bound is not None, "floors that are met were proved impossible"
+        assert choice.value(goal) <= bound.value * (1 + REL)
+        assert np.all(bound.multipliers * bought <= bound_scale(bound.row_prices, prices) * (1 + REL))
+
+
+def most_per_worth(contender: Listed, alone: float, prices: np.ndarray) -> float:
+    """Normalised rate that a unit of worth buys: of whole replicas, or of a pair of halves."""
+    columns = contender.ceilings(alone)
+    ratios = columns.rates / (columns.uses @ prices)
+    by_side = [float(ratios[columns.sides == side].max(initial=0.0)) for side in range(4)]
+    pair = 1 / (1 / by_side[1] + 1 / by_side[3]) if by_side[1] and by_side[3] else 0.0
+    return max(by_side[0], pair)
+
+
+def bound_scale(scaled: np.ndarray, prices: np.ndarray) -> float:
+    return float(scaled.max() / prices[int(np.argmax(scaled))])
+
+
+# --- what every rule promises
+
+
+@pytest.fixture(scope="module")
+def search() -> FleetSearch:
+    """Three tenants on two strong and four weak cards."""
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=1, nodes=4)]
+    profiles = {
+        "A": make_profile("A", flops=4e12, bytes_per_s=4e10, usable_bytes=60_000_000),
+        "B": make_profile("B", usable_bytes=25_000_000),
+    }
+    models = (make_model(), make_model(num_layers=4), make_model(num_layers=8))
+    lengths = ((120, 40), (300, 20), (40, 90))
+    return FleetSearch(
+        Tenancy(
+            tenants=tuple(
+                Tenant(
+                    name=name,
+                    weight=weight,
+                    problem=make_problem(nodes, profiles=profiles, model=model, workload=make_workload(tokens)),
+                )
+                for name, weight, model, tokens in zip("xyz", (1.0, 2.0, 1.0), models, lengths, strict=True)
+            )
+        )
+    )
+
+
+def test_rules_that_promise_more_are_worth_no_more(search: FleetSearch) -> None:
+    answers = {rule: search.share(rule) for rule in TenantRule}
+    most = answers[TenantRule.EFFICIENCY]
+    assert all(answer.value <= most.value * (1 + REL) for answer in answers.values())
+    levels = {rule: answer.level for rule, answer in answers.items()}
+    assert levels[TenantRule.EQUAL_THROUGHPUT] == pytest.approx(levels[TenantRule.MAX_MIN])
+    assert all(level <= levels[TenantRule.MAX_MIN] * (1 + REL) for level in levels.values())
+    assert answers[TenantRule.EQUAL_THROUGHPUT].value <= answers[TenantRule.MAX_MIN].value * (1 + REL)
+
+
+def test_no_gpu_has_two_tenants_and_every_plan_stands_alone(search: FleetSearch) -> None:
+    for rule in TenantRule:
+        answer = search.share(rule)
+        assert check_fleet_shares(search.tenancy, answer) == ()
+        devices = [d for s in answer.shares if s.plan for r in s.plan.replicas for d in r.devices()]
+        assert len(devices) == len(set(devices))
+
+
+def test_nobody_is_below_its_part_under_the_sharing_incentive(search: FleetSearch) -> None:
+    for share in search.share(TenantRule.SHARING_INCENTIVE).shares:
+        assert share.rate >= share.part * (1 - REL)
+
+
+def test_parts_of_every_claim_fit_together() -> None:
+    limits = np.array([32, 7, 1, 3])
+    parts = [part_of(limits, claim) for claim in (1 / 3, 1 / 3, 1 / 3)]
+    assert np.all(sum(parts) <= limits)
+    assert parts[0].tolist() == [10, 2, 0, 1]
+
+
+def test_envy_compares_with_as_many_gpus_of_every_class(search: FleetSearch) -> None:
+    answer = search.share(TenantRule.MAX_MIN)
+    table = search.envy(answer)
+    for i, row in enumerate(table):
+        assert row[i].rate == pytest.approx(answer.shares[i].placed)
+        for cell in row:
+            assert cell.rate <= min(cell.bound, answer.shares[i].alone_bound) * (1 + REL)
+
+
+def test_the_order_of_tenants_does_not_matter(search: FleetSearch) -> None:
+    turned = FleetSearch(Tenancy(tenants=search.tenancy.tenants[::-1]))
+    for rule in TenantRule:
+        assert turned.share(rule).value == pytest.approx(search.share(rule).value, rel=REL)
+
+
+# --- the checker finds what is wrong
+
+
+def changed(answer: FleetShares, what: str) -> FleetShares:
+    first, second, *others = answer.shares
+    assert first.plan is not None
+    match what:
+        case "device twice":
+            thief = next(s for s in answer.shares[1:] if s.plan is not None)
+            assert thief.plan is not None
+            stolen = replace(thief, plan=replace(thief.plan, replicas=first.plan.replicas))
+            return replace(answer, shares=tuple(stolen if s is thief else s for s in answer.shares))
+        case "rate":
+            return replace(answer, shares=(replace(first, rate=1.1 * first.rate), second, *others))
+        case "part":
+            return replace(answer, shares=(replace(first, part=2 * first.rate, part_bound=9e9), second, *others))
+        case "value":
+            return replace(answer, value=answer.value * 1.01)
+        case "bound":
+            return replace(answer, bound=answer.value * 0.99)
+        case _:
+            return replace(answer, level=answer.level * 1.01)
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("device twice", "is given to"),
+        ("rate", "its replicas serve"),
+        ("part", "its part of the fleet would serve"),
+        ("value", "the shares are worth"),
+        ("bound", "is below the value"),
+        ("level", "the least normalised rate per part is"),
+    ],
+)
+def test_the_checker_names_what_is_wrong(search: FleetSearch, what: str, says: str) -> None:
+    answer = search.share(TenantRule.SHARING_INCENTIVE)
+    assert any(says in sentence for sentence in check_fleet_shares(search.tenancy, changed(answer, what)))
+
+
+def test_the_checker_recomputes_the_bound_from_its_prices(search: FleetSearch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solving, "is_small", lambda atlas: False)
+        priced = FleetSearch(search.tenancy)
+    answer = priced.share(TenantRule.SHARING_INCENTIVE)
+    assert check_fleet_shares(priced.tenancy, answer) == ()
+    assert answer.proof is not None
+    half = replace(answer.proof, rows=tuple(replace(row, price=row.price / 2) for row in answer.proof.rows))
+    found = check_fleet_shares(priced.tenancy, replace(answer, proof=half))
+    assert any("pay" in sentence for sentence in found), "replicas beat prices cut in half"
+    double = replace(answer.proof, rows=tuple(replace(row, price=row.price * 2) for row in answer.proof.rows))
+    found = check_fleet_shares(priced.tenancy, replace(answer, proof=double))
+    assert any("its prices prove" in sentence for sentence in found)
+    more = tuple(replace(row, limit=row.limit + 1) for row in answer.proof.rows)
+    found = check_fleet_shares(priced.tenancy, replace(answer, proof=replace(answer.proof, rows=more)))
+    assert any("has room for" in sentence for sentence in found)
+
+
+# --- failures
+
+
+def one_tenant(**changes: object) -> Tenant:
+    nodes = [make_node("a", "A", gpus=2)]
+    return Tenant(name="one", problem=make_problem(nodes, **changes))  # type: ignore[arg-type]
+
+
+def test_everything_wrong_with_a_tenancy_is_said_at_once() -> None:
+    good = one_tenant()
+    cheap = Objective(kind=ObjectiveKind.COST, demand_rps=1.0)
+    costly = replace(good, problem=replace(good.problem, objective=cheap), weight=-1.0)
+    with pytest.raises(InvalidProblemError) as caught:
+        Tenancy(tenants=(good, costly))
+    assert "tenant one appears twice" in str(caught.value)
+    assert "weight is -1.0, must be > 0" in str(caught.value)
+    assert "objective is cost, must be goodput or throughput to be shared" in str(caught.value)
+
+
+def test_fleets_of_several_zones_are_refused() -> None:
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    network = Network(default=Link(bytes_per_s=5e8, latency_s=1e-5))
+    with pytest.raises(InvalidProblemError, match="has 2 zones: tenants share a fleet of one zone"):
+        Tenancy(tenants=(Tenant(name="one", problem=make_problem(nodes, network=network)),))
+
+
+def test_a_tenant_that_fits_nowhere_is_named() -> None:
+    small = {"A": make_profile("A", usable_bytes=2_000_000)}
+    with pytest.raises(InfeasibleError) as caught:
+        FleetSearch(Tenancy(tenants=(one_tenant(profiles=small),)))
+    assert caught.value.reasons == ("tenant one can be served by no replica on this fleet, even alone",)
+
+
+def test_a_spent_budget_is_no_proof() -> None:
+    from hetis.solver.budget import Budget
+
+    budget = Budget()
+    budget.cancelled.set()
+    with pytest.raises(NoPlanFoundError):
+        FleetSearch(Tenancy(tenants=(one_tenant(),)), budget=budget)
+
+
+def test_published_heuristics_cannot_be_shared() -> None:
+    with pytest.raises(InvalidProblemError, match="must be one of hetis, hexgen, hexgen2"):
+        FleetSearch(Tenancy(tenants=(one_tenant(),)), strategy="hetis-paper")
+
+
+def test_one_tenant_has_what_a_placement_gives_it() -> None:
+    tenant = one_tenant()
+    plan = solve_placement(tenant.problem)
+    for rule in TenantRule:
+        share = FleetSearch(Tenancy(tenants=(tenant,))).share(rule).shares[0]
+        assert share.rate == pytest.approx(plan.result.value, rel=REL)
+        assert share.normalised == pytest.approx(1.0)
+
+
+def test_the_cluster_of_all_tenants_is_the_same() -> None:
+    first = one_tenant()
+    other: Cluster = replace(first.problem.cluster, name="elsewhere")
+    second = replace(first, name="two", problem=replace(first.problem, cluster=other))
+    with pytest.raises(InvalidProblemError, match="tenant two: cluster is not that of one"):
+        Tenancy(tenants=(first, second))
