@@ -1,10 +1,11 @@
 """What each idea is worth, simulated: the same fleet without it.
 
-    python -m benchmarks.ablations [--quick] [--json] [--only TEXT] [--seeds K]
+    python -m benchmarks.ablations [--quick] [--json] [--only TEXT] [--seeds K] [--turns N]
 
 Fleets and lengths where attention workers pay, and where they do not. `without attention workers` and `without stage
-copies` plan again within the smaller family; the others run the full plan with the idea switched off: head groups as
-the plan splits them (no head-level dispatch), running requests that never move, and Theta from 10% to 200%.
+copies` plan again within the smaller family; the others, where the full plan has attention workers at all, run it with
+the idea switched off: head groups as the plan splits them (no head-level dispatch), running requests that never move,
+and Theta from 10% to 200%.
 
 `throughput_rps` is what is served when somebody always waits, `over_full` that over the full method's, with the half
 width of its 95% interval by seed; `ttft_p95_s` and `tpot_s` are at 90% of the full plan's saturated rate.
@@ -34,6 +35,7 @@ from hetis.solver.problem import PlacementProblem
 
 TIME_LIMIT_S = 20.0
 TURNS = 20  # see `hetis.planner.simulating`
+REQUESTS = 40  # of a run at least, times the turns
 THETAS = (0.1, 0.25, 1.0, 2.0)  # beside the default of 0.5
 LOAD = 0.9
 
@@ -49,35 +51,24 @@ class Case:
     objective: Objective
 
 
-CASES = (
+CASES = tuple(
     Case(
-        name="2 H100 + 8 P100, 8000/300, 50 ms",
-        fleet="h100-p100",
-        model="Llama-3.1-70B",
-        workload="8000/300",
-        objective=Objective(ttft_limit_s=None, tpot_limit_s=0.05),
-    ),
-    Case(
-        name="2 H100 + 8 L4, 500/2000, 100 ms",
-        fleet="h100-l4",
-        model="Llama-3.1-70B",
-        workload="500/2000",
-        objective=Objective(ttft_limit_s=None, tpot_limit_s=0.1),
-    ),
-    Case(
-        name="paper, azure, 2 s and 100 ms",
-        fleet="paper",
-        model="Llama-2-70B",
-        workload="azure_conv_2023",
-        objective=Objective(),
-    ),
-    Case(
-        name="paper, LongBench, no limits",
-        fleet="paper",
-        model="Llama-2-70B",
-        workload="longbench_lengths",
-        objective=Objective(ttft_limit_s=None, tpot_limit_s=None),
-    ),
+        name=name,
+        fleet=fleet,
+        model=model,
+        workload=workload,
+        objective=Objective(ttft_limit_s=ttft_s, tpot_limit_s=tpot_s),
+    )
+    for name, fleet, model, workload, ttft_s, tpot_s in (
+        ("2 H100 + 8 P100, 8000/300, 50 ms", "h100-p100", "Llama-3.1-70B", "8000/300", None, 0.05),
+        ("2 H100 + 8 P100, 16000/1000, 100 ms", "h100-p100", "Llama-3.1-70B", "16000/1000", None, 0.1),
+        ("2 H100 + 8 P100, LongBench, 100 ms", "h100-p100", "Llama-3.1-70B", "longbench_lengths", None, 0.1),
+        ("2 H100 + 8 L4, 16000/1000, 100 ms", "h100-l4", "Llama-3.1-70B", "16000/1000", None, 0.1),
+        ("2 H100 + 8 L4, 500/2000, 100 ms", "h100-l4", "Llama-3.1-70B", "500/2000", None, 0.1),
+        ("paper, azure, 5 s and 200 ms", "paper", "Llama-2-70B", "azure_conv_2023", 5.0, 0.2),
+        ("paper, azure, 2 s and 100 ms", "paper", "Llama-2-70B", "azure_conv_2023", 2.0, 0.1),
+        ("paper, LongBench, no limits", "paper", "Llama-2-70B", "longbench_lengths", None, None),
+    )
 )
 
 
@@ -85,6 +76,7 @@ def main() -> None:
     """Prints one row per case and ablation."""
     parser = rows.parser("benchmarks.ablations", __doc__)
     parser.add_argument("--seeds", type=int, default=5, help="runs of every load")
+    parser.add_argument("--turns", type=int, default=TURNS, help="so often a plan's seats are filled anew in a run")
     parser.add_argument("--processes", type=int, default=0, help="runs at once; 0: all cores")
     arguments = parser.parse_args()
     chosen = CASES[:1] if arguments.quick else CASES
@@ -95,7 +87,7 @@ def main() -> None:
         for one in ablated(
             case,
             seeds=2 if arguments.quick else arguments.seeds,
-            turns=1 if arguments.quick else TURNS,
+            turns=1 if arguments.quick else arguments.turns,
             thetas=THETAS[:1] if arguments.quick else THETAS,
             processes=1 if arguments.quick else arguments.processes,
         )
@@ -107,15 +99,19 @@ def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], pr
     """The full method first, then without each of its parts."""
     posed = problem(example(case.fleet), model=case.model, workload=case.workload, objective=case.objective)
     lengths = load_workload(case.workload)
-    variants: list[tuple[str, PlacementProblem, Settings]] = [
-        ("full", posed, Settings()),
+    dispatching: list[tuple[str, PlacementProblem, Settings]] = [
         ("without head-level dispatch", posed, Settings(dispatch=False, redispatch=False)),
         ("without re-dispatch", posed, Settings(redispatch=False)),
-        ("without attention workers", replace(posed, family=replace(posed.family, max_pool=0)), Settings()),
-        ("without stage copies", replace(posed, family=replace(posed.family, max_copies=1)), Settings()),
         *((f"Theta {theta:.0%}", posed, Settings(theta=theta)) for theta in thetas),
     ]
-    plans: dict[int, tuple[Plan | None, str]] = {}
+    planned = _planned(posed)
+    variants = [
+        ("full", posed, Settings()),
+        *(dispatching if planned[0] is not None and _workers(planned[0]) else []),  # else there is nothing to dispatch
+        ("without attention workers", replace(posed, family=replace(posed.family, max_pool=0)), Settings()),
+        ("without stage copies", replace(posed, family=replace(posed.family, max_copies=1)), Settings()),
+    ]
+    plans: dict[int, tuple[Plan | None, str]] = {id(posed): planned}
     rate_rps, full = 0.0, list[float]()
     for name, problem_, settings in variants:
         if id(problem_) not in plans:
@@ -127,13 +123,12 @@ def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], pr
             continue
         rate_rps = rate_rps or LOAD * prediction_of(plan).rate_rps
         with served(
-            plan, problem_, lengths, seeds=seeds, turns=turns, at_least=20 * turns, processes=processes
+            plan, problem_, lengths, seeds=seeds, turns=turns, at_least=REQUESTS * turns, processes=processes
         ) as server:
             summary, by_seed = server.saturated(settings)
             loaded = server.at(rate_rps, settings)
         full = full or by_seed
         over = over_runs(np.divide(by_seed, full).tolist())
-        workers = sum(len(pool.devices) for replica in plan.replicas for pool in replica.attention_workers)
         yield _row(
             label,
             planned_rps=prediction_of(plan).rate_rps,
@@ -147,7 +142,7 @@ def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], pr
             preemptions=summary.counts.preemptions,
             migrations=summary.counts.migrations,
             migrated_gib=summary.counts.migrated_bytes / 2**30,
-            note=f"{workers} attention workers, copies {_copies(plan)}",
+            note=f"{_workers(plan)} attention workers, copies {_copies(plan)}",
         )
 
 
@@ -165,6 +160,10 @@ def _planned(posed: PlacementProblem) -> tuple[Plan | None, str]:
         return solve_placement(posed, strategy="hetis", budget=budget), ""
     except HetisError as error:
         return None, str(error).splitlines()[0]
+
+
+def _workers(plan: Plan) -> int:
+    return sum(len(replica.worker_devices()) for replica in plan.replicas)
 
 
 def _copies(plan: Plan) -> str:

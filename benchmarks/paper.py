@@ -1,6 +1,7 @@
 """The comparison of the Hetis paper, simulated: every strategy on its cluster, models and traces.
 
     python -m benchmarks.paper [--quick] [--json] [--only TEXT] [--objective throughput|goodput] [--seeds K]
+                              [--turns N]
 
 The cluster is `examples/paper.yaml` (4 A100-80GB, 4 RTX 3090, 4 P100). Lengths are those of the catalogue's ShareGPT
 (first turns), HumanEval and LongBench, clipped to each model's context: the share that was is in `clipped`.
@@ -28,7 +29,9 @@ from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.served import served
 from hetis.formats.documents import load_workload
+from hetis.planner.simulating import MIN_REQUESTS, TURNS
 from hetis.simulator.confidence import over_runs
+from hetis.simulator.metrics import prediction_of
 from hetis.simulator.summary import Summary
 from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError
@@ -48,7 +51,6 @@ OBJECTIVES = {
     "goodput": Objective(),
 }
 TIME_LIMIT_S = 30.0
-TURNS = 20  # see `hetis.planner.simulating`
 LATENCY_LOAD = 0.7  # of what the weakest strategy serves
 BLOCK_TOKENS = 16
 # The most that the paper reports of Hetis over each: throughput, KV blocks, p95 TTFT, p95 TPOT.
@@ -72,16 +74,19 @@ def main() -> None:
     parser = rows.parser("benchmarks.paper", __doc__)
     parser.add_argument("--objective", choices=list(OBJECTIVES), default="throughput", help="what all plan for")
     parser.add_argument("--seeds", type=int, default=5, help="runs of every load")
+    parser.add_argument("--turns", type=int, default=TURNS, help="so often a plan's seats are filled anew in a run")
     parser.add_argument("--processes", type=int, default=0, help="runs at once; 0: all cores")
     arguments = parser.parse_args()
     found = cases(
         OBJECTIVES[arguments.objective], quick=arguments.quick, only=arguments.only, seeds=arguments.seeds,
-        processes=1 if arguments.quick else arguments.processes,
+        turns=arguments.turns, processes=1 if arguments.quick else arguments.processes,
     )  # fmt: skip
     rows.show(found, arguments, name="paper")
 
 
-def cases(objective: Objective, *, quick: bool, only: str, seeds: int, processes: int) -> Iterator[Row]:
+def cases(
+    objective: Objective, *, quick: bool, only: str, seeds: int, turns: int, processes: int
+) -> Iterator[Row]:  # fmt: skip
     """Every model and trace; of ``quick`` one, with two seeds and short runs."""
     for model in MODELS[:1] if quick else MODELS:
         for trace, workload in list(TRACES.items())[-1 if quick else 0 :]:
@@ -90,13 +95,20 @@ def cases(objective: Objective, *, quick: bool, only: str, seeds: int, processes
                 continue
             posed = problem(example("paper"), model=model, workload=workload, objective=objective)
             outcomes = simulated(
-                posed, workload, seeds=2 if quick else seeds, turns=1 if quick else TURNS, processes=processes
+                posed,
+                workload,
+                seeds=2 if quick else seeds,
+                turns=1 if quick else turns,
+                at_least=20 if quick else MIN_REQUESTS,
+                processes=processes,
             )
             found = (row(names[one.strategy], one, outcomes, posed) for one in outcomes)
             yield from (one for one in found if only in str(one["name"]))
 
 
-def simulated(posed: PlacementProblem, workload: str, *, seeds: int, turns: int, processes: int) -> list[Outcome]:
+def simulated(
+    posed: PlacementProblem, workload: str, *, seeds: int, turns: int, at_least: int, processes: int
+) -> list[Outcome]:  # fmt: skip
     """Plans by every strategy, saturated, then all at one rate."""
     lengths = load_workload(workload)
     outcomes = []
@@ -105,13 +117,13 @@ def simulated(posed: PlacementProblem, workload: str, *, seeds: int, turns: int,
         outcome = planned(restricted, strategy)
         if outcome.plan is not None:
             with served(
-                outcome.plan, restricted, lengths, seeds=seeds, turns=turns, at_least=20 * turns, processes=processes
+                outcome.plan, restricted, lengths, seeds=seeds, turns=turns, at_least=at_least, processes=processes
             ) as server:
                 summary, by_seed = server.saturated()
             outcome = replace(outcome, saturated=summary, by_seed=tuple(by_seed))
         outcomes.append(outcome)
     rate_rps = LATENCY_LOAD * min((float(np.mean(one.by_seed)) for one in outcomes if one.by_seed), default=math.nan)
-    return [_loaded(one, posed, workload, rate_rps, seeds, turns, processes) for one in outcomes]
+    return [_loaded(one, posed, workload, rate_rps, seeds, turns, at_least, processes) for one in outcomes]
 
 
 def planned(posed: PlacementProblem, strategy: str) -> Outcome:
@@ -125,13 +137,13 @@ def planned(posed: PlacementProblem, strategy: str) -> Outcome:
 
 def _loaded(
     outcome: Outcome, posed: PlacementProblem, workload: str, rate_rps: float, seeds: int, turns: int,
-    processes: int,
+    at_least: int, processes: int,
 ) -> Outcome:  # fmt: skip
     if outcome.plan is None:
         return outcome
     lengths = load_workload(workload)
     with served(
-        outcome.plan, posed, lengths, seeds=seeds, turns=turns, at_least=20 * turns, processes=processes
+        outcome.plan, posed, lengths, seeds=seeds, turns=turns, at_least=at_least, processes=processes
     ) as server:
         return replace(outcome, loaded=server.at(rate_rps))
 
@@ -144,7 +156,7 @@ def row(name: str, one: Outcome, outcomes: list[Outcome], posed: PlacementProble
     return {
         "name": name,
         "gpus": sum(len(r.devices()) for r in one.plan.replicas) if one.plan is not None else 0,
-        "planned_rps": sum(r.rate for r in one.plan.replicas) if one.plan is not None else None,
+        "planned_rps": prediction_of(one.plan).rate_rps if one.plan is not None else None,
         "throughput_rps": served_rps.value if served_rps is not None else None,
         "half_width_rps": served_rps.half_width if served_rps is not None else None,
         "hetis_over": _ratio(ours.by_seed, one.by_seed),

@@ -1,12 +1,14 @@
 """The placement's saturated rates beside simulated ones, and how fast the simulator is.
 
-    python -m benchmarks.simulation [--quick] [--json] [agreement | speed]
+    python -m benchmarks.simulation [--quick] [--json] [--cases N] [--processes N] [agreement | speed]
 
 ``agreement``: random (cluster, model, workload) cases are placed, and one replica of every shape of the plan is given
 requests that are always waiting, at the plan's b, M and C, with heads split as the plan splits them. ``ratio`` is the
 simulated rate over `ReplicaPlan.rate`; the bar is 0.9 to 1.1 (DESIGN section 10). ``alternating`` is the same for a
 pipeline whose iterations take exactly what the formula says, but come one by one, with or without a chunk: where it is
-as far off, the slack of the formula is too small.
+as far off, the slack of the formula is too small. ``ttft`` is the planned p95, ``ttft_at_plan`` the simulated one with
+Poisson arrivals at the planned utilisation, `-` where that load is not carried, and ``ttft_at_half`` that at half the
+planned rate, where hardly anybody waits for a seat.
 
 ``speed``: CPU seconds of whole plans on requests that are always waiting, one process.
 """
@@ -14,7 +16,7 @@ as far off, the slack of the formula is too small.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -33,6 +35,8 @@ from benchmarks.measuring.saturating import (
     saturated_run,
     steady_rate,
 )
+from hetis.simulator.arrivals import Load, draw_traffic, requests_of
+from hetis.simulator.metrics import Limits, measure
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
@@ -43,6 +47,7 @@ from hetis.solver.problem import Family, PlacementProblem
 
 SEED = 7
 BAR = 0.1
+TTFT_BAR = 0.25
 SOLVE_S = 8.0
 WORST = 16  # rows shown
 MOST_ITERATIONS = 60_000  # of one simulated replica, about
@@ -54,29 +59,48 @@ def main() -> None:
     parser = rows.parser("benchmarks.simulation", __doc__)
     parser.add_argument("what", nargs="?", choices=("agreement", "speed"), default="agreement")
     parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--processes", type=int, default=0, help="cases at once; 0: all cores")
     arguments = parser.parse_args()
     if arguments.what == "speed":
         rows.show(speed_rows(quick=arguments.quick, only=arguments.only), arguments, name="simulation speed")
         return
-    found = agreement_rows(4 if arguments.quick else arguments.cases, arguments.only)
+    found = agreement_rows(
+        4 if arguments.quick else arguments.cases,
+        arguments.only,
+        processes=1 if arguments.quick else arguments.processes,
+    )
     if arguments.json:
         rows.show(found, arguments, name="simulation")
         return
     measured = list(found)
     worst = sorted(measured, key=lambda row: -abs(_ratio(row) - 1))[:WORST]
     rows.show(worst, arguments, name="simulation")
+    print(verdict(measured))
+
+
+def verdict(measured: Sequence[Row]) -> str:
+    """How many shapes serve what was planned, and how far their TTFT is from the plan's."""
     ratios = np.array([_ratio(row) for row in measured])
-    print(
-        f"{(np.abs(ratios - 1) <= BAR).sum()} of {len(ratios)} replica shapes of "
-        f"{len({str(row['name']).partition(':')[0] for row in measured})} cases within {BAR:.0%}; "
-        f"mean {ratios.mean():.3f}, least {ratios.min():.3f}, most {ratios.max():.3f}; the worst {len(worst)} are shown"
-    )
+    cases = len({str(row["name"]).partition(":")[0] for row in measured})
+    lines = [
+        f"{(np.abs(ratios - 1) <= BAR).sum()} of {len(ratios)} replica shapes of {cases} cases within {BAR:.0%}; "
+        f"mean {ratios.mean():.3f}, least {ratios.min():.3f}, most {ratios.max():.3f}"
+    ]
+    for column, label in (("ttft_at_plan", "at the planned utilisation"), ("ttft_at_half", "at half the planned rate")):
+        found = np.array([float(str(row[column])) / float(str(row["ttft"])) for row in measured if row[column]])
+        if len(found):
+            quantiles = ", ".join(f"{q:.2f}" for q in np.percentile(found, (0, 25, 50, 75, 100)))
+            lines.append(
+                f"simulated over planned p95 TTFT {label}: {len(found)} shapes, quartiles {quantiles}; "
+                f"{(np.abs(found - 1) <= TTFT_BAR).sum()} within {TTFT_BAR:.0%}"
+            )
+    return "\n".join(lines)
 
 
-def agreement_rows(count: int, only: str = "") -> Iterator[Row]:
+def agreement_rows(count: int, only: str = "", *, processes: int) -> Iterator[Row]:
     """One row per replica shape of every case."""
     cases = [case for case in random_cases(count, SEED) if only in case.name]
-    with ProcessPoolExecutor(max_workers=1 if count < 8 else None) as pool:
+    with ProcessPoolExecutor(max_workers=processes or None) as pool:
         for found in pool.map(_agreement, cases):
             yield from found
 
@@ -110,10 +134,23 @@ def _row(name: str, case: Case, plan: Plan, one: ReplicaPlan) -> Row:
         "simulated": simulated,
         "ratio": simulated / one.rate,
         "alternating": None if one.attention_workers else alternating_rate(case.problem, one) / one.rate,
+        "ttft": one.ttft_s,
+        "ttft_at_plan": _ttft_p95_s(plan, case, one, count, case.problem.assumptions.planned_utilisation),
+        "ttft_at_half": _ttft_p95_s(plan, case, one, count, 0.5),
         "requests": count,
         "preemptions": run.num_preemptions,
         "wall_s": time.perf_counter() - started,
     }
+
+
+def _ttft_p95_s(plan: Plan, case: Case, one: ReplicaPlan, count: int, load: float) -> float | None:
+    """Of one replica alone, at so much of its planned rate; None where requests pile up."""
+    problem = case.problem
+    alone = replace(plan, replicas=(one,), kv_routes=())
+    arriving = Load(lengths=problem.workload, max_position=problem.model.max_position, rate_rps=load * one.rate)
+    run = simulate(alone, problem, requests_of(draw_traffic(arriving, count, seed=SEED)), AS_PLANNED)
+    found = measure(run, Limits(ttft_s=None, tpot_s=None), saturated=False)
+    return found.ttft_p95_s.value if found.steady else None
 
 
 def speed_rows(*, quick: bool, only: str) -> Iterator[Row]:

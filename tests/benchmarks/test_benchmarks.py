@@ -75,7 +75,8 @@ PROMISED = {
     | {f"paper_{figure}" for figure in ("throughput", "kv", "ttft", "tpot")},
     "ablations": {"name", "planned_rps", "throughput_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s"}
     | {"half_width_rps", "carried", "preemptions", "migrations", "migrated_gib", "note"},
-    "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"},
+    "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}
+    | {"ttft", "ttft_at_plan", "ttft_at_half"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 
