@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 VOCAB = 97
 # Large weights make a random model's tokens depend on everything: a wrong head or block shows at once.
 INITIALIZER_RANGE = 0.3
+_FOLDERS: list[Path] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +47,15 @@ class Model:
         return self.answers[key]
 
 
-@cache
 def random_model(
     family: str = "llama", *, q_heads: int = 8, kv_heads: int = 4, dtype: str = "float32", seed: int = 0, **more: Any
 ) -> Model:
     """A model of three layers; ``more`` are fields of its config. Made once per process."""
+    return _random_model(family, q_heads, kv_heads, dtype, seed, json.dumps(more))
+
+
+@cache
+def _random_model(family: str, q_heads: int, kv_heads: int, dtype: str, seed: int, more: str) -> Model:
     import transformers
 
     sizes = {"vocab_size": VOCAB, "hidden_size": 8 * q_heads, "num_hidden_layers": 3, "num_attention_heads": q_heads}
@@ -72,7 +77,7 @@ def random_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        config = make_config(**(sizes | ids | common | own | more))
+        config = make_config(**(sizes | ids | common | own | json.loads(more)))
         model = make_model(config).eval().to(getattr(torch, dtype))
         for parameter in model.parameters():  # biases and norms begin at 0 and 1: they would prove nothing
             if parameter.dim() == 1:
@@ -83,12 +88,9 @@ def random_model(
     return Model(folder=folder, config=config, model=model)
 
 
-_FOLDERS: list[Path] = []
-
-
 def remove_checkpoints() -> None:
     """What `random_model` made on disk goes."""
-    random_model.cache_clear()
+    _random_model.cache_clear()
     while _FOLDERS:
         shutil.rmtree(_FOLDERS.pop(), ignore_errors=True)
 
