@@ -91,7 +91,7 @@ class EngineStates(RuleBasedStateMachine):
         self.answers: dict[int, list[int]] = {}
         self.ended: dict[int, FinishReason] = {}
 
-    @rule(prompt=st.integers(0, len(PROMPTS) - 1), tokens=st.integers(1, TOKENS))
+    @rule(prompt=st.integers(0, len(PROMPTS) - 1), tokens=st.sampled_from([1, 5, TOKENS, TOKENS]))
     @precondition(lambda self: len(self.answers) - len(self.ended) < 6)
     def add(self, prompt: int, tokens: int) -> None:
         number = self.engine.add(PROMPTS[prompt], SamplingParams(max_tokens=tokens))
@@ -116,15 +116,21 @@ class EngineStates(RuleBasedStateMachine):
     def preempt(self, which: int) -> None:
         self.engine.preempt(list(self.engine.running)[which % len(self.engine.running)])
 
-    @rule(which=st.integers(0, 9), source=st.integers(0, DEVICES - 1), to=st.integers(0, DEVICES - 1))
+    @rule(which=st.integers(0, 9), head=st.integers(0, 3), many=st.integers(1, 4), further=st.integers(1, DEVICES - 1))
     @precondition(lambda self: self.engine.running)
-    def move(self, which: int, source: int, to: int) -> None:
+    def move(self, which: int, head: int, many: int, further: int) -> None:
+        """Some of the heads that are where ``head`` is go to another device."""
+        self.step(1)
+        if not self.engine.running:
+            return
         request = self.engine.running[list(self.engine.running)[which % len(self.engine.running)]]
-        heads = [head for head, owner in enumerate(request.heads) if owner == source]
-        if heads and source != to and self.engine.placement.state.devices[to].status == "ok":
+        owner = request.heads[head]
+        heads = [other for other, device in enumerate(request.heads) if device == owner][:many]
+        to = (owner + further) % DEVICES
+        if self.engine.placement.state.devices[to].status == "ok":
             self.engine.move(request.number, heads, to)
 
-    @rule(device=st.integers(1, DEVICES - 1), calls=st.integers(0, 12))
+    @rule(device=st.integers(1, DEVICES - 1), calls=st.integers(0, 30))
     def take_away(self, device: int, calls: int) -> None:
         if self.engine.placement.state.devices[device].status == "ok":
             self.devices[device].calls_left = calls
@@ -179,5 +185,5 @@ class EngineStates(RuleBasedStateMachine):
                 assert device.pool.free_pages == device.num_pages
 
 
-EngineStates.TestCase.settings = settings(max_examples=25, stateful_step_count=25)
+EngineStates.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestEngineStates = EngineStates.TestCase
