@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend, choose_backend
 from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.attention.paged_flashinfer import FlashInferBackend
 from hetis.runtime.attention.prefill import PromptKv
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.pool import PagePool
 from hetis.runtime.kv.shape import KvShape, SequenceKey
+from tests.runtime.attention import flashinfer_double
 
 BACKENDS = [TorchBackend, CompiledBackend]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.03, "float16": 0.004}
@@ -38,10 +41,19 @@ def defined(
     return torch.softmax(scale * q.double() @ k.T, dim=-1) @ v
 
 
-def check(make: Callable[[PagePool], Backend], r: int, d: int, window: int, dtype: str, lengths: list[int]) -> None:
+def check(
+    make: Callable[[PagePool], Backend],
+    r: int,
+    d: int,
+    window: int,
+    dtype: str,
+    lengths: list[int],
+    *,
+    device: str = "cpu",
+) -> None:
     shape = shape_of(r=r, d=d, window=window, dtype=dtype)
     generator = torch.Generator().manual_seed(len(lengths) + r)
-    pool = PagePool("d", shape, 3 + sum(shape.pages(length) for length in lengths))
+    pool = PagePool("d", shape, 3 + sum(shape.pages(length) for length in lengths), device)
     backend = make(pool)
     kinds = {"generator": generator, "dtype": torch.float64}
     whole = [torch.randn(2, 2, length, d, **kinds).to(shape.torch_dtype) for length in lengths]
@@ -56,7 +68,7 @@ def check(make: Callable[[PagePool], Backend], r: int, d: int, window: int, dtyp
     for layer in (0, 1):
         q = torch.randn(len(keys), r, d, **kinds).to(shape.torch_dtype)
         new_k, new_v = (torch.stack([kv[i, layer, -1] for kv in whole]) for i in (0, 1))
-        out = backend.attend(layer, q, new_k, new_v)
+        out = backend.attend(layer, q.to(device), new_k.to(device), new_v.to(device)).cpu()
         assert out.dtype == shape.torch_dtype
         for i, kv in enumerate(whole):
             wanted = defined(q[i], kv[0, layer], kv[1, layer], lengths[i] - 1, shape.windows[layer], shape.scale)
@@ -74,6 +86,27 @@ def test_float16_is_computed_by_torch() -> None:
     check(TorchBackend, 3, 16, 0, "float16", [1, 40, 17])
     assert choose_backend(PagePool("d", shape_of(r=1, d=8, window=0, dtype="float16"), 1)).name == "torch"
     assert choose_backend(PagePool("d", shape_of(r=1, d=8, window=0, dtype="bfloat16"), 1)).name == "compiled"
+
+
+@pytest.mark.parametrize("r", [1, 2, 4, 5, 7, 8])
+def test_flashinfer_is_told_what_it_documents(r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer_double)
+    check(FlashInferBackend, r, 64, 19, "bfloat16", [1, 15, 16, 17, 31, 32, 33, 100, 5])
+
+
+def test_flashinfer_is_not_chosen_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer_double)
+    assert choose_backend(PagePool("d", shape_of(r=1, d=64, window=0, dtype="float16"), 1)).name == "torch"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("r", [1, 2, 4, 5, 7, 8])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_on_a_gpu_outputs_are_as_defined(r: int, dtype: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    check(choose_backend, r, 64, 19, dtype, [1, 15, 16, 17, 31, 32, 33, 100, 5], device="cuda")
+    check(TorchBackend, r, 64, 19, dtype, [1, 15, 16, 17, 31, 32, 33, 100, 5], device="cuda")
 
 
 @given(
