@@ -1,0 +1,134 @@
+"""What the engine asks of a device that holds KV and computes attention: in this process, or behind a channel.
+
+A *virtual sequence* is one KV head of one request with its r query heads. It lives on one device, whole: all layers of
+the stage, all positions. Nothing here knows of weights, of other devices, or of how heads are shared out.
+
+The engine drives a device like this, the same for every kind:
+
+    begin(step)                         positions of this step; pages are taken
+    attend(layer, q, k, v) -> pending   once per layer, in order: stores k and v, attends to all positions up to it
+    finish(step)                        all layers are through
+    abort(step)                         the step is not: forget it. It may be begun again, under any number
+
+Positions are said in full in every step, and a device never counts by itself: a step that is done again writes the same
+slots. What a device holds beyond the positions of a step is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceStep:
+    """One decode step's part on one device: N virtual sequences, each one position longer after it.
+
+    Attributes:
+        epoch: of the engine; a device that has seen a higher one refuses.
+        number: of the step, rising.
+        requests: shape [N].
+        incarnations: shape [N].
+        heads: KV heads, shape [N].
+        positions: slot that this step writes, shape [N]; attention reads 0 to it, itself included.
+    """
+
+    epoch: int
+    number: int
+    requests: IntArray
+    incarnations: IntArray
+    heads: IntArray
+    positions: IntArray
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def keys(self) -> list[SequenceKey]:
+        columns = self.requests.tolist(), self.incarnations.tolist(), self.heads.tolist()
+        return list(map(SequenceKey, *columns))
+
+
+class Pending(Protocol):
+    """The outputs of one layer, perhaps still under way."""
+
+    def wait(self) -> torch.Tensor:
+        """Outputs of the query heads, shape [N, r, d]. Raises DeviceLostError."""
+
+
+class Ready(NamedTuple):
+    """Outputs that are here already."""
+
+    output: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.output
+
+
+class AttentionDevice(Protocol):
+    """A device that holds KV pages. Every method may raise `DeviceLostError`, after which the device is gone.
+
+    Attributes:
+        name: for people; unique in its stage.
+        shape: of its virtual sequences.
+        num_pages: that it has in all. How many are in use the engine counts itself, so that it knows before it asks.
+    """
+
+    name: str
+    shape: KvShape
+    num_pages: int
+
+    def begin(self, step: DeviceStep) -> None:
+        """Takes the pages that the step's positions need.
+
+        Raises:
+            OutOfPagesError: there are too few; nothing has changed.
+            UnknownSequenceError: a position beyond 0 of a sequence that is not held here, or not that far.
+        """
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:
+        """Stores k and v at the step's positions and attends. ``layer`` counts within the stage.
+
+        Args:
+            q: shape [N, r, d], rotated.
+            k: shape [N, d], rotated.
+            v: shape [N, d].
+        """
+
+    def finish(self, number: int) -> None:
+        """The step is through all layers."""
+
+    def abort(self, number: int) -> None:
+        """The step will not be finished. Also when no such step was begun."""
+
+    def drop(self, keys: Sequence[SequenceKey]) -> None:
+        """Frees the pages of these sequences; those that are not here are no error, so that it may be said again."""
+
+    def export(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of positions ``first`` to ``last - 1``, each of shape [heads, layers, positions, d], a copy.
+
+        Raises:
+            UnknownSequenceError: a head is not here, or not that far.
+        """
+
+    def adopt(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Writes K and V at the positions from ``first`` on, each of shape [heads, layers, positions, d].
+
+        Sequences that are not here yet begin with it. The same positions may be written again.
+
+        Raises:
+            OutOfPagesError: there are too few; nothing has changed.
+            UnknownSequenceError: there would be a gap before ``first``.
+        """

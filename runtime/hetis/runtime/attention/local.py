@@ -1,0 +1,62 @@
+"""An attention device in this process: its pages, and the backend that suits its memory and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hetis.runtime.attention.backends import Backend, choose_backend
+from hetis.runtime.attention.device import DeviceStep, Ready
+from hetis.runtime.kv.errors import DeviceError
+from hetis.runtime.kv.pool import PagePool
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+
+
+class LocalDevice:
+    """KV pages in this process, as an `AttentionDevice`."""
+
+    def __init__(
+        self, name: str, shape: KvShape, num_pages: int, *, device: str = "cpu", backend: Backend | None = None
+    ) -> None:
+        self.name, self.shape, self.num_pages = name, shape, num_pages
+        self.pool = PagePool(name, shape, num_pages, device)
+        self.backend = backend or choose_backend(self.pool)
+        self._step: int | None = None
+
+    def begin(self, step: DeviceStep) -> None:
+        keys = step.keys()
+        positions = step.positions.tolist()
+        self.pool.extend(keys, positions, [position + 1 for position in positions])
+        self.backend.plan(self.pool.rows(keys), step.positions)
+        self._step = step.number
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Ready:
+        if self._step is None:
+            raise DeviceError(self.name, "no step was begun")
+        device = self.pool.k.device
+        return Ready(self.backend.attend(layer, q.to(device), k.to(device), v.to(device)))
+
+    def finish(self, number: int) -> None:
+        self._step = None
+
+    def abort(self, number: int) -> None:
+        self._step = None
+
+    def drop(self, keys: Sequence[SequenceKey]) -> None:
+        self.pool.drop(keys)
+
+    def export(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pieces = [self.pool.read(SequenceKey(request, incarnation, head), first, last) for head in heads]
+        return torch.stack([k for k, _ in pieces]), torch.stack([v for _, v in pieces])
+
+    def adopt(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        keys = [SequenceKey(request, incarnation, head) for head in heads]
+        last = first + k.shape[2]
+        self.pool.extend(keys, [first] * len(keys), [last] * len(keys))
+        for key, own_k, own_v in zip(keys, k, v, strict=True):
+            self.pool.write(key, first, own_k, own_v)

@@ -1,0 +1,221 @@
+"""Which device each head of each request lives on, and the pages that takes: the engine's book, ahead of the devices.
+
+`hetis.solver.dispatch` decides where the heads of a new request go; this room turns its counts into heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hetis.solver.dispatch.problem import HeadShape, Primary, Requests
+from hetis.solver.dispatch.problem import Stage as StageCosts
+from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
+from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.errors import InvalidProblemError
+
+if TYPE_CHECKING:
+    from hetis.solver.dispatch.solve import Dispatcher
+
+Heads = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadMove:
+    """Heads of one request on their way: the source owns them until `Placement.commit`."""
+
+    request: int
+    heads: Heads
+    source: int
+    target: int
+    prepared: PreparedMove
+
+
+class Placement:
+    """Heads and pages of one stage. Attributes: ``state``, the solver's book; ``costs``, what attention takes where."""
+
+    def __init__(self, costs: StageCosts, num_pages: Sequence[int]) -> None:
+        self.costs = costs
+        self.state = DispatchState(costs, num_pages)
+        self._num_pages = tuple(num_pages)
+        self._heads: dict[int, Heads] = {}
+        self._moves: dict[int, HeadMove] = {}
+        self._dispatcher: Dispatcher | None = None
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def heads(self, request: int) -> Heads:
+        """Device of each KV head of a running request."""
+        return self._heads[request]
+
+    @property
+    def requests(self) -> tuple[int, ...]:
+        """Running requests in their order of admission."""
+        return tuple(self._heads)
+
+    @property
+    def moves(self) -> tuple[HeadMove, ...]:
+        return tuple(self._moves.values())
+
+    def could_hold(self, tokens: int) -> bool:
+        """Whether a request of so many tokens fits when it is alone."""
+        pages = self._pages(tokens)
+        whole = sum(device.total_blocks // pages for device in self.state.devices if device.status is DeviceStatus.OK)
+        return whole >= self.costs.heads.head_groups
+
+    def admit(self, request: int, *, tokens: int, growth: int) -> Heads | None:
+        """Places a request of ``tokens`` that is expected to grow; None: there is no room for it now.
+
+        The expected growth only keeps others out: where nobody else runs, a request is placed without it.
+        """
+        counts = self._dispatch(tokens, growth)
+        if counts is None and not self._heads:
+            counts = self._first_fit(tokens)
+        if counts is None:
+            return None
+        self.state.admit_one(
+            str(request), context_tokens=tokens, remaining_tokens=growth, groups=np.array(counts, np.int64)
+        )
+        heads = tuple(device for device, count in enumerate(counts) for _ in range(count))
+        self._heads[request] = heads
+        return heads
+
+    def tokens(self, request: int) -> int:
+        """Positions that pages are held for."""
+        return self.state.context_tokens(str(request))
+
+    def grow(self, requests: Iterable[int]) -> tuple[int, ...]:
+        """One more position for each; returns those for which a device has no page left."""
+        names = [str(request) for request in requests]
+        return tuple(int(name) for name in self.state.grow(names)) if names else ()
+
+    def full_devices(self, request: int) -> tuple[int, ...]:
+        """Devices of a request that have too few pages for its next position."""
+        name = str(request)
+        if (self.state.context_tokens(name)) % self.costs.heads.block_tokens:
+            return ()
+        groups, free = self.state.groups(name), self.state.free_blocks()
+        for move in self._moves.values():
+            if move.request == request:
+                groups[move.target] += len(move.heads)
+        return tuple(int(i) for i in np.flatnonzero(groups > free))
+
+    def release(self, request: int) -> None:
+        """Forgets a request, done or preempted; its moves are void."""
+        for number in [n for n, move in self._moves.items() if move.request == request]:
+            del self._moves[number]
+        self.state.finish(str(request))
+        del self._heads[request]
+
+    # --- moves
+
+    def prepare(self, request: int, heads: Sequence[int], target: int) -> HeadMove | None:
+        """Takes pages at ``target`` for heads that are on one other device; None: it has too few.
+
+        Raises:
+            InvalidProblemError: the heads are on several devices, or under way, or the target takes none.
+        """
+        owners = {self._heads[request][head] for head in heads}
+        under_way = {head for move in self._moves.values() if move.request == request for head in move.heads}
+        if len(owners) != 1 or under_way & set(heads):
+            raise InvalidProblemError(f"request {request}: heads {list(heads)} are not at rest on one device")
+        source = owners.pop()
+        prepared = self.state.prepare_move(str(request), groups=len(set(heads)), source=source, target=target)
+        if prepared is None:
+            return None
+        move = HeadMove(
+            request=request, heads=tuple(sorted(set(heads))), source=source, target=target, prepared=prepared
+        )
+        self._moves[prepared.number] = move
+        return move
+
+    def commit(self, move: HeadMove) -> Heads:
+        """The target owns the heads from now on; returns the request's new map."""
+        self.state.commit_moves(move.prepared.number)
+        del self._moves[move.prepared.number]
+        owners = list(self._heads[move.request])
+        for head in move.heads:
+            owners[head] = move.target
+        self._heads[move.request] = tuple(owners)
+        return self._heads[move.request]
+
+    def abort(self, move: HeadMove) -> None:
+        """The heads stay where they are."""
+        self.state.abort_move(move.prepared.number)
+        del self._moves[move.prepared.number]
+
+    # --- devices
+
+    def lose(self, device: int) -> tuple[int, ...]:
+        """Marks a device lost; returns the requests that had heads there, which have left."""
+        evicted = [int(gone.id) for gone in self.state.lose_device(device)]
+        for request in evicted:
+            del self._heads[request]
+        running = {move.number for move in self.state.moves}
+        self._moves = {number: move for number, move in self._moves.items() if number in running}
+        return tuple(evicted)
+
+    def restore(self, device: int) -> None:
+        """A lost or drained device takes heads again."""
+        self.state.restore_device(device)
+
+    def check_invariants(self) -> None:
+        """Heads and counts agree. A failure is a bug of this class."""
+        self.state.check_invariants()
+        assert {str(request) for request in self._heads} == set(self.state.ids), "requests differ"
+        for request, heads in self._heads.items():
+            counts = np.bincount(heads, minlength=self.costs.num_devices)
+            assert np.array_equal(counts, self.state.groups(str(request))), f"heads of request {request} differ"
+
+    # --- inside
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.costs.heads.block_tokens)
+
+    def _dispatch(self, tokens: int, growth: int) -> list[int] | None:
+        """Heads per device by the solver; where there is one device, there is nothing to solve."""
+        load = self.state.load()
+        groups = self.costs.heads.head_groups
+        if self.costs.num_devices == 1:
+            fits = groups * self._pages(tokens + growth) <= load.free_blocks[0]
+            return [groups] if fits else None
+        if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
+            from hetis.solver.dispatch.solve import Dispatcher
+
+            self._dispatcher = Dispatcher(self.state.stage)
+        requests = Requests(
+            ids=("new",),
+            context_tokens=np.array([tokens], np.int64),
+            growth_tokens=np.array([growth], np.int64),
+        )
+        plan = self._dispatcher.dispatch(load, requests)
+        return None if plan.unplaced else [int(count) for count in plan.groups[0]]
+
+    def _first_fit(self, tokens: int) -> list[int] | None:
+        left, pages = self.costs.heads.head_groups, self._pages(tokens)
+        counts = []
+        for device, free in zip(self.state.devices, self.state.free_blocks(), strict=True):
+            takes = min(int(free) // pages, left) if device.status is DeviceStatus.OK else 0
+            counts.append(takes)
+            left -= takes
+        return None if left else counts
+
+
+def even_costs(heads: HeadShape, names: Sequence[str]) -> StageCosts:
+    """Devices of one speed, where nothing was measured: the first is the primary, the others cost a little to reach."""
+    num = len(names)
+    away = np.array([0.0, *[1.0] * (num - 1)])
+    return StageCosts(
+        heads=heads,
+        devices=tuple(names),
+        head_s=np.full((num, 1), 1e-7),
+        kv_byte_s=np.full((num, 1), 1e-10),
+        call_s=np.full((num, 1), 1e-5),
+        transfer_byte_s=1e-10 * away,
+        transfer_s=1e-5 * away,
+        primary=Primary(device=0),
+    )

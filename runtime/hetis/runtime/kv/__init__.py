@@ -1,0 +1,1 @@
+"""KV memory of one device: pages, and which (request, KV head) has which."""

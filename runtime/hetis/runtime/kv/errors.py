@@ -1,0 +1,45 @@
+"""What can go wrong at a device that holds KV.
+
+HetisError
++-- DeviceError
+    +-- DeviceLostError        it does not answer any more; what it held is gone
+    +-- OutOfPagesError        it has too few free pages
+    +-- UnknownSequenceError   it does not hold what it was asked for
+    +-- StaleEpochError        another engine has taken over
+"""
+
+from __future__ import annotations
+
+from hetis.solver.errors import HetisError
+
+
+class DeviceError(HetisError):
+    """A device could not do what it was asked to; ``device`` is its name."""
+
+    def __init__(self, device: str, message: str) -> None:
+        super().__init__(f"{device}: {message}")
+        self.device = device
+
+
+class DeviceLostError(DeviceError):
+    """The device does not answer any more: requests with heads there have to be prefilled again."""
+
+
+class OutOfPagesError(DeviceError):
+    """The device needs ``needed`` pages and has ``free``."""
+
+    def __init__(self, device: str, *, needed: int, free: int) -> None:
+        super().__init__(device, f"{needed} KV pages are needed, {free} are free")
+        self.needed, self.free = needed, free
+
+
+class UnknownSequenceError(DeviceError):
+    """The device does not hold the sequence, or not so far: a bug of the one who asked."""
+
+
+class StaleEpochError(DeviceError):
+    """The device follows an engine of a later epoch."""
+
+    def __init__(self, device: str, *, epoch: int, current: int) -> None:
+        super().__init__(device, f"epoch {epoch} has ended, {current} is current")
+        self.epoch, self.current = epoch, current
