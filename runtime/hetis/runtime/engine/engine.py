@@ -91,6 +91,8 @@ class Engine:
         self.running: dict[int, Request] = {}
         self.num_steps = 0
         self.num_preempted = 0
+        self.num_moved_heads = 0
+        self.last_step: Step | None = None
         self._samplers: dict[int, Sampler] = {}
         self._next_number = 0
         self._news: list[TokenOutput] = []
@@ -144,6 +146,7 @@ class Engine:
 
     def _run(self, requests: list[Request]) -> None:
         step, wanted = self._plan(requests)
+        self.last_step = step
         self.num_steps += 1
         try:
             logits = self.stage.run(step)
@@ -292,6 +295,7 @@ class Engine:
             k, v = source.export(number, request.incarnation, move.heads, 0, request.computed)
             self.stage.devices[target].adopt(number, request.incarnation, move.heads, 0, k, v)
         request.heads = self.placement.commit(move)
+        self.num_moved_heads += len(move.heads)
         source.drop([SequenceKey(number, request.incarnation, head) for head in move.heads])
         return True
 
