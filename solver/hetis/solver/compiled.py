@@ -12,7 +12,7 @@ from numba import njit
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def kernel_of(*folders: Path) -> Callable[[Function], Function]:
+def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Function], Function]:
     """The decorator for kernels of the package in the first of ``folders``, which may call kernels of the others.
 
     It compiles a function on its first call, without the GIL, and keeps the machine code beside the source. numba
@@ -21,7 +21,7 @@ def kernel_of(*folders: Path) -> Callable[[Function], Function]:
     """
 
     def kernel(function: Function) -> Function:
-        dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
+        dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath)(function)
         dispatcher._cache._cache_file._source_stamp = _stamp(folders)
         return cast(Function, dispatcher)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from hetis.runtime.attention.paged_flashinfer import FlashInferBackend, flashinfer_runs
 from hetis.runtime.attention.paged_torch import attend_paged
 from hetis.runtime.kv.pool import IntArray, PagePool
 
@@ -45,6 +47,49 @@ class TorchBackend:
         return attend_paged(self._pool, layer, q, self._rows, self._positions)
 
 
+class CompiledBackend:
+    """Compiled by numba: CPU memory; float32, float64 and bfloat16."""
+
+    name = "compiled"
+
+    def __init__(self, pool: PagePool) -> None:
+        from hetis.runtime.attention import paged_compiled
+
+        self._kernels = paged_compiled
+        self._pool, self._is_narrow = pool, pool.shape.dtype == "bfloat16"
+        # numpy has no bfloat16: its words are handed over instead.
+        k, v = (x.view(torch.uint16) if self._is_narrow else x for x in (pool.k, pool.v))
+        self._k, self._v = list(k.numpy()), list(v.numpy())
+        self._rows = self._positions = np.zeros(0, np.int64)
+
+    def plan(self, rows: IntArray, positions: IntArray) -> None:
+        self._rows, self._positions = rows, positions
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        kernels, shape = self._kernels, self._pool.shape
+        q = q.contiguous()
+        k, v = k.contiguous(), v.contiguous()
+        where = self._pool.table, self._rows, self._positions
+        if not self._is_narrow:
+            out = torch.empty_like(q)
+            kernels.store(self._k[layer], k.numpy(), *where)
+            kernels.store(self._v[layer], v.numpy(), *where)
+            window, scale = shape.windows[layer], shape.scale
+            kernels.attend(q.numpy(), self._k[layer], self._v[layer], *where, window, scale, out.numpy())
+            return out
+        kernels.store(self._k[layer], k.view(torch.uint16).numpy(), *where)
+        kernels.store(self._v[layer], v.view(torch.uint16).numpy(), *where)
+        queries = q.float()
+        wide = torch.empty_like(queries)
+        window, scale = shape.windows[layer], shape.scale
+        kernels.attend_bfloat16(queries.numpy(), self._k[layer], self._v[layer], *where, window, scale, wide.numpy())
+        return wide.to(q.dtype)
+
+
 def choose_backend(pool: PagePool) -> Backend:
     """The fastest that the pool's device and dtype allow."""
+    if pool.k.device.type == "cpu" and pool.shape.dtype != "float16" and find_spec("numba"):
+        return CompiledBackend(pool)
+    if flashinfer_runs(pool):
+        return FlashInferBackend(pool)
     return TorchBackend(pool)

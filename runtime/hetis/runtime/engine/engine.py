@@ -10,13 +10,15 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.engine.news import TokenOutput
 from hetis.runtime.engine.placement import Placement, even_costs
+from hetis.runtime.engine.planning import plan_step
 from hetis.runtime.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
 from hetis.runtime.engine.sampling import Sampler, sample
 from hetis.runtime.engine.stage import Stage
-from hetis.runtime.engine.step import Chunk, Step
+from hetis.runtime.engine.step import Step
+from hetis.runtime.engine.text import TextStream, Tokenizer
 from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.kv.shape import SequenceKey
 from hetis.runtime.model.config import ModelConfig
@@ -41,25 +43,6 @@ class EngineOptions:
     max_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOutput:
-    """A request's news of one step: a token, or its end, or both.
-
-    Attributes:
-        request: its number.
-        token: None where it ended without one.
-        logprob: of the token, where the request asked for it.
-        finish_reason: why it ended; None: it goes on.
-        error: what went wrong, where that is the reason.
-    """
-
-    request: int
-    token: int | None
-    logprob: Logprob | None = None
-    finish_reason: FinishReason | None = None
-    error: str = ""
-
-
 class Engine:
     """One replica in this process; not to be shared between threads."""
 
@@ -70,11 +53,16 @@ class Engine:
         *,
         costs: StageCosts | None = None,
         options: EngineOptions | None = None,
+        tokenizer: Tokenizer | None = None,
         epoch: int = 1,
     ) -> None:
-        """``costs`` are of attention on the stage's devices, in their order; None: all of one speed."""
+        """``costs`` are of attention on the stage's devices, in their order; None: all of one speed.
+
+        Without a ``tokenizer`` requests cannot have stop texts, and news have no text.
+        """
         self.config, self.stage, self.epoch = config, stage, epoch
         self.options = options or EngineOptions()
+        self.tokenizer = tokenizer
         self.max_tokens = min(self.options.max_tokens or config.max_tokens, config.max_tokens)
         devices = stage.devices
         shape = devices[0].shape
@@ -94,6 +82,8 @@ class Engine:
         self.num_moved_heads = 0
         self.last_step: Step | None = None
         self._samplers: dict[int, Sampler] = {}
+        self._texts: dict[int, TextStream] = {}
+        self._lost: set[int] = set()
         self._next_number = 0
         self._news: list[TokenOutput] = []
 
@@ -106,6 +96,8 @@ class Engine:
             RequestError: it is empty, has ids that are no tokens, or could not be served even alone.
         """
         params = params or SamplingParams()
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer, which this engine has not")
         bad = next((token for token in prompt if not 0 <= token < self.config.vocab), None)
         if not len(prompt) or bad is not None:
             what = f"has token {bad}, must be >= 0 and < {self.config.vocab}" if len(prompt) else "is empty"
@@ -119,6 +111,8 @@ class Engine:
         request = Request(number=self._next_number, prompt=tuple(prompt), params=params, max_tokens=most)
         self._next_number += 1
         self._samplers[request.number] = Sampler(params)
+        if self.tokenizer is not None:
+            self._texts[request.number] = TextStream(self.tokenizer, params.stop, prompt=request.prompt)
         self.waiting.append(request)
         return request.number
 
@@ -136,6 +130,7 @@ class Engine:
 
     def step(self) -> list[TokenOutput]:
         """Runs one step; returns what it brought. Nothing where there is nothing to do."""
+        self._lose_devices()
         self._admit()
         self._make_room()
         requests = list(self.running.values())
@@ -145,13 +140,19 @@ class Engine:
         return news
 
     def _run(self, requests: list[Request]) -> None:
-        step, wanted = self._plan(requests)
+        step, wanted = plan_step(
+            requests,
+            epoch=self.epoch,
+            number=self.num_steps,
+            chunk_tokens=self.options.chunk_tokens,
+            kv_heads=self.config.kv_heads,
+        )
         self.last_step = step
         self.num_steps += 1
         try:
             logits = self.stage.run(step)
         except DeviceLostError as error:
-            self.lose_device(next(i for i, device in enumerate(self.stage.devices) if device.name == error.device))
+            self.lose_device(self._device(error))
             return
         for chunk in step.chunks:
             request = self.running[chunk.request]
@@ -165,61 +166,25 @@ class Engine:
         for request, token, logprob in zip(wanted, tokens, logprobs, strict=True):
             self._take(request, token, logprob)
 
-    def _plan(self, requests: list[Request]) -> tuple[Step, list[Request]]:
-        """The next step, and the requests whose tokens come out of it, in the order of its outputs."""
-        decoding = [request for request in requests if not request.is_prefilling]
-        tokens = [request.token(request.computed) for request in decoding]
-        positions = [request.computed for request in decoding]
-        wanted, outputs = list(decoding), list(range(len(decoding)))
-        chunks, left = [], self.options.chunk_tokens
-        for request in requests:
-            if not request.is_prefilling or not left:
-                continue
-            first = request.computed
-            count = min(request.prefill_tokens - first, left)
-            left -= count
-            chunk = Chunk(
-                request=request.number,
-                incarnation=request.incarnation,
-                first=first,
-                count=count,
-                total=request.prefill_tokens,
-                heads=request.heads,
-            )
-            chunks.append(chunk)
-            tokens += request.tokens(first, first + count)
-            positions += range(first, first + count)
-            if chunk.is_last:
-                wanted.append(request)
-                outputs.append(len(tokens) - 1)
-        groups = self.config.kv_heads
-        return Step(
-            epoch=self.epoch,
-            number=self.num_steps,
-            tokens=np.array(tokens, np.int64),
-            positions=np.array(positions, np.int64),
-            requests=np.array([request.number for request in decoding], np.int64),
-            incarnations=np.array([request.incarnation for request in decoding], np.int64),
-            heads=np.array([request.heads for request in decoding], np.int64).reshape(-1, groups),
-            chunks=tuple(chunks),
-            outputs=np.array(outputs, np.int64),
-        ), wanted
-
     def _take(self, request: Request, token: int, logprob: Logprob | None) -> None:
         request.output.append(token)
         if logprob is not None:
             request.logprobs.append(logprob)
         params = request.params
         ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self.config.eos)
-        reason = None
+        reason, text, stream = None, "", self._texts.get(request.number)
         if token in ends:
             reason = FinishReason.STOP
-        elif len(request.output) >= request.max_tokens:
+        elif stream is not None:
+            text = stream.push(token)
+            if stream.is_stopped:
+                reason = FinishReason.STOP
+        if reason is None and len(request.output) >= request.max_tokens:
             reason = FinishReason.LENGTH
         if reason is None:
-            self._news.append(TokenOutput(request=request.number, token=token, logprob=logprob))
+            self._news.append(TokenOutput(request=request.number, token=token, text=text, logprob=logprob))
         else:
-            self._end(request, reason, token=token, logprob=logprob)
+            self._end(request, reason, token=token, text=text, logprob=logprob)
 
     # --- who runs
 
@@ -249,7 +214,7 @@ class Engine:
             number = stuck.pop(0)
             while number in self.running and self.placement.grow([number]):
                 if not self._move_away(number):
-                    self._preempt(self._youngest_on(self.placement.full_devices(number)))
+                    self.preempt(self._youngest_on(self.placement.full_devices(number)).number)
 
     def _youngest_on(self, devices: tuple[int, ...]) -> Request:
         return next(r for r in reversed(self.running.values()) if set(devices) & set(r.heads))
@@ -269,10 +234,10 @@ class Engine:
                 return self.move(number, [head], target)
         return False
 
-    def _preempt(self, request: Request) -> None:
-        """A request gives up its KV, and is prefilled again before anyone who came later."""
+    def preempt(self, number: int) -> None:
+        """A running request gives up its KV, and is prefilled again before anyone who came later."""
+        request = self.running.pop(number)
         self._release(request)
-        del self.running[request.number]
         request.lose_kv()
         request.num_preempted += 1
         self.num_preempted += 1
@@ -290,22 +255,46 @@ class Engine:
         move = self.placement.prepare(number, heads, target)
         if move is None:
             return False
-        source = self.stage.devices[move.source]
-        if request.computed:
-            k, v = source.export(number, request.incarnation, move.heads, 0, request.computed)
-            self.stage.devices[target].adopt(number, request.incarnation, move.heads, 0, k, v)
+        try:
+            if request.computed:
+                source = self.stage.devices[move.source]
+                k, v = source.export(number, request.incarnation, move.heads, 0, request.computed)
+                self.stage.devices[target].adopt(number, request.incarnation, move.heads, 0, k, v)
+        except DeviceLostError as error:
+            self.lose_device(self._device(error))  # which aborts the move, wherever it was
+            return False
         request.heads = self.placement.commit(move)
         self.num_moved_heads += len(move.heads)
-        source.drop([SequenceKey(number, request.incarnation, head) for head in move.heads])
+        self._drop(request, move.heads, move.source)
         return True
 
     def lose_device(self, device: int) -> None:
-        """A device is gone: the requests that had heads there are prefilled again, in their order."""
+        """A device is gone: the requests that had heads there are prefilled again, in their order.
+
+        Raises:
+            DeviceLostError: it is the primary, without which there is no replica.
+        """
+        if device == 0:
+            raise DeviceLostError(self.stage.devices[0].name, "the primary is lost, and the replica with it")
+        self._lost.discard(device)
         hit = [self.running.pop(number) for number in self.placement.lose(device)]
         for request in sorted(hit, key=lambda r: r.number, reverse=True):
-            self._drop(request, but=device)
+            self._drop_all(request, but=device)
             request.lose_kv()
             self.waiting.appendleft(request)
+
+    def restore_device(self, index: int, device: AttentionDevice) -> None:
+        """A device with nothing in it takes the place of one that was lost, with as many pages."""
+        self.stage.devices[index] = device
+        self.placement.restore(index)
+
+    def _lose_devices(self) -> None:
+        """Those that failed where nothing could be done about it."""
+        for device in sorted(self._lost):
+            self.lose_device(device)
+
+    def _device(self, error: DeviceLostError) -> int:
+        return next(i for i, device in enumerate(self.stage.devices) if device.name == error.device)
 
     # --- ends
 
@@ -315,6 +304,7 @@ class Engine:
         reason: FinishReason,
         *,
         token: int | None = None,
+        text: str = "",
         logprob: Logprob | None = None,
         error: str = "",
     ) -> None:
@@ -324,21 +314,27 @@ class Engine:
         else:
             self.waiting.remove(request)
         del self._samplers[request.number]
+        stream = self._texts.pop(request.number, None)
+        if stream is not None:
+            text += stream.end()
         request.finish_reason, request.error = reason, error
         self._news.append(
-            TokenOutput(request=request.number, token=token, logprob=logprob, finish_reason=reason, error=error)
+            TokenOutput(
+                request=request.number, token=token, text=text, logprob=logprob, finish_reason=reason, error=error
+            )
         )
 
     def _release(self, request: Request) -> None:
         self.placement.release(request.number)
-        self._drop(request)
+        self._drop_all(request)
 
-    def _drop(self, request: Request, *, but: int | None = None) -> None:
+    def _drop_all(self, request: Request, *, but: int | None = None) -> None:
         self.stage.forget_prompt(request.number, request.incarnation)
         for device in sorted(set(request.heads) - {but}):
-            keys = [
-                SequenceKey(request.number, request.incarnation, head)
-                for head, owner in enumerate(request.heads)
-                if owner == device
-            ]
-            self.stage.devices[device].drop(keys)
+            self._drop(request, [head for head, owner in enumerate(request.heads) if owner == device], device)
+
+    def _drop(self, request: Request, heads: Sequence[int], device: int) -> None:
+        try:
+            self.stage.devices[device].drop([SequenceKey(request.number, request.incarnation, head) for head in heads])
+        except DeviceLostError:
+            self._lost.add(device)

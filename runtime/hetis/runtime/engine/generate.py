@@ -11,6 +11,7 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.request import FinishReason, Logprob, SamplingParams
 from hetis.runtime.engine.stage import Stage, kv_shape
+from hetis.runtime.engine.text import FileTokenizer
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.model.decoder import Decoder
 from hetis.solver.dispatch.problem import Stage as StageCosts
@@ -20,9 +21,10 @@ MakeDevices = Callable[[KvShape], Sequence[AttentionDevice]]
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """What became of one prompt: token ids, log probabilities where they were asked for, and why it ended."""
+    """What became of one prompt: token ids, text, log probabilities where they were asked for, and why it ended."""
 
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.ERROR
     error: str = ""
@@ -53,13 +55,17 @@ def engine_from_folder(
 ) -> Engine:
     """An engine for the model in ``folder``, all layers in this process, heads on the devices that ``devices`` makes.
 
+    Where the folder has a tokenizer.json, answers have text.
+
     Raises:
         ModelError: the folder cannot be used.
     """
     decoder = Decoder.from_folder(folder, dtype=dtype)
     shape = kv_shape(decoder.config, decoder.layers, page_tokens=page_tokens, dtype=dtype or decoder.config.dtype)
     stage = Stage(decoder, devices(shape))
-    return Engine(decoder.config, stage, costs=costs, options=options)
+    path = folder / "tokenizer.json"
+    tokenizer = FileTokenizer(path) if path.is_file() else None
+    return Engine(decoder.config, stage, costs=costs, options=options, tokenizer=tokenizer)
 
 
 def generate(
@@ -87,6 +93,7 @@ def generate(
                 continue
             if news.token is not None:
                 answer.tokens.append(news.token)
+            answer.text += news.text
             if news.logprob is not None:
                 answer.logprobs.append(news.logprob)
             if news.finish_reason is not None:

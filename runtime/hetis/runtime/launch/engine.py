@@ -10,6 +10,7 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.engine.stage import Stage, kv_shape
+from hetis.runtime.engine.text import Tokenizer
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.layout import DevicePages, refuse_if_too_large
 from hetis.runtime.launch.memory import free_memory_bytes
@@ -29,7 +30,7 @@ class EngineFolder:
     options: EngineOptions
 
 
-def start_engine(made_of: EngineFolder, choose: ChooseDevices) -> Engine:
+def start_engine(made_of: EngineFolder, choose: ChooseDevices, tokenizer: Tokenizer) -> Engine:
     """Loads the model and takes the memory; ``choose`` says which devices there are, once the model is known.
 
     Raises:
@@ -46,7 +47,7 @@ def start_engine(made_of: EngineFolder, choose: ChooseDevices) -> Engine:
     devices = choose(decoder.config, shape)
     refuse_if_too_large(devices, shape, free_bytes=free_memory_bytes())
     stage = Stage(decoder, [LocalDevice(device.name, shape, device.pages) for device in devices])
-    return Engine(decoder.config, stage, options=made_of.options)
+    return Engine(decoder.config, stage, options=made_of.options, tokenizer=tokenizer)
 
 
 def warm_up(engine: Engine) -> None:

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.model.linear import Linear, PackedLinear
-from hetis.runtime.model.rope import rope_table, rotate
+from hetis.runtime.model.rope import rope_table
+from hetis.runtime.model.rowwise import choose_rowwise, layer_norm
 from hetis.runtime.model.weights import Norm, Shard, Weights, load_weights
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -61,6 +62,7 @@ class Decoder:
         self.q_heads = config.q_heads // shard.size
         self.kv_heads = len(shard.kv_heads(config))
         self._reduce = reduce
+        self._rowwise = choose_rowwise(device, dtype)
         self._rope = None
         if config.rope is not None:
             cos, sin = rope_table(config.rope, config.head_dim, max_tokens or config.max_tokens, dtype)
@@ -114,12 +116,14 @@ class Decoder:
         """Queries [T, q_heads, d], keys and values [T, kv_heads, d] of the layer, rotated."""
         weights, d = self.weights.layers[layer], self.config.head_dim
         mixed = weights.qkv(self._norm(hidden, weights.norm1)).view(len(hidden), -1, d)
-        q, k, v = mixed.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
+        both = self.q_heads + self.kv_heads
         if weights.q_norm is not None and weights.k_norm is not None:
-            q, k = self._rms(q, weights.q_norm), self._rms(k, weights.k_norm)
+            q, k, v = mixed.split((self.q_heads, self.kv_heads, self.kv_heads), dim=1)
+            q, k = self._rms(q.contiguous(), weights.q_norm), self._rms(k.contiguous(), weights.k_norm)
+            mixed = torch.cat((q, k, v), dim=1)
         if positions.cos is not None and positions.sin is not None:
-            q, k = rotate(q, positions.cos, positions.sin), rotate(k, positions.cos, positions.sin)
-        return q, k, v
+            mixed = self._rowwise.rotate(mixed, both, positions.cos, positions.sin)
+        return mixed[:, : self.q_heads], mixed[:, self.q_heads : both], mixed[:, both:]
 
     def finish(self, layer: int, hidden: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, from those before it and attention's outputs [T, q_heads * d].
@@ -151,12 +155,8 @@ class Decoder:
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         if norm.bias is not None:
-            out: torch.Tensor = functional.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, self.config.eps)
-            return out
+            return layer_norm(x, norm.weight, norm.bias, self.config.eps)
         return self._rms(x, norm.weight)
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """In float32 or finer, and rounded before the weight is applied, as the models were trained."""
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.eps)
-        return normed.to(x.dtype) * weight
+        return self._rowwise.rms_norm(x, weight, self.config.eps)

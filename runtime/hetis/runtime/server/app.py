@@ -184,9 +184,7 @@ class Front:
             for choice in range(body.choices_per_prompt):
                 params = body.params(choice=choice, max_tokens=most, logprobs=logprobs)
                 wishes.append(Wish(prompt=prompt, params=params))
-        call = Call(
-            self._desk, self._tokens, form, wishes, name=name, prompts=len(prompts), answer_s=self._options.answer_s
-        )
+        call = Call(self._desk, form, wishes, name=name, prompts=len(prompts), answer_s=self._options.answer_s)
         return Answer(
             self._desk.metrics,
             call,

@@ -60,7 +60,7 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     _set_threads(asked.threads)
     tokens, chat = Tokens.from_folder(asked.folder), ChatTemplate.from_folder(asked.folder)
     layout = _layout(asked)
-    engine = _engine(asked, layout)
+    engine = _engine(asked, layout, tokens)
     await asyncio.to_thread(warm_up, engine)
     desk = Desk(
         engine,
@@ -93,7 +93,7 @@ def _layout(asked: Asked) -> Layout | None:
     return layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
 
 
-def _engine(asked: Asked, layout: Layout | None) -> Engine:
+def _engine(asked: Asked, layout: Layout | None, tokens: Tokens) -> Engine:
     seats = asked.seats or (layout.seats if layout else _SEATS)
     chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else _CHUNK_TOKENS)
     options = EngineOptions(most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens)
@@ -107,7 +107,7 @@ def _engine(asked: Asked, layout: Layout | None) -> Engine:
         return (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_memory_bytes()),)
 
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
-    return start_engine(made_of, choose)
+    return start_engine(made_of, choose, tokens)
 
 
 def _set_threads(threads: int | None) -> None:

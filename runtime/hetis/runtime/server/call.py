@@ -11,8 +11,7 @@ from hetis.runtime.engine.request import FinishReason, SamplingParams
 from hetis.runtime.server.answers import Json, usage
 from hetis.runtime.server.desk import Desk, Ticket
 from hetis.runtime.server.errors import ApiError
-from hetis.runtime.server.generation import Generation, Piece, Writer
-from hetis.runtime.server.text import Tokens
+from hetis.runtime.server.generation import Generation, Piece, piece_of
 
 
 class Form(Protocol):
@@ -41,7 +40,6 @@ class Call:
     def __init__(
         self,
         desk: Desk,
-        tokens: Tokens,
         form: Form,
         wishes: Sequence[Wish],
         *,
@@ -57,7 +55,6 @@ class Call:
         """
         self._desk, self._form, self._answer_s = desk, form, answer_s
         self._tickets: list[Ticket] = desk.submit(name, [(wish.prompt, wish.params) for wish in wishes])
-        self._writers = [Writer(tokens, wish.prompt, wish.params.stop) for wish in wishes]
         each = len(wishes) // prompts
         self._prompt_tokens = sum(len(wish.prompt) for wish in wishes[::each])
         self._output_tokens = 0
@@ -120,14 +117,12 @@ class Call:
                     )
                 for task in sorted(done, key=lambda task: waiting[task]):
                     index = waiting.pop(task)
-                    piece = self._writers[index].write(task.result())
+                    piece = piece_of(task.result())
                     self._output_tokens += len(piece.tokens)
                     _refuse_failed(piece)
                     yield index, piece
                     if piece.finish_reason is None:
                         waiting[asyncio.ensure_future(self._tickets[index].news())] = index
-                    else:  # a stop text that only we know of
-                        self._desk.cancel(self._tickets[index])
         finally:
             for task in waiting:
                 task.cancel()

@@ -15,7 +15,8 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import TypeVar
 
-from hetis.runtime.engine.engine import Engine, TokenOutput
+from hetis.runtime.engine.engine import Engine
+from hetis.runtime.engine.news import TokenOutput
 from hetis.runtime.engine.request import RequestError, SamplingParams
 from hetis.runtime.server.errors import ApiError, BusyError, StoppedError
 from hetis.runtime.server.metrics import ServerMetrics

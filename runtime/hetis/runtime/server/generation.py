@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hetis.runtime.engine.engine import TokenOutput
+from hetis.runtime.engine.news import TokenOutput
 from hetis.runtime.engine.request import FinishReason, Logprob
-from hetis.runtime.server.stopping import StopTexts
-from hetis.runtime.server.text import TextStream, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,36 +44,14 @@ class Generation:
     error: str = ""
 
 
-class Writer:
-    """Turns news of one request into pieces; the pieces' texts together are the answer."""
-
-    def __init__(self, tokens: Tokens, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self._stream = TextStream(tokens, prompt)
-        self._stops = StopTexts(stops)
-        self._is_over = False
-
-    def write(self, news: Iterable[TokenOutput]) -> Piece:
-        """What these news bring. After a piece with a finish reason nothing more comes."""
-        texts: list[str] = []
-        tokens: list[ChosenToken] = []
-        reason, error = None, ""
-        for output in news:
-            if self._is_over:
-                break
-            if output.token is not None:
-                tokens.append(ChosenToken(token=output.token, logprob=output.logprob))
-                # A token that ends the answer is not part of its text.
-                told = [] if output.finish_reason is FinishReason.STOP else [output.token]
-                stopped = self._stops.add(self._stream.add(told))
-                texts.append(stopped.text)
-                if stopped.is_over:
-                    reason, self._is_over = FinishReason.STOP, True
-                    break
-            if output.finish_reason is not None:
-                reason, error, self._is_over = output.finish_reason, output.error, True
-                stopped = self._stops.add(self._stream.end())
-                texts.append(stopped.text)
-                if stopped.is_over:
-                    reason = FinishReason.STOP
-                texts.append(self._stops.end())
-        return Piece(text="".join(texts), tokens=tuple(tokens), finish_reason=reason, error=error)
+def piece_of(news: Iterable[TokenOutput]) -> Piece:
+    """What news of one request bring, taken together: a reader that is late gets fewer and longer pieces."""
+    found = list(news)
+    return Piece(
+        text="".join(output.text for output in found),
+        tokens=tuple(
+            ChosenToken(token=output.token, logprob=output.logprob) for output in found if output.token is not None
+        ),
+        finish_reason=found[-1].finish_reason,
+        error=found[-1].error,
+    )

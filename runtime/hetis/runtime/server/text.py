@@ -1,24 +1,19 @@
-"""Text to tokens and back, and tokens to text while they come."""
+"""The tokenizer of a model folder: text to tokens, tokens to text, and what single tokens stand for."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hetis.runtime.model.errors import ModelError
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A run of tokens that all end within a character is no text any more: it is told as it is.
-_MOST_HELD = 64
-_CONTEXT = 6  # tokens of the prompt
-
 
 class Tokens:
-    """The tokenizer of a model folder."""
+    """The tokenizer of a model folder, as the engine's `Tokenizer`."""
 
     def __init__(self, tokenizer: Any) -> None:
         """``tokenizer``: of the library ``tokenizers``."""
@@ -81,44 +76,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTES = _byte_alphabet()
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of sentencepiece's
-
-
-class TextStream:
-    """Text that grows with its tokens and never takes anything back.
-
-    A token may end within a character, and what it stands for may depend on the one before (a space at the start of a
-    word): so the last tokens are decoded together, and what could still change is held.
-    """
-
-    def __init__(self, tokens: Tokens, prompt: Sequence[int] = ()) -> None:
-        """``prompt``: what the text goes on from; whether it begins with a space may depend on that."""
-        self._tokens = tokens
-        self._before: list[int] = list(prompt[-_CONTEXT:])  # what comes is decoded after it
-        self._held: list[int] = []
-
-    def add(self, ids: Iterable[int]) -> str:
-        """The text that is certain now and was not before."""
-        self._held += ids
-        text = self._text()
-        if text.endswith(_REPLACEMENT) and len(self._held) < _MOST_HELD:
-            return ""
-        return self._tell(text)
-
-    def end(self) -> str:
-        """What was held: no more tokens come."""
-        return self._tell(self._text()) if self._held else ""
-
-    def _text(self) -> str:
-        before = self._tokens.decode(self._before)
-        return self._tokens.decode([*self._before, *self._held])[len(before) :]
-
-    def _tell(self, text: str) -> str:
-        if text or not self._before:
-            self._before = self._held
-        else:  # special tokens only: they give no context to what follows
-            self._before = (self._before + self._held)[-_MOST_HELD:]
-        self._held = []
-        return text
 
 
 def _through_transformers(folder: Path) -> Any:

@@ -1,0 +1,191 @@
+"""Attention over pages on a CPU, compiled: reads each K and V once, where it lies, whatever the contexts' lengths.
+
+A virtual sequence is computed by itself and in the same order whoever else is in the batch: a head gives the same bits
+alone or among others, on this device or on another of the kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.runtime.attention.compiled import kernel
+
+Floats = npt.NDArray[np.floating[Any]]
+Table = npt.NDArray[np.int32]
+IntArray = npt.NDArray[np.int64]
+
+
+@kernel
+def store(pages: Floats, values: Floats, table: Table, rows: IntArray, positions: IntArray) -> None:
+    """Writes values [N, d] to the slots of ``positions`` in pages [pages, page_tokens, d]; both may be raw words."""
+    size = pages.shape[1]
+    for i in range(len(rows)):
+        number = table[rows[i], positions[i] // size]
+        for d in range(values.shape[1]):
+            pages[number, positions[i] % size, d] = values[i, d]
+
+
+@kernel
+def attend(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    table: Table,
+    rows: IntArray,
+    positions: IntArray,
+    window: int,
+    scale: float,
+    out: Floats,
+) -> None:
+    """Outputs [N, r, d] for q [N, r, d] over pages k and v [pages, page_tokens, d], all float32 or all float64.
+
+    Args:
+        table: pages of every sequence, shape [rows, most].
+        rows: of the table, shape [N].
+        positions: of the queries, shape [N]; slots 0 to it are read, or the last ``window`` of them unless that is 0.
+        scale: of the scores.
+    """
+    size = k.shape[1]
+    scores = np.empty((q.shape[1], _longest(positions, size)), q.dtype)
+    bits = np.empty(scores.shape[1], np.int32)
+    for i in range(len(q)):
+        last = positions[i] + 1
+        first = max(0, last - window) if window else 0
+        for page in range(first // size, -(-last // size)):
+            begin, end = max(first - page * size, 0), min(last - page * size, size)
+            _score(q[i], k[table[rows[i], page]], begin, end, page * size, scores)
+        for h in range(q.shape[1]):
+            _weigh(scores[h, first:last], scale, bits)
+        out[i] = 0
+        for page in range(first // size, -(-last // size)):
+            begin, end = max(first - page * size, 0), min(last - page * size, size)
+            _add_values(scores, v[table[rows[i], page]], begin, end, page * size, out[i])
+
+
+@kernel
+def attend_bfloat16(
+    q: Floats,
+    k: npt.NDArray[np.uint16],
+    v: npt.NDArray[np.uint16],
+    table: Table,
+    rows: IntArray,
+    positions: IntArray,
+    window: int,
+    scale: float,
+    out: Floats,
+) -> None:
+    """The same over pages of bfloat16, given as their words; q and out are float32, and so are all sums."""
+    size = k.shape[1]
+    scores = np.empty((q.shape[1], _longest(positions, size)), np.float32)
+    bits = np.empty(scores.shape[1], np.int32)
+    wide = np.empty((size, q.shape[2]), np.int32)
+    floats = wide.view(np.float32)
+    for i in range(len(q)):
+        last = positions[i] + 1
+        first = max(0, last - window) if window else 0
+        for page in range(first // size, -(-last // size)):
+            begin, end = max(first - page * size, 0), min(last - page * size, size)
+            _widen(k[table[rows[i], page]], begin, end, wide)
+            _score(q[i], floats, begin, end, page * size, scores)
+        for h in range(q.shape[1]):
+            _weigh(scores[h, first:last], scale, bits)
+        out[i] = 0
+        for page in range(first // size, -(-last // size)):
+            begin, end = max(first - page * size, 0), min(last - page * size, size)
+            _widen(v[table[rows[i], page]], begin, end, wide)
+            _add_values(scores, floats, begin, end, page * size, out[i])
+
+
+@kernel
+def _longest(positions: IntArray, size: int) -> int:
+    """Slots of the longest sequence, in whole pages."""
+    most = 0
+    for position in positions:
+        most = max(most, position + 1)
+    return -(-most // size) * size
+
+
+@kernel
+def _widen(page: npt.NDArray[np.uint16], begin: int, end: int, wide: Table) -> None:
+    """A bfloat16 is the upper half of a float32."""
+    for slot in range(begin, end):
+        for d in range(page.shape[1]):
+            wide[slot, d] = np.int32(page[slot, d]) << np.int32(16)
+
+
+@kernel
+def _score(q: Floats, page: Floats, begin: int, end: int, offset: int, scores: Floats) -> None:
+    """Products of queries [r, d] with keys [page_tokens, d] of the slots from ``begin`` to ``end - 1``."""
+    for slot in range(begin, end):
+        for h in range(q.shape[0]):
+            total = q[h, 0] * page[slot, 0]
+            for d in range(1, q.shape[1]):
+                total += q[h, d] * page[slot, d]
+            scores[h, offset + slot] = total
+
+
+@kernel
+def _add_values(weights: Floats, page: Floats, begin: int, end: int, offset: int, out: Floats) -> None:
+    """Adds the weighted values [page_tokens, d] of the slots to out [r, d]; four at a time, which halves the time."""
+    for h in range(out.shape[0]):
+        slot = begin
+        while slot + 4 <= end:
+            at = offset + slot
+            w0, w1, w2, w3 = weights[h, at], weights[h, at + 1], weights[h, at + 2], weights[h, at + 3]
+            for d in range(out.shape[1]):
+                out[h, d] += (w0 * page[slot, d] + w1 * page[slot + 1, d]) + (
+                    w2 * page[slot + 2, d] + w3 * page[slot + 3, d]
+                )
+            slot += 4
+        while slot < end:
+            weight = weights[h, offset + slot]
+            for d in range(out.shape[1]):
+                out[h, d] += weight * page[slot, d]
+            slot += 1
+
+
+@kernel
+def _weigh(scores: Floats, scale: float, bits: Table) -> None:
+    """Softmax of ``scale * scores``, in place."""
+    factor = scores.dtype.type(scale)
+    top = scores[0]
+    for score in scores:
+        top = max(top, score)
+    for t in range(len(scores)):
+        scores[t] = (scores[t] - top) * factor
+    if scores.itemsize == 4:
+        _exp(scores, bits)
+    else:
+        for t in range(len(scores)):
+            scores[t] = np.exp(scores[t])
+    total = scores[0] * 0
+    for score in scores:
+        total += score
+    for t in range(len(scores)):
+        scores[t] /= total
+
+
+@kernel
+def _exp(x: Floats, bits: Table) -> None:
+    """exp of numbers <= 0 in float32, in place, many at a time: numba calls the library's for each number.
+
+    2^n e^y with |y| <= ln 2 / 2, e^y by Cephes' polynomial (expf; relative error 2e-7). Below e^-87 it answers e^-87.
+    """
+    for t in range(len(x)):
+        bounded = max(np.float32(x[t]), np.float32(-87.0))
+        n = np.floor(bounded * np.float32(1.4426950408889634) + np.float32(0.5))
+        y = bounded - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+        p = np.float32(1.9875691500e-4)
+        p = p * y + np.float32(1.3981999507e-3)
+        p = p * y + np.float32(8.3334519073e-3)
+        p = p * y + np.float32(4.1665795894e-2)
+        p = p * y + np.float32(1.6666665459e-1)
+        p = p * y + np.float32(5.0000001201e-1)
+        x[t] = p * y * y + y + np.float32(1.0)
+        bits[t] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    powers = bits.view(np.float32)
+    for t in range(len(x)):
+        x[t] *= powers[t]
