@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hetis.runtime.engine.request import FinishReason, SamplingParams
 from hetis.runtime.server.answers import Json, usage
-from hetis.runtime.server.desk import Desk, Ticket
+from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.errors import ApiError
 from hetis.runtime.server.generation import Generation, Piece, piece_of
 
@@ -47,14 +47,15 @@ class Call:
         prompts: int,
         answer_s: float,
     ) -> None:
-        """``prompts``: how many different ones ``wishes`` has, each as often as the others; they are
-        counted once. ``answer_s``: seconds for all of it.
+        """``prompts``: how many of them ``wishes`` has, each as often as the others, counted once in the usage.
+
+        ``answer_s``: seconds for all of it.
 
         Raises:
             ApiError: the requests are not taken.
         """
         self._desk, self._form, self._answer_s = desk, form, answer_s
-        self._tickets: list[Ticket] = desk.submit(name, [(wish.prompt, wish.params) for wish in wishes])
+        self._tickets = desk.submit(name, [(wish.prompt, wish.params) for wish in wishes])
         each = len(wishes) // prompts
         self._prompt_tokens = sum(len(wish.prompt) for wish in wishes[::each])
         self._output_tokens = 0
@@ -102,31 +103,21 @@ class Call:
 
     async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Pieces of all answers as they come, until each is over."""
-        waiting = {asyncio.ensure_future(ticket.news()): i for i, ticket in enumerate(self._tickets)}
-        try:
-            while waiting:
-                left_s = self._deadline_s - asyncio.get_running_loop().time()
-                done, _ = await asyncio.wait(waiting, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
-                if not done:
-                    self._desk.metrics.cancelled("timeout")
-                    raise ApiError(
-                        f"the answer took longer than {self._answer_s:g} s",
-                        status=504,
-                        kind="server_error",
-                        code="timeout",
-                    )
-                for task in sorted(done, key=lambda task: waiting[task]):
-                    index = waiting.pop(task)
-                    piece = piece_of(task.result())
-                    self._output_tokens += len(piece.tokens)
-                    _refuse_failed(piece)
-                    yield index, piece
-                    if piece.finish_reason is None:
-                        waiting[asyncio.ensure_future(self._tickets[index].news())] = index
-        finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+        inbox, going = self._tickets[0].inbox, len(self._tickets)
+        while going:
+            try:
+                async with asyncio.timeout_at(self._deadline_s):
+                    news = await inbox.take()
+            except TimeoutError:
+                self._desk.metrics.cancelled("timeout")
+                message = f"the answer took longer than {self._answer_s:g} s"
+                raise ApiError(message, status=504, kind="server_error", code="timeout") from None
+            for index, outputs in news.items():
+                piece = piece_of(outputs)
+                _refuse_failed(piece)
+                self._output_tokens += len(piece.tokens)
+                going -= piece.finish_reason is not None
+                yield index, piece
 
 
 def _refuse_failed(piece: Piece) -> None:

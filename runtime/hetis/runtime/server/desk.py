@@ -19,6 +19,7 @@ from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.news import TokenOutput
 from hetis.runtime.engine.request import RequestError, SamplingParams
 from hetis.runtime.server.errors import ApiError, BusyError, StoppedError
+from hetis.runtime.server.inbox import Inbox, Ticket
 from hetis.runtime.server.metrics import ServerMetrics
 from hetis.runtime.server.snapshot import EngineView, view_of
 from hetis.runtime.server.timing import StepPredictor
@@ -27,48 +28,6 @@ from hetis.solver.errors import HetisError
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 Clock = Callable[[], float]
-
-
-class Ticket:
-    """One request at the engine; to be used in the event loop only.
-
-    Attributes:
-        name: of the call it belongs to.
-        prompt, params: what was asked.
-        number: the engine's; None until it has taken the request.
-        is_over: nothing more comes, or nobody wants it.
-    """
-
-    def __init__(self, name: str, prompt: Sequence[int], params: SamplingParams, arrived_s: float) -> None:
-        self.name, self.prompt, self.params, self.arrived_s = name, prompt, params, arrived_s
-        self.number: int | None = None
-        self.is_over = False
-        self._news: list[TokenOutput] = []
-        self._error: ApiError | None = None
-        self._changed = asyncio.Event()
-        self._last_token_s: float | None = None
-
-    async def news(self) -> list[TokenOutput]:
-        """Waits until there is any; returns all that has come.
-
-        Raises:
-            ApiError: the engine refused the request, or has ended.
-        """
-        while not self._news and self._error is None:
-            self._changed.clear()
-            await self._changed.wait()
-        news, self._news = self._news, []
-        if not news and self._error is not None:
-            raise self._error
-        return news
-
-    def tell(self, news: Sequence[TokenOutput]) -> None:
-        self._news += news
-        self._changed.set()
-
-    def refuse(self, error: ApiError) -> None:
-        self._error = error
-        self._changed.set()
 
 
 class Desk:
@@ -133,7 +92,7 @@ class Desk:
         return {ticket.number: ticket.name for ticket in self._open if ticket.number is not None}
 
     def submit(self, name: str, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Ticket]:
-        """Hands in all of them, or none. ``name``: of the call.
+        """Hands in the requests of the call ``name``, all of them or none; their news come to one inbox.
 
         Raises:
             BusyError: too many are open.
@@ -141,10 +100,12 @@ class Desk:
         """
         if not self.is_ready:
             raise StoppedError("the engine has failed" if self.failed.is_set() else "the server is stopping")
+        if len(requests) > self.most_open:
+            raise ApiError(f"{len(requests)} answers are asked for at once, {self.most_open} may be open", param="n")
         if len(self._open) + len(requests) > self.most_open:
             raise BusyError(open_requests=len(self._open), limit=self.most_open, retry_s=self._retry_s())
-        now_s = self._clock()
-        tickets = [Ticket(name, prompt, params, now_s) for prompt, params in requests]
+        now_s, inbox = self._clock(), Inbox()
+        tickets = [Ticket(name, i, inbox, prompt, params, now_s) for i, (prompt, params) in enumerate(requests)]
         for ticket in tickets:
             self._open.add(ticket)
             self._commands.put(lambda ticket=ticket: self._add(ticket))  # type: ignore[misc]
@@ -168,6 +129,9 @@ class Desk:
             request = self._engine.running.get(number)
             if request is None:
                 raise ApiError(f"request {number} is not running", status=404, code="not_running")
+            groups = len(request.heads)
+            if not heads or not all(0 <= head < groups for head in heads):
+                raise ApiError(f"heads are {list(heads)}, must be >= 0 and < {groups}, at least one", param="heads")
             try:
                 return self._engine.move(number, heads, target)
             except HetisError as error:
@@ -209,7 +173,7 @@ class Desk:
     def _deliver(self, news: list[tuple[Ticket, list[TokenOutput]]], view: EngineView) -> None:
         self._view = view
         for ticket, outputs in news:
-            ticket.tell(outputs)
+            ticket.inbox.put(ticket.index, outputs)
             if outputs[-1].finish_reason is not None and not ticket.is_over:
                 self._close_ticket(ticket)
 
@@ -221,7 +185,7 @@ class Desk:
             self._idle.set()
 
     def _refuse(self, ticket: Ticket, error: ApiError) -> None:
-        ticket.refuse(error)
+        ticket.inbox.refuse(error)
         if not ticket.is_over:
             self._close_ticket(ticket)
 
@@ -289,11 +253,11 @@ class Desk:
             by_number.setdefault(output.request, []).append(output)
             ticket = self._tickets[output.request]
             if output.token is not None:
-                if ticket._last_token_s is None:
+                if ticket.token_s is None:
                     self.metrics.first_token(now_s - ticket.arrived_s, prompt_tokens=len(ticket.prompt))
                 else:
-                    self.metrics.next_token(now_s - ticket._last_token_s)
-                ticket._last_token_s = now_s
+                    self.metrics.next_token(now_s - ticket.token_s)
+                ticket.token_s = now_s
             if output.finish_reason is not None:
                 self.metrics.finished(output.finish_reason, now_s - ticket.arrived_s)
         found = [(self._tickets[number], news) for number, news in by_number.items()]
