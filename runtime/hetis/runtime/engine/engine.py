@@ -17,6 +17,7 @@ from hetis.runtime.engine.planning import plan_step
 from hetis.runtime.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
 from hetis.runtime.engine.sampling import Sampler, sample
 from hetis.runtime.engine.stage import Stage
+from hetis.runtime.engine.step import Step
 from hetis.runtime.engine.text import TextStream, Tokenizer
 from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.kv.shape import SequenceKey
@@ -78,6 +79,8 @@ class Engine:
         self.running: dict[int, Request] = {}
         self.num_steps = 0
         self.num_preempted = 0
+        self.num_moved_heads = 0
+        self.last_step: Step | None = None
         self._samplers: dict[int, Sampler] = {}
         self._texts: dict[int, TextStream] = {}
         self._lost: set[int] = set()
@@ -109,7 +112,7 @@ class Engine:
         self._next_number += 1
         self._samplers[request.number] = Sampler(params)
         if self.tokenizer is not None:
-            self._texts[request.number] = TextStream(self.tokenizer, params.stop)
+            self._texts[request.number] = TextStream(self.tokenizer, params.stop, prompt=request.prompt)
         self.waiting.append(request)
         return request.number
 
@@ -144,6 +147,7 @@ class Engine:
             chunk_tokens=self.options.chunk_tokens,
             kv_heads=self.config.kv_heads,
         )
+        self.last_step = step
         self.num_steps += 1
         try:
             logits = self.stage.run(step)
@@ -260,6 +264,7 @@ class Engine:
             self.lose_device(self._device(error))  # which aborts the move, wherever it was
             return False
         request.heads = self.placement.commit(move)
+        self.num_moved_heads += len(move.heads)
         self._drop(request, move.heads, move.source)
         return True
 

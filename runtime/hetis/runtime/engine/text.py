@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from hetis.runtime.model.errors import ModelError
 
 _BROKEN = "�"  # bytes of a character of which others are still to come
+_MOST_UNCERTAIN = 64  # tokens without text of their own, one after the other: all are decoded again for the next
+_CONTEXT = 6  # tokens of the prompt
 
 
 class Tokenizer(Protocol):
@@ -50,11 +52,12 @@ class TextStream:
         is_stopped: a stop text has come; it and what follows is no part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, prompt: Sequence[int] = ()) -> None:
+        """``prompt``: what the text goes on from; whether it begins with a space may depend on that."""
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._tokens: list[int] = []
+        self._tokens = list(prompt[-_CONTEXT:])
         self._begin = 0  # of the tokens that are decoded again each time: a token's text depends on those before it
-        self._read = 0  # tokens whose text is in `_held` or told
+        self._read = len(self._tokens)  # those whose text is in `_held` or told, or of the prompt
         self._held = ""
         self.text = ""
         self.is_stopped = False
@@ -64,7 +67,9 @@ class TextStream:
         self._tokens.append(token)
         known = self._tokenizer.decode(self._tokens[self._begin : self._read])
         longer = self._tokenizer.decode(self._tokens[self._begin :])
-        if len(longer) <= len(known) or longer.endswith(_BROKEN):
+        is_uncertain = len(longer) <= len(known) or longer.endswith(_BROKEN)
+        # A long run of tokens that end within a character is no text any more: it is told as it is.
+        if is_uncertain and len(self._tokens) - self._read < _MOST_UNCERTAIN:
             return ""
         self._begin, self._read = self._read, len(self._tokens)
         return self._tell(longer[len(known) :], is_end=False)

@@ -1,0 +1,134 @@
+"""A tiny model with random weights: config, weights, tokenizer and chat template, as a folder of Hugging Face's form.
+
+The tokenizer is a byte-level BPE trained on this repository's documents. What the model says makes no sense; that it
+says exactly the same however its heads are shared out does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DOCUMENTS = Path(__file__).parents[2] / "docs"
+BEGIN, END, MESSAGE = "<|begin|>", "<|end|>", "<|message|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('role ' ~ message.role ~ ' is unknown') }}"
+    "{% endif %}"
+    "<|message|>{{ message.role }}\n{{ message.content | trim }}{{ eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|message|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of a Llama; r = q_heads / kv_heads."""
+
+    layers: int = 4
+    hidden: int = 128
+    intermediate: int = 256
+    q_heads: int = 16
+    kv_heads: int = 8
+    vocab: int = 512
+    max_tokens: int = 2048
+
+
+def make_checkpoint(folder: Path, *, sizes: Sizes | None = None, seed: int = 0) -> Path:
+    """Writes the model into ``folder``, which is made; the same sizes and seed give the same bytes."""
+    sizes = sizes or Sizes()
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder, sizes.vocab)
+    _write_config(folder, sizes)
+    _write_weights(folder, sizes, seed)
+    return folder
+
+
+def _write_tokenizer(folder: Path, vocab: int) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[BEGIN, END, MESSAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_lines(), trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _lines() -> Iterable[str]:
+    for path in sorted(DOCUMENTS.glob("*.md"))[:6]:
+        yield from path.read_text(encoding="utf-8").splitlines()
+
+
+def _write_config(folder: Path, sizes: Sizes) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.q_heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "vocab_size": sizes.vocab,
+        "max_position_embeddings": sizes.max_tokens,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _write_weights(folder: Path, sizes: Sizes, seed: int) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        # Large weights make every token depend on every head: a wrong one shows at once.
+        return torch.randn(rows, columns, generator=generator) * 0.3
+
+    def norm() -> torch.Tensor:
+        return 1 + 0.3 * torch.randn(sizes.hidden, generator=generator)
+
+    head_dim = sizes.hidden // sizes.q_heads
+    tensors = {"model.embed_tokens.weight": matrix(sizes.vocab, sizes.hidden)}
+    for layer in range(sizes.layers):
+        shapes = {
+            "self_attn.q_proj": (sizes.hidden, sizes.hidden),
+            "self_attn.k_proj": (sizes.kv_heads * head_dim, sizes.hidden),
+            "self_attn.v_proj": (sizes.kv_heads * head_dim, sizes.hidden),
+            "self_attn.o_proj": (sizes.hidden, sizes.hidden),
+            "mlp.gate_proj": (sizes.intermediate, sizes.hidden),
+            "mlp.up_proj": (sizes.intermediate, sizes.hidden),
+            "mlp.down_proj": (sizes.hidden, sizes.intermediate),
+        }
+        for name, shape in shapes.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = matrix(*shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{name}.weight"] = norm()
+    tensors["model.norm.weight"] = norm()
+    tensors["lm_head.weight"] = matrix(sizes.vocab, sizes.hidden)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

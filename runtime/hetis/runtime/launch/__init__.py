@@ -1,0 +1,1 @@
+"""From a plan, or from options, to the devices of an engine."""

@@ -1,0 +1,127 @@
+"""Puts the parts of `hetis-serve` together: model, engine, desk, routes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from hetis.runtime.engine.engine import Engine, EngineOptions
+from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
+from hetis.runtime.launch.layout import DevicePages, DeviceRoom, Layout, layout_of, one_device, pages_of
+from hetis.runtime.launch.memory import free_memory_bytes
+from hetis.runtime.model.config import ModelConfig, read_config
+from hetis.runtime.server.app import AppOptions, Front
+from hetis.runtime.server.chat import ChatTemplate
+from hetis.runtime.server.desk import Desk
+from hetis.runtime.server.running import Told, serve
+from hetis.runtime.server.text import Tokens
+
+_log = logging.getLogger(__name__)
+_SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The options of `hetis-serve`, each of them valid; ``rooms`` empty: the plan's devices, or one."""
+
+    folder: Path
+    name: str
+    plan: Path | None
+    replica: int
+    kv_tokens: int | None
+    rooms: tuple[DeviceRoom, ...]
+    dtype: str | None
+    context_tokens: int | None
+    seats: int | None
+    chunk_tokens: int | None
+    page_tokens: int
+    threads: int | None
+    api_key: str | None
+    max_waiting: int
+    body_bytes: int
+    answer_s: float
+    write_s: float
+    drain_s: float
+    version: str
+
+
+async def run_server(asked: Asked, listening: socket.socket) -> bool:
+    """Loads, serves until told to end; returns False where the engine failed.
+
+    Raises:
+        DocumentError: the plan's file cannot be used.
+        ModelError: the model's folder cannot be used.
+        LayoutError: the plan or the memory does not allow it.
+    """
+    _set_threads(asked.threads)
+    tokens, chat = Tokens.from_folder(asked.folder), ChatTemplate.from_folder(asked.folder)
+    layout = _layout(asked)
+    engine = _engine(asked, layout, tokens)
+    await asyncio.to_thread(warm_up, engine)
+    desk = Desk(
+        engine,
+        model=asked.name,
+        version=asked.version,
+        most_open=engine.options.most_running + asked.max_waiting,
+    )
+    options = AppOptions(body_bytes=asked.body_bytes, answer_s=asked.answer_s, write_s=asked.write_s)
+    front = Front(desk, tokens, chat, model=asked.name, options=options)
+    _tell_devices(engine)
+
+    def ready() -> None:
+        host, port = listening.getsockname()[:2]
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        _log.info("serving %s at http://%s", asked.name, where)
+
+    told = Told()
+    with told.by_signals():
+        app = front.app(api_key=asked.api_key)
+        return await serve(desk, app, listening, told, drain_s=asked.drain_s, ready=ready)
+
+
+def _layout(asked: Asked) -> Layout | None:
+    if asked.plan is None:
+        return None
+    from hetis.formats.documents import load_plan
+
+    config = read_config(asked.folder)
+    plan = load_plan(asked.plan)
+    return layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
+
+
+def _engine(asked: Asked, layout: Layout | None, tokens: Tokens) -> Engine:
+    seats = asked.seats or (layout.seats if layout else _SEATS)
+    chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else _CHUNK_TOKENS)
+    options = EngineOptions(most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens)
+
+    def choose(config: ModelConfig, shape: KvShape) -> tuple[DevicePages, ...]:
+        if layout is not None:
+            return layout.devices
+        if asked.rooms:
+            return pages_of(asked.rooms, shape)
+        longest = min(asked.context_tokens or config.max_tokens, config.max_tokens)
+        return (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_memory_bytes()),)
+
+    made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
+    return start_engine(made_of, choose, tokens)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _tell_devices(engine: Engine) -> None:
+    heads = engine.config.kv_heads
+    for device in engine.stage.devices:
+        tokens = device.num_pages * device.shape.page_tokens // heads
+        size = device.num_pages * device.shape.page_bytes / 2**20
+        _log.info(
+            "device %s: %d KV pages (%.0f MiB), %d tokens of all heads", device.name, device.num_pages, size, tokens
+        )

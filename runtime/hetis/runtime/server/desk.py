@@ -1,0 +1,281 @@
+"""Between an event loop and an engine that runs in a thread of its own.
+
+The loop hands in requests and gets tickets; the thread runs steps and tells each ticket its news, all of a step at
+once. Nothing but values crosses: commands go through a queue, news through ``call_soon_threadsafe``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import TypeVar
+
+from hetis.runtime.engine.engine import Engine
+from hetis.runtime.engine.news import TokenOutput
+from hetis.runtime.engine.request import RequestError, SamplingParams
+from hetis.runtime.server.errors import ApiError, BusyError, StoppedError
+from hetis.runtime.server.inbox import Inbox, Ticket
+from hetis.runtime.server.metrics import ServerMetrics
+from hetis.runtime.server.snapshot import EngineView, view_of
+from hetis.runtime.server.timing import StepPredictor
+from hetis.solver.errors import HetisError
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+Clock = Callable[[], float]
+
+
+class Desk:
+    """Owns the engine from `start` to `stop`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        model: str,
+        version: str,
+        most_open: int,
+        predictor: StepPredictor | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """``most_open``: requests that run or wait; more are refused."""
+        self._engine, self._predictor, self._clock = engine, predictor, clock
+        self.max_tokens, self.most_open = engine.max_tokens, most_open
+        self._view = view_of(engine)
+        self.metrics = ServerMetrics(model=model, version=version, view=lambda: self._view)
+        self._open: set[Ticket] = set()
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._tickets: dict[int, Ticket] = {}  # the thread's
+        self._ends = False  # the thread's
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self.failed = asyncio.Event()
+        self._finished_s: list[float] = []
+
+    # --- in the event loop
+
+    def start(self) -> None:
+        """Starts the thread; called in the loop that will use the desk."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread after its step. Open requests are answered with an error."""
+        self._close(StoppedError("the server is stopping"))
+        if self._thread.is_alive():
+            self._commands.put(self._end)
+            await asyncio.to_thread(self._thread.join)
+
+    @property
+    def view(self) -> EngineView:
+        """The engine after its last step."""
+        return self._view
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
+    @property
+    def is_ready(self) -> bool:
+        return not self._draining and not self.failed.is_set() and self._thread.is_alive()
+
+    def names(self) -> dict[int, str]:
+        """Names of the calls that open requests belong to, by the engine's numbers."""
+        return {ticket.number: ticket.name for ticket in self._open if ticket.number is not None}
+
+    def submit(self, name: str, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Ticket]:
+        """Hands in the requests of the call ``name``, all of them or none; their news come to one inbox.
+
+        Raises:
+            BusyError: too many are open.
+            StoppedError: the server is ending.
+        """
+        if not self.is_ready:
+            raise StoppedError("the engine has failed" if self.failed.is_set() else "the server is stopping")
+        if len(requests) > self.most_open:
+            raise ApiError(f"{len(requests)} answers are asked for at once, {self.most_open} may be open", param="n")
+        if len(self._open) + len(requests) > self.most_open:
+            raise BusyError(open_requests=len(self._open), limit=self.most_open, retry_s=self._retry_s())
+        now_s, inbox = self._clock(), Inbox()
+        tickets = [Ticket(name, i, inbox, prompt, params, now_s) for i, (prompt, params) in enumerate(requests)]
+        for ticket in tickets:
+            self._open.add(ticket)
+            self._commands.put(lambda ticket=ticket: self._add(ticket))  # type: ignore[misc]
+        self._idle.clear()
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody wants the answer any more; one that is over is no error."""
+        if not ticket.is_over:
+            self._close_ticket(ticket)
+            self._commands.put(lambda: self._cancel(ticket))
+
+    async def move(self, number: int, heads: Sequence[int], target: int) -> bool:
+        """Moves heads of a running request between two steps; False: the target has too few pages.
+
+        Raises:
+            ApiError: there is no such running request, or the move cannot be made.
+        """
+
+        def act() -> bool:
+            request = self._engine.running.get(number)
+            if request is None:
+                raise ApiError(f"request {number} is not running", status=404, code="not_running")
+            groups = len(request.heads)
+            if not heads or not all(0 <= head < groups for head in heads):
+                raise ApiError(f"heads are {list(heads)}, must be >= 0 and < {groups}, at least one", param="heads")
+            try:
+                return self._engine.move(number, heads, target)
+            except HetisError as error:
+                raise ApiError(str(error), status=409, code="not_movable") from None
+
+        return await self._call(act)
+
+    async def drain(self, limit_s: float) -> int:
+        """Takes nothing new and waits until all is answered; returns how many were not when the limit came."""
+        self._draining = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), limit_s)
+        return len(self._open)
+
+    async def _call(self, act: Callable[[], T]) -> T:
+        if not self._thread.is_alive():
+            raise StoppedError("the engine has ended")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            try:
+                result = act()
+            except ApiError as error:
+                self._tell(_settle, answer, None, error)
+            else:
+                self._tell(_settle, answer, result, None)
+
+        self._commands.put(run)
+        return await answer
+
+    def _retry_s(self) -> int:
+        """When a request will have ended, by how often that happened lately."""
+        ended = self._finished_s
+        if len(ended) < 2 or ended[-1] <= ended[0]:
+            return 1
+        return max(1, min(60, round((ended[-1] - ended[0]) / (len(ended) - 1))))
+
+    def _deliver(self, news: list[tuple[Ticket, list[TokenOutput]]], view: EngineView) -> None:
+        self._view = view
+        for ticket, outputs in news:
+            ticket.inbox.put(ticket.index, outputs)
+            if outputs[-1].finish_reason is not None and not ticket.is_over:
+                self._close_ticket(ticket)
+
+    def _close_ticket(self, ticket: Ticket) -> None:
+        ticket.is_over = True
+        self._open.discard(ticket)
+        self._finished_s = [*self._finished_s[-15:], self._clock()]
+        if not self._open:
+            self._idle.set()
+
+    def _refuse(self, ticket: Ticket, error: ApiError) -> None:
+        ticket.inbox.refuse(error)
+        if not ticket.is_over:
+            self._close_ticket(ticket)
+
+    def _close(self, error: ApiError) -> None:
+        self._draining = True
+        for ticket in list(self._open):
+            self._refuse(ticket, error)
+
+    def _fail(self) -> None:
+        self.failed.set()
+        self._close(ApiError("the engine has failed", status=500, kind="server_error", code="engine_failed"))
+
+    # --- in the thread
+
+    def _work(self) -> None:
+        try:
+            while not self._ends:
+                self._obey()
+                if self._engine.has_work and not self._ends:
+                    self._step()
+        except Exception:
+            _log.exception("the engine has failed")
+            self._tell(self._fail)
+
+    def _obey(self) -> None:
+        """All commands there are; waits for one where there is nothing else to do."""
+        if not self._engine.has_work:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _end(self) -> None:
+        self._ends = True
+
+    def _add(self, ticket: Ticket) -> None:
+        if ticket.is_over:
+            return
+        try:
+            number = self._engine.add(ticket.prompt, ticket.params)
+        except RequestError as error:
+            self._tell(self._refuse, ticket, ApiError(str(error)))
+            return
+        ticket.number = number
+        self._tickets[number] = ticket
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if ticket.number is not None:
+            self._engine.cancel(ticket.number)
+
+    def _step(self) -> None:
+        steps = self._engine.num_steps
+        begun_s = self._clock()
+        outputs = self._engine.step()
+        ended_s = self._clock()
+        if self._engine.num_steps > steps and self._engine.last_step is not None:
+            step = self._engine.last_step
+            predicted_s = self._predictor.step_s(step) if self._predictor else None
+            self.metrics.step_done(seconds=ended_s - begun_s, predicted_s=predicted_s, tokens=len(step.tokens))
+        self._tell(self._deliver, self._sort(outputs, ended_s), view_of(self._engine))
+
+    def _sort(self, outputs: Sequence[TokenOutput], now_s: float) -> list[tuple[Ticket, list[TokenOutput]]]:
+        """News by ticket, counted on their way."""
+        by_number: dict[int, list[TokenOutput]] = {}
+        for output in outputs:
+            by_number.setdefault(output.request, []).append(output)
+            ticket = self._tickets[output.request]
+            if output.token is not None:
+                if ticket.token_s is None:
+                    self.metrics.first_token(now_s - ticket.arrived_s, prompt_tokens=len(ticket.prompt))
+                else:
+                    self.metrics.next_token(now_s - ticket.token_s)
+                ticket.token_s = now_s
+            if output.finish_reason is not None:
+                self.metrics.finished(output.finish_reason, now_s - ticket.arrived_s)
+        found = [(self._tickets[number], news) for number, news in by_number.items()]
+        for number, news in by_number.items():
+            if news[-1].finish_reason is not None:
+                del self._tickets[number]
+        return found
+
+    def _tell(self, act: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop has ended before us
+            self._loop.call_soon_threadsafe(act, *arguments)
+
+
+def _settle(answer: asyncio.Future[T], result: T, error: ApiError | None) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)

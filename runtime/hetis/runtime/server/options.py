@@ -1,0 +1,167 @@
+"""What `hetis-serve` was asked to do, checked as a whole before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from hetis.formats.units import parse_bytes
+from hetis.runtime.launch.layout import DeviceRoom
+from hetis.runtime.model.config import DTYPES
+from hetis.runtime.server.errors import ServeError
+
+T = TypeVar("T")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+KEY_VARIABLE = "HETIS_API_KEY"
+LEAST_KEY = 16  # characters
+
+
+class Checking:
+    """Checks one option after the other, so that everything that is wrong is said at once."""
+
+    def __init__(self) -> None:
+        self.wrong: list[str] = []
+
+    def get(self, check: Callable[[], T]) -> T | None:
+        """What the check returns; None where it says that something is wrong."""
+        try:
+            return check()
+        except ServeError as error:
+            self.wrong += error.messages
+            return None
+
+    def finish(self) -> None:
+        """Ends the checks.
+
+        Raises:
+            ServeError: with all that was wrong.
+        """
+        if self.wrong:
+            raise ServeError(*self.wrong)
+
+
+def checked_folder(folder: Path | None) -> Path:
+    """The model's folder.
+
+    Raises:
+        ServeError: it is missing, or is none.
+    """
+    if folder is None:
+        raise ServeError("--model is missing: the folder of a model (config.json, safetensors, tokenizer)")
+    if not folder.is_dir():
+        raise ServeError(f"--model {folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ServeError(f"--model {folder}: there is no config.json in it")
+    return folder
+
+
+def checked_devices(texts: list[str]) -> tuple[DeviceRoom, ...]:
+    """``cpu:2GiB`` or ``NAME=cpu:2GiB``, one after the other; the first is the primary.
+
+    Raises:
+        ServeError: one is something else, or two have one name.
+    """
+    wrong, rooms = [], []
+    for number, text in enumerate(texts):
+        name, _, rest = text.rpartition("=")
+        kind, _, size = rest.partition(":")
+        name = name or f"cpu{number}"
+        if kind != "cpu" or not size:
+            wrong.append(f"--device is {text!r}, must be cpu:SIZE or NAME=cpu:SIZE, such as cpu:2GiB")
+        elif not _NAME.fullmatch(name):
+            wrong.append(f"--device {text!r}: the name is {name!r}, must be of letters, digits and ._:/-")
+        else:
+            try:
+                rooms.append(DeviceRoom(name=name, kv_bytes=parse_bytes(size)))
+            except ValueError as error:
+                wrong.append(f"--device {text!r}: {error}")
+    names = [room.name for room in rooms]
+    wrong += [f"--device: two are named {name}" for name in sorted({n for n in names if names.count(n) > 1})]
+    if wrong:
+        raise ServeError(*wrong)
+    return tuple(rooms)
+
+
+def checked_range(option: str, value: float, *, least: float, most: float) -> float:
+    """Raises ServeError: the value is outside."""
+    if not least <= value <= most:
+        raise ServeError(f"{option} is {value:g}, must be >= {least:g} and <= {most:g}")
+    return value
+
+
+def checked_size(option: str, text: str) -> int:
+    """Bytes, at least one. Raises ServeError: it is no size."""
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise ServeError(f"{option}: {error}") from None
+    if not size:
+        raise ServeError(f"{option} is {text}, must be > 0")
+    return size
+
+
+def checked_dtype(dtype: str) -> str | None:
+    """None for ``auto``: the checkpoint's own."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ServeError(f"--dtype is {dtype!r}, must be auto, {', '.join(DTYPES)}")
+    return None if dtype == "auto" else dtype
+
+
+def checked_name(name: str, folder: Path | None) -> str:
+    """How clients call the model: by default as its folder is called."""
+    name = name or (folder.resolve().name if folder is not None else "")
+    if folder is not None and not _NAME.fullmatch(name):
+        raise ServeError(f"--served-name is {name!r}, must be 1 to 128 letters, digits and ._:/-")
+    return name
+
+
+def api_key(path: Path | None) -> str | None:
+    """The key that clients must say, from a file or from the environment; None: none is needed.
+
+    Raises:
+        ServeError: the file cannot be read, or the key is too short to be one.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    where = KEY_VARIABLE
+    if path is not None:
+        where = f"--api-key-file {path}"
+        try:
+            key = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise ServeError(f"{where}: {reason}") from None
+    if key is None:
+        return None
+    if len(key) < LEAST_KEY or not key.isprintable() or " " in key:
+        raise ServeError(f"{where}: the key must have at least {LEAST_KEY} printable characters and no spaces")
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def bound_socket(host: str, port: int, *, write_s: float) -> socket.socket:
+    """A listening address. A peer that takes nothing for ``write_s`` loses its connection by the kernel as well.
+
+    Raises:
+        ServeError: the address is taken, or not ours.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from None
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_s * 1000))
+        made.bind(where)
+    except OSError as error:
+        made.close()
+        raise ServeError(f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from None
+    return made

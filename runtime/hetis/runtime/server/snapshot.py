@@ -1,0 +1,85 @@
+"""How the engine is between two steps, as a value that other threads may read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetis.runtime.engine.engine import Engine
+from hetis.runtime.kv.shape import KvShape
+from hetis.solver.dispatch.snapshot import DeviceStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceView:
+    """One device of the stage: pages in all and in use, and the KV heads of requests that live there."""
+
+    name: str
+    pages: int
+    used_pages: int
+    page_bytes: int
+    heads: int
+    is_up: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """A running request: the device of each of its KV heads, positions whose KV is held, output tokens so far."""
+
+    number: int
+    heads: tuple[int, ...]
+    computed: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineView:
+    """The engine between two steps; counts are since it started."""
+
+    devices: tuple[DeviceView, ...]
+    running: tuple[RequestView, ...] = ()
+    waiting: int = 0
+    steps: int = 0
+    preempted: int = 0
+    moved_heads: int = 0
+    page_tokens: int = 16
+
+    @property
+    def kv_use_ratio(self) -> float:
+        """Share of all pages that requests hold."""
+        pages = sum(device.pages for device in self.devices)
+        return sum(device.used_pages for device in self.devices) / pages if pages else 0.0
+
+
+def view_of(engine: Engine) -> EngineView:
+    """The engine as it is now; called by the thread that runs it."""
+    state = engine.placement.state
+    free = state.free_blocks()
+    heads = [0] * len(engine.stage.devices)
+    for request in engine.running.values():
+        for owner in request.heads:
+            heads[owner] += 1
+    shape: KvShape = engine.stage.shape
+    return EngineView(
+        devices=tuple(
+            DeviceView(
+                name=device.name,
+                pages=device.num_pages,
+                used_pages=device.num_pages - int(free[i]),
+                page_bytes=shape.page_bytes,
+                heads=heads[i],
+                is_up=state.devices[i].status is DeviceStatus.OK,
+            )
+            for i, device in enumerate(engine.stage.devices)
+        ),
+        running=tuple(
+            RequestView(
+                number=request.number, heads=request.heads, computed=request.computed, output=len(request.output)
+            )
+            for request in engine.running.values()
+        ),
+        waiting=len(engine.waiting),
+        steps=engine.num_steps,
+        preempted=engine.num_preempted,
+        moved_heads=engine.num_moved_heads,
+        page_tokens=shape.page_tokens,
+    )

@@ -1,0 +1,124 @@
+"""A front on a free loopback port: the real engine, the real server, in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import torch
+
+from examples.demo_serve.checkpoint import make_checkpoint
+from hetis.runtime.engine.engine import Engine, EngineOptions
+from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
+from hetis.runtime.launch.layout import DevicePages
+from hetis.runtime.server.app import AppOptions, Front
+from hetis.runtime.server.chat import ChatTemplate
+from hetis.runtime.server.desk import Desk
+from hetis.runtime.server.options import bound_socket
+from hetis.runtime.server.running import Told, serve
+from hetis.runtime.server.text import Tokens
+
+torch.set_num_threads(1)
+
+MODEL = "tiny"
+
+
+def demo_model(folder: Path) -> Path:
+    return make_checkpoint(folder / MODEL)
+
+
+def engine_of(folder: Path, *, pages: tuple[int, ...] = (400, 400), **options: Any) -> Engine:
+    made_of = EngineFolder(
+        folder=folder, dtype=None, page_tokens=16, options=EngineOptions(**({"chunk_tokens": 64} | options))
+    )
+    devices = tuple(DevicePages(name=f"cpu{i}", pages=count) for i, count in enumerate(pages))
+    return start_engine(made_of, lambda config, shape: devices, Tokens.from_folder(folder))
+
+
+class Live:
+    """A running server; a context manager. ``desk`` may be looked at; it lives in the server's loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        *,
+        most_open: int = 64,
+        app: AppOptions | None = None,
+        key: str | None = None,
+        drain_s: float = 20.0,
+    ) -> None:
+        warm_up(engine)
+        self.engine = engine
+        self.listening = bound_socket("127.0.0.1", 0, write_s=5)
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        self._folder, self._most_open, self._app, self._key, self._drain_s = folder, most_open, app, key, drain_s
+        self._ready, self._thread = threading.Event(), threading.Thread(target=self._run, name="live server")
+        self.went_well: bool | None = None
+
+    def __enter__(self) -> Live:
+        self._thread.start()
+        assert self._ready.wait(60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tell()
+        self.tell()
+        self.join()
+
+    def tell(self) -> None:
+        """As a signal would."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._told.hear)
+
+    def join(self) -> None:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        self.listening.close()
+
+    def client(self, **more: Any) -> openai.OpenAI:
+        settings: dict[str, Any] = {"api_key": self._key or "none", "max_retries": 0, "timeout": 60.0} | more
+        return openai.OpenAI(base_url=f"{self.url}/v1", **settings)
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def _run(self) -> None:
+        async def work() -> bool:
+            self._loop, self._told = asyncio.get_running_loop(), Told()
+            self.desk = Desk(self.engine, model=MODEL, version="test", most_open=self._most_open)
+            front = Front(
+                self.desk,
+                Tokens.from_folder(self._folder),
+                ChatTemplate.from_folder(self._folder),
+                model=MODEL,
+                options=self._app,
+            )
+            return await serve(
+                self.desk,
+                front.app(api_key=self._key),
+                self.listening,
+                self._told,
+                drain_s=self._drain_s,
+                ready=self._ready.set,
+            )
+
+        self.went_well = asyncio.run(work())
