@@ -7,11 +7,13 @@ import pytest
 from hetis.formats.errors import DocumentError
 from hetis.formats.will import parse_forbid, parse_pin, read_will, will_from_texts
 from hetis.solver.will import (
+    AtMost,
     Duty,
     Keep,
     LeaveOut,
     Replicas,
     Selection,
+    Sum,
     Unit,
     Use,
     Wish,
@@ -57,6 +59,8 @@ def test_what_is_forbidden(text: str, wish: Wish) -> None:
         ("replicas=2..5", (Replicas(least=2, most=5),)),
         ("replicas=2..", (Replicas(least=2, most=None),)),
         ("replicas=..5", (Replicas(least=0, most=5),)),
+        ("usd=..2.5", (AtMost(of=Sum.USD, most=2.5),)),
+        ("gpus=..12", (AtMost(of=Sum.GPUS, most=12.0),)),
     ],
 )
 def test_what_is_pinned(text: str, wishes: tuple[Wish, ...]) -> None:
@@ -67,7 +71,16 @@ def test_what_is_pinned(text: str, wishes: tuple[Wish, ...]) -> None:
 def test_everything_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(DocumentError) as caught:
         read_will(
-            ["nod=a-0", "type=A:use=0", "type=A:as=wrker", "replicas=5..2", "replicas=x", "type=A:use=9", "gpu=a-0/0"],
+            [
+                "nod=a-0",
+                "type=A:use=0",
+                "type=A:as=wrker",
+                "replicas=5..2",
+                "replicas=x",
+                "type=A:use=9",
+                "gpu=a-0/0",
+                "usd=5",
+            ],
             ["type=C", "tp=3", "tp=x", "type=A:use=2", "node=a-5", "rubbish"],
             CLUSTER,
         )
@@ -75,12 +88,13 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         "--forbid tp=x: tp is 'x', must be a whole number, alone",
         "--forbid type=A:use=2: 'use=2' after type=A is not as=..., each once",
         "--forbid rubbish: must be written NAME=VALUE, such as node=a100-0, type=L4",
-        "--pin nod=a-0: 'nod' is not one of node, type, zone, replicas, did you mean node?",
+        "--pin nod=a-0: 'nod' is not one of node, type, zone, replicas, usd, gpus, did you mean node?",
         "--pin type=A:use=0: use is '0', must be a whole number above 0",
         "--pin type=A:as=wrker: as is 'wrker', must be one of primary, worker, unified, prefill, decode, "
         "did you mean worker?",
         "--pin replicas=x: replicas is 'x', must be N, N..M, N.. or ..M",
-        "--pin gpu=a-0/0: 'gpu' is not one of node, type, zone, replicas",
+        "--pin gpu=a-0/0: 'gpu' is not one of node, type, zone, replicas, usd, gpus, did you mean gpus?",
+        "--pin usd=5: usd is '5', must be ..N with N above 0",
         "--forbid type=C: tiny has no type C",
         "--forbid tp=3: TP sizes are 1, 2, 4, 8",
         "--forbid node=a-5: tiny has no node a-5, did you mean a-1?",

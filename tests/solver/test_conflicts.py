@@ -24,7 +24,7 @@ from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import Duty, Keep, LeaveOut, Replicas, Use, WithoutTp
+from hetis.solver.will import AtMost, Duty, Keep, LeaveOut, Replicas, Sum, Use, WithoutTp
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -212,6 +212,22 @@ def test_demand_and_a_wish_are_named_together() -> None:
     assert_smallest(problem, found)
     rate = next(r for r in found.relaxations if r.option.startswith("--rate "))
     assert exists(applied(problem, rate.option))
+
+
+@pytest.mark.parametrize("of_what", list(Sum))
+def test_a_rent_that_is_too_low_says_what_is_enough(of_what: Sum) -> None:
+    """One card holds no replica, and one of these cards costs a dollar."""
+    profile = make_profile("A", usable_bytes=4_800_000)
+    problem = make_problem([make_node("a", "A", nodes=6)], profiles={"A": profile})
+    wish = AtMost(of=of_what, most=1.0)
+    found = why(replace(problem, will=(wish, WithoutTp(tp=4))))
+    assert wish in [m.wish for m in found.conflicts[0].members]
+    assert_smallest(replace(problem, will=(wish, WithoutTp(tp=4))), found)
+    (enough,) = [r for r in found.relaxations if r.about is not None and r.about.wish == wish]
+    most = float(enough.option.partition("..")[2])
+    assert 1.0 < most < 6.0
+    assert exists(replace(problem, will=(replace(wish, most=most),)))
+    assert not exists(replace(problem, will=(replace(wish, most=most - 1.0),)))
 
 
 # --- anything, in combination

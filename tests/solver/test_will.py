@@ -22,11 +22,13 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import (
     DUTY_OF_ROLE,
     PARTS,
+    AtMost,
     Duty,
     Keep,
     LeaveOut,
     Replicas,
     Selection,
+    Sum,
     Unit,
     Use,
     Will,
@@ -129,15 +131,17 @@ def best_by_brute_force(problem: PlacementProblem) -> float:
         )
 
     def may_plan(chosen: list[Wanted]) -> bool:
-        count = Counter[str]()
+        count, taken = Counter[str](), dict.fromkeys(Sum, 0.0)
         for wanted in chosen:
             for c, sizes in zip(classes, wanted.need, strict=True):
                 count[c.gpu] += sum(sizes)
                 count[c.zone] += sum(sizes)
-        return all(
-            count[wish.gpus.name] >= wish.least if isinstance(wish, Use) else wish.allows(len(chosen))
-            for wish in will
-            if isinstance(wish, Use | Replicas)
+                taken[Sum.GPUS] += sum(sizes)
+                taken[Sum.USD] += sum(sizes) * c.usd_per_hour
+        return (
+            all(count[wish.gpus.name] >= wish.least for wish in will if isinstance(wish, Use))
+            and all(wish.allows(len(chosen)) for wish in will if isinstance(wish, Replicas))
+            and all(taken[wish.of] <= wish.most + 1e-9 for wish in will if isinstance(wish, AtMost))
         )
 
     plain = replace(problem, will=(), cluster=cluster, family=family)
@@ -149,7 +153,7 @@ def wishes(draw: st.DrawFn, cluster: Cluster) -> Wish:
     """A wish that the cluster can be asked."""
     types = sorted({slots.gpu for group in cluster.node_groups for slots in group.gpus})
     nodes = [group.node_name(i) for group in cluster.node_groups for i in range(group.count)]
-    kind = draw(st.sampled_from(("out", "out", "keep", "keep", "use", "use", "tp", "workers", "replicas")))
+    kind = draw(st.sampled_from(("out", "out", "keep", "keep", "use", "use", "tp", "workers", "replicas", "sum")))
     places = [of(f"type={gpu}") for gpu in types]
     match kind:
         case "out":
@@ -171,6 +175,8 @@ def wishes(draw: st.DrawFn, cluster: Cluster) -> Wish:
             return WithoutTp(tp=draw(st.sampled_from(SMALL_FAMILY.tp_sizes)))
         case "workers":
             return WithoutWorkers()
+        case "sum":
+            return AtMost(of=draw(st.sampled_from(list(Sum))), most=float(draw(st.integers(1, 4))))
     least = draw(st.integers(0, 2))
     return Replicas(least=least, most=draw(st.sampled_from((None, max(1, least), least + 1))))
 
@@ -256,6 +262,23 @@ def test_replicas_are_counted() -> None:
     assert len(solved(two_types(Replicas(least=6, most=None))).replicas) == 6
 
 
+def test_rent_is_kept_to_on_small_and_large_fleets() -> None:
+    nodes = [make_node("a", "A", nodes=30, gpus=2), make_node("b", "B", nodes=10, gpus=2)]
+    profiles = {"A": make_profile("A", bytes_per_s=4e10), "B": make_profile("B")}
+    large = make_problem(nodes, profiles=profiles, usd_per_hour={"A": 2.0, "B": 0.5})
+    for problem, most in ((two_types(), 3.0), (large, 25.0)):
+        plan = solved(replace(problem, will=(AtMost(of=Sum.USD, most=most),)))
+        prices = {gpu: kind.usd_per_hour or 0.0 for gpu, kind in problem.cluster.gpu_types.items()}
+        assert sum(prices[price.gpu] * price.used for price in plan.prices) <= most * (1 + 1e-9)
+        assert plan.result.value > 0.5 * best_rate_of(problem) * most / sum(
+            prices[price.gpu] * price.available for price in plan.prices
+        )
+
+
+def best_rate_of(problem: PlacementProblem) -> float:
+    return solve_placement(problem).result.value
+
+
 def test_a_wish_for_what_is_not_there_is_refused() -> None:
     with pytest.raises(
         InvalidProblemError, match=r"--forbid node=x: tiny has no node x; --pin type=A:use=9: tiny has 4"
@@ -303,6 +326,8 @@ def test_the_checker_sees_every_broken_wish() -> None:
         Keep(gpus=of("node=a-0"), duty=Duty.UNIFIED, only=False),
         WithoutTp(tp=1),
         Replicas(least=6, most=None),
+        AtMost(of=Sum.GPUS, most=5),
+        AtMost(of=Sum.USD, most=5.99),
     ]
     kept: list[Wish] = [
         Use(gpus=of("zone=default"), least=6),
@@ -310,6 +335,8 @@ def test_the_checker_sees_every_broken_wish() -> None:
         WithoutWorkers(),
         WithoutTp(tp=4),
         Replicas(least=0, most=5),
+        AtMost(of=Sum.GPUS, most=6),
+        AtMost(of=Sum.USD, most=6),
     ]
     assert broken_by(plan, replace(free, will=(*broken, *kept))) == set(map(str, broken))
     idle = solved(two_types(LeaveOut(gpus=of("type=B"))))

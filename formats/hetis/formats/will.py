@@ -6,6 +6,7 @@ forbid  SELECTION            these GPUs are not used
 pin     SELECTION[:use=N]    at least N of them are in use, 1 unless given
         SELECTION:as=DUTY    of the duties of its kind they have this one alone; `:use=N` may follow
         replicas=N | N..M    so many replicas; either end may be left out
+        usd=..N | gpus=..N   all GPUs of the plan together cost at most N USD/h, are at most N
 
 SELECTION  gpu=NODE/INDEX (forbid only), node=NODE, type=GPU, zone=ZONE
 DUTY       primary, worker (what the GPU does in a replica); unified, prefill, decode (what the replica does)
@@ -20,11 +21,13 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.solver.cluster import Cluster
 from hetis.solver.problem import Family
 from hetis.solver.will import (
+    AtMost,
     Duty,
     Keep,
     LeaveOut,
     Replicas,
     Selection,
+    Sum,
     Unit,
     Use,
     Will,
@@ -111,7 +114,11 @@ def parse_pin(text: str) -> tuple[Wish, ...]:
         if extras:
             raise ValueError("replicas are counted: nothing may follow")
         return (_replicas(value),)
-    gpus = _selection(key, value, ("node", "type", "zone", "replicas"))
+    if key in (Sum.USD, Sum.GPUS):
+        if extras:
+            raise ValueError(f"{key} is a sum: nothing may follow")
+        return (_at_most(Sum(key), value),)
+    gpus = _selection(key, value, ("node", "type", "zone", "replicas", "usd", "gpus"))
     wishes: list[Wish] = []
     if "as" in extras:
         wishes.append(Keep(gpus=gpus, duty=_duty(extras["as"]), only=True))
@@ -151,6 +158,14 @@ def _duty(text: str) -> Duty:
     if text not in known:
         raise ValueError(f"as is {text!r}, must be one of {', '.join(known)}{did_you_mean(text, known)}")
     return Duty(text)
+
+
+def _at_most(of: Sum, text: str) -> AtMost:
+    number = text.removeprefix("..")
+    pattern = r"\d+" if of is Sum.GPUS else r"\d+(\.\d+)?|\.\d+"
+    if number == text or not re.fullmatch(pattern, number) or float(number) <= 0.0:
+        raise ValueError(f"{of} is {text!r}, must be ..N with N above 0")
+    return AtMost(of=of, most=float(number))
 
 
 def _replicas(text: str) -> Replicas:

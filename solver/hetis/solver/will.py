@@ -1,4 +1,4 @@
-"""What people want of a plan beside its objective: which GPUs are used and what for, TP sizes, how many replicas.
+"""What people want of a plan beside its objective: which GPUs are used and what for, TP sizes, replicas, rent.
 
 A *wish* is one ``--pin`` or ``--forbid`` of the command line and written like it (`str`). A plan keeps all wishes of
 its problem: `hetis.solver.placement.grounding` makes them part of the search, `hetis.solver.check.will` checks them.
@@ -130,7 +130,25 @@ class Replicas:
         return f"--pin replicas={self.least or ''}..{'' if self.most is None else self.most}"
 
 
-Wish = LeaveOut | Keep | Use | WithoutTp | WithoutWorkers | Replicas
+class Sum(StrEnum):
+    """What a plan takes, all together."""
+
+    USD = "usd"  # rent, per hour
+    GPUS = "gpus"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtMost:
+    """The plan takes no more than that."""
+
+    of: Sum
+    most: float
+
+    def __str__(self) -> str:
+        return f"--pin {self.of}=..{self.most:.12g}"
+
+
+Wish = LeaveOut | Keep | Use | WithoutTp | WithoutWorkers | Replicas | AtMost
 Will = tuple[Wish, ...]
 
 
@@ -153,11 +171,13 @@ class Marks:
         on: by node group and GPU type; those not listed have none.
         least: GPUs that are in use at least, for every `Use`.
         replicas: of the plan, at least and at most.
+        most: what the plan takes at most.
     """
 
     on: Mapping[tuple[str, str], Mark]
     least: tuple[int, ...] = ()
     replicas: tuple[int, float] = (0, float("inf"))
+    most: tuple[AtMost, ...] = ()
 
     def of(self, group: str, gpu: str) -> Mark:
         return self.on.get((group, gpu), NO_MARK)
@@ -165,7 +185,7 @@ class Marks:
     @property
     def has_rows(self) -> bool:
         """Whether they limit the sums of a plan, not only what its replicas may be."""
-        return bool(self.least) or self.replicas != (0, float("inf"))
+        return bool(self.least) or bool(self.most) or self.replicas != (0, float("inf"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,8 +219,15 @@ def misfits(will: Will, cluster: Cluster, tp_sizes: tuple[int, ...]) -> Iterator
                     yield Misfit(wish=wish, message="a single GPU can only be left out: name its node or its type")
             case WithoutTp(tp=tp) if tp not in tp_sizes:
                 yield Misfit(wish=wish, message=f"TP sizes are {', '.join(map(str, tp_sizes))}")
+            case AtMost(of=Sum.USD) if unpriced := _without_price(cluster):
+                yield Misfit(wish=wish, message=f"GPU type {unpriced[0]} has no price")
             case Replicas(least=least, most=most) if most is not None and most < max(1, least):
                 yield Misfit(wish=wish, message="the most is below the least, or below 1")
+
+
+def _without_price(cluster: Cluster) -> list[str]:
+    slots = (slots for group in cluster.node_groups for slots in group.gpus)
+    return [each.gpu for each in slots if cluster.price_of(each) is None]
 
 
 def _names(cluster: Cluster) -> dict[Unit, dict[str, int]]:

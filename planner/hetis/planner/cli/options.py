@@ -103,7 +103,7 @@ PinsOption = Annotated[
         rich_help_panel=_GOAL,
         show_default=False,
         help="node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, "
-        "unified (nothing else); replicas=N or N..M. Repeatable.",
+        "unified (nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
     ),
 ]
 ForbidsOption = Annotated[

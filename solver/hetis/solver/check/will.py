@@ -8,7 +8,20 @@ from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import Duty, Keep, LeaveOut, Replicas, Selection, Use, WithoutTp, WithoutWorkers
+from hetis.solver.will import (
+    AtMost,
+    Duty,
+    Keep,
+    LeaveOut,
+    Replicas,
+    Selection,
+    Sum,
+    Use,
+    WithoutTp,
+    WithoutWorkers,
+)
+
+RELATIVE = 1e-6  # rounding of a sum
 
 
 def check_will(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -45,6 +58,10 @@ def _broken(wish: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
             for number, replica in enumerate(plan.replicas):
                 if replica.attention_workers:
                     yield f"replica {number} has attention workers"
+        case AtMost(of=of, most=most):
+            total = sum(_adds(of, name, fleet) for name in {name for name, _ in _duties(plan)})
+            if total > most * (1 + RELATIVE):
+                yield f"the plan takes {total:.9g}, must be at most {most:.9g}"
         case Replicas() if not wish.allows(len(plan.replicas)):
             yield f"the plan has {len(plan.replicas)} replicas"
 
@@ -58,6 +75,19 @@ def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:
         for pool in replica.attention_workers:
             for name in pool.devices:
                 yield name, frozenset({Duty.WORKER, _of_role(replica)})
+
+
+def _adds(of: Sum, name: str, fleet: Fleet) -> float:
+    """What a device adds to a sum; nothing if it does not exist."""
+    device = fleet.devices.get(name)
+    if device is None or of is Sum.GPUS:
+        return float(device is not None)
+    index = device.index
+    for slots in device.group.gpus:
+        if index < slots.count:
+            return fleet.cluster.price_of(slots) or 0.0
+        index -= slots.count
+    raise AssertionError(f"{name} is beyond the GPUs of its node")
 
 
 def _of_role(replica: ReplicaPlan) -> Duty:

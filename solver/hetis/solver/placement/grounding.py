@@ -17,6 +17,7 @@ from hetis.solver.plan import ClassPrice, Plan, ReplicaPlan
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.will import (
     NO_MARK,
+    AtMost,
     Keep,
     LeaveOut,
     Mark,
@@ -62,6 +63,7 @@ def grounded(problem: PlacementProblem) -> Grounded:
         on=dict(_marks(groups, problem.will)),
         least=tuple(wish.least for wish in problem.will if isinstance(wish, Use)),
         replicas=_replicas(problem.will),
+        most=tuple(wish for wish in problem.will if isinstance(wish, AtMost)),
     )
     cluster = replace(problem.cluster, node_groups=groups)
     family = _family(problem.family, problem.will)

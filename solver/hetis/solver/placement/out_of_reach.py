@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hetis.solver.placement.pins import unit_of
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.plan import Role
 
@@ -18,14 +19,32 @@ ROUNDING = 1e-9
 
 
 def rate_bound(atlas: Atlas) -> float:
-    """No plan within the latency limits serves more requests/s; 0: none serves any. Memory is left out."""
+    """No plan within the limits on latency, rent and GPUs serves more requests/s; 0: none serves any.
+
+    Memory is left out.
+    """
     if not atlas.ranks or not atlas.scopes:
         return 0.0
     speeds = np.array([_layers_per_s(atlas, role) for role in Role])  # [roles, N]
-    available = np.array([c.available for c in atlas.classes])
+    available = np.array([float(c.available) for c in atlas.classes])
     weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
-    totals = (weights[:, :, None] * speeds[:, None, :]).max(axis=0) @ available
-    return float(totals.min()) / atlas.scopes[0].tables.num_layers
+    of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s of a GPU at every share, [shares, N]
+    totals = [of_gpus @ available]
+    for wish in atlas.problem.marks.most if atlas.problem.marks is not None else ():
+        units = np.array([unit_of(c, wish.of) for c in atlas.classes])
+        totals.append(np.array([_filled(speed, available, units, wish.most) for speed in of_gpus]))
+    return float(min(total.min() for total in totals)) / atlas.scopes[0].tables.num_layers
+
+
+def _filled(speed: FloatArray, available: FloatArray, units: FloatArray, most: float) -> float:
+    """Most layers/s within a limit on a sum: the quickest per unit first, the last of them in part (a knapsack)."""
+    total = 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        promise = np.where(units > 0.0, speed / units, np.inf)
+    for g in np.argsort(-promise, kind="stable"):
+        count = available[g] if units[g] == 0.0 else min(available[g], max(0.0, most) / units[g])
+        total, most = total + count * speed[g], most - count * units[g]
+    return float(total)
 
 
 def is_out_of_reach(atlas: Atlas, saturated_rps: float) -> bool:

@@ -1,7 +1,8 @@
 """Columns for pins: what the relaxation has no reason to ask for, because pricing knows no pin.
 
 GPUs that must be used are all but free, one pin after the other. Where there may be few replicas only, those are
-priced that are quick enough to be one of so few, with one GPU type all but free after the other.
+priced that are quick enough to be one of so few, with one GPU type all but free after the other. Where rent or GPUs are
+limited, they are what a replica costs.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ def pinned_columns(
     """Replicas that pins may ask for; ``prices`` [rows] are those of GPUs that no pin wants."""
     family, most = atlas.problem.family, float(pins.upper[-1])
     each = rate_bound(atlas) / most if np.isfinite(most) else 0.0
-    free = [row > 0.0 for row in pins.of_rows.T if row.any()]
+    free = [row > 0.0 for row in pins.wanted.T if row.any()]
     if each:  # few replicas leave GPUs over, of whichever type
         rows = atlas.resources.rows
         free += [np.zeros(len(rows), dtype=bool)]
         free += [np.array([atlas.classes[g].gpu == gpu for g, _ in rows]) for gpu in _types(atlas)]
     asked = [np.where(cheap, CHEAP * prices, prices) for cheap in free]
+    asked += [np.maximum(row, CHEAP * row.max()) for row in pins.dear.T]  # the best rate for what is limited
     for least in dict.fromkeys(share * each for share in QUICK):
         quick = replace(atlas, scopes=tuple(_quick(scope, least) for scope in atlas.scopes))
         every = configurations(quick)

@@ -25,7 +25,7 @@ from hetis.solver.placement.infeasible.wording import listed
 from hetis.solver.placement.shortage import why_nothing_fits
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.will import Replicas, Use
+from hetis.solver.will import AtMost, Replicas, Use
 
 __all__ = ["Conflict", "Infeasibility", "Market", "Offer", "Relaxation", "Requirement", "why_infeasible"]
 
@@ -132,7 +132,7 @@ def _what_is_short(
 ) -> Iterator[str]:
     """How much memory is missing, where it is that and no number of requests or seconds."""
     subjects = {member.subject for member in conflict.members}
-    sums = any(isinstance(member.wish, Use | Replicas) for member in conflict.members)
+    sums = any(isinstance(member.wish, Use | Replicas | AtMost) for member in conflict.members)
     if Subject.MEMORY in subjects and not sums and not subjects & {Subject.DEMAND, Subject.TPOT, Subject.TTFT}:
         kept = [r for r in given if r in rest or r in conflict.members]
         asked = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]

@@ -11,6 +11,7 @@ from hetis.solver.placement.infeasible.requirements import Requirement, Subject,
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
+from hetis.solver.will import AtMost
 
 PER_NODE = 8
 COUNTS = (*range(1, PER_NODE + 1), 16, 24, 32, 48, 64)  # of GPUs to add: one node, then whole nodes
@@ -124,5 +125,7 @@ def with_added(problem: PlacementProblem, offer: Offer, count: int) -> Placement
 
 
 def may_help(members: Collection[Requirement]) -> bool:
-    """Whether more GPUs could resolve a conflict of these: not one of wishes alone."""
+    """Whether more GPUs could resolve a conflict of these: not one of wishes alone, or with a limit on them."""
+    if any(isinstance(m.wish, AtMost) for m in members):
+        return False
     return any(m.subject in (Subject.DEMAND, Subject.MEMORY, Subject.TPOT, Subject.TTFT) for m in members)

@@ -15,11 +15,12 @@ from hetis.solver.placement.infeasible.requirements import (
 )
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.infeasible.wording import listed, option_down, option_up, rounded_down
-from hetis.solver.will import Use
+from hetis.solver.will import AtMost, Sum, Use, Wish
 
 PRECISION = 1.02  # a best latency is known this closely, as a ratio
 LINK_PRECISION = 1.2  # and how much faster links must be
 FASTEST_LINKS = 1024.0
+MOST_SPENT = 1e4  # times what was allowed
 SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
 SMALLER_KV = 1.0  # bytes per element
 
@@ -57,6 +58,8 @@ def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requi
             yield from smaller_memory(trials, member, [member, *others])
         case Subject.WISH if isinstance(member.wish, Use) and member.wish.least > 1:
             yield _fewer_in_use(trials, member, member.wish, others)
+        case Subject.WISH if isinstance(member.wish, AtMost):
+            yield _more_allowed(trials, member, member.wish, others)
         case _:
             yield _gone(trials, member, others)
 
@@ -170,10 +173,7 @@ def _fewer_in_use(trials: Trials, member: Requirement, wish: Use, others: Collec
         return _gone(trials, member, others)
     while high - low > 1:
         middle = (low + high) // 2
-        changed = replace(wish, least=middle)
-        problem = keeping(trials.problem, [member, *others])
-        problem = replace(problem, will=tuple(changed if w == wish else w for w in problem.will))
-        if trials.of_problem(problem, demand_of(others)).exists:
+        if _with_wish(trials, member, wish, replace(wish, least=middle), others):
             low = middle
         else:
             high = middle
@@ -182,6 +182,34 @@ def _fewer_in_use(trials: Trials, member: Requirement, wish: Use, others: Collec
     option = str(replace(wish, least=low))
     sentence = f"{member} is out of reach{_beside(others)}: {low} of them can be in use ({option})"
     return Relaxation(about=member, sentence=sentence, change=f"{low} of {wish.gpus} in use", option=option)
+
+
+def _more_allowed(trials: Trials, member: Requirement, wish: AtMost, others: Collection[Requirement]) -> Relaxation:
+    """The least rent, or the fewest GPUs, that do."""
+    if trials.of(others).exists is not True:
+        return _gone(trials, member, others)
+
+    def exists(factor: float) -> bool | None:
+        most = wish.most * factor
+        return _with_wish(trials, member, wish, replace(wish, most=most if wish.of is Sum.USD else round(most)), others)
+
+    found = _smallest(exists, PRECISION, MOST_SPENT)
+    if found is None:
+        return _gone(trials, member, others)
+    most = wish.most * found
+    allowed = replace(wish, most=-rounded_down(-most) if wish.of is Sum.USD else round(most))
+    unit = {Sum.USD: "USD/h", Sum.GPUS: "GPUs"}[wish.of]
+    sentence = f"{member} is too little{_beside(others)}: {allowed.most:g} {unit} are enough ({allowed})"
+    return Relaxation(about=member, sentence=sentence, change=f"{allowed.most:g} {unit} at most", option=str(allowed))
+
+
+def _with_wish(
+    trials: Trials, member: Requirement, wish: Wish, changed: Wish, others: Collection[Requirement]
+) -> bool | None:
+    """Whether a plan exists with one wish changed."""
+    problem = keeping(trials.problem, [member, *others])
+    problem = replace(problem, will=tuple(changed if w == wish else w for w in problem.will))
+    return trials.of_problem(problem, demand_of(others)).exists
 
 
 def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
