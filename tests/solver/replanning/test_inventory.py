@@ -95,6 +95,23 @@ def test_rows_admit_what_fits_and_nothing_else(options: list[Option], data: st.D
     assert all(len({name.partition("/")[0] for name in stage.devices}) == 1 for r in stages for stage in r)
 
 
+@pytest.mark.parametrize(
+    ("named", "new", "expected"),
+    [
+        ([("n-0/0", "n-0/1", "n-0/2", "n-0/3")], [4], True),
+        ([("n-0/0", "n-0/1", "n-0/2", "n-0/3")], [4, 4], False),  # 12 GPUs in all, but 2 of them are left in each node
+        ([("n-0/0",), ("n-0/1", "n-0/2")], [4], True),
+        ([("n-0/0",), ("n-0/1", "n-0/2")], [4, 4], False),
+        ([("n-0/0",)], [2, 2, 2, 2, 2], True),
+        ([("n-0/0",), ("n-1/0",)], [2, 2, 2, 2, 2], False),
+    ],
+)
+def test_room_for_groups_is_counted_node_by_node(named: list[tuple[str, ...]], new: list[int], expected: bool) -> None:
+    options = [option(old, devices) for old, devices in enumerate(named)]
+    assert fits(options, new) == expected
+    assert rows_admit(inventory_of(ATLAS, PLACES, options, (), None), options, new) == expected
+
+
 def test_gpus_that_hold_the_right_shard_already_are_taken_for_it() -> None:
     from hetis.solver.replanning.holdings import Holding
 
