@@ -244,11 +244,9 @@ def _plan_change(before: Side, after: Side) -> PlanChange | None:
 
 def _changed(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
     """The same inputs with another fleet; types that join get `default_profile`."""
-    cluster = loaded.inputs.cluster
+    cluster = with_added(loaded.inputs.cluster, change.add, change.shape)  # first: nothing else may be left
     if change.remove:
         cluster = without(cluster, change.remove)
-    if change.add:
-        cluster = with_added(cluster, change.add, change.shape)
     return with_cluster(loaded, cluster)
 
 

@@ -82,7 +82,7 @@ def left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
 
 
 @given(problems(max_gpus=4, family=UNIFIED, num_zones=1))
-@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_steady_input_gives_a_steady_plan(problem: PlacementProblem) -> None:
     try:
         running = solve_placement(problem)

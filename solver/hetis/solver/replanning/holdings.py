@@ -11,11 +11,12 @@ from hetis.solver.plan import Plan, ReplicaPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """The part of the model on one GPU: shard ``rank`` of ``tp`` of the layers from ``first_layer`` to ``end_layer``.
+    """The part of the model on a GPU: shard ``rank`` of ``tp`` of the layers from ``first_layer`` to ``end_layer``.
 
     An attention worker holds the KV of those layers and no weights; ``rank`` is then -1.
     """
 
+    gpu: str  # its type: a device of the same name and another type is another GPU
     first_layer: int
     end_layer: int  # one past the last
     tp: int
@@ -33,7 +34,7 @@ class Holding:
         """What a GPU reads that held ``before``: nothing of layers it keeps, all of them where its shard differs."""
         if self.is_worker:
             return 0.0
-        same_shard = before is not None and (before.tp, before.rank) == (self.tp, self.rank)
+        same_shard = before is not None and (before.gpu, before.tp, before.rank) == (self.gpu, self.tp, self.rank)
         kept = before if same_shard else None
         layers = sum(_layer_bytes(model, i) for i in self._layers() if kept is None or not kept.has(i))
         tables = self._tables(model) - (kept._tables(model) if kept is not None else frozenset())
@@ -70,12 +71,15 @@ def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
     for stage in replica.stages:
         end = stage.first_layer + stage.num_layers
         for i, device in enumerate(stage.devices):
-            yield device, Holding(first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=i % stage.tp)
+            yield (
+                device,
+                Holding(gpu=stage.gpu, first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=i % stage.tp),
+            )
     for pool in replica.attention_workers:
         stage = replica.stages[pool.stage]
         end = stage.first_layer + stage.num_layers
         for device in pool.devices:
-            yield device, Holding(first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=-1)
+            yield device, Holding(gpu=pool.gpu, first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=-1)
 
 
 def in_flight(replica: ReplicaPlan) -> int:

@@ -87,8 +87,10 @@ def _parts(
         for index, stage in enumerate(candidate.template.stages):
             end = first + stage.layers + (prefix if index == 0 else 0)
             device_class, tp = atlas.ranks[stage.rank]
-            shards = tuple(Holding(first_layer=first, end_layer=end, tp=tp, rank=rank) for rank in range(tp))
-            card = (Holding(first_layer=first, end_layer=end, tp=tp, rank=-1),)
+            gpu = atlas.classes[device_class].gpu
+            shards = tuple(Holding(gpu=gpu, first_layer=first, end_layer=end, tp=tp, rank=rank) for rank in range(tp))
+            card_gpu = atlas.classes[stage.pool_class].gpu if stage.pool_class >= 0 else gpu
+            card = (Holding(gpu=card_gpu, first_layer=first, end_layer=end, tp=tp, rank=-1),)
             parts += [
                 _Part(replica, index, i, False, device_class, shards)
                 for i, group in enumerate(groups[replica][index])

@@ -1,0 +1,131 @@
+"""``hetis-plan replan`` and ``diff``: plan files in, the way from one to the other out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from tests.planner.command_line import invoke
+
+FLEET = """apiVersion: hetis/v1
+kind: Cluster
+name: small
+nodes:
+  - {name: l4, count: 3, gpus: [{type: L4, count: 1}]}
+  - {name: t4, gpus: [{type: T4, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+PROBLEM = ["-m", "Llama-2-7B", "-w", "256/64", "--strategy", "hexgen"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fleet, the plan that runs on it, and the same fleet less a node and with one more."""
+    folder = tmp_path_factory.mktemp("replan")
+    (folder / "fleet.yaml").write_text(FLEET)
+    (folder / "less.yaml").write_text(FLEET.replace("count: 3", "count: 2"))
+    (folder / "more.yaml").write_text(FLEET.replace("count: 3", "count: 4"))
+    only_small = FLEET.replace("type: L4,", "type: RTX-2080Ti,").replace(
+        "  - {name: t4, gpus: [{type: T4, count: 2}]}\n", ""
+    )
+    (folder / "none.yaml").write_text(only_small.replace("count: 3", "count: 1"))
+    plan = ["place", "-c", str(folder / "fleet.yaml"), *PROBLEM, "--out", str(folder / "running.json"), "-q"]
+    assert run(plan) == ExitCode.OK
+    return folder
+
+
+def replanned(folder: Path, cluster: str, *more: str) -> dict[str, object]:
+    asked = ["replan", "--from", str(folder / "running.json"), "-c", str(folder / cluster), *more]
+    result = invoke(*asked, "-q", "-o", "json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+def test_a_fleet_that_stays_keeps_its_plan(folder: Path) -> None:
+    answer = replanned(folder, "fleet.yaml")
+    running = json.loads((folder / "running.json").read_text())
+    assert answer["plan"]["replicas"] == running["replicas"]  # type: ignore[index]
+    assert answer["change"]["moved_gpus"] == []  # type: ignore[index]
+    assert answer["transition"]["steps"] == []  # type: ignore[index]
+
+
+def test_the_new_plan_is_one_that_every_other_verb_takes(folder: Path) -> None:
+    replanned(folder, "less.yaml", "--out", str(folder / "next.json"))
+    assert run(["check", str(folder / "next.json"), "-q"]) == ExitCode.OK
+    assert run(["explain", str(folder / "next.json"), "-q"]) == ExitCode.OK
+    steady = invoke("replan", "--from", str(folder / "next.json"), "-c", str(folder / "less.yaml"), "-q", "-o", "json")
+    assert json.loads(steady.stdout)["change"]["moved_gpus"] == []
+
+
+def test_what_joins_is_used_and_what_runs_is_left_alone(folder: Path) -> None:
+    answer = replanned(folder, "more.yaml")
+    counts = answer["change"]["counts"]  # type: ignore[index]
+    assert counts["gone"] == 0
+    assert answer["change"]["moved_gpus"] == ["l4-3/0"]  # type: ignore[index]
+    assert answer["transition"]["lowest"] == answer["transition"]["before"]  # type: ignore[index]
+    stay = replanned(folder, "more.yaml", "--max-moves", "0")
+    assert stay["change"]["moved_gpus"] == []  # type: ignore[index]
+
+
+def test_a_gpu_of_another_type_is_another_gpu_whatever_its_name(folder: Path) -> None:
+    (folder / "other.yaml").write_text(FLEET.replace("type: L4,", "type: A10,"))
+    answer = replanned(folder, "other.yaml")
+    moved = [device for device in answer["change"]["moved_gpus"] if device.startswith("l4-")]  # type: ignore[index]
+    assert sorted(moved) == ["l4-0/0", "l4-1/0", "l4-2/0"]
+    assert set(moved) <= set(answer["change"]["loads"])  # type: ignore[index]
+
+
+def test_diff_tells_what_replan_told(folder: Path) -> None:
+    answer = replanned(folder, "more.yaml", "--out", str(folder / "grown.json"))
+    result = invoke("diff", str(folder / "running.json"), str(folder / "grown.json"), "-o", "json")
+    assert result.exit_code == 0, result.output
+    diff = json.loads(result.stdout)
+    assert diff["change"] == answer["change"]
+    assert diff["after"]["figures"]["rate_rps"] > diff["before"]["figures"]["rate_rps"]
+
+
+def test_diff_of_a_plan_with_itself_is_nothing(folder: Path) -> None:
+    plan = str(folder / "running.json")
+    change = json.loads(invoke("diff", plan, plan, "-o", "json").stdout)["change"]
+    assert (change["moved_gpus"], change["loads"], change["dropped_requests"]) == ([], {}, 0)
+
+
+def test_the_tables_fit_80_columns(folder: Path) -> None:
+    replan = invoke("replan", "--from", str(folder / "running.json"), "-c", str(folder / "less.yaml"), "-q")
+    replanned(folder, "less.yaml", "--out", str(folder / "next.json"))
+    diff = invoke("diff", str(folder / "running.json"), str(folder / "next.json"))
+    assert replan.exit_code == diff.exit_code == 0
+    assert "1 replica lost GPUs" in replan.output
+    assert "KV dropped" in diff.output
+    assert all(len(line) <= 80 for line in (replan.output + diff.output).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["-c", "fleet.yaml", "-m", "Llama-2-70B"], ExitCode.INVALID, "is a plan of meta-llama/Llama-2-7b-hf, not of"),
+        (["-c", "missing.yaml"], ExitCode.INVALID, "missing.yaml"),
+        (["-c", "none.yaml"], ExitCode.INFEASIBLE, "no plan exists"),
+        (["-c", "fleet.yaml", "--horizon", "0s"], ExitCode.INVALID, "out of range"),
+        (["-c", "fleet.yaml", "--out", "no/such/folder.json"], ExitCode.INVALID, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_replanned_is_refused_with_the_reason(
+    folder: Path, arguments: list[str], code: ExitCode, message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(folder)
+    assert run(["replan", "--from", "running.json", *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_problems_of_all_files_are_told_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = folder / "broken.json"
+    broken.write_text("{")
+    assert run(["replan", "--from", str(broken), "-c", str(folder / "missing.yaml"), "-w", "x/y"]) == ExitCode.INVALID
+    told = capsys.readouterr().err
+    assert all(part in told for part in ("broken.json", "missing.yaml", "x/y"))

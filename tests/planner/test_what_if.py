@@ -1,0 +1,150 @@
+"""``hetis-plan what-if``: two fleets, the market, and what is wrong with a question."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.errors import DocumentError
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from tests.planner.command_line import invoke
+
+FLEET = """apiVersion: hetis/v1
+kind: Cluster
+name: small
+nodes:
+  - {name: l4, count: 2, gpus: [{type: L4, count: 1}]}
+  - {name: t4, gpus: [{type: T4, count: 1}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(FLEET)
+    return str(path)
+
+
+def asked(fleet: str, *arguments: str) -> list[str]:
+    problem = ["-m", "Llama-2-7B", "-w", "256/64", "--strategy", "hexgen"]
+    return ["what-if", "-c", fleet, *problem, *arguments]
+
+
+def answer_to(fleet: str, *arguments: str) -> dict[str, object]:
+    result = invoke(*asked(fleet, *arguments), "-q", "-o", "json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+def value_of(fleet: str) -> float:
+    result = invoke("place", *asked(fleet)[1:], "-q", "-o", "json")
+    assert result.exit_code == 0, result.output
+    return float(json.loads(result.stdout)["result"]["value"])
+
+
+def test_the_difference_is_that_of_two_solves(fleet: str, tmp_path: Path) -> None:
+    answer = answer_to(fleet, "--add", "2xL4", "--remove", "t4", "--gpus-per-node", "1")
+    after = tmp_path / "after.yaml"
+    after.write_text(
+        FLEET.replace("count: 2,", "count: 4,").replace("  - {name: t4, gpus: [{type: T4, count: 1}]}\n", "")
+    )
+    gain = value_of(str(after)) - value_of(fleet)
+    assert answer["difference"]["found"] == pytest.approx(gain)  # type: ignore[index]
+    assert answer["difference"]["low"] <= gain <= answer["difference"]["high"] + 1e-9  # type: ignore[index]
+    assert answer["difference"]["verdict"] == "better"  # type: ignore[index]
+    assert answer["after"]["gpus"] == 4  # type: ignore[index]
+    assert answer["node_shape"]["gpus_per_node"] == 1  # type: ignore[index]
+    assert sum(answer["plan_change"]["counts"].values()) > 0  # type: ignore[index]
+
+
+def test_buy_next_says_of_every_type_what_solving_again_says(fleet: str, tmp_path: Path) -> None:
+    answer = answer_to(fleet, "--buy-next", "--market", "L4=0.5,A10,T4", "--node-like", "l4")
+    before = value_of(fleet)
+    offers = {offer["gpu"]: offer for offer in answer["offers"]}  # type: ignore[attr-defined]
+    assert set(offers) == {"L4", "A10", "T4"}
+    assert offers["L4"]["usd_per_hour"] == 0.5
+    assert offers["L4"]["dual"] > 0
+    assert offers["A10"]["dual"] is None
+    gains = [offer["gain_per_usd_per_hour"] for offer in answer["offers"]]  # type: ignore[attr-defined]
+    assert gains == sorted(gains, reverse=True)
+    for gpu, offer in offers.items():
+        bought = tmp_path / f"{gpu}.yaml"
+        bought.write_text(FLEET.replace("network:", f"  - {{name: more, gpus: [{{type: {gpu}, count: 1}}]}}\nnetwork:"))
+        assert offer["gain"] == pytest.approx(value_of(str(bought)) - before, abs=1e-9)
+        assert offer["difference"]["low"] <= offer["gain"] <= offer["difference"]["high"] + 1e-9
+
+
+def test_the_tables_fit_80_columns_and_say_what_is_proven(fleet: str) -> None:
+    changed = invoke(*asked(fleet, "--remove", "l4-1"), "-q")
+    assert changed.exit_code == 0, changed.output
+    assert "proven: worse" in changed.output
+    bought = invoke(*asked(fleet, "--buy-next", "--market", "L4", "--count", "2"), "-q")
+    assert bought.exit_code == 0, bought.output
+    assert "in nodes of up to 8 GPUs, zone default" in bought.output
+    assert all(len(line) <= 80 for line in (changed.output + bought.output).splitlines())
+
+
+def test_two_fleets_without_a_plan_say_why(fleet: str) -> None:
+    result = invoke(*asked(fleet, "--remove", "l4", "--ttft", "1ms"), "-q", "-o", "json")
+    assert result.exit_code == ExitCode.INFEASIBLE
+    answer = json.loads(result.stdout)
+    assert answer["before"]["status"] == answer["after"]["status"] == "infeasible"
+    assert answer["after"]["reasons"]
+
+
+def test_a_fleet_that_loses_all_room_loses_all_its_rate(fleet: str) -> None:
+    answer = answer_to(fleet, "--remove", "l4", "--remove", "t4", "--add", "1xRTX-2080Ti")
+    assert answer["after"]["status"] == "infeasible"  # type: ignore[index]
+    before = answer["before"]["result"]["value"]  # type: ignore[index]
+    assert answer["difference"]["high"] == pytest.approx(-before)  # type: ignore[index]
+
+
+def test_all_that_is_wrong_is_told_at_once(fleet: str) -> None:
+    with pytest.raises(DocumentError) as failure:
+        raise_from(asked(fleet, "--add", "2xL5", "--add", "some", "--remove", "l5-0", "--zone", "mars"))
+    told = str(failure.value)
+    for part in (
+        "no zone mars",
+        "unknown GPU 'L5'",
+        "'some' is not a number of GPUs",
+        "has no node l5-0, did you mean l4-0?",
+    ):
+        assert part in told
+
+
+def raise_from(arguments: list[str]) -> None:
+    failure = invoke(*arguments).exception
+    assert failure is not None
+    raise failure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--market", "L4=-1", "--buy-next"], "must be above 0"),
+        (["--market", "L4=much", "--buy-next"], "is not a price"),
+        (["--buy-next", "--node-like", "l4-9"], "no node l4-9"),
+        (["--add", "0xL4"], "must be 1 to"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused(
+    fleet: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(asked(fleet, *arguments)) == ExitCode.INVALID
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--market", "L4"], ["--buy-next", "--add", "1xL4"]])
+def test_half_a_question_is_refused(fleet: str, arguments: list[str]) -> None:
+    assert invoke(*asked(fleet, *arguments)).exit_code == ExitCode.INVALID
+
+
+def test_a_market_may_be_a_file(fleet: str, tmp_path: Path) -> None:
+    market = tmp_path / "market.txt"
+    market.write_text("# what is on offer\nL4 = 0.4  # spot\nA10\n")
+    answer = answer_to(fleet, "--buy-next", "--market", str(market))
+    assert [offer["usd_per_hour"] for offer in answer["offers"] if offer["gpu"] == "L4"] == [0.4]  # type: ignore[attr-defined]

@@ -1,0 +1,84 @@
+"""What a GPU loads, and how replicas of two plans are matched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hetis.solver.placement import solve_placement
+from hetis.solver.plan import Role
+from hetis.solver.replanning.change import Fate, plan_change
+from hetis.solver.replanning.holdings import Holding, holdings, in_flight
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
+
+MODEL = make_model(num_layers=6)
+LAYER = MODEL.layer_params() * MODEL.weight_bytes
+TABLE = MODEL.embedding_params * MODEL.embedding_bytes
+PROBLEM = make_problem(
+    [make_node("n", "A", nodes=3)], model=MODEL, family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,), max_pool=0)
+)
+MOMENTS = PROBLEM.workload.moments(block_tokens=16)
+
+
+def shard(first: int, end: int, tp: int = 1, rank: int = 0, gpu: str = "A") -> Holding:
+    return Holding(gpu=gpu, first_layer=first, end_layer=end, tp=tp, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (None, shard(0, 6), 6 * LAYER + 2 * TABLE),
+        (None, shard(2, 4), 2 * LAYER),
+        (shard(0, 4), shard(0, 6), 2 * LAYER + TABLE),  # two layers and the LM head
+        (shard(0, 6), shard(0, 4), 0.0),
+        (shard(0, 6), shard(0, 6, tp=2), 3 * LAYER + TABLE),  # another shard: all of it
+        (shard(0, 6, tp=2), shard(0, 6, tp=2, rank=1), 3 * LAYER + TABLE),
+        (shard(0, 6, gpu="B"), shard(0, 6), 6 * LAYER + 2 * TABLE),  # another GPU of the same name
+        (None, shard(0, 6, rank=-1), 0.0),  # an attention worker has no weights
+    ],
+)
+def test_a_gpu_loads_what_it_does_not_have(before: Holding | None, after: Holding, expected: float) -> None:
+    assert after.bytes_to_load(MODEL, before) == pytest.approx(expected)
+
+
+def test_tied_tables_are_loaded_once() -> None:
+    tied = make_model(num_layers=6, tie_embeddings=True)
+    assert shard(0, 6).weight_bytes(tied) == pytest.approx(6 * LAYER + TABLE)
+
+
+def test_all_shards_of_a_replica_are_the_model() -> None:
+    plan = solve_placement(PROBLEM)
+    total = sum(holding.weight_bytes(MODEL) for holding in holdings(plan).values())
+    copies = sum(stage.copies for stage in plan.replicas[0].stages) == len(plan.replicas[0].stages)
+    assert copies
+    assert total == pytest.approx(len(plan.replicas) * (6 * LAYER + 2 * TABLE))
+
+
+def test_replicas_are_matched_by_what_they_hold_whatever_their_order() -> None:
+    plan = solve_placement(PROBLEM)
+    assert len(plan.replicas) >= 2
+    turned = replace(plan, replicas=plan.replicas[::-1])
+    change = plan_change(plan, turned, MODEL, MOMENTS)
+    assert {c.fate for c in change.replicas} == {Fate.KEPT}
+    assert (change.moved, change.dropped_requests) == ((), 0)
+
+
+def test_other_settings_on_the_same_gpus_drop_requests_and_load_nothing() -> None:
+    plan = solve_placement(PROBLEM)
+    first = plan.replicas[0]
+    reset = replace(plan, replicas=(replace(first, micro_batch=first.micro_batch + 1), *plan.replicas[1:]))
+    change = plan_change(plan, reset, MODEL, MOMENTS)
+    assert change.replicas[0].fate is Fate.RESET
+    assert not change.loads
+    assert change.dropped_requests == in_flight(first)
+    assert change.dropped_kv_bytes == pytest.approx(
+        in_flight(first) * MOMENTS.resident_context * MODEL.kv_bytes_per_token()
+    )
+
+
+def test_nothing_of_another_model_is_of_use() -> None:
+    plan = solve_placement(PROBLEM)
+    change = plan_change(plan, plan, MODEL, MOMENTS, same_model=False)
+    assert change.count(Fate.NEW) == change.count(Fate.GONE) == len(plan.replicas)
+    assert set(change.loads) == set(change.moved) == set(holdings(plan))
