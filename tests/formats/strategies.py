@@ -11,6 +11,7 @@ from hetis.formats import catalogue
 from hetis.formats.dispatch_requests import NewRequest, NewRequests
 from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedMove, SavedRequest, SavedState
 from hetis.formats.stage_heads import InlineHeads
+from hetis.formats.tenants import FleetTenant, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
@@ -397,4 +398,24 @@ LAYERS = st.builds(
         activation_bytes=st.integers(0, 2**40),
     ),
 )
-VALUES = clusters() | models() | WORKLOADS | profiles() | plans() | states() | REQUESTS | LAYERS
+LIMITS = st.none() | st.just(float("inf")) | st.floats(1e-6, 1e4)
+TENANTS = st.builds(
+    FleetTenants,
+    tenants=st.lists(
+        st.builds(
+            FleetTenant,
+            name=st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True).filter(lambda name: not name.endswith("-")),
+            model=TITLES,
+            workload=TITLES,
+            weight=st.floats(1e-3, 1e6),
+            worth=st.just(2.5),
+            objective=st.sampled_from(["goodput", "throughput"]),
+            ttft_s=LIMITS,
+            tpot_s=LIMITS,
+        ),
+        min_size=1,
+        max_size=3,
+        unique_by=lambda tenant: tenant.name,
+    ).map(tuple),
+)
+VALUES = clusters() | models() | WORKLOADS | profiles() | plans() | states() | REQUESTS | LAYERS | TENANTS

@@ -15,6 +15,7 @@ from hetis.formats.documents import (
     load_profile,
     load_requests,
     load_state,
+    load_tenants,
     load_workload,
 )
 from hetis.formats.errors import DocumentError
@@ -32,6 +33,7 @@ LOADERS: dict[str, Callable[[str], object]] = {  # by the first word of the file
     "requests": load_requests,
     "layers": load_layers_problem,
     "faults": load_faults,
+    "tenants": load_tenants,
 }
 
 

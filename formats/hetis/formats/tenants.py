@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from hetis.formats import units
 from hetis.formats.errors import shown
-from hetis.formats.fields import API_VERSION, Duration, Name, Part
+from hetis.formats.fields import API_VERSION, Name, Part
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 
@@ -42,7 +43,23 @@ class FleetTenants:
     tenants: tuple[FleetTenant, ...]
 
 
-Limit = Duration | Literal["none"]
+LIFTED_S = 1e300  # what a lifted limit is while fields are checked, for they may not be infinite
+
+
+def _seconds(value: object) -> object:
+    if value == NO_LIMIT:
+        return LIFTED_S
+    if isinstance(value, str):
+        return units.parse_duration(value, bare=False)
+    raise ValueError(f"{shown(value)} is not a time like 500ms, or none")
+
+
+Limit = Annotated[
+    float,
+    Field(gt=0),
+    BeforeValidator(_seconds),
+    WithJsonSchema({"type": "string", "examples": ["500ms", NO_LIMIT]}),
+]
 
 
 class FleetTenantPart(Part):
@@ -131,12 +148,12 @@ def _to_tenants(document: TenantsDocument) -> FleetTenants:
     )
 
 
-def _limit(given: float | str | None) -> float | None:
-    return float("inf") if isinstance(given, str) else given
+def _limit(given: float | None) -> float | None:
+    return float("inf") if given == LIFTED_S else given
 
 
 def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Names said twice, limits of no time, and a worth that only some have."""
+    """Names said twice, and a worth that only some have."""
     tenants = data.get("tenants") if isinstance(data.get("tenants"), list) else []
     parts = [(i, part) for i, part in enumerate(tenants or []) if isinstance(part, dict)]
     seen: set[str] = set()
@@ -146,9 +163,6 @@ def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str
             if name in seen:
                 yield ("tenants", i, "name"), f"tenant {shown(name)} appears twice"
             seen.add(name)
-        for field in ("ttft", "tpot"):
-            if part.get(field) == 0:
-                yield ("tenants", i, field), "is 0: a limit is more than no time, or none"
     priced = [i for i, part in parts if part.get("worth") is not None]
     for i, _ in parts:
         if priced and i not in priced:

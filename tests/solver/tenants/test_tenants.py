@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from hetis.solver.tenants import solve as solving
 from hetis.solver.tenants.bound import Goal, bound_of
 from hetis.solver.tenants.check import check_fleet_shares
 from hetis.solver.tenants.contender import Listed
+from hetis.solver.tenants.master import TenantColumns, choose_whole
 from hetis.solver.tenants.problem import Tenancy, Tenant
 from hetis.solver.tenants.result import FleetShares, TenantRule
 from hetis.solver.tenants.solve import FleetSearch, part_of
@@ -272,13 +274,48 @@ def test_parts_of_every_claim_fit_together() -> None:
     assert parts[0].tolist() == [10, 2, 0, 1]
 
 
-def test_envy_compares_with_as_many_gpus_of_every_class(search: FleetSearch) -> None:
+def test_envy_is_the_placement_on_as_many_gpus_of_every_class(search: FleetSearch) -> None:
     answer = search.share(TenantRule.MAX_MIN)
+    used = [Counter(device[0] for r in share.plan.replicas for device in r.devices()) if share.plan else Counter()
+            for share in answer.shares]  # fmt: skip
     table = search.envy(answer)
     for i, row in enumerate(table):
         assert row[i].rate == pytest.approx(answer.shares[i].placed)
-        for cell in row:
-            assert cell.rate <= min(cell.bound, answer.shares[i].alone_bound) * (1 + REL)
+        for j, cell in enumerate(row):
+            if i != j:
+                strong, weak = used[j]["a"], used[j]["b"]
+                nodes = ([make_node("a", "A", gpus=strong)] if strong else []) + (
+                    [make_node("b", "B", gpus=1, nodes=weak)] if weak else []
+                )
+                problem = search.tenants[i].problem
+                part = replace(problem.cluster, node_groups=tuple(nodes))
+                alone = solve_placement(replace(problem, cluster=part)).result.value
+                assert cell.rate == pytest.approx(alone, rel=REL)
+
+
+def test_halves_of_requests_serve_what_the_scarcer_half_allows() -> None:
+    unified, sent, received = 0, 1, 3  # the sides of one zone
+    columns = TenantColumns(
+        rates=np.array([0.1, 0.2, 0.5]), uses=np.eye(3, dtype=np.int64), sides=np.array([unified, sent, received])
+    )
+    assert columns.served(np.array([1, 1, 1])) == pytest.approx(0.3)
+    assert columns.served(np.array([0, 5, 1])) == pytest.approx(0.5)
+    goal = Goal(np.ones(1), np.zeros(1))
+    choice = choose_whole([columns], np.array([2, 4, 1]), goal, time_limit_s=np.inf, gap=0.0)
+    assert choice is not None
+    assert choice.counts[0].tolist() == [2, 3, 1] or choice.counts[0].tolist() == [2, 4, 1]
+    assert choice.rates[0] == pytest.approx(0.7)
+
+
+def test_tenants_whose_models_allow_other_tp_sizes_are_bound_to_the_gpus_they_were_given() -> None:
+    nodes = [make_node("a", "A", gpus=4, nodes=2), make_node("b", "B", gpus=2)]
+    narrow = make_problem(nodes, model=make_model(q_heads=2, kv_heads=1), family=UNIFIED)
+    wide = make_problem(nodes, model=make_model(q_heads=8, kv_heads=8), family=UNIFIED)
+    for first, second in ((narrow, wide), (wide, narrow)):
+        search = FleetSearch(Tenancy(tenants=(Tenant(name="one", problem=first), Tenant(name="two", problem=second))))
+        assert search.contenders[0].atlas.ranks != search.contenders[1].atlas.ranks
+        for rule in TenantRule:
+            assert check_fleet_shares(search.tenancy, search.share(rule)) == ()
 
 
 def test_the_order_of_tenants_does_not_matter(search: FleetSearch) -> None:

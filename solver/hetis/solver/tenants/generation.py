@@ -45,9 +45,9 @@ class JointGeneration:
                 return  # columns that meet the floors came with them: only rounding can take them away
             if self._gap(relaxed) <= target_gap:
                 return
+            self._tell(relaxed)
             prices, multipliers = self._between(relaxed) if smooth else (relaxed.row_prices, relaxed.multipliers)
             added, complete = self._price(self._lifted(prices, relaxed.value), self._least(multipliers))
-            self._tell(relaxed)
             if not complete or self.is_infeasible or (not added and not smooth):
                 return
             smooth = added > 0
@@ -108,7 +108,7 @@ class JointGeneration:
                 phase=f"column generation, {columns} columns of {len(self.contenders)} tenants",
                 elapsed_s=self.budget.elapsed_s(),
                 bound=self.bound.value if self.bound is not None else None,
-                gap=self._gap(relaxed),
+                gap=self._gap(relaxed) if self.bound is not None else None,
             )
         )
 

@@ -1,0 +1,114 @@
+"""``hetis-plan share``: one fleet for several models, as users see it, and what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.documents import load_plan
+from hetis.planner.cli.share import ShareRule
+from hetis.solver.tenants.result import TenantRule
+from tests.planner.command_line import EXAMPLES, hetis_plan, invoke
+
+FLEET = str(EXAMPLES / "h100-l4.yaml")
+TWO = """apiVersion: hetis/v1
+kind: Tenants
+tenants:
+  - {name: chat, model: Llama-3.1-8B, workload: 1024/256, weight: 2}
+  - {name: drafts, model: Llama-2-7B, workload: 2000/200, objective: throughput, tpot: 50ms}
+"""
+
+
+def written(folder: Path, text: str = TWO) -> str:
+    path = folder / "tenants.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> None:
+    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "-o", "json", "--out", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert [rule["rule"] for rule in answer["rules"]] == [
+        "max-min",
+        "efficiency",
+        "equal-throughput",
+        "sharing-incentive",
+    ]
+    first = answer["rules"][0]
+    assert first["value"] <= first["bound"] * (1 + 1e-9)
+    assert first["level"] <= first["level_bound"] * (1 + 1e-9)
+    assert max(rule["value"] for rule in answer["rules"]) == pytest.approx(answer["rules"][1]["value"])
+    devices: list[str] = []
+    for tenant in first["tenants"]:
+        path = str(tmp_path / f"{tenant['name']}.json")
+        checked = hetis_plan("check", path)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        plan = load_plan(path)
+        assert plan.result.value == pytest.approx(tenant["rate"])
+        assert any("shares the fleet with" in note for note in plan.notes)
+        devices += [device for replica in plan.replicas for device in replica.devices()]
+    assert len(devices) == len(set(devices))
+
+
+def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path) -> None:
+    result = invoke("share", written(tmp_path), "-c", FLEET, "--rule", "sharing-incentive")
+    assert result.exit_code == 0, result.output
+    table = result.stdout
+    assert "yes: nobody is worse off than on its own part of the fleet" in table
+    assert "rules compared" in table
+    assert all(len(line) <= 80 for line in table.splitlines())
+
+
+def test_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:
+    result = invoke("share", written(tmp_path), "-c", FLEET, "--no-others", "--no-envy", "-q", "-o", "json")
+    answer = json.loads(result.stdout)
+    assert [rule["rule"] for rule in answer["rules"]] == ["max-min"]
+    assert "envy" not in answer
+
+
+def test_the_rules_of_the_command_line_are_those_of_the_solver() -> None:
+    assert [rule.value for rule in ShareRule] == [rule.value for rule in TenantRule]
+
+
+def test_unknown_models_and_workloads_of_all_tenants_are_told_at_once(tmp_path: Path) -> None:
+    text = TWO.replace("Llama-3.1-8B", "Llama-3.1-8").replace("2000/200", "no/where")
+    run = hetis_plan("share", written(tmp_path, text), "-c", FLEET)
+    assert run.returncode == 2
+    assert "Llama-3.1-8" in run.stderr
+    assert "no/where" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_tenant_that_fits_nowhere_makes_the_fleet_infeasible_by_name(tmp_path: Path) -> None:
+    cluster = tmp_path / "small.yaml"
+    cluster.write_text(
+        "apiVersion: hetis/v1\nkind: Cluster\nname: small\nnodes: [{name: a, gpus: [{type: L4, count: 1}]}]\n"
+        "network: {bandwidth: 10Gbps, latency: 20us}\n"
+    )
+    text = TWO.replace("Llama-2-7B", "Llama-2-70B")
+    run = hetis_plan("share", written(tmp_path, text), "-c", str(cluster))
+    assert run.returncode == 3, run.stderr
+    assert "tenant drafts can be served by no replica on this fleet, even alone" in run.stderr
+
+
+def test_a_strategy_without_a_family_is_refused(tmp_path: Path) -> None:
+    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--strategy", "uniform")
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+    assert "hetis, hexgen or hexgen2" in run.stderr
+
+
+def test_a_folder_that_is_missing_is_said_before_the_search(tmp_path: Path) -> None:
+    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--out", str(tmp_path / "nowhere"))
+    assert run.returncode == 2
+    assert "no folder" in run.stderr
+    assert "alone on the whole fleet" not in run.stderr
+
+
+def test_a_time_limit_that_is_too_short_is_no_plan(tmp_path: Path) -> None:
+    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--time-limit", "1us")
+    assert run.returncode == 4, run.stderr
+    assert "allow more time" in run.stderr
