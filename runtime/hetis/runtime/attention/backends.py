@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from hetis.runtime.attention.paged_flashinfer import FlashInferBackend, flashinfer_runs
 from hetis.runtime.attention.paged_torch import attend_paged
 from hetis.runtime.kv.pool import IntArray, PagePool
 
@@ -89,4 +90,6 @@ def choose_backend(pool: PagePool) -> Backend:
     """The fastest that the pool's device and dtype allow."""
     if pool.k.device.type == "cpu" and pool.shape.dtype != "float16" and find_spec("numba"):
         return CompiledBackend(pool)
+    if flashinfer_runs(pool):
+        return FlashInferBackend(pool)
     return TorchBackend(pool)

@@ -36,7 +36,8 @@ class LocalDevice:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Ready:
         if self._step is None:
             raise DeviceError(self.name, "no step was begun")
-        return Ready(self.backend.attend(layer, q, k, v))
+        device = self.pool.k.device
+        return Ready(self.backend.attend(layer, q.to(device), k.to(device), v.to(device)))
 
     def finish(self, number: int) -> None:
         self._step = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from hetis.solver.dispatch.problem import HeadShape, Primary, Requests
 from hetis.solver.dispatch.problem import Stage as StageCosts
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.errors import InvalidProblemError
+
+if TYPE_CHECKING:
+    from hetis.solver.dispatch.solve import Dispatcher
 
 Heads = tuple[int, ...]
 
@@ -38,6 +43,7 @@ class Placement:
         self._num_pages = tuple(num_pages)
         self._heads: dict[int, Heads] = {}
         self._moves: dict[int, HeadMove] = {}
+        self._dispatcher: Dispatcher | None = None
 
     def __len__(self) -> int:
         return len(self._heads)
@@ -113,8 +119,6 @@ class Placement:
         Raises:
             InvalidProblemError: the heads are on several devices, or under way, or the target takes none.
         """
-        from hetis.solver.errors import InvalidProblemError
-
         owners = {self._heads[request][head] for head in heads}
         under_way = {head for move in self._moves.values() if move.request == request for head in move.heads}
         if len(owners) != 1 or under_way & set(heads):
@@ -179,14 +183,16 @@ class Placement:
         if self.costs.num_devices == 1:
             fits = groups * self._pages(tokens + growth) <= load.free_blocks[0]
             return [groups] if fits else None
-        from hetis.solver.dispatch.solve import Dispatcher
+        if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
+            from hetis.solver.dispatch.solve import Dispatcher
 
+            self._dispatcher = Dispatcher(self.state.stage)
         requests = Requests(
             ids=("new",),
             context_tokens=np.array([tokens], np.int64),
             growth_tokens=np.array([growth], np.int64),
         )
-        plan = Dispatcher(self.state.stage).dispatch(load, requests)
+        plan = self._dispatcher.dispatch(load, requests)
         return None if plan.unplaced else [int(count) for count in plan.groups[0]]
 
     def _first_fit(self, tokens: int) -> list[int] | None:

@@ -130,7 +130,7 @@ class Stage:
         q = q.reshape(-1, shape.queries_per_group, shape.head_dim)
         k, v = k.reshape(-1, shape.head_dim), v.reshape(-1, shape.head_dim)
         if len(shares) == 1 and shares[0].members is None:
-            return shares[0].device.attend(layer, q, k, v).wait().view(rows, -1)
+            return shares[0].device.attend(layer, q, k, v).wait().to(q.device).view(rows, -1)
         pending: list[tuple[torch.Tensor, Pending]] = []
         for share in shares:
             index = share.members
@@ -138,7 +138,7 @@ class Stage:
             pending.append((index, share.device.attend(layer, q[index], k[index], v[index])))
         out = torch.empty_like(q)
         for index, part in pending:
-            out[index] = part.wait()
+            out[index] = part.wait().to(out.device)
         return out.view(rows, -1)
 
     def _prompt(self, chunk: Chunk) -> PromptKv:

@@ -59,7 +59,9 @@ class PagePool:
     def __contains__(self, key: SequenceKey) -> bool:
         return key in self._held
 
-    def keys(self) -> tuple[SequenceKey, ...]:
+    @property
+    def sequences(self) -> tuple[SequenceKey, ...]:
+        """Those held, in the order they came."""
         return tuple(self._held)
 
     def tokens(self, key: SequenceKey) -> int:
