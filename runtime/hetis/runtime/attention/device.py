@@ -92,6 +92,7 @@ class AttentionDevice(Protocol):
         Raises:
             OutOfPagesError: there are too few; nothing has changed.
             UnknownSequenceError: a position beyond 0 of a sequence that is not held here, or not that far.
+                A device behind a channel says either where the first outputs are waited for: `abort` is enough then.
         """
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:
@@ -131,4 +132,13 @@ class AttentionDevice(Protocol):
         Raises:
             OutOfPagesError: there are too few; nothing has changed.
             UnknownSequenceError: there would be a gap before ``first``.
+        """
+
+    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
+        """A number for each head and layer, shape [heads, layers], of K and V at positions 0 to ``last - 1``.
+
+        Two devices that say the same hold the same, bit for bit.
+
+        Raises:
+            UnknownSequenceError: a head is not here, or not that far.
         """

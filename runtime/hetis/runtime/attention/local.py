@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from hetis.runtime.attention.backends import Backend, choose_backend
-from hetis.runtime.attention.device import DeviceStep, Ready
+from hetis.runtime.attention.device import DeviceStep, IntArray, Ready
+from hetis.runtime.kv.digest import digest
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.pool import PagePool
 from hetis.runtime.kv.shape import KvShape, SequenceKey
@@ -60,3 +62,7 @@ class LocalDevice:
         self.pool.extend(keys, [first] * len(keys), [last] * len(keys))
         for key, own_k, own_v in zip(keys, k, v, strict=True):
             self.pool.write(key, first, own_k, own_v)
+
+    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
+        pieces = [self.pool.read(SequenceKey(request, incarnation, head), 0, last) for head in heads]
+        return np.stack([digest(k, v) for k, v in pieces])

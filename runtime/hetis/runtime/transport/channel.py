@@ -1,0 +1,94 @@
+"""Channels: whole frames, in order, between two ends. Most are made of a pipe, which carries bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError
+from hetis.runtime.transport.frames import HEADER_BYTES, Frame, bytes_of, header_of, read_header
+
+
+class Channel(Protocol):
+    """One end of a connection; not to be shared between threads. After a ChannelError there is only `close`.
+
+    Attributes:
+        name: for people: what kind, and where to.
+    """
+
+    name: str
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Sends all of them, at once where the channel can. Raises ChannelError."""
+
+    def receive(self, timeout_s: float) -> Frame | None:
+        """The next frame. None: none began to come within the time. Raises ChannelError."""
+
+    def close(self) -> None:
+        """Gives the connection up; the other end learns of it. May be called again."""
+
+
+class Pipe(Protocol):
+    """Bytes in order, both ways."""
+
+    name: str
+
+    def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
+        """Writes all of them. Raises ChannelError; it is not known then what went through."""
+
+    def read_into(self, buffer: memoryview, timeout_s: float) -> int:
+        """Fills the front of ``buffer``; returns how many bytes came, 0 after the time-out. Raises ChannelError."""
+
+    def close(self) -> None: ...
+
+
+class PipeChannel:
+    """Frames over a pipe: a frame that has begun must be through within ``stall_s``."""
+
+    def __init__(self, pipe: Pipe, *, stall_s: float = 10.0) -> None:
+        self.name = pipe.name
+        self._pipe, self._stall_s = pipe, stall_s
+        self._header = bytearray(HEADER_BYTES)
+        self._is_closed = False
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        self._check_open()
+        buffers = []
+        for frame in frames:
+            buffers.append(memoryview(header_of(frame)))
+            buffers += [bytes_of(part) for part in frame.parts if part.numel()]
+        self._pipe.write(buffers, self._stall_s)
+
+    def receive(self, timeout_s: float) -> Frame | None:
+        self._check_open()
+        header = memoryview(self._header)
+        came = self._pipe.read_into(header, timeout_s)
+        if not came:
+            return None
+        deadline_s = time.monotonic() + self._stall_s
+        self._fill(header[came:], deadline_s)
+        frame, num_bytes = read_header(self._header)
+        body = torch.empty(num_bytes, dtype=torch.uint8)
+        if num_bytes:
+            self._fill(memoryview(body.numpy()), deadline_s)
+        return replace(frame, parts=(body,))
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._pipe.close()
+
+    def _fill(self, left: memoryview, deadline_s: float) -> None:
+        while left:
+            came = self._pipe.read_into(left, max(deadline_s - time.monotonic(), 0.0))
+            if not came:
+                raise ChannelStalledError(f"{self.name}: a frame stopped {len(left)} bytes before its end")
+            left = left[came:]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ChannelClosedError(f"{self.name}: this end is closed")

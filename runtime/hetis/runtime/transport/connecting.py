@@ -1,0 +1,158 @@
+"""How two ends find each other and agree on a channel.
+
+A worker listens on TCP and says where in a store that both know (torch's TCPStore, which is a rendezvous and nothing
+else), with a key that it makes anew at every start: who knows a key has found the worker that is running now. The
+engine connects, and where both are on one host may ask for shared memory in place of the socket.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hetis.runtime.transport.channel import Channel, PipeChannel
+from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, FrameError
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
+from hetis.runtime.transport.tcp import TcpPipe
+
+
+class ChannelKind(StrEnum):
+    """What carries the frames. ``auto``: shared memory on one host, TCP between hosts."""
+
+    AUTO = "auto"
+    SHM = "shm"
+    TCP = "tcp"
+    NCCL = "nccl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a worker listens, and the key that it wants to hear."""
+
+    host: str
+    port: int
+    key: bytes
+
+    def to_json(self) -> str:
+        return json.dumps({"host": self.host, "port": self.port, "key": self.key.hex()})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Endpoint:
+        said = json.loads(text)
+        return cls(host=str(said["host"]), port=int(said["port"]), key=bytes.fromhex(said["key"]))
+
+
+def open_store(address: str, *, is_master: bool, timeout_s: float = 30.0) -> Any:
+    """torch's TCPStore at ``host:port``; port 0 of the master chooses one.
+
+    Raises:
+        ChannelError: it is not there, or the address cannot be used.
+    """
+    from torch.distributed import TCPStore
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ChannelError(f"store address {address!r} must be HOST:PORT")
+    try:
+        return TCPStore(
+            host,
+            int(port),
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ChannelError(f"store {address}: {str(error).splitlines()[0]}") from error
+
+
+def publish(store: Any, name: str, endpoint: Endpoint) -> None:
+    """Says where the worker of that name is; one that starts again overwrites what it said before."""
+    store.set(f"hetis/worker/{name}", endpoint.to_json())
+
+
+def look_up(store: Any, name: str, *, timeout_s: float = 30.0) -> Endpoint:
+    """Where the worker of that name is, waiting for it. Raises ChannelError: it did not come."""
+    key = f"hetis/worker/{name}"
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+        return Endpoint.from_json(store.get(key))
+    except RuntimeError as error:
+        raise ChannelError(f"worker {name} did not say where it is within {timeout_s:g} s") from error
+
+
+def connect(
+    endpoint: Endpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0, device: str = "cpu"
+) -> Channel:
+    """The engine's end of a channel to a worker. ``device`` is where the tensors of ``nccl`` are.
+
+    Raises:
+        ChannelError: it is not reached, or the kind cannot be had between these two.
+    """
+    pipe = TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=stall_s)
+    channel = PipeChannel(pipe, stall_s=stall_s)
+    if kind is ChannelKind.NCCL:
+        from hetis.runtime.transport.nccl import offer_nccl
+
+        return offer_nccl(channel, pipe, device, stall_s=stall_s)
+    if kind is ChannelKind.TCP or (kind is ChannelKind.AUTO and not (pipe.is_local and is_supported())):
+        return channel
+    if not pipe.is_local or not is_supported():
+        pipe.close()
+        raise ChannelError(f"{pipe.name}: shared memory needs one host, /dev/shm and x86-64")
+    shared = SharedFile.create()
+    try:
+        path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
+        channel.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(path,))])
+        answer = channel.receive(stall_s)
+        if answer is None or answer.kind is not Kind.WELCOME:
+            raise FrameError(f"{pipe.name}: the worker did not take the shared memory")
+    except ChannelError:
+        channel.close()
+        raise
+    finally:
+        shared.unlink()  # both have it open, or it is of no use
+    return PipeChannel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
+
+
+def accept(connection: socket.socket, *, stall_s: float = 10.0, device: str = "cpu") -> tuple[Channel, Frame]:
+    """The worker's end, and the first frame of the engine that is not about the channel itself.
+
+    Raises:
+        ChannelError: the other end did not say anything sensible in time; the connection is closed.
+    """
+    host, port = connection.getpeername()[:2]
+    pipe = TcpPipe(connection, f"tcp:{host}:{port}")
+    channel: Channel = PipeChannel(pipe, stall_s=stall_s)
+    try:
+        frame = _first(channel, stall_s)
+        if frame.kind is Kind.ATTACH and frame.counts[0]:
+            from hetis.runtime.transport.nccl import accept_nccl
+
+            channel = accept_nccl(channel, pipe, frame, device, stall_s=stall_s)
+            frame = _first(channel, stall_s)
+        elif frame.kind is Kind.ATTACH:
+            if not pipe.is_local:
+                raise FrameError(f"{pipe.name}: shared memory was offered from another host")
+            shared = SharedFile.open(Path(bytes(frame.body.numpy()).decode(errors="replace")))
+            channel.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
+            channel = PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+            frame = _first(channel, stall_s)
+    except ChannelError:
+        channel.close()
+        raise
+    return channel, frame
+
+
+def _first(channel: Channel, timeout_s: float) -> Frame:
+    frame = channel.receive(timeout_s)
+    if frame is None:
+        raise ChannelClosedError(f"{channel.name}: nothing was said for {timeout_s:g} s")
+    return frame

@@ -1,0 +1,155 @@
+"""Frames: a header of 64 bytes, and a body whose length the header says.
+
+Little-endian. Every frame names the engine's term (``epoch``) and the connection (``session``) that it belongs to, so
+that what an old engine or an old connection sent is seen to be old, and a ``serial``, which an answer repeats.
+
+| kind | counts | body |
+| --- | --- | --- |
+| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale f64, key |
+| BEGIN | N | requests, incarnations, heads, positions: i64 [4, N] |
+| ATTEND | N | q [N, r, d], k [N, d], v [N, d] |
+| FINISH, ABORT, PING, BYE | | |
+| DROP | N | (request, incarnation, head): i64 [N, 3] |
+| EXPORT, DIGEST | H | request, incarnation, first, last, heads: i64 [4 + H] |
+| ADOPT | H, positions | request, incarnation, first, last, heads: i64 [4 + H]; K, V [H, layers, positions, d] |
+| ATTACH | | path of the shared memory |
+| WELCOME | | pages i64, name |
+| OUT | N | [N, r, d] |
+| KV | H, positions | K, V [H, layers, positions, d] |
+| DIGESTS | H | i64 [H, layers] |
+| PONG | | free pages i64, virtual sequences i64 |
+| ERROR | code | needed i64, free i64, text |
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from hetis.runtime.transport.errors import FrameError
+
+MAGIC = 0x53495448  # "HTIS"
+VERSION = 1
+HEADER = struct.Struct("<IHBBQQQQIIIIQ")
+HEADER_BYTES = HEADER.size
+MOST_BODY_BYTES = 1 << 32
+DTYPES = ("", "float32", "float64", "bfloat16", "float16")
+
+
+class Kind(IntEnum):
+    """What a frame is; those from WELCOME on are answers."""
+
+    HELLO = 1
+    BEGIN = 2
+    ATTEND = 3
+    FINISH = 4
+    ABORT = 5
+    DROP = 6
+    EXPORT = 7
+    ADOPT = 8
+    DIGEST = 9
+    PING = 10
+    BYE = 11
+    ATTACH = 12
+    WELCOME = 32
+    OUT = 33
+    KV = 34
+    DIGESTS = 35
+    PONG = 36
+    ERROR = 37
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Frame:
+    """One message.
+
+    Attributes:
+        kind: what it is.
+        epoch: of the engine.
+        session: connection that it belongs to, unique at its worker.
+        serial: of the request; an answer repeats it.
+        step: decode step; 0 where none is meant.
+        layer: within the stage.
+        counts: numbers whose meaning is the kind's.
+        dtype: of the numbers in the body; empty: there are none.
+        parts: the body, one tensor after the other. A frame that was received has one, of bytes.
+    """
+
+    kind: Kind
+    epoch: int
+    session: int
+    serial: int = 0
+    step: int = 0
+    layer: int = 0
+    counts: tuple[int, int, int] = (0, 0, 0)
+    dtype: str = ""
+    parts: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def body_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    @property
+    def body(self) -> torch.Tensor:
+        """The body of a frame that was received: bytes, shape [body_bytes]."""
+        assert len(self.parts) == 1, "only a frame that was received has its body in one piece"
+        return self.parts[0]
+
+
+def header_of(frame: Frame) -> bytes:
+    """The 64 bytes that go before a frame's body."""
+    return HEADER.pack(
+        MAGIC,
+        VERSION,
+        frame.kind,
+        DTYPES.index(frame.dtype),
+        frame.epoch,
+        frame.session,
+        frame.serial,
+        frame.step,
+        frame.layer,
+        *frame.counts,
+        frame.body_bytes,
+    )
+
+
+def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES) -> tuple[Frame, int]:
+    """A frame without its body, and the bytes of that.
+
+    Raises:
+        FrameError: it is none of ours, of another version, of no kind or dtype, or too long.
+    """
+    if len(header) != HEADER_BYTES:
+        raise FrameError(f"a header has {HEADER_BYTES} bytes, {len(header)} came")
+    magic, version, kind, dtype, epoch, session, serial, step, layer, *rest = HEADER.unpack(header)
+    *counts, body_bytes = rest
+    if magic != MAGIC:
+        raise FrameError(f"no frame begins with {magic:#010x}")
+    if version != VERSION:
+        raise FrameError(f"a frame of version {version}, this is version {VERSION}")
+    if kind not in _KINDS or dtype >= len(DTYPES):
+        raise FrameError(f"a frame of kind {kind} and dtype {dtype}, which are not known")
+    if body_bytes > most_body_bytes:
+        raise FrameError(f"a body of {body_bytes} bytes, {most_body_bytes} are the most")
+    frame = Frame(
+        kind=Kind(kind),
+        epoch=epoch,
+        session=session,
+        serial=serial,
+        step=step,
+        layer=layer,
+        counts=(counts[0], counts[1], counts[2]),
+        dtype=DTYPES[dtype],
+    )
+    return frame, body_bytes
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor, copied only where it is not in one piece or not the CPU's."""
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+_KINDS = frozenset(Kind)

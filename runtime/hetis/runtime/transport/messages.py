@@ -1,0 +1,212 @@
+"""What the bodies of frames hold, written and read: every length is checked against what the header and shape say."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hetis.runtime.attention.device import DeviceStep, IntArray
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.transport.errors import FrameError
+from hetis.runtime.transport.frames import DTYPES, Frame, Kind
+
+KEY_BYTES = 16
+MOST_LAYERS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """How an engine begins: what its virtual sequences look like, and the key that the worker gave out."""
+
+    shape: KvShape
+    key: bytes
+
+    def frame(self, *, epoch: int, session: int) -> Frame:
+        shape = self.shape
+        scale = torch.frombuffer(bytearray(struct.pack("<d", shape.scale)), dtype=torch.uint8)
+        key = torch.frombuffer(bytearray(self.key), dtype=torch.uint8)
+        return Frame(
+            kind=Kind.HELLO,
+            epoch=epoch,
+            session=session,
+            layer=shape.layers,
+            counts=(shape.head_dim, shape.queries_per_group, shape.page_tokens),
+            dtype=shape.dtype,
+            parts=(torch.tensor(shape.windows, dtype=torch.int64), scale, key),
+        )
+
+    @classmethod
+    def read(cls, frame: Frame) -> Hello:
+        _expect(frame, Kind.HELLO, 8 * frame.layer + 8 + KEY_BYTES)
+        head_dim, queries, page_tokens = frame.counts
+        if not (0 < frame.layer <= MOST_LAYERS and head_dim and queries and page_tokens and frame.dtype in DTYPES[1:]):
+            raise FrameError(f"HELLO of {frame.layer} layers, {frame.counts} and dtype {frame.dtype!r}")
+        raw = bytes(frame.body.numpy())
+        windows = np.frombuffer(raw, "<i8", frame.layer)
+        (scale,) = struct.unpack_from("<d", raw, 8 * frame.layer)
+        shape = KvShape(
+            layers=frame.layer,
+            head_dim=head_dim,
+            queries_per_group=queries,
+            page_tokens=page_tokens,
+            dtype=frame.dtype,
+            scale=scale,
+            windows=tuple(windows.tolist()),
+        )
+        return cls(shape=shape, key=raw[-KEY_BYTES:])
+
+
+class Part(NamedTuple):
+    """Positions ``first`` to ``last - 1`` of some heads of one request."""
+
+    request: int
+    incarnation: int
+    first: int
+    last: int
+    heads: tuple[int, ...]
+
+    def numbers(self) -> torch.Tensor:
+        return torch.tensor([*self[:4], *self.heads], dtype=torch.int64)
+
+
+def pack_step(step: DeviceStep) -> tuple[torch.Tensor, ...]:
+    """The body of BEGIN."""
+    return tuple(torch.from_numpy(x) for x in (step.requests, step.incarnations, step.heads, step.positions))
+
+
+def read_step(frame: Frame) -> DeviceStep:
+    count = frame.counts[0]
+    rows = _integers(frame, Kind.BEGIN, 4 * count).reshape(4, count)
+    if count and int(rows.min()) < 0:
+        raise FrameError("BEGIN has negative numbers")
+    return DeviceStep(
+        epoch=frame.epoch,
+        number=frame.step,
+        requests=rows[0],
+        incarnations=rows[1],
+        heads=rows[2],
+        positions=rows[3],
+    )
+
+
+def read_queries(frame: Frame, shape: KvShape, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [N, r, d], k [N, d] and v [N, d] of ATTEND; ``count`` is the N that BEGIN said."""
+    r, d = shape.queries_per_group, shape.head_dim
+    if frame.counts[0] != count or frame.layer >= shape.layers:
+        raise FrameError(f"ATTEND of {frame.counts[0]} sequences in layer {frame.layer}: {count} were begun")
+    numbers = _numbers(frame, Kind.ATTEND, shape, count * (r + 2) * d)
+    q, k, v = numbers.split([count * r * d, count * d, count * d])
+    return q.view(count, r, d), k.view(count, d), v.view(count, d)
+
+
+def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
+    """Outputs [N, r, d] of OUT."""
+    r, d = shape.queries_per_group, shape.head_dim
+    return _numbers(frame, Kind.OUT, shape, count * r * d).view(count, r, d)
+
+
+def pack_keys(keys: Sequence[SequenceKey]) -> torch.Tensor:
+    """The body of DROP."""
+    return torch.tensor([list(key) for key in keys], dtype=torch.int64)
+
+
+def read_keys(frame: Frame) -> list[SequenceKey]:
+    rows = _integers(frame, Kind.DROP, 3 * frame.counts[0]).reshape(-1, 3)
+    return [SequenceKey(*row) for row in rows.tolist()]
+
+
+def read_part(frame: Frame) -> Part:
+    """What EXPORT or DIGEST is about."""
+    return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
+
+
+def read_adopted(frame: Frame, shape: KvShape) -> tuple[Part, torch.Tensor, torch.Tensor]:
+    """What ADOPT brings: K and V, each [H, layers, positions, d]."""
+    heads, positions, _ = frame.counts
+    begin = 8 * (4 + heads)
+    sizes = heads * shape.layers * positions * shape.head_dim
+    _expect(frame, Kind.ADOPT, begin + 2 * sizes * shape.torch_dtype.itemsize, dtype=shape.dtype)
+    part = _part(frame.body[:begin].numpy().view("<i8"), frame)
+    if part.last - part.first != positions:
+        raise FrameError(f"ADOPT of positions {part.first} to {part.last} with {positions} of them")
+    k, v = frame.body[begin:].view(shape.torch_dtype).view(2, heads, shape.layers, positions, shape.head_dim)
+    return part, k, v
+
+
+def read_kv(frame: Frame, shape: KvShape, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of KV, each [H, layers, positions, d]."""
+    size = (2, len(part.heads), shape.layers, part.last - part.first, shape.head_dim)
+    k, v = _numbers(frame, Kind.KV, shape, int(np.prod(size))).view(size)
+    return k, v
+
+
+def read_digests(frame: Frame, shape: KvShape, part: Part) -> IntArray:
+    return _integers(frame, Kind.DIGESTS, len(part.heads) * shape.layers).reshape(len(part.heads), shape.layers)
+
+
+def read_pong(frame: Frame) -> tuple[int, int]:
+    """Free pages, and virtual sequences held."""
+    free, held = _integers(frame, Kind.PONG, 2).tolist()
+    return free, held
+
+
+def pack_error(needed: int, free: int, text: str) -> tuple[torch.Tensor, ...]:
+    """The body of ERROR."""
+    words = torch.frombuffer(bytearray(text.encode()[:4096] or b" "), dtype=torch.uint8)
+    return torch.tensor([needed, free], dtype=torch.int64), words
+
+
+def read_error(frame: Frame) -> tuple[int, int, str]:
+    raw = bytes(frame.body.numpy())
+    if frame.kind is not Kind.ERROR or len(raw) < 16:
+        raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, an error was expected")
+    needed, free = struct.unpack_from("<qq", raw)
+    return needed, free, raw[16:].decode(errors="replace")
+
+
+def pack_welcome(num_pages: int, name: str) -> tuple[torch.Tensor, ...]:
+    """The body of WELCOME."""
+    words = torch.frombuffer(bytearray(name.encode() or b" "), dtype=torch.uint8)
+    return torch.tensor([num_pages], dtype=torch.int64), words
+
+
+def read_welcome(frame: Frame) -> tuple[int, str]:
+    raw = bytes(frame.body.numpy())
+    if frame.kind is not Kind.WELCOME or len(raw) < 8:
+        raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, a welcome was expected")
+    return struct.unpack_from("<q", raw)[0], raw[8:].decode(errors="replace")
+
+
+# --- inside
+
+
+def _part(numbers: IntArray, frame: Frame) -> Part:
+    request, incarnation, first, last, *heads = numbers.tolist()
+    if not 0 <= first <= last or min([request, incarnation, *heads]) < 0 or len(set(heads)) < len(heads):
+        raise FrameError(f"{frame.kind.name} of positions {first} to {last} of heads {heads}")
+    return Part(request, incarnation, first, last, tuple(heads))
+
+
+def _integers(frame: Frame, kind: Kind, count: int) -> IntArray:
+    _expect(frame, kind, 8 * count)
+    numbers: IntArray = frame.body.numpy().view("<i8")
+    return numbers
+
+
+def _numbers(frame: Frame, kind: Kind, shape: KvShape, count: int) -> torch.Tensor:
+    _expect(frame, kind, count * shape.torch_dtype.itemsize, dtype=shape.dtype)
+    return frame.body.view(shape.torch_dtype)
+
+
+def _expect(frame: Frame, kind: Kind, num_bytes: int, *, dtype: str | None = None) -> None:
+    if frame.kind is not kind:
+        raise FrameError(f"{frame.kind.name} came, {kind.name} was expected")
+    if frame.body_bytes != num_bytes:
+        raise FrameError(f"{kind.name} has a body of {frame.body_bytes} bytes, {num_bytes} were expected")
+    if dtype is not None and frame.dtype != dtype:
+        raise FrameError(f"{kind.name} is of {frame.dtype or 'no dtype'}, {dtype} was expected")

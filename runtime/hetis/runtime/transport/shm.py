@@ -1,0 +1,204 @@
+"""Bytes through memory that two processes of one host share: a ring each way, and a socket that wakes who sleeps.
+
+The socket is the TCP connection that the memory was agreed on over. It tells at once when the other end dies, which
+memory does not. Whoever waits first looks again and again, giving the processor away in between, for as long as that
+has lately been of use; then it says that it sleeps, and is woken by a byte.
+
+The memory is a file in /dev/shm that has no name any more once both ends have it, so that nothing is left of processes
+that were killed. (`multiprocessing.shared_memory` would keep the name, and its tracker would remove what others use.)
+
+Counters are published after what they count. On x86-64 stores are seen in their order; elsewhere this pipe is refused.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import secrets
+import select
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError, FrameError
+from hetis.runtime.transport.tcp import TcpPipe
+
+FOLDER = Path("/dev/shm")
+PREFIX = "hetis-"
+RING_BYTES = 4 << 20
+LEAST_SPIN_S, MOST_SPIN_S = 5e-6, 200e-6
+NAP_S = 0.02  # longest sleep without another look: a byte that was missed costs no more
+# Counters of one ring, each in its own cache line, in units of 8 bytes.
+WRITTEN, READ, READER_SLEEPS, WRITER_SLEEPS = 0, 8, 16, 24
+RING_WORDS = 32
+CONTROL_BYTES = 2 * RING_WORDS * 8
+
+
+def is_supported() -> bool:
+    """Whether processes of this host can talk so."""
+    return platform.machine() in ("x86_64", "AMD64") and FOLDER.is_dir()
+
+
+class SharedFile:
+    """Memory for one connection; the engine's end makes it, the worker's opens it, and then it loses its name."""
+
+    def __init__(self, path: Path, memory: mmap.mmap) -> None:
+        self.path, self.memory = path, memory
+
+    @classmethod
+    def create(cls, ring_bytes: int = RING_BYTES) -> SharedFile:
+        path = FOLDER / f"{PREFIX}{secrets.token_hex(16)}"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.ftruncate(handle, CONTROL_BYTES + 2 * ring_bytes)
+            return cls(path, mmap.mmap(handle, CONTROL_BYTES + 2 * ring_bytes))
+        finally:
+            os.close(handle)
+
+    @classmethod
+    def open(cls, path: Path) -> SharedFile:
+        """Raises FrameError: the path is none that `create` chooses, or the file is not of this user or not there."""
+        if path.parent != FOLDER or not path.name.startswith(PREFIX):
+            raise FrameError(f"{path} is no shared memory of ours")
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError as error:
+            raise FrameError(f"{path}: {error.strerror}") from error
+        try:
+            found = os.fstat(handle)
+            if found.st_uid != os.geteuid() or found.st_size <= CONTROL_BYTES:
+                raise FrameError(f"{path}: it belongs to user {found.st_uid} and has {found.st_size} bytes")
+            return cls(path, mmap.mmap(handle, found.st_size))
+        finally:
+            os.close(handle)
+
+    def unlink(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class ShmPipe:
+    """One end. ``first`` is true at one of the two ends."""
+
+    def __init__(self, shared: SharedFile, bell: TcpPipe, *, first: bool) -> None:
+        self.name = f"shm over {bell.name}"
+        self._bell = bell
+        self._shared = shared
+        everything = np.frombuffer(shared.memory, np.uint8)
+        control = everything[:CONTROL_BYTES].view(np.int64)
+        size = (len(everything) - CONTROL_BYTES) // 2
+        rings = [
+            _Ring(control[i * RING_WORDS : (i + 1) * RING_WORDS], everything[CONTROL_BYTES + i * size :][:size])
+            for i in range(2)
+        ]
+        self._out, self._in = rings if first else rings[::-1]
+        self._poll = select.poll()
+        self._poll.register(bell.socket, select.POLLIN)
+        self._spin_s = 50e-6
+
+    def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
+        ring = self._out
+        for buffer in buffers:
+            left = np.frombuffer(buffer, np.uint8)
+            while len(left):
+                took = ring.put(left)
+                left = left[took:]
+                if len(left):
+                    self._publish()
+                    if not self._wait(ring.has_space, WRITER_SLEEPS, ring, timeout_s):
+                        raise ChannelStalledError(f"{self.name}: the other end took nothing for too long")
+        self._publish()
+
+    def read_into(self, buffer: memoryview, timeout_s: float) -> int:
+        ring = self._in
+        if not ring.has_bytes() and not self._wait(ring.has_bytes, READER_SLEEPS, ring, timeout_s):
+            return 0
+        came = ring.take(np.frombuffer(buffer, np.uint8))
+        if ring.words[WRITER_SLEEPS]:
+            self._ring()
+        return came
+
+    def close(self) -> None:
+        self._shared.unlink()
+        self._bell.close()
+
+    def _publish(self) -> None:
+        self._out.publish()
+        if self._out.words[READER_SLEEPS]:
+            self._ring()
+
+    def _ring(self) -> None:
+        self._bell.write([memoryview(b"\0")], 1.0)
+
+    def _wait(self, is_there: Callable[[], bool], sleeps: int, ring: _Ring, timeout_s: float) -> bool:
+        now_s = time.monotonic()
+        deadline_s, spin_until_s = now_s + timeout_s, now_s + self._spin_s
+        while now_s < spin_until_s:
+            if is_there():
+                self._spin_s = min(self._spin_s * 2, MOST_SPIN_S)
+                return True
+            os.sched_yield()
+            now_s = time.monotonic()
+        self._spin_s = max(self._spin_s / 2, LEAST_SPIN_S)
+        ring.words[sleeps] = 1
+        try:
+            while not is_there():
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    return False
+                if self._poll.poll(min(left_s, NAP_S) * 1000):
+                    self._hear(is_there)
+            return True
+        finally:
+            ring.words[sleeps] = 0
+
+    def _hear(self, is_there: Callable[[], bool]) -> None:
+        """Takes the bytes that woke us; an end that is gone may have left something to read."""
+        try:
+            self._bell.read_into(memoryview(bytearray(256)), 0.0)
+        except ChannelClosedError:
+            if not is_there():
+                raise
+
+
+class _Ring:
+    """Bytes one way. Counters only rise; the difference is what is in the ring."""
+
+    def __init__(self, words: npt.NDArray[np.int64], room: npt.NDArray[np.uint8]) -> None:
+        self.words, self._room = words, room
+        self._written = int(words[WRITTEN])  # what is put but not yet published
+
+    def has_bytes(self) -> bool:
+        return bool(self.words[WRITTEN] > self.words[READ])
+
+    def has_space(self) -> bool:
+        return self._written - int(self.words[READ]) < len(self._room)
+
+    def put(self, data: npt.NDArray[np.uint8]) -> int:
+        """Copies what there is room for; returns how much."""
+        size = len(self._room)
+        takes = min(len(data), size - (self._written - int(self.words[READ])))
+        begin = self._written % size
+        first = min(takes, size - begin)
+        self._room[begin : begin + first] = data[:first]
+        self._room[: takes - first] = data[first:takes]
+        self._written += takes
+        return takes
+
+    def publish(self) -> None:
+        self.words[WRITTEN] = self._written
+
+    def take(self, into: npt.NDArray[np.uint8]) -> int:
+        size, at = len(self._room), int(self.words[READ])
+        takes = min(len(into), int(self.words[WRITTEN]) - at)
+        if not 0 < takes <= size:
+            raise FrameError(f"the shared ring's counters are {takes} bytes apart")
+        begin = at % size
+        first = min(takes, size - begin)
+        into[:first] = self._room[begin : begin + first]
+        into[first:takes] = self._room[: takes - first]
+        self.words[READ] = at + takes
+        return takes

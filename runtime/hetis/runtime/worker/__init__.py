@@ -1,0 +1,1 @@
+"""Attention workers as processes: KV of some heads and attention over it, no weights."""

@@ -1,0 +1,220 @@
+"""An attention worker without sockets or processes: frames in, frames out.
+
+It obeys one engine at a time. A HELLO of an epoch that is not below the newest begins with nothing: what an earlier
+connection left here belongs to nobody. Frames of another connection, and of another step than was begun, are refused;
+so is KV of a request's earlier incarnation where a later one is here.
+
+What has no answer (BEGIN, ADOPT, DROP) tells of its failure in the next answer: until then nothing counts anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+
+from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.kv.errors import OutOfPagesError, UnknownSequenceError
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.transport.errors import FrameError
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.messages import (
+    Hello,
+    pack_error,
+    pack_welcome,
+    read_adopted,
+    read_keys,
+    read_part,
+    read_queries,
+    read_step,
+)
+
+MakeDevice = Callable[[KvShape], LocalDevice]
+_log = logging.getLogger(__name__)
+
+
+class ErrorCode(IntEnum):
+    """What an ERROR frame tells, in its first count."""
+
+    FAILED = 1  # anything else: the worker cannot be relied on
+    OUT_OF_PAGES = 2
+    UNKNOWN_SEQUENCE = 3
+    STALE_EPOCH = 4
+    REFUSED = 5  # wrong key
+
+
+class WorkerCore:
+    """The state of one worker.
+
+    Attributes:
+        epoch: newest that it has obeyed.
+        device: its pages, made for the shape that the engine said. None before the first HELLO.
+    """
+
+    def __init__(self, name: str, make_device: MakeDevice, *, key: bytes) -> None:
+        self.name = name
+        self.epoch = 0
+        self.device: LocalDevice | None = None
+        self._make_device, self._key = make_device, key
+        self._session = 0
+        self._step: tuple[int, int] | None = None  # number and sequences of the step that was begun
+        self._incarnations: dict[int, int] = {}
+        self._failed: Exception | None = None  # of a frame without an answer
+
+    def handle(self, frame: Frame) -> Frame | None:
+        """What one frame does; returns the answer, where the kind has one.
+
+        Raises:
+            FrameError: the frame does not fit: the connection is to be closed, and what it left is void.
+        """
+        if frame.kind is Kind.HELLO:
+            return self._hello(frame)
+        if (frame.epoch, frame.session) != (self.epoch, self._session):
+            return self._stale(frame) if frame.kind in _ANSWERED else None
+        assert self.device is not None, "a session has a device"
+        try:
+            with torch.inference_mode():
+                return self._obey(frame, self.device)
+        except FrameError:
+            raise
+        except Exception as error:
+            if not isinstance(error, OutOfPagesError | UnknownSequenceError):
+                _log.exception("%s: %s failed", self.name, frame.kind.name)
+            if frame.kind in _ANSWERED:
+                return self._refusal(frame, error)
+            self._failed = self._failed or error
+            return None
+
+    def leave(self) -> None:
+        """The connection ended: its KV is void."""
+        self._session = 0
+        self._forget()
+
+    # --- inside
+
+    def _hello(self, frame: Frame) -> Frame:
+        hello = Hello.read(frame)
+        if hello.key != self._key:
+            return self._error(frame, ErrorCode.REFUSED, f"{self.name}: the key is another worker's, or an old one")
+        if frame.epoch < self.epoch:
+            return self._stale(frame)
+        if self.device is None or self.device.shape != hello.shape:
+            self.device = None  # first free, then take
+            self.device = self._make_device(hello.shape)
+        self._forget()
+        self.epoch, self._session = frame.epoch, frame.session
+        return self._answer(frame, Kind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
+
+    def _forget(self) -> None:
+        self._step, self._failed = None, None
+        self._incarnations.clear()
+        if self.device is not None:
+            self.device.drop(self.device.pool.keys())
+
+    def _obey(self, frame: Frame, device: LocalDevice) -> Frame | None:
+        match frame.kind:
+            case Kind.ATTEND:
+                return self._attend(frame, device)
+            case Kind.BEGIN:
+                self._step = None
+                step = read_step(frame)
+                device.begin(step)
+                self._step = step.number, len(step)
+            case Kind.FINISH | Kind.ABORT:
+                self._step = None
+                if frame.kind is Kind.ABORT:
+                    self._failed = None  # the engine knows, and does it again
+                device.abort(frame.step)
+            case Kind.DROP:
+                self._drop(read_keys(frame), device)
+            case Kind.ADOPT:
+                self._adopt(frame, device)
+            case Kind.EXPORT:
+                self._raise_failed()
+                part = read_part(frame)
+                k, v = device.export(part.request, part.incarnation, part.heads, part.first, part.last)
+                counts = len(part.heads), part.last - part.first, 0
+                return self._answer(frame, Kind.KV, counts=counts, dtype=device.shape.dtype, parts=(k, v))
+            case Kind.DIGEST:
+                self._raise_failed()
+                part = read_part(frame)
+                sums = device.digest(part.request, part.incarnation, part.heads, part.last)
+                return self._answer(frame, Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
+            case Kind.PING:
+                numbers = torch.tensor([device.pool.free_pages, len(device.pool)], dtype=torch.int64)
+                return self._answer(frame, Kind.PONG, parts=(numbers,))
+            case _:
+                raise FrameError(f"{frame.kind.name} is not for a worker")
+        return None
+
+    def _attend(self, frame: Frame, device: LocalDevice) -> Frame:
+        self._raise_failed()
+        if self._step is None or self._step[0] != frame.step:
+            raise UnknownSequenceError(self.name, f"step {frame.step} was not begun")
+        q, k, v = read_queries(frame, device.shape, self._step[1])
+        target = device.pool.k.device
+        out = device.attend(frame.layer, q.to(target), k.to(target), v.to(target)).wait()
+        return self._answer(frame, Kind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
+
+    def _adopt(self, frame: Frame, device: LocalDevice) -> None:
+        part, k, v = read_adopted(frame, device.shape)
+        newest = self._incarnations.get(part.request, part.incarnation)
+        if part.incarnation < newest:
+            raise UnknownSequenceError(
+                self.name, f"request {part.request} is at incarnation {newest}, {part.incarnation} is void"
+            )
+        if part.incarnation > newest:
+            old = [key for key in device.pool.keys() if key.request == part.request]  # noqa: SIM118
+            device.drop(old)
+        self._incarnations[part.request] = part.incarnation
+        device.adopt(part.request, part.incarnation, part.heads, part.first, k, v)
+
+    def _drop(self, keys: list[SequenceKey], device: LocalDevice) -> None:
+        device.drop(keys)
+        for request in {key.request for key in keys}:
+            if not any(key.request == request for key in device.pool.keys()):  # noqa: SIM118
+                self._incarnations.pop(request, None)
+
+    def _raise_failed(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _refusal(self, frame: Frame, error: Exception) -> Frame:
+        if isinstance(error, OutOfPagesError):
+            return self._error(frame, ErrorCode.OUT_OF_PAGES, str(error), needed=error.needed, free=error.free)
+        is_unknown = isinstance(error, UnknownSequenceError)
+        code = ErrorCode.UNKNOWN_SEQUENCE if is_unknown else ErrorCode.FAILED
+        return self._error(frame, code, f"{type(error).__name__}: {error}")
+
+    def _stale(self, frame: Frame) -> Frame:
+        text = f"{self.name} obeys epoch {self.epoch} over another connection"
+        return self._error(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=self.epoch)
+
+    def _error(self, frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
+        return self._answer(frame, Kind.ERROR, counts=(code, 0, 0), parts=pack_error(needed, free, text))
+
+    def _answer(
+        self,
+        frame: Frame,
+        kind: Kind,
+        *,
+        counts: tuple[int, int, int] = (0, 0, 0),
+        dtype: str = "",
+        parts: tuple[torch.Tensor, ...] = (),
+    ) -> Frame:
+        return Frame(
+            kind=kind,
+            epoch=frame.epoch,
+            session=frame.session,
+            serial=frame.serial,
+            step=frame.step,
+            layer=frame.layer,
+            counts=counts,
+            dtype=dtype,
+            parts=parts,
+        )
+
+
+_ANSWERED = frozenset({Kind.HELLO, Kind.ATTEND, Kind.EXPORT, Kind.DIGEST, Kind.PING})

@@ -1,0 +1,32 @@
+"""How an engine gets its attention workers: greets those that run, as devices of its stage."""
+
+from __future__ import annotations
+
+from hetis.runtime.kv.errors import DeviceLostError
+from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.transport.connecting import ChannelKind, Endpoint, connect
+from hetis.runtime.transport.errors import ChannelError
+from hetis.runtime.worker.remote import RemoteDevice
+
+
+def join(
+    name: str,
+    endpoint: Endpoint,
+    shape: KvShape,
+    *,
+    epoch: int,
+    kind: ChannelKind = ChannelKind.AUTO,
+    timeout_s: float = 10.0,
+    device: str = "cpu",
+) -> RemoteDevice:
+    """The worker at ``endpoint`` as a device with nothing in it; what it held for others is gone.
+
+    Raises:
+        DeviceLostError: it is not reached, does not answer, or is another run than the endpoint is of.
+        StaleEpochError: it obeys a later engine.
+    """
+    try:
+        channel = connect(endpoint, kind, stall_s=timeout_s, device=device)
+    except ChannelError as error:
+        raise DeviceLostError(name, str(error)) from error
+    return RemoteDevice(name, shape, channel, epoch=epoch, key=endpoint.key, timeout_s=timeout_s)

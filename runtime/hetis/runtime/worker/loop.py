@@ -1,0 +1,94 @@
+"""The process around a worker's core: it listens, serves one engine at a time, and lets a newer one take over."""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+
+from hetis.runtime.transport.channel import Channel
+from hetis.runtime.transport.connecting import accept
+from hetis.runtime.transport.errors import ChannelError
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.worker.core import ErrorCode, WorkerCore
+
+LOOK_S = 0.1  # between two looks for another engine while this one says nothing
+_log = logging.getLogger(__name__)
+
+
+class WorkerLoop:
+    """Runs a core over the connections that come to ``listener``."""
+
+    def __init__(
+        self, core: WorkerCore, listener: socket.socket, *, stall_s: float = 10.0, device: str = "cpu"
+    ) -> None:
+        self.core = core
+        self._listener, self._stall_s, self._device = listener, stall_s, device
+        self._listener.setblocking(False)
+        self._waiting = select.poll()
+        self._waiting.register(listener, select.POLLIN)
+        self._channel: Channel | None = None
+
+    def run(self) -> None:
+        """Until the process is ended."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """One frame, one connection, or a short wait."""
+        if self._channel is None:
+            self._waiting.poll(1000)
+            self._take_newcomer()
+            return
+        try:
+            frame = self._channel.receive(LOOK_S)
+            if frame is None:
+                self._take_newcomer()
+            elif frame.kind is Kind.BYE:
+                self._leave("it said goodbye")
+            else:
+                self._answer(self._channel, frame)
+        except ChannelError as error:
+            self._leave(str(error))
+
+    def _take_newcomer(self) -> None:
+        """Another engine is heard when this one is silent; it is obeyed if its key is right and its epoch not old."""
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        try:
+            channel, hello = accept(connection, stall_s=self._stall_s, device=self._device)
+        except ChannelError as error:
+            _log.warning("%s: a connection came to nothing: %s", self.core.name, error)
+            return
+        try:
+            answer = self.core.handle(hello) if hello.kind is Kind.HELLO else None
+            if answer is None:
+                channel.close()
+                return
+            channel.send([answer])
+        except ChannelError as error:
+            _log.warning("%s: a connection came to nothing: %s", self.core.name, error)
+            channel.close()
+            return
+        if answer.kind is Kind.ERROR:
+            _log.warning("%s: refused an engine: %s", self.core.name, ErrorCode(answer.counts[0]).name)
+            channel.close()
+            return
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = channel
+        _log.info("%s: serves %s, epoch %d", self.core.name, channel.name, self.core.epoch)
+
+    def _answer(self, channel: Channel, frame: Frame) -> None:
+        answer = self.core.handle(frame)
+        if answer is not None:
+            channel.send([answer])
+
+    def _leave(self, why: str) -> None:
+        assert self._channel is not None, "there was a connection"
+        _log.info("%s: %s ended: %s", self.core.name, self._channel.name, why)
+        self._channel.close()
+        self._channel = None
+        self.core.leave()

@@ -1,0 +1,243 @@
+"""An attention worker as the engine sees it: an `AttentionDevice` behind a channel."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from hetis.runtime.attention.device import DeviceStep, IntArray
+from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpochError, UnknownSequenceError
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.transport.channel import Channel
+from hetis.runtime.transport.errors import ChannelError, FrameError
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.messages import (
+    Hello,
+    Part,
+    pack_keys,
+    pack_step,
+    read_digests,
+    read_error,
+    read_kv,
+    read_outputs,
+    read_pong,
+    read_welcome,
+)
+from hetis.runtime.worker.core import ErrorCode
+
+T = TypeVar("T")
+
+
+class RemoteDevice:
+    """One worker, over one channel, for as long as that lives. Frames that need no answer wait for the next that does.
+
+    Attributes:
+        num_pages: what the worker has memory for.
+        is_lost: the channel failed; every call raises `DeviceLostError` from then on, but `abort` and `drop`, which
+            have nothing left to do.
+    """
+
+    def __init__(
+        self, name: str, shape: KvShape, channel: Channel, *, epoch: int, key: bytes, timeout_s: float = 10.0
+    ) -> None:
+        """Greets the worker. ``timeout_s``: a worker that owes an answer for so long is lost.
+
+        Raises:
+            DeviceLostError: it does not answer, or refuses the key.
+            StaleEpochError: it obeys a later engine.
+        """
+        self.name, self.shape = name, shape
+        self.is_lost = False
+        self._channel, self._epoch, self._timeout_s = channel, epoch, timeout_s
+        self._session = secrets.randbits(63)
+        self._serial = 0
+        self._queued: list[Frame] = []
+        self._owed = 0  # serial of the last request whose answer has not been read; 0: none is under way
+        self._step: DeviceStep | None = None
+        hello = Hello(shape=shape, key=key).frame(epoch=epoch, session=self._session)
+        self._send(hello)
+        self.num_pages, _ = self._read(self._answer(hello.serial), read_welcome)
+
+    # --- a step
+
+    def begin(self, step: DeviceStep) -> None:
+        self._check_here()
+        self._step = step
+        self._queued.append(self._frame(Kind.BEGIN, step=step.number, counts=(len(step), 0, 0), parts=pack_step(step)))
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Outputs:
+        assert self._step is not None, "a step was begun"
+        counts, dtype = (len(q), 0, 0), self.shape.dtype
+        serial = self._ask(
+            Kind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(q, k, v)
+        )
+        return _Outputs(self, serial, len(q), q.device)
+
+    def finish(self, number: int) -> None:
+        self._step = None
+        self._queued.append(self._frame(Kind.FINISH, step=number))
+
+    def abort(self, number: int) -> None:
+        self._step = None
+        if self.is_lost:
+            return
+        self._queued.append(self._frame(Kind.ABORT, step=number))
+        # Read what is still under way: a worker that cannot get rid of its answers takes no more frames.
+        if self._owed:
+            self._answer(self._owed)
+
+    # --- KV
+
+    def drop(self, keys: Sequence[SequenceKey]) -> None:
+        if self.is_lost or not keys:
+            return
+        self._send(self._frame(Kind.DROP, counts=(len(keys), 0, 0), parts=(pack_keys(keys),)))
+
+    def export(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        part = Part(request, incarnation, first, last, tuple(heads))
+        answer = self._answer(self._ask(Kind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),)))
+        return self._read(answer, lambda frame: read_kv(frame, self.shape, part))
+
+    def adopt(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self._check_here()
+        positions = k.shape[2]
+        part = Part(request, incarnation, first, first + positions, tuple(heads))
+        dtype = self.shape.torch_dtype
+        parts = (part.numbers(), k.to(dtype), v.to(dtype))
+        self._send(self._frame(Kind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts))
+
+    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
+        part = Part(request, incarnation, 0, last, tuple(heads))
+        answer = self._answer(self._ask(Kind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),)))
+        return self._read(answer, lambda frame: read_digests(frame, self.shape, part))
+
+    # --- life
+
+    def ping(self) -> tuple[int, int]:
+        """Asks whether it is there: its free pages, and the virtual sequences that it holds. Raises DeviceLostError."""
+        return self._read(self._answer(self._ask(Kind.PING)), read_pong)
+
+    def close(self) -> None:
+        """Says goodbye; the worker forgets what it holds and waits for the next engine."""
+        if not self.is_lost:
+            self.is_lost = True
+            with contextlib.suppress(ChannelError):  # it is gone already, which is as good
+                self._channel.send([*self._queued, self._frame(Kind.BYE)])
+            self._channel.close()
+
+    # --- inside
+
+    def _frame(
+        self,
+        kind: Kind,
+        *,
+        step: int = 0,
+        layer: int = 0,
+        counts: tuple[int, int, int] = (0, 0, 0),
+        dtype: str = "",
+        parts: tuple[torch.Tensor, ...] = (),
+    ) -> Frame:
+        return Frame(
+            kind=kind,
+            epoch=self._epoch,
+            session=self._session,
+            serial=self._serial,
+            step=step,
+            layer=layer,
+            counts=counts,
+            dtype=dtype,
+            parts=parts,
+        )
+
+    def _ask(
+        self,
+        kind: Kind,
+        *,
+        step: int = 0,
+        layer: int = 0,
+        counts: tuple[int, int, int] = (0, 0, 0),
+        dtype: str = "",
+        parts: tuple[torch.Tensor, ...] = (),
+    ) -> int:
+        """Sends a frame that has an answer; returns the serial that this will have."""
+        self._check_here()
+        self._serial += 1
+        self._owed = self._serial
+        self._send(self._frame(kind, step=step, layer=layer, counts=counts, dtype=dtype, parts=parts))
+        return self._serial
+
+    def _send(self, frame: Frame) -> None:
+        frames, self._queued = [*self._queued, frame], []
+        try:
+            self._channel.send(frames)
+        except ChannelError as error:
+            raise self._lose(error) from error
+
+    def _answer(self, serial: int) -> Frame:
+        """The answer to one request; those to earlier ones, which nobody wants any more, are passed over."""
+        self._check_here()
+        while True:
+            try:
+                frame = self._channel.receive(self._timeout_s)
+                if frame is None:
+                    raise self._lose(f"no answer within {self._timeout_s:g} s")
+                if (frame.epoch, frame.session) != (self._epoch, self._session) or frame.serial > serial:
+                    raise FrameError(f"an answer of epoch {frame.epoch}, which is not of this connection")
+            except ChannelError as error:
+                raise self._lose(error) from error
+            if frame.serial == serial:
+                break
+        if self._owed == serial:
+            self._owed = 0
+        if frame.kind is Kind.ERROR:
+            raise self._error(frame)
+        return frame
+
+    def _read(self, frame: Frame, read: Callable[[Frame], T]) -> T:
+        try:
+            return read(frame)
+        except FrameError as error:
+            raise self._lose(error) from error
+
+    def _error(self, frame: Frame) -> Exception:
+        needed, free, text = self._read(frame, read_error)
+        match frame.counts[0]:
+            case ErrorCode.OUT_OF_PAGES:
+                return OutOfPagesError(self.name, needed=needed, free=free)
+            case ErrorCode.UNKNOWN_SEQUENCE:
+                return UnknownSequenceError(self.name, text)
+            case ErrorCode.STALE_EPOCH:
+                self._lose(text)
+                return StaleEpochError(self.name, epoch=needed, current=free)
+        return self._lose(text)
+
+    def _lose(self, why: object) -> DeviceLostError:
+        self.is_lost = True
+        self._channel.close()
+        return DeviceLostError(self.name, str(why))
+
+    def _check_here(self) -> None:
+        if self.is_lost:
+            raise DeviceLostError(self.name, "it was lost")
+
+
+class _Outputs(NamedTuple):
+    """Outputs of one layer that a worker computes meanwhile."""
+
+    device: RemoteDevice
+    serial: int
+    rows: int
+    target: torch.device
+
+    def wait(self) -> torch.Tensor:
+        device = self.device
+        answer = device._answer(self.serial)
+        return device._read(answer, lambda frame: read_outputs(frame, device.shape, self.rows)).to(self.target)

@@ -1,0 +1,201 @@
+"""Channels carry whole frames, in order, of any size; what is cut, late or foreign ends them with a clear error."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.runtime.transport.channel import Channel, PipeChannel
+from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, ChannelStalledError, FrameError
+from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, Kind, header_of, read_header
+from hetis.runtime.transport.inproc import InprocPipe
+from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
+from hetis.runtime.transport.tcp import TcpPipe
+
+Ends = tuple[PipeChannel, PipeChannel]
+
+
+def frame(size: int, *, serial: int = 0, kind: Kind = Kind.ATTEND) -> Frame:
+    body = (torch.arange(size) % 251).to(torch.uint8)
+    return Frame(kind=kind, epoch=3, session=2**63 - 1, serial=serial, step=5, layer=7, counts=(1, 2, 3), parts=(body,))
+
+
+def tcp_pipes() -> tuple[TcpPipe, TcpPipe]:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        one = TcpPipe.connect("127.0.0.1", listener.getsockname()[1], timeout_s=5)
+        return one, TcpPipe(listener.accept()[0], "other")
+
+
+def inproc_ends(stall_s: float) -> Ends:
+    one, other = InprocPipe.pair()
+    return PipeChannel(one, stall_s=stall_s), PipeChannel(other, stall_s=stall_s)
+
+
+def tcp_ends(stall_s: float) -> Ends:
+    one, other = tcp_pipes()
+    return PipeChannel(one, stall_s=stall_s), PipeChannel(other, stall_s=stall_s)
+
+
+def shm_ends(stall_s: float, ring_bytes: int = 1 << 16) -> Ends:
+    one, other = tcp_pipes()
+    made = SharedFile.create(ring_bytes)
+    found = SharedFile.open(made.path)
+    made.unlink()
+    assert not made.path.exists()
+    pipes = ShmPipe(made, one, first=True), ShmPipe(found, other, first=False)
+    return PipeChannel(pipes[0], stall_s=stall_s), PipeChannel(pipes[1], stall_s=stall_s)
+
+
+KINDS: dict[str, Callable[[float], Ends]] = {"inproc": inproc_ends, "tcp": tcp_ends}
+if is_supported():
+    KINDS["shm"] = shm_ends
+
+
+@pytest.fixture(params=KINDS)
+def make_ends(request: pytest.FixtureRequest) -> Iterator[Callable[..., Ends]]:
+    made: list[PipeChannel] = []
+
+    def make(stall_s: float = 5.0) -> Ends:
+        ends = KINDS[request.param](stall_s)
+        made.extend(ends)
+        return ends
+
+    yield make
+    for end in made:
+        end.close()
+
+
+def same(one: Frame, other: Frame) -> bool:
+    return header_of(one) == header_of(other) and torch.equal(one.body, other.body)
+
+
+def test_frames_arrive_whole_and_in_order(make_ends: Callable[..., Ends]) -> None:
+    one, other = make_ends()
+    sent = [frame(size, serial=i) for i, size in enumerate([0, 1, 63, 64, 65, 4096, 30_000])]
+    one.send(sent[:3])
+    one.send(sent[3:])
+    for expected in sent:
+        came = other.receive(5)
+        assert came is not None
+        assert same(came, expected)
+    assert other.receive(0) is None
+    other.send([frame(10)])
+    came = one.receive(5)
+    assert came is not None
+    assert same(came, frame(10))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "inproc"])
+def test_frames_larger_than_any_buffer_pass_while_the_other_end_reads(kind: str) -> None:
+    one, other = KINDS[kind](20.0)
+    big = [frame(12_000_000, serial=1), frame(3, serial=2)]
+    sender = threading.Thread(target=one.send, args=(big,))
+    sender.start()
+    for expected in big:
+        came = other.receive(20)
+        assert came is not None
+        assert same(came, expected)
+    sender.join()
+    one.close()
+    other.close()
+
+
+def test_an_end_that_closes_is_noticed_by_the_other(make_ends: Callable[..., Ends]) -> None:
+    one, other = make_ends()
+    one.send([frame(5)])
+    one.close()
+    came = other.receive(5)  # what was sent before still comes
+    assert came is not None
+    with pytest.raises(ChannelClosedError):
+        other.receive(5)
+    with pytest.raises(ChannelClosedError):
+        one.send([frame(5)])
+
+
+@pytest.mark.parametrize("cut", [1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 1, HEADER_BYTES + 99])
+def test_a_half_written_frame_ends_the_channel(make_ends: Callable[..., Ends], cut: int) -> None:
+    one, other = make_ends(0.05)
+    raw = header_of(frame(100)) + bytes(100)
+    one._pipe.write([memoryview(raw[:cut])], 1.0)
+    with pytest.raises(ChannelStalledError, match="stopped"):
+        other.receive(1.0)
+
+
+def test_what_is_no_frame_ends_the_channel(make_ends: Callable[..., Ends]) -> None:
+    one, other = make_ends()
+    one._pipe.write([memoryview(b"GET / HTTP/1.1\r\n" * 4)], 1.0)
+    with pytest.raises(FrameError, match="no frame begins with"):
+        other.receive(1.0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "inproc"])
+def test_an_end_that_reads_nothing_stalls_the_writer(kind: str) -> None:
+    one, other = KINDS[kind](0.1)
+    with pytest.raises(ChannelStalledError, match="took nothing"):
+        one.send([frame(40_000_000)])
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (4, 9, "a frame of version 9, this is version 1"),
+        (6, 99, "kind 99 and dtype 0"),
+        (7, 77, "kind 2 and dtype 77"),
+        (63, 1, f"{MOST_BODY_BYTES} are the most"),
+    ],
+)
+def test_a_wrong_header_says_what_is_wrong(place: int, value: int, says: str) -> None:
+    header = bytearray(header_of(frame(0, kind=Kind.ATTEND)))
+    header[6] = Kind.ATTEND
+    header[place] = value
+    with pytest.raises(FrameError, match=says.replace("kind 2 ", "kind . ")):
+        read_header(header)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from(Kind),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["", "float32", "float64", "bfloat16", "float16"]),
+    st.integers(0, 300),
+)
+def test_a_header_says_what_the_frame_said(
+    kind: Kind, epoch: int, serial: int, layer: int, dtype: str, size: int
+) -> None:
+    body = torch.zeros(size, dtype=torch.uint8)
+    written = Frame(kind=kind, epoch=epoch, session=1, serial=serial, layer=layer, dtype=dtype, parts=(body,))
+    read, num_bytes = read_header(header_of(written))
+    assert num_bytes == size
+    assert (read.kind, read.epoch, read.serial, read.layer, read.dtype) == (kind, epoch, serial, layer, dtype)
+
+
+@pytest.mark.skipif(not is_supported(), reason="no shared memory here")
+def test_only_shared_memory_of_ours_is_opened(tmp_path: Path) -> None:
+    for path in (tmp_path / "hetis-x", Path("/dev/shm/other"), Path("/dev/shm/hetis-not-there")):
+        with pytest.raises(FrameError):
+            SharedFile.open(path)
+
+
+def test_nobody_there_is_a_channel_error() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ChannelError, match=f"tcp:127.0.0.1:{port}"):
+        TcpPipe.connect("127.0.0.1", port, timeout_s=1)
+
+
+def test_a_channel_is_what_the_engine_expects() -> None:
+    one, _ = inproc_ends(1.0)
+    channel: Channel = one
+    assert channel.name == "inproc:a"

@@ -1,0 +1,129 @@
+"""Workers in the tests' process: a core behind a channel, which runs while the engine waits. Faults on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.transport.channel import PipeChannel
+from hetis.runtime.transport.errors import ChannelError
+from hetis.runtime.transport.frames import Frame, Kind, bytes_of, header_of
+from hetis.runtime.transport.inproc import InprocPipe
+from hetis.runtime.worker.core import WorkerCore
+from hetis.runtime.worker.remote import RemoteDevice
+
+KEY = bytes(range(16))
+
+
+class Fault(StrEnum):
+    """What happens to a worker instead of one frame."""
+
+    KILL = "kill"  # before it does what the frame says
+    KILL_AFTER = "kill_after"  # after that, before the answer
+    STOP = "stop"  # it answers no more
+    RESET = "reset"  # the connection is gone, the worker is not
+    HALF = "half"  # half of an answer comes, the rest never
+    ZOMBIE = "zombie"  # it stops, and wakes when the engine has given it up
+
+
+@dataclass(slots=True, eq=False)
+class InprocWorker:
+    """One worker. It handles frames when its engine waits, until ``fault`` happens at frame ``fault_at``."""
+
+    name: str
+    pages: int
+    fault: Fault | None = None
+    fault_at: int = -1
+    handled: list[Kind] = field(default_factory=list)
+    has_failed: bool = False
+    is_running: bool = True
+    core: WorkerCore = field(init=False)
+    _pipe: InprocPipe | None = None
+    _channel: PipeChannel | None = None
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """A process that holds nothing."""
+        self.is_running = True
+        self.core = WorkerCore(self.name, lambda shape: LocalDevice(self.name, shape, self.pages), key=KEY)
+
+    def join(self, shape: KvShape, *, epoch: int = 1) -> RemoteDevice:
+        ours, theirs = InprocPipe.pair(self.name)
+        if self._channel is not None:
+            self._channel.close()
+        self._pipe, self._channel = theirs, PipeChannel(theirs)
+        channel = self._channel
+        ours.idle = lambda: self.run(channel, theirs)
+        return RemoteDevice(self.name, shape, PipeChannel(ours), epoch=epoch, key=KEY)
+
+    def run(self, channel: PipeChannel, pipe: InprocPipe) -> None:
+        """Handles everything that has come."""
+        while self.is_running and not pipe.is_closed:
+            try:
+                frame = channel.receive(0)
+                if frame is None:
+                    return
+                self.handled.append(frame.kind)
+                if len(self.handled) - 1 == self.fault_at and self.fault is not None:
+                    self._fail(self.fault, frame, channel, pipe)
+                    return
+                self._handle(frame, channel)
+            except ChannelError:
+                self._leave(channel)
+
+    def wake(self) -> None:
+        """A zombie goes on with what it had been sent, and finds that nobody listens."""
+        assert self._channel is not None
+        assert self._pipe is not None
+        self.is_running = True
+        self.run(self._channel, self._pipe)
+
+    def _handle(self, frame: Frame, channel: PipeChannel) -> None:
+        if frame.kind is Kind.BYE:
+            self._leave(channel)
+            return
+        answer = self.core.handle(frame)
+        if answer is not None:
+            channel.send([answer])
+
+    def _fail(self, fault: Fault, frame: Frame, channel: PipeChannel, pipe: InprocPipe) -> None:
+        self.has_failed = True
+        match fault:
+            case Fault.KILL | Fault.KILL_AFTER:
+                if fault is Fault.KILL_AFTER:
+                    self.core.handle(frame)
+                self.is_running = False
+                channel.close()
+            case Fault.RESET:
+                self._leave(channel)
+            case Fault.STOP | Fault.ZOMBIE:
+                self.is_running = False
+            case Fault.HALF:
+                answer = self.core.handle(frame)
+                self.is_running = False
+                if answer is None:
+                    channel.close()
+                    return
+                raw = header_of(answer) + b"".join(bytes(bytes_of(part)) for part in answer.parts)
+                pipe.write([memoryview(raw[: len(raw) // 2])], 0)
+
+    def _leave(self, channel: PipeChannel) -> None:
+        channel.close()
+        self.core.leave()
+
+
+def with_workers(
+    workers: Sequence[InprocWorker], *, own_pages: int = 400
+) -> Callable[[KvShape], list[AttentionDevice]]:
+    """Devices of an engine: its own, and the workers'."""
+
+    def make(shape: KvShape) -> list[AttentionDevice]:
+        return [LocalDevice("primary", shape, own_pages), *(worker.join(shape) for worker in workers)]
+
+    return make
