@@ -13,11 +13,12 @@ WORKERS ?= auto
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
 
-.PHONY: help demo demo-cluster test soak lint types format proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve test soak lint types format proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
+	@echo "make demo-serve    a model whose heads live on three devices and move while an answer streams"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
@@ -32,6 +33,9 @@ demo: $(VENV)/.planner
 
 demo-cluster: $(VENV)/.cluster
 	$(BIN)/python -m examples.demo_cluster
+
+demo-serve: $(VENV)/.serve
+	$(BIN)/python -m examples.demo_serve
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
@@ -78,10 +82,15 @@ $(VENV)/.cluster: $(VENV)/.created pyproject.toml constraints.txt
 	@$(PIP) --editable '.[planner,agent]'
 	@touch $@ $(VENV)/.planner
 
+$(VENV)/.serve: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing hetis and its engine, torch among it, into $(VENV) (once; some minutes)"
+	@$(PIP) --editable '.[runtime]'
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing hetis with its solvers and test tools into $(VENV) (once; a minute or two)"
 	@$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.planner $(VENV)/.cluster
+	@touch $@ $(VENV)/.planner $(VENV)/.cluster $(VENV)/.serve
 
 $(VENV)/.created:
 	@if [ -z "$(PYTHON)" ]; then echo "hetis needs Python 3.11 or later; none was found (set PYTHON=/path/to/python)" >&2; exit 1; fi

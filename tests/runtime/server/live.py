@@ -21,6 +21,7 @@ from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.options import bound_socket
 from hetis.runtime.server.running import Told, serve
 from hetis.runtime.server.text import Tokens
+from hetis.runtime.server.timing import StepPredictor
 
 torch.set_num_threads(1)
 
@@ -51,6 +52,7 @@ class Live:
         app: AppOptions | None = None,
         key: str | None = None,
         drain_s: float = 20.0,
+        predictor: StepPredictor | None = None,
     ) -> None:
         warm_up(engine)
         self.engine = engine
@@ -58,6 +60,7 @@ class Live:
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         self._folder, self._most_open, self._app, self._key, self._drain_s = folder, most_open, app, key, drain_s
         self._ready, self._thread = threading.Event(), threading.Thread(target=self._run, name="live server")
+        self._predictor = predictor
         self.went_well: bool | None = None
 
     def __enter__(self) -> Live:
@@ -104,7 +107,9 @@ class Live:
     def _run(self) -> None:
         async def work() -> bool:
             self._loop, self._told = asyncio.get_running_loop(), Told()
-            self.desk = Desk(self.engine, model=MODEL, version="test", most_open=self._most_open)
+            self.desk = Desk(
+                self.engine, model=MODEL, version="test", most_open=self._most_open, predictor=self._predictor
+            )
             front = Front(
                 self.desk,
                 Tokens.from_folder(self._folder),

@@ -17,6 +17,7 @@ from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.server.app import AppOptions, Front
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
+from hetis.runtime.server.measuring import measure_steps
 from hetis.runtime.server.running import Told, serve
 from hetis.runtime.server.text import Tokens
 
@@ -62,11 +63,13 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     layout = _layout(asked)
     engine = _engine(asked, layout, tokens)
     await asyncio.to_thread(warm_up, engine)
+    predictor = await asyncio.to_thread(measure_steps, engine)
     desk = Desk(
         engine,
         model=asked.name,
         version=asked.version,
         most_open=engine.options.most_running + asked.max_waiting,
+        predictor=predictor,
     )
     options = AppOptions(body_bytes=asked.body_bytes, answer_s=asked.answer_s, write_s=asked.write_s)
     front = Front(desk, tokens, chat, model=asked.name, options=options)

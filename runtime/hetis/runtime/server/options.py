@@ -18,6 +18,7 @@ T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 KEY_VARIABLE = "HETIS_API_KEY"
 LEAST_KEY = 16  # characters
+_SEND_BYTES = 128 * 2**10
 
 
 class Checking:
@@ -158,6 +159,8 @@ def bound_socket(host: str, port: int, *, write_s: float) -> socket.socket:
         raise ServeError(f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from None
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Not as much as the kernel would give: a reader that does not read is noticed, and holds little meanwhile.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_s * 1000))
         made.bind(where)

@@ -15,7 +15,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseCost:
-    """Seconds of the dense part of a step, all layers and the sampling: ``call_s + row_s * rows``."""
+    """Seconds of a step without its attention (dense layers, sampling, bookkeeping): ``call_s + row_s * rows``."""
 
     call_s: float
     row_s: float
