@@ -256,3 +256,8 @@ def test_least_cost_is_compared_by_cost(solver: Solver, capsys: pytest.CaptureFi
     assert hexgen["result"]["objective"] == ObjectiveKind.COST.value
     assert hexgen["result"]["bound"] == 8.5  # no plan of hexgen costs less than the least of hetis
     assert hetis["result"]["bound"] == 8.5
+
+
+def test_all_strategies_are_not_given_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*COMMAND, "--strategies", "all,uniform"]) == ExitCode.INVALID
+    assert "all beside others" in " ".join(capsys.readouterr().err.split())

@@ -165,6 +165,12 @@ def test_a_spent_budget_gives_what_there_is(example: LayersProblem) -> None:
     assert [progress.phase for progress in news][-1] == "bound"
 
 
+def with_intervals(plan: LayersPlan, **changes: float) -> LayersPlan:
+    """The plan with these changes in every interval of its proof."""
+    intervals = tuple(replace(interval, **changes) for interval in plan.bound.intervals)
+    return replace(plan, bound=replace(plan.bound, intervals=intervals))
+
+
 TAMPERED: dict[str, tuple[Callable[[LayersPlan], LayersPlan], str]] = {
     "a better rate": (lambda p: replace(p, judgement=replace(p.judgement, rate_rps=2 * p.rate_rps)), "says that it"),
     "more in flight": (lambda p: replace(p, judgement=replace(p.judgement, in_flight=1e4)), "has in flight 10000"),
@@ -180,6 +186,15 @@ TAMPERED: dict[str, tuple[Callable[[LayersPlan], LayersPlan], str]] = {
             p, bound=replace(p.bound, intervals=(PricedInterval(least=0, most=1e9, price_s=float("inf")),))
         ),
         "may serve",
+    ),
+    "no bound": (lambda p: replace(p, bound=replace(p.bound, rate_rps=float("nan"))), "more than its bound nan"),
+    "no rate": (lambda p: replace(p, judgement=replace(p.judgement, rate_rps=float("nan"))), "says that it serves nan"),
+    "a bound beyond nothing": (lambda p: replace(p, bound=replace(p.bound, beyond_rps=float("nan"))), "beyond nan"),
+    "intervals from nowhere": (lambda p: with_intervals(p, least=float("nan")), "nothing is proved for"),
+    "no prices": (lambda p: with_intervals(p, price_s=float("nan")), "may serve nan"),
+    "no nodes": (
+        lambda p: replace(p, nodes=(), links=(), idle=(*p.idle, *(node.name for node in p.nodes))),
+        "no node holds a layer",
     ),
     "a lost link": (lambda p: replace(p, links=p.links[1:]), "enter"),
     "a node that is not there": (lambda p: replace(p, idle=("T4-99",)), "there is no node T4-99"),

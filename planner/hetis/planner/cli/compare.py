@@ -43,8 +43,9 @@ def compare(
 ) -> ExitCode:
     """Plan by several strategies and show their plans side by side, checked alike.
 
-    Every strategy has the whole time limit. One without a plan is a row with its reason. Ctrl-C once ends the
-    strategy at work with its best plan so far, and shows what there is; twice leaves at once.
+    Every strategy has the whole time limit. One without a plan is a row with its reason.
+
+    Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
     from hetis.planner import placing
     from hetis.planner.cli.native_output import no_native_output

@@ -32,9 +32,12 @@ def strategies(text: str) -> Strategies:
     """Names of strategies with commas between them, each once; ``all`` for every one."""
     from hetis.solver.placement.strategies import STRATEGIES
 
-    if text.strip() == ALL_STRATEGIES:
+    names = [name.strip() for name in text.split(",")]
+    if names == [ALL_STRATEGIES]:
         return Strategies(tuple(STRATEGIES))
-    return Strategies(tuple(dict.fromkeys(strategy(name.strip()) for name in text.split(","))))
+    if ALL_STRATEGIES in names:
+        raise typer.BadParameter(f"{text!r} has {ALL_STRATEGIES} beside others: give {ALL_STRATEGIES} alone, or names")
+    return Strategies(tuple(dict.fromkeys(map(strategy, names))))
 
 
 def roles(text: str) -> frozenset[Role]:

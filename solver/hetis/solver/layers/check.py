@@ -1,5 +1,7 @@
 """Derives every number of a plan again, from its nodes, links and prices alone. Shares no code with the search.
 
+Comparisons say what must hold, and are negated: a number that is none (NaN) holds nowhere.
+
 The model is that of `docs/layers.md`. What a plan says of itself is believed in nothing.
 """
 
@@ -23,6 +25,8 @@ def check_layers_plan(problem: LayersProblem, plan: LayersPlan) -> tuple[str, ..
 
 
 def _structure(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
+    if not plan.nodes:
+        yield "no node holds a layer"
     known = dict(problem.node_names())
     for name, times in Counter([*(node.name for node in plan.nodes), *plan.idle]).items():
         if name not in known:
@@ -60,10 +64,10 @@ def _flow(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
         balance[link.source] -= link.share
         balance[link.target] += link.share
     entering = sum(link.share for link in plan.links if link.source is None)
-    if abs(entering - 1) > TOLERANCE:
+    if not abs(entering - 1) <= TOLERANCE:
         yield f"{entering} of the requests enter"
     for name, rest in balance.items():
-        if abs(rest) > TOLERANCE:
+        if not abs(rest) <= TOLERANCE:
             yield f"{name or 'the coordinator'} receives {rest} of the requests more than it sends"
 
 
@@ -81,7 +85,7 @@ def _rate(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
                 here[link.target, layer] += link.share
     for layer in range(problem.num_layers):
         computed = sum(here[name, layer] for name in nodes)
-        if abs(computed - 1) > TOLERANCE:
+        if not abs(computed - 1) <= TOLERANCE:
             yield f"layer {layer} is computed for {computed} of the requests"
     prompt, output = problem.mean_prompt_tokens, problem.mean_output_tokens
     kept = prompt + 2 * output
@@ -117,5 +121,5 @@ def _rate(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
     for what, claimed, found in claims:
         if not math.isclose(claimed, found, rel_tol=TOLERANCE):
             yield f"the plan says that it {what} {claimed}, it is {found}"
-    if plan.bound.rate_rps < rate * (1 - TOLERANCE):
+    if not plan.bound.rate_rps >= rate * (1 - TOLERANCE):
         yield f"the plan serves {rate}, more than its bound {plan.bound.rate_rps}"

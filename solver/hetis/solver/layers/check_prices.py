@@ -29,17 +29,17 @@ def check_prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
     most = room / (kept * problem.num_layers)
     reached = 0.0
     for interval in plan.bound.intervals:
-        if interval.least > reached * (1 + _TOLERANCE):
+        if not interval.least <= reached * (1 + _TOLERANCE):
             yield f"nothing is proved for {reached} to {interval.least} requests in flight"
         reached = max(reached, interval.most)
-    if reached < most * (1 - _TOLERANCE):
+    if not reached >= most * (1 - _TOLERANCE):
         yield f"nothing is proved for {reached} to {most} requests in flight"
-    if plan.bound.beyond_rps > plan.bound.rate_rps:
+    if not plan.bound.beyond_rps <= plan.bound.rate_rps:
         yield f"only placements beyond {plan.bound.beyond_rps} are looked at, the bound is {plan.bound.rate_rps}"
     shapes = _Shapes.of(problem, plan.bound.beyond_rps)
     for interval in plan.bound.intervals:
         allowed = interval.most / (problem.mean_output_tokens * shapes.round_trip_s(interval))
-        if allowed > plan.bound.rate_rps * (1 + _TOLERANCE):
+        if not allowed <= plan.bound.rate_rps * (1 + _TOLERANCE):
             yield (
                 f"{interval.least} to {interval.most} requests in flight may serve {allowed}, "
                 f"the bound is {plan.bound.rate_rps}"
@@ -105,7 +105,7 @@ class _Shapes:
             return math.inf if layers < self.problem.num_layers else 1e-300
         costs = self._least_costs(in_flight, interval.price_s, cap)
         found = interval.price_s * self.problem.num_layers + self._least_of_kinds(np.minimum(costs, 0.0))
-        return max(found, 1e-300)
+        return found if math.isnan(found) else max(found, 1e-300)
 
     def _least_of_kinds(self, values: FloatArray) -> float:
         """The sum over all nodes, each with the least value that its type offers."""

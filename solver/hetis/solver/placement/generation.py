@@ -163,12 +163,15 @@ class ColumnGeneration:
     def solve(
         self, seeds: Sequence[Template], *, threads: int, gap_target: float, seed: int
     ) -> Outcome | None:  # fmt: skip
-        """Generates columns, chooses whole counts, and adds columns for them while the gap asks for it.
+        """Generates columns and chooses whole counts, once more with columns of other sizes where the gap asks for it.
 
         None if no plan was found.
         """
         self.generate(seeds, threads=threads, gap_target=gap_target, choose_seed=seed)
         self.choose(gap=gap_target / 10, seed=seed)
+        if self.gap() > gap_target and not self.budget.is_spent():
+            self.vary()
+            self.choose(gap=gap_target / 10, seed=seed)
         return self.outcome()
 
     def generate(
