@@ -57,7 +57,7 @@ def claimed(replica: ReplicaPlan, problem: PlacementProblem, *, share: float = 1
     return replace(
         replica,
         rate=share * derived.rate,
-        ttft_s=derived.ttft_per_t * derived.t_s / share + derived.landing_s,
+        ttft_s=derived.ttft_s(derived.t_s / share),
         tpot_s=derived.tpot_per_t * derived.t_s / share,
         kv_tokens=math.floor(derived.kv_tokens),
     )

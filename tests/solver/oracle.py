@@ -22,7 +22,14 @@ from hetis.solver.check.fleet import slowest
 from hetis.solver.check.memory import rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import landing_seconds, slack, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.check.timing import (
+    chunk_seconds,
+    landing_seconds,
+    slack,
+    stage_seconds,
+    tpot_per_t,
+    ttft_round_trips,
+)
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
@@ -187,8 +194,10 @@ def best_replica_of_need(problem: PlacementProblem, nodes: Mapping[DeviceClass, 
             if role is not Role.UNIFIED and len(span) > 1:
                 continue
             for kv_zones in {span, tuple(sorted(zones))} if role is Role.PREFILL else {()}:
-                search = ReplicaSearch(problem, setting, nodes, options, span, kv_zones)
-                for need, replica in search.all_replicas():
+                for need, replica in itertools.chain.from_iterable(
+                    ReplicaSearch(problem, setting, nodes, options, span, kv_zones, most_copies).all_replicas()
+                    for most_copies in ((math.inf,) if M == 1 else (M // 2, M))  # with one slack and another
+                ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
                     wanted = Wanted(role=role, zones=span, kv_zones=kv_zones, gpus=gpus, need=need)
                     replicas[wanted] = max(replicas.get(wanted, replica), replica)
@@ -235,13 +244,15 @@ class Begun:
     most: int
 
 
-Times = tuple[float, float]  # of the stages begun: max u / c, sum u
+# Of the stages begun: max u / c, sum u, and what the rule for iterations with a chunk asks for: of a single micro-batch
+# the most uneven stage, else the longest over its copies.
+Times = tuple[float, float, float]
 
 
 class ReplicaSearch:
-    """All replicas of one (b, M, C) that span exactly these zones.
+    """All replicas of one (b, M, C) that span exactly these zones, with at most so many stage copies.
 
-    Of two beginnings that are alike in everything but their times, one that is slower in both is forgotten: whatever
+    Of two beginnings that are alike in everything but their times, one that is slower in all is forgotten: whatever
     follows, it stays slower.
     """
 
@@ -253,11 +264,13 @@ class ReplicaSearch:
         options: list[StageOption],
         zones: tuple[str, ...],
         kv_zones: tuple[str, ...],
+        most_copies: float,
     ) -> None:
         network = problem.cluster.network
         zone_links = [network.zone_link(a, b) for a in zones for b in zones]
         kv_links = [network.zone_link(zones[0], zone) for zone in kv_zones]
         self.problem, self.setting, self.nodes, self.zones = problem, setting, nodes, zones
+        self.most_copies = most_copies
         self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated ones
         self.options = []
         for option in options:
@@ -269,13 +282,13 @@ class ReplicaSearch:
         shapes = [option.shape for option in self.options if option.shape.kv_link is not None]
         # Of all the ranks in the zone, whichever a replica uses: what it keeps of the TTFT limit for the last KV.
         self.landing_s = max((landing_seconds(setting, s, s.kv_link) for s in shapes if s.kv_link), default=0.0)
-        self.seconds: dict[tuple[int, int, bool, bool], float | None] = {}
+        self.seconds: dict[tuple[int, int, bool, bool], tuple[float, float] | None] = {}
         self.possible: dict[Need, list[tuple[int, Need]]] = {}
 
     def all_replicas(self) -> Iterator[tuple[Need, BestReplica]]:
         nothing = Begun(layers=0, need=((),) * len(self.nodes), copies=0, fewest=0, most=0)
         begun: list[dict[Begun, list[Times]]] = [{} for _ in range(self.layers + 1)]
-        begun[0][nothing] = [(0.0, 0.0)]
+        begun[0][nothing] = [(0.0, 0.0, 0.0)]
         for done in range(self.layers):
             for beginning, all_times in begun[done].items():
                 for times in all_times:
@@ -290,7 +303,7 @@ class ReplicaSearch:
         model = self.problem.model
         for number, need in self.options_after(begun.need):
             copies = self.options[number].shape.copies
-            if 1 < self.setting.in_flight < begun.copies + copies:
+            if begun.copies + copies > self.most_copies:
                 continue
             for held in range(1, self.layers - begun.layers + 1):
                 done = begun.layers + held
@@ -299,7 +312,9 @@ class ReplicaSearch:
                 if stage_s is None or most > fewest + 1 or not model.allowed_cut(model.prefix_layers + done):
                     continue
                 longer = Begun(layers=done, need=need, copies=begun.copies + copies, fewest=fewest, most=most)
-                yield longer, (max(times[0], stage_s / copies), times[1] + stage_s)
+                u, chunk_s = stage_s
+                uneven = chunk_s * self.setting.iterations / u if self.setting.in_flight == 1 else chunk_s / copies
+                yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
 
     def extremes(self, begun: Begun, held: int) -> tuple[int, int]:
         """Fewest and most layers of a stage so far, in families of even layers."""
@@ -325,20 +340,36 @@ class ReplicaSearch:
         used = {device_class.zone for device_class, sizes in zip(self.nodes, replica.need, strict=True) if sizes}
         if used != set(self.zones):
             return
-        busiest_s, total_s = times
-        t_s = (1 + slack(self.setting, replica.copies)) * max(busiest_s, total_s / self.setting.in_flight)
-        if t_s <= t_limit_s(self.setting, self.landing_s):
+        busiest_s, total_s, chunk = times
+        t_s = max(busiest_s, total_s / self.setting.in_flight)
+        if t_s <= t_limit_s(self.setting, self.landing_s) and self.keeps_chunk_rule(replica.copies, t_s, chunk):
             hops = replica.copies - 1 if len(self.zones) > 1 else 0
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
 
-    def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> float | None:
-        """u of a stage; None when it does not fit in memory."""
+    def keeps_chunk_rule(self, copies: int, t_s: float, chunk: float) -> bool:
+        """What the family asks of the stages of a unified replica so that TTFT keeps its limit."""
+        setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
+        if limit_s is None or setting.role is not Role.UNIFIED:
+            return True
+        trip_s, M = limit_s / ttft_round_trips(setting), setting.in_flight
+        if M == 1:
+            level = 1.0
+            while level < chunk * (1 - 1e-9):
+                level *= 1.25
+            return t_s * level <= trip_s * setting.iterations * (1 + 1e-9)
+        return chunk * (M // 2 if 2 * copies <= M else M) <= trip_s * (1 + 1e-9)
+
+    def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:
+        """u of a stage with its slack, and its iteration with a chunk; None when it does not fit in memory."""
         key = (number, layers, is_first, is_last)
         if key not in self.seconds:
             stage = replace(self.options[number].shape, layers=layers)
             fits = fits_memory(self.setting, stage, is_first=is_first, is_last=is_last)
-            u = stage_seconds(self.setting, stage, is_first=is_first, is_last=is_last) if fits else None
-            self.seconds[key] = u
+            ends = {"is_first": is_first, "is_last": is_last}
+            copies = 1 if math.isinf(self.most_copies) else int(self.most_copies)
+            u = (1 + slack(self.setting, stage, copies)) * stage_seconds(self.setting, stage, **ends)
+            seconds = (u, chunk_seconds(self.setting, stage, **ends))
+            self.seconds[key] = seconds if fits else None
         return self.seconds[key]
 
     def need_of(self, option: StageOption) -> Need:
@@ -349,9 +380,13 @@ class ReplicaSearch:
 
 
 def keep_fastest(kept: list[Times], new: Times) -> None:
-    """Adds times unless others are no slower in both, and drops those it is no slower than in both."""
-    if not any(old[0] <= new[0] and old[1] <= new[1] for old in kept):
-        kept[:] = [old for old in kept if old[0] < new[0] or old[1] < new[1]] + [new]
+    """Adds times unless others are no slower in all, and drops those it is no slower than in all."""
+    if not any(no_slower(old, new) for old in kept):
+        kept[:] = [old for old in kept if not no_slower(new, old)] + [new]
+
+
+def no_slower(one: Times, other: Times) -> bool:
+    return all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> bool:
@@ -370,7 +405,8 @@ def t_limit_s(setting: Setting, landing_s: float) -> float:
     if objective.tpot_limit_s is not None and setting.role is not Role.PREFILL:
         limit = objective.tpot_limit_s / tpot_per_t(setting)
     if objective.ttft_limit_s is not None and setting.role is not Role.DECODE:
-        limit = min(limit, (objective.ttft_limit_s - landing_s) / ttft_per_t(setting))
+        round_trip_s = (objective.ttft_limit_s - landing_s) / ttft_round_trips(setting)
+        limit = min(limit, round_trip_s * setting.iterations / setting.in_flight)
     return limit
 
 

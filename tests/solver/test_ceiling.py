@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from benchmarks.measuring.instances import example, problem
 from hetis.solver.placement.ceiling import Ceiling, ceilings, limits_of
+from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
-from hetis.solver.placement.template import Configuration, configurations
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import problems
 
@@ -28,8 +28,9 @@ def ceiling_of(
 ) -> Ceiling:
     family = atlas.problem.family
     found = ceilings(
-        atlas.scopes[c.scope].tables, np.array([c.mix]), np.array([c.in_flight_index]), np.array([c.slack]),
-        np.array([c.max_copies]), family.max_copies, family.max_pool, group_price, card_price, enough,
+        atlas.scopes[c.scope].tables, np.array([c.mix]), np.array([c.in_flight_index]), np.array([c.regime]),
+        np.array([c.max_copies]), np.array([c.unevenness]), family.max_copies, family.max_pool, group_price,
+        card_price, enough,
     )  # fmt: skip
     return Ceiling(*map(float, found[0]))
 
@@ -39,7 +40,7 @@ def searched(
 ) -> float:
     """Best ``rate / price`` of a configuration; scarcity left aside, as the ceiling leaves it."""
     tables, family = atlas.scopes[c.scope].tables, atlas.problem.family
-    limits = limits_of(tables, c.mix, c.in_flight_index, c.slack, c.max_copies)
+    limits = limits_of(tables, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness)
     if limits.shortest_s > limits.longest_s:
         return 0.0
     plenty = np.zeros(len(atlas.classes), dtype=np.bool_)

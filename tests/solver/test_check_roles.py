@@ -308,7 +308,9 @@ def test_prefill_replica_takes_the_time_worked_by_hand() -> None:
     assert derived.t_s == pytest.approx(6 * 0.128 + 2 * 0.001)
     assert derived.tpot_per_t == 0.0
     # q = 0.9; p_wait = 0.9^(sqrt(4) - 1); wait = 2 RT / (1 - 0.9) / 2 * ln 18, RT = t / 2; the p95 prompt has 2 chunks.
-    assert derived.ttft_per_t == pytest.approx(1.0 + 0.5 / 0.1 * math.log(18))
+    assert derived.ttft_s(derived.t_s) == pytest.approx(
+        derived.t_s * (1.0 + 0.5 / 0.1 * math.log(18)) + derived.landing_s
+    )
     assert derived.landing_s == pytest.approx(0.032768 + 32768e-9 + 0.01)
 
 
@@ -326,7 +328,7 @@ def test_decode_replica_takes_the_time_worked_by_hand() -> None:
     arriving_s = 0.065536 + 65536e-9
     assert derived.t_s == pytest.approx(6 * arriving_s + 10 * 0.004)
     assert derived.tpot_per_t == pytest.approx(0.1)
-    assert (derived.ttft_per_t, derived.landing_s) == (0.0, 0.0)
+    assert (derived.ttft_s(derived.t_s), derived.landing_s) == (0.0, 0.0)
 
 
 def test_attention_workers_of_a_decode_replica_receive_their_groups_themselves() -> None:

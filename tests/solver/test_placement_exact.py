@@ -130,7 +130,7 @@ def test_numbers_of_a_plan_are_those_of_the_cost_model(problem: PlacementProblem
         derived = rederivation.of(replica_shape(replica, problem, fleet))
         assert replica.rate == pytest.approx(derived.rate, rel=1e-9)
         assert replica.tpot_s == pytest.approx(derived.t_s * derived.tpot_per_t, rel=1e-9)
-        ttft_s = derived.t_s * derived.ttft_per_t + derived.landing_s
+        ttft_s = derived.ttft_s(derived.t_s)
         assert replica.ttft_s == pytest.approx(ttft_s, rel=1e-9)
         assert abs(replica.kv_tokens - derived.kv_tokens) <= 1
 

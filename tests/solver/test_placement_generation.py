@@ -16,11 +16,12 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots, Link, NodeGroup
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
-from hetis.solver.placement.template import configurations, use_of
+from hetis.solver.placement.template import use_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems

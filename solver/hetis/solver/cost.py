@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -290,11 +290,30 @@ def kv_tokens_per_copy(
     return decoding + micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
 
 
-def slack(assumptions: Assumptions, *, in_flight: int, num_copies: int) -> float:
-    """What is added to the even pipeline's interval for M micro-batches over K stage copies."""
+class Regime(NamedTuple):
+    """Slack sigma of a stage where M micro-batches serve K copies: ``max(least, unevenness (E / m - 1))``."""
+
+    least: float
+    unevenness: float
+
+
+def regimes(assumptions: Assumptions) -> tuple[Regime, Regime]:
+    """Of pipelines with at least two micro-batches per stage copy, and with at least one."""
+    a = assumptions
+    return Regime(a.full_slack, a.full_unevenness), Regime(a.tight_slack, a.tight_unevenness)
+
+
+def regime_of(assumptions: Assumptions, *, in_flight: int, num_copies: int) -> Regime:
+    """The regime of M micro-batches over K stage copies."""
     if in_flight == 1:
-        return 0.0
-    return assumptions.full_slack if in_flight >= 2 * num_copies else assumptions.tight_slack
+        return Regime(0.0, 0.0)
+    full, tight = regimes(assumptions)
+    return full if in_flight >= 2 * num_copies else tight
+
+
+def most_copies(in_flight: int, num_copies: int) -> int:
+    """Stage copies that M micro-batches allow in the regime of a pipelined replica with K of them."""
+    return in_flight // 2 if in_flight >= 2 * num_copies else in_flight
 
 
 def tpot_per_interval(moments: WorkloadMoments, mix: Mix, in_flight: int) -> float:
@@ -302,16 +321,23 @@ def tpot_per_interval(moments: WorkloadMoments, mix: Mix, in_flight: int) -> flo
     return mix.micro_batch * in_flight / moments.mean_output
 
 
-def ttft_per_interval(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
-    """p95 TTFT over t: round trips of the p95 prompt and the wait for a prefill lane; 0 of a decode replica.
+def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
+    """p95 TTFT in round trips that carry a chunk: those of the p95 prompt and of the wait for a prefill lane.
 
-    A prefill replica adds the landing of its KV, which does not depend on t.
+    0 of a decode replica. A prefill replica adds the landing of its KV.
     """
     if mix.role is Role.DECODE:
         return 0.0
-    round_trip = in_flight / mix.iterations
     utilisation = assumptions.planned_utilisation * mix.chunk_share
     must_wait = utilisation ** (math.sqrt(2.0 * (in_flight + 1)) - 1.0)
-    lanes = mix.chunk_iterations * round_trip / (in_flight * (1.0 - utilisation))
+    lanes = mix.chunk_iterations / (in_flight * (1.0 - utilisation))
     wait = lanes * (1.0 + moments.prompt_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
-    return math.ceil(moments.p95_prompt / mix.chunk_tokens) * round_trip + wait
+    return math.ceil(moments.p95_prompt / mix.chunk_tokens) + wait
+
+
+UNEVENNESS_STEP = 1.25
+
+
+def unevenness_level(unevenness: float) -> int:
+    """The least k with ``unevenness <= 1.25^k``: families know the unevenness of a sequential replica so far."""
+    return max(0, math.ceil(math.log(unevenness) / math.log(UNEVENNESS_STEP) - 1e-9))

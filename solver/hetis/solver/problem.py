@@ -24,6 +24,9 @@ class Assumptions:
         full_slack: share added to the interval between completions when at least two micro-batches are in flight per
             stage copy; iterations with and without a chunk alternate, and the bottleneck's queue runs dry now and then.
         tight_slack: the same with fewer than two. None of it for a single micro-batch, which waits for nobody.
+        full_unevenness, tight_unevenness: these shares are at least so many times ``E / m - 1``, of the longest of M
+            iterations E and the mean one m of a stage: whoever carries a chunk holds the others up. Fitted to 600
+            simulated pipelines (`docs/benchmarks.md`, "simulation").
         planned_utilisation: goodput is this share of the saturated rate.
     """
 
@@ -31,6 +34,8 @@ class Assumptions:
     kv_headroom_z: float = 1.645
     full_slack: float = 0.02
     tight_slack: float = 0.12
+    full_unevenness: float = 0.28
+    tight_unevenness: float = 0.8
     planned_utilisation: float = 0.9
 
 
@@ -61,6 +66,7 @@ class Family:
         one_type_per_role: all prefill replicas are of one GPU type, and all decode replicas of one.
 
     Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
+    Under a limit on TTFT stages keep to rules of their own (`docs/cost-model.md`, "Latency").
     """
 
     name: str = "hetis"
@@ -99,6 +105,7 @@ class Family:
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
         parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
+        parts.append("under a TTFT limit, stages that take their share of a round trip with a chunk")
         parts.append(self._describe_roles())
         return "; ".join(parts)
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.solver.cost import Regime
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
@@ -25,19 +26,26 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
     stages = draw(st.integers(1, 3))
     seconds = st.floats(0.1, 5.0)
     shared = draw(st.booleans())
+    layer_s = np.array([[draw(seconds) for _ in range(stages)]])
     return Pipeline(
         num_layers=draw(st.integers(stages, 6)),
         cut_floor=np.arange(7),
-        layer_s=np.array([[draw(seconds) for _ in range(stages)]]),
+        layer_s=layer_s,
         fixed_s=np.array([[draw(seconds) for _ in range(stages)]]),
         room=np.array([[[draw(st.integers(0, 6)) for _ in range(stages)]]]),
+        chunk_layer_s=layer_s * draw(st.floats(0.1, 0.5)),
+        chunk_fixed_s=np.zeros((1, stages)),
         card_s=np.array([[draw(seconds) if shared else 0.0 for _ in range(stages)]]),
         card_share=np.zeros((1, 1, stages)),
         prefix_layers=0,
         in_flight=np.array([draw(st.sampled_from((1, 3, 8)))]),
         t_cap=np.array([[np.inf]]),
-        full_slack=0.02,
-        tight_slack=0.12,
+        trip_cap=np.array([[np.inf]]),
+        iterations=np.array([10.0]),
+        chunk_iterations=np.array([2.0]),
+        without_chunk=np.array([[0.1]]),
+        full=Regime(0.02, 0.28),
+        tight=Regime(0.12, 0.8),
     )
 
 
@@ -46,13 +54,17 @@ def intervals(p: Pipeline) -> list[float]:
     stages, m = p.layer_s.shape[1], int(p.in_flight[0])
     if 1 < m < stages:
         return []
-    slack = 0.0 if m == 1 else p.full_slack if m >= 2 * stages else p.tight_slack
+    regime = Regime(0.0, 0.0) if m == 1 else p.full if m >= 2 * stages else p.tight
+    # Of ten iterations two carry a chunk.
+    plain = (p.layer_s[0] - 2 * p.chunk_layer_s[0]) / 8
+    longest = p.chunk_layer_s[0] - (p.chunk_layer_s[0] - plain) * 0.1
+    slack = np.maximum(regime.least, regime.unevenness * (longest / (p.layer_s[0] / 10) - 1))
     found = []
     for layers in itertools.product(*(range(1, int(room) + 1) for room in p.room[0, 0])):
         if sum(layers) == p.num_layers:
-            seconds = np.array(layers) * p.layer_s[0] + p.fixed_s[0]
-            card = float(np.array(layers) @ p.card_s[0])
-            found.append((1 + slack) * max(seconds.max(), card, seconds.sum() / m))
+            seconds = (1 + slack) * (np.array(layers) * p.layer_s[0] + p.fixed_s[0])
+            card = (1 + regime.least) * float(np.array(layers) @ p.card_s[0])
+            found.append(max(seconds.max(), card, seconds.sum() / m))
     return found
 
 
@@ -75,21 +87,28 @@ def test_no_split_is_quicker_where_the_slowest_stage_or_the_sum_decides(p: Pipel
         assert best_split(p).interval_s == pytest.approx(min(found))
 
 
-def test_an_interval_above_its_cap_is_refused() -> None:
+def test_an_interval_or_a_round_trip_above_its_cap_is_refused() -> None:
     p = Pipeline(
         num_layers=2, cut_floor=np.arange(3), layer_s=np.ones((1, 1)), fixed_s=np.ones((1, 1)),
+        chunk_layer_s=np.full((1, 1), 2.0), chunk_fixed_s=np.ones((1, 1)), trip_cap=np.array([[5.0]]),
         room=np.full((1, 1, 1), 9), card_s=np.zeros((1, 1)), card_share=np.zeros((1, 1, 1)), prefix_layers=0,
-        in_flight=np.array([1]), t_cap=np.array([[3.0]]), full_slack=0.0, tight_slack=0.0,
+        in_flight=np.array([1]), t_cap=np.array([[3.0]]),
+        iterations=np.ones(1), chunk_iterations=np.ones(1), without_chunk=np.zeros((1, 1)), full=Regime(0.0, 0.0),
+        tight=Regime(0.0, 0.0),
     )  # fmt: skip
     assert best_split(p).interval_s == 3.0
     assert best_split(p._replace(t_cap=np.array([[2.9]]))).x == -1
+    assert best_split(p._replace(trip_cap=np.array([[4.9]]))).x == -1
 
 
 def test_shared_cards_may_be_full_before_the_stages_are() -> None:
     p = Pipeline(
         num_layers=4, cut_floor=np.arange(5), layer_s=np.ones((1, 2)), fixed_s=np.zeros((1, 2)),
+        chunk_layer_s=np.zeros((1, 2)), chunk_fixed_s=np.zeros((1, 2)), trip_cap=np.array([[np.inf]]),
         room=np.full((1, 1, 2), 9), card_s=np.zeros((1, 2)), card_share=np.full((1, 1, 2), 0.25), prefix_layers=0,
-        in_flight=np.array([4]), t_cap=np.array([[np.inf]]), full_slack=0.0, tight_slack=0.0,
+        in_flight=np.array([4]), t_cap=np.array([[np.inf]]),
+        iterations=np.ones(1), chunk_iterations=np.ones(1), without_chunk=np.zeros((1, 1)), full=Regime(0.0, 0.0),
+        tight=Regime(0.0, 0.0),
     )  # fmt: skip
     assert best_split(p).layers.tolist() == [2, 2]
     assert best_split(p._replace(card_share=np.full((1, 1, 2), 0.26))).x == -1
@@ -99,8 +118,11 @@ def test_forbidden_cuts_are_not_made() -> None:
     """Five layers on two equal stages would be cut after 3; the model allows 2 and 4."""
     p = Pipeline(
         num_layers=5, cut_floor=np.array([0, 0, 2, 2, 4, 5]), layer_s=np.ones((1, 2)), fixed_s=np.zeros((1, 2)),
+        chunk_layer_s=np.zeros((1, 2)), chunk_fixed_s=np.zeros((1, 2)), trip_cap=np.array([[np.inf]]),
         room=np.full((1, 1, 2), 9), card_s=np.zeros((1, 2)), card_share=np.zeros((1, 1, 2)), prefix_layers=0,
-        in_flight=np.array([4]), t_cap=np.array([[np.inf]]), full_slack=0.0, tight_slack=0.0,
+        in_flight=np.array([4]), t_cap=np.array([[np.inf]]),
+        iterations=np.ones(1), chunk_iterations=np.ones(1), without_chunk=np.zeros((1, 1)), full=Regime(0.0, 0.0),
+        tight=Regime(0.0, 0.0),
     )  # fmt: skip
     assert best_split(p).layers.tolist() == [2, 3]
 

@@ -245,7 +245,7 @@ class FixedPlan:
         t_s = derived.t_s / group.claimed
         return _Pace(
             rate=1.0 / t_s,
-            ttft_s=t_s * derived.ttft_per_t + derived.landing_s,
+            ttft_s=derived.ttft_s(t_s),
             tpot_s=t_s * derived.tpot_per_t,
             micro_batch=shape.micro_batch,
         )

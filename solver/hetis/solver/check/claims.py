@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetis.solver.check.memory import kv_room_of_a_copy, rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shape import ReplicaShape
+from hetis.solver.check.shape import ReplicaShape, StageShape
 from hetis.solver.check.shared_cards import busy_seconds, kv_room, shared_card_bytes
 from hetis.solver.check.timing import (
+    chunk_seconds,
     landing_seconds,
     seconds_between_completions,
     stage_seconds,
     tpot_per_t,
-    ttft_per_t,
+    ttft_round_trips,
 )
 from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.cluster import Link
 from hetis.solver.plan import Objective, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 
@@ -43,21 +45,36 @@ class MemoryUse:
 class Derived:
     """Everything the cost model says of a replica.
 
-    Its TPOT is ``tpot_per_t`` times t, its TTFT ``ttft_per_t`` times t and, on a prefill replica, the landing of the
-    last KV: ``landing_s`` over the links of its devices, ``slowest_landing_s`` over the slowest of the cluster.
+    Its TPOT is ``tpot_per_t`` times t, its TTFT see `ttft_s`. Numbers called slowest are over the slowest links of the
+    cluster, the others over those of its devices.
     """
 
     t_s: float  # seconds between completions
     tpot_per_t: float
-    ttft_per_t: float
+    ttft_round_trips: float  # each with a chunk on board
+    round_trip_per_t: float  # the mean one
+    chunk_s: float  # an iteration with a chunk at all stages
+    slowest_chunk_s: float
     kv_tokens: float
     memory: tuple[MemoryUse, ...]
-    landing_s: float = 0.0
+    landing_s: float = 0.0  # of a prefill replica: of the last KV
     slowest_landing_s: float = 0.0
 
     @property
     def rate(self) -> float:
         return 1 / self.t_s if self.t_s > 0 else math.inf
+
+    def ttft_s(self, t_s: float) -> float:
+        """p95 TTFT where completions are ``t_s`` apart."""
+        return self._ttft_s(t_s, self.chunk_s, self.landing_s)
+
+    def slowest_ttft_s(self, t_s: float) -> float:
+        return self._ttft_s(t_s, self.slowest_chunk_s, self.slowest_landing_s)
+
+    def _ttft_s(self, t_s: float, chunk_s: float, landing_s: float) -> float:
+        if self.ttft_round_trips == 0:
+            return 0.0
+        return self.ttft_round_trips * max(self.round_trip_per_t * t_s, chunk_s) + landing_s
 
     @property
     def fits(self) -> bool:
@@ -99,13 +116,17 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     """The cost model, applied to one replica."""
     last = len(shape.stages) - 1
     stage_s, room, memory = [], math.inf, list[MemoryUse]()
-    landing_s, slowest_landing_s = 0.0, 0.0
+    landing_s, slowest_landing_s, chunk_s, slowest_chunk_s = 0.0, 0.0, 0.0, 0.0
     for i, stage in enumerate(shape.stages):
         is_first, is_last = i == 0, i == last
         if stage.kv_link is not None and shape.slowest_link is not None:
             landing_s = max(landing_s, landing_seconds(setting, stage, stage.kv_link))
             slowest_landing_s = max(slowest_landing_s, landing_seconds(setting, stage, shape.slowest_link))
         stage_s.append(stage_seconds(setting, stage, is_first=is_first, is_last=is_last))
+        chunk_s += chunk_seconds(setting, stage, is_first=is_first, is_last=is_last)
+        if shape.slowest_link is not None:
+            slowed = _with_link(stage, shape.slowest_link)
+            slowest_chunk_s += chunk_seconds(setting, slowed, is_first=is_first, is_last=is_last)
         room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
         memory.append(
             MemoryUse(
@@ -137,14 +158,24 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
             )
         )
     return Derived(
-        t_s=seconds_between_completions(setting, stage_s, [stage.copies for stage in shape.stages], card_s),
+        t_s=seconds_between_completions(setting, shape.stages, stage_s, card_s),
         tpot_per_t=tpot_per_t(setting),
-        ttft_per_t=ttft_per_t(setting),
+        ttft_round_trips=ttft_round_trips(setting),
+        round_trip_per_t=setting.in_flight / setting.iterations,
+        chunk_s=chunk_s,
+        slowest_chunk_s=slowest_chunk_s,
         kv_tokens=room,
         memory=tuple(memory),
         landing_s=landing_s,
         slowest_landing_s=slowest_landing_s,
     )
+
+
+def _with_link(stage: StageShape, link: Link) -> StageShape:
+    """The stage with this link wherever it has one."""
+    pool = None if stage.pool is None else replace(stage.pool, link=link)
+    kv_link = None if stage.kv_link is None else link
+    return replace(stage, hop_link=link, kv_link=kv_link, pool=pool)
 
 
 def check_replica_claims(
@@ -195,13 +226,13 @@ def _check_rate(replica: ReplicaPlan, where: str, derived: Derived, may_claim_le
 def _check_latency(
     replica: ReplicaPlan, where: str, objective: Objective, derived: Derived, may_claim_less: bool
 ) -> Iterator[Violation]:
-    """Both latencies are t times a constant: the claim must lie between the derived t and the t of the claimed rate.
+    """Latencies grow with t: the claim must lie between those at the derived t and at the t of the claimed rate.
 
     A plan that claims less than its rate (see `check_replica_claims`) claims more latency with it, and may have charged
-    the landing of its KV a worse link.
+    its hops and the landing of its KV worse links.
     """
     t_max = max(derived.t_s, 1 / replica.rate if replica.rate > 0 else math.inf)
-    landing_s = derived.slowest_landing_s if may_claim_less else derived.landing_s
+    slowest_ttft_s = derived.slowest_ttft_s if may_claim_less else derived.ttft_s
     for claimed, low, high, limit, claim_rule, limit_rule in (
         (
             replica.tpot_s,
@@ -213,8 +244,8 @@ def _check_latency(
         ),
         (
             replica.ttft_s,
-            _times(derived.t_s, derived.ttft_per_t) + derived.landing_s,
-            _times(t_max, derived.ttft_per_t) + landing_s,
+            derived.ttft_s(derived.t_s),
+            slowest_ttft_s(t_max),
             objective.ttft_limit_s,
             Rule.TTFT,
             Rule.TTFT_LIMIT,

@@ -105,7 +105,7 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
         stages=tuple(stages),
         role=replica.role,
         shared_by=_shared_by(replica),
-        slowest_link=fleet.slowest_link() if replica.role is Role.PREFILL else None,
+        slowest_link=fleet.slowest_link() if replica.role is not Role.DECODE else None,
     )
 
 

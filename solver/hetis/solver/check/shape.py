@@ -45,7 +45,7 @@ class ReplicaShape:
     stages: tuple[StageShape, ...]
     role: Role = Role.UNIFIED
     shared_by: tuple[tuple[int, ...], ...] = ()
-    slowest_link: Link | None = None  # anywhere in the cluster; of a prefill replica
+    slowest_link: Link | None = None  # anywhere in the cluster; not of a decode replica
 
     def pool_of(self, position: int) -> PoolShape:
         """The attention workers of a stage that has them."""

@@ -28,12 +28,36 @@ def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
 
 def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """w, or w' of a prefix layer: seconds of one request in one layer."""
-    b, C = setting.micro_batch, setting.chunk_tokens
-    attention = _attention(setting, stage)
-    with_chunk = _dense(setting, stage, b + C, is_prefix) + 2 * _all_reduce(setting, stage, b + C)
-    with_chunk += _prefill(setting, stage) + attention + _ship(setting, stage)
-    plain = _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + attention
+    with_chunk = _chunk_layer_seconds(setting, stage, is_prefix=is_prefix) if setting.chunk_tokens else 0.0
+    plain = _plain_layer_seconds(setting, stage, is_prefix=is_prefix)
     return max(setting.per_request(with_chunk, plain), wire_seconds(setting, stage))
+
+
+def _plain_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
+    """A layer in one iteration without a chunk."""
+    b = setting.micro_batch
+    return _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + _attention(setting, stage)
+
+
+def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
+    """A layer in one iteration with a chunk."""
+    b, C = setting.micro_batch, setting.chunk_tokens
+    seconds = _dense(setting, stage, b + C, is_prefix) + 2 * _all_reduce(setting, stage, b + C)
+    return seconds + _prefill(setting, stage) + _attention(setting, stage) + _ship(setting, stage)
+
+
+def chunk_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """One iteration with a chunk on one copy of a stage; 0 on a decode replica."""
+    if setting.role is Role.DECODE:
+        return 0.0
+    b, C = setting.micro_batch, setting.chunk_tokens
+    wire_s = wire_seconds(setting, stage) / setting.chunk_iterations
+    seconds = stage.layers * max(_chunk_layer_seconds(setting, stage), wire_s) + _step(setting, stage, b + C)
+    if is_first:
+        seconds += setting.model.prefix_layers * max(_chunk_layer_seconds(setting, stage, is_prefix=True), wire_s)
+    else:
+        seconds += _hop(setting, stage, b + C)
+    return seconds + (_lm_head(setting, stage, b + 1) if is_last else 0.0)
 
 
 def wire_seconds(setting: Setting, stage: StageShape) -> float:
@@ -62,15 +86,18 @@ def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float
 
 
 def seconds_between_completions(
-    setting: Setting, stage_s: list[float], copies: list[int], card_s: Sequence[float] = ()
+    setting: Setting, stages: Sequence[StageShape], stage_s: Sequence[float], card_s: Sequence[float] = ()
 ) -> float:
     """t, from u of every stage: the busiest stage or shared card, or the round trip of too few micro-batches.
 
     Args:
         card_s: seconds that a request of the replica keeps the cards busy that several stages share.
     """
-    busiest = max(*(u / c for u, c in zip(stage_s, copies, strict=True)), *card_s, 0.0)
-    return (1 + slack(setting, sum(copies))) * max(busiest, sum(stage_s) / setting.in_flight)
+    num_copies = sum(stage.copies for stage in stages)
+    stretched_s = [(1 + slack(setting, stage, num_copies)) * u for stage, u in zip(stages, stage_s, strict=True)]
+    busiest_s = max(u / stage.copies for stage, u in zip(stages, stretched_s, strict=True))
+    least, _ = least_slack(setting, num_copies)
+    return max(busiest_s, sum(stretched_s) / setting.in_flight, *((1 + least) * seconds for seconds in card_s))
 
 
 def worker_seconds(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
@@ -78,12 +105,25 @@ def worker_seconds(setting: Setting, stage: StageShape, pool: PoolShape) -> floa
     return _decode(setting, stage, pool.gpu, 1, pairs=busiest_card_pairs(setting, stage, pool))
 
 
-def slack(setting: Setting, num_copies: int) -> float:
-    """Share added to the even flow, by micro-batches in flight (M) per stage copy (K)."""
+def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
+    """Of any stage, by micro-batches in flight (M) per stage copy (K); and the factor of its unevenness."""
     if setting.in_flight == 1:
-        return 0.0
+        return 0.0, 0.0
     assumed = setting.problem.assumptions
-    return assumed.full_slack if setting.in_flight >= 2 * num_copies else assumed.tight_slack
+    if setting.in_flight >= 2 * num_copies:
+        return assumed.full_slack, assumed.full_unevenness
+    return assumed.tight_slack, assumed.tight_unevenness
+
+
+def slack(setting: Setting, stage: StageShape, num_copies: int) -> float:
+    """sigma: share added to the time of a stage, whose iterations with and without a chunk differ."""
+    least, factor = least_slack(setting, num_copies)
+    if setting.role is not Role.UNIFIED:
+        return least
+    R = _chunk_layer_seconds(setting, stage) / _plain_layer_seconds(setting, stage)
+    phi, M = setting.chunk_share, setting.in_flight
+    mean, longest = 1 + (R - 1) * phi, R - (R - 1) * (1 - phi) ** M
+    return max(least, factor * (longest / mean - 1))
 
 
 def tpot_per_t(setting: Setting) -> float:
@@ -91,20 +131,19 @@ def tpot_per_t(setting: Setting) -> float:
     return setting.micro_batch * setting.in_flight / setting.moments.mean_output
 
 
-def ttft_per_t(setting: Setting) -> float:
-    """TTFT is this many t: round trips of the p95 prompt's chunks, and the wait for a prefill lane."""
+def ttft_round_trips(setting: Setting) -> float:
+    """TTFT is this many round trips with a chunk: those of the p95 prompt, and the wait for a prefill lane."""
     if setting.role is Role.DECODE:
         return 0.0
     M, C, moments = setting.in_flight, setting.chunk_tokens, setting.moments
-    round_trip = M / setting.iterations
     q = setting.problem.assumptions.planned_utilisation * setting.chunk_share
     if q >= 1:
         return math.inf
     p_wait = q ** (math.sqrt(2 * (M + 1)) - 1)
     tail = max(0.0, math.log(20 * p_wait)) if p_wait > 0 else 0.0
-    service = moments.mean_prompt / C * round_trip
+    service = moments.mean_prompt / C
     wait = service / (M * (1 - q)) * (1 + moments.prompt_cv2) / 2 * tail
-    return math.ceil(moments.p95_prompt / C) * round_trip + wait
+    return math.ceil(moments.p95_prompt / C) + wait
 
 
 def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:

@@ -1,8 +1,8 @@
 """Ceilings, compiled: how good a replica of a configuration can be at all, before any search of its stages.
 
-Stages i of a pipelined replica have price p, copies c and, at an interval of t seconds (slack taken off), room for
-``cap(t) = min(n, (c t - f) / w)`` layers: n fit in memory, a layer takes w and the rest of the stage f seconds. They
-carry L layers with at most K copies in all, so that for every m >= 0
+Stages i of a pipelined replica have price p, copies c and, at an interval of t seconds (the least slack taken off),
+room for ``cap(t) = min(n, (c t - f) / w)`` layers: n fit in memory, a layer takes w and the rest of the stage f
+seconds. They carry L layers with at most K copies in all, so that for every m >= 0
 
     t price  >=  sum (t p + m c) - m K  >=  L r(m) - m K,        r(m) = min over stages and t of (t p + m c) / cap(t)
 
@@ -27,15 +27,19 @@ import numpy as np
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import (
+    ROUNDING,
     Options,
+    chunk_cap,
     copies_limit,
     copy_requests,
     has_pools,
+    interval_cap,
     layers_on_card,
     layers_on_rank,
     pool_entry,
     pool_limit,
     pool_wire_seconds,
+    stretch,
 )
 from hetis.solver.placement.tables import PLAIN, FloatArray, Tables
 
@@ -47,9 +51,12 @@ class Limits(NamedTuple):
 
     shortest_s: float  # interval, slack taken off
     longest_s: float
-    slack: float
+    slack: float  # the least of any stage
+    slack_unevenness: float
     copies: int  # K
     sequential: bool
+    chunk_cap_s: float  # in an iteration with a chunk, over a stage's copies
+    unevenness: float  # of an iteration with a chunk over a mean one; of sequential replicas
 
 
 class Effort(NamedTuple):
@@ -69,10 +76,23 @@ class Ceiling(NamedTuple):
 
 
 @kernel
-def limits_of(t: Tables, x: int, f: int, slack: float, copies: int) -> Limits:
+def limits_of(
+    t: Tables, x: int, f: int, least_slack: float, slack_unevenness: float, copies: int, unevenness: float
+) -> Limits:
     """The limits of a configuration."""
-    stretch = 1.0 + slack
-    return Limits(t.t_floor / stretch, t.t_cap[x, f] / stretch, slack, copies, t.in_flight[f] == 1)
+    least = 1.0 + least_slack
+    longest_s = interval_cap(t, x, f, unevenness) / least
+    sequential = t.in_flight[f] == 1
+    return Limits(
+        t.t_floor / least,
+        longest_s,
+        least_slack,
+        slack_unevenness,
+        copies,
+        sequential,
+        chunk_cap(t, x, f, copies),
+        unevenness,
+    )
 
 
 @kernel
@@ -89,6 +109,13 @@ def _effort(
     t = max(limits.shortest_s, min(limits.longest_s, (most * layer_s + fixed_s) / copies))
     layers = min(most, (copies * t - fixed_s) / layer_s)
     return Effort((t * price + copy_cost * copies) / layers, t * price / layers, copies / layers)
+
+
+@kernel
+def _beyond_least(t: Tables, x: int, f: int, request_s: float, chunk_s: float, limits: Limits) -> float:
+    """By how much a stage's slack stretches it more than the least slack does."""
+    longer: float = stretch(t, x, f, request_s, chunk_s, limits.slack, limits.slack_unevenness) / (1.0 + limits.slack)
+    return longer
 
 
 @kernel
@@ -113,8 +140,16 @@ def _least_effort(
             requests = copy_requests(t, x, f, c)
             tokens = t.kv_tokens[x, f, c - 1]
             most = np.floor(layers_on_rank(t, x, s, groups * t.kv_group_bytes * tokens, PLAIN))
+            in_time = roomiest
+            if limits.chunk_cap_s < np.inf:
+                chunk_s, own_chunk_s = t.chunk.layer_s[x, s], t.own_s[x, s, groups] / t.iterations[x]
+                most = min(most, np.floor(c * limits.chunk_cap_s / (chunk_s + own_chunk_s) + ROUNDING))
+                in_time = min(roomiest, np.floor(c * limits.chunk_cap_s / chunk_s + ROUNDING))
             own_s = max(base_s + t.own_s[x, s, groups], t.wire_s[x, s])
-            effort = _effort(c * group_price[s], c, own_s, fixed_s, most, copy_cost, limits)
+            longer = _beyond_least(
+                t, x, f, own_s, t.chunk.layer_s[x, s] + t.own_s[x, s, groups] / t.iterations[x], limits
+            )
+            effort = _effort(c * group_price[s], c, own_s * longer, fixed_s * longer, most, copy_cost, limits)
             if effort.value < least.value:
                 least = effort
             for q in range(t.available.shape[0]):
@@ -125,17 +160,24 @@ def _least_effort(
                     p = t.pool_sizes[size]
                     price = c * (group_price[s] + p * card_price[q])
                     if p > cards_limit or (
-                        _effort(price, c, base_s, fixed_s, roomiest, copy_cost, limits).value >= least.value
+                        _effort(price, c, base_s, fixed_s, in_time, copy_cost, limits).value >= least.value
                     ):
                         break
                     for k in range(1, groups + 1):
                         entry = pool_entry(t, s, q, k, size)
                         layer_s = max(base_s + t.pool_s[x, entry], pool_wire_seconds(t, x, entry))
-                        if _effort(price, c, layer_s, fixed_s, roomiest, copy_cost, limits).value >= least.value:
+                        chunk_layer_s = t.chunk.layer_s[x, s] + t.chunk.pool_s[x, entry]
+                        longer = _beyond_least(t, x, f, layer_s, chunk_layer_s, limits)
+                        layer_s *= longer
+                        if (
+                            _effort(price, c, layer_s, fixed_s * longer, in_time, copy_cost, limits).value
+                            >= least.value
+                        ):
                             continue
                         on_rank = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, PLAIN)
                         on_card = layers_on_card(t, q, n, k, p, requests, tokens)
-                        effort = _effort(price, c, layer_s, fixed_s, np.floor(min(on_rank, on_card)), copy_cost, limits)
+                        most = min(in_time, np.floor(min(on_rank, on_card)))
+                        effort = _effort(price, c, layer_s, fixed_s * longer, most, copy_cost, limits)
                         if effort.value < least.value:
                             least = effort
     return least
@@ -187,13 +229,14 @@ def ceiling(
 
 @kernel
 def ceilings(
-    t: Tables, mixes: IntArray, in_flight: IntArray, slacks: FloatArray, copies: IntArray, max_copies: int,
-    max_pool: int, group_price: FloatArray, card_price: FloatArray, enough: float,
+    t: Tables, mixes: IntArray, in_flight: IntArray, slacks: FloatArray, copies: IntArray,
+    unevenness: FloatArray, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
+    enough: float,
 ) -> FloatArray:  # fmt: skip
     """`ceiling` of many configurations; shape [configurations, 3]: ratio, m, r."""
     found = np.zeros((mixes.shape[0], 3), np.float64)
     for i in range(mixes.shape[0]):
-        limits = limits_of(t, mixes[i], in_flight[i], slacks[i], copies[i])
+        limits = limits_of(t, mixes[i], in_flight[i], slacks[i, 0], slacks[i, 1], copies[i], unevenness[i])
         if limits.shortest_s <= limits.longest_s:
             proof = ceiling(
                 t, mixes[i], in_flight[i], max_copies, max_pool, group_price, card_price, limits, enough
@@ -214,8 +257,8 @@ def within_reach(
     """
     if floor <= 0.0 or proof.ratio == np.inf:
         return np.arange(prices.shape[0])
-    m, r = proof.copy_cost, proof.effort
-    spare = 1.0 / (floor * (1.0 + limits.slack)) - (num_layers * r - m * limits.copies)
+    m, r, least = proof.copy_cost, proof.effort, 1.0 + limits.slack
+    spare = 1.0 / (floor * least) - (num_layers * r - m * limits.copies)
     kept = np.empty(prices.shape[0], np.int64)
     count = 0
     for i in range(prices.shape[0]):
@@ -223,11 +266,12 @@ def within_reach(
         for role in range(4):
             fixed_s = min(fixed_s, o.fixed_s[i, role])
             most = max(most, o.max_layers[i, role])
-        t_one = (o.layer_s[i] + fixed_s) / c
+        layer_s, fixed_s = o.layer_s[i] / least, fixed_s / least
+        t_one = (layer_s + fixed_s) / c
         if c > limits.copies or t_one > limits.longest_s:
             continue
-        t_full = min(limits.longest_s, (most * o.layer_s[i] + fixed_s) / c)
-        layers = min(float(most), (c * t_full - fixed_s) / o.layer_s[i])
+        t_full = min(limits.longest_s, (most * layer_s + fixed_s) / c)
+        layers = min(float(most), (c * t_full - fixed_s) / layer_s)
         taken = min(t_one * prices[i] - r, t_full * prices[i] - layers * r) + m * c
         if taken < spare * (1.0 + 1e-9):
             kept[count] = i

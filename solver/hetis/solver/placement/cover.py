@@ -13,7 +13,7 @@ from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, F
 
 @kernel
 def layers_in_time(o: Options, i: int, role: int, interval_s: float) -> int:
-    """Repeated layers that option i carries in a role when completions are ``interval_s`` apart (slack taken off)."""
+    """Repeated layers that option i carries in a role when completions are ``interval_s`` apart."""
     time_left = o.copies[i] * interval_s - o.fixed_s[i, role]
     if time_left <= 0.0:
         return 0
@@ -293,7 +293,7 @@ MAX_HALVINGS = 64  # in a panel: where a scarce class leaves a gap, narrower int
 
 @kernel
 def best_column(
-    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, slack: float, max_copies: int, scarce: BoolArray,
+    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, max_copies: int, scarce: BoolArray,
     ratio_floor: float, tolerance: float,
 ) -> tuple[float, IntArray, float]:  # fmt: skip
     """The replica of a pipelined configuration with the best ``rate / price``, by branch and bound over intervals.
@@ -315,21 +315,21 @@ def best_column(
         fastest_layer = min(fastest_layer, o.layer_s[i])
         for role in range(4):
             slowest = max(slowest, (o.max_layers[i, role] * o.layer_s[i] + o.fixed_s[i, role]) / o.copies[i])
-    hi = min(interval_cap_s, max(t.t_floor, slowest * (1.0 + slack) * (1.0 + 1e-9)))
-    t_lo = max(t.t_floor, (1.0 + slack) * t.num_layers * fastest_layer / max_copies * (1.0 - 1e-9))
+    hi = min(interval_cap_s, max(t.t_floor, slowest * (1.0 + 1e-9)))
+    t_lo = max(t.t_floor, t.num_layers * fastest_layer / max_copies * (1.0 - 1e-9))
     best = np.empty((4, t.num_layers + 1), np.float64)
     arg = np.empty((4, t.num_layers + 1), np.int64)
     penalty = np.zeros(scarce.shape[0])
     while hi >= t_lo:
-        cheapest_per_layers(o, prices, hi / (1.0 + slack), t.num_layers, best, arg)
+        cheapest_per_layers(o, prices, hi, t.num_layers, best, arg)
         price, stages = _cover(t, best, arg)
         wanted = max(ratio_floor, best_ratio)
         if overdrawn(t, o, stages, scarce)[0] >= 0 and 1.0 / (t_lo * price) > wanted:
             # The penalties of the interval before often do here too.
-            price = max(price, _penalised_cover(t, o, prices, hi / (1.0 + slack), max_copies, penalty)[0])
+            price = max(price, _penalised_cover(t, o, prices, hi, max_copies, penalty)[0])
             if wanted * price * hi <= 1.0 + tolerance:
                 enough = (1.0 + 2.0 * tolerance) / (hi * max(wanted, 1e-300))
-                fitting, _, _ = fitting_cover(t, o, prices, hi / (1.0 + slack), max_copies, scarce, penalty, enough)
+                fitting, _, _ = fitting_cover(t, o, prices, hi, max_copies, scarce, penalty, enough)
                 price = max(price, fitting)
         if price == np.inf or 1.0 / (t_lo * price) <= wanted:
             break
@@ -338,9 +338,9 @@ def best_column(
             continue
         lo = max(t_lo, hi / PANEL)
         limit = 1.0 / (lo * wanted) if wanted > 0.0 else np.inf
-        few = _options_within(t, o, prices, best, hi / (1.0 + slack), limit)
+        few = _options_within(t, o, prices, best, hi, limit)
         ratio, rows, left = _best_in_panel(
-            t, selected(o, few), prices[few], lo, hi, price, slack, max_copies, scarce, wanted, tolerance
+            t, selected(o, few), prices[few], lo, hi, price, max_copies, scarce, wanted, tolerance
         )  # fmt: skip
         if ratio > best_ratio:
             best_ratio, best_rows = ratio, rows
@@ -353,7 +353,7 @@ def best_column(
 
 @kernel
 def _best_in_panel(
-    t: Tables, o: Options, prices: FloatArray, lo: float, hi: float, price_hi: float, slack: float, max_copies: int,
+    t: Tables, o: Options, prices: FloatArray, lo: float, hi: float, price_hi: float, max_copies: int,
     scarce: BoolArray, ratio_floor: float, tolerance: float,
 ) -> tuple[float, IntArray, float]:  # fmt: skip
     """`best_column` for intervals in [lo, hi] and replicas that fit in the fleet: halves intervals until they are
@@ -367,7 +367,7 @@ def _best_in_panel(
     while True:
         halvings += 1
         enough = 1.0 / (lo * max(ratio_floor, best_ratio, 1e-300))
-        lower, price, stages = fitting_cover(t, o, prices, middle / (1.0 + slack), max_copies, scarce, penalty, enough)
+        lower, price, stages = fitting_cover(t, o, prices, middle, max_copies, scarce, penalty, enough)
         if price < np.inf and 1.0 / (middle * price) > best_ratio:
             best_ratio, best_rows = 1.0 / (middle * price), stage_rows(o, stages)
         lower = max(lower, price_hi)

@@ -18,18 +18,19 @@ from enum import IntEnum
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.cost import Mix
+from hetis.solver.cost import Mix, Regime
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.frontier import entry_layers, explore, reach, stages_from
 from hetis.solver.placement.frontier_sequential import explore_sequential, sequential_stages
 from hetis.solver.placement.generation import NO_LINKS, Pool, dense_work_bound
 from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
-from hetis.solver.placement.options import Options, list_options, stage_rows
+from hetis.solver.placement.options import Options, chunk_cap, interval_cap, list_options, stage_rows
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.routes import UNIFIED, Valuation
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
-from hetis.solver.placement.template import Configuration, Template, configurations, template_of
+from hetis.solver.placement.template import Template, template_of
 from hetis.solver.plan import Role
 
 MAX_GPUS = 24
@@ -90,7 +91,7 @@ class Frontier:
     lattice: Lattice
     rate: FloatArray
     tag: IntArray  # configuration
-    interval_s: FloatArray  # slack taken off, except for sequential replicas
+    interval_s: FloatArray
     bound: FloatArray
     templates: dict[int, Template] = field(default_factory=dict)
 
@@ -113,7 +114,7 @@ class ExactSearch:
         self.kinds = [kind_of(atlas.mixes[c.mix]) for c in self.configurations]
         self.speed_bound, self.sequential_bound = speed_bounds(atlas, self.lattice)
         self.zones = self._zones()
-        self._options: dict[tuple[int, int, int], tuple[Options, Entries]] = {}
+        self._options: dict[tuple[int, int, int, Regime, float, float], tuple[Options, Entries]] = {}
         count = len(self.lattice.digits)
         self.frontiers = {
             kind: Frontier(self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
@@ -153,17 +154,20 @@ class ExactSearch:
         for scope, part in enumerate(self.atlas.scopes):
             for x in (x for x in of_kind if mixes[x].micro_batch == batch and part.serves(mixes[x])):
                 side = self.atlas.side_of(scope, x)
-                options, entries = self.options_of(Configuration(scope, x, f, in_flight, 1 << 20, 0.0, side))
+                options, entries = self.options_of(Configuration(scope, x, f, in_flight, 0, Regime(0.0, 0.0), side))
                 layers, _ = entry_layers(part.tables, options, entries, np.inf)
                 roomy |= reach(part.tables, self.lattice, entries, layers, 0).closing >= 0
         return roomy
 
     def options_of(self, c: Configuration) -> tuple[Options, Entries]:
-        key = (c.scope, c.mix, c.in_flight_index)
+        a, family = self.atlas, self.atlas.problem.family
+        tables = a.scopes[c.scope].tables
+        # Of any number of copies: whatever fits in memory.
+        chunk_cap_s = chunk_cap(tables, c.mix, c.in_flight_index, c.max_copies) if c.max_copies else np.inf
+        key = (c.scope, c.mix, c.in_flight_index, c.regime, chunk_cap_s, c.unevenness)
         if key not in self._options:
-            a, family = self.atlas, self.atlas.problem.family
-            tables = a.scopes[c.scope].tables
-            options = list_options(tables, c.mix, c.in_flight_index, family.max_copies, family.max_pool)
+            limits = (*c.regime, chunk_cap_s, c.unevenness)
+            options = list_options(tables, c.mix, c.in_flight_index, family.max_copies, family.max_pool, *limits)
             self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
         return self._options[key]
 
@@ -177,9 +181,9 @@ class ExactSearch:
             c, kind = self.configurations[tag], self.kinds[tag]
             f, wanted = self.frontiers[kind], needed[kind]
             tables = self.atlas.scopes[c.scope].tables
-            cap = tables.t_cap[c.mix, c.in_flight_index]
+            cap = interval_cap(tables, c.mix, c.in_flight_index, c.unevenness)
             speed = self.sequential_bound if c.is_sequential else self.speed_bound
-            ceiling = speed[c.scope, c.mix] / (1.0 + c.slack)
+            ceiling = speed[c.scope, c.mix] / (1.0 + c.regime.least)
             if (
                 ceiling[-1] == 0.0
                 or ceiling[-1] * cap < 1.0
@@ -195,7 +199,7 @@ class ExactSearch:
                 )  # fmt: skip
             else:
                 explore(
-                    tables, self.lattice, options, entries, cap, c.slack, c.max_copies, wanted, tolerance, f.rate,
+                    tables, self.lattice, options, entries, cap, c.max_copies, wanted, tolerance, f.rate,
                     f.tag, f.interval_s, tag, f.bound,
                 )  # fmt: skip
         return True

@@ -152,7 +152,7 @@ def stages_from(
 def _interval_range(
     t: Tables, o: Options, entries: Entries, cap_s: float, floor_s: float, copies: int
 ) -> tuple[float, float]:
-    """The intervals (slack taken off) between which covers can change: below none exists, above nothing is gained."""
+    """The intervals between which covers can change: below none exists, above nothing is gained."""
     slowest = 0.0
     fastest_layer = np.inf
     for i in range(o.rank.shape[0]):
@@ -178,14 +178,14 @@ def _any_above(
 
 @kernel
 def explore(
-    t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, slack: float, max_copies: int,
+    t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, max_copies: int,
     needed: FloatArray, tolerance: float, best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray,
     tag: int, bound: FloatArray,
 ) -> int:  # fmt: skip
     """Raises the best rate of every sub-fleet by the pipelined replicas of one configuration.
 
     Replicas of rate ``needed[v]`` or less are not looked for. On return ``best_rate`` [V] is reached (``best_tag`` and
-    ``best_interval``, slack taken off, say by which configuration and interval), and no replica of this configuration
+    ``best_interval`` say by which configuration and interval), and no replica of this configuration
     on sub-fleet v has a rate above ``max(bound[v], needed[v], best_rate[v] (1 + tolerance))``.
 
     Returns the number of dynamic programs run.
@@ -195,9 +195,8 @@ def explore(
     for row in range(lattice.limits.shape[0]):
         total += lattice.limits[row]
     counted = max_copies if max_copies < total else 0
-    stretch = 1.0 + slack
     t_lo, t_hi = _interval_range(
-        t, o, entries, interval_cap_s / stretch, t.t_floor / stretch, min(max_copies, total)
+        t, o, entries, interval_cap_s, t.t_floor, min(max_copies, total)
     )  # fmt: skip
     if t_lo > t_hi:
         return 0
@@ -214,7 +213,7 @@ def explore(
     while size > 0:
         low, high = lows[size - 1], highs[size - 1]
         if runs > 0:
-            rate = 1.0 / (low * (1.0 + slack))
+            rate = 1.0 / (low)
             if not _any_above(feasible_high[size - 1], feasible_low[size - 1], rate, needed, best_rate, tolerance):
                 size -= 1
                 continue
@@ -225,7 +224,7 @@ def explore(
                 size -= 1
                 continue
             middle = np.sqrt(low * high)
-        rate = 1.0 / (middle * (1.0 + slack))
+        rate = 1.0 / (middle)
         layers, _ = entry_layers(t, o, entries, middle)
         r = reach(t, lattice, entries, layers, 0)
         runs += 1

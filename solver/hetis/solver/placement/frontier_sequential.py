@@ -69,7 +69,7 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
         fastest = min(fastest, o.layer_s[i])
         for role in range(4):
             most[e, role] = max(most[e, role], o.max_layers[i, role])
-            for n in range(1, o.max_layers[i, role] + 1):
+            for n in range(o.min_layers[i, role], o.max_layers[i, role] + 1):
                 took = n * o.layer_s[i] + o.fixed_s[i, role]
                 if took < least[e, role, n]:
                     least[e, role, n], option[e, role, n] = took, i
@@ -95,6 +95,8 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
                 if so_far + (num_layers - pos) * fastest > limits_s[v]:
                     continue
                 for n in range(1, min(most[e, PLAIN], num_layers - 1 - pos) + 1):
+                    if least[e, PLAIN, n] == np.inf:
+                        continue
                     reached_s = so_far + least[e, PLAIN, n]
                     if reached_s + (num_layers - pos - n) * fastest > limits_s[v]:
                         break  # more layers here take longer still than elsewhere

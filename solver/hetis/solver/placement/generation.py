@@ -33,12 +33,13 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.template import Template, configurations, use_of, zones_of
+from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.plan import Role
 
 SMOOTHING = 0.5  # weight of the best bound's prices

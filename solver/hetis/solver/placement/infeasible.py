@@ -17,6 +17,7 @@ from enum import StrEnum
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.placement.first_token import least_ttft_limit_s
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.search import search
 from hetis.solver.placement.shortage import why_nothing_fits
@@ -172,9 +173,8 @@ class _Trial:
             if constraint is Constraint.TPOT and mix.role is not Role.PREFILL:
                 found.append(cost.tpot_per_interval(a.moments, mix, m) * template.interval_s)
             if constraint is Constraint.TTFT and mix.role is not Role.DECODE:
-                per_t = cost.ttft_per_interval(a.moments, a.problem.assumptions, mix, m)
                 slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # what a limit sets aside
-                found.append(per_t * template.interval_s + float(slowest))
+                found.append(least_ttft_limit_s(a, template) + float(slowest))
         return max(found) if Constraint.DEMAND in others else min(found)
 
 

@@ -26,9 +26,10 @@ class Options(NamedTuple):
     pool_class: IntArray  # q, -1 without a pool
     pool_cards: IntArray  # p
     pool_groups: IntArray  # k
-    layer_s: FloatArray  # w
-    fixed_s: FloatArray  # [., 4] hop, step and ends
-    max_layers: IntArray  # [., 4] repeated layers that fit in memory
+    layer_s: FloatArray  # w, and slack
+    fixed_s: FloatArray  # [., 4] hop, step and ends, and slack
+    min_layers: IntArray  # [., 4] with fewer, what a chunk takes beside layers is too uneven; 1 where all will do
+    max_layers: IntArray  # [., 4] repeated layers that fit in memory and in a round trip with a chunk
 
 
 @kernel
@@ -41,6 +42,7 @@ def _empty_options(capacity: int) -> Options:
         np.empty(capacity, np.int64),
         np.empty(capacity, np.float64),
         np.empty((capacity, 4), np.float64),
+        np.empty((capacity, 4), np.int64),
         np.empty((capacity, 4), np.int64),
     )
 
@@ -113,15 +115,94 @@ def pool_wire_seconds(t: Tables, x: int, entry: int) -> float:
 
 
 @kernel
-def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> Options:
+def interval_cap(t: Tables, x: int, f: int, unevenness: float) -> float:
+    """The longest interval of a configuration: ``sum chunk_s <= unevenness t / n_it`` is to stay within the cap."""
+    cap: float = t.t_cap[x, f]
+    if unevenness < np.inf:
+        cap = min(cap, t.trip_cap[x, f] * t.iterations[x] / unevenness)
+    return cap
+
+
+@kernel
+def chunk_cap(t: Tables, x: int, f: int, copies: int) -> float:
+    """The longest that a stage of a pipelined replica with at most so many copies may take, by its own copies."""
+    cap: float = np.inf if t.in_flight[f] == 1 else t.trip_cap[x, f] / copies
+    return cap
+
+
+@kernel
+def stretch(
+    t: Tables, x: int, f: int, request_s: float, chunk_s: float, least_slack: float, slack_unevenness: float
+) -> float:
+    """1 + sigma of a stage: a repeated layer takes a request ``request_s``, an iteration with a chunk ``chunk_s``."""
+    slack = least_slack
+    plain = t.iterations[x] - t.chunk_iterations[x]
+    if slack_unevenness > 0.0 and plain > 0.0 and t.chunk_iterations[x] > 0.0:
+        plain_s = (request_s - t.chunk_iterations[x] * chunk_s) / plain
+        longest_s = chunk_s - (chunk_s - plain_s) * t.without_chunk[x, f]
+        slack = max(slack, slack_unevenness * (longest_s * t.iterations[x] / request_s - 1.0))
+    stretched: float = 1.0 + slack
+    return stretched
+
+
+@kernel
+def _fill_fixed(
+    fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s: float, hop_s: float, step_s: float,
+    last_s: float, prefix_delta_s: float,
+) -> None:  # fmt: skip
+    """What a stage takes beside its repeated layers; [4] by role."""
+    prefix_s = prefix_layers * max(compute_s + prefix_delta_s, wire_s)
+    fixed_s[PLAIN] = step_s + hop_s
+    fixed_s[FIRST] = step_s + prefix_s
+    fixed_s[LAST] = step_s + hop_s + last_s
+    fixed_s[BOTH] = step_s + prefix_s + last_s
+
+
+@kernel
+def _limit_layers(
+    floors: IntArray, caps: IntArray, layer_s: float, fixed_s: FloatArray, chunk_layer_s: float,
+    chunk_fixed_s: FloatArray, longest_s: float, iterations: float, unevenness: float,
+) -> None:  # fmt: skip
+    """Narrows ``caps`` and ``floors`` [4] to stages that take at most ``longest_s`` seconds in an iteration with a
+    chunk, and at most ``unevenness`` times a mean iteration."""
+    for role in range(4):
+        floors[role] = 1
+        if longest_s < np.inf:
+            layers = (longest_s - chunk_fixed_s[role]) / chunk_layer_s + ROUNDING
+            caps[role] = int(max(0.0, min(float(caps[role]), layers)))
+        if unevenness < np.inf:
+            # layers * slope >= rise
+            slope = unevenness * layer_s - iterations * chunk_layer_s
+            rise = iterations * chunk_fixed_s[role] - unevenness * fixed_s[role]
+            if slope >= 0.0 and rise > 0.0:
+                least = rise / slope - ROUNDING if slope > 0.0 else np.inf
+                if least > caps[role]:
+                    caps[role] = 0
+                else:
+                    floors[role] = max(1, int(np.ceil(least)))
+            elif slope < 0.0:
+                caps[role] = int(max(0.0, min(float(caps[role]), rise / slope + ROUNDING)))
+
+
+@kernel
+def list_options(
+    t: Tables, x: int, f: int, max_copies: int, max_pool: int, least_slack: float, slack_unevenness: float,
+    chunk_cap_s: float, unevenness: float,
+) -> Options:  # fmt: skip
     """Every stage option of a configuration that fits in memory, fewer those no better than a cheaper one beside it.
+
+    A stage with c copies takes at most ``c chunk_cap_s`` seconds in an iteration with a chunk, and at most
+    ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option.
 
     An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
     of the same class, is as fast and has as much room: it would only cost more.
     """
     out = _empty_options(256)
     count = 0
-    caps = np.empty(4, np.int64)
+    caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
+    fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
+    has_chunk_limits = chunk_cap_s < np.inf or unevenness < np.inf
+    slack = 1.0 + ROUNDING
     for s in range(t.rank_class.shape[0]):
         g, n, groups = t.rank_class[s], t.rank_tp[s], t.rank_groups[s]
         for c in range(1, copies_limit(t, f, max_copies) + 1):
@@ -146,31 +227,56 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
                     # From the roomiest split to the fastest: a split that is neither has been beaten before.
                     for k in range(groups if q >= 0 else 0, 0 if q >= 0 else -1, -1):
                         compute_s, wire_s = t.layer_s[x, s], t.wire_s[x, s]
+                        chunk_layer_s = t.chunk.layer_s[x, s]
                         on_card = np.inf
                         if q < 0:
                             compute_s += t.own_s[x, s, groups]
+                            chunk_layer_s += t.own_s[x, s, groups] / t.iterations[x]
                         else:
                             entry = pool_entry(t, s, q, k, size)
                             compute_s += t.pool_s[x, entry]
+                            chunk_layer_s += t.chunk.pool_s[x, entry]
                             wire_s = pool_wire_seconds(t, x, entry)
                             on_card = layers_on_card(t, q, n, k, p, requests, tokens)
                         layer_s = max(compute_s, wire_s)
-                        most = 0
                         for role in range(4):
                             prefix = t.prefix_layers if role in (FIRST, BOTH) else 0
                             caps[role] = int(max(0.0, min(on_rank[k, role], on_card - prefix)))
-                            most = max(most, caps[role])
-                        if most == 0:
+                        if caps.max() == 0:
                             continue
+                        _fill_fixed(
+                            fixed_s, t.prefix_layers, compute_s, wire_s, t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s],
+                            t.prefix_delta_s[x, s],
+                        )  # fmt: skip
+                        if has_chunk_limits:
+                            _fill_fixed(
+                                chunk_fixed_s, t.prefix_layers, chunk_layer_s, 0.0, t.chunk.hop_s[x, s],
+                                t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s],
+                            )  # fmt: skip
+                            _limit_layers(
+                                floors, caps, layer_s, fixed_s, chunk_layer_s, chunk_fixed_s, c * chunk_cap_s,
+                                t.iterations[x], unevenness * slack,
+                            )  # fmt: skip
+                            if caps.max() == 0:
+                                continue
+                        longer = stretch(t, x, f, layer_s, chunk_layer_s, least_slack, slack_unevenness)
+                        layer_s *= longer
+                        for role in range(4):
+                            fixed_s[role] *= longer
                         if count > first_of_group and (
-                            _at_least(out, fastest, layer_s, caps) or _at_least(out, roomiest, layer_s, caps)
+                            _at_least(out, fastest, layer_s, fixed_s, floors, caps)
+                            or _at_least(out, roomiest, layer_s, fixed_s, floors, caps)
                         ):
                             continue
-                        if q >= 0 and without < first_of_group and _at_least(out, without, layer_s, caps):
+                        if (
+                            q >= 0
+                            and without < first_of_group
+                            and _at_least(out, without, layer_s, fixed_s, floors, caps)
+                        ):
                             continue
                         if count == out.rank.shape[0]:
                             out = _grown(out)
-                        _write(t, out, count, x, s, c, q, p, k, compute_s, wire_s, caps)
+                        _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
                         if count == first_of_group or layer_s < out.layer_s[fastest]:
                             fastest = count
                         if count == first_of_group or caps[PLAIN] > out.max_layers[roomiest, PLAIN]:
@@ -181,28 +287,27 @@ def list_options(t: Tables, x: int, f: int, max_copies: int, max_pool: int) -> O
 
 @kernel
 def _write(
-    t: Tables, out: Options, i: int, x: int, s: int, c: int, q: int, p: int, k: int, compute_s: float, wire_s: float,
-    caps: IntArray,
+    out: Options, i: int, s: int, c: int, q: int, p: int, k: int, layer_s: float, fixed_s: FloatArray,
+    floors: IntArray, caps: IntArray,
 ) -> None:  # fmt: skip
     """Fills row i of the options."""
     out.rank[i], out.copies[i], out.pool_class[i], out.pool_cards[i], out.pool_groups[i] = s, c, q, p, k
-    out.layer_s[i] = max(compute_s, wire_s)
-    prefix_s = t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], wire_s)
-    out.fixed_s[i, PLAIN] = t.step_s[x, s] + t.hop_s[x, s]
-    out.fixed_s[i, FIRST] = t.step_s[x, s] + prefix_s
-    out.fixed_s[i, LAST] = t.step_s[x, s] + t.hop_s[x, s] + t.last_s[x, s]
-    out.fixed_s[i, BOTH] = t.step_s[x, s] + prefix_s + t.last_s[x, s]
+    out.layer_s[i] = layer_s
     for role in range(4):
+        out.fixed_s[i, role] = fixed_s[role]
+        out.min_layers[i, role] = floors[role]
         out.max_layers[i, role] = caps[role]
 
 
 @kernel
-def _at_least(o: Options, i: int, layer_s: float, caps: IntArray) -> bool:
-    """Whether option i is as fast and as roomy."""
+def _at_least(o: Options, i: int, layer_s: float, fixed_s: FloatArray, floors: IntArray, caps: IntArray) -> bool:
+    """Whether option i is as fast and as roomy, and does with as few layers."""
     if o.layer_s[i] > layer_s:
         return False
-    for role in range(4):  # noqa: SIM110  (compiled: a comparison of arrays would allocate)
-        if o.max_layers[i, role] < caps[role]:
+    for role in range(4):
+        if o.max_layers[i, role] < caps[role] or o.min_layers[i, role] > floors[role]:
+            return False
+        if o.fixed_s[i, role] > fixed_s[role]:
             return False
     return True
 
@@ -227,6 +332,7 @@ def _copy_options(source: Options, target: Options, chosen: IntArray) -> None:
         target.layer_s[i] = source.layer_s[o]
         for role in range(4):
             target.fixed_s[i, role] = source.fixed_s[o, role]
+            target.min_layers[i, role] = source.min_layers[o, role]
             target.max_layers[i, role] = source.max_layers[o, role]
 
 
@@ -240,6 +346,7 @@ def _sliced(o: Options, count: int) -> Options:
         o.pool_groups[:count],
         o.layer_s[:count],
         o.fixed_s[:count],
+        o.min_layers[:count],
         o.max_layers[:count],
     )
 

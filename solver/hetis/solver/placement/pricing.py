@@ -13,12 +13,21 @@ from hetis.solver.budget import Budget
 from hetis.solver.placement.ceiling import Ceiling, Limits, ceilings, limits_of, within_reach
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.configurations import Configuration
 from hetis.solver.placement.cover import best_column
-from hetis.solver.placement.options import NO_STAGES, Options, list_options, option_prices, selected, stage_rows
+from hetis.solver.placement.options import (
+    NO_STAGES,
+    Options,
+    interval_cap,
+    list_options,
+    option_prices,
+    selected,
+    stage_rows,
+)
 from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
 from hetis.solver.placement.stages import overdrawn
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
-from hetis.solver.placement.template import Configuration, Template, template_of
+from hetis.solver.placement.template import Template, template_of
 from hetis.solver.placement.within_cap import best_within_cap
 
 BATCH = 32
@@ -32,7 +41,9 @@ def _useful(
     limits: Limits, proof: Ceiling, floor: float,
 ) -> tuple[Options, FloatArray]:  # fmt: skip
     """The options that a replica of ratio above ``floor`` can have a stage of, and their prices."""
-    options = list_options(t, x, f, max_copies, max_pool)
+    options = list_options(
+        t, x, f, max_copies, max_pool, limits.slack, limits.slack_unevenness, limits.chunk_cap_s, limits.unevenness
+    )
     prices = option_prices(t, options, group_price, card_price)
     if floor <= 0.0:
         return options, prices
@@ -53,9 +64,9 @@ def best_replica(
     Returns (ratio, rows of its stages, bound): no replica that fits in the fleet is above ``max(bound, floor)``.
     """
     options, prices = _useful(t, x, f, max_copies, max_pool, group_price, card_price, limits, proof, floor)
-    cap = t.t_cap[x, f]
+    cap = interval_cap(t, x, f, limits.unevenness)
     if not limits.sequential:
-        return best_column(t, options, prices, cap, limits.slack, limits.copies, scarce, floor, tolerance)
+        return best_column(t, options, prices, cap, limits.copies, scarce, floor, tolerance)
     ratio, weight, bound = best_sequential(t, options, prices, cap, floor)
     stages = np.empty((0, 2), np.int64)
     if ratio > floor:
@@ -105,9 +116,10 @@ class Pricer:
         self.scopes = np.array([c.scope for c in every], dtype=np.int64)
         self.mixes = np.array([c.mix for c in every], dtype=np.int64)
         self.in_flight = np.array([c.in_flight_index for c in every], dtype=np.int64)
-        self.slacks = np.array([c.slack for c in every])
+        self.regimes = np.array([c.regime for c in every], dtype=float).reshape(-1, 2)
         self.copies = np.array([c.max_copies for c in every], dtype=np.int64)
-        self.longest_s = np.array([atlas.scopes[c.scope].tables.t_cap[c.mix, c.in_flight_index] for c in every])
+        self.unevenness = np.array([c.unevenness for c in every], dtype=float)
+        self.longest_s = np.array([self._longest_s(c) for c in every], dtype=float)
         self.scarce = _scarce(atlas)
         self._proved = _Proved(len(every), len(row_costs))
 
@@ -138,8 +150,8 @@ class Pricer:
             c, share = self.configurations[i], float(counted[i])
             ratio, rows, left = best_replica(
                 tables[i], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
-                limits_of(tables[i], c.mix, c.in_flight_index, c.slack, c.max_copies), Ceiling(*proofs[i]),
-                threshold / share, self.tolerance,
+                limits_of(tables[i], c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness),
+                Ceiling(*proofs[i]), threshold / share, self.tolerance,
             )  # fmt: skip
             return ratio * share, rows, left * share
 
@@ -174,6 +186,11 @@ class Pricer:
         )
         return Priced(templates, float(bound), complete)
 
+    def _longest_s(self, c: Configuration) -> float:
+        """No replica of a configuration has a longer interval."""
+        longest_s: float = interval_cap(self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, c.unevenness)
+        return longest_s
+
     def _counted(self, rate_cap: float) -> FloatArray:
         """The share of its slowest allowed rate that counts, of every configuration."""
         shares = np.ones(len(self.configurations))
@@ -191,8 +208,8 @@ class Pricer:
         whole = {int(scope): self.atlas.scopes[scope].tables for scope in np.unique(self.scopes)}
         made: dict[tuple[int, float], Tables] = {}
         found = []
-        for c, t_cap in zip(self.configurations, self.longest_s.tolist(), strict=True):
-            t_floor = max(whole[c.scope].t_floor, min(1.0 / rate_cap, t_cap))
+        for c, longest_s in zip(self.configurations, self.longest_s.tolist(), strict=True):
+            t_floor = max(whole[c.scope].t_floor, min(1.0 / rate_cap, longest_s))
             key = (c.scope, t_floor)
             if key not in made:
                 made[key] = whole[c.scope]._replace(t_floor=t_floor)
@@ -207,8 +224,8 @@ class Pricer:
 
         def bounds(part: IntArray) -> FloatArray:
             return ceilings(
-                tables[int(part[0])], self.mixes[part], self.in_flight[part], self.slacks[part],
-                self.copies[part], self.max_copies, self.max_pool, group_price, card_price, floor,
+                tables[int(part[0])], self.mixes[part], self.in_flight[part], self.regimes[part], self.copies[part],
+                self.unevenness[part], self.max_copies, self.max_pool, group_price, card_price, floor,
             )  # fmt: skip
 
         return np.concatenate([np.zeros((0, 3)), *workers.map(bounds, _shares(which, tables))])

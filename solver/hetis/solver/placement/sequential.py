@@ -27,7 +27,7 @@ def least_weighted(
     for i in range(prices.shape[0]):
         for role in range(4):
             base = price_weight * prices[i] + time_weight * o.fixed_s[i, role]
-            for l in range(1, o.max_layers[i, role] + 1):
+            for l in range(o.min_layers[i, role], o.max_layers[i, role] + 1):
                 value = base + time_weight * l * o.layer_s[i]
                 if value < least[role, l]:
                     least[role, l] = value
@@ -152,7 +152,7 @@ def useful_options(t: Tables, o: Options, prices: FloatArray, interval_cap_s: fl
     useful = np.zeros(num_options, np.bool_)
     for i in range(num_options):
         for role in range(4):
-            for n in range(1, o.max_layers[i, role] + 1):
+            for n in range(o.min_layers[i, role], o.max_layers[i, role] + 1):
                 price = prices[i] + cheapest_rest[num_layers - n]
                 seconds = n * o.layer_s[i] + o.fixed_s[i, role] + quickest_rest[num_layers - n]
                 if seconds <= interval_cap_s and price * seconds * ratio_floor < 1.0:

@@ -12,6 +12,7 @@ from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.classes import class_prices
+from hetis.solver.placement.first_token import ttft_s
 from hetis.solver.placement.infeasible import why_infeasible
 from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.outcome import Outcome
@@ -162,7 +163,6 @@ def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> 
     mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
     zones = atlas.routes.zones if mix.sends_afar else atlas.scopes[template.scope].zones
     tables = atlas.scopes[template.scope].tables
-    assumptions, moments, t = atlas.problem.assumptions, atlas.moments, template.interval_s
     plans, pools, first_layer = [], [], 0
     for index, (stage, bound) in enumerate(zip(template.stages, stages, strict=True)):
         device_class, tp = atlas.ranks[stage.rank]
@@ -188,8 +188,8 @@ def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> 
             )
     return ReplicaPlan(
         rate=template.rate,
-        ttft_s=t * cost.ttft_per_interval(moments, assumptions, mix, m) + landing_s(atlas, template),
-        tpot_s=t * cost.tpot_per_interval(moments, mix, m),
+        ttft_s=ttft_s(atlas, template) + landing_s(atlas, template),
+        tpot_s=template.interval_s * cost.tpot_per_interval(atlas.moments, mix, m),
         micro_batch=mix.micro_batch,
         in_flight=m,
         chunk_tokens=mix.chunk_tokens,

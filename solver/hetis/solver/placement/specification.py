@@ -63,12 +63,13 @@ def solve_specification(
     Values of b, M and C default to all of the family; one of each fixes them.
 
     Sets       r replica slots; s stage slots: the first one, those in the middle, the last one
-               e settings: what the stages of a replica share, (b, M, C), its zones, the slack that K micro-batches earn
+               e settings: what the stages of a replica share, (b, M, C), its zones, the slack that K copies earn
                q choices of a slot: a setting, a stage type (class, n, c, pool class, p, k) and its layers l; in all
                  slots but the first also the empty stage, which takes no time
                g device classes, j nodes of a class, n sizes of TP groups (a pool card is a group of one)
-    Data       u_q seconds per request; c_q copies; a_qgn TP groups of size n taken of class g; G_g GPUs per node
-               w_q = c_q / ((1 + slack) u_q) requests/s a stage can do at most; M_e, K_e most copies; T_e limit on t
+    Data       u_q seconds per request, slack included; c_q copies; G_g GPUs per node
+               a_qgn TP groups of size n taken of class g
+               w_q = c_q / u_q requests/s a stage can do at most; M_e, K_e most copies; T_e limit on t
     Variables  h_re in {0,1}: slot r has setting e;  y_rsq in {0,1}: stage slot s of it has choice q
                v_re >= 0 requests/s at that setting;  z_rsq >= 0 the same, where it flows through choice q
                m_gjn >= 0 integer, TP groups of size n on node j
@@ -79,7 +80,7 @@ def solve_specification(
                y of "the whole model" in the first slot = y of "empty" in the last    every r,e
                sum_(q of e) z_rsq = v_re                          every r,s,e
                z_rsq <= w_q y_rsq                                 every r,s,q   (the busiest stage)
-               sum_(s, q of e) (1 + slack) u_q z_rsq / M_e <= h_re           every r,e     (the round trip)
+               sum_(s, q of e) u_q z_rsq / M_e <= h_re               every r,e     (the round trip)
                sum_(s, q of e) c_q y_rsq <= K_e h_re              every r,e     (micro-batches for all copies)
                v_re >= h_re / T_e                                 every r,e     (TTFT and TPOT)
                sum_rsq a_qgn y_rsq = sum_j m_gjn                  every g,n     (TP groups are on nodes)
@@ -88,7 +89,8 @@ def solve_specification(
                planned utilisation * sum_re v_re >= demand        cost and gpus only
                sum_e v_re >= sum_e v_r+1,e                        every r       (equal slots: the fastest first)
 
-    Choices that do not fit in memory, or are too slow for the latency limits on their own, are never listed.
+    Choices that do not fit in memory, or are too slow for the latency limits on their own, are never listed: so the
+    family's rules for iterations with a chunk are kept. Of a single micro-batch a setting has a limit on unevenness.
     """
     if problem.cluster.network.between_nodes:
         raise InvalidProblemError("the specification does not know explicit links between nodes")
@@ -206,7 +208,7 @@ class _Formulation:
 
     def _round_trip_s(self, q: Choice) -> float:
         shared = self.shared[q.shared]
-        return (1 + shared.slack) * q.u_s / shared.setting.in_flight
+        return q.u_s / shared.setting.in_flight
 
     def _setting_matrix(self, slot: Sequence[Choice], number_of: Callable[[Choice], float] = lambda q: 1.0) -> Array:
         """A number of choice q in the column of its setting e, shape [choices, settings]."""

@@ -16,7 +16,8 @@ from hetis.solver.check.fleet import slowest
 from hetis.solver.check.memory import rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import layer_seconds, stage_seconds, tpot_per_t, ttft_per_t
+from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage_seconds, tpot_per_t, ttft_round_trips
+from hetis.solver.cost import UNEVENNESS_STEP, unevenness_level
 from hetis.solver.placement.classes import DeviceClass, device_classes
 from hetis.solver.problem import PlacementProblem
 
@@ -29,9 +30,11 @@ class Shared:
 
     setting: Setting
     zones: frozenset[str]
-    slack: float
+    num_copies: int  # K, as far as slack depends on it
     most_copies: float  # K
     t_limit_s: float  # T
+    chunk_limit_s: float  # what a stage may take in an iteration with a chunk, over its copies
+    unevenness: float  # and as a multiple of what it takes in a mean one
     gpu: str | None  # None: any
     layers: tuple[int, int]  # fewest and most of a stage
 
@@ -44,7 +47,7 @@ class Choice:
     shape: StageShape | None
     groups: Groups
     is_whole: bool  # holds the whole model
-    u_s: float
+    u_s: float  # slack included
     rate_limit: float  # w
 
     @property
@@ -96,24 +99,27 @@ def _shared(problem: PlacementProblem) -> Iterator[Shared]:
     layers = [(1, repeated)] if family.uneven_layers else [(few, few + 1) for few in range(1, repeated + 1)]
     for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
         setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
-        for (slack, most_copies), zones, gpu, held in itertools.product(_slacks(setting), zone_sets, types, layers):
+        chunk_rules = _chunk_rules(setting)
+        for (num_copies, most_copies), (per_copy_s, unevenness, t_limit_s), zones, gpu, held in itertools.product(
+            _fillings(setting), chunk_rules, zone_sets, types, layers
+        ):
             yield Shared(
                 setting=setting,
                 zones=zones,
-                slack=slack,
+                num_copies=num_copies,
                 most_copies=most_copies,
-                t_limit_s=_t_limit_s(setting),
+                t_limit_s=t_limit_s,
+                chunk_limit_s=per_copy_s / (most_copies // 1) if M > 1 else math.inf,
+                unevenness=unevenness,
                 gpu=gpu,
                 layers=held,
             )
 
 
-def _slacks(setting: Setting) -> list[tuple[float, float]]:
-    """Slacks a replica may count on, each with the most stage copies it may then have."""
-    assumed, M = setting.problem.assumptions, setting.in_flight
-    if M == 1:
-        return [(0.0, math.inf)]
-    return [(assumed.full_slack, M / 2), (assumed.tight_slack, M)]
+def _fillings(setting: Setting) -> list[tuple[int, float]]:
+    """(K as far as slack depends on it, the most stage copies that a replica with that slack may have)."""
+    M = setting.in_flight
+    return [(1, math.inf)] if M == 1 else [(1, M / 2), (M, M)]
 
 
 def _t_limit_s(setting: Setting) -> float:
@@ -121,9 +127,23 @@ def _t_limit_s(setting: Setting) -> float:
     objective, limit = setting.problem.objective, math.inf
     if objective.tpot_limit_s is not None:
         limit = objective.tpot_limit_s / tpot_per_t(setting)
-    if objective.ttft_limit_s is not None:
-        limit = min(limit, objective.ttft_limit_s / ttft_per_t(setting))
-    return limit
+    return min(limit, _trip_limit_s(setting) * setting.iterations / setting.in_flight)
+
+
+def _trip_limit_s(setting: Setting) -> float:
+    """The limit on TTFT, as one on a round trip with a chunk."""
+    limit_s = setting.problem.objective.ttft_limit_s
+    return math.inf if limit_s is None else limit_s / ttft_round_trips(setting)
+
+
+def _chunk_rules(setting: Setting) -> list[tuple[float, float, float]]:
+    """(limit on a stage's iteration with a chunk, before copies; on its unevenness; T), one or another to be kept."""
+    trip_s, t_limit_s = _trip_limit_s(setting), _t_limit_s(setting)
+    if math.isinf(trip_s) or setting.in_flight > 1:
+        return [(trip_s, math.inf, t_limit_s)]
+    levels = range(1 + unevenness_level(setting.iterations / setting.chunk_iterations))
+    limits = [UNEVENNESS_STEP**k for k in levels]
+    return [(math.inf, limit, min(t_limit_s, trip_s * setting.iterations / limit)) for limit in limits]
 
 
 def _stage_types(problem: PlacementProblem, classes: Sequence[DeviceClass]) -> Iterator[tuple[StageShape, Groups]]:
@@ -171,10 +191,19 @@ class _Choices:
                     if not _fits_memory(shared.setting, stage, is_first=is_first, is_last=is_last):
                         break
                     u = one_layer_s + (held - 1) * layer_s
-                    w = stage.copies / ((1 + shared.slack) * u)
-                    if w * shared.t_limit_s >= 1 - 1e-9 and stage.copies <= shared.most_copies:
+                    stretched_s = (1 + slack(shared.setting, stage, shared.num_copies)) * u
+                    w = stage.copies / stretched_s
+                    chunk_s = chunk_seconds(shared.setting, stage, is_first=is_first, is_last=is_last)
+                    if (
+                        w * shared.t_limit_s >= 1 - 1e-9
+                        and stage.copies <= shared.most_copies
+                        and chunk_s <= stage.copies * shared.chunk_limit_s * (1 + 1e-9)
+                        and chunk_s * shared.setting.iterations <= u * shared.unevenness * (1 + 1e-9)
+                    ):
                         whole = is_first and is_last
-                        yield Choice(shared=e, shape=stage, groups=groups, is_whole=whole, u_s=u, rate_limit=w)
+                        yield Choice(
+                            shared=e, shape=stage, groups=groups, is_whole=whole, u_s=stretched_s, rate_limit=w
+                        )
 
 
 def _empty_stages(shared: Sequence[Shared], first: Sequence[Choice]) -> Iterator[Choice]:

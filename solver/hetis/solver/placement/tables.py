@@ -28,6 +28,17 @@ BoolArray = npt.NDArray[np.bool_]
 PLAIN, FIRST, LAST, BOTH = range(4)
 
 
+class ChunkTables(NamedTuple):
+    """What one iteration with a chunk takes of a unified replica's stages, in seconds; zeros of other mixes."""
+
+    layer_s: FloatArray  # [X, S] without attention of decoding requests
+    hop_s: FloatArray  # [X, S]
+    step_s: FloatArray  # [X, S]
+    last_s: FloatArray  # [X, S]
+    prefix_delta_s: FloatArray  # [X, S]
+    pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping
+
+
 class Tables(NamedTuple):
     """What the compiled kernels read. X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
 
@@ -40,7 +51,11 @@ class Tables(NamedTuple):
     cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
     micro_batch: IntArray  # [X]
     in_flight: IntArray  # [F]
+    iterations: FloatArray  # [X] n_it
+    chunk_iterations: FloatArray  # [X] nc
+    without_chunk: FloatArray  # [X, F] (1 - phi)^M: the odds that no micro-batch in flight carries a chunk
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
+    trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that does; inf but of unified mixes
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
     kv_tokens: FloatArray  # [X, F, copies] Tkv
     rank_class: IntArray  # [S]
@@ -59,6 +74,7 @@ class Tables(NamedTuple):
     step_s: FloatArray  # [X, S]
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S] a prefix layer takes this much longer than a repeated one
+    chunk: ChunkTables
     wire_s: FloatArray  # [X, S] a layer takes no less: its KV leaves or arrives; 0 of unified mixes
     landing_s: FloatArray  # [X, S] the KV of a prompt's last chunk leaves the last layer; 0 but of prefill mixes
     available: IntArray  # [N]

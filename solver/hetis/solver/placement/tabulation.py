@@ -13,7 +13,7 @@ from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, Mix, PoolCost
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
 from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
-from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
+from hetis.solver.placement.tables import Atlas, ChunkTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.workload import WorkloadMoments
@@ -113,7 +113,7 @@ class _Tabulation:
         self.devices = [self._device(classes[i], tp) for i, tp in ranks]
         self.workers = [self._device(c, 1) for c in classes]
         self.own_s = self._own_table()
-        self.pool_start, self.pool_s, self.pool_wire_s = self._pool_table()
+        self.pool_start, self.pool_s, self.chunk_pool_s, self.pool_wire_s = self._pool_table()
 
     def _device(self, c: DeviceClass, tp: int) -> DeviceCost:
         key = (c.gpu, c.intra, tp)
@@ -130,7 +130,7 @@ class _Tabulation:
         stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
         hops = np.array(
             [self._hops(self.devices[s], self.classes[i], zones) for s, (i, _) in enumerate(self.ranks)]
-        ).T.copy()  # fmt: skip
+        ).reshape(len(self.ranks), len(self.mixes), 2)  # fmt: skip
         wire_s, landing_s = self._kv_tables(zones)
         start = self.pool_start.copy()
         for s, (i, _) in enumerate(self.ranks):
@@ -143,7 +143,13 @@ class _Tabulation:
             cut_floor=_cut_floor(self.problem),
             micro_batch=np.array([m.micro_batch for m in self.mixes], dtype=np.int64),
             in_flight=np.array(family.in_flight, dtype=np.int64),
+            iterations=np.array([m.iterations for m in self.mixes]),
+            chunk_iterations=np.array([m.chunk_iterations for m in self.mixes]),
+            without_chunk=np.array(
+                [[max(0.0, 1.0 - m.chunk_share) ** in_flight for in_flight in family.in_flight] for m in self.mixes]
+            ),
             t_cap=self._t_cap(self._slowest_landing_s(zones, landing_s)),
+            trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
             kv_tokens=self._kv_tokens(),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
@@ -158,10 +164,18 @@ class _Tabulation:
             logit_bytes=stack["logit_bytes"],
             layer_s=stack["layer_s"],
             own_s=self.own_s,
-            hop_s=hops,
+            hop_s=hops[:, :, 0].T.copy(),
             step_s=stack["step_s"],
             last_s=stack["last_s"],
             prefix_delta_s=stack["prefix_delta_s"],
+            chunk=ChunkTables(
+                layer_s=stack["chunk_layer_s"],
+                hop_s=hops[:, :, 1].T.copy(),
+                step_s=stack["chunk_step_s"],
+                last_s=stack["chunk_last_s"],
+                prefix_delta_s=stack["chunk_prefix_delta_s"],
+                pool_s=self.chunk_pool_s,
+            ),
             wire_s=wire_s,
             landing_s=landing_s,
             available=np.array(
@@ -196,8 +210,11 @@ class _Tabulation:
         if key in self._rows:
             return self._rows[key]
         rows: dict[str, list[float]] = {
-            name: [] for name in ("layer_s", "step_s", "last_s", "prefix_delta_s", "act_bytes", "logit_bytes")
-        }
+            name: [] for name in (
+                "layer_s", "step_s", "last_s", "prefix_delta_s", "chunk_layer_s", "chunk_step_s", "chunk_last_s",
+                "chunk_prefix_delta_s", "act_bytes", "logit_bytes",
+            )
+        }  # fmt: skip
         for mix in self.mixes:
             b, both = mix.micro_batch, mix.micro_batch + mix.chunk_tokens
             nc, nd = mix.chunk_iterations, mix.plain_iterations
@@ -205,6 +222,11 @@ class _Tabulation:
             rows["layer_s"].append(nc * with_chunk + nd * (d.dense_s(b) + 2 * d.reduce_s(b)))
             rows["step_s"].append(nc * d.step_s(both) + nd * d.step_s(b))
             rows["last_s"].append(nc * d.head_s(b + 1) + nd * d.head_s(b))
+            one = 1.0 if mix.role is Role.UNIFIED else 0.0
+            rows["chunk_layer_s"].append(one * with_chunk)
+            rows["chunk_step_s"].append(one * d.step_s(both))
+            rows["chunk_last_s"].append(one * d.head_s(b + 1))
+            rows["chunk_prefix_delta_s"].append(one * (d.dense_s(both, prefix_layer=True) - d.dense_s(both)))
             prefix = nc * d.dense_s(both, prefix_layer=True) + nd * d.dense_s(b, prefix_layer=True)
             rows["prefix_delta_s"].append(prefix - nc * d.dense_s(both) - nd * d.dense_s(b))
             rows["act_bytes"].append(d.activation_bytes(both))
@@ -212,13 +234,15 @@ class _Tabulation:
         self._rows[key] = {name: np.array(values) for name, values in rows.items()}
         return self._rows[key]
 
-    def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> list[float]:
-        link = c.link_in(self.problem.cluster, zones)
-        return [
-            m.chunk_iterations * d.hop_s(m.micro_batch + m.chunk_tokens, link)
-            + m.plain_iterations * d.hop_s(m.micro_batch, link)
-            for m in self.mixes
-        ]
+    def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> list[tuple[float, float]]:
+        """Per mix: of a request, and of one iteration with a chunk."""
+        link, hops = c.link_in(self.problem.cluster, zones), []
+        for m in self.mixes:
+            with_chunk_s = d.hop_s(m.micro_batch + m.chunk_tokens, link)
+            plain_s = d.hop_s(m.micro_batch, link)
+            chunk_s = with_chunk_s if m.role is Role.UNIFIED else 0.0
+            hops.append((m.chunk_iterations * with_chunk_s + m.plain_iterations * plain_s, chunk_s))
+        return hops
 
     def _kv_tables(self, zones: tuple[str, ...]) -> tuple[FloatArray, FloatArray]:
         """(wire, landing) of a layer without a pool: KV that leaves a prefill or arrives at a decode replica; [X, S].
@@ -268,8 +292,25 @@ class _Tabulation:
                     per_t = cost.tpot_per_interval(self.moments, mix, in_flight)
                     caps[x, f] = min(caps[x, f], objective.tpot_limit_s / per_t)
                 if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
-                    per_t = cost.ttft_per_interval(self.moments, self.problem.assumptions, mix, in_flight)
+                    trips = cost.ttft_round_trips(self.moments, self.problem.assumptions, mix, in_flight)
+                    per_t = trips * in_flight / mix.iterations
                     caps[x, f] = min(caps[x, f], max(0.0, objective.ttft_limit_s - landing_s[x]) / per_t)
+        return caps
+
+    def _trip_cap(self) -> FloatArray:
+        """Only unified replicas have round trips without a chunk, so that the mean one does not tell."""
+        limit_s, family, assumptions = (
+            self.problem.objective.ttft_limit_s,
+            self.problem.family,
+            self.problem.assumptions,
+        )
+        caps = np.full((len(self.mixes), len(family.in_flight)), np.inf)
+        if limit_s is None:
+            return caps
+        for x, mix in enumerate(self.mixes):
+            if mix.role is Role.UNIFIED:
+                for f, in_flight in enumerate(family.in_flight):
+                    caps[x, f] = limit_s / cost.ttft_round_trips(self.moments, assumptions, mix, in_flight)
         return caps
 
     def _t_floor(self, zones: tuple[str, ...]) -> float:
@@ -301,10 +342,11 @@ class _Tabulation:
             ]
         )
 
-    def _pool_table(self) -> tuple[IntArray, FloatArray, FloatArray]:
-        """(start, attention, wire) of a layer with a pool, for every (rank type, pool class, k, p)."""
+    def _pool_table(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
+        """(start, attention, the same in an iteration with a chunk, wire) of a layer with a pool, for every (rank
+        type, pool class, k, p)."""
         start = np.full((len(self.ranks), len(self.classes)), -1, dtype=np.int64)
-        parts: list[FloatArray] = []
+        parts: list[tuple[FloatArray, FloatArray]] = []
         wires: list[FloatArray] = []
         offsets: dict[tuple[DeviceCost, DeviceCost, Link, Link], int] = {}
         total = 0
@@ -322,12 +364,14 @@ class _Tabulation:
                     pool = PoolCost(self.devices[s], self.workers[q], link)
                     part = self._pool_entries(pool)
                     wires.append(self._pool_wires(pool, own_link))
-                    offsets[key], total = total, total + part.shape[1]
+                    offsets[key], total = total, total + part[0].shape[1]
                     parts.append(part)
                 start[s, q] = offsets[key]
         if not parts:
-            return start, np.zeros((len(self.mixes), 1)), np.zeros(1)
-        return start, np.concatenate(parts, axis=1), np.concatenate(wires)
+            nothing = np.zeros((len(self.mixes), 1))
+            return start, nothing, nothing, np.zeros(1)
+        whole, chunk = (np.concatenate(tables, axis=1) for tables in zip(*parts, strict=True))
+        return start, whole, chunk, np.concatenate(wires)
 
     def _pool_wires(self, pool: PoolCost, own_link: Link) -> FloatArray:
         """Shape [Gr * sizes]: KV of a prompt and layer arriving at a decode replica, kept groups on its own link."""
@@ -337,12 +381,13 @@ class _Tabulation:
         kept_s = pool.primary.kv_transfer_s(self.moments.mean_prompt, groups - k, own_link)
         return np.asarray(np.maximum(kept_s, pool.receive_s(k, p))).ravel()
 
-    def _pool_entries(self, pool: PoolCost) -> FloatArray:
-        """Shape [X, Gr * sizes]: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), then p."""
+    def _pool_entries(self, pool: PoolCost) -> tuple[FloatArray, FloatArray]:
+        """Shape [X, Gr * sizes] each: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), then p;
+        and of one iteration with a chunk."""
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
-        entries = np.empty((len(self.mixes), groups * len(self.pool_sizes)))
+        entries, chunk_entries = np.zeros((2, len(self.mixes), groups * len(self.pool_sizes)))
         remote: dict[int, FloatArray] = {}
         shipped: dict[int, FloatArray] = {}
         for x, mix in enumerate(self.mixes):
@@ -356,7 +401,9 @@ class _Tabulation:
             if c not in shipped:
                 shipped[c] = pool.ship_s(c, k, p)
             entries[x] = (mix.iterations * remote[b] + mix.chunk_iterations * shipped[c]).ravel()
-        return entries
+            if mix.role is Role.UNIFIED:
+                chunk_entries[x] = (remote[b] + shipped[c]).ravel()
+        return entries, chunk_entries
 
 
 def _cut_floor(problem: PlacementProblem) -> IntArray:

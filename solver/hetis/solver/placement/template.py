@@ -10,7 +10,15 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.options import layers_on_card, layers_on_rank, pool_entry, pool_wire_seconds
+from hetis.solver.placement.configurations import Configuration
+from hetis.solver.placement.options import (
+    ROUNDING,
+    layers_on_card,
+    layers_on_rank,
+    pool_entry,
+    pool_wire_seconds,
+    stretch,
+)
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
 
 
@@ -48,52 +56,6 @@ class Template:
     def shape(self) -> tuple[object, ...]:
         """What tells it from other templates: everything but its interval, which follows."""
         return self.scope, self.mix, self.in_flight_index, self.stages
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """A part of the family searched on its own: a scope, a mix, M, and how full the pipeline is.
-
-    ``side`` is where its replicas stand in the master. ``max_copies`` bounds the stage copies K of a replica: M = 1 is
-    sequential (any K, copies take no turns), M >= 2 K runs with ``full_slack``, M >= K with ``tight_slack``.
-    """
-
-    scope: int
-    mix: int
-    in_flight_index: int
-    in_flight: int
-    max_copies: int
-    slack: float
-    side: int
-
-    @property
-    def is_sequential(self) -> bool:
-        return self.in_flight == 1
-
-
-def configurations(atlas: Atlas) -> list[Configuration]:
-    """Every configuration of the family, fewer those that a smaller M serves as well.
-
-    With G GPUs in the fleet K <= G: once M >= 2 G the pipeline is full whatever its shape. More micro-batches only take
-    memory and time, unless a limit on TTFT binds: a prompt is less likely to wait where more are prefilled at a time.
-    """
-    found = []
-    a, family = atlas.problem.assumptions, atlas.problem.family
-    most_copies = sum(c.available for c in atlas.classes)
-    for scope, part in enumerate(atlas.scopes):
-        for mix in (i for i, mix in enumerate(atlas.mixes) if part.serves(mix)):
-            side = atlas.side_of(scope, mix)
-            limited = atlas.problem.objective.ttft_limit_s is not None and atlas.mixes[mix].chunk_tokens > 0
-            filled = False
-            for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
-                if m == 1:
-                    found.append(Configuration(scope, mix, f, m, 1 << 20, 0.0, side))
-                elif not filled:
-                    filled = m >= 2 * most_copies and not limited
-                    found.append(Configuration(scope, mix, f, m, m // 2, a.full_slack, side))
-                    if not filled:
-                        found.append(Configuration(scope, mix, f, m, m, a.tight_slack, side))
-    return found
 
 
 def template_of(atlas: Atlas, configuration: Configuration, rows: IntArray) -> Template:
@@ -136,16 +98,52 @@ def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]
     return result
 
 
+def chunk_stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
+    """`stage_seconds` of one iteration with a chunk, of a unified replica."""
+    t = atlas.scopes[template.scope].tables
+    x, result = template.mix, []
+    for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
+        s = stage.rank
+        layer_s = t.chunk.layer_s[x, s]
+        if stage.pool_class < 0:
+            layer_s += t.own_s[x, s, t.rank_groups[s]] / t.iterations[x]
+        else:
+            size = atlas.pool_sizes.index(stage.pool_cards)
+            layer_s += t.chunk.pool_s[x, pool_entry(t, s, stage.pool_class, stage.pool_groups, size)]
+        fixed = float(t.chunk.step_s[x, s])
+        if role in (PLAIN, LAST):
+            fixed += t.chunk.hop_s[x, s]
+        else:
+            fixed += t.prefix_layers * (layer_s + t.chunk.prefix_delta_s[x, s])
+        if role in (LAST, BOTH):
+            fixed += t.chunk.last_s[x, s]
+        result.append((float(layer_s), float(fixed)))
+    return result
+
+
+def times_of(template: Template, seconds: Sequence[tuple[float, float]]) -> list[float]:
+    """What every stage takes with its layers, of (seconds per layer, fixed)."""
+    return [stage.layers * w + fixed for stage, (w, fixed) in zip(template.stages, seconds, strict=True)]
+
+
+def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
+    """`stage_seconds`, stretched by the slack of each stage."""
+    t, m = atlas.scopes[template.scope].tables, atlas.problem.family.in_flight[template.in_flight_index]
+    regime = cost.regime_of(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
+    found = []
+    chunks = chunk_stage_seconds(atlas, template)
+    for (w, fixed), (chunk_s, _) in zip(stage_seconds(atlas, template), chunks, strict=True):
+        longer = stretch(t, template.mix, template.in_flight_index, w, chunk_s, *regime)
+        found.append((longer * w, longer * fixed))
+    return found
+
+
 def interval_of(atlas: Atlas, template: Template) -> float:
     """t of `docs/cost-model.md`."""
-    times = [
-        stage.layers * w + fixed
-        for stage, (w, fixed) in zip(template.stages, stage_seconds(atlas, template), strict=True)
-    ]
+    times = times_of(template, slacked_seconds(atlas, template))
     m = atlas.problem.family.in_flight[template.in_flight_index]
     busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
-    slack = cost.slack(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
-    return max((1.0 + slack) * max(busiest, sum(times) / m), atlas.scopes[template.scope].tables.t_floor)
+    return max(busiest, sum(times) / m, atlas.scopes[template.scope].tables.t_floor)
 
 
 def rebalanced(atlas: Atlas, template: Template) -> Template:
@@ -158,13 +156,18 @@ def rebalanced(atlas: Atlas, template: Template) -> Template:
     m = atlas.problem.family.in_flight[template.in_flight_index]
     if m == 1 or len(template.stages) == 1 or atlas.problem.model.forbidden_cuts:
         return template
-    times = stage_seconds(atlas, template)
+    times = slacked_seconds(atlas, template)
     rooms = [room_layers(atlas, template, i) for i in range(len(template.stages))]
+    trip_cap = float(atlas.scopes[template.scope].tables.trip_cap[template.mix, template.in_flight_index])
+    if np.isfinite(trip_cap):
+        longest_s = trip_cap / cost.most_copies(m, template.num_copies)
+        chunks = chunk_stage_seconds(atlas, template)
+        in_time = [(stage.copies * longest_s - f) / s for stage, (s, f) in zip(template.stages, chunks, strict=True)]
+        rooms = [min(room, int(max(0.0, n + ROUNDING))) for room, n in zip(rooms, in_time, strict=True)]
     total = sum(stage.layers for stage in template.stages)
-    slack = cost.slack(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
     best = template
     while True:
-        target = best.interval_s / (1.0 + slack) * (1.0 - 1e-12)
+        target = best.interval_s * (1.0 - 1e-12)
         fits = [
             min(room, int((stage.copies * target - fixed) / w)) if stage.copies * target > fixed else 0
             for room, stage, (w, fixed) in zip(rooms, best.stages, times, strict=True)

@@ -12,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.template import Template, configurations
+from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Role
 
 Search = Callable[[Atlas, Report], Outcome | None]

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from hetis.solver.cost import UNEVENNESS_STEP, Regime, regimes
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import layers_on_rank
+from hetis.solver.placement.options import ROUNDING, layers_on_rank, stretch
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
@@ -27,7 +28,7 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
 
 @kernel
 def best_equal_split(
-    t: Tables, mixes: IntArray, s: int, num_stages: int, full_slack: float, tight_slack: float
+    t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime
 ) -> tuple[float, int, int]:
     """The shortest interval of ``num_stages`` equal stages of rank type s, and its mix (of those given) and in-flight
     index.
@@ -37,29 +38,38 @@ def best_equal_split(
     best, best_x, best_f = np.inf, -1, -1
     kinds = 1 if num_stages == 1 else (2 if num_stages == 2 else 3)
     groups = t.rank_groups[s]
+    # Plain stages take the remainder first: not all of them, if it is less.
+    many_plain = 0 < t.num_layers % num_stages < num_stages - 2
     for x in mixes:
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
         prefix_s = t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], t.wire_s[x, s])
+        chunk_w = t.chunk.layer_s[x, s] + t.own_s[x, s, groups] / t.iterations[x]
+        chunk_prefix_s = t.prefix_layers * (chunk_w + t.chunk.prefix_delta_s[x, s])
         for f in range(t.in_flight.shape[0]):
             m = t.in_flight[f]
             if 1 < m < num_stages:
                 continue
             kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0]
             busiest, total, fits = 0.0, 0.0, True
+            chunk_s, uneven = 0.0, 1.0
             for kind in range(kinds):
                 role = BOTH if num_stages == 1 else (FIRST, LAST, PLAIN)[kind]
                 layers = _equal_layers(t.num_layers, num_stages, role)
                 if layers < 1 or layers > layers_on_rank(t, x, s, kept, role):
                     fits = False
                     break
-                fixed = t.step_s[x, s]
+                fixed, chunk_fixed = t.step_s[x, s], t.chunk.step_s[x, s]
                 if role in (FIRST, BOTH):
-                    fixed += prefix_s
+                    fixed, chunk_fixed = fixed + prefix_s, chunk_fixed + chunk_prefix_s
                 else:
-                    fixed += t.hop_s[x, s]
+                    fixed, chunk_fixed = fixed + t.hop_s[x, s], chunk_fixed + t.chunk.hop_s[x, s]
                 if role in (LAST, BOTH):
-                    fixed += t.last_s[x, s]
+                    fixed, chunk_fixed = fixed + t.last_s[x, s], chunk_fixed + t.chunk.last_s[x, s]
+                chunk_s = max(chunk_s, layers * chunk_w + chunk_fixed)
+                # Of plain stages some may have a layer less, beside which the rest counts for more.
+                for n in range(max(1, layers - 1) if role == PLAIN and many_plain else layers, layers + 1):
+                    uneven = max(uneven, (n * chunk_w + chunk_fixed) * t.iterations[x] / (n * w + fixed))
                 busiest = max(busiest, layers * w + fixed)
                 if role != PLAIN:
                     total += layers * w + fixed
@@ -73,9 +83,18 @@ def best_equal_split(
             if m == 1:
                 interval = total
             else:
-                slack = full_slack if m >= 2 * num_stages else tight_slack
-                interval = (1.0 + slack) * max(busiest, total / m)
+                regime = full if m >= 2 * num_stages else tight
+                interval = stretch(t, x, f, w, chunk_w, regime.least, regime.unevenness) * max(busiest, total / m)
             interval = max(interval, t.t_floor)
+            if t.trip_cap[x, f] < np.inf:
+                if m == 1:
+                    limit = UNEVENNESS_STEP ** np.ceil(np.log(uneven) / np.log(UNEVENNESS_STEP) - ROUNDING)
+                    in_time = interval <= t.trip_cap[x, f] * t.iterations[x] / limit
+                else:
+                    copies = m // 2 if m >= 2 * num_stages else m
+                    in_time = chunk_s * copies <= t.trip_cap[x, f]
+                if not in_time:
+                    continue
             if interval <= t.t_cap[x, f] and interval < best:
                 best, best_x, best_f = interval, x, f
     return best, best_x, best_f
@@ -98,7 +117,7 @@ def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Templat
     most_stages = min(t.num_layers, max(atlas.problem.family.in_flight))
     for s, (device_class, tp) in enumerate(atlas.ranks):
         for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
-            _, x, f = best_equal_split(t, mixes, s, num_stages, a.full_slack, a.tight_slack)
+            _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes(a))
             if x < 0:
                 continue
             each, spare = divmod(t.num_layers, num_stages)

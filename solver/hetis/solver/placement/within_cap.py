@@ -27,7 +27,7 @@ def _pareto_steps(t: Tables, o: Options, prices: FloatArray) -> tuple[IntArray, 
             quickest = np.inf
             for i in order:
                 seconds = n * o.layer_s[i] + o.fixed_s[i, role]
-                if o.max_layers[i, role] >= n and seconds < quickest:
+                if o.min_layers[i, role] <= n <= o.max_layers[i, role] and seconds < quickest:
                     quickest = seconds
                     option[role, n, count[role, n]] = i
                     count[role, n] += 1

@@ -84,14 +84,17 @@ def _cost_s(atlas: Atlas, reference: Duty, ranks: Ranks) -> float:
     x, s = reference.mixes[0], np.array(ranks)
     reduce_s = np.array([_all_reduce_s(atlas, x, rank) for rank in ranks])
     # No head group is kept: what KV the stages hold is decided later.
-    p = priced(atlas, reference, ranks, (t.layer_s[x, s] - reduce_s)[None, :], t.rank_groups[s])
+    compute_s = (t.layer_s[x, s] - reduce_s)[None, :]
+    p = priced(atlas, reference, ranks, compute_s, np.zeros_like(compute_s), t.rank_groups[s])
     even = p._replace(
         fixed_s=np.zeros_like(p.fixed_s),
         in_flight=np.array([2 * len(ranks)]),
         room=p.room[:, :1].copy(),
         card_share=p.card_share[:, :1].copy(),
         t_cap=np.full((1, 1), np.inf),
-        full_slack=0.0,
+        trip_cap=np.full((1, 1), np.inf),
+        without_chunk=p.without_chunk[:, :1].copy(),
+        full=cost.Regime(0.0, 0.0),
     )
     split = best_split(even)
     if split.x < 0:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.cost import Regime
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.published.compiled import kernel
@@ -25,14 +26,20 @@ class Pipeline(NamedTuple):
     cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
     layer_s: FloatArray  # [X, S] seconds of a request in one layer
     fixed_s: FloatArray  # [X, S] of a stage whatever its layers
+    chunk_layer_s: FloatArray  # [X, S] both, of one iteration with a chunk; zeros but of unified mixes
+    chunk_fixed_s: FloatArray  # [X, S]
     room: IntArray  # [X, F, S] layers that fit in memory
     card_s: FloatArray  # [X, S]
     card_share: FloatArray  # [X, F, S]
     prefix_layers: int  # of the first stage, beside those counted: on the cards they are layers like any other
     in_flight: IntArray  # [F]
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
-    full_slack: float
-    tight_slack: float
+    trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that does
+    iterations: FloatArray  # [X]
+    chunk_iterations: FloatArray  # [X]
+    without_chunk: FloatArray  # [X, F] the odds that no micro-batch in flight carries a chunk
+    full: Regime
+    tight: Regime
 
 
 class Split(NamedTuple):
@@ -61,8 +68,12 @@ def best_split(p: Pipeline) -> Split:
             layers = _filled(p, x, f)
             if layers.shape[0] == 0 or not _move_cuts(p, x, f, layers):
                 continue
-            interval = _interval(p, x, m, layers)
-            if interval <= p.t_cap[x, f] and interval < best.interval_s:
+            interval = _interval(p, x, f, layers)
+            if (
+                interval <= p.t_cap[x, f]
+                and interval < best.interval_s
+                and _chunk_trip(p, x, layers) <= p.trip_cap[x, f]
+            ):
                 best = Split(interval, x, f, layers)
     return best
 
@@ -110,13 +121,38 @@ def _move_cuts(p: Pipeline, x: int, f: int, layers: IntArray) -> bool:
 
 
 @kernel
-def _interval(p: Pipeline, x: int, m: int, layers: IntArray) -> float:
+def _chunk_trip(p: Pipeline, x: int, layers: IntArray) -> float:
+    """Seconds of an iteration with a chunk at all stages."""
+    total = 0.0
+    for s in range(layers.shape[0]):
+        total += layers[s] * p.chunk_layer_s[x, s] + p.chunk_fixed_s[x, s]
+    return total
+
+
+@kernel
+def _interval(p: Pipeline, x: int, f: int, layers: IntArray) -> float:
+    m = p.in_flight[f]
+    regime = p.full if m >= 2 * layers.shape[0] else p.tight
+    least = 0.0 if m == 1 else regime.least
     busiest, total, card = 0.0, 0.0, p.prefix_layers * p.card_s[x, 0]
     for s in range(layers.shape[0]):
-        seconds = layers[s] * p.layer_s[x, s] + p.fixed_s[x, s]
+        longer = 1.0 + (0.0 if m == 1 else _slack(p, x, f, s, regime))
+        seconds = longer * (layers[s] * p.layer_s[x, s] + p.fixed_s[x, s])
         busiest = max(busiest, seconds)
         total += seconds
         card += layers[s] * p.card_s[x, s]
-    slack = 0.0 if m == 1 else (p.full_slack if m >= 2 * layers.shape[0] else p.tight_slack)
-    interval: float = (1.0 + slack) * max(max(busiest, card), total / m)
+    interval: float = max(max(busiest, (1.0 + least) * card), total / m)
     return interval
+
+
+@kernel
+def _slack(p: Pipeline, x: int, f: int, s: int, regime: Regime) -> float:
+    """sigma of a stage."""
+    slack = regime.least
+    plain = p.iterations[x] - p.chunk_iterations[x]
+    if p.chunk_layer_s[x, s] > 0.0 and plain > 0.0:
+        request_s, chunk_s = p.layer_s[x, s], p.chunk_layer_s[x, s]
+        plain_s = (request_s - p.chunk_iterations[x] * chunk_s) / plain
+        longest_s = chunk_s - (chunk_s - plain_s) * p.without_chunk[x, f]
+        slack = max(slack, regime.unevenness * (longest_s * p.iterations[x] / request_s - 1.0))
+    return slack

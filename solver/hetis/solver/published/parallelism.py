@@ -108,13 +108,16 @@ class ReplicaSearch:
             room=p.room[:, fewest : fewest + 1].copy(),
             card_share=p.card_share[:, fewest : fewest + 1].copy(),
             t_cap=np.full((len(duty.mixes), 1), np.inf),
+            trip_cap=np.full((len(duty.mixes), 1), np.inf),
+            without_chunk=p.without_chunk[:, fewest : fewest + 1].copy(),
         )
         return float(best_split(alone).interval_s * alone.in_flight[0])
 
     def _at_best_setting(self, shape: Ranks, duty: Duty) -> Template | None:
         pipeline = pipeline_of(self.atlas, duty, shape)
         if not self.keeps_limits:
-            pipeline = pipeline._replace(t_cap=np.full_like(pipeline.t_cap, np.inf))
+            unlimited = np.full_like(pipeline.t_cap, np.inf)
+            pipeline = pipeline._replace(t_cap=unlimited, trip_cap=unlimited)
         split = best_split(pipeline)
         if split.x < 0:
             return None

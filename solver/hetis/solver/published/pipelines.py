@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hetis.solver.cost import regimes
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.options import layers_on_rank
 from hetis.solver.placement.tables import Atlas, FloatArray, Tables
@@ -38,11 +39,15 @@ def pipeline_of(atlas: Atlas, duty: Duty, ranks: Ranks) -> Pipeline:
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     compute_s = t.layer_s[x[:, None], s] + t.own_s[x[:, None], s, t.rank_groups[s]]
-    return priced(atlas, duty, ranks, compute_s, np.zeros(len(ranks), dtype=np.int64))
+    chunk_s = t.chunk.layer_s[x[:, None], s] + t.own_s[x[:, None], s, t.rank_groups[s]] / t.iterations[x][:, None]
+    return priced(atlas, duty, ranks, compute_s, chunk_s, np.zeros(len(ranks), dtype=np.int64))
 
 
-def priced(atlas: Atlas, duty: Duty, ranks: Ranks, compute_s: FloatArray, given: IntArray) -> Pipeline:
-    """A pipeline whose layers compute for ``compute_s`` [X, S] and give away ``given`` [S] head groups per rank."""
+def priced(
+    atlas: Atlas, duty: Duty, ranks: Ranks, compute_s: FloatArray, chunk_s: FloatArray, given: IntArray
+) -> Pipeline:
+    """A pipeline whose layers compute for ``compute_s`` [X, S] a request and ``chunk_s`` [X, S] an iteration with a
+    chunk, and give away ``given`` [S] head groups per rank."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     places = np.array(roles(len(ranks)), dtype=np.int64)
@@ -52,22 +57,32 @@ def priced(atlas: Atlas, duty: Duty, ranks: Ranks, compute_s: FloatArray, given:
     prefix_s = t.prefix_layers * np.maximum(compute_s + t.prefix_delta_s[at], t.wire_s[at])
     fixed_s = t.step_s[at] + np.where(is_first, prefix_s, t.hop_s[at])
     fixed_s = fixed_s + np.where(is_last, t.last_s[at], 0.0)
+    chunk_fixed_s = t.chunk.step_s[at] + np.where(
+        is_first, t.prefix_layers * (chunk_s + t.chunk.prefix_delta_s[at]), t.chunk.hop_s[at]
+    )
+    chunk_fixed_s = chunk_fixed_s + np.where(is_last, t.chunk.last_s[at], 0.0)
     room = np.empty((len(x), len(t.in_flight), len(s)), dtype=np.int64)
     _fill_rooms(t, x, s, places, given, room)
-    assumptions = atlas.problem.assumptions
+    full, tight = regimes(atlas.problem.assumptions)
     return Pipeline(
         num_layers=t.num_layers,
         cut_floor=t.cut_floor,
         layer_s=layer_s,
         fixed_s=fixed_s,
+        chunk_layer_s=chunk_s,
+        chunk_fixed_s=chunk_fixed_s,
         room=room,
         card_s=np.zeros_like(layer_s),
         card_share=np.zeros(room.shape),
         prefix_layers=t.prefix_layers,
         in_flight=t.in_flight,
         t_cap=t.t_cap[x],
-        full_slack=assumptions.full_slack,
-        tight_slack=assumptions.tight_slack,
+        trip_cap=t.trip_cap[x],
+        iterations=t.iterations[x],
+        chunk_iterations=t.chunk_iterations[x],
+        without_chunk=t.without_chunk[x],
+        full=full,
+        tight=tight,
     )
 
 

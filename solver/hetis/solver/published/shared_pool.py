@@ -50,7 +50,9 @@ def pooled_pipeline(atlas: Atlas, duty: Duty, ranks: Ranks, pool: SharedPool, gi
     entry = t.pool_start[s, pool.device_class] + (given - 1) * len(atlas.pool_sizes) + size
     pooled = t.pool_s[x[:, None], np.where(given > 0, entry, 0)]
     attention_s = np.where(given > 0, pooled, t.own_s[x[:, None], s, t.rank_groups[s]])
-    pipeline = priced(atlas, duty, ranks, layer_s + attention_s, given)
+    own_chunk_s = t.own_s[x[:, None], s, t.rank_groups[s]] / t.iterations[x][:, None]
+    chunk_s = np.where(given > 0, t.chunk.pool_s[x[:, None], np.where(given > 0, entry, 0)], own_chunk_s)
+    pipeline = priced(atlas, duty, ranks, layer_s + attention_s, t.chunk.layer_s[np.ix_(x, s)] + chunk_s, given)
     worker = worker_cost(atlas, pool)
     card_s = np.zeros_like(layer_s)
     card_share = np.zeros(pipeline.room.shape)

@@ -121,7 +121,7 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
     b, C = mix.micro_batch, mix.chunk_tokens
     added_s = layers * (layer_s - there_s)
     added_s += view.per_request(cost.hop_s(b + C, link) + cost.step_s(b + C), cost.hop_s(b, link) + cost.step_s(b))
-    tpot_s = (1 + view.slack()) * tpot * (sum(part.total_s for part in view.times()) + added_s)
+    tpot_s = (1 + view.least_slack()) * tpot * (sum(part.total_s for part in view.times()) + added_s)
     if tpot_s > limit_s:
         yield f"{work}: TPOT grows to about {in_time_above(tpot_s, limit_s)}, limit {in_time(limit_s)}"
     else:

@@ -10,6 +10,7 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.shared_cards import busy_seconds
 from hetis.solver.check.structure import check_replica_structure
+from hetis.solver.check.timing import chunk_seconds, least_slack, slack
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.cost import (
     DeviceCost,
@@ -19,9 +20,8 @@ from hetis.solver.cost import (
     kv_tokens_per_copy,
     mix_of,
     rank_shape,
-    slack,
     tpot_per_interval,
-    ttft_per_interval,
+    ttft_round_trips,
 )
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import MemoryBar, StageTime
@@ -143,8 +143,15 @@ class ReplicaView:
 
     def interval_s(self, times: tuple[StageTime, ...]) -> float:
         """t"""
-        busiest_s = max(part.total_s / part.copies for part in times)
-        return (1 + self.slack()) * max(busiest_s, self.round_s(times), *self.shared_card_s(), 0.0)
+        setting, copies = self._setting(), sum(part.copies for part in times)
+        stretched_s = [
+            (1 + slack(setting, stage, copies)) * part.total_s
+            for stage, part in zip(self.shape.stages, times, strict=True)
+        ]
+        busiest_s = max(seconds / part.copies for seconds, part in zip(stretched_s, times, strict=True))
+        least, _ = least_slack(setting, copies)
+        cards_s = [(1 + least) * seconds for seconds in self.shared_card_s()]
+        return max(busiest_s, sum(stretched_s) / self.shape.in_flight, *cards_s)
 
     def shared_card_s(self) -> list[float]:
         """Seconds of one request on the cards that several stages share, a number for each way of sharing."""
@@ -164,16 +171,25 @@ class ReplicaView:
         """Seconds between completions if nothing but the round trip held micro-batches back."""
         return sum(part.total_s for part in times) / self.shape.in_flight
 
-    def slack(self) -> float:
-        copies = sum(stage.copies for stage in self.shape.stages)
-        return slack(self.problem.assumptions, in_flight=self.shape.in_flight, num_copies=copies)
+    def least_slack(self) -> float:
+        """Of any stage."""
+        return least_slack(self._setting(), sum(stage.copies for stage in self.shape.stages))[0]
 
     def tpot_s(self, interval_s: float) -> float:
         return interval_s * tpot_per_interval(self.moments, self.mix, self.shape.in_flight)
 
     def ttft_s(self, interval_s: float) -> float:
-        per_interval = ttft_per_interval(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
-        return interval_s * per_interval + landing_s([self.stage_cost(s) for s in self.shape.stages], self.shape)
+        """p95 where completions are so far apart."""
+        trips = ttft_round_trips(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
+        if not trips:
+            return 0.0
+        stages, setting = self.shape.stages, self._setting()
+        chunks_s = [
+            chunk_seconds(setting, stage, is_first=i == 0, is_last=i == len(stages) - 1)
+            for i, stage in enumerate(stages)
+        ]
+        trip_s = max(self.shape.in_flight * interval_s / self.mix.iterations, sum(chunks_s))
+        return trips * trip_s + landing_s([self.stage_cost(s) for s in self.shape.stages], self.shape)
 
     # --- memory
 

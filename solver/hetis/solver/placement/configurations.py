@@ -1,0 +1,126 @@
+"""The parts of a family that are searched one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis.solver import cost
+from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.tables import Atlas, Tables
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A part of the family searched on its own: a scope, a mix, M, and how full or how uneven the pipeline is.
+
+    ``side`` is where its replicas stand in the master. ``max_copies`` bounds the stage copies K of a replica: M = 1 is
+    sequential (any K, copies take no turns), M >= 2 K runs with ``full_slack``, M >= K with ``tight_slack``.
+    No stage of a sequential replica takes more than ``unevenness`` times the mean in an iteration with a chunk.
+    """
+
+    scope: int
+    mix: int
+    in_flight_index: int
+    in_flight: int
+    max_copies: int
+    regime: cost.Regime
+    side: int
+    unevenness: float = np.inf
+
+    @property
+    def is_sequential(self) -> bool:
+        return self.in_flight == 1
+
+
+def configurations(atlas: Atlas) -> list[Configuration]:
+    """Every configuration of the family, fewer those that a smaller M serves as well.
+
+    With G GPUs in the fleet K <= G: once M >= 2 G the pipeline is full whatever its shape. More micro-batches only take
+    memory and time, unless a limit on TTFT binds: a prompt is less likely to wait where more are prefilled at a time.
+    """
+    found = []
+    full, tight = cost.regimes(atlas.problem.assumptions)
+    family = atlas.problem.family
+    most_copies = sum(c.available for c in atlas.classes)
+    for scope, part in enumerate(atlas.scopes):
+        for mix in (i for i, mix in enumerate(atlas.mixes) if part.serves(mix)):
+            side = atlas.side_of(scope, mix)
+            limited = atlas.problem.objective.ttft_limit_s is not None and atlas.mixes[mix].chunk_tokens > 0
+            filled = False
+            for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
+                if m == 1:
+                    for unevenness in _unevenness_limits(atlas, scope, mix, f):
+                        found.append(Configuration(scope, mix, f, m, 1 << 20, cost.Regime(0.0, 0.0), side, unevenness))
+                elif not filled:
+                    filled = m >= 2 * most_copies and not limited
+                    found.append(Configuration(scope, mix, f, m, m // 2, full, side))
+                    if not filled:
+                        found.append(Configuration(scope, mix, f, m, m, tight, side))
+    return found
+
+
+@kernel
+def _least_unevenness(t: Tables, x: int) -> float:
+    """No stage of mix x has an iteration with a chunk that is less uneven than this."""
+    n_it, least = t.iterations[x], np.inf
+    for s in range(t.rank_class.shape[0]):
+        if t.available[t.rank_class[s]] < t.rank_tp[s]:
+            continue
+        # Beside layers there are step, hop and ends: with one layer they count for most.
+        fixed_s = t.step_s[x, s]
+        chunk_fixed_s = t.chunk.step_s[x, s]
+        ends_s, chunk_ends_s = np.zeros(3), np.zeros(3)
+        ends_s[0], chunk_ends_s[0] = t.hop_s[x, s], t.chunk.hop_s[x, s]
+        ends_s[1], chunk_ends_s[1] = t.hop_s[x, s] + t.last_s[x, s], t.chunk.hop_s[x, s] + t.chunk.last_s[x, s]
+        ends_s[2], chunk_ends_s[2] = t.last_s[x, s], t.chunk.last_s[x, s]
+        own_s = t.own_s[x, s, t.rank_groups[s]]
+        for q in range(-1, t.available.shape[0]):
+            if q >= 0 and t.pool_start[s, q] < 0:
+                continue
+            entries = t.rank_groups[s] * t.pool_sizes.shape[0] if q >= 0 else 1
+            for e in range(entries):
+                attention_s, chunk_attention_s = own_s, own_s / n_it
+                if q >= 0:
+                    attention_s = t.pool_s[x, t.pool_start[s, q] + e]
+                    chunk_attention_s = t.chunk.pool_s[x, t.pool_start[s, q] + e]
+                layer_s, chunk_s = t.layer_s[x, s] + attention_s, t.chunk.layer_s[x, s] + chunk_attention_s
+                least = min(least, chunk_s * n_it / layer_s)
+                for prefix in range(2):
+                    many = 1 + prefix * t.prefix_layers
+                    more_s = prefix * t.prefix_layers * t.prefix_delta_s[x, s]
+                    chunk_more_s = prefix * t.prefix_layers * t.chunk.prefix_delta_s[x, s]
+                    for end in range(3):
+                        whole = many * layer_s + more_s + fixed_s + ends_s[end]
+                        chunk = many * chunk_s + chunk_more_s + chunk_fixed_s + chunk_ends_s[end]
+                        least = min(least, chunk * n_it / whole)
+                    least = min(least, (many * chunk_s + chunk_more_s + chunk_fixed_s) * n_it
+                                / (many * layer_s + more_s + fixed_s))  # fmt: skip
+    return least
+
+
+def _unevenness_limits(atlas: Atlas, scope: int, x: int, f: int) -> Iterator[float]:
+    """The limits on unevenness under which a sequential replica is looked for; inf where TTFT has no limit.
+
+    Left out are limits that no stage keeps, that leave no time for the layers, or that another one beats: a wider one
+    that shortens the interval no more.
+    """
+    t = atlas.scopes[scope].tables
+    if not np.isfinite(t.trip_cap[x, f]):
+        yield np.inf
+        return
+    here = t.available[t.rank_class] >= t.rank_tp
+    if not np.any(here):
+        return
+    fastest_s = t.num_layers * float(t.layer_s[x, here].min())
+    mean_cap = float(t.trip_cap[x, f] * t.iterations[x])
+    at_most = cost.unevenness_level(t.iterations[x] / atlas.mixes[x].chunk_iterations)  # all time in chunks
+    first = cost.unevenness_level(max(1.0, _least_unevenness(t, x) * (1.0 - 1e-9)))
+    levels = [k for k in range(first, at_most + 1) if mean_cap / cost.UNEVENNESS_STEP**k >= fastest_s]
+    other_cap = float(t.t_cap[x, f])
+    for i, k in enumerate(levels):
+        if i + 1 < len(levels) and mean_cap / cost.UNEVENNESS_STEP ** levels[i + 1] >= other_cap:
+            continue
+        yield cost.UNEVENNESS_STEP**k
