@@ -16,7 +16,7 @@ from hetis.planner.report.comparison import goal_line
 from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.report.json_values import json_value
-from hetis.planner.report.plan import bullets, section
+from hetis.planner.report.plan import SMALLEST_PRICE, bullets, section
 from hetis.planner.report.plan_diff import change_counts, change_document
 from hetis.planner.what_if import BuyNext, FleetChange, Offer, Side, WhatIf
 from hetis.solver.advice.difference import Difference, Verdict
@@ -242,7 +242,7 @@ def _offer_row(offer: Offer) -> list[str]:
     return [
         offer.addition.gpu.name,
         _money(price),
-        "-" if offer.dual is None else digits(offer.dual),
+        _price(offer.dual),
         "-" if plan is None else digits(plan.result.value, 4),
         _signed(found),
         _signed(per_gpu),
@@ -250,6 +250,12 @@ def _offer_row(offer: Offer) -> list[str]:
         _proven(offer.difference),
         "?" if offer.difference.verdict is Verdict.UNDECIDED else "",
     ]
+
+
+def _price(dual: float | None) -> str:
+    if dual is None:
+        return "-"
+    return digits(dual) if dual == 0.0 or dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"
 
 
 def _proven(difference: Difference) -> str:

@@ -20,35 +20,23 @@ start: ``share`` is 1 where w prices those.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hetis.solver.placement.generation import Bound
+from hetis.solver.placement.generation import NO_LINKS, Bound
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.outcome import ROUNDING
-from hetis.solver.placement.routes import UNIFIED
+from hetis.solver.placement.routes import UNIFIED, Routes
+from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import use_of
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.columns import Candidate, NetMaster, least_start_s
 from hetis.solver.replanning.fresh import Fresh
 from hetis.solver.replanning.inventory import Row
+from hetis.solver.replanning.running import Option
 
 PARTS = 1 << 20  # of the demand: the cost of what is not served by replicas that go on is counted in these
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Columns of the bounding program, gathered one by one."""
-
-    uses: list[dict[Row, int]]
-    rates: list[float]
-    costs: list[float]
-
-    def add(self, use: dict[Row, int], rate: float, cost: float = 0.0) -> None:
-        self.uses.append(use)
-        self.rates.append(rate)
-        self.costs.append(cost)
 
 
 def bound_of(
@@ -62,141 +50,125 @@ def bound_of(
     return fresh.bound + sum(net.stay_rates.values()) if net.master.maximises else 0.0
 
 
-def _rows_of(net: NetMaster) -> dict[Row, int]:
-    """Rows of the program: those of the inventory that count GPUs, replicas and moves; no nodes."""
-    return {row: i for i, row in enumerate(r for r in net.inventory.rows if r[0] in ("gpus", "replica", "moves"))}
+@dataclass(slots=True)
+class _Program:
+    """A bounding program, gathered column by column; ``routes`` say what sides and links there are."""
+
+    limits: dict[Row, int]
+    routes: Routes
+    uses: list[dict[Row, int]] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    links: list[FloatArray] = field(default_factory=list)
+
+    def add(
+        self, use: dict[Row, int], rate: float, cost: float = 0.0, side: int = UNIFIED, links: FloatArray | None = None
+    ) -> None:  # fmt: skip
+        self.uses.append(use)
+        self.rates.append(rate)
+        self.costs.append(cost)
+        self.sides.append(side)
+        nothing = np.zeros_like(self.routes.capacity) if self.routes.has_links else NO_LINKS
+        self.links.append(nothing if links is None else links)
+
+    def bound(self, demand: float | None, time_limit_s: float, seed: int) -> float:
+        """HiGHS's bound over whole counts; the relaxation's where it has none in time; none at all: nothing, or inf."""
+        if not self.rates:
+            return 0.0 if demand is None else np.inf
+        master = Master(np.array(list(self.limits.values()), dtype=np.int64), demand, self.routes)
+        columns = self._columns()
+        relaxed = master.solve_lp(columns)
+        if relaxed is None:
+            return 0.0 if master.maximises else np.inf
+        found = master.solve_milp(columns, time_limit_s=time_limit_s, gap=1e-6, seed=seed)
+        if found is None or not np.isfinite(found.bound):
+            return relaxed.value
+        tightest = min if master.maximises else max
+        return float(tightest(found.bound, relaxed.value))
+
+    def _columns(self) -> Columns:
+        number = {row: i for i, row in enumerate(self.limits)}
+        uses = np.zeros((len(self.uses), len(number)), dtype=np.int64)
+        for k, use in enumerate(self.uses):
+            for row, amount in use.items():
+                if row in number:
+                    uses[k, number[row]] = amount
+        return Columns(
+            rates=np.array(self.rates),
+            costs=np.array(self.costs),
+            uses=uses,
+            sides=np.array(self.sides, dtype=np.int64),
+            links=np.array(self.links),
+        )
 
 
-def _limits(net: NetMaster, rows: dict[Row, int]) -> np.ndarray:
-    return np.array([net.inventory.limits[net.inventory.rows[row]] for row in rows], dtype=np.int64)
+def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
+    """Rows of the inventory of these kinds with their limits."""
+    inventory = net.inventory
+    return {row: int(inventory.limits[i]) for row, i in inventory.rows.items() if row[0] in kinds}
 
 
-def _named_use(net: NetMaster, candidate: Candidate) -> dict[Row, int]:
-    """What an option takes of these rows, its GPUs counted as any others."""
-    option = candidate.option
-    assert option is not None
-    use = net.inventory.of_template(candidate.template, count_moves=False)
-    return {**use, ("replica", option.old): 1, ("moves",): option.num_moved(net.atlas)}
-
-
-def _stay(net: NetMaster, candidate: Candidate) -> float:
-    option = candidate.option
-    return net.stay_rates.get(option.old, 0.0) if option is not None and option.fate is Fate.KEPT else 0.0
+def _stay(net: NetMaster, option: Option) -> float:
+    """What staying is worth beside the rate."""
+    return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
 
 def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time_limit_s: float, seed: int) -> float:
     atlas, maximises = net.atlas, net.master.maximises
     start_s = least_start_s(net.costs, atlas, sum(c.available for c in atlas.classes))
     share, later = net.costs.served_share(start_s), 1.0 + start_s / net.costs.horizon_s
-    if atlas.routes.splits_roles:
+    if atlas.routes.splits_roles or not maximises:
         share = 1.0
-    rows = _rows_of(net)
-    gathered = _Rows([], [], [])
+    program = _Program(_limits_of(net, "gpus", "replica", "moves"), replace(atlas.routes, splits_roles=False))
     for candidate in options:
-        rate, cost = net.net(candidate)
+        option, (rate, cost) = candidate.option, net.net(candidate)
+        assert option is not None
         worth = float(prices.rate_prices[atlas.side_of(candidate.template.scope, candidate.template.mix)])
         rate = min(rate, prices.value) if maximises else rate  # no plan serves more
-        gathered.add(_named_use(net, candidate), worth * rate + (_stay(net, candidate) if maximises else 0.0), cost)
-    for (g, p), price in zip(atlas.resources.rows, prices.row_prices, strict=True):
-        if p == 1:
-            gathered.add({("gpus", g): 1, ("moves",): 1}, (share if maximises else 1.0) * float(price))
+        use = net.inventory.of_template(candidate.template, count_moves=False)
+        use |= {("replica", option.old): 1, ("moves",): option.num_moved(atlas)}
+        program.add(use, worth * rate + _stay(net, option), cost)
+    # Room for larger TP groups is left to new replicas whole: what it is worth is a constant, as is that of the links.
     finite = np.isfinite(atlas.routes.capacity)
     fixed = float((prices.link_prices[finite] * atlas.routes.capacity[finite]).sum())
-    fixed += _worth_of_group_rows(net, prices)
+    for (g, p), price, limit in zip(atlas.resources.rows, prices.row_prices, atlas.resources.limits, strict=True):
+        if p == 1:
+            program.add({("gpus", g): 1, ("moves",): 1}, share * float(price))
+        else:
+            fixed += float(price * limit)
     if maximises:
-        found = _solve(net, rows, gathered, None, time_limit_s, seed)
-        return (found + fixed) * (1.0 + ROUNDING)
+        return (program.bound(None, time_limit_s, seed) + fixed) * (1.0 + ROUNDING)
     demand = float(prices.rate_prices[UNIFIED]) * (net.master.demand or 0.0) - fixed
     if demand <= 0.0:
         return 0.0
-    gathered.add({}, demand / PARTS, later * demand / PARTS)  # a part of the demand served anew
-    found = _solve(net, rows, gathered, demand, time_limit_s, seed)
-    return max(0.0, found - later * demand / PARTS) * (1.0 - ROUNDING)
-
-
-def _worth_of_group_rows(net: NetMaster, prices: Bound) -> float:
-    """Rows of larger TP groups are left to new replicas whole: their worth is a constant."""
-    rows = zip(net.atlas.resources.rows, prices.row_prices, net.atlas.resources.limits, strict=True)
-    return float(sum(price * limit for (_, p), price, limit in rows if p > 1))
+    part = later * demand / PARTS
+    program.add({}, demand / PARTS, part)  # of the demand, served anew
+    return max(0.0, program.bound(demand, time_limit_s, seed) - part) * (1.0 - ROUNDING)
 
 
 def _by_list(net: NetMaster, options: Sequence[Candidate], listed: Columns, time_limit_s: float, seed: int) -> float:
     """The same master with ceilings in place of new replicas; its rows are those of the atlas."""
     atlas, maximises = net.atlas, net.master.maximises
-    base = list(atlas.resources.rows)
-    rows: dict[Row, int] = {("row", *row): i for i, row in enumerate(base)}
-    rows |= {row: len(base) + i for i, row in enumerate(r for r in net.inventory.rows if r[0] in ("replica", "moves"))}
-    own = [net.inventory.limits[net.inventory.rows[row]] for row in rows if row[0] != "row"]
-    stays = [candidate for candidate in options if _stay(net, candidate) > 0.0] if maximises else []
-    rows |= {("stays", c.option.old): len(rows) + i for i, c in enumerate(stays) if c.option is not None}
-    limits = np.array([*atlas.resources.limits, *own, *[0] * len(stays)], dtype=np.int64)
-    uses, count = [], len(options)
+    rows: list[Row] = [("row", *row) for row in atlas.resources.rows]
+    limits = dict(zip(rows, map(int, atlas.resources.limits), strict=True))
+    program = _Program({**limits, **_limits_of(net, "replica", "stays", "moves")}, atlas.routes)
     for candidate in options:
-        use: dict[Row, int] = {
-            ("row", *row): int(n) for row, n in zip(base, use_of(atlas, candidate.template), strict=True)
-        }
-        assert candidate.option is not None
-        use |= {("replica", candidate.option.old): 1, ("moves",): candidate.option.num_moved(atlas)}
-        if candidate in stays:
-            use["stays", candidate.option.old] = -1
-        uses.append(use)
-    for taken in listed.uses:
-        use = {("row", *row): int(n) for row, n in zip(base, taken, strict=True)}
-        use["moves",] = sum(int(n) for (_, p), n in zip(base, taken, strict=True) if p == 1)
-        uses.append(use)
-    uses += [{("stays", c.option.old): 1} for c in stays if c.option is not None]
-    nets = [net.net(candidate) for candidate in options]
-    each = listed.uses[:, [p == 1 for _, p in base]].sum(axis=1)  # GPUs of every sub-fleet
-    starts_s = np.array([least_start_s(net.costs, atlas, int(n)) for n in each])
-    share = np.array([net.costs.served_share(s) for s in starts_s]) if maximises else np.ones(len(each))
-    later = 1.0 + starts_s / net.costs.horizon_s
-    sides = [atlas.side_of(c.template.scope, c.template.mix) for c in options]
-    links = [net.links(c.template) for c in options]
-    still = [np.zeros_like(links_of) for links_of in listed.links[:1]] or [np.zeros((0, 0))]
-    columns = Columns(
-        rates=np.array([*(r for r, _ in nets), *(share * listed.rates), *(_stay(net, c) for c in stays)]),
-        costs=np.array([*(c for _, c in nets), *(later * listed.costs), *[0.0] * len(stays)]),
-        uses=_matrix(uses, rows),
-        sides=np.array([*sides, *listed.sides, *[UNIFIED] * len(stays)], dtype=np.int64),
-        links=np.array([*links, *listed.links, *[still[0]] * len(stays)])
-        if count + len(listed.rates)
-        else np.zeros((0, 0, 0)),
-    )
-    master = Master(limits, net.master.demand, atlas.routes)
-    return _bound(master, columns, time_limit_s, seed)
-
-
-def _solve(
-    net: NetMaster, rows: dict[Row, int], gathered: _Rows, demand: float | None, time_limit_s: float, seed: int
-) -> float:  # fmt: skip
-    routes = replace(net.atlas.routes, splits_roles=False)
-    count = len(gathered.rates)
-    columns = Columns(
-        rates=np.array(gathered.rates),
-        costs=np.array(gathered.costs),
-        uses=_matrix(gathered.uses, rows),
-        sides=np.full(count, UNIFIED, dtype=np.int64),
-        links=np.zeros((count, 0, 0)),
-    )
-    return _bound(Master(_limits(net, rows), demand, routes), columns, time_limit_s, seed)
-
-
-def _bound(master: Master, columns: Columns, time_limit_s: float, seed: int) -> float:
-    """HiGHS's bound over whole counts; the relaxation's where it has none in time."""
-    relaxed = master.solve_lp(columns)
-    if relaxed is None:
-        return 0.0 if master.maximises else np.inf
-    found = master.solve_milp(columns, time_limit_s=time_limit_s, gap=1e-6, seed=seed)
-    if found is None or not np.isfinite(found.bound):
-        return relaxed.value
-    tightest = min if master.maximises else max
-    return float(tightest(found.bound, relaxed.value))
-
-
-def _matrix(uses: Sequence[dict[Row, int]], rows: dict[Row, int]) -> np.ndarray:
-    matrix = np.zeros((len(uses), len(rows)), dtype=np.int64)
-    for k, use in enumerate(uses):
-        for row, amount in use.items():
-            if row in rows:
-                matrix[k, rows[row]] = amount
-    return matrix
+        template, option = candidate.template, candidate.option
+        assert option is not None
+        use: dict[Row, int] = dict(zip(rows, map(int, use_of(atlas, template)), strict=True))
+        use |= {("replica", option.old): 1, ("moves",): option.num_moved(atlas)}
+        rate, cost = net.net(candidate)
+        if stay := _stay(net, option):
+            program.add({("stays", option.old): 1}, stay)
+            use["stays", option.old] = -1
+        program.add(use, rate, cost, atlas.side_of(template.scope, template.mix), net.links(template))
+    of_gpus = [p == 1 for _, p in atlas.resources.rows]
+    for k, taken in enumerate(listed.uses):
+        num_gpus = int(taken[of_gpus].sum())
+        start_s = least_start_s(net.costs, atlas, num_gpus)
+        share = net.costs.served_share(start_s) if maximises else 1.0
+        cost = float(listed.costs[k]) * (1.0 + start_s / net.costs.horizon_s)
+        use = {**dict(zip(rows, map(int, taken), strict=True)), ("moves",): num_gpus}
+        program.add(use, share * float(listed.rates[k]), cost, int(listed.sides[k]), listed.links[k])
+    return program.bound(net.master.demand, time_limit_s, seed)

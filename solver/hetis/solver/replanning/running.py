@@ -109,12 +109,6 @@ class Continuations:
             return tuple(self._of_whole(number, layout, template))
         return tuple(self._of_broken(number, layout, template))
 
-    def rate_now(self, replica: ReplicaPlan) -> float:
-        """Requests/s that it serves on the fleet as it is now, limits or not; 0 where it lost a GPU."""
-        layout = self._layout(replica)
-        template = self._template(layout) if layout.is_whole else None
-        return 0.0 if template is None else template.rate
-
     def template_now(self, replica: ReplicaPlan) -> Template | None:
         """The replica as a template, if it still runs."""
         layout = self._layout(replica)

@@ -20,13 +20,12 @@ from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import Fate, PlanChange, plan_change
 from hetis.solver.replanning.columns import Candidate, Choice, NetMaster
-from hetis.solver.replanning.fresh import Fresh, search_fresh, search_left_over
-from hetis.solver.replanning.holdings import holdings, in_flight
-from hetis.solver.replanning.inventory import inventory_of
+from hetis.solver.replanning.fresh import Fresh, search_fresh
+from hetis.solver.replanning.holdings import holdings
 from hetis.solver.replanning.naming import name_gpus
-from hetis.solver.replanning.problem import HALF_DONE, ReplanningProblem
+from hetis.solver.replanning.problem import ReplanningProblem
 from hetis.solver.replanning.proof import bound_of
-from hetis.solver.replanning.running import Continuations, places_of
+from hetis.solver.replanning.survivors import Survivors
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 
 FRESH_SHARE = 0.5  # of the time: for the fleet as if nothing ran on it
@@ -96,7 +95,7 @@ def solve_replanning(
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
     if not atlas.ranks:
         raise _infeasible(problem, budget, seed, threads)
-    running = _Running(posed, atlas)
+    running = Survivors(posed, atlas)
     demand = None if problem.objective.maximises else _saturated_demand(problem)
     report(Progress(phase="the fleet as if nothing ran on it", elapsed_s=budget.elapsed_s()))
     fresh = search_fresh(
@@ -134,65 +133,6 @@ def _seconds(budget: Budget) -> float:
     return max(0.5, min(CHOICE_SECONDS, budget.remaining_s()))
 
 
-class _Running:
-    """The running replicas on the fleet as it is now: their options, and what staying is worth."""
-
-    def __init__(self, posed: ReplanningProblem, atlas: Atlas) -> None:
-        self.posed, self.atlas = posed, atlas
-        self.places = places_of(posed.problem.cluster, atlas)
-        self.continuations = Continuations(atlas, self.places, posed.costs)
-        replicas = posed.running.replicas
-        self.templates = [self.continuations.template_now(replica) for replica in replicas]
-        self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
-        self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
-        horizon_s = posed.costs.horizon_s
-        whole = {i: template for i, template in enumerate(self.templates) if template is not None}
-        self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in whole}
-        self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
-        self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
-
-    def master(self, demand: float | None) -> NetMaster:
-        stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
-        inventory = inventory_of(self.atlas, self.places, self.options, stays, self.posed.max_moves)
-        return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
-
-    def all_dropped(self, net: NetMaster) -> float:
-        """What is lost if no running replica is kept: the requests in flight on all that are whole, in net's unit.
-
-        The master counts what keeping gains against that; people count what dropping loses.
-        """
-        if net.master.maximises:
-            return sum(self.stay_rates.values())
-        rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}
-        return sum(share * rent[i] for i, share in self.stay_shares.items())
-
-    def left_over(
-        self, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int
-    ) -> tuple[Template, ...]:  # fmt: skip
-        """New replicas beside all running ones that are whole; none where they serve what is demanded already."""
-        stay: dict[int, Candidate] = {}
-        for candidate in self.candidates:
-            option = candidate.option
-            assert option is not None
-            better = option.old not in stay or candidate.template.rate > stay[option.old].template.rate
-            if option.fate is not Fate.CHANGED and better:
-                stay[option.old] = candidate
-        if not stay or self.posed.max_moves == 0:
-            return ()
-        taken = {name for c in stay.values() if c.option is not None for name in c.option.named()}
-        problem, demand_rps = self.posed.problem, None
-        if not problem.objective.maximises:
-            served = sum(c.template.rate for c in stay.values()) * problem.assumptions.planned_utilisation
-            assert problem.objective.demand_rps is not None
-            demand_rps = problem.objective.demand_rps - served
-            if demand_rps <= 0.0:
-                return ()
-        return search_left_over(
-            self.atlas, taken, demand_rps, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed,
-            threads=threads,
-        )  # fmt: skip
-
-
 def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
     """Each shape once, of those that may join at all."""
     by_shape = {template.shape: template for template in templates}
@@ -202,7 +142,7 @@ def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
 
 
 def _choose(
-    net: NetMaster, candidates: Sequence[Candidate], running: _Running, fresh: Fresh, gap_target: float, seed: int,
+    net: NetMaster, candidates: Sequence[Candidate], running: Survivors, fresh: Fresh, gap_target: float, seed: int,
     budget: Budget,
 ) -> Choice | None:  # fmt: skip
     """The best choice found; never worse than keeping all replicas that can be kept."""
@@ -243,7 +183,7 @@ def _none(
 
 
 def _answer(
-    posed: ReplanningProblem, atlas: Atlas, running: _Running, net: NetMaster, fresh: Fresh, choice: Choice,
+    posed: ReplanningProblem, atlas: Atlas, running: Survivors, net: NetMaster, fresh: Fresh, choice: Choice,
     bound: float, strategy: str, budget: Budget,
 ) -> Replanning:  # fmt: skip
     problem, scale = atlas.problem, objective_scale(atlas.problem)
@@ -299,7 +239,7 @@ def _outcome(net: NetMaster, fresh: Fresh, choice: Choice, *, interrupted: bool)
 
 
 def _transition(
-    posed: ReplanningProblem, running: _Running, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
+    posed: ReplanningProblem, running: Survivors, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
 ) -> Transition:  # fmt: skip
     """The order of steps; capacities are goodputs, saturated rates where throughput is the objective."""
     throughput = posed.problem.objective.kind is ObjectiveKind.THROUGHPUT
