@@ -35,7 +35,7 @@ class SharedFleet:
     Attributes:
         tenancy: the tenants with the families that were searched.
         answers: by the rule asked for, then by the others that were done in time.
-        envy: of the first answer, tenant by tenant; None: not asked for.
+        envy: of the first answer, tenant by tenant; None: not asked for, or no time was left for it.
     """
 
     tenancy: Tenancy
@@ -100,7 +100,7 @@ def share_out_fleet(
             answers.append(_finished(search, loaded, rule, settings, report))
         except NoPlanFoundError:
             break  # the time is over: what there is will do
-    envy = search.envy(answers[0]) if with_envy else None
+    envy = search.envy(answers[0]) if with_envy and not budget.is_spent() else None
     return SharedFleet(tenancy=search.tenancy, answers=tuple(answers), envy=envy)
 
 

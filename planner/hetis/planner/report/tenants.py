@@ -35,9 +35,13 @@ def render_tenants(found: SharedFleet) -> RenderableType:
 def _sections(found: SharedFleet) -> Iterator[RenderableType]:
     answer = found.answers[0]
     yield Text.assemble(("rule    ", "bold"), f"{answer.rule}: {_RULES[answer.rule]}")
-    yield Text.assemble(("value   ", "bold"), f"{digits(answer.value, 4)}, {_proof(answer.bound, answer.gap)}")
+    yield Text.assemble(
+        ("value   ", "bold"), f"{digits(answer.value, 4)}, {_at_most(digits(answer.bound, 4), answer.gap)}"
+    )
     if answer.level_bound is not None:
-        level = f"{percent(answer.level)} of its rate alone per part, {_proof(answer.level_bound, answer.level_gap)}"
+        level = (
+            f"{answer.level:.1%} of its rate alone per part, {_at_most(f'{answer.level_bound:.1%}', answer.level_gap)}"
+        )
         yield Text.assemble(("least   ", "bold"), level)
     yield Text()
     yield _share_table(answer)
@@ -49,8 +53,8 @@ def _sections(found: SharedFleet) -> Iterator[RenderableType]:
         yield section("rules compared", _rule_table(found))
 
 
-def _proof(bound: float, gap: float) -> str:
-    return f"at most {digits(bound, 4)} (gap {percent(gap)})" if math.isfinite(gap) else "no bound yet"
+def _at_most(bound: str, gap: float) -> str:
+    return f"at most {bound} (gap {percent(gap)})" if math.isfinite(gap) else "no bound yet"
 
 
 def _share_table(answer: FleetShares) -> Table:
@@ -133,7 +137,7 @@ def _equality(answer: FleetShares) -> str:
         return "yes: everybody has the same share of its rate alone, per part"
     most = answer.shares[levels.index(max(levels))].name
     least = answer.shares[levels.index(min(levels))].name
-    return f"no: {most} has {percent(max(levels))} of its rate alone per part, {least} {percent(min(levels))}"
+    return f"no: {most} has {max(levels):.1%} of its rate alone per part, {least} {min(levels):.1%}"
 
 
 def _envy_lines(found: SharedFleet) -> Iterator[str]:
@@ -184,7 +188,7 @@ def _rule_table(found: SharedFleet) -> Table:
         over = min(share.over_part for share in answer.shares)
         table.add_row(
             answer.rule.value, digits(answer.value, 4), "" if lost is None else percent(lost), _gap(answer.gap),
-            percent(answer.level), f"{over:.2f}x" if math.isfinite(over) else "-",
+            f"{answer.level:.1%}", f"{over:.2f}x" if math.isfinite(over) else "-",
         )  # fmt: skip
     return table
 

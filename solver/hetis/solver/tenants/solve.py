@@ -25,7 +25,7 @@ from hetis.solver.tenants.problem import Tenancy, Tenant
 from hetis.solver.tenants.result import EnvyCell, FleetShares, PriceProof, RowPrice, TenantRule, TenantShare
 
 SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families a fleet can be shared in
-MILP_SECONDS = 10.0  # for each choice of whole counts
+MILP_SECONDS, LEAST_S = 10.0, 1.0  # at most and at least for each choice of whole counts
 ROUNDING = 1e-9  # share by which a floor is lowered, so that what was reached can be reached again
 
 
@@ -74,6 +74,7 @@ class FleetSearch:
             self._reach(contender, part_of(self.limits, claim), f"{contender.tenant.name} on its part of the fleet")
             for contender, claim in zip(self.contenders, tenancy.claims, strict=True)
         )
+        self._highest: tuple[Choice, Bound | None, float] | None = None  # the highest level, once it was looked for
         self._known: list[Choice] = []  # of earlier rules: they may do for the next
 
     def _alone(self, contender: Contender) -> Reach:
@@ -104,7 +105,9 @@ class FleetSearch:
         level_bound, level_proof, best_level = None, None, 0.0
         if rule.has_level:
             goal = Goal(gains, none, claims)
-            choice, bound, proven = self._solve(goal, "the least rate")
+            if self._highest is None:  # both rules with a level raise it in the same way
+                self._highest = self._solve(goal, "the least rate")
+            choice, bound, proven = self._highest
             best_level = choice.value(goal)
             level_bound = max(proven, best_level)
             level_proof = self._proof(bound, none)
@@ -171,7 +174,7 @@ class FleetSearch:
             if best is not None and bound - best.value(goal) <= s.gap_target * best.value(goal):
                 break
             found = choose_whole(
-                columns, self.limits, goal, time_limit_s=max(0.5, min(MILP_SECONDS, self.budget.remaining_s())),
+                columns, self.limits, goal, time_limit_s=self._choosing_s(),
                 gap=s.gap_target / 10, seed=s.seed, least=least,
                 start=best.counts if least is None and best is not None else None,
             )  # fmt: skip
@@ -188,11 +191,14 @@ class FleetSearch:
         columns = self._columns()
         first = np.array([1.0 if p == 1 else 0.0 for _, p in self.contenders[0].atlas.resources.rows])
         gpus = [block.uses @ first for block in columns]
-        time_limit_s = max(0.5, min(MILP_SECONDS, self.budget.remaining_s()))
         return fewest_gpus(
-            columns, self.limits, gpus, floors, time_limit_s=time_limit_s, start=choice.counts,
+            columns, self.limits, gpus, floors, time_limit_s=self._choosing_s(), start=choice.counts,
             seed=self.settings.seed,
         )  # fmt: skip
+
+    def _choosing_s(self) -> float:
+        """How long whole counts may be searched for; a little even when the time is over, for there must be some."""
+        return LEAST_S if self.budget.is_spent() else max(LEAST_S, min(MILP_SECONDS, self.budget.remaining_s()))
 
     def _rates(self) -> FloatArray:
         return np.array([reach.rate for reach in self.alone])
