@@ -55,6 +55,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return " ".join(err.replace("│", " ").split())
 
 
+def test_a_crowd_that_comes_at_once_is_sampled_as_long_as_it_is_served(plan: Path) -> None:
+    # At this rate the last request comes after 50 ns; serving them takes seconds.
+    found = simulated(plan, "--rate", "1e9", "--requests", "50")
+    assert found["runs"][0]["counts"]["finished"] == 50
+
+
 def test_a_saturated_fleet_says_what_it_serves(plan: Path) -> None:
     found = simulated(plan, "--saturate", "--requests", "1500")
     assert found["throughput_rps"] > 0

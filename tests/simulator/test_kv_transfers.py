@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Fault, Settings
 from hetis.solver.cluster import Link, Network
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import KvRoute, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem, with_role
@@ -51,6 +52,26 @@ def test_traffic_follows_the_shares_of_the_routes() -> None:
         split_plan(problem, shares=(3.0, 1.0)), problem, equal_requests(80, prompt=9, output=9, every_s=0.05)
     )
     assert np.bincount(run.replica).tolist() == [0, 60, 20]
+
+
+def test_nothing_is_given_to_a_prefill_replica_without_routes() -> None:
+    problem = small_problem()
+    plan = split_plan(problem)
+    idle = with_role(pipeline(problem, 6, first=6, rate=100.0), Role.PREFILL)
+    run = simulate(replace(plan, replicas=(*plan.replicas, idle)), problem, equal_requests(20, prompt=9, output=9))
+    assert not np.isnan(run.finished_s).any()
+    assert set(run.replica.tolist()) == {1}
+    with pytest.raises(InvalidProblemError, match="no replica that takes prompts"):
+        simulate(plan_of(idle), problem, equal_requests(1, prompt=9, output=9))
+
+
+def test_a_prefill_replica_gets_what_its_routes_take_and_not_what_it_could_do() -> None:
+    problem = small_problem()
+    split = split_plan(problem)
+    fast = replace(split.replicas[0], rate=9.0)  # its route takes one request/s, as many as the unified one serves
+    plan = replace(split, replicas=(fast, split.replicas[1], pipeline(problem, 6, first=6)))
+    run = simulate(plan, problem, equal_requests(40, prompt=9, output=9, every_s=0.01), Settings(router="weighted"))
+    assert np.bincount(run.replica).tolist() == [0, 20, 20]
 
 
 def test_a_slow_link_between_zones_limits_the_rate() -> None:

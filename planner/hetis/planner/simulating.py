@@ -127,7 +127,9 @@ def seats_of(plan: Plan) -> int:
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
     """Spacing of about `SAMPLES` samples over a run; None where its length cannot be foreseen."""
     recorded = load.lengths.rate_rps if load.arrivals is Arrivals.RECORDED else None
-    rate_rps = load.rate_rps or recorded or prediction_of(plan).rate_rps
+    served_rps = prediction_of(plan).rate_rps
+    # However fast requests come, they do not leave faster than they are served.
+    rate_rps = min(load.rate_rps or recorded or served_rps, served_rps)
     return num_requests / rate_rps / SAMPLES if rate_rps > 0 else None
 
 

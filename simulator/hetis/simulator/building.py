@@ -78,7 +78,7 @@ class Builder:
         ]
         replica = ReplicaRun(
             number,
-            rate=one.rate,
+            rate=self._sent(number) if one.role is Role.PREFILL else one.rate,
             batching=self._batching(one, number),
             growth=self._growth,
             book=self._book,

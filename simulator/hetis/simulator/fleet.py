@@ -19,7 +19,8 @@ class Fleet(Outside):
     """Hands requests to replicas as they come, and those of a source as there is room.
 
     Attributes:
-        takers: replicas that take prompts: all but those that only decode.
+        takers: replicas that take prompts: all but those that only decode, and prefill replicas that the plan routes
+            nothing from: who waits for a prompt there would wait forever.
         held: requests that came, or came back, while no taker was up.
     """
 
@@ -28,7 +29,7 @@ class Fleet(Outside):
     ) -> None:  # fmt: skip
         self.replicas, self.book, self.events, self.router = replicas, book, events, router
         self.transfers: KvTransfers | None = None
-        self.takers = [replica for replica in replicas if replica.batching.chunk_tokens]
+        self.takers = [replica for replica in replicas if replica.batching.chunk_tokens and replica.rate > 0]
         self.held: deque[int] = deque()
         self._arrivals: Iterator[Request] = iter(())
         self._source: Source | None = None

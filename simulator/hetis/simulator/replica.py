@@ -58,6 +58,7 @@ class ReplicaRun:
     """A replica at work.
 
     Attributes:
+        rate: requests/s that the plan gives it to do; of a prefill replica what its routes take, which may be none.
         stages: the copies of every stage.
         batches: its micro-batches.
         queue: requests that wait for their prompt to begin.
