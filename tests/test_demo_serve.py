@@ -1,4 +1,4 @@
-"""The demo of the runtime in small: its story happens, and its text is exact."""
+"""The demo is the runtime in small: heads move, a worker dies and comes back, and every text is exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_heads_move_while_the_demo_streams_and_the_text_is_that_of_the_unsplit_engine() -> None:
+def test_the_demos_texts_are_those_of_the_unsplit_engine_though_heads_move_and_a_worker_dies() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo_serve", "--json"],
         cwd=ROOT,
@@ -23,7 +23,8 @@ def test_heads_move_while_the_demo_streams_and_the_text_is_that_of_the_unsplit_e
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert seen["same"]
+    assert seen["same"] == [True, True]
+    assert seen["is_back"]
     assert seen["moved_heads"] >= 5
     assert len({name for heads in seen["maps"] for name in heads}) == 3
     assert seen["predicted_s"] > 0

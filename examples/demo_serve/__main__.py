@@ -1,32 +1,34 @@
-"""A model whose heads live on three devices: ``python -m examples.demo_serve`` (or ``make demo-serve``).
+"""A model whose heads live in three processes: ``python -m examples.demo_serve`` (or ``make demo-serve``).
 
-A tiny model is made, `hetis-serve` is started on it with a primary and two attention devices, and a chat streams while
-its heads are moved from device to device. The text is compared with that of an engine which has one device only.
+A tiny model is made, `hetis-serve` is started on it with two attention workers, and a chat streams while its heads are
+moved from device to device. In the middle one worker is killed; later it is started again and takes heads again. Both
+answers are compared with that of an engine which has one device only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from examples.demo_serve.checkpoint import make_checkpoint
 from examples.demo_serve.client import Client, Json
+from examples.demo_serve.processes import ProcessError, Processes
 
-DEVICES = ("primary", "worker-1", "worker-2")
+WORKERS = ("worker-1", "worker-2")
+DEVICES = ("primary", *WORKERS)
 QUESTION = [{"role": "user", "content": "Where do the heads of this answer live?"}]
 TOKENS = 400
 EVERY = 40  # tokens between two moves
-START_S = 120
+KILL_AFTER = 5  # moves
+BACK_S = 60
+Say = Callable[[str], None]
 
 
 def main() -> int:
@@ -35,16 +37,15 @@ def main() -> int:
         "--json", action="store_true", help="print what was seen as JSON on stdout; the story on stderr"
     )
     options = parser.parse_args()
-    out = sys.stderr if options.json else sys.stdout
     with tempfile.TemporaryDirectory(prefix="hetis-demo-") as temporary:
         try:
-            seen = tell(Path(temporary), out)
-        except (RuntimeError, OSError) as error:
+            seen = tell(Path(temporary), sys.stderr if options.json else sys.stdout)
+        except (ProcessError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     if options.json:
         print(json.dumps(seen, indent=2))
-    return 0 if seen["same"] else 1
+    return 0 if all(seen["same"]) else 1
 
 
 def tell(folder: Path, out: TextIO) -> Json:
@@ -54,31 +55,35 @@ def tell(folder: Path, out: TextIO) -> Json:
         print(text, file=out, flush=True)
 
     model = make_checkpoint(folder / "demo")
-    say(f"A model with random weights: 4 layers, 8 KV heads of 2 query heads each ({_size(model)} KiB).")
+    size = sum(path.stat().st_size for path in model.iterdir()) // 1024
+    say(f"A model with random weights: 4 layers, 8 KV heads of 2 query heads each, {size} KiB.")
     wanted = unsplit_text(model)
-    with serving(model) as url:
+    with Processes(folder, WORKERS) as processes:
+        for name in WORKERS:
+            processes.start_worker(name, "4MiB")
+        url = processes.start_server(model, "--seats", "4", "--device", "primary=cpu:4MiB")
+        say(f"hetis-serve is up at {url}, with {' and '.join(WORKERS)} as processes of their own.")
         client = Client(url)
-        say(f"hetis-serve is up at {url}: {', '.join(DEVICES)}, 4 MiB of KV each.")
-        say(f"A chat streams {TOKENS} tokens; every {EVERY} of them a few heads move.")
-        say()
-        text, maps = stream_while_moving(client, say)
+        say(f"\nA chat streams {TOKENS} tokens; every {EVERY} of them a few heads move, then {WORKERS[0]} is killed.\n")
+        first, maps = stream_while_moving(client, say, kill=lambda: processes.kill(WORKERS[0]))
+        processes.start_worker(WORKERS[0], "4MiB")
+        is_back = _until_up(client, WORKERS[0])
+        say(f"\n{WORKERS[0]} was started again and {'takes heads again' if is_back else 'is NOT back'}. Once more:\n")
+        second, more = stream_while_moving(client, say)
         samples = client.metrics()
+        processes.end_server()
+    same = [first == wanted, second == wanted]
     moved = _sum(samples, "hetis_moved_heads_total")
-    measured_s, predicted_s = (
-        _sum(samples, f"hetis_decode_step_seconds_{name}_total") for name in ("measured", "predicted")
-    )
-    same = text == wanted
-    say()
-    say(f"{moved:.0f} heads moved while {len(text)} characters were told.")
-    say(f"The text is {'the same as' if same else 'NOT that of'} the unsplit engine's.")
-    say(f"Decode steps took {measured_s:.2f} s, {predicted_s:.2f} s were predicted by what was measured at the start.")
+    say(f"\n{moved:.0f} heads moved, one worker died in the middle of an answer.")
+    say(f"Both texts are {'the same as' if all(same) else 'NOT those of'} the unsplit engine's.")
     return {
         "same": same,
-        "characters": len(text),
+        "is_back": is_back,
+        "characters": len(first),
         "moved_heads": moved,
-        "maps": maps,
-        "measured_s": measured_s,
-        "predicted_s": predicted_s,
+        "maps": maps + more,
+        "measured_s": _sum(samples, "hetis_decode_step_seconds_measured_total"),
+        "predicted_s": _sum(samples, "hetis_decode_step_seconds_predicted_total"),
     }
 
 
@@ -97,72 +102,59 @@ def unsplit_text(model: Path) -> str:
     return answer.text
 
 
-def stream_while_moving(client: Client, say: Any) -> tuple[str, list[list[str]]]:
-    """The streamed text, and the maps of heads that were seen on the way."""
+def stream_while_moving(client: Client, say: Say, *, kill: Callable[[], None] | None = None) -> tuple[str, list[Json]]:
+    """The streamed text, and on which device each head was on the way; ``kill`` happens after some moves."""
     body = {"model": "demo", "messages": QUESTION, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     texts, maps, told = [], [], 0
     for number, chunk in enumerate(client.stream_chat(body)):
         texts += [choice["delta"].get("content", "") for choice in chunk["choices"]]
         if number % EVERY != EVERY - 1:
             continue
-        running = client.heads()["requests"]
-        if not running:
+        seen = client.heads()
+        if not seen["requests"] or not seen["requests"][0]["heads"]:
             continue
-        heads = running[0]["heads"]
-        maps.append(heads)
-        new = "".join(texts)[told:]
-        told += len(new)
-        shown = "  ".join(f"{name}: {''.join(_mark(i, heads, name) for i in range(len(heads)))}" for name in DEVICES)
-        say(f"{running[0]['output_tokens']:4d} tokens  {shown}   {_printable(new)[-32:]}")
-        turn = len(maps)
-        for head in range(turn % 3, len(heads), 3):
-            target = DEVICES[(DEVICES.index(heads[head]) + 1 + turn % 2) % len(DEVICES)]
-            client.move(chunk["id"], [head], target)
+        (request,) = seen["requests"]
+        up = [device["name"] for device in seen["devices"] if device["up"]]
+        maps.append(request["heads"])
+        text = "".join(texts)
+        say(f"{request['output_tokens']:4d} tokens  {_shown(request['heads'], up)}   {_printable(text[told:])[-28:]}")
+        told = len(text)
+        if kill is not None and len(maps) == KILL_AFTER:
+            say(f"             {WORKERS[0]} is killed")
+            kill()
+            continue
+        _move_some(client, chunk["id"], request["heads"], up, turn=len(maps))
     return "".join(texts), maps
 
 
-@contextmanager
-def serving(model: Path) -> Iterator[str]:
-    """`hetis-serve` in a process of its own; its address. It is told to end, and waited for."""
-    command = [sys.executable, "-m", "hetis.runtime.server.main", "--model", str(model), "--port", "0"]
-    command += ["--threads", "1", "--seats", "4"]
-    for name in DEVICES:
-        command += ["--device", f"{name}=cpu:4MiB"]
-    log = model.parent / "serve.log"
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        yield _address(process, log)
-        process.terminate()
-        if process.wait(60) != 0:
-            raise RuntimeError(f"hetis-serve ended with {process.returncode}: {log.read_text(encoding='utf-8')}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+def _move_some(client: Client, request: str, heads: list[str], up: list[str], *, turn: int) -> None:
+    """Every third head goes on to another device."""
+    for head in range(turn % 3, len(heads), 3):
+        others = [name for name in up if name != heads[head]]
+        if others:
+            client.move(request, [head], others[(turn + head) % len(others)])
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    deadline_s = time.monotonic() + START_S
+def _until_up(client: Client, name: str) -> bool:
+    deadline_s = time.monotonic() + BACK_S
     while time.monotonic() < deadline_s:
-        if found := re.search(r"serving demo at (http://\S+)", log.read_text(encoding="utf-8")):
-            return found[1]
-        if process.poll() is not None:
-            break
-        time.sleep(0.05)
-    raise RuntimeError(f"hetis-serve did not start: {log.read_text(encoding='utf-8')}")
+        if any(device["name"] == name and device["up"] for device in client.heads()["devices"]):
+            return True
+        time.sleep(0.1)
+    return False
 
 
-def _mark(head: int, heads: list[str], name: str) -> str:
-    return str(head) if heads[head] == name else "·"
+def _shown(heads: list[str], up: list[str]) -> str:
+    """``primary: 0·23·56·`` for each device."""
+    parts = []
+    for name in DEVICES:
+        marks = "".join(str(i) if owner == name else "·" for i, owner in enumerate(heads))
+        parts.append(f"{name}: {marks if name in up else 'lost'.ljust(len(heads))}")
+    return "  ".join(parts)
 
 
 def _printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir()) // 1024
 
 
 def _sum(samples: dict[str, float], name: str) -> float:

@@ -23,11 +23,11 @@ class Client:
         return found
 
     def move(self, request: str, heads: list[int], to: str) -> bool:
-        """False: the request has ended meanwhile."""
+        """False: the request has ended meanwhile, or heads and devices are not as they were."""
         try:
             self._open("/hetis/moves", {"request": request, "heads": heads, "to": to})
         except urllib.error.HTTPError as error:
-            if error.code != 404:
+            if error.code not in (404, 409):
                 raise
             return False
         return True

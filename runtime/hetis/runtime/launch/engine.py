@@ -1,4 +1,4 @@
-"""Puts an engine together whose devices are all in this process."""
+"""Puts an engine together: the primary in this process, other devices here or in processes of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.request import SamplingParams
@@ -14,6 +15,7 @@ from hetis.runtime.engine.text import Tokenizer
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.layout import DevicePages, refuse_if_too_large
 from hetis.runtime.launch.memory import free_memory_bytes
+from hetis.runtime.launch.workers import Workers
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.decoder import Decoder
 
@@ -30,12 +32,18 @@ class EngineFolder:
     options: EngineOptions
 
 
-def start_engine(made_of: EngineFolder, choose: ChooseDevices, tokenizer: Tokenizer) -> Engine:
+def start_engine(
+    made_of: EngineFolder, choose: ChooseDevices, tokenizer: Tokenizer, workers: Workers | None = None
+) -> Engine:
     """Loads the model and takes the memory; ``choose`` says which devices there are, once the model is known.
+
+    A device that has the name of a worker is that process, which has its own memory; workers that are no device yet
+    come after the others.
 
     Raises:
         ModelError: the folder cannot be used.
         LayoutError: the devices do not fit into memory.
+        ChannelError, DeviceError: a worker did not come, or does not answer.
     """
     decoder = Decoder.from_folder(made_of.folder, dtype=made_of.dtype, max_tokens=made_of.options.max_tokens)
     shape = kv_shape(
@@ -44,10 +52,20 @@ def start_engine(made_of: EngineFolder, choose: ChooseDevices, tokenizer: Tokeni
         page_tokens=made_of.page_tokens,
         dtype=made_of.dtype or decoder.config.dtype,
     )
-    devices = choose(decoder.config, shape)
-    refuse_if_too_large(devices, shape, free_bytes=free_memory_bytes())
-    stage = Stage(decoder, [LocalDevice(device.name, shape, device.pages) for device in devices])
-    return Engine(decoder.config, stage, options=made_of.options, tokenizer=tokenizer)
+    chosen, remote = choose(decoder.config, shape), workers.names if workers else ()
+    here = tuple(device for device in chosen if device.name not in remote)
+    refuse_if_too_large(here, shape, free_bytes=free_memory_bytes())
+    names = list(dict.fromkeys([*(device.name for device in chosen), *remote]))
+    pages = {device.name: device.pages for device in here}
+    devices: list[AttentionDevice] = []
+    for name in names:
+        if name in pages:
+            devices.append(LocalDevice(name, shape, pages[name]))
+        else:
+            assert workers is not None
+            devices.append(workers.wait_for(name, shape))
+    epoch = workers.epoch if workers else 1
+    return Engine(decoder.config, Stage(decoder, devices), options=made_of.options, tokenizer=tokenizer, epoch=epoch)
 
 
 def warm_up(engine: Engine) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
+from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import DevicePages, DeviceRoom, Layout, layout_of, one_device, pages_of
 from hetis.runtime.launch.memory import free_memory_bytes
+from hetis.runtime.launch.workers import Workers
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.server.app import AppOptions, Front
 from hetis.runtime.server.chat import ChatTemplate
@@ -35,6 +38,9 @@ class Asked:
     replica: int
     kv_tokens: int | None
     rooms: tuple[DeviceRoom, ...]
+    workers: tuple[str, ...]
+    store: str
+    worker_s: float
     dtype: str | None
     context_tokens: int | None
     seats: int | None
@@ -57,11 +63,13 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
         DocumentError: the plan's file cannot be used.
         ModelError: the model's folder cannot be used.
         LayoutError: the plan or the memory does not allow it.
+        ChannelError, DeviceError: the workers' store cannot be opened, or a worker did not come.
     """
     _set_threads(asked.threads)
     tokens, chat = Tokens.from_folder(asked.folder), ChatTemplate.from_folder(asked.folder)
     layout = _layout(asked)
-    engine = _engine(asked, layout, tokens)
+    workers = _workers(asked)
+    engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
     await asyncio.to_thread(warm_up, engine)
     predictor = await asyncio.to_thread(measure_steps, engine)
     desk = Desk(
@@ -70,6 +78,7 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
         version=asked.version,
         most_open=engine.options.most_running + asked.max_waiting,
         predictor=predictor,
+        tend=None if workers is None else lambda: workers.bring_back(engine),
     )
     options = AppOptions(body_bytes=asked.body_bytes, answer_s=asked.answer_s, write_s=asked.write_s)
     front = Front(desk, tokens, chat, model=asked.name, options=options)
@@ -83,7 +92,10 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     told = Told()
     with told.by_signals():
         app = front.app(api_key=asked.api_key)
-        return await serve(desk, app, listening, told, drain_s=asked.drain_s, ready=ready)
+        went_well = await serve(desk, app, listening, told, drain_s=asked.drain_s, ready=ready)
+    if workers is not None:
+        workers.close(engine)
+    return went_well
 
 
 def _layout(asked: Asked) -> Layout | None:
@@ -93,10 +105,15 @@ def _layout(asked: Asked) -> Layout | None:
 
     config = read_config(asked.folder)
     plan = load_plan(asked.plan)
-    return layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
+    layout = layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
+    planned = [device.name for device in layout.devices[1:]]
+    others = [f"--worker {name} is no attention worker of the plan" for name in asked.workers if name not in planned]
+    if others:
+        raise LayoutError(*others)
+    return layout
 
 
-def _engine(asked: Asked, layout: Layout | None, tokens: Tokens) -> Engine:
+def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Workers | None) -> Engine:
     seats = asked.seats or (layout.seats if layout else _SEATS)
     chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else _CHUNK_TOKENS)
     options = EngineOptions(most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens)
@@ -110,7 +127,14 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens) -> Engine:
         return (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_memory_bytes()),)
 
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
-    return start_engine(made_of, choose, tokens)
+    return start_engine(made_of, choose, tokens, workers)
+
+
+def _workers(asked: Asked) -> Workers | None:
+    if not asked.workers:
+        return None
+    # Seconds grow, and a later engine is obeyed rather than an earlier one that still runs.
+    return Workers(asked.store, asked.workers, epoch=int(time.time()), timeout_s=asked.worker_s)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from hetis.runtime.engine.engine import Engine
@@ -26,6 +26,7 @@ from hetis.runtime.server.timing import StepPredictor
 from hetis.solver.errors import HetisError
 
 _log = logging.getLogger(__name__)
+_TEND_S = 1.0  # between two looks at the devices
 T = TypeVar("T")
 Clock = Callable[[], float]
 
@@ -41,9 +42,13 @@ class Desk:
         version: str,
         most_open: int,
         predictor: StepPredictor | None = None,
+        tend: Callable[[], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """``most_open``: requests that run or wait; more are refused."""
+        """``most_open``: requests that run or wait; more are refused. ``tend`` is called by the thread now and then,
+        between two steps, to look after the engine's devices.
+        """
+        self._tend, self._tended_s = tend, clock()
         self._engine, self._predictor, self._clock = engine, predictor, clock
         self.max_tokens, self.most_open = engine.max_tokens, most_open
         self._view = view_of(engine)
@@ -204,6 +209,7 @@ class Desk:
         try:
             while not self._ends:
                 self._obey()
+                self._tend_devices()
                 if self._engine.has_work and not self._ends:
                     self._step()
         except Exception:
@@ -213,9 +219,16 @@ class Desk:
     def _obey(self) -> None:
         """All commands there are; waits for one where there is nothing else to do."""
         if not self._engine.has_work:
-            self._commands.get()()
+            with suppress(Empty):
+                self._commands.get(timeout=_TEND_S if self._tend else None)()
         while not self._commands.empty():
             self._commands.get()()
+
+    def _tend_devices(self) -> None:
+        if self._tend is not None and self._clock() - self._tended_s >= _TEND_S:
+            self._tended_s = self._clock()
+            self._tend()
+            self._tell(self._deliver, [], view_of(self._engine))
 
     def _end(self) -> None:
         self._ends = True

@@ -25,6 +25,9 @@ hetis-serve --model models/Llama-3.2-1B --device cpu:2GiB --device cpu:1GiB --dt
 
 hetis-serve --model models/Llama-3.2-1B --plan plan.json --replica 0 --kv-tokens 20000
 
+hetis-serve --model models/Llama-3.2-1B --store 127.0.0.1:8500 --worker w1, and for each worker
+python -m hetis.runtime.worker --name w1 --store 127.0.0.1:8500 --kv-memory 2GiB
+
 HETIS_API_KEY=... hetis-serve --model models/Llama-3.2-1B --host 0.0.0.0 --port 8080
 
 curl localhost:8000/v1/chat/completions -d '{"model": "Llama-3.2-1B", "messages": [{"role": "user", "content": "Hi"}]}'
@@ -61,6 +64,14 @@ def serve(
             "Default: one device."
         ),
     ] = None,
+    worker: Annotated[
+        list[str] | None,
+        typer.Option(help="An attention worker in a process of its own, by its name; repeatable. Needs --store."),
+    ] = None,
+    store: Annotated[str, typer.Option(help="HOST:PORT that is opened here, where workers say where they are.")] = "",
+    worker_timeout: Annotated[
+        float, typer.Option(help="Seconds until a worker has come, and until a silent one is given up.")
+    ] = 30.0,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float64, bfloat16, float16.")] = "auto",
     context_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt with output. Default: the model's.")
@@ -99,6 +110,7 @@ def serve(
     key = get(lambda: options.api_key(api_key_file))
     body_bytes = get(lambda: options.checked_size("--body-limit", body_limit))
     get(lambda: _check_plan_options(plan, device, replica, kv_tokens))
+    get(lambda: options.checked_workers(worker or [], store, rooms or ()))
     get(lambda: _check_exposed(host, key, insecure))
     for option, value, least, most in (
         ("--kv-tokens", kv_tokens, 1, 2**31),
@@ -111,6 +123,7 @@ def serve(
         ("--max-waiting", max_waiting, 0, 10**6),
         ("--answer-timeout", answer_timeout, 0.001, 10**6),
         ("--write-timeout", write_timeout, 0.001, 10**6),
+        ("--worker-timeout", worker_timeout, 0.1, 10**6),
         ("--drain-timeout", drain_timeout, 0, 10**6),
     ):
         if value is not None:
@@ -138,6 +151,9 @@ def serve(
         replica=replica,
         kv_tokens=kv_tokens,
         rooms=rooms,
+        workers=tuple(worker or ()),
+        store=store,
+        worker_s=worker_timeout,
         dtype=chosen_dtype,
         context_tokens=context_tokens,
         seats=seats,
@@ -163,8 +179,10 @@ def main() -> None:
 def _run(work: Coroutine[Any, Any, bool], listening: socket.socket) -> None:
     """Runs the server; errors become lines and an exit code."""
     from hetis.formats.errors import DocumentError
+    from hetis.runtime.kv.errors import DeviceError
     from hetis.runtime.launch.errors import LayoutError
     from hetis.runtime.model.errors import ModelError
+    from hetis.runtime.transport.errors import ChannelError
 
     try:
         went_well = asyncio.run(work)
@@ -172,7 +190,7 @@ def _run(work: Coroutine[Any, Any, bool], listening: socket.socket) -> None:
         _fail(str(error).splitlines(), EXIT_INVALID)
     except LayoutError as error:
         _fail(error.messages, EXIT_NOT_POSSIBLE)
-    except OSError as error:
+    except (ChannelError, DeviceError, OSError) as error:
         _fail([str(error)], EXIT_FAILED)
     finally:
         listening.close()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep
+from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.request import RequestError, SamplingParams
 from hetis.runtime.kv.shape import SequenceKey
@@ -43,9 +44,10 @@ def measure_steps(engine: Engine, *, clock: Clock = time.perf_counter) -> StepPr
         transfer_s=np.zeros(len(fits)),
         primary=Primary(device=0),
     )
+    in_turn = all(isinstance(device, LocalDevice) for device in stage.devices)
     layers, nothing = stage.shape.layers, DenseCost(call_s=0.0, row_s=0.0)
-    attention = StepPredictor(costs, layers=layers, dense=nothing, in_turn=True)
-    return StepPredictor(costs, layers=layers, dense=_rest(engine, attention, clock), in_turn=True)
+    attention = StepPredictor(costs, layers=layers, dense=nothing, in_turn=in_turn)
+    return StepPredictor(costs, layers=layers, dense=_rest(engine, attention, clock), in_turn=in_turn)
 
 
 def nonnegative_fit(matrix: FloatArray, values: FloatArray) -> FloatArray:

@@ -87,6 +87,28 @@ def checked_devices(texts: list[str]) -> tuple[DeviceRoom, ...]:
     return tuple(rooms)
 
 
+def checked_workers(names: list[str], store: str, rooms: tuple[DeviceRoom, ...]) -> None:
+    """Names of workers, and the store that they need.
+
+    Raises:
+        ServeError: one comes twice or is no name, or the store is missing, too much, or no address.
+    """
+    wrong = [
+        f"--worker is {name!r}, must be of letters, digits and ._:/-" for name in names if not _NAME.fullmatch(name)
+    ]
+    every = [*names, *(room.name for room in rooms)]
+    wrong += [f"--worker {name}: the name is taken" for name in sorted(set(names)) if every.count(name) > 1]
+    host, _, port = store.rpartition(":")
+    if names and not store:
+        wrong.append("--worker needs --store HOST:PORT, where workers say where they are")
+    elif store and not names:
+        wrong.append("--store needs at least one --worker")
+    elif store and not (host and port.isdigit() and 0 < int(port) < 65_536):
+        wrong.append(f"--store is {store!r}, must be HOST:PORT such as 127.0.0.1:8500")
+    if wrong:
+        raise ServeError(*wrong)
+
+
 def checked_range(option: str, value: float, *, least: float, most: float) -> float:
     """Raises ServeError: the value is outside."""
     if not least <= value <= most:

@@ -1,0 +1,82 @@
+"""Attention workers in processes of their own: the store where they say where they are, and how an engine gets them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from hetis.runtime.engine.engine import Engine
+from hetis.runtime.kv.errors import DeviceError
+from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.transport.connecting import Endpoint, look_up, open_store
+from hetis.runtime.transport.errors import ChannelError
+from hetis.runtime.worker.joining import join
+from hetis.runtime.worker.remote import RemoteDevice
+from hetis.solver.dispatch.snapshot import DeviceStatus
+
+_log = logging.getLogger(__name__)
+_LOOK_S = 0.5  # what a worker has said is there already
+
+
+class Workers:
+    """The workers of one engine.
+
+    Attributes:
+        names: of all of them.
+        epoch: of the engine: what an earlier one says, the workers refuse.
+    """
+
+    def __init__(self, store: str, names: Sequence[str], *, epoch: int, timeout_s: float) -> None:
+        """Opens the store at ``host:port``. ``timeout_s``: until a worker has come, and until a silent one is lost.
+
+        Raises:
+            ChannelError: the address cannot be used.
+        """
+        self._store: Any = open_store(store, is_master=True, timeout_s=timeout_s)
+        self.names, self.epoch = tuple(names), epoch
+        self._timeout_s = timeout_s
+        self._keys: dict[str, bytes] = {}
+
+    def wait_for(self, name: str, shape: KvShape) -> RemoteDevice:
+        """The worker of that name, with nothing in it.
+
+        Raises:
+            ChannelError: it did not come.
+            DeviceError: it does not answer, or obeys a later engine.
+        """
+        endpoint = look_up(self._store, name, timeout_s=self._timeout_s)
+        return self._join(name, endpoint, shape)
+
+    def bring_back(self, engine: Engine) -> None:
+        """Devices that were lost, and whose workers were started again, take heads again; called between two steps."""
+        for index, device in enumerate(engine.stage.devices):
+            if device.name in self._keys and engine.placement.state.devices[index].status is DeviceStatus.LOST:
+                self._bring_back(engine, index, device.name)
+
+    def close(self, engine: Engine) -> None:
+        """Lets the workers go; they wait for the next engine."""
+        for device in engine.stage.devices:
+            if isinstance(device, RemoteDevice):
+                device.close()
+
+    def _bring_back(self, engine: Engine, index: int, name: str) -> None:
+        try:
+            endpoint = look_up(self._store, name, timeout_s=_LOOK_S)
+            if endpoint.key == self._keys[name]:
+                return  # it has not been started again
+            device = self._join(name, endpoint, engine.stage.shape)
+        except (ChannelError, DeviceError) as error:
+            _log.info("%s is not back: %s", name, error)
+            return
+        lost = engine.stage.devices[index]
+        if device.num_pages != lost.num_pages:
+            _log.warning("%s is back with %d pages, had %d: not taken", name, device.num_pages, lost.num_pages)
+            device.close()
+            return
+        engine.restore_device(index, device)
+        _log.info("%s is back", name)
+
+    def _join(self, name: str, endpoint: Endpoint, shape: KvShape) -> RemoteDevice:
+        self._keys[name] = endpoint.key
+        return join(name, endpoint, shape, epoch=self.epoch, timeout_s=self._timeout_s)
