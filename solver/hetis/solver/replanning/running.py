@@ -16,6 +16,7 @@ import numpy as np
 
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.classes import class_of_slots
+from hetis.solver.placement.first_token import least_ttft_limit_s
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, Atlas
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, roles, room_layers
 from hetis.solver.plan import ReplicaPlan, Role
@@ -264,6 +265,9 @@ def is_allowed(atlas: Atlas, template: Template) -> bool:
     if m > 1 and m < template.num_copies:
         return False
     if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:
+        return False
+    limit_s = atlas.problem.objective.ttft_limit_s
+    if limit_s is not None and least_ttft_limit_s(atlas, template) > limit_s * WITHIN:
         return False
     return all(room_layers(atlas, template, i) >= stage.layers for i, stage in enumerate(template.stages))
 

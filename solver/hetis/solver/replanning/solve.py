@@ -28,7 +28,7 @@ from hetis.solver.replanning.proof import bound_of
 from hetis.solver.replanning.survivors import Survivors
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 
-FRESH_SHARE = 0.5  # of the time: for the fleet as if nothing ran on it
+FRESH_SHARE = 0.75  # of the time: for the fleet as if nothing ran on it, then of the rest for what is left over
 CHOICE_SECONDS = 10.0  # of each mixed program
 MOVE_PENALTY = 1e-7  # of the value, per GPU of the fleet: tells equally good plans apart
 
