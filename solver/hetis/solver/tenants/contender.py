@@ -14,18 +14,18 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Report
 from hetis.solver.placement.classes import IntArray, Resources
-from hetis.solver.placement.exact import TOLERANCES, ExactSearch
-from hetis.solver.placement.generation import KEEP, Pool, pricers_of
+from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small, solve_exactly
+from hetis.solver.placement.generation import KEEP, ColumnGeneration, Pool, pricers_of
 from hetis.solver.placement.master import Columns, Master
-from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import Pricer
-from hetis.solver.placement.search import search
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Scope, Tables
 from hetis.solver.placement.template import Template
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.tenants.master import TenantColumns
 from hetis.solver.tenants.problem import Tenant
 
+GAP_OF_PARTS = 0.02  # at least, of searches on a part of the fleet
+MAX_SUBFLEETS = 1000  # that are listed where a part of a large fleet leaves open whether anything fits on it
 VARIETY = 0.93  # of the best ratio: what columns of other sizes must have
 NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
 
@@ -55,7 +55,7 @@ class Contender(Protocol):
     atlas: Atlas
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
-        """What it reaches with so much of every row; None: nothing, or nothing was found in time."""
+        """What it reaches with so much of every row; None: proved that it is nothing."""
         ...
 
     def columns(self, alone: float) -> TenantColumns:
@@ -145,16 +145,27 @@ class Priced:
         self.rate_cap = np.inf
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
-        s = self._settings
-        part = within(self.atlas, limits)
-        found: Outcome | None = search(part, s.strategy, budget, s.gap_target, s.seed, s.threads, report)
-        if found is None:
-            return None
-        self.pool.add([*(template for template, _ in found.chosen), *found.runners_up])
-        if np.array_equal(part.resources.limits, self.atlas.resources.limits):
-            self.rate_cap = min(self.rate_cap, found.bound)
-        unit = utilisation(self.tenant)
-        return Reach(rate=unit * found.value, bound=unit * found.bound)
+        s, part, unit = self._settings, within(self.atlas, limits), utilisation(self.tenant)
+        is_whole = np.array_equal(part.resources.limits, self.atlas.resources.limits)
+        master = Master(part.resources.limits, None, part.routes)
+        alone = ColumnGeneration(part, master, np.zeros(len(limits)), budget=budget, report=report)
+        gap = s.gap_target if is_whole else max(s.gap_target, GAP_OF_PARTS)
+        found = None
+        if not is_small(part):
+            found = alone.solve(uniform_templates(part), threads=s.threads, gap_target=gap, seed=s.seed)
+        few = is_small(part) or np.prod(limits + 1.0) <= MAX_SUBFLEETS
+        if found is None and alone.may_have_plan and few and not budget.is_spent():
+            # Few GPUs: nothing was looked for yet, or columns were found that fit in no packing.
+            found = solve_exactly(part, master, np.zeros(len(limits)), budget=budget, report=report, seed=s.seed)
+            if found is None and not budget.is_spent():
+                return None
+        bound = found.bound if found is not None else alone.bound.value if alone.may_have_plan else 0.0
+        if is_whole:
+            self.rate_cap = min(self.rate_cap, bound)
+            self.pool.add(alone.pool.templates)
+        if found is not None:
+            self.pool.add([template for template, _ in found.chosen])
+        return Reach(rate=unit * found.value if found is not None else 0.0, bound=unit * bound)
 
     def columns(self, alone: float) -> TenantColumns:
         return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)

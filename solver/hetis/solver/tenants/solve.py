@@ -26,6 +26,7 @@ from hetis.solver.tenants.result import EnvyCell, FleetShares, PriceProof, RowPr
 
 SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families a fleet can be shared in
 MILP_SECONDS, LEAST_S = 10.0, 1.0  # at most and at least for each choice of whole counts
+PART_SECONDS = 10.0  # for what a tenant reaches on a part of the fleet, its own or somebody else's
 ROUNDING = 1e-9  # share by which a floor is lowered, so that what was reached can be reached again
 
 
@@ -88,7 +89,11 @@ class FleetSearch:
 
     def _reach(self, contender: Contender, limits: IntArray, phase: str) -> Reach:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
-        found = contender.alone(limits, self.budget, silent)
+        budget = self.budget
+        if not np.array_equal(limits, self.limits):
+            time_limit_s = min(PART_SECONDS, max(0.0, budget.remaining_s()))
+            budget = Budget(time_limit_s=time_limit_s, clock=budget.clock, cancelled=budget.cancelled)
+        found = contender.alone(limits, budget, silent)
         return found if found is not None else Reach(rate=0.0, bound=0.0)
 
     # --- one rule
