@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -32,10 +32,14 @@ NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """What a tenant reaches alone, and no plan exceeds; in its objective's requests/s."""
+    """What a tenant reaches alone, and no plan exceeds; in its objective's requests/s.
+
+    ``chosen`` are the replicas that reach it, where they were searched for.
+    """
 
     rate: float
     bound: float
+    chosen: tuple[tuple[Template, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,10 +169,19 @@ class Priced:
             self.pool.add(alone.pool.templates)
         if found is not None:
             self.pool.add([template for template, _ in found.chosen])
-        return Reach(rate=unit * found.value if found is not None else 0.0, bound=unit * bound)
+        if found is None:
+            return Reach(rate=0.0, bound=unit * bound)
+        return Reach(rate=unit * found.value, bound=unit * bound, chosen=found.chosen)
 
     def columns(self, alone: float) -> TenantColumns:
         return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)
+
+    def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
+        """Counts of columns that make these replicas, all of them known."""
+        counts = np.zeros(len(self.pool.templates), dtype=np.int64)
+        for template, n in chosen:
+            counts[self.pool.place(template)] += n
+        return counts
 
     def capped_columns(self, alone: float) -> TenantColumns:
         """The same, where a replica counts for no more than any plan serves."""

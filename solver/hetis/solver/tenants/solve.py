@@ -76,7 +76,16 @@ class FleetSearch:
             for contender, claim in zip(self.contenders, tenancy.claims, strict=True)
         )
         self._highest: tuple[Choice, Bound | None, float] | None = None  # the highest level, once it was looked for
-        self._known: list[Choice] = []  # of earlier rules: they may do for the next
+        self._known: list[Choice] = self._all_parts()  # and of earlier rules: they may do for the next
+
+    def _all_parts(self) -> list[Choice]:
+        """Everybody on its part, all at once: what the sharing incentive can always fall back on."""
+        priced = [c for c in self.contenders if isinstance(c, Priced)]
+        if not priced:
+            return []
+        counts = tuple(c.counts_of(part.chosen) for c, part in zip(priced, self.parts, strict=True))
+        rates = np.array([part.rate / alone.rate for part, alone in zip(self.parts, self.alone, strict=True)])
+        return [Choice(counts, rates, np.inf)]
 
     def _alone(self, contender: Contender) -> Reach:
         name = contender.tenant.name
