@@ -34,7 +34,7 @@ from hetis.solver.shares.result import Rule
 from hetis.solver.shares.solve import solve_shares
 from hetis.solver.tenants.problem import Tenancy, Tenant
 from hetis.solver.tenants.result import FleetShares, TenantRule
-from hetis.solver.tenants.solve import FleetSearch
+from hetis.solver.tenants.solve import PART_SECONDS, FleetSearch
 
 GAP = 0.01
 EPSILON = 1e-6
@@ -180,7 +180,7 @@ def linear_problem(search: FleetSearch) -> ShareProblem:
 
 def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
     contender = next(c for c in search.contenders if c.tenant is tenant)
-    found = contender.alone(limits, search.budget, silent)
+    found = contender.alone(limits, Budget(time_limit_s=PART_SECONDS, clock=time.monotonic), silent)
     return found.rate if found is not None else 0.0
 
 

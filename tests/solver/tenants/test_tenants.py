@@ -267,6 +267,16 @@ def test_nobody_is_below_its_part_under_the_sharing_incentive(search: FleetSearc
         assert share.rate >= share.part * (1 - REL)
 
 
+def test_everybody_on_its_part_will_do_where_nothing_better_is_found(search: FleetSearch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solving, "is_small", lambda atlas: False)
+        priced = FleetSearch(search.tenancy)
+        patch.setattr(solving, "choose_whole", lambda *_, **__: None)
+        answer = priced.share(TenantRule.SHARING_INCENTIVE)
+    assert check_fleet_shares(priced.tenancy, answer) == ()
+    assert [share.rate for share in answer.shares] == pytest.approx([share.part for share in answer.shares])
+
+
 def test_parts_of_every_claim_fit_together() -> None:
     limits = np.array([32, 7, 1, 3])
     parts = [part_of(limits, claim) for claim in (1 / 3, 1 / 3, 1 / 3)]

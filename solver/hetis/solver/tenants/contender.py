@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,28 +14,32 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Report
 from hetis.solver.placement.classes import IntArray, Resources
-from hetis.solver.placement.exact import TOLERANCES, ExactSearch
-from hetis.solver.placement.generation import KEEP, Pool, pricers_of
+from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small, solve_exactly
+from hetis.solver.placement.generation import KEEP, ColumnGeneration, Pool, pricers_of
 from hetis.solver.placement.master import Columns, Master
-from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import Pricer
-from hetis.solver.placement.search import search
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Scope, Tables
 from hetis.solver.placement.template import Template
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.tenants.master import TenantColumns
 from hetis.solver.tenants.problem import Tenant
 
+GAP_OF_PARTS = 0.02  # at least, of searches on a part of the fleet
+MAX_SUBFLEETS = 1000  # that are listed where a part of a large fleet leaves open whether anything fits on it
 VARIETY = 0.93  # of the best ratio: what columns of other sizes must have
 NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """What a tenant reaches alone, and no plan exceeds; in its objective's requests/s."""
+    """What a tenant reaches alone, and no plan exceeds; in its objective's requests/s.
+
+    ``chosen`` are the replicas that reach it, where they were searched for.
+    """
 
     rate: float
     bound: float
+    chosen: tuple[tuple[Template, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,7 @@ class Contender(Protocol):
     atlas: Atlas
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
-        """What it reaches with so much of every row; None: nothing, or nothing was found in time."""
+        """What it reaches with so much of every row; None: proved that it is nothing."""
         ...
 
     def columns(self, alone: float) -> TenantColumns:
@@ -145,19 +149,39 @@ class Priced:
         self.rate_cap = np.inf
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
-        s = self._settings
-        part = within(self.atlas, limits)
-        found: Outcome | None = search(part, s.strategy, budget, s.gap_target, s.seed, s.threads, report)
+        s, part, unit = self._settings, within(self.atlas, limits), utilisation(self.tenant)
+        is_whole = np.array_equal(part.resources.limits, self.atlas.resources.limits)
+        master = Master(part.resources.limits, None, part.routes)
+        alone = ColumnGeneration(part, master, np.zeros(len(limits)), budget=budget, report=report)
+        gap = s.gap_target if is_whole else max(s.gap_target, GAP_OF_PARTS)
+        found = None
+        if not is_small(part):
+            found = alone.solve(uniform_templates(part), threads=s.threads, gap_target=gap, seed=s.seed)
+        few = is_small(part) or np.prod(limits + 1.0) <= MAX_SUBFLEETS
+        if found is None and alone.may_have_plan and few and not budget.is_spent():
+            # Few GPUs: nothing was looked for yet, or columns were found that fit in no packing.
+            found = solve_exactly(part, master, np.zeros(len(limits)), budget=budget, report=report, seed=s.seed)
+            if found is None and not budget.is_spent():
+                return None
+        bound = found.bound if found is not None else alone.bound.value if alone.may_have_plan else 0.0
+        if is_whole:
+            self.rate_cap = min(self.rate_cap, bound)
+            self.pool.add(alone.pool.templates)
+        if found is not None:
+            self.pool.add([template for template, _ in found.chosen])
         if found is None:
-            return None
-        self.pool.add([*(template for template, _ in found.chosen), *found.runners_up])
-        if np.array_equal(part.resources.limits, self.atlas.resources.limits):
-            self.rate_cap = min(self.rate_cap, found.bound)
-        unit = utilisation(self.tenant)
-        return Reach(rate=unit * found.value, bound=unit * found.bound)
+            return Reach(rate=0.0, bound=unit * bound)
+        return Reach(rate=unit * found.value, bound=unit * bound, chosen=found.chosen)
 
     def columns(self, alone: float) -> TenantColumns:
         return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)
+
+    def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
+        """Counts of columns that make these replicas, all of them known."""
+        counts = np.zeros(len(self.pool.templates), dtype=np.int64)
+        for template, n in chosen:
+            counts[self.pool.place(template)] += n
+        return counts
 
     def capped_columns(self, alone: float) -> TenantColumns:
         """The same, where a replica counts for no more than any plan serves."""

@@ -26,6 +26,7 @@ from hetis.solver.tenants.result import EnvyCell, FleetShares, PriceProof, RowPr
 
 SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families a fleet can be shared in
 MILP_SECONDS, LEAST_S = 10.0, 1.0  # at most and at least for each choice of whole counts
+PART_SECONDS = 10.0  # for what a tenant reaches on a part of the fleet, its own or somebody else's
 ROUNDING = 1e-9  # share by which a floor is lowered, so that what was reached can be reached again
 
 
@@ -75,7 +76,16 @@ class FleetSearch:
             for contender, claim in zip(self.contenders, tenancy.claims, strict=True)
         )
         self._highest: tuple[Choice, Bound | None, float] | None = None  # the highest level, once it was looked for
-        self._known: list[Choice] = []  # of earlier rules: they may do for the next
+        self._known: list[Choice] = self._all_parts()  # and of earlier rules: they may do for the next
+
+    def _all_parts(self) -> list[Choice]:
+        """Everybody on its part, all at once: what the sharing incentive can always fall back on."""
+        priced = [c for c in self.contenders if isinstance(c, Priced)]
+        if not priced:
+            return []
+        counts = tuple(c.counts_of(part.chosen) for c, part in zip(priced, self.parts, strict=True))
+        rates = np.array([part.rate / alone.rate for part, alone in zip(self.parts, self.alone, strict=True)])
+        return [Choice(counts, rates, np.inf)]
 
     def _alone(self, contender: Contender) -> Reach:
         name = contender.tenant.name
@@ -88,7 +98,11 @@ class FleetSearch:
 
     def _reach(self, contender: Contender, limits: IntArray, phase: str) -> Reach:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
-        found = contender.alone(limits, self.budget, silent)
+        budget = self.budget
+        if not np.array_equal(limits, self.limits):
+            time_limit_s = min(PART_SECONDS, max(0.0, budget.remaining_s()))
+            budget = Budget(time_limit_s=time_limit_s, clock=budget.clock, cancelled=budget.cancelled)
+        found = contender.alone(limits, budget, silent)
         return found if found is not None else Reach(rate=0.0, bound=0.0)
 
     # --- one rule
