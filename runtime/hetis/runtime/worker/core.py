@@ -111,7 +111,7 @@ class WorkerCore:
         self._step, self._failed = None, None
         self._incarnations.clear()
         if self.device is not None:
-            self.device.drop(self.device.pool.keys())
+            self.device.drop(self.device.pool.sequences)
 
     def _obey(self, frame: Frame, device: LocalDevice) -> Frame | None:
         match frame.kind:
@@ -166,7 +166,7 @@ class WorkerCore:
                 self.name, f"request {part.request} is at incarnation {newest}, {part.incarnation} is void"
             )
         if part.incarnation > newest:
-            old = [key for key in device.pool.keys() if key.request == part.request]  # noqa: SIM118
+            old = [key for key in device.pool.sequences if key.request == part.request]
             device.drop(old)
         self._incarnations[part.request] = part.incarnation
         device.adopt(part.request, part.incarnation, part.heads, part.first, k, v)
@@ -174,7 +174,7 @@ class WorkerCore:
     def _drop(self, keys: list[SequenceKey], device: LocalDevice) -> None:
         device.drop(keys)
         for request in {key.request for key in keys}:
-            if not any(key.request == request for key in device.pool.keys()):  # noqa: SIM118
+            if not any(key.request == request for key in device.pool.sequences):
                 self._incarnations.pop(request, None)
 
     def _raise_failed(self) -> None:
