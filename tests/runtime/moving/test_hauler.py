@@ -176,6 +176,7 @@ def test_moves_of_one_bundle_go_together_or_not_at_all() -> None:
     )
     assert [one.heads for one, _ in change.left_out] == [(1,), (0,)]
     assert "too few free pages" in change.left_out[0][1]
+    assert [move.heads for move in world.engine.placement.moves] == [(2,)]
     world.step(4)
     assert world.request.heads == (0, 0, 1, 0)
     world.finish()
