@@ -7,12 +7,12 @@ requests that had heads there are prefilled again: prompt and output so far.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.engine.news import TokenOutput
-from hetis.runtime.engine.placement import Placement, even_costs
+from hetis.runtime.engine.placement import HeadMove, Placement, even_costs
 from hetis.runtime.engine.planning import plan_step
 from hetis.runtime.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
 from hetis.runtime.engine.sampling import Sampler, sample
@@ -86,6 +86,7 @@ class Engine:
         self._lost: set[int] = set()
         self._next_number = 0
         self._news: list[TokenOutput] = []
+        self.between_steps: list[Callable[[], None]] = []
 
     # --- requests
 
@@ -131,6 +132,8 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Runs one step; returns what it brought. Nothing where there is nothing to do."""
         self._lose_devices()
+        for work in self.between_steps:
+            work()
         self._admit()
         self._make_room()
         requests = list(self.running.values())
@@ -213,8 +216,16 @@ class Engine:
         while stuck:
             number = stuck.pop(0)
             while number in self.running and self.placement.grow([number]):
-                if not self._move_away(number):
+                if not (self._give_way(number) or self._move_away(number)):
                     self.preempt(self._youngest_on(self.placement.full_devices(number)).number)
+
+    def _give_way(self, number: int) -> bool:
+        """Takes back moves that hold pages which a request needs to grow: nothing is lost with them."""
+        full = self.placement.full_devices(number)
+        moves = [m for m in self.placement.moves if m.request == number or m.target in full]
+        for move in moves:
+            self.abort_move(move)
+        return bool(moves)
 
     def _youngest_on(self, devices: tuple[int, ...]) -> Request:
         return next(r for r in reversed(self.running.values()) if set(devices) & set(r.heads))
@@ -255,18 +266,55 @@ class Engine:
         move = self.placement.prepare(number, heads, target)
         if move is None:
             return False
+        if not self.copy(move, 0, request.computed):
+            return False
+        self.flip([move])
+        return True
+
+    def copy(self, move: HeadMove, first: int, last: int) -> bool:
+        """Copies positions ``first`` to ``last - 1`` of a prepared move; False: a device was lost meanwhile."""
+        if first >= last:
+            return True
+        source, target = self.stage.devices[move.source], self.stage.devices[move.target]
+        incarnation = self.running[move.request].incarnation
         try:
-            if request.computed:
-                source = self.stage.devices[move.source]
-                k, v = source.export(number, request.incarnation, move.heads, 0, request.computed)
-                self.stage.devices[target].adopt(number, request.incarnation, move.heads, 0, k, v)
+            k, v = source.export(move.request, incarnation, move.heads, first, last)
+            target.adopt(move.request, incarnation, move.heads, first, k, v)
         except DeviceLostError as error:
             self.lose_device(self._device(error))  # which aborts the move, wherever it was
             return False
-        request.heads = self.placement.commit(move)
-        self.num_moved_heads += len(move.heads)
-        self._drop(request, move.heads, move.source)
         return True
+
+    def verify(self, move: HeadMove) -> bool:
+        """Whether both ends hold the same KV, all positions and layers, bit for bit; False also for a device lost."""
+        request = self.running[move.request]
+        try:
+            theirs, ours = (
+                self.stage.devices[device].digest(move.request, request.incarnation, move.heads, request.computed)
+                for device in (move.source, move.target)
+            )
+        except DeviceLostError as error:
+            self.lose_device(self._device(error))
+            return False
+        return bool((theirs == ours).all())
+
+    def flip(self, moves: Sequence[HeadMove]) -> None:
+        """The targets, which have all the KV, own the heads from the next step on; the sources free theirs.
+
+        Between two steps only. This is where moves are committed, and the only place.
+        """
+        self.placement.commit(*moves)
+        for move in moves:
+            request = self.running[move.request]
+            request.heads = self.placement.heads(move.request)
+            self.num_moved_heads += len(move.heads)
+            self._drop(request, move.heads, move.source)
+
+    def abort_move(self, move: HeadMove) -> None:
+        """The heads stay where they are, and what was copied is dropped. A move that has ended is no error."""
+        if self.placement.is_under_way(move):
+            self.placement.abort(move)
+            self._drop(self.running[move.request], move.heads, move.target)
 
     def lose_device(self, device: int) -> None:
         """A device is gone: the requests that had heads there are prefilled again, in their order.
@@ -277,6 +325,9 @@ class Engine:
         if device == 0:
             raise DeviceLostError(self.stage.devices[0].name, "the primary is lost, and the replica with it")
         self._lost.discard(device)
+        for move in [move for move in self.placement.moves if move.target != device]:
+            if device in self.running[move.request].heads:
+                self.abort_move(move)
         hit = [self.running.pop(number) for number in self.placement.lose(device)]
         for request in sorted(hit, key=lambda r: r.number, reverse=True):
             self._drop_all(request, but=device)
@@ -325,6 +376,9 @@ class Engine:
         )
 
     def _release(self, request: Request) -> None:
+        for move in self.placement.moves:
+            if move.request == request.number:
+                self._drop(request, move.heads, move.target)
         self.placement.release(request.number)
         self._drop_all(request)
 

@@ -133,15 +133,19 @@ class Placement:
         self._moves[prepared.number] = move
         return move
 
-    def commit(self, move: HeadMove) -> Heads:
-        """The target owns the heads from now on; returns the request's new map."""
-        self.state.commit_moves(move.prepared.number)
-        del self._moves[move.prepared.number]
-        owners = list(self._heads[move.request])
-        for head in move.heads:
-            owners[head] = move.target
-        self._heads[move.request] = tuple(owners)
-        return self._heads[move.request]
+    def is_under_way(self, move: HeadMove) -> bool:
+        """It was neither committed nor aborted, and its request has not left."""
+        return move.prepared.number in self._moves
+
+    def commit(self, *moves: HeadMove) -> None:
+        """The targets own the heads from now on, all at once."""
+        self.state.commit_moves(*(move.prepared.number for move in moves))
+        for move in moves:
+            del self._moves[move.prepared.number]
+            owners = list(self._heads[move.request])
+            for head in move.heads:
+                owners[head] = move.target
+            self._heads[move.request] = tuple(owners)
 
     def abort(self, move: HeadMove) -> None:
         """The heads stay where they are."""

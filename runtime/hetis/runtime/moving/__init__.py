@@ -1,0 +1,1 @@
+"""Moving heads of running requests between devices while tokens flow."""
