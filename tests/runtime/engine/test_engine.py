@@ -62,7 +62,7 @@ def test_a_stop_text_ends_a_request_and_its_text(tmp_path: Path) -> None:
         [PROMPTS[0]] * 2,
         [SamplingParams(max_tokens=20), SamplingParams(max_tokens=20, stop=(f"w{wanted[5]} w{wanted[6]}",))],
     )
-    assert plain.text == " ".join(f"w{token}" for token in wanted)
+    assert plain.text == "".join(f" w{token}" for token in wanted)  # it goes on from the prompt
     assert stopped.text.split() == [f"w{token}" for token in wanted[:5]]
     assert stopped.finish_reason is FinishReason.STOP
     assert stopped.tokens == wanted[:7]

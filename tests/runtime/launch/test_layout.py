@@ -13,12 +13,12 @@ from hetis.runtime.engine.stage import kv_shape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import (
     DevicePages,
-    DeviceRoom,
     layout_of,
     one_device,
     pages_of,
     refuse_if_too_large,
 )
+from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.solver.plan import Plan, Role
 from tests.runtime.launch.plans import POOL, plan_of, stage_of

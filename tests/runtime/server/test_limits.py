@@ -29,6 +29,11 @@ def wait_for(holds: Callable[[], bool], *, limit_s: float = 30) -> None:
         time.sleep(0.01)
 
 
+def aborted(live: Live) -> float:
+    """Requests that ended before they were done."""
+    return live.metric("vllm:request_success_total", finished_reason="abort")
+
+
 def nothing_is_left(live: Live) -> bool:
     view = live.desk.view
     return not view.running and not view.waiting and not any(device.used_pages for device in view.devices)
@@ -47,19 +52,22 @@ def stream(live: Live, **changes: Any) -> Any:
 
 
 def test_a_client_that_leaves_a_stream_ends_its_request(small: Live) -> None:
-    before = small.metric("hetis_requests_cancelled_total", cause="disconnected")
+    before, aborts = small.metric("hetis_requests_cancelled_total", cause="disconnected"), aborted(small)
     with stream(small) as answer:
         lines = answer.iter_lines()  # kept: httpx closes the connection with it
         assert '"finish_reason":null' in next(lines)
         assert small.desk.open_requests == 1
     wait_for(lambda: small.desk.open_requests == 0 and nothing_is_left(small))
     assert small.metric("hetis_requests_cancelled_total", cause="disconnected") == before + 1
+    assert aborted(small) == aborts + 1
 
 
 def test_a_client_that_leaves_before_its_answer_ends_its_requests(small: Live) -> None:
+    aborts = aborted(small)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{small.url}/v1/completions", json=LONG | {"n": 2}, timeout=0.3)
     wait_for(lambda: small.desk.open_requests == 0 and nothing_is_left(small))
+    assert aborted(small) == aborts + 2
 
 
 def test_more_than_may_wait_are_told_to_come_back(small: Live) -> None:

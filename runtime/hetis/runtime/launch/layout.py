@@ -8,16 +8,9 @@ from typing import Any
 
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
+from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.model.config import ModelConfig
 from hetis.solver.plan import Plan, ReplicaPlan, Role
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceRoom:
-    """A device and its memory for KV, in bytes."""
-
-    name: str
-    kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,9 @@ from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import DevicePages, DeviceRoom, Layout, layout_of, one_device, pages_of
+from hetis.runtime.launch.layout import DevicePages, Layout, layout_of, one_device, pages_of
 from hetis.runtime.launch.memory import free_memory_bytes
+from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.launch.workers import Workers
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.server.app import AppOptions, Front

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hetis.formats.units import parse_bytes
-from hetis.runtime.launch.layout import DeviceRoom
+from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.model.config import DTYPES
 from hetis.runtime.server.errors import ServeError
 
