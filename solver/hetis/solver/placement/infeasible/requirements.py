@@ -91,7 +91,7 @@ def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
         yield Requirement(subject=Subject.STRATEGY, text=family.name)
     if problem.model.forbidden_cuts:
         yield Requirement(subject=Subject.CUTS)
-    if sum(group.count for group in problem.cluster.node_groups) > 1:
+    if problem.cluster.num_gpus() > 1:  # of one node, too: the cost model charges a hop between any two stages
         yield Requirement(subject=Subject.LINKS)
     yield Requirement(subject=Subject.MEMORY)
 
