@@ -48,7 +48,7 @@ def planned_rate(problem: PlacementProblem, one: ReplicaPlan) -> float:
     )
     stages, last = replica_shape(one, problem, Fleet.of(problem.cluster)).stages, len(one.stages) - 1
     seconds = [stage_seconds(setting, stage, is_first=n == 0, is_last=n == last) for n, stage in enumerate(stages)]
-    return 1.0 / seconds_between_completions(setting, seconds, [stage.copies for stage in stages])
+    return 1.0 / seconds_between_completions(setting, stages, seconds)
 
 
 @pytest.mark.parametrize("lengths", [((128, 64),), ((300, 40), (60, 90)), ((40, 120), (80, 20), (200, 60))])
