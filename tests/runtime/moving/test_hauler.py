@@ -194,6 +194,31 @@ def test_a_change_gives_way_before_a_request_is_preempted() -> None:
     world.finish()
 
 
+def test_a_request_whose_prompt_has_not_begun_may_move() -> None:
+    model, prompts = random_model(), random_prompts(70, 2, shortest=40, longest=40)
+    engine = engine_from_folder(model.folder, local_devices([100, 100]), options=EngineOptions(chunk_tokens=16))
+    hauler = Hauler(engine=engine)
+    numbers = [engine.add(prompt, SamplingParams(max_tokens=TOKENS)) for prompt in prompts]
+    engine.step()
+    last = engine.running[numbers[1]]
+    assert last.computed == 0
+    head, source = 0, last.heads[0]
+    hauler.reserve([WantedMove(last.number, (head,), 1 - source)], permitted_s=9)
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.has_work:
+        for news in engine.step():
+            answers[news.request] += [] if news.token is None else [news.token]
+    assert hauler.counts.flipped == 1
+    assert [answers[number] for number in numbers] == [model.generate(prompt, TOKENS) for prompt in prompts]
+
+
+def test_heads_leave_a_device_without_pages_before_anyone_is_preempted() -> None:
+    world = World(pages=(200, 17), prompt=60)  # three heads take six pages each in the end
+    assert world.engine.move(world.number, [0, 1, 2], 1)
+    world.finish()
+    assert world.engine.num_preempted == 0
+
+
 def run_changing(engine: Engine, hauler: Hauler, prompts: list[list[int]], tokens: int, seed: int) -> list[list[int]]:
     """Answers, with changes of one to three moves under way all the time."""
     chooser = random.Random(seed)

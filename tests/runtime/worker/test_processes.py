@@ -14,11 +14,13 @@ from hetis.runtime.engine.generate import engine_from_folder, generate
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.kv.errors import DeviceLostError, StaleEpochError
 from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.moving.hauler import Hauler
 from hetis.runtime.transport.connecting import ChannelKind, Endpoint, look_up
 from hetis.runtime.worker.joining import join
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.checkpoints import random_model, random_prompts
 from tests.runtime.engine.test_equality import run_moving
+from tests.runtime.moving.test_hauler import run_changing
 from tests.runtime.worker.processes import WorkerProcesses, worker_processes
 
 TOKENS = 16
@@ -128,3 +130,12 @@ def test_a_worker_refuses_the_key_of_another_run(workers: WorkerProcesses) -> No
     shape = engine_of(workers, 0).stage.shape
     with pytest.raises(DeviceLostError, match="the key is another worker's"):
         join("w0", wrong, shape, epoch=workers.epoch + 1)
+
+
+def test_changes_in_the_background_move_heads_between_processes(workers: WorkerProcesses) -> None:
+    model, prompts = random_model(kv_heads=4), random_prompts(60, 4)
+    engine = engine_of(workers, 3)
+    hauler = Hauler(engine=engine, bytes_per_step=10_000)
+    assert run_changing(engine, hauler, prompts, TOKENS, seed=6) == [model.generate(p, TOKENS) for p in prompts]
+    assert hauler.counts.flipped > 5
+    close(engine)

@@ -288,6 +288,8 @@ class Engine:
     def verify(self, move: HeadMove) -> bool:
         """Whether both ends hold the same KV, all positions and layers, bit for bit; False also for a device lost."""
         request = self.running[move.request]
+        if not request.computed:
+            return True  # its prompt has not begun: neither end holds anything
         try:
             theirs, ours = (
                 self.stage.devices[device].digest(move.request, request.incarnation, move.heads, request.computed)
