@@ -109,7 +109,7 @@ def _rule_row(name: str, search: FleetSearch, answer: FleetShares, best: float) 
         "least_gap": answer.level_gap if answer.level_bound is not None else None,
         "over_part": float(outcome.over_part.min()),
         "envy": _worst_envy(outcome.envy),
-        "requests_per_s": ", ".join(f"{share.name} {share.rate:.4g}" for share in answer.shares),
+        "rates": ", ".join(f"{share.name} {share.rate:.4g}" for share in answer.shares),
         "gpus": "; ".join(f"{s.name} {_gpus(s.plan.prices if s.plan is not None else ())}" for s in answer.shares),
         "promise": _promise(answer.rule, outcome, names),
         "envy_seconds": envy_s,
@@ -145,8 +145,8 @@ def _no_worse(outcome: Outcome) -> bool:
 def _who_envies(envy: FloatArray, names: Sequence[str]) -> str:
     others = envy - np.diag(np.diag(envy))
     i, j = divmod(int(np.argmax(others)), len(names))
-    times = f"{others[i, j]:.2f} times" if math.isfinite(others[i, j]) else "more than nothing"
-    return f"{names[i]} would have {times} its rate with the GPUs of {names[j]}"
+    times = f"{others[i, j]:.2f} times its rate" if math.isfinite(others[i, j]) else "more than nothing"
+    return f"{names[i]} would have {times} with the GPUs of {names[j]}"
 
 
 def _worst_envy(envy: FloatArray) -> float:
@@ -221,7 +221,7 @@ def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: Rul
         "least_gap": None,
         "over_part": float(outcome.over_part.min()),
         "envy": _worst_envy(outcome.envy),
-        "requests_per_s": ", ".join(f"{n} {rate:.4g}" for n, rate in zip(names, rates, strict=True)),
+        "rates": ", ".join(f"{n} {rate:.4g}" for n, rate in zip(names, rates, strict=True)),
         "gpus": "; ".join(f"{n} {_whole(problem, amounts)}" for n, amounts in zip(names, whole, strict=True)),
         "promise": "; ".join(broken) or "nothing is broken",
         "envy_seconds": None,

@@ -33,7 +33,7 @@ PROMISED = {
     "robustness": {"name", "status", "value", "gap", "plans", "other_replicas", "over_limit", "too_slow"}
     | {f"{mark}_{what}_loss" for mark in ("mean", "worst") for what in ("goodput", "latency")},
     "sharing": {"name", "status", "value", "gap", "lost", "least", "least_gap", "over_part", "envy"}
-    | {"requests_per_s", "gpus", "promise", "envy_seconds"},
+    | {"rates", "gpus", "promise", "envy_seconds"},
     "dispatch": {
         "name",
         "devices",
