@@ -407,7 +407,7 @@ TENANTS = st.builds(
             name=st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True).filter(lambda name: not name.endswith("-")),
             model=TITLES,
             workload=TITLES,
-            weight=st.floats(1e-3, 1e6),
+            weight=st.floats(1e-3, 1e3),
             worth=st.just(2.5),
             objective=st.sampled_from(["goodput", "throughput"]),
             ttft_s=LIMITS,

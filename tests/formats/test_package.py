@@ -42,6 +42,7 @@ def test_public_names_of_documents() -> None:
         "load_requests",
         "load_share_problem",
         "load_state",
+        "load_tenants",
         "load_workload",
         "to_data",
         "write_atomically",

@@ -78,7 +78,7 @@ tenants:
         (5, "'fsat' is not in gpus, did you mean fast?"),
         (5, "has none for fast"),
         (6, "tenant 'a' appears twice"),
-        (6, "must be > 0"),
+        (6, "must be >= 0.0001"),
         (6, "are all 0"),
         (7, "neither speedups nor a model"),
         (8, "workload is missing"),

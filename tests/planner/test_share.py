@@ -102,7 +102,7 @@ def test_a_strategy_without_a_family_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_missing_is_said_before_the_search(tmp_path: Path) -> None:
-    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--out", str(tmp_path / "nowhere"))
+    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--out", str(tmp_path / "nowhere" / "deeper"))
     assert run.returncode == 2
     assert "no folder" in run.stderr
     assert "alone on the whole fleet" not in run.stderr

@@ -45,8 +45,8 @@ class ShareInputs:
     tenants: tuple[SharingTenant, ...]
 
 
-Speedup = Annotated[float, Field(ge=0)]
-Weight = Annotated[float, Field(gt=0, le=1e9)]
+Speedup = Annotated[float, Field(ge=0, le=1e8)]  # beyond, programs of shares lose their digits
+Weight = Annotated[float, Field(ge=1e-4, le=1e4)]
 MinGpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
 
 

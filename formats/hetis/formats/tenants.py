@@ -72,7 +72,7 @@ class FleetTenantPart(Part):
     name: Name
     model: str
     workload: str
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    weight: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     worth: Annotated[float, Field(gt=0, le=1e12)] | None = None
     objective: Literal["goodput", "throughput"] = "goodput"
     ttft: Limit | None = None

@@ -263,11 +263,12 @@ def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlann
         until_s = time.monotonic() + 60
         while planner.calls["WatchPlan"] == 0 and time.monotonic() < until_s:
             time.sleep(0.05)
-        time.sleep(0.3)  # into the wait
+        time.sleep(1.0)  # into the wait
         os.kill(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
+        process.communicate()  # closes the pipes, also where it did not end by itself
     assert process.returncode == ExitCode.INTERRUPTED
     assert out == ""
     assert "plans/night goes on without you\n  come back: hetis-plan watch plans/night\n" in err

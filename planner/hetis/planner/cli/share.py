@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from enum import StrEnum
@@ -108,6 +109,8 @@ def _plan_file(folder: Path, tenant: str) -> Path:
 def _refuse_unwritable(folder: Path, tenants: list[str]) -> None:
     from hetis.planner.cli.plan_files import refuse_unwritable
 
+    with contextlib.suppress(OSError):  # what stands in the way is told below
+        folder.mkdir(exist_ok=True)
     for tenant in tenants:
         refuse_unwritable(_plan_file(folder, tenant))
 

@@ -96,7 +96,12 @@ def _steps(found: Replanning, posed: Posed) -> RenderableType:
     if not found.transition.steps:
         return Text("none: everything goes on as it is")
     table = plain_table(
-        ("", "right"), ("", "left"), ("what", "left"), ("load", "right"), ("takes", "right"), ("capacity", "right")
+        ("", "right"),
+        ("", "left"),
+        ("what", "left"),
+        ("load", "right"),
+        ("takes up to", "right"),
+        ("capacity", "right"),
     )
     for number, step in enumerate(found.transition.steps[:MAX_STEPS], start=1):
         table.add_row(str(number), *_step_row(step, found, posed))

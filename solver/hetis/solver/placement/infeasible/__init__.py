@@ -117,14 +117,19 @@ def _of_what_was_asked(
     blamed = {member for conflict in conflicts for member in conflict.members}
     rest = [r for r in given if r not in blamed or r.subject.is_of_fleet]
     for conflict in conflicts:
+        told: list[Relaxation] = []
+        for member in conflict.members:
+            others = [r for r in given if r != member and (r in rest or r in conflict.members)]
+            told += relaxations_of(trials, member, others)
         if len(conflict.members) > 1:
-            yield f"each can be kept, but not together: {listed(conflict.members)}; any one of them may give way"
+            ways = (
+                "any one of them may give way" if any(each.is_tried for each in told) else "more than one must give way"
+            )
+            yield f"each can be kept, but not together: {listed(conflict.members)}; {ways}"
         if not conflict.is_minimal:
             yield "no time was left to tell whether all of these are in the way"
         yield from _what_is_short(trials, given, rest, conflict)
-        for member in conflict.members:
-            others = [r for r in given if r != member and (r in rest or r in conflict.members)]
-            yield from relaxations_of(trials, member, others)
+        yield from told
 
 
 def _what_is_short(
