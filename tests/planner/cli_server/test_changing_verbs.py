@@ -258,6 +258,7 @@ def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlann
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     try:
         until_s = time.monotonic() + 60
