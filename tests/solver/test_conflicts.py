@@ -280,7 +280,10 @@ def test_the_bound_from_dense_work_holds(problem: PlacementProblem) -> None:
     rate = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind.THROUGHPUT))
     found = grounded(rate)
     if not found.is_empty:
-        assert best_by_brute_force(rate) <= rate_bound(build_atlas(found.problem)) * (1 + 1e-9)
+        atlas = build_atlas(found.problem)
+        assert best_by_brute_force(rate) <= rate_bound(atlas) * (1 + 1e-9)
+        assert rate_bound(atlas) <= rate_bound(atlas, with_wishes=False)
+        assert rate_bound(atlas, (Role.UNIFIED,), with_wishes=False) <= rate_bound(atlas, with_wishes=False)
 
 
 def test_what_dense_work_refutes_needs_no_time() -> None:

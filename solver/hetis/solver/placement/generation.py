@@ -35,6 +35,7 @@ from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.routes import Valuation
@@ -141,6 +142,8 @@ class ColumnGeneration:
         self.budget, self.report = budget, report
         self.roles = atlas.problem.family.roles if roles is None else roles
         self.pool = Pool(atlas, row_costs)
+        # Without wishes, which pricing does not know: its bounds are to improve on this one.
+        self._dense = rate_bound(atlas, self.roles, with_wishes=False) if master.maximises else 0.0
         self.bound = self._no_bound(self._first_prices())
         self.incumbent: MilpSolution | None = None
         self._last_pricers: list[Pricer] = []  # of the latest run: they know ceilings
@@ -149,9 +152,8 @@ class ColumnGeneration:
 
     def _no_bound(self, row_prices: FloatArray) -> Bound:
         """What is known before any pricing."""
-        value = dense_work_bound(self.atlas, self.roles) if self.master.maximises else 0.0
         routes = self.atlas.routes
-        return Bound(value, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
+        return Bound(self._dense, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
 
     def _first_prices(self) -> FloatArray:
         """A GPU is worth about its memory bandwidth."""
@@ -456,30 +458,3 @@ def pricers_of(
         )
         for side in range(atlas.routes.num_sides)
     ]
-
-
-def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:
-    """A bound on the total rate of replicas of these roles from dense work alone, before any search.
-
-    A GPU that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)`` layers per second
-    for the best mix and TP size n of a role, and every request needs all layers. Where prompts are prefilled apart,
-    it serves at most a share of each request: the bound holds for every split of a request's price between the two.
-    """
-    speeds = np.array([[layers_per_s(atlas, g, role) for role in Role] for g in range(len(atlas.classes))])
-    speeds[:, [role not in roles for role in Role]] = 0.0
-    available = np.array([c.available for c in atlas.classes])
-    totals = [
-        available @ (speeds * np.array([1.0, share, 1.0 - share])).max(axis=1) for share in np.linspace(0.0, 1.0, 21)
-    ]
-    return float(min(totals)) / atlas.scopes[0].tables.num_layers
-
-
-def layers_per_s(atlas: Atlas, device_class: int, role: Role) -> float:
-    """Of one GPU of a class; 0 where no replica of the role may have it."""
-    gpu = atlas.classes[device_class].gpu
-    mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role]
-    if not mixes or not any(role in scope.roles and scope.gpu in (None, gpu) for scope in atlas.scopes):
-        return 0.0
-    layer_s = atlas.scopes[0].tables.layer_s[mixes]
-    speeds = [1.0 / (tp * layer_s[:, s].min()) for s, (g, tp) in enumerate(atlas.ranks) if g == device_class]
-    return float(max(speeds, default=0.0))

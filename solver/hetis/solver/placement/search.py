@@ -12,8 +12,9 @@ from hetis.solver.compiled import is_cached
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.frontier import explore
-from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
+from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool
 from hetis.solver.placement.master import Master
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pinned_columns import pinned_columns
 from hetis.solver.placement.pins import Pins, pins_of
@@ -228,5 +229,5 @@ def _enumerate_uniform(
 def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
     """A plan of equal stages for want of time, bounded by dense work alone."""
     outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
-    bound = dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
+    bound = rate_bound(atlas) if master.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)

@@ -18,8 +18,9 @@ import numpy as np
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
-from hetis.solver.placement.generation import Bound, ColumnGeneration, dense_work_bound
+from hetis.solver.placement.generation import Bound, ColumnGeneration
 from hetis.solver.placement.master import Columns, Master
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.search import row_costs_of, search
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
@@ -126,7 +127,7 @@ def _priced(
 
 
 def _known_at_once(atlas: Atlas, master: Master) -> float:
-    return dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
+    return rate_bound(atlas) if master.maximises else 0.0
 
 
 # --- what is left of a fleet when some of its GPUs are taken
