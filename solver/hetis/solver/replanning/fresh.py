@@ -18,9 +18,10 @@ import numpy as np
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
-from hetis.solver.placement.generation import Bound, ColumnGeneration
+from hetis.solver.placement.generation import ColumnGeneration
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.out_of_reach import rate_bound
+from hetis.solver.placement.pool import Bound
 from hetis.solver.placement.search import row_costs_of, search
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
