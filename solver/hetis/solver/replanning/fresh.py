@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.budget import Budget, Report, silent
-from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.generation import ColumnGeneration
 from hetis.solver.placement.master import Columns, Master
@@ -167,20 +167,10 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
         for i in range(group.count):
             name = group.node_name(i)
             if name in touched:
-                slots = _free_slots(group, name, taken)
+                slots, _ = group.slots_left(lambda index, _gpu, name=name: f"{name}/{index}" not in taken)  # type: ignore[misc]
                 if slots:
                     groups.append(replace(group, name=f"{group.name}/{name}", count=1, gpus=slots))
     return replace(cluster, node_groups=tuple(groups)) if groups else None
-
-
-def _free_slots(group: NodeGroup, name: str, taken: set[str]) -> tuple[GpuSlots, ...]:
-    found, index = [], 0
-    for slots in group.gpus:
-        free = sum(f"{name}/{i}" not in taken for i in range(index, index + slots.count))
-        index += slots.count
-        if free:
-            found.append(replace(slots, count=free))
-    return tuple(found)
 
 
 def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | None:
