@@ -10,6 +10,7 @@ from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.exact import is_small
+from hetis.solver.placement.infeasible import why_infeasible
 from hetis.solver.placement.master import settled
 from hetis.solver.placement.solve import OPTIMAL_GAP
 from hetis.solver.placement.strategies import STRATEGIES
@@ -94,7 +95,9 @@ class FleetSearch:
             return found
         if self.budget.is_spent():
             raise NoPlanFoundError(f"no plan for {name} found within {self.budget.elapsed_s():.1f} s; allow more time")
-        raise InfeasibleError((f"tenant {name} can be served by no replica on this fleet, even alone",))
+        s, nobody = self.settings, f"tenant {name} can be served by no replica on this fleet, even alone"
+        why = why_infeasible(contender.tenant.problem, self.budget, seed=s.seed, threads=s.threads, report=self.report)
+        raise InfeasibleError((nobody, *why.reasons), why)
 
     def _reach(self, contender: Contender, limits: IntArray, phase: str) -> Reach:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
