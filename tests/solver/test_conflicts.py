@@ -197,6 +197,17 @@ def test_a_wish_for_too_many_gpus_says_how_many_there_can_be() -> None:
         assert exists(changed) is (count == least)
 
 
+def test_a_wish_for_too_many_replicas_says_how_many_there_can_be() -> None:
+    many = Replicas(least=9, most=9)
+    problem = two_types(many)
+    (most,) = [r for r in why(problem).relaxations if r.option.startswith("--pin replicas=")]
+    least = int(most.option.partition("=")[2].partition("..")[0])
+    assert 1 < least < 9
+    assert f"a plan with {least} exists" in most.sentence
+    for count in (least, least + 1):
+        assert exists(replace(problem, will=(replace(many, least=count),))) is (count == least)
+
+
 def test_no_gpu_left_is_the_fault_of_whoever_forbids_them() -> None:
     found = why(two_types(LeaveOut(gpus=of("type=A")), LeaveOut(gpus=of("zone=default"))))
     assert [m.wish for m in found.conflicts[0].members] == [LeaveOut(gpus=of("zone=default"))]
