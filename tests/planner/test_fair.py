@@ -29,6 +29,7 @@ def written(folder: Path, text: str) -> str:
 def test_the_example_is_shared_out_with_speed_ups_from_our_own_placements() -> None:
     run = hetis_plan("fair", str(EXAMPLES / "tenants.yaml"), "-o", "json")
     assert run.returncode == 0, run.stderr
+    assert "-0.0" not in run.stdout
     answer = json.loads(run.stdout)
     cooperative = answer["rules"][0]
     assert cooperative["rule"] == "cooperative"

@@ -79,6 +79,15 @@ def test_a_gpu_of_another_type_is_another_gpu_whatever_its_name(folder: Path) ->
     assert set(moved) <= set(answer["change"]["loads"])  # type: ignore[index]
 
 
+def test_a_fleet_without_any_gpu_of_the_plan_is_warned_of(folder: Path) -> None:
+    (folder / "renamed.yaml").write_text(FLEET.replace("name: l4", "name: other").replace("name: t4", "name: old"))
+    asked = ["replan", "--from", str(folder / "running.json"), "-c"]
+    found = invoke(*asked, str(folder / "renamed.yaml"))
+    assert found.exit_code == 0, found.output
+    assert "GPUs of the running plan, such as l4-0/0, is in cluster small: every replica starts anew" in found.stderr
+    assert "of the running plan" not in invoke(*asked, str(folder / "less.yaml")).stderr
+
+
 def test_diff_tells_what_replan_told(folder: Path) -> None:
     answer = replanned(folder, "more.yaml", "--out", str(folder / "grown.json"))
     result = invoke("diff", str(folder / "running.json"), str(folder / "grown.json"), "-o", "json")

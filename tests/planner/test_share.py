@@ -77,8 +77,8 @@ def test_unknown_models_and_workloads_of_all_tenants_are_told_at_once(tmp_path: 
     text = TWO.replace("Llama-3.1-8B", "Llama-3.1-8").replace("2000/200", "no/where")
     run = hetis_plan("share", written(tmp_path, text), "-c", FLEET)
     assert run.returncode == 2
-    assert "Llama-3.1-8" in run.stderr
-    assert "no/where" in run.stderr
+    assert "tenants.yaml:4: tenants[0].model: tenant chat: unknown model 'Llama-3.1-8'" in run.stderr
+    assert "tenants.yaml:5: tenants[1].workload: tenant drafts: unknown workload 'no/where'" in run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -92,6 +92,7 @@ def test_a_tenant_that_fits_nowhere_makes_the_fleet_infeasible_by_name(tmp_path:
     run = hetis_plan("share", written(tmp_path, text), "-c", str(cluster))
     assert run.returncode == 3, run.stderr
     assert "tenant drafts can be served by no replica on this fleet, even alone" in run.stderr
+    assert "weights" in run.stderr  # and why: the reasons of a placement of its own
 
 
 def test_a_strategy_without_a_family_is_refused(tmp_path: Path) -> None:

@@ -197,6 +197,17 @@ def test_a_wish_for_too_many_gpus_says_how_many_there_can_be() -> None:
         assert exists(changed) is (count == least)
 
 
+def test_a_wish_for_too_many_replicas_says_how_many_there_can_be() -> None:
+    many = Replicas(least=9, most=9)
+    problem = two_types(many)
+    (most,) = [r for r in why(problem).relaxations if r.option.startswith("--pin replicas=")]
+    least = int(most.option.partition("=")[2].partition("..")[0])
+    assert 1 < least < 9
+    assert f"a plan with {least} exists" in most.sentence
+    for count in (least, least + 1):
+        assert exists(replace(problem, will=(replace(many, least=count),))) is (count == least)
+
+
 def test_no_gpu_left_is_the_fault_of_whoever_forbids_them() -> None:
     found = why(two_types(LeaveOut(gpus=of("type=A")), LeaveOut(gpus=of("zone=default"))))
     assert [m.wish for m in found.conflicts[0].members] == [LeaveOut(gpus=of("zone=default"))]
@@ -280,7 +291,10 @@ def test_the_bound_from_dense_work_holds(problem: PlacementProblem) -> None:
     rate = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind.THROUGHPUT))
     found = grounded(rate)
     if not found.is_empty:
-        assert best_by_brute_force(rate) <= rate_bound(build_atlas(found.problem)) * (1 + 1e-9)
+        atlas = build_atlas(found.problem)
+        assert best_by_brute_force(rate) <= rate_bound(atlas) * (1 + 1e-9)
+        assert rate_bound(atlas) <= rate_bound(atlas, with_wishes=False)
+        assert rate_bound(atlas, (Role.UNIFIED,), with_wishes=False) <= rate_bound(atlas, with_wishes=False)
 
 
 def test_what_dense_work_refutes_needs_no_time() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
@@ -14,6 +14,7 @@ from hetis.planner.sources import Inputs, LoadedInputs, attempt, inputs_from_doc
 from hetis.planner.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
+from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.check import check_replanning
@@ -76,9 +77,23 @@ def load_replanning(
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     problem = loaded.inputs.problem(objective, settings.strategy, settings.roles)
-    return Posed(
-        running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=found.warnings
-    )  # fmt: skip
+    warnings = (*found.warnings, *_nothing_in_common(found.plan, fleet))
+    return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=warnings)
+
+
+def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
+    """A warning where no GPU of the running plan is there any more: most likely nodes were renamed."""
+    used = {
+        (device, part.gpu)
+        for replica in running.replicas
+        for part in (*replica.stages, *replica.attention_workers)
+        for device in part.devices
+    }
+    if used and not any((device.name, device.gpu) in used for device in fleet.devices()):
+        yield (
+            f"none of the {len(used)} GPUs of the running plan, such as {min(used)[0]}, is in cluster {fleet.name}:"
+            " every replica starts anew (a GPU is the same where node name, number and type are)"
+        )
 
 
 def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str, str]) -> dict[str, object]:

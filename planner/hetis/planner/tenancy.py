@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.tenants import FleetTenant, load_tenants
+from hetis.formats.loading import read_data
+from hetis.formats.positions import Text
+from hetis.formats.tenants import FleetTenant, parse_tenants
 from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.placing import KV_IS_FOR_ENGINES, Settings, inputs_of_plan, objective
 from hetis.planner.robustness.notes import profile_notes
-from hetis.planner.sources import LoadedInputs, attempt, load_inputs
+from hetis.planner.sources import LoadedInputs, load_inputs
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.plan import ObjectiveKind
@@ -52,20 +54,34 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
     """
     if cluster == "-":
         raise single_problem(cluster, "every tenant's problem is posed on the cluster: give a file, not standard input")
-    given = load_tenants(file).tenants
+    data, source = read_data(file)
+    given = parse_tenants(data, source).tenants
     problems: list[Problem] = []
-    loaded = [attempt(lambda tenant=tenant: _load(tenant, cluster, profiles), problems) for tenant in given]  # type: ignore[misc]
+    found: list[LoadedInputs] = []
+    for index, tenant in enumerate(given):
+        try:
+            found.append(_load(tenant, cluster, profiles))
+        except DocumentError as error:
+            problems += [_in_file(problem, index, tenant, source) for problem in error.problems]
     if problems:
         raise DocumentError(list(dict.fromkeys(problems)))
-    found = tuple(one for one in loaded if one is not None)
     tenancy = Tenancy(
         tenants=tuple(_tenant(tenant, one, strategy) for tenant, one in zip(given, found, strict=True))
     )  # fmt: skip
-    return LoadedTenants(tenancy=tenancy, inputs=found)
+    return LoadedTenants(tenancy=tenancy, inputs=tuple(found))
 
 
 def _load(tenant: FleetTenant, cluster: str, profiles: Sequence[str]) -> LoadedInputs:
     return load_inputs(cluster=cluster, model=tenant.model, workload=tenant.workload, profiles=profiles)
+
+
+def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) -> Problem:
+    """What is wrong with a name or path that a tenant gives, at the line that gives it; other problems as they are."""
+    for field, given in (("model", tenant.model), ("workload", tenant.workload)):
+        if problem.line is None and problem.file in (field, given):  # a name that is unknown, a file that is missing
+            message = problem.message if problem.file == field else str(problem)
+            return source.problem(("tenants", index, field), f"tenant {tenant.name}: {message}")
+    return problem
 
 
 def _tenant(tenant: FleetTenant, loaded: LoadedInputs, strategy: str) -> Tenant:

@@ -22,6 +22,7 @@ class Budget:
     time_limit_s: float = float("inf")
     clock: Callable[[], float] = _no_clock
     cancelled: threading.Event = field(default_factory=threading.Event)
+    callers: Budget | None = None  # a budget that ends this one, too
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,7 +41,13 @@ class Budget:
         part.started_s = self.started_s
         return part
 
+    def of_its_own(self) -> Budget:
+        """The time that is left, to be cancelled apart: spent when this one is, but not the other way round."""
+        return Budget(time_limit_s=self.remaining_s(), clock=self.clock, callers=self)
+
     def is_spent(self) -> bool:
+        if self.callers is not None and self.callers.is_spent():
+            return True
         return self.cancelled.is_set() or self.remaining_s() <= 0
 
 

@@ -7,8 +7,8 @@ just ``l4``), its second GPU is ``l4-3/1``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from hetis.solver.errors import InvalidProblemError
 
@@ -75,6 +75,21 @@ class NodeGroup:
 
     def node_name(self, index: int) -> str:
         return f"{self.name}-{index}" if self.numbered else self.name
+
+    def node(self, index: int) -> NodeGroup:
+        """One of its nodes as a group of its own, which keeps the node's name."""
+        return replace(self, name=self.node_name(index), count=1, numbered=False)
+
+    def slots_left(self, is_left: Callable[[int, str], bool]) -> tuple[tuple[GpuSlots, ...], tuple[int, ...]]:
+        """What a node has if only some of its GPUs are left, asked of each by index and type: slots, and indices."""
+        slots, kept, index = list[GpuSlots](), list[int](), 0
+        for each in self.gpus:
+            left = [i for i in range(index, index + each.count) if is_left(i, each.gpu)]
+            index += each.count
+            kept += left
+            if left:
+                slots.append(replace(each, count=len(left)))
+        return tuple(slots), tuple(kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

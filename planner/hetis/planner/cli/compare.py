@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetis.formats.command_line.terminal import Terminal
@@ -48,17 +47,16 @@ def compare(
     Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
     from hetis.planner import placing
-    from hetis.planner.cli.native_output import no_native_output
-    from hetis.planner.cli.progress import progress_on_stderr
+    from hetis.planner.cli.plan_files import refuse_unwritable_plans, save_plans
+    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.comparing import compare_strategies
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
-    from hetis.planner.solving import run_interruptibly
     from hetis.planner.sources import load_inputs
     from hetis.solver.budget import Budget
 
     if out is not None:
-        _refuse_unwritable_plans(out, strategies.names)
+        refuse_unwritable_plans(out, strategies.names)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
     loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
@@ -77,40 +75,14 @@ def compare(
             report=report,
         )
 
-    with no_native_output(), progress_on_stderr(terminal, goal.unit) as report:
-        compared = run_interruptibly(
-            lambda: work(report),
-            cancelled=cancelled,
-            on_cancel=lambda: terminal.say("stopping with the plans so far; Ctrl-C again leaves at once"),
-        )
+    compared = search_interruptibly(terminal, work, unit=goal.unit, cancelled=cancelled, so_far="the plans")
     if out is not None:
-        _save_plans(terminal, compared, out)
+        save_plans(terminal, out, {outcome.strategy: outcome.plan for outcome in compared if outcome.plan is not None})
     terminal.emit(
         lambda: comparison_document(compared, loaded.inputs, goal),
         lambda: render_comparison(compared, loaded.inputs, goal),
     )
     return ExitCode.INTERRUPTED if cancelled.is_set() else _judge(compared)
-
-
-def _plan_file(folder: Path, strategy: str) -> Path:
-    return folder / f"{strategy}.json"
-
-
-def _refuse_unwritable_plans(folder: Path, strategies: Sequence[str]) -> None:
-    from hetis.planner.cli.plan_files import refuse_unwritable
-
-    for strategy in strategies:
-        refuse_unwritable(_plan_file(folder, strategy))
-
-
-def _save_plans(terminal: Terminal, compared: Sequence[Compared], folder: Path) -> None:
-    from hetis.planner.cli.plan_files import save
-
-    for outcome in compared:
-        if outcome.plan is not None:
-            path = _plan_file(folder, outcome.strategy)
-            save(outcome.plan, path)
-            terminal.say(f"saved {path}")
 
 
 def _judge(compared: Sequence[Compared]) -> ExitCode:

@@ -46,23 +46,22 @@ def layers(
     import time
 
     from hetis.formats.layers_problem import load_layers_problem
-    from hetis.planner.cli.native_output import no_native_output
-    from hetis.planner.cli.progress import progress_on_stderr
+    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.layering import is_compiled, place_layers
     from hetis.planner.report.layers import render_layers
     from hetis.planner.report.layers_document import layers_document
-    from hetis.planner.solving import run_interruptibly
     from hetis.solver.budget import Budget
 
     problem = load_layers_problem(file)
     if not is_compiled():
         terminal.say("compiling the solver, once on this machine; half a minute")
     budget = Budget(time_limit_s=time_limit, clock=time.monotonic)
-    with no_native_output(), progress_on_stderr(terminal, "requests/s") as report:
-        found = run_interruptibly(
-            lambda: place_layers(problem, budget=budget, seed=seed, compare=compare, report=report),
-            cancelled=budget.cancelled,
-            on_cancel=lambda: terminal.say("stopping with the best placement so far; Ctrl-C again leaves at once"),
-        )
+    found = search_interruptibly(
+        terminal,
+        lambda report: place_layers(problem, budget=budget, seed=seed, compare=compare, report=report),
+        unit="requests/s",
+        cancelled=budget.cancelled,
+        so_far="the best placement",
+    )
     terminal.emit(lambda: layers_document(found), lambda: render_layers(found))
     return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK

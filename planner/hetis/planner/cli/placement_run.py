@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.documents import to_data
-from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
-from hetis.planner.cli.native_output import no_native_output
-from hetis.planner.cli.plan_files import save
-from hetis.planner.cli.progress import progress_on_stderr
+from hetis.planner.cli.plan_files import save_or_tell
+from hetis.planner.cli.searching import search_interruptibly
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.market import catalogue_market
 from hetis.planner.placing import Settings, make_plan, missed
-from hetis.planner.solving import run_interruptibly
 from hetis.planner.sources import LoadedInputs
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
@@ -61,28 +58,26 @@ class PlacementRun:
         """Solves and tells the outcome, whatever it is."""
         cancelled = threading.Event()
         try:
-            answer = self._solve(cancelled)
+            answer = search_interruptibly(
+                self.terminal,
+                lambda report: self._plan_and_study(cancelled, report),
+                unit=self.problem.objective.unit,
+                cancelled=cancelled,
+                so_far="the best plan",
+            )
         except InfeasibleError as error:
             self._print_infeasible(error)
             return report_failure(error, self.terminal)
         except NoPlanFoundError as error:
             return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, self.terminal)
         plan = answer.plan
-        saved = self._save(plan)
+        saved = self.out is None or save_or_tell(self.terminal, plan, self.out)
         self._print(answer)
         if not saved:
             return ExitCode.INTERNAL
         if cancelled.is_set():
             return ExitCode.INTERRUPTED
         return self._judge(plan)
-
-    def _solve(self, cancelled: threading.Event) -> _Answer:
-        with no_native_output(), progress_on_stderr(self.terminal, self.problem.objective.unit) as report:
-            return run_interruptibly(
-                lambda: self._plan_and_study(cancelled, report),
-                cancelled=cancelled,
-                on_cancel=lambda: self.terminal.say("stopping with the best plan so far; Ctrl-C again leaves at once"),
-            )
 
     def _plan_and_study(self, cancelled: threading.Event, report: Report) -> _Answer:
         compile_kernels(self.problem.cluster.num_gpus(), (self.settings.strategy,), report=report)
@@ -134,18 +129,6 @@ class PlacementRun:
     def _budget(self, cancelled: threading.Event) -> Budget:
         """The time limit is that of the search; a study may take as long again, and so may prices of wishes."""
         return Budget(time_limit_s=self.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
-
-    def _save(self, plan: Plan) -> bool:
-        """Saves before printing: a reader of stdout that goes away must not cost the plan."""
-        if self.out is None:
-            return True
-        try:
-            save(plan, self.out)
-        except DocumentError as error:
-            self.terminal.error("the plan was not saved", [str(problem) for problem in error.problems])
-            return False
-        self.terminal.say(f"saved {self.out}")
-        return True
 
     def _print(self, answer: _Answer) -> None:
         from rich.console import Group, RenderableType

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
+from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import Value, dump
-from hetis.formats.errors import single_problem
+from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import write_atomically
+from hetis.solver.plan import Plan
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -26,6 +29,12 @@ def refuse_unwritable(path: Path) -> None:
         raise single_problem(str(path), f"cannot be written: permission denied in {folder}")
 
 
+def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
+    """The same for plans that `save_plans` will write."""
+    for name in names:
+        refuse_unwritable(_plan_file(folder, name))
+
+
 def save(value: Value, path: Path) -> None:
     """Writes the whole document or nothing; YAML where the name says so.
 
@@ -34,3 +43,30 @@ def save(value: Value, path: Path) -> None:
     """
     form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
     write_atomically(path, dump(value, form))
+
+
+def save_or_tell(terminal: Terminal, plan: Plan, path: Path) -> bool:
+    """Saves before printing: a reader of stdout that goes away must not cost the plan. False: said why it failed."""
+    try:
+        save(plan, path)
+    except DocumentError as error:
+        terminal.error("the plan was not saved", [str(problem) for problem in error.problems])
+        return False
+    terminal.say(f"saved {path}")
+    return True
+
+
+def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
+    """Writes plans by name, as ``NAME.json``.
+
+    Raises:
+        DocumentError: a file cannot be written.
+    """
+    for name, plan in plans.items():
+        path = _plan_file(folder, name)
+        save(plan, path)
+        terminal.say(f"saved {path}")
+
+
+def _plan_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,9 +12,6 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options, quantities, words
 from hetis.planner.cli.exit_codes import ExitCode
-
-if TYPE_CHECKING:
-    from hetis.solver.plan import Plan
 
 REPLAN_EXAMPLES = """Examples:\n
   hetis-plan replan --from running.json --cluster fewer-nodes.yaml --out next.json\n
@@ -120,12 +116,10 @@ def replan(
     it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves at once.
     """
     from hetis.planner import replanning
-    from hetis.planner.cli.native_output import no_native_output
-    from hetis.planner.cli.plan_files import refuse_unwritable
-    from hetis.planner.cli.progress import progress_on_stderr
+    from hetis.planner.cli.plan_files import refuse_unwritable, save_or_tell
+    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.placing import Settings
     from hetis.planner.report.replan import render_replan, replan_document
-    from hetis.planner.solving import run_interruptibly
     from hetis.solver.budget import Budget
     from hetis.solver.replanning.problem import ChangeCosts
 
@@ -143,28 +137,15 @@ def replan(
     costs = ChangeCosts(horizon_s=horizon, restart_s=restart, load_bytes_per_s=load)
     cancelled = threading.Event()
     budget = Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled)
-    with no_native_output(), progress_on_stderr(terminal, posed.problem.objective.unit) as report:
-        found = run_interruptibly(
-            lambda: replanning.replan(posed, costs, max_moves, budget=budget, report=report),
-            cancelled=cancelled,
-            on_cancel=lambda: terminal.say("stopping with the best answer so far; Ctrl-C again leaves at once"),
-        )
-    saved = out is None or _save(terminal, found.plan, out)
+    found = search_interruptibly(
+        terminal,
+        lambda report: replanning.replan(posed, costs, max_moves, budget=budget, report=report),
+        unit=posed.problem.objective.unit,
+        cancelled=cancelled,
+        so_far="the best answer",
+    )
+    saved = out is None or save_or_tell(terminal, found.plan, out)
     terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
     if not saved:
         return ExitCode.INTERNAL
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
-
-
-def _save(terminal: Terminal, plan: Plan, out: Path) -> bool:
-    """Saves before printing: a reader of stdout that goes away must not cost the plan."""
-    from hetis.formats.errors import DocumentError
-    from hetis.planner.cli.plan_files import save
-
-    try:
-        save(plan, out)
-    except DocumentError as error:
-        terminal.error("the plan was not saved", [str(problem) for problem in error.problems])
-        return False
-    terminal.say(f"saved {out}")
-    return True

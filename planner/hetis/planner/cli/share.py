@@ -7,7 +7,7 @@ import threading
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
-
-if TYPE_CHECKING:
-    from hetis.solver.tenants.result import FleetShares
 
 SHARE_EXAMPLES = """Examples:\n
   hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml\n
@@ -69,11 +66,10 @@ def share(
     saves the best shares so far; twice leaves at once.
     """
     from hetis.planner.cli.failures import report_failure
-    from hetis.planner.cli.native_output import no_native_output
-    from hetis.planner.cli.progress import progress_on_stderr
+    from hetis.planner.cli.plan_files import refuse_unwritable_plans, save_plans
+    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.placing import Settings
     from hetis.planner.report.tenants import render_tenants, tenants_document
-    from hetis.planner.solving import run_interruptibly
     from hetis.planner.tenancy import load_tenancy, share_out_fleet
     from hetis.solver.budget import Budget
     from hetis.solver.errors import NoPlanFoundError
@@ -81,47 +77,29 @@ def share(
 
     loaded = load_tenancy(file, cluster=cluster, profiles=profile or (), strategy=strategy)
     if out is not None:
-        _refuse_unwritable(out, [tenant.name for tenant in loaded.tenancy.tenants])
+        with contextlib.suppress(OSError):  # what stands in the way is told below
+            out.mkdir(exist_ok=True)
+        refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
     first = TenantRule(rule.value)
     rules = (first, *(other for other in TenantRule if other is not first and others))
     settings = Settings(strategy=strategy, time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
     cancelled = threading.Event()
     budget = Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled)
-    with no_native_output(), progress_on_stderr(terminal, "of value") as report:
-        try:
-            found = run_interruptibly(
-                lambda: share_out_fleet(loaded, rules, settings, with_envy=envy, budget=budget, report=report),
-                cancelled=cancelled,
-                on_cancel=lambda: terminal.say("stopping with the best shares so far; Ctrl-C again leaves at once"),
-            )
-        except NoPlanFoundError as error:
-            return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
+    try:
+        found = search_interruptibly(
+            terminal,
+            lambda report: share_out_fleet(loaded, rules, settings, with_envy=envy, budget=budget, report=report),
+            unit="of value",
+            cancelled=cancelled,
+            so_far="the best shares",
+        )
+    except NoPlanFoundError as error:
+        return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
     if out is not None:
-        _save_plans(terminal, found.answers[0], out)
+        shares = found.answers[0].shares
+        save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
+        for one in shares:
+            if one.plan is None:
+                terminal.say(f"{one.name} has no replica under this rule: no plan saved")
     terminal.emit(lambda: tenants_document(found), lambda: render_tenants(found))
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
-
-
-def _plan_file(folder: Path, tenant: str) -> Path:
-    return folder / f"{tenant}.json"
-
-
-def _refuse_unwritable(folder: Path, tenants: list[str]) -> None:
-    from hetis.planner.cli.plan_files import refuse_unwritable
-
-    with contextlib.suppress(OSError):  # what stands in the way is told below
-        folder.mkdir(exist_ok=True)
-    for tenant in tenants:
-        refuse_unwritable(_plan_file(folder, tenant))
-
-
-def _save_plans(terminal: Terminal, answer: FleetShares, folder: Path) -> None:
-    from hetis.planner.cli.plan_files import save
-
-    for one in answer.shares:
-        if one.plan is not None:
-            path = _plan_file(folder, one.name)
-            save(one.plan, path)
-            terminal.say(f"saved {path}")
-        else:
-            terminal.say(f"{one.name} has no replica under this rule: no plan saved")

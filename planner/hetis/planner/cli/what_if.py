@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hetis.formats.command_line.terminal import Terminal
@@ -57,10 +58,8 @@ def what_if(
     """
     from hetis.planner import placing, purchases
     from hetis.planner import what_if as asking
-    from hetis.planner.cli.native_output import no_native_output
-    from hetis.planner.cli.progress import progress_on_stderr
+    from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import what_if as report
-    from hetis.planner.solving import run_interruptibly
     from hetis.planner.sources import load_inputs, ordered
     from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
@@ -88,28 +87,19 @@ def what_if(
     def budget() -> Budget:
         return Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled)
 
-    def stopping() -> None:
-        terminal.say("stopping with the plans so far; Ctrl-C again leaves at once")
-
-    with no_native_output(), progress_on_stderr(terminal, goal.unit) as news:
-        if buy_next:
-            bought = run_interruptibly(
-                lambda: asking.buy_next(
-                    loaded, goal, settings, wanted.market, wanted.change.shape, budget=budget, report=news
-                ),
-                cancelled=cancelled,
-                on_cancel=stopping,
-            )
-        else:
-            found = run_interruptibly(
-                lambda: asking.what_if(loaded, goal, settings, wanted.change, budget=budget, report=news),
-                cancelled=cancelled,
-                on_cancel=stopping,
-            )
+    searching = partial(search_interruptibly, terminal, unit=goal.unit, cancelled=cancelled, so_far="the plans")
     if buy_next:
+        bought = searching(
+            lambda news: asking.buy_next(
+                loaded, goal, settings, wanted.market, wanted.change.shape, budget=budget, report=news
+            )
+        )
         terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
         sides = [bought.before, *(offer.after for offer in bought.offers)]
     else:
+        found = searching(
+            lambda news: asking.what_if(loaded, goal, settings, wanted.change, budget=budget, report=news)
+        )
         terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
         sides = [found.before, found.after]
     return ExitCode.INTERRUPTED if cancelled.is_set() else _judge(sides)

@@ -13,6 +13,7 @@ from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, percent
 from hetis.planner.report.plan import section
 from hetis.planner.sharing import Sharing
+from hetis.solver.placement.tables import FloatArray
 from hetis.solver.shares.properties import Properties
 from hetis.solver.shares.result import Rule, Shares, tenant_values
 
@@ -221,6 +222,11 @@ def _claim(claim: Any) -> dict[str, Any]:
     return {"factors": list(claim.factors), "gain": claim.gain}
 
 
+def _plain(numbers: FloatArray) -> Any:
+    """As lists, none of them a negative zero, which solvers return and JSON keeps."""
+    return (numbers + 0.0).tolist()
+
+
 def _rule_document(found: Sharing, answer: Shares, properties: Properties) -> dict[str, Any]:
     bounded = answer.bound != float("inf")
     return {
@@ -228,12 +234,12 @@ def _rule_document(found: Sharing, answer: Shares, properties: Properties) -> di
         "value": answer.value,
         "bound": answer.bound if bounded else None,
         "gap": answer.gap if bounded else None,
-        "shares": answer.amounts.tolist(),
-        "values": found.problem.values(answer.amounts).tolist(),
-        "tenant_values": tenant_values(found.problem, answer.amounts).tolist(),
-        "envy": properties.envy.tolist(),
-        "over_equal_split": properties.over_equal_split.tolist(),
-        "unused_gpus": properties.unused.tolist(),
+        "shares": _plain(answer.amounts),
+        "values": _plain(found.problem.values(answer.amounts)),
+        "tenant_values": _plain(tenant_values(found.problem, answer.amounts)),
+        "envy": _plain(properties.envy),
+        "over_equal_split": _plain(properties.over_equal_split),
+        "unused_gpus": _plain(properties.unused),
         "could_gain": properties.could_gain,
         "envy_free": properties.is_envy_free,
         "sharing_incentive": properties.has_sharing_incentive,

@@ -108,7 +108,7 @@ def _left_of(group: NodeGroup, gone: set[str]) -> Iterator[NodeGroup]:
             yield replace(group, count=len(left))
         return
     for i in left:
-        yield replace(group, name=group.node_name(i), count=1, numbered=False)
+        yield group.node(i)
 
 
 def _network_of(network: Network, groups: Sequence[NodeGroup]) -> Network:

@@ -35,9 +35,9 @@ def solve_exactly(
     ``relaxed_s`` only; ``bound_s`` is HiGHS's where that is higher.
     """
     budget = budget or Budget()
-    admission = admit_exactly(problem, budget=_part_of(budget, ADMISSION_SHARE), seed=seed)
+    admission = admit_exactly(problem, budget=budget.share(ADMISSION_SHARE), seed=seed)
     plan = Dispatcher(problem.stage).dispatch(problem.load, problem.requests, admission=admission)
-    plan = improve_plan(problem, plan, budget=_part_of(budget, SEARCH_SHARE), seed=seed)
+    plan = improve_plan(problem, plan, budget=budget.share(SEARCH_SHARE), seed=seed)
     if plan.gap <= gap_target or budget.is_spent() or not plan.groups.any():
         return plan
     return _by_milp(problem, plan, time_limit_s=budget.remaining_s(), gap_target=gap_target, seed=seed)
@@ -65,11 +65,6 @@ def improve_plan(
     if makespan_s >= plan.makespan_s:
         return plan
     return replace(plan, groups=_spread(groups, order, plan), makespan_s=makespan_s)
-
-
-def _part_of(budget: Budget, share: float) -> Budget:
-    """So much of what is left."""
-    return Budget(time_limit_s=budget.remaining_s() * share, clock=budget.clock, cancelled=budget.cancelled)
 
 
 def _placed(problem: DispatchProblem, plan: DispatchPlan) -> IntArray:

@@ -130,6 +130,11 @@ class Resources:
     rows: tuple[tuple[int, int], ...]  # (class index, p)
     limits: IntArray  # [rows]
 
+    @property
+    def counts_gpus(self) -> npt.NDArray[np.float64]:
+        """1 for the rows that count GPUs, 0 for those that only TP groups need; [rows]."""
+        return np.array([1.0 if p == 1 else 0.0 for _, p in self.rows])
+
     def of_group(self, device_class: int, tp: int) -> IntArray:
         """What one TP group (tp = 1: also one attention worker) takes of every row, shape [rows]."""
         return np.array([tp if g == device_class and tp >= p else 0 for g, p in self.rows], dtype=np.int64)

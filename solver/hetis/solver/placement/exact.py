@@ -23,11 +23,12 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.frontier import entry_layers, explore, reach, stages_from
 from hetis.solver.placement.frontier_sequential import explore_sequential, sequential_stages
-from hetis.solver.placement.generation import NO_LINKS, Pool, dense_work_bound
 from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
 from hetis.solver.placement.options import Options, chunk_cap, interval_cap, list_options, stage_rows
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.pool import NO_LINKS, Pool
 from hetis.solver.placement.routes import UNIFIED, Valuation
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Template, template_of
@@ -354,7 +355,7 @@ def solve_exactly(
     search = ExactSearch(atlas, master, row_costs)
     needed: Rates = {kind: np.zeros(len(f.rate)) for kind, f in search.frontiers.items()}
     best: tuple[list[tuple[Kind, int]], MilpSolution] | None = None
-    proven = dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
+    proven = rate_bound(atlas) if master.maximises else 0.0
     for tolerance in TOLERANCES:
         finished = search.sweep(needed, tolerance, budget)
         chosen, packing = search.pack(search.rates(), budget.remaining_s(), seed)

@@ -27,98 +27,28 @@ a prefill replica of ratio ``<= 1 / alpha`` improves nothing: the floor under wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.configurations import configurations
-from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
+from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution, settled
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
-from hetis.solver.placement.pricing import Pricer
+from hetis.solver.placement.pool import Bound, Pool, lifted
+from hetis.solver.placement.pricing import Pricer, pricers_of
 from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import Atlas, FloatArray
-from hetis.solver.placement.template import Template, use_of, zones_of
+from hetis.solver.placement.template import Template
 from hetis.solver.plan import Role
 
 SMOOTHING = 0.5  # weight of the best bound's prices
-PRICE_FLOOR = 1e-5  # of the mean price of a row's unit: no row is free, or a replica could be infinitely good
 MAX_ROUNDS = 60
-RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further in pricing
 MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the least even of a spent budget: a plan is due
-MANY = 64  # replicas: from here on the MILP keeps close to the relaxation
 VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # of the best ratio: what columns of other sizes must have
 EASE, MOST_EASE = 0.125, 0.01  # of the gap, and at most: what pricing need not look for while much is missing
 KEEP = 0.97  # columns this close to the best of a round are worth keeping
-
-
-NO_LINKS = np.zeros((0, 0))  # of a fleet whose links between zones carry no KV
-
-
-@dataclass(slots=True)
-class Pool:
-    """The columns seen so far, without repetition."""
-
-    atlas: Atlas
-    row_costs: FloatArray
-    templates: list[Template] = field(default_factory=list)
-    uses: list[IntArray] = field(default_factory=list)
-    links: list[FloatArray] = field(default_factory=list)
-    _place: dict[tuple[object, ...], int] = field(default_factory=dict)
-    _built: Columns | None = None  # of all templates; None: some are new since
-
-    def add(self, templates: Sequence[Template]) -> int:
-        """Adds new templates that fit in the fleet; returns how many were new."""
-        before = len(self.templates)
-        routes = self.atlas.routes
-        for template in templates:
-            use = use_of(self.atlas, template)
-            if template.shape not in self._place and np.all(use <= self.atlas.resources.limits):
-                self._place[template.shape] = len(self.templates)
-                self.templates.append(template)
-                self.uses.append(use)
-                self.links.append(routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS)
-        if len(self.templates) > before:
-            self._built = None
-        return len(self.templates) - before
-
-    def columns(self, rate_cap: float = np.inf) -> Columns:
-        """All templates; rates count up to ``rate_cap`` only."""
-        if self._built is None:
-            self._built = self._columns()
-        return replace(self._built, rates=np.minimum(self._built.rates, rate_cap))
-
-    def _columns(self) -> Columns:
-        uses = np.array(self.uses, dtype=np.int64).reshape(len(self.uses), -1)
-        return Columns(
-            rates=np.array([t.rate for t in self.templates]),
-            costs=uses @ self.row_costs,
-            uses=uses,
-            sides=np.array([self.atlas.side_of(t.scope, t.mix) for t in self.templates], dtype=np.int64),
-            links=np.array(self.links),
-        )
-
-    def place(self, template: Template) -> int:
-        """The number of a template that was added."""
-        return self._place[template.shape]
-
-    def counts_from(self, other: Pool, counts: IntArray) -> IntArray:
-        """Counts of another pool's templates, all of them in this one, in this one's order."""
-        mine = np.zeros(len(self.templates), dtype=np.int64)
-        for template, count in zip(other.templates, counts, strict=False):
-            mine[self.place(template)] += count
-        return mine
-
-
-@dataclass(slots=True)
-class Bound:
-    """The best bound so far and the prices that gave it, scaled to be dual feasible."""
-
-    value: float
-    row_prices: FloatArray
-    link_prices: FloatArray
-    rate_prices: FloatArray
 
 
 class ColumnGeneration:
@@ -141,6 +71,8 @@ class ColumnGeneration:
         self.budget, self.report = budget, report
         self.roles = atlas.problem.family.roles if roles is None else roles
         self.pool = Pool(atlas, row_costs)
+        # Without wishes, which pricing does not know: its bounds are to improve on this one.
+        self._dense = rate_bound(atlas, self.roles, with_wishes=False) if master.maximises else 0.0
         self.bound = self._no_bound(self._first_prices())
         self.incumbent: MilpSolution | None = None
         self._last_pricers: list[Pricer] = []  # of the latest run: they know ceilings
@@ -149,16 +81,14 @@ class ColumnGeneration:
 
     def _no_bound(self, row_prices: FloatArray) -> Bound:
         """What is known before any pricing."""
-        value = dense_work_bound(self.atlas, self.roles) if self.master.maximises else 0.0
         routes = self.atlas.routes
-        return Bound(value, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
+        return Bound(self._dense, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
 
     def _first_prices(self) -> FloatArray:
         """A GPU is worth about its memory bandwidth."""
         types = self.atlas.problem.cluster.gpu_types
         worth = np.array([types[self.atlas.classes[g].gpu].mem_bytes_per_s for g, _ in self.atlas.resources.rows])
-        first = np.array([1.0 if p == 1 else 0.0 for _, p in self.atlas.resources.rows])
-        return np.asarray(worth / worth.max() * first)
+        return np.asarray(worth / worth.max() * self.atlas.resources.counts_gpus)
 
     def solve(
         self, seeds: Sequence[Template], *, threads: int, gap_target: float, seed: int
@@ -342,11 +272,9 @@ class ColumnGeneration:
 
     def _lifted(self, prices: FloatArray) -> FloatArray:
         """Prices with a floor under those of GPUs, where nothing else makes them dear."""
-        limits = self.atlas.resources.limits
-        unit = np.array([1.0 if p == 1 else 0.0 for _, p in self.atlas.resources.rows])
-        total = float(prices @ limits) + (0.0 if self.master.maximises else float(self.row_costs @ limits))
-        floor = PRICE_FLOOR * total / max(1.0, float(unit @ limits))
-        return np.maximum(prices, floor * unit)
+        resources = self.atlas.resources
+        rent = 0.0 if self.master.maximises else float(self.row_costs @ resources.limits)
+        return lifted(prices, resources, float(prices @ resources.limits) + rent)
 
     def _improve_bound(self, prices: FloatArray, theta: FloatArray) -> None:
         routes, worth = self.atlas.routes, float(prices @ self.master.limits)
@@ -386,9 +314,9 @@ class ColumnGeneration:
     def _nearly_whole(self, columns: Columns) -> IntArray | None:
         """Of a plan of many replicas, those of the relaxation, less one of each column: what need not be searched."""
         relaxed = self.master.solve_lp(columns)
-        if relaxed is None or relaxed.counts.sum() < MANY or self.master.pins is not None:
+        if relaxed is None or self.master.pins is not None:
             return None
-        least: IntArray = np.maximum(np.floor(relaxed.counts + 1e-6).astype(np.int64) - 1, 0)
+        (least,) = settled([relaxed.counts]) or (None,)
         return least
 
     def gap(self) -> float:
@@ -436,50 +364,3 @@ class ColumnGeneration:
                 gap=self.gap() if known and self.incumbent is not None else None,
             )
         )
-
-
-def pricers_of(
-    atlas: Atlas, row_costs: FloatArray, roles: Sequence[Role], *, max_copies: int, max_pool: int, threads: int,
-    target_gap: float,
-) -> list[Pricer]:  # fmt: skip
-    """One for every side of the master; those of other roles have nothing to price."""
-    every = [c for c in configurations(atlas) if atlas.mixes[c.mix].role in roles]
-    return [
-        Pricer(
-            atlas,
-            [c for c in every if c.side == side],
-            row_costs,
-            max_copies=max_copies,
-            max_pool=max_pool,
-            threads=threads,
-            tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
-        )
-        for side in range(atlas.routes.num_sides)
-    ]
-
-
-def dense_work_bound(atlas: Atlas, roles: Sequence[Role]) -> float:
-    """A bound on the total rate of replicas of these roles from dense work alone, before any search.
-
-    A GPU that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)`` layers per second
-    for the best mix and TP size n of a role, and every request needs all layers. Where prompts are prefilled apart,
-    it serves at most a share of each request: the bound holds for every split of a request's price between the two.
-    """
-    speeds = np.array([[layers_per_s(atlas, g, role) for role in Role] for g in range(len(atlas.classes))])
-    speeds[:, [role not in roles for role in Role]] = 0.0
-    available = np.array([c.available for c in atlas.classes])
-    totals = [
-        available @ (speeds * np.array([1.0, share, 1.0 - share])).max(axis=1) for share in np.linspace(0.0, 1.0, 21)
-    ]
-    return float(min(totals)) / atlas.scopes[0].tables.num_layers
-
-
-def layers_per_s(atlas: Atlas, device_class: int, role: Role) -> float:
-    """Of one GPU of a class; 0 where no replica of the role may have it."""
-    gpu = atlas.classes[device_class].gpu
-    mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role]
-    if not mixes or not any(role in scope.roles and scope.gpu in (None, gpu) for scope in atlas.scopes):
-        return 0.0
-    layer_s = atlas.scopes[0].tables.layer_s[mixes]
-    speeds = [1.0 / (tp * layer_s[:, s].min()) for s, (g, tp) in enumerate(atlas.ranks) if g == device_class]
-    return float(max(speeds, default=0.0))

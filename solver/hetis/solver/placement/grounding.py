@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.classes import class_of_slots, class_prices, device_classes
 from hetis.solver.plan import ClassPrice, Plan, ReplicaPlan
@@ -82,7 +82,7 @@ def _pieces(group: NodeGroup, will: Will) -> Iterator[tuple[NodeGroup, Mapping[s
     if apart[0] > 0:
         yield _without(replace(group, count=apart[0]), group.node_name(0), will)
     for i in range(apart[0], group.count):
-        yield _without(replace(group, name=nodes[i], count=1, numbered=False), nodes[i], will)
+        yield _without(group.node(i), nodes[i], will)
 
 
 def _names_nodes(will: Will) -> bool:
@@ -94,23 +94,15 @@ def _names_nodes(will: Will) -> bool:
 def _without(group: NodeGroup, node: str, will: Will) -> tuple[NodeGroup, Mapping[str, str]]:
     """A group of nodes like ``node`` without the GPUs left out, and its device names that are others now."""
     out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
-    slots, names, index, kept = list[GpuSlots](), dict[str, str](), 0, 0
-    for each in group.gpus:
-        left = 0
-        for _ in range(each.count):
-            device = f"{node}/{index}"
-            if not any(_takes(gpus, device, node, each.gpu, group) for gpus in out):
-                if kept != index:
-                    names[f"{node}/{kept}"] = device
-                left, kept = left + 1, kept + 1
-            index += 1
-        if left:
-            slots.append(replace(each, count=left))
+    slots, kept = group.slots_left(
+        lambda index, gpu: not any(_takes(gpus, f"{node}/{index}", node, gpu, group) for gpus in out)
+    )
+    names = {f"{node}/{now}": f"{node}/{index}" for now, index in enumerate(kept) if now != index}
     if group.count > 1 and names:  # all its nodes lost the same GPUs
         for i in range(1, group.count):
             other = group.node_name(i)
             names |= {name.replace(node, other, 1): true.replace(node, other, 1) for name, true in _of(names, node)}
-    return replace(group, gpus=tuple(slots)), names
+    return replace(group, gpus=slots), names
 
 
 def _of(names: Mapping[str, str], node: str) -> list[tuple[str, str]]:

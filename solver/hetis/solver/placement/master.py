@@ -14,6 +14,7 @@ This module is the only one of placement that talks to highspy; its functions re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.tables import FloatArray
+
+MANY = 64  # replicas: from here on whole counts keep close to the relaxation
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,3 +267,13 @@ class Master:
             replicas = np.concatenate([replicas, columns.links[:, between[0], between[1]]], axis=1)
             limits = np.concatenate([limits, routes.capacity[between]])
         return np.concatenate([replicas, flows]), limits
+
+
+def settled(blocks: Sequence[FloatArray]) -> list[IntArray] | None:
+    """Of a relaxation with many replicas these, less one of each column: what need not be searched; None: few.
+
+    ``blocks`` are counts of columns, which count together; [K] each.
+    """
+    if sum(float(counts.sum()) for counts in blocks) < MANY:
+        return None
+    return [np.maximum(np.floor(counts + 1e-6).astype(np.int64) - 1, 0) for counts in blocks]

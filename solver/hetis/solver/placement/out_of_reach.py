@@ -2,11 +2,14 @@
 
 A replica with M micro-batches in flight takes ``t >= (sum of its stages) / M``, and its stages hold all L layers: with
 w the least time of a layer on any GPU it may use, ``t >= L w / M``. A mix whose latency limits ask for less has no
-replica. Of the others a GPU that gives all its time to dense work does at most ``1 / (n w)`` layers per second, and
-every request needs all layers; for prompts prefilled apart see `dense_work_bound`, whose argument this is.
+replica. Of the others a GPU that gives all its time to dense work, without attention, does at most ``1 / (n w)`` layers
+per second for the best mix and TP size n of a role, and every request needs all layers. Where prompts are prefilled
+apart it serves at most a share of each request: the bound holds for every split of a request's price between the two.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 
@@ -18,33 +21,24 @@ SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that its prompt may h
 ROUNDING = 1e-9
 
 
-def rate_bound(atlas: Atlas) -> float:
-    """No plan within the limits on latency, rent and GPUs serves more requests/s; 0: none serves any.
+def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_wishes: bool = True) -> float:
+    """No plan of replicas of these roles within the limits on latency serves more requests/s; 0: none serves any.
 
-    Memory is left out.
+    Memory is left out. ``with_wishes`` counts limits on rent and GPUs, too.
     """
     if not atlas.ranks or not atlas.scopes:
         return 0.0
-    speeds = np.array([_layers_per_s(atlas, role) for role in Role])  # [roles, N]
+    none = np.zeros(len(atlas.classes))
+    speeds = np.array([layers_per_s(atlas, role) if role in roles else none for role in Role])  # [roles, N]
     available = np.array([float(c.available) for c in atlas.classes])
     weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
     of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s of a GPU at every share, [shares, N]
     totals = [of_gpus @ available]
-    for wish in atlas.problem.marks.most if atlas.problem.marks is not None else ():
+    marks = atlas.problem.marks if with_wishes else None
+    for wish in marks.most if marks is not None else ():
         units = np.array([unit_of(c, wish.of) for c in atlas.classes])
         totals.append(np.array([_filled(speed, available, units, wish.most) for speed in of_gpus]))
     return float(min(total.min() for total in totals)) / atlas.scopes[0].tables.num_layers
-
-
-def _filled(speed: FloatArray, available: FloatArray, units: FloatArray, most: float) -> float:
-    """Most layers/s within a limit on a sum: the quickest per unit first, the last of them in part (a knapsack)."""
-    total = 0.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        promise = np.where(units > 0.0, speed / units, np.inf)
-    for g in np.argsort(-promise, kind="stable"):
-        count = available[g] if units[g] == 0.0 else min(available[g], max(0.0, most) / units[g])
-        total, most = total + count * speed[g], most - count * units[g]
-    return float(total)
 
 
 def is_out_of_reach(atlas: Atlas, saturated_rps: float) -> bool:
@@ -53,7 +47,7 @@ def is_out_of_reach(atlas: Atlas, saturated_rps: float) -> bool:
     return bound <= 0.0 or bound < saturated_rps * (1.0 - ROUNDING)
 
 
-def _layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
+def layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
     """Of one GPU of every class at dense work in replicas of a role that keep the limits, [N]."""
     best = np.zeros(len(atlas.classes))
     in_flight = np.array(atlas.problem.family.in_flight)
@@ -71,3 +65,14 @@ def _layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
                 device_class, tp = atlas.ranks[s]
                 best[device_class] = max(best[device_class], 1.0 / (tp * fastest))
     return best
+
+
+def _filled(speed: FloatArray, available: FloatArray, units: FloatArray, most: float) -> float:
+    """Most layers/s within a limit on a sum: the quickest per unit first, the last of them in part (a knapsack)."""
+    total = 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        promise = np.where(units > 0.0, speed / units, np.inf)
+    for g in np.argsort(-promise, kind="stable"):
+        count = available[g] if units[g] == 0.0 else min(available[g], max(0.0, most) / units[g])
+        total, most = total + count * speed[g], most - count * units[g]
+    return float(total)

@@ -13,7 +13,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.placement.ceiling import Ceiling, Limits, ceilings, limits_of, within_reach
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.configurations import Configuration
+from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.cover import best_column
 from hetis.solver.placement.options import (
     NO_STAGES,
@@ -29,9 +29,11 @@ from hetis.solver.placement.stages import overdrawn
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
 from hetis.solver.placement.template import Template, template_of
 from hetis.solver.placement.within_cap import best_within_cap
+from hetis.solver.plan import Role
 
 BATCH = 32
 SCARCE = 256
+RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further
 ROUNDING = 1e-9  # share by which what is proved at other prices is widened
 
 
@@ -234,6 +236,26 @@ class Pricer:
             )  # fmt: skip
 
         return np.concatenate([np.zeros((0, 3)), *workers.map(bounds, _shares(which, tables))])
+
+
+def pricers_of(
+    atlas: Atlas, row_costs: FloatArray, roles: Sequence[Role], *, max_copies: int, max_pool: int, threads: int,
+    target_gap: float,
+) -> list[Pricer]:  # fmt: skip
+    """One for every side of the master; those of other roles have nothing to price."""
+    every = [c for c in configurations(atlas) if atlas.mixes[c.mix].role in roles]
+    return [
+        Pricer(
+            atlas,
+            [c for c in every if c.side == side],
+            row_costs,
+            max_copies=max_copies,
+            max_pool=max_pool,
+            threads=threads,
+            tolerance=min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2)),
+        )
+        for side in range(atlas.routes.num_sides)
+    ]
 
 
 def _shares(which: IntArray, tables: Sequence[Tables]) -> Iterator[IntArray]:

@@ -12,11 +12,13 @@ from hetis.solver.compiled import is_cached
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import is_small, solve_exactly
 from hetis.solver.placement.frontier import explore
-from hetis.solver.placement.generation import Bound, ColumnGeneration, Pool, dense_work_bound
+from hetis.solver.placement.generation import ColumnGeneration
 from hetis.solver.placement.master import Master
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pinned_columns import pinned_columns
 from hetis.solver.placement.pins import Pins, pins_of
+from hetis.solver.placement.pool import Bound, Pool
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
@@ -61,7 +63,7 @@ def search(
         if outcome is None and budget.is_spent():
             return _first_plan(atlas, master, row_costs, budget, seed)
         return outcome
-    part = budget if pins is None else _part_of(budget, RELAXATION)
+    part = budget if pins is None else budget.share(RELAXATION)
     generation = ColumnGeneration(atlas, master, row_costs, budget=part, report=report)
     outcome = _generate(generation, part, gap_target, seed, threads)
     if pins is not None:
@@ -69,11 +71,6 @@ def search(
     if outcome is not None and family.splits_roles and atlas.role_types is None:
         outcome = search_types(atlas, of_types, outcome, budget, threads, report)
     return outcome
-
-
-def _part_of(budget: Budget, share: float) -> Budget:
-    """A share of the time that is left, called off with the rest."""
-    return Budget(time_limit_s=share * budget.remaining_s(), clock=budget.clock, cancelled=budget.cancelled)
 
 
 def _pinned(
@@ -88,7 +85,7 @@ def _pinned(
     if not generation.may_have_plan:
         return None
     prices = generation.bound.row_prices
-    found = pinned_columns(generation.atlas, pins, generation.row_costs, prices, _part_of(budget, COLUMNS), threads)
+    found = pinned_columns(generation.atlas, pins, generation.row_costs, prices, budget.share(COLUMNS), threads)
     generation.pool.add(tuple(found))
     generation.choose(gap=gap_target / 10, seed=seed)
     outcome = generation.outcome()
@@ -228,5 +225,5 @@ def _enumerate_uniform(
 def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
     """A plan of equal stages for want of time, bounded by dense work alone."""
     outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
-    bound = dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
+    bound = rate_bound(atlas) if master.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)

@@ -14,7 +14,7 @@ from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.classes import class_prices
 from hetis.solver.placement.first_token import ttft_s
 from hetis.solver.placement.grounding import grounded, restored
-from hetis.solver.placement.infeasible import Market, why_infeasible
+from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.out_of_reach import is_out_of_reach
 from hetis.solver.placement.outcome import Outcome
@@ -87,8 +87,7 @@ def solve_placement(
         return restored(plan, searched, problem) if problem.will else plan
 
     def no_plan() -> InfeasibleError:
-        why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
-        return InfeasibleError(why.reasons, why)
+        return infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
 
     if searched.is_empty:
         raise no_plan()

@@ -13,7 +13,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.placement.configurations import configurations
-from hetis.solver.placement.generation import layers_per_s
+from hetis.solver.placement.out_of_reach import layers_per_s
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.tables import Atlas, FloatArray
@@ -126,8 +126,9 @@ def _best_ratios(pair: Atlas, floor: float, budget: Budget, threads: int) -> Flo
 def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
     """What no replica of the role can exceed for its dense work alone: all that a spent budget leaves time for."""
     layers = pair.scopes[0].tables.num_layers
+    speeds = layers_per_s(pair, role)
     of_gpu = {g: price for (g, p), price in zip(pair.resources.rows, prices, strict=True) if p == 1}
-    return max(layers_per_s(pair, g, role) / layers / float(price) for g, price in of_gpu.items() if price > 0.0)
+    return max(float(speeds[g] / price) / layers for g, price in of_gpu.items() if price > 0.0)
 
 
 def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:

@@ -54,9 +54,7 @@ def price_wishes(
     prices = []
     for number, part in enumerate(parts):
         freed = replace(problem, will=tuple(wish for wish in problem.will if wish not in part))
-        share = Budget(
-            time_limit_s=budget.remaining_s() / (len(parts) - number), clock=budget.clock, cancelled=budget.cancelled
-        )
+        share = budget.share(1.0 / (len(parts) - number))
         price = None if budget.is_spent() else _solved(freed, plan, part, share, gap_target, seed, threads, report)
         prices.append(price if price is not None else _at_once(freed, plan, part))
     return tuple(prices)

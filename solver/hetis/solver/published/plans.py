@@ -11,7 +11,7 @@ import numpy as np
 from hetis.solver.budget import Budget
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.classes import class_of_slots, class_prices
-from hetis.solver.placement.generation import dense_work_bound
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.published.work_bound import least_cost
@@ -77,7 +77,7 @@ def _value_and_bound(atlas: Atlas, used: Counter[int], rate: float) -> tuple[flo
     problem, kind = atlas.problem, atlas.problem.objective.kind
     if problem.objective.maximises:
         scale = problem.assumptions.planned_utilisation if kind is ObjectiveKind.GOODPUT else 1.0
-        return scale * rate, scale * max(rate, dense_work_bound(atlas, problem.family.roles))
+        return scale * rate, scale * max(rate, rate_bound(atlas))
     costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in atlas.classes])
     value = float(sum(costs[row] * count for row, count in used.items()))
     needed = (problem.objective.demand_rps or 0.0) / problem.assumptions.planned_utilisation

@@ -8,7 +8,7 @@ worth of prompts and r L of outputs done per second, and so for every share q fr
     r L  =  q r L + (1 - q) r L  <=  sum over GPUs of max(u, q p, (1 - q) d)
 
 because a GPU that spends a part of its time on each kind of work adds at most the largest of the three per second. (The
-bound on the rate is `hetis.solver.placement.generation.dense_work_bound`, by the same argument.)
+bound on the rate is `hetis.solver.placement.out_of_reach.rate_bound`, by the same argument.)
 """
 
 from __future__ import annotations

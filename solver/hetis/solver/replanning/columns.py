@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.generation import NO_LINKS
 from hetis.solver.placement.master import Columns, Master, MilpSolution
+from hetis.solver.placement.pool import NO_LINKS
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.search import row_costs_of
 from hetis.solver.placement.tables import Atlas, FloatArray

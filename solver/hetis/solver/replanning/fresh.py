@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.budget import Budget, Report, silent
-from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
-from hetis.solver.placement.generation import Bound, ColumnGeneration, dense_work_bound
+from hetis.solver.placement.generation import ColumnGeneration
 from hetis.solver.placement.master import Columns, Master
+from hetis.solver.placement.out_of_reach import rate_bound
+from hetis.solver.placement.pool import Bound
 from hetis.solver.placement.search import row_costs_of, search
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
@@ -126,7 +128,7 @@ def _priced(
 
 
 def _known_at_once(atlas: Atlas, master: Master) -> float:
-    return dense_work_bound(atlas, atlas.problem.family.roles) if master.maximises else 0.0
+    return rate_bound(atlas) if master.maximises else 0.0
 
 
 # --- what is left of a fleet when some of its GPUs are taken
@@ -165,20 +167,10 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
         for i in range(group.count):
             name = group.node_name(i)
             if name in touched:
-                slots = _free_slots(group, name, taken)
+                slots, _ = group.slots_left(lambda index, _gpu, name=name: f"{name}/{index}" not in taken)  # type: ignore[misc]
                 if slots:
                     groups.append(replace(group, name=f"{group.name}/{name}", count=1, gpus=slots))
     return replace(cluster, node_groups=tuple(groups)) if groups else None
-
-
-def _free_slots(group: NodeGroup, name: str, taken: set[str]) -> tuple[GpuSlots, ...]:
-    found, index = [], 0
-    for slots in group.gpus:
-        free = sum(f"{name}/{i}" not in taken for i in range(index, index + slots.count))
-        index += slots.count
-        if free:
-            found.append(replace(slots, count=free))
-    return tuple(found)
 
 
 def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | None:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hetis.solver.placement.generation import NO_LINKS, Bound
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.outcome import ROUNDING
+from hetis.solver.placement.pool import NO_LINKS, Bound
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import use_of

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement.infeasible import why_infeasible
+from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.solve import objective_scale, plan_of
 from hetis.solver.placement.strategies import STRATEGIES
@@ -94,17 +94,17 @@ def solve_replanning(
     atlas = build_atlas(problem)
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
     if not atlas.ranks:
-        raise _infeasible(problem, budget, seed, threads)
+        raise infeasible(problem, budget, seed=seed, threads=threads)
     running = Survivors(posed, atlas)
     demand = None if problem.objective.maximises else _saturated_demand(problem)
     report(Progress(phase="the fleet as if nothing ran on it", elapsed_s=budget.elapsed_s()))
     fresh = search_fresh(
-        atlas, demand, strategy=strategy, budget=_part(budget), gap_target=gap_target, seed=seed, threads=threads,
-        report=silent,
+        atlas, demand, strategy=strategy, budget=budget.share(FRESH_SHARE), gap_target=gap_target, seed=seed,
+        threads=threads, report=silent,
     )  # fmt: skip
     net = running.master(demand)
     report(Progress(phase="what the running replicas leave over", elapsed_s=budget.elapsed_s()))
-    left_over = running.left_over(strategy, _part(budget), gap_target, seed, threads)
+    left_over = running.left_over(strategy, budget.share(FRESH_SHARE), gap_target, seed, threads)
     candidates = [*running.candidates, *_new(net, [*fresh.templates, *left_over])]
     report(Progress(phase="which replicas stay", elapsed_s=budget.elapsed_s()))
     choice = _choose(net, candidates, running, fresh, gap_target, seed, budget)
@@ -123,10 +123,6 @@ def _require_search(strategy: str) -> None:
 def _saturated_demand(problem: PlacementProblem) -> float:
     assert problem.objective.demand_rps is not None, "PlacementProblem checks it"
     return problem.objective.demand_rps / problem.assumptions.planned_utilisation
-
-
-def _part(budget: Budget) -> Budget:
-    return Budget(time_limit_s=FRESH_SHARE * budget.remaining_s(), clock=budget.clock, cancelled=budget.cancelled)
 
 
 def _seconds(budget: Budget) -> float:
@@ -161,11 +157,6 @@ def _choose(
     return found if found is not None and net.rate_of(found.chosen) > 0.0 else None
 
 
-def _infeasible(problem: PlacementProblem, budget: Budget, seed: int, threads: int) -> InfeasibleError:
-    why = why_infeasible(problem, budget, seed=seed, threads=threads)
-    return InfeasibleError(why.reasons, why)
-
-
 def _none(
     atlas: Atlas, posed: ReplanningProblem, fresh: Fresh, budget: Budget, seed: int, threads: int
 ) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
@@ -173,7 +164,7 @@ def _none(
     if fresh.value is None:
         if budget.is_spent():
             return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
-        return _infeasible(atlas.problem, budget, seed, threads)
+        return infeasible(atlas.problem, budget, seed=seed, threads=threads)
     if posed.max_moves is None:
         return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
     demand = posed.problem.objective.demand_rps

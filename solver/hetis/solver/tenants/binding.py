@@ -9,9 +9,9 @@ import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.placement.binding import BoundStage, bind
-from hetis.solver.placement.generation import Pool
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.solve import plan_of
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.placement.classes import IntArray, Resources
-from hetis.solver.placement.generation import MAX_ROUNDS, PRICE_FLOOR, SMOOTHING
+from hetis.solver.placement.classes import Resources
+from hetis.solver.placement.generation import MAX_ROUNDS, SMOOTHING
+from hetis.solver.placement.pool import lifted
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.tenants.bound import Bound, Goal, bound_of
 from hetis.solver.tenants.contender import Priced, utilisation
@@ -81,10 +82,8 @@ class JointGeneration:
 
     def _lifted(self, prices: FloatArray, value: float) -> FloatArray:
         """Prices with a floor under those of GPUs: what is free could be infinitely good."""
-        limits = self.resources.limits
-        unit = np.array([1.0 if p == 1 else 0.0 for _, p in self.resources.rows])
-        total = max(float(prices @ limits), value, 1e-9)
-        return np.maximum(prices, PRICE_FLOOR * total / max(1.0, float(unit @ limits)) * unit)
+        total = max(float(prices @ self.resources.limits), value, 1e-9)
+        return lifted(prices, self.resources, total)
 
     def _least(self, multipliers: FloatArray) -> FloatArray:
         return np.asarray(np.maximum(multipliers, LEAST_MULTIPLIER * multipliers.max(initial=1e-9)))
@@ -111,10 +110,3 @@ class JointGeneration:
                 gap=self._gap(relaxed) if self.bound is not None else None,
             )
         )
-
-
-def least_counts(relaxed: Relaxed | None, many: int) -> list[IntArray] | None:
-    """Of a placement of many replicas, those of the relaxation, less one of each column: what need not be searched."""
-    if relaxed is None or sum(float(counts.sum()) for counts in relaxed.counts) < many:
-        return None
-    return [np.maximum(np.floor(counts + 1e-6).astype(np.int64) - 1, 0) for counts in relaxed.counts]

@@ -10,7 +10,8 @@ from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.exact import is_small
-from hetis.solver.placement.generation import MANY
+from hetis.solver.placement.infeasible import why_infeasible
+from hetis.solver.placement.master import settled
 from hetis.solver.placement.solve import OPTIMAL_GAP
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import FloatArray
@@ -19,7 +20,7 @@ from hetis.solver.plan import Status
 from hetis.solver.tenants.binding import plans_of
 from hetis.solver.tenants.bound import Bound, Goal
 from hetis.solver.tenants.contender import Contender, Listed, Priced, Reach, SearchSettings
-from hetis.solver.tenants.generation import JointGeneration, least_counts
+from hetis.solver.tenants.generation import JointGeneration
 from hetis.solver.tenants.master import Choice, TenantColumns, choose_whole, fewest_gpus, solve_relaxation
 from hetis.solver.tenants.problem import Tenancy, Tenant
 from hetis.solver.tenants.result import EnvyCell, FleetShares, PriceProof, RowPrice, TenantRule, TenantShare
@@ -94,7 +95,9 @@ class FleetSearch:
             return found
         if self.budget.is_spent():
             raise NoPlanFoundError(f"no plan for {name} found within {self.budget.elapsed_s():.1f} s; allow more time")
-        raise InfeasibleError((f"tenant {name} can be served by no replica on this fleet, even alone",))
+        s, nobody = self.settings, f"tenant {name} can be served by no replica on this fleet, even alone"
+        why = why_infeasible(contender.tenant.problem, self.budget, seed=s.seed, threads=s.threads, report=self.report)
+        raise InfeasibleError((nobody, *why.reasons), why)
 
     def _reach(self, contender: Contender, limits: IntArray, phase: str) -> Reach:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
@@ -184,7 +187,7 @@ class FleetSearch:
         if best is not None and best.value(goal) == -np.inf:
             best = None
         # Near the relaxation first: of many replicas most are settled. Then anywhere, while the gap asks for it.
-        for least in (least_counts(relaxed, MANY), None):
+        for least in (settled(relaxed.counts) if relaxed is not None else None, None):
             if best is not None and bound - best.value(goal) <= s.gap_target * best.value(goal):
                 break
             found = choose_whole(
@@ -203,8 +206,8 @@ class FleetSearch:
     def _fewest(self, floors: FloatArray, choice: Choice) -> Choice:
         """The same level on the fewest GPUs: nobody is granted more, so nobody needs more."""
         columns = self._columns()
-        first = np.array([1.0 if p == 1 else 0.0 for _, p in self.contenders[0].atlas.resources.rows])
-        gpus = [block.uses @ first for block in columns]
+        counted = self.contenders[0].atlas.resources.counts_gpus
+        gpus = [block.uses @ counted for block in columns]
         return fewest_gpus(
             columns, self.limits, gpus, floors, time_limit_s=self._choosing_s(), start=choice.counts,
             seed=self.settings.seed,

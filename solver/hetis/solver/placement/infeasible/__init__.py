@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.grounding import grounded
 from hetis.solver.placement.infeasible.conflicts import Conflict, conflicts_among
 from hetis.solver.placement.infeasible.growth import Market, Offer, growths, may_help
@@ -27,7 +28,7 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import AtMost, Replicas, Use
 
-__all__ = ["Conflict", "Infeasibility", "Market", "Offer", "Relaxation", "Requirement", "why_infeasible"]
+__all__ = ["Conflict", "Infeasibility", "Market", "Offer", "Relaxation", "Requirement", "infeasible", "why_infeasible"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,20 @@ def why_infeasible(
     relaxations = (*(each for each in told if isinstance(each, Relaxation)), *grown)
     reasons = [each.sentence if isinstance(each, Relaxation) else each for each in (*told, *grown)]
     return Infeasibility(conflicts=conflicts, relaxations=relaxations, reasons=tuple(reasons))
+
+
+def infeasible(
+    problem: PlacementProblem,
+    budget: Budget,
+    *,
+    seed: int,
+    threads: int,
+    market: Market | None = None,
+    report: Report = silent,
+) -> InfeasibleError:
+    """`why_infeasible` as the error to raise."""
+    why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
+    return InfeasibleError(why.reasons, why)
 
 
 def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str]:

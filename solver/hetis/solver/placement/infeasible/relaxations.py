@@ -15,7 +15,7 @@ from hetis.solver.placement.infeasible.requirements import (
 )
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.infeasible.wording import listed, option_down, option_up, rounded_down
-from hetis.solver.will import AtMost, Sum, Use, Wish
+from hetis.solver.will import AtMost, Replicas, Sum, Use, Wish
 
 PRECISION = 1.02  # a best latency is known this closely, as a ratio
 LINK_PRECISION = 1.2  # and how much faster links must be
@@ -56,8 +56,8 @@ def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requi
             yield _faster_links(trials, member, others)
         case Subject.MEMORY:
             yield from smaller_memory(trials, member, [member, *others])
-        case Subject.WISH if isinstance(member.wish, Use) and member.wish.least > 1:
-            yield _fewer_in_use(trials, member, member.wish, others)
+        case Subject.WISH if isinstance(member.wish, Use | Replicas) and member.wish.least > 1:
+            yield _fewer(trials, member, member.wish, others)
         case Subject.WISH if isinstance(member.wish, AtMost):
             yield _more_allowed(trials, member, member.wish, others)
         case _:
@@ -166,8 +166,8 @@ def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) 
     return bool(trials.of_problem(smaller, demand_of(kept)).exists)
 
 
-def _fewer_in_use(trials: Trials, member: Requirement, wish: Use, others: Collection[Requirement]) -> Relaxation:
-    """The most GPUs that can be in use beside the others."""
+def _fewer(trials: Trials, member: Requirement, wish: Use | Replicas, others: Collection[Requirement]) -> Relaxation:
+    """The most GPUs that can be in use, or the most replicas that a plan can have, beside the others."""
     low, high = 0, wish.least
     if trials.of(others).exists is not True:
         return _gone(trials, member, others)
@@ -180,8 +180,12 @@ def _fewer_in_use(trials: Trials, member: Requirement, wish: Use, others: Collec
     if low == 0:
         return _gone(trials, member, others)
     option = str(replace(wish, least=low))
-    sentence = f"{member} is out of reach{_beside(others)}: {low} of them can be in use ({option})"
-    return Relaxation(about=member, sentence=sentence, change=f"{low} of {wish.gpus} in use", option=option)
+    if isinstance(wish, Use):
+        possible, change = f"{low} of them can be in use", f"{low} of {wish.gpus} in use"
+    else:
+        possible, change = f"a plan with {low} exists", f"{low} replicas"
+    sentence = f"{member} is out of reach{_beside(others)}: {possible} ({option})"
+    return Relaxation(about=member, sentence=sentence, change=change, option=option)
 
 
 def _more_allowed(trials: Trials, member: Requirement, wish: AtMost, others: Collection[Requirement]) -> Relaxation:

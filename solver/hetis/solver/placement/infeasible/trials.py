@@ -48,16 +48,6 @@ class Trial:
         return max(found) if of_all else min(found)
 
 
-@dataclass(slots=True, kw_only=True)
-class _ShareOfBudget(Budget):
-    """A trial's budget: its own to cancel, spent when the caller's is."""
-
-    callers: Budget
-
-    def is_spent(self) -> bool:
-        return self.cancelled.is_set() or self.callers.is_spent()
-
-
 @dataclass(slots=True)
 class Trials:
     """Trials of one problem, each only once and no more than `MAX_TRIALS`."""
@@ -101,7 +91,7 @@ class Trials:
     def best(self, kept: Iterable[Requirement]) -> Outcome | None:
         """The best rate that keeps these; None if it was not found in time."""
         atlas = self._atlas(keeping(self.problem, frozenset(kept)))
-        return None if atlas is None or self.is_over() else self._search(atlas, self._share(), silent)
+        return None if atlas is None or self.is_over() else self._search(atlas, self.budget.of_its_own(), silent)
 
     def rate_bound(self, kept: Iterable[Requirement]) -> float:
         """Saturated requests/s that no plan of these exceeds, known without a search."""
@@ -118,7 +108,7 @@ class Trials:
         return None if found.is_empty else build_atlas(found.problem)
 
     def _search_until_certain(self, atlas: Atlas, least: float) -> Trial:
-        share, refuted = self._share(), False
+        share, refuted = self.budget.of_its_own(), False
 
         def stop_when_certain(progress: Progress) -> None:
             nonlocal refuted
@@ -133,11 +123,6 @@ class Trials:
         elif refuted or (outcome is not None and outcome.bound < least) or (outcome is None and not share.is_spent()):
             exists = False
         return Trial(exists=exists, atlas=atlas, outcome=outcome)
-
-    def _share(self) -> Budget:
-        return _ShareOfBudget(
-            time_limit_s=self.budget.remaining_s(), clock=self.budget.clock, callers=self.budget
-        )  # fmt: skip
 
     def _search(self, atlas: Atlas, budget: Budget, report: Report) -> Outcome | None:
         self._num_searches += 1

@@ -1,0 +1,30 @@
+"""How a verb searches: news on stderr, nothing of native libraries on stdout, Ctrl-C for what there is so far."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.planner.cli.native_output import no_native_output
+from hetis.planner.cli.progress import progress_on_stderr
+from hetis.planner.solving import run_interruptibly
+from hetis.solver.budget import Report
+
+T = TypeVar("T")
+
+
+def search_interruptibly(
+    terminal: Terminal, work: Callable[[Report], T], *, unit: str, cancelled: threading.Event, so_far: str
+) -> T:
+    """What ``work`` returns, told of with values in ``unit``.
+
+    The first Ctrl-C sets ``cancelled`` and says that ``so_far`` (the best plan, the plans) is what there will be.
+    """
+    with no_native_output(), progress_on_stderr(terminal, unit) as report:
+        return run_interruptibly(
+            lambda: work(report),
+            cancelled=cancelled,
+            on_cancel=lambda: terminal.say(f"stopping with {so_far} so far; Ctrl-C again leaves at once"),
+        )
