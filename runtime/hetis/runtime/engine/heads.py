@@ -40,6 +40,10 @@ class StageHeads:
         self.placement = Placement(costs, pages, stage=number, homes=stage.homes)
         self.lost: set[int] = set()
 
+    @property
+    def num_devices(self) -> int:
+        return len(self.stage.devices)
+
     def device(self, error: DeviceLostError) -> int:
         """Index of the device that an error is about."""
         return next(i for i, device in enumerate(self.stage.devices) if device.name == error.device)
