@@ -47,9 +47,9 @@ def stages_of(folder: Path, parts: Sequence[Part]) -> list[Stage]:
     return stages
 
 
-def pipeline_of(folder: Path, *parts: Part, **options: int) -> Engine:
+def pipeline_of(folder: Path, *parts: Part, overlaps: bool = False, **options: int) -> Engine:
     own = EngineOptions(**({"chunk_tokens": 48} | options))
-    return Engine(read_config(folder), stages_of(folder, parts), options=own)
+    return Engine(read_config(folder), stages_of(folder, parts), options=own, overlaps=overlaps)
 
 
 def run_moving(
@@ -76,6 +76,7 @@ def assert_empty(engine: Engine) -> None:
     for part in engine.stages:
         part.placement.check_invariants()
         assert len(part.placement) == 0
+        assert isinstance(part.stage, Stage)
         assert part.stage.prompts == ()
         for device in part.stage.devices:
             assert isinstance(device, LocalDevice)

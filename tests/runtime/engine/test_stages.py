@@ -122,6 +122,64 @@ def test_a_lost_device_of_a_later_stage_costs_no_token() -> None:
     assert [device.status.value for device in engine.stages[1].placement.state.devices] == ["ok", "ok", "ok", "lost"]
 
 
+@pytest.mark.parametrize("pages", [400, 14])
+def test_cohorts_on_their_way_at_the_same_time_are_token_identical(pages: int) -> None:
+    model = random_model("qwen2", kv_heads=2, vocab_size=100)
+    prompts = random_prompts(12, 8, shortest=10, longest=40)
+    parts = Part(until=1, copies=2), Part(until=2), Part(until=3, ranks=2, workers=1, pages=pages)
+    engine = pipeline_of(model.folder, *parts, overlaps=True, in_flight=4, growth_tokens=0)
+    assert run_moving(engine, prompts, 30, seed=6, often=0.1) == [model.generate(prompt, 30) for prompt in prompts]
+    assert (engine.num_preempted > 0) == (pages < 400)
+    assert_empty(engine)
+    engine.close()
+
+
+def test_a_device_lost_and_a_request_cancelled_while_steps_are_on_their_way() -> None:
+    model = random_model()
+    prompts = random_prompts(13, 6)
+    parts = Part(until=1), Part(until=3, ranks=2, workers=1)
+    engine = pipeline_of(model.folder, *parts, overlaps=True, in_flight=3, chunk_tokens=20)
+    numbers = [engine.add(prompt, SamplingParams(max_tokens=16)) for prompt in prompts]
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    ends: dict[int, FinishReason] = {}
+    steps = 0
+    while engine.has_work:
+        for news in engine.step():
+            if news.token is not None:
+                answers[news.request].append(news.token)
+            if news.finish_reason is not None:
+                ends[news.request] = news.finish_reason
+        steps += 1
+        if steps == 12:
+            engine.cancel(numbers[1])
+        if steps == 14:
+            engine.lose_device(2, stage=1)
+    wanted = [model.generate(prompt, 16) for prompt in prompts]
+    assert ends.pop(numbers[1]) is FinishReason.CANCELLED
+    assert set(ends.values()) == {FinishReason.LENGTH}
+    cancelled = answers.pop(numbers[1])
+    assert len(cancelled) < 16
+    assert cancelled == wanted[1][: len(cancelled)]
+    assert list(answers.values()) == [wanted[0], *wanted[2:]]
+    for part in engine.stages:
+        part.placement.check_invariants()
+        assert len(part.placement) == 0
+    engine.close()
+
+
+def test_what_a_stage_raises_is_raised_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = pipeline_of(random_model().folder, Part(until=1), Part(until=3), overlaps=True)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine.stages[1].stage, "run", fail)
+    engine.add([1, 2])
+    with pytest.raises(RuntimeError, match="a bug"):
+        engine.step()
+    engine.close()
+
+
 def test_a_rank_cannot_be_lost() -> None:
     engine = pipeline_of(random_model().folder, Part(until=1), Part(until=3, ranks=2, workers=1))
     with pytest.raises(DeviceLostError, match="s1c0d1: the primary is lost"):
