@@ -90,6 +90,13 @@ class Stage:
         """As `AttentionDevice.digest` of one of the devices."""
         return self.devices[device].digest(request, incarnation, heads, last)
 
+    def replace_device(self, index: int, device: AttentionDevice) -> None:
+        """A device with nothing in it takes the place of one that was lost."""
+        self.devices[index] = device
+
+    def close(self) -> None:
+        """Nothing is to be done: the devices belong to who made them."""
+
     def forget_prompt(self, request: int, incarnation: int) -> None:
         """The prompt's KV here is not needed any more: it was prefilled, or it begins anew."""
         self._prompts.pop((request, incarnation), None)

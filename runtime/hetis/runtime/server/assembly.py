@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.runtime.engine.engine import Engine, EngineOptions
-from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import DevicePages, Layout, layout_of, one_device, pages_of
+from hetis.runtime.launch.layout import Layout, StageLayout, layout_of, one_device, pages_of
 from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.launch.workers import Workers
@@ -107,7 +106,7 @@ def _layout(asked: Asked) -> Layout | None:
     config = read_config(asked.folder)
     plan = load_plan(asked.plan)
     layout = layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
-    planned = [device.name for device in layout.devices[1:]]
+    planned = layout.attention_workers
     others = [f"--worker {name} is no attention worker of the plan" for name in asked.workers if name not in planned]
     if others:
         raise LayoutError(*others)
@@ -119,15 +118,20 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
     chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else _CHUNK_TOKENS)
     options = EngineOptions(most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens)
 
-    def choose(config: ModelConfig, shape: KvShape) -> tuple[DevicePages, ...]:
-        if layout is not None:
-            return layout.devices
-        if asked.rooms:
-            return pages_of(asked.rooms, shape)
-        longest = min(asked.context_tokens or config.max_tokens, config.max_tokens)
-        return (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_memory_bytes()),)
-
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
+
+    def choose(config: ModelConfig) -> tuple[StageLayout, ...]:
+        if layout is not None:
+            return layout.stages
+        every = range(config.layers)
+        shape = made_of.shape(config, every)
+        longest = min(asked.context_tokens or config.max_tokens, config.max_tokens)
+        devices = pages_of(asked.rooms, shape)
+        if not devices:
+            free_bytes = free_memory_bytes()
+            devices = (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_bytes),)
+        return (StageLayout(layers=every, ranks=1, devices=devices),)
+
     return start_engine(made_of, choose, tokens, workers)
 
 
