@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.room import DeviceRoom
+from hetis.runtime.measured.coefficients import Coefficients
+from hetis.runtime.measured.planned import planned_coefficients
 from hetis.runtime.model.config import ModelConfig
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 
@@ -29,11 +31,13 @@ class Layout:
         devices: the primary first, then its attention workers, with the KV that the plan counts on.
         seats: requests that decode together.
         chunk_tokens: prompt tokens per step.
+        costs: of attention on the devices, by name, as far as the plan says.
     """
 
     devices: tuple[DevicePages, ...]
     seats: int
     chunk_tokens: int
+    costs: Mapping[str, Coefficients] = field(default_factory=dict)
 
 
 def layout_of(
@@ -43,6 +47,7 @@ def layout_of(
 
     Raises:
         LayoutError: there is no such replica, the plan is of another model, or it asks for what this engine lacks.
+        DocumentError: a document in the plan is not usable.
     """
     if not 0 <= replica < len(plan.replicas):
         raise LayoutError(f"there is no replica {replica}, the plan has {len(plan.replicas)}, counted from 0")
@@ -60,6 +65,7 @@ def layout_of(
         devices=tuple(devices),
         seats=found.micro_batch * found.in_flight,
         chunk_tokens=found.chunk_tokens,
+        costs=planned_coefficients(plan, replica),
     )
 
 
