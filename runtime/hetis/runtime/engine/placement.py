@@ -11,9 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import HeadShape, Load, Primary, Requests
+from hetis.solver.dispatch.problem import HeadShape, IntArray, Load, Primary, Requests
 from hetis.solver.dispatch.problem import Stage as StageCosts
-from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
@@ -33,13 +32,23 @@ class HeadMove:
     prepared: PreparedMove
 
 
+class Dispatched(Protocol):
+    """Head groups of request j on device i, shape [J, D], and who has to wait."""
+
+    @property
+    def groups(self) -> IntArray: ...
+
+    @property
+    def unplaced(self) -> Sequence[object]: ...
+
+
 class DispatchRule(Protocol):
     """Says where the heads of new requests go; made for one stage's costs, and anew when they change."""
 
     @property
     def stage(self) -> StageCosts: ...
 
-    def dispatch(self, load: Load, requests: Requests) -> DispatchPlan: ...
+    def dispatch(self, load: Load, requests: Requests) -> Dispatched: ...
 
 
 class Placement:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -63,7 +63,7 @@ class Following:
         calibrated: Stage,
         apply: Callable[[Stage], None],
         *,
-        read_s: tuple[float, ...] | None = None,
+        read_s: Sequence[float] = (),
         rules: Rules | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -79,6 +79,11 @@ class Following:
     def scales(self) -> tuple[float, ...]:
         """In use, by device."""
         return tuple(device.scale for device in self._devices)
+
+    @property
+    def read_s(self) -> tuple[float, ...]:
+        """Seconds to take an answer that is there already, by device."""
+        return tuple(device.read_s for device in self._devices)
 
     def costs(self) -> tuple[DeviceCost, ...]:
         """Of every device; may be asked from another thread."""

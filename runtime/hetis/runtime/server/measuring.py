@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
@@ -20,7 +20,7 @@ from hetis.runtime.measured.calibration import LONGEST_CONTEXT, calibrate
 from hetis.runtime.measured.coefficients import Coefficients, device_seconds, with_coefficients
 from hetis.runtime.measured.following import Following
 from hetis.runtime.measured.timed import token_bytes
-from hetis.runtime.server.timing import DenseCost, StepPredictor
+from hetis.runtime.server.timing import DenseCost, FloatArray, StepPredictor
 from hetis.solver.dispatch.problem import Stage as StageCosts
 
 Clock = Callable[[], float]
@@ -30,10 +30,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What was measured of an engine, and follows it from then on."""
+    """What was measured of an engine, and follows it from then on.
+
+    Attributes:
+        predictor: of its steps.
+        following: of its devices.
+        copy_byte_s: seconds per byte of KV out of each device, shape [D]; 0 of one that was not measured.
+    """
 
     predictor: StepPredictor
     following: Following
+    copy_byte_s: FloatArray
 
 
 def measure_engine(
@@ -60,16 +67,31 @@ def measure_engine(
     _tell_apart(engine, planned or {}, measured)
     placement.change_costs(with_coefficients(placement.costs, {**(planned or {}), **measured}))
     predictor = _predictor(engine, clock)
+    each = [found.get(device.name) for device in stage.devices]
+    read_s = [0.0 if one is None else one.read_s for one in each]
+    return Measured(
+        predictor=predictor,
+        following=follow(engine, predictor, read_s=read_s, clock=clock),
+        copy_byte_s=np.array([0.0 if one is None else one.copy_byte_s for one in each]),
+    )
+
+
+def follow(
+    engine: Engine, predictor: StepPredictor, *, read_s: Sequence[float], clock: Clock = time.perf_counter
+) -> Following:
+    """The costs that ``engine`` dispatches by, and its predictor's, follow what steps take from now on.
+
+    ``read_s``: seconds to take an answer of each device that is there already.
+    """
 
     def apply(costs: StageCosts) -> None:
-        placement.change_costs(costs)
+        engine.placement.change_costs(costs)
         predictor.costs = costs
 
-    read_s = tuple(found[device.name].read_s if device.name in found else 0.0 for device in stage.devices)
-    following = Following(placement.costs, apply, read_s=read_s, clock=clock)
-    stage.through = following.through
+    following = Following(engine.placement.costs, apply, read_s=read_s, clock=clock)
+    engine.stage.through = following.through
     engine.between_steps.append(following.advance)
-    return Measured(predictor=predictor, following=following)
+    return following
 
 
 def _tell_apart(engine: Engine, planned: Mapping[str, Coefficients], measured: Mapping[str, Coefficients]) -> None:
