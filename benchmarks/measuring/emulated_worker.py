@@ -55,10 +55,10 @@ class Pace:
 
     def link_s(self, frame: Frame, answer: Frame | None) -> float:
         """A frame and its answer, if it has one, on their way."""
-        sizes = [
-            HEADER_BYTES + sum(part.numel() * part.element_size() for part in f.parts) for f in (frame, answer) if f
-        ]
-        return sum(sizes) / self.link_bytes_per_s + (2 * self.latency_s if answer else 0.0)
+        num_bytes = 0
+        for one in (frame, answer):
+            num_bytes += HEADER_BYTES + sum(part.numel() * part.element_size() for part in one.parts) if one else 0
+        return num_bytes / self.link_bytes_per_s + (2 * self.latency_s if answer else 0.0)
 
     def write(self, path: Path) -> None:
         """For a worker to read, whole."""
