@@ -192,7 +192,7 @@ def _scenario_rows(
 ) -> Iterator[Row]:
     engine = replica.engine(scenario.paces, epoch=next(epochs), options=traffic.options)
     measured = measure_engine(engine)
-    costs = measured.following.calibrated
+    [following] = measured.following
     close(engine)
     names = [HETIS, *RULES]
     if scenario.later is not None:
@@ -201,7 +201,7 @@ def _scenario_rows(
     for _ in range(traffic.rounds):
         for name in names:
             engine = replica.engine(scenario.paces, epoch=next(epochs), options=traffic.options)
-            engine.placement.change_costs(costs)
+            engine.placement.change_costs(following.calibrated)
             predictor = _prepared(engine, name, measured)
             runs[name].append(_run(engine, predictor, scenario, traffic, replica))
             close(engine)
@@ -215,14 +215,15 @@ def _scenario_rows(
 
 def _prepared(engine: Engine, name: str, measured: Measured) -> StepPredictor:
     """The engine under a rule, and what predicts its steps."""
-    known = measured.predictor
+    known, [following], [copy_byte_s] = measured.predictor, measured.following, measured.copy_byte_s
+    assert known is not None, "there is one stage"
     predictor = StepPredictor(engine.placement.costs, layers=known.layers, dense=known.dense, in_turn=False)
     if name in RULES:
         engine.placement.rule = RULES[name]
         return predictor
     if name == HETIS:
-        follow(engine, predictor, read_s=measured.following.read_s)
-    Redispatch(hauler=Hauler(engine=engine), link_byte_s=measured.copy_byte_s)
+        follow(engine, engine.stages[0], predictor, read_s=following.read_s)
+    Redispatch(hauler=Hauler(engine=engine), link_byte_s=copy_byte_s)
     return predictor
 
 
@@ -244,7 +245,7 @@ def _run(engine: Engine, predictor: StepPredictor, scenario: Scenario, traffic: 
             measured_s.append(taken_s)
             predicted_s.append(expected_s)
         for request in engine.running.values():
-            for owner in request.heads:
+            for owner in request.heads[0]:
                 heads[owner] += 1
     seconds = time.perf_counter() - begun_s
     return Run(

@@ -46,13 +46,14 @@ def test_dispatch_goes_by_what_the_devices_take() -> None:
     measured = measure_engine(engine, clock=clock, pause=clock.pause)
     costs = engine.placement.state.stage
     assert costs is engine.placement.costs
+    assert measured.predictor is not None
     assert measured.predictor.costs is costs
     for i, pace in enumerate(PACES):
         # What another device takes beyond its pace is that its answer is read.
         assert costs.head_s[i, 0] == pytest.approx(pace.head_s, rel=1e-3)
         assert costs.kv_byte_s[i, 0] == pytest.approx(pace.kv_byte_s, rel=1e-3)
         assert costs.call_s[i, 0] + costs.transfer_s[i] == pytest.approx(pace.call_s + pace.read_s, rel=1e-3)
-    assert measured.following.scales == (1.0, 1.0)
+    assert measured.following[0].scales == (1.0, 1.0)
     assert not engine.has_work
     assert list(engine.placement.state.free_blocks()) == [1000, 1000]
     assert all(device.pool.free_pages == 1000 for device in engine.stage.devices)  # type: ignore[attr-defined]

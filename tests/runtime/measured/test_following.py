@@ -168,7 +168,7 @@ class World:
 
     def heads(self, number: int) -> list[int]:
         """Of a running request, by device."""
-        owners = self.engine.running[number].heads
+        owners = self.engine.running[number].heads[0]
         return [owners.count(device) for device in range(3)]
 
 
@@ -179,7 +179,8 @@ def test_a_device_that_turns_four_times_slower_gets_fewer_heads_of_new_requests(
     assert world.heads(first)[1] >= 1
     world.device(1).pace.slow = 4.0
     world.step(20)
-    assert world.measured.following.scales == pytest.approx((1, 4, 1), rel=0.02)
+    assert world.measured.following[0].scales == pytest.approx((1, 4, 1), rel=0.02)
+    assert world.measured.predictor is not None
     assert world.measured.predictor.costs is world.engine.placement.state.stage
     world.engine.cancel(first)
     later = world.add(prompt, 10)
@@ -197,7 +198,7 @@ def test_redispatch_takes_heads_from_a_device_that_turned_slow_and_the_text_stay
     assert before >= 4
     world.device(1).pace.slow = 4.0
     world.step(40)
-    assert world.measured.following.scales[1] == pytest.approx(4, rel=0.02)
+    assert world.measured.following[0].scales[1] == pytest.approx(4, rel=0.02)
     assert sum(world.heads(number)[1] for number in numbers) <= before // 2
     while world.engine.has_work:
         world.step()
@@ -209,11 +210,11 @@ def test_a_device_that_recovers_is_taken_back() -> None:
     world.device(1).pace.slow = 4.0
     number = world.add(prompt, 60)
     world.step(20)
-    assert world.measured.following.scales[1] == pytest.approx(4, rel=0.02)
+    assert world.measured.following[0].scales[1] == pytest.approx(4, rel=0.02)
     world.device(1).pace.slow = 1.0
     world.step(16)
     assert world.heads(number)[1] >= 1
-    assert world.measured.following.scales[1] == pytest.approx(1, rel=0.02)
+    assert world.measured.following[0].scales[1] == pytest.approx(1, rel=0.02)
 
 
 # --- one device

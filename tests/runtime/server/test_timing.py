@@ -64,6 +64,7 @@ def test_a_device_without_heads_takes_nothing_and_a_step_that_prefills_is_not_pr
 def test_measuring_leaves_the_engine_as_it_was_and_metrics_tell_both_times(folder: Path) -> None:
     engine = engine_of(folder)
     predictor = measure_engine(engine).predictor
+    assert predictor is not None
     assert not engine.has_work
     assert list(engine.placement.state.free_blocks()) == [400, 400]
     assert all(device.pool.free_pages == 400 for device in engine.stage.devices)  # type: ignore[attr-defined]

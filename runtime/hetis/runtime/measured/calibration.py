@@ -45,10 +45,11 @@ def calibrate(
     *,
     groups: int,
     exchange_bytes_per_head: float,
+    primaries: int = 1,
     clock: Clock = time.perf_counter,
     pause: Callable[[float], None] = time.sleep,
 ) -> Mapping[str, Calibration]:
-    """Calibrations by name; a device with too few pages to be measured is left out. The first is the primary.
+    """Calibrations by name; a device with too few pages to be measured is left out.
 
     The devices must be idle, and are again afterwards.
 
@@ -56,6 +57,7 @@ def calibrate(
         devices: of one stage.
         groups: KV heads of the model.
         exchange_bytes_per_head: between the primary and another device, per query head.
+        primaries: the first so many devices are the primary's ranks, which exchange nothing with themselves.
         clock: seconds.
         pause: lets so many seconds pass.
 
@@ -64,7 +66,9 @@ def calibrate(
     """
     found = {}
     for number, device in enumerate(devices):
-        one = _Measuring(device, groups, clock, pause).calibration(exchange_bytes_per_head, is_primary=number == 0)
+        one = _Measuring(device, groups, clock, pause).calibration(
+            exchange_bytes_per_head, is_primary=number < primaries
+        )
         if one is not None:
             found[device.name] = one
     return found

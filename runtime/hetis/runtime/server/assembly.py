@@ -83,7 +83,7 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
         tend=None if workers is None else lambda: workers.bring_back(engine),
     )
     labels = {"model_name": asked.name, "engine": "0"}
-    desk.metrics.registry.register(CostMetrics(labels, measured.following.costs))
+    desk.metrics.registry.register(CostMetrics(labels, measured.costs))
     options = AppOptions(body_bytes=asked.body_bytes, answer_s=asked.answer_s, write_s=asked.write_s)
     front = Front(desk, tokens, chat, model=asked.name, options=options)
     _tell_devices(engine)

@@ -15,11 +15,11 @@ import numpy as np
 
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine
+from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.engine.request import RequestError, SamplingParams
-from hetis.runtime.measured.calibration import LONGEST_CONTEXT, calibrate
+from hetis.runtime.measured.calibration import LONGEST_CONTEXT, Calibration, calibrate
 from hetis.runtime.measured.coefficients import Coefficients, device_seconds, with_coefficients
-from hetis.runtime.measured.following import Following
-from hetis.runtime.measured.timed import token_bytes
+from hetis.runtime.measured.following import DeviceCost, Following
 from hetis.runtime.server.timing import DenseCost, FloatArray, StepPredictor
 from hetis.solver.dispatch.problem import Stage as StageCosts
 
@@ -33,14 +33,18 @@ class Measured:
     """What was measured of an engine, and follows it from then on.
 
     Attributes:
-        predictor: of its steps.
-        following: of its devices.
-        copy_byte_s: seconds per byte of KV out of each device, shape [D]; 0 of one that was not measured.
+        predictor: of its steps; None where it has several stages.
+        following: of the devices of each stage.
+        copy_byte_s: seconds per byte of KV out of the devices of each stage, shape [D]; 0 of one that was not measured.
     """
 
-    predictor: StepPredictor
-    following: Following
-    copy_byte_s: FloatArray
+    predictor: StepPredictor | None
+    following: tuple[Following, ...]
+    copy_byte_s: tuple[FloatArray, ...]
+
+    def costs(self) -> list[DeviceCost]:
+        """Of all devices; may be asked from another thread."""
+        return [cost for following in self.following for cost in following.costs()]
 
 
 def measure_engine(
@@ -55,50 +59,65 @@ def measure_engine(
     Dispatch goes by that, and by what steps take from then on. ``planned`` is the first guess, by name of the device:
     it stays for a device that has too few pages to be measured. The engine must be idle, and is again afterwards.
     """
-    stage, placement = engine.stage, engine.placement
-    found = calibrate(
-        stage.devices,
-        groups=engine.config.kv_heads,
-        exchange_bytes_per_head=placement.costs.heads.exchange_bytes_per_head,
-        clock=clock,
-        pause=pause,
-    )
-    measured = {name: one.coefficients for name, one in found.items()}
-    _tell_apart(engine, planned or {}, measured)
-    placement.change_costs(with_coefficients(placement.costs, {**(planned or {}), **measured}))
-    predictor = _predictor(engine, clock)
-    each = [found.get(device.name) for device in stage.devices]
-    read_s = [0.0 if one is None else one.read_s for one in each]
-    return Measured(
-        predictor=predictor,
-        following=follow(engine, predictor, read_s=read_s, clock=clock),
-        copy_byte_s=np.array([0.0 if one is None else one.copy_byte_s for one in each]),
-    )
+    found = [_measured_stage(part, planned or {}, clock, pause) for part in engine.stages]
+    predictor = _predictor(engine, clock) if len(engine.stages) == 1 else None
+    following, copies = [], []
+    for part, calibrations in zip(engine.stages, found, strict=True):
+        each = [calibrations.get(device.name) for device in part.stage.devices]
+        read_s = [0.0 if one is None else one.read_s for one in each]
+        following.append(follow(engine, part, predictor, read_s=read_s, clock=clock))
+        copies.append(np.array([0.0 if one is None else one.copy_byte_s for one in each]))
+    return Measured(predictor=predictor, following=tuple(following), copy_byte_s=tuple(copies))
 
 
 def follow(
-    engine: Engine, predictor: StepPredictor, *, read_s: Sequence[float], clock: Clock = time.perf_counter
+    engine: Engine,
+    part: StageHeads,
+    predictor: StepPredictor | None = None,
+    *,
+    read_s: Sequence[float],
+    clock: Clock = time.perf_counter,
 ) -> Following:
-    """The costs that ``engine`` dispatches by, and its predictor's, follow what steps take from now on.
+    """The costs that a stage of ``engine`` dispatches by, and its predictor's, follow what steps take from now on.
 
     ``read_s``: seconds to take an answer of each device that is there already.
     """
 
     def apply(costs: StageCosts) -> None:
-        engine.placement.change_costs(costs)
-        predictor.costs = costs
+        part.placement.change_costs(costs)
+        if predictor is not None:
+            predictor.costs = costs
 
-    following = Following(engine.placement.costs, apply, read_s=read_s, clock=clock)
-    engine.stage.through = following.through
+    following = Following(part.placement.costs, apply, read_s=read_s, clock=clock)
+    part.stage.through = following.through
     engine.between_steps.append(following.advance)
     return following
 
 
-def _tell_apart(engine: Engine, planned: Mapping[str, Coefficients], measured: Mapping[str, Coefficients]) -> None:
+def _measured_stage(
+    part: StageHeads, planned: Mapping[str, Coefficients], clock: Clock, pause: Callable[[float], None]
+) -> Mapping[str, Calibration]:
+    """Calibrations of a stage's devices, which it dispatches by from now on."""
+    placement, stage = part.placement, part.stage
+    found = calibrate(
+        stage.devices,
+        groups=len(stage.homes),
+        exchange_bytes_per_head=placement.costs.heads.exchange_bytes_per_head,
+        primaries=stage.num_ranks,
+        clock=clock,
+        pause=pause,
+    )
+    measured = {name: one.coefficients for name, one in found.items()}
+    _tell_apart(placement.costs, planned, measured)
+    placement.change_costs(with_coefficients(placement.costs, {**planned, **measured}))
+    return found
+
+
+def _tell_apart(costs: StageCosts, planned: Mapping[str, Coefficients], measured: Mapping[str, Coefficients]) -> None:
     """Logs how far the machine is from its plan, at one request of the longest context that was measured."""
-    costs, shape = engine.placement.costs, engine.stage.shape
-    heads = np.full(costs.num_devices, float(engine.config.q_heads))
-    kv_bytes = np.full(costs.num_devices, float(engine.config.kv_heads * LONGEST_CONTEXT * token_bytes(shape)))
+    groups = np.full(costs.num_devices, float(costs.heads.head_groups))
+    heads = groups * costs.heads.queries_per_group
+    kv_bytes = groups * LONGEST_CONTEXT * costs.heads.kv_bytes_per_token
     both = [device_seconds(with_coefficients(costs, known), heads, kv_bytes) for known in (planned, measured)]
     for name, planned_s, measured_s in zip(costs.devices, *both, strict=True):
         if name in planned and name in measured and planned_s > 0:
