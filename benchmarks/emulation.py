@@ -49,7 +49,7 @@ from hetis.solver.dispatch.problem import Stage
 CARD = Pace()
 MIB = 2**20
 PAGES = 4000
-SLOWNESS = (1.0, 1.0, 2.0, 4.0)
+SLOWNESS, QUICK_SLOWNESS = (1.0, 1.0, 2.0, 4.0), (1.0, 2.0)
 CAPACITIES = ((4.0,), (4.0, 2.0, 1.0), (4.0, 1.3, 0.7, 0.3))  # MiB; the first is the primary
 LINK = {"link_bytes_per_s": 1e7, "latency_s": 2e-3}
 HETIS = "hetis"
@@ -167,10 +167,11 @@ def scenarios(quick: bool) -> Iterator[Scenario]:
     """Cards of four speeds; with a slow link to one; with one that is throttled meanwhile."""
     scale = 0.1 if quick else 1.0
     base = replace(CARD, head_s=CARD.head_s * scale, kv_byte_s=CARD.kv_byte_s * scale, call_s=CARD.call_s * scale)
-    cards = tuple(replace(base, slow=slow) for slow in SLOWNESS)
-    yield Scenario(name="cards of 1, 1, 1/2, 1/4", paces=cards)
+    cards = tuple(replace(base, slow=slow) for slow in (QUICK_SLOWNESS if quick else SLOWNESS))
     if quick:
+        yield Scenario(name="cards of 1, 1/2", paces=cards)
         return
+    yield Scenario(name="cards of 1, 1, 1/2, 1/4", paces=cards)
     linked = (cards[0], replace(cards[1], **LINK), *cards[2:])
     yield Scenario(name="and 10 MB/s, 2 ms to the second", paces=linked)
     throttled = (cards[0], replace(cards[1], slow=8.0), *cards[2:])
@@ -179,7 +180,9 @@ def scenarios(quick: bool) -> Iterator[Scenario]:
 
 def card_rows(chosen: Sequence[Scenario], traffic: Traffic) -> Iterator[Row]:
     """Of every scenario and rule."""
-    with emulated_replica(len(SLOWNESS) - 1, pages=PAGES) as replica:
+    if not chosen:
+        return
+    with emulated_replica(len(chosen[0].paces) - 1, pages=PAGES) as replica:
         alone = engine_from_folder(replica.folder, local_devices([PAGES]), options=traffic.options)
         expected = [answer.tokens for answer in generate(alone, traffic.prompts(), traffic.params)]
         epochs = iter(range(1, 10**6))
@@ -230,7 +233,7 @@ def _prepared(engine: Engine, name: str, measured: Measured) -> StepPredictor:
 def _run(engine: Engine, predictor: StepPredictor, scenario: Scenario, traffic: Traffic, replica: Replica) -> Run:
     numbers = [engine.add(prompt, traffic.params) for prompt in traffic.prompts()]
     answers: dict[int, list[int]] = {number: [] for number in numbers}
-    measured_s, predicted_s, heads = [], [], [0] * len(SLOWNESS)
+    measured_s, predicted_s, heads = [], [], [0] * len(scenario.paces)
     begun_s, count, half = time.perf_counter(), 0, traffic.requests * traffic.output_tokens // 2
     while engine.has_work:
         step_s = time.perf_counter()
@@ -259,7 +262,7 @@ def _run(engine: Engine, predictor: StepPredictor, scenario: Scenario, traffic: 
 
 def _row(name: str, runs: Sequence[Run], base: float) -> Row:
     pairs = [pair for run in runs for pair in zip(run.measured_s, run.predicted_s, strict=True)]
-    held = [sum(run.heads[i] for run in runs) for i in range(len(SLOWNESS))]
+    held = [sum(run.heads[i] for run in runs) for i in range(len(runs[0].heads))]
     per_s = median(run.tokens_per_s for run in runs)
     return {
         "name": name,

@@ -66,21 +66,25 @@ class PaperRule:
     stage: Stage
 
     def dispatch(self, load: Load, requests: Requests) -> Placed:
-        stage, groups = self.stage, self.stage.heads.head_groups
-        room = _room(stage, load, requests)
+        groups, room = self.stage.heads.head_groups, _room(self.stage, load, requests)
         if room.sum() < groups:
             return _waits(len(room), requests)
+        x = self.fractions(load, requests)
+        counts = np.floor(x + 1e-9).astype(np.int64)
+        for i in np.argsort(counts - x, kind="stable").tolist() * groups:
+            if counts.sum() < groups and counts[i] < room[i]:
+                counts[i] += 1
+        return Placed(counts[None], ())
+
+    def fractions(self, load: Load, requests: Requests) -> FloatArray:
+        """Head groups of the request on each device before they are rounded, shape [D]; the request must fit."""
+        groups, room = self.stage.heads.head_groups, _room(self.stage, load, requests)
         base, slope = self._lines(load, int(requests.context_tokens[0]))
         low, high = 0.0, float((base + slope * groups).max())
         for _ in range(_ROUNDS):
             z = (low + high) / 2
             low, high = (low, z) if _filled(z, base, slope, room).sum() >= groups else (z, high)
-        x = _filled(high, base, slope, room)
-        counts = np.floor(x + 1e-9).astype(np.int64)
-        for i in np.argsort(-(x - counts), kind="stable").tolist() * groups:
-            if counts.sum() < groups and counts[i] < room[i]:
-                counts[i] += 1
-        return Placed(counts[None], ())
+        return _filled(high, base, slope, room)
 
     def _lines(self, load: Load, context_tokens: int) -> tuple[FloatArray, FloatArray]:
         """Seconds of what runs on each device, and seconds that one more head group of the request adds, shape [D]."""
