@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.room import DeviceRoom
+from hetis.runtime.measured.coefficients import Coefficients
+from hetis.runtime.measured.planned import planned_coefficients
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.errors import ModelError
 from hetis.runtime.model.shard import Shard
@@ -47,12 +49,14 @@ class Layout:
         seats: requests that decode together.
         in_flight: micro-batches on their way through the pipeline.
         chunk_tokens: prompt tokens per step.
+        costs: of attention on the devices, by name, as far as the plan says.
     """
 
     stages: tuple[StageLayout, ...]
     seats: int
     in_flight: int
     chunk_tokens: int
+    costs: Mapping[str, Coefficients] = field(default_factory=dict)
 
     @property
     def attention_workers(self) -> tuple[str, ...]:
@@ -67,6 +71,7 @@ def layout_of(
 
     Raises:
         LayoutError: there is no such replica, the plan is of another model, or it asks for what this engine lacks.
+        DocumentError: a document in the plan is not usable.
     """
     if not 0 <= replica < len(plan.replicas):
         raise LayoutError(f"there is no replica {replica}, the plan has {len(plan.replicas)}, counted from 0")
@@ -84,6 +89,7 @@ def layout_of(
         seats=found.micro_batch * found.in_flight,
         in_flight=found.in_flight,
         chunk_tokens=found.chunk_tokens,
+        costs=planned_coefficients(plan, replica),
     )
 
 

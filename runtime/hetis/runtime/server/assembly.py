@@ -16,11 +16,12 @@ from hetis.runtime.launch.layout import Layout, StageLayout, layout_of, one_devi
 from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.launch.workers import Workers
+from hetis.runtime.measured.metrics import CostMetrics
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.server.app import AppOptions, Front
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
-from hetis.runtime.server.measuring import measure_steps
+from hetis.runtime.server.measuring import measure_engine
 from hetis.runtime.server.running import Told, serve
 from hetis.runtime.server.text import Tokens
 
@@ -71,15 +72,17 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     workers = _workers(asked)
     engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
     await asyncio.to_thread(warm_up, engine)
-    predictor = await asyncio.to_thread(measure_steps, engine) if len(engine.stages) == 1 else None
+    measured = await asyncio.to_thread(measure_engine, engine, planned=layout.costs if layout else None)
     desk = Desk(
         engine,
         model=asked.name,
         version=asked.version,
         most_open=engine.options.most_running + asked.max_waiting,
-        predictor=predictor,
+        predictor=measured.predictor,
         tend=None if workers is None else lambda: workers.bring_back(engine),
     )
+    labels = {"model_name": asked.name, "engine": "0"}
+    desk.metrics.registry.register(CostMetrics(labels, measured.costs))
     options = AppOptions(body_bytes=asked.body_bytes, answer_s=asked.answer_s, write_s=asked.write_s)
     front = Front(desk, tokens, chat, model=asked.name, options=options)
     _tell_devices(engine)
