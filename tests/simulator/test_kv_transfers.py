@@ -54,6 +54,23 @@ def test_traffic_follows_the_shares_of_the_routes() -> None:
     assert np.bincount(run.replica).tolist() == [0, 60, 20]
 
 
+def test_the_emptiest_decode_replica_gets_the_next_prompt_where_queues_decide() -> None:
+    problem = small_problem()
+    plan, requests = split_plan(problem, shares=(3.0, 1.0)), equal_requests(80, prompt=9, output=60)
+    by_share = simulate(plan, problem, requests)
+    by_queue = simulate(plan, problem, requests, Settings(router="fewest-tokens"))
+    assert np.bincount(by_share.replica)[1] > 50  # 60, but for those that find no seat there
+    assert abs(np.bincount(by_queue.replica)[1] - 40) <= 2
+
+
+def test_the_mixed_pool_takes_prompts_once_the_prompt_pool_has_a_batch_waiting() -> None:
+    # Ten prompts of 900 tokens at once: three leave the prompt pool more than 2,048 waiting, then three the mixed one.
+    problem = small_problem()
+    plan = plan_of(*split_plan(problem).replicas, pipeline(problem, 6, first=6), routes=split_plan(problem).kv_routes)
+    run = simulate(plan, problem, equal_requests(10, prompt=900, output=5), Settings(router="fewest-tokens"))
+    assert np.bincount(run.replica).tolist() == [0, 7, 3]
+
+
 def test_nothing_is_given_to_a_prefill_replica_without_routes() -> None:
     problem = small_problem()
     plan = split_plan(problem)
