@@ -42,6 +42,7 @@ class Asked:
     workers: tuple[str, ...]
     store: str
     worker_s: float
+    start_s: float
     dtype: str | None
     context_tokens: int | None
     seats: int | None
@@ -142,7 +143,7 @@ def _workers(asked: Asked) -> Workers | None:
     if not asked.workers:
         return None
     # Seconds grow, and a later engine is obeyed rather than an earlier one that still runs.
-    return Workers(asked.store, asked.workers, epoch=int(time.time()), timeout_s=asked.worker_s)
+    return Workers(asked.store, asked.workers, epoch=int(time.time()), timeout_s=asked.worker_s, start_s=asked.start_s)
 
 
 def _set_threads(threads: int | None) -> None:
