@@ -21,6 +21,8 @@ from hetis.solver.problem import PlacementProblem
 CONTAINERS: Mapping[str, str] = {
     "uniform": "hexgen",
     "hexgen": "hetis",
+    "hexgen-paper": "hexgen",
+    "splitwise-paper": "hetis",
     "hexgen2-paper": "hexgen2",
     "splitwise": "hexgen2",
     "hexgen2": "hetis",

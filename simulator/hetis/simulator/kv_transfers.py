@@ -43,14 +43,17 @@ class _Expected:
 class KvTransfers:
     """All KV routes of a plan. ``requeue`` takes requests whose KV was lost on its way.
 
+    Requests are shared out as the plan says, or go ``to_emptiest``: to the decode replica with the fewest of them.
+
     Attributes:
         senders: prefill replicas by the number of the decode replica that they send to.
     """
 
     def __init__(
         self, plan: Plan, problem: PlacementProblem, devices: Devices, replicas: Sequence[ReplicaRun], book: Book,
-        events: Events, requeue: Callable[[float, int], None],
+        events: Events, requeue: Callable[[float, int], None], *, to_emptiest: bool = False,
     ) -> None:  # fmt: skip
+        self._to_emptiest = to_emptiest
         self._book, self._events, self._requeue = book, events, requeue
         self._model, self._network = problem.model, problem.cluster.network
         self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
@@ -68,7 +71,7 @@ class KvTransfers:
         routes = self._routes.get(replica.number)
         if routes is None or self._book.output[request] - self._book.produced[request] == 1:
             return True  # it stays where it is, or its prompt makes its last token
-        for route in sorted(routes, key=lambda route: -(route.credit + route.share)):
+        for route in sorted(routes, key=self._turn):
             batch = route.replica.expect(request) if route.replica.is_up else None
             if batch is not None:
                 total = sum(other.share for other in routes)
@@ -78,6 +81,10 @@ class KvTransfers:
                 self._expected[request] = _Expected(now_s, route.replica, batch)
                 return True
         return False
+
+    def _turn(self, route: _Route) -> float:
+        """Routes are tried from the least on."""
+        return route.replica.seats_taken() if self._to_emptiest else -(route.credit + route.share)
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
         """Sends the KV of a prompt that is done; False: it decodes where it is."""

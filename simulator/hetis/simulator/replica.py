@@ -87,6 +87,16 @@ class ReplicaRun:
         self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
         self._idle = set(range(batching.in_flight))
 
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the requests given to it that are not prefilled yet."""
+        book, under_way = self.book, (request for batch in self.batches for request in batch.prefilling)
+        waiting = sum(book.target[request] for request in self.queue)
+        return waiting + sum(book.target[request] - book.filled[request] for request in under_way)
+
+    def seats_taken(self) -> int:
+        """Requests that decode here, and those on their way."""
+        return sum(batch.seats_taken() for batch in self.batches)
+
     def new_batch(self, index: int) -> MicroBatch:
         """An empty micro-batch on one copy of every stage, of those that are up: they are shared out evenly."""
         up = [[copy for copy in copies if copy.is_up] or copies for copies in self.stages]

@@ -10,7 +10,7 @@ from hetis.simulator.events import Events
 from hetis.simulator.faults import Faults
 from hetis.simulator.fleet import Fleet
 from hetis.simulator.kv_transfers import KvTransfers
-from hetis.simulator.router import LeastWork, Weighted
+from hetis.simulator.router import router_of
 from hetis.simulator.series import Sampler
 from hetis.simulator.values import Requests, Run, Settings, Source
 from hetis.solver.errors import InvalidProblemError
@@ -30,10 +30,12 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
     settings = settings or Settings()
     book, events = Book(), Events()
     builder = Builder(plan, problem, book, events, settings)
-    router = LeastWork() if settings.router == "least-work" else Weighted(settings.seed)
-    fleet = Fleet(builder.replicas(), book, events, router)
+    fleet = Fleet(builder.replicas(), book, events, router_of(settings))
     if plan.kv_routes:
-        fleet.transfers = KvTransfers(plan, problem, builder.fleet, fleet.replicas, book, events, fleet.route)
+        fleet.transfers = KvTransfers(
+            plan, problem, builder.fleet, fleet.replicas, book, events, fleet.route,
+            to_emptiest=settings.router == "fewest-tokens",
+        )  # fmt: skip
     if not fleet.takers:
         raise InvalidProblemError("the plan has no replica that takes prompts")
     faults = Faults(fleet)

@@ -124,8 +124,8 @@ class EngineStates(RuleBasedStateMachine):
         if not self.engine.running:
             return
         request = self.engine.running[list(self.engine.running)[which % len(self.engine.running)]]
-        owner = request.heads[head]
-        heads = [other for other, device in enumerate(request.heads) if device == owner][:many]
+        owner = request.heads[0][head]
+        heads = [other for other, device in enumerate(request.heads[0]) if device == owner][:many]
         to = (owner + further) % DEVICES
         if self.engine.placement.state.devices[to].status == "ok":
             self.engine.move(request.number, heads, to)
@@ -149,8 +149,8 @@ class EngineStates(RuleBasedStateMachine):
         assert set(placement.requests) == set(self.engine.running)
         held = [set(device.pool.sequences) for device in self.devices]
         for request in self.engine.running.values():
-            assert request.heads == placement.heads(request.number)
-            for head, owner in enumerate(request.heads):
+            assert request.heads[0] == placement.heads(request.number)
+            for head, owner in enumerate(request.heads[0]):
                 key = SequenceKey(request.number, request.incarnation, head)
                 if request.computed and self.devices[owner].calls_left != 0:
                     assert self.devices[owner].pool.tokens(key) >= request.computed

@@ -51,8 +51,8 @@ def run_moving(engine: Engine, prompts: list[list[int]], tokens: int, seed: int)
             if news.token is not None:
                 answers[news.request].append(news.token)
         for request in list(engine.running.values()):
-            head, target = chooser.randrange(len(request.heads)), chooser.randrange(len(engine.stage.devices))
-            if chooser.random() < 0.3 and request.heads[head] != target:
+            head, target = chooser.randrange(len(request.heads[0])), chooser.randrange(len(engine.stage.devices))
+            if chooser.random() < 0.3 and request.heads[0][head] != target:
                 engine.move(request.number, [head], target)
     return [answers[number] for number in numbers]
 

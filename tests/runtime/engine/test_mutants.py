@@ -63,8 +63,8 @@ def answers_with(mutant: Callable[[torch.Tensor], torch.Tensor], monkeypatch: py
         steps += 1
         if steps == 10:
             for request in engine.running.values():
-                owner = max(set(request.heads), key=request.heads.count)
-                heads = [head for head, device in enumerate(request.heads) if device == owner][:2]
+                owner = max(set(request.heads[0]), key=request.heads[0].count)
+                heads = [head for head, device in enumerate(request.heads[0]) if device == owner][:2]
                 assert len(heads) == 2
                 assert engine.move(request.number, heads, 1 - owner)
     wanted = [model.generate(prompt, 30) for prompt in prompts]

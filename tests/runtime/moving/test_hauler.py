@@ -39,7 +39,7 @@ class World:
         self.number = self.engine.add(self.prompt, SamplingParams(max_tokens=TOKENS))
         self.tokens: list[int] = []
         self.step(2)
-        here = [h for h, owner in enumerate(self.request.heads) if owner]
+        here = [h for h, owner in enumerate(self.request.heads[0]) if owner]
         if here:
             assert all(self.engine.move(self.number, [h], 0) for h in here)
 
@@ -79,10 +79,10 @@ def test_a_change_is_copied_in_the_background_and_flips_at_one_boundary() -> Non
     seen = []
     while change.is_open:
         seen.append(change.copied_bytes)
-        assert world.request.heads == (0, 0, 0, 0)  # until the flip, the source owns and serves
+        assert world.request.heads[0] == (0, 0, 0, 0)  # until the flip, the source owns and serves
         world.step()
     assert change.phase is Phase.FLIPPED
-    assert world.request.heads == (1, 0, 1, 0)
+    assert world.request.heads[0] == (1, 0, 1, 0)
     assert len(seen) > 3, "chunk by chunk"
     assert max(np.diff(seen)) <= 2 * PAGE_BYTES
     # Everything was sent once: two heads, every position but the few of the tail, which the flip sends.
@@ -94,10 +94,10 @@ def test_a_change_that_is_ready_waits_for_permission() -> None:
     world = World()
     change = world.reserve(1)
     world.step(4)
-    assert (change.phase, world.request.heads) == (Phase.READY, (0, 0, 0, 0))
+    assert (change.phase, world.request.heads[0]) == (Phase.READY, (0, 0, 0, 0))
     world.hauler.permit(change, 5)
     world.step()
-    assert (change.phase, world.request.heads) == (Phase.FLIPPED, (0, 1, 0, 0))
+    assert (change.phase, world.request.heads[0]) == (Phase.FLIPPED, (0, 1, 0, 0))
     world.finish()
 
 
@@ -108,7 +108,7 @@ def test_time_that_passed_aborts_and_nothing_has_changed(bytes_per_step: int) ->
     world.step(2)
     world.now_s = 10.0
     world.step()
-    assert (change.phase, change.why, world.request.heads) == (Phase.ABORTED, "its time passed", (0, 0, 0, 0))
+    assert (change.phase, change.why, world.request.heads[0]) == (Phase.ABORTED, "its time passed", (0, 0, 0, 0))
     assert world.engine.placement.moves == ()
     world.finish()
 
@@ -136,7 +136,7 @@ def test_a_copy_that_differs_is_not_flipped() -> None:
     world.step()
     assert change.phase is Phase.ABORTED
     assert "differs from its source" in change.why
-    assert world.request.heads == (0, 0, 0, 0)
+    assert world.request.heads[0] == (0, 0, 0, 0)
     world.finish()
 
 
@@ -178,7 +178,7 @@ def test_moves_of_one_bundle_go_together_or_not_at_all() -> None:
     assert "too few free pages" in change.left_out[0][1]
     assert [move.heads for move in world.engine.placement.moves] == [(2,)]
     world.step(4)
-    assert world.request.heads == (0, 0, 1, 0)
+    assert world.request.heads[0] == (0, 0, 1, 0)
     world.finish()
 
 
@@ -202,7 +202,7 @@ def test_a_request_whose_prompt_has_not_begun_may_move() -> None:
     engine.step()
     last = engine.running[numbers[1]]
     assert last.computed == 0
-    head, source = 0, last.heads[0]
+    head, source = 0, last.heads[0][0]
     hauler.reserve([WantedMove(last.number, (head,), 1 - source)], permitted_s=9)
     answers: dict[int, list[int]] = {number: [] for number in numbers}
     while engine.has_work:
@@ -276,7 +276,7 @@ def test_the_solver_moves_heads_when_the_stage_has_drifted() -> None:
     redispatch = Redispatch(hauler=world.hauler, link_byte_s=np.array([1e-12, 1e-12]), every_steps=2)
     world.step(8)
     assert redispatch.num_moves > 0
-    assert world.request.heads.count(1) >= 2
+    assert world.request.heads[0].count(1) >= 2
     world.finish()
 
 
@@ -330,8 +330,8 @@ class HaulerStates(EngineStates):
         self.engine.placement.check_invariants()
         copies = {(m.request, h, m.target) for m in self.engine.placement.moves for h in m.heads}
         for request in self.engine.running.values():
-            assert request.heads == self.engine.placement.heads(request.number)
-            for head, owner in enumerate(request.heads):
+            assert request.heads[0] == self.engine.placement.heads(request.number)
+            for head, owner in enumerate(request.heads[0]):
                 key = SequenceKey(request.number, request.incarnation, head)
                 for number, device in enumerate(self.devices):
                     if device.calls_left == 0:

@@ -39,9 +39,9 @@ def run(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
         for request in list(engine.running.values()):
             if request.number not in engine.running:
                 continue  # a move before this one found a device lost, on which it had heads
-            head, target = chooser.randrange(len(request.heads)), chooser.randrange(1 + WORKERS)
+            head, target = chooser.randrange(len(request.heads[0])), chooser.randrange(1 + WORKERS)
             takes = engine.placement.state.devices[target].status == "ok"
-            if takes and request.heads[head] != target:
+            if takes and request.heads[0][head] != target:
                 engine.move(request.number, [head], target)
     return [answers[number] for number in numbers]
 

@@ -93,7 +93,7 @@ def test_a_killed_or_hung_process_costs_no_token(
             steps += 1
             if steps == 5:
                 for request in list(engine.running.values())[:2]:
-                    assert engine.move(request.number, [h for h, d in enumerate(request.heads) if d == 0][:2], 2)
+                    assert engine.move(request.number, [h for h, d in enumerate(request.heads[0]) if d == 0][:2], 2)
                 workers.processes[victim].send_signal(how)
             for news in engine.step():
                 if news.token is not None:

@@ -151,7 +151,7 @@ def test_prefill_takes_the_lowest_latency_and_decode_the_highest_rate() -> None:
     assert found is not None
     assert tuple(stage.rank for stage in found.stages) == quickest
     best = search.best_replica(group, decode)
-    others = [search._at_best_setting(shape, decode) for shape in search.shapes(group)]
+    others = [search.at_best_setting(shape, decode) for shape in search.shapes(group)]
     assert best is not None
     assert best.rate == max(other.rate for other in others if other is not None)
 

@@ -29,6 +29,8 @@ MAX_REQUESTS = 10_000_000
 class Router(StrEnum):
     LEAST_WORK = "least-work"
     WEIGHTED = "weighted"
+    FEWEST_REQUESTS = "fewest-requests"
+    FEWEST_TOKENS = "fewest-tokens"
 
 
 def device_at(text: str) -> tuple[str, float]:

@@ -25,8 +25,9 @@ Heads = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadMove:
-    """Heads of one request on their way: the source owns them until `Placement.commit`."""
+    """Heads of one request on their way on one stage: the source owns them until `Placement.commit`."""
 
+    stage: int
     request: int
     heads: Heads
     source: int
@@ -37,8 +38,13 @@ class HeadMove:
 class Placement:
     """Heads and pages of one stage. Attributes: ``state``, the solver's book; ``costs``, what attention takes where."""
 
-    def __init__(self, costs: StageCosts, num_pages: Sequence[int]) -> None:
+    def __init__(
+        self, costs: StageCosts, num_pages: Sequence[int], *, stage: int = 0, homes: Heads | None = None
+    ) -> None:
+        """``homes``: of each head, the device that computes its queries; None: the first, of all. ``stage``: ours."""
         self.costs = costs
+        self._stage = stage
+        self._homes = homes or (0,) * costs.heads.head_groups
         self.state = DispatchState(costs, num_pages)
         self._num_pages = tuple(num_pages)
         self._heads: dict[int, Heads] = {}
@@ -80,7 +86,7 @@ class Placement:
         self.state.admit_one(
             str(request), context_tokens=tokens, remaining_tokens=growth, groups=np.array(counts, np.int64)
         )
-        heads = tuple(device for device, count in enumerate(counts) for _ in range(count))
+        heads = at_home_first(counts, self._homes)
         self._heads[request] = heads
         return heads
 
@@ -128,7 +134,12 @@ class Placement:
         if prepared is None:
             return None
         move = HeadMove(
-            request=request, heads=tuple(sorted(set(heads))), source=source, target=target, prepared=prepared
+            stage=self._stage,
+            request=request,
+            heads=tuple(sorted(set(heads))),
+            source=source,
+            target=target,
+            prepared=prepared,
         )
         self._moves[prepared.number] = move
         return move
@@ -181,12 +192,14 @@ class Placement:
         return -(-tokens // self.costs.heads.block_tokens)
 
     def _dispatch(self, tokens: int, growth: int) -> list[int] | None:
-        """Heads per device by the solver; where there is one device, there is nothing to solve."""
+        """Heads per device by the solver; where all can be at home and there is no other place, they are."""
         load = self.state.load()
-        groups = self.costs.heads.head_groups
-        if self.costs.num_devices == 1:
-            fits = groups * self._pages(tokens + growth) <= load.free_blocks[0]
-            return [groups] if fits else None
+        if set(self._homes) == set(range(self.costs.num_devices)):
+            counts = [self._homes.count(device) for device in range(self.costs.num_devices)]
+            if (np.array(counts) * self._pages(tokens + growth) <= load.free_blocks).all():
+                return counts
+            if self.costs.num_devices == 1:
+                return None
         if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
             from hetis.solver.dispatch.solve import Dispatcher
 
@@ -209,10 +222,22 @@ class Placement:
         return None if left else counts
 
 
-def even_costs(heads: HeadShape, names: Sequence[str]) -> StageCosts:
-    """Devices of one speed, where nothing was measured: the first is the primary, the others cost a little to reach."""
+def at_home_first(counts: Sequence[int], homes: Heads) -> Heads:
+    """Which head goes to which device, given how many each takes: as many as possible stay at home."""
+    left = list(counts)
+    heads: list[int | None] = []
+    for home in homes:
+        stays = left[home] > 0
+        left[home] -= stays
+        heads.append(home if stays else None)
+    others = iter([device for device, count in enumerate(left) for _ in range(count)])
+    return tuple(next(others) if device is None else device for device in heads)
+
+
+def even_costs(heads: HeadShape, names: Sequence[str], *, primaries: int = 1) -> StageCosts:
+    """Devices of one speed, where nothing was measured: after the primaries, they cost a little to reach."""
     num = len(names)
-    away = np.array([0.0, *[1.0] * (num - 1)])
+    away = np.array([*[0.0] * primaries, *[1.0] * (num - primaries)])
     return StageCosts(
         heads=heads,
         devices=tuple(names),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,18 +11,19 @@ from hetis.runtime.engine.request import Request
 from hetis.runtime.engine.step import Chunk, Step
 
 
-def plan_step(
-    requests: Sequence[Request], *, epoch: int, number: int, chunk_tokens: int, kv_heads: int
-) -> tuple[Step, list[Request]]:
-    """The step of running requests, and those whose tokens come out of it, in the order of its outputs.
+def plan_steps(
+    requests: Sequence[Request], *, epoch: int, number: int, chunk_tokens: int, stages: Mapping[int, int]
+) -> tuple[list[Step], list[Request]]:
+    """The step of running requests on each stage, and those whose tokens come out of it, in the order of its outputs.
 
-    Prompts share ``chunk_tokens`` in the order of the requests, so that the first is through first.
+    Prompts share ``chunk_tokens`` in the order of the requests, so that the first is through first. ``stages`` has the
+    number of heads of each stage by its number, in the order of the pipeline.
     """
     decoding = [request for request in requests if not request.is_prefilling]
     tokens = [request.token(request.computed) for request in decoding]
     positions = [request.computed for request in decoding]
     wanted, outputs = list(decoding), list(range(len(decoding)))
-    chunks: list[Chunk] = []
+    chunks: list[tuple[Request, Chunk]] = []
     left = chunk_tokens
     for request in requests:
         if not request.is_prefilling or not left:
@@ -35,23 +37,26 @@ def plan_step(
             first=first,
             count=count,
             total=request.prefill_tokens,
-            heads=request.heads,
+            heads=(),
         )
-        chunks.append(chunk)
+        chunks.append((request, chunk))
         tokens += request.tokens(first, first + count)
         positions += range(first, first + count)
         if chunk.is_last:
             wanted.append(request)
             outputs.append(len(tokens) - 1)
-    step = Step(
-        epoch=epoch,
-        number=number,
-        tokens=np.array(tokens, np.int64),
-        positions=np.array(positions, np.int64),
-        requests=np.array([request.number for request in decoding], np.int64),
-        incarnations=np.array([request.incarnation for request in decoding], np.int64),
-        heads=np.array([request.heads for request in decoding], np.int64).reshape(-1, kv_heads),
-        chunks=tuple(chunks),
-        outputs=np.array(outputs, np.int64),
-    )
-    return step, wanted
+    steps = [
+        Step(
+            epoch=epoch,
+            number=number,
+            tokens=np.array(tokens, np.int64),
+            positions=np.array(positions, np.int64),
+            requests=np.array([request.number for request in decoding], np.int64),
+            incarnations=np.array([request.incarnation for request in decoding], np.int64),
+            heads=np.array([request.heads[stage] for request in decoding], np.int64).reshape(-1, num_heads),
+            chunks=tuple(replace(chunk, heads=request.heads[stage]) for request, chunk in chunks),
+            outputs=np.array(outputs, np.int64),
+        )
+        for stage, num_heads in stages.items()
+    ]
+    return steps, wanted

@@ -84,7 +84,8 @@ class Request:
         max_tokens: output tokens at most, within the model's context.
         output: token ids so far.
         incarnation: how often it lost its KV.
-        heads: device of each KV head; empty while it waits.
+        cohort: those it runs with.
+        heads: device of each KV head on each stage, by the stage's number; empty while it waits.
         computed: positions whose KV is held.
         finish_reason: None while it is not over.
         error: what went wrong, where that is the reason.
@@ -98,7 +99,8 @@ class Request:
     output: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     incarnation: int = 0
-    heads: tuple[int, ...] = ()
+    cohort: int = 0
+    heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
     computed: int = 0
     prefill_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -129,5 +131,5 @@ class Request:
     def lose_kv(self) -> None:
         """Everything has to be computed again."""
         self.incarnation += 1
-        self.heads = ()
+        self.heads.clear()
         self.computed = 0

@@ -9,21 +9,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, IntArray, Pending
 from hetis.runtime.attention.prefill import PromptKv
 from hetis.runtime.engine.step import Chunk, Step
 from hetis.runtime.kv.errors import DeviceError
-from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.decoder import Decoder, Positions
+from hetis.runtime.model.ranks import Projected, Ranks
 
 
-def kv_shape(config: ModelConfig, layers: range, *, page_tokens: int, dtype: str) -> KvShape:
-    """What the virtual sequences of a stage with these layers look like."""
+def kv_shape(config: ModelConfig, layers: range, *, page_tokens: int, dtype: str, ranks: int = 1) -> KvShape:
+    """What the virtual sequences of a stage with these layers look like.
+
+    There is one for each KV head. Where tensor-parallel ``ranks`` outnumber them there is one for each rank: several
+    have the same keys and values, each for queries of its own.
+    """
     return KvShape(
         layers=len(layers),
         head_dim=config.head_dim,
-        queries_per_group=config.queries_per_group,
+        queries_per_group=config.q_heads // max(config.kv_heads, ranks),
         page_tokens=page_tokens,
         dtype=dtype,
         scale=config.head_dim**-0.5,
@@ -32,26 +37,58 @@ def kv_shape(config: ModelConfig, layers: range, *, page_tokens: int, dtype: str
 
 
 class Stage:
-    """Layers and the devices of their heads; device 0 is in this process, the primary itself.
+    """Layers and the devices of their heads. The first devices are the primary's ranks, in this process.
 
     A step that raises has changed nothing that counts: the same step, or another, may be run next.
+
+    Attributes:
+        layers: of the model.
+        shape: of its virtual sequences.
+        homes: of each head, the rank that computes its queries, and keeps its KV unless that is placed elsewhere.
+        devices: that hold KV; an engine may put a new one in the place of one that was lost.
     """
 
-    def __init__(self, decoder: Decoder, devices: Sequence[AttentionDevice]) -> None:
-        self.decoder, self.devices = decoder, list(devices)
+    def __init__(self, decoders: Decoder | Sequence[Decoder], devices: Sequence[AttentionDevice]) -> None:
+        """``decoders`` are of the ranks, in their order."""
+        self.ranks = Ranks([decoders] if isinstance(decoders, Decoder) else decoders)
+        self.devices = list(devices)
+        self.layers = self.ranks.decoders[0].layers
         self.shape = devices[0].shape
-        self._prompts: dict[tuple[int, int], PromptKv] = {}
+        self.homes = tuple(rank for rank in range(self.num_ranks) for _ in range(self.ranks.heads))
+        self._prompts: dict[tuple[int, int], list[PromptKv]] = {}
+
+    @property
+    def num_ranks(self) -> int:
+        """Tensor-parallel ranks of the primary."""
+        return len(self.ranks.decoders)
 
     def run(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [T, hidden] after the stage's layers, or of the last stage the logits [O, vocab].
 
-        ``hidden`` is what the stage before returned; None on the first.
+        ``hidden`` is what the stage before returned; None on the first. It may be overwritten.
 
         Raises:
             DeviceError: of the device that failed. No other device holds anything of the step.
         """
         with torch.inference_mode():
             return self._run(step, hidden)
+
+    # --- what devices hold
+
+    def drop(self, device: int, keys: Sequence[SequenceKey]) -> None:
+        """Frees sequences on a device; those that are not there are no error. Raises DeviceLostError."""
+        self.devices[device].drop(keys)
+
+    def copy(
+        self, source: int, target: int, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> None:
+        """Copies KV of positions ``first`` to ``last - 1`` from one device to another. Raises DeviceError."""
+        k, v = self.devices[source].export(request, incarnation, heads, first, last)
+        self.devices[target].adopt(request, incarnation, heads, first, k, v)
+
+    def digest(self, device: int, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
+        """As `AttentionDevice.digest` of one of the devices."""
+        return self.devices[device].digest(request, incarnation, heads, last)
 
     def forget_prompt(self, request: int, incarnation: int) -> None:
         """The prompt's KV here is not needed any more: it was prefilled, or it begins anew."""
@@ -64,16 +101,16 @@ class Stage:
 
     # --- inside
 
-    def _run(self, step: Step, hidden: torch.Tensor | None) -> torch.Tensor:
-        decoder = self.decoder
-        positions = decoder.positions(torch.from_numpy(step.positions).to(decoder.device))
-        if hidden is None:
-            hidden = decoder.embed(torch.from_numpy(step.tokens).to(decoder.device), positions)
+    def _run(self, step: Step, given: torch.Tensor | None) -> torch.Tensor:
+        ranks = self.ranks
+        positions = ranks.positions(torch.from_numpy(step.positions))
+        tokens = torch.from_numpy(step.tokens)
+        hidden = ranks.embed(tokens, positions) if given is None else ranks.everywhere(given)
         shares = self._shares(step)
         try:
             for share in shares:
                 share.device.begin(share.step)
-            for layer in range(len(decoder.layers)):
+            for layer in range(len(self.layers)):
                 hidden = self._layer(layer, step, shares, hidden, positions)
             for share in shares:
                 share.device.finish(step.number)
@@ -82,78 +119,96 @@ class Stage:
         except DeviceError:
             self._abort(step, shares)
             raise
-        if decoder.weights.output is None:
-            return hidden
-        return decoder.output(hidden[torch.from_numpy(step.outputs).to(decoder.device)])
+        return ranks.output(hidden, torch.from_numpy(step.outputs)) if ranks.is_last else hidden[0]
 
     def _shares(self, step: Step) -> list[_Share]:
         """Which device has which decoding virtual sequences; the primary last, so that others compute meanwhile."""
-        flat = step.heads.ravel()
-        groups = step.heads.shape[1]
         shares = []
-        for number in reversed(np.unique(flat)):
-            device = self.devices[number]
-            everything = bool(np.all(flat == number))
-            members = np.flatnonzero(flat == number)
-            row = members // groups
-            part = DeviceStep(
+        for number in reversed(np.unique(step.heads)):
+            pieces, rows, heads, begin = [], [], [], 0
+            for rank in range(self.num_ranks):
+                here = step.heads[:, rank * self.ranks.heads : (rank + 1) * self.ranks.heads] == number
+                row, head = np.nonzero(here)
+                if not len(row):
+                    continue
+                rows.append(row)
+                heads.append(head + rank * self.ranks.heads)
+                at = torch.from_numpy(np.flatnonzero(here)).to(self.ranks.decoders[rank].device)
+                part = slice(begin, begin + len(row))
+                pieces.append(_Piece(rank, None if here.all() else at, part))
+                begin = part.stop
+            of = np.concatenate(rows)
+            own = DeviceStep(
                 epoch=step.epoch,
                 number=step.number,
-                requests=step.requests[row],
-                incarnations=step.incarnations[row],
-                heads=members % groups,
-                positions=step.positions[row],
+                requests=step.requests[of],
+                incarnations=step.incarnations[of],
+                heads=np.concatenate(heads),
+                positions=step.positions[of],
             )
-            index = None if everything else torch.from_numpy(members).to(self.decoder.device)
-            shares.append(_Share(device, part, index))
+            shares.append(_Share(self.devices[number], own, tuple(pieces)))
         return shares
 
     def _layer(
-        self, layer: int, step: Step, shares: list[_Share], hidden: torch.Tensor, positions: Positions
-    ) -> torch.Tensor:
-        q, k, v = self.decoder.project(layer, hidden, positions)
-        outputs = []
+        self,
+        layer: int,
+        step: Step,
+        shares: list[_Share],
+        hidden: Sequence[torch.Tensor],
+        positions: Sequence[Positions],
+    ) -> list[torch.Tensor]:
+        projected = self.ranks.project(layer, hidden, positions)
         rows = len(step.requests)
+        outputs: list[list[torch.Tensor]] = [[] for _ in projected]
         if rows:
-            outputs.append(self._decode(layer, shares, q[:rows], k[:rows], v[:rows]))
+            for own, out in zip(outputs, self._decode(layer, shares, projected, rows), strict=True):
+                own.append(out)
         for chunk in step.chunks:
             part = slice(rows, rows + chunk.count)
-            outputs.append(self._prompt(chunk).attend(layer, chunk.first, q[part], k[part], v[part]))
+            for own, prompt, (q, k, v) in zip(outputs, self._prompt(chunk), projected, strict=True):
+                own.append(prompt.attend(layer, chunk.first, q[part], k[part], v[part]))
             rows += chunk.count
-        return self.decoder.finish(layer, hidden, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+        return self.ranks.finish(layer, hidden, [own[0] if len(own) == 1 else torch.cat(own) for own in outputs])
 
     def _decode(
-        self, layer: int, shares: list[_Share], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """Outputs [B, q_heads * d]: every virtual sequence computed where it lives, put together again."""
-        shape, rows = self.shape, len(q)
-        q = q.reshape(-1, shape.queries_per_group, shape.head_dim)
-        k, v = k.reshape(-1, shape.head_dim), v.reshape(-1, shape.head_dim)
-        if len(shares) == 1 and shares[0].members is None:
-            return shares[0].device.attend(layer, q, k, v).wait().to(q.device).view(rows, -1)
-        pending: list[tuple[torch.Tensor, Pending]] = []
-        for share in shares:
-            index = share.members
-            assert index is not None, "several devices share the heads, one cannot have them all"
-            pending.append((index, share.device.attend(layer, q[index], k[index], v[index])))
-        out = torch.empty_like(q)
-        for index, part in pending:
-            out[index] = part.wait().to(out.device)
-        return out.view(rows, -1)
+        self, layer: int, shares: list[_Share], projected: Sequence[Projected], rows: int
+    ) -> list[torch.Tensor]:
+        """Outputs [B, q_heads * d] of each rank: every virtual sequence computed where it lives, together again."""
+        shape = self.shape
+        flat = [
+            (
+                q[:rows].reshape(-1, shape.queries_per_group, shape.head_dim),
+                k[:rows].reshape(-1, shape.head_dim),
+                v[:rows].reshape(-1, shape.head_dim),
+            )
+            for q, k, v in projected
+        ]
+        pending = [(share, share.device.attend(layer, *share.of(flat))) for share in shares]
+        outputs = [torch.empty(0)] * len(flat)
+        for share, part in pending:
+            share.put(part, flat, outputs)
+        return [out.view(rows, -1) for out in outputs]
 
-    def _prompt(self, chunk: Chunk) -> PromptKv:
+    def _prompt(self, chunk: Chunk) -> list[PromptKv]:
         key = chunk.request, chunk.incarnation
         if key not in self._prompts:
-            self._prompts[key] = PromptKv(self.shape, len(chunk.heads), chunk.total, self.decoder.device)
+            self._prompts[key] = [
+                PromptKv(self.shape, self.ranks.heads, chunk.total, decoder.device) for decoder in self.ranks.decoders
+            ]
         return self._prompts[key]
 
     def _ship(self, chunk: Chunk) -> None:
         """The chunk's KV goes to where the heads live, the primary included."""
-        prompt, part = self._prompt(chunk), slice(chunk.first, chunk.first + chunk.count)
+        part = slice(chunk.first, chunk.first + chunk.count)
         for number in sorted(set(chunk.heads)):
-            heads = [head for head, owner in enumerate(chunk.heads) if owner == number]
-            k, v = (x[:, heads, part].transpose(0, 1) for x in (prompt.k, prompt.v))
-            self.devices[number].adopt(chunk.request, chunk.incarnation, heads, chunk.first, k, v)
+            for rank, prompt in enumerate(self._prompt(chunk)):
+                begin = rank * self.ranks.heads
+                own = chunk.heads[begin : begin + self.ranks.heads]
+                at = [head for head, owner in enumerate(own) if owner == number]
+                if at:
+                    k, v = (x[:, at, part].transpose(0, 1) for x in (prompt.k, prompt.v))
+                    heads = [begin + head for head in at]
+                    self.devices[number].adopt(chunk.request, chunk.incarnation, heads, chunk.first, k, v)
 
     def _abort(self, step: Step, shares: list[_Share]) -> None:
         for share in shares:
@@ -162,9 +217,48 @@ class Stage:
                 share.device.abort(step.number)
 
 
+class _Piece(NamedTuple):
+    """What a device computes for one rank.
+
+    Attributes:
+        rank: whose queries they are.
+        at: which of the rank's virtual sequences, of all rows; None: all of them.
+        part: where they are among the device's own.
+    """
+
+    rank: int
+    at: torch.Tensor | None
+    part: slice
+
+
 class _Share(NamedTuple):
-    """What one device computes of a step: its rows among the B * G virtual sequences, None for all of them."""
+    """What one device computes of a step, rank by rank."""
 
     device: AttentionDevice
     step: DeviceStep
-    members: torch.Tensor | None
+    pieces: tuple[_Piece, ...]
+
+    def of(self, flat: Sequence[Projected]) -> Projected:
+        """Queries [N, r, d], keys and values [N, d] of the device, from those of each rank."""
+        found = [
+            flat[piece.rank] if piece.at is None else tuple(x[piece.at] for x in flat[piece.rank])
+            for piece in self.pieces
+        ]
+        if len(found) == 1:
+            q, k, v = found[0]
+        else:
+            q, k, v = (torch.cat([x.to(same[0].device) for x in same]) for same in zip(*found, strict=True))
+        return q, k, v
+
+    def put(self, pending: Pending, flat: Sequence[Projected], outputs: list[torch.Tensor]) -> None:
+        """Waits for the device's outputs, and puts them in their places among each rank's [B * H, r, d]."""
+        computed = pending.wait()
+        for piece in self.pieces:
+            queries = flat[piece.rank][0]
+            own = computed[piece.part].to(queries.device)
+            if piece.at is None:
+                outputs[piece.rank] = own
+                continue
+            if not len(outputs[piece.rank]):
+                outputs[piece.rank] = torch.empty_like(queries)
+            outputs[piece.rank][piece.at] = own

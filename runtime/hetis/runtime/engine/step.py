@@ -1,4 +1,4 @@
-"""One step of a stage, said in full: tokens, positions, and where every head lives. It can be sent and done again."""
+"""One step on one stage, said in full: tokens, positions, and where every head lives. It can be sent and done again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Step:
         tokens: ids, shape [T].
         positions: of the tokens in their requests, shape [T].
         requests, incarnations: of the decoding requests, shape [B].
-        heads: device of each KV head of the decoding requests, shape [B, G]; 0 is the primary itself.
+        heads: device of each KV head of the decoding requests, shape [B, H]; the first are the primary's ranks.
         chunks: prompts that are being prefilled.
         outputs: rows whose logits are wanted, shape [O]; rising.
     """

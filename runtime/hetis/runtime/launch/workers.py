@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hetis.runtime.engine.engine import Engine
+from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.transport.connecting import Endpoint, look_up, open_store
@@ -50,31 +51,32 @@ class Workers:
 
     def bring_back(self, engine: Engine) -> None:
         """Devices that were lost, and whose workers were started again, take heads again; called between two steps."""
-        for index, device in enumerate(engine.stage.devices):
-            if device.name in self._keys and engine.placement.state.devices[index].status is DeviceStatus.LOST:
-                self._bring_back(engine, index, device.name)
+        for part in engine.stages:
+            for index, device in enumerate(part.stage.devices):
+                if device.name in self._keys and part.placement.state.devices[index].status is DeviceStatus.LOST:
+                    self._bring_back(engine, part, index, device.name)
 
     def close(self, engine: Engine) -> None:
         """Lets the workers go; they wait for the next engine."""
-        for device in engine.stage.devices:
+        for device in [device for part in engine.stages for device in part.stage.devices]:
             if isinstance(device, RemoteDevice):
                 device.close()
 
-    def _bring_back(self, engine: Engine, index: int, name: str) -> None:
+    def _bring_back(self, engine: Engine, part: StageHeads, index: int, name: str) -> None:
         try:
             endpoint = look_up(self._store, name, timeout_s=_LOOK_S)
             if endpoint.key == self._keys[name]:
                 return  # it has not been started again
-            device = self._join(name, endpoint, engine.stage.shape)
+            device = self._join(name, endpoint, part.stage.shape)
         except (ChannelError, DeviceError) as error:
             _log.info("%s is not back: %s", name, error)
             return
-        lost = engine.stage.devices[index]
+        lost = part.stage.devices[index]
         if device.num_pages != lost.num_pages:
             _log.warning("%s is back with %d pages, had %d: not taken", name, device.num_pages, lost.num_pages)
             device.close()
             return
-        engine.restore_device(index, device)
+        engine.restore_device(index, device, stage=part.number)
         _log.info("%s is back", name)
 
     def _join(self, name: str, endpoint: Endpoint, shape: KvShape) -> RemoteDevice:

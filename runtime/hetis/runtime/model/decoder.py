@@ -9,7 +9,6 @@ T tokens of any requests are T rows: nothing here knows which row belongs to who
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +16,9 @@ import torch
 from torch.nn import functional
 
 from hetis.runtime.model.config import ModelConfig, read_config
-from hetis.runtime.model.linear import Linear, PackedLinear
 from hetis.runtime.model.rope import rope_table
 from hetis.runtime.model.rowwise import choose_rowwise, layer_norm
 from hetis.runtime.model.weights import Norm, Shard, Weights, load_weights
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Positions(NamedTuple):
@@ -54,14 +50,11 @@ class Decoder:
         dtype: torch.dtype,
         device: str = "cpu",
         max_tokens: int | None = None,
-        reduce: Reduce | None = None,
     ) -> None:
-        """``reduce`` sums a partial result over the ranks of ``shard``; it is needed where there are several."""
         self.config, self.weights, self.layers, self.shard = config, weights, layers, shard
         self.dtype, self.device = dtype, device
         self.q_heads = config.q_heads // shard.size
         self.kv_heads = len(shard.kv_heads(config))
-        self._reduce = reduce
         self._rowwise = choose_rowwise(device, dtype)
         self._rope = None
         if config.rope is not None:
@@ -78,7 +71,6 @@ class Decoder:
         dtype: str | None = None,
         device: str = "cpu",
         max_tokens: int | None = None,
-        reduce: Reduce | None = None,
     ) -> Decoder:
         """Reads config and weights; of the weights only those of ``layers`` and ``shard``. Raises ModelError."""
         config = read_config(folder)
@@ -93,7 +85,6 @@ class Decoder:
             dtype=torch_dtype,
             device=device,
             max_tokens=max_tokens,
-            reduce=reduce,
         )
 
     def positions(self, positions: torch.Tensor) -> Positions:
@@ -103,9 +94,17 @@ class Decoder:
         return Positions(positions, self._rope[0][positions], self._rope[1][positions])
 
     def embed(self, tokens: torch.Tensor, positions: Positions) -> torch.Tensor:
-        """Hidden states [T, hidden] of token ids [T]; of the first stage."""
-        assert self.weights.embedding is not None, "not the first stage"
-        hidden: torch.Tensor = self.weights.embedding[tokens]
+        """Hidden states [T, hidden] of token ids [T]; of the first stage.
+
+        Of a shard of the vocabulary they are 0 for the other tokens, so that the ranks' sum is right.
+        """
+        table, first = self.weights.embedding, self.weights.first_token
+        assert table is not None, "not the first stage"
+        if len(table) == self.config.vocab:
+            hidden = table[tokens]
+        else:
+            is_here = (tokens >= first) & (tokens < first + len(table))
+            hidden = table[torch.where(is_here, tokens - first, 0)] * is_here[:, None]
         if self.weights.positions is not None:
             hidden = hidden + self.weights.positions[positions.tokens]
         return hidden
@@ -128,30 +127,35 @@ class Decoder:
     def finish(self, layer: int, hidden: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, from those before it and attention's outputs [T, q_heads * d].
 
-        ``hidden`` may be overwritten.
+        ``hidden`` may be overwritten. Of one rank alone; several need their sums in between (`attended`, `mlp`).
         """
         weights = self.weights.layers[layer]
-        hidden = self._add(hidden, weights.o, attention)
-        up = weights.up(self._norm(hidden, weights.norm2))
-        if self.config.family == "opt":
-            middle = functional.relu_(up)
-        else:
-            gate, up = up.chunk(2, dim=-1)
-            middle = functional.silu(gate).mul_(up)
-        return self._add(hidden, weights.down, middle)
+        hidden = weights.o.plus(attention, hidden)
+        return weights.down.plus(self._middle(layer, hidden), hidden)
+
+    def attended(self, layer: int, attention: torch.Tensor) -> torch.Tensor:
+        """This rank's part of what attention's outputs [T, q_heads * d] add to the hidden states [T, hidden]."""
+        return self.weights.layers[layer].o(attention)
+
+    def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's part of what the MLP adds to the hidden states [T, hidden], attention's sum among them."""
+        return self.weights.layers[layer].down(self._middle(layer, hidden))
 
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [T, vocab] of hidden states [T, hidden]; of the last stage."""
+        """Logits [T, vocab], or this rank's part of them, of hidden states [T, hidden]; of the last stage."""
         assert self.weights.norm is not None, "not the last stage"
         assert self.weights.output is not None, "not the last stage"
         return self.weights.output(self._norm(hidden, self.weights.norm))
 
     # --- inside
 
-    def _add(self, hidden: torch.Tensor, linear: Linear | PackedLinear, x: torch.Tensor) -> torch.Tensor:
-        if self._reduce is None:
-            return linear.plus(x, hidden)
-        return hidden + self._reduce(linear(x))
+    def _middle(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        weights = self.weights.layers[layer]
+        up = weights.up(self._norm(hidden, weights.norm2))
+        if self.config.family == "opt":
+            return functional.relu_(up)
+        gate, up = up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         if norm.bias is not None:

@@ -15,7 +15,9 @@ from hetis.runtime.model.linear import Linear, PackedLinear, make_linear
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One tensor-parallel rank: an even part of the heads and of the MLP; embedding and output are whole everywhere.
+    """One tensor-parallel rank: an even part of the heads, of the MLP and of the vocabulary.
+
+    A vocabulary that the ranks do not divide is the first rank's alone.
 
     Attributes:
         rank: from 0.
@@ -29,6 +31,12 @@ class Shard:
         """This rank's share of ``total``."""
         each = total // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
+
+    def vocabulary(self, config: ModelConfig) -> slice | None:
+        """Tokens of this rank; None: it has none."""
+        if config.vocab % self.size == 0:
+            return self.part(config.vocab)
+        return slice(0, config.vocab) if self.rank == 0 else None
 
     def kv_heads(self, config: ModelConfig) -> range:
         """KV heads of this rank; where ranks outnumber them several hold the same one."""
@@ -70,13 +78,17 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The weights of a stage. Those of the first stage have an embedding, those of the last a norm and an output."""
+    """The weights of a stage. Those of the first stage have an embedding, those of the last a norm and an output.
+
+    Embedding and output are of the rank's tokens, from ``first_token`` on; a rank without tokens has neither.
+    """
 
     layers: tuple[LayerWeights, ...]
     embedding: torch.Tensor | None
     positions: torch.Tensor | None
     norm: Norm | None
     output: Linear | PackedLinear | None
+    first_token: int
     bytes_read: int
 
 
@@ -103,14 +115,17 @@ def load_weights(
         reader = _Reader(checkpoint, config, shard, dtype or getattr(torch, config.dtype), device)
         read_layer = reader.opt_layer if config.family == "opt" else reader.llama_layer
         read = tuple(read_layer(i) for i in layers)
+        tokens = shard.vocabulary(config)
         is_first, is_last = layers.start == 0, layers.stop == config.layers
-        embedding, positions = reader.embedding() if is_first or (is_last and config.tied) else (None, None)
+        embedding = reader.embedding(tokens) if tokens and (is_first or (is_last and config.tied)) else None
+        has_positions = is_first and config.rope is None and shard.rank == 0  # ranks are summed: one adds them
         return Weights(
             layers=read,
             embedding=embedding if is_first else None,
-            positions=positions if is_first else None,
+            positions=reader.positions() if has_positions else None,
             norm=reader.last_norm() if is_last else None,
-            output=reader.output(embedding) if is_last else None,
+            output=reader.output(embedding, tokens) if is_last and tokens else None,
+            first_token=tokens.start if tokens else 0,
             bytes_read=checkpoint.bytes_read,
         )
 
@@ -154,24 +169,26 @@ class _Reader:
             down=self.columns(name + "fc2", middle, config.intermediate, config.mlp_bias),
         )
 
-    def embedding(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of tokens, and of positions where they are learned: OPT's table begins with two rows that nothing uses."""
+    def embedding(self, tokens: slice) -> torch.Tensor:
+        shape = (self.config.vocab, self.config.hidden)
+        name = f"{self.prefix}embed_tokens.weight"
+        return self.checkpoint.read(name, shape, self.dtype, rows=tokens).to(self.device)
+
+    def positions(self) -> torch.Tensor:
+        """Where positions are learned (OPT): the table begins with two rows that nothing uses."""
         config = self.config
-        tokens = self.get("embed_tokens.weight", config.vocab, config.hidden)
-        if config.rope is not None:
-            return tokens, None
-        return tokens, self.get("embed_positions.weight", config.max_tokens + 2, config.hidden)[2:]
+        return self.get("embed_positions.weight", config.max_tokens + 2, config.hidden)[2:]
 
     def last_norm(self) -> Norm:
         if self.config.family == "opt":
             return self.layer_norm("final_layer_norm")
         return Norm(weight=self.get("norm.weight", self.config.hidden))
 
-    def output(self, embedding: torch.Tensor | None) -> Linear | PackedLinear:
+    def output(self, embedding: torch.Tensor | None, tokens: slice) -> Linear | PackedLinear:
         if self.config.tied and embedding is not None:
             return make_linear(embedding)
         shape = (self.config.vocab, self.config.hidden)
-        return make_linear(self.checkpoint.read("lm_head.weight", shape, self.dtype).to(self.device))
+        return make_linear(self.checkpoint.read("lm_head.weight", shape, self.dtype, rows=tokens).to(self.device))
 
     # --- parts
 

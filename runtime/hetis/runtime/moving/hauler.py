@@ -31,12 +31,16 @@ class Phase(StrEnum):
 
 
 class WantedMove(NamedTuple):
-    """Heads of one request that are to go to a device; those with the same ``together`` move at once or not at all."""
+    """Heads of one request on one stage that are to go to a device of it.
+
+    Those with the same ``together`` move at once or not at all.
+    """
 
     request: int
     heads: tuple[int, ...]
     target: int
     together: int = 0
+    stage: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -162,25 +166,29 @@ class Hauler:
     # --- inside
 
     def _prepare(self, wanted: WantedMove) -> HeadMove | str:
-        request, devices = self.engine.running.get(wanted.request), self.engine.placement.state.devices
+        request, book = self.engine.running.get(wanted.request), self.engine.stages[wanted.stage].placement
+        devices = book.state.devices
         if request is None:
             return f"request {wanted.request} does not run"
-        owners = {request.heads[head] for head in wanted.heads}
-        busy = {h for m in self.engine.placement.moves if m.request == wanted.request for h in m.heads}
+        if wanted.stage not in request.heads:
+            return f"request {wanted.request} does not run on stage {wanted.stage}"
+        owners = {request.heads[wanted.stage][head] for head in wanted.heads}
+        busy = {h for m in book.moves if m.request == wanted.request for h in m.heads}
         if len(owners) != 1 or wanted.target in owners or busy & set(wanted.heads):
             return f"heads {list(wanted.heads)} of request {wanted.request} are not at rest on one other device"
         if devices[wanted.target].status != "ok":
             return f"{devices[wanted.target].name} is {devices[wanted.target].status}"
-        move = self.engine.placement.prepare(wanted.request, wanted.heads, wanted.target)
+        move = book.prepare(wanted.request, wanted.heads, wanted.target)
         return move or f"{devices[wanted.target].name} has too few free pages for request {wanted.request}"
 
     def _copy(self, change: Change, left: int) -> int:
         """Sends chunks of what is final at the sources; returns the bytes that took."""
-        shape, sent = self.engine.stage.shape, 0
+        sent = 0
         for carried in list(change.moves):
             request = self.engine.running.get(carried.move.request)
-            if request is None or not self.engine.placement.is_under_way(carried.move):
+            if request is None or not self.engine.is_under_way(carried.move):
                 continue  # a device was lost in this very loop: the next boundary sees to it
+            shape = self.engine.stages[carried.move.stage].stage.shape
             position_bytes = len(carried.move.heads) * shape.page_bytes // shape.page_tokens
             most = max((left - sent) // position_bytes, shape.page_tokens if not sent else 0)
             last = min(carried.copied + most, request.computed)
@@ -189,9 +197,12 @@ class Hauler:
                 carried.copied = last
         change.copied_bytes += sent
         self.counts.copied_bytes += sent
-        if all(self._tail(carried) <= shape.page_tokens for carried in change.moves):
+        if all(self._tail(carried) <= self._page_tokens(carried) for carried in change.moves):
             change.phase = Phase.READY
         return sent
+
+    def _page_tokens(self, carried: Carried) -> int:
+        return self.engine.stages[carried.move.stage].stage.shape.page_tokens
 
     def _tail(self, carried: Carried) -> int:
         request = self.engine.running.get(carried.move.request)
@@ -201,11 +212,11 @@ class Hauler:
         """Tail, VERIFY, FLIP, RELEASE, with no step in between."""
         for carried in list(change.moves):
             request = self.engine.running.get(carried.move.request)
-            if request is None or not self.engine.placement.is_under_way(carried.move):
+            if request is None or not self.engine.is_under_way(carried.move):
                 continue
             if self.engine.copy(carried.move, carried.copied, request.computed):
                 carried.copied = request.computed
-                if not self.engine.verify(carried.move) and self.engine.placement.is_under_way(carried.move):
+                if not self.engine.verify(carried.move) and self.engine.is_under_way(carried.move):
                     self._end(change, f"the copy of request {carried.move.request} differs from its source")
                     return
         self._forget_void(change)
@@ -218,7 +229,7 @@ class Hauler:
 
     def _forget_void(self, change: Change) -> None:
         for carried in list(change.moves):
-            if not self.engine.placement.is_under_way(carried.move):
+            if not self.engine.is_under_way(carried.move):
                 change.moves.remove(carried)
                 self._leave_out(change, carried.wanted, "its request left, or its pages were needed")
         self._keep_together(change)

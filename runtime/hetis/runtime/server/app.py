@@ -127,6 +127,7 @@ class Front:
         devices = [
             {
                 "name": device.name,
+                "stage": device.stage,
                 "up": device.is_up,
                 "kv_pages": device.pages,
                 "kv_pages_used": device.used_pages,
@@ -148,7 +149,8 @@ class Front:
 
     async def _move(self, request: Request) -> Response:
         body = parse_body(MoveBody, await self._raw(request))
-        names = [device.name for device in self._desk.view.devices]
+        devices = self._desk.view.devices
+        names = [device.name for device in devices]
         if body.to not in names:
             raise ApiError(f"to is {body.to!r}, must be one of {', '.join(names)}", param="to")
         number = body.request
@@ -158,7 +160,9 @@ class Front:
                 message = f"{number} has {len(found)} running requests, must have one; say its number"
                 raise ApiError(message, status=404, param="request", code="not_running")
             number = found[0]
-        if not await self._desk.move(number, body.heads, names.index(body.to)):
+        stage = devices[names.index(body.to)].stage
+        target = [device.name for device in devices if device.stage == stage].index(body.to)
+        if not await self._desk.move(number, body.heads, target, stage=stage):
             raise ApiError(f"{body.to} has too few free KV pages", status=409, code="no_room")
         return JSONResponse({"moved": True})
 

@@ -72,7 +72,7 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     workers = _workers(asked)
     engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
     await asyncio.to_thread(warm_up, engine)
-    predictor = await asyncio.to_thread(measure_steps, engine)
+    predictor = await asyncio.to_thread(measure_steps, engine) if len(engine.stages) == 1 else None
     desk = Desk(
         engine,
         model=asked.name,
@@ -146,8 +146,8 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _tell_devices(engine: Engine) -> None:
-    heads = engine.config.kv_heads
-    for device in engine.stage.devices:
+    pairs = [(device, len(part.stage.homes)) for part in engine.stages for device in part.stage.devices]
+    for device, heads in pairs:
         tokens = device.num_pages * device.shape.page_tokens // heads
         size = device.num_pages * device.shape.page_bytes / 2**20
         _log.info(

@@ -123,8 +123,10 @@ class Desk:
             self._close_ticket(ticket)
             self._commands.put(lambda: self._cancel(ticket))
 
-    async def move(self, number: int, heads: Sequence[int], target: int) -> bool:
+    async def move(self, number: int, heads: Sequence[int], target: int, *, stage: int = 0) -> bool:
         """Moves heads of a running request between two steps; False: the target has too few pages.
+
+        ``heads`` and ``target`` count within the stage.
 
         Raises:
             ApiError: there is no such running request, or the move cannot be made.
@@ -134,11 +136,11 @@ class Desk:
             request = self._engine.running.get(number)
             if request is None:
                 raise ApiError(f"request {number} is not running", status=404, code="not_running")
-            groups = len(request.heads)
+            groups = len(request.heads.get(stage, ()))
             if not heads or not all(0 <= head < groups for head in heads):
                 raise ApiError(f"heads are {list(heads)}, must be >= 0 and < {groups}, at least one", param="heads")
             try:
-                return self._engine.move(number, heads, target)
+                return self._engine.move(number, heads, target, stage=stage)
             except HetisError as error:
                 raise ApiError(str(error), status=409, code="not_movable") from None
 

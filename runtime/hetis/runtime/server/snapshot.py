@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetis.runtime.engine.engine import Engine
-from hetis.runtime.kv.shape import KvShape
 from hetis.solver.dispatch.snapshot import DeviceStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceView:
-    """One device of the stage: pages in all and in use, and the KV heads of requests that live there."""
+    """One device of a stage: pages in all and in use, and the KV heads of requests that live there."""
 
     name: str
+    stage: int
     pages: int
     used_pages: int
     page_bytes: int
@@ -23,7 +23,10 @@ class DeviceView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
-    """A running request: the device of each of its KV heads, positions whose KV is held, output tokens so far."""
+    """A running request: positions whose KV is held, and output tokens so far.
+
+    ``heads`` has the device of each of its KV heads, stage after stage, as an index into `EngineView.devices`.
+    """
 
     number: int
     heads: tuple[int, ...]
@@ -52,28 +55,35 @@ class EngineView:
 
 def view_of(engine: Engine) -> EngineView:
     """The engine as it is now; called by the thread that runs it."""
-    state = engine.placement.state
-    free = state.free_blocks()
-    heads = [0] * len(engine.stage.devices)
-    for request in engine.running.values():
-        for owner in request.heads:
-            heads[owner] += 1
-    shape: KvShape = engine.stage.shape
-    return EngineView(
-        devices=tuple(
+    devices: list[DeviceView] = []
+    owners: dict[int, list[int]] = {number: [] for number in engine.running}
+    for part in engine.stages:
+        begin, heads = len(devices), [0] * len(part.stage.devices)
+        for request in engine.running.values():
+            for owner in request.heads.get(part.number, ()):
+                heads[owner] += 1
+                owners[request.number].append(begin + owner)
+        free = part.placement.state.free_blocks()
+        devices += [
             DeviceView(
                 name=device.name,
+                stage=part.number,
                 pages=device.num_pages,
                 used_pages=device.num_pages - int(free[i]),
-                page_bytes=shape.page_bytes,
+                page_bytes=part.stage.shape.page_bytes,
                 heads=heads[i],
-                is_up=state.devices[i].status is DeviceStatus.OK,
+                is_up=part.placement.state.devices[i].status is DeviceStatus.OK,
             )
-            for i, device in enumerate(engine.stage.devices)
-        ),
+            for i, device in enumerate(part.stage.devices)
+        ]
+    return EngineView(
+        devices=tuple(devices),
         running=tuple(
             RequestView(
-                number=request.number, heads=request.heads, computed=request.computed, output=len(request.output)
+                number=request.number,
+                heads=tuple(owners[request.number]),
+                computed=request.computed,
+                output=len(request.output),
             )
             for request in engine.running.values()
         ),
@@ -81,5 +91,5 @@ def view_of(engine: Engine) -> EngineView:
         steps=engine.num_steps,
         preempted=engine.num_preempted,
         moved_heads=engine.num_moved_heads,
-        page_tokens=shape.page_tokens,
+        page_tokens=engine.stage.shape.page_tokens,
     )

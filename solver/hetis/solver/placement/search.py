@@ -60,8 +60,8 @@ def search(
     if is_small(atlas):
         _announce_compilation(explore, budget, report)
         outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
-        if outcome is None and budget.is_spent():
-            return _first_plan(atlas, master, row_costs, budget, seed)
+        if budget.is_spent() and (outcome is None or outcome.bound > outcome.value * (1.0 + gap_target)):
+            return _better(outcome, _first_plan(atlas, master, row_costs, budget, seed), master)
         return outcome
     part = budget if pins is None else budget.share(RELAXATION)
     generation = ColumnGeneration(atlas, master, row_costs, budget=part, report=report)
@@ -220,6 +220,14 @@ def _enumerate_uniform(
         runners_up=tuple(others[:5]),
         interrupted=budget.cancelled.is_set(),
     )
+
+
+def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Outcome | None:
+    """What a search that was cut short has found, unless the plan of equal stages is better; with the better bound."""
+    if found is None or first is None:
+        return first if found is None else found
+    is_ahead = first.value > found.value if master.maximises else first.value < found.value
+    return _with_bound(first, found.bound, maximises=master.maximises) if is_ahead else found
 
 
 def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:

@@ -44,6 +44,15 @@ def _splitwise(family: Family) -> Family:
     return replace(_hexgen2(family), name="splitwise", mixed_types=False, one_type_per_role=True)
 
 
+def _splitwise_paper(family: Family) -> Family:
+    roles = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
+    return replace(_splitwise(family), name="splitwise-paper", roles=roles)
+
+
+def _hexgen_paper(family: Family) -> Family:
+    return replace(_hexgen(family), name="hexgen-paper")
+
+
 def _hexgen2_paper(family: Family) -> Family:
     return replace(_hexgen2(family), name="hexgen2-paper")
 
@@ -64,6 +73,8 @@ STRATEGIES: Mapping[str, Strategy] = {
         Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _hexgen),
         Strategy("hexgen2", "the same for replicas that prefill and replicas that decode, never both", _hexgen2),
         Strategy("splitwise", "prefill replicas of one GPU type, decode replicas of one", _splitwise),
+        Strategy("splitwise-paper", "Splitwise's own search: prompt, token, mixed pool", _splitwise_paper, True),
+        Strategy("hexgen-paper", "HexGen's own heuristic: genetic search over groups", _hexgen_paper, True),
         Strategy("hexgen2-paper", "HexGen-2's own heuristic: partition, maximum flow, swaps", _hexgen2_paper, True),
         Strategy("hetis-paper", "Hetis's own heuristic: 5% rule, workers shared by a replica", _hetis_paper, True),
     )

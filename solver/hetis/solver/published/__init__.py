@@ -14,7 +14,9 @@ from hetis.solver.budget import Budget, Report
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.hetis_paper import solve_hetis_paper
+from hetis.solver.published.hexgen import solve_hexgen
 from hetis.solver.published.hexgen2 import solve_hexgen2
+from hetis.solver.published.splitwise import solve_splitwise
 
 
 class Solve(Protocol):
@@ -39,6 +41,16 @@ class Published:
 PUBLISHED: Mapping[str, Published] = {
     published.name: published
     for published in (
+        Published(
+            "splitwise-paper",
+            "Splitwise's provisioning: machines of one kind prefill, machines of one kind decode, the rest is mixed",
+            solve_splitwise,
+        ),
+        Published(
+            "hexgen-paper",
+            "HexGen's genetic search over groups of GPUs: moves, splits and merges",
+            solve_hexgen,
+        ),
         Published(
             "hexgen2-paper",
             "HexGen-2's heuristic: spectral partition, Kernighan-Lin, maximum flow, guided swaps",

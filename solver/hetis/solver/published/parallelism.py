@@ -74,11 +74,11 @@ class ReplicaSearch:
             # Lowest latency first; the first one that keeps the limits is taken, whatever the rates of the others.
             timed = sorted((self._latency_s(shape, duty), i) for i, shape in enumerate(shapes))
             for latency_s, i in timed:
-                template = self._at_best_setting(shapes[i], duty) if latency_s < np.inf else None
+                template = self.at_best_setting(shapes[i], duty) if latency_s < np.inf else None
                 if template is not None:
                     return template
             return None
-        found = [self._at_best_setting(shape, duty) for shape in shapes]
+        found = [self.at_best_setting(shape, duty) for shape in shapes]
         return max((t for t in found if t is not None), key=lambda template: template.rate, default=None)
 
     def shapes(self, group: Composition) -> Iterator[Ranks]:
@@ -113,7 +113,8 @@ class ReplicaSearch:
         )
         return float(best_split(alone).interval_s * alone.in_flight[0])
 
-    def _at_best_setting(self, shape: Ranks, duty: Duty) -> Template | None:
+    def at_best_setting(self, shape: Ranks, duty: Duty) -> Template | None:
+        """The replica of this shape with the highest rate; None where it fits no setting, or none keeps the limits."""
         pipeline = pipeline_of(self.atlas, duty, shape)
         if not self.keeps_limits:
             unlimited = np.full_like(pipeline.t_cap, np.inf)

@@ -1,0 +1,112 @@
+"""The heads that live on one stage: the book of where each of them is, and what the stage's devices are told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hetis.runtime.engine.placement import HeadMove, Placement, even_costs
+from hetis.runtime.engine.request import Request
+from hetis.runtime.engine.stage import Stage
+from hetis.runtime.kv.errors import DeviceLostError
+from hetis.runtime.kv.shape import SequenceKey
+from hetis.solver.dispatch.problem import HeadShape
+from hetis.solver.dispatch.problem import Stage as StageCosts
+from hetis.solver.dispatch.snapshot import DeviceStatus
+
+
+class StageHeads:
+    """One stage (or one copy of it) with its book.
+
+    Attributes:
+        number: its place among the engine's stages; `Request.heads` and `HeadMove.stage` speak of it.
+        stage: layers and devices.
+        placement: the book, ahead of the devices.
+        lost: devices that failed where nothing could be done about it.
+    """
+
+    def __init__(self, number: int, stage: Stage, costs: StageCosts | None) -> None:
+        """``costs`` are of attention on the stage's devices, in their order; None: all of one speed."""
+        self.number, self.stage = number, stage
+        shape = stage.shape
+        heads = HeadShape(
+            head_groups=len(stage.homes),
+            queries_per_group=shape.queries_per_group,
+            kv_bytes_per_token=2 * shape.head_dim * shape.torch_dtype.itemsize,
+            exchange_bytes_per_head=shape.head_dim * shape.torch_dtype.itemsize * (2 + 2 / shape.queries_per_group),
+            block_tokens=shape.page_tokens,
+        )
+        costs = costs or even_costs(heads, [device.name for device in stage.devices], primaries=stage.num_ranks)
+        pages = [device.num_pages for device in stage.devices]
+        self.placement = Placement(costs, pages, stage=number, homes=stage.homes)
+        self.lost: set[int] = set()
+
+    def device(self, error: DeviceLostError) -> int:
+        """Index of the device that an error is about."""
+        return next(i for i, device in enumerate(self.stage.devices) if device.name == error.device)
+
+    # --- requests
+
+    def admit(self, request: Request, *, growth: int) -> bool:
+        """Finds a device for each of its heads; False: there is no room now."""
+        heads = self.placement.admit(request.number, tokens=request.num_tokens, growth=growth)
+        if heads is None:
+            return False
+        request.heads[self.number] = heads
+        return True
+
+    def grow(self, requests: Iterable[Request]) -> list[int]:
+        """A page for the next position of each, where it has none yet; returns those that find no room."""
+        book = self.placement
+        return list(book.grow(r.number for r in requests if book.tokens(r.number) <= r.computed))
+
+    def release(self, request: Request) -> None:
+        """The request leaves the stage, and what it holds there is free."""
+        for move in self.placement.moves:
+            if move.request == request.number:
+                self.drop(request, move.heads, move.target)
+        self.placement.release(request.number)
+        self.drop_all(request)
+
+    def drop_all(self, request: Request, *, but: int | None = None) -> None:
+        """Devices, ``but`` one that is lost, free what the request holds there."""
+        self.stage.forget_prompt(request.number, request.incarnation)
+        heads = request.heads.pop(self.number)
+        for device in sorted(set(heads) - {but}):
+            self.drop(request, [head for head, owner in enumerate(heads) if owner == device], device)
+
+    def drop(self, request: Request, heads: Sequence[int], device: int) -> None:
+        """A device frees some heads; one that is gone is noted."""
+        keys = [SequenceKey(request.number, request.incarnation, head) for head in heads]
+        try:
+            self.stage.drop(device, keys)
+        except DeviceLostError:
+            self.lost.add(device)
+
+    # --- moves
+
+    def in_the_way(self, number: int) -> list[HeadMove]:
+        """Moves that hold pages which a request needs to grow."""
+        full = self.placement.full_devices(number)
+        return [move for move in self.placement.moves if move.request == number or move.target in full]
+
+    def way_out(self, request: Request) -> tuple[int, int] | None:
+        """A head of a full device, and a device with room for it and its growth; None: there is no such device."""
+        free, heads = self.placement.state.free_blocks(), request.heads[self.number]
+        pages = self.stage.shape.pages(request.computed + 1)
+        held = [heads.count(device) for device in range(len(free))]
+        takes = {i for i, d in enumerate(self.placement.state.devices) if d.status is DeviceStatus.OK}
+        for source in self.placement.full_devices(request.number):
+            targets = [i for i in takes - {source} if free[i] >= pages + held[i]]
+            if targets:
+                return heads.index(source), max(targets, key=lambda i: int(free[i]))
+        return None
+
+    def flip(self, request: Request, move: HeadMove) -> None:
+        """The book has committed the move: the request knows it from now on, and the source frees its heads."""
+        request.heads[self.number] = self.placement.heads(request.number)
+        self.drop(request, move.heads, move.source)
+
+    def abort(self, request: Request, move: HeadMove) -> None:
+        """The heads stay where they are, and what was copied is dropped."""
+        self.placement.abort(move)
+        self.drop(request, move.heads, move.target)

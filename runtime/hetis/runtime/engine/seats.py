@@ -1,0 +1,225 @@
+"""Who runs and where: requests that wait, requests that run, and their heads on every stage.
+
+Requests run in *cohorts*. A cohort takes its steps together, through one copy of every stage: its *path*. Where there
+is one cohort, as without a pipeline of processes and without copies, everybody is in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+
+from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.engine.heads import StageHeads
+from hetis.runtime.engine.placement import HeadMove
+from hetis.runtime.engine.request import Request
+from hetis.runtime.kv.errors import DeviceLostError
+
+Path = tuple[StageHeads, ...]
+
+
+class Seats:
+    """Requests and their heads.
+
+    Attributes:
+        stages: all of them; copies of a stage follow one another.
+        paths: of each cohort, the stages that its steps go through.
+        waiting: requests in the order they will run.
+        running: by number, in the order of their admission.
+        num_preempted: requests that had to make room for others.
+        num_moved_heads: heads that changed their device.
+    """
+
+    def __init__(
+        self, stages: Sequence[StageHeads], paths: Sequence[Path], *, most_running: int, growth_tokens: int
+    ) -> None:
+        self.stages, self.paths = tuple(stages), tuple(paths)
+        self._most_running, self._growth_tokens = most_running, growth_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: dict[int, Request] = {}
+        self.num_preempted = 0
+        self.num_moved_heads = 0
+
+    def path(self, request: Request) -> Path:
+        """Stages that a running request's steps go through."""
+        return self.paths[request.cohort]
+
+    def could_hold(self, tokens: int) -> bool:
+        """Whether a request of so many tokens fits when it is alone."""
+        return any(all(part.placement.could_hold(tokens) for part in path) for path in self.paths)
+
+    # --- who runs
+
+    def admit(self) -> list[Request]:
+        """Seats those who wait until one finds no room; returns those who never will, since devices were lost."""
+        hopeless: list[Request] = []
+        while self.waiting and len(self.running) < self._most_running:
+            if self._seat(self.waiting[0]):
+                request = self.waiting.popleft()
+                request.prefill_tokens = request.num_tokens
+                self.running[request.number] = request
+            elif not self.running:  # nobody will make room for it
+                hopeless.append(self.waiting.popleft())
+            else:
+                break
+        return hopeless
+
+    def _seat(self, request: Request) -> bool:
+        """Heads on every stage of one path, that of the smallest cohort with room; or nothing has changed."""
+        sizes = Counter(running.cohort for running in self.running.values())
+        seats = -(-self._most_running // len(self.paths))
+        growth = min(request.max_tokens - len(request.output), self._growth_tokens)
+        for cohort in sorted(range(len(self.paths)), key=lambda cohort: sizes[cohort]):
+            if sizes[cohort] >= seats:
+                break
+            for part in self.paths[cohort]:
+                if not part.admit(request, growth=growth):
+                    break
+            else:
+                request.cohort = cohort
+                return True
+            for number in list(request.heads):
+                self.stages[number].placement.release(request.number)
+            request.heads.clear()
+        return False
+
+    def make_room(self, requests: Iterable[Request]) -> None:
+        """A page for the next position of everyone who decodes: heads leave a full device, then the youngest waits."""
+        decoding = [request for request in requests if not request.is_prefilling]
+        for part in dict.fromkeys(part for request in decoding for part in self.path(request)):
+            stuck = part.grow(r for r in decoding if r.number in self.running and part.number in r.heads)
+            while stuck:
+                number = stuck.pop(0)
+                while number in self.running and part.placement.grow([number]):
+                    if not (self._give_way(part, number) or self._move_away(part, number)):
+                        self.preempt(self._youngest_on(part, part.placement.full_devices(number)).number)
+
+    def _give_way(self, part: StageHeads, number: int) -> bool:
+        """Takes back moves that hold pages which a request needs to grow: nothing is lost with them."""
+        moves = part.in_the_way(number)
+        for move in moves:
+            self.abort_move(move)
+        return bool(moves)
+
+    def _move_away(self, part: StageHeads, number: int) -> bool:
+        """Moves one head of a request from a full device to one with room for it and its growth."""
+        found = part.way_out(self.running[number])
+        return found is not None and self.move(number, [found[0]], found[1], stage=part.number)
+
+    def _youngest_on(self, part: StageHeads, devices: tuple[int, ...]) -> Request:
+        on_stage = (r for r in reversed(self.running.values()) if part.number in r.heads)
+        return next(request for request in on_stage if set(devices) & set(request.heads[part.number]))
+
+    def preempt(self, number: int) -> None:
+        """A running request gives up its KV, and is prefilled again before anyone who came later."""
+        request = self.running.pop(number)
+        self.release(request)
+        request.lose_kv()
+        request.num_preempted += 1
+        self.num_preempted += 1
+        self.waiting.appendleft(request)
+
+    def release(self, request: Request) -> None:
+        """What a request holds on its stages is free."""
+        for part in self.path(request):
+            part.release(request)
+
+    # --- heads
+
+    def move(self, number: int, heads: Sequence[int], target: int, *, stage: int = 0) -> bool:
+        """Moves heads of a running request, now, between two steps; False: the target has too few pages.
+
+        Raises:
+            InvalidProblemError: the heads are on several devices, or the target takes none.
+        """
+        request = self.running[number]
+        move = self.stages[stage].placement.prepare(number, heads, target)
+        if move is None:
+            return False
+        if not self.copy(move, 0, request.computed):
+            return False
+        self.flip([move])
+        return True
+
+    def copy(self, move: HeadMove, first: int, last: int) -> bool:
+        """Copies positions ``first`` to ``last - 1`` of a prepared move; False: a device was lost meanwhile."""
+        if first >= last:
+            return True
+        part, incarnation = self.stages[move.stage], self.running[move.request].incarnation
+        try:
+            part.stage.copy(move.source, move.target, move.request, incarnation, move.heads, first, last)
+        except DeviceLostError as error:
+            self.lose_device(part.device(error), stage=part.number)  # which aborts the move, wherever it was
+            return False
+        return True
+
+    def verify(self, move: HeadMove) -> bool:
+        """Whether both ends hold the same KV, all positions and layers, bit for bit; False also for a device lost."""
+        request, part = self.running[move.request], self.stages[move.stage]
+        if not request.computed:
+            return True  # its prompt has not begun: neither end holds anything
+        try:
+            theirs, ours = (
+                part.stage.digest(device, move.request, request.incarnation, move.heads, request.computed)
+                for device in (move.source, move.target)
+            )
+        except DeviceLostError as error:
+            self.lose_device(part.device(error), stage=part.number)
+            return False
+        return bool((theirs == ours).all())
+
+    def flip(self, moves: Sequence[HeadMove]) -> None:
+        """The targets, which have all the KV, own the heads from the next step on; the sources free theirs.
+
+        Between two steps only. This is where moves are committed, and the only place.
+        """
+        for part in self.stages:
+            part.placement.commit(*(move for move in moves if move.stage == part.number))
+        for move in moves:
+            self.stages[move.stage].flip(self.running[move.request], move)
+            self.num_moved_heads += len(move.heads)
+
+    def is_under_way(self, move: HeadMove) -> bool:
+        """It was neither committed nor aborted, and its request has not left."""
+        return self.stages[move.stage].placement.is_under_way(move)
+
+    def abort_move(self, move: HeadMove) -> None:
+        """The heads stay where they are, and what was copied is dropped. A move that has ended is no error."""
+        if self.is_under_way(move):
+            self.stages[move.stage].abort(self.running[move.request], move)
+
+    # --- devices
+
+    def lose_device(self, device: int, *, stage: int = 0) -> None:
+        """A device is gone: the requests that had heads there are prefilled again, in their order.
+
+        Raises:
+            DeviceLostError: it is a primary, without which there is no replica.
+        """
+        part = self.stages[stage]
+        if device < part.stage.num_ranks:
+            name = part.stage.devices[device].name
+            raise DeviceLostError(name, "the primary is lost, and the replica with it")
+        part.lost.discard(device)
+        for move in [move for move in part.placement.moves if move.target != device]:
+            if device in self.running[move.request].heads[stage]:
+                self.abort_move(move)
+        hit = [self.running.pop(number) for number in part.placement.lose(device)]
+        for request in sorted(hit, key=lambda r: r.number, reverse=True):
+            part.drop_all(request, but=device)
+            for other in self.path(request):
+                if other is not part:
+                    other.release(request)
+            request.lose_kv()
+            self.waiting.appendleft(request)
+
+    def restore_device(self, index: int, device: AttentionDevice, *, stage: int = 0) -> None:
+        """A device with nothing in it takes the place of one that was lost, with as many pages."""
+        self.stages[stage].stage.devices[index] = device
+        self.stages[stage].placement.restore(index)
+
+    def lose_failed(self) -> None:
+        """Loses the devices that failed where nothing could be done about it."""
+        for part in self.stages:
+            for device in sorted(part.lost):
+                self.lose_device(device, stage=part.number)

@@ -1,0 +1,171 @@
+"""`hexgen-paper`: HexGen's genetic search (ICML'24, arXiv 2311.11514) under our cost model.
+
+An individual cuts the GPUs of a zone into serving groups, one replica each. Every group gets the best pipeline of TP
+groups that it can be (`parallelism.py`), and the rates of all groups together are the individual's fitness. Offspring
+come of mutations alone, which HexGen publishes with its code: a GPU goes over to another group (of the machine that
+most of that group is on, if the giver has one), a group is split by a random share of every machine, two groups merge.
+All groups must keep memory for the weights and a tenth more.
+
+Reconstructed, and what our model asks for beyond the paper:
+
+- HexGen ranks individuals by their number of groups first and by simulated attainment of a deadline later; here it is
+  the cost model's rate within the limits, the number of groups where rates are equal.
+- HexGen merges once in a thousand or more changes of groups, here in a third of them, which finds better plans sooner.
+- The best individual stays in the population, so that the last generation is no worse than the others.
+- One TP degree per GPU type of a group, as for `hexgen2-paper`; (b, M, C) and the layers follow from our family.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.solve import replica_plan
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.template import Template
+from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.published.graph import FleetGraph, fleet_graph
+from hetis.solver.published.memory import replica_bytes
+from hetis.solver.published.naming import named_stages
+from hetis.solver.published.parallelism import ReplicaSearch, composition
+from hetis.solver.published.partition import Part
+from hetis.solver.published.pipelines import Duty, duty_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
+
+GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
+HEADROOM = 0.1  # of a group's memory over the weights: 144 GB for Llama-2 70B in HexGen's code
+LEAST_SHARE, MOST_SHARE = 0.1, 0.9  # of every machine that goes to the new group of a split
+MOVES = 0.5  # of the mutations
+MERGES = 1 / 3  # of the others, which change the number of groups
+ATTEMPTS = 20  # at a mutation that leaves memory enough in all groups
+MAX_GPUS = 1024  # groups are lists of GPUs
+
+NOTES = (
+    WITHOUT_PROOF,
+    "HexGen reconstructed: fitness is the rate under the cost model, groups inside zones, more merges than in its code "
+    "(docs/strategies.md)",
+)
+
+Individual = tuple[Part, ...]  # serving groups
+
+
+def solve_hexgen(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
+    """The plan that HexGen's genetic search finds.
+
+    Raises:
+        NoPlanFoundError: it finds none, which proves nothing.
+    """
+    if problem.cluster.num_gpus() > MAX_GPUS:
+        size = problem.cluster.num_gpus()
+        raise NoPlanFoundError(f"hexgen-paper mutates GPU by GPU: {size} GPUs, it is meant for {MAX_GPUS} at most")
+    atlas = build_atlas(problem)
+    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
+    graph = fleet_graph(problem.cluster, atlas.classes, rooms)
+    search, order = ReplicaSearch(atlas), np.random.default_rng(seed)
+    mutations = Mutations(graph, replica_bytes(problem.model, HEADROOM), order)
+    replicas: list[ReplicaPlan] = []
+    for zone in problem.cluster.zones():
+        duty = duty_of(atlas, Role.UNIFIED, zone)
+        everything = tuple(gpu for gpu in range(graph.num_gpus) if graph.zones[gpu] == zone)
+        fitness = partial(_fitness, search, graph, duty)
+        best = evolved((everything,), mutations.mutated, fitness, order, budget=budget, report=report)
+        for group in best:
+            template = _replica(search, graph, group, duty)
+            if template is not None:
+                replicas.append(replica_plan(atlas, template, named_stages(atlas, graph, group, template)))
+    if not replicas:
+        raise no_plan(budget, "hexgen-paper found no groups that serve a request within the limits")
+    return plan_of(atlas, "hexgen-paper", Answer(replicas=tuple(replicas), notes=NOTES), budget)
+
+
+def evolved(
+    start: Individual, mutated: Callable[[Individual], Individual], fitness: Callable[[Individual], tuple[float, int]],
+    order: np.random.Generator, *, budget: Budget, report: Report,
+) -> Individual:  # fmt: skip
+    """The fittest individual of all generations; survivors are drawn by tournament, the fittest is always one."""
+    known: dict[Individual, tuple[float, int]] = {}
+
+    def fit(one: Individual) -> tuple[float, int]:
+        if one not in known:
+            known[one] = fitness(one)
+        return known[one]
+
+    population = [start]
+    for generation in range(GENERATIONS):
+        if budget.is_spent():
+            break
+        offspring = [mutated(population[order.integers(len(population))]) for _ in range(OFFSPRING)]
+        candidates = population + offspring
+        best = max(candidates, key=fit)
+        drawn = [order.integers(len(candidates), size=TOURNAMENT) for _ in range(SURVIVORS - 1)]
+        population = [best, *(max((candidates[i] for i in some), key=fit) for some in drawn)]
+        report(
+            Progress(phase=f"generation {generation + 1}", elapsed_s=budget.elapsed_s(), incumbent=fit(best)[0] or None)
+        )
+    return population[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutations:
+    """Changes of an individual that leave ``least_bytes`` of room in every group."""
+
+    graph: FleetGraph
+    least_bytes: float
+    order: np.random.Generator
+
+    def mutated(self, one: Individual) -> Individual:
+        """The individual after a random change; itself where no attempt leaves memory enough."""
+        for _ in range(ATTEMPTS):
+            changed = self._change_of(one)(one)
+            if all(self.graph.room_bytes[list(group)].sum() >= self.least_bytes for group in changed):
+                return tuple(sorted(changed))
+        return one
+
+    def _change_of(self, one: Individual) -> Callable[[Individual], Individual]:
+        if len(one) == 1:
+            return self._split
+        if self.order.random() < MOVES:
+            return self._moved
+        return self._merged if self.order.random() < MERGES else self._split
+
+    def _moved(self, one: Individual) -> Individual:
+        """A GPU goes to another group: of the machine that most of the taker is on, or else any."""
+        giver, taker = (int(i) for i in self.order.choice(len(one), size=2, replace=False))
+        main, _ = Counter(self.graph.kind(gpu) for gpu in one[taker]).most_common(1)[0]
+        suited = [gpu for gpu in one[giver] if self.graph.kind(gpu) == main] or list(one[giver])
+        gpu = suited[self.order.integers(len(suited))]
+        groups = {**dict(enumerate(one)), giver: tuple(g for g in one[giver] if g != gpu)}
+        return (*(g for i, g in groups.items() if i != taker), tuple(sorted((*one[taker], gpu))))
+
+    def _split(self, one: Individual) -> Individual:
+        """The same share of the GPUs of every machine of a group makes a new one."""
+        chosen = int(self.order.integers(len(one)))
+        share = self.order.uniform(LEAST_SHARE, MOST_SHARE)
+        kinds = Counter(self.graph.kind(gpu) for gpu in one[chosen])
+        leaving: list[int] = []
+        for kind, count in kinds.items():
+            leaving += [gpu for gpu in one[chosen] if self.graph.kind(gpu) == kind][: round(share * count)]
+        staying = tuple(gpu for gpu in one[chosen] if gpu not in set(leaving))
+        return (*(group for i, group in enumerate(one) if i != chosen), staying, tuple(sorted(leaving)))
+
+    def _merged(self, one: Individual) -> Individual:
+        first, second = (int(i) for i in self.order.choice(len(one), size=2, replace=False))
+        rest = tuple(group for i, group in enumerate(one) if i not in (first, second))
+        return (*rest, tuple(sorted((*one[first], *one[second]))))
+
+
+def _fitness(search: ReplicaSearch, graph: FleetGraph, duty: Duty, one: Individual) -> tuple[float, int]:
+    """Rate and number of groups."""
+    found = [_replica(search, graph, group, duty) for group in one]
+    return sum(template.rate for template in found if template is not None), len(one)
+
+
+def _replica(search: ReplicaSearch, graph: FleetGraph, group: Part, duty: Duty) -> Template | None:
+    return search.best_replica(composition(graph, group), duty) if group else None
