@@ -17,6 +17,7 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.engine.request import RequestError, SamplingParams
+from hetis.runtime.engine.stage import Stage
 from hetis.runtime.measured.calibration import LONGEST_CONTEXT, Calibration, calibrate
 from hetis.runtime.measured.coefficients import Coefficients, device_seconds, with_coefficients
 from hetis.runtime.measured.following import DeviceCost, Following
@@ -89,7 +90,8 @@ def follow(
             predictor.costs = costs
 
     following = Following(part.placement.costs, apply, read_s=read_s, clock=clock)
-    part.stage.through = following.through
+    if isinstance(part.stage, Stage):
+        part.stage.through = following.through
     engine.between_steps.append(following.advance)
     return following
 
@@ -97,8 +99,10 @@ def follow(
 def _measured_stage(
     part: StageHeads, planned: Mapping[str, Coefficients], clock: Clock, pause: Callable[[float], None]
 ) -> Mapping[str, Calibration]:
-    """Calibrations of a stage's devices, which it dispatches by from now on."""
+    """Calibrations of a stage's devices, which it dispatches by from now on; none of a stage in another process."""
     placement, stage = part.placement, part.stage
+    if not isinstance(stage, Stage):
+        return {}
     found = calibrate(
         stage.devices,
         groups=len(stage.homes),
