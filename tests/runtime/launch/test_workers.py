@@ -86,6 +86,11 @@ def test_a_worker_goes_from_engine_to_engine_and_comes_back_when_cut_off(folder:
     engine = start(folder, workers)
     assert answer_over_the_worker(engine) == wanted
     workers.close(engine)
+    del engine, workers
+    # The clock of the next one is behind: it is the later engine all the same.
+    behind = Workers(store, ["w"], epoch=3, timeout_s=30, start_s=120)
+    assert answer_over_the_worker(start(folder, behind)) == wanted
+    assert behind.epoch == 12
 
 
 def serve_until_the_end(folder: Path, store: str, wanted: tuple[int, ...]) -> None:

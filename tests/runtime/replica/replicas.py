@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from examples.demo_serve.checkpoint import make_checkpoint
@@ -10,6 +11,7 @@ from hetis.formats.plan import plan_to_data
 from hetis.runtime.replica.asking import Asked, read_asked
 from tests.runtime.launch.plans import POOL, plan_of, stage_of
 
+ROOT = Path(__file__).parents[3]
 PAGE_BYTES = 4096  # of the demo's model: 2 x 4 layers x 16 tokens x 8 numbers of 4 bytes
 PAGES = 63  # of each KV head: 1,000 tokens
 
@@ -22,7 +24,20 @@ def write_plan(folder: Path) -> Path:
 
 
 def write_model(folder: Path) -> Path:
-    return make_checkpoint(folder / "tiny")
+    (folder / "models").mkdir(exist_ok=True)
+    return make_checkpoint(folder / "models" / "tiny")
+
+
+def documented(verb: str) -> tuple[str, str]:
+    """The first command of that verb in the documentation, and the block that follows its own."""
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Several machines\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+    for (kind, block), (_, following) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+        for line in block.splitlines():
+            if kind == "bash" and line.startswith(f"hetis-launch {verb} "):
+                return line.partition(" # ")[0].strip(), following
+    raise LookupError(f"docs/serve.md has no hetis-launch {verb}")
 
 
 def asked_for(folder: Path, *serve_options: str, kv_tokens: int | None = None) -> Asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,13 +18,14 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from hetis.runtime.engine.generate import generate
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.replica.main import main
 from hetis.runtime.server.text import Tokens
 from tests.command_line import command_of, environment, run_command
-from tests.runtime.replica.replicas import write_model, write_plan
+from tests.runtime.replica.replicas import documented, write_model, write_plan
 from tests.runtime.server.live import engine_of
 
 COMMAND = command_of("hetis.runtime.replica.main")
@@ -75,12 +77,15 @@ class Launched:
 
 
 @contextmanager
-def launched(folder: Path, *arguments: str, log: Path) -> Iterator[Launched]:
+def launched(folder: Path, line: str, *, log: Path) -> Iterator[Launched]:
+    """Starts a command as it is printed, but on free ports, and with one thread."""
     port = free_port()
-    command = [*COMMAND, *arguments, "--plan", str(folder / "plan.json"), "--model", str(folder / "tiny")]
-    command += ["--worker-device", "cpu", "--store-port", str(free_port()), "--", "--port", str(port), "--threads", "1"]
+    ours, _, of_serve = line.partition(" -- ")
+    assert of_serve == "--port 8080"
+    command = [*COMMAND, *shlex.split(ours)[1:], "--store-port", str(free_port())]
+    command += ["--", "--port", str(port), "--threads", "1"]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment(**QUIET))
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=environment(**QUIET))
     try:
         yield Launched(process, log, f"http://127.0.0.1:{port}")
     finally:
@@ -106,12 +111,12 @@ def is_gone(pid: int) -> bool:
 
 
 def test_a_replica_outlives_its_worker_and_its_engine(folder: Path, tmp_path: Path) -> None:
-    prompt = Tokens.from_folder(folder / "tiny").encode("kill me")
-    (alone,) = generate(
-        engine_of(folder / "tiny", pages=(400,)), [prompt], SamplingParams(max_tokens=30, ignore_eos=True)
-    )
+    model = folder / "models" / "tiny"
+    prompt = Tokens.from_folder(model).encode("kill me")
+    (alone,) = generate(engine_of(model, pages=(400,)), [prompt], SamplingParams(max_tokens=30, ignore_eos=True))
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
-    with launched(folder, "processes", "--all-here", log=tmp_path / "log") as run:
+    line, _ = documented("processes")
+    with launched(folder, line, log=tmp_path / "log") as run:
 
         def answer() -> str:
             text: str = httpx.post(f"{run.url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"]
@@ -170,15 +175,29 @@ def run_in_process(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: st
 def test_what_runs_where_is_shown_in_json(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run_in_process(monkeypatch, folder, "show", "--plan", "plan.json", "-m", "tiny", "--form", "json")
+    code = run_in_process(monkeypatch, folder, "show", "--plan", "plan.json", "-m", "models/tiny", "--form", "json")
     rows = json.loads(capsys.readouterr().out)
     assert (code, [(row["name"], row["node"]) for row in rows]) == (0, [("engine", "a"), ("b/0", "b"), ("b/1", "b")])
+
+
+@pytest.mark.parametrize("verb", ["show", "kubernetes"])
+def test_what_the_documentation_prints_is_what_is_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    line, wanted = documented(verb)
+    code = run_in_process(monkeypatch, folder, *shlex.split(line.partition(" > ")[0])[1:])
+    printed = capsys.readouterr().out
+    assert code == 0
+    if verb == "show":
+        assert printed == wanted
+    else:
+        assert [one["kind"] for one in yaml.safe_load_all(printed)].count("StatefulSet") == 3
 
 
 def test_a_machine_that_the_plan_does_not_know_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run_in_process(monkeypatch, folder, "processes", "--plan", "plan.json", "-m", "tiny", "--node", "c")
+    code = run_in_process(monkeypatch, folder, "processes", "--plan", "plan.json", "-m", "models/tiny", "--node", "c")
     assert (code, capsys.readouterr().err.splitlines()) == (
         3,
         ["hetis-launch: this machine is c, the replica is on a, b: give --node or --all-here"],
@@ -188,10 +207,10 @@ def test_a_machine_that_the_plan_does_not_know_is_told(
 def test_a_plan_that_is_none_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run_in_process(monkeypatch, folder, "show", "--plan", "tiny/config.json", "-m", "tiny")
+    code = run_in_process(monkeypatch, folder, "show", "--plan", "models/tiny/config.json", "-m", "models/tiny")
     lines = capsys.readouterr().err.splitlines()
     assert code == 2
-    assert all(line.startswith("hetis-launch: tiny/config.json") for line in lines)
+    assert all(line.startswith("hetis-launch: models/tiny/config.json") for line in lines)
     assert lines
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.heads import StageHeads
-from hetis.runtime.kv.errors import DeviceError
+from hetis.runtime.kv.errors import DeviceError, StaleEpochError
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.transport.connecting import Endpoint, look_up, open_store
 from hetis.runtime.transport.errors import ChannelError
@@ -25,7 +25,7 @@ class Workers:
 
     Attributes:
         names: of all of them.
-        epoch: of the engine: what an earlier one says, the workers refuse.
+        epoch: of the engine: what an earlier one says, the workers refuse. Settled when all have come.
     """
 
     def __init__(self, store: str, names: Sequence[str], *, epoch: int, timeout_s: float, start_s: float) -> None:
@@ -43,11 +43,19 @@ class Workers:
     def wait_for(self, name: str, shape: KvShape) -> RemoteDevice:
         """The worker of that name, with nothing in it.
 
+        Engines count epochs by their clocks. Where the last one's was ahead of ours, we go on from its epoch: it is we
+        who start now.
+
         Raises:
             ChannelError: it did not come.
-            DeviceError: it does not answer, or obeys a later engine.
+            DeviceError: it does not answer.
         """
         endpoint = look_up(self._store, name, timeout_s=self._start_s)
+        try:
+            return self._join(name, endpoint, shape)
+        except StaleEpochError as error:
+            _log.warning("%s has served an engine of epoch %d, later than %d", name, error.current, self.epoch)
+            self.epoch = error.current + 1
         return self._join(name, endpoint, shape)
 
     def bring_back(self, engine: Engine) -> None:

@@ -47,21 +47,14 @@ def run_on_ray(asked: Asked, addresses: Addresses, *, address: str, start_s: flo
         LayoutError: nodes of the plan are not there, or lack what it asks for.
         ConnectionError: there is no such cluster.
     """
-    told = Told()
-    with told.by_signals():
-        _connect(address, len(asked.processes))
-        try:
-            nodes = nodes_of(asked.processes, addresses, ray.nodes())
-            hosts = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
-            commands = asked.commands(replace(addresses, hosts=hosts), worker_device=worker_device)
-            group = _reserve(asked.processes, nodes, gpus=worker_device == "cuda", start_s=start_s)
-            try:
-                starter = _Starter(group, commands, gpus=worker_device == "cuda")
-                return supervise(commands, starter.start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
-            finally:
-                remove_placement_group(group)
-        finally:
-            ray.shutdown()
+    _connect(address, len(asked.processes))
+    try:
+        # Not before: Ray's own handler of SIGTERM would end us three seconds later, whatever is still draining.
+        told = Told()
+        with told.by_signals():
+            return _run(asked, addresses, told, start_s=start_s, worker_device=worker_device)
+    finally:
+        ray.shutdown()
 
 
 class Runner:
@@ -85,6 +78,19 @@ class Runner:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
+
+
+def _run(asked: Asked, addresses: Addresses, told: Told, *, start_s: float, worker_device: str) -> int:
+    nodes = nodes_of(asked.processes, addresses, ray.nodes())
+    hosts = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
+    commands = asked.commands(replace(addresses, hosts=hosts), worker_device=worker_device)
+    with_gpus = worker_device == "cuda"
+    group = _reserve(asked.processes, nodes, gpus=with_gpus, start_s=start_s)
+    try:
+        starter = _Starter(group, commands, gpus=with_gpus)
+        return supervise(commands, starter.start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
+    finally:
+        remove_placement_group(group)
 
 
 class _Starter:
