@@ -16,6 +16,7 @@ from hetis.runtime.replica.processes import Sizes, processes_of
 from hetis.runtime.replica.showing import as_json, as_shell
 from hetis.runtime.server.errors import ServeError
 from hetis.runtime.worker.options import read_options
+from hetis.solver.plan import AttentionWorkerPool
 from tests.runtime.launch.plans import POOL, plan_of, stage_of
 from tests.runtime.replica.replicas import PAGE_BYTES, PAGES, asked_for, write_model, write_plan
 
@@ -44,6 +45,33 @@ def test_a_smaller_machine_and_another_dtype_need_less(tmp_path: Path) -> None:
     plan = plan_of(stage_of(), pools=(POOL,))
     found = processes_of(plan, 0, model, Sizes(dtype="bfloat16", page_tokens=32, kv_tokens=100))
     assert [process.kv_bytes for process in found] == [2 * 4 * PAGE_BYTES, 3 * 4 * PAGE_BYTES, 3 * 4 * PAGE_BYTES]
+
+
+def test_the_engine_has_the_gpus_of_all_stages_and_ranks_and_workers_the_layers_of_theirs(tmp_path: Path) -> None:
+    model = read_config(write_model(tmp_path))
+    plan = plan_of(
+        stage_of(num_layers=3, tp=2, devices=("a/0", "a/1"), kv_head_groups_kept=1),
+        stage_of(first_layer=3, num_layers=1, devices=("a/3",), kv_head_groups_kept=6),
+        pools=(
+            AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0",), kv_head_groups=3),
+            AttentionWorkerPool(stage=1, gpu="T4", devices=("b/1",), kv_head_groups=2),
+        ),
+    )
+    layer = PAGES * PAGE_BYTES // 4  # of one KV head
+    assert [(p.name, p.gpus, p.kv_bytes) for p in processes_of(plan, 0, model, Sizes())] == [
+        ("engine", (0, 1, 3), (2 * 1 * 3 + 6 * 1) * layer),
+        ("b/0", (0,), 2 * 3 * 3 * layer),
+        ("b/1", (1,), 2 * 1 * layer),
+    ]
+    apart = plan_of(
+        stage_of(num_layers=3, kv_head_groups_kept=8),
+        stage_of(first_layer=3, num_layers=1, devices=("c/1",), kv_head_groups_kept=8),
+    )
+    with pytest.raises(LayoutError) as caught:
+        processes_of(apart, 0, model, Sizes())
+    assert caught.value.messages == (
+        "the engine is on a, and c/1 of stage 1 is not; all stages are in one process here",
+    )
 
 
 def test_what_the_memory_follows_from_is_told_to_the_engine_too(tmp_path: Path) -> None:

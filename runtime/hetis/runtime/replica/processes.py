@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from hetis.runtime.engine.stage import kv_shape
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import layout_of
+from hetis.runtime.launch.layout import Layout, layout_of
 from hetis.runtime.model.config import ModelConfig
 from hetis.solver.plan import Plan
 
@@ -55,27 +55,67 @@ class Sizes:
 
 
 def processes_of(plan: Plan, replica: int, config: ModelConfig, sizes: Sizes) -> tuple[PlannedProcess, ...]:
-    """The engine, then every attention worker in a process of its own.
+    """The engine, which runs all stages, then every attention worker in a process of its own.
 
     Raises:
         LayoutError: the engine cannot run this replica; all the reasons.
     """
     layout = layout_of(plan, replica, config, page_tokens=sizes.page_tokens, kv_tokens=sizes.kv_tokens)
-    dtype = sizes.dtype or config.dtype
-    page_bytes = kv_shape(config, range(config.layers), page_tokens=sizes.page_tokens, dtype=dtype).page_bytes
-    wrong = [device.name for device in layout.devices if not _DEVICE.fullmatch(device.name)]
-    if wrong:
-        raise LayoutError(*(f"device {name!r} of the plan must be NODE/INDEX, such as gpu2/0" for name in wrong))
-    found = []
-    for number, device in enumerate(layout.devices):
-        node, _, index = device.name.rpartition("/")
-        found.append(
+    _check_devices(layout)
+    primaries, kept_bytes, workers = [], 0, []
+    for stage in layout.stages:
+        dtype = sizes.dtype or config.dtype
+        shape = kv_shape(config, stage.layers, page_tokens=sizes.page_tokens, dtype=dtype, ranks=stage.ranks)
+        for number, device in enumerate(stage.devices):
+            if number < stage.ranks:
+                primaries.append(device.name)
+                kept_bytes += device.pages * shape.page_bytes
+            else:
+                workers.append((device.name, device.pages * shape.page_bytes))
+    engine = PlannedProcess(
+        name=ProcessKind.ENGINE.value,
+        kind=ProcessKind.ENGINE,
+        node=_node(primaries[0]),
+        gpus=tuple(_gpu(name) for name in primaries),
+        kv_bytes=kept_bytes,
+    )
+    return (
+        engine,
+        *(
             PlannedProcess(
-                name=device.name if number else ProcessKind.ENGINE.value,
-                kind=ProcessKind.ATTENTION_WORKER if number else ProcessKind.ENGINE,
-                node=node,
-                gpus=(int(index),),
-                kv_bytes=device.pages * page_bytes,
+                name=name,
+                kind=ProcessKind.ATTENTION_WORKER,
+                node=_node(name),
+                gpus=(_gpu(name),),
+                kv_bytes=kv_bytes,
             )
-        )
-    return tuple(found)
+            for name, kv_bytes in workers
+        ),
+    )
+
+
+def _check_devices(layout: Layout) -> None:
+    names = [device.name for stage in layout.stages for device in stage.devices]
+    wrong = [f"device {name!r} of the plan must be NODE/INDEX, such as gpu2/0" for name in names if not _is_gpu(name)]
+    if not wrong:
+        first = _node(layout.stages[0].devices[0].name)
+        wrong = [
+            f"the engine is on {first}, and {device.name} of stage {number} is not; all stages are in one process here"
+            for number, stage in enumerate(layout.stages)
+            for device in stage.devices[: stage.ranks]
+            if _node(device.name) != first
+        ]
+    if wrong:
+        raise LayoutError(*wrong)
+
+
+def _is_gpu(name: str) -> bool:
+    return bool(_DEVICE.fullmatch(name))
+
+
+def _node(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _gpu(name: str) -> int:
+    return int(name.rpartition("/")[2])
