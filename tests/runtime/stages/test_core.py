@@ -144,6 +144,7 @@ def test_a_step_is_the_same_on_the_other_side() -> None:
         heads=np.array([[0, 1, 1], [2, 0, 0]], np.int64),
         chunks=(Chunk(request=13, incarnation=1, first=0, count=3, total=8, heads=(0, 0, 2)),),
         outputs=np.array([0, 1], np.int64),
+        is_greedy=True,
     )
     hidden = torch.randn(5, 4)
     body = torch.cat([part.view(-1).view(torch.uint8) for part in pack_run(step, hidden)])
@@ -151,7 +152,7 @@ def test_a_step_is_the_same_on_the_other_side() -> None:
     found, states = read_run(frame, "float32")
     assert states is not None
     assert torch.equal(states, hidden)
-    for name in ("epoch", "number", "chunks"):
+    for name in ("epoch", "number", "chunks", "is_greedy"):
         assert getattr(found, name) == getattr(step, name)
     for name in ("tokens", "positions", "requests", "incarnations", "heads", "outputs"):
         assert np.array_equal(getattr(found, name), getattr(step, name))

@@ -62,7 +62,7 @@ class StageHeads:
     def close(self) -> None:
         """The engine has ended."""
         if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown()
         self.stage.close()
 
     # --- what the stage is asked

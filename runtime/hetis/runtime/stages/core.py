@@ -98,6 +98,8 @@ class StageCore:
             case Kind.RUN:
                 step, hidden = read_run(frame, self._dtype)
                 out = stage.run(step, hidden)
+                if out.dtype is torch.int64:
+                    return _answer(frame, Kind.TOKENS, counts=(len(out), 0, 0), parts=(out,))
                 counts = out.shape[0], out.shape[1], 0
                 return _answer(frame, Kind.HIDDEN, counts=counts, dtype=self._dtype, parts=(out,))
             case Kind.DROP:

@@ -11,7 +11,7 @@ from hetis.runtime.transport.errors import FrameError
 from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.messages import KEY_BYTES
 
-_SIZES = 6  # tokens, decoding requests, heads, chunks, outputs, columns of the hidden states
+_SIZES = 7  # tokens, decoding requests, heads, chunks, outputs, columns of the hidden states, whether it is greedy
 
 
 def pack_setup(setup: StageSetup, key: bytes) -> tuple[torch.Tensor, ...]:
@@ -28,7 +28,15 @@ def pack_run(step: Step, hidden: torch.Tensor | None) -> tuple[torch.Tensor, ...
     """The body of RUN: sizes, the step's numbers one after the other, and the hidden states where there are some."""
     num_heads = step.heads.shape[1]
     columns = 0 if hidden is None else hidden.shape[1]
-    sizes = [len(step.tokens), len(step.requests), num_heads, len(step.chunks), len(step.outputs), columns]
+    sizes = [
+        len(step.tokens),
+        len(step.requests),
+        num_heads,
+        len(step.chunks),
+        len(step.outputs),
+        columns,
+        int(step.is_greedy),
+    ]
     chunks = [(c.request, c.incarnation, c.first, c.count, c.total, *c.heads) for c in step.chunks]
     arrays = (step.tokens, step.positions, step.requests, step.incarnations, step.heads.ravel(), step.outputs)
     numbers = np.concatenate([np.array(sizes, np.int64), *arrays, np.array(chunks, np.int64).ravel()])
@@ -41,7 +49,7 @@ def read_run(frame: Frame, dtype: str) -> tuple[Step, torch.Tensor | None]:
     sizes = _integers(frame, 0, _SIZES)
     if min(sizes) < 0:
         raise FrameError(f"RUN of sizes {sizes.tolist()}")
-    tokens, rows, heads, chunks, outputs, columns = sizes.tolist()
+    tokens, rows, heads, chunks, outputs, columns, is_greedy = sizes.tolist()
     lengths = [tokens, tokens, rows, rows, rows * heads, outputs, chunks * (5 + heads)]
     begin, numbers = 8 * (_SIZES + sum(lengths)), []
     body_bytes = begin + tokens * columns * torch_dtype.itemsize
@@ -61,14 +69,17 @@ def read_run(frame: Frame, dtype: str) -> tuple[Step, torch.Tensor | None]:
         heads=numbers[4].reshape(rows, heads),
         chunks=tuple(_chunk(row) for row in numbers[6].reshape(chunks, 5 + heads).tolist()),
         outputs=numbers[5],
+        is_greedy=bool(is_greedy),
     )
     if not columns:
         return step, None
     return step, frame.body[begin:].view(torch_dtype).view(tokens, columns)
 
 
-def read_hidden(frame: Frame, dtype: torch.dtype) -> torch.Tensor:
-    """Hidden states or logits of HIDDEN."""
+def read_output(frame: Frame, dtype: torch.dtype) -> torch.Tensor:
+    """Hidden states or logits of HIDDEN, tokens of TOKENS."""
+    if frame.kind is Kind.TOKENS:
+        return torch.from_numpy(_integers(frame, 0, frame.counts[0]))
     rows, columns, _ = frame.counts
     if frame.kind is not Kind.HIDDEN or frame.body_bytes != rows * columns * dtype.itemsize:
         raise FrameError(f"{frame.kind.name} of {frame.body_bytes} bytes, HIDDEN [{rows}, {columns}] was expected")

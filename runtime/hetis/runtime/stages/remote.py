@@ -14,7 +14,7 @@ from hetis.runtime.engine.step import Step
 from hetis.runtime.kv.errors import DeviceError, DeviceLostError, StaleEpochError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.model.config import ModelConfig
-from hetis.runtime.stages.messages import pack_run, pack_setup, read_hidden, read_numbers
+from hetis.runtime.stages.messages import pack_run, pack_setup, read_numbers, read_output
 from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
@@ -78,7 +78,7 @@ class RemoteStage:
         ]
 
     def run(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [T, hidden] after the stage's layers, or of the last stage the logits [O, vocab].
+        """As `PipelineStage.run`.
 
         Raises:
             DeviceLostError: of the stage's attention worker that was lost, or of its first rank.
@@ -87,7 +87,7 @@ class RemoteStage:
         with torch.inference_mode():
             answer = self._ask(Kind.RUN, step=step.number, dtype=dtype, parts=pack_run(step, hidden))
             try:
-                return read_hidden(answer, self.shape.torch_dtype)
+                return read_output(answer, self.shape.torch_dtype)
             except FrameError as error:
                 raise self._lose(error) from error
 

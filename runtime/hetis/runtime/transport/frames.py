@@ -14,7 +14,7 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | ADOPT | H, positions | request, incarnation, first, last, heads: i64 [4 + H]; K, V [H, layers, positions, d] |
 | ATTACH | | path of the shared memory |
 | SETUP | | key, JSON of a `StageSetup` |
-| RUN | | six sizes and a step's numbers: i64; hidden states [T, hidden] but of the first stage |
+| RUN | | seven sizes and a step's numbers: i64; hidden states [T, hidden] but of the first stage |
 | COPY | | source, target, request, incarnation, first, last, heads: i64 [6 + H] |
 | FORGET | | request, incarnation: i64 |
 | WELCOME | | pages i64, name; of a stage: pages i64 [devices] |
@@ -23,6 +23,7 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | DIGESTS | H | i64 [H, layers] |
 | PONG | | free pages i64, virtual sequences i64 |
 | HIDDEN | rows, columns | [rows, columns]: hidden states or logits |
+| TOKENS | O | i64 [O], in place of the logits |
 | DONE | | |
 | ERROR | code | needed i64, free i64, text |
 """
@@ -72,6 +73,7 @@ class Kind(IntEnum):
     ERROR = 37
     HIDDEN = 38
     DONE = 39
+    TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
