@@ -20,7 +20,7 @@ from tests.runtime.server.test_workers import free_port
 
 def test_a_stage_in_a_process_answers_as_planned_and_its_death_is_told(folder: Path, tmp_path: Path) -> None:
     plan = plan_of(
-        stage_of(num_layers=1, kv_head_groups_kept=8),
+        stage_of(num_layers=1, copies=2, devices=("a/0", "b/0"), kv_head_groups_kept=8),
         stage_of(first_layer=1, num_layers=3, tp=2, devices=("c/0", "c/1"), kv_head_groups_kept=4),
         in_flight=2,
     )
@@ -30,7 +30,7 @@ def test_a_stage_in_a_process_answers_as_planned_and_its_death_is_told(folder: P
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(OMP_NUM_THREADS="1")
     )
     try:
-        options = ("-m", str(folder), "--plan", write(tmp_path, plan), "--store", store, "--stage", "s1=1")
+        options = ("-m", str(folder), "--plan", write(tmp_path, plan), "--store", store, "--stage", "s1=2")
         with serving(*options, "--worker-timeout", "60") as (server, url, _):
             body = {"model": folder.name, "prompt": "elsewhere", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
             text = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"]
@@ -38,7 +38,10 @@ def test_a_stage_in_a_process_answers_as_planned_and_its_death_is_told(folder: P
             (wanted,) = generate(engine_of(folder), [prompt], SamplingParams(max_tokens=30, ignore_eos=True))
             assert text == wanted.text
             devices = httpx.get(f"{url}/hetis/heads").json()["devices"]
-            assert [(device["name"], device["stage"]) for device in devices] == [("a/0", 0), ("c/0", 1), ("c/1", 1)]
+            # Copies share what the plan has room for, 1,000 tokens: 63 pages of a head, or 32 on each of two.
+            assert [(device["name"], device["stage"], device["kv_pages"]) for device in devices] == [
+                *(("a/0", 0, 256), ("b/0", 1, 256), ("c/0", 2, 252), ("c/1", 2, 252)),
+            ]
             stage.kill()
             answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
             assert answer.status_code == 500
