@@ -60,7 +60,7 @@ class Workers:
             ChannelError: it did not come, or is not reached.
             DeviceError: it does not answer, or cannot be what it is told.
         """
-        endpoint = look_up(self._store, name, timeout_s=self._timeout_s)
+        endpoint = look_up(self._store, name, timeout_s=self._start_s)
         channel = connect(endpoint, stall_s=self._timeout_s)
         return RemoteStage(name, setup, config, channel, epoch=self.epoch, key=endpoint.key)
 
