@@ -40,7 +40,7 @@ def sample(
     logits: torch.Tensor, samplers: Sequence[Sampler], params: Sequence[SamplingParams]
 ) -> tuple[list[int], list[Logprob | None]]:
     """Tokens and, where wanted, log probabilities for logits [rows, vocab]; row i is of the i-th sampler."""
-    if all(p.temperature == 0 and p.logprobs is None for p in params):
+    if all(p.is_greedy for p in params):
         return logits.argmax(dim=-1).tolist(), [None] * len(params)
     tokens = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
     logprobs = [

@@ -9,15 +9,22 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | BEGIN | N | requests, incarnations, heads, positions: i64 [4, N] |
 | ATTEND | N | q [N, r, d], k [N, d], v [N, d] |
 | FINISH, ABORT, PING, BYE | | |
-| DROP | N | (request, incarnation, head): i64 [N, 3] |
-| EXPORT, DIGEST | H | request, incarnation, first, last, heads: i64 [4 + H] |
+| DROP (layer: device, of a stage) | N | (request, incarnation, head): i64 [N, 3] |
+| EXPORT, DIGEST (layer: device, of a stage) | H | request, incarnation, first, last, heads: i64 [4 + H] |
 | ADOPT | H, positions | request, incarnation, first, last, heads: i64 [4 + H]; K, V [H, layers, positions, d] |
 | ATTACH | | path of the shared memory |
-| WELCOME | | pages i64, name |
+| SETUP | | key, JSON of a `StageSetup` |
+| RUN | | seven sizes and a step's numbers: i64; hidden states [T, hidden] but of the first stage |
+| COPY | | source, target, request, incarnation, first, last, heads: i64 [6 + H] |
+| FORGET | | request, incarnation: i64 |
+| WELCOME | | pages i64, name; of a stage: pages i64 [devices] |
 | OUT | N | [N, r, d] |
 | KV | H, positions | K, V [H, layers, positions, d] |
 | DIGESTS | H | i64 [H, layers] |
 | PONG | | free pages i64, virtual sequences i64 |
+| HIDDEN | rows, columns | [rows, columns]: hidden states or logits |
+| TOKENS | O | i64 [O], in place of the logits |
+| DONE | | |
 | ERROR | code | needed i64, free i64, text |
 """
 
@@ -54,12 +61,19 @@ class Kind(IntEnum):
     PING = 10
     BYE = 11
     ATTACH = 12
+    SETUP = 13
+    RUN = 14
+    COPY = 15
+    FORGET = 16
     WELCOME = 32
     OUT = 33
     KV = 34
     DIGESTS = 35
     PONG = 36
     ERROR = 37
+    HIDDEN = 38
+    DONE = 39
+    TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
