@@ -195,7 +195,7 @@ def _scenario_rows(
 ) -> Iterator[Row]:
     engine = replica.engine(scenario.paces, epoch=next(epochs), options=traffic.options)
     measured = measure_engine(engine)
-    [following] = measured.following
+    following = measured.following[0]
     close(engine)
     names = [HETIS, *RULES]
     if scenario.later is not None:
@@ -218,14 +218,14 @@ def _scenario_rows(
 
 def _prepared(engine: Engine, name: str, measured: Measured) -> StepPredictor:
     """The engine under a rule, and what predicts its steps."""
-    known, [following], [copy_byte_s] = measured.predictor, measured.following, measured.copy_byte_s
+    known, following, copy_byte_s = measured.predictor, measured.following[0], measured.copy_byte_s[0]
     assert known is not None, "there is one stage"
     predictor = StepPredictor(engine.placement.costs, layers=known.layers, dense=known.dense, in_turn=False)
     if name in RULES:
         engine.placement.rule = RULES[name]
         return predictor
     if name == HETIS:
-        follow(engine, engine.stages[0], predictor, read_s=following.read_s)
+        follow(engine, 0, predictor, read_s=following.read_s)
     Redispatch(hauler=Hauler(engine=engine), link_byte_s=copy_byte_s)
     return predictor
 
