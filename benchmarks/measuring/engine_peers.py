@@ -88,9 +88,10 @@ def transformers(model: Path, most_tokens: int) -> Generate:
 
 
 def _write_tokenizer(folder: Path, vocab: int) -> None:
-    model = {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(vocab)}, "unk_token": "t0"}
-    whole: dict[str, Any] = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
-    whole |= dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    vocabulary = {f"t{i}": i for i in range(vocab)}
+    whole: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    whole["version"], whole["added_tokens"], whole["pre_tokenizer"] = "1.0", [], {"type": "Whitespace"}
+    whole["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
     (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
