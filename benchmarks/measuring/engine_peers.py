@@ -93,7 +93,10 @@ def _write_tokenizer(folder: Path, vocab: int) -> None:
     whole["version"], whole["added_tokens"], whole["pre_tokenizer"] = "1.0", [], {"type": "Whitespace"}
     whole["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
     (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0"}
+    # The converter hands these on, and its reader takes no null; none of them is looked at when tokens are given.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict.fromkeys(
+        ("bos_token", "eos_token", "unk_token"), "t0"
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
