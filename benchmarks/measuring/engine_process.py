@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -43,14 +44,15 @@ class EngineProcess:
             stderr=self._log,
             text=True,
             cwd=ROOT,
-            env=os.environ | ONE_THREAD | {"HF_HUB_OFFLINE": "1"} | environment,
+            env={**os.environ, **ONE_THREAD, "HF_HUB_OFFLINE": "1", **environment},
         )
 
     def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._of("stdin").close()  # which ends it, and lets it end its children
+        with suppress(BrokenPipeError):  # it has ended, and took nothing of the last request
+            self._of("stdin").close()  # which ends it, and lets it end its children
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:

@@ -31,6 +31,7 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -43,6 +44,7 @@ VERSION = 1
 HEADER = struct.Struct("<IHBBQQQQIIIIQ")
 HEADER_BYTES = HEADER.size
 MOST_BODY_BYTES = 1 << 32
+MakeBody = Callable[[int], torch.Tensor]
 DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 
 
@@ -130,8 +132,10 @@ def header_of(frame: Frame) -> bytes:
     )
 
 
-def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES) -> tuple[Frame, int]:
-    """A frame without its body, and the bytes of that.
+def read_header(
+    header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES, empty: MakeBody | None = None
+) -> tuple[Frame, int]:
+    """A frame without its body, and the bytes of that; with ``empty`` its body is what that makes of the bytes.
 
     Raises:
         FrameError: it is none of ours, of another version, of no kind or dtype, or too long.
@@ -149,7 +153,7 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     if body_bytes > most_body_bytes:
         raise FrameError(f"a body of {body_bytes} bytes, {most_body_bytes} are the most")
     frame = Frame(
-        kind=Kind(kind),
+        kind=_KINDS[kind],
         epoch=epoch,
         session=session,
         serial=serial,
@@ -157,13 +161,18 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
         layer=layer,
         counts=(counts[0], counts[1], counts[2]),
         dtype=DTYPES[dtype],
+        parts=() if empty is None else (empty(body_bytes),),
     )
     return frame, body_bytes
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a tensor, copied only where it is not in one piece or not the CPU's."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    there = tensor.detach().cpu().contiguous()
+    # numpy has no bfloat16, and a tensor without dimensions has no other view.
+    if there.dtype is torch.bfloat16 or not there.dim():
+        there = there.view(-1).view(torch.uint8)
+    return memoryview(there.numpy()).cast("B")
 
 
-_KINDS = frozenset(Kind)
+_KINDS = {int(kind): kind for kind in Kind}
