@@ -45,8 +45,7 @@ def _splitwise(family: Family) -> Family:
 
 
 def _splitwise_paper(family: Family) -> Family:
-    roles = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
-    return replace(_splitwise(family), name="splitwise-paper", roles=roles)
+    return replace(_splitwise(family), name="splitwise-paper", roles=family.roles)  # without unified: no mixed pool
 
 
 def _hexgen_paper(family: Family) -> Family:
