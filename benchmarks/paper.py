@@ -165,7 +165,7 @@ def planned(posed: PlacementProblem, strategy: str, time_limit_s: float) -> Outc
 
 
 def with_best_contained(outcomes: list[Outcome]) -> list[Outcome]:
-    """The same; `hetis` with the plan of a strategy inside it that was ahead when the time was up, as `compare` has it."""
+    """The same; `hetis` with the plan of a strategy inside it that was ahead when time was up, as in `compare`."""
     inside = [one.plan for one in outcomes if one.strategy in CONTAINERS and one.plan is not None]
     ahead = max(inside, key=lambda plan: plan.result.value, default=None)
 
