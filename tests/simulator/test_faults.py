@@ -83,8 +83,11 @@ def test_a_device_that_the_plan_does_not_use_changes_nothing() -> None:
     np.testing.assert_array_equal(runs[0].finished_s, runs[1].finished_s)
 
 
-@pytest.mark.parametrize(("router", "least", "most"), [("weighted", 74, 76), ("least-work", 60, 90)])
-def test_routers_follow_the_planned_rates(router: str, least: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("router", "least", "most"),
+    [("weighted", 74, 76), ("least-work", 60, 90), ("fewest-requests", 49, 51), ("fewest-tokens", 49, 51)],
+)
+def test_routers_follow_the_planned_rates_or_the_queues(router: str, least: int, most: int) -> None:
     problem = small_problem()
     plan = plan_of(pipeline(problem, 6, rate=3.0), pipeline(problem, 6, first=1, rate=1.0))
     requests = equal_requests(100, prompt=60, output=100, every_s=1e-3)

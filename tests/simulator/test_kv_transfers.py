@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -52,6 +53,23 @@ def test_traffic_follows_the_shares_of_the_routes() -> None:
         split_plan(problem, shares=(3.0, 1.0)), problem, equal_requests(80, prompt=9, output=9, every_s=0.05)
     )
     assert np.bincount(run.replica).tolist() == [0, 60, 20]
+
+
+@pytest.mark.parametrize(("router", "decoded"), [("least-work", [0, 9, 3]), ("fewest-tokens", [0, 6, 6])])
+def test_the_emptiest_decode_replica_gets_the_next_prompt_where_queues_decide(
+    router: Literal["least-work", "fewest-tokens"], decoded: list[int]
+) -> None:
+    plan, requests = split_plan(problem := small_problem(), shares=(3.0, 1.0)), equal_requests(12, prompt=9, output=60)
+    run = simulate(plan, problem, requests, Settings(router=router))
+    assert np.bincount(run.replica).tolist() == decoded
+
+
+def test_the_mixed_pool_takes_prompts_once_the_prompt_pool_has_a_batch_waiting() -> None:
+    # Ten prompts of 900 tokens at once: three leave the prompt pool more than 2,048 waiting, then three the mixed one.
+    problem = small_problem()
+    plan = plan_of(*split_plan(problem).replicas, pipeline(problem, 6, first=6), routes=split_plan(problem).kv_routes)
+    run = simulate(plan, problem, equal_requests(10, prompt=900, output=5), Settings(router="fewest-tokens"))
+    assert np.bincount(run.replica).tolist() == [0, 7, 3]
 
 
 def test_nothing_is_given_to_a_prefill_replica_without_routes() -> None:

@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn) -> tuple[Plan, PlacementProblem, list[Request], Setti
     ]
     chosen = Settings(
         discipline=draw(st.sampled_from(["apart", "greedy"])),
-        router=draw(st.sampled_from(["least-work", "weighted"])),
+        router=draw(st.sampled_from(["least-work", "weighted", "fewest-requests", "fewest-tokens"])),
         dispatch=False,
         redispatch=False,
         sample_every_s=draw(st.sampled_from([None, 0.01])),

@@ -83,12 +83,9 @@ def load_replanning(
 
 def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
     """A warning where no GPU of the running plan is there any more: most likely nodes were renamed."""
-    used = {
-        (device, part.gpu)
-        for replica in running.replicas
-        for part in (*replica.stages, *replica.attention_workers)
-        for device in part.devices
-    }
+    replicas = running.replicas
+    used = {(device, part.gpu) for one in replicas for part in one.stages for device in part.devices}
+    used |= {(device, part.gpu) for one in replicas for part in one.attention_workers for device in part.devices}
     if used and not any((device.name, device.gpu) in used for device in fleet.devices()):
         yield (
             f"none of the {len(used)} GPUs of the running plan, such as {min(used)[0]}, is in cluster {fleet.name}:"

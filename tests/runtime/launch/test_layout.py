@@ -12,7 +12,6 @@ from examples.demo_serve.checkpoint import make_checkpoint
 from hetis.runtime.engine.stage import kv_shape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import (
-    DevicePages,
     layout_of,
     one_device,
     pages_of,
@@ -20,7 +19,7 @@ from hetis.runtime.launch.layout import (
 )
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.model.config import ModelConfig, read_config
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import AttentionWorkerPool, Plan, Role
 from tests.runtime.launch.plans import POOL, plan_of, stage_of
 
 
@@ -31,7 +30,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 def lay_out(plan: Plan, config: ModelConfig, **more: Any) -> tuple[tuple[str, int], ...]:
     layout = layout_of(plan, 0, config, page_tokens=16, **more)
-    return tuple((device.name, device.pages) for device in layout.devices)
+    (stage,) = layout.stages
+    return tuple((device.name, device.pages) for device in stage.devices)
 
 
 def test_the_primary_comes_first_and_workers_share_what_it_does_not_keep(config: ModelConfig) -> None:
@@ -42,14 +42,40 @@ def test_the_primary_comes_first_and_workers_share_what_it_does_not_keep(config:
     assert (layout.seats, layout.chunk_tokens) == (4, 32)
 
 
+def test_ranks_and_copies_of_every_stage_have_their_devices(config: ModelConfig) -> None:
+    """600 tokens are 38 pages of a head, on two copies 19 each; a rank of two keeps three of its four heads."""
+    pool = AttentionWorkerPool(stage=1, gpu="T4", devices=("w/0", "w/1", "w/2", "w/3"), kv_head_groups=1)
+    plan = plan_of(
+        stage_of(num_layers=1, kv_head_groups_kept=8),
+        stage_of(
+            first_layer=1, num_layers=3, tp=2, copies=2, devices=("b/0", "b/1", "c/0", "c/1"), kv_head_groups_kept=3
+        ),
+        pools=(pool,),
+        kv_tokens=600,
+        in_flight=2,
+    )
+    layout = layout_of(plan, 0, config, page_tokens=16)
+    shown = [(stage.layers, stage.ranks, [(d.name, d.pages) for d in stage.devices]) for stage in layout.stages]
+    assert shown == [
+        (range(1), 1, [("a/0", 8 * 38)]),
+        (range(1, 4), 2, [("b/0", 3 * 19), ("b/1", 3 * 19), ("w/0", 19), ("w/1", 19)]),
+        (range(1, 4), 2, [("c/0", 3 * 19), ("c/1", 3 * 19), ("w/2", 19), ("w/3", 19)]),
+    ]
+    assert layout.attention_workers == ("w/0", "w/1", "w/2", "w/3")
+    assert (layout.seats, layout.in_flight) == (8, 2)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
         (plan_of(stage_of(kv_head_groups_kept=4)), "the plan places 4 KV heads, the model has 8"),
         (plan_of(stage_of(num_layers=80)), "the plan is of a model with 80 layers, this one has 4"),
         (plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL), "the replica's role is prefill; this engine"),
-        (plan_of(stage_of(tp=2, devices=("a/0", "a/1"))), "stage 0 has tensor parallelism of 2"),
-        (plan_of(stage_of(copies=2, devices=("a/0", "a/1"))), "stage 0 has 2 copies"),
+        (plan_of(stage_of(tp=3, devices=("a/0", "a/1", "a/2"))), "tensor parallelism of 3 does not divide 16 query"),
+        (
+            plan_of(stage_of(num_layers=2, kv_head_groups_kept=8), stage_of(num_layers=2, first_layer=2)),
+            "stage 1: the plan places 2 KV heads, the model has 8",
+        ),
         (plan_of(stage_of(), pools=(replace(POOL, shared=True),)), "attention workers are shared between stages"),
         (
             replace(plan_of(stage_of()), inputs={"documents": {"model": {"name": "other", "num_layers": 4}}}),
@@ -75,10 +101,9 @@ def test_memory_becomes_whole_pages_and_too_little_of_it_is_refused(config: Mode
     assert [device.pages for device in pages_of(rooms, shape)] == [1, 1]
     with pytest.raises(LayoutError, match="--device c has 4095 bytes for KV, one page of this model takes 4096"):
         pages_of((DeviceRoom(name="c", kv_bytes=4095),), shape)
-    many = (DevicePages(name="a", pages=2**20),)
     with pytest.raises(LayoutError, match="KV of 4096 MiB is asked for, 1024 MiB of this machine's memory are free"):
-        refuse_if_too_large(many, shape, free_bytes=2**30)
-    refuse_if_too_large(many, shape, free_bytes=2**32)
+        refuse_if_too_large(2**32, free_bytes=2**30)
+    refuse_if_too_large(2**32, free_bytes=2**32)
 
 
 def test_by_default_there_is_room_for_every_seat_or_half_of_what_is_free(config: ModelConfig) -> None:

@@ -13,7 +13,8 @@ from hetis.runtime.model.config import read_config
 from hetis.runtime.model.decoder import Decoder
 from hetis.runtime.model.errors import ModelError
 from hetis.runtime.model.linear import Linear, PackedLinear, make_linear, packs
-from hetis.runtime.model.weights import Shard, load_weights
+from hetis.runtime.model.shard import Shard
+from hetis.runtime.model.weights import load_weights
 from tests.runtime.checkpoints import random_model, rewrite_config
 
 

@@ -14,7 +14,8 @@ import torch
 from examples.demo_serve.checkpoint import make_checkpoint
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
-from hetis.runtime.launch.layout import DevicePages
+from hetis.runtime.launch.layout import DevicePages, StageLayout
+from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.server.app import AppOptions, Front
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
@@ -37,7 +38,11 @@ def engine_of(folder: Path, *, pages: tuple[int, ...] = (400, 400), **options: A
         folder=folder, dtype=None, page_tokens=16, options=EngineOptions(**({"chunk_tokens": 64} | options))
     )
     devices = tuple(DevicePages(name=f"cpu{i}", pages=count) for i, count in enumerate(pages))
-    return start_engine(made_of, lambda config, shape: devices, Tokens.from_folder(folder))
+
+    def choose(config: ModelConfig) -> tuple[StageLayout, ...]:
+        return (StageLayout(layers=range(config.layers), ranks=1, devices=devices),)
+
+    return start_engine(made_of, choose, Tokens.from_folder(folder))
 
 
 class Live:

@@ -118,13 +118,26 @@ def _widen(page: npt.NDArray[np.uint16], begin: int, end: int, wide: Table) -> N
 
 @kernel
 def _score(q: Floats, page: Floats, begin: int, end: int, offset: int, scores: Floats) -> None:
-    """Products of queries [r, d] with keys [page_tokens, d] of the slots from ``begin`` to ``end - 1``."""
-    for slot in range(begin, end):
-        for h in range(q.shape[0]):
-            total = q[h, 0] * page[slot, 0]
-            for d in range(1, q.shape[1]):
+    """Products of queries [r, d] with keys [page_tokens, d] of the slots from ``begin`` to ``end - 1``, four at a time."""
+    # From 0 to d, not from 1: of 63 products the compiler does 31 one by one.
+    for h in range(q.shape[0]):
+        slot = begin
+        while slot + 4 <= end:
+            s0, s1, s2, s3 = q.dtype.type(0), q.dtype.type(0), q.dtype.type(0), q.dtype.type(0)
+            for d in range(q.shape[1]):
+                s0 += q[h, d] * page[slot, d]
+                s1 += q[h, d] * page[slot + 1, d]
+                s2 += q[h, d] * page[slot + 2, d]
+                s3 += q[h, d] * page[slot + 3, d]
+            at = offset + slot
+            scores[h, at], scores[h, at + 1], scores[h, at + 2], scores[h, at + 3] = s0, s1, s2, s3
+            slot += 4
+        while slot < end:
+            total = q.dtype.type(0)
+            for d in range(q.shape[1]):
                 total += q[h, d] * page[slot, d]
             scores[h, offset + slot] = total
+            slot += 1
 
 
 @kernel
@@ -151,9 +164,7 @@ def _add_values(weights: Floats, page: Floats, begin: int, end: int, offset: int
 def _weigh(scores: Floats, scale: float, bits: Table) -> None:
     """Softmax of ``scale * scores``, in place."""
     factor = scores.dtype.type(scale)
-    top = scores[0]
-    for score in scores:
-        top = max(top, score)
+    top = _largest(scores)
     for t in range(len(scores)):
         scores[t] = (scores[t] - top) * factor
     if scores.itemsize == 4:
@@ -166,6 +177,20 @@ def _weigh(scores: Floats, scale: float, bits: Table) -> None:
         total += score
     for t in range(len(scores)):
         scores[t] /= total
+
+
+@kernel
+def _largest(x: Floats) -> float:
+    """The largest of numbers, in four strands: one alone waits for its last comparison each time."""
+    a, b, c, d = x[0], x[0], x[0], x[0]
+    t = 0
+    while t + 4 <= len(x):
+        a, b, c, d = max(a, x[t]), max(b, x[t + 1]), max(c, x[t + 2]), max(d, x[t + 3])
+        t += 4
+    while t < len(x):
+        a = max(a, x[t])
+        t += 1
+    return max(max(a, b), max(c, d))
 
 
 @kernel

@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.engine.news import TokenOutput
-from hetis.runtime.engine.pipeline import paths_of
+from hetis.runtime.engine.part import PipelineStage
+from hetis.runtime.engine.pipeline import Flight, Pipeline, paths_of
 from hetis.runtime.engine.placement import Placement
 from hetis.runtime.engine.planning import plan_steps
 from hetis.runtime.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
 from hetis.runtime.engine.sampling import Sampler, sample
-from hetis.runtime.engine.seats import Path, Seats
+from hetis.runtime.engine.seats import Seats
 from hetis.runtime.engine.stage import Stage
 from hetis.runtime.engine.step import Step
 from hetis.runtime.engine.text import TextStream, Tokenizer
 from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.model.config import ModelConfig
 from hetis.solver.dispatch.problem import Stage as StageCosts
+from hetis.solver.dispatch.snapshot import DeviceStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +53,19 @@ class Engine(Seats):
     def __init__(
         self,
         config: ModelConfig,
-        stages: Stage | Sequence[Stage],
+        stages: PipelineStage | Sequence[PipelineStage],
         *,
         costs: StageCosts | Sequence[StageCosts] | None = None,
         options: EngineOptions | None = None,
         tokenizer: Tokenizer | None = None,
         epoch: int = 1,
+        overlaps: bool = False,
     ) -> None:
         """``stages`` have all layers of the model; those with the same layers are copies of one stage.
 
         ``costs`` are of attention on each stage's devices, in their order; None: all of one speed. Without a
-        ``tokenizer`` requests cannot have stop texts, and news have no text.
+        ``tokenizer`` requests cannot have stop texts, and news have no text. With ``overlaps`` every stage works in a
+        thread of its own, on the step of another cohort than the others: of use where stages are processes.
 
         Raises:
             PipelineError: layers are missing, or in two stages that are no copies.
@@ -72,9 +74,10 @@ class Engine(Seats):
         self.options = options or EngineOptions()
         self.tokenizer = tokenizer
         self.max_tokens = min(self.options.max_tokens or config.max_tokens, config.max_tokens)
-        given = [stages] if isinstance(stages, Stage) else list(stages)
+        given = list(stages) if isinstance(stages, Sequence) else [stages]
         own = [costs] * len(given) if costs is None or isinstance(costs, StageCosts) else costs
-        parts = [StageHeads(i, stage, cost) for i, (stage, cost) in enumerate(zip(given, own, strict=True))]
+        pairs = enumerate(zip(given, own, strict=True))
+        parts = [StageHeads(i, stage, cost, overlaps=overlaps) for i, (stage, cost) in pairs]
         super().__init__(
             parts,
             paths_of(parts, config.layers, least=self.options.in_flight),
@@ -85,6 +88,8 @@ class Engine(Seats):
         self.last_steps: Sequence[Step] = ()
         self._samplers: dict[int, Sampler] = {}
         self._texts: dict[int, TextStream] = {}
+        self._pipeline, self._overlaps = Pipeline(), overlaps
+        self._cancelled: set[int] = set()
         self._turn = 0
         self._next_number = 0
         self._news: list[TokenOutput] = []
@@ -92,8 +97,10 @@ class Engine(Seats):
 
     @property
     def stage(self) -> Stage:
-        """The first stage; of an engine without a pipeline, the only one."""
-        return self.stages[0].stage
+        """The first stage, in this process; of an engine without a pipeline, the only one."""
+        stage = self.stages[0].stage
+        assert isinstance(stage, Stage), "the first stage is a process of its own"
+        return stage
 
     @property
     def placement(self) -> Placement:
@@ -137,7 +144,11 @@ class Engine(Seats):
     def cancel(self, number: int) -> None:
         """Ends a request; one that has ended already, or never was, is no error."""
         request = self.running.get(number) or next((r for r in self.waiting if r.number == number), None)
-        if request is not None:
+        if request is None:
+            return
+        if number in self.running and self._pipeline.is_flying(request):
+            self._cancelled.add(number)  # when its step has landed
+        else:
             self._end(request, FinishReason.CANCELLED)
 
     @property
@@ -147,33 +158,53 @@ class Engine(Seats):
     # --- steps
 
     def step(self) -> list[TokenOutput]:
-        """Runs one step of one cohort; returns what it brought. Nothing where there is nothing to do."""
+        """Sends the step of every cohort on its way that is not, and waits for one; returns what has landed.
+
+        Where stages do not overlap this is one step of one cohort. Nothing where there is nothing to do.
+        """
         self.lose_failed()
         for work in self.between_steps:
             work()
         for request in self.admit():
             self._end(request, FinishReason.ERROR, error="the devices that are left have too few KV pages")
-        cohort = self._next_cohort()
-        self.make_room(self._cohort(cohort))
-        requests = self._cohort(cohort)
-        if requests:
-            self._run(requests)
+        for cohort in self._idle_cohorts():
+            self.make_room(self._cohort(cohort))
+            requests = self._cohort(cohort)
+            if requests and cohort not in self._pipeline.cohorts:
+                self._launch(cohort, requests)
+        if len(self._pipeline):
+            self._land()
+        while self._pipeline.has_landed():
+            self._land()
         news, self._news = self._news, []
         return news
+
+    def settle(self, request: Request | None = None) -> bool:
+        if not (len(self._pipeline) if request is None else self._pipeline.is_flying(request)):
+            return False
+        while len(self._pipeline):
+            self._land()
+        return True
+
+    def close(self) -> None:
+        """Ends the threads and connections of the stages; requests that are left are forgotten."""
+        for part in self.stages:
+            part.close()
 
     def _cohort(self, number: int) -> list[Request]:
         return [request for request in self.running.values() if request.cohort == number]
 
-    def _next_cohort(self) -> int:
-        """Cohorts take turns; those without requests are passed over."""
-        some = {request.cohort for request in self.running.values()}
+    def _idle_cohorts(self) -> list[int]:
+        """Cohorts with requests and no step on its way, in turn: all of them, or one where stages do not overlap."""
+        some = {request.cohort for request in self.running.values()} - set(self._pipeline.cohorts)
         turns = [(self._turn + i) % len(self.paths) for i in range(len(self.paths))]
-        cohort = next((turn for turn in turns if turn in some), self._turn)
-        self._turn = (cohort + 1) % len(self.paths)
-        return cohort
+        idle = [cohort for cohort in turns if cohort in some][: None if self._overlaps else 1]
+        if idle:
+            self._turn = (idle[-1] + 1) % len(self.paths)
+        return idle
 
-    def _run(self, requests: list[Request]) -> None:
-        path = self.path(requests[0])
+    def _launch(self, cohort: int, requests: list[Request]) -> None:
+        path = self.paths[cohort]
         steps, wanted = plan_steps(
             requests,
             epoch=self.epoch,
@@ -183,30 +214,39 @@ class Engine(Seats):
         )
         self.last_steps = steps
         self.num_steps += 1
-        hidden: torch.Tensor | None = None
-        for part, step in zip(path, steps, strict=True):
-            try:
-                hidden = part.stage.run(step, hidden)
-            except DeviceLostError as error:
-                self.lose_device(part.device(error), stage=part.number)
-                return
-        assert hidden is not None, "there is a stage"
-        self._count(steps[0], path)
-        samplers = [self._samplers[request.number] for request in wanted]
-        tokens, logprobs = sample(hidden, samplers, [request.params for request in wanted])
-        for request, token, logprob in zip(wanted, tokens, logprobs, strict=True):
-            self._take(request, token, logprob)
+        self._pipeline.launch(Flight(cohort=cohort, path=path, steps=steps, wanted=wanted))
 
-    def _count(self, step: Step, path: Path) -> None:
-        """The positions of a step that is through all stages are held."""
+    def _land(self) -> None:
+        """Takes what one step brought. Nothing of a step that failed counts: it is done again."""
+        flight = self._pipeline.land()
+        if flight.failed is not None:
+            part, error = flight.failed
+            if not isinstance(error, DeviceLostError):
+                raise error
+            device = part.device(error)
+            if part.placement.state.devices[device].status is not DeviceStatus.LOST:
+                part.lost.add(device)
+        else:
+            self._count(flight)
+        for number in [request.number for request in self._cohort(flight.cohort) if request.number in self._cancelled]:
+            self._end(self.running[number], FinishReason.CANCELLED)
+
+    def _count(self, flight: Flight) -> None:
+        """The positions of a step that is through all stages are held, and its tokens are output."""
+        assert flight.logits is not None, "it did not fail"
+        step = flight.steps[0]
         for chunk in step.chunks:
             request = self.running[chunk.request]
             request.computed = chunk.first + chunk.count
             if chunk.is_last:
-                for part in path:
-                    part.stage.forget_prompt(chunk.request, chunk.incarnation)
+                for part in flight.path:
+                    part.forget_prompt(chunk.request, chunk.incarnation)
         for number in step.requests.tolist():
             self.running[number].computed += 1
+        samplers = [self._samplers[request.number] for request in flight.wanted]
+        tokens, logprobs = sample(flight.logits, samplers, [request.params for request in flight.wanted])
+        for request, token, logprob in zip(flight.wanted, tokens, logprobs, strict=True):
+            self._take(request, token, logprob)
 
     def _take(self, request: Request, token: int, logprob: Logprob | None) -> None:
         request.output.append(token)
@@ -246,6 +286,7 @@ class Engine(Seats):
         elif request in self.waiting:
             self.waiting.remove(request)
         del self._samplers[request.number]
+        self._cancelled.discard(request.number)
         stream = self._texts.pop(request.number, None)
         if stream is not None:
             text += stream.end()

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
+import torch
+
+from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.engine.part import PipelineStage
 from hetis.runtime.engine.placement import HeadMove, Placement, even_costs
 from hetis.runtime.engine.request import Request
-from hetis.runtime.engine.stage import Stage
+from hetis.runtime.engine.step import Step
 from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.kv.shape import SequenceKey
 from hetis.solver.dispatch.problem import HeadShape
 from hetis.solver.dispatch.problem import Stage as StageCosts
 from hetis.solver.dispatch.snapshot import DeviceStatus
 
+T = TypeVar("T")
+
 
 class StageHeads:
     """One stage (or one copy of it) with its book.
+
+    Where stages overlap, all that the stage is asked goes through a thread of its own, one thing after the other.
 
     Attributes:
         number: its place among the engine's stages; `Request.heads` and `HeadMove.stage` speak of it.
@@ -24,9 +34,10 @@ class StageHeads:
         lost: devices that failed where nothing could be done about it.
     """
 
-    def __init__(self, number: int, stage: Stage, costs: StageCosts | None) -> None:
+    def __init__(self, number: int, stage: PipelineStage, costs: StageCosts | None, *, overlaps: bool = False) -> None:
         """``costs`` are of attention on the stage's devices, in their order; None: all of one speed."""
         self.number, self.stage = number, stage
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"stage-{number}") if overlaps else None
         shape = stage.shape
         heads = HeadShape(
             head_groups=len(stage.homes),
@@ -40,9 +51,57 @@ class StageHeads:
         self.placement = Placement(costs, pages, stage=number, homes=stage.homes)
         self.lost: set[int] = set()
 
+    @property
+    def num_devices(self) -> int:
+        return len(self.stage.devices)
+
     def device(self, error: DeviceLostError) -> int:
         """Index of the device that an error is about."""
         return next(i for i, device in enumerate(self.stage.devices) if device.name == error.device)
+
+    def close(self) -> None:
+        """The engine has ended."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        self.stage.close()
+
+    # --- what the stage is asked
+
+    def run(self, step: Step, hidden: torch.Tensor | None) -> Future[torch.Tensor]:
+        """As `PipelineStage.run`, in its turn."""
+        return self._ask(self.stage.run, step, hidden)
+
+    def forget_prompt(self, request: int, incarnation: int) -> None:
+        """As `PipelineStage.forget_prompt`."""
+        self._ask(self.stage.forget_prompt, request, incarnation)
+
+    def copy(self, move: HeadMove, incarnation: int, first: int, last: int) -> None:
+        """Copies positions ``first`` to ``last - 1`` of a move. Raises DeviceLostError."""
+        where = move.source, move.target, move.request, incarnation, move.heads, first, last
+        self._ask(self.stage.copy, *where).result()
+
+    def is_same(self, move: HeadMove, incarnation: int, last: int) -> bool:
+        """Whether both ends of a move hold the same at positions 0 to ``last - 1``. Raises DeviceLostError."""
+        theirs, ours = (
+            self._ask(self.stage.digest, device, move.request, incarnation, move.heads, last).result()
+            for device in (move.source, move.target)
+        )
+        return bool((theirs == ours).all())
+
+    def replace_device(self, index: int, device: AttentionDevice) -> None:
+        """As `PipelineStage.replace_device`; it takes heads again."""
+        self._ask(self.stage.replace_device, index, device).result()
+        self.placement.restore(index)
+
+    def _ask(self, act: Callable[..., T], *arguments: Any) -> Future[T]:
+        if self._thread is not None:
+            return self._thread.submit(act, *arguments)
+        done: Future[T] = Future()
+        try:
+            done.set_result(act(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
     # --- requests
 
@@ -69,7 +128,7 @@ class StageHeads:
 
     def drop_all(self, request: Request, *, but: int | None = None) -> None:
         """Devices, ``but`` one that is lost, free what the request holds there."""
-        self.stage.forget_prompt(request.number, request.incarnation)
+        self.forget_prompt(request.number, request.incarnation)
         heads = request.heads.pop(self.number)
         for device in sorted(set(heads) - {but}):
             self.drop(request, [head for head, owner in enumerate(heads) if owner == device], device)
@@ -77,10 +136,12 @@ class StageHeads:
     def drop(self, request: Request, heads: Sequence[int], device: int) -> None:
         """A device frees some heads; one that is gone is noted."""
         keys = [SequenceKey(request.number, request.incarnation, head) for head in heads]
-        try:
-            self.stage.drop(device, keys)
-        except DeviceLostError:
-            self.lost.add(device)
+
+        def note(done: Future[None]) -> None:
+            if isinstance(done.exception(), DeviceLostError):
+                self.lost.add(device)
+
+        self._ask(self.stage.drop, device, keys).add_done_callback(note)
 
     # --- moves
 

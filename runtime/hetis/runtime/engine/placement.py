@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import HeadShape, Primary, Requests
+from hetis.solver.dispatch.problem import HeadShape, IntArray, Load, Primary, Requests
 from hetis.solver.dispatch.problem import Stage as StageCosts
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-
-if TYPE_CHECKING:
-    from hetis.solver.dispatch.solve import Dispatcher
 
 Heads = tuple[int, ...]
 
@@ -35,24 +32,56 @@ class HeadMove:
     prepared: PreparedMove
 
 
+class Dispatched(Protocol):
+    """Head groups of request j on device i, shape [J, D], and who has to wait."""
+
+    @property
+    def groups(self) -> IntArray: ...
+
+    @property
+    def unplaced(self) -> Sequence[object]: ...
+
+
+class DispatchRule(Protocol):
+    """Says where the heads of new requests go; made for one stage's costs, and anew when they change."""
+
+    @property
+    def stage(self) -> StageCosts: ...
+
+    def dispatch(self, load: Load, requests: Requests) -> Dispatched: ...
+
+
 class Placement:
-    """Heads and pages of one stage. Attributes: ``state``, the solver's book; ``costs``, what attention takes where."""
+    """Heads and pages of one stage.
+
+    Attributes:
+        state: the solver's book.
+        costs: what attention takes where.
+        rule: what decides where new requests go; the solver's `Dispatcher` unless another is put here.
+    """
+
+    rule: Callable[[StageCosts], DispatchRule]
 
     def __init__(
         self, costs: StageCosts, num_pages: Sequence[int], *, stage: int = 0, homes: Heads | None = None
     ) -> None:
         """``homes``: of each head, the device that computes its queries; None: the first, of all. ``stage``: ours."""
-        self.costs = costs
+        self.costs, self.rule = costs, _solver
         self._stage = stage
         self._homes = homes or (0,) * costs.heads.head_groups
         self.state = DispatchState(costs, num_pages)
         self._num_pages = tuple(num_pages)
         self._heads: dict[int, Heads] = {}
         self._moves: dict[int, HeadMove] = {}
-        self._dispatcher: Dispatcher | None = None
+        self._dispatcher: DispatchRule | None = None
 
     def __len__(self) -> int:
         return len(self._heads)
+
+    def change_costs(self, costs: StageCosts) -> None:
+        """Goes on with the same devices at other speeds; heads stay where they are. Raises InvalidProblemError."""
+        self.state.change_costs(costs)
+        self.costs = costs
 
     def heads(self, request: int) -> Heads:
         """Device of each KV head of a running request."""
@@ -201,9 +230,7 @@ class Placement:
             if self.costs.num_devices == 1:
                 return None
         if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
-            from hetis.solver.dispatch.solve import Dispatcher
-
-            self._dispatcher = Dispatcher(self.state.stage)
+            self._dispatcher = self.rule(self.state.stage)
         requests = Requests(
             ids=("new",),
             context_tokens=np.array([tokens], np.int64),
@@ -234,8 +261,14 @@ def at_home_first(counts: Sequence[int], homes: Heads) -> Heads:
     return tuple(next(others) if device is None else device for device in heads)
 
 
+def _solver(stage: StageCosts) -> DispatchRule:
+    from hetis.solver.dispatch.solve import Dispatcher
+
+    return Dispatcher(stage)
+
+
 def even_costs(heads: HeadShape, names: Sequence[str], *, primaries: int = 1) -> StageCosts:
-    """Devices of one speed, where nothing was measured: after the primaries, they cost a little to reach."""
+    """Devices of one speed, until they are measured: after the primaries, they cost a little to reach."""
     num = len(names)
     away = np.array([*[0.0] * primaries, *[1.0] * (num - primaries)])
     return StageCosts(

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.engine.heads import StageHeads
+from hetis.runtime.engine.pipeline import Path
 from hetis.runtime.engine.placement import HeadMove
 from hetis.runtime.engine.request import Request
 from hetis.runtime.kv.errors import DeviceLostError
-
-Path = tuple[StageHeads, ...]
 
 
 class Seats:
@@ -47,6 +46,13 @@ class Seats:
     def could_hold(self, tokens: int) -> bool:
         """Whether a request of so many tokens fits when it is alone."""
         return any(all(part.placement.could_hold(tokens) for part in path) for path in self.paths)
+
+    def settle(self, request: Request | None = None) -> bool:
+        """Waits until no step of the request, or of anyone, is on its way; False: none was. Requests may end by it.
+
+        What takes KV away from a request, or changes where it is, has to wait for that.
+        """
+        return False
 
     # --- who runs
 
@@ -91,8 +97,9 @@ class Seats:
             while stuck:
                 number = stuck.pop(0)
                 while number in self.running and part.placement.grow([number]):
-                    if not (self._give_way(part, number) or self._move_away(part, number)):
-                        self.preempt(self._youngest_on(part, part.placement.full_devices(number)).number)
+                    if self._give_way(part, number) or self._move_away(part, number) or self.settle():
+                        continue
+                    self.preempt(self._youngest_on(part, part.placement.full_devices(number)).number)
 
     def _give_way(self, part: StageHeads, number: int) -> bool:
         """Takes back moves that hold pages which a request needs to grow: nothing is lost with them."""
@@ -112,7 +119,10 @@ class Seats:
 
     def preempt(self, number: int) -> None:
         """A running request gives up its KV, and is prefilled again before anyone who came later."""
-        request = self.running.pop(number)
+        self.settle(self.running[number])
+        request = self.running.pop(number, None)
+        if request is None:
+            return
         self.release(request)
         request.lose_kv()
         request.num_preempted += 1
@@ -133,6 +143,8 @@ class Seats:
             InvalidProblemError: the heads are on several devices, or the target takes none.
         """
         request = self.running[number]
+        if self.settle(request) and number not in self.running:
+            return False
         move = self.stages[stage].placement.prepare(number, heads, target)
         if move is None:
             return False
@@ -147,7 +159,7 @@ class Seats:
             return True
         part, incarnation = self.stages[move.stage], self.running[move.request].incarnation
         try:
-            part.stage.copy(move.source, move.target, move.request, incarnation, move.heads, first, last)
+            part.copy(move, incarnation, first, last)
         except DeviceLostError as error:
             self.lose_device(part.device(error), stage=part.number)  # which aborts the move, wherever it was
             return False
@@ -159,19 +171,15 @@ class Seats:
         if not request.computed:
             return True  # its prompt has not begun: neither end holds anything
         try:
-            theirs, ours = (
-                part.stage.digest(device, move.request, request.incarnation, move.heads, request.computed)
-                for device in (move.source, move.target)
-            )
+            return part.is_same(move, request.incarnation, request.computed)
         except DeviceLostError as error:
             self.lose_device(part.device(error), stage=part.number)
             return False
-        return bool((theirs == ours).all())
 
     def flip(self, moves: Sequence[HeadMove]) -> None:
         """The targets, which have all the KV, own the heads from the next step on; the sources free theirs.
 
-        Between two steps only. This is where moves are committed, and the only place.
+        Between two steps only, see `settle`. This is where moves are committed, and the only place.
         """
         for part in self.stages:
             part.placement.commit(*(move for move in moves if move.stage == part.number))
@@ -200,6 +208,7 @@ class Seats:
         if device < part.stage.num_ranks:
             name = part.stage.devices[device].name
             raise DeviceLostError(name, "the primary is lost, and the replica with it")
+        self.settle()
         part.lost.discard(device)
         for move in [move for move in part.placement.moves if move.target != device]:
             if device in self.running[move.request].heads[stage]:
@@ -215,8 +224,7 @@ class Seats:
 
     def restore_device(self, index: int, device: AttentionDevice, *, stage: int = 0) -> None:
         """A device with nothing in it takes the place of one that was lost, with as many pages."""
-        self.stages[stage].stage.devices[index] = device
-        self.stages[stage].placement.restore(index)
+        self.stages[stage].replace_device(index, device)
 
     def lose_failed(self) -> None:
         """Loses the devices that failed where nothing could be done about it."""

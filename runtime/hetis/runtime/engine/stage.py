@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.decoder import Decoder, Positions
 from hetis.runtime.model.ranks import Projected, Ranks
+
+Through = Callable[[int, AttentionDevice], AttentionDevice]
 
 
 def kv_shape(config: ModelConfig, layers: range, *, page_tokens: int, dtype: str, ranks: int = 1) -> KvShape:
@@ -46,6 +48,7 @@ class Stage:
         shape: of its virtual sequences.
         homes: of each head, the rank that computes its queries, and keeps its KV unless that is placed elsewhere.
         devices: that hold KV; an engine may put a new one in the place of one that was lost.
+        through: what the calls of a step to a device, by its number, go through, so that they can be timed.
     """
 
     def __init__(self, decoders: Decoder | Sequence[Decoder], devices: Sequence[AttentionDevice]) -> None:
@@ -54,6 +57,7 @@ class Stage:
         self.devices = list(devices)
         self.layers = self.ranks.decoders[0].layers
         self.shape = devices[0].shape
+        self.through: Through | None = None
         self.homes = tuple(rank for rank in range(self.num_ranks) for _ in range(self.ranks.heads))
         self._prompts: dict[tuple[int, int], list[PromptKv]] = {}
 
@@ -90,6 +94,13 @@ class Stage:
         """As `AttentionDevice.digest` of one of the devices."""
         return self.devices[device].digest(request, incarnation, heads, last)
 
+    def replace_device(self, index: int, device: AttentionDevice) -> None:
+        """A device with nothing in it takes the place of one that was lost."""
+        self.devices[index] = device
+
+    def close(self) -> None:
+        """Nothing is to be done: the devices belong to who made them."""
+
     def forget_prompt(self, request: int, incarnation: int) -> None:
         """The prompt's KV here is not needed any more: it was prefilled, or it begins anew."""
         self._prompts.pop((request, incarnation), None)
@@ -124,7 +135,8 @@ class Stage:
     def _shares(self, step: Step) -> list[_Share]:
         """Which device has which decoding virtual sequences; the primary last, so that others compute meanwhile."""
         shares = []
-        for number in reversed(np.unique(step.heads)):
+        for number in map(int, reversed(np.unique(step.heads))):
+            device = self.devices[number] if self.through is None else self.through(number, self.devices[number])
             pieces, rows, heads, begin = [], [], [], 0
             for rank in range(self.num_ranks):
                 here = step.heads[:, rank * self.ranks.heads : (rank + 1) * self.ranks.heads] == number
@@ -146,7 +158,7 @@ class Stage:
                 heads=np.concatenate(heads),
                 positions=step.positions[of],
             )
-            shares.append(_Share(self.devices[number], own, tuple(pieces)))
+            shares.append(_Share(device, own, tuple(pieces)))
         return shares
 
     def _layer(

@@ -13,13 +13,14 @@ from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.engine.stage import Stage, kv_shape
 from hetis.runtime.engine.text import Tokenizer
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.launch.layout import DevicePages, refuse_if_too_large
+from hetis.runtime.launch.layout import StageLayout, refuse_if_too_large
 from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.workers import Workers
-from hetis.runtime.model.config import ModelConfig
+from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.model.decoder import Decoder
+from hetis.runtime.model.shard import Shard
 
-ChooseDevices = Callable[[ModelConfig, KvShape], tuple[DevicePages, ...]]
+ChooseStages = Callable[[ModelConfig], tuple[StageLayout, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,46 +32,67 @@ class EngineFolder:
     page_tokens: int
     options: EngineOptions
 
+    def shape(self, config: ModelConfig, layers: range, *, ranks: int = 1) -> KvShape:
+        """Of the virtual sequences of a stage."""
+        dtype = self.dtype or config.dtype
+        return kv_shape(config, layers, page_tokens=self.page_tokens, dtype=dtype, ranks=ranks)
+
+    def decoders(self, layers: range, ranks: int) -> list[Decoder]:
+        """The dense part of a stage: of each rank the weights of its share of these layers. Raises ModelError."""
+        return [
+            Decoder.from_folder(
+                self.folder,
+                layers=layers,
+                shard=Shard(rank=rank, size=ranks),
+                dtype=self.dtype,
+                max_tokens=self.options.max_tokens,
+            )
+            for rank in range(ranks)
+        ]
+
 
 def start_engine(
-    made_of: EngineFolder, choose: ChooseDevices, tokenizer: Tokenizer, workers: Workers | None = None
+    made_of: EngineFolder, choose: ChooseStages, tokenizer: Tokenizer, workers: Workers | None = None
 ) -> Engine:
-    """Loads the model and takes the memory; ``choose`` says which devices there are, once the model is known.
+    """Loads the model and takes the memory; ``choose`` says which stages there are, once the model is known.
 
     A device that has the name of a worker is that process, which has its own memory; workers that are no device yet
-    come after the others.
+    come after the others of the first stage. Copies of a stage share their weights, since they are in one memory.
 
     Raises:
         ModelError: the folder cannot be used.
         LayoutError: the devices do not fit into memory.
         ChannelError, DeviceError: a worker did not come, or does not answer.
     """
-    decoder = Decoder.from_folder(made_of.folder, dtype=made_of.dtype, max_tokens=made_of.options.max_tokens)
-    shape = kv_shape(
-        decoder.config,
-        decoder.layers,
-        page_tokens=made_of.page_tokens,
-        dtype=made_of.dtype or decoder.config.dtype,
-    )
-    chosen, remote = choose(decoder.config, shape), workers.names if workers else ()
-    here = tuple(device for device in chosen if device.name not in remote)
-    refuse_if_too_large(here, shape, free_bytes=free_memory_bytes())
-    names = list(dict.fromkeys([*(device.name for device in chosen), *remote]))
-    pages = {device.name: device.pages for device in here}
-    devices: list[AttentionDevice] = []
-    for name in names:
-        if name in pages:
-            devices.append(LocalDevice(name, shape, pages[name]))
-        else:
-            assert workers is not None
-            devices.append(workers.wait_for(name, shape))
+    config = read_config(made_of.folder)
+    chosen, remote = choose(config), workers.names if workers else ()
+    shapes = [made_of.shape(config, stage.layers, ranks=stage.ranks) for stage in chosen]
+    dense: dict[tuple[range, int], list[Decoder]] = {}
+    for stage in chosen:
+        key = stage.layers, stage.ranks
+        dense[key] = dense.get(key) or made_of.decoders(*key)
+    pages = [sum(d.pages for d in stage.devices if d.name not in remote) for stage in chosen]
+    needed_bytes = sum(count * shape.page_bytes for count, shape in zip(pages, shapes, strict=True))
+    refuse_if_too_large(needed_bytes, free_bytes=free_memory_bytes())
+    placed = {device.name for stage in chosen for device in stage.devices}
+    stages = []
+    for number, (stage, shape) in enumerate(zip(chosen, shapes, strict=True)):
+        devices: list[AttentionDevice] = []
+        for device in stage.devices:
+            if device.name not in remote:
+                devices.append(LocalDevice(device.name, shape, device.pages))
+            elif workers is not None:
+                devices.append(workers.wait_for(device.name, shape))
+        if workers is not None and number == 0:
+            devices += [workers.wait_for(name, shape) for name in remote if name not in placed]
+        stages.append(Stage(dense[stage.layers, stage.ranks], devices))
     epoch = workers.epoch if workers else 1
-    return Engine(decoder.config, Stage(decoder, devices), options=made_of.options, tokenizer=tokenizer, epoch=epoch)
+    return Engine(config, stages, options=made_of.options, tokenizer=tokenizer, epoch=epoch)
 
 
 def warm_up(engine: Engine) -> None:
     """One short request, so that the first client does not wait for what is compiled or allocated once."""
-    if not engine.placement.could_hold(3):
+    if not engine.could_hold(3):
         return
     engine.add([0, 0], SamplingParams(max_tokens=2, ignore_eos=True))
     while engine.has_work:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.room import DeviceRoom
+from hetis.runtime.measured.coefficients import Coefficients
+from hetis.runtime.measured.planned import planned_coefficients
 from hetis.runtime.model.config import ModelConfig
-from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.runtime.model.errors import ModelError
+from hetis.runtime.model.shard import Shard
+from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,18 +26,42 @@ class DevicePages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageLayout:
+    """A stage, or one copy of it.
+
+    Attributes:
+        layers: of the model.
+        ranks: tensor-parallel ranks of its primary.
+        devices: the primary's ranks first, then its attention workers.
+    """
+
+    layers: range
+    ranks: int
+    devices: tuple[DevicePages, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """What a replica's plan asks of the engine.
 
     Attributes:
-        devices: the primary first, then its attention workers, with the KV that the plan counts on.
+        stages: in the order of their layers, copies of a stage one after another, with the KV that the plan counts on.
         seats: requests that decode together.
+        in_flight: micro-batches on their way through the pipeline.
         chunk_tokens: prompt tokens per step.
+        costs: of attention on the devices, by name, as far as the plan says.
     """
 
-    devices: tuple[DevicePages, ...]
+    stages: tuple[StageLayout, ...]
     seats: int
+    in_flight: int
     chunk_tokens: int
+    costs: Mapping[str, Coefficients] = field(default_factory=dict)
+
+    @property
+    def attention_workers(self) -> tuple[str, ...]:
+        """Names of the devices that are no primary."""
+        return tuple(device.name for stage in self.stages for device in stage.devices[stage.ranks :])
 
 
 def layout_of(
@@ -43,6 +71,7 @@ def layout_of(
 
     Raises:
         LayoutError: there is no such replica, the plan is of another model, or it asks for what this engine lacks.
+        DocumentError: a document in the plan is not usable.
     """
     if not 0 <= replica < len(plan.replicas):
         raise LayoutError(f"there is no replica {replica}, the plan has {len(plan.replicas)}, counted from 0")
@@ -50,17 +79,33 @@ def layout_of(
     wrong = [*_other_model(plan, config), *_not_possible(found, config)]
     if wrong:
         raise LayoutError(*wrong)
-    (stage,) = found.stages
-    pages = -(-(kv_tokens or found.kv_tokens) // page_tokens)
-    devices = [DevicePages(name=stage.devices[0], pages=stage.kv_head_groups_kept * pages)]
-    for pool in found.attention_workers:
-        each = -(-pool.kv_head_groups * pages // len(pool.devices))
-        devices += [DevicePages(name=name, pages=each) for name in pool.devices]
+    tokens = kv_tokens or found.kv_tokens
     return Layout(
-        devices=tuple(devices),
+        stages=tuple(
+            _copy_layout(found, number, copy, pages=-(-tokens // stage.copies // page_tokens))
+            for number, stage in enumerate(found.stages)
+            for copy in range(stage.copies)
+        ),
         seats=found.micro_batch * found.in_flight,
+        in_flight=found.in_flight,
         chunk_tokens=found.chunk_tokens,
+        costs=planned_coefficients(plan, replica),
     )
+
+
+def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, pages: int) -> StageLayout:
+    """One copy of a stage, whose heads hold ``pages`` each."""
+    stage = replica.stages[number]
+    ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
+    devices = [DevicePages(name=name, pages=stage.kv_head_groups_kept * pages) for name in ranks]
+    for pool in replica.attention_workers:
+        if pool.stage == number:
+            cards = len(pool.devices) // stage.copies
+            each = -(-pool.kv_head_groups * stage.tp * pages // cards)
+            own = pool.devices[copy * cards : (copy + 1) * cards]
+            devices += [DevicePages(name=name, pages=each) for name in own]
+    first = stage.first_layer
+    return StageLayout(layers=range(first, first + stage.num_layers), ranks=stage.tp, devices=tuple(devices))
 
 
 def pages_of(rooms: tuple[DeviceRoom, ...], shape: KvShape) -> tuple[DevicePages, ...]:
@@ -85,12 +130,11 @@ def one_device(config: ModelConfig, shape: KvShape, *, seats: int, max_tokens: i
     return DevicePages(name="cpu0", pages=max(1, min(wanted, free_bytes // 2 // shape.page_bytes)))
 
 
-def refuse_if_too_large(devices: tuple[DevicePages, ...], shape: KvShape, *, free_bytes: int) -> None:
-    """Raises LayoutError: the devices are all in this machine's memory, and it has less."""
-    needed = sum(device.pages for device in devices) * shape.page_bytes
-    if needed > free_bytes:
+def refuse_if_too_large(needed_bytes: int, *, free_bytes: int) -> None:
+    """Raises LayoutError: KV of all devices here is in this machine's memory, and it has less."""
+    if needed_bytes > free_bytes:
         raise LayoutError(
-            f"KV of {_mib(needed)} MiB is asked for, {_mib(free_bytes)} MiB of this machine's memory are free"
+            f"KV of {_mib(needed_bytes)} MiB is asked for, {_mib(free_bytes)} MiB of this machine's memory are free"
         )
 
 
@@ -122,19 +166,28 @@ def _not_possible(replica: ReplicaPlan, config: ModelConfig) -> list[str]:
     wrong = []
     if replica.role is not Role.UNIFIED:
         wrong.append(f"the replica's role is {replica.role}; this engine runs unified ones")
-    if len(replica.stages) > 1:
-        wrong.append(f"the replica is a pipeline of {len(replica.stages)} stages; this engine runs one")
-    for number, stage in enumerate(replica.stages):
-        if stage.tp > 1:
-            wrong.append(f"stage {number} has tensor parallelism of {stage.tp}; this engine has none")
-        if stage.copies > 1:
-            wrong.append(f"stage {number} has {stage.copies} copies; this engine runs one")
     if any(pool.shared for pool in replica.attention_workers):
         wrong.append("attention workers are shared between stages; this engine's have one stage each")
-    kept = replica.stages[0].kv_head_groups_kept + sum(pool.kv_head_groups for pool in replica.attention_workers)
-    if not wrong and kept != config.kv_heads:
-        wrong.append(f"the plan places {kept} KV heads, the model has {config.kv_heads}")
+    for number, stage in enumerate(replica.stages):
+        wrong += _wrong_split(replica, number, stage, config)
+    planned = sum(stage.num_layers for stage in replica.stages)
+    if planned != config.layers:
+        wrong.append(f"the plan's stages have {planned} layers, the model {config.layers}")
     return wrong
+
+
+def _wrong_split(replica: ReplicaPlan, number: int, stage: StagePlan, config: ModelConfig) -> list[str]:
+    """Whether a stage's ranks divide the model, and together with its attention workers hold all heads."""
+    where = f"stage {number}: " if len(replica.stages) > 1 else ""
+    if stage.tp > 1:
+        try:
+            Shard(size=stage.tp).check(config)
+        except ModelError as error:
+            return [f"{where}{error}"]
+    on_workers = sum(pool.kv_head_groups for pool in replica.attention_workers if pool.stage == number)
+    kept = (stage.kv_head_groups_kept + on_workers) * stage.tp
+    heads = max(config.kv_heads, stage.tp)
+    return [] if kept == heads else [f"{where}the plan places {kept} KV heads, the model has {heads}"]
 
 
 def _mib(size: int) -> int:

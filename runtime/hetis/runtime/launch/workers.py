@@ -28,16 +28,17 @@ class Workers:
         epoch: of the engine: what an earlier one says, the workers refuse.
     """
 
-    def __init__(self, store: str, names: Sequence[str], *, epoch: int, timeout_s: float) -> None:
-        """Opens the store at ``host:port``. ``timeout_s``: until a worker has come, and until a silent one is lost.
+    def __init__(self, store: str, names: Sequence[str], *, epoch: int, timeout_s: float, start_s: float) -> None:
+        """Opens the store at ``host:port``. ``start_s``: until a worker has come; ``timeout_s``: until a silent one is
+        lost.
 
         Raises:
             ChannelError: the address cannot be used.
         """
         self._store: Any = open_store(store, is_master=True, timeout_s=timeout_s)
         self.names, self.epoch = tuple(names), epoch
-        self._timeout_s = timeout_s
-        self._keys: dict[str, bytes] = {}
+        self._timeout_s, self._start_s = timeout_s, start_s
+        self._met: dict[str, Endpoint] = {}
 
     def wait_for(self, name: str, shape: KvShape) -> RemoteDevice:
         """The worker of that name, with nothing in it.
@@ -46,14 +47,14 @@ class Workers:
             ChannelError: it did not come.
             DeviceError: it does not answer, or obeys a later engine.
         """
-        endpoint = look_up(self._store, name, timeout_s=self._timeout_s)
+        endpoint = look_up(self._store, name, timeout_s=self._start_s)
         return self._join(name, endpoint, shape)
 
     def bring_back(self, engine: Engine) -> None:
-        """Devices that were lost, and whose workers were started again, take heads again; called between two steps."""
+        """Devices that were lost, and whose workers are there again, take heads again; called between two steps."""
         for part in engine.stages:
             for index, device in enumerate(part.stage.devices):
-                if device.name in self._keys and part.placement.state.devices[index].status is DeviceStatus.LOST:
+                if device.name in self._met and part.placement.state.devices[index].status is DeviceStatus.LOST:
                     self._bring_back(engine, part, index, device.name)
 
     def close(self, engine: Engine) -> None:
@@ -65,8 +66,8 @@ class Workers:
     def _bring_back(self, engine: Engine, part: StageHeads, index: int, name: str) -> None:
         try:
             endpoint = look_up(self._store, name, timeout_s=_LOOK_S)
-            if endpoint.key == self._keys[name]:
-                return  # it has not been started again
+            if endpoint == self._met[name]:
+                return  # it is still gone: one that is started again, or cut off and free, says so
             device = self._join(name, endpoint, part.stage.shape)
         except (ChannelError, DeviceError) as error:
             _log.info("%s is not back: %s", name, error)
@@ -80,5 +81,5 @@ class Workers:
         _log.info("%s is back", name)
 
     def _join(self, name: str, endpoint: Endpoint, shape: KvShape) -> RemoteDevice:
-        self._keys[name] = endpoint.key
+        self._met[name] = endpoint
         return join(name, endpoint, shape, epoch=self.epoch, timeout_s=self._timeout_s)

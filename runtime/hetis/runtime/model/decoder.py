@@ -18,7 +18,8 @@ from torch.nn import functional
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.model.rope import rope_table
 from hetis.runtime.model.rowwise import choose_rowwise, layer_norm
-from hetis.runtime.model.weights import Norm, Shard, Weights, load_weights
+from hetis.runtime.model.shard import Shard
+from hetis.runtime.model.weights import Norm, Weights, load_weights
 
 
 class Positions(NamedTuple):

@@ -16,8 +16,8 @@ Floats = npt.NDArray[np.floating[Any]]
 def rms_norm(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
     """Rows of x and out [T, size]."""
     for t in range(x.shape[0]):
-        total = x[t, 0] * x[t, 0]
-        for i in range(1, x.shape[1]):
+        total = x.dtype.type(0)
+        for i in range(x.shape[1]):
             total += x[t, i] * x[t, i]
         factor = x.dtype.type(1 / np.sqrt(total / x.dtype.type(x.shape[1]) + x.dtype.type(eps)))
         for i in range(x.shape[1]):

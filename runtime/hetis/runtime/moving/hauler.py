@@ -209,7 +209,8 @@ class Hauler:
         return request.computed - carried.copied if request is not None else 0
 
     def _flip(self, change: Change) -> None:
-        """Tail, VERIFY, FLIP, RELEASE, with no step in between."""
+        """Tail, VERIFY, FLIP, RELEASE, with no step in between, nor on its way."""
+        self.engine.settle()
         for carried in list(change.moves):
             request = self.engine.running.get(carried.move.request)
             if request is None or not self.engine.is_under_way(carried.move):

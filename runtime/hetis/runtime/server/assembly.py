@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.runtime.engine.engine import Engine, EngineOptions
-from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import DevicePages, Layout, layout_of, one_device, pages_of
+from hetis.runtime.launch.layout import Layout, StageLayout, layout_of, one_device, pages_of
 from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.launch.workers import Workers
+from hetis.runtime.measured.metrics import CostMetrics
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.server.app import AppOptions, Front
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
-from hetis.runtime.server.measuring import measure_steps
+from hetis.runtime.server.measuring import measure_engine
 from hetis.runtime.server.running import Told, serve
 from hetis.runtime.server.text import Tokens
 
@@ -42,6 +42,7 @@ class Asked:
     workers: tuple[str, ...]
     store: str
     worker_s: float
+    start_s: float
     dtype: str | None
     context_tokens: int | None
     seats: int | None
@@ -72,15 +73,17 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     workers = _workers(asked)
     engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
     await asyncio.to_thread(warm_up, engine)
-    predictor = await asyncio.to_thread(measure_steps, engine) if len(engine.stages) == 1 else None
+    measured = await asyncio.to_thread(measure_engine, engine, planned=layout.costs if layout else None)
     desk = Desk(
         engine,
         model=asked.name,
         version=asked.version,
         most_open=engine.options.most_running + asked.max_waiting,
-        predictor=predictor,
+        predictor=measured.predictor,
         tend=None if workers is None else lambda: workers.bring_back(engine),
     )
+    labels = {"model_name": asked.name, "engine": "0"}
+    desk.metrics.registry.register(CostMetrics(labels, measured.costs))
     options = AppOptions(body_bytes=asked.body_bytes, answer_s=asked.answer_s, write_s=asked.write_s)
     front = Front(desk, tokens, chat, model=asked.name, options=options)
     _tell_devices(engine)
@@ -107,7 +110,7 @@ def _layout(asked: Asked) -> Layout | None:
     config = read_config(asked.folder)
     plan = load_plan(asked.plan)
     layout = layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
-    planned = [device.name for device in layout.devices[1:]]
+    planned = layout.attention_workers
     others = [f"--worker {name} is no attention worker of the plan" for name in asked.workers if name not in planned]
     if others:
         raise LayoutError(*others)
@@ -119,15 +122,20 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
     chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else _CHUNK_TOKENS)
     options = EngineOptions(most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens)
 
-    def choose(config: ModelConfig, shape: KvShape) -> tuple[DevicePages, ...]:
-        if layout is not None:
-            return layout.devices
-        if asked.rooms:
-            return pages_of(asked.rooms, shape)
-        longest = min(asked.context_tokens or config.max_tokens, config.max_tokens)
-        return (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_memory_bytes()),)
-
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
+
+    def choose(config: ModelConfig) -> tuple[StageLayout, ...]:
+        if layout is not None:
+            return layout.stages
+        every = range(config.layers)
+        shape = made_of.shape(config, every)
+        longest = min(asked.context_tokens or config.max_tokens, config.max_tokens)
+        devices = pages_of(asked.rooms, shape)
+        if not devices:
+            free_bytes = free_memory_bytes()
+            devices = (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_bytes),)
+        return (StageLayout(layers=every, ranks=1, devices=devices),)
+
     return start_engine(made_of, choose, tokens, workers)
 
 
@@ -135,7 +143,7 @@ def _workers(asked: Asked) -> Workers | None:
     if not asked.workers:
         return None
     # Seconds grow, and a later engine is obeyed rather than an earlier one that still runs.
-    return Workers(asked.store, asked.workers, epoch=int(time.time()), timeout_s=asked.worker_s)
+    return Workers(asked.store, asked.workers, epoch=int(time.time()), timeout_s=asked.worker_s, start_s=asked.start_s)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -69,9 +69,10 @@ def serve(
         typer.Option(help="An attention worker in a process of its own, by its name; repeatable. Needs --store."),
     ] = None,
     store: Annotated[str, typer.Option(help="HOST:PORT that is opened here, where workers say where they are.")] = "",
-    worker_timeout: Annotated[
-        float, typer.Option(help="Seconds until a worker has come, and until a silent one is given up.")
-    ] = 30.0,
+    worker_timeout: Annotated[float, typer.Option(help="Seconds until a silent worker is given up.")] = 30.0,
+    start_timeout: Annotated[
+        float | None, typer.Option(help="Seconds until a worker has come. Default: as --worker-timeout.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float64, bfloat16, float16.")] = "auto",
     context_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt with output. Default: the model's.")
@@ -124,6 +125,7 @@ def serve(
         ("--answer-timeout", answer_timeout, 0.001, 10**6),
         ("--write-timeout", write_timeout, 0.001, 10**6),
         ("--worker-timeout", worker_timeout, 0.1, 10**6),
+        ("--start-timeout", start_timeout, 0.1, 10**6),
         ("--drain-timeout", drain_timeout, 0, 10**6),
     ):
         if value is not None:
@@ -154,6 +156,7 @@ def serve(
         workers=tuple(worker or ()),
         store=store,
         worker_s=worker_timeout,
+        start_s=start_timeout if start_timeout is not None else worker_timeout,
         dtype=chosen_dtype,
         context_tokens=context_tokens,
         seats=seats,

@@ -1,67 +1,139 @@
-"""What a step costs on this machine, measured once before the first request: what later steps are compared with."""
+"""What a step costs on this machine, measured before the first request: what dispatch goes by, and later steps are
+compared with.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import combinations
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-import torch
 
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine
+from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.engine.request import RequestError, SamplingParams
-from hetis.runtime.kv.shape import SequenceKey
+from hetis.runtime.engine.stage import Stage
+from hetis.runtime.measured.calibration import LONGEST_CONTEXT, Calibration, calibrate
+from hetis.runtime.measured.coefficients import Coefficients, device_seconds, with_coefficients
+from hetis.runtime.measured.following import DeviceCost, Following
 from hetis.runtime.server.timing import DenseCost, FloatArray, StepPredictor
-from hetis.solver.dispatch.problem import Primary
 from hetis.solver.dispatch.problem import Stage as StageCosts
 
 Clock = Callable[[], float]
 _ROUNDS = 9
-_OWN = 2**62  # number of the made-up requests that are measured with
-_MOST_TOKENS = 512  # of their contexts: enough to see what reading KV costs, soon filled
+_log = logging.getLogger(__name__)
 
 
-def measure_steps(engine: Engine, *, clock: Clock = time.perf_counter) -> StepPredictor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was measured of an engine, and follows it from then on.
+
+    Attributes:
+        predictor: of its steps; None where it has several stages.
+        following: of the devices of each stage.
+        copy_byte_s: seconds per byte of KV out of the devices of each stage, shape [D]; 0 of one that was not measured.
+    """
+
+    predictor: StepPredictor | None
+    following: tuple[Following, ...]
+    copy_byte_s: tuple[FloatArray, ...]
+
+    def costs(self) -> list[DeviceCost]:
+        """Of all devices; may be asked from another thread."""
+        return [cost for following in self.following for cost in following.costs()]
+
+
+def measure_engine(
+    engine: Engine,
+    *,
+    planned: Mapping[str, Coefficients] | None = None,
+    clock: Clock = time.perf_counter,
+    pause: Callable[[float], None] = time.sleep,
+) -> Measured:
     """Times every device's attention by itself, then whole steps, whose rest is what is dense and all bookkeeping.
 
-    The engine must be idle, and is again afterwards. Medians of several rounds count.
+    Dispatch goes by that, and by what steps take from then on. ``planned`` is the first guess, by name of the device:
+    it stays for a device that has too few pages to be measured. The engine must be idle, and is again afterwards.
     """
-    stage, old = engine.stage, engine.placement.costs
-    fits = [_attention(device, engine.config.kv_heads, clock) for device in stage.devices]
-    costs = StageCosts(
-        heads=old.heads,
-        devices=old.devices,
-        head_s=np.array([[fit[0]] for fit in fits]),
-        kv_byte_s=np.array([[fit[1]] for fit in fits]),
-        call_s=np.array([[fit[2]] for fit in fits]),
-        # What an exchange takes is in the measured calls.
-        transfer_byte_s=np.zeros(len(fits)),
-        transfer_s=np.zeros(len(fits)),
-        primary=Primary(device=0),
+    found = [_measured_stage(part, planned or {}, clock, pause) for part in engine.stages]
+    predictor = _predictor(engine, clock) if len(engine.stages) == 1 else None
+    following, copies = [], []
+    for part, calibrations in zip(engine.stages, found, strict=True):
+        each = [calibrations.get(device.name) for device in part.stage.devices]
+        read_s = [0.0 if one is None else one.read_s for one in each]
+        following.append(follow(engine, part, predictor, read_s=read_s, clock=clock))
+        copies.append(np.array([0.0 if one is None else one.copy_byte_s for one in each]))
+    return Measured(predictor=predictor, following=tuple(following), copy_byte_s=tuple(copies))
+
+
+def follow(
+    engine: Engine,
+    part: StageHeads,
+    predictor: StepPredictor | None = None,
+    *,
+    read_s: Sequence[float],
+    clock: Clock = time.perf_counter,
+) -> Following:
+    """The costs that a stage of ``engine`` dispatches by, and its predictor's, follow what steps take from now on.
+
+    ``read_s``: seconds to take an answer of each device that is there already.
+    """
+
+    def apply(costs: StageCosts) -> None:
+        part.placement.change_costs(costs)
+        if predictor is not None:
+            predictor.costs = costs
+
+    following = Following(part.placement.costs, apply, read_s=read_s, clock=clock)
+    if isinstance(part.stage, Stage):
+        part.stage.through = following.through
+    engine.between_steps.append(following.advance)
+    return following
+
+
+def _measured_stage(
+    part: StageHeads, planned: Mapping[str, Coefficients], clock: Clock, pause: Callable[[float], None]
+) -> Mapping[str, Calibration]:
+    """Calibrations of a stage's devices, which it dispatches by from now on; none of a stage in another process."""
+    placement, stage = part.placement, part.stage
+    if not isinstance(stage, Stage):
+        return {}
+    found = calibrate(
+        stage.devices,
+        groups=len(stage.homes),
+        exchange_bytes_per_head=placement.costs.heads.exchange_bytes_per_head,
+        primaries=stage.num_ranks,
+        clock=clock,
+        pause=pause,
     )
-    in_turn = all(isinstance(device, LocalDevice) for device in stage.devices)
-    layers, nothing = stage.shape.layers, DenseCost(call_s=0.0, row_s=0.0)
+    measured = {name: one.coefficients for name, one in found.items()}
+    _tell_apart(placement.costs, planned, measured)
+    placement.change_costs(with_coefficients(placement.costs, {**planned, **measured}))
+    return found
+
+
+def _tell_apart(costs: StageCosts, planned: Mapping[str, Coefficients], measured: Mapping[str, Coefficients]) -> None:
+    """Logs how far the machine is from its plan, at one request of the longest context that was measured."""
+    groups = np.full(costs.num_devices, float(costs.heads.head_groups))
+    heads = groups * costs.heads.queries_per_group
+    kv_bytes = groups * LONGEST_CONTEXT * costs.heads.kv_bytes_per_token
+    both = [device_seconds(with_coefficients(costs, known), heads, kv_bytes) for known in (planned, measured)]
+    for name, planned_s, measured_s in zip(costs.devices, *both, strict=True):
+        if name in planned and name in measured and planned_s > 0:
+            _log.info("device %s takes %.2g times what the plan says", name, measured_s / planned_s)
+
+
+def _predictor(engine: Engine, clock: Clock) -> StepPredictor:
+    """With the costs that dispatch goes by; what else a step takes is measured."""
+    costs, layers, nothing = engine.placement.costs, engine.stage.shape.layers, DenseCost(call_s=0.0, row_s=0.0)
+    in_turn = all(isinstance(device, LocalDevice) for device in engine.stage.devices)
     attention = StepPredictor(costs, layers=layers, dense=nothing, in_turn=in_turn)
     return StepPredictor(costs, layers=layers, dense=_rest(engine, attention, clock), in_turn=in_turn)
-
-
-def nonnegative_fit(matrix: FloatArray, values: FloatArray) -> FloatArray:
-    """Least squares with coefficients >= 0, by trying every set of columns: there are three."""
-    columns = matrix.shape[1]
-    best, least = np.zeros(columns), float(values @ values)
-    for size in range(1, columns + 1):
-        for chosen in map(list, combinations(range(columns), size)):
-            found = np.linalg.lstsq(matrix[:, chosen], values, rcond=None)[0]
-            error = float(np.square(matrix[:, chosen] @ found - values).sum())
-            if (found >= 0).all() and error < least:
-                best, least = np.zeros(columns), error
-                best[chosen] = found
-    return best
 
 
 def _rest(engine: Engine, attention: StepPredictor, clock: Clock) -> DenseCost:
@@ -86,65 +158,3 @@ def _rest_s(engine: Engine, attention: StepPredictor, rows: int, clock: Clock) -
         if known_s is not None:
             seconds.append(max(taken_s - known_s, 0.0))
     return median(seconds[1:] or seconds)
-
-
-def _attention(device: AttentionDevice, groups: int, clock: Clock) -> FloatArray:
-    """Seconds per query head, per KV byte and per call of one layer, shape [3]."""
-    shape = device.shape
-    rows, seconds = [], []
-    for sequences, tokens in _points(device, groups):
-        heads = list(range(sequences))
-        kv = torch.zeros(sequences, shape.layers, tokens, shape.head_dim, dtype=shape.torch_dtype)
-        try:
-            device.adopt(_OWN, 0, heads, 0, kv, kv)
-            seconds.append(_layer_s(device, heads, tokens, clock))
-        finally:
-            device.drop([SequenceKey(_OWN, 0, head) for head in heads])
-        token_bytes = 2 * shape.head_dim * shape.torch_dtype.itemsize
-        rows.append([sequences * shape.queries_per_group, sequences * (tokens + 1) * token_bytes, 1.0])
-    if not rows:
-        return np.zeros(3)
-    matrix, values = np.array(rows), np.array(seconds)
-    weights = 1 / np.maximum(values, 1e-9)  # relative errors: short calls count as much as long ones
-    scale = matrix.max(axis=0)
-    found: FloatArray = nonnegative_fit(matrix / scale * weights[:, None], values * weights) / scale
-    return found
-
-
-def _points(device: AttentionDevice, groups: int) -> list[tuple[int, int]]:
-    """Numbers of sequences and positions to measure, as far as the device's pages reach."""
-    wanted = [(count, tokens) for count in (1, groups, 4 * groups) for tokens in (15, 127, _MOST_TOKENS - 1)]
-    return [(n, t) for n, t in wanted if n * device.shape.pages(t + 1) <= device.num_pages]
-
-
-def _layer_s(device: AttentionDevice, heads: Sequence[int], tokens: int, clock: Clock) -> float:
-    shape, num = device.shape, len(heads)
-    step = DeviceStep(
-        epoch=0,
-        number=0,
-        requests=np.full(num, _OWN, np.int64),
-        incarnations=np.zeros(num, np.int64),
-        heads=np.array(heads, np.int64),
-        positions=np.full(num, tokens, np.int64),
-    )
-    q = torch.zeros(num, shape.queries_per_group, shape.head_dim, dtype=shape.torch_dtype)
-    k = torch.zeros(num, shape.head_dim, dtype=shape.torch_dtype)
-
-    def once() -> None:
-        device.begin(step)
-        for layer in range(shape.layers):
-            device.attend(layer, q, k, k).wait()
-        device.finish(0)
-
-    with torch.inference_mode():
-        return _median_s(once, clock) / shape.layers
-
-
-def _median_s(run: Callable[[], None], clock: Clock) -> float:
-    run()  # what is compiled or allocated once
-    seconds = []
-    for _ in range(_ROUNDS):
-        begun_s = clock()
-        run()
-        seconds.append(clock() - begun_s)
-    return median(seconds)

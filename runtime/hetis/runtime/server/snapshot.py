@@ -91,5 +91,5 @@ def view_of(engine: Engine) -> EngineView:
         steps=engine.num_steps,
         preempted=engine.num_preempted,
         moved_heads=engine.num_moved_heads,
-        page_tokens=engine.stage.shape.page_tokens,
+        page_tokens=engine.stages[0].stage.shape.page_tokens,
     )

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.runtime.engine.step import Step
+from hetis.runtime.measured.coefficients import device_seconds
 from hetis.solver.dispatch.problem import Stage as StageCosts
 
 FloatArray = npt.NDArray[np.float64]
@@ -40,7 +41,7 @@ class StepPredictor:
         if step.chunks or not len(step.requests):
             return None
         heads, kv_bytes = self._load(step)
-        devices_s = self._attention_s(heads, kv_bytes)
+        devices_s = device_seconds(self.costs, heads, kv_bytes)
         layer_s = float(devices_s.sum() if self.in_turn else devices_s.max())
         return self.layers * layer_s + self.dense.seconds(len(step.requests))
 
@@ -52,13 +53,3 @@ class StepPredictor:
         heads = np.bincount(owners, minlength=num) * shape.queries_per_group
         kv_bytes = np.bincount(owners, weights=tokens, minlength=num) * shape.kv_bytes_per_token
         return heads.astype(np.float64), kv_bytes.astype(np.float64)
-
-    def _attention_s(self, heads: FloatArray, kv_bytes: FloatArray) -> FloatArray:
-        costs = self.costs
-        pieces = costs.head_s * heads[:, None] + costs.kv_byte_s * kv_bytes[:, None] + costs.call_s
-        away = np.ones(len(heads))
-        if costs.primary is not None:
-            away[costs.primary.device] = 0.0
-        exchange = costs.transfer_byte_s * costs.heads.exchange_bytes_per_head * heads + costs.transfer_s
-        seconds: FloatArray = np.where(heads > 0, pieces.max(axis=1) + away * exchange, 0.0)
-        return seconds

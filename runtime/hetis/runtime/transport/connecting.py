@@ -21,7 +21,9 @@ from hetis.runtime.transport.channel import Channel, PipeChannel
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, FrameError
 from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
-from hetis.runtime.transport.tcp import TcpPipe
+from hetis.runtime.transport.tcp import TcpPipe, listen
+
+_ANY_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where one that listens everywhere reaches itself
 
 
 class ChannelKind(StrEnum):
@@ -35,19 +37,25 @@ class ChannelKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a worker listens, and the key that it wants to hear."""
+    """Where a worker listens, and the key that it wants to hear.
+
+    ``served`` counts its connections that have ended: an engine that has lost it sees by this that it is free again.
+    """
 
     host: str
     port: int
     key: bytes
+    served: int = 0
 
     def to_json(self) -> str:
-        return json.dumps({"host": self.host, "port": self.port, "key": self.key.hex()})
+        said = {"host": self.host, "port": self.port, "key": self.key.hex(), "served": self.served}
+        return json.dumps(said)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Endpoint:
         said = json.loads(text)
-        return cls(host=str(said["host"]), port=int(said["port"]), key=bytes.fromhex(said["key"]))
+        key = bytes.fromhex(said["key"])
+        return cls(host=str(said["host"]), port=int(said["port"]), key=key, served=int(said["served"]))
 
 
 def open_store(address: str, *, is_master: bool, timeout_s: float = 30.0) -> Any:
@@ -58,24 +66,42 @@ def open_store(address: str, *, is_master: bool, timeout_s: float = 30.0) -> Any
     """
     from torch.distributed import TCPStore
 
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    host, _, text = address.rpartition(":")
+    if not host or not text.isdecimal() or int(text) > 65_535:
         raise ChannelError(f"store address {address!r} must be HOST:PORT")
+    host, port, listens = host.strip("[]"), int(text), None
+    if is_master:
+        # A store that opens its own port listens on every address of the host, whatever it was told.
+        try:
+            listener = listen(host, port)
+        except OSError as error:
+            raise ChannelError(
+                f"store {address}: cannot listen there: {(error.strerror or str(error)).lower()}"
+            ) from error
+        port, listens = listener.getsockname()[1], listener.detach()
     try:
         return TCPStore(
-            host,
-            int(port),
+            _ANY_HERE.get(host, host),
+            port,
             is_master=is_master,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
+            master_listen_fd=listens,
         )
     except (RuntimeError, ValueError) as error:
         raise ChannelError(f"store {address}: {str(error).splitlines()[0]}") from error
 
 
 def publish(store: Any, name: str, endpoint: Endpoint) -> None:
-    """Says where the worker of that name is; one that starts again overwrites what it said before."""
-    store.set(f"hetis/worker/{name}", endpoint.to_json())
+    """Says where the worker of that name is; one that starts again overwrites what it said before.
+
+    Raises:
+        ChannelError: the store is gone.
+    """
+    try:
+        store.set(f"hetis/worker/{name}", endpoint.to_json())
+    except RuntimeError as error:
+        raise ChannelError(f"the store is gone: {str(error).splitlines()[0]}") from error
 
 
 def look_up(store: Any, name: str, *, timeout_s: float = 30.0) -> Endpoint:

@@ -91,4 +91,5 @@ class TcpPipe:
 
 def listen(host: str, port: int = 0) -> socket.socket:
     """A socket that takes connections; port 0 chooses one. Raises OSError."""
-    return socket.create_server((host, port), backlog=8)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=128)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+from collections.abc import Callable
 
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.connecting import accept
@@ -20,9 +21,17 @@ class WorkerLoop:
     """Runs a core over the connections that come to ``listener``."""
 
     def __init__(
-        self, core: WorkerCore, listener: socket.socket, *, stall_s: float = 10.0, device: str = "cpu"
+        self,
+        core: WorkerCore,
+        listener: socket.socket,
+        *,
+        stall_s: float = 10.0,
+        device: str = "cpu",
+        announce: Callable[[int], None] = lambda served: None,
     ) -> None:
+        """``announce`` is called again and again while no engine speaks, with how many connections have ended."""
         self.core = core
+        self._announce, self._served = announce, 0
         self._listener, self._stall_s, self._device = listener, stall_s, device
         self._listener.setblocking(False)
         self._waiting = select.poll()
@@ -37,12 +46,14 @@ class WorkerLoop:
     def turn(self) -> None:
         """One frame, one connection, or a short wait."""
         if self._channel is None:
+            self._announce(self._served)
             self._waiting.poll(1000)
             self._take_newcomer()
             return
         try:
             frame = self._channel.receive(LOOK_S)
             if frame is None:
+                self._announce(self._served)  # it may be that its host is gone, and another engine looks for us
                 self._take_newcomer()
             elif frame.kind is Kind.BYE:
                 self._leave("it said goodbye")
@@ -60,7 +71,7 @@ class WorkerLoop:
         try:
             channel, hello = accept(connection, stall_s=self._stall_s, device=self._device)
         except ChannelError as error:
-            _log.warning("%s: a connection came to nothing: %s", self.core.name, error)
+            self._ended("a connection came to nothing", error)
             return
         try:
             answer = self.core.handle(hello) if hello.kind is Kind.HELLO else None
@@ -69,15 +80,16 @@ class WorkerLoop:
                 return
             channel.send([answer])
         except ChannelError as error:
-            _log.warning("%s: a connection came to nothing: %s", self.core.name, error)
+            self._ended("a connection came to nothing", error)
             channel.close()
             return
         if answer.kind is Kind.ERROR:
-            _log.warning("%s: refused an engine: %s", self.core.name, ErrorCode(answer.counts[0]).name)
+            self._ended("refused an engine", ErrorCode(answer.counts[0]).name)
             channel.close()
             return
         if self._channel is not None:
             self._channel.close()
+            self._served += 1
         self._channel = channel
         _log.info("%s: serves %s, epoch %d", self.core.name, channel.name, self.core.epoch)
 
@@ -91,4 +103,9 @@ class WorkerLoop:
         _log.info("%s: %s ended: %s", self.core.name, self._channel.name, why)
         self._channel.close()
         self._channel = None
+        self._served += 1
         self.core.leave()
+
+    def _ended(self, what: str, why: object) -> None:
+        _log.warning("%s: %s: %s", self.core.name, what, why)
+        self._served += 1

@@ -1,13 +1,12 @@
 """The command line of an attention worker.
 
-Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options.
+Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or variables.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
-import re
+import os
 import secrets
 import signal
 import sys
@@ -15,81 +14,73 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+from hetis.runtime.worker.options import OptionError, WorkerOptions, read_options
+
+EXIT_FAILED, EXIT_INVALID = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        options = read_options(arguments, os.environ)
+    except OptionError as error:
+        for message in error.messages:
+            print(f"hetis worker: {message}", file=sys.stderr)
+        return EXIT_INVALID
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    return _serve(options)
+
+
+def _serve(options: WorkerOptions) -> int:
     import torch
 
     from hetis.runtime.attention.local import LocalDevice
     from hetis.runtime.kv.shape import KvShape
-    from hetis.runtime.transport.connecting import Endpoint, open_store, publish
-    from hetis.runtime.transport.errors import ChannelError
+    from hetis.runtime.transport.connecting import Endpoint
     from hetis.runtime.transport.tcp import listen
+    from hetis.runtime.worker.announcing import Announcer
     from hetis.runtime.worker.core import WorkerCore
     from hetis.runtime.worker.loop import WorkerLoop
 
     torch.set_num_threads(options.threads)
     name, device = options.name, options.device
+    if device != "cpu" and not _is_there(device):
+        print(f"hetis worker {name}: {device} is not there: torch finds {_cuda_count()} CUDA devices", file=sys.stderr)
+        return EXIT_INVALID
 
     def make_device(shape: KvShape) -> LocalDevice:
-        return LocalDevice(name, shape, options.kv_memory // shape.page_bytes, device=device)
+        return LocalDevice(name, shape, options.kv_bytes // shape.page_bytes, device=device)
 
     host, port = options.listen
     key = secrets.token_bytes(16)
     try:
         listener = listen(host, port)
-        endpoint = Endpoint(host=options.advertise or host, port=listener.getsockname()[1], key=key)
-        publish(open_store(options.store, is_master=False, timeout_s=options.timeout), name, endpoint)
-    except (OSError, ChannelError) as error:
-        print(f"hetis worker {name}: {error}", file=sys.stderr)
-        return 1
-    logging.info("%s: listens on %s:%d", name, endpoint.host, endpoint.port)
-    WorkerLoop(WorkerCore(name, make_device, key=key), listener, stall_s=options.timeout, device=device).run()
+    except OSError as error:
+        print(f"hetis worker {name}: cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED
+    port = listener.getsockname()[1]
+    announcer = Announcer(name, options.store)
+
+    def announce(served: int) -> None:
+        announcer.say(Endpoint(host=options.advertise, port=port, key=key, served=served))
+
+    logging.info("%s: listens on %s:%d", name, options.advertise, port)
+    core = WorkerCore(name, make_device, key=key)
+    WorkerLoop(core, listener, stall_s=options.timeout_s, device=device, announce=announce).run()
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hetis.runtime.worker", description=main.__doc__)
-    parser.add_argument("--name", required=True, help="unique among the workers of the store")
-    parser.add_argument("--store", required=True, metavar="HOST:PORT", help="TCPStore of torch, to say where it is")
-    parser.add_argument("--kv-memory", required=True, type=_bytes, metavar="SIZE", help="for KV, such as 512MiB")
-    parser.add_argument("--listen", default=("127.0.0.1", 0), type=_address, metavar="HOST:PORT", help="port 0: any")
-    parser.add_argument("--advertise", default="", metavar="HOST", help="what others call this host")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", default=1, type=_at_least_one, help="of the CPU; default 1")
-    parser.add_argument("--timeout", default=10.0, type=float, metavar="SECONDS", help="for a frame that has begun")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    return parser
+def _is_there(device: str) -> bool:
+    number = int(device.partition(":")[2] or 0)
+    return number < _cuda_count()
 
 
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9.]+)\s*([KMG]i?B)?", text)
-    try:
-        size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size above 0, such as 512MiB")
-    return size
+def _cuda_count() -> int:
+    import torch
 
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} must be HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return int(text)
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

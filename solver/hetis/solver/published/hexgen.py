@@ -11,18 +11,18 @@ Reconstructed, and what our model asks for beyond the paper:
 - HexGen ranks individuals by their number of groups first and by simulated attainment of a deadline later; here it is
   the cost model's rate within the limits, the number of groups where rates are equal.
 - HexGen merges once in a thousand or more changes of groups, here in a third of them, which finds better plans sooner.
-- The best individual stays in the population, so that the last generation is no worse than the others.
+- The best individual stays in the population, so that the last generation is no worse than the others; a hundred
+  generations without a better one are the last.
 - One TP degree per GPU type of a group, as for `hexgen2-paper`; (b, M, C) and the layers follow from our family.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-
-import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import NoPlanFoundError
@@ -40,6 +40,7 @@ from hetis.solver.published.pipelines import Duty, duty_of
 from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
+PATIENCE = 100  # generations without a better individual, after which the search ends
 HEADROOM = 0.1  # of a group's memory over the weights: 144 GB for Llama-2 70B in HexGen's code
 LEAST_SHARE, MOST_SHARE = 0.1, 0.9  # of every machine that goes to the new group of a split
 MOVES = 0.5  # of the mutations
@@ -68,7 +69,7 @@ def solve_hexgen(problem: PlacementProblem, *, budget: Budget, seed: int, report
     atlas = build_atlas(problem)
     rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
     graph = fleet_graph(problem.cluster, atlas.classes, rooms)
-    search, order = ReplicaSearch(atlas), np.random.default_rng(seed)
+    search, order = ReplicaSearch(atlas), random.Random(seed)
     mutations = Mutations(graph, replica_bytes(problem.model, HEADROOM), order)
     replicas: list[ReplicaPlan] = []
     for zone in problem.cluster.zones():
@@ -87,7 +88,7 @@ def solve_hexgen(problem: PlacementProblem, *, budget: Budget, seed: int, report
 
 def evolved(
     start: Individual, mutated: Callable[[Individual], Individual], fitness: Callable[[Individual], tuple[float, int]],
-    order: np.random.Generator, *, budget: Budget, report: Report,
+    order: random.Random, *, budget: Budget, report: Report,
 ) -> Individual:  # fmt: skip
     """The fittest individual of all generations; survivors are drawn by tournament, the fittest is always one."""
     known: dict[Individual, tuple[float, int]] = {}
@@ -98,14 +99,16 @@ def evolved(
         return known[one]
 
     population = [start]
+    last_gain = 0
     for generation in range(GENERATIONS):
-        if budget.is_spent():
+        if budget.is_spent() or generation - last_gain > PATIENCE:
             break
-        offspring = [mutated(population[order.integers(len(population))]) for _ in range(OFFSPRING)]
+        offspring = [mutated(order.choice(population)) for _ in range(OFFSPRING)]
         candidates = population + offspring
         best = max(candidates, key=fit)
-        drawn = [order.integers(len(candidates), size=TOURNAMENT) for _ in range(SURVIVORS - 1)]
-        population = [best, *(max((candidates[i] for i in some), key=fit) for some in drawn)]
+        last_gain = generation if fit(best) > fit(population[0]) else last_gain
+        drawn = [order.choices(candidates, k=TOURNAMENT) for _ in range(SURVIVORS - 1)]
+        population = [best, *(max(some, key=fit) for some in drawn)]
         report(
             Progress(phase=f"generation {generation + 1}", elapsed_s=budget.elapsed_s(), incumbent=fit(best)[0] or None)
         )
@@ -118,13 +121,14 @@ class Mutations:
 
     graph: FleetGraph
     least_bytes: float
-    order: np.random.Generator
+    order: random.Random
 
     def mutated(self, one: Individual) -> Individual:
         """The individual after a random change; itself where no attempt leaves memory enough."""
+        rooms = self.graph.room_bytes.tolist()
         for _ in range(ATTEMPTS):
             changed = self._change_of(one)(one)
-            if all(self.graph.room_bytes[list(group)].sum() >= self.least_bytes for group in changed):
+            if all(sum(rooms[gpu] for gpu in group) >= self.least_bytes for group in changed):
                 return tuple(sorted(changed))
         return one
 
@@ -137,16 +141,16 @@ class Mutations:
 
     def _moved(self, one: Individual) -> Individual:
         """A GPU goes to another group: of the machine that most of the taker is on, or else any."""
-        giver, taker = (int(i) for i in self.order.choice(len(one), size=2, replace=False))
+        giver, taker = self.order.sample(range(len(one)), 2)
         main, _ = Counter(self.graph.kind(gpu) for gpu in one[taker]).most_common(1)[0]
         suited = [gpu for gpu in one[giver] if self.graph.kind(gpu) == main] or list(one[giver])
-        gpu = suited[self.order.integers(len(suited))]
+        gpu = self.order.choice(suited)
         groups = {**dict(enumerate(one)), giver: tuple(g for g in one[giver] if g != gpu)}
         return (*(g for i, g in groups.items() if i != taker), tuple(sorted((*one[taker], gpu))))
 
     def _split(self, one: Individual) -> Individual:
         """The same share of the GPUs of every machine of a group makes a new one."""
-        chosen = int(self.order.integers(len(one)))
+        chosen = self.order.randrange(len(one))
         share = self.order.uniform(LEAST_SHARE, MOST_SHARE)
         kinds = Counter(self.graph.kind(gpu) for gpu in one[chosen])
         leaving: list[int] = []
@@ -156,7 +160,7 @@ class Mutations:
         return (*(group for i, group in enumerate(one) if i != chosen), staying, tuple(sorted(leaving)))
 
     def _merged(self, one: Individual) -> Individual:
-        first, second = (int(i) for i in self.order.choice(len(one), size=2, replace=False))
+        first, second = self.order.sample(range(len(one)), 2)
         rest = tuple(group for i, group in enumerate(one) if i not in (first, second))
         return (*rest, tuple(sorted((*one[first], *one[second]))))
 

@@ -1,0 +1,122 @@
+"""An attention worker that takes as long as another card would, by waiting: it computes, and answers later.
+
+    python -m benchmarks.measuring.emulated_worker --name w0 --store HOST:PORT --pace FILE
+
+The file holds its pace (`Pace.write`) and is read at every step, so that a card may turn slow while it serves. Waiting
+takes no CPU time: on a machine with few cores, many of them still answer when they should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hetis.runtime.attention.device import DeviceStep
+from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.measured.timed import token_bytes
+from hetis.runtime.transport.connecting import Endpoint, open_store, publish
+from hetis.runtime.transport.frames import HEADER_BYTES, Frame, Kind
+from hetis.runtime.transport.messages import read_step
+from hetis.runtime.transport.tcp import listen
+from hetis.runtime.worker.core import MakeDevice, WorkerCore
+from hetis.runtime.worker.loop import WorkerLoop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What an emulated card takes.
+
+    Attributes:
+        head_s, kv_byte_s, call_s: of one layer's attention, per query head, KV byte read and call.
+        slow: what these are multiplied by.
+        link_bytes_per_s, latency_s: of the link to it, one direction; infinite and 0: none is emulated.
+    """
+
+    head_s: float = 8e-5
+    kv_byte_s: float = 2e-8
+    call_s: float = 2e-3
+    slow: float = 1.0
+    link_bytes_per_s: float = float("inf")
+    latency_s: float = 0.0
+
+    def layer_s(self, step: DeviceStep, shape: KvShape) -> float:
+        """Attention of the virtual sequences of ``step``."""
+        kv_bytes = float((step.positions + 1).sum()) * token_bytes(shape)
+        heads = float(len(step) * shape.queries_per_group)
+        return self.slow * (self.head_s * heads + self.kv_byte_s * kv_bytes + self.call_s)
+
+    def link_s(self, frame: Frame, answer: Frame | None) -> float:
+        """A frame and its answer, if it has one, on their way."""
+        num_bytes = 0
+        for one in (frame, answer):
+            num_bytes += HEADER_BYTES + sum(part.numel() * part.element_size() for part in one.parts) if one else 0
+        return num_bytes / self.link_bytes_per_s + (2 * self.latency_s if answer else 0.0)
+
+    def write(self, path: Path) -> None:
+        """For a worker to read, whole."""
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        aside.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Pace:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def wait_until(moment_s: float) -> None:
+    """Of `time.perf_counter`; at once where it has passed."""
+    left_s = moment_s - time.perf_counter()
+    if left_s > 0:
+        time.sleep(left_s)
+
+
+class PacedCore(WorkerCore):
+    """A worker's core whose answers come when those of the emulated card would."""
+
+    def __init__(self, name: str, make_device: MakeDevice, *, key: bytes, pace: Path) -> None:
+        super().__init__(name, make_device, key=key)
+        self._path, self._pace, self._layer_s = pace, Pace.read(pace), 0.0
+
+    def handle(self, frame: Frame) -> Frame | None:
+        begun_s = time.perf_counter()
+        answer = super().handle(frame)
+        seconds = self._pace.link_s(frame, answer)
+        if frame.kind is Kind.BEGIN and self.device is not None:
+            self._pace = Pace.read(self._path)
+            self._layer_s = self._pace.layer_s(read_step(frame), self.device.shape)
+        elif frame.kind is Kind.ATTEND:
+            seconds += self._layer_s
+        wait_until(begun_s + seconds)
+        return answer
+
+
+def main() -> None:
+    """Serves until it is ended."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.measuring.emulated_worker", description=__doc__)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--pace", required=True, type=Path)
+    parser.add_argument("--pages", required=True, type=int)
+    options = parser.parse_args()
+    logging.basicConfig(level="WARNING")
+    torch.set_num_threads(1)
+    listener = listen("127.0.0.1", 0)
+    key = secrets.token_bytes(16)
+    endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1], key=key)
+    publish(open_store(options.store, is_master=False), options.name, endpoint)
+    core = PacedCore(
+        options.name, lambda shape: LocalDevice(options.name, shape, options.pages), key=key, pace=options.pace
+    )
+    WorkerLoop(core, listener).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What attention costs on the devices of an idle stage: every device by itself, a few numbers of heads and contexts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending, Ready
+from hetis.runtime.kv.shape import SequenceKey
+from hetis.runtime.measured.coefficients import Coefficients
+from hetis.runtime.measured.fitting import Call, fit_calls
+from hetis.runtime.measured.timed import Clock, Taken, TimedDevice, token_bytes
+
+_OWN = 2**62  # number of the made-up request that is measured with
+LONGEST_CONTEXT = 512  # positions read: enough to see what reading KV costs, soon filled
+_CONTEXTS = (16, 128, LONGEST_CONTEXT)
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
+_POINT_S = 0.3  # after which a point has no further rounds: a large model on a slow device takes long enough
+_PAUSES = 3.0  # calls' times after which an answer is surely there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What one device was measured at.
+
+    Attributes:
+        coefficients: of its attention and its exchange. Their sum is what was measured; how it divides between the two
+            is told by what copies out of the device take.
+        copy_byte_s: seconds per byte of KV copied out of it.
+        read_s: seconds to take an answer that is there already.
+    """
+
+    coefficients: Coefficients
+    copy_byte_s: float
+    read_s: float
+
+
+def calibrate(
+    devices: Sequence[AttentionDevice],
+    *,
+    groups: int,
+    exchange_bytes_per_head: float,
+    primaries: int = 1,
+    clock: Clock = time.perf_counter,
+    pause: Callable[[float], None] = time.sleep,
+) -> Mapping[str, Calibration]:
+    """Calibrations by name; a device with too few pages to be measured is left out.
+
+    The devices must be idle, and are again afterwards.
+
+    Args:
+        devices: of one stage.
+        groups: KV heads of the model.
+        exchange_bytes_per_head: between the primary and another device, per query head.
+        primaries: the first so many devices are the primary's ranks, which exchange nothing with themselves.
+        clock: seconds.
+        pause: lets so many seconds pass.
+
+    Raises:
+        DeviceLostError: one failed.
+    """
+    found = {}
+    for number, device in enumerate(devices):
+        one = _Measuring(device, groups, clock, pause).calibration(
+            exchange_bytes_per_head, is_primary=number < primaries
+        )
+        if one is not None:
+            found[device.name] = one
+    return found
+
+
+def _at_once(pending: Pending) -> None:
+    pending.wait()
+
+
+class _Measuring:
+    """One device, and calls to it that are timed."""
+
+    def __init__(self, device: AttentionDevice, groups: int, clock: Clock, pause: Callable[[float], None]) -> None:
+        self._device, self._groups, self._clock, self._pause = device, groups, clock, pause
+
+    def calibration(self, exchange_bytes_per_head: float, *, is_primary: bool) -> Calibration | None:
+        calls: list[Call] = []
+        read_s, copy = 0.0, (0.0, 0.0)
+        points = self._points()
+        for sequences, context in points:
+            try:
+                calls.append(self._measured(sequences, context))
+                if (sequences, context) == points[-1]:
+                    read_s, copy = self._read_s(sequences, context, calls[-1].seconds), self._copy(sequences, context)
+            finally:
+                self._device.drop([SequenceKey(_OWN, 0, head) for head in range(sequences)])
+        if not calls:
+            return None
+        head_s, kv_byte_s, call_s = fit_calls(calls)
+        transfer_byte_s, transfer_s = 0.0, 0.0
+        if not is_primary and exchange_bytes_per_head:
+            transfer_byte_s = min(copy[0], head_s / exchange_bytes_per_head)
+            transfer_s = min(copy[1], call_s)
+        return Calibration(
+            coefficients=Coefficients(
+                pieces=((head_s - transfer_byte_s * exchange_bytes_per_head, kv_byte_s, call_s - transfer_s),),
+                transfer_byte_s=transfer_byte_s,
+                transfer_s=transfer_s,
+            ),
+            copy_byte_s=copy[0],
+            read_s=read_s,
+        )
+
+    def _points(self) -> list[tuple[int, int]]:
+        """Numbers of sequences and positions to measure, as far as the device's pages reach."""
+        device = self._device
+        wanted = [(count, context) for count in (1, self._groups, 4 * self._groups) for context in _CONTEXTS]
+        return [(n, context) for n, context in wanted if n * device.shape.pages(context) <= device.num_pages]
+
+    def _measured(self, sequences: int, context: int) -> Call:
+        """Fills the sequences, and measures steps of them."""
+        shape = self._device.shape
+        kv = torch.zeros(sequences, shape.layers, context - 1, shape.head_dim, dtype=shape.torch_dtype)
+        self._device.adopt(_OWN, 0, list(range(sequences)), 0, kv, kv)
+        taken: list[Taken] = []
+        timed = TimedDevice(self._device, heard=taken.append, clock=self._clock)
+        begun_s = self._clock()
+        self._step(timed, sequences, context)  # what is compiled or allocated once
+        while len(taken) < 1 + _MOST_ROUNDS and (len(taken) < 1 + _LEAST_ROUNDS or self._clock() - begun_s < _POINT_S):
+            self._step(timed, sequences, context)
+        seconds = median(one.most_s for one in taken[1:])
+        return Call(heads=taken[0].heads, kv_bytes=taken[0].kv_bytes, seconds=seconds)
+
+    def _read_s(self, sequences: int, context: int, call_s: float) -> float:
+        """Seconds to take an answer that was there before it was asked for."""
+        seconds: list[float] = []
+
+        def wait(pending: Pending) -> None:
+            if not isinstance(pending, Ready):
+                self._pause(_PAUSES * call_s)
+            asked_s = self._clock()
+            pending.wait()
+            seconds.append(self._clock() - asked_s)
+
+        while len(seconds) < _LEAST_ROUNDS:
+            self._step(self._device, sequences, context, wait=wait)
+        return median(seconds)
+
+    def _copy(self, sequences: int, context: int) -> tuple[float, float]:
+        """Seconds per byte, and per copy, of KV that leaves the device."""
+        heads, shape = list(range(sequences)), self._device.shape
+        seconds, sizes = [], []
+        for last in (1, context - 1):
+            times = []
+            for _ in range(_LEAST_ROUNDS):
+                begun_s = self._clock()
+                self._device.export(_OWN, 0, heads, 0, last)
+                times.append(self._clock() - begun_s)
+            seconds.append(median(times))
+            sizes.append(sequences * shape.layers * last * token_bytes(shape))
+        byte_s = max(seconds[1] - seconds[0], 0.0) / (sizes[1] - sizes[0])
+        return byte_s, max(seconds[0] - byte_s * sizes[0], 0.0)
+
+    def _step(
+        self,
+        device: AttentionDevice,
+        sequences: int,
+        context: int,
+        *,
+        wait: Callable[[Pending], None] = _at_once,
+    ) -> None:
+        shape = device.shape
+        step = DeviceStep(
+            epoch=0,
+            number=0,
+            requests=np.full(sequences, _OWN, np.int64),
+            incarnations=np.zeros(sequences, np.int64),
+            heads=np.arange(sequences, dtype=np.int64),
+            positions=np.full(sequences, context - 1, np.int64),
+        )
+        q = torch.zeros(sequences, shape.queries_per_group, shape.head_dim, dtype=shape.torch_dtype)
+        k = torch.zeros(sequences, shape.head_dim, dtype=shape.torch_dtype)
+        with torch.inference_mode():
+            device.begin(step)
+            for layer in range(shape.layers):
+                wait(device.attend(layer, q, k, k))
+            device.finish(0)

@@ -1,0 +1,138 @@
+"""What a device takes of a step, measured where the engine waits for it.
+
+A device in another process computes while the engine does something else, and its answer may have been there for long
+when the engine asks for it. Then only this is known: it took no longer than until that moment. `Taken` is therefore an
+interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, IntArray, Pending, Ready
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+
+Clock = Callable[[], float]
+_OVER_READING = 2.0  # a wait this many times as long as reading an answer takes was a wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What one layer of one step took on one device: between ``least_s`` and ``most_s`` seconds, the same where it is
+    known, for so many query heads and KV bytes that they read."""
+
+    heads: int
+    kv_bytes: float
+    least_s: float
+    most_s: float
+
+    @property
+    def is_known(self) -> bool:
+        return self.least_s == self.most_s
+
+
+class TimedDevice:
+    """A device whose steps are timed; a step that is not finished is not heard of.
+
+    ``read_s``: seconds to take an answer that is there already. What a CUDA device of this process takes is not known:
+    its calls return before it is done.
+    """
+
+    def __init__(
+        self, device: AttentionDevice, *, heard: Callable[[Taken], None], clock: Clock, read_s: float = 0.0
+    ) -> None:
+        self.name, self.shape, self.num_pages = device.name, device.shape, device.num_pages
+        self._device, self._heard, self._clock, self._read_s = device, heard, clock, read_s
+        self._step: DeviceStep | None = None
+        self._layers, self._least_s, self._most_s = 0, 0.0, 0.0
+
+    # --- a step
+
+    def begin(self, step: DeviceStep) -> None:
+        begun_s = self._clock()
+        self._device.begin(step)
+        self._step, self._layers = step, 0
+        self._least_s = self._most_s = self._clock() - begun_s
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:
+        begun_s = self._clock()
+        pending = self._device.attend(layer, q, k, v)
+        sent_s = self._clock()
+        self._layers += 1
+        if isinstance(pending, Ready):
+            known = not pending.output.is_cuda
+            self._add(sent_s - begun_s if known else 0.0, sent_s - begun_s if known else float("inf"))
+            return pending
+        return _Awaited(self, pending, begun_s, sent_s)
+
+    def finish(self, number: int) -> None:
+        self._device.finish(number)
+        step, self._step = self._step, None
+        if step is not None and self._layers:
+            self._heard(
+                Taken(
+                    heads=len(step) * self.shape.queries_per_group,
+                    kv_bytes=float((step.positions + 1).sum()) * token_bytes(self.shape),
+                    least_s=self._least_s / self._layers,
+                    most_s=self._most_s / self._layers,
+                )
+            )
+
+    def abort(self, number: int) -> None:
+        self._step = None
+        self._device.abort(number)
+
+    # --- everything else is the device's
+
+    def drop(self, keys: Sequence[SequenceKey]) -> None:
+        self._device.drop(keys)
+
+    def export(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._device.export(request, incarnation, heads, first, last)
+
+    def adopt(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self._device.adopt(request, incarnation, heads, first, k, v)
+
+    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
+        return self._device.digest(request, incarnation, heads, last)
+
+    # --- inside
+
+    def _waited(self, begun_s: float, sent_s: float, asked_s: float) -> None:
+        got_s = self._clock()
+        most_s = got_s - begun_s
+        was_late = got_s - asked_s > _OVER_READING * self._read_s
+        self._add(most_s if was_late else most_s - (asked_s - sent_s), most_s)
+
+    def _add(self, least_s: float, most_s: float) -> None:
+        self._least_s += least_s
+        self._most_s += most_s
+
+
+class _Awaited(NamedTuple):
+    """Outputs of one layer that somebody else computes."""
+
+    device: TimedDevice
+    pending: Pending
+    begun_s: float
+    sent_s: float
+
+    def wait(self) -> torch.Tensor:
+        asked_s = self.device._clock()
+        output = self.pending.wait()
+        self.device._waited(self.begun_s, self.sent_s, asked_s)
+        return output
+
+
+def token_bytes(shape: KvShape) -> int:
+    """K and V of one position of a virtual sequence in one layer."""
+    item: int = shape.torch_dtype.itemsize
+    return 2 * shape.head_dim * item

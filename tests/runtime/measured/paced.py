@@ -1,0 +1,88 @@
+"""Devices that take as long as a test says, on a clock that the test owns: nothing is slept for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
+from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.measured.timed import token_bytes
+
+
+@dataclass(slots=True)
+class FakeClock:
+    """Seconds that pass when somebody says so."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def pause(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@dataclass(slots=True, kw_only=True)
+class Pace:
+    """What a layer takes: ``slow * (head_s * heads + kv_byte_s * bytes + call_s)``, and reading the answer after it."""
+
+    head_s: float = 1e-6
+    kv_byte_s: float = 1e-9
+    call_s: float = 1e-5
+    read_s: float = 0.0
+    slow: float = 1.0
+
+    def seconds(self, heads: int, kv_bytes: float) -> float:
+        return self.slow * (self.head_s * heads + self.kv_byte_s * kv_bytes + self.call_s)
+
+
+class PacedDevice(LocalDevice):
+    """In this process: the caller waits. With ``is_away`` it computes meanwhile, as a worker does."""
+
+    def __init__(
+        self, name: str, shape: KvShape, pages: int, *, pace: Pace, clock: FakeClock, is_away: bool = False
+    ) -> None:
+        super().__init__(name, shape, pages)
+        self.pace, self._time, self._is_away = pace, clock, is_away
+        self._layer_s = 0.0
+
+    def begin(self, step: DeviceStep) -> None:
+        super().begin(step)
+        kv_bytes = float((step.positions + 1).sum()) * token_bytes(self.shape)
+        self._layer_s = self.pace.seconds(len(step) * self.shape.queries_per_group, kv_bytes)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:  # type: ignore[override]
+        ready = super().attend(layer, q, k, v)
+        if self._is_away:
+            return _Away(self._time, self._time.now_s + self._layer_s, self.pace.read_s, ready.output)
+        self._time.pause(self._layer_s)
+        return ready
+
+
+class _Away(NamedTuple):
+    clock: FakeClock
+    there_s: float
+    read_s: float
+    output: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        self.clock.now_s = max(self.clock.now_s, self.there_s) + self.read_s
+        return self.output
+
+
+def paced_devices(
+    paces: Sequence[Pace], clock: FakeClock, *, pages: int = 400
+) -> Callable[[KvShape], Sequence[AttentionDevice]]:
+    """Devices of an engine; the first is the primary, the others compute at the same time."""
+
+    def make(shape: KvShape) -> Sequence[AttentionDevice]:
+        return [
+            PacedDevice(f"d{i}", shape, pages, pace=pace, clock=clock, is_away=i > 0) for i, pace in enumerate(paces)
+        ]
+
+    return make

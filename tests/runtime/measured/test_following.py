@@ -1,0 +1,252 @@
+"""Costs follow what steps take: bounded, calm under noise, and dispatch and re-dispatch follow them."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.runtime.engine.engine import Engine
+from hetis.runtime.engine.generate import engine_from_folder
+from hetis.runtime.engine.request import SamplingParams
+from hetis.runtime.measured.following import Following, Rules
+from hetis.runtime.measured.timed import Taken, TimedDevice
+from hetis.runtime.moving.hauler import Hauler
+from hetis.runtime.moving.redispatch import Redispatch
+from hetis.runtime.server.measuring import Measured, measure_engine
+from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+from tests.runtime.checkpoints import random_model, random_prompts
+from tests.runtime.measured.paced import FakeClock, Pace, PacedDevice, paced_devices
+
+COSTS = Stage(
+    heads=HeadShape(head_groups=4, queries_per_group=2, kv_bytes_per_token=10.0, exchange_bytes_per_head=4.0),
+    devices=("a", "b"),
+    head_s=np.array([[1.0], [1.0]]),
+    kv_byte_s=np.array([[0.1], [0.1]]),
+    call_s=np.array([[5.0], [5.0]]),
+    transfer_byte_s=np.zeros(2),
+    transfer_s=np.zeros(2),
+    primary=Primary(device=0),
+)
+LAYER_S = 2 * 1.0 + 100 * 0.1 + 5.0  # of `taken`, as calibrated
+
+
+def taken(times: float, *, least: float | None = None) -> Taken:
+    return Taken(heads=2, kv_bytes=100.0, least_s=LAYER_S * (times if least is None else least), most_s=LAYER_S * times)
+
+
+class Watched:
+    """A `Following` of devices a and b, and what it put into use."""
+
+    def __init__(self, **rules: float) -> None:
+        self.applied: list[Stage] = []
+        self.following = Following(COSTS, self.applied.append, rules=Rules(**rules))  # type: ignore[arg-type]
+
+    def steps(self, count: int, one: Taken | None, device: int = 1) -> None:
+        for _ in range(count):
+            if one is not None:
+                self.following.hear(device, one)
+            self.following.advance()
+
+    @property
+    def scale(self) -> float:
+        return self.following.scales[1]
+
+
+def test_a_device_that_turns_slow_is_taken_for_slow_after_half_a_window() -> None:
+    watched = Watched()
+    watched.steps(30, taken(1.0))
+    assert watched.applied == []
+    watched.steps(7, taken(4.0))
+    assert watched.scale == 1.0
+    watched.steps(1, taken(4.0))
+    assert watched.following.scales == (1.0, 4.0)
+    [costs] = watched.applied
+    assert costs.head_s.tolist() == [[1.0], [4.0]]
+    assert costs.call_s.tolist() == [[5.0], [20.0]]
+
+
+@pytest.mark.parametrize(("times", "bound"), [(1000.0, 8.0), (1e-3, 1 / 8)])
+def test_scales_have_bounds(times: float, bound: float) -> None:
+    watched = Watched()
+    watched.steps(40, taken(times))
+    assert watched.scale == bound
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**16))
+def test_noise_and_single_outliers_change_nothing(seed: int) -> None:
+    watched, chooser = Watched(), random.Random(seed)
+    for number in range(100):
+        noise = chooser.uniform(0.85, 1.2)
+        watched.steps(1, taken(noise * (50.0 if number % 5 == 0 else 1.0)))
+    assert watched.applied == []
+
+
+def test_an_answer_that_was_there_before_it_was_asked_for_only_bounds_what_it_took() -> None:
+    watched = Watched()
+    watched.steps(40, taken(5.0, least=0.2))  # between 0.2 and 5 times: 1 is as good as any
+    assert watched.applied == []
+    watched.steps(40, taken(0.5, least=0.1))  # at most half
+    assert watched.scale == 0.5
+
+
+def test_a_scale_that_changed_waits_for_a_window_before_it_changes_again() -> None:
+    watched = Watched()
+    watched.steps(15, taken(2.0))
+    watched.steps(14, taken(4.0))
+    assert watched.scale == 2.0
+    watched.steps(1, taken(4.0))
+    assert watched.scale == 4.0
+
+
+def test_a_device_that_nobody_measures_gets_another_chance() -> None:
+    watched = Watched(forget_steps=100)
+    watched.steps(15, taken(4.0))
+    watched.steps(101, None)
+    assert watched.scale == 2.0
+    watched.steps(303, None)
+    assert watched.scale == 1.0
+    assert len(watched.applied) == 5  # 4, 2, the root of 2, its root, 1
+
+
+def test_large_changes_are_logged_once_and_small_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    watched = Watched()
+    with caplog.at_level(logging.WARNING, logger="hetis.runtime.measured.following"):
+        watched.steps(40, taken(1.5))
+        assert caplog.messages == []
+        watched.steps(40, taken(4.0))
+        watched.steps(40, taken(5.5))
+    assert caplog.messages == ["device b takes 4 times what was measured at the start"]
+
+
+def test_predicted_and_measured_times_add_up_where_they_are_known() -> None:
+    watched = Watched()
+    watched.steps(15, taken(4.0))
+    watched.steps(5, taken(4.0))
+    watched.steps(5, taken(9.0, least=0.0))
+    a, b = watched.following.costs()
+    assert (a.name, a.scale, a.measured_s, a.predicted_s) == ("a", 1.0, 0.0, 0.0)
+    assert b.measured_s == pytest.approx(20 * 4 * LAYER_S)
+    assert b.predicted_s == pytest.approx((15 + 5 * 4) * LAYER_S)
+
+
+# --- in the loop
+
+
+class World:
+    """An engine on three paced devices, measured with a clock that the test owns."""
+
+    def __init__(self, *, redispatch: bool = False) -> None:
+        self.clock = FakeClock()
+        paces = (Pace(call_s=1e-4), Pace(), Pace())
+        self.engine: Engine = engine_from_folder(random_model().folder, paced_devices(paces, self.clock, pages=1000))
+        self.measured: Measured = measure_engine(self.engine, clock=self.clock, pause=self.clock.pause)
+        self.answers: dict[int, list[int]] = {}
+        if redispatch:
+            hauler = Hauler(engine=self.engine, clock=self.clock)
+            Redispatch(hauler=hauler, link_byte_s=np.full(3, 1e-12), every_steps=4)
+
+    def device(self, number: int) -> PacedDevice:
+        found = self.engine.stage.devices[number]
+        assert isinstance(found, PacedDevice)
+        return found
+
+    def add(self, prompt: list[int], tokens: int) -> int:
+        number = self.engine.add(prompt, SamplingParams(max_tokens=tokens))
+        self.answers[number] = []
+        return number
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            for news in self.engine.step():
+                self.answers[news.request] += [] if news.token is None else [news.token]
+
+    def heads(self, number: int) -> list[int]:
+        """Of a running request, by device."""
+        owners = self.engine.running[number].heads[0]
+        return [owners.count(device) for device in range(3)]
+
+
+def test_a_device_that_turns_four_times_slower_gets_fewer_heads_of_new_requests() -> None:
+    world, [prompt] = World(), random_prompts(1, 1, shortest=60, longest=60)
+    first = world.add(prompt, 60)
+    world.step(2)
+    assert world.heads(first)[1] >= 1
+    world.device(1).pace.slow = 4.0
+    world.step(20)
+    assert world.measured.following[0].scales == pytest.approx((1, 4, 1), rel=0.02)
+    assert world.measured.predictor is not None
+    assert world.measured.predictor.costs is world.engine.placement.state.stage
+    world.engine.cancel(first)
+    later = world.add(prompt, 10)
+    world.step()
+    assert world.heads(later)[1] == 0
+    world.step(15)
+    assert world.answers[later] == random_model().generate(prompt, 10)
+
+
+def test_redispatch_takes_heads_from_a_device_that_turned_slow_and_the_text_stays() -> None:
+    world, prompts = World(redispatch=True), random_prompts(3, 4, shortest=50, longest=60)
+    numbers = [world.add(prompt, 60) for prompt in prompts]
+    world.step(4)
+    before = sum(world.heads(number)[1] for number in numbers)
+    assert before >= 4
+    world.device(1).pace.slow = 4.0
+    world.step(40)
+    assert world.measured.following[0].scales[1] == pytest.approx(4, rel=0.02)
+    assert sum(world.heads(number)[1] for number in numbers) <= before // 2
+    while world.engine.has_work:
+        world.step()
+    assert [world.answers[n] for n in numbers] == [random_model().generate(prompt, 60) for prompt in prompts]
+
+
+def test_a_device_that_recovers_is_taken_back() -> None:
+    world, [prompt] = World(), random_prompts(2, 1, shortest=60, longest=60)
+    world.device(1).pace.slow = 4.0
+    number = world.add(prompt, 60)
+    world.step(20)
+    assert world.measured.following[0].scales[1] == pytest.approx(4, rel=0.02)
+    world.device(1).pace.slow = 1.0
+    world.step(16)
+    assert world.heads(number)[1] >= 1
+    assert world.measured.following[0].scales[1] == pytest.approx(1, rel=0.02)
+
+
+# --- one device
+
+
+@pytest.mark.parametrize(
+    ("meanwhile_s", "least_s", "is_known"), [(0.0, 1.0, True), (0.7, 1.0, True), (3.0, 0.0, False)]
+)
+def test_what_happens_meanwhile_counts_only_as_far_as_the_answer_was_waited_for(
+    meanwhile_s: float, least_s: float, is_known: bool
+) -> None:
+    import torch
+
+    from hetis.runtime.attention.device import DeviceStep
+
+    clock, heard = FakeClock(), list[Taken]()
+    engine = engine_from_folder(random_model().folder, paced_devices((Pace(), Pace(call_s=1.0)), clock))
+    device = TimedDevice(engine.stage.devices[1], heard=heard.append, clock=clock)
+    one = np.zeros(1, np.int64)
+    step = DeviceStep(epoch=1, number=1, requests=one, incarnations=one, heads=one, positions=one)
+    shape = device.shape
+    q = torch.zeros(1, shape.queries_per_group, shape.head_dim)
+    k = torch.zeros(1, shape.head_dim)
+    for ends in (device.abort, device.finish):
+        device.begin(step)
+        for layer in range(shape.layers):
+            pending = device.attend(layer, q, k, k)
+            clock.pause(meanwhile_s)
+            pending.wait()
+        ends(1)
+    [taken] = heard  # of the step that was finished
+    assert taken.is_known is is_known
+    assert taken.least_s == pytest.approx(least_s, rel=1e-3, abs=1e-6)
+    assert taken.most_s == pytest.approx(max(1.0, meanwhile_s), rel=1e-3)
+    assert (taken.heads, taken.kv_bytes) == (shape.queries_per_group, 2 * shape.head_dim * 4)

@@ -1,0 +1,98 @@
+"""A worker's settings come from options or from the environment, and all that is wrong is said at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from hetis.runtime.worker.options import VARIABLES, OptionError, WorkerOptions, read_options
+from tests.command_line import command_of, run_command
+
+REQUIRED = ["--name", "w1", "--store", "127.0.0.1:8500", "--kv-memory", "2GiB"]
+
+
+def test_what_is_not_said_has_its_default_and_listens_on_the_loopback() -> None:
+    assert read_options(REQUIRED, {}) == WorkerOptions(
+        name="w1",
+        store=("127.0.0.1", 8500),
+        kv_bytes=2 << 30,
+        listen=("127.0.0.1", 0),
+        advertise="127.0.0.1",
+        device="cpu",
+        threads=1,
+        timeout_s=10.0,
+        log_level="INFO",
+    )
+
+
+def test_the_environment_says_it_as_well_and_an_option_counts_before_it() -> None:
+    variables = {
+        "HETIS_WORKER_NAME": "gpu2/0",
+        "HETIS_STORE": "[fd00::1]:8500",
+        "HETIS_WORKER_KV_MEMORY": "774144B",
+        "HETIS_WORKER_LISTEN": "0.0.0.0:8600",
+        "HETIS_WORKER_ADVERTISE": "10.0.0.2",
+        "HETIS_WORKER_DEVICE": "cuda:1",
+        "HETIS_WORKER_THREADS": "4",
+        "HETIS_WORKER_TIMEOUT": "2.5",
+        "HETIS_WORKER_LOG_LEVEL": "debug",
+    }
+    assert sorted(variables) == sorted(VARIABLES.values())
+    wanted = WorkerOptions(
+        name="gpu2/0",
+        store=("fd00::1", 8500),
+        kv_bytes=774_144,
+        listen=("0.0.0.0", 8600),
+        advertise="10.0.0.2",
+        device="cuda:1",
+        threads=4,
+        timeout_s=2.5,
+        log_level="DEBUG",
+    )
+    assert read_options([], variables) == wanted
+    assert read_options(["--name", "other"], variables).name == "other"
+    assert read_options([], variables | {"HETIS_WORKER_THREADS": ""}).threads == 1  # set, but to nothing
+
+
+def test_all_that_is_wrong_is_said_with_its_source() -> None:
+    variables = {
+        "HETIS_STORE": "engine",
+        "HETIS_WORKER_KV_MEMORY": "much",
+        "HETIS_WORKER_DEVICE": "tpu",
+        "HETIS_WORKER_THREADS": "0",
+        "HETIS_WORKER_LISTEN": "0.0.0.0:70000",
+    }
+    with pytest.raises(OptionError) as caught:
+        read_options(["--timeout", "nan", "--log-level", "loud"], variables)
+    messages = caught.value.messages
+    assert messages[:2] == (
+        "--name is missing, and so is HETIS_WORKER_NAME",
+        "HETIS_WORKER_LISTEN is '0.0.0.0:70000', must be HOST:PORT with a port >= 0 and <= 65535",
+    )
+    assert messages[2] == "HETIS_STORE is 'engine', must be HOST:PORT with a port >= 1 and <= 65535"
+    assert messages[3].startswith("HETIS_WORKER_KV_MEMORY: 'much' ")
+    assert messages[4:] == (
+        "HETIS_WORKER_DEVICE is 'tpu', must be cpu, cuda or cuda:N",
+        "HETIS_WORKER_THREADS is '0', must be a whole number >= 1 and <= 1024",
+        "--timeout is 'nan', must be seconds >= 0.1 and <= 1000000",
+        "--log-level is 'loud', must be debug, info, warning, error",
+    )
+
+
+def test_one_that_listens_everywhere_must_say_where_it_is_reached() -> None:
+    for host in ("0.0.0.0", "[::]"):
+        with pytest.raises(OptionError, match=r"--advertise is missing: .* is every address of this host"):
+            read_options([*REQUIRED, "--listen", f"{host}:0"], {})
+    with pytest.raises(OptionError, match=r"--advertise is 0.0.0.0, must be one address of this host"):
+        read_options([*REQUIRED, "--advertise", "0.0.0.0"], {})
+
+
+def test_nothing_at_all_is_an_error_of_three_lines() -> None:
+    done = run_command(command_of("hetis.runtime.worker"))
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        [
+            "hetis worker: --name is missing, and so is HETIS_WORKER_NAME",
+            "hetis worker: --store is missing, and so is HETIS_STORE",
+            "hetis worker: --kv-memory is missing, and so is HETIS_WORKER_KV_MEMORY",
+        ],
+    )
