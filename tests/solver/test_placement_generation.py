@@ -230,3 +230,15 @@ def test_a_share_of_a_budget_ends_before_it_and_is_cancelled_with_it() -> None:
     assert not budget.cancelled.is_set()
     budget.cancelled.set()
     assert part.cancelled.is_set()
+
+
+def test_a_budget_of_its_own_ends_with_the_callers_and_not_the_other_way_round() -> None:
+    callers = Budget(time_limit_s=8.0, clock=lambda: 10.0)
+    own, other = callers.of_its_own(), callers.of_its_own()
+    own.cancelled.set()
+    assert own.is_spent()
+    assert not callers.is_spent()
+    assert not other.is_spent()
+    callers.cancelled.set()
+    assert other.is_spent()
+    assert not other.cancelled.is_set()

@@ -422,7 +422,9 @@ def test_a_tenant_that_fits_nowhere_is_named() -> None:
     small = {"A": make_profile("A", usable_bytes=2_000_000)}
     with pytest.raises(InfeasibleError) as caught:
         FleetSearch(Tenancy(tenants=(one_tenant(profiles=small),)))
-    assert caught.value.reasons == ("tenant one can be served by no replica on this fleet, even alone",)
+    whom, why = caught.value.reasons
+    assert whom == "tenant one can be served by no replica on this fleet, even alone"
+    assert why == "tiny needs 7.7 MiB for weights alone; this fleet has 1.9 MiB usable"
 
 
 def test_a_spent_budget_is_no_proof() -> None:
