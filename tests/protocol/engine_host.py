@@ -7,9 +7,9 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-from hetis.runtime.agent.refusals import RefusedError, failure_of, unreachable
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
+from hetis.runtime.executor.refusals import RefusedError, failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import ErrorReason
@@ -88,7 +88,7 @@ class EngineHost:
         change = await self._do("copy", lambda: self.engine.copy_moves(request, self._now()))
         while change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
             self._same_run(run)
-            yield messages.CopyMovesResponse(copied_bytes=change.copied(self._now()), total_bytes=change.copy_bytes)
+            yield self.engine.copy_answer(change)
             await self._stepped.wait()
         self._same_run(run)
         if change.phase != ChangePhase.CHANGE_PHASE_READY:
@@ -100,9 +100,7 @@ class EngineHost:
                     phase=ChangePhase.Name(change.phase).removeprefix("CHANGE_PHASE_"),
                 )
             )
-        yield messages.CopyMovesResponse(
-            copied_bytes=change.copied(self._now()), total_bytes=change.copy_bytes, moves=change.results()
-        )
+        yield self.engine.copy_answer(change)
 
     async def flip_moves(self, request: messages.FlipMovesRequest) -> messages.FlipMovesResponse:
         run = self._run_number

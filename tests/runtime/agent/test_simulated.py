@@ -8,11 +8,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from hetis.runtime.agent.refusals import RefusedError, reason_name
 from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission, SolverAdmission
 from hetis.runtime.agent.simulated.control import Control, ControlError, ControlFile
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
+from hetis.runtime.executor.refusals import RefusedError, reason_name
 from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -339,7 +339,7 @@ def test_copying_takes_as_long_as_the_link_says() -> None:
     assert answer.copy_bytes == 20_000_000_000
     found = engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), 5.0)
     engine.step(6.0)  # 2e10 bytes at 1e-10 s each: 2 s
-    assert found.copied(6.0) == 10_000_000_000
+    assert found.copied_bytes == 10_000_000_000
     with pytest.raises(RefusedError, match="not there yet"):
         flip(engine, what, 6.0)
     engine.step(7.01)

@@ -7,9 +7,9 @@ import random
 
 from hetis.runtime.agent.actions import EngineRequest, EngineResponse
 from hetis.runtime.agent.held import HeldReplica
-from hetis.runtime.agent.refusals import RefusedError, unreachable
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
+from hetis.runtime.executor.refusals import RefusedError, unreachable
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import (
@@ -271,7 +271,7 @@ class World:
                     found = engine.copy_moves(request, now_s)
                     if found.phase == ChangePhase.CHANGE_PHASE_PREPARING:
                         return None
-                    return CopyMovesResponse(copied_bytes=found.copied(now_s), total_bytes=found.copy_bytes)
+                    return CopyMovesResponse(copied_bytes=found.copied_bytes, total_bytes=found.copy_bytes)
                 case FlipMovesRequest():
                     engine.flip_moves(request, now_s)
                     return engine.flip_answer(request.change_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hetis.runtime.agent.held import HeldChange, HeldReplica, Wanted
-from hetis.runtime.agent.refusals import failure_of, generation_mismatch
+from hetis.runtime.executor.refusals import failure_of, generation_mismatch
 from hetis.v1.agent_service_pb2 import AgentCapability, Delta
 from hetis.v1.change_pb2 import ChangeOutcome, ChangePhase
 from hetis.v1.failure_pb2 import ErrorReason, Failure

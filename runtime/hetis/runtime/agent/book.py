@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from hetis.runtime.agent.held import HeldChange, HeldReplica, Wanted
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.refusals import failure_of
+from hetis.runtime.executor.refusals import failure_of
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest
 from hetis.v1.change_pb2 import Change, ChangePhase, ChangeStatus, MoveResult
 from hetis.v1.failure_pb2 import ErrorReason, Failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hetis.runtime.agent.refusals import failure_of
+from hetis.runtime.executor.refusals import failure_of
 from hetis.v1.agent_service_pb2 import Delta
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart
 from hetis.v1.failure_pb2 import ErrorReason, Failure, FieldViolation

@@ -17,8 +17,8 @@ from hetis.runtime.agent.fence import Fence
 from hetis.runtime.agent.head_maps import HeadMapCalls
 from hetis.runtime.agent.held import NODE_PART, DamagedStateError, HeldReplica, epoch_from_bytes
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.refusals import failure_of, stale_epoch
 from hetis.runtime.agent.reporting import Reporter, with_kv
+from hetis.runtime.executor.refusals import failure_of, stale_epoch
 from hetis.v1.agent_service_pb2 import (
     AgentCapability,
     ConnectNodeRequest,

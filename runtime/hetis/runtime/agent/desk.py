@@ -13,7 +13,7 @@ from hetis.runtime.agent.engine_steps import EngineSteps
 from hetis.runtime.agent.fence import Fence
 from hetis.runtime.agent.held import HeldChange, HeldReplica, Wanted
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.refusals import failure_of
+from hetis.runtime.executor.refusals import failure_of
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import CopyMovesResponse

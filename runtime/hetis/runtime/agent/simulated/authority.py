@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from hetis.runtime.agent.refusals import RefusedError, failure_of, generation_mismatch, refusal
-from hetis.runtime.agent.simulated.engine_change import EngineChange, gone, no_room, unavailable
+from collections.abc import Mapping
+
 from hetis.runtime.agent.simulated.replica import PrimaryRun
 from hetis.runtime.agent.simulated.stage import StageRun
+from hetis.runtime.executor.change import EngineChange, gone, no_room, not_owner, unavailable
+from hetis.runtime.executor.refusals import RefusedError, failure_of, generation_mismatch, refusal
 from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move
 from hetis.v1.report_pb2 import DeviceStatus
 
 
-class Authority:
-    """Moves in the head map of one replica."""
+class HeadMapAuthority:
+    """Moves in the head map of one replica: an `Authority`."""
 
     def __init__(self, primary: PrimaryRun) -> None:
         self.primary = primary
@@ -39,6 +41,9 @@ class Authority:
         if not stage.reserved[change.change_id]:
             del stage.reserved[change.change_id]
             raise RefusedError(taken.left_out[min(taken.left_out)])
+
+    def is_ready(self, change: EngineChange) -> bool:
+        return True  # those that copy say so by themselves
 
     def flip(self, change: EngineChange) -> Failure | None:
         """Between two steps: every move that still fits, at once. Says why if none does; nothing changed then."""
@@ -68,7 +73,7 @@ class Authority:
         if move in reserved:
             reserved.remove(move)
 
-    def leave_out_void(self, changes: dict[str, EngineChange]) -> None:
+    def leave_out_void(self, changes: Mapping[str, EngineChange]) -> None:
         """Moves whose requests ended or lost their KV, or whose blocks were needed."""
         for change_id, move in self.primary.take_void():
             change = changes.get(change_id)
@@ -109,12 +114,8 @@ class Authority:
         }
         for group in move.head_groups:
             if group >= len(owners) or owners[group] != source or group in taken:
-                return failure_of(
-                    ErrorReason.ERROR_REASON_NOT_OWNER,
-                    f"{move.source} does not own head group {group} of {move.request}",
-                    request=move.request,
-                    owner=stage.model.devices[owners[group]].name if group < len(owners) else "",
-                )
+                owner = stage.model.devices[owners[group]].name if group < len(owners) else ""
+                return not_owner(move, group, owner)
         if move in stage.reserved.get(change.change_id, ()):
             return None  # looked at again: its blocks are taken already
         needed, free = stage.blocks(request.context_tokens) * len(move.head_groups), stage.free_blocks()[target]

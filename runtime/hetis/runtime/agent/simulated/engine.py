@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from hetis.runtime.agent.refusals import RefusedError, failure_of, generation_mismatch, refusal, stale_epoch
 from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission
-from hetis.runtime.agent.simulated.changes import EngineChanges
+from hetis.runtime.agent.simulated.authority import HeadMapAuthority
 from hetis.runtime.agent.simulated.control import Control
-from hetis.runtime.agent.simulated.engine_change import EngineChange
+from hetis.runtime.agent.simulated.copies import TimedCopies
 from hetis.runtime.agent.simulated.replica import PrimaryRun
-from hetis.v1.change_pb2 import ChangeStatus
+from hetis.runtime.executor.change import EngineChange
+from hetis.runtime.executor.changes import EngineChanges
+from hetis.runtime.executor.engine import SteeredEngine, TakenReplica
+from hetis.runtime.executor.refusals import failure_of, refusal
 from hetis.v1.executor_service_pb2 import (
-    AbortMovesRequest,
-    AbortMovesResponse,
     ApplyAssignmentRequest,
     ApplyAssignmentResponse,
     CopyMovesRequest,
-    FlipMovesRequest,
-    FlipMovesResponse,
     ReadHeadMapsResponse,
-    ReleaseMovesRequest,
-    ReleaseMovesResponse,
-    ReserveMovesRequest,
-    ReserveMovesResponse,
     WatchReportsResponse,
 )
 from hetis.v1.failure_pb2 import ErrorReason
@@ -35,28 +28,22 @@ from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 
 
 @dataclass(slots=True)
-class _Held:
+class _Held(TakenReplica):
     """A replica in the engine.
 
     Attributes:
-        assignment: as applied.
-        changes: its moves.
         loaded_s: when its weights are there.
+        primary: its requests and head maps, at the engine that runs them. None elsewhere.
         authority: the last that the primary's engine said of it; None: nothing, or it is this engine.
     """
 
-    assignment: Assignment
-    changes: EngineChanges
     loaded_s: float
+    primary: PrimaryRun | None
     authority: ReplicaReport | None = None
 
-    @property
-    def primary(self) -> PrimaryRun | None:
-        return self.changes.primary
 
-
-class SimulatedEngine:
-    """One engine. Methods named after those of `ExecutorService` raise RefusedError with its documented reasons.
+class SimulatedEngine(SteeredEngine[_Held]):
+    """One engine.
 
     Args:
         node: its id in the cluster, the part of ``node/index`` before the slash.
@@ -75,40 +62,24 @@ class SimulatedEngine:
         admission: Admission | None = None,
         engine_id: str | None = None,
     ) -> None:
+        super().__init__(engine_id)
         self.node = node
-        self.engine_id = engine_id or str(uuid.uuid4())
         self.control = Control()
-        self.newest_epoch = 0
         self.is_warm = True  # False: admission is being compiled, which counts as loading weights
+        self.when_primary: Callable[[], None] = lambda: None  # a primary is to run here
         self._num_devices = num_devices
         self._seed = seed
         self.admission = admission or ProportionalAdmission()
-        self._held: dict[str, _Held] = {}
-        # Changes that the engine was told to give up before it heard of them, whatever their replica.
-        self._given_up = EngineChanges("", generation=0, primary=None, devices=frozenset())
 
     # --- assignments
 
     def apply_assignment(self, request: ApplyAssignmentRequest, now_s: float) -> ApplyAssignmentResponse:
-        self._fence(request.epoch)
-        removed = request.WhichOneof("change") == "removed_replica"
-        name = request.removed_replica if removed else request.assignment.replica
-        held = self._held.get(name)
-        if removed:
-            if held is not None and request.generation < held.changes.generation:
-                raise RefusedError(generation_mismatch(request.generation, held.changes.generation))
-            self._held.pop(name, None)
-            return ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_STOPPED)
-        if held is not None and held.assignment == request.assignment:
-            held.changes.generation = max(held.changes.generation, request.generation)
-        else:
-            if held is not None and request.generation <= held.changes.generation:
-                raise RefusedError(generation_mismatch(request.generation, held.changes.generation))
-            self._take(request.assignment, request.generation, held, now_s)
-        return ApplyAssignmentResponse(state=self._state(self._held[name], now_s))
+        if request.assignment.stages:
+            self.when_primary()
+        return super().apply_assignment(request, now_s)
 
-    def _take(self, assignment: Assignment, generation: int, held: _Held | None, now_s: float) -> None:
-        for device in assignment.devices:
+    def _take(self, kept: Assignment, generation: int, held: _Held | None, now_s: float) -> _Held:
+        for device in kept.devices:
             node, _, index = device.rpartition("/")
             if node != self.node or not index.isdigit() or int(index) >= self._num_devices:
                 raise refusal(
@@ -116,8 +87,6 @@ class SimulatedEngine:
                     f"{device} is not here: this is {self.node} with {self._num_devices} devices",
                     device=device,
                 )
-        kept = Assignment()
-        kept.CopyFrom(assignment)
         if held is not None and list(held.assignment.stages) == list(kept.stages):
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
             held.assignment = kept
@@ -125,17 +94,27 @@ class SimulatedEngine:
             if held.primary is not None:
                 held.primary.use(kept)
             held.changes.advance(now_s)
-            return
+            return held
         primary = None
         prefills = kept.shape.role == ReplicaRole.REPLICA_ROLE_PREFILL
         if kept.primary_node.rpartition("/")[2] == self.node and (kept.stages or prefills):
             seed = self._seed ^ zlib.crc32(kept.replica.encode())
             primary = PrimaryRun(kept, seed=seed, admission=self.admission, now_s=now_s)
-        changes = EngineChanges(kept.replica, generation=generation, primary=primary, devices=frozenset(kept.devices))
+        authority = HeadMapAuthority(primary) if primary is not None else None
+        changes = EngineChanges(
+            kept.replica,
+            generation=generation,
+            authority=authority,
+            copies=TimedCopies(authority),
+            devices=frozenset(kept.devices),
+        )
         if held is not None:  # requests begin anew, but how changes ended stays known
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
             changes.known.update(held.changes.known)
-        self._held[kept.replica] = _Held(kept, changes, now_s + self.control.load_s)
+        return _Held(kept, changes, now_s + self.control.load_s, primary)
+
+    def _remove(self, held: _Held) -> None:
+        """Its requests go with it."""
 
     def _state(self, held: _Held, now_s: float) -> AssignmentState.ValueType:
         if now_s < held.loaded_s or not self.is_warm:
@@ -154,55 +133,10 @@ class SimulatedEngine:
 
     # --- moves
 
-    def reserve_moves(self, request: ReserveMovesRequest, now_s: float) -> ReserveMovesResponse:
-        self._fence(request.epoch)
-        held = self._held.get(request.change.replica)
-        if held is None:
-            raise RefusedError(generation_mismatch(request.change.base_generation, 0))
-        changes = self._given_up if request.change.change_id in self._given_up.known else held.changes
-        change = changes.reserve(request.change, request.parts, now_s)
-        return ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
-
     def copy_moves(self, request: CopyMovesRequest, now_s: float) -> EngineChange:
-        """Begins to copy; `step` goes on, the change's phase tells when all is there."""
-        self._fence(request.epoch)
-        if self.control.fail_copies:
+        if self.control.fail_copies and request.epoch >= max(self.newest_epoch, 1):
             raise refusal(ErrorReason.ERROR_REASON_COPY_FAILED, "the control file says that copies fail", device="")
-        change = self._changes_of(request.change_id).begin_copy(request.change_id, now_s)
-        self._changes_of(request.change_id).advance(now_s)
-        return change
-
-    def flip_moves(self, request: FlipMovesRequest, now_s: float) -> EngineChange:
-        """Asks for the flip, which `step` makes at the next boundary; `flip_answer` says how it ended."""
-        self._fence(request.epoch)
-        timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
-        return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
-
-    def flip_answer(self, change_id: str) -> FlipMovesResponse | None:
-        """How a flip that was asked for ended; None: it has not."""
-        changes = self._changes_of(change_id)
-        change = changes.known[change_id]
-        return None if change.is_open else changes.flip_answer(change)
-
-    def release_moves(self, request: ReleaseMovesRequest, now_s: float) -> ReleaseMovesResponse:
-        self._fence(request.epoch)
-        changes = self._changes_of(request.change_id)
-        freed = changes.release(request.change_id, request.moves, request.generation, now_s)
-        return ReleaseMovesResponse(freed_blocks=freed)
-
-    def abort_moves(
-        self, request: AbortMovesRequest, now_s: float, *, authority: Iterable[ChangeStatus] | None = None
-    ) -> AbortMovesResponse:
-        """``authority``: what the primary's engine said of its changes just now, where this is another one."""
-        self._fence(request.epoch)
-        try:
-            changes = self._changes_of(request.change_id)
-        except RefusedError:
-            changes = self._given_up
-        change = changes.abort(request.change_id, request.failure, authority, now_s)
-        return AbortMovesResponse(
-            outcome=change.outcome(), generation=changes.generation, moves=change.results() if change.generation else ()
-        )
+        return super().copy_moves(request, now_s)
 
     def authority_of(self, change_id: str) -> str | None:
         """Address of the engine that decides the change, if that is another one and the change is open here."""
@@ -270,12 +204,7 @@ class SimulatedEngine:
             engine_id=self.engine_id,
             newest_epoch=self.newest_epoch,
             replicas=[self._replica_report(name, held, now_s) for name, held in self._held.items()],
-            changes=[
-                change.status(name, held.changes.generation, now_s)
-                for name, held in self._held.items()
-                for change in held.changes.known.values()
-            ]
-            + [change.status("", 0, now_s) for change in self._given_up.known.values()],
+            changes=self.statuses(),
             devices=self._device_reports(),
         )
 
@@ -315,19 +244,6 @@ class SimulatedEngine:
             DeviceReport(index=i, total_blocks=int(total[i]), used_blocks=min(round(used[i]), int(total[i])))
             for i in range(self._num_devices)
         ]
-
-    # --- inside
-
-    def _fence(self, epoch: int) -> None:
-        if epoch < max(self.newest_epoch, 1):
-            raise RefusedError(stale_epoch(epoch, self.newest_epoch))
-        self.newest_epoch = epoch
-
-    def _changes_of(self, change_id: str) -> EngineChanges:
-        for changes in [*(held.changes for held in self._held.values()), self._given_up]:
-            if change_id in changes.known:
-                return changes
-        raise refusal(ErrorReason.ERROR_REASON_CHANGE_UNKNOWN, f"change {change_id} is not known", change_id=change_id)
 
 
 def gpu_groups(assignment: Assignment) -> dict[str, list[str]]:

@@ -1,10 +1,10 @@
-"""A change as a simulated engine holds it, and why it or a move of it is not made."""
+"""A change as an engine holds it, and why it or a move of it is not made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hetis.runtime.agent.refusals import RefusedError, failure_of, refusal
+from hetis.runtime.executor.refusals import RefusedError, failure_of, refusal
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase, ChangeStatus, MoveResult
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move
@@ -21,7 +21,8 @@ class EngineChange:
         parts: of this node.
         deadline_s: until when it may be prepared, by the engine's own count.
         left_out: moves that are not made, by number, with the reason.
-        copy_bytes, copy_s: what this node copies and how long that takes.
+        copy_bytes: what this node copies, as known now.
+        copied_bytes: of it, copied so far.
         copy_begun_s: when CopyMoves was first called. None: it was not.
         flip_by_s: FlipMoves was called; the flip is made before then or not at all. None: it was not called.
         step: decode step before which it was flipped.
@@ -36,7 +37,7 @@ class EngineChange:
     deadline_s: float = 0.0
     left_out: dict[int, Failure] = field(default_factory=dict)
     copy_bytes: int = 0
-    copy_s: float = 0.0
+    copied_bytes: int = 0
     copy_begun_s: float | None = None
     flip_by_s: float | None = None
     step: int = 0
@@ -52,12 +53,6 @@ class EngineChange:
     def is_open(self) -> bool:
         return self.phase not in ENDED
 
-    def copied(self, now_s: float) -> int:
-        if self.copy_begun_s is None:
-            return 0
-        share = 1.0 if self.copy_s <= 0 else min(max(now_s - self.copy_begun_s, 0.0) / self.copy_s, 1.0)
-        return int(self.copy_bytes * share)
-
     def results(self) -> list[MoveResult]:
         return [MoveResult(number=number, failure=why) for number, why in sorted(self.left_out.items())]
 
@@ -65,14 +60,14 @@ class EngineChange:
         aborted = self.phase == ChangePhase.CHANGE_PHASE_ABORTED
         return ChangeOutcome.CHANGE_OUTCOME_ABORTED if aborted else ChangeOutcome.CHANGE_OUTCOME_FLIPPED
 
-    def status(self, replica: str, generation: int, now_s: float) -> ChangeStatus:
+    def status(self, replica: str, generation: int) -> ChangeStatus:
         return ChangeStatus(
             change_id=self.change.change_id,
             replica=replica,
             phase=self.phase,
             generation=generation,
             moves=self.results(),
-            copied_bytes=self.copied(now_s),
+            copied_bytes=self.copied_bytes,
             failure=self.why if self.phase == ChangePhase.CHANGE_PHASE_ABORTED else None,
             step=self.step,
         )
@@ -102,4 +97,13 @@ def no_room(move: Move, **blocks: int) -> Failure:
         f"{move.target} has too few free KV blocks for {move.request}",
         device=move.target,
         **blocks,
+    )
+
+
+def not_owner(move: Move, group: int, owner: str) -> Failure:
+    return failure_of(
+        ErrorReason.ERROR_REASON_NOT_OWNER,
+        f"{move.source} does not own head group {group} of {move.request}",
+        request=move.request,
+        owner=owner,
     )

@@ -1,4 +1,4 @@
-"""Two-phase moves inside a simulated engine, of one replica: as the authority and as anybody else.
+"""Two-phase moves inside an engine, of one replica: as the authority and as anybody else.
 
 The authority checks moves against its head map, reserves blocks at targets, and flips between two steps. Other engines
 pin and reserve, and learn how it ended from the authority: they free a source only after its FLIPPED.
@@ -6,19 +6,51 @@ pin and reserve, and learn how it ended from the authority: they free a source o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
-from hetis.runtime.agent.refusals import RefusedError, refusal, unreachable
-from hetis.runtime.agent.simulated.authority import Authority
-from hetis.runtime.agent.simulated.engine_change import EngineChange, expired, unknown
-from hetis.runtime.agent.simulated.replica import PrimaryRun
+from hetis.runtime.executor.change import EngineChange, expired, unknown
+from hetis.runtime.executor.refusals import RefusedError, refusal, unreachable
 from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus, MoveResult
 from hetis.v1.executor_service_pb2 import FlipMovesResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move
 
 REMEMBERED_S = 600.0
-DEFAULT_LINK_BYTES_PER_S = 10e9  # where neither the stage nor the move says how long a copy takes
+
+
+class Authority(Protocol):
+    """What only the engine of a replica's primary does: it owns the head map."""
+
+    def reserve(self, taken: EngineChange, generation: int) -> None:
+        """Checks every move against the head map, which is of ``generation``, and takes blocks for those that fit; the
+        others are entered into ``taken.left_out``.
+
+        Raises:
+            RefusedError: the change cannot be taken, or no move of it is left. No block is held then.
+        """
+
+    def is_ready(self, change: EngineChange) -> bool:
+        """Whether `flip` could be called as far as the copies are concerned that only the authority knows of."""
+
+    def flip(self, change: EngineChange) -> Failure | None:
+        """Between two steps: every move that still fits, at once. Says why if none does; nothing changed then."""
+
+    def leave_out_void(self, changes: Mapping[str, EngineChange]) -> None:
+        """Enters moves that became void meanwhile, with the reason."""
+
+    def give_blocks_back(self, change: EngineChange) -> None:
+        """The change is aborted: what was reserved for it is free."""
+
+
+class Copies(Protocol):
+    """What an engine copies."""
+
+    def plan(self, change: EngineChange, moves: Sequence[Move]) -> None:
+        """``moves`` of a change that is being reserved are copied from or to here: sets ``change.copy_bytes``."""
+
+    def look(self, change: EngineChange, now_s: float) -> bool:
+        """Brings the change's bytes up to date; whether all that is copied before the flip is there."""
 
 
 class EngineChanges:
@@ -26,20 +58,18 @@ class EngineChanges:
 
     Attributes:
         generation: of the replica's state here.
-        primary: its head map, at the engine that owns it. None elsewhere.
         known: by id, in the order in which they came.
     """
 
-    def __init__(self, replica: str, *, generation: int, primary: PrimaryRun | None, devices: frozenset[str]) -> None:
+    def __init__(
+        self, replica: str, *, generation: int, authority: Authority | None, copies: Copies, devices: frozenset[str]
+    ) -> None:
+        """``authority``: at the engine that owns the head map; ``devices``: of this node, by name."""
         self.replica = replica
         self.generation = generation
-        self._authority = Authority(primary) if primary is not None else None
         self.known: dict[str, EngineChange] = {}
-        self._devices = devices  # of this node, by name
-
-    @property
-    def primary(self) -> PrimaryRun | None:
-        return self._authority.primary if self._authority is not None else None
+        self._authority, self._copies = authority, copies
+        self._devices = devices
 
     # --- the five calls
 
@@ -73,8 +103,7 @@ class EngineChanges:
                 )
             self._authority.reserve(taken, self.generation)
         moves = [m for m in change.moves if m.number not in taken.left_out and self._touches(m, taken)]
-        taken.copy_bytes = int(sum(move.kv_bytes for move in moves))
-        taken.copy_s = sum(self._copy_s(taken, move) for move in moves)
+        self._copies.plan(taken, moves)
         self.known[change.change_id] = taken
         return taken
 
@@ -150,7 +179,7 @@ class EngineChanges:
         if self._authority is not None:
             self._authority.leave_out_void(self.known)
         for change in list(self.known.values()):
-            if change.phase == ChangePhase.CHANGE_PHASE_PREPARING and self._is_copied(change, now_s):
+            if change.is_open and self._copies.look(change, now_s) and change.copy_begun_s is not None:
                 change.phase = ChangePhase.CHANGE_PHASE_READY
             overdue = change.is_open and change.is_authority and now_s >= change.deadline_s and change.flip_by_s is None
             if overdue:
@@ -164,6 +193,8 @@ class EngineChanges:
             if change.is_open and change.flip_by_s is not None:
                 assert self._authority is not None
                 late = now_s >= change.flip_by_s
+                if not late and not self._authority.is_ready(change):
+                    continue
                 why = expired(change.change.change_id) if late else self._authority.flip(change)
                 if why is None:
                     self.generation = change.generation
@@ -240,16 +271,6 @@ class EngineChanges:
             )
         return change
 
-    def _is_copied(self, change: EngineChange, now_s: float) -> bool:
-        return change.copy_begun_s is not None and now_s - change.copy_begun_s >= change.copy_s
-
     def _touches(self, move: Move, change: EngineChange) -> bool:
         source = ChangePart.CHANGE_PART_SOURCE in change.parts and move.source in self._devices
         return source or (ChangePart.CHANGE_PART_TARGET in change.parts and move.target in self._devices)
-
-    def _copy_s(self, change: EngineChange, move: Move) -> float:
-        """Seconds that a copy takes on the slower of its two links."""
-        link_byte_s = self._authority.link_byte_s(change, move) if self._authority is not None else 0.0
-        if link_byte_s:
-            return move.kv_bytes * link_byte_s
-        return move.copy_s or move.kv_bytes / DEFAULT_LINK_BYTES_PER_S

@@ -1,0 +1,40 @@
+"""Where an engine listens for its agent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import grpc
+
+
+def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
+    """A Unix socket that is made new, for this user only; one that an earlier run left is replaced.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if socket.is_socket():
+        socket.unlink(missing_ok=True)
+    elif socket.exists():
+        raise OSError(f"cannot listen on unix:{socket}: it is there, and no socket")
+    before = os.umask(0o177)
+    try:
+        bind(server, f"unix:{socket}")
+    finally:
+        os.umask(before)
+
+
+def bind(server: grpc.aio.Server, address: str) -> int:
+    """The port that the server listens on, by plain text.
+
+    Raises:
+        OSError: the address is taken, or not ours.
+    """
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from None
+    if port == 0:
+        raise OSError(f"cannot listen on {address}")
+    return port

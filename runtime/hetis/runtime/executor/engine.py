@@ -1,0 +1,203 @@
+"""An engine as an agent steers it, without sockets or a clock: what is asked of it and how late it is come in."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from hetis.runtime.executor.change import EngineChange, unknown
+from hetis.runtime.executor.changes import EngineChanges
+from hetis.runtime.executor.refusals import RefusedError, generation_mismatch, stale_epoch
+from hetis.v1.change_pb2 import ChangeStatus
+from hetis.v1.executor_service_pb2 import (
+    AbortMovesRequest,
+    AbortMovesResponse,
+    ApplyAssignmentRequest,
+    ApplyAssignmentResponse,
+    CopyMovesRequest,
+    CopyMovesResponse,
+    FlipMovesRequest,
+    FlipMovesResponse,
+    ReadHeadMapsResponse,
+    ReleaseMovesRequest,
+    ReleaseMovesResponse,
+    ReserveMovesRequest,
+    ReserveMovesResponse,
+    WatchReportsResponse,
+)
+from hetis.v1.replica_pb2 import Assignment
+from hetis.v1.report_pb2 import AssignmentState
+
+
+class NoCopies:
+    """Of an engine that holds no KV of a change."""
+
+    def plan(self, change: EngineChange, moves: object) -> None:
+        """Nothing is copied."""
+
+    def look(self, change: EngineChange, now_s: float) -> bool:
+        return True
+
+
+@dataclass(slots=True)
+class TakenReplica:
+    """A replica in an engine: what it was told to run, and its moves."""
+
+    assignment: Assignment
+    changes: EngineChanges
+
+
+TakenT = TypeVar("TakenT", bound=TakenReplica)
+
+
+class SteeredEngine(ABC, Generic[TakenT]):
+    """One engine. Methods named after those of `ExecutorService` raise RefusedError with its documented reasons.
+
+    All of them are called between two decode steps.
+
+    Attributes:
+        engine_id: of this run.
+        newest_epoch: the highest that was obeyed; older ones change nothing.
+    """
+
+    def __init__(self, engine_id: str | None = None) -> None:
+        """``engine_id`` None: a new UUID."""
+        self.engine_id = engine_id or str(uuid.uuid4())
+        self.newest_epoch = 0
+        self._held: dict[str, TakenT] = {}
+        # Changes that the engine was told to give up before it heard of them, whatever their replica.
+        self._given_up = EngineChanges("", generation=0, authority=None, copies=NoCopies(), devices=frozenset())
+
+    # --- what kind of engine it is
+
+    @abstractmethod
+    def head_maps(self, replica: str) -> ReadHeadMapsResponse:
+        """All head maps of a replica whose primary is here, in one message of any size."""
+
+    @abstractmethod
+    def report(self, now_s: float) -> WatchReportsResponse:
+        """All of it as it is now."""
+
+    @abstractmethod
+    def step(self, now_s: float) -> None:
+        """What is due by ``now_s``: flips, copies, deadlines, what is forgotten."""
+
+    @abstractmethod
+    def _take(self, assignment: Assignment, generation: int, held: TakenT | None, now_s: float) -> TakenT:
+        """Runs an assignment in place of the one that is held. Raises RefusedError: it cannot; nothing changed."""
+
+    @abstractmethod
+    def _remove(self, held: TakenT) -> None:
+        """Runs nothing of a replica any more."""
+
+    @abstractmethod
+    def _state(self, held: TakenT, now_s: float) -> AssignmentState.ValueType:
+        """How far it is with a replica."""
+
+    def authority_of(self, change_id: str) -> str | None:
+        """Address of the engine that decides the change, if that is another one and the change is open here."""
+        return None
+
+    # --- assignments
+
+    def apply_assignment(self, request: ApplyAssignmentRequest, now_s: float) -> ApplyAssignmentResponse:
+        self._fence(request.epoch)
+        removed = request.WhichOneof("change") == "removed_replica"
+        name = request.removed_replica if removed else request.assignment.replica
+        held = self._held.get(name)
+        if removed:
+            if held is not None:
+                if request.generation < held.changes.generation:
+                    raise RefusedError(generation_mismatch(request.generation, held.changes.generation))
+                del self._held[name]
+                self._remove(held)
+            return ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_STOPPED)
+        if held is not None and held.assignment == request.assignment:
+            held.changes.generation = max(held.changes.generation, request.generation)
+        else:
+            if held is not None and request.generation <= held.changes.generation:
+                raise RefusedError(generation_mismatch(request.generation, held.changes.generation))
+            kept = Assignment()
+            kept.CopyFrom(request.assignment)
+            self._held[name] = self._take(kept, request.generation, held, now_s)
+        return ApplyAssignmentResponse(state=self._state(self._held[name], now_s))
+
+    # --- moves
+
+    def reserve_moves(self, request: ReserveMovesRequest, now_s: float) -> ReserveMovesResponse:
+        self._fence(request.epoch)
+        held = self._held.get(request.change.replica)
+        if held is None:
+            raise RefusedError(generation_mismatch(request.change.base_generation, 0))
+        changes = self._given_up if request.change.change_id in self._given_up.known else held.changes
+        change = changes.reserve(request.change, request.parts, now_s)
+        return ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
+
+    def copy_moves(self, request: CopyMovesRequest, now_s: float) -> EngineChange:
+        """Begins to copy; `step` goes on, the change's phase tells when all is there."""
+        self._fence(request.epoch)
+        change = self._changes_of(request.change_id).begin_copy(request.change_id, now_s)
+        self._changes_of(request.change_id).advance(now_s)
+        return change
+
+    def copy_answer(self, change: EngineChange) -> CopyMovesResponse:
+        """How far a copy is."""
+        return CopyMovesResponse(
+            copied_bytes=change.copied_bytes, total_bytes=change.copy_bytes, moves=change.results()
+        )
+
+    def flip_moves(self, request: FlipMovesRequest, now_s: float) -> EngineChange:
+        """Asks for the flip, which `step` makes at the next boundary; `flip_answer` says how it ended."""
+        self._fence(request.epoch)
+        timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
+        return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
+
+    def flip_answer(self, change_id: str) -> FlipMovesResponse | None:
+        """How a flip that was asked for ended; None: it has not."""
+        changes = self._changes_of(change_id)
+        change = changes.known[change_id]
+        return None if change.is_open else changes.flip_answer(change)
+
+    def release_moves(self, request: ReleaseMovesRequest, now_s: float) -> ReleaseMovesResponse:
+        self._fence(request.epoch)
+        changes = self._changes_of(request.change_id)
+        freed = changes.release(request.change_id, request.moves, request.generation, now_s)
+        return ReleaseMovesResponse(freed_blocks=freed)
+
+    def abort_moves(
+        self, request: AbortMovesRequest, now_s: float, *, authority: Iterable[ChangeStatus] | None = None
+    ) -> AbortMovesResponse:
+        """``authority``: what the primary's engine said of its changes just now, where this is another one."""
+        self._fence(request.epoch)
+        try:
+            changes = self._changes_of(request.change_id)
+        except RefusedError:
+            changes = self._given_up
+        change = changes.abort(request.change_id, request.failure, authority, now_s)
+        return AbortMovesResponse(
+            outcome=change.outcome(), generation=changes.generation, moves=change.results() if change.generation else ()
+        )
+
+    # --- for the engines
+
+    def statuses(self) -> list[ChangeStatus]:
+        """Of all changes that are remembered."""
+        return [
+            change.status(name, held.changes.generation)
+            for name, held in self._held.items()
+            for change in held.changes.known.values()
+        ] + [change.status("", 0) for change in self._given_up.known.values()]
+
+    def _fence(self, epoch: int) -> None:
+        if epoch < max(self.newest_epoch, 1):
+            raise RefusedError(stale_epoch(epoch, self.newest_epoch))
+        self.newest_epoch = epoch
+
+    def _changes_of(self, change_id: str) -> EngineChanges:
+        for changes in [*(held.changes for held in self._held.values()), self._given_up]:
+            if change_id in changes.known:
+                return changes
+        raise unknown(change_id)

@@ -1,0 +1,136 @@
+"""`ExecutorService` over any engine: message to call, call to message, refusal to status."""
+
+# ruff: noqa: N802  the methods have the contract's names
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from grpc_status import rpc_status
+
+from hetis.runtime.executor.change import EngineChange
+from hetis.runtime.executor.engine import SteeredEngine
+from hetis.runtime.executor.pieces import pieces_of
+from hetis.runtime.executor.refusals import RefusedError, failure_of, status_of
+from hetis.v1 import executor_service_pb2 as messages
+from hetis.v1 import executor_service_pb2_grpc
+from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
+from hetis.v1.failure_pb2 import ErrorReason
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+PROGRESS_S = 0.1  # between two words on a copy
+DEFAULT_REPORT_S = 1.0
+
+
+class EngineHost(Protocol):
+    """What runs an engine, perhaps in a thread of its own."""
+
+    async def do(self, work: Callable[[SteeredEngine[Any], float], T]) -> T:
+        """Runs ``work``, with the engine and the time, between two of its steps. Raises what it raises."""
+
+    async def stepped(self) -> None:
+        """Until the engine has made a step, or looked at the clock, again."""
+
+    async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
+        """Changes of the engine that decides this one, as it says now. None: it was not reached, or it is this one."""
+
+
+class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
+    """Serves one engine."""
+
+    def __init__(self, host: EngineHost) -> None:
+        self._host = host
+
+    async def ApplyAssignment(
+        self, request: messages.ApplyAssignmentRequest, context: Context
+    ) -> messages.ApplyAssignmentResponse:
+        return await self._answer(context, lambda engine, now_s: engine.apply_assignment(request, now_s))
+
+    async def ReserveMoves(
+        self, request: messages.ReserveMovesRequest, context: Context
+    ) -> messages.ReserveMovesResponse:
+        return await self._answer(context, lambda engine, now_s: engine.reserve_moves(request, now_s))
+
+    async def CopyMoves(
+        self, request: messages.CopyMovesRequest, context: Context
+    ) -> AsyncIterator[messages.CopyMovesResponse]:
+        def look(engine: SteeredEngine[Any], now_s: float) -> tuple[int, messages.CopyMovesResponse]:
+            return change.phase, engine.copy_answer(change)
+
+        change: EngineChange = await self._answer(context, lambda engine, now_s: engine.copy_moves(request, now_s))
+        phase, progress = await self._host.do(look)
+        while phase == ChangePhase.CHANGE_PHASE_PREPARING:
+            yield progress
+            await self._host.stepped()
+            await asyncio.sleep(PROGRESS_S if progress.total_bytes > 2 * progress.copied_bytes else 0)
+            phase, progress = await self._host.do(look)
+        if phase != ChangePhase.CHANGE_PHASE_READY:
+            ended = failure_of(
+                ErrorReason.ERROR_REASON_CHANGE_PHASE,
+                f"change {request.change_id} ended while it was copied",
+                change_id=request.change_id,
+                phase=ChangePhase.Name(ChangePhase.ValueType(phase)).removeprefix("CHANGE_PHASE_"),
+            )
+            await _refuse(context, RefusedError(ended))
+        yield progress
+
+    async def FlipMoves(self, request: messages.FlipMovesRequest, context: Context) -> messages.FlipMovesResponse:
+        await self._answer(context, lambda engine, now_s: engine.flip_moves(request, now_s))
+        while True:
+            answer = await self._answer(context, lambda engine, _: engine.flip_answer(request.change_id))
+            if answer is not None:
+                return answer
+            await self._host.stepped()
+
+    async def ReleaseMoves(
+        self, request: messages.ReleaseMovesRequest, context: Context
+    ) -> messages.ReleaseMovesResponse:
+        return await self._answer(context, lambda engine, now_s: engine.release_moves(request, now_s))
+
+    async def AbortMoves(self, request: messages.AbortMovesRequest, context: Context) -> messages.AbortMovesResponse:
+        said = await self._host.ask_authority(request.change_id)
+        return await self._answer(context, lambda engine, now_s: engine.abort_moves(request, now_s, authority=said))
+
+    async def WatchReports(
+        self, request: messages.WatchReportsRequest, context: Context
+    ) -> AsyncIterator[messages.WatchReportsResponse]:
+        interval_s = DEFAULT_REPORT_S
+        if request.HasField("min_interval"):
+            interval_s = min(max(_seconds(request.min_interval), 0.01), 600.0)
+        sent = None
+        while True:
+            report = await self._host.do(lambda engine, now_s: engine.report(now_s))
+            if report != sent:
+                sent = report
+                yield report
+                await asyncio.sleep(interval_s)
+            else:
+                await self._host.stepped()
+
+    async def ReadHeadMaps(
+        self, request: messages.ReadHeadMapsRequest, context: Context
+    ) -> AsyncIterator[messages.ReadHeadMapsResponse]:
+        whole = await self._answer(context, lambda engine, _: engine.head_maps(request.replica))
+        for piece in pieces_of(whole.head_maps):
+            yield messages.ReadHeadMapsResponse(generation=whole.generation, step=whole.step, head_maps=piece)
+
+    async def _answer(self, context: Context, work: Callable[[SteeredEngine[Any], float], T]) -> T:
+        try:
+            return await self._host.do(work)
+        except RefusedError as error:
+            await _refuse(context, error)
+
+
+async def _refuse(context: Context, error: RefusedError) -> NoReturn:
+    await context.abort_with_status(rpc_status.to_status(status_of(error.failure)))
+    raise AssertionError("abort raises")
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
