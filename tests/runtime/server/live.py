@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.layout import DevicePages, StageLayout
 from hetis.runtime.model.config import ModelConfig
+from hetis.runtime.moving.hauler import Hauler
 from hetis.runtime.server.app import AppOptions, Front
+from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
+from hetis.runtime.server.executing import ExecutorServer
+from hetis.runtime.server.moving import Moving
 from hetis.runtime.server.options import bound_socket
 from hetis.runtime.server.running import Told, serve
 from hetis.runtime.server.text import Tokens
 from hetis.runtime.server.timing import StepPredictor
+from hetis.runtime.steering.engine import RealEngine
 
 torch.set_num_threads(1)
 
@@ -58,8 +64,15 @@ class Live:
         key: str | None = None,
         drain_s: float = 20.0,
         predictor: StepPredictor | None = None,
+        executor: Path | None = None,
+        mode: RedispatchMode = RedispatchMode.PLANNER,
     ) -> None:
+        """``executor``: a socket where an agent steers the engine."""
         warm_up(engine)
+        hauler = Hauler(engine=engine, bytes_per_step=1 << 14)
+        steered = RealEngine(hauler, clock=time.monotonic, takes_moves=mode is RedispatchMode.PLANNER)
+        self.moving = Moving(mode=mode, hauler=hauler, steered=steered) if executor is not None else None
+        self._executor = executor
         self.engine = engine
         self.listening = bound_socket("127.0.0.1", 0, write_s=5)
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
@@ -112,9 +125,20 @@ class Live:
     def _run(self) -> None:
         async def work() -> bool:
             self._loop, self._told = asyncio.get_running_loop(), Told()
+            steered = self.moving.steered if self.moving is not None else None
             self.desk = Desk(
-                self.engine, model=MODEL, version="test", most_open=self._most_open, predictor=self._predictor
+                self.engine,
+                model=MODEL,
+                version="test",
+                most_open=self._most_open,
+                predictor=self._predictor,
+                tend=None if steered is None else lambda: steered.step(time.monotonic()),
+                moving=self.moving,
             )
+            beside = None
+            if steered is not None:
+                server = ExecutorServer(ExecutorAddress(socket=self._executor))
+                beside = server.serving(self.desk, steered)
             front = Front(
                 self.desk,
                 Tokens.from_folder(self._folder),
@@ -129,6 +153,7 @@ class Live:
                 self._told,
                 drain_s=self._drain_s,
                 ready=self._ready.set,
+                beside=beside,
             )
 
         self.went_well = asyncio.run(work())

@@ -153,6 +153,11 @@ class Engine(Seats):
         else:
             self._end(request, FinishReason.CANCELLED)
 
+    def expected_tokens(self, number: int) -> int:
+        """Output tokens that a running request is still expected to make: as many as room is kept for, or its rest."""
+        request = self.running[number]
+        return min(request.max_tokens - len(request.output), self.options.growth_tokens)
+
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._news)

@@ -7,7 +7,7 @@ is one cohort, as without a pipeline of processes and without copies, everybody 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.engine.heads import StageHeads
@@ -27,6 +27,7 @@ class Seats:
         running: by number, in the order of their admission.
         num_preempted: requests that had to make room for others.
         num_moved_heads: heads that changed their device.
+        relieve: by stage, what moves heads away from a device where a request lacks a page; whether it has one then.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Seats:
         self.running: dict[int, Request] = {}
         self.num_preempted = 0
         self.num_moved_heads = 0
+        self.relieve: dict[int, Callable[[int], bool]] = {}
 
     def path(self, request: Request) -> Path:
         """Stages that a running request's steps go through."""
@@ -97,7 +99,8 @@ class Seats:
             while stuck:
                 number = stuck.pop(0)
                 while number in self.running and part.placement.grow([number]):
-                    if self._give_way(part, number) or self._move_away(part, number) or self.settle():
+                    ways = (self._give_way, self._relieve, self._move_away)
+                    if any(way(part, number) for way in ways) or self.settle():
                         continue
                     self.preempt(self._youngest_on(part, part.placement.full_devices(number)).number)
 
@@ -107,6 +110,11 @@ class Seats:
         for move in moves:
             self.abort_move(move)
         return bool(moves)
+
+    def _relieve(self, part: StageHeads, number: int) -> bool:
+        """Has pages freed for a request by moves, where somebody knows which."""
+        relieve = self.relieve.get(part.number)
+        return relieve is not None and relieve(number)
 
     def _move_away(self, part: StageHeads, number: int) -> bool:
         """Moves one head of a request from a full device to one with room for it and its growth."""
@@ -137,7 +145,8 @@ class Seats:
     # --- heads
 
     def move(self, number: int, heads: Sequence[int], target: int, *, stage: int = 0) -> bool:
-        """Moves heads of a running request, now, between two steps; False: the target has too few pages.
+        """Moves heads of a running request, now, between two steps; False: the target has too few pages, or the copy
+        did not get there as it was.
 
         Raises:
             InvalidProblemError: the heads are on several devices, or the target takes none.
@@ -149,6 +158,9 @@ class Seats:
         if move is None:
             return False
         if not self.copy(move, 0, request.computed):
+            return False
+        if not self.verify(move):
+            self.abort_move(move)
             return False
         self.flip([move])
         return True

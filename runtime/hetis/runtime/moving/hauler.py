@@ -83,10 +83,12 @@ class Change:
 
 @dataclass(slots=True)
 class HaulerCounts:
-    """What became of moves, for metrics."""
+    """What became of moves and changes, for metrics."""
 
     flipped: int = 0
     left_out: int = 0
+    begun_changes: int = 0
+    flipped_changes: int = 0
     aborted_changes: int = 0
     copied_bytes: int = 0
 
@@ -138,6 +140,7 @@ class Hauler:
                 change.moves.append(Carried(one, move))
         self._keep_together(change)
         self._open.append(change)
+        self.counts.begun_changes += 1
         if not change.moves:
             self._end(change, change.left_out[0][1] if change.left_out else "it has no moves")
         return change
@@ -151,6 +154,30 @@ class Hauler:
         if change.is_open:
             self._end(change, why)
 
+    def flip(self, change: Change) -> None:
+        """Tail, VERIFY, FLIP, RELEASE of an open change that may be flipped, with no step in between; or it is aborted.
+
+        Between two steps only; none is on its way then.
+        """
+        self.engine.settle()
+        for carried in list(change.moves):
+            request = self.engine.running.get(carried.move.request)
+            if request is None or not self.engine.is_under_way(carried.move):
+                continue
+            if self.engine.copy(carried.move, carried.copied, request.computed):
+                self._sent(change, carried, request.computed)
+                if not self.engine.verify(carried.move) and self.engine.is_under_way(carried.move):
+                    self._end(change, f"the copy of request {carried.move.request} differs from its source")
+                    return
+        self._forget_void(change)
+        if not change.is_open:
+            return
+        self.engine.flip([carried.move for carried in change.moves])
+        change.phase, change.flipped_at = Phase.FLIPPED, self.engine.num_steps
+        self.counts.flipped += len(change.moves)
+        self.counts.flipped_changes += 1
+        self._open.remove(change)
+
     def advance(self) -> None:
         """What is due between two steps."""
         left = self.bytes_per_step
@@ -161,7 +188,7 @@ class Hauler:
             if change.is_open:
                 left -= self._copy(change, left)
             if change.phase is Phase.READY and change.permitted_until_s is not None:
-                self._flip(change)
+                self.flip(change)
 
     # --- inside
 
@@ -188,15 +215,11 @@ class Hauler:
             request = self.engine.running.get(carried.move.request)
             if request is None or not self.engine.is_under_way(carried.move):
                 continue  # a device was lost in this very loop: the next boundary sees to it
-            shape = self.engine.stages[carried.move.stage].stage.shape
-            position_bytes = len(carried.move.heads) * shape.page_bytes // shape.page_tokens
-            most = max((left - sent) // position_bytes, shape.page_tokens if not sent else 0)
+            page_tokens, position_bytes = self._page_tokens(carried), self._position_bytes(carried)
+            most = max((left - sent) // position_bytes, page_tokens if not sent else 0)
             last = min(carried.copied + most, request.computed)
             if last > carried.copied and self.engine.copy(carried.move, carried.copied, last):
-                sent += (last - carried.copied) * position_bytes
-                carried.copied = last
-        change.copied_bytes += sent
-        self.counts.copied_bytes += sent
+                sent += self._sent(change, carried, last)
         if all(self._tail(carried) <= self._page_tokens(carried) for carried in change.moves):
             change.phase = Phase.READY
         return sent
@@ -204,29 +227,21 @@ class Hauler:
     def _page_tokens(self, carried: Carried) -> int:
         return self.engine.stages[carried.move.stage].stage.shape.page_tokens
 
+    def _sent(self, change: Change, carried: Carried, last: int) -> int:
+        """Positions before ``last`` are at the target; returns the bytes that were sent for that."""
+        sent = (last - carried.copied) * self._position_bytes(carried)
+        carried.copied = last
+        change.copied_bytes += sent
+        self.counts.copied_bytes += sent
+        return sent
+
+    def _position_bytes(self, carried: Carried) -> int:
+        shape = self.engine.stages[carried.move.stage].stage.shape
+        return len(carried.move.heads) * shape.page_bytes // shape.page_tokens
+
     def _tail(self, carried: Carried) -> int:
         request = self.engine.running.get(carried.move.request)
         return request.computed - carried.copied if request is not None else 0
-
-    def _flip(self, change: Change) -> None:
-        """Tail, VERIFY, FLIP, RELEASE, with no step in between, nor on its way."""
-        self.engine.settle()
-        for carried in list(change.moves):
-            request = self.engine.running.get(carried.move.request)
-            if request is None or not self.engine.is_under_way(carried.move):
-                continue
-            if self.engine.copy(carried.move, carried.copied, request.computed):
-                carried.copied = request.computed
-                if not self.engine.verify(carried.move) and self.engine.is_under_way(carried.move):
-                    self._end(change, f"the copy of request {carried.move.request} differs from its source")
-                    return
-        self._forget_void(change)
-        if not change.is_open:
-            return
-        self.engine.flip([carried.move for carried in change.moves])
-        change.phase, change.flipped_at = Phase.FLIPPED, self.engine.num_steps
-        self.counts.flipped += len(change.moves)
-        self._open.remove(change)
 
     def _forget_void(self, change: Change) -> None:
         for carried in list(change.moves):

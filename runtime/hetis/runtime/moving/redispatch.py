@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,9 @@ import numpy.typing as npt
 from hetis.runtime.moving.hauler import Hauler, WantedMove
 
 if TYPE_CHECKING:
+    from hetis.runtime.engine.placement import Placement
+    from hetis.solver.dispatch.snapshot import StateSnapshot
+    from hetis.solver.dispatch.solve import Dispatcher
     from hetis.solver.redispatch.result import Move
     from hetis.solver.redispatch.watch import Watch
 
@@ -29,28 +32,34 @@ class Redispatch:
 
     Attributes:
         hauler: what moves heads; looks are put off while it carries anything.
-        link_byte_s: seconds per byte into or out of each device, shape [D].
+        link_byte_s: seconds per byte into or out of each device of the stage, shape [D].
+        stage: the engine's number of the stage (or copy of it).
         theta: share above the ideal makespan at which a look is worth it.
         every_steps: between two looks.
+        num_looks, num_moves: times that the solver was asked, and moves that it chose.
+        num_relieved: times that its moves emptied a full device.
     """
 
     hauler: Hauler
     link_byte_s: npt.NDArray[np.float64]
+    stage: int = 0
     theta: float = 0.5
     every_steps: int = 16
     num_looks: int = 0
     num_moves: int = 0
+    num_relieved: int = 0
     _looked_at: int = 0
     _watch: Watch = field(default_factory=_new_watch)
 
     def __post_init__(self) -> None:
         self.hauler.engine.between_steps.append(self.advance)
+        self.hauler.engine.relieve[self.stage] = self.relieve
 
     def advance(self) -> None:
         """Looks, if it is time."""
         engine = self.hauler.engine
         is_due = engine.num_steps >= self._looked_at + self.every_steps
-        if not is_due or self.hauler.open_changes or not len(engine.placement):
+        if not is_due or self.hauler.open_changes or not len(self._placement):
             return
         self._looked_at = engine.num_steps
         self.look()
@@ -58,37 +67,78 @@ class Redispatch:
     def look(self) -> None:
         """Starts the moves of the first wave, if triggers fire and any pay; later waves come with later looks."""
         from hetis.solver.dispatch.solve import Dispatcher
-        from hetis.solver.redispatch.problem import RedispatchProblem
-        from hetis.solver.redispatch.solve import Redispatcher
         from hetis.solver.redispatch.triggers import triggers
 
-        engine, state = self.hauler.engine, self.hauler.engine.placement.state
-        snapshot, dispatcher = state.snapshot(), Dispatcher(state.stage)
+        state, snapshot = self._placement.state, self._snapshot()
+        dispatcher = Dispatcher(state.stage)
         fired = triggers(snapshot, dispatcher, theta=self.theta)
         if not self._watch.due(snapshot, fired):
             return
+        bundles = self._solve(dispatcher, snapshot)
+        self._watch.looked(snapshot, fired, moved=bool(bundles))
+        state.mark_seen()
+        for bundle in bundles:
+            self.hauler.reserve(self._wanted(bundle), prepare_s=MOVE_S, permitted_s=MOVE_S)
+
+    def relieve(self, number: int) -> bool:
+        """A device of this request has no page for its next position: moves that the solver chooses are made at once.
+
+        Returns whether there is a page now. The caller has to do something else otherwise.
+        """
+        from hetis.solver.dispatch.solve import Dispatcher
+
+        placement = self._placement
+        if placement.moves:
+            return False  # what is under way is given up first
+        for bundle in self._solve(Dispatcher(placement.state.stage), self._snapshot()):
+            change = self.hauler.reserve(self._wanted(bundle), prepare_s=MOVE_S)
+            if change.is_open:
+                self.hauler.flip(change)
+            if number not in placement.requests:
+                return False  # a device was lost on the way
+        has_room = not placement.full_devices(number)
+        self.num_relieved += has_room
+        return has_room
+
+    # --- inside
+
+    @property
+    def _placement(self) -> Placement:
+        return self.hauler.engine.stages[self.stage].placement
+
+    def _snapshot(self) -> StateSnapshot:
+        """The stage as it is; a request may make as many tokens more as room would be kept for if it came now."""
+        engine = self.hauler.engine
+        snapshot = self._placement.state.snapshot()
+        expected = [engine.expected_tokens(int(name)) for name in snapshot.ids]
+        return replace(snapshot, remaining_tokens=np.array(expected, np.int64))
+
+    def _solve(self, dispatcher: Dispatcher, snapshot: StateSnapshot) -> list[list[Move]]:
+        """Moves of the first wave, those that go together by themselves."""
+        from hetis.solver.redispatch.problem import RedispatchProblem
+        from hetis.solver.redispatch.solve import Redispatcher
+
         self.num_looks += 1
         problem = RedispatchProblem(
-            snapshot=snapshot, num_layers=engine.stage.shape.layers, link_byte_s=self.link_byte_s
+            snapshot=snapshot,
+            num_layers=self.hauler.engine.stages[self.stage].stage.shape.layers,
+            link_byte_s=self.link_byte_s,
         )
-        moves = [move for move in Redispatcher(dispatcher).solve(problem).moves if move.wave == 0]
-        self._watch.looked(snapshot, fired, moved=bool(moves))
-        state.mark_seen()
         bundles: dict[int, list[Move]] = {}
-        for move in moves:
-            bundles.setdefault(move.together, []).append(move)
-        for bundle in bundles.values():
-            self.num_moves += len(bundle)
-            self.hauler.reserve(self._wanted(bundle), prepare_s=MOVE_S, permitted_s=MOVE_S)
+        for move in Redispatcher(dispatcher).solve(problem).moves:
+            if move.wave == 0:
+                bundles.setdefault(move.together, []).append(move)
+                self.num_moves += 1
+        return list(bundles.values())
 
     def _wanted(self, bundle: list[Move]) -> list[WantedMove]:
         """Which heads: the solver counts them, the engine names them. The first of those on the source go."""
         taken: set[int] = set()
         wanted = []
         for move in bundle:
-            owners = self.hauler.engine.placement.heads(int(move.request))
+            owners = self._placement.heads(int(move.request))
             heads = [head for head, owner in enumerate(owners) if owner == move.source and head not in taken]
             chosen = tuple(heads[: move.groups])
             taken |= set(chosen)
-            wanted.append(WantedMove(int(move.request), chosen, move.target, move.together))
+            wanted.append(WantedMove(int(move.request), chosen, move.target, move.together, self.stage))
         return wanted

@@ -117,7 +117,8 @@ class Front:
     async def _health(self, request: Request) -> Response:
         if self._desk.is_ready:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "failed" if self._desk.failed.is_set() else "stopping"}, status_code=503)
+        status = "failed" if self._desk.failed.is_set() else "stopping" if self._desk.is_stopping else "closed"
+        return JSONResponse({"status": status, "reason": self._desk.why_not_ready}, status_code=503)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self._desk.metrics.text(), media_type=CONTENT_TYPE)

@@ -6,10 +6,16 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
+from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import Layout, StageLayout, layout_of, one_device, pages_of
@@ -18,14 +24,25 @@ from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.launch.workers import Workers
 from hetis.runtime.measured.metrics import CostMetrics
 from hetis.runtime.model.config import ModelConfig, read_config
+from hetis.runtime.moving.hauler import Hauler
+from hetis.runtime.moving.redispatch import Redispatch
 from hetis.runtime.server.app import AppOptions, Front
+from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
+from hetis.runtime.server.errors import ServeError
 from hetis.runtime.server.measuring import measure_engine
+from hetis.runtime.server.moving import Moving
 from hetis.runtime.server.running import Told, serve
 from hetis.runtime.server.text import Tokens
+from hetis.runtime.steering.engine import RealEngine
+
+if TYPE_CHECKING:
+    from hetis.runtime.server.executing import ExecutorServer
 
 _log = logging.getLogger(__name__)
+# Seconds per byte of KV that moves, where nothing was measured: a copy in memory, and one to another process.
+_LOCAL_BYTE_S, _AWAY_BYTE_S = 1e-10, 1e-9
 _SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
 
 
@@ -33,7 +50,8 @@ _SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
 class Asked:
     """The options of `hetis-serve`, each of them valid; ``rooms`` empty: the plan's devices, or one.
 
-    ``stages`` are processes, and the number of the stage that each of them runs.
+    ``stages`` are processes, and the number of the stage that each of them runs. ``redispatch``
+    None: whoever is there.
     """
 
     folder: Path
@@ -47,6 +65,8 @@ class Asked:
     store: str
     worker_s: float
     start_s: float
+    executor: ExecutorAddress | None
+    redispatch: RedispatchMode | None
     dtype: str | None
     context_tokens: int | None
     seats: int | None
@@ -70,7 +90,9 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
         ModelError: the model's folder cannot be used.
         LayoutError: the plan or the memory does not allow it.
         ChannelError, DeviceError: the workers' store cannot be opened, or a worker did not come.
+        ServeError: the agent's address is taken.
     """
+    executor = _executor(asked.executor)
     _set_threads(asked.threads)
     tokens, chat = Tokens.from_folder(asked.folder), ChatTemplate.from_folder(asked.folder)
     layout = _layout(asked)
@@ -78,13 +100,15 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
     await asyncio.to_thread(warm_up, engine)
     measured = await asyncio.to_thread(measure_engine, engine, planned=layout.costs if layout else None)
+    moving = await asyncio.to_thread(_moving, asked, engine)
     desk = Desk(
         engine,
         model=asked.name,
         version=asked.version,
         most_open=engine.options.most_running + asked.max_waiting,
         predictor=measured.predictor,
-        tend=None if workers is None else lambda: workers.bring_back(engine),
+        tend=_tend(engine, workers, moving),
+        moving=moving,
     )
     labels = {"model_name": asked.name, "engine": "0"}
     desk.metrics.registry.register(CostMetrics(labels, measured.costs))
@@ -100,7 +124,8 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     told = Told()
     with told.by_signals():
         app = front.app(api_key=asked.api_key)
-        went_well = await serve(desk, app, listening, told, drain_s=asked.drain_s, ready=ready)
+        beside = executor.serving(desk, moving.steered) if executor is not None and moving.steered is not None else None
+        went_well = await serve(desk, app, listening, told, drain_s=asked.drain_s, ready=ready, beside=beside)
     if workers is not None:
         workers.close(engine)
     engine.close()
@@ -160,6 +185,57 @@ def _workers(asked: Asked) -> Workers | None:
         return None
     # Seconds grow, and a later engine is obeyed rather than an earlier one that still runs.
     return Workers(asked.store, asked.workers, epoch=int(time.time()), timeout_s=asked.worker_s, start_s=asked.start_s)
+
+
+def _executor(address: ExecutorAddress | None) -> ExecutorServer | None:
+    """Listens before anything is loaded, so that an address that is taken is told at once."""
+    if address is None:
+        return None
+    from hetis.runtime.server.executing import ExecutorServer
+
+    try:
+        return ExecutorServer(address)
+    except OSError as error:
+        raise ServeError(f"--executor {address}: {error}") from None
+
+
+def _moving(asked: Asked, engine: Engine) -> Moving:
+    """What moves heads, ready to do so; may take a minute the first time, for what is compiled."""
+    movable = [part for part in engine.stages if len(part.stage.devices) > 1 and part.stage.num_ranks == 1]
+    usual = RedispatchMode.PLANNER if asked.executor else RedispatchMode.OWN if movable else RedispatchMode.OFF
+    mode, hauler = asked.redispatch or usual, Hauler(engine=engine)
+    redispatch: tuple[Redispatch, ...] = ()
+    steered: RealEngine | None = None
+    if mode is RedispatchMode.OWN and movable:
+        from hetis.solver.redispatch.warming import compile_redispatch
+
+        compile_redispatch()
+        redispatch = tuple(_own_redispatch(hauler, part) for part in movable)
+    if asked.executor is not None:
+        steered = RealEngine(hauler, clock=time.monotonic, takes_moves=mode is RedispatchMode.PLANNER)
+    _log.info("heads of running requests are moved by: %s", mode)
+    return Moving(mode=mode, hauler=hauler, redispatch=redispatch, steered=steered)
+
+
+def _own_redispatch(hauler: Hauler, part: StageHeads) -> Redispatch:
+    devices = part.stage.devices
+    links = [_LOCAL_BYTE_S if isinstance(device, LocalDevice) else _AWAY_BYTE_S for device in devices]
+    return Redispatch(hauler=hauler, link_byte_s=np.array(links), stage=part.number)
+
+
+def _tend(engine: Engine, workers: Workers | None, moving: Moving) -> Callable[[], None] | None:
+    """What is looked after now and then, also where nothing runs."""
+    steered = moving.steered
+    if workers is None and steered is None:
+        return None
+
+    def tend() -> None:
+        if workers is not None:
+            workers.bring_back(engine)
+        if steered is not None:
+            steered.step(time.monotonic())
+
+    return tend
 
 
 def _set_threads(threads: int | None) -> None:

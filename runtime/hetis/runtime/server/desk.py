@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.news import TokenOutput
@@ -21,8 +21,11 @@ from hetis.runtime.engine.request import RequestError, SamplingParams
 from hetis.runtime.server.errors import ApiError, BusyError, StoppedError
 from hetis.runtime.server.inbox import Inbox, Ticket
 from hetis.runtime.server.metrics import ServerMetrics
+from hetis.runtime.server.moving import Moving
+from hetis.runtime.server.recent import RecentTimes
 from hetis.runtime.server.snapshot import EngineView, view_of
 from hetis.runtime.server.timing import StepPredictor
+from hetis.runtime.steering.engine import Front
 from hetis.solver.errors import HetisError
 
 _log = logging.getLogger(__name__)
@@ -43,15 +46,17 @@ class Desk:
         most_open: int,
         predictor: StepPredictor | None = None,
         tend: Callable[[], None] | None = None,
+        moving: Moving | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         """``most_open``: requests that run or wait; more are refused. ``tend`` is called by the thread now and then,
-        between two steps, to look after the engine's devices.
+        between two steps, to look after the engine's devices. ``moving``: what moves its heads.
         """
         self._tend, self._tended_s = tend, clock()
         self._engine, self._predictor, self._clock = engine, predictor, clock
         self.max_tokens, self.most_open = engine.max_tokens, most_open
-        self._view = view_of(engine)
+        self._moving = moving
+        self._view = self._look()
         self.metrics = ServerMetrics(model=model, version=version, view=lambda: self._view)
         self._open: set[Ticket] = set()
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -64,6 +69,16 @@ class Desk:
         self._draining = False
         self.failed = asyncio.Event()
         self._finished_s: list[float] = []
+        self._closed = ""  # why nothing new is taken for now
+        self._changed = asyncio.Event()
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._recent = RecentTimes()  # the thread's
+        if moving is not None and moving.steered is not None:
+            moving.steered.front = Front(
+                counts=self._recent.counts,
+                close=lambda why: self._tell(self._close_to_new, why),
+                end_all=lambda: self._tell(self._end_open),
+            )
 
     # --- in the event loop
 
@@ -90,7 +105,23 @@ class Desk:
 
     @property
     def is_ready(self) -> bool:
-        return not self._draining and not self.failed.is_set() and self._thread.is_alive()
+        return not self.why_not_ready
+
+    @property
+    def why_not_ready(self) -> str:
+        """Why nothing new is taken; empty: it is."""
+        if self.failed.is_set():
+            return "the engine has failed"
+        return "the server is stopping" if self.is_stopping else self._closed
+
+    @property
+    def is_stopping(self) -> bool:
+        """Nothing new will be taken any more."""
+        return self._draining or not self._thread.is_alive()
+
+    async def stepped(self) -> None:
+        """Until the engine has made a step, or its devices were looked after, again."""
+        await self._changed.wait()
 
     def names(self) -> dict[int, str]:
         """Names of the calls that open requests belong to, by the engine's numbers."""
@@ -104,7 +135,7 @@ class Desk:
             StoppedError: the server is ending.
         """
         if not self.is_ready:
-            raise StoppedError("the engine has failed" if self.failed.is_set() else "the server is stopping")
+            raise StoppedError(self.why_not_ready)
         if len(requests) > self.most_open:
             raise ApiError(f"{len(requests)} answers are asked for at once, {self.most_open} may be open", param="n")
         if len(self._open) + len(requests) > self.most_open:
@@ -144,7 +175,7 @@ class Desk:
             except HetisError as error:
                 raise ApiError(str(error), status=409, code="not_movable") from None
 
-        return await self._call(act)
+        return await self.call(act)
 
     async def drain(self, limit_s: float) -> int:
         """Takes nothing new and waits until all is answered; returns how many were not when the limit came."""
@@ -153,22 +184,39 @@ class Desk:
             await asyncio.wait_for(self._idle.wait(), limit_s)
         return len(self._open)
 
-    async def _call(self, act: Callable[[], T]) -> T:
+    async def call(self, act: Callable[[], T], *, refusals: tuple[type[Exception], ...] = (ApiError,)) -> T:
+        """What ``act`` returns, or raises of ``refusals``, between two steps; any other error is the engine's end.
+
+        Raises:
+            StoppedError: the engine has ended.
+        """
         if not self._thread.is_alive():
             raise StoppedError("the engine has ended")
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.add(answer)
+        answer.add_done_callback(self._calls.discard)
 
         def run() -> None:
             try:
                 result = act()
-            except ApiError as error:
+            except refusals as error:
                 self._tell(_settle, answer, None, error)
             else:
                 self._tell(_settle, answer, result, None)
 
         self._commands.put(run)
         return await answer
+
+    def _close_to_new(self, why: str) -> None:
+        """Takes nothing new for that reason; empty: takes it again."""
+        if why != self._closed:
+            _log.info("%s", f"nothing new is taken: {why}" if why else "requests are taken")
+        self._closed = why
+
+    def _end_open(self) -> None:
+        for ticket in list(self._open):
+            self._commands.put(lambda ticket=ticket: self._cancel(ticket))  # type: ignore[misc]
+            self._refuse(ticket, StoppedError(self._closed))
 
     def _retry_s(self) -> int:
         """When a request will have ended, by how often that happened lately."""
@@ -179,6 +227,8 @@ class Desk:
 
     def _deliver(self, news: list[tuple[Ticket, list[TokenOutput]]], view: EngineView) -> None:
         self._view = view
+        self._changed.set()
+        self._changed = asyncio.Event()
         for ticket, outputs in news:
             ticket.inbox.put(ticket.index, outputs)
             if outputs[-1].finish_reason is not None and not ticket.is_over:
@@ -200,6 +250,8 @@ class Desk:
         self._draining = True
         for ticket in list(self._open):
             self._refuse(ticket, error)
+        for answer in list(self._calls):
+            _settle(answer, None, StoppedError("the engine has ended"))
 
     def _fail(self) -> None:
         self.failed.set()
@@ -230,7 +282,10 @@ class Desk:
         if self._tend is not None and self._clock() - self._tended_s >= _TEND_S:
             self._tended_s = self._clock()
             self._tend()
-            self._tell(self._deliver, [], view_of(self._engine))
+            self._tell(self._deliver, [], self._look())
+
+    def _look(self) -> EngineView:
+        return view_of(self._engine, self._moving.view() if self._moving else None)
 
     def _end(self) -> None:
         self._ends = True
@@ -259,7 +314,7 @@ class Desk:
             step = self._engine.last_step
             predicted_s = self._predictor.step_s(step) if self._predictor else None
             self.metrics.step_done(seconds=ended_s - begun_s, predicted_s=predicted_s, tokens=len(step.tokens))
-        self._tell(self._deliver, self._sort(outputs, ended_s), view_of(self._engine))
+        self._tell(self._deliver, self._sort(outputs, ended_s), self._look())
 
     def _sort(self, outputs: Sequence[TokenOutput], now_s: float) -> list[tuple[Ticket, list[TokenOutput]]]:
         """News by ticket, counted on their way."""
@@ -270,11 +325,14 @@ class Desk:
             if output.token is not None:
                 if ticket.token_s is None:
                     self.metrics.first_token(now_s - ticket.arrived_s, prompt_tokens=len(ticket.prompt))
+                    self._recent.first_token(now_s - ticket.arrived_s)
                 else:
                     self.metrics.next_token(now_s - ticket.token_s)
+                    self._recent.next_token(now_s - ticket.token_s)
                 ticket.token_s = now_s
             if output.finish_reason is not None:
                 self.metrics.finished(output.finish_reason, now_s - ticket.arrived_s)
+                self._recent.finished()
         found = [(self._tickets[number], news) for number, news in by_number.items()]
         for number, news in by_number.items():
             if news[-1].finish_reason is not None:
@@ -287,7 +345,7 @@ class Desk:
             self._loop.call_soon_threadsafe(act, *arguments)
 
 
-def _settle(answer: asyncio.Future[T], result: T, error: ApiError | None) -> None:
+def _settle(answer: asyncio.Future[T], result: T, error: Exception | None) -> None:
     if answer.done():
         return
     if error is None:

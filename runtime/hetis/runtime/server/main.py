@@ -31,6 +31,9 @@ python -m hetis.runtime.worker --name w1 --store 127.0.0.1:8500 --kv-memory 2GiB
 hetis-serve --model models/Llama-3.2-1B --plan plan.json --store 127.0.0.1:8500 --stage s1=1, and for each stage
 python -m hetis.runtime.stages --name s1 --store 127.0.0.1:8500 --model models/Llama-3.2-1B
 
+hetis-serve --model models/Llama-3.2-1B --plan plan.json --executor unix:/run/hetis/engine.sock, and beside it
+hetis-agent --server planner:8470 --node clusters/C/nodes/N --engine unix:///run/hetis/engine.sock
+
 HETIS_API_KEY=... hetis-serve --model models/Llama-3.2-1B --host 0.0.0.0 --port 8080
 
 curl localhost:8000/v1/chat/completions -d '{"model": "Llama-3.2-1B", "messages": [{"role": "user", "content": "Hi"}]}'
@@ -85,6 +88,16 @@ def serve(
     start_timeout: Annotated[
         float | None, typer.Option(help="Seconds until a worker or stage has come. Default: as --worker-timeout.")
     ] = None,
+    executor: Annotated[
+        str, typer.Option(help="unix:PATH or HOST:PORT of the loopback, where a hetis-agent steers this engine.")
+    ] = "",
+    redispatch: Annotated[
+        str,
+        typer.Option(
+            help="Who moves heads of running requests: own (the solver in here), planner (through the agent), off. "
+            "auto: planner with --executor, else own where there are several devices."
+        ),
+    ] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float64, bfloat16, float16.")] = "auto",
     context_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt with output. Default: the model's.")
@@ -126,6 +139,8 @@ def serve(
     stages = get(lambda: options.checked_stages(stage or [], has_plan=plan is not None))
     others = [name for name, _ in stages or ()]
     get(lambda: options.checked_workers(worker or [], store, rooms or (), stages=others))
+    executor_address = get(lambda: options.checked_executor(executor))
+    mode = get(lambda: options.checked_redispatch(redispatch, executor))
     get(lambda: _check_exposed(host, key, insecure))
     for option, value, least, most in (
         ("--kv-tokens", kv_tokens, 1, 2**31),
@@ -172,6 +187,8 @@ def serve(
         store=store,
         worker_s=worker_timeout,
         start_s=start_timeout if start_timeout is not None else worker_timeout,
+        executor=executor_address,
+        redispatch=mode,
         dtype=chosen_dtype,
         context_tokens=context_tokens,
         seats=seats,
@@ -208,6 +225,8 @@ def _run(work: Coroutine[Any, Any, bool], listening: socket.socket) -> None:
         _fail(str(error).splitlines(), EXIT_INVALID)
     except LayoutError as error:
         _fail(error.messages, EXIT_NOT_POSSIBLE)
+    except ServeError as error:
+        _fail(error.messages, EXIT_ADDRESS)
     except (ChannelError, DeviceError, OSError) as error:
         _fail([str(error)], EXIT_FAILED)
     finally:

@@ -12,7 +12,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hetis.runtime.engine.request import FinishReason
+from hetis.runtime.server.asked import RedispatchMode
+from hetis.runtime.server.moving import MovingView
 from hetis.runtime.server.snapshot import EngineView
+from hetis.runtime.steering.engine import PERMISSIONS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -123,6 +126,7 @@ class _Views(Collector):
         yield config
         yield self._counter("hetis_steps", "Steps of the engine.", view.steps)
         yield self._counter("hetis_moved_heads", "KV heads of running requests that moved.", view.moved_heads)
+        yield from self._moving(view.moving)
         build = GaugeMetricFamily("hetis_build", "1; its label says which software this is.", labels=["version"])
         build.add_metric([self._version], 1)
         yield build
@@ -138,6 +142,34 @@ class _Views(Collector):
             for device, value in zip(view.devices, values, strict=True):
                 family.add_metric([*self._labels.values(), device.name], value)
             yield family
+
+    def _moving(self, moving: MovingView) -> Iterator[Metric]:
+        migrations = CounterMetricFamily(
+            "hetis_migrations", "Changes that move heads, by what became of them.", labels=[*self._labels, "state"]
+        )
+        for state, count in (
+            ("started", moving.begun),
+            ("committed", moving.flipped),
+            ("aborted", moving.aborted),
+        ):
+            migrations.add_metric([*self._labels.values(), state], count)
+        yield migrations
+        yield self._counter("hetis_migration_bytes", "KV that was sent for them.", moving.copied_bytes)
+        yield self._counter("hetis_redispatch_looks", "Times that the solver was asked for moves.", moving.looks)
+        yield self._counter("hetis_redispatch_moves", "Moves that it chose.", moving.moves)
+        yield self._counter("hetis_redispatch_reliefs", "Times that moves emptied a full device.", moving.relieved)
+        yield self._states("hetis_redispatch_mode", "Who moves heads.", list(RedispatchMode), moving.mode)
+        yield self._gauge("hetis_planner_epoch", "Newest epoch of the planner that was obeyed.", moving.epoch)
+        yield self._states(
+            "hetis_planner_permission", "How far the planner's change is.", list(PERMISSIONS), moving.permission
+        )
+
+    def _states(self, name: str, meaning: str, states: list[str], now: str) -> Metric:
+        """A gauge per state, 1 for the one that is."""
+        family = GaugeMetricFamily(name, meaning, labels=[*self._labels, "state"])
+        for state in states:
+            family.add_metric([*self._labels.values(), str(state)], int(state == now))
+        return family
 
     def _gauge(self, name: str, meaning: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, meaning, labels=list(self._labels))

@@ -12,6 +12,7 @@ from typing import TypeVar
 from hetis.formats.units import parse_bytes
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.model.config import DTYPES
+from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
 from hetis.runtime.server.errors import ServeError
 
 T = TypeVar("T")
@@ -19,6 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 KEY_VARIABLE = "HETIS_API_KEY"
 LEAST_KEY = 16  # characters
 _SEND_BYTES = 128 * 2**10
+_LONGEST_SOCKET = 107  # bytes, of sun_path on Linux
 
 
 class Checking:
@@ -130,6 +132,46 @@ def checked_workers(names: list[str], store: str, rooms: tuple[DeviceRoom, ...],
         wrong.append(f"--store is {store!r}, must be HOST:PORT such as 127.0.0.1:8500")
     if wrong:
         raise ServeError(*wrong)
+
+
+def checked_executor(text: str) -> ExecutorAddress | None:
+    """``unix:PATH`` or ``HOST:PORT``; None: nobody steers the engine.
+
+    Raises:
+        ServeError: it is neither, its folder is missing, or other machines could reach it: calls are not encrypted.
+    """
+    if not text:
+        return None
+    if text.startswith("unix:"):
+        path = Path("/" + text[5:].lstrip("/") if text.startswith("unix:/") else text[5:])
+        if not path.name or not path.parent.is_dir():
+            raise ServeError(f"--executor {text}: there is no folder {path.parent}")
+        if len(os.fsencode(path)) > _LONGEST_SOCKET:
+            raise ServeError(
+                f"--executor {text}: the path has {len(os.fsencode(path))} bytes, may have {_LONGEST_SOCKET}"
+            )
+        return ExecutorAddress(socket=path)
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ServeError(f"--executor is {text!r}, must be unix:PATH or HOST:PORT such as unix:/run/hetis/engine.sock")
+    if not is_loopback(host.strip("[]")):
+        raise ServeError(f"--executor {text} can be reached from other machines, must be of the loopback: 127.0.0.1")
+    return ExecutorAddress(tcp=text)
+
+
+def checked_redispatch(text: str, executor: str) -> RedispatchMode | None:
+    """Who moves heads; None for ``auto``.
+
+    Raises:
+        ServeError: it is nobody known, or the planner without a way to ask.
+    """
+    if text == "auto":
+        return None
+    if text not in list(RedispatchMode):
+        raise ServeError(f"--redispatch is {text!r}, must be auto, {', '.join(RedispatchMode)}")
+    if text == RedispatchMode.PLANNER and not executor:
+        raise ServeError("--redispatch planner needs --executor, where the agent asks for it")
+    return RedispatchMode(text)
 
 
 def checked_range(option: str, value: float, *, least: float, most: float) -> float:

@@ -57,11 +57,12 @@ async def serve(
     *,
     drain_s: float,
     ready: Callable[[], None] = lambda: None,
+    beside: contextlib.AbstractAsyncContextManager[None] | None = None,
 ) -> bool:
     """Serves until told to end, then drains; returns False where the engine failed.
 
     While it drains nothing new is taken (503, ``/health`` too), and what is open is answered for at most ``drain_s``,
-    or until it is told again. Whatever is open then is answered with an error.
+    or until it is told again. Whatever is open then is answered with an error. ``beside`` is entered while it serves.
     """
     config = uvicorn.Config(
         app,
@@ -76,8 +77,9 @@ async def serve(
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)  # uvicorn tells by a flag
-    ready()
-    await _first(told.once.wait(), desk.failed.wait(), asyncio.shield(serving))
+    async with beside or contextlib.nullcontext():
+        ready()
+        await _first(told.once.wait(), desk.failed.wait(), asyncio.shield(serving))
     if told.once.is_set():
         _log.info("draining: %d open requests", desk.open_requests)
         await _first(desk.drain(drain_s), told.twice.wait(), desk.failed.wait())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hetis.runtime.engine.engine import Engine
+from hetis.runtime.server.moving import MovingView
 from hetis.solver.dispatch.snapshot import DeviceStatus
 
 
@@ -45,6 +46,7 @@ class EngineView:
     preempted: int = 0
     moved_heads: int = 0
     page_tokens: int = 16
+    moving: MovingView = field(default_factory=MovingView)
 
     @property
     def kv_use_ratio(self) -> float:
@@ -53,8 +55,8 @@ class EngineView:
         return sum(device.used_pages for device in self.devices) / pages if pages else 0.0
 
 
-def view_of(engine: Engine) -> EngineView:
-    """The engine as it is now; called by the thread that runs it."""
+def view_of(engine: Engine, moving: MovingView | None = None) -> EngineView:
+    """The engine as it is now; called by the thread that runs it. ``moving`` None: nothing moves its heads."""
     devices: list[DeviceView] = []
     owners: dict[int, list[int]] = {number: [] for number in engine.running}
     for part in engine.stages:
@@ -92,4 +94,5 @@ def view_of(engine: Engine) -> EngineView:
         preempted=engine.num_preempted,
         moved_heads=engine.num_moved_heads,
         page_tokens=engine.stages[0].stage.shape.page_tokens,
+        moving=moving or MovingView(),
     )
