@@ -1,4 +1,4 @@
-"""The demo is the runtime in small: heads move, a worker dies and comes back, and every text is exact."""
+"""The demo is all of it in small: a planner moves heads of a chat, a worker dies and comes back, the text is exact."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_demos_texts_are_those_of_the_unsplit_engine_though_heads_move_and_a_worker_dies() -> None:
+def test_the_demos_texts_are_those_of_the_unsplit_engine_though_a_planner_moves_heads_and_a_worker_dies() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo_serve", "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert seen["same"] == [True, True]
+    assert len(seen["same"]) >= 2
+    assert all(seen["same"])
     assert seen["is_back"]
-    assert seen["moved_heads"] >= 5
+    assert seen["redispatches"] >= 1
+    assert seen["committed"] >= seen["redispatches"]
     assert len({name for heads in seen["maps"] for name in heads}) == 3
     assert seen["predicted_s"] > 0
     assert "Traceback" not in done.stderr
+    assert max(map(len, done.stderr.splitlines())) <= 80

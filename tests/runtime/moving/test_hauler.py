@@ -280,6 +280,16 @@ def test_the_solver_moves_heads_when_the_stage_has_drifted() -> None:
     world.finish()
 
 
+def test_a_full_device_is_relieved_by_the_solvers_moves_before_anyone_is_preempted() -> None:
+    world = World(pages=(200, 17), prompt=60)  # three heads take six pages each in the end
+    redispatch = Redispatch(hauler=world.hauler, link_byte_s=np.array([1e-12, 1e-12]), every_steps=10_000)
+    assert world.engine.move(world.number, [0, 1, 2], 1)
+    world.finish()
+    assert redispatch.num_relieved == 1
+    assert redispatch.num_moves >= 1
+    assert world.engine.num_preempted == 0
+
+
 def fields_of(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in type(value).__dataclass_fields__}
 

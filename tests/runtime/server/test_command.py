@@ -84,6 +84,30 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         assert message in text
 
 
+def test_who_steers_the_engine_is_checked_as_a_whole(tmp_path: Path) -> None:
+    for options, message in (
+        (["--executor", "0.0.0.0:7000"], "--executor 0.0.0.0:7000 can be reached from other machines"),
+        (["--executor", "unix:"], "--executor unix:: there is no folder"),
+        (["--executor", f"unix:{tmp_path}/no/e.sock"], f"there is no folder {tmp_path}/no"),
+        (["--executor", f"unix:{tmp_path}/{'x' * 100}"], "bytes, may have 107"),
+        (["--executor", "here"], "--executor is 'here', must be unix:PATH or HOST:PORT"),
+        (["--redispatch", "planner"], "--redispatch planner needs --executor"),
+        (["--redispatch", "me"], "--redispatch is 'me', must be auto, own, planner, off"),
+    ):
+        code, lines = run(*options)
+        assert code == 2
+        assert message in "\n".join(lines)
+
+
+def test_a_socket_that_is_a_file_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("mine", encoding="utf-8")
+    code, lines = run("-m", str(folder), "--port", "0", "--executor", f"unix:{path}")
+    assert code == 4
+    assert lines == [f"hetis-serve: --executor unix:{path}: cannot listen on unix:{path}: it is there, and no socket"]
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
 def test_without_a_model_it_says_what_one_is() -> None:
     assert run() == (
         2,

@@ -154,9 +154,14 @@ class Engine(Seats):
             self._end(request, FinishReason.CANCELLED)
 
     def expected_tokens(self, number: int) -> int:
-        """Output tokens that a running request is still expected to make: as many as room is kept for, or its rest."""
+        """Output tokens that a running request is still expected to make.
+
+        Its rest, where nothing else can end it; else no more than what room is kept for when one comes.
+        """
         request = self.running[number]
-        return min(request.max_tokens - len(request.output), self.options.growth_tokens)
+        rest, params = request.max_tokens - len(request.output), request.params
+        has_other_ends = not params.ignore_eos or params.stop or params.stop_token_ids
+        return min(rest, self.options.growth_tokens) if has_other_ends else rest
 
     @property
     def has_work(self) -> bool:

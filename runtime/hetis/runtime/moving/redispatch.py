@@ -90,7 +90,8 @@ class Redispatch:
         placement = self._placement
         if placement.moves:
             return False  # what is under way is given up first
-        for bundle in self._solve(Dispatcher(placement.state.stage), self._snapshot()):
+        full = frozenset(placement.full_devices(number))
+        for bundle in self._solve(Dispatcher(placement.state.stage), self._snapshot(), full=full):
             change = self.hauler.reserve(self._wanted(bundle), prepare_s=MOVE_S)
             if change.is_open:
                 self.hauler.flip(change)
@@ -113,8 +114,10 @@ class Redispatch:
         expected = [engine.expected_tokens(int(name)) for name in snapshot.ids]
         return replace(snapshot, remaining_tokens=np.array(expected, np.int64))
 
-    def _solve(self, dispatcher: Dispatcher, snapshot: StateSnapshot) -> list[list[Move]]:
-        """Moves of the first wave, those that go together by themselves."""
+    def _solve(
+        self, dispatcher: Dispatcher, snapshot: StateSnapshot, *, full: frozenset[int] = frozenset()
+    ) -> list[list[Move]]:
+        """Moves of the first wave, those that go together by themselves; ``full``: devices that lack a page now."""
         from hetis.solver.redispatch.problem import RedispatchProblem
         from hetis.solver.redispatch.solve import Redispatcher
 

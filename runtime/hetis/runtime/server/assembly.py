@@ -209,6 +209,7 @@ def _moving(asked: Asked, engine: Engine) -> Moving:
     if mode is RedispatchMode.OWN and movable:
         from hetis.solver.redispatch.warming import compile_redispatch
 
+        _log.info("preparing re-dispatch, which takes a minute the first time")
         compile_redispatch()
         redispatch = tuple(_own_redispatch(hauler, part) for part in movable)
     if asked.executor is not None:
