@@ -31,7 +31,7 @@ from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.errors import ServeError
-from hetis.runtime.server.measuring import measure_engine
+from hetis.runtime.server.measuring import Measured, measure_engine
 from hetis.runtime.server.moving import Moving
 from hetis.runtime.server.running import Told, serve
 from hetis.runtime.server.text import Tokens
@@ -100,7 +100,7 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
     await asyncio.to_thread(warm_up, engine)
     measured = await asyncio.to_thread(measure_engine, engine, planned=layout.costs if layout else None)
-    moving = await asyncio.to_thread(_moving, asked, engine)
+    moving = await asyncio.to_thread(_moving, asked, engine, measured)
     desk = Desk(
         engine,
         model=asked.name,
@@ -199,7 +199,7 @@ def _executor(address: ExecutorAddress | None) -> ExecutorServer | None:
         raise ServeError(f"--executor {address}: {error}") from None
 
 
-def _moving(asked: Asked, engine: Engine) -> Moving:
+def _moving(asked: Asked, engine: Engine, measured: Measured) -> Moving:
     """What moves heads, ready to do so; may take a minute the first time, for what is compiled."""
     movable = [part for part in engine.stages if len(part.stage.devices) > 1 and part.stage.num_ranks == 1]
     usual = RedispatchMode.PLANNER if asked.executor else RedispatchMode.OWN if movable else RedispatchMode.OFF
@@ -211,17 +211,24 @@ def _moving(asked: Asked, engine: Engine) -> Moving:
 
         _log.info("preparing re-dispatch, which takes a minute the first time")
         compile_redispatch()
-        redispatch = tuple(_own_redispatch(hauler, part) for part in movable)
+        redispatch = tuple(_own_redispatch(hauler, part, measured) for part in movable)
     if asked.executor is not None:
-        steered = RealEngine(hauler, clock=time.monotonic, takes_moves=mode is RedispatchMode.PLANNER)
+        steered = RealEngine(
+            hauler,
+            clock=time.monotonic,
+            takes_moves=mode is RedispatchMode.PLANNER,
+            observed=lambda part: part.placement.costs if measured.following else None,
+        )
     _log.info("heads of running requests are moved by: %s", mode)
     return Moving(mode=mode, hauler=hauler, redispatch=redispatch, steered=steered)
 
 
-def _own_redispatch(hauler: Hauler, part: StageHeads) -> Redispatch:
-    devices = part.stage.devices
-    links = [_LOCAL_BYTE_S if isinstance(device, LocalDevice) else _AWAY_BYTE_S for device in devices]
-    return Redispatch(hauler=hauler, link_byte_s=np.array(links), stage=part.number)
+def _own_redispatch(hauler: Hauler, part: StageHeads, measured: Measured) -> Redispatch:
+    links = np.array([_LOCAL_BYTE_S if isinstance(d, LocalDevice) else _AWAY_BYTE_S for d in part.stage.devices])
+    if part.number < len(measured.copy_byte_s):
+        found = measured.copy_byte_s[part.number]
+        links = np.where(found > 0, found, links)
+    return Redispatch(hauler=hauler, link_byte_s=links, stage=part.number)
 
 
 def _tend(engine: Engine, workers: Workers | None, moving: Moving) -> Callable[[], None] | None:
