@@ -192,11 +192,13 @@ class Engine(Seats):
         return news
 
     def settle(self, request: Request | None = None) -> bool:
-        if not (len(self._pipeline) if request is None else self._pipeline.is_flying(request)):
-            return False
-        while len(self._pipeline):
+        was_flying = bool(len(self._pipeline) if request is None else self._pipeline.is_flying(request))
+        while was_flying and len(self._pipeline):
             self._land()
-        return True
+        if request is None:
+            for part in self.stages:
+                part.settle()
+        return was_flying
 
     def close(self) -> None:
         """Ends the threads and connections of the stages; requests that are left are forgotten."""

@@ -93,6 +93,10 @@ class StageHeads:
         self._ask(self.stage.replace_device, index, device).result()
         self.placement.restore(index)
 
+    def settle(self) -> None:
+        """Waits until the stage has done all that it was asked."""
+        self._ask(lambda: None).result()
+
     def _ask(self, act: Callable[..., T], *arguments: Any) -> Future[T]:
         if self._thread is not None:
             return self._thread.submit(act, *arguments)

@@ -52,7 +52,8 @@ class Seats:
     def settle(self, request: Request | None = None) -> bool:
         """Waits until no step of the request, or of anyone, is on its way; False: none was. Requests may end by it.
 
-        What takes KV away from a request, or changes where it is, has to wait for that.
+        What takes KV away from a request, or changes where it is, has to wait for that. Without a ``request`` the
+        stages have also done what they were told without an answer.
         """
         return False
 

@@ -124,3 +124,4 @@ def warm_up(engine: Engine) -> None:
     engine.add([0, 0], SamplingParams(max_tokens=2, ignore_eos=True))
     while engine.has_work:
         engine.step()
+    engine.settle()
