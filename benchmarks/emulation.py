@@ -62,8 +62,10 @@ RULES: dict[str, Callable[[Stage], DispatchRule]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Requests that come at once: prompts of 100 to 400 tokens, so many running at a time; half to one and a half times
-    ``output_tokens`` each, so that some come when others are half through."""
+    """Requests that come at once, prompts of 100 to 400 tokens, of which ``seats`` run at a time.
+
+    Answers have half to one and a half times ``output_tokens``, so that they end, and others begin, one by one.
+    """
 
     requests: int
     output_tokens: int
