@@ -62,7 +62,10 @@ RULES: dict[str, Callable[[Stage], DispatchRule]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Requests that come at once: prompts of 100 to 400 tokens, so many running at a time."""
+    """Requests that come at once, prompts of 100 to 400 tokens, of which ``seats`` run at a time.
+
+    Answers have half to one and a half times ``output_tokens``, so that they end, and others begin, one by one.
+    """
 
     requests: int
     output_tokens: int
@@ -75,16 +78,19 @@ class Traffic:
             [chooser.randrange(SIZES.vocab) for _ in range(chooser.randint(100, 400))] for _ in range(self.requests)
         ]
 
-    @property
-    def params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.output_tokens, ignore_eos=True)
+    def params(self) -> list[SamplingParams]:
+        chooser, mean = random.Random(1), self.output_tokens
+        return [
+            SamplingParams(max_tokens=chooser.randint(mean // 2, mean + mean // 2), ignore_eos=True)
+            for _ in range(self.requests)
+        ]
 
     @property
     def options(self) -> EngineOptions:
-        return EngineOptions(most_running=self.seats, growth_tokens=self.output_tokens)
+        return EngineOptions(most_running=self.seats, growth_tokens=2 * self.output_tokens)
 
 
-FULL = Traffic(requests=16, output_tokens=32, seats=8, rounds=1)
+FULL = Traffic(requests=24, output_tokens=24, seats=8, rounds=1)
 QUICK = Traffic(requests=3, output_tokens=6, seats=3, rounds=1)
 
 
@@ -184,7 +190,7 @@ def card_rows(chosen: Sequence[Scenario], traffic: Traffic) -> Iterator[Row]:
         return
     with emulated_replica(len(chosen[0].paces) - 1, pages=PAGES) as replica:
         alone = engine_from_folder(replica.folder, local_devices([PAGES]), options=traffic.options)
-        expected = [answer.tokens for answer in generate(alone, traffic.prompts(), traffic.params)]
+        expected = [answer.tokens for answer in generate(alone, traffic.prompts(), traffic.params())]
         epochs = iter(range(1, 10**6))
         for scenario in chosen:
             yield from _scenario_rows(replica, scenario, traffic, expected, epochs)
@@ -231,10 +237,11 @@ def _prepared(engine: Engine, name: str, measured: Measured) -> StepPredictor:
 
 
 def _run(engine: Engine, predictor: StepPredictor, scenario: Scenario, traffic: Traffic, replica: Replica) -> Run:
-    numbers = [engine.add(prompt, traffic.params) for prompt in traffic.prompts()]
+    params = traffic.params()
+    numbers = [engine.add(prompt, own) for prompt, own in zip(traffic.prompts(), params, strict=True)]
     answers: dict[int, list[int]] = {number: [] for number in numbers}
     measured_s, predicted_s, heads = [], [], [0] * len(scenario.paces)
-    begun_s, count, half = time.perf_counter(), 0, traffic.requests * traffic.output_tokens // 2
+    begun_s, count, half = time.perf_counter(), 0, sum(own.max_tokens for own in params) // 2
     while engine.has_work:
         step_s = time.perf_counter()
         for news in engine.step():

@@ -7,12 +7,16 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.runtime.attention.device import DeviceStep, Ready
+from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.generate import engine_from_folder
 from hetis.runtime.engine.request import SamplingParams
+from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.measured.following import Following, Rules
 from hetis.runtime.measured.timed import Taken, TimedDevice
 from hetis.runtime.moving.hauler import Hauler
@@ -226,10 +230,6 @@ def test_a_device_that_recovers_is_taken_back() -> None:
 def test_what_happens_meanwhile_counts_only_as_far_as_the_answer_was_waited_for(
     meanwhile_s: float, least_s: float, is_known: bool
 ) -> None:
-    import torch
-
-    from hetis.runtime.attention.device import DeviceStep
-
     clock, heard = FakeClock(), list[Taken]()
     engine = engine_from_folder(random_model().folder, paced_devices((Pace(), Pace(call_s=1.0)), clock))
     device = TimedDevice(engine.stage.devices[1], heard=heard.append, clock=clock)
@@ -250,3 +250,31 @@ def test_what_happens_meanwhile_counts_only_as_far_as_the_answer_was_waited_for(
     assert taken.least_s == pytest.approx(least_s, rel=1e-3, abs=1e-6)
     assert taken.most_s == pytest.approx(max(1.0, meanwhile_s), rel=1e-3)
     assert (taken.heads, taken.kv_bytes) == (shape.queries_per_group, 2 * shape.head_dim * 4)
+
+
+SHAPE = KvShape(layers=1, head_dim=8, queries_per_group=2, page_tokens=16, dtype="float32", scale=1.0, windows=(0,))
+
+
+class _OnCard:
+    """An output that a card has not computed yet."""
+
+    is_cuda, device = True, "cuda:0"
+
+
+def test_a_card_of_this_process_is_only_known_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls return at once; that the card is done takes a second."""
+    clock, heard = FakeClock(), list[Taken]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.pause(1.0))
+    monkeypatch.setattr(LocalDevice, "attend", lambda *_: Ready(_OnCard()))  # type: ignore[arg-type]
+    one, nothing = np.zeros(1, np.int64), torch.zeros(1)
+    step = DeviceStep(epoch=1, number=1, requests=one, incarnations=one, heads=one, positions=one)
+    plain = LocalDevice("card", SHAPE, 10)
+    for is_waited_for in (False, True):
+        timed = TimedDevice(plain, heard=heard.append, clock=clock, is_waited_for=is_waited_for)
+        timed.begin(step)
+        timed.attend(0, nothing, nothing, nothing)
+        timed.finish(1)
+    unknown, known = heard
+    assert (unknown.least_s, unknown.most_s) == (0.0, float("inf"))
+    assert known.is_known
+    assert known.most_s == pytest.approx(1.0)

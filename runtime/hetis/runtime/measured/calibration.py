@@ -124,7 +124,7 @@ class _Measuring:
         kv = torch.zeros(sequences, shape.layers, context - 1, shape.head_dim, dtype=shape.torch_dtype)
         self._device.adopt(_OWN, 0, list(range(sequences)), 0, kv, kv)
         taken: list[Taken] = []
-        timed = TimedDevice(self._device, heard=taken.append, clock=self._clock)
+        timed = TimedDevice(self._device, heard=taken.append, clock=self._clock, is_waited_for=True)
         begun_s = self._clock()
         self._step(timed, sequences, context)  # what is compiled or allocated once
         while len(taken) < 1 + _MOST_ROUNDS and (len(taken) < 1 + _LEAST_ROUNDS or self._clock() - begun_s < _POINT_S):

@@ -36,17 +36,23 @@ class Taken:
 
 
 class TimedDevice:
-    """A device whose steps are timed; a step that is not finished is not heard of.
-
-    ``read_s``: seconds to take an answer that is there already. What a CUDA device of this process takes is not known:
-    its calls return before it is done.
-    """
+    """A device whose steps are timed; a step that is not finished is not heard of."""
 
     def __init__(
-        self, device: AttentionDevice, *, heard: Callable[[Taken], None], clock: Clock, read_s: float = 0.0
+        self,
+        device: AttentionDevice,
+        *,
+        heard: Callable[[Taken], None],
+        clock: Clock,
+        read_s: float = 0.0,
+        is_waited_for: bool = False,
     ) -> None:
+        """``read_s``: seconds to take an answer that is there already. Calls to a CUDA device of this process return
+        before it is done: unless it ``is_waited_for`` in each of them, what it takes is not known.
+        """
         self.name, self.shape, self.num_pages = device.name, device.shape, device.num_pages
         self._device, self._heard, self._clock, self._read_s = device, heard, clock, read_s
+        self._is_waited_for = is_waited_for
         self._step: DeviceStep | None = None
         self._layers, self._least_s, self._most_s = 0, 0.0, 0.0
 
@@ -61,10 +67,12 @@ class TimedDevice:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:
         begun_s = self._clock()
         pending = self._device.attend(layer, q, k, v)
+        if self._is_waited_for and isinstance(pending, Ready) and pending.output.is_cuda:
+            torch.cuda.synchronize(pending.output.device)
         sent_s = self._clock()
         self._layers += 1
         if isinstance(pending, Ready):
-            known = not pending.output.is_cuda
+            known = self._is_waited_for or not pending.output.is_cuda
             self._add(sent_s - begun_s if known else 0.0, sent_s - begun_s if known else float("inf"))
             return pending
         return _Awaited(self, pending, begun_s, sent_s)
