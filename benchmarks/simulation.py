@@ -1,6 +1,6 @@
 """The placement's saturated rates beside simulated ones, and how fast the simulator is.
 
-    python -m benchmarks.simulation [--quick] [--json] [--cases N] [--processes N] [agreement | speed]
+    python -m benchmarks.simulation [--quick] [--json] [--cases N] [--rate-only] [--processes N] [agreement | speed]
 
 ``agreement``: random (cluster, model, workload) cases are placed, and one replica of every shape of the plan is given
 requests that are always waiting, at the plan's b, M and C, with heads split as the plan splits them. ``ratio`` is the
@@ -8,7 +8,7 @@ simulated rate over `ReplicaPlan.rate`; the bar is 0.9 to 1.1 (DESIGN section 10
 pipeline whose iterations take exactly what the formula says, but come one by one, with or without a chunk: where it is
 as far off, the slack of the formula is too small. ``ttft`` is the planned p95, ``ttft_at_plan`` the simulated one with
 Poisson arrivals at the planned utilisation, `-` where that load is not carried, and ``ttft_at_half`` that at half the
-planned rate, where hardly anybody waits for a seat.
+planned rate, where hardly anybody waits for a seat; ``--rate-only`` leaves both out.
 
 ``speed``: CPU seconds of whole plans on requests that are always waiting, one process.
 """
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -48,7 +49,7 @@ from hetis.solver.problem import Family, PlacementProblem
 SEED = 7
 BAR = 0.1
 TTFT_BAR = 0.25
-SOLVE_S = 8.0
+SOLVE_S = 8.0  # of CPU, so that other work on the machine does not cut searches short
 WORST = 16  # rows shown
 MOST_ITERATIONS = 60_000  # of one simulated replica, about
 AS_PLANNED = Settings(dispatch=False, redispatch=False)
@@ -59,6 +60,9 @@ def main() -> None:
     parser = rows.parser("benchmarks.simulation", __doc__)
     parser.add_argument("what", nargs="?", choices=("agreement", "speed"), default="agreement")
     parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument(
+        "--rate-only", action="store_true", help="agreement of rates, not of TTFT"
+    )
     parser.add_argument("--processes", type=int, default=0, help="cases at once; 0: all cores")
     arguments = parser.parse_args()
     if arguments.what == "speed":
@@ -67,6 +71,7 @@ def main() -> None:
     found = agreement_rows(
         4 if arguments.quick else arguments.cases,
         arguments.only,
+        with_ttft=not arguments.rate_only,
         processes=1 if arguments.quick else arguments.processes,
     )
     if arguments.json:
@@ -97,31 +102,37 @@ def verdict(measured: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def agreement_rows(count: int, only: str = "", *, processes: int) -> Iterator[Row]:
+def agreement_rows(count: int, only: str = "", *, with_ttft: bool, processes: int) -> Iterator[Row]:
     """One row per replica shape of every case."""
     cases = [case for case in random_cases(count, SEED) if only in case.name]
     with ProcessPoolExecutor(max_workers=processes or None) as pool:
-        for found in pool.map(_agreement, cases):
+        for found in pool.map(partial(agreement, with_ttft=with_ttft), cases):
             yield from found
 
 
-def _agreement(case: Case) -> list[Row]:
+def agreement(case: Case, *, with_ttft: bool) -> list[Row]:
+    """One row per replica shape of the plan; none where there is no plan."""
     try:
-        plan = solve_placement(case.problem, budget=Budget(time_limit_s=SOLVE_S, clock=time.monotonic), gap_target=0.01)
+        plan = solve_placement(
+            case.problem, budget=Budget(time_limit_s=SOLVE_S, clock=time.process_time), gap_target=0.01
+        )
     except HetisError:
         return []  # the model fits on none of these GPUs, or no plan meets the limits
-    return [_row(f"{case.name} #{n}", case, plan, one) for n, one in enumerate(distinct_replicas(plan))]
+    return [
+        _row(f"{case.name} #{n}", case, plan, one, with_ttft=with_ttft) for n, one in enumerate(distinct_replicas(plan))
+    ]
 
 
 def _ratio(row: Row) -> float:
     return float(str(row["ratio"]))
 
 
-def _row(name: str, case: Case, plan: Plan, one: ReplicaPlan) -> Row:
+def _row(name: str, case: Case, plan: Plan, one: ReplicaPlan, *, with_ttft: bool) -> Row:
     moments = case.problem.workload.clipped_to(case.problem.model.max_position).moments()
     per_request = max(moments.mean_output / one.micro_batch, moments.mean_prompt / one.chunk_tokens)
     in_flight = one.micro_batch * one.in_flight
     count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / per_request), 200))
+    planned_share = case.problem.assumptions.planned_utilisation
     started = time.perf_counter()
     run = saturated_run(plan, case.problem, one, count, AS_PLANNED)
     simulated = steady_rate(run, in_flight)
@@ -135,8 +146,8 @@ def _row(name: str, case: Case, plan: Plan, one: ReplicaPlan) -> Row:
         "ratio": simulated / one.rate,
         "alternating": None if one.attention_workers else alternating_rate(case.problem, one) / one.rate,
         "ttft": one.ttft_s,
-        "ttft_at_plan": _ttft_p95_s(plan, case, one, count, case.problem.assumptions.planned_utilisation),
-        "ttft_at_half": _ttft_p95_s(plan, case, one, count, 0.5),
+        "ttft_at_plan": _ttft_p95_s(plan, case, one, count, planned_share) if with_ttft else None,
+        "ttft_at_half": _ttft_p95_s(plan, case, one, count, 0.5) if with_ttft else None,
         "requests": count,
         "preemptions": run.num_preemptions,
         "wall_s": time.perf_counter() - started,
@@ -172,7 +183,7 @@ def speed_rows(*, quick: bool, only: str) -> Iterator[Row]:
 
 
 def _speed(name: str, posed: PlacementProblem, requests: int, settings: Settings) -> Row:
-    plan = solve_placement(posed, budget=Budget(time_limit_s=SOLVE_S, clock=time.monotonic), gap_target=0.01)
+    plan = solve_placement(posed, budget=Budget(time_limit_s=SOLVE_S, clock=time.process_time), gap_target=0.01)
     workload = posed.workload.clipped_to(posed.model.max_position)
     simulate(plan, posed, Deck(workload, 20, 0), settings)  # compiles dispatch
     started = time.process_time()
