@@ -37,7 +37,7 @@ from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolut
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pool import Bound, Pool, lifted
-from hetis.solver.placement.pricing import Pricer, pricers_of
+from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
 from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template
@@ -183,10 +183,7 @@ class ColumnGeneration:
                 floors = self._floors(self._lifted(prices), links, lp.demand_price, cap)
             lifted = self._lifted(prices)
             floors[barren] = np.inf
-            priced = [
-                pricer.price(lifted, floor, KEEP, self.budget, rate_cap=cap, ease=ease)
-                for pricer, floor in zip(pricers, floors, strict=True)
-            ]
+            priced = self._priced(pricers, lifted, floors, cap, ease)
             complete = all(side.complete for side in priced)
             theta = np.array([side.ratio_bound for side in priced])
             barren |= (theta == 0.0) & complete
@@ -211,6 +208,18 @@ class ColumnGeneration:
             smooth = added > 0
             ease = min(EASE * gap, MOST_EASE) if smooth else 0.0
         return False
+
+    def _priced(
+        self, pricers: Sequence[Pricer], prices: FloatArray, floors: FloatArray, rate_cap: float, ease: float
+    ) -> list[Priced]:
+        """What every side has to offer. The sides with the fewest configurations come first: their columns are there
+        if the budget ends while the others are searched."""
+        found: dict[int, Priced] = {}
+        for side in sorted(range(len(pricers)), key=lambda side: len(pricers[side].configurations)):
+            found[side] = pricers[side].price(
+                prices, float(floors[side]), KEEP, self.budget, rate_cap=rate_cap, ease=ease
+            )  # fmt: skip
+        return [found[side] for side in range(len(pricers))]
 
     def vary(self) -> None:
         """Adds columns of several sizes: what nearly every configuration has to offer at the bound's prices.
