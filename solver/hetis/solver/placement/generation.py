@@ -303,10 +303,13 @@ class ColumnGeneration:
         """Whole counts over all columns seen; never worse than an earlier choice."""
         if not self.pool.templates:
             return None
-        columns = self.pool.columns()
-        least, start = self._nearly_whole(columns), self.incumbent
+        columns, start = self.pool.columns(), self.incumbent
+        relaxed = self.master.solve_lp(columns) if self.master.pins is None else None
+        (least,) = (settled([relaxed.counts]) if relaxed is not None else None) or (None,)
         if least is not None and start is not None and np.any(self._padded(start.counts) < least):
             start = None
+        if start is None and relaxed is not None and self.master.maximises:
+            start = self._rounded_down(columns, relaxed)
         found = self.master.solve_milp(
             columns,
             time_limit_s=max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s())),
@@ -320,13 +323,11 @@ class ColumnGeneration:
             self._tell("whole counts")
         return self.incumbent
 
-    def _nearly_whole(self, columns: Columns) -> IntArray | None:
-        """Of a plan of many replicas, those of the relaxation, less one of each column: what need not be searched."""
-        relaxed = self.master.solve_lp(columns)
-        if relaxed is None or self.master.pins is not None:
-            return None
-        (least,) = settled([relaxed.counts]) or (None,)
-        return least
+    def _rounded_down(self, columns: Columns, relaxed: LpSolution) -> MilpSolution:
+        """The whole part of a relaxation, which always fits: a plan even where no time is left for a better one."""
+        counts = np.floor(relaxed.counts + 1e-9).astype(np.int64)
+        flows = self.master.best_flows(columns, counts)
+        return MilpSolution(counts, flows, self.master.served(columns, counts, flows), np.inf)
 
     def gap(self) -> float:
         """Between the incumbent and the bound."""
