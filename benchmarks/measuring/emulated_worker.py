@@ -40,9 +40,9 @@ class Pace:
         link_bytes_per_s, latency_s: of the link to it, one direction; infinite and 0: none is emulated.
     """
 
-    head_s: float = 8e-5
-    kv_byte_s: float = 2e-8
-    call_s: float = 2e-3
+    head_s: float = 4e-4
+    kv_byte_s: float = 1e-7
+    call_s: float = 1e-2
     slow: float = 1.0
     link_bytes_per_s: float = float("inf")
     latency_s: float = 0.0

@@ -1,4 +1,4 @@
-"""Engines of others, each as `python -m benchmarks.measuring.engine_peers NAME MODEL MOST_TOKENS`, in its own environment.
+"""Engines of others, in their own environment: `python -m benchmarks.measuring.engine_peers NAME MODEL MOST_TOKENS`.
 
 MODEL is a Llama's folder, MOST_TOKENS the longest context. Nothing of ours but `engine_answering` is imported.
 """
@@ -88,11 +88,15 @@ def transformers(model: Path, most_tokens: int) -> Generate:
 
 
 def _write_tokenizer(folder: Path, vocab: int) -> None:
-    model = {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(vocab)}, "unk_token": "t0"}
-    whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
-    whole |= {name: None for name in ("truncation", "padding", "normalizer", "post_processor", "decoder")}
+    vocabulary = {f"t{i}": i for i in range(vocab)}
+    whole: dict[str, Any] = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    whole["version"], whole["added_tokens"], whole["pre_tokenizer"] = "1.0", [], {"type": "Whitespace"}
+    whole["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
     (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0"}
+    # The converter hands these on, and its reader takes no null; none of them is looked at when tokens are given.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict.fromkeys(
+        ("bos_token", "eos_token", "unk_token"), "t0"
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

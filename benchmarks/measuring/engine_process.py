@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 900.0  # for one answer; whoever takes longer hangs
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 # One thread each: on few shared cores more of them wait for each other, and what is measured is the neighbours.
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
 class EngineFailedError(Exception):
@@ -43,14 +44,15 @@ class EngineProcess:
             stderr=self._log,
             text=True,
             cwd=ROOT,
-            env=os.environ | ONE_THREAD | {"HF_HUB_OFFLINE": "1"} | environment,
+            env={**os.environ, **ONE_THREAD, "HF_HUB_OFFLINE": "1", **environment},
         )
 
     def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._of("stdin").close()  # which ends it, and lets it end its children
+        with suppress(BrokenPipeError):  # it has ended, and took nothing of the last request
+            self._of("stdin").close()  # which ends it, and lets it end its children
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:

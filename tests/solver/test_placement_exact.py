@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement import solve_placement
+from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement.exact import solve_exactly
+from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
 from hetis.solver.problem import PlacementProblem
@@ -347,3 +352,21 @@ def test_one_card_and_one_choice_gives_the_rate_worked_by_hand() -> None:
     # At least the weights are read 40 times: 6 layers of 4 H^2/... bytes at 2e10 bytes/s, and 5e-5 s per step.
     weight_s = 6 * problem.model.layer_params() * 2 / 2e10
     assert 1 / replica.rate > 40 * (weight_s + 5e-5)
+
+
+def test_a_search_that_is_cut_short_is_no_worse_than_equal_stages() -> None:
+    """Time is over when the search has found a tenth of what there is."""
+    now = [0.0]
+
+    def poor(*arguments: Any, **named: Any) -> Outcome | None:
+        found = solve_exactly(*arguments, **named)
+        assert found is not None
+        now[0] = 100.0
+        return replace(found, value=found.value / 10)
+
+    problem = make_problem([make_node("a", "A", gpus=4)])
+    with patch.object(search, "solve_exactly", poor):
+        plan = solve_placement(problem, budget=Budget(time_limit_s=1.0, clock=lambda: now[0]))
+    equal, best = solve_placement(problem, strategy="uniform"), solve_placement(problem)
+    assert plan.result.value == pytest.approx(equal.result.value)
+    assert plan.result.bound == pytest.approx(best.result.bound)

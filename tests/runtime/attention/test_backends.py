@@ -120,6 +120,20 @@ def test_the_compiled_backend_is_right_for_any_shape(r: int, d: int, window: int
     check(CompiledBackend, r, d, window, "float32", lengths)
 
 
+@pytest.mark.parametrize("at", range(7))
+def test_a_key_that_outweighs_all_others_is_found_wherever_it_is(at: int) -> None:
+    shape = shape_of(r=1, d=1, window=0, dtype="float32")
+    pool = PagePool("d", shape, 2)
+    key = SequenceKey(0, 0, 0)
+    pool.extend([key], [0], [7])
+    k, v = torch.zeros(7, 1), torch.arange(7.0)[:, None]
+    k[at] = 1e6
+    pool.write(key, 0, k[:6].expand(2, 6, 1), v[:6].expand(2, 6, 1))
+    backend = CompiledBackend(pool)
+    backend.plan(pool.rows([key]), np.array([6]))
+    assert backend.attend(0, torch.ones(1, 1, 1), k[6:], v[6:]).item() == pytest.approx(at, abs=1e-6)
+
+
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     shape = shape_of(r=1, d=1, window=0, dtype="float32")
     pool = PagePool("d", shape, 2)

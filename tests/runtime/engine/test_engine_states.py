@@ -166,6 +166,13 @@ class EngineStates(RuleBasedStateMachine):
         assert set(self.engine.stage.prompts) <= alive
 
     @invariant()
+    def prompts_outside_the_pages_are_few(self) -> None:
+        """All of a step's prompts but the last are through with it: docs/runtime.md, "Room"."""
+        running = self.engine.running
+        kept = [running[number].prefill_tokens for number, _ in self.engine.stage.prompts]
+        assert sum(kept) <= self.engine.options.chunk_tokens + max(kept, default=0)
+
+    @invariant()
     def the_text_is_right(self) -> None:
         for number, answer in self.answers.items():
             assert answer == model().generate(PROMPTS[self.prompts[number]], TOKENS)[: len(answer)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.engine.engine import Engine
+from hetis.runtime.engine.generate import generate
 from hetis.runtime.engine.pipeline import PipelineError
 from hetis.runtime.engine.placement import at_home_first
 from hetis.runtime.engine.request import FinishReason, RequestError, SamplingParams
+from hetis.runtime.engine.step import Step
 from hetis.runtime.kv.errors import DeviceLostError
+from hetis.runtime.model.config import read_config
 from tests.runtime.checkpoints import random_model, random_prompts
-from tests.runtime.engine.pipelines import Part, assert_empty, pipeline_of, run_moving
+from tests.runtime.engine.pipelines import Part, assert_empty, pipeline_of, run_moving, stages_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 100},  # 97 is nobody's multiple: the vocabulary of the others is the first rank's alone
@@ -130,8 +135,8 @@ def test_cohorts_on_their_way_at_the_same_time_are_token_identical(pages: int) -
     engine = pipeline_of(model.folder, *parts, overlaps=True, in_flight=4, growth_tokens=0)
     assert run_moving(engine, prompts, 30, seed=6, often=0.1) == [model.generate(prompt, 30) for prompt in prompts]
     assert (engine.num_preempted > 0) == (pages < 400)
+    engine.close()  # what devices were told to free they have freed then
     assert_empty(engine)
-    engine.close()
 
 
 def test_a_device_lost_and_a_request_cancelled_while_steps_are_on_their_way() -> None:
@@ -165,6 +170,35 @@ def test_a_device_lost_and_a_request_cancelled_while_steps_are_on_their_way() ->
         part.placement.check_invariants()
         assert len(part.placement) == 0
     engine.close()
+
+
+def test_stages_that_overlap_work_on_two_cohorts_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step is on the second stage while the second step is on the first, or the barrier breaks."""
+    engine = pipeline_of(random_model().folder, Part(until=1), Part(until=3), overlaps=True, in_flight=2)
+    meeting = Barrier(2, timeout=60)
+    for number, part in enumerate(engine.stages):
+        run = part.stage.run
+
+        def meet(step: Step, hidden: Any = None, *, own: Any = run, meets_at: int = 1 - number) -> Any:
+            if step.number == meets_at:
+                meeting.wait()
+            return own(step, hidden)
+
+        monkeypatch.setattr(part.stage, "run", meet)
+    for prompt in random_prompts(14, 2):
+        engine.add(prompt, SamplingParams(max_tokens=3))
+    while engine.has_work:
+        engine.step()
+    assert not meeting.broken
+    engine.close()
+
+
+def test_sampled_requests_draw_the_same_on_a_pipeline_as_alone() -> None:
+    prompts = random_prompts(15, 3)
+    params = [SamplingParams(max_tokens=12, temperature=1.2, seed=seed, logprobs=2) for seed in range(3)]
+    whole = generate(pipeline_of(random_model().folder, Part(until=3)), prompts, params)
+    split = generate(pipeline_of(random_model().folder, *PIPELINES["uneven ranks"]), prompts, params)
+    assert [answer.tokens for answer in split] == [answer.tokens for answer in whole]
 
 
 def test_what_a_stage_raises_is_raised_by_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +242,6 @@ def test_a_request_has_to_fit_on_every_stage() -> None:
     ],
 )
 def test_stages_have_to_have_every_layer_once(parts: tuple[Part, ...], message: str) -> None:
-    from hetis.runtime.engine.engine import Engine
-    from hetis.runtime.model.config import read_config
-    from tests.runtime.engine.pipelines import stages_of
-
     folder = random_model().folder
     stages = stages_of(folder, parts)
     with pytest.raises(PipelineError, match=message):

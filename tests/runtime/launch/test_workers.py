@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
@@ -17,8 +18,9 @@ from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.generate import generate
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.launch.engine import EngineFolder, start_engine
-from hetis.runtime.launch.layout import DevicePages
+from hetis.runtime.launch.layout import DevicePages, StageLayout
 from hetis.runtime.launch.workers import Workers
+from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.server.text import Tokens
 from hetis.runtime.transport.connecting import open_store
 from hetis.runtime.transport.errors import ChannelError
@@ -53,7 +55,11 @@ def _worker(store: str) -> Iterator[None]:
 def start(folder: Path, workers: Workers) -> Engine:
     made_of = EngineFolder(folder=folder, dtype=None, page_tokens=16, options=EngineOptions(chunk_tokens=64))
     here = (DevicePages(name="here", pages=100),)
-    return start_engine(made_of, lambda config, shape: here, Tokens.from_folder(folder), workers)
+
+    def choose(config: ModelConfig) -> tuple[StageLayout, ...]:
+        return (StageLayout(layers=range(config.layers), ranks=1, devices=here),)
+
+    return start_engine(made_of, choose, Tokens.from_folder(folder), workers)
 
 
 def wait_for(holds: Callable[[], bool], *, limit_s: float = 120) -> None:
@@ -67,7 +73,7 @@ def answer_over_the_worker(engine: Engine, *, cut: bool = False) -> tuple[int, .
     """The tokens of a request all of whose heads were on the worker; ``cut``: until the connection broke."""
     number = engine.add(PROMPT, PARAMS)
     tokens = [news.token for news in engine.step() if news.token is not None]
-    away = [head for head, device in enumerate(engine.running[number].heads) if device == 0]
+    away = [head for head, device in enumerate(engine.running[number].heads[0]) if device == 0]
     if away:
         assert engine.move(number, away, 1)
     if cut:
@@ -81,11 +87,20 @@ def test_a_worker_goes_from_engine_to_engine_and_comes_back_when_cut_off(folder:
     (alone,) = generate(start(folder, Workers(store, [], epoch=1, timeout_s=30, start_s=60)), [PROMPT], PARAMS)
     wanted = tuple(alone.tokens)
     serve_until_the_end(folder, store, wanted)
+    gc.collect()  # as its process would take the store with it
     # The engine is gone without a goodbye, and its store with it; another opens the store anew.
     workers = Workers(store, ["w"], epoch=11, timeout_s=30, start_s=120)
     engine = start(folder, workers)
     assert answer_over_the_worker(engine) == wanted
     workers.close(engine)
+    del engine, workers
+    gc.collect()
+    # The clock of the next one is behind: it is the later engine all the same.
+    behind = Workers(store, ["w"], epoch=3, timeout_s=30, start_s=120)
+    engine = start(folder, behind)
+    assert answer_over_the_worker(engine) == wanted
+    assert behind.epoch == 12
+    behind.close(engine)
 
 
 def serve_until_the_end(folder: Path, store: str, wanted: tuple[int, ...]) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.engine.engine import Engine
-from hetis.runtime.engine.generate import engine_from_folder, local_devices
+from hetis.runtime.engine.generate import engine_from_folder, generate, local_devices
+from hetis.runtime.engine.request import SamplingParams
+from hetis.runtime.engine.stage import Stage, kv_shape
 from hetis.runtime.measured.calibration import calibrate
 from hetis.runtime.measured.coefficients import Coefficients, device_seconds, scaled, with_coefficients
 from hetis.runtime.measured.fitting import Call, fit_calls, nonnegative_fit
+from hetis.runtime.model.config import read_config
+from hetis.runtime.model.decoder import Decoder
 from hetis.runtime.server.measuring import measure_engine
-from tests.runtime.checkpoints import random_model
+from tests.runtime.checkpoints import random_model, random_prompts
 from tests.runtime.measured.paced import FakeClock, Pace, PacedDevice, paced_devices
 
 PACES = (
@@ -112,3 +118,33 @@ def test_scales_count_for_all_that_a_device_takes() -> None:
     after = device_seconds(scaled(costs, np.array([1.0, 3.0])), heads, kv_bytes)
     assert after == pytest.approx(before * [1, 3])
     assert device_seconds(costs, np.array([2.0, 0.0]), kv_bytes)[1] == 0.0
+
+
+def test_every_stage_of_a_pipeline_is_measured_and_text_stays_what_it_was() -> None:
+    clock, folder = FakeClock(), random_model().folder
+    config, stages = read_config(folder), []
+    for layers, paces in ((range(2), PACES), (range(2, 3), PACES[::-1])):
+        shape = kv_shape(config, layers, page_tokens=16, dtype=config.dtype)
+        devices = paced_devices(paces, clock, pages=1000)(shape)
+        stages.append(Stage(Decoder.from_folder(folder, layers=layers), devices))
+    engine = Engine(config, stages)
+    measured = measure_engine(engine, clock=clock, pause=clock.pause)
+    assert measured.predictor is None
+    assert sorted(measured.following) == sorted(measured.copy_byte_s) == [0, 1]
+    assert [len(measured.costs()), len(measured.copy_byte_s[1])] == [4, 2]
+    for part, paces in zip(engine.stages, (PACES, PACES[::-1]), strict=True):
+        expected = [pace.kv_byte_s for pace in paces]
+        assert part.placement.costs.kv_byte_s[:, 0] == pytest.approx(expected, rel=1e-3)
+    [prompt] = random_prompts(3, 1)
+    [answer] = generate(engine, [prompt], SamplingParams(max_tokens=20))
+    assert answer.tokens == random_model().generate(prompt, 20)
+    assert measured.costs()[0].measured_s > 0
+
+
+def test_the_log_says_how_far_a_device_is_from_its_plan(caplog: pytest.LogCaptureFixture) -> None:
+    clock = FakeClock()
+    planned = {"d1": Coefficients(pieces=((0.0, PACES[1].kv_byte_s / 3, 0.0),)), "elsewhere": Coefficients(pieces=())}
+    with caplog.at_level(logging.INFO, logger="hetis.runtime.server.measuring"):
+        measure_engine(engine_of(PACES, clock), planned=planned, clock=clock, pause=clock.pause)
+    # 8 heads, 4 x 512 positions of 64 bytes: (80 + 1311 + 71) us beside 1311 / 3 us.
+    assert caplog.messages == ["device d1 takes 3.3 times what the plan says"]

@@ -15,13 +15,9 @@ import httpx
 import pytest
 
 from hetis.formats.plan import plan_to_data
-from hetis.runtime.engine.generate import generate
-from hetis.runtime.engine.request import SamplingParams
-from hetis.runtime.server.text import Tokens
 from hetis.solver.plan import Plan, Role
 from tests.command_line import command_of, environment, run_command
 from tests.runtime.launch.plans import POOL, plan_of, stage_of
-from tests.runtime.server.live import engine_of
 
 COMMAND = command_of("hetis.runtime.server.main")
 
@@ -156,25 +152,6 @@ def test_a_plan_starts_as_it_stands(folder: Path, tmp_path: Path) -> None:
         assert {device["name"]: device["kv_pages"] for device in devices} == {"a/0": 126, "b/0": 189, "b/1": 189}
         body = {"model": folder.name, "prompt": "a plan", "max_tokens": 8}
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
-
-
-def test_a_plan_with_stages_ranks_and_copies_starts_as_it_stands(folder: Path, tmp_path: Path) -> None:
-    plan = plan_of(
-        stage_of(tp=2, num_layers=1, devices=("a/0", "a/1"), kv_head_groups_kept=4),
-        stage_of(first_layer=1, num_layers=3, copies=2, devices=("c/0", "d/0"), kv_head_groups_kept=8),
-    )
-    with serving("-m", str(folder), "--plan", write(tmp_path, plan)) as (_, url, _):
-        devices = httpx.get(f"{url}/hetis/heads").json()["devices"]
-        # Copies share what the plan has room for: 500 tokens are 32 pages of a head.
-        assert [(device["name"], device["stage"], device["kv_pages"]) for device in devices] == [
-            *(("a/0", 0, 252), ("a/1", 0, 252), ("c/0", 1, 256), ("d/0", 2, 256)),
-        ]
-        body = {"model": folder.name, "prompt": "a plan", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        text = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
-    engine = engine_of(folder, pages=(800,))
-    params = SamplingParams(max_tokens=8, ignore_eos=True)
-    (wanted,) = generate(engine, [Tokens.from_folder(folder).encode("a plan")], params)
-    assert text == wanted.text
 
 
 def test_a_plan_that_this_engine_cannot_run_is_refused_with_every_reason(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.splitwise import pool_sizes
-from tests.solver.instances import NO_LIMITS, make_node, make_problem, make_profile, problems
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems
 
 RATES = st.sampled_from([0.0, 0.3, 1.0, 1.7, 2.0, 5.0])
 
@@ -76,6 +76,14 @@ def test_pools_are_of_one_kind_each_and_what_they_do_not_need_is_mixed() -> None
     assert len(kinds[Role.PREFILL]) == len(kinds[Role.DECODE]) == 1
     assert kinds[Role.UNIFIED] <= kinds[Role.PREFILL] | kinds[Role.DECODE]
     assert kinds[Role.UNIFIED]
+
+
+def test_without_unified_replicas_there_is_no_mixed_pool_and_with_nothing_else_no_plan() -> None:
+    nodes = [make_node("a", "A", gpus=5)]
+    apart = replace(SMALL_FAMILY, roles=(Role.PREFILL, Role.DECODE))
+    assert {one.role for one in planned(make_problem(nodes, family=apart)).replicas} == set(apart.roles)
+    with pytest.raises(NoPlanFoundError, match=r"^splitwise-paper needs prefill and decode replicas$"):
+        planned(make_problem(nodes, family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,))))
 
 
 @settings(max_examples=10)

@@ -72,13 +72,12 @@ class CompiledBackend:
         where = self._pool.table, self._rows, self._positions
         if not self._is_narrow:
             out = torch.empty_like(q)
-            kernels.store(self._k[layer], k.numpy(), *where)
-            kernels.store(self._v[layer], v.numpy(), *where)
+            kernels.store(self._k[layer], self._v[layer], k.numpy(), v.numpy(), *where)
             window, scale = shape.windows[layer], shape.scale
             kernels.attend(q.numpy(), self._k[layer], self._v[layer], *where, window, scale, out.numpy())
             return out
-        kernels.store(self._k[layer], k.view(torch.uint16).numpy(), *where)
-        kernels.store(self._v[layer], v.view(torch.uint16).numpy(), *where)
+        words = (x.view(torch.uint16).numpy() for x in (k, v))
+        kernels.store(self._k[layer], self._v[layer], *words, *where)
         queries = q.float()
         wide = torch.empty_like(queries)
         window, scale = shape.windows[layer], shape.scale

@@ -19,13 +19,17 @@ IntArray = npt.NDArray[np.int64]
 
 
 @kernel
-def store(pages: Floats, values: Floats, table: Table, rows: IntArray, positions: IntArray) -> None:
-    """Writes values [N, d] to the slots of ``positions`` in pages [pages, page_tokens, d]; both may be raw words."""
-    size = pages.shape[1]
+def store(
+    k_pages: Floats, v_pages: Floats, k: Floats, v: Floats, table: Table, rows: IntArray, positions: IntArray
+) -> None:
+    """Writes k and v [N, d] to the slots of ``positions`` in pages [pages, page_tokens, d]; all may be raw words."""
+    size = k_pages.shape[1]
     for i in range(len(rows)):
-        number = table[rows[i], positions[i] // size]
-        for d in range(values.shape[1]):
-            pages[number, positions[i] % size, d] = values[i, d]
+        number, slot = table[rows[i], positions[i] // size], positions[i] % size
+        for d in range(k.shape[1]):
+            k_pages[number, slot, d] = k[i, d]
+        for d in range(v.shape[1]):
+            v_pages[number, slot, d] = v[i, d]
 
 
 @kernel
@@ -118,8 +122,8 @@ def _widen(page: npt.NDArray[np.uint16], begin: int, end: int, wide: Table) -> N
 
 @kernel
 def _score(q: Floats, page: Floats, begin: int, end: int, offset: int, scores: Floats) -> None:
-    """Products of queries [r, d] with keys [page_tokens, d] of the slots from ``begin`` to ``end - 1``, four at a time."""
-    # From 0 to d, not from 1: of 63 products the compiler does 31 one by one.
+    """Products of queries [r, d] with keys [page_tokens, d] of the slots from ``begin`` to ``end - 1``."""
+    # Four at a time. From 0 to d, not from 1: of 63 products the compiler does 31 one by one.
     for h in range(q.shape[0]):
         slot = begin
         while slot + 4 <= end:
@@ -180,7 +184,7 @@ def _weigh(scores: Floats, scale: float, bits: Table) -> None:
 
 
 @kernel
-def _largest(x: Floats) -> float:
+def _largest(x: Floats) -> Any:
     """The largest of numbers, in four strands: one alone waits for its last comparison each time."""
     a, b, c, d = x[0], x[0], x[0], x[0]
     t = 0

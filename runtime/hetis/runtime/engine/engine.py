@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.engine.news import TokenOutput
 from hetis.runtime.engine.part import PipelineStage
@@ -233,7 +235,7 @@ class Engine(Seats):
 
     def _count(self, flight: Flight) -> None:
         """The positions of a step that is through all stages are held, and its tokens are output."""
-        assert flight.logits is not None, "it did not fail"
+        assert flight.output is not None, "it did not fail"
         step = flight.steps[0]
         for chunk in step.chunks:
             request = self.running[chunk.request]
@@ -243,10 +245,16 @@ class Engine(Seats):
                     part.forget_prompt(chunk.request, chunk.incarnation)
         for number in step.requests.tolist():
             self.running[number].computed += 1
-        samplers = [self._samplers[request.number] for request in flight.wanted]
-        tokens, logprobs = sample(flight.logits, samplers, [request.params for request in flight.wanted])
+        tokens, logprobs = self._sample(flight.output, flight.wanted, is_greedy=step.is_greedy)
         for request, token, logprob in zip(flight.wanted, tokens, logprobs, strict=True):
             self._take(request, token, logprob)
+
+    def _sample(
+        self, output: torch.Tensor, wanted: Sequence[Request], *, is_greedy: bool
+    ) -> tuple[list[int], list[Logprob | None]]:
+        if is_greedy:
+            return output.tolist(), [None] * len(wanted)
+        return sample(output, [self._samplers[r.number] for r in wanted], [r.params for r in wanted])
 
     def _take(self, request: Request, token: int, logprob: Logprob | None) -> None:
         request.output.append(token)

@@ -51,7 +51,9 @@ class PipelineStage(Protocol):
         """That hold KV."""
 
     def run(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [T, hidden] after the stage's layers, or of the last stage the logits [O, vocab].
+        """Hidden states [T, hidden] after the stage's layers; of the last stage the logits [O, vocab].
+
+        Of a greedy step the last stage returns the likeliest tokens in their place, int64 [O].
 
         ``hidden`` is what the stage before returned; None on the first. It may be overwritten.
         """

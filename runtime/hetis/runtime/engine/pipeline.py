@@ -30,7 +30,7 @@ class Flight:
         path: stages that it goes through.
         steps: what it is on each of them.
         wanted: requests whose tokens come out of it.
-        logits: [O, vocab], once it has landed, unless it failed.
+        output: of the last stage, once it has landed, unless it failed.
         failed: the stage where it did, and why.
     """
 
@@ -38,7 +38,7 @@ class Flight:
     path: Path
     steps: Sequence[Step]
     wanted: Sequence[Request]
-    logits: torch.Tensor | None = None
+    output: torch.Tensor | None = None
     failed: tuple[StageHeads, BaseException] | None = None
 
 
@@ -87,7 +87,7 @@ class Pipeline:
                 if position + 1 < len(flight.path):
                     self._enter(flight, position + 1, hidden)
                     return
-                flight.logits = hidden
+                flight.output = hidden
             except BaseException as error:  # whatever it is, somebody waits for the flight
                 flight.failed = flight.path[position], error
             self._landed.put(flight)

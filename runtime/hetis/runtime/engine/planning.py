@@ -56,6 +56,7 @@ def plan_steps(
             heads=np.array([request.heads[stage] for request in decoding], np.int64).reshape(-1, num_heads),
             chunks=tuple(replace(chunk, heads=request.heads[stage]) for request, chunk in chunks),
             outputs=np.array(outputs, np.int64),
+            is_greedy=all(request.params.is_greedy for request in wanted),
         )
         for stage, num_heads in stages.items()
     ]

@@ -64,6 +64,11 @@ class SamplingParams:
         if problems:
             raise RequestError("; ".join(problems))
 
+    @property
+    def is_greedy(self) -> bool:
+        """Nothing but the likeliest token is wanted."""
+        return self.temperature == 0 and self.logprobs is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprob:

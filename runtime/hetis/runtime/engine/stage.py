@@ -67,7 +67,7 @@ class Stage:
         return len(self.ranks.decoders)
 
     def run(self, step: Step, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [T, hidden] after the stage's layers, or of the last stage the logits [O, vocab].
+        """Hidden states [T, hidden] after the stage's layers; of the last stage the logits [O, vocab], or tokens [O].
 
         ``hidden`` is what the stage before returned; None on the first. It may be overwritten.
 
@@ -130,7 +130,10 @@ class Stage:
         except DeviceError:
             self._abort(step, shares)
             raise
-        return ranks.output(hidden, torch.from_numpy(step.outputs)) if ranks.is_last else hidden[0]
+        if not ranks.is_last:
+            return hidden[0]
+        logits = ranks.output(hidden, torch.from_numpy(step.outputs))
+        return logits.argmax(dim=-1) if step.is_greedy else logits
 
     def _shares(self, step: Step) -> list[_Share]:
         """Which device has which decoding virtual sequences; the primary last, so that others compute meanwhile."""

@@ -43,6 +43,7 @@ class Step:
         heads: device of each KV head of the decoding requests, shape [B, H]; the first are the primary's ranks.
         chunks: prompts that are being prefilled.
         outputs: rows whose logits are wanted, shape [O]; rising.
+        is_greedy: the likeliest tokens are wanted in place of the logits, int64 [O], which are far fewer bytes.
     """
 
     epoch: int
@@ -54,3 +55,4 @@ class Step:
     heads: IntArray
     chunks: tuple[Chunk, ...]
     outputs: IntArray
+    is_greedy: bool = False

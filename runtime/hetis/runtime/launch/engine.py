@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
+from hetis.runtime.engine.part import PipelineStage
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.engine.stage import Stage, kv_shape
 from hetis.runtime.engine.text import Tokenizer
@@ -19,6 +20,7 @@ from hetis.runtime.launch.workers import Workers
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.model.decoder import Decoder
 from hetis.runtime.model.shard import Shard
+from hetis.runtime.stages.setup import StageSetup
 
 ChooseStages = Callable[[ModelConfig], tuple[StageLayout, ...]]
 
@@ -37,6 +39,16 @@ class EngineFolder:
         dtype = self.dtype or config.dtype
         return kv_shape(config, layers, page_tokens=self.page_tokens, dtype=dtype, ranks=ranks)
 
+    def setup(self, config: ModelConfig, stage: StageLayout, workers: Sequence[str]) -> StageSetup:
+        """What a stage process is told to be; ``workers`` are the names of all attention workers."""
+        return StageSetup(
+            stage=stage,
+            workers=tuple(device.name for device in stage.devices if device.name in workers),
+            dtype=self.dtype or config.dtype,
+            page_tokens=self.page_tokens,
+            max_tokens=self.options.max_tokens,
+        )
+
     def decoders(self, layers: range, ranks: int) -> list[Decoder]:
         """The dense part of a stage: of each rank the weights of its share of these layers. Raises ModelError."""
         return [
@@ -52,31 +64,46 @@ class EngineFolder:
 
 
 def start_engine(
-    made_of: EngineFolder, choose: ChooseStages, tokenizer: Tokenizer, workers: Workers | None = None
+    made_of: EngineFolder,
+    choose: ChooseStages,
+    tokenizer: Tokenizer,
+    workers: Workers | None = None,
+    processes: Mapping[int, str] | None = None,
 ) -> Engine:
     """Loads the model and takes the memory; ``choose`` says which stages there are, once the model is known.
 
     A device that has the name of a worker is that process, which has its own memory; workers that are no device yet
-    come after the others of the first stage. Copies of a stage share their weights, since they are in one memory.
+    come after the others of the first stage. ``processes`` are the names of those that stages run in, by their number;
+    the others are here, copies of one stage with the same weights.
 
     Raises:
         ModelError: the folder cannot be used.
         LayoutError: the devices do not fit into memory.
-        ChannelError, DeviceError: a worker did not come, or does not answer.
+        ChannelError, DeviceError: a worker or a stage process did not come, or does not answer.
     """
-    config = read_config(made_of.folder)
-    chosen, remote = choose(config), workers.names if workers else ()
-    shapes = [made_of.shape(config, stage.layers, ranks=stage.ranks) for stage in chosen]
+    config, processes = read_config(made_of.folder), processes or {}
+    chosen = choose(config)
+    here = [stage for number, stage in enumerate(chosen) if number not in processes]
     dense: dict[tuple[range, int], list[Decoder]] = {}
-    for stage in chosen:
+    for stage in here:
         key = stage.layers, stage.ranks
         dense[key] = dense.get(key) or made_of.decoders(*key)
-    pages = [sum(d.pages for d in stage.devices if d.name not in remote) for stage in chosen]
-    needed_bytes = sum(count * shape.page_bytes for count, shape in zip(pages, shapes, strict=True))
+    remote = workers.names if workers else ()
+    needed_bytes = sum(
+        made_of.shape(config, stage.layers, ranks=stage.ranks).page_bytes * device.pages
+        for stage in here
+        for device in stage.devices
+        if device.name not in remote
+    )
     refuse_if_too_large(needed_bytes, free_bytes=free_memory_bytes())
     placed = {device.name for stage in chosen for device in stage.devices}
-    stages = []
-    for number, (stage, shape) in enumerate(zip(chosen, shapes, strict=True)):
+    stages: list[PipelineStage] = []
+    for number, stage in enumerate(chosen):
+        if number in processes:
+            assert workers is not None, "processes need a store"
+            stages.append(workers.stage(processes[number], made_of.setup(config, stage, remote), config))
+            continue
+        shape = made_of.shape(config, stage.layers, ranks=stage.ranks)
         devices: list[AttentionDevice] = []
         for device in stage.devices:
             if device.name not in remote:
@@ -87,7 +114,7 @@ def start_engine(
             devices += [workers.wait_for(name, shape) for name in remote if name not in placed]
         stages.append(Stage(dense[stage.layers, stage.ranks], devices))
     epoch = workers.epoch if workers else 1
-    return Engine(config, stages, options=made_of.options, tokenizer=tokenizer, epoch=epoch)
+    return Engine(config, stages, options=made_of.options, tokenizer=tokenizer, epoch=epoch, overlaps=bool(processes))
 
 
 def warm_up(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Attention workers in processes of their own: the store where they say where they are, and how an engine gets them."""
+"""Attention workers and stages in processes of their own: the store where they say where they are; who meets them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.heads import StageHeads
-from hetis.runtime.kv.errors import DeviceError
+from hetis.runtime.kv.errors import DeviceError, StaleEpochError
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.transport.connecting import Endpoint, look_up, open_store
+from hetis.runtime.model.config import ModelConfig
+from hetis.runtime.stages.remote import RemoteStage
+from hetis.runtime.stages.setup import StageSetup
+from hetis.runtime.transport.connecting import Endpoint, connect, look_up, open_store
 from hetis.runtime.transport.errors import ChannelError
 from hetis.runtime.worker.joining import join
 from hetis.runtime.worker.remote import RemoteDevice
@@ -25,7 +28,7 @@ class Workers:
 
     Attributes:
         names: of all of them.
-        epoch: of the engine: what an earlier one says, the workers refuse.
+        epoch: of the engine: what an earlier one says, the workers refuse. Settled when all have come.
     """
 
     def __init__(self, store: str, names: Sequence[str], *, epoch: int, timeout_s: float, start_s: float) -> None:
@@ -43,12 +46,31 @@ class Workers:
     def wait_for(self, name: str, shape: KvShape) -> RemoteDevice:
         """The worker of that name, with nothing in it.
 
+        Engines count epochs by their clocks. Where the last one's was ahead of ours, we go on from its epoch: it is we
+        who start now.
+
         Raises:
             ChannelError: it did not come.
-            DeviceError: it does not answer, or obeys a later engine.
+            DeviceError: it does not answer.
         """
         endpoint = look_up(self._store, name, timeout_s=self._start_s)
+        try:
+            return self._join(name, endpoint, shape)
+        except StaleEpochError as error:
+            _log.warning("%s has served an engine of epoch %d, later than %d", name, error.current, self.epoch)
+            self.epoch = error.current + 1
         return self._join(name, endpoint, shape)
+
+    def stage(self, name: str, setup: StageSetup, config: ModelConfig) -> RemoteStage:
+        """The stage process of that name, as it is told to be.
+
+        Raises:
+            ChannelError: it did not come, or is not reached.
+            DeviceError: it does not answer, or cannot be what it is told.
+        """
+        endpoint = look_up(self._store, name, timeout_s=self._start_s)
+        channel = connect(endpoint, stall_s=self._timeout_s)
+        return RemoteStage(name, setup, config, channel, epoch=self.epoch, key=endpoint.key)
 
     def bring_back(self, engine: Engine) -> None:
         """Devices that were lost, and whose workers are there again, take heads again; called between two steps."""

@@ -12,7 +12,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from statistics import median
 
 import numpy as np
@@ -71,6 +73,7 @@ class Following:
         that is there already."""
         self.calibrated, self.rules = calibrated, rules or Rules()
         self._apply, self._clock = apply, clock
+        self._heard: SimpleQueue[tuple[int, Taken]] = SimpleQueue()
         self._devices = [
             _Followed(name, self.rules, read_s[i] if read_s else 0.0) for i, name in enumerate(calibrated.devices)
         ]
@@ -107,11 +110,15 @@ class Following:
         )
 
     def hear(self, number: int, taken: Taken) -> None:
-        """What a layer took on a device."""
-        self._devices[number].hear(taken, self._calibrated_s(number, taken))
+        """What a layer took on a device; counts from the next `advance` on. May be told by another thread."""
+        self._heard.put((number, taken))
 
     def advance(self) -> None:
         """Between two steps: puts new costs into use where a scale has changed."""
+        with suppress(Empty):
+            while True:
+                number, taken = self._heard.get_nowait()
+                self._devices[number].hear(taken, self._calibrated_s(number, taken))
         changed = [device for device in self._devices if device.settle()]
         if changed:
             self._apply(scaled(self.calibrated, np.array(self.scales)))

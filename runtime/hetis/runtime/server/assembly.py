@@ -31,7 +31,10 @@ _SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """The options of `hetis-serve`, each of them valid; ``rooms`` empty: the plan's devices, or one."""
+    """The options of `hetis-serve`, each of them valid; ``rooms`` empty: the plan's devices, or one.
+
+    ``stages`` are processes, and the number of the stage that each of them runs.
+    """
 
     folder: Path
     name: str
@@ -40,6 +43,7 @@ class Asked:
     kv_tokens: int | None
     rooms: tuple[DeviceRoom, ...]
     workers: tuple[str, ...]
+    stages: tuple[tuple[str, int], ...]
     store: str
     worker_s: float
     start_s: float
@@ -99,6 +103,7 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
         went_well = await serve(desk, app, listening, told, drain_s=asked.drain_s, ready=ready)
     if workers is not None:
         workers.close(engine)
+    engine.close()
     return went_well
 
 
@@ -112,6 +117,12 @@ def _layout(asked: Asked) -> Layout | None:
     layout = layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
     planned = layout.attention_workers
     others = [f"--worker {name} is no attention worker of the plan" for name in asked.workers if name not in planned]
+    num = len(layout.stages)
+    others += [
+        f"--stage {name}={number}: the plan's replica has {num} stages, counted from 0, copies one after another"
+        for name, number in asked.stages
+        if number >= num
+    ]
     if others:
         raise LayoutError(*others)
     return layout
@@ -120,7 +131,11 @@ def _layout(asked: Asked) -> Layout | None:
 def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Workers | None) -> Engine:
     seats = asked.seats or (layout.seats if layout else _SEATS)
     chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else _CHUNK_TOKENS)
-    options = EngineOptions(most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens)
+    # Steps on their way at the same time are of use where stages are processes, which work at the same time.
+    in_flight = min(layout.in_flight, seats) if layout and asked.stages else 1
+    options = EngineOptions(
+        most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens, in_flight=in_flight
+    )
 
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
 
@@ -136,11 +151,12 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
             devices = (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_bytes),)
         return (StageLayout(layers=every, ranks=1, devices=devices),)
 
-    return start_engine(made_of, choose, tokens, workers)
+    processes = {number: name for name, number in asked.stages}
+    return start_engine(made_of, choose, tokens, workers, processes)
 
 
 def _workers(asked: Asked) -> Workers | None:
-    if not asked.workers:
+    if not asked.workers and not asked.stages:
         return None
     # Seconds grow, and a later engine is obeyed rather than an earlier one that still runs.
     return Workers(asked.store, asked.workers, epoch=int(time.time()), timeout_s=asked.worker_s, start_s=asked.start_s)

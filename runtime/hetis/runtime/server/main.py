@@ -28,6 +28,9 @@ hetis-serve --model models/Llama-3.2-1B --plan plan.json --replica 0 --kv-tokens
 hetis-serve --model models/Llama-3.2-1B --store 127.0.0.1:8500 --worker w1, and for each worker
 python -m hetis.runtime.worker --name w1 --store 127.0.0.1:8500 --kv-memory 2GiB
 
+hetis-serve --model models/Llama-3.2-1B --plan plan.json --store 127.0.0.1:8500 --stage s1=1, and for each stage
+python -m hetis.runtime.stages --name s1 --store 127.0.0.1:8500 --model models/Llama-3.2-1B
+
 HETIS_API_KEY=... hetis-serve --model models/Llama-3.2-1B --host 0.0.0.0 --port 8080
 
 curl localhost:8000/v1/chat/completions -d '{"model": "Llama-3.2-1B", "messages": [{"role": "user", "content": "Hi"}]}'
@@ -68,10 +71,19 @@ def serve(
         list[str] | None,
         typer.Option(help="An attention worker in a process of its own, by its name; repeatable. Needs --store."),
     ] = None,
-    store: Annotated[str, typer.Option(help="HOST:PORT that is opened here, where workers say where they are.")] = "",
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=NUMBER, a process that runs this stage of the plan, counted from 0, copies one after another; "
+            "repeatable. The others run here. Needs --store."
+        ),
+    ] = None,
+    store: Annotated[
+        str, typer.Option(help="HOST:PORT that is opened here, where workers and stages say where they are.")
+    ] = "",
     worker_timeout: Annotated[float, typer.Option(help="Seconds until a silent worker is given up.")] = 30.0,
     start_timeout: Annotated[
-        float | None, typer.Option(help="Seconds until a worker has come. Default: as --worker-timeout.")
+        float | None, typer.Option(help="Seconds until a worker or stage has come. Default: as --worker-timeout.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float64, bfloat16, float16.")] = "auto",
     context_tokens: Annotated[
@@ -111,7 +123,9 @@ def serve(
     key = get(lambda: options.api_key(api_key_file))
     body_bytes = get(lambda: options.checked_size("--body-limit", body_limit))
     get(lambda: _check_plan_options(plan, device, replica, kv_tokens))
-    get(lambda: options.checked_workers(worker or [], store, rooms or ()))
+    stages = get(lambda: options.checked_stages(stage or [], has_plan=plan is not None))
+    others = [name for name, _ in stages or ()]
+    get(lambda: options.checked_workers(worker or [], store, rooms or (), stages=others))
     get(lambda: _check_exposed(host, key, insecure))
     for option, value, least, most in (
         ("--kv-tokens", kv_tokens, 1, 2**31),
@@ -154,6 +168,7 @@ def serve(
         kv_tokens=kv_tokens,
         rooms=rooms,
         workers=tuple(worker or ()),
+        stages=stages or (),
         store=store,
         worker_s=worker_timeout,
         start_s=start_timeout if start_timeout is not None else worker_timeout,

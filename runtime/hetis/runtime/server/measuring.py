@@ -15,7 +15,7 @@ import numpy as np
 
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine
-from hetis.runtime.engine.heads import StageHeads
+from hetis.runtime.engine.placement import Placement
 from hetis.runtime.engine.request import RequestError, SamplingParams
 from hetis.runtime.engine.stage import Stage
 from hetis.runtime.measured.calibration import LONGEST_CONTEXT, Calibration, calibrate
@@ -35,17 +35,18 @@ class Measured:
 
     Attributes:
         predictor: of its steps; None where it has several stages.
-        following: of the devices of each stage.
-        copy_byte_s: seconds per byte of KV out of the devices of each stage, shape [D]; 0 of one that was not measured.
+        following: of the devices of each stage in this process, by its number.
+        copy_byte_s: seconds per byte of KV out of the devices of the same stages, shape [D]; 0 of a device that was not
+            measured.
     """
 
     predictor: StepPredictor | None
-    following: tuple[Following, ...]
-    copy_byte_s: tuple[FloatArray, ...]
+    following: Mapping[int, Following]
+    copy_byte_s: Mapping[int, FloatArray]
 
     def costs(self) -> list[DeviceCost]:
-        """Of all devices; may be asked from another thread."""
-        return [cost for following in self.following for cost in following.costs()]
+        """Of all these devices; may be asked from another thread."""
+        return [cost for following in self.following.values() for cost in following.costs()]
 
 
 def measure_engine(
@@ -60,20 +61,23 @@ def measure_engine(
     Dispatch goes by that, and by what steps take from then on. ``planned`` is the first guess, by name of the device:
     it stays for a device that has too few pages to be measured. The engine must be idle, and is again afterwards.
     """
-    found = [_measured_stage(part, planned or {}, clock, pause) for part in engine.stages]
-    predictor = _predictor(engine, clock) if len(engine.stages) == 1 else None
-    following, copies = [], []
-    for part, calibrations in zip(engine.stages, found, strict=True):
-        each = [calibrations.get(device.name) for device in part.stage.devices]
+    for part in engine.stages:
+        part.placement.change_costs(with_coefficients(part.placement.costs, planned or {}))
+    here = [(part, part.stage) for part in engine.stages if isinstance(part.stage, Stage)]
+    found = [_measured_stage(part.placement, stage, planned or {}, clock, pause) for part, stage in here]
+    predictor = _predictor(engine, clock) if len(engine.stages) == len(here) == 1 else None
+    following, copies = dict[int, Following](), dict[int, FloatArray]()
+    for (part, stage), calibrations in zip(here, found, strict=True):
+        each = [calibrations.get(device.name) for device in stage.devices]
         read_s = [0.0 if one is None else one.read_s for one in each]
-        following.append(follow(engine, part, predictor, read_s=read_s, clock=clock))
-        copies.append(np.array([0.0 if one is None else one.copy_byte_s for one in each]))
-    return Measured(predictor=predictor, following=tuple(following), copy_byte_s=tuple(copies))
+        following[part.number] = follow(engine, part.number, predictor, read_s=read_s, clock=clock)
+        copies[part.number] = np.array([0.0 if one is None else one.copy_byte_s for one in each])
+    return Measured(predictor=predictor, following=following, copy_byte_s=copies)
 
 
 def follow(
     engine: Engine,
-    part: StageHeads,
+    number: int,
     predictor: StepPredictor | None = None,
     *,
     read_s: Sequence[float],
@@ -81,8 +85,11 @@ def follow(
 ) -> Following:
     """The costs that a stage of ``engine`` dispatches by, and its predictor's, follow what steps take from now on.
 
-    ``read_s``: seconds to take an answer of each device that is there already.
+    ``number``: of the stage, which is in this process. ``read_s``: seconds to take an answer of each of its devices
+    that is there already.
     """
+    part = engine.stages[number]
+    assert isinstance(part.stage, Stage), "it is in this process"
 
     def apply(costs: StageCosts) -> None:
         part.placement.change_costs(costs)
@@ -97,12 +104,13 @@ def follow(
 
 
 def _measured_stage(
-    part: StageHeads, planned: Mapping[str, Coefficients], clock: Clock, pause: Callable[[float], None]
+    placement: Placement,
+    stage: Stage,
+    planned: Mapping[str, Coefficients],
+    clock: Clock,
+    pause: Callable[[float], None],
 ) -> Mapping[str, Calibration]:
-    """Calibrations of a stage's devices, which it dispatches by from now on; none of a stage in another process."""
-    placement, stage = part.placement, part.stage
-    if not isinstance(stage, Stage):
-        return {}
+    """Calibrations of a stage's devices, which it dispatches by from now on."""
     found = calibrate(
         stage.devices,
         groups=len(stage.homes),
@@ -113,7 +121,7 @@ def _measured_stage(
     )
     measured = {name: one.coefficients for name, one in found.items()}
     _tell_apart(placement.costs, planned, measured)
-    placement.change_costs(with_coefficients(placement.costs, {**planned, **measured}))
+    placement.change_costs(with_coefficients(placement.costs, measured))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,8 +87,29 @@ def checked_devices(texts: list[str]) -> tuple[DeviceRoom, ...]:
     return tuple(rooms)
 
 
-def checked_workers(names: list[str], store: str, rooms: tuple[DeviceRoom, ...]) -> None:
-    """Names of workers, and the store that they need.
+def checked_stages(texts: list[str], *, has_plan: bool) -> tuple[tuple[str, int], ...]:
+    """``NAME=NUMBER``, processes and the stages they run.
+
+    Raises:
+        ServeError: one is something else, two run one stage, or there is no plan that has stages.
+    """
+    wrong = [] if has_plan or not texts else ["--stage is of a plan's, and needs --plan"]
+    found = []
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not _NAME.fullmatch(name) or not number.isdecimal() or len(number) > 4:
+            wrong.append(f"--stage is {text!r}, must be NAME=NUMBER such as s1=1")
+        else:
+            found.append((name, int(number)))
+    numbers = [number for _, number in found]
+    wrong += [f"--stage: stage {n} is run by two" for n in sorted(set(numbers)) if numbers.count(n) > 1]
+    if wrong:
+        raise ServeError(*wrong)
+    return tuple(found)
+
+
+def checked_workers(names: list[str], store: str, rooms: tuple[DeviceRoom, ...], *, stages: Sequence[str] = ()) -> None:
+    """Names of workers and of ``stages``, and the store that they need.
 
     Raises:
         ServeError: one comes twice or is no name, or the store is missing, too much, or no address.
@@ -96,12 +117,14 @@ def checked_workers(names: list[str], store: str, rooms: tuple[DeviceRoom, ...])
     wrong = [
         f"--worker is {name!r}, must be of letters, digits and ._:/-" for name in names if not _NAME.fullmatch(name)
     ]
-    every = [*names, *(room.name for room in rooms)]
+    every = [*names, *stages, *(room.name for room in rooms)]
     wrong += [f"--worker {name}: the name is taken" for name in sorted(set(names)) if every.count(name) > 1]
+    wrong += [f"--stage {name}: the name is taken" for name in sorted({n for n in stages if stages.count(n) > 1})]
     host, _, port = store.rpartition(":")
-    if names and not store:
-        wrong.append("--worker needs --store HOST:PORT, where workers say where they are")
-    elif store and not names:
+    if (names or stages) and not store:
+        option = "--worker" if names else "--stage"
+        wrong.append(f"{option} needs --store HOST:PORT, where workers say where they are")
+    elif store and not (names or stages):
         wrong.append("--store needs at least one --worker")
     elif store and not (host and port.isdigit() and 0 < int(port) < 65_536):
         wrong.append(f"--store is {store!r}, must be HOST:PORT such as 127.0.0.1:8500")

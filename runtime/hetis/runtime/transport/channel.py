@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -71,11 +70,10 @@ class PipeChannel:
             return None
         deadline_s = time.monotonic() + self._stall_s
         self._fill(header[came:], deadline_s)
-        frame, num_bytes = read_header(self._header)
-        body = torch.empty(num_bytes, dtype=torch.uint8)
+        frame, num_bytes = read_header(self._header, empty=_empty)
         if num_bytes:
-            self._fill(memoryview(body.numpy()), deadline_s)
-        return replace(frame, parts=(body,))
+            self._fill(memoryview(frame.body.numpy()), deadline_s)
+        return frame
 
     def close(self) -> None:
         if not self._is_closed:
@@ -92,3 +90,7 @@ class PipeChannel:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ChannelClosedError(f"{self.name}: this end is closed")
+
+
+def _empty(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)

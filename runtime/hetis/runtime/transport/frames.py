@@ -9,21 +9,29 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | BEGIN | N | requests, incarnations, heads, positions: i64 [4, N] |
 | ATTEND | N | q [N, r, d], k [N, d], v [N, d] |
 | FINISH, ABORT, PING, BYE | | |
-| DROP | N | (request, incarnation, head): i64 [N, 3] |
-| EXPORT, DIGEST | H | request, incarnation, first, last, heads: i64 [4 + H] |
+| DROP (layer: device, of a stage) | N | (request, incarnation, head): i64 [N, 3] |
+| EXPORT, DIGEST (layer: device, of a stage) | H | request, incarnation, first, last, heads: i64 [4 + H] |
 | ADOPT | H, positions | request, incarnation, first, last, heads: i64 [4 + H]; K, V [H, layers, positions, d] |
 | ATTACH | | path of the shared memory |
-| WELCOME | | pages i64, name |
+| SETUP | | key, JSON of a `StageSetup` |
+| RUN | | seven sizes and a step's numbers: i64; hidden states [T, hidden] but of the first stage |
+| COPY | | source, target, request, incarnation, first, last, heads: i64 [6 + H] |
+| FORGET | | request, incarnation: i64 |
+| WELCOME | | pages i64, name; of a stage: pages i64 [devices] |
 | OUT | N | [N, r, d] |
 | KV | H, positions | K, V [H, layers, positions, d] |
 | DIGESTS | H | i64 [H, layers] |
 | PONG | | free pages i64, virtual sequences i64 |
+| HIDDEN | rows, columns | [rows, columns]: hidden states or logits |
+| TOKENS | O | i64 [O], in place of the logits |
+| DONE | | |
 | ERROR | code | needed i64, free i64, text |
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -36,6 +44,7 @@ VERSION = 1
 HEADER = struct.Struct("<IHBBQQQQIIIIQ")
 HEADER_BYTES = HEADER.size
 MOST_BODY_BYTES = 1 << 32
+MakeBody = Callable[[int], torch.Tensor]
 DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 
 
@@ -54,12 +63,19 @@ class Kind(IntEnum):
     PING = 10
     BYE = 11
     ATTACH = 12
+    SETUP = 13
+    RUN = 14
+    COPY = 15
+    FORGET = 16
     WELCOME = 32
     OUT = 33
     KV = 34
     DIGESTS = 35
     PONG = 36
     ERROR = 37
+    HIDDEN = 38
+    DONE = 39
+    TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,8 +132,10 @@ def header_of(frame: Frame) -> bytes:
     )
 
 
-def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES) -> tuple[Frame, int]:
-    """A frame without its body, and the bytes of that.
+def read_header(
+    header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES, empty: MakeBody | None = None
+) -> tuple[Frame, int]:
+    """A frame without its body, and the bytes of that; with ``empty`` its body is what that makes of the bytes.
 
     Raises:
         FrameError: it is none of ours, of another version, of no kind or dtype, or too long.
@@ -135,7 +153,7 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     if body_bytes > most_body_bytes:
         raise FrameError(f"a body of {body_bytes} bytes, {most_body_bytes} are the most")
     frame = Frame(
-        kind=Kind(kind),
+        kind=_KINDS[kind],
         epoch=epoch,
         session=session,
         serial=serial,
@@ -143,13 +161,18 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
         layer=layer,
         counts=(counts[0], counts[1], counts[2]),
         dtype=DTYPES[dtype],
+        parts=() if empty is None else (empty(body_bytes),),
     )
     return frame, body_bytes
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a tensor, copied only where it is not in one piece or not the CPU's."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    there = tensor.detach().cpu().contiguous()
+    # numpy has no bfloat16, and a tensor without dimensions has no other view.
+    if there.dtype is torch.bfloat16 or not there.dim():
+        there = there.view(-1).view(torch.uint8)
+    return memoryview(there.numpy()).cast("B")
 
 
-_KINDS = frozenset(Kind)
+_KINDS = {int(kind): kind for kind in Kind}

@@ -21,9 +21,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError, FrameError
 from hetis.runtime.transport.tcp import TcpPipe
 
@@ -87,8 +84,9 @@ class ShmPipe:
         self.name = f"shm over {bell.name}"
         self._bell = bell
         self._shared = shared
-        everything = np.frombuffer(shared.memory, np.uint8)
-        control = everything[:CONTROL_BYTES].view(np.int64)
+        # Plain views of the memory: for a few numbers and some thousand bytes numpy's arrays cost more than the copy.
+        everything = memoryview(shared.memory)
+        control = everything[:CONTROL_BYTES].cast("q")
         size = (len(everything) - CONTROL_BYTES) // 2
         rings = [
             _Ring(control[i * RING_WORDS : (i + 1) * RING_WORDS], everything[CONTROL_BYTES + i * size :][:size])
@@ -102,21 +100,19 @@ class ShmPipe:
     def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
         ring = self._out
         for buffer in buffers:
-            left = np.frombuffer(buffer, np.uint8)
-            while len(left):
-                took = ring.put(left)
-                left = left[took:]
-                if len(left):
-                    self._publish()
-                    if not self._wait(ring.has_space, WRITER_SLEEPS, ring, timeout_s):
-                        raise ChannelStalledError(f"{self.name}: the other end took nothing for too long")
+            left = buffer[ring.put(buffer) :]
+            while left:
+                self._publish()
+                if not self._wait(ring.has_space, WRITER_SLEEPS, ring, timeout_s):
+                    raise ChannelStalledError(f"{self.name}: the other end took nothing for too long")
+                left = left[ring.put(left) :]
         self._publish()
 
     def read_into(self, buffer: memoryview, timeout_s: float) -> int:
         ring = self._in
         if not ring.has_bytes() and not self._wait(ring.has_bytes, READER_SLEEPS, ring, timeout_s):
             return 0
-        came = ring.take(np.frombuffer(buffer, np.uint8))
+        came = ring.take(buffer)
         if ring.words[WRITER_SLEEPS]:
             self._ring()
         return came
@@ -167,38 +163,42 @@ class ShmPipe:
 class _Ring:
     """Bytes one way. Counters only rise; the difference is what is in the ring."""
 
-    def __init__(self, words: npt.NDArray[np.int64], room: npt.NDArray[np.uint8]) -> None:
-        self.words, self._room = words, room
-        self._written = int(words[WRITTEN])  # what is put but not yet published
+    def __init__(self, words: memoryview, room: memoryview) -> None:
+        """``words`` are the counters, of 8 bytes each; ``room`` is of bytes."""
+        self.words, self._room, self._size = words, room, len(room)
+        self._written = words[WRITTEN]  # what is put but not yet published
 
     def has_bytes(self) -> bool:
-        return bool(self.words[WRITTEN] > self.words[READ])
+        written: int = self.words[WRITTEN]
+        return written > self.words[READ]
 
     def has_space(self) -> bool:
-        return self._written - int(self.words[READ]) < len(self._room)
+        return self._written - self.words[READ] < self._size
 
-    def put(self, data: npt.NDArray[np.uint8]) -> int:
+    def put(self, data: memoryview) -> int:
         """Copies what there is room for; returns how much."""
-        size = len(self._room)
-        takes = min(len(data), size - (self._written - int(self.words[READ])))
+        size = self._size
+        takes = min(len(data), size - (self._written - self.words[READ]))
         begin = self._written % size
         first = min(takes, size - begin)
         self._room[begin : begin + first] = data[:first]
-        self._room[: takes - first] = data[first:takes]
+        if first < takes:
+            self._room[: takes - first] = data[first:takes]
         self._written += takes
         return takes
 
     def publish(self) -> None:
         self.words[WRITTEN] = self._written
 
-    def take(self, into: npt.NDArray[np.uint8]) -> int:
-        size, at = len(self._room), int(self.words[READ])
-        takes = min(len(into), int(self.words[WRITTEN]) - at)
+    def take(self, into: memoryview) -> int:
+        size, at = self._size, self.words[READ]
+        takes = min(len(into), self.words[WRITTEN] - at)
         if not 0 < takes <= size:
             raise FrameError(f"the shared ring's counters are {takes} bytes apart")
         begin = at % size
         first = min(takes, size - begin)
         into[:first] = self._room[begin : begin + first]
-        into[first:takes] = self._room[: takes - first]
+        if first < takes:
+            into[first:takes] = self._room[: takes - first]
         self.words[READ] = at + takes
         return takes

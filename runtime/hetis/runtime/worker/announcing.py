@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hetis.runtime.transport.connecting import Endpoint, open_store, publish
 from hetis.runtime.transport.errors import ChannelError
 
-_AGAIN_S, _CONNECT_S, _STORE_S = 1.0, 1.0, 5.0
+_AGAIN_S, _CONNECT_S, _STORE_S = 1.0, 1.0, 2.0
 _log = logging.getLogger(__name__)
 
 

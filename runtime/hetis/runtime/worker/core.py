@@ -43,6 +43,7 @@ class ErrorCode(IntEnum):
     UNKNOWN_SEQUENCE = 3
     STALE_EPOCH = 4
     REFUSED = 5  # wrong key
+    DEVICE_LOST = 6  # of a stage: one of its attention workers, by name
 
 
 class WorkerCore:
@@ -154,8 +155,7 @@ class WorkerCore:
         if self._step is None or self._step[0] != frame.step:
             raise UnknownSequenceError(self.name, f"step {frame.step} was not begun")
         q, k, v = read_queries(frame, device.shape, self._step[1])
-        target = device.pool.k.device
-        out = device.attend(frame.layer, q.to(target), k.to(target), v.to(target)).wait()
+        out = device.attend(frame.layer, q, k, v).wait()
         return self._answer(frame, Kind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
 
     def _adopt(self, frame: Frame, device: LocalDevice) -> None:

@@ -6,32 +6,48 @@ import logging
 import select
 import socket
 from collections.abc import Callable
+from typing import Protocol
 
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.connecting import accept
 from hetis.runtime.transport.errors import ChannelError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.worker.core import ErrorCode, WorkerCore
+from hetis.runtime.worker.core import ErrorCode
 
 LOOK_S = 0.1  # between two looks for another engine while this one says nothing
 _log = logging.getLogger(__name__)
 
 
+class Core(Protocol):
+    """What a loop runs: an attention worker's core, or a stage's."""
+
+    name: str
+    epoch: int
+
+    def handle(self, frame: Frame) -> Frame | None:
+        """What one frame does; returns the answer, where the kind has one. Raises FrameError."""
+
+    def leave(self) -> None:
+        """The connection ended."""
+
+
 class WorkerLoop:
-    """Runs a core over the connections that come to ``listener``."""
+    """Runs a core over the connections that come to ``listener``; each begins with a frame of kind ``greeting``."""
 
     def __init__(
         self,
-        core: WorkerCore,
+        core: Core,
         listener: socket.socket,
         *,
         stall_s: float = 10.0,
         device: str = "cpu",
         announce: Callable[[int], None] = lambda served: None,
+        greeting: Kind = Kind.HELLO,
     ) -> None:
         """``announce`` is called again and again while no engine speaks, with how many connections have ended."""
         self.core = core
         self._announce, self._served = announce, 0
+        self._greeting = greeting
         self._listener, self._stall_s, self._device = listener, stall_s, device
         self._listener.setblocking(False)
         self._waiting = select.poll()
@@ -74,7 +90,7 @@ class WorkerLoop:
             self._ended("a connection came to nothing", error)
             return
         try:
-            answer = self.core.handle(hello) if hello.kind is Kind.HELLO else None
+            answer = self.core.handle(hello) if hello.kind is self._greeting else None
             if answer is None:
                 channel.close()
                 return

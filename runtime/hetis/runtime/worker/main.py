@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    # torch's client of the store writes pages of stack into the log where an engine dies while it is spoken to.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     return _serve(options)
 
 

@@ -72,10 +72,10 @@ class RemoteDevice:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Outputs:
         assert self._step is not None, "a step was begun"
         counts, dtype = (len(q), 0, 0), self.shape.dtype
-        serial = self._ask(
+        frame = self._frame(
             Kind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(q, k, v)
         )
-        return _Outputs(self, serial, len(q), q.device)
+        return _Outputs(self, self._ask(frame), counts[0], q.device)
 
     def finish(self, number: int) -> None:
         self._step = None
@@ -101,7 +101,8 @@ class RemoteDevice:
         self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         part = Part(request, incarnation, first, last, tuple(heads))
-        answer = self._answer(self._ask(Kind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),)))
+        asked = self._frame(Kind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        answer = self._answer(self._ask(asked))
         return self._read(answer, lambda frame: read_kv(frame, self.shape, part))
 
     def adopt(
@@ -116,14 +117,15 @@ class RemoteDevice:
 
     def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         part = Part(request, incarnation, 0, last, tuple(heads))
-        answer = self._answer(self._ask(Kind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),)))
+        asked = self._frame(Kind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        answer = self._answer(self._ask(asked))
         return self._read(answer, lambda frame: read_digests(frame, self.shape, part))
 
     # --- life
 
     def ping(self) -> tuple[int, int]:
         """Asks whether it is there: its free pages, and the virtual sequences that it holds. Raises DeviceLostError."""
-        return self._read(self._answer(self._ask(Kind.PING)), read_pong)
+        return self._read(self._answer(self._ask(self._frame(Kind.PING))), read_pong)
 
     def close(self) -> None:
         """Says goodbye; the worker forgets what it holds and waits for the next engine."""
@@ -145,6 +147,8 @@ class RemoteDevice:
         dtype: str = "",
         parts: tuple[torch.Tensor, ...] = (),
     ) -> Frame:
+        """A frame of this connection, with a serial of its own."""
+        self._serial += 1
         return Frame(
             kind=kind,
             epoch=self._epoch,
@@ -157,22 +161,12 @@ class RemoteDevice:
             parts=parts,
         )
 
-    def _ask(
-        self,
-        kind: Kind,
-        *,
-        step: int = 0,
-        layer: int = 0,
-        counts: tuple[int, int, int] = (0, 0, 0),
-        dtype: str = "",
-        parts: tuple[torch.Tensor, ...] = (),
-    ) -> int:
+    def _ask(self, frame: Frame) -> int:
         """Sends a frame that has an answer; returns the serial that this will have."""
         self._check_here()
-        self._serial += 1
-        self._owed = self._serial
-        self._send(self._frame(kind, step=step, layer=layer, counts=counts, dtype=dtype, parts=parts))
-        return self._serial
+        self._owed = frame.serial
+        self._send(frame)
+        return frame.serial
 
     def _send(self, frame: Frame) -> None:
         frames, self._queued = [*self._queued, frame], []

@@ -45,8 +45,8 @@ def _splitwise(family: Family) -> Family:
 
 
 def _splitwise_paper(family: Family) -> Family:
-    roles = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
-    return replace(_splitwise(family), name="splitwise-paper", roles=roles)
+    # Without unified replicas there is no mixed pool; every zone has pools, and their types, of its own.
+    return replace(_splitwise(family), name="splitwise-paper", roles=family.roles, one_type_per_role=False)
 
 
 def _hexgen_paper(family: Family) -> Family:

@@ -101,6 +101,8 @@ def solve_splitwise(problem: PlacementProblem, *, budget: Budget, seed: int, rep
         raise NoPlanFoundError(
             f"splitwise-paper sends from every machine to every other: {size} GPUs, it is meant for {MAX_GPUS} at most"
         )
+    if not problem.family.splits_roles:
+        raise NoPlanFoundError("splitwise-paper needs prefill and decode replicas")
     if size < 2:
         raise NoPlanFoundError("splitwise-paper needs two GPUs at least, one to prefill and one to decode")
     atlas = build_atlas(problem)
@@ -127,7 +129,7 @@ def solve_splitwise(problem: PlacementProblem, *, budget: Budget, seed: int, rep
 def machines(atlas: Atlas, graph: FleetGraph, zone: str, budget: Budget) -> list[Machine]:
     """All kinds of machines that a zone's nodes can be cut into and that can prefill or decode."""
     search, found = ReplicaSearch(atlas), list[Machine]()
-    duties = {role: duty_of(atlas, role, zone) for role in (Role.PREFILL, Role.DECODE, Role.UNIFIED)}
+    duties = {role: duty_of(atlas, role, zone) for role in atlas.problem.family.roles}
     for rank, (device_class, tp) in enumerate(atlas.ranks):
         groups = _tp_groups(graph, zone, device_class, tp)
         for stages in range(1, min(MAX_STAGES, len(groups)) + 1):

@@ -1,0 +1,1 @@
+"""The processes of a plan's replica: listed, shown, and started by what runs processes."""

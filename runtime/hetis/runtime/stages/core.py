@@ -1,0 +1,151 @@
+"""A stage process without sockets: frames in, frames out.
+
+It obeys one engine at a time, as an attention worker does: a SETUP of an epoch that is not below the newest begins
+with nothing, and frames of another connection are refused. What has no answer (DROP, FORGET) cannot fail in a way that
+counts: a device that is lost shows in the next step with heads there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+import torch
+
+from hetis.runtime.engine.stage import Stage
+from hetis.runtime.kv.errors import DeviceError, DeviceLostError
+from hetis.runtime.stages.messages import read_numbers, read_run, read_setup
+from hetis.runtime.stages.setup import StageSetup
+from hetis.runtime.transport.errors import FrameError
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.messages import pack_error, read_keys, read_part
+from hetis.runtime.worker.core import ErrorCode
+from hetis.runtime.worker.remote import RemoteDevice
+
+Build = Callable[[StageSetup, int], Stage]
+_log = logging.getLogger(__name__)
+
+
+class StageCore:
+    """The state of one stage process.
+
+    Attributes:
+        epoch: newest that it has obeyed.
+        stage: what it is now; None before the first SETUP.
+    """
+
+    def __init__(self, name: str, build: Build, *, key: bytes) -> None:
+        self.name = name
+        self.epoch = 0
+        self.stage: Stage | None = None
+        self._build, self._key = build, key
+        self._session = 0
+        self._dtype = ""
+
+    def handle(self, frame: Frame) -> Frame | None:
+        """What one frame does; returns the answer, where the kind has one.
+
+        Raises:
+            FrameError: the frame does not fit: the connection is to be closed, and what it left is void.
+        """
+        is_answered = frame.kind in _ANSWERED
+        try:
+            if frame.kind is Kind.SETUP:
+                return self._set_up(frame)
+            if (frame.epoch, frame.session) != (self.epoch, self._session):
+                return self._stale(frame) if is_answered else None
+            assert self.stage is not None, "a session has a stage"
+            return self._obey(frame, self.stage)
+        except FrameError:
+            raise
+        except DeviceLostError as error:
+            return _error(frame, ErrorCode.DEVICE_LOST, error.device) if is_answered else None
+        except Exception as error:
+            if not isinstance(error, DeviceError):
+                _log.exception("%s: %s failed", self.name, frame.kind.name)
+            return _error(frame, ErrorCode.FAILED, f"{type(error).__name__}: {error}") if is_answered else None
+
+    def leave(self) -> None:
+        """The connection ended: what it left is void."""
+        self._session = 0
+        stage, self.stage = self.stage, None
+        for device in stage.devices if stage is not None else ():
+            if isinstance(device, RemoteDevice):
+                with contextlib.suppress(DeviceError):
+                    device.close()
+
+    # --- inside
+
+    def _set_up(self, frame: Frame) -> Frame:
+        setup, key = read_setup(frame)
+        if key != self._key:
+            return _error(frame, ErrorCode.REFUSED, f"{self.name}: the key is another process's, or an old one")
+        if frame.epoch < self.epoch:
+            return self._stale(frame)
+        self.leave()
+        self.epoch = frame.epoch
+        try:
+            self.stage = self._build(setup, frame.epoch)
+        except DeviceError as error:  # an attention worker that did not come is no device that was lost
+            return _error(frame, ErrorCode.FAILED, str(error))
+        self._session, self._dtype = frame.session, setup.dtype
+        pages = torch.tensor([device.num_pages for device in self.stage.devices], dtype=torch.int64)
+        return _answer(frame, Kind.WELCOME, parts=(pages,))
+
+    def _obey(self, frame: Frame, stage: Stage) -> Frame | None:
+        match frame.kind:
+            case Kind.RUN:
+                step, hidden = read_run(frame, self._dtype)
+                out = stage.run(step, hidden)
+                if out.dtype is torch.int64:
+                    return _answer(frame, Kind.TOKENS, counts=(len(out), 0, 0), parts=(out,))
+                counts = out.shape[0], out.shape[1], 0
+                return _answer(frame, Kind.HIDDEN, counts=counts, dtype=self._dtype, parts=(out,))
+            case Kind.DROP:
+                stage.drop(frame.layer, read_keys(frame))
+            case Kind.FORGET:
+                request, incarnation = read_numbers(frame, 2)
+                stage.forget_prompt(request, incarnation)
+            case Kind.COPY:
+                source, target, request, incarnation, first, last, *heads = read_numbers(frame, 6)
+                stage.copy(source, target, request, incarnation, heads, first, last)
+                return _answer(frame, Kind.DONE)
+            case Kind.DIGEST:
+                part = read_part(frame)
+                sums = stage.digest(frame.layer, part.request, part.incarnation, part.heads, part.last)
+                return _answer(frame, Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
+            case _:
+                raise FrameError(f"{frame.kind.name} is not for a stage")
+        return None
+
+    def _stale(self, frame: Frame) -> Frame:
+        text = f"{self.name} obeys epoch {self.epoch} over another connection"
+        return _error(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=self.epoch)
+
+
+def _error(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
+    return _answer(frame, Kind.ERROR, counts=(code, 0, 0), parts=pack_error(needed, free, text))
+
+
+def _answer(
+    frame: Frame,
+    kind: Kind,
+    *,
+    counts: tuple[int, int, int] = (0, 0, 0),
+    dtype: str = "",
+    parts: tuple[torch.Tensor, ...] = (),
+) -> Frame:
+    return Frame(
+        kind=kind,
+        epoch=frame.epoch,
+        session=frame.session,
+        serial=frame.serial,
+        step=frame.step,
+        counts=counts,
+        dtype=dtype,
+        parts=parts,
+    )
+
+
+_ANSWERED = frozenset({Kind.SETUP, Kind.RUN, Kind.COPY, Kind.DIGEST})
