@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -17,7 +18,8 @@ from hetis.solver.cluster import GpuSlots, Link, NodeGroup
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search, solve_placement
 from hetis.solver.placement.configurations import configurations
-from hetis.solver.placement.pricing import Pricer
+from hetis.solver.placement.master import Columns, Master, MilpSolution
+from hetis.solver.placement.pricing import Priced, Pricer
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
@@ -242,3 +244,33 @@ def test_a_budget_of_its_own_ends_with_the_callers_and_not_the_other_way_round()
     callers.cancelled.set()
     assert other.is_spent()
     assert not other.cancelled.is_set()
+
+
+def test_where_no_time_is_left_for_whole_counts_those_of_the_relaxation_are_rounded_down() -> None:
+    def in_vain(_: Master, columns: Columns, *, start: MilpSolution | None = None, **__: object) -> MilpSolution | None:
+        return start
+
+    problem = make_problem([make_node("a", "A", nodes=20)], objective=NO_LIMITS)
+    with patch.object(Master, "solve_milp", in_vain):
+        plan = generated(problem)
+    assert plan is not None
+    assert not check_plan(plan, problem)
+    best = generated(problem)
+    assert best is not None
+    assert 0.5 * best.result.value < plan.result.value <= best.result.value * (1 + REL)
+
+
+def test_sides_with_few_configurations_are_priced_first() -> None:
+    sizes: list[int] = []
+    price = Pricer.price
+
+    def noted(pricer: Pricer, *arguments: Any, **more: Any) -> Priced:
+        sizes.append(len(pricer.configurations))
+        return price(pricer, *arguments, **more)
+
+    problem = make_problem([make_node("a", "A", nodes=3)], objective=NO_LIMITS)
+    with patch.object(Pricer, "price", noted):
+        assert generated(problem) is not None
+    whole = len(configurations(build_atlas(problem)))
+    rounds = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
+    assert any(sum(one) == whole and one == sorted(one) and one[-1] > one[0] for one in rounds)

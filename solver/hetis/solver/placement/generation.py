@@ -37,7 +37,7 @@ from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolut
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pool import Bound, Pool, lifted
-from hetis.solver.placement.pricing import Pricer, pricers_of
+from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
 from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template
@@ -183,10 +183,7 @@ class ColumnGeneration:
                 floors = self._floors(self._lifted(prices), links, lp.demand_price, cap)
             lifted = self._lifted(prices)
             floors[barren] = np.inf
-            priced = [
-                pricer.price(lifted, floor, KEEP, self.budget, rate_cap=cap, ease=ease)
-                for pricer, floor in zip(pricers, floors, strict=True)
-            ]
+            priced = self._priced(pricers, lifted, floors, cap, ease)
             complete = all(side.complete for side in priced)
             theta = np.array([side.ratio_bound for side in priced])
             barren |= (theta == 0.0) & complete
@@ -211,6 +208,18 @@ class ColumnGeneration:
             smooth = added > 0
             ease = min(EASE * gap, MOST_EASE) if smooth else 0.0
         return False
+
+    def _priced(
+        self, pricers: Sequence[Pricer], prices: FloatArray, floors: FloatArray, rate_cap: float, ease: float
+    ) -> list[Priced]:
+        """What every side has to offer. The sides with the fewest configurations come first: their columns are there
+        if the budget ends while the others are searched."""
+        found: dict[int, Priced] = {}
+        for side in sorted(range(len(pricers)), key=lambda side: len(pricers[side].configurations)):
+            found[side] = pricers[side].price(
+                prices, float(floors[side]), KEEP, self.budget, rate_cap=rate_cap, ease=ease
+            )  # fmt: skip
+        return [found[side] for side in range(len(pricers))]
 
     def vary(self) -> None:
         """Adds columns of several sizes: what nearly every configuration has to offer at the bound's prices.
@@ -294,10 +303,13 @@ class ColumnGeneration:
         """Whole counts over all columns seen; never worse than an earlier choice."""
         if not self.pool.templates:
             return None
-        columns = self.pool.columns()
-        least, start = self._nearly_whole(columns), self.incumbent
+        columns, start = self.pool.columns(), self.incumbent
+        relaxed = self.master.solve_lp(columns) if self.master.pins is None else None
+        (least,) = (settled([relaxed.counts]) if relaxed is not None else None) or (None,)
         if least is not None and start is not None and np.any(self._padded(start.counts) < least):
             start = None
+        if start is None and relaxed is not None and self.master.maximises:
+            start = self._rounded_down(columns, relaxed)
         found = self.master.solve_milp(
             columns,
             time_limit_s=max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s())),
@@ -311,13 +323,11 @@ class ColumnGeneration:
             self._tell("whole counts")
         return self.incumbent
 
-    def _nearly_whole(self, columns: Columns) -> IntArray | None:
-        """Of a plan of many replicas, those of the relaxation, less one of each column: what need not be searched."""
-        relaxed = self.master.solve_lp(columns)
-        if relaxed is None or self.master.pins is not None:
-            return None
-        (least,) = settled([relaxed.counts]) or (None,)
-        return least
+    def _rounded_down(self, columns: Columns, relaxed: LpSolution) -> MilpSolution:
+        """The whole part of a relaxation, which always fits: a plan even where no time is left for a better one."""
+        counts = np.floor(relaxed.counts + 1e-9).astype(np.int64)
+        flows = self.master.best_flows(columns, counts)
+        return MilpSolution(counts, flows, self.master.served(columns, counts, flows), np.inf)
 
     def gap(self) -> float:
         """Between the incumbent and the bound."""
