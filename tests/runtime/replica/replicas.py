@@ -9,6 +9,7 @@ from pathlib import Path
 from examples.demo_serve.checkpoint import make_checkpoint
 from hetis.formats.plan import plan_to_data
 from hetis.runtime.replica.asking import Asked, read_asked
+from hetis.solver.plan import Plan
 from tests.runtime.launch.plans import POOL, plan_of, stage_of
 
 ROOT = Path(__file__).parents[3]
@@ -16,10 +17,11 @@ PAGE_BYTES = 4096  # of the demo's model: 2 x 4 layers x 16 tokens x 8 numbers o
 PAGES = 63  # of each KV head: 1,000 tokens
 
 
-def write_plan(folder: Path) -> Path:
-    """a/0 keeps two KV heads of eight, b/0 and b/1 have three each."""
+def write_plan(folder: Path, plan: Plan | None = None) -> Path:
+    """By default a/0 keeps two KV heads of eight, and b/0 and b/1 have three each."""
     path = folder / "plan.json"
-    path.write_text(json.dumps(plan_to_data(plan_of(stage_of(), pools=(POOL,)))), encoding="utf-8")
+    plan = plan or plan_of(stage_of(), pools=(POOL,))
+    path.write_text(json.dumps(plan_to_data(plan)), encoding="utf-8")
     return path
 
 

@@ -24,7 +24,9 @@ from hetis.runtime.engine.generate import generate
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.replica.main import main
 from hetis.runtime.server.text import Tokens
+from hetis.solver.plan import AttentionWorkerPool
 from tests.command_line import command_of, environment, run_command
+from tests.runtime.launch.plans import plan_of, stage_of
 from tests.runtime.replica.replicas import documented, write_model, write_plan
 from tests.runtime.server.live import engine_of
 
@@ -110,7 +112,15 @@ def is_gone(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
 
 
-def test_a_replica_outlives_its_worker_and_its_engine(folder: Path, tmp_path: Path) -> None:
+def test_a_replica_outlives_its_worker_and_its_engine(tmp_path: Path) -> None:
+    folder = tmp_path
+    write_model(folder)
+    plan = plan_of(
+        stage_of(num_layers=3),
+        stage_of(first_layer=3, num_layers=1, devices=("c/0",), kv_head_groups_kept=8),
+        pools=(AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0",), kv_head_groups=6),),
+    )
+    write_plan(folder, plan)
     model = folder / "models" / "tiny"
     prompt = Tokens.from_folder(model).encode("kill me")
     (alone,) = generate(engine_of(model, pages=(400,)), [prompt], SamplingParams(max_tokens=30, ignore_eos=True))
@@ -123,7 +133,7 @@ def test_a_replica_outlives_its_worker_and_its_engine(folder: Path, tmp_path: Pa
             return text
 
         run.wait_until(run.serves)
-        assert run.up() == {"a/0": True, "b/0": True, "b/1": True}
+        assert run.up() == {"a/0": True, "b/0": True, "c/0": True}
         assert answer() == alone.text
 
         # A worker: the engine goes on without it until it is back.
@@ -131,16 +141,16 @@ def test_a_replica_outlives_its_worker_and_its_engine(folder: Path, tmp_path: Pa
         assert answer() == alone.text
         run.wait_until(lambda: len(run.pids("b/0")) == 2)
 
-        # The engine: its clients are told, and the next one has the same workers.
+        # The engine: its clients are told, and the next one has the same worker and the same stage.
         long = body | {"max_tokens": 200, "stream": True}
         with pytest.raises(httpx.TransportError):
             kill_in_stream(run.url, long, run.pids("engine")[-1])
         run.wait_until(lambda: len(run.pids("engine")) == 2 and run.serves())
-        assert run.up() == {"a/0": True, "b/0": True, "b/1": True}
+        assert run.up() == {"a/0": True, "b/0": True, "c/0": True}
         assert answer() == alone.text
-        assert len(run.pids("b/1")) == 1
+        assert len(run.pids("c/0")) == 1
 
-        running = [run.pids(name)[-1] for name in ("engine", "b/0", "b/1")]
+        running = [run.pids(name)[-1] for name in ("engine", "b/0", "c/0")]
         run.process.terminate()
         assert run.process.wait(120) == 0, run.log()
         assert all(is_gone(pid) for pid in running)

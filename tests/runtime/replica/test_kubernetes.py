@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import yaml
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.replica.asking import Asked
 from hetis.runtime.replica.kubernetes import MOST_PLAN_BYTES, Deployment, manifests_of
+from hetis.runtime.replica.processes import ProcessKind
+from hetis.runtime.stages.options import read_options as stage_options
 from hetis.runtime.worker.options import read_options
 from tests.command_line import command_of, run_command
 from tests.runtime.replica.replicas import PAGE_BYTES, PAGES, asked_for
@@ -126,6 +129,21 @@ def test_a_worker_is_told_by_its_environment(asked: Asked) -> None:
         assert (options.name, options.kv_bytes, options.device) == (process.name, process.kv_bytes, "cuda")
         assert options.store == ("chat-store", 8500)
         assert options.listen[1] == container["ports"][0]["containerPort"]
+
+
+def test_a_stage_has_the_model_and_as_many_gpus_as_ranks(asked: Asked) -> None:
+    stage = replace(asked.processes[1], kind=ProcessKind.STAGE, stage=1, gpus=(0, 1))
+    found = objects(replace(asked, processes=(asked.processes[0], stage, asked.processes[2])))
+    container = container_of(found["StatefulSet", "chat-stage-1"])
+    assert container["command"] == ["python", "-m", "hetis.runtime.stages"]
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": 2}}
+    env = {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
+    options = stage_options([], env | {"HETIS_STAGE_ADVERTISE": "10.1.2.3"})
+    assert (options.name, options.store, options.model) == ("b/0", ("chat-store", 8500), Path("/models/tiny"))
+    assert "/models" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert "--stage" in container_of(found["StatefulSet", "chat-engine"])["args"]
+    worker = container_of(found["StatefulSet", "chat-worker-0"])
+    assert [mount["mountPath"] for mount in worker["volumeMounts"]] == ["/tmp"]
 
 
 def test_services_and_policies_meet_the_pods_they_mean(asked: Asked) -> None:

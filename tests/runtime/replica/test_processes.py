@@ -15,8 +15,9 @@ from hetis.runtime.replica.commands import Addresses
 from hetis.runtime.replica.processes import Sizes, processes_of
 from hetis.runtime.replica.showing import as_json, as_shell
 from hetis.runtime.server.errors import ServeError
+from hetis.runtime.stages.options import read_options as stage_options
 from hetis.runtime.worker.options import read_options
-from hetis.solver.plan import AttentionWorkerPool
+from hetis.solver.plan import AttentionWorkerPool, Plan
 from tests.runtime.launch.plans import POOL, plan_of, stage_of
 from tests.runtime.replica.replicas import PAGE_BYTES, PAGES, asked_for, write_model, write_plan
 
@@ -47,31 +48,51 @@ def test_a_smaller_machine_and_another_dtype_need_less(tmp_path: Path) -> None:
     assert [process.kv_bytes for process in found] == [2 * 4 * PAGE_BYTES, 3 * 4 * PAGE_BYTES, 3 * 4 * PAGE_BYTES]
 
 
-def test_the_engine_has_the_gpus_of_all_stages_and_ranks_and_workers_the_layers_of_theirs(tmp_path: Path) -> None:
-    model = read_config(write_model(tmp_path))
-    plan = plan_of(
+def staged() -> Plan:
+    """Two ranks on a with a worker on b, then one on c with a worker beside it and one on b."""
+    return plan_of(
         stage_of(num_layers=3, tp=2, devices=("a/0", "a/1"), kv_head_groups_kept=1),
-        stage_of(first_layer=3, num_layers=1, devices=("a/3",), kv_head_groups_kept=6),
+        stage_of(first_layer=3, num_layers=1, devices=("c/2",), kv_head_groups_kept=4),
         pools=(
             AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0",), kv_head_groups=3),
-            AttentionWorkerPool(stage=1, gpu="T4", devices=("b/1",), kv_head_groups=2),
+            AttentionWorkerPool(stage=1, gpu="T4", devices=("c/3", "b/1"), kv_head_groups=4),
         ),
     )
+
+
+def test_stages_are_processes_and_hold_as_much_as_their_layers_and_ranks_need(tmp_path: Path) -> None:
+    found = processes_of(staged(), 0, read_config(write_model(tmp_path)), Sizes())
     layer = PAGES * PAGE_BYTES // 4  # of one KV head
-    assert [(p.name, p.gpus, p.kv_bytes) for p in processes_of(plan, 0, model, Sizes())] == [
-        ("engine", (0, 1, 3), (2 * 1 * 3 + 6 * 1) * layer),
-        ("b/0", (0,), 2 * 3 * 3 * layer),
-        ("b/1", (1,), 2 * 1 * layer),
+    assert [(p.name, p.kind.value, p.stage, p.node, p.gpus, p.kv_bytes) for p in found] == [
+        ("engine", "engine", 0, "a", (0, 1), 2 * 1 * 3 * layer),
+        ("c/2", "stage", 1, "c", (2,), 4 * layer),
+        ("b/0", "attention-worker", 0, "b", (0,), 2 * 3 * 3 * layer),
+        ("c/3", "attention-worker", 1, "c", (3,), 2 * layer),
+        ("b/1", "attention-worker", 1, "b", (1,), 2 * layer),
     ]
-    apart = plan_of(
-        stage_of(num_layers=3, kv_head_groups_kept=8),
-        stage_of(first_layer=3, num_layers=1, devices=("c/1",), kv_head_groups_kept=8),
+
+
+def test_the_engine_calls_its_stages_and_each_stage_its_workers(tmp_path: Path, asked: Asked) -> None:
+    processes = processes_of(staged(), 0, read_config(write_model(tmp_path)), Sizes())
+    engine, stage, *workers = replace(asked, processes=processes).commands(Addresses(), worker_device="cuda")
+    assert engine.shown[engine.shown.index("--store") :] == (
+        *("--store", "0.0.0.0:8500", "--stage", "c/2=1", "--worker", "b/0", "--worker", "c/3", "--worker", "b/1"),
+        *("--port", "8080"),
     )
+    assert engine.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert stage.shown[:3] == ("python", "-m", "hetis.runtime.stages")
+    options = stage_options(stage.arguments, {})
+    assert (options.name, options.store, options.model) == ("c/2", ("a", 8500), asked.model)
+    assert (options.listen, options.advertise) == (("0.0.0.0", 0), "c")
+    listening = [read_options(worker.arguments, {}).listen[0] for worker in workers]
+    assert listening == ["0.0.0.0", "127.0.0.1", "0.0.0.0"]  # c/3 is beside its stage
+
+
+def test_a_stage_on_two_nodes_is_refused(tmp_path: Path) -> None:
+    plan = plan_of(stage_of(tp=2, devices=("c/2", "d/0"), kv_head_groups_kept=4))
     with pytest.raises(LayoutError) as caught:
-        processes_of(apart, 0, model, Sizes())
-    assert caught.value.messages == (
-        "the engine is on a, and c/1 of stage 1 is not; all stages are in one process here",
-    )
+        processes_of(plan, 0, read_config(write_model(tmp_path)), Sizes())
+    assert caught.value.messages == ("stage 0 is on several nodes, must be on one: c/2, d/0",)
 
 
 def test_what_the_memory_follows_from_is_told_to_the_engine_too(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from hetis.runtime.replica.ray_nodes import bundle_of, nodes_of
 
 
 def process(node: str, *, gpus: tuple[int, ...] = (0,)) -> PlannedProcess:
-    return PlannedProcess(name=f"{node}/0", kind=ProcessKind.ATTENTION_WORKER, node=node, gpus=gpus, kv_bytes=1)
+    return PlannedProcess(
+        name=f"{node}/0", kind=ProcessKind.ATTENTION_WORKER, stage=0, node=node, gpus=gpus, kv_bytes=1
+    )
 
 
 def node(number: int, *, host: str = "", alive: bool = True, **labels: str) -> dict[str, Any]:

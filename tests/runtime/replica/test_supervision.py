@@ -125,7 +125,7 @@ class World:
     def run(self, *names: str) -> int:
         commands = [
             Command(
-                process=PlannedProcess(name=name, kind=KINDS[name], node="n", gpus=(), kv_bytes=1),
+                process=PlannedProcess(name=name, kind=KINDS[name], stage=0, node="n", gpus=(), kv_bytes=1),
                 arguments=(),
                 environment={},
             )

@@ -24,6 +24,7 @@ _OURS = frozenset(
         "--dtype",
         "--device",
         "--worker",
+        "--stage",
         "--store",
     )
 )

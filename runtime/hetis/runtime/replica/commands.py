@@ -12,12 +12,14 @@ from hetis.runtime.replica.processes import PlannedProcess, ProcessKind
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 STORE_PORT = 8500
-_PROGRAMS = {
+PROGRAMS = {
     ProcessKind.ENGINE: ("hetis-serve",),
+    ProcessKind.STAGE: ("python", "-m", "hetis.runtime.stages"),
     ProcessKind.ATTENTION_WORKER: ("python", "-m", "hetis.runtime.worker"),
 }
 _MODULES = {
     ProcessKind.ENGINE: "hetis.runtime.server.main",
+    ProcessKind.STAGE: "hetis.runtime.stages",
     ProcessKind.ATTENTION_WORKER: "hetis.runtime.worker",
 }
 
@@ -61,7 +63,7 @@ class Command:
     @property
     def shown(self) -> tuple[str, ...]:
         """As users write it."""
-        return (*_PROGRAMS[self.process.kind], *self.arguments)
+        return (*PROGRAMS[self.process.kind], *self.arguments)
 
     @property
     def here(self) -> tuple[str, ...]:
@@ -84,9 +86,9 @@ def commands_of(
     """The command of every process, in the order of the list.
 
     What listens does so on the loopback where nobody else needs it: with every process on one node, and workers beside
-    the engine, which then share memory with it. Other workers, and the store they look into, listen on the address that
-    their node has in ``addresses``; where that is a name, on all addresses of the node, since a name may mean another
-    address there than elsewhere.
+    their stage, which then share memory with it. Other processes, and the store they look into, listen on the address
+    that their node has in ``addresses``; where that is a name, on all addresses of the node, since a name may mean
+    another address there than elsewhere.
     """
     primary = processes[0]
     is_alone = addresses.all_here or all(process.node == primary.node for process in processes)
@@ -96,33 +98,46 @@ def commands_of(
     commands = []
     for process in processes:
         if process.kind is ProcessKind.ENGINE:
-            names = [other.name for other in processes if other.kind is ProcessKind.ATTENTION_WORKER]
-            arguments = engine_arguments(engine, names, opened)
+            arguments = engine_arguments(engine, processes, opened)
         else:
-            is_near = is_alone or process.node == primary.node
+            is_near = is_alone or process.node == _caller(process, processes).node
             listens = _listens(LOOPBACK if is_near else addresses.host(process.node))
-            arguments = as_options(worker_settings(process, store, worker_device) | listens)
+            settings = settings_of(process, store, device=worker_device, model=engine.model)
+            arguments = as_options(settings | listens)
         commands.append(Command(process=process, arguments=arguments, environment=_environment(process, worker_device)))
     return tuple(commands)
 
 
-def engine_arguments(engine: EngineArguments, workers: Sequence[str], store: str) -> tuple[str, ...]:
-    """Options of `hetis-serve` for an engine with these workers, whose store listens there."""
+def engine_arguments(engine: EngineArguments, processes: Sequence[PlannedProcess], store: str) -> tuple[str, ...]:
+    """Options of `hetis-serve` for the engine of these processes, whose store listens there."""
     arguments = ["--model", engine.model, "--plan", engine.plan, "--replica", str(engine.replica)]
-    if workers:
+    if len(processes) > 1:
         arguments += ["--store", store]
-    for name in workers:
-        arguments += ["--worker", name]
+    for process in processes:
+        if process.kind is ProcessKind.STAGE:
+            arguments += ["--stage", f"{process.name}={process.stage}"]
+        elif process.kind is ProcessKind.ATTENTION_WORKER:
+            arguments += ["--worker", process.name]
     return (*arguments, *engine.options)
 
 
-def worker_settings(process: PlannedProcess, store: str, device: str) -> dict[str, str]:
-    """What a worker must be told wherever it runs, by option."""
-    return {"--name": process.name, "--store": store, "--kv-memory": f"{process.kv_bytes}B", "--device": device}
+def settings_of(process: PlannedProcess, store: str, *, device: str, model: str) -> dict[str, str]:
+    """What a stage or a worker must be told wherever it runs, by option; the engine tells a stage the rest."""
+    told = {"--name": process.name, "--store": store}
+    if process.kind is ProcessKind.STAGE:
+        return told | {"--model": model}
+    return told | {"--kv-memory": f"{process.kv_bytes}B", "--device": device}
 
 
 def as_options(settings: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(text for setting in settings.items() for text in setting)
+
+
+def _caller(process: PlannedProcess, processes: Sequence[PlannedProcess]) -> PlannedProcess:
+    """Who connects to a stage or a worker: the engine to its stages, and each stage to its workers."""
+    if process.kind is ProcessKind.STAGE:
+        return processes[0]
+    return next(other for other in processes if other.stage == process.stage)
 
 
 def _listens(host: str) -> dict[str, str]:

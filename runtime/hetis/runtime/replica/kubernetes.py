@@ -15,11 +15,12 @@ from typing import Any
 
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.replica.asking import Asked
-from hetis.runtime.replica.commands import ANY, STORE_PORT, EngineArguments, engine_arguments, worker_settings
-from hetis.runtime.replica.processes import PlannedProcess
-from hetis.runtime.worker.options import VARIABLES
+from hetis.runtime.replica.commands import ANY, PROGRAMS, STORE_PORT, EngineArguments, engine_arguments, settings_of
+from hetis.runtime.replica.processes import PlannedProcess, ProcessKind
+from hetis.runtime.stages.options import VARIABLES as STAGE_VARIABLES
+from hetis.runtime.worker.options import VARIABLES as WORKER_VARIABLES
 
-FRONT_PORT, WORKER_PORT = 8000, 8600
+FRONT_PORT, PART_PORT = 8000, 8600
 MOST_PLAN_BYTES = 2**20 - 2**12  # of a ConfigMap, less what the object around the plan takes
 _PLAN_FOLDER, _PLAN_FILE = "/etc/hetis", "plan.json"
 _START_S = 600  # for images to come and workers to start
@@ -80,7 +81,6 @@ def manifests_of(asked: Asked, deployment: Deployment, *, plan_text: str) -> lis
     if size > MOST_PLAN_BYTES:
         raise LayoutError(f"the plan has {size} bytes, must be <= {MOST_PLAN_BYTES} for a ConfigMap")
     objects = _Objects(deployment)
-    engine, workers = asked.processes[0], asked.processes[1:]
     told = EngineArguments(
         plan=f"{_PLAN_FOLDER}/{_PLAN_FILE}",
         replica=asked.replica,
@@ -98,9 +98,16 @@ def manifests_of(asked: Asked, deployment: Deployment, *, plan_text: str) -> lis
         objects.store(),
         objects.inside(),
         objects.towards_front(),
-        objects.engine(engine, told, [worker.name for worker in workers]),
-        *(objects.worker(number, worker) for number, worker in enumerate(workers)),
+        objects.engine(told, asked.processes),
+        *(objects.part(name, process) for name, process in _names(asked.processes).items()),
     ]
+
+
+def _names(processes: Sequence[PlannedProcess]) -> dict[str, PlannedProcess]:
+    """The processes beside the engine: stages by their number, workers counted."""
+    stages = {f"stage-{p.stage}": p for p in processes if p.kind is ProcessKind.STAGE}
+    workers = [process for process in processes if process.kind is ProcessKind.ATTENTION_WORKER]
+    return stages | {f"worker-{number}": worker for number, worker in enumerate(workers)}
 
 
 class _Objects:
@@ -131,47 +138,47 @@ class _Objects:
     def inside(self) -> dict[str, Any]:
         """Whoever reaches the store can pose as a worker: only the replica's own pods do."""
         own = {"podSelector": {"matchLabels": self._labels()}}
-        ports = [{"port": port, "protocol": "TCP"} for port in (STORE_PORT, WORKER_PORT)]
+        ports = [{"port": port, "protocol": "TCP"} for port in (STORE_PORT, PART_PORT)]
         return self._policy(f"{self._of.name}-inside", self._labels(), {"from": [own], "ports": ports})
 
     def towards_front(self) -> dict[str, Any]:
         ports = [{"port": FRONT_PORT, "protocol": "TCP"}]
         return self._policy(f"{self._of.name}-front", self._labels("engine"), {"ports": ports})
 
-    def engine(self, process: PlannedProcess, told: EngineArguments, workers: Sequence[str]) -> dict[str, Any]:
+    def engine(self, told: EngineArguments, processes: Sequence[PlannedProcess]) -> dict[str, Any]:
         mounts = [{"name": "plan", "mountPath": _PLAN_FOLDER, "readOnly": True}]
         volumes: list[dict[str, Any]] = [{"name": "plan", "configMap": {"name": f"{self._of.name}-plan"}}]
-        if self._of.model_claim:
-            parent = str(PurePosixPath(self._of.model_path).parent)
-            mounts.append({"name": "models", "mountPath": parent, "readOnly": True})
-            claim = {"claimName": self._of.model_claim, "readOnly": True}
-            volumes.append({"name": "models", "persistentVolumeClaim": claim})
         container = {
             "name": "engine",
-            "command": ["hetis-serve"],
-            "args": list(engine_arguments(told, workers, f"{ANY}:{STORE_PORT}")),
+            "command": list(PROGRAMS[ProcessKind.ENGINE]),
+            "args": list(engine_arguments(told, processes, f"{ANY}:{STORE_PORT}")),
             "env": self._key(),
             "ports": [{"name": "http", "containerPort": FRONT_PORT}, {"name": "store", "containerPort": STORE_PORT}],
             "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5},
             "volumeMounts": mounts,
         }
-        return self._set(self._engine, "engine", process, container, volumes)
+        return self._set(self._engine, "engine", processes[0], container, volumes)
 
-    def worker(self, number: int, process: PlannedProcess) -> dict[str, Any]:
-        device = "cuda" if self._of.gpus else "cpu"
-        settings = worker_settings(process, f"{self._store}:{STORE_PORT}", device)
-        settings |= {"--listen": f"{ANY}:{WORKER_PORT}"}
-        env: list[dict[str, Any]] = [{"name": VARIABLES[option], "value": text} for option, text in settings.items()]
-        own_address = {"fieldRef": {"fieldPath": "status.podIP"}}
-        env.append({"name": VARIABLES["--advertise"], "valueFrom": own_address})
+    def part(self, name: str, process: PlannedProcess) -> dict[str, Any]:
+        """A stage or a worker."""
+        variables = STAGE_VARIABLES if process.kind is ProcessKind.STAGE else WORKER_VARIABLES
+        told = settings_of(
+            process,
+            f"{self._store}:{STORE_PORT}",
+            device="cuda" if self._of.gpus else "cpu",
+            model=self._of.model_path,
+        )
+        told |= {"--listen": f"{ANY}:{PART_PORT}"}
+        env: list[dict[str, Any]] = [{"name": variables[option], "value": text} for option, text in told.items()]
+        env.append({"name": variables["--advertise"], "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
         container = {
-            "name": "worker",
-            "command": ["python", "-m", "hetis.runtime.worker"],
+            "name": process.kind.value,
+            "command": list(PROGRAMS[process.kind]),
             "env": env,
-            "ports": [{"name": "kv", "containerPort": WORKER_PORT}],
+            "ports": [{"name": "frames", "containerPort": PART_PORT}],
             "volumeMounts": [],
         }
-        return self._set(f"{self._of.name}-worker-{number}", "worker", process, container, [])
+        return self._set(f"{self._of.name}-{name}", process.kind.value, process, container, [])
 
     # --- inside
 
@@ -198,6 +205,11 @@ class _Objects:
         writable = [{"name": "HOME", "value": "/tmp"}, {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"}]
         container["env"] = [*container["env"], *writable]
         container["volumeMounts"] = [*container["volumeMounts"], {"name": "tmp", "mountPath": "/tmp"}]
+        if self._of.model_claim and process.kind is not ProcessKind.ATTENTION_WORKER:
+            parent = str(PurePosixPath(self._of.model_path).parent)
+            container["volumeMounts"].append({"name": "models", "mountPath": parent, "readOnly": True})
+            claim = {"claimName": self._of.model_claim, "readOnly": True}
+            volumes = [*volumes, {"name": "models", "persistentVolumeClaim": claim}]
         pod = {
             "nodeSelector": {"kubernetes.io/hostname": process.node},
             "automountServiceAccountToken": False,

@@ -16,9 +16,10 @@ _DEVICE = re.compile(r".+/\d{1,4}")
 
 
 class ProcessKind(StrEnum):
-    """What a process is. ``engine`` has the scheduler, the front, the store and the dense layers."""
+    """What a process is. ``engine`` has the scheduler, the front, the store and the first stage."""
 
     ENGINE = "engine"
+    STAGE = "stage"
     ATTENTION_WORKER = "attention-worker"
 
 
@@ -27,7 +28,8 @@ class PlannedProcess:
     """One process.
 
     Attributes:
-        name: its device as the plan calls it; ``engine`` for the engine, of which a replica has one.
+        name: its device as the plan calls it, of a stage the first; ``engine`` for the engine.
+        stage: that it is part of, counted from 0 with copies of a stage one after another.
         node: where it runs.
         gpus: which of the node's GPUs are its own, counted from 0.
         kv_bytes: memory for KV, as much as the plan counts on.
@@ -35,6 +37,7 @@ class PlannedProcess:
 
     name: str
     kind: ProcessKind
+    stage: int
     node: str
     gpus: tuple[int, ...]
     kv_bytes: int
@@ -55,56 +58,50 @@ class Sizes:
 
 
 def processes_of(plan: Plan, replica: int, config: ModelConfig, sizes: Sizes) -> tuple[PlannedProcess, ...]:
-    """The engine, which runs all stages, then every attention worker in a process of its own.
+    """The engine with the first stage, the other stages, each in a process so that all work at the same time, and every
+    attention worker.
 
     Raises:
         LayoutError: the engine cannot run this replica; all the reasons.
     """
     layout = layout_of(plan, replica, config, page_tokens=sizes.page_tokens, kv_tokens=sizes.kv_tokens)
     _check_devices(layout)
-    primaries, kept_bytes, workers = [], 0, []
-    for stage in layout.stages:
+    primaries, workers = [], []
+    for number, stage in enumerate(layout.stages):
         dtype = sizes.dtype or config.dtype
         shape = kv_shape(config, stage.layers, page_tokens=sizes.page_tokens, dtype=dtype, ranks=stage.ranks)
-        for number, device in enumerate(stage.devices):
-            if number < stage.ranks:
-                primaries.append(device.name)
-                kept_bytes += device.pages * shape.page_bytes
-            else:
-                workers.append((device.name, device.pages * shape.page_bytes))
-    engine = PlannedProcess(
-        name=ProcessKind.ENGINE.value,
-        kind=ProcessKind.ENGINE,
-        node=_node(primaries[0]),
-        gpus=tuple(_gpu(name) for name in primaries),
-        kv_bytes=kept_bytes,
-    )
-    return (
-        engine,
-        *(
+        ranks = stage.devices[: stage.ranks]
+        primaries.append(
             PlannedProcess(
-                name=name,
-                kind=ProcessKind.ATTENTION_WORKER,
-                node=_node(name),
-                gpus=(_gpu(name),),
-                kv_bytes=kv_bytes,
+                name=ranks[0].name if number else ProcessKind.ENGINE.value,
+                kind=ProcessKind.STAGE if number else ProcessKind.ENGINE,
+                stage=number,
+                node=_node(ranks[0].name),
+                gpus=tuple(_gpu(rank.name) for rank in ranks),
+                kv_bytes=sum(rank.pages for rank in ranks) * shape.page_bytes,
             )
-            for name, kv_bytes in workers
-        ),
-    )
+        )
+        workers += [
+            PlannedProcess(
+                name=device.name,
+                kind=ProcessKind.ATTENTION_WORKER,
+                stage=number,
+                node=_node(device.name),
+                gpus=(_gpu(device.name),),
+                kv_bytes=device.pages * shape.page_bytes,
+            )
+            for device in stage.devices[stage.ranks :]
+        ]
+    return (*primaries, *workers)
 
 
 def _check_devices(layout: Layout) -> None:
     names = [device.name for stage in layout.stages for device in stage.devices]
     wrong = [f"device {name!r} of the plan must be NODE/INDEX, such as gpu2/0" for name in names if not _is_gpu(name)]
-    if not wrong:
-        first = _node(layout.stages[0].devices[0].name)
-        wrong = [
-            f"the engine is on {first}, and {device.name} of stage {number} is not; all stages are in one process here"
-            for number, stage in enumerate(layout.stages)
-            for device in stage.devices[: stage.ranks]
-            if _node(device.name) != first
-        ]
+    for number, stage in enumerate(layout.stages):
+        ranks = [rank.name for rank in stage.devices[: stage.ranks]]
+        if len({_node(name) for name in ranks}) > 1:
+            wrong.append(f"stage {number} is on several nodes, must be on one: {', '.join(ranks)}")
     if wrong:
         raise LayoutError(*wrong)
 

@@ -1,33 +1,42 @@
 """The command line of a stage process.
 
-Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options.
+Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or variables.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
+import os
 import secrets
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from hetis.runtime.stages.options import StageOptions, read_options
+from hetis.runtime.worker.settings import OptionError
 
 EXIT_FAILED, EXIT_INVALID = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Be the stage that an engine says, until SIGTERM or SIGINT; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        options = read_options(arguments, os.environ)
+    except OptionError as error:
+        for message in error.messages:
+            print(f"hetis stage: {message}", file=sys.stderr)
+        return EXIT_INVALID
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
+    # torch's client of the store writes pages of stack into the log where an engine dies while it is spoken to.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     return _serve(options)
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: StageOptions) -> int:
     import torch
 
     from hetis.runtime.attention.device import AttentionDevice
@@ -55,49 +64,21 @@ def _serve(options: argparse.Namespace) -> int:
         host, port = options.listen
         print(f"hetis stage {name}: cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
         return EXIT_FAILED
-    host, port = options.advertise or options.listen[0], listener.getsockname()[1]
+    host, port = options.advertise, listener.getsockname()[1]
     announcer = Announcer(name, options.store)
 
     def announce(served: int) -> None:
         announcer.say(Endpoint(host=host, port=port, key=key, served=served))
 
     def join_worker(worker: str, shape: KvShape, epoch: int) -> AttentionDevice:
-        store = open_store("{}:{}".format(*options.store), is_master=False, timeout_s=options.timeout)
-        where = look_up(store, worker, timeout_s=options.timeout)
-        return join(worker, where, shape, epoch=epoch, timeout_s=options.timeout)
+        store = open_store("{}:{}".format(*options.store), is_master=False, timeout_s=options.timeout_s)
+        where = look_up(store, worker, timeout_s=options.timeout_s)
+        return join(worker, where, shape, epoch=epoch, timeout_s=options.timeout_s)
 
     logging.info("%s: listens on %s:%d", name, host, port)
     core = StageCore(name, StageBuilder(options.model, join_worker), key=key)
-    WorkerLoop(core, listener, stall_s=options.timeout, announce=announce, greeting=Kind.SETUP).run()
+    WorkerLoop(core, listener, stall_s=options.timeout_s, announce=announce, greeting=Kind.SETUP).run()
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hetis.runtime.stages", description=main.__doc__)
-    parser.add_argument("--name", required=True, help="unique among the processes of the store")
-    parser.add_argument(
-        "--store", required=True, type=_address, metavar="HOST:PORT", help="the engine's rendezvous, to say where it is"
-    )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="folder of the model")
-    parser.add_argument("--listen", default=("127.0.0.1", 0), type=_address, metavar="HOST:PORT", help="port 0: any")
-    parser.add_argument("--advertise", default="", metavar="HOST", help="what the engine calls this host")
-    parser.add_argument("--threads", default=1, type=_at_least_one, help="of the CPU; default 1")
-    parser.add_argument("--timeout", default=30.0, type=float, metavar="SECONDS", help="for a frame that has begun")
-    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    return parser
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} must be HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return int(text)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -6,56 +6,19 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hetis.runtime.worker.settings import LEVELS, OptionError, Setting, read_settings
+from hetis.runtime.worker.settings import OptionError, Setting, common_settings, read_settings
 
 __all__ = ["VARIABLES", "OptionError", "WorkerOptions", "read_options"]
 
 _SETTINGS = (
-    Setting(
-        option="--name", variable="HETIS_WORKER_NAME", metavar="NAME", meaning="unique among the workers of the store"
-    ),
-    Setting(
-        option="--store",
-        variable="HETIS_STORE",
-        metavar="HOST:PORT",
-        meaning="the engine's rendezvous, to say there where this worker is",
-    ),
+    *common_settings("WORKER", timeout_s=10),
     Setting(option="--kv-memory", variable="HETIS_WORKER_KV_MEMORY", metavar="SIZE", meaning="for KV, such as 512MiB"),
-    Setting(
-        option="--listen",
-        variable="HETIS_WORKER_LISTEN",
-        metavar="HOST:PORT",
-        meaning="port 0: any free one; by default of the loopback",
-        default="127.0.0.1:0",
-    ),
-    Setting(
-        option="--advertise",
-        variable="HETIS_WORKER_ADVERTISE",
-        metavar="HOST",
-        meaning="what the engine calls this host",
-        default="",
-    ),
     Setting(
         option="--device",
         variable="HETIS_WORKER_DEVICE",
         metavar="DEVICE",
         meaning="cpu, cuda or cuda:N",
         default="cpu",
-    ),
-    Setting(option="--threads", variable="HETIS_WORKER_THREADS", metavar="N", meaning="of the CPU", default="1"),
-    Setting(
-        option="--timeout",
-        variable="HETIS_WORKER_TIMEOUT",
-        metavar="SECONDS",
-        meaning="for a frame that has begun",
-        default="10",
-    ),
-    Setting(
-        option="--log-level",
-        variable="HETIS_WORKER_LOG_LEVEL",
-        metavar="LEVEL",
-        meaning=", ".join(LEVELS),
-        default="info",
     ),
 )
 VARIABLES: Mapping[str, str] = {setting.option: setting.variable for setting in _SETTINGS}

@@ -46,6 +46,23 @@ class Setting:
         )
 
 
+def common_settings(who: str, *, timeout_s: float) -> tuple[Setting, ...]:
+    """What a process is told that serves an engine; ``who`` is in the names of its variables: ``WORKER``."""
+    rows = (
+        ("--name", f"HETIS_{who}_NAME", "NAME", "unique among the processes of the store", None),
+        ("--store", "HETIS_STORE", "HOST:PORT", "the engine's rendezvous, to say there where this process is", None),
+        ("--listen", f"HETIS_{who}_LISTEN", "HOST:PORT", "port 0: any free one", "127.0.0.1:0"),
+        ("--advertise", f"HETIS_{who}_ADVERTISE", "HOST", "what the engine calls this host", ""),
+        ("--threads", f"HETIS_{who}_THREADS", "N", "of the CPU", "1"),
+        ("--timeout", f"HETIS_{who}_TIMEOUT", "SECONDS", "for a frame that has begun", f"{timeout_s:g}"),
+        ("--log-level", f"HETIS_{who}_LOG_LEVEL", "LEVEL", ", ".join(LEVELS), "info"),
+    )
+    return tuple(
+        Setting(option=option, variable=variable, metavar=metavar, meaning=meaning, default=default)
+        for option, variable, metavar, meaning, default in rows
+    )
+
+
 class Reading:
     """The settings of one start. What is wrong is noted, and something harmless returned in its place.
 
