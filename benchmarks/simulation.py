@@ -60,9 +60,7 @@ def main() -> None:
     parser = rows.parser("benchmarks.simulation", __doc__)
     parser.add_argument("what", nargs="?", choices=("agreement", "speed"), default="agreement")
     parser.add_argument("--cases", type=int, default=60)
-    parser.add_argument(
-        "--rate-only", action="store_true", help="agreement of rates, not of TTFT"
-    )
+    parser.add_argument("--rate-only", action="store_true", help="agreement of rates, not of TTFT")
     parser.add_argument("--processes", type=int, default=0, help="cases at once; 0: all cores")
     arguments = parser.parse_args()
     if arguments.what == "speed":
