@@ -10,9 +10,12 @@ import torch
 
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
+from hetis.runtime.engine.generate import generate
+from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.engine.step import Chunk, Step
 from hetis.runtime.kv.errors import DeviceError, DeviceLostError, StaleEpochError
 from hetis.runtime.model.config import read_config
+from hetis.runtime.server.measuring import measure_engine
 from hetis.runtime.stages.messages import pack_run, read_run
 from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.errors import FrameError
@@ -47,6 +50,15 @@ def test_a_stage_behind_frames_is_token_identical(model: Model) -> None:
     for device in stage.core.stage.devices:
         assert isinstance(device, LocalDevice)
         assert device.pool.free_pages == device.num_pages
+
+
+def test_the_only_stage_may_be_elsewhere(model: Model) -> None:
+    stage = InprocStage("s0", model.folder).meet(setup_of(range(3)))
+    engine = Engine(read_config(model.folder), stage)
+    assert measure_engine(engine).predictor is None
+    prompt = random_prompts(8, 1)[0]
+    (answer,) = generate(engine, [prompt], SamplingParams(max_tokens=10))
+    assert answer.tokens == model.generate(prompt, 10)
 
 
 def test_moves_are_verified_there(model: Model) -> None:

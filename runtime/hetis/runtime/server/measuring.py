@@ -34,7 +34,7 @@ class Measured:
     """What was measured of an engine, and follows it from then on.
 
     Attributes:
-        predictor: of its steps; None where it has several stages.
+        predictor: of its steps; None where it has several stages, or one in another process.
         following: of the devices of each stage in this process, by its number.
         copy_byte_s: seconds per byte of KV out of the devices of the same stages, shape [D]; 0 of a device that was not
             measured.
