@@ -18,7 +18,7 @@ PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 pyth
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
-	@echo "make demo-serve    a model whose heads live in three processes: they move, one dies, the answer is exact"
+	@echo "make demo-serve    planner, agent, engine, two workers: heads of a chat move, a worker dies, the answer is exact"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
@@ -83,8 +83,8 @@ $(VENV)/.cluster: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.planner
 
 $(VENV)/.serve: $(VENV)/.created pyproject.toml constraints.txt
-	@echo "installing hetis and its engine, torch among it, into $(VENV) (once; some minutes)"
-	@$(PIP) --editable '.[runtime]'
+	@echo "installing hetis with planner, agent and engine, torch among it, into $(VENV) (once; some minutes)"
+	@$(PIP) --editable '.[planner,agent,runtime]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt

@@ -64,9 +64,11 @@ class SteeredStates(EngineStates):
             st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(1, DEVICES - 1)), min_size=1, max_size=3
         ),
         timeout_s=st.sampled_from([1.0, 30.0]),
+        steps=st.integers(0, 2),
+        then=st.sampled_from(["wait", "flip", "flip late", "abort", "release"]),
     )
     @precondition(lambda self: self.engine.running)
-    def reserve(self, wanted: list[tuple[int, int, int]], timeout_s: float) -> None:
+    def reserve(self, wanted: list[tuple[int, int, int]], timeout_s: float, steps: int, then: str) -> None:
         self.names += 1
         moves, running = [], list(self.engine.running.values())
         for number, (which, head, further) in enumerate(wanted):
@@ -100,6 +102,9 @@ class SteeredStates(EngineStates):
             return  # for one of the documented reasons, and nothing is held of it
         self.steered.copy_moves(CopyMovesRequest(epoch=self.epoch, change_id=change.change_id), self.now_s)
         self.change = change
+        self.step(steps)
+        if then != "wait":
+            self.decide(then)
 
     @rule(what=st.sampled_from(["flip", "flip", "flip late", "abort", "release"]))
     @precondition(lambda self: self.change is not None)

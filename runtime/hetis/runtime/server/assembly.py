@@ -50,8 +50,7 @@ _SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
 class Asked:
     """The options of `hetis-serve`, each of them valid; ``rooms`` empty: the plan's devices, or one.
 
-    ``stages`` are processes, and the number of the stage that each of them runs. ``redispatch``
-    None: whoever is there.
+    ``stages`` are processes, and the number of the stage that each of them runs. ``redispatch`` None: whoever is there.
     """
 
     folder: Path
