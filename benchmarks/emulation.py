@@ -273,7 +273,7 @@ def _row(name: str, runs: Sequence[Run], base: float) -> Row:
     per_s = median(run.tokens_per_s for run in runs)
     return {
         "name": name,
-        "tokens_per_s": per_s,
+        "tokens_per_second": per_s,
         "over_primary": per_s / base,
         "step_ms": 1e3 * fmean(m for m, _ in pairs),
         "predicted_ms": 1e3 * fmean(p for _, p in pairs),
@@ -287,7 +287,11 @@ def _bars(shown: Sequence[Row]) -> list[plots.Bars]:
     bars = []
     for row in shown:
         scenario, _, rule = str(row["name"]).partition(": ")
-        heights = {"tokens/s": row["tokens_per_s"], "step, ms": row["step_ms"], "predicted, ms": row["predicted_ms"]}
+        heights = {
+            "tokens/s": row["tokens_per_second"],
+            "step, ms": row["step_ms"],
+            "predicted, ms": row["predicted_ms"],
+        }
         numbers = {name: float(value) for name, value in heights.items() if isinstance(value, int | float)}
         bars.append(plots.Bars(panel=scenario, group=rule.replace(", ", ",\n"), heights=numbers))
     return bars

@@ -224,8 +224,8 @@ def _moving(asked: Asked, engine: Engine, measured: Measured) -> Moving:
 
 def _own_redispatch(hauler: Hauler, part: StageHeads, measured: Measured) -> Redispatch:
     links = np.array([_LOCAL_BYTE_S if isinstance(d, LocalDevice) else _AWAY_BYTE_S for d in part.stage.devices])
-    if part.number < len(measured.copy_byte_s):
-        found = measured.copy_byte_s[part.number]
+    found = measured.copy_byte_s.get(part.number)
+    if found is not None:
         links = np.where(found > 0, found, links)
     return Redispatch(hauler=hauler, link_byte_s=links, stage=part.number)
 
