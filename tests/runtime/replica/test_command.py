@@ -157,21 +157,26 @@ def test_a_replica_outlives_its_worker_and_its_engine(tmp_path: Path) -> None:
     assert "Traceback" not in run.log()
 
 
-def test_what_was_started_here_ends_when_we_are_killed() -> None:
+def test_what_was_started_here_ends_when_we_are_killed(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
     lines = [
         "import os, signal, sys",
         "from types import SimpleNamespace",
         "from hetis.runtime.replica.here import start",
         "told = SimpleNamespace(here=('sleep', '600'), environment={}, process=SimpleNamespace(name='sleeper'))",
-        "print(start(told).pid, flush=True)",
+        f"open({str(note)!r}, 'w').write(str(start(told).pid))",
         "os.kill(os.getpid(), signal.SIGKILL)",
     ]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], check=False)
     assert done.returncode == -signal.SIGKILL
-    deadline_s = time.monotonic() + 30
-    while not is_gone(int(done.stdout)):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    pid, deadline_s = int(note.read_text(encoding="utf-8")), time.monotonic() + 30
+    try:
+        while not is_gone(pid):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def run_in_process(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
