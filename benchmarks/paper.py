@@ -60,6 +60,7 @@ ROUTERS = {  # where a paper has a rule of its own
     "hexgen-paper": Settings(router="fewest-requests"),
     "splitwise-paper": Settings(router="fewest-tokens"),
 }
+QUICK_S = 5.0  # with ``--quick``
 COMPILING_S = 1.0  # of CPU; what is being compiled then is finished
 LATENCY_LOAD = 0.7  # of what the weakest strategy serves
 BLOCK_TOKENS = 16
@@ -97,7 +98,7 @@ def main() -> None:
     found = cases(
         OBJECTIVES[arguments.objective], quick=arguments.quick, only=arguments.only, seeds=arguments.seeds,
         turns=arguments.turns, processes=1 if arguments.quick else arguments.processes,
-        time_limit_s=arguments.time_limit,
+        time_limit_s=min(arguments.time_limit, QUICK_S) if arguments.quick else arguments.time_limit,
     )  # fmt: skip
     rows.show(found, arguments, name="paper")
 
