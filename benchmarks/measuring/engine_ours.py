@@ -60,7 +60,7 @@ def start(stack: ExitStack, kind: str, model: Path, *, batch: int, most_tokens: 
 
 @contextmanager
 def _worker_processes(store: Any, kv_bytes: int) -> Iterator[None]:
-    common = ["--store", f"127.0.0.1:{store.port}", "--kv-memory", str(kv_bytes), "--log-level", "warning"]
+    common = ["--store", f"127.0.0.1:{store.port}", "--kv-memory", f"{kv_bytes}B", "--log-level", "warning"]
     processes = [
         subprocess.Popen([sys.executable, "-m", "hetis.runtime.worker", "--name", name, *common]) for name in WORKERS
     ]
