@@ -81,4 +81,5 @@ def told(redispatch: redispatch_pb2.Redispatch) -> str:
     if first.limit:
         why += f" ({first.value:.0%}, limit {first.limit:.0%})"
     took_s = (redispatch.end_time.ToNanoseconds() - redispatch.create_time.ToNanoseconds()) / 1e9
-    return f"{why}: {redispatch.num_moves} moves, {redispatch.kv_bytes / 1024:.0f} KiB, {took_s * 1e3:.0f} ms"
+    moves = "1 move" if redispatch.num_moves == 1 else f"{redispatch.num_moves} moves"
+    return f"{why}: {moves}, {redispatch.kv_bytes / 1024:.0f} KiB, {took_s * 1e3:.0f} ms"

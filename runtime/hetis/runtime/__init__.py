@@ -1,1 +1,1 @@
-"""What runs on GPU nodes: the agent beside an engine."""
+"""What runs on GPU nodes: the agent, and the engine that it steers."""
