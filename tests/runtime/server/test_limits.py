@@ -229,7 +229,7 @@ def test_told_to_end_it_finishes_what_is_open_and_takes_nothing_new(folder: Path
         next(lines)
         live.tell()
         wait_for(lambda: live.get("/health").status_code == 503)
-        assert live.get("/health").json() == {"status": "stopping"}
+        assert live.get("/health").json() == {"status": "stopping", "reason": "the server is stopping"}
         refused = live.post("/v1/completions", LONG)
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the server is stopping")
         events = [line for line in lines if line]
