@@ -211,6 +211,17 @@ def test_a_request_that_no_memory_could_hold_is_refused(folder: Path) -> None:
             assert "need more KV pages than there are" in answer.json()["error"]["message"]
 
 
+def test_a_chat_without_a_limit_gets_as_many_tokens_as_the_memory_holds(folder: Path) -> None:
+    with Live(engine_of(folder, pages=(8, 8)), folder) as live:  # 2 pages of 16 tokens for each of 8 heads
+        messages = [{"role": "user", "content": "x"}]
+        answer = live.post("/v1/chat/completions", {"model": MODEL, "messages": messages, "temperature": 0}).json()
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == 33  # the last token's KV is not needed
+        answer = live.post("/v1/chat/completions", {"model": MODEL, "messages": messages * 9})
+        assert answer.status_code == 400
+        assert "need more KV pages than there are" in answer.json()["error"]["message"]
+
+
 def test_with_a_key_only_probes_need_none(folder: Path) -> None:
     with Live(engine_of(folder), folder, key="0123456789abcdef") as live:
         assert live.get("/health").status_code == 200
