@@ -25,6 +25,11 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert Sampler(SamplingParams()).choose(LOGITS) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-308, 5e-324])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+    assert Sampler(SamplingParams(temperature=temperature, seed=1)).choose(LOGITS) == 1
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     wanted = torch.softmax(LOGITS / temperature, dim=0).tolist()

@@ -67,6 +67,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     code, lines = run(
         *("--device", "cpu:2", "--device", "cuda:0:1GiB", "--dtype", "int4", "--seats", "0", "--port", "70000"),
         *("--host", "0.0.0.0", "--model", str(tmp_path / "none"), "--kv-tokens", "5", "--body-limit", "0B"),
+        *("--chunk-tokens", "2000000"),
     )
     assert code == 2
     text = "\n".join(lines)
@@ -77,6 +78,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         "--dtype is 'int4', must be auto, float32",
         "--seats is 0, must be >= 1",
         "--port is 70000, must be >= 0 and <= 65535",
+        "--chunk-tokens is 2000000, must be >= 1 and <= 1048576",
         "--host 0.0.0.0 can be reached from other machines",
         "--kv-tokens is in place of a plan's, and needs --plan",
         "--body-limit is 0B, must be > 0",

@@ -211,6 +211,17 @@ def test_a_request_that_no_memory_could_hold_is_refused(folder: Path) -> None:
             assert "need more KV pages than there are" in answer.json()["error"]["message"]
 
 
+def test_a_chat_without_a_limit_gets_as_many_tokens_as_the_memory_holds(folder: Path) -> None:
+    with Live(engine_of(folder, pages=(8, 8)), folder) as live:  # 2 pages of 16 tokens for each of 8 heads
+        messages = [{"role": "user", "content": "x"}]
+        answer = live.post("/v1/chat/completions", {"model": MODEL, "messages": messages, "temperature": 0}).json()
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == 33  # the last token's KV is not needed
+        answer = live.post("/v1/chat/completions", {"model": MODEL, "messages": messages * 9})
+        assert answer.status_code == 400
+        assert "need more KV pages than there are" in answer.json()["error"]["message"]
+
+
 def test_with_a_key_only_probes_need_none(folder: Path) -> None:
     with Live(engine_of(folder), folder, key="0123456789abcdef") as live:
         assert live.get("/health").status_code == 200
@@ -229,7 +240,7 @@ def test_told_to_end_it_finishes_what_is_open_and_takes_nothing_new(folder: Path
         next(lines)
         live.tell()
         wait_for(lambda: live.get("/health").status_code == 503)
-        assert live.get("/health").json() == {"status": "stopping"}
+        assert live.get("/health").json() == {"status": "stopping", "reason": "the server is stopping"}
         refused = live.post("/v1/completions", LONG)
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the server is stopping")
         events = [line for line in lines if line]

@@ -7,12 +7,13 @@ import random
 from functools import cache
 
 import pytest
+import torch
 
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.generate import engine_from_folder
 from hetis.runtime.engine.request import SamplingParams
-from hetis.runtime.kv.errors import StaleEpochError
+from hetis.runtime.kv.errors import StaleEpochError, UnknownSequenceError
 from hetis.runtime.transport.frames import Kind
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.checkpoints import random_model, random_prompts
@@ -120,3 +121,17 @@ def test_a_worker_does_not_obey_an_engine_of_an_older_epoch() -> None:
     with pytest.raises(StaleEpochError, match="epoch 6 has ended, 7 is current"):
         worker.join(shape, epoch=6)
     del newer
+
+
+def test_kv_of_an_earlier_incarnation_is_refused_and_that_of_a_later_one_takes_its_place() -> None:
+    worker = InprocWorker("w0", 40)
+    shape = engine_with([]).stage.shape
+    device = worker.join(shape)
+    kv = torch.zeros(1, shape.layers, 3, shape.head_dim)
+    for incarnation in (0, 1):
+        device.adopt(7, incarnation, [0], 0, kv, kv)
+    assert device.ping() == (39, 1)
+    device.adopt(7, 0, [1], 0, kv, kv)
+    with pytest.raises(UnknownSequenceError, match="request 7 is at incarnation 1, 0 is void"):
+        device.export(7, 1, [0], 0, 3)
+    assert device.ping() == (39, 1)

@@ -6,6 +6,7 @@ requests that had heads there are prefilled again: prompt and output so far.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -142,6 +143,11 @@ class Engine(Seats):
             self._texts[request.number] = TextStream(self.tokenizer, params.stop, prompt=request.prompt)
         self.waiting.append(request)
         return request.number
+
+    def longest(self) -> int:
+        """Prompt and output tokens that a request may have where it is alone: by the context and the KV there is."""
+        held = range(1, self.max_tokens)
+        return bisect_left(held, True, key=lambda tokens: not self.could_hold(tokens)) + 1
 
     def cancel(self, number: int) -> None:
         """Ends a request; one that has ended already, or never was, is no error."""

@@ -22,7 +22,9 @@ class Sampler:
         params = self._params
         if params.temperature == 0:
             return int(logits.argmax())
-        ordered, ids = torch.sort(logits.double() / params.temperature, descending=True, stable=True)
+        ordered, ids = torch.sort(logits.double(), descending=True, stable=True)
+        # Their distance to the likeliest: a logit over a tiny temperature would be infinite, and its share no number.
+        ordered = (ordered - ordered[0]) / params.temperature
         if params.top_k:
             ordered = ordered[: params.top_k]
         shares = torch.softmax(ordered, dim=-1)

@@ -199,7 +199,7 @@ class Front:
         )
 
     def _most_tokens(self, prompt: int, wanted: int | None, default: int | None) -> int:
-        """Output tokens: as many as wanted, by default as many as fit."""
+        """Output tokens: as many as wanted; by default ``default``, or where that is None as many as fit."""
         context = self._desk.max_tokens
         room = context - prompt
         if room < 1 or (wanted is not None and wanted > room):
@@ -211,7 +211,8 @@ class Front:
             )
         if wanted is not None:
             return wanted
-        return room if default is None else min(default, room)
+        # A prompt that fills the KV by itself is left to the engine, which refuses it with its reason.
+        return min(room, max(1, self._desk.longest - prompt)) if default is None else min(default, room)
 
     async def _raw(self, request: Request) -> bytes:
         limit = self._options.body_bytes

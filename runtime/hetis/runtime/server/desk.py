@@ -55,6 +55,7 @@ class Desk:
         self._tend, self._tended_s = tend, clock()
         self._engine, self._predictor, self._clock = engine, predictor, clock
         self.max_tokens, self.most_open = engine.max_tokens, most_open
+        self.longest = engine.longest()
         self._moving = moving
         self._view = self._look()
         self.metrics = ServerMetrics(model=model, version=version, view=lambda: self._view)

@@ -177,7 +177,7 @@ def checked_redispatch(text: str, executor: str) -> RedispatchMode | None:
 def checked_range(option: str, value: float, *, least: float, most: float) -> float:
     """Raises ServeError: the value is outside."""
     if not least <= value <= most:
-        raise ServeError(f"{option} is {value:g}, must be >= {least:g} and <= {most:g}")
+        raise ServeError(f"{option} is {value:.12g}, must be >= {least:.12g} and <= {most:.12g}")
     return value
 
 
