@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-START_S = 120
+START_S = 900  # the first start compiles kernels, which takes minutes on a busy machine
 _QUIET = {"OMP_NUM_THREADS": "1"}
 
 

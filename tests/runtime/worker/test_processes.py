@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
+from time import sleep
 
 import pytest
 
@@ -122,6 +125,21 @@ def test_an_older_engine_is_refused_and_a_newer_one_takes_over(workers: WorkerPr
     with pytest.raises(DeviceLostError):
         device.ping()
     newer.close()
+
+
+def test_connections_that_say_nothing_hold_up_nobody(workers: WorkerProcesses) -> None:
+    shape = engine_of(workers, 0).stage.shape
+    endpoint = look_up(workers.store, "w0")
+    with ExitStack() as probes:
+        for _ in range(5):  # each of them once held a worker up for 10 s
+            probes.enter_context(socket.create_connection((endpoint.host, endpoint.port), timeout=30))
+        device = workers.join(["w0"], shape, timeout_s=30)[0]
+        assert device.ping() == (device.num_pages, 0)
+        for _ in range(5):
+            probes.enter_context(socket.create_connection((endpoint.host, endpoint.port), timeout=30))
+        sleep(0.3)  # until the worker, which hears nothing, has looked at them
+        assert device.ping() == (device.num_pages, 0)
+        device.close()
 
 
 def test_a_worker_refuses_the_key_of_another_run(workers: WorkerProcesses) -> None:

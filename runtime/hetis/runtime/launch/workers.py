@@ -57,20 +57,29 @@ class Workers:
         try:
             return self._join(name, endpoint, shape)
         except StaleEpochError as error:
-            _log.warning("%s has served an engine of epoch %d, later than %d", name, error.current, self.epoch)
-            self.epoch = error.current + 1
+            self._go_on_from(name, error)
         return self._join(name, endpoint, shape)
 
     def stage(self, name: str, setup: StageSetup, config: ModelConfig) -> RemoteStage:
         """The stage process of that name, as it is told to be.
+
+        Epochs as in `wait_for`.
 
         Raises:
             ChannelError: it did not come, or is not reached.
             DeviceError: it does not answer, or cannot be what it is told.
         """
         endpoint = look_up(self._store, name, timeout_s=self._start_s)
-        channel = connect(endpoint, stall_s=self._timeout_s)
-        return RemoteStage(name, setup, config, channel, epoch=self.epoch, key=endpoint.key)
+
+        def meet() -> RemoteStage:
+            channel = connect(endpoint, stall_s=self._timeout_s)
+            return RemoteStage(name, setup, config, channel, epoch=self.epoch, key=endpoint.key)
+
+        try:
+            return meet()
+        except StaleEpochError as error:
+            self._go_on_from(name, error)
+        return meet()
 
     def bring_back(self, engine: Engine) -> None:
         """Devices that were lost, and whose workers are there again, take heads again; called between two steps."""
@@ -101,6 +110,10 @@ class Workers:
             return
         engine.restore_device(index, device, stage=part.number)
         _log.info("%s is back", name)
+
+    def _go_on_from(self, name: str, error: StaleEpochError) -> None:
+        _log.warning("%s has served an engine of epoch %d, later than %d", name, error.current, self.epoch)
+        self.epoch = error.current + 1
 
     def _join(self, name: str, endpoint: Endpoint, shape: KvShape) -> RemoteDevice:
         self._met[name] = endpoint

@@ -154,8 +154,12 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0, device: str = "c
     Raises:
         ChannelError: the other end did not say anything sensible in time; the connection is closed.
     """
-    host, port = connection.getpeername()[:2]
-    pipe = TcpPipe(connection, f"tcp:{host}:{port}")
+    try:
+        host, port = connection.getpeername()[:2]
+        pipe = TcpPipe(connection, f"tcp:{host}:{port}")
+    except OSError as error:
+        connection.close()
+        raise ChannelClosedError("a connection was reset before it said anything") from error
     channel: Channel = PipeChannel(pipe, stall_s=stall_s)
     try:
         frame = _first(channel, stall_s)

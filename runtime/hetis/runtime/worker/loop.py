@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import select
 import socket
 from collections.abc import Callable
 from typing import Protocol
@@ -13,8 +12,11 @@ from hetis.runtime.transport.connecting import accept
 from hetis.runtime.transport.errors import ChannelError
 from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.worker.core import ErrorCode
+from hetis.runtime.worker.newcomers import Newcomers
 
 LOOK_S = 0.1  # between two looks for another engine while this one says nothing
+IDLE_S = 1.0  # between two announcements while there is no engine
+GREETING_S = 1.0  # for the rest of a greeting that has begun, while an engine is served
 _log = logging.getLogger(__name__)
 
 
@@ -48,10 +50,8 @@ class WorkerLoop:
         self.core = core
         self._announce, self._served = announce, 0
         self._greeting = greeting
-        self._listener, self._stall_s, self._device = listener, stall_s, device
-        self._listener.setblocking(False)
-        self._waiting = select.poll()
-        self._waiting.register(listener, select.POLLIN)
+        self._newcomers = Newcomers(listener, silent_s=stall_s)
+        self._stall_s, self._device = stall_s, device
         self._channel: Channel | None = None
 
     def run(self) -> None:
@@ -63,14 +63,13 @@ class WorkerLoop:
         """One frame, one connection, or a short wait."""
         if self._channel is None:
             self._announce(self._served)
-            self._waiting.poll(1000)
-            self._take_newcomer()
+            self._take_newcomer(IDLE_S, self._stall_s)
             return
         try:
             frame = self._channel.receive(LOOK_S)
             if frame is None:
                 self._announce(self._served)  # it may be that its host is gone, and another engine looks for us
-                self._take_newcomer()
+                self._take_newcomer(0.0, GREETING_S)
             elif frame.kind is Kind.BYE:
                 self._leave("it said goodbye")
             else:
@@ -78,14 +77,13 @@ class WorkerLoop:
         except ChannelError as error:
             self._leave(str(error))
 
-    def _take_newcomer(self) -> None:
+    def _take_newcomer(self, wait_s: float, stall_s: float) -> None:
         """Another engine is heard when this one is silent; it is obeyed if its key is right and its epoch not old."""
-        try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        connection = self._newcomers.speaking(wait_s)
+        if connection is None:
             return
         try:
-            channel, hello = accept(connection, stall_s=self._stall_s, device=self._device)
+            channel, hello = accept(connection, stall_s=stall_s, device=self._device)
         except ChannelError as error:
             self._ended("a connection came to nothing", error)
             return

@@ -1,0 +1,93 @@
+"""Connections that say nothing: they hold up nobody, and are closed in time."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from hetis.runtime.transport.connecting import accept
+from hetis.runtime.transport.errors import ChannelClosedError
+from hetis.runtime.worker.newcomers import MOST, Newcomers
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        yield listening
+
+
+def connected(listener: socket.socket) -> socket.socket:
+    return socket.create_connection(listener.getsockname(), timeout=10)
+
+
+def test_who_speaks_is_handed_out_before_those_that_came_earlier_and_are_silent(listener: socket.socket) -> None:
+    newcomers = Newcomers(listener, silent_s=10)
+    with connected(listener) as silent, connected(listener) as speaking:
+        assert newcomers.speaking(0.0) is None
+        speaking.sendall(b"x")
+        found = newcomers.speaking(10.0)
+        assert found is not None
+        with found:
+            assert found.getpeername() == speaking.getsockname()
+        assert newcomers.speaking(0.0) is None
+        silent.sendall(b"y")
+        later = newcomers.speaking(10.0)
+        assert later is not None
+        with later:
+            assert later.getpeername() == silent.getsockname()
+
+
+def test_who_says_nothing_is_closed_in_time(listener: socket.socket) -> None:
+    clock = Clock()
+    newcomers = Newcomers(listener, silent_s=10, clock=clock)
+    with connected(listener) as silent:
+        assert newcomers.speaking(1.0) is None
+        clock.now_s = 9.9
+        assert newcomers.speaking(0.0) is None
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.recv(1)
+        clock.now_s = 10.0
+        assert newcomers.speaking(0.0) is None
+        silent.settimeout(10)
+        assert silent.recv(1) == b""
+
+
+def test_the_oldest_of_too_many_makes_room(listener: socket.socket) -> None:
+    newcomers = Newcomers(listener, silent_s=10)
+    with ExitStack() as opened:
+        opened.callback(newcomers.close)
+        first, *others = [opened.enter_context(connected(listener)) for _ in range(MOST + 1)]
+        while newcomers.speaking(0.1) is None and len(newcomers) < MOST:
+            pass
+        first.settimeout(10)
+        assert first.recv(1) == b""
+        others[-1].sendall(b"x")
+        found = newcomers.speaking(10.0)
+        assert found is not None
+        with found:
+            assert found.getpeername() == others[-1].getsockname()
+
+
+def test_a_connection_that_was_reset_is_told_as_closed(listener: socket.socket) -> None:
+    newcomers = Newcomers(listener, silent_s=10)
+    other = connected(listener)
+    assert newcomers.speaking(1.0) is None
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    other.close()  # a reset, not a goodbye
+    found = newcomers.speaking(10.0)
+    assert found is not None
+    with pytest.raises(ChannelClosedError):
+        accept(found, stall_s=1.0)
