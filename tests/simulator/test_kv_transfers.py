@@ -113,6 +113,26 @@ def test_a_slow_link_between_zones_limits_the_rate() -> None:
     assert (finished[50] - finished[10]) / 40 == pytest.approx(kv_bytes / link.bytes_per_s, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decodes", "layers"),
+    [((3, 3), [(1, 5)], 5.0), ((5, 1), [(3, 3), (3, 3)], 5.0)],
+    ids=["the receiving card", "the sending card"],
+)
+def test_a_slow_card_limits_the_rate(prefill: tuple[int, ...], decodes: list[tuple[int, ...]], layers: float) -> None:
+    # The card of the stage that holds the most layers passes their KV of every prompt, one after the other. Profiles by
+    # hand take 1.1 times the seconds of the bytes.
+    problem = small_problem()
+    link = Link(bytes_per_s=2e5, latency_s=1e-6)
+    problem = replace(problem, cluster=replace(problem.cluster, network=Network(default=link, zone_default=link)))
+    sender = with_role(pipeline(problem, *prefill, in_flight=8), Role.PREFILL)
+    takers = [with_role(pipeline(problem, *one, first=2 * n + 2), Role.DECODE) for n, one in enumerate(decodes)]
+    routes = tuple(KvRoute(prefill=0, decode=n + 1, rate=1.0) for n in range(len(decodes)))
+    run = simulate(plan_of(sender, *takers, routes=routes), problem, equal_requests(60, prompt=30, output=2))
+    kv_bytes = 30 * problem.model.kv_bytes_per_token() * layers / problem.model.num_layers
+    finished = np.sort(run.finished_s)
+    assert (finished[50] - finished[10]) / 40 == pytest.approx(1.1 * kv_bytes / link.bytes_per_s, rel=0.01)
+
+
 @pytest.mark.parametrize(("device", "prompt"), [("big-0/0", 400), ("big-2/0", 30)])
 def test_a_failure_on_either_side_costs_no_request(device: str, prompt: int) -> None:
     problem = small_problem()
