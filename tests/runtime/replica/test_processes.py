@@ -85,6 +85,7 @@ def test_the_engine_calls_its_stages_and_each_stage_its_workers(tmp_path: Path, 
     options = stage_options(stage.arguments, {})
     assert (options.name, options.store, options.model) == ("c/2", ("a", 8500), asked.model)
     assert options.device is Compute.CUDA
+    assert stage_options(stage.arguments[:-6], {"HETIS_STAGE_DEVICE": "cpu"}).device == "cpu"
     assert (options.listen, options.advertise) == (("0.0.0.0", 0), "c")
     listening = [read_options(worker.arguments, {}).listen[0] for worker in workers]
     assert listening == ["0.0.0.0", "127.0.0.1", "0.0.0.0"]  # c/3 is beside its stage
