@@ -98,6 +98,7 @@ def test_the_engine_is_told_of_its_plan_model_and_workers(asked: Asked) -> None:
     container = container_of(found["StatefulSet", "chat-engine"])
     assert [*container["command"], *container["args"]] == [
         *("hetis-serve", "--model", "/models/tiny", "--plan", "/etc/hetis/plan.json", "--replica", "0"),
+        *("--compute", "cuda"),
         *("--store", "0.0.0.0:8500", "--worker", "b/0", "--worker", "b/1"),
         *("--host", "0.0.0.0", "--port", "8000", "--start-timeout", "600", "--kv-tokens", "1000", "--seats", "4"),
     ]

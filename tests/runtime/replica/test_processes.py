@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.runtime.launch.errors import LayoutError
+from hetis.runtime.launch.room import Compute
 from hetis.runtime.model.config import read_config
 from hetis.runtime.replica.asking import Asked, checked_hosts, read_asked
 from hetis.runtime.replica.commands import Addresses
@@ -83,6 +84,8 @@ def test_the_engine_calls_its_stages_and_each_stage_its_workers(tmp_path: Path, 
     assert stage.shown[:3] == ("python", "-m", "hetis.runtime.stages")
     options = stage_options(stage.arguments, {})
     assert (options.name, options.store, options.model) == ("c/2", ("a", 8500), asked.model)
+    assert options.device is Compute.CUDA
+    assert stage_options(stage.arguments[:-6], {"HETIS_STAGE_DEVICE": "cpu"}).device == "cpu"
     assert (options.listen, options.advertise) == (("0.0.0.0", 0), "c")
     listening = [read_options(worker.arguments, {}).listen[0] for worker in workers]
     assert listening == ["0.0.0.0", "127.0.0.1", "0.0.0.0"]  # c/3 is beside its stage
@@ -114,6 +117,7 @@ def test_between_nodes_an_address_is_listened_on_alone_and_a_name_on_all(asked: 
     engine, first, _ = asked.commands(Addresses(hosts=hosts, store_port=9000), worker_device="cuda")
     assert engine.shown == (
         *("hetis-serve", "--model", str(asked.model), "--plan", str(asked.plan), "--replica", "0"),
+        *("--compute", "cuda"),
         *("--store", "10.0.0.1:9000", "--worker", "b/0", "--worker", "b/1", "--port", "8080"),
     )
     assert options_of(first.arguments) == {

@@ -15,6 +15,9 @@ import httpx
 import pytest
 
 from hetis.formats.plan import plan_to_data
+from hetis.runtime.launch.room import DeviceRoom
+from hetis.runtime.server.errors import ServeError
+from hetis.runtime.server.options import checked_compute, checked_devices
 from hetis.solver.plan import Plan, Role
 from tests.command_line import command_of, environment, run_command
 from tests.runtime.launch.plans import POOL, plan_of, stage_of
@@ -65,7 +68,20 @@ def test_help_has_examples_and_exit_codes() -> None:
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     code, lines = run(
-        *("--device", "cpu:2", "--device", "cuda:0:1GiB", "--dtype", "int4", "--seats", "0", "--port", "70000"),
+        *(
+            "--device",
+            "cpu:2",
+            "--device",
+            "tpu:0:1GiB",
+            "--compute",
+            "gpu",
+            "--dtype",
+            "int4",
+            "--seats",
+            "0",
+            "--port",
+            "70000",
+        ),
         *("--host", "0.0.0.0", "--model", str(tmp_path / "none"), "--kv-tokens", "5", "--body-limit", "0B"),
         *("--chunk-tokens", "2000000"),
     )
@@ -74,7 +90,8 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     for message in (
         f"--model {tmp_path}/none: no such folder",
         "--device 'cpu:2': '2'",
-        "--device is 'cuda:0:1GiB', must be cpu:SIZE or NAME=cpu:SIZE",
+        "--device is 'tpu:0:1GiB', must be [NAME=]cpu:SIZE or [NAME=]cuda:N[:SIZE]",
+        "--compute is 'gpu', must be auto, cpu, cuda",
         "--dtype is 'int4', must be auto, float32",
         "--seats is 0, must be >= 1",
         "--port is 70000, must be >= 0 and <= 65535",
@@ -84,6 +101,32 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         "--body-limit is 0B, must be > 0",
     ):
         assert message in text
+
+
+@pytest.mark.parametrize("form", ["cpu", "cpu:", "cuda", "cuda:1GiB", "cuda:x:1GiB", "cuda:0:", "cuda:01", "cuda:1000"])
+def test_a_device_is_a_cpu_with_a_size_or_a_gpu_with_its_number(form: str) -> None:
+    with pytest.raises(ServeError, match=r"must be \[NAME=\]cpu:SIZE or \[NAME=\]cuda:N\[:SIZE\]"):
+        checked_devices([form])
+
+
+def test_devices_say_where_they_compute_and_how_much_they_hold() -> None:
+    assert checked_devices(["big=cuda:1:20GiB", "cuda:0", "cpu:1KiB"]) == (
+        DeviceRoom(name="big", kv_bytes=20 * 2**30, device="cuda:1"),
+        DeviceRoom(name="cuda1", kv_bytes=None, device="cuda:0"),
+        DeviceRoom(name="cpu2", kv_bytes=1024, device="cpu"),
+    )
+    with pytest.raises(ServeError, match="--compute and --device: a device says what it computes on"):
+        checked_compute("cpu", has_devices=True)
+
+
+def test_gpus_that_are_not_there_are_refused_with_what_torch_finds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    plan = write(tmp_path, plan_of(stage_of(), pools=(POOL,)))
+    code, lines = run("-m", str(folder), "--port", "0", "--plan", plan, "--compute", "cuda")
+    wanted = "hetis-serve: 3 CUDA devices are needed, one for each device here, torch finds 0"
+    assert (code, lines) == (3, [wanted])
 
 
 def test_who_steers_the_engine_is_checked_as_a_whole(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from hetis.runtime.worker.remote import RemoteDevice
 class WorkerProcesses:
     """Some workers, and the store where they say where they are. Each engine gets an epoch above the last."""
 
-    def __init__(self, count: int, logs: Path) -> None:
+    def __init__(self, count: int, logs: Path, *, device: str = "cpu") -> None:
         self.store: Any = open_store("127.0.0.1:0", is_master=True)
         self.names = [f"w{i}" for i in range(count)]
-        self._logs = logs
+        self._logs, self._device = logs, device
         self.processes = {name: self._launch(name) for name in self.names}
         self.epoch = 0
 
@@ -58,7 +58,7 @@ class WorkerProcesses:
 
     def _launch(self, name: str) -> subprocess.Popen[bytes]:
         arguments = ["--name", name, "--store", f"127.0.0.1:{self.store.port}"]
-        arguments += ["--kv-memory", "4MiB", "--timeout", "30"]
+        arguments += ["--kv-memory", "4MiB", "--timeout", "30", "--device", self._device]
         with (self._logs / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "hetis.runtime.worker", *arguments], stdout=log, stderr=log, env=os.environ
@@ -66,8 +66,8 @@ class WorkerProcesses:
 
 
 @contextmanager
-def worker_processes(count: int, logs: Path) -> Iterator[WorkerProcesses]:
-    workers = WorkerProcesses(count, logs)
+def worker_processes(count: int, logs: Path, *, device: str = "cpu") -> Iterator[WorkerProcesses]:
+    workers = WorkerProcesses(count, logs, device=device)
     try:
         yield workers
     finally:

@@ -6,9 +6,11 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from time import sleep
 
 import pytest
+import torch
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.local import LocalDevice
@@ -69,6 +71,16 @@ def test_heads_in_processes_that_move_give_what_transformers_gives(
     engine = engine_of(workers, count, kind)
     assert run_moving(engine, prompts, TOKENS, seed=count) == [model.generate(prompt, TOKENS) for prompt in prompts]
     close(engine)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_heads_on_a_real_gpu_of_another_process_give_what_transformers_gives(tmp_path: Path) -> None:
+    model, prompts = random_model(kv_heads=4), random_prompts(3, 4)
+    with worker_processes(1, tmp_path, device="cuda:0") as workers:
+        engine = engine_of(workers, 1)
+        assert run_moving(engine, prompts, TOKENS, seed=3) == [model.generate(prompt, TOKENS) for prompt in prompts]
+        close(engine)
 
 
 def test_half_precision_in_processes_gives_what_one_device_gives(workers: WorkerProcesses) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hetis.runtime.attention.paged_flashinfer import FlashInferBackend, flashinfer_runs
-from hetis.runtime.attention.paged_torch import attend_paged
+from hetis.runtime.attention.paged_torch import Bucket, attend_paged, plan_buckets
 from hetis.runtime.kv.pool import IntArray, PagePool
 
 
@@ -32,19 +32,19 @@ class TorchBackend:
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._rows = self._positions = np.zeros(0, np.int64)
         self._slots = torch.zeros(0, dtype=torch.int64)
+        self._buckets: list[Bucket] = []
 
     def plan(self, rows: IntArray, positions: IntArray) -> None:
         size = self._pool.shape.page_tokens
         slots = self._pool.table[rows, positions // size].astype(np.int64) * size + positions % size
         self._slots = torch.from_numpy(slots).to(self._pool.k.device)
-        self._rows, self._positions = rows, positions
+        self._buckets = plan_buckets(self._pool, rows, positions)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self._pool.k[layer].flatten(0, 1)[self._slots] = k
         self._pool.v[layer].flatten(0, 1)[self._slots] = v
-        return attend_paged(self._pool, layer, q, self._rows, self._positions)
+        return attend_paged(self._pool, layer, q, self._buckets)
 
 
 class CompiledBackend:

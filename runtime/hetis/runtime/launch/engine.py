@@ -14,8 +14,8 @@ from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.engine.stage import Stage, kv_shape
 from hetis.runtime.engine.text import Tokenizer
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.launch.layout import StageLayout, refuse_if_too_large
-from hetis.runtime.launch.memory import free_memory_bytes
+from hetis.runtime.launch.compute import refuse_too_large, refusing_out_of_memory
+from hetis.runtime.launch.layout import StageLayout
 from hetis.runtime.launch.workers import Workers
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.model.decoder import Decoder
@@ -49,20 +49,26 @@ class EngineFolder:
             max_tokens=self.options.max_tokens,
         )
 
-    def decoders(self, layers: range, ranks: int) -> list[Decoder]:
-        """The dense part of a stage: of each rank the weights of its share of these layers. Raises ModelError."""
+    def decoders(self, layers: range, devices: Sequence[str]) -> list[Decoder]:
+        """The dense part of a stage: of each rank the weights of its share of these layers, on its device of torch.
+
+        Raises:
+            ModelError: the folder cannot be used.
+        """
         return [
             Decoder.from_folder(
                 self.folder,
                 layers=layers,
-                shard=Shard(rank=rank, size=ranks),
+                shard=Shard(rank=rank, size=len(devices)),
                 dtype=self.dtype,
+                device=device,
                 max_tokens=self.options.max_tokens,
             )
-            for rank in range(ranks)
+            for rank, device in enumerate(devices)
         ]
 
 
+@refusing_out_of_memory()
 def start_engine(
     made_of: EngineFolder,
     choose: ChooseStages,
@@ -74,28 +80,28 @@ def start_engine(
 
     A device that has the name of a worker is that process, which has its own memory; workers that are no device yet
     come after the others of the first stage. ``processes`` are the names of those that stages run in, by their number;
-    the others are here, copies of one stage with the same weights.
+    the others are here, copies of one stage on the same devices of torch with the same weights.
 
     Raises:
         ModelError: the folder cannot be used.
-        LayoutError: the devices do not fit into memory.
+        LayoutError: the devices do not fit into memory, or a GPU is not there.
         ChannelError, DeviceError: a worker or a stage process did not come, or does not answer.
     """
     config, processes = read_config(made_of.folder), processes or {}
     chosen = choose(config)
     here = [stage for number, stage in enumerate(chosen) if number not in processes]
-    dense: dict[tuple[range, int], list[Decoder]] = {}
-    for stage in here:
-        key = stage.layers, stage.ranks
-        dense[key] = dense.get(key) or made_of.decoders(*key)
     remote = workers.names if workers else ()
-    needed_bytes = sum(
-        made_of.shape(config, stage.layers, ranks=stage.ranks).page_bytes * device.pages
+    own = [
+        (device, made_of.shape(config, stage.layers, ranks=stage.ranks))
         for stage in here
         for device in stage.devices
         if device.name not in remote
-    )
-    refuse_if_too_large(needed_bytes, free_bytes=free_memory_bytes())
+    ]
+    dense: dict[tuple[range, tuple[str, ...]], list[Decoder]] = {}
+    for stage in here:
+        key = stage.layers, stage.primary
+        dense[key] = dense.get(key) or made_of.decoders(*key)
+    refuse_too_large(own)
     placed = {device.name for stage in chosen for device in stage.devices}
     stages: list[PipelineStage] = []
     for number, stage in enumerate(chosen):
@@ -107,12 +113,12 @@ def start_engine(
         devices: list[AttentionDevice] = []
         for device in stage.devices:
             if device.name not in remote:
-                devices.append(LocalDevice(device.name, shape, device.pages))
+                devices.append(LocalDevice(device.name, shape, device.pages, device=device.device))
             elif workers is not None:
                 devices.append(workers.wait_for(device.name, shape))
         if workers is not None and number == 0:
             devices += [workers.wait_for(name, shape) for name in remote if name not in placed]
-        stages.append(Stage(dense[stage.layers, stage.ranks], devices))
+        stages.append(Stage(dense[stage.layers, stage.primary], devices))
     epoch = workers.epoch if workers else 1
     return Engine(config, stages, options=made_of.options, tokenizer=tokenizer, epoch=epoch, overlaps=bool(processes))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
+from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.measured.coefficients import Coefficients
 from hetis.runtime.measured.planned import planned_coefficients
@@ -19,10 +21,11 @@ from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePages:
-    """A device and its KV pages."""
+    """A device and its KV pages; ``device`` is torch's name of it where it is in this process."""
 
     name: str
     pages: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,11 @@ class StageLayout:
     layers: range
     ranks: int
     devices: tuple[DevicePages, ...]
+
+    @property
+    def primary(self) -> tuple[str, ...]:
+        """Devices of torch that the ranks compute on."""
+        return tuple(device.device for device in self.devices[: self.ranks])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,33 +116,44 @@ def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, pages: int) ->
     return StageLayout(layers=range(first, first + stage.num_layers), ranks=stage.tp, devices=tuple(devices))
 
 
-def pages_of(rooms: tuple[DeviceRoom, ...], shape: KvShape) -> tuple[DevicePages, ...]:
-    """As many pages as fit into each device's memory.
+def pages_of(
+    rooms: Sequence[DeviceRoom], shape: KvShape, *, free_bytes: Callable[[str], int] = free_memory_bytes
+) -> tuple[DevicePages, ...]:
+    """As many pages as fit into each device's memory; ``free_bytes`` says what is free on a device of torch.
 
     Raises:
         LayoutError: into one not even a single page.
     """
+    unsized = Counter(room.device for room in rooms if room.kv_bytes is None)
+    halves = {device: free_bytes(device) // 2 // count for device, count in unsized.items()}
+    sizes = [halves[room.device] if room.kv_bytes is None else room.kv_bytes for room in rooms]
     wrong = [
-        f"--device {room.name} has {room.kv_bytes} bytes for KV, one page of this model takes {shape.page_bytes}"
-        for room in rooms
-        if room.kv_bytes < shape.page_bytes
+        f"--device {room.name} has {size} bytes for KV, one page of this model takes {shape.page_bytes}"
+        for room, size in zip(rooms, sizes, strict=True)
+        if size < shape.page_bytes
     ]
     if wrong:
         raise LayoutError(*wrong)
-    return tuple(DevicePages(name=room.name, pages=room.kv_bytes // shape.page_bytes) for room in rooms)
+    return tuple(
+        DevicePages(name=room.name, pages=size // shape.page_bytes, device=room.device)
+        for room, size in zip(rooms, sizes, strict=True)
+    )
 
 
-def one_device(config: ModelConfig, shape: KvShape, *, seats: int, max_tokens: int, free_bytes: int) -> DevicePages:
+def one_device(
+    config: ModelConfig, shape: KvShape, *, seats: int, max_tokens: int, free_bytes: int, device: str = "cpu"
+) -> DevicePages:
     """The primary alone, with room for all seats at full length, or half of the free memory."""
     wanted = seats * config.kv_heads * shape.pages(max_tokens)
-    return DevicePages(name="cpu0", pages=max(1, min(wanted, free_bytes // 2 // shape.page_bytes)))
+    pages = max(1, min(wanted, free_bytes // 2 // shape.page_bytes))
+    return DevicePages(name=f"{device.partition(':')[0]}0", pages=pages, device=device)
 
 
-def refuse_if_too_large(needed_bytes: int, *, free_bytes: int) -> None:
-    """Raises LayoutError: KV of all devices here is in this machine's memory, and it has less."""
+def refuse_if_too_large(needed_bytes: int, *, free_bytes: int, where: str = "this machine") -> None:
+    """Raises LayoutError: KV of all devices here is in the memory of ``where``, and it has less."""
     if needed_bytes > free_bytes:
         raise LayoutError(
-            f"KV of {_mib(needed_bytes)} MiB is asked for, {_mib(free_bytes)} MiB of this machine's memory are free"
+            f"KV of {_mib(needed_bytes)} MiB is asked for, {_mib(free_bytes)} MiB of {where}'s memory are free"
         )
 
 

@@ -1,4 +1,4 @@
-"""How much memory this machine can still give."""
+"""How much memory this machine, or one of its GPUs, can still give."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ _LIMITS = (
 )
 
 
-def free_memory_bytes() -> int:
-    """Bytes that may be taken without swapping: the machine's, or what the container may still use."""
+def free_memory_bytes(device: str = "cpu") -> int:
+    """Bytes that a device of torch can still give.
+
+    Of a CPU those that may be taken without swapping: the machine's, or what the container may still use. Of a GPU also
+    those that torch keeps for itself and does not use now.
+    """
+    if device != "cpu":
+        return _free_of_gpu(device)
     free = _available()
     for limit, used in _LIMITS:
         try:
@@ -26,6 +32,13 @@ def free_memory_bytes() -> int:
         if most.isdigit():
             free = min(free, max(int(most) - now, 0))
     return free
+
+
+def _free_of_gpu(device: str) -> int:
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _available() -> int:

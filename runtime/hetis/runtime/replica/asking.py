@@ -23,6 +23,7 @@ _OURS = frozenset(
         "--page-tokens",
         "--dtype",
         "--device",
+        "--compute",
         "--worker",
         "--stage",
         "--store",

@@ -98,7 +98,7 @@ def commands_of(
     commands = []
     for process in processes:
         if process.kind is ProcessKind.ENGINE:
-            arguments = engine_arguments(engine, processes, opened)
+            arguments = engine_arguments(engine, processes, opened, device=worker_device)
         else:
             is_near = is_alone or process.node == _caller(process, processes).node
             listens = _listens(LOOPBACK if is_near else addresses.host(process.node))
@@ -108,9 +108,12 @@ def commands_of(
     return tuple(commands)
 
 
-def engine_arguments(engine: EngineArguments, processes: Sequence[PlannedProcess], store: str) -> tuple[str, ...]:
+def engine_arguments(
+    engine: EngineArguments, processes: Sequence[PlannedProcess], store: str, *, device: str
+) -> tuple[str, ...]:
     """Options of `hetis-serve` for the engine of these processes, whose store listens there."""
     arguments = ["--model", engine.model, "--plan", engine.plan, "--replica", str(engine.replica)]
+    arguments += ["--compute", device]
     if len(processes) > 1:
         arguments += ["--store", store]
     for process in processes:
@@ -125,7 +128,7 @@ def settings_of(process: PlannedProcess, store: str, *, device: str, model: str)
     """What a stage or a worker must be told wherever it runs, by option; the engine tells a stage the rest."""
     told = {"--name": process.name, "--store": store}
     if process.kind is ProcessKind.STAGE:
-        return told | {"--model": model}
+        return told | {"--model": model, "--device": device}
     return told | {"--kv-memory": f"{process.kv_bytes}B", "--device": device}
 
 

@@ -151,7 +151,7 @@ class _Objects:
         container = {
             "name": "engine",
             "command": list(PROGRAMS[ProcessKind.ENGINE]),
-            "args": list(engine_arguments(told, processes, f"{ANY}:{STORE_PORT}")),
+            "args": list(engine_arguments(told, processes, f"{ANY}:{STORE_PORT}", device=self._device)),
             "env": self._key(),
             "ports": [{"name": "http", "containerPort": FRONT_PORT}, {"name": "store", "containerPort": STORE_PORT}],
             "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5},
@@ -165,7 +165,7 @@ class _Objects:
         told = settings_of(
             process,
             f"{self._store}:{STORE_PORT}",
-            device="cuda" if self._of.gpus else "cpu",
+            device=self._device,
             model=self._of.model_path,
         )
         told |= {"--listen": f"{ANY}:{PART_PORT}"}
@@ -236,6 +236,10 @@ class _Objects:
                 "template": {"metadata": metadata, "spec": pod},
             },
         }
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self._of.gpus else "cpu"
 
     def _resources(self, process: PlannedProcess) -> dict[str, Any]:
         if self._of.gpus:

@@ -60,7 +60,7 @@ class Form(StrEnum):
 
 
 class Device(StrEnum):
-    """What workers compute on."""
+    """What processes compute on."""
 
     CUDA = "cuda"
     CPU = "cpu"
@@ -78,7 +78,9 @@ PageTokensOption = Annotated[int, typer.Option("--page-tokens", help="Token slot
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto (the checkpoint's), float32, float64, bfloat16, float16.")
 ]
-WorkerDeviceOption = Annotated[Device, typer.Option("--worker-device", help="What attention workers compute on.")]
+WorkerDeviceOption = Annotated[
+    Device, typer.Option("--worker-device", help="What engine, stages and workers compute on.")
+]
 AddressOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -16,11 +16,12 @@ import numpy as np
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.heads import StageHeads
+from hetis.runtime.launch.compute import on_devices, refuse_missing, torch_devices
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import Layout, StageLayout, layout_of, one_device, pages_of
 from hetis.runtime.launch.memory import free_memory_bytes
-from hetis.runtime.launch.room import DeviceRoom
+from hetis.runtime.launch.room import Compute, DeviceRoom
 from hetis.runtime.launch.workers import Workers
 from hetis.runtime.measured.metrics import CostMetrics
 from hetis.runtime.model.config import ModelConfig, read_config
@@ -48,7 +49,8 @@ _SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """The options of `hetis-serve`, each of them valid; ``rooms`` empty: the plan's devices, or one.
+    """The options of `hetis-serve`, each of them valid; ``rooms`` empty: the plan's devices, or one,
+    which ``compute`` says where they compute.
 
     ``stages`` are processes, and the number of the stage that each of them runs. ``redispatch`` None: whoever is there.
     """
@@ -59,6 +61,7 @@ class Asked:
     replica: int
     kv_tokens: int | None
     rooms: tuple[DeviceRoom, ...]
+    compute: Compute
     workers: tuple[str, ...]
     stages: tuple[tuple[str, int], ...]
     store: str
@@ -163,19 +166,23 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
 
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
 
+    processes = {number: name for name, number in asked.stages}
+
     def choose(config: ModelConfig) -> tuple[StageLayout, ...]:
         if layout is not None:
-            return layout.stages
+            return on_devices(layout.stages, asked.compute, workers=asked.workers, elsewhere=processes)
         every = range(config.layers)
         shape = made_of.shape(config, every)
         longest = min(asked.context_tokens or config.max_tokens, config.max_tokens)
+        refuse_missing(room.device for room in asked.rooms)
         devices = pages_of(asked.rooms, shape)
         if not devices:
-            free_bytes = free_memory_bytes()
-            devices = (one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free_bytes),)
+            (device,) = torch_devices(asked.compute, 1)
+            free = free_memory_bytes(device)
+            one = one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free, device=device)
+            devices = (one,)
         return (StageLayout(layers=every, ranks=1, devices=devices),)
 
-    processes = {number: name for name, number in asked.stages}
     return start_engine(made_of, choose, tokens, workers, processes)
 
 
@@ -258,5 +265,7 @@ def _tell_devices(engine: Engine) -> None:
         tokens = device.num_pages * device.shape.page_tokens // heads
         size = device.num_pages * device.shape.page_bytes / 2**20
         _log.info(
-            "device %s: %d KV pages (%.0f MiB), %d tokens of all heads", device.name, device.num_pages, size, tokens
+            "device %s: %d KV pages (%.0f MiB), %d tokens of all heads, %s",
+            *(device.name, device.num_pages, size, tokens),
+            f"on {device.pool.k.device}" if isinstance(device, LocalDevice) else "in a process of its own",
         )

@@ -23,7 +23,9 @@ hetis-serve --model models/Llama-3.2-1B
 
 hetis-serve --model models/Llama-3.2-1B --device cpu:2GiB --device cpu:1GiB --dtype bfloat16 --seats 16
 
-hetis-serve --model models/Llama-3.2-1B --plan plan.json --replica 0 --kv-tokens 20000
+hetis-serve --model models/Llama-3.2-1B --device cuda:0:8GiB --device cuda:1
+
+hetis-serve --model models/Llama-3.2-1B --plan plan.json --replica 0 --kv-tokens 20000 --compute cpu
 
 hetis-serve --model models/Llama-3.2-1B --store 127.0.0.1:8500 --worker w1, and for each worker
 python -m hetis.runtime.worker --name w1 --store 127.0.0.1:8500 --kv-memory 2GiB
@@ -66,10 +68,17 @@ def serve(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="[NAME=]cpu:SIZE, a device and its memory for KV; repeatable, the first is the primary. "
-            "Default: one device."
+            help="[NAME=]cpu:SIZE or [NAME=]cuda:N[:SIZE], a device and its memory for KV; repeatable, the first is "
+            "the primary. Default: one device."
         ),
     ] = None,
+    compute: Annotated[
+        str,
+        typer.Option(
+            help="What a plan's devices here, or the one device, compute on: cuda (each on a GPU of its own), cpu. "
+            "auto: cuda where there are as many GPUs."
+        ),
+    ] = "auto",
     worker: Annotated[
         list[str] | None,
         typer.Option(help="An attention worker in a process of its own, by its name; repeatable. Needs --store."),
@@ -131,6 +140,7 @@ def serve(
     get, within = checking.get, options.checked_range
     get(lambda: options.checked_folder(model))
     rooms = get(lambda: options.checked_devices(device or []))
+    chosen_compute = get(lambda: options.checked_compute(compute, has_devices=bool(device)))
     chosen_dtype = get(lambda: options.checked_dtype(dtype))
     name = get(lambda: options.checked_name(served_name, model))
     key = get(lambda: options.api_key(api_key_file))
@@ -165,6 +175,7 @@ def serve(
         _fail(error.messages, EXIT_INVALID)
     assert model is not None
     assert rooms is not None
+    assert chosen_compute is not None
     assert name is not None
     assert body_bytes is not None
 
@@ -182,6 +193,7 @@ def serve(
         replica=replica,
         kv_tokens=kv_tokens,
         rooms=rooms,
+        compute=chosen_compute,
         workers=tuple(worker or ()),
         stages=stages or (),
         store=store,

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from hetis.formats.units import parse_bytes
-from hetis.runtime.launch.room import DeviceRoom
+from hetis.runtime.launch.room import Compute, DeviceRoom
 from hetis.runtime.model.config import DTYPES
 from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
 from hetis.runtime.server.errors import ServeError
 
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+_DEVICE = re.compile(r"(?P<device>cpu(?=:)|cuda:(?:0|[1-9]\d{0,2}))(?::(?P<size>.+))?")
 KEY_VARIABLE = "HETIS_API_KEY"
 LEAST_KEY = 16  # characters
 _SEND_BYTES = 128 * 2**10
@@ -63,7 +64,7 @@ def checked_folder(folder: Path | None) -> Path:
 
 
 def checked_devices(texts: list[str]) -> tuple[DeviceRoom, ...]:
-    """``cpu:2GiB`` or ``NAME=cpu:2GiB``, one after the other; the first is the primary.
+    """``cpu:2GiB``, ``cuda:0:20GiB`` or ``cuda:0``, each perhaps after ``NAME=``; the first is the primary.
 
     Raises:
         ServeError: one is something else, or two have one name.
@@ -71,15 +72,16 @@ def checked_devices(texts: list[str]) -> tuple[DeviceRoom, ...]:
     wrong, rooms = [], []
     for number, text in enumerate(texts):
         name, _, rest = text.rpartition("=")
-        kind, _, size = rest.partition(":")
-        name = name or f"cpu{number}"
-        if kind != "cpu" or not size:
-            wrong.append(f"--device is {text!r}, must be cpu:SIZE or NAME=cpu:SIZE, such as cpu:2GiB")
+        found = _DEVICE.fullmatch(rest)
+        name = name or f"{rest.partition(':')[0]}{number}"
+        if not found:
+            wrong.append(f"--device is {text!r}, must be [NAME=]cpu:SIZE or [NAME=]cuda:N[:SIZE], such as cpu:2GiB")
         elif not _NAME.fullmatch(name):
             wrong.append(f"--device {text!r}: the name is {name!r}, must be of letters, digits and ._:/-")
         else:
             try:
-                rooms.append(DeviceRoom(name=name, kv_bytes=parse_bytes(size)))
+                size = parse_bytes(found["size"]) if found["size"] else None
+                rooms.append(DeviceRoom(name=name, kv_bytes=size, device=found["device"]))
             except ValueError as error:
                 wrong.append(f"--device {text!r}: {error}")
     names = [room.name for room in rooms]
@@ -87,6 +89,19 @@ def checked_devices(texts: list[str]) -> tuple[DeviceRoom, ...]:
     if wrong:
         raise ServeError(*wrong)
     return tuple(rooms)
+
+
+def checked_compute(text: str, *, has_devices: bool) -> Compute:
+    """What devices compute on that no ``--device`` tells of.
+
+    Raises:
+        ServeError: it is nothing known, or the devices say it themselves.
+    """
+    if text not in list(Compute):
+        raise ServeError(f"--compute is {text!r}, must be {', '.join(Compute)}")
+    if has_devices and text != Compute.AUTO:
+        raise ServeError("--compute and --device: a device says what it computes on; give one of the two")
+    return Compute(text)
 
 
 def checked_stages(texts: list[str], *, has_plan: bool) -> tuple[tuple[str, int], ...]:

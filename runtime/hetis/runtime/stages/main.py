@@ -41,6 +41,8 @@ def _serve(options: StageOptions) -> int:
 
     from hetis.runtime.attention.device import AttentionDevice
     from hetis.runtime.kv.shape import KvShape
+    from hetis.runtime.launch.compute import torch_devices
+    from hetis.runtime.launch.errors import LayoutError
     from hetis.runtime.model.config import read_config
     from hetis.runtime.model.errors import ModelError
     from hetis.runtime.stages.core import StageCore
@@ -55,9 +57,10 @@ def _serve(options: StageOptions) -> int:
     torch.set_num_threads(options.threads)
     name, key = options.name, secrets.token_bytes(16)
     try:
+        torch_devices(options.device, 1)  # at once, rather than when an engine comes
         read_config(options.model)
         listener = listen(*options.listen)
-    except ModelError as error:
+    except (LayoutError, ModelError) as error:
         print(f"hetis stage {name}: {error}", file=sys.stderr)
         return EXIT_INVALID
     except OSError as error:
@@ -76,7 +79,7 @@ def _serve(options: StageOptions) -> int:
         return join(worker, where, shape, epoch=epoch, timeout_s=options.timeout_s)
 
     logging.info("%s: listens on %s:%d", name, host, port)
-    core = StageCore(name, StageBuilder(options.model, join_worker), key=key)
+    core = StageCore(name, StageBuilder(options.model, join_worker, compute=options.device), key=key)
     WorkerLoop(core, listener, stall_s=options.timeout_s, announce=announce, greeting=Kind.SETUP).run()
     return 0
 

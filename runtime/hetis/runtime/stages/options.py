@@ -7,11 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetis.runtime.launch.room import Compute
 from hetis.runtime.worker.settings import Setting, common_settings, read_settings
 
 _SETTINGS = (
     *common_settings("STAGE", timeout_s=30),
     Setting(option="--model", variable="HETIS_STAGE_MODEL", metavar="DIR", meaning="folder of the model"),
+    Setting(
+        option="--device",
+        variable="HETIS_STAGE_DEVICE",
+        metavar="DEVICE",
+        meaning="cuda (each rank on a GPU of its own), cpu; auto: cuda where there are as many GPUs",
+        default="auto",
+    ),
 )
 VARIABLES: Mapping[str, str] = {setting.option: setting.variable for setting in _SETTINGS}
 _EXAMPLES = """examples:
@@ -30,6 +38,7 @@ class StageOptions:
     name: str
     store: tuple[str, int]
     model: Path
+    device: Compute
     listen: tuple[str, int]
     advertise: str
     threads: int
@@ -57,6 +66,7 @@ def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]
         name=read.name("--name"),
         store=read.address("--store", least_port=1),
         model=Path(read.text("--model")),
+        device=Compute(read.choice("--device", tuple(Compute))),
         listen=listen,
         advertise=read.advertised("--advertise", listen[0]),
         threads=read.threads("--threads"),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.stage import Stage, kv_shape
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.launch.layout import DevicePages, StageLayout, refuse_if_too_large
-from hetis.runtime.launch.memory import free_memory_bytes
+from hetis.runtime.launch.compute import on_devices, refuse_too_large, refusing_out_of_memory
+from hetis.runtime.launch.layout import DevicePages, StageLayout
+from hetis.runtime.launch.room import Compute
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.model.decoder import Decoder
 from hetis.runtime.model.shard import Shard
@@ -47,7 +48,8 @@ class StageSetup:
     def to_json(self) -> str:
         stage = self.stage
         said = {"first": stage.layers.start, "last": stage.layers.stop, "ranks": stage.ranks}
-        devices = [asdict(device) for device in stage.devices]
+        # Not on which GPU each is: that is for the stage process to say.
+        devices = [{"name": device.name, "pages": device.pages} for device in stage.devices]
         rest = {"dtype": self.dtype, "page_tokens": self.page_tokens, "max_tokens": self.max_tokens}
         return json.dumps({**said, "devices": devices, "workers": self.workers, **rest})
 
@@ -72,34 +74,35 @@ class StageSetup:
 class StageBuilder:
     """Makes the stage of one process; weights that are read already are kept for the next engine."""
 
-    def __init__(self, folder: Path, join: Join) -> None:
+    def __init__(self, folder: Path, join: Join, *, compute: Compute = Compute.CPU) -> None:
         """``join`` finds an attention worker: its name, the shape of its virtual sequences, the engine's epoch."""
-        self._folder, self._join = folder, join
-        self._read: tuple[tuple[range, int, str, int | None], list[Decoder]] | None = None
+        self._folder, self._join, self._compute = folder, join, compute
+        self._read: tuple[tuple[range, tuple[str, ...], str, int | None], list[Decoder]] | None = None
 
+    @refusing_out_of_memory()
     def __call__(self, setup: StageSetup, epoch: int) -> Stage:
         """The stage with nothing in it.
 
         Raises:
             ModelError: the folder cannot be used.
-            LayoutError: the devices do not fit into memory.
+            LayoutError: the devices do not fit into memory, or there are too few GPUs.
             ChannelError, DeviceError: an attention worker did not come.
         """
-        config, stage = read_config(self._folder), setup.stage
-        decoders, shape = self._decoders(setup), setup.shape(config)
-        here = sum(device.pages for device in stage.devices if device.name not in setup.workers)
-        refuse_if_too_large(here * shape.page_bytes, free_bytes=free_memory_bytes())
+        shape = setup.shape(read_config(self._folder))
+        (stage,) = on_devices((setup.stage,), self._compute, workers=setup.workers)
+        decoders = self._decoders(setup, stage.primary)
+        refuse_too_large((device, shape) for device in stage.devices if device.name not in setup.workers)
         devices = [
             self._join(device.name, shape, epoch)
             if device.name in setup.workers
-            else LocalDevice(device.name, shape, device.pages)
+            else LocalDevice(device.name, shape, device.pages, device=device.device)
             for device in stage.devices
         ]
         return Stage(decoders, devices)
 
-    def _decoders(self, setup: StageSetup) -> list[Decoder]:
+    def _decoders(self, setup: StageSetup, devices: tuple[str, ...]) -> list[Decoder]:
         stage = setup.stage
-        key = stage.layers, stage.ranks, setup.dtype, setup.max_tokens
+        key = stage.layers, devices, setup.dtype, setup.max_tokens
         if self._read is None or self._read[0] != key:
             self._read = None  # first free, then take
             decoders = [
@@ -108,9 +111,10 @@ class StageBuilder:
                     layers=stage.layers,
                     shard=Shard(rank=rank, size=stage.ranks),
                     dtype=setup.dtype,
+                    device=device,
                     max_tokens=setup.max_tokens,
                 )
-                for rank in range(stage.ranks)
+                for rank, device in enumerate(devices)
             ]
             self._read = key, decoders
         return self._read[1]

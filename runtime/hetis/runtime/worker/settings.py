@@ -101,6 +101,13 @@ class Reading:
     def device(self, option: str) -> str:
         return self._matching(option, _DEVICE, "must be cpu, cuda or cuda:N")
 
+    def choice(self, option: str, choices: Sequence[str]) -> str:
+        source, text = self._of(option)
+        if text in choices:
+            return text
+        self._note(source, f" is {text!r}, must be {', '.join(choices)}")
+        return choices[0]
+
     def level(self, option: str) -> str:
         return self._matching(option, _LEVEL, f"must be {', '.join(LEVELS)}").upper()
 
