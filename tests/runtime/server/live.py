@@ -122,6 +122,15 @@ class Live:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
+    def comes_to(self, value: float, name: str, **labels: str) -> bool:
+        """Whether a sample gets that value: metrics follow the engine a moment later."""
+        deadline_s = time.monotonic() + 20
+        while self.metric(name, **labels) != value:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.02)
+        return True
+
     def _run(self) -> None:
         async def work() -> bool:
             self._loop, self._told = asyncio.get_running_loop(), Told()
