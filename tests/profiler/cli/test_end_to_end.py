@@ -63,7 +63,13 @@ def interrupted_after(points: int, folder: Path) -> int:
     """Starts a run, presses Ctrl-C once so many points are in its journal; how many it says it kept."""
     journal = folder / "raw.json.journal"
     process = subprocess.Popen(
-        [*COMMAND, *RUN], cwd=folder, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*COMMAND, *RUN],
+        cwd=folder,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") > points):
