@@ -60,7 +60,7 @@ ROUTERS = {  # where a paper has a rule of its own
     "hexgen-paper": Settings(router="fewest-requests"),
     "splitwise-paper": Settings(router="fewest-tokens"),
 }
-QUICK_S = 5.0  # with ``--quick``
+QUICK_S = 2.0  # with ``--quick``
 COMPILING_S = 1.0  # of CPU; what is being compiled then is finished
 LATENCY_LOAD = 0.7  # of what the weakest strategy serves
 BLOCK_TOKENS = 16
