@@ -141,7 +141,7 @@ class Live:
                 version="test",
                 most_open=self._most_open,
                 predictor=self._predictor,
-                tend=None if steered is None else lambda: steered.step(time.monotonic()),
+                tend=None if steered is None else self.engine.tend,
                 moving=self.moving,
             )
             beside = None

@@ -74,6 +74,23 @@ def test_copies_go_in_the_background_and_a_flip_before_they_are_there_is_refused
     world.finish()
 
 
+def test_a_copy_whose_request_ends_is_over_though_no_step_is_made_any_more() -> None:
+    world = World(bytes_per_step=PAGE_BYTES)
+    world.assign()
+    number = world.add(random_prompts(5, 1, shortest=120, longest=120)[0])
+    world.step(2)
+    change = world.change(world.move(number, 0, NAMES[1]))
+    world.reserve(change)
+    world.copy(change)
+    world.engine.cancel(number)
+    assert not world.engine.running
+    world.engine.tend()
+    assert world.steered.permission == "ready"
+    answer = world.flip(change)
+    assert (answer.outcome, reason_name(answer.failure)) == (ABORTED, "REQUEST_GONE")
+    world.finish()
+
+
 def test_a_permission_that_has_expired_moves_nothing() -> None:
     world, number = started()
     change = world.prepared(world.move(number, 0, NAMES[1]))

@@ -181,8 +181,7 @@ class Engine(Seats):
         Where stages do not overlap this is one step of one cohort. Nothing where there is nothing to do.
         """
         self.lose_failed()
-        for work in self.between_steps:
-            work()
+        self.tend()
         for request in self.admit():
             self._end(request, FinishReason.ERROR, error="the devices that are left have too few KV pages")
         for cohort in self._idle_cohorts():
@@ -196,6 +195,12 @@ class Engine(Seats):
             self._land()
         news, self._news = self._news, []
         return news
+
+    def tend(self) -> None:
+        """What is due between two steps. Every step does it: to be called where none is made, for changes of the head
+        map would stay half made when their requests have ended."""
+        for work in self.between_steps:
+            work()
 
     def settle(self, request: Request | None = None) -> bool:
         was_flying = bool(len(self._pipeline) if request is None else self._pipeline.is_flying(request))

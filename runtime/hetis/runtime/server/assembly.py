@@ -239,15 +239,13 @@ def _own_redispatch(hauler: Hauler, part: StageHeads, measured: Measured) -> Red
 
 def _tend(engine: Engine, workers: Workers | None, moving: Moving) -> Callable[[], None] | None:
     """What is looked after now and then, also where nothing runs."""
-    steered = moving.steered
-    if workers is None and steered is None:
+    if workers is None and moving.steered is None:
         return None
 
     def tend() -> None:
         if workers is not None:
             workers.bring_back(engine)
-        if steered is not None:
-            steered.step(time.monotonic())
+        engine.tend()
 
     return tend
 
