@@ -19,8 +19,7 @@ from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.transport.messages import Part, pack_keys, read_digests, read_error
-from hetis.runtime.worker.core import ErrorCode
+from hetis.runtime.transport.messages import ErrorCode, Part, pack_keys, read_digests, read_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
 from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.messages import (
+    ErrorCode,
     Hello,
     Part,
     pack_keys,
@@ -27,7 +28,6 @@ from hetis.runtime.transport.messages import (
     read_pong,
     read_welcome,
 )
-from hetis.runtime.worker.core import ErrorCode
 
 T = TypeVar("T")
 
