@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 
-from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.generate import engine_from_folder, generate, local_devices
 from hetis.runtime.engine.request import SamplingParams
 from tests.runtime.checkpoints import Model, random_model, random_prompts
+from tests.runtime.engine.pipelines import assert_empty, run_moving
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -39,22 +38,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def engine_of(model: Model, *, devices: int = 1, pages: int = 400, **options: Any) -> Engine:
     own = EngineOptions(**({"chunk_tokens": 48} | options))
     return engine_from_folder(model.folder, local_devices([pages] * devices), options=own)
-
-
-def run_moving(engine: Engine, prompts: list[list[int]], tokens: int, seed: int) -> list[list[int]]:
-    """Answers of an engine whose heads are moved at random while tokens flow."""
-    chooser = random.Random(seed)
-    numbers = [engine.add(prompt, SamplingParams(max_tokens=tokens)) for prompt in prompts]
-    answers: dict[int, list[int]] = {number: [] for number in numbers}
-    while engine.has_work:
-        for news in engine.step():
-            if news.token is not None:
-                answers[news.request].append(news.token)
-        for request in list(engine.running.values()):
-            head, target = chooser.randrange(len(request.heads[0])), chooser.randrange(len(engine.stage.devices))
-            if chooser.random() < 0.3 and request.heads[0][head] != target:
-                engine.move(request.number, [head], target)
-    return [answers[number] for number in numbers]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -120,14 +103,3 @@ def test_requests_that_make_room_for_others_end_the_same(devices: int) -> None:
     assert run_moving(engine, prompts, 40, seed=8) == [model.generate(prompt, 40) for prompt in prompts]
     assert engine.num_preempted > 0
     assert_empty(engine)
-
-
-def assert_empty(engine: Engine) -> None:
-    """Nothing is left of requests that ended."""
-    engine.placement.check_invariants()
-    assert len(engine.placement) == 0
-    assert engine.stage.prompts == ()
-    for device in engine.stage.devices:
-        assert isinstance(device, LocalDevice)
-        device.pool.check_invariants()
-        assert device.pool.free_pages == device.num_pages

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.runtime.engine.request import RequestError, SamplingParams
-from hetis.runtime.engine.sampling import Sampler, sample
+from hetis.runtime.engine.sampling import Sampler, likeliest, sample
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 
@@ -23,6 +23,16 @@ def shares(params: SamplingParams, draws: int = 4000) -> list[float]:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     assert Sampler(SamplingParams()).choose(LOGITS) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_likeliest_of_each_row_are_what_torch_says_and_the_first_where_they_tie(dtype: torch.dtype) -> None:
+    logits = torch.randint(-3, 4, (40, 30), generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[0], logits[1, 7:9] = -torch.inf, torch.nan
+    found = likeliest(logits)
+    assert found.dtype is torch.int64
+    assert found.tolist() == logits.argmax(dim=-1).tolist()
+    assert all(token == row.tolist().index(max(row)) for row, token in zip(logits[2:], found[2:].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("temperature", [1e-9, 1e-308, 5e-324])

@@ -83,7 +83,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
             "70000",
         ),
         *("--host", "0.0.0.0", "--model", str(tmp_path / "none"), "--kv-tokens", "5", "--body-limit", "0B"),
-        *("--chunk-tokens", "2000000"),
+        *("--chunk-tokens", "2000000", "--log-level", "loud"),
     )
     assert code == 2
     text = "\n".join(lines)
@@ -99,6 +99,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
         "--host 0.0.0.0 can be reached from other machines",
         "--kv-tokens is in place of a plan's, and needs --plan",
         "--body-limit is 0B, must be > 0",
+        "--log-level is 'loud', must be debug, info, warning or error",
     ):
         assert message in text
 

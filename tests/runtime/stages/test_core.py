@@ -131,10 +131,10 @@ def test_another_key_and_an_older_engine_are_refused(model: Model) -> None:
         stage.meet(setup, epoch=4)
     new = stage.meet(setup, epoch=6)
     assert new.homes == (0, 0)
-    answer = stage.core.handle(Frame(kind=Kind.DIGEST, epoch=5, session=old._session))
+    answer = stage.core.handle(Frame(kind=Kind.DIGEST, epoch=5, session=old._session.number))
     assert answer is not None
     assert answer.kind is Kind.ERROR
-    assert stage.core.handle(Frame(kind=Kind.FORGET, epoch=5, session=old._session)) is None
+    assert stage.core.handle(Frame(kind=Kind.FORGET, epoch=5, session=old._session.number)) is None
 
 
 def test_a_stage_that_cannot_be_is_told_why(model: Model) -> None:

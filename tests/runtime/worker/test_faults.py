@@ -103,11 +103,11 @@ def test_a_zombie_that_serves_an_old_connection_answers_nobody() -> None:
     old = engine.stage.devices[1]
     assert isinstance(old, RemoteDevice)
     new = worker.join(engine.stage.shape)
-    frame = old._frame(Kind.PING)
+    frame = old._session.frame(Kind.PING)
     answer = worker.core.handle(frame)
     assert answer is not None
     assert answer.kind is Kind.ERROR
-    assert worker.core.handle(old._frame(Kind.BEGIN)) is None
+    assert worker.core.handle(old._session.frame(Kind.BEGIN)) is None
     assert worker.core.device is not None
     assert len(worker.core.device.pool) == 0
     engine.stage.devices[1] = new

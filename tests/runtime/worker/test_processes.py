@@ -24,7 +24,7 @@ from hetis.runtime.transport.connecting import ChannelKind, Endpoint, look_up
 from hetis.runtime.worker.joining import join
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.checkpoints import random_model, random_prompts
-from tests.runtime.engine.test_equality import run_moving
+from tests.runtime.engine.pipelines import run_moving
 from tests.runtime.moving.test_hauler import run_changing
 from tests.runtime.worker.processes import WorkerProcesses, worker_processes
 

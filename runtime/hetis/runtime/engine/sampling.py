@@ -38,28 +38,24 @@ class Sampler:
         return int(ids[position])
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row of logits [rows, vocab], int64 [rows]; of several that tie, the first."""
+    # numpy finds it ten times as fast on a CPU; it has no bfloat16, and is slower with float16.
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
+
+
 def sample(
     logits: torch.Tensor, samplers: Sequence[Sampler], params: Sequence[SamplingParams]
 ) -> tuple[list[int], list[Logprob | None]]:
     """Tokens and, where wanted, log probabilities for logits [rows, vocab]; row i is of the i-th sampler."""
-    if all(p.is_greedy for p in params):
-        return _likeliest(logits), [None] * len(params)
     tokens = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
     logprobs = [
         None if p.logprobs is None else _logprob(row, token, p.logprobs)
         for row, token, p in zip(logits, tokens, params, strict=True)
     ]
     return tokens, logprobs
-
-
-def _likeliest(logits: torch.Tensor) -> list[int]:
-    """The likeliest token of each row. numpy finds it ten times as fast on a CPU; it has no bfloat16."""
-    found: list[int]
-    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
-        found = logits.numpy().argmax(axis=-1).tolist()
-        return found
-    found = logits.argmax(dim=-1).tolist()
-    return found
 
 
 def _logprob(logits: torch.Tensor, token: int, count: int) -> Logprob:

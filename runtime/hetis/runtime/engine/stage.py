@@ -11,6 +11,7 @@ import torch
 
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, IntArray, Pending
 from hetis.runtime.attention.prefill import PromptKv
+from hetis.runtime.engine.sampling import likeliest
 from hetis.runtime.engine.step import Chunk, Step
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
@@ -133,7 +134,7 @@ class Stage:
         if not ranks.is_last:
             return hidden[0]
         logits = ranks.output(hidden, torch.from_numpy(step.outputs))
-        return logits.argmax(dim=-1) if step.is_greedy else logits
+        return likeliest(logits) if step.is_greedy else logits
 
     def _shares(self, step: Step) -> list[_Share]:
         """Which device has which decoding virtual sequences; the primary last, so that others compute meanwhile."""

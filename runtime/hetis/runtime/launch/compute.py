@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from hetis.runtime.attention.cuda import cuda_count
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import DevicePages, StageLayout, refuse_if_too_large
@@ -17,11 +18,6 @@ from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import Compute
 
 _log = logging.getLogger(__name__)
-
-
-def cuda_count() -> int:
-    """GPUs that torch finds, of those that CUDA_VISIBLE_DEVICES leaves."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def torch_devices(compute: Compute, needed: int) -> list[str]:

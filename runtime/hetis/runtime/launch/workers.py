@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.heads import StageHeads
@@ -19,6 +19,7 @@ from hetis.runtime.worker.joining import join
 from hetis.runtime.worker.remote import RemoteDevice
 from hetis.solver.dispatch.snapshot import DeviceStatus
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5  # what a worker has said is there already
 
@@ -46,40 +47,25 @@ class Workers:
     def wait_for(self, name: str, shape: KvShape) -> RemoteDevice:
         """The worker of that name, with nothing in it.
 
-        Engines count epochs by their clocks. Where the last one's was ahead of ours, we go on from its epoch: it is we
-        who start now.
-
         Raises:
             ChannelError: it did not come.
             DeviceError: it does not answer.
         """
-        endpoint = look_up(self._store, name, timeout_s=self._start_s)
-        try:
-            return self._join(name, endpoint, shape)
-        except StaleEpochError as error:
-            self._go_on_from(name, error)
-        return self._join(name, endpoint, shape)
+        return self._meet(name, lambda endpoint: self._join(name, endpoint, shape))
 
     def stage(self, name: str, setup: StageSetup, config: ModelConfig) -> RemoteStage:
         """The stage process of that name, as it is told to be.
-
-        Epochs as in `wait_for`.
 
         Raises:
             ChannelError: it did not come, or is not reached.
             DeviceError: it does not answer, or cannot be what it is told.
         """
-        endpoint = look_up(self._store, name, timeout_s=self._start_s)
 
-        def meet() -> RemoteStage:
+        def greet(endpoint: Endpoint) -> RemoteStage:
             channel = connect(endpoint, stall_s=self._timeout_s)
             return RemoteStage(name, setup, config, channel, epoch=self.epoch, key=endpoint.key)
 
-        try:
-            return meet()
-        except StaleEpochError as error:
-            self._go_on_from(name, error)
-        return meet()
+        return self._meet(name, greet)
 
     def bring_back(self, engine: Engine) -> None:
         """Devices that were lost, and whose workers are there again, take heads again; called between two steps."""
@@ -111,9 +97,19 @@ class Workers:
         engine.restore_device(index, device, stage=part.number)
         _log.info("%s is back", name)
 
-    def _go_on_from(self, name: str, error: StaleEpochError) -> None:
-        _log.warning("%s has served an engine of epoch %d, later than %d", name, error.current, self.epoch)
-        self.epoch = error.current + 1
+    def _meet(self, name: str, greet: Callable[[Endpoint], T]) -> T:
+        """What ``greet`` makes of a process, once that has come.
+
+        Engines count epochs by their clocks. Where the last one's was ahead of ours, we go on from its epoch: it is we
+        who start now.
+        """
+        endpoint = look_up(self._store, name, timeout_s=self._start_s)
+        try:
+            return greet(endpoint)
+        except StaleEpochError as error:
+            _log.warning("%s has served an engine of epoch %d, later than %d", name, error.current, self.epoch)
+            self.epoch = error.current + 1
+        return greet(endpoint)
 
     def _join(self, name: str, endpoint: Endpoint, shape: KvShape) -> RemoteDevice:
         self._met[name] = endpoint

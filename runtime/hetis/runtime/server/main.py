@@ -135,9 +135,9 @@ def serve(
     """Serve a model over HTTP as OpenAI does, the KV of each attention head on a device of its own choice."""
     from hetis.runtime.server import options
 
-    _set_up_logs(log_level)
     checking = options.Checking()
     get, within = checking.get, options.checked_range
+    get(lambda: _set_up_logs(log_level))
     get(lambda: options.checked_folder(model))
     rooms = get(lambda: options.checked_devices(device or []))
     chosen_compute = get(lambda: options.checked_compute(compute, has_devices=bool(device)))
@@ -271,7 +271,7 @@ def _check_exposed(host: str, key: str | None, insecure: bool) -> None:
 def _set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
-        _fail([f"--log-level is {level!r}, must be debug, info, warning or error"], EXIT_INVALID)
+        raise ServeError(f"--log-level is {level!r}, must be debug, info, warning or error")
     logging.basicConfig(
         level=known[level.upper()], stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -19,8 +19,7 @@ from hetis.runtime.stages.messages import read_numbers, read_run, read_setup
 from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.errors import FrameError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.transport.messages import pack_error, read_keys, read_part
-from hetis.runtime.worker.core import ErrorCode
+from hetis.runtime.transport.messages import ErrorCode, error_answer, read_keys, read_part, stale_answer
 from hetis.runtime.worker.remote import RemoteDevice
 
 Build = Callable[[StageSetup, int], Stage]
@@ -60,11 +59,11 @@ class StageCore:
         except FrameError:
             raise
         except DeviceLostError as error:
-            return _error(frame, ErrorCode.DEVICE_LOST, error.device) if is_answered else None
+            return error_answer(frame, ErrorCode.DEVICE_LOST, error.device) if is_answered else None
         except Exception as error:
             if not isinstance(error, DeviceError):
                 _log.exception("%s: %s failed", self.name, frame.kind.name)
-            return _error(frame, ErrorCode.FAILED, f"{type(error).__name__}: {error}") if is_answered else None
+            return error_answer(frame, ErrorCode.FAILED, f"{type(error).__name__}: {error}") if is_answered else None
 
     def leave(self) -> None:
         """The connection ended: what it left is void."""
@@ -80,7 +79,7 @@ class StageCore:
     def _set_up(self, frame: Frame) -> Frame:
         setup, key = read_setup(frame)
         if key != self._key:
-            return _error(frame, ErrorCode.REFUSED, f"{self.name}: the key is another process's, or an old one")
+            return error_answer(frame, ErrorCode.REFUSED, f"{self.name}: the key is another process's, or an old one")
         if frame.epoch < self.epoch:
             return self._stale(frame)
         self.leave()
@@ -88,10 +87,10 @@ class StageCore:
         try:
             self.stage = self._build(setup, frame.epoch)
         except DeviceError as error:  # an attention worker that did not come is no device that was lost
-            return _error(frame, ErrorCode.FAILED, str(error))
+            return error_answer(frame, ErrorCode.FAILED, str(error))
         self._session, self._dtype = frame.session, setup.dtype
         pages = torch.tensor([device.num_pages for device in self.stage.devices], dtype=torch.int64)
-        return _answer(frame, Kind.WELCOME, parts=(pages,))
+        return frame.answered(Kind.WELCOME, parts=(pages,))
 
     def _obey(self, frame: Frame, stage: Stage) -> Frame | None:
         match frame.kind:
@@ -99,9 +98,9 @@ class StageCore:
                 step, hidden = read_run(frame, self._dtype)
                 out = stage.run(step, hidden)
                 if out.dtype is torch.int64:
-                    return _answer(frame, Kind.TOKENS, counts=(len(out), 0, 0), parts=(out,))
+                    return frame.answered(Kind.TOKENS, counts=(len(out), 0, 0), parts=(out,))
                 counts = out.shape[0], out.shape[1], 0
-                return _answer(frame, Kind.HIDDEN, counts=counts, dtype=self._dtype, parts=(out,))
+                return frame.answered(Kind.HIDDEN, counts=counts, dtype=self._dtype, parts=(out,))
             case Kind.DROP:
                 stage.drop(frame.layer, read_keys(frame))
             case Kind.FORGET:
@@ -110,42 +109,17 @@ class StageCore:
             case Kind.COPY:
                 source, target, request, incarnation, first, last, *heads = read_numbers(frame, 6)
                 stage.copy(source, target, request, incarnation, heads, first, last)
-                return _answer(frame, Kind.DONE)
+                return frame.answered(Kind.DONE)
             case Kind.DIGEST:
                 part = read_part(frame)
                 sums = stage.digest(frame.layer, part.request, part.incarnation, part.heads, part.last)
-                return _answer(frame, Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
+                return frame.answered(Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
             case _:
                 raise FrameError(f"{frame.kind.name} is not for a stage")
         return None
 
     def _stale(self, frame: Frame) -> Frame:
-        text = f"{self.name} obeys epoch {self.epoch} over another connection"
-        return _error(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=self.epoch)
-
-
-def _error(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
-    return _answer(frame, Kind.ERROR, counts=(code, 0, 0), parts=pack_error(needed, free, text))
-
-
-def _answer(
-    frame: Frame,
-    kind: Kind,
-    *,
-    counts: tuple[int, int, int] = (0, 0, 0),
-    dtype: str = "",
-    parts: tuple[torch.Tensor, ...] = (),
-) -> Frame:
-    return Frame(
-        kind=kind,
-        epoch=frame.epoch,
-        session=frame.session,
-        serial=frame.serial,
-        step=frame.step,
-        counts=counts,
-        dtype=dtype,
-        parts=parts,
-    )
+        return stale_answer(frame, self.name, current=self.epoch)
 
 
 _ANSWERED = frozenset({Kind.SETUP, Kind.RUN, Kind.COPY, Kind.DIGEST})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.runtime.launch.room import Compute
-from hetis.runtime.worker.settings import Setting, common_settings, read_settings
+from hetis.runtime.worker.settings import ProcessOptions, Setting, common_settings, read_settings
 
 _SETTINGS = (
     *common_settings("STAGE", timeout_s=30),
@@ -32,18 +31,11 @@ exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageOptions:
-    """The settings of one stage process, each of them valid. ``advertise`` is what the engine calls this host."""
+class StageOptions(ProcessOptions):
+    """The settings of one stage process, each of them valid."""
 
-    name: str
-    store: tuple[str, int]
     model: Path
     device: Compute
-    listen: tuple[str, int]
-    advertise: str
-    threads: int
-    timeout_s: float
-    log_level: str
 
 
 def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> StageOptions:
@@ -53,14 +45,14 @@ def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]
         OptionError: with all that is missing or wrong.
         SystemExit: an option that there is not, or ``--help``.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m hetis.runtime.stages",
-        description="Be the stage that an engine says, until SIGTERM or SIGINT.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    read = read_settings(
+        _SETTINGS,
+        arguments,
+        environment,
+        command="python -m hetis.runtime.stages",
+        purpose="Be the stage that an engine says, until SIGTERM or SIGINT.",
+        examples=_EXAMPLES,
     )
-    read = read_settings(parser, _SETTINGS, arguments, environment)
     listen = read.address("--listen", least_port=0)
     options = StageOptions(
         name=read.name("--name"),

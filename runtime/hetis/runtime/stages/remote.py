@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +18,8 @@ from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.transport.messages import Part, pack_keys, read_digests, read_error
-from hetis.runtime.worker.core import ErrorCode
+from hetis.runtime.transport.messages import ErrorCode, Part, pack_keys, read_digests, read_error
+from hetis.runtime.transport.session import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +65,9 @@ class RemoteStage:
         each = max(config.kv_heads, self.num_ranks) // self.num_ranks
         self.homes = tuple(rank for rank in range(self.num_ranks) for _ in range(each))
         self._first = setup.stage.devices[0].name
-        self._channel, self._epoch, self._timeout_s = channel, epoch, timeout_s
-        self._session = secrets.randbits(63)
-        self._serial = 0
+        self._channel, self._session, self._timeout_s = channel, Session(epoch), timeout_s
         self._is_lost = False
-        answer = self._ask(Kind.SETUP, parts=pack_setup(setup, key), wait_s=load_s)
+        answer = self._ask(self._session.frame(Kind.SETUP, parts=pack_setup(setup, key)), wait_s=load_s)
         pages = read_numbers(answer, len(setup.stage.devices))
         self.devices = [
             StageDevice(name=device.name, shape=self.shape, num_pages=count)
@@ -85,7 +82,8 @@ class RemoteStage:
         """
         dtype = "" if hidden is None else self.shape.dtype
         with torch.inference_mode():
-            answer = self._ask(Kind.RUN, step=step.number, dtype=dtype, parts=pack_run(step, hidden))
+            parts = pack_run(step, hidden)
+            answer = self._ask(self._session.frame(Kind.RUN, step=step.number, dtype=dtype, parts=parts))
             try:
                 return read_output(answer, self.shape.torch_dtype)
             except FrameError as error:
@@ -93,24 +91,27 @@ class RemoteStage:
 
     def forget_prompt(self, request: int, incarnation: int) -> None:
         """The prompt's KV there is not needed any more."""
-        self._tell(Kind.FORGET, parts=(torch.tensor([request, incarnation], dtype=torch.int64),))
+        numbers = torch.tensor([request, incarnation], dtype=torch.int64)
+        self._tell(self._session.frame(Kind.FORGET, parts=(numbers,)))
 
     def drop(self, device: int, keys: Sequence[SequenceKey]) -> None:
         """Frees sequences on one of the stage's devices."""
         if keys:
-            self._tell(Kind.DROP, layer=device, counts=(len(keys), 0, 0), parts=(pack_keys(keys),))
+            counts = len(keys), 0, 0
+            self._tell(self._session.frame(Kind.DROP, layer=device, counts=counts, parts=(pack_keys(keys),)))
 
     def copy(
         self, source: int, target: int, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
     ) -> None:
         """Copies KV of positions ``first`` to ``last - 1`` from one device of the stage to another."""
         numbers = torch.tensor([source, target, request, incarnation, first, last, *heads], dtype=torch.int64)
-        self._ask(Kind.COPY, parts=(numbers,))
+        self._ask(self._session.frame(Kind.COPY, parts=(numbers,)))
 
     def digest(self, device: int, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         """As `AttentionDevice.digest` of one of the stage's devices."""
         part = Part(request, incarnation, 0, last, tuple(heads))
-        answer = self._ask(Kind.DIGEST, layer=device, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        counts = len(heads), 0, 0
+        answer = self._ask(self._session.frame(Kind.DIGEST, layer=device, counts=counts, parts=(part.numbers(),)))
         return read_digests(answer, self.shape, part)
 
     def replace_device(self, index: int, device: AttentionDevice) -> None:
@@ -122,66 +123,27 @@ class RemoteStage:
         if not self._is_lost:
             self._is_lost = True
             with contextlib.suppress(ChannelError):  # it is gone already, which is as good
-                self._channel.send([self._frame(Kind.BYE)])
+                self._channel.send([self._session.frame(Kind.BYE)])
             self._channel.close()
 
     # --- inside
 
-    def _frame(
-        self,
-        kind: Kind,
-        *,
-        step: int = 0,
-        layer: int = 0,
-        counts: tuple[int, int, int] = (0, 0, 0),
-        dtype: str = "",
-        parts: tuple[torch.Tensor, ...] = (),
-    ) -> Frame:
-        return Frame(
-            kind=kind,
-            epoch=self._epoch,
-            session=self._session,
-            serial=self._serial,
-            step=step,
-            layer=layer,
-            counts=counts,
-            dtype=dtype,
-            parts=parts,
-        )
-
-    def _tell(
-        self,
-        kind: Kind,
-        *,
-        layer: int = 0,
-        counts: tuple[int, int, int] = (0, 0, 0),
-        parts: tuple[torch.Tensor, ...] = (),
-    ) -> None:
+    def _tell(self, frame: Frame) -> None:
         """Sends a frame that has no answer; to a stage that was lost there is nothing to say."""
         if not self._is_lost:
-            self._send(self._frame(kind, layer=layer, counts=counts, parts=parts))
+            self._send(frame)
 
-    def _ask(
-        self,
-        kind: Kind,
-        *,
-        step: int = 0,
-        layer: int = 0,
-        counts: tuple[int, int, int] = (0, 0, 0),
-        dtype: str = "",
-        parts: tuple[torch.Tensor, ...] = (),
-        wait_s: float | None = None,
-    ) -> Frame:
+    def _ask(self, frame: Frame, *, wait_s: float | None = None) -> Frame:
+        """Sends a frame, and waits for its answer."""
         if self._is_lost:
             raise DeviceLostError(self._first, f"stage {self.name} was lost")
-        self._serial += 1
-        self._send(self._frame(kind, step=step, layer=layer, counts=counts, dtype=dtype, parts=parts))
+        self._send(frame)
         wait_s = self._timeout_s if wait_s is None else wait_s
         try:
             answer = self._channel.receive(wait_s)
             if answer is None:
                 raise self._lose(f"no answer within {wait_s:g} s")
-            if (answer.epoch, answer.session, answer.serial) != (self._epoch, self._session, self._serial):
+            if not self._session.has(answer) or answer.serial != frame.serial:
                 raise FrameError(f"an answer of epoch {answer.epoch}, which is not of this question")
         except ChannelError as error:
             raise self._lose(error) from error

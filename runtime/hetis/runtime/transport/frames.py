@@ -114,6 +114,27 @@ class Frame:
         assert len(self.parts) == 1, "only a frame that was received has its body in one piece"
         return self.parts[0]
 
+    def answered(
+        self,
+        kind: Kind,
+        *,
+        counts: tuple[int, int, int] = (0, 0, 0),
+        dtype: str = "",
+        parts: tuple[torch.Tensor, ...] = (),
+    ) -> Frame:
+        """The answer to this frame: what says which request it is of is the same."""
+        return Frame(
+            kind=kind,
+            epoch=self.epoch,
+            session=self.session,
+            serial=self.serial,
+            step=self.step,
+            layer=self.layer,
+            counts=counts,
+            dtype=dtype,
+            parts=parts,
+        )
+
 
 def header_of(frame: Frame) -> bytes:
     """The 64 bytes that go before a frame's body."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,17 @@ from hetis.runtime.transport.frames import DTYPES, Frame, Kind
 
 KEY_BYTES = 16
 MOST_LAYERS = 4096
+
+
+class ErrorCode(IntEnum):
+    """What an ERROR frame tells, in its first count."""
+
+    FAILED = 1  # anything else: the process cannot be relied on
+    OUT_OF_PAGES = 2
+    UNKNOWN_SEQUENCE = 3
+    STALE_EPOCH = 4
+    REFUSED = 5  # wrong key
+    DEVICE_LOST = 6  # of a stage: one of its attention workers, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,10 +167,17 @@ def read_pong(frame: Frame) -> tuple[int, int]:
     return free, held
 
 
-def pack_error(needed: int, free: int, text: str) -> tuple[torch.Tensor, ...]:
-    """The body of ERROR."""
+def error_answer(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
+    """ERROR in answer to a frame."""
     words = torch.frombuffer(bytearray(text.encode()[:4096] or b" "), dtype=torch.uint8)
-    return torch.tensor([needed, free], dtype=torch.int64), words
+    numbers = torch.tensor([needed, free], dtype=torch.int64)
+    return frame.answered(Kind.ERROR, counts=(code, 0, 0), parts=(numbers, words))
+
+
+def stale_answer(frame: Frame, name: str, *, current: int) -> Frame:
+    """ERROR in answer to a frame that is not of the connection that process ``name`` obeys, of epoch ``current``."""
+    text = f"{name} obeys epoch {current} over another connection"
+    return error_answer(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=current)
 
 
 def read_error(frame: Frame) -> tuple[int, int, str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from enum import IntEnum
 
 import torch
 
@@ -21,29 +20,20 @@ from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.errors import FrameError
 from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.messages import (
+    ErrorCode,
     Hello,
-    pack_error,
+    error_answer,
     pack_welcome,
     read_adopted,
     read_keys,
     read_part,
     read_queries,
     read_step,
+    stale_answer,
 )
 
 MakeDevice = Callable[[KvShape], LocalDevice]
 _log = logging.getLogger(__name__)
-
-
-class ErrorCode(IntEnum):
-    """What an ERROR frame tells, in its first count."""
-
-    FAILED = 1  # anything else: the worker cannot be relied on
-    OUT_OF_PAGES = 2
-    UNKNOWN_SEQUENCE = 3
-    STALE_EPOCH = 4
-    REFUSED = 5  # wrong key
-    DEVICE_LOST = 6  # of a stage: one of its attention workers, by name
 
 
 class WorkerCore:
@@ -98,7 +88,7 @@ class WorkerCore:
     def _hello(self, frame: Frame) -> Frame:
         hello = Hello.read(frame)
         if hello.key != self._key:
-            return self._error(frame, ErrorCode.REFUSED, f"{self.name}: the key is another worker's, or an old one")
+            return error_answer(frame, ErrorCode.REFUSED, f"{self.name}: the key is another worker's, or an old one")
         if frame.epoch < self.epoch:
             return self._stale(frame)
         if self.device is None or self.device.shape != hello.shape:
@@ -106,7 +96,7 @@ class WorkerCore:
             self.device = self._make_device(hello.shape)
         self._forget()
         self.epoch, self._session = frame.epoch, frame.session
-        return self._answer(frame, Kind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
+        return frame.answered(Kind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
 
     def _forget(self) -> None:
         self._step, self._failed = None, None
@@ -137,15 +127,15 @@ class WorkerCore:
                 part = read_part(frame)
                 k, v = device.export(part.request, part.incarnation, part.heads, part.first, part.last)
                 counts = len(part.heads), part.last - part.first, 0
-                return self._answer(frame, Kind.KV, counts=counts, dtype=device.shape.dtype, parts=(k, v))
+                return frame.answered(Kind.KV, counts=counts, dtype=device.shape.dtype, parts=(k, v))
             case Kind.DIGEST:
                 self._raise_failed()
                 part = read_part(frame)
                 sums = device.digest(part.request, part.incarnation, part.heads, part.last)
-                return self._answer(frame, Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
+                return frame.answered(Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
             case Kind.PING:
                 numbers = torch.tensor([device.pool.free_pages, len(device.pool)], dtype=torch.int64)
-                return self._answer(frame, Kind.PONG, parts=(numbers,))
+                return frame.answered(Kind.PONG, parts=(numbers,))
             case _:
                 raise FrameError(f"{frame.kind.name} is not for a worker")
         return None
@@ -156,7 +146,7 @@ class WorkerCore:
             raise UnknownSequenceError(self.name, f"step {frame.step} was not begun")
         q, k, v = read_queries(frame, device.shape, self._step[1])
         out = device.attend(frame.layer, q, k, v).wait()
-        return self._answer(frame, Kind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
+        return frame.answered(Kind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
 
     def _adopt(self, frame: Frame, device: LocalDevice) -> None:
         part, k, v = read_adopted(frame, device.shape)
@@ -183,38 +173,13 @@ class WorkerCore:
 
     def _refusal(self, frame: Frame, error: Exception) -> Frame:
         if isinstance(error, OutOfPagesError):
-            return self._error(frame, ErrorCode.OUT_OF_PAGES, str(error), needed=error.needed, free=error.free)
+            return error_answer(frame, ErrorCode.OUT_OF_PAGES, str(error), needed=error.needed, free=error.free)
         is_unknown = isinstance(error, UnknownSequenceError)
         code = ErrorCode.UNKNOWN_SEQUENCE if is_unknown else ErrorCode.FAILED
-        return self._error(frame, code, f"{type(error).__name__}: {error}")
+        return error_answer(frame, code, f"{type(error).__name__}: {error}")
 
     def _stale(self, frame: Frame) -> Frame:
-        text = f"{self.name} obeys epoch {self.epoch} over another connection"
-        return self._error(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=self.epoch)
-
-    def _error(self, frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
-        return self._answer(frame, Kind.ERROR, counts=(code, 0, 0), parts=pack_error(needed, free, text))
-
-    def _answer(
-        self,
-        frame: Frame,
-        kind: Kind,
-        *,
-        counts: tuple[int, int, int] = (0, 0, 0),
-        dtype: str = "",
-        parts: tuple[torch.Tensor, ...] = (),
-    ) -> Frame:
-        return Frame(
-            kind=kind,
-            epoch=frame.epoch,
-            session=frame.session,
-            serial=frame.serial,
-            step=frame.step,
-            layer=frame.layer,
-            counts=counts,
-            dtype=dtype,
-            parts=parts,
-        )
+        return stale_answer(frame, self.name, current=self.epoch)
 
 
 _ANSWERED = frozenset({Kind.HELLO, Kind.ATTEND, Kind.EXPORT, Kind.DIGEST, Kind.PING})

@@ -11,7 +11,7 @@ from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.connecting import accept
 from hetis.runtime.transport.errors import ChannelError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.worker.core import ErrorCode
+from hetis.runtime.transport.messages import ErrorCode
 from hetis.runtime.worker.newcomers import Newcomers
 
 LOOK_S = 0.1  # between two looks for another engine while this one says nothing

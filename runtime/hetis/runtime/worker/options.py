@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hetis.runtime.worker.settings import OptionError, Setting, common_settings, read_settings
+from hetis.runtime.worker.settings import OptionError, ProcessOptions, Setting, common_settings, read_settings
 
 __all__ = ["VARIABLES", "OptionError", "WorkerOptions", "read_options"]
 
@@ -34,18 +33,11 @@ exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions:
-    """The settings of one worker, each of them valid. ``advertise`` is what the engine calls this host."""
+class WorkerOptions(ProcessOptions):
+    """The settings of one worker, each of them valid."""
 
-    name: str
-    store: tuple[str, int]
     kv_bytes: int
-    listen: tuple[str, int]
-    advertise: str
     device: str
-    threads: int
-    timeout_s: float
-    log_level: str
 
 
 def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> WorkerOptions:
@@ -55,14 +47,14 @@ def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]
         OptionError: with all that is missing or wrong.
         SystemExit: an option that there is not, or ``--help``.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m hetis.runtime.worker",
-        description="Hold KV of some attention heads and compute attention over it, until SIGTERM or SIGINT.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    read = read_settings(
+        _SETTINGS,
+        arguments,
+        environment,
+        command="python -m hetis.runtime.worker",
+        purpose="Hold KV of some attention heads and compute attention over it, until SIGTERM or SIGINT.",
+        examples=_EXAMPLES,
     )
-    read = read_settings(parser, _SETTINGS, arguments, environment)
     listen = read.address("--listen", least_port=0)
     options = WorkerOptions(
         name=read.name("--name"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +15,7 @@ from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
 from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.messages import (
+    ErrorCode,
     Hello,
     Part,
     pack_keys,
@@ -27,7 +27,7 @@ from hetis.runtime.transport.messages import (
     read_pong,
     read_welcome,
 )
-from hetis.runtime.worker.core import ErrorCode
+from hetis.runtime.transport.session import Session
 
 T = TypeVar("T")
 
@@ -52,13 +52,11 @@ class RemoteDevice:
         """
         self.name, self.shape = name, shape
         self.is_lost = False
-        self._channel, self._epoch, self._timeout_s = channel, epoch, timeout_s
-        self._session = secrets.randbits(63)
-        self._serial = 0
+        self._channel, self._session, self._timeout_s = channel, Session(epoch), timeout_s
         self._queued: list[Frame] = []
         self._owed = 0  # serial of the last request whose answer has not been read; 0: none is under way
         self._step: DeviceStep | None = None
-        hello = Hello(shape=shape, key=key).frame(epoch=epoch, session=self._session)
+        hello = Hello(shape=shape, key=key).frame(epoch=epoch, session=self._session.number)
         self._send(hello)
         self.num_pages, _ = self._read(self._answer(hello.serial), read_welcome)
 
@@ -67,25 +65,27 @@ class RemoteDevice:
     def begin(self, step: DeviceStep) -> None:
         self._check_here()
         self._step = step
-        self._queued.append(self._frame(Kind.BEGIN, step=step.number, counts=(len(step), 0, 0), parts=pack_step(step)))
+        self._queued.append(
+            self._session.frame(Kind.BEGIN, step=step.number, counts=(len(step), 0, 0), parts=pack_step(step))
+        )
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Outputs:
         assert self._step is not None, "a step was begun"
         counts, dtype = (len(q), 0, 0), self.shape.dtype
-        frame = self._frame(
+        frame = self._session.frame(
             Kind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(q, k, v)
         )
         return _Outputs(self, self._ask(frame), counts[0], q.device)
 
     def finish(self, number: int) -> None:
         self._step = None
-        self._queued.append(self._frame(Kind.FINISH, step=number))
+        self._queued.append(self._session.frame(Kind.FINISH, step=number))
 
     def abort(self, number: int) -> None:
         self._step = None
         if self.is_lost:
             return
-        self._queued.append(self._frame(Kind.ABORT, step=number))
+        self._queued.append(self._session.frame(Kind.ABORT, step=number))
         # Read what is still under way: a worker that cannot get rid of its answers takes no more frames.
         if self._owed:
             self._answer(self._owed)
@@ -95,13 +95,13 @@ class RemoteDevice:
     def drop(self, keys: Sequence[SequenceKey]) -> None:
         if self.is_lost or not keys:
             return
-        self._send(self._frame(Kind.DROP, counts=(len(keys), 0, 0), parts=(pack_keys(keys),)))
+        self._send(self._session.frame(Kind.DROP, counts=(len(keys), 0, 0), parts=(pack_keys(keys),)))
 
     def export(
         self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         part = Part(request, incarnation, first, last, tuple(heads))
-        asked = self._frame(Kind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        asked = self._session.frame(Kind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
         answer = self._answer(self._ask(asked))
         return self._read(answer, lambda frame: read_kv(frame, self.shape, part))
 
@@ -113,11 +113,13 @@ class RemoteDevice:
         part = Part(request, incarnation, first, first + positions, tuple(heads))
         dtype = self.shape.torch_dtype
         parts = (part.numbers(), k.to(dtype), v.to(dtype))
-        self._send(self._frame(Kind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts))
+        self._send(
+            self._session.frame(Kind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts)
+        )
 
     def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         part = Part(request, incarnation, 0, last, tuple(heads))
-        asked = self._frame(Kind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        asked = self._session.frame(Kind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),))
         answer = self._answer(self._ask(asked))
         return self._read(answer, lambda frame: read_digests(frame, self.shape, part))
 
@@ -125,41 +127,17 @@ class RemoteDevice:
 
     def ping(self) -> tuple[int, int]:
         """Asks whether it is there: its free pages, and the virtual sequences that it holds. Raises DeviceLostError."""
-        return self._read(self._answer(self._ask(self._frame(Kind.PING))), read_pong)
+        return self._read(self._answer(self._ask(self._session.frame(Kind.PING))), read_pong)
 
     def close(self) -> None:
         """Says goodbye; the worker forgets what it holds and waits for the next engine."""
         if not self.is_lost:
             self.is_lost = True
             with contextlib.suppress(ChannelError):  # it is gone already, which is as good
-                self._channel.send([*self._queued, self._frame(Kind.BYE)])
+                self._channel.send([*self._queued, self._session.frame(Kind.BYE)])
             self._channel.close()
 
     # --- inside
-
-    def _frame(
-        self,
-        kind: Kind,
-        *,
-        step: int = 0,
-        layer: int = 0,
-        counts: tuple[int, int, int] = (0, 0, 0),
-        dtype: str = "",
-        parts: tuple[torch.Tensor, ...] = (),
-    ) -> Frame:
-        """A frame of this connection, with a serial of its own."""
-        self._serial += 1
-        return Frame(
-            kind=kind,
-            epoch=self._epoch,
-            session=self._session,
-            serial=self._serial,
-            step=step,
-            layer=layer,
-            counts=counts,
-            dtype=dtype,
-            parts=parts,
-        )
 
     def _ask(self, frame: Frame) -> int:
         """Sends a frame that has an answer; returns the serial that this will have."""
@@ -183,7 +161,7 @@ class RemoteDevice:
                 frame = self._channel.receive(self._timeout_s)
                 if frame is None:
                     raise self._lose(f"no answer within {self._timeout_s:g} s")
-                if (frame.epoch, frame.session) != (self._epoch, self._session) or frame.serial > serial:
+                if not self._session.has(frame) or frame.serial > serial:
                     raise FrameError(f"an answer of epoch {frame.epoch}, which is not of this connection")
             except ChannelError as error:
                 raise self._lose(error) from error

@@ -46,6 +46,19 @@ class Setting:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessOptions:
+    """What `common_settings` say, each of them valid. ``advertise`` is what the engine calls this host."""
+
+    name: str
+    store: tuple[str, int]
+    listen: tuple[str, int]
+    advertise: str
+    threads: int
+    timeout_s: float
+    log_level: str
+
+
 def common_settings(who: str, *, timeout_s: float) -> tuple[Setting, ...]:
     """What a process is told that serves an engine; ``who`` is in the names of its variables: ``WORKER``."""
     rows = (
@@ -172,12 +185,26 @@ class Reading:
 
 
 def read_settings(
-    parser: argparse.ArgumentParser,
     settings: Sequence[Setting],
     arguments: Sequence[str] | None,
     environment: Mapping[str, str],
+    *,
+    command: str,
+    purpose: str,
+    examples: str,
 ) -> Reading:
-    """What options and variables say together. Raises SystemExit: an option that there is not, or ``--help``."""
+    """What options and variables say together; ``--help`` shows the command, what it is for, and ``examples``.
+
+    Raises:
+        SystemExit: an option that there is not, or ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=purpose,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for setting in settings:
         parser.add_argument(setting.option, dest=setting.option, metavar=setting.metavar, help=setting.help)
     return Reading(settings, vars(parser.parse_args(arguments)), environment)
