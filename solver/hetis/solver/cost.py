@@ -7,7 +7,8 @@ prices a single one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -116,11 +117,12 @@ class DeviceCost:
     moments: WorkloadMoments
     shape: RankShape
     intra: Link
+    _fits: Mapping[Op, Fit] = field(init=False, repr=False, compare=False)
 
-    def _fit(self, op: Op) -> Fit:
-        fit = self.profile.fit(op, self.model, self.shape.tp)
-        assert fit is not None, f"Profile guarantees a fit for {op}"
-        return fit
+    def __post_init__(self) -> None:
+        # Looked up once: a placement asks for a hundred thousand times.
+        found = {op: self.profile.fit(op, self.model, self.shape.tp) for op in Op}
+        object.__setattr__(self, "_fits", {op: fit for op, fit in found.items() if fit is not None})
 
     def dense_s(self, tokens: float, *, prefix_layer: bool = False) -> float:
         """dense(T) of a repeated layer, or of one of the leading layers without experts."""
@@ -130,7 +132,7 @@ class DeviceCost:
         activations = 8 * m.hidden * m.activation_bytes * tokens
         return float(
             _seconds(
-                self._fit(Op.DENSE),
+                self._fits[Op.DENSE],
                 flops=2.0 * tokens * active / n,
                 num_bytes=touched * m.weight_bytes / n + activations,
                 tokens=tokens,
@@ -144,7 +146,7 @@ class DeviceCost:
             return 0.0
         num_bytes = tokens * self.model.hidden * self.model.activation_bytes
         wire_s = 2.0 * (n - 1) / n * num_bytes / self.intra.bytes_per_s
-        fit = self._fit(Op.ALL_REDUCE)
+        fit = self._fits[Op.ALL_REDUCE]
         return float(_seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=tokens)) + self.intra.latency_s
 
     def prefill_s(self, chunk_tokens: float) -> float:
@@ -153,7 +155,7 @@ class DeviceCost:
         attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
         return float(
             _seconds(
-                self._fit(Op.PREFILL_ATTENTION),
+                self._fits[Op.PREFILL_ATTENTION],
                 flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp),
                 num_bytes=(attended + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
                 tokens=chunk_tokens,
@@ -167,7 +169,7 @@ class DeviceCost:
         attended = m.attended_tokens(self.moments.resident_context)
         heads = pairs * queries_per_group
         seconds = _seconds(
-            self._fit(Op.DECODE_ATTENTION),
+            self._fits[Op.DECODE_ATTENTION],
             flops=m.decode_attention_flops(attended, 1.0) * heads,
             num_bytes=pairs * attended * m.kv_bytes_per_token_group(),
             heads=heads,
@@ -176,7 +178,7 @@ class DeviceCost:
 
     def transfer_s(self, num_bytes: Scalars, link: Link) -> Scalars:
         """A message over ``link`` without the link's latency; 0 for an empty one."""
-        seconds = _seconds(self._fit(Op.TRANSFER), num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
+        seconds = _seconds(self._fits[Op.TRANSFER], num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
         return np.where(np.asarray(num_bytes) > 0, seconds, 0.0)
 
     def hop_s(self, tokens: float, link: Link) -> float:
@@ -197,7 +199,7 @@ class DeviceCost:
         return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
 
     def step_s(self, tokens: float) -> float:
-        fit = self.profile.fit(Op.STEP, self.model, self.shape.tp)
+        fit = self._fits.get(Op.STEP)
         return 0.0 if fit is None else float(_seconds(fit, tokens=tokens))
 
     def head_s(self, tokens: float) -> float:
@@ -206,7 +208,7 @@ class DeviceCost:
         num_bytes = m.embedding_params * m.embedding_bytes / n + tokens * m.hidden * m.activation_bytes
         return float(
             _seconds(
-                self._fit(Op.DENSE), flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
+                self._fits[Op.DENSE], flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
             )
         )
 
