@@ -7,11 +7,13 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-WORKERS ?= auto
 
 # The first of these that runs and is new enough; PYTHON=... chooses another one.
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
+
+# Processes that test: two more than there are cores, for many tests wait for what they have started.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 2)')
 
 .PHONY: help demo demo-cluster demo-serve test soak lint types format proto profiles bench clean
 
@@ -38,10 +40,10 @@ demo-serve: $(VENV)/.serve
 	$(BIN)/python -m examples.demo_serve
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m soak $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

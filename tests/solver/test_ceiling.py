@@ -81,6 +81,7 @@ def test_most_configurations_end_at_their_ceiling() -> None:
     atlas = build_atlas(problem(example("fleet-160")))
     worth = np.array([2.0, 0.9, 0.4, 0.35, 0.5])
     prices = atlas.group_use @ worth, atlas.card_use @ worth
-    every = sorted(((ceiling_of(atlas, c, *prices, 0.0).ratio, c) for c in configurations(atlas)), key=itemgetter(0))
-    best = max(searched(atlas, c, *prices, UNKNOWN, 0.0) for _, c in every[-40:])
+    some = list(configurations(atlas))[::5]
+    every = sorted(((ceiling_of(atlas, c, *prices, 0.0).ratio, c) for c in some), key=itemgetter(0))
+    best = max(searched(atlas, c, *prices, UNKNOWN, 0.0) for _, c in every[-20:])
     assert sum(highest > best for highest, _ in every) < len(every) / 4
