@@ -16,9 +16,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from examples.demo_cluster.processes import ProcessError, Processes
+from examples.demo_cluster.processes import Processes
 from examples.demo_cluster.story import Story
 from examples.demo_cluster.teller import Teller
+from examples.processes import ProcessError
 from hetis.planner.client import CallError
 
 

@@ -1,57 +1,17 @@
-"""The processes of the demo: one planner, one agent with a simulated engine per node; all are stopped at the end."""
+"""The processes of the demo: one planner, one agent with a simulated engine per node."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+
+from examples.processes import DemoProcesses
 
 START_TIMEOUT_S = 60.0
 
 
-class ProcessError(Exception):
-    """A process of the demo did not start, or ended by itself; the message ends with the last lines of its log."""
-
-
-class Processes:
-    """Everything that the demo starts. Logs go to ``folder``; leaving the context stops every process by its id."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._running: dict[str, subprocess.Popen[str]] = {}
-        self._logs: list[IO[str]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop(list(self._running))
-        for log in self._logs:
-            log.close()
-
-    def start_planner(self, *, listen: str, lease: str, heartbeat: str) -> str:
-        """Starts the planner and returns its address once it serves."""
-        command = [
-            *("hetis-planner", "--listen", listen, "--status-page", "off", "--ready-json"),
-            *("--store", f"sqlite:///{self.folder}/planner.db", "--set", "solver.processes=1"),
-            *("--set", f"agents.lease={lease}", "--set", f"agents.heartbeat={heartbeat}"),
-        ]
-        planner = self._start("planner", command, stdout=subprocess.PIPE)
-        assert planner.stdout is not None
-        line = planner.stdout.readline()
-        if not line:
-            raise ProcessError(f"the planner did not start\n{self.tail('planner')}")
-        address: str = json.loads(line)["listen"][0]
-        return address
+class Processes(DemoProcesses):
+    """Everything that the demo starts."""
 
     def start_agent(self, node: str, *, server: str, devices: str, control: Path) -> None:
         command = [
@@ -61,54 +21,6 @@ class Processes:
         ]
         self._start(node, command)
 
-    def kill(self, name: str) -> None:
-        """As a power cut would: no process of that name gets to say goodbye."""
-        process = self._running.pop(name)
-        process.kill()
-        process.wait()
-
-    def stop(self, names: Iterable[str]) -> None:
-        stopping = [self._running.pop(name) for name in names]
-        for process in stopping:
-            process.send_signal(signal.SIGTERM)
-        for process in stopping:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def check(self) -> None:
-        """Raises ProcessError when a process ended that nobody killed."""
-        for name, process in self._running.items():
-            if process.poll() is not None:
-                raise ProcessError(f"{name} ended with exit code {process.returncode}\n{self.tail(name)}")
-
-    def wait_until(self, is_so: Callable[[], bool], what: str, *, timeout_s: float = START_TIMEOUT_S) -> float:
-        """Waits until something holds; returns the seconds that it took."""
-        started_s = time.monotonic()
-        while not is_so():
-            self.check()
-            if time.monotonic() > started_s + timeout_s:
-                raise ProcessError(f"waited {timeout_s:.0f} s in vain until {what}\n{self.tail('planner')}")
-            time.sleep(0.1)
-        return time.monotonic() - started_s
-
-    def tail(self, name: str, lines: int = 15) -> str:
-        """The last lines of a process's log."""
-        text = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
-
-    def _start(self, name: str, command: list[str], stdout: int | None = None) -> subprocess.Popen[str]:
-        """Runs a command of this installation."""
-        log = (self.folder / f"{name}.log").open("a", encoding="utf-8")
-        self._logs.append(log)
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name(command[0]), *command[1:]],
-            stdout=log if stdout is None else stdout,
-            stderr=log,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        self._running[name] = process
-        return process
+    def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_TIMEOUT_S) -> float:
+        """As `DemoProcesses.wait_until`, for as long as such processes need to start."""
+        return super().wait_until(is_so, what, timeout_s=timeout_s)

@@ -21,7 +21,8 @@ from typing import TextIO
 from examples.demo_serve.checkpoint import make_checkpoint
 from examples.demo_serve.client import Client, Json
 from examples.demo_serve.planner import HERE, Planner, told
-from examples.demo_serve.processes import ProcessError, Processes
+from examples.demo_serve.processes import Processes
+from examples.processes import ProcessError
 
 PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # as the plan calls them
 DEVICES = (PRIMARY, *WORKERS)
@@ -66,7 +67,7 @@ def tell(folder: Path, out: TextIO) -> Json:
     say(f"A model with random weights: 4 layers, 8 KV heads of 2 query heads, {size} KiB.")
     wanted = unsplit_text(model)
     with Processes(folder, WORKERS) as processes:
-        address = processes.start_planner()
+        address = processes.start_planner(listen="127.0.0.1:0", lease="10s", heartbeat="250ms")
         with closing(Planner(address)) as planner:
             planner.create_cluster()
             processes.start_agent(address, node="clusters/demo/nodes/box", devices="L4:1,T4:2")
@@ -171,7 +172,7 @@ class Story:
         victims = [name for name in WORKERS if name in heads]
         if self.count and victims and not self.killed:
             self.killed = max(victims, key=heads.count)
-            self.processes.kill(self.killed)
+            self.processes.kill_worker(self.killed)
             self.say(f"  {self.killed} is killed (kill -9), with the KV of {heads.count(self.killed)} heads")
 
     def _tell_news(self) -> bool:
