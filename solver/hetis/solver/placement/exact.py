@@ -131,7 +131,7 @@ class ExactSearch:
             kind: Frontier(self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
             for kind in sorted(set(self.kinds))
         }
-        self.roomy = {kind: self._roomy(kind) for kind in self.frontiers}
+        self._roomy: dict[tuple[Kind, Part], BoolArray] = {}
 
     def _zones(self) -> IntArray:
         """The zone of every sub-fleet, by its number in `Routes`; -1 of those in several, or in none; [V]."""
@@ -151,23 +151,29 @@ class ExactSearch:
         first = self.atlas.routes.side(role, sends_afar=kind is Kind.PREFILL)
         return np.where(self.zones >= 0, first + self.zones, -1)
 
-    def _roomy(self, kind: Kind) -> BoolArray:
-        """Sub-fleets with memory for a replica of some configuration; [V].
+    def roomy(self, kind: Kind, part: Part) -> BoolArray:
+        """Sub-fleets with memory for a replica of some configuration of a part; [V].
 
         The fewer requests a replica holds the less memory it takes, but there is no order among chunks: a longer one
         takes room itself, and ends prefill sooner.
         """
+        if (kind, part) not in self._roomy:
+            self._roomy[kind, part] = self._find_roomy(kind, part)
+        return self._roomy[kind, part]
+
+    def _find_roomy(self, kind: Kind, part: Part) -> BoolArray:
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
         family, mixes = self.atlas.problem.family, self.atlas.mixes
         of_kind = [x for x, mix in enumerate(mixes) if kind_of(mix) is kind]
         batch, in_flight = min(mixes[x].micro_batch for x in of_kind), min(family.in_flight)
         f = family.in_flight.index(in_flight)
-        for scope, part in enumerate(self.atlas.scopes):
-            for x in (x for x in of_kind if mixes[x].micro_batch == batch and part.serves(mixes[x])):
-                side = self.atlas.side_of(scope, x)
-                options, entries = self.options_of(Configuration(scope, x, f, in_flight, 0, Regime(0.0, 0.0), side))
-                layers, _ = entry_layers(part.tables, options, entries, np.inf)
-                roomy |= reach(part.tables, self.lattice, entries, layers, 0).closing >= 0
+        for number, scope in enumerate(self.atlas.scopes):
+            for x in (x for x in of_kind if mixes[x].micro_batch == batch and scope.serves(mixes[x])):
+                side = self.atlas.side_of(number, x)
+                any_pipeline = Configuration(number, x, f, in_flight, 0, Regime(0.0, 0.0), side)
+                options, entries = self.options_of(any_pipeline, part)
+                layers, _ = entry_layers(scope.tables, options, entries, np.inf)
+                roomy |= reach(scope.tables, self.lattice, entries, layers, 0).closing >= 0
         return roomy
 
     def options_of(self, c: Configuration, part: Part | None = None) -> tuple[Options, Entries]:
@@ -193,11 +199,11 @@ class ExactSearch:
         for frontier in self.frontiers.values():
             frontier.bound[:] = 0.0
         for tag in self._order():
+            c, kind = self.configurations[tag], self.kinds[tag]
+            if ROLES[kind] not in part.roles:
+                continue
             if budget.is_spent():
                 return False
-            c, kind = self.configurations[tag], self.kinds[tag]
-            if self.atlas.mixes[c.mix].role not in part.roles:
-                continue
             f, wanted = self.frontiers[kind], needed[kind]
             tables = self.atlas.scopes[c.scope].tables
             cap = interval_cap(tables, c.mix, c.in_flight_index, c.unevenness)
@@ -206,7 +212,7 @@ class ExactSearch:
             if (
                 ceiling[-1] == 0.0
                 or ceiling[-1] * cap < 1.0
-                or not np.any(self.roomy[kind] & (ceiling > np.maximum(wanted, f.rate)))
+                or not np.any(self.roomy(kind, part) & (ceiling > np.maximum(wanted, f.rate)))
             ):
                 continue
             if c.is_sequential and tolerance < TOLERANCES[0]:
