@@ -32,7 +32,6 @@ from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.served import served
 from hetis.formats.documents import load_workload
-from hetis.planner.comparing import CONTAINERS, ROUNDING
 from hetis.planner.simulating import MIN_REQUESTS, TURNS
 from hetis.simulator.confidence import over_runs
 from hetis.simulator.metrics import prediction_of
@@ -134,7 +133,7 @@ def simulated(
     """Plans by every strategy, saturated, then all at one rate."""
     lengths = load_workload(workload)
     outcomes = []
-    for outcome in with_best_contained([planned(posed, strategy, time_limit_s) for strategy in STRATEGIES]):
+    for outcome in [planned(posed, strategy, time_limit_s) for strategy in STRATEGIES]:
         if outcome.plan is not None:
             with served(
                 outcome.plan, posed, lengths, seeds=seeds, turns=turns, at_least=at_least, processes=processes
@@ -163,20 +162,6 @@ def planned(posed: PlacementProblem, strategy: str, time_limit_s: float) -> Outc
         return Outcome(strategy=strategy, plan=solve_placement(posed, strategy=strategy, budget=budget), note="")
     except HetisError as error:
         return Outcome(strategy=strategy, plan=None, note=str(error).splitlines()[0])
-
-
-def with_best_contained(outcomes: list[Outcome]) -> list[Outcome]:
-    """The same; `hetis` with the plan of a strategy inside it that was ahead when time was up, as in `compare`."""
-    inside = [one.plan for one in outcomes if one.strategy in CONTAINERS and one.plan is not None]
-    ahead = max(inside, key=lambda plan: plan.result.value, default=None)
-
-    def best(one: Outcome) -> Outcome:
-        own = 0.0 if one.plan is None else one.plan.result.value
-        if one.strategy != "hetis" or ahead is None or ahead.result.value <= own * (1.0 + ROUNDING):
-            return one
-        return replace(one, plan=ahead, note=f"the plan of {ahead.strategy}: its own search had found {own:.4g}")
-
-    return [best(one) for one in outcomes]
 
 
 def _loaded(

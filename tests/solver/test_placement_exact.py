@@ -19,8 +19,8 @@ from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search, solve_placement
-from hetis.solver.placement.exact import solve_exactly
 from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
 from hetis.solver.problem import PlacementProblem

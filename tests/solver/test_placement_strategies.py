@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 
+from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
-from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement import search, solve_placement
+from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError
+from hetis.solver.placement import exact, search, solve_placement
+from hetis.solver.placement.options import Options
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
-from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, problems
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
@@ -45,6 +48,46 @@ def test_hetis_is_never_worse_than_hexgen_nor_hexgen_than_uniform(exact: bool, p
     else:
         assert hetis <= hexgen * (1 + REL)
         assert hexgen <= uniform * (1 + REL)
+
+
+def value_within(problem: PlacementProblem, strategy: str, limit: float) -> float:
+    """What the exact search finds before its clock, which counts the stage options it lists, shows ``limit``."""
+    listed, list_options = [0.0], exact.list_options
+
+    def counted(*arguments: Any) -> Options:
+        options = list_options(*arguments)
+        listed[0] += len(options.rank)
+        return options
+
+    with patch.object(exact, "list_options", counted):
+        try:
+            budget = Budget(time_limit_s=limit, clock=lambda: listed[0])
+            return solve_placement(problem, strategy=strategy, budget=budget).result.value
+        except HetisError:
+            return 0.0
+
+
+@pytest.mark.parametrize(
+    ("strong", "weak", "layers"), [((3, 4e10, 7), (1, 1e10, 7), 6), ((1, 2e10, 9), (3, 2e10, 9), 8)]
+)
+def test_hetis_cut_short_is_no_worse_than_hexgen_in_half_the_time_and_hexgen2_in_a_quarter(
+    strong: tuple[int, float, int], weak: tuple[int, float, int], layers: int
+) -> None:
+    cards = {"A": (strong, 2e12), "B": (weak, 1e12)}
+    problem = make_problem(
+        [make_node(name.lower(), name, gpus=gpus) for name, ((gpus, _, _), _) in cards.items()],
+        profiles={
+            name: make_profile(name, flops=flops, bytes_per_s=bytes_per_s, usable_bytes=megabytes * 1_000_000)
+            for name, ((_, bytes_per_s, megabytes), flops) in cards.items()
+        },
+        model=make_model(num_layers=layers, kv_heads=4),
+    )
+    whole, uniform = value_within(problem, "hetis", math.inf), value_within(problem, "uniform", math.inf)
+    for limit in (60.0, 80.0, 160.0):
+        hetis = value_within(problem, "hetis", limit)
+        assert hetis >= value_within(problem, "hexgen", limit / 2) * (1 - REL)
+        assert hetis >= value_within(problem, "hexgen2", limit / 4) * (1 - REL)
+        assert limit < 80.0 or uniform * 1.01 < hetis < whole * 0.99, "neither all nor nothing was searched"
 
 
 @settings(max_examples=3 * EXAMPLES)

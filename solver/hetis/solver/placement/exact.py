@@ -1,9 +1,9 @@
 """Small fleets: the best replica of every sub-fleet, then the best packing of sub-fleets; a proof, not a gap.
 
-Three passes over all configurations, each with a narrower tolerance. After a pass the master over the rates found
-gives an incumbent, and duals scaled to fit every sub-fleet give a bound; a replica whose rate falls short of its
-price by more than the distance between the two cannot be part of anything better, so the next pass does not look for
-it (`needed_rates`).
+`passes.py` sweeps all configurations again and again, each time with a narrower tolerance. After a pass the master over
+the rates found gives an incumbent, and duals scaled to fit every sub-fleet give a bound; a replica whose rate falls
+short of its price by more than the distance between the two cannot be part of anything better, so the next pass does
+not look for it (`needed_rates`).
 
 Prefill and decode replicas have frontiers of their own over the same sub-fleets: the best rate of each role on each.
 They lie in one zone, and device classes do, so that a sub-fleet tells the zone; the master joins them by their flows.
@@ -17,7 +17,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget
 from hetis.solver.cost import Mix, Regime
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.configurations import Configuration, configurations
@@ -26,9 +26,8 @@ from hetis.solver.placement.frontier_sequential import explore_sequential, seque
 from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
 from hetis.solver.placement.options import Options, chunk_cap, interval_cap, list_options, stage_rows
-from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.outcome import Outcome, sound_bound
-from hetis.solver.placement.pool import NO_LINKS, Pool
+from hetis.solver.placement.parts import Part, whole
+from hetis.solver.placement.pool import NO_LINKS
 from hetis.solver.placement.routes import UNIFIED, Valuation
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Template, template_of
@@ -54,6 +53,14 @@ class Kind(IntEnum):
     LOCAL_PREFILL = 1  # sends KV to its own zone only
     PREFILL = 2  # may send it to all
     DECODE = 3
+
+
+ROLES = {
+    Kind.UNIFIED: Role.UNIFIED,
+    Kind.LOCAL_PREFILL: Role.PREFILL,
+    Kind.PREFILL: Role.PREFILL,
+    Kind.DECODE: Role.DECODE,
+}
 
 
 def kind_of(mix: Mix) -> Kind:
@@ -113,17 +120,18 @@ class ExactSearch:
         self.counts_gpus = master.pins is not None and master.pins.ask_for_gpus
         self.lattice = lattice_of(atlas.resources.limits, inherits=not self.counts_gpus)
         self.costs = self.lattice.digits @ row_costs
+        self.whole = whole(atlas.problem.family)
         self.configurations = configurations(atlas)
         self.kinds = [kind_of(atlas.mixes[c.mix]) for c in self.configurations]
         self.speed_bound, self.sequential_bound = speed_bounds(atlas, self.lattice)
         self.zones = self._zones()
-        self._options: dict[tuple[int, int, int, Regime, float, float], tuple[Options, Entries]] = {}
+        self._options: dict[tuple[object, ...], tuple[Options, Entries]] = {}
         count = len(self.lattice.digits)
         self.frontiers = {
             kind: Frontier(self.lattice, np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
             for kind in sorted(set(self.kinds))
         }
-        self.roomy = {kind: self._roomy(kind) for kind in self.frontiers}
+        self._roomy: dict[tuple[Kind, Part], BoolArray] = {}
 
     def _zones(self) -> IntArray:
         """The zone of every sub-fleet, by its number in `Routes`; -1 of those in several, or in none; [V]."""
@@ -143,45 +151,59 @@ class ExactSearch:
         first = self.atlas.routes.side(role, sends_afar=kind is Kind.PREFILL)
         return np.where(self.zones >= 0, first + self.zones, -1)
 
-    def _roomy(self, kind: Kind) -> BoolArray:
-        """Sub-fleets with memory for a replica of some configuration; [V].
+    def roomy(self, kind: Kind, part: Part) -> BoolArray:
+        """Sub-fleets with memory for a replica of some configuration of a part; [V].
 
         The fewer requests a replica holds the less memory it takes, but there is no order among chunks: a longer one
         takes room itself, and ends prefill sooner.
         """
+        if (kind, part) not in self._roomy:
+            self._roomy[kind, part] = self._find_roomy(kind, part)
+        return self._roomy[kind, part]
+
+    def _find_roomy(self, kind: Kind, part: Part) -> BoolArray:
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
         family, mixes = self.atlas.problem.family, self.atlas.mixes
         of_kind = [x for x, mix in enumerate(mixes) if kind_of(mix) is kind]
         batch, in_flight = min(mixes[x].micro_batch for x in of_kind), min(family.in_flight)
         f = family.in_flight.index(in_flight)
-        for scope, part in enumerate(self.atlas.scopes):
-            for x in (x for x in of_kind if mixes[x].micro_batch == batch and part.serves(mixes[x])):
-                side = self.atlas.side_of(scope, x)
-                options, entries = self.options_of(Configuration(scope, x, f, in_flight, 0, Regime(0.0, 0.0), side))
-                layers, _ = entry_layers(part.tables, options, entries, np.inf)
-                roomy |= reach(part.tables, self.lattice, entries, layers, 0).closing >= 0
+        for number, scope in enumerate(self.atlas.scopes):
+            for x in (x for x in of_kind if mixes[x].micro_batch == batch and scope.serves(mixes[x])):
+                side = self.atlas.side_of(number, x)
+                any_pipeline = Configuration(number, x, f, in_flight, 0, Regime(0.0, 0.0), side)
+                options, entries = self.options_of(any_pipeline, part)
+                layers, _ = entry_layers(scope.tables, options, entries, np.inf)
+                roomy |= reach(scope.tables, self.lattice, entries, layers, 0).closing >= 0
         return roomy
 
-    def options_of(self, c: Configuration) -> tuple[Options, Entries]:
-        a, family = self.atlas, self.atlas.problem.family
+    def options_of(self, c: Configuration, part: Part | None = None) -> tuple[Options, Entries]:
+        """Of a part of the family; by default of all of it."""
+        a, part = self.atlas, part or self.whole
         tables = a.scopes[c.scope].tables
         # Of any number of copies: whatever fits in memory.
         chunk_cap_s = chunk_cap(tables, c.mix, c.in_flight_index, c.max_copies) if c.max_copies else np.inf
-        key = (c.scope, c.mix, c.in_flight_index, c.regime, chunk_cap_s, c.unevenness)
+        sizes = part.max_copies, part.max_pool
+        key = (c.scope, c.mix, c.in_flight_index, c.regime, chunk_cap_s, c.unevenness, sizes)
         if key not in self._options:
             limits = (*c.regime, chunk_cap_s, c.unevenness)
-            options = list_options(tables, c.mix, c.in_flight_index, family.max_copies, family.max_pool, *limits)
+            options = list_options(tables, c.mix, c.in_flight_index, *sizes, *limits)
             self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
         return self._options[key]
 
-    def sweep(self, needed: Mapping[Kind, FloatArray], tolerance: float, budget: Budget) -> bool:
-        """One pass over all configurations; False if the budget ran out on the way."""
+    def sweep(
+        self, needed: Mapping[Kind, FloatArray], tolerance: float, budget: Budget, part: Part | None = None
+    ) -> bool:  # fmt: skip
+        """One pass over all configurations of a part of the family, by default of all of it; False if the budget ran
+        out on the way."""
+        part = part or self.whole
         for frontier in self.frontiers.values():
             frontier.bound[:] = 0.0
         for tag in self._order():
+            c, kind = self.configurations[tag], self.kinds[tag]
+            if ROLES[kind] not in part.roles:
+                continue
             if budget.is_spent():
                 return False
-            c, kind = self.configurations[tag], self.kinds[tag]
             f, wanted = self.frontiers[kind], needed[kind]
             tables = self.atlas.scopes[c.scope].tables
             cap = interval_cap(tables, c.mix, c.in_flight_index, c.unevenness)
@@ -190,12 +212,12 @@ class ExactSearch:
             if (
                 ceiling[-1] == 0.0
                 or ceiling[-1] * cap < 1.0
-                or not np.any(self.roomy[kind] & (ceiling > np.maximum(wanted, f.rate)))
+                or not np.any(self.roomy(kind, part) & (ceiling > np.maximum(wanted, f.rate)))
             ):
                 continue
             if c.is_sequential and tolerance < TOLERANCES[0]:
                 continue  # found exactly by the first pass
-            options, entries = self.options_of(c)
+            options, entries = self.options_of(c, part)
             if c.is_sequential:
                 explore_sequential(
                     tables, self.lattice, options, entries, cap, wanted, f.rate, f.tag, f.interval_s, tag
@@ -214,11 +236,17 @@ class ExactSearch:
             np.maximum.at(best, f.tag[f.tag >= 0], f.rate[f.tag >= 0])
         return sorted(range(len(best)), key=lambda tag: (-best[tag], self.configurations[tag].is_sequential))
 
-    def rates(self) -> Rates:
-        return {kind: f.rate for kind, f in self.frontiers.items()}
+    def rates(self, part: Part | None = None) -> Rates:
+        """The best rates found, of replicas of a part's roles."""
+        return {kind: f.rate for kind, f in self._of(part)}
 
-    def ceilings(self, tolerance: float) -> Rates:
-        return {kind: f.ceiling(tolerance) for kind, f in self.frontiers.items()}
+    def ceilings(self, tolerance: float, part: Part | None = None) -> Rates:
+        """What replicas of the part that was swept with this tolerance cannot exceed (`Frontier.ceiling`)."""
+        return {kind: f.ceiling(tolerance) for kind, f in self._of(part)}
+
+    def _of(self, part: Part | None) -> list[tuple[Kind, Frontier]]:
+        roles = (part or self.whole).roles
+        return [(kind, f) for kind, f in self.frontiers.items() if ROLES[kind] in roles]
 
     def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[Kind, int]], Columns]:
         """Per kind, the sub-fleets whose rate no smaller one reaches, as columns of the master; or ``every`` one."""
@@ -343,72 +371,3 @@ class ExactSearch:
                 stages = stages_from(tables, entries, layers, option, r, v, counted > 0)
             f.templates[v] = template_of(self.atlas, c, stage_rows(options, stages))
         return f.templates[v]
-
-
-def solve_exactly(
-    atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report, seed: int
-) -> Outcome | None:
-    """Proven optimum of a small fleet; None if the family holds no plan (or the budget ran out before one was found).
-
-    When the budget runs out during a pass, the result carries the bound of the last full pass.
-    """
-    search = ExactSearch(atlas, master, row_costs)
-    needed: Rates = {kind: np.zeros(len(f.rate)) for kind, f in search.frontiers.items()}
-    best: tuple[list[tuple[Kind, int]], MilpSolution] | None = None
-    proven = rate_bound(atlas) if master.maximises else 0.0
-    for tolerance in TOLERANCES:
-        finished = search.sweep(needed, tolerance, budget)
-        chosen, packing = search.pack(search.rates(), budget.remaining_s(), seed)
-        if packing is not None:
-            best = (chosen, packing)
-        if not finished:
-            break
-        ceilings = search.ceilings(tolerance)
-        _, optimistic = search.pack(ceilings, budget.remaining_s(), seed)
-        if packing is None:
-            if optimistic is None:
-                break  # not even the ceilings meet the demand: proved
-            continue  # this pass was too coarse to tell
-        if optimistic is not None:
-            outside = max if master.maximises else min
-            proven = outside(packing.value, optimistic.bound)
-        gap = abs(proven - packing.value) / max(abs(packing.value), 1e-12)
-        report(
-            Progress(
-                phase="sub-fleets", elapsed_s=budget.elapsed_s(), incumbent=packing.value, bound=proven, gap=gap
-            )
-        )  # fmt: skip
-        needed = search.needed_rates(ceilings, packing.value)
-    if best is None:
-        return None
-    return _outcome(search, *best, proven, interrupted=budget.cancelled.is_set())
-
-
-def _outcome(
-    search: ExactSearch, chosen: list[tuple[Kind, int]], packing: MilpSolution, proven: float, *, interrupted: bool
-) -> Outcome:
-    """The packing as replicas, at their exact rates."""
-    atlas, master = search.atlas, search.master
-    picked = [(search.template(*where), int(n)) for where, n in zip(chosen, packing.counts, strict=True) if n]
-    pool = Pool(atlas, np.zeros(len(atlas.resources.rows)))
-    pool.add([template for template, _ in picked])
-    counts = np.zeros(len(pool.templates), dtype=np.int64)
-    for template, n in picked:
-        counts[pool.place(template)] += n
-    columns = pool.columns()
-    flows = master.best_flows(columns, counts)
-    value = master.served(columns, counts, flows) if master.maximises else packing.value
-    duals = search.prices(search.rates())
-    used = {where for where, n in zip(chosen, packing.counts, strict=True) if n}
-    others = sorted((w for w in chosen if w not in used), key=lambda w: -search.frontiers[w[0]].rate[w[1]])
-    rows, sides = len(atlas.resources.rows), atlas.routes.num_sides
-    return Outcome(
-        chosen=tuple(picked),
-        value=value,
-        bound=sound_bound(proven, value, maximises=master.maximises),
-        row_prices=duals.row_prices if duals is not None else np.zeros(rows),
-        rate_prices=duals.rate_prices if duals is not None else np.ones(sides),
-        flows=flows,
-        runners_up=tuple(search.template(*where) for where in others[:5]),
-        interrupted=interrupted,
-    )

@@ -36,6 +36,7 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution, settled
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.parts import SHARE, Part, contained_parts
 from hetis.solver.placement.pool import Bound, Pool, lifted
 from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
 from hetis.solver.placement.routes import Valuation
@@ -109,15 +110,12 @@ class ColumnGeneration:
     ) -> None:  # fmt: skip
         """Runs the relaxation to its end: first of the families of other strategies, then of the whole family.
 
-        Unified replicas without stage copies and attention workers are the family of `hexgen`, prefill and decode
-        replicas that of `hexgen2`. Each is solved as that strategy would be, so that the full family, which goes on
-        from its columns and its choice, is never worse.
+        Each of the `contained_parts` is solved as its strategy would be, so that the full family, which goes on from
+        its columns and its choice, is never worse.
         """
         family = self.atlas.problem.family
-        is_plain = family.max_copies == 1 and family.max_pool == 0
-        for roles in ((Role.UNIFIED,), (Role.PREFILL, Role.DECODE)):
-            if set(roles) <= set(self.roles) and not (is_plain and len(roles) == len(self.roles)):
-                self._start_from(roles, seeds, threads=threads, gap_target=gap_target, choose_seed=choose_seed)
+        for part in contained_parts(family, self.roles):
+            self._start_from(part, seeds, threads=threads, gap_target=gap_target, choose_seed=choose_seed)
         self.pool.add(self._with_roles(self.roles, seeds))
         self.is_whole_family = True
         self.run(
@@ -125,20 +123,21 @@ class ColumnGeneration:
         )  # fmt: skip
 
     def _start_from(
-        self, roles: tuple[Role, ...], seeds: Sequence[Template], *, threads: int, gap_target: float,
-        choose_seed: int | None,
+        self, part: Part, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None
     ) -> None:  # fmt: skip
-        """Columns and choice of a part of the family: these roles without stage copies and attention workers."""
-        part = ColumnGeneration(
-            self.atlas, self.master, self.row_costs, budget=self.budget.share(0.5), report=self._report_of_part,
-            roles=roles,
+        """Columns and choice of a part of the family."""
+        begun = ColumnGeneration(
+            self.atlas, self.master, self.row_costs, budget=self.budget.share(SHARE), report=self._report_of_part,
+            roles=part.roles,
         )  # fmt: skip
-        part.pool.add(self._with_roles(roles, seeds))
-        part.run(max_copies=1, max_pool=0, threads=threads, target_gap=gap_target / 2)
-        if choose_seed is not None and not part.budget.is_spent():
-            part.choose(gap=gap_target / 10, seed=choose_seed)
-        self.absorb(part.pool, part.incumbent)
-        self.bound = self._no_bound(part.bound.row_prices)
+        begun.pool.add(self._with_roles(part.roles, seeds))
+        begun.run(
+            max_copies=part.max_copies, max_pool=part.max_pool, threads=threads, target_gap=gap_target / 2
+        )  # fmt: skip
+        if choose_seed is not None and not begun.budget.is_spent():
+            begun.choose(gap=gap_target / 10, seed=choose_seed)
+        self.absorb(begun.pool, begun.incumbent)
+        self.bound = self._no_bound(begun.bound.row_prices)
 
     def _report_of_part(self, progress: Progress) -> None:
         """A part's news, its choice only where it is better than what is known."""

@@ -10,12 +10,13 @@ import numpy as np
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.compiled import is_cached
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement.exact import is_small, solve_exactly
+from hetis.solver.placement.exact import is_small
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import ColumnGeneration
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.pinned_columns import pinned_columns
 from hetis.solver.placement.pins import Pins, pins_of
 from hetis.solver.placement.pool import Bound, Pool

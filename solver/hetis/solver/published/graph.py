@@ -11,6 +11,7 @@ import numpy.typing as npt
 from hetis.solver.cluster import Cluster, Device
 from hetis.solver.cost import intra_link
 from hetis.solver.placement.classes import DeviceClass, class_of_slots
+from hetis.solver.placement.tables import Atlas
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -34,6 +35,13 @@ class FleetGraph:
     def kind(self, gpu: int) -> tuple[int, str]:
         """GPUs of one kind (device class and node) can stand in for one another."""
         return int(self.device_class[gpu]), self.nodes[gpu]
+
+
+def graph_of(atlas: Atlas) -> FleetGraph:
+    """The graph of a problem's fleet; a GPU has room for what its profile says."""
+    problem = atlas.problem
+    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
+    return fleet_graph(problem.cluster, atlas.classes, rooms)
 
 
 def fleet_graph(cluster: Cluster, classes: tuple[DeviceClass, ...], room_bytes: Iterable[float]) -> FleetGraph:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
@@ -32,12 +31,12 @@ from hetis.solver.placement.template import Template, kv_tokens_held
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.dense_path import DensePath, dense_path
-from hetis.solver.published.graph import FleetGraph, fleet_graph
+from hetis.solver.published.graph import FleetGraph, graph_of
 from hetis.solver.published.memory import weight_bytes
 from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import Composition, composition
 from hetis.solver.published.pipelines import Duty, duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
 from hetis.solver.published.shared_pool import SharedPool, best_with_pool, worker_cost
 
 MAX_GPUS = 4096  # GPUs are dealt one by one
@@ -63,12 +62,9 @@ def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, r
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
     """
-    if problem.cluster.num_gpus() > MAX_GPUS:
-        size = problem.cluster.num_gpus()
-        raise NoPlanFoundError(f"hetis-paper deals out GPU by GPU: {size} GPUs, it is meant for {MAX_GPUS} at most")
+    refuse_larger(problem, MAX_GPUS, strategy="hetis-paper", does="deals out GPU by GPU")
     atlas = build_atlas(problem)
-    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
-    graph = fleet_graph(problem.cluster, atlas.classes, rooms)
+    graph = graph_of(atlas)
     replicas: list[ReplicaPlan] = []
     for zone in problem.cluster.zones():
         replicas += _of_zone(atlas, graph, duty_of(atlas, Role.UNIFIED, zone), zone, budget, report)

@@ -25,19 +25,18 @@ from dataclasses import dataclass
 from functools import partial
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.graph import FleetGraph, fleet_graph
+from hetis.solver.published.graph import FleetGraph, graph_of
 from hetis.solver.published.memory import replica_bytes
 from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch, composition
 from hetis.solver.published.partition import Part
 from hetis.solver.published.pipelines import Duty, duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
 PATIENCE = 100  # generations without a better individual, after which the search ends
@@ -63,12 +62,9 @@ def solve_hexgen(problem: PlacementProblem, *, budget: Budget, seed: int, report
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
     """
-    if problem.cluster.num_gpus() > MAX_GPUS:
-        size = problem.cluster.num_gpus()
-        raise NoPlanFoundError(f"hexgen-paper mutates GPU by GPU: {size} GPUs, it is meant for {MAX_GPUS} at most")
+    refuse_larger(problem, MAX_GPUS, strategy="hexgen-paper", does="mutates GPU by GPU")
     atlas = build_atlas(problem)
-    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
-    graph = fleet_graph(problem.cluster, atlas.classes, rooms)
+    graph = graph_of(atlas)
     search, order = ReplicaSearch(atlas), random.Random(seed)
     mutations = Mutations(graph, replica_bytes(problem.model, HEADROOM), order)
     replicas: list[ReplicaPlan] = []

@@ -30,13 +30,13 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.bipartition import coarsened, maximum_cut
-from hetis.solver.published.graph import FleetGraph, fleet_graph
+from hetis.solver.published.graph import FleetGraph, graph_of
 from hetis.solver.published.memory import replica_bytes
 from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
 from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
 
 HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # KV bytes of a replica over weight bytes, in estimating its memory
@@ -55,14 +55,11 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
     """
-    if problem.cluster.num_gpus() > MAX_GPUS:
-        size = problem.cluster.num_gpus()
-        raise NoPlanFoundError(f"hexgen2-paper partitions GPU by GPU: {size} GPUs, it is meant for {MAX_GPUS} at most")
+    refuse_larger(problem, MAX_GPUS, strategy="hexgen2-paper", does="partitions GPU by GPU")
     atlas = build_atlas(problem)
     if not atlas.ranks or problem.cluster.num_gpus() < 2:
         raise NoPlanFoundError("hexgen2-paper needs two GPUs at least, one to prefill and one to decode")
-    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
-    graph = fleet_graph(problem.cluster, atlas.classes, rooms)
+    graph = graph_of(atlas)
     search = ReplicaSearch(atlas)
     networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
     counts = _group_counts(atlas, graph)

@@ -14,6 +14,7 @@ from hetis.solver.placement.classes import class_of_slots, class_prices
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.work_bound import least_cost
 
 WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it has the bound of the fleet's dense work"
@@ -26,6 +27,17 @@ class Answer:
     replicas: tuple[ReplicaPlan, ...]
     kv_routes: tuple[KvRoute, ...] = ()
     notes: tuple[str, ...]
+
+
+def refuse_larger(problem: PlacementProblem, most: int, *, strategy: str, does: str) -> None:
+    """Keeps a heuristic to fleets of at most ``most`` GPUs; ``does`` is what would take too long with more.
+
+    Raises:
+        NoPlanFoundError: there are more.
+    """
+    size = problem.cluster.num_gpus()
+    if size > most:
+        raise NoPlanFoundError(f"{strategy} {does}: {size} GPUs, it is meant for {most} at most")
 
 
 def no_plan(budget: Budget, message: str) -> NoPlanFoundError:

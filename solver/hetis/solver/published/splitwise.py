@@ -31,11 +31,11 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.graph import FleetGraph, fleet_graph
+from hetis.solver.published.graph import FleetGraph, graph_of
 from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of
+from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
 
 MAX_GPUS = 1024  # every prompt machine has a route to every token machine
 MAX_STAGES = 8  # TP groups of a machine
@@ -96,18 +96,13 @@ def solve_splitwise(problem: PlacementProblem, *, budget: Budget, seed: int, rep
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
     """
-    size = problem.cluster.num_gpus()
-    if size > MAX_GPUS:
-        raise NoPlanFoundError(
-            f"splitwise-paper sends from every machine to every other: {size} GPUs, it is meant for {MAX_GPUS} at most"
-        )
+    refuse_larger(problem, MAX_GPUS, strategy="splitwise-paper", does="sends from every machine to every other")
     if not problem.family.splits_roles:
         raise NoPlanFoundError("splitwise-paper needs prefill and decode replicas")
-    if size < 2:
+    if problem.cluster.num_gpus() < 2:
         raise NoPlanFoundError("splitwise-paper needs two GPUs at least, one to prefill and one to decode")
     atlas = build_atlas(problem)
-    rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
-    graph = fleet_graph(problem.cluster, atlas.classes, rooms)
+    graph = graph_of(atlas)
     replicas: list[ReplicaPlan] = []
     routes: list[KvRoute] = []
     for zone in problem.cluster.zones():

@@ -14,9 +14,10 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Report
 from hetis.solver.placement.classes import IntArray, Resources
-from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small, solve_exactly
+from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.generation import KEEP, ColumnGeneration
 from hetis.solver.placement.master import Columns, Master
+from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.pricing import Pricer, pricers_of
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Scope, Tables
