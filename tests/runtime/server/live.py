@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ class Live:
         """As a signal would."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._told.hear)
+
+    def between_steps(self, act: Callable[[], None]) -> None:
+        """Done by the engine's thread."""
+        asyncio.run_coroutine_threadsafe(self.desk.call(act), self._loop).result(60)
 
     def join(self) -> None:
         self._thread.join(60)

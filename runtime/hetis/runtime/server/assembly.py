@@ -67,6 +67,7 @@ class Asked:
     store: str
     worker_s: float
     start_s: float
+    absence_s: float
     executor: ExecutorAddress | None
     redispatch: RedispatchMode | None
     dtype: str | None
@@ -161,7 +162,11 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
     # Steps on their way at the same time are of use where stages are processes, which work at the same time.
     in_flight = min(layout.in_flight, seats) if layout and asked.stages else 1
     options = EngineOptions(
-        most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens, in_flight=in_flight
+        most_running=seats,
+        chunk_tokens=chunk_tokens,
+        max_tokens=asked.context_tokens,
+        in_flight=in_flight,
+        patience_s=asked.absence_s,
     )
 
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)

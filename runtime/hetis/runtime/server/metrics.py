@@ -100,6 +100,7 @@ _VLLM_REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.CANCELLED: "abort",
+    FinishReason.UNAVAILABLE: "error",
     FinishReason.ERROR: "error",
 }
 
@@ -114,6 +115,8 @@ class _Views(Collector):
         view = self._view()
         yield self._gauge("vllm:num_requests_running", "Requests in the batch.", len(view.running))
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait to be admitted.", view.waiting)
+        aside = "Of them, those that wait for devices that are away."
+        yield self._gauge("hetis_requests_waiting_for_devices", aside, view.aside)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", view.kv_use_ratio)
         yield self._counter("vllm:num_preemptions", "Requests that gave up their KV for others.", view.preempted)
         config = GaugeMetricFamily(

@@ -37,11 +37,15 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineView:
-    """The engine between two steps; counts are since it started."""
+    """The engine between two steps; counts are since it started.
+
+    ``aside``: of those who wait, how many do so for devices that are away.
+    """
 
     devices: tuple[DeviceView, ...]
     running: tuple[RequestView, ...] = ()
     waiting: int = 0
+    aside: int = 0
     steps: int = 0
     preempted: int = 0
     moved_heads: int = 0
@@ -90,6 +94,7 @@ def view_of(engine: Engine, moving: MovingView | None = None) -> EngineView:
             for request in engine.running.values()
         ),
         waiting=len(engine.waiting),
+        aside=sum(request.number in engine.aside for request in engine.waiting),
         steps=engine.num_steps,
         preempted=engine.num_preempted,
         moved_heads=engine.num_moved_heads,
