@@ -26,7 +26,7 @@ from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.executing import ExecutorServer
 from hetis.runtime.server.moving import Moving
 from hetis.runtime.server.options import bound_socket
-from hetis.runtime.server.running import Told, serve
+from hetis.runtime.server.running import Told, answering, serve
 from hetis.runtime.server.text import Tokens
 from hetis.runtime.server.timing import StepPredictor
 from hetis.runtime.steering.engine import RealEngine
@@ -160,14 +160,9 @@ class Live:
                 model=MODEL,
                 options=self._app,
             )
-            return await serve(
-                self.desk,
-                front.app(api_key=self._key),
-                self.listening,
-                self._told,
-                drain_s=self._drain_s,
-                ready=self._ready.set,
-                beside=beside,
-            )
+            async with answering(front.app(api_key=self._key), self.listening) as serving:
+                return await serve(
+                    self.desk, serving, self._told, drain_s=self._drain_s, ready=self._ready.set, beside=beside
+                )
 
         self.went_well = asyncio.run(work())
