@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Seconds per byte of KV that moves, where nothing was measured: a copy in memory, and one to another process.
 _LOCAL_BYTE_S, _AWAY_BYTE_S = 1e-10, 1e-9
-_FIRST = "once on this machine: about a minute"
+_FIRST = "once on this machine: a minute or two"
 _SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
 
 
