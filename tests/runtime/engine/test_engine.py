@@ -11,6 +11,7 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.absences import Absences
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.generate import engine_from_folder, generate, local_devices, local_devices_of_bytes
+from hetis.runtime.engine.prompts import PromptBook
 from hetis.runtime.engine.request import DevicesAwayError, FinishReason, RequestError, SamplingParams
 from hetis.runtime.kv.errors import DeviceLostError
 from tests.runtime.checkpoints import random_model, random_prompts, rewrite_config
@@ -241,6 +242,42 @@ def test_a_request_that_outgrows_the_devices_that_are_left_waits_too() -> None:
     engine.restore_device(1, LocalDevice(lost.name, lost.shape, lost.num_pages))
     rest = answers_of(engine)[number]
     assert begun + rest == random_model().generate(prompt, 100 - len(prompt))
+
+
+def test_prompts_under_way_take_no_more_than_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice 60 tokens are more than a context of 66 and a chunk of 24: the second begins when the first is through."""
+    engine = engine_of(100, max_tokens=66, chunk_tokens=24)
+    book, kept = engine.stages[0].prompts, list[int]()
+    forget = engine.stage.forget_prompt
+
+    def peak(request: int, incarnation: int) -> None:
+        """Memory is looked at before any of it is given back."""
+        kept.append(sum(prompt.k.shape[2] for each in engine.stage._prompts.values() for prompt in each))
+        forget(request, incarnation)
+
+    monkeypatch.setattr(engine.stage, "forget_prompt", peak)
+    prompts = [random_prompts(7, 1, shortest=60, longest=60)[0], random_prompts(8, 1, shortest=60, longest=60)[0]]
+    short = PROMPTS[0][:5]
+    answers = generate(engine, [*prompts, short], SamplingParams(max_tokens=3))
+    assert [answer.tokens for answer in answers] == [random_model().generate(each, 3) for each in [*prompts, short]]
+    assert max(kept) <= book.most_tokens == 66 + 24
+    assert book.tokens == 0
+
+
+def test_a_prompt_that_has_to_wait_is_not_passed_by_later_ones_and_holds_up_nobody_when_it_leaves() -> None:
+    book = PromptBook()
+    book.most_tokens = 10
+    assert book.begin(1, 6)
+    assert not book.begin(2, 5)
+    assert not book.begin(3, 4)  # it would fit, but 2 is next
+    book.end(1)
+    assert not book.begin(3, 4)
+    assert book.begin(2, 5)
+    assert book.begin(3, 4)
+    assert not book.begin(4, 2)
+    book.end(4)
+    assert book.begin(5, 1)
+    assert book.tokens == 10
 
 
 def test_random_draws_survive_preemption_and_other_requests() -> None:

@@ -100,6 +100,8 @@ class Engine(Seats):
             patience_s=self.options.patience_s,
             clock=clock,
         )
+        for part in self.stages:
+            part.prompts.most_tokens = self.longest() + self.options.chunk_tokens
         self.num_steps = 0
         self.last_steps: Sequence[Step] = ()
         self._samplers: dict[int, Sampler] = {}
@@ -259,7 +261,10 @@ class Engine(Seats):
             number=self.num_steps,
             chunk_tokens=self.options.chunk_tokens,
             stages={part.number: len(part.stage.homes) for part in path},
+            may_prefill=self.may_prefill,
         )
+        if not len(steps[0].tokens):
+            return  # prompts that wait for those of other cohorts
         self.last_steps = steps
         self.num_steps += 1
         self._pipeline.launch(Flight(cohort=cohort, path=path, steps=steps, wanted=wanted))

@@ -128,6 +128,18 @@ class Seats:
             request.heads.clear()
         return False
 
+    def may_prefill(self, request: Request) -> bool:
+        """Whether the primaries of its stages have its prompt, or room for it; then they keep it from now on."""
+        path = self.path(request)
+        if all(part.prompts.holds(request.number) for part in path):
+            return True
+        for place, part in enumerate(path):
+            if not part.prompts.begin(request.number, request.prefill_tokens):
+                for earlier in path[:place]:
+                    earlier.prompts.end(request.number)
+                return False
+        return True
+
     def make_room(self, requests: Iterable[Request]) -> None:
         """A page for the next position of everyone who decodes: heads leave a full device, then the youngest waits."""
         decoding = [request for request in requests if not request.is_prefilling]

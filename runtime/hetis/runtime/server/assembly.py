@@ -204,7 +204,8 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
         if not devices:
             (device,) = torch_devices(asked.compute, 1)
             free = free_memory_bytes(device)
-            one = one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free, device=device)
+            room = {"seats": seats, "max_tokens": longest, "chunk_tokens": chunk_tokens, "free_bytes": free}
+            one = one_device(config, shape, **room, device=device)
             devices = (one,)
         return (StageLayout(layers=every, ranks=1, devices=devices),)
 

@@ -23,6 +23,15 @@ class DeviceView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptsView:
+    """KV of prompts under way on the primary of one stage: bytes that are counted now, and at most."""
+
+    stage: int
+    kv_bytes: int
+    most_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
     """A running request: positions whose KV is held, and output tokens so far.
 
@@ -43,6 +52,7 @@ class EngineView:
     """
 
     devices: tuple[DeviceView, ...]
+    prompts: tuple[PromptsView, ...] = ()
     running: tuple[RequestView, ...] = ()
     waiting: int = 0
     aside: int = 0
@@ -84,6 +94,14 @@ def view_of(engine: Engine, moving: MovingView | None = None) -> EngineView:
         ]
     return EngineView(
         devices=tuple(devices),
+        prompts=tuple(
+            PromptsView(
+                stage=part.number,
+                kv_bytes=part.prompts.tokens * part.token_bytes,
+                most_bytes=part.prompts.most_tokens * part.token_bytes,
+            )
+            for part in engine.stages
+        ),
         running=tuple(
             RequestView(
                 number=request.number,
