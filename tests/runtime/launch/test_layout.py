@@ -108,8 +108,24 @@ def test_memory_becomes_whole_pages_and_too_little_of_it_is_refused(config: Mode
 
 def test_by_default_there_is_room_for_every_seat_or_half_of_what_is_free(config: ModelConfig) -> None:
     shape = kv_shape(config, range(4), page_tokens=16, dtype="float32")
-    assert one_device(config, shape, seats=2, max_tokens=100, free_bytes=2**40).pages == 2 * 8 * 7
-    assert one_device(config, shape, seats=2, max_tokens=100, free_bytes=4096 * 20).pages == 10
+
+    def pages(**room: int) -> int:
+        return one_device(config, shape, **({"seats": 9, "max_tokens": 96, "chunk_tokens": 32} | room)).pages
+
+    assert pages(free_bytes=2**40) == 9 * 8 * 6
+    # Of 200 pages prompts take a chunk of 2 for each of 8 heads, and the longest context of 6.
+    assert pages(free_bytes=2 * 4096 * 200) == 200 - 8 * (2 + 6)
+    # Of 48 the rest after a chunk is shared evenly: no prompt is longer than all KV there is.
+    assert pages(free_bytes=2 * 4096 * 48) == (48 - 8 * 2) // 2
+
+
+def test_prompts_under_way_are_room_that_is_asked_for() -> None:
+    refuse_if_too_large(3 * 2**20, prompt_bytes=2**20, free_bytes=2**22)
+    with pytest.raises(LayoutError) as caught:
+        refuse_if_too_large(3 * 2**20, prompt_bytes=2 * 2**20, free_bytes=2**22)
+    assert caught.value.messages == (
+        "KV of 3 MiB is asked for, and 2 MiB for prompts under way, 4 MiB of this machine's memory are free",
+    )
 
 
 def test_the_demos_model_is_the_same_each_time(tmp_path: Path) -> None:

@@ -26,19 +26,25 @@ def test_sizes_and_heads_are_read() -> None:
     assert not config.qkv_bias
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+OLD = {"rope_parameters": None}  # as transformers 4 wrote it
+
+
 def test_rope_is_read_as_transformers_4_and_5_write_it(tmp_path: Path) -> None:
     folder = random_model().folder
-    numbers = {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    old = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | numbers}
-    new = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5} | numbers}
+    old = OLD | {"rope_theta": 5e5, "rope_scaling": LLAMA3}
+    new = {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}
     wanted = RopeConfig(theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_tokens=8192)
     for name, fields in (("old", old), ("new", new)):
         assert read_config(rewrite_config(folder, tmp_path / name, **fields)).rope == wanted
+    nulls = OLD | {"rope_theta": None, "rope_scaling": None, "partial_rotary_factor": None}
+    assert read_config(rewrite_config(folder, tmp_path / "nulls", **nulls)).rope == RopeConfig(theta=1e4)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,29 @@ def test_windows_are_by_layer(tmp_path: Path, fields: dict[str, Any], wanted: tu
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, must be None"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads is 8, must be a multiple of 3 KV heads"),
         ("llama", {"vocab_size": "many"}, "vocab_size is 'many', must be a whole number >= 1"),
+        ("llama", {"vocab_size": None}, "vocab_size is missing, must be a whole number >= 1"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, must be a number > 0"),
+        ("llama", OLD | {"rope_theta": "1e4"}, "rope_theta is '1e4', must be a number > 0"),
+        ("llama", OLD | {"rope_theta": 0}, "rope_theta is 0, must be a number > 0"),
+        ("llama", OLD | {"rope_scaling": "x"}, "rope_scaling is 'x', must be one set of numbers, for all layers"),
+        ("llama", {"rope_parameters": {"full": {}}}, "is {'full': {}}, must be one set of numbers, for all layers"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": True}},
+            "rope_parameters.rope_theta is True, must be a number > 0",
+        ),
+        ("llama", {"rope_parameters": LLAMA3 | {"factor": "8"}}, "rope_parameters.factor is '8', must be a number > 0"),
+        ("llama", {"rope_parameters": LLAMA3 | {"factor": None}}, ".factor is missing, must be a number > 0"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, must be 1"),
+        ("llama", {"head_dim": 7}, "head_dim is 7, must be even: positions turn pairs"),
+        ("llama", {"eos_token_id": ["x"]}, "eos_token_id is ['x'], must be a token id >= 0, or several, or null"),
+        ("llama", {"bos_token_id": 1.5}, "bos_token_id is 1.5, must be a token id >= 0, or several, or null"),
+        ("mistral", {"sliding_window": True}, "sliding_window is True, must be a whole number >= 1 or null"),
+        (
+            "mistral",
+            {"sliding_window": 7, "layer_types": [[], [], []]},
+            "layer_types is [[], [], []], must be a list of 3, each full_attention or sliding_attention",
+        ),
         ("llama", {"dtype": "int8"}, "dtype is 'int8', must be one of float32, float64, bfloat16, float16"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False, must be True"),
         ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim is 32, must be 64"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.executing import ExecutorServer
 from hetis.runtime.server.moving import Moving
 from hetis.runtime.server.options import bound_socket
-from hetis.runtime.server.running import Told, serve
+from hetis.runtime.server.running import Told, answering, serve
 from hetis.runtime.server.text import Tokens
 from hetis.runtime.server.timing import StepPredictor
 from hetis.runtime.steering.engine import RealEngine
@@ -96,6 +97,10 @@ class Live:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._told.hear)
 
+    def between_steps(self, act: Callable[[], None]) -> None:
+        """Done by the engine's thread."""
+        asyncio.run_coroutine_threadsafe(self.desk.call(act), self._loop).result(60)
+
     def join(self) -> None:
         self._thread.join(60)
         assert not self._thread.is_alive()
@@ -155,14 +160,9 @@ class Live:
                 model=MODEL,
                 options=self._app,
             )
-            return await serve(
-                self.desk,
-                front.app(api_key=self._key),
-                self.listening,
-                self._told,
-                drain_s=self._drain_s,
-                ready=self._ready.set,
-                beside=beside,
-            )
+            async with answering(front.app(api_key=self._key), self.listening) as serving:
+                return await serve(
+                    self.desk, serving, self._told, drain_s=self._drain_s, ready=self._ready.set, beside=beside
+                )
 
         self.went_well = asyncio.run(work())

@@ -209,6 +209,8 @@ def test_it_serves_drains_on_sigterm_and_ends_with_zero(folder: Path) -> None:
         assert process.returncode == 0
         text = "".join(lines) + rest
         assert "device big: 512 KV pages (2 MiB), 1024 tokens of all heads" in text
+        assert "starting: reading the model\n" in text
+        assert re.search("starting: (compiling|loading) the dispatcher.*\n", text)
         assert "draining: 1 open requests" in text
         assert key not in text
         assert "Traceback" not in text

@@ -97,3 +97,7 @@ def test_metrics_tell_devices_apart(live: Live, tmp_path: Path) -> None:
     for device in ("cpu0", "cpu1"):
         assert live.metric("hetis_device_kv_pages", device=device) == 400
         assert live.metric("hetis_device_up", device=device) == 1
+    # 100 pages for each of eight heads hold 1,600 positions, and one token needs none; a chunk has 64. Each has
+    # K and V of four layers, eight heads of 8 numbers in float32.
+    assert live.metric("hetis_prompt_kv_bytes", stage="0") == (1601 + 64) * 2 * 4 * 8 * 8 * 4
+    assert live.comes_to(0, "hetis_prompt_kv_bytes_used", stage="0")

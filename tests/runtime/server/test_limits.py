@@ -14,6 +14,8 @@ import httpx
 import openai
 import pytest
 
+from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.engine.absences import Absences
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.server.app import AppOptions
 from tests.runtime.server.live import MODEL, Live, engine_of
@@ -209,6 +211,37 @@ def test_a_request_that_no_memory_could_hold_is_refused(folder: Path) -> None:
             answer = live.post("/v1/completions", LONG | {"stream": streams})
             assert answer.status_code == 400
             assert "need more KV pages than there are" in answer.json()["error"]["message"]
+
+
+def test_who_needs_a_lost_device_waits_for_it_and_is_told_to_come_back_when_it_is_gone(folder: Path) -> None:
+    """32 tokens of eight heads take two pages each: all sixteen."""
+    engine, now_s = engine_of(folder, pages=(8, 8), patience_s=60), [0.0]
+    engine.absences = Absences(engine.stages, patience_s=60, clock=lambda: now_s[0])
+    body = LONG | {"prompt": [1] * 20, "max_tokens": 12}
+    with Live(engine, folder) as live, ThreadPoolExecutor(1) as pool:
+        wanted = live.post("/v1/completions", body).json()["choices"]
+        live.between_steps(lambda: engine.lose_device(1))
+        answer = pool.submit(live.post, "/v1/completions", body)
+        assert live.comes_to(1, "hetis_requests_waiting_for_devices")
+        assert live.post("/v1/completions", body | {"prompt": [1], "max_tokens": 9}).status_code == 200
+        lost = engine.stage.devices[1]
+        fresh = LocalDevice(lost.name, lost.shape, lost.num_pages)
+        live.between_steps(lambda: engine.restore_device(1, fresh))
+        assert answer.result().json()["choices"] == wanted
+        live.between_steps(lambda: engine.lose_device(1))
+        late = pool.submit(live.post, "/v1/completions", body | {"stream": True})
+        assert live.comes_to(1, "hetis_requests_waiting_for_devices")
+        now_s[0] = 60.0
+        for refused in (late.result(), live.post("/v1/completions", body)):
+            assert refused.status_code == 503
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert refused.json()["error"] == {
+                "message": "cpu1 is away: the devices that are left have too few KV pages",
+                "type": "server_error",
+                "param": None,
+                "code": "devices_away",
+            }
+        assert live.post("/v1/completions", body | {"max_tokens": 100}).status_code == 400
 
 
 def test_a_chat_without_a_limit_gets_as_many_tokens_as_the_memory_holds(folder: Path) -> None:

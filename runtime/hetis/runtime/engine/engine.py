@@ -6,6 +6,7 @@ requests that had heads there are prefilled again: prompt and output so far.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,14 @@ from hetis.runtime.engine.part import PipelineStage
 from hetis.runtime.engine.pipeline import Flight, Pipeline, paths_of
 from hetis.runtime.engine.placement import Placement
 from hetis.runtime.engine.planning import plan_steps
-from hetis.runtime.engine.request import FinishReason, Logprob, Request, RequestError, SamplingParams
+from hetis.runtime.engine.request import (
+    DevicesAwayError,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestError,
+    SamplingParams,
+)
 from hetis.runtime.engine.sampling import Sampler, sample
 from hetis.runtime.engine.seats import Seats
 from hetis.runtime.engine.stage import Stage
@@ -41,6 +49,7 @@ class EngineOptions:
         max_tokens: longest context; None: the model's.
         in_flight: cohorts of requests that take their steps apart from each other; at least one for each copy of a
             stage, whatever is said here.
+        patience_s: for so long after a device was lost it is expected back: requests that cannot do without it wait.
     """
 
     most_running: int = 64
@@ -48,6 +57,7 @@ class EngineOptions:
     growth_tokens: int = 64
     max_tokens: int | None = None
     in_flight: int = 1
+    patience_s: float = 0.0
 
 
 class Engine(Seats):
@@ -63,6 +73,7 @@ class Engine(Seats):
         tokenizer: Tokenizer | None = None,
         epoch: int = 1,
         overlaps: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``stages`` have all layers of the model; those with the same layers are copies of one stage.
 
@@ -86,7 +97,11 @@ class Engine(Seats):
             paths_of(parts, config.layers, least=self.options.in_flight),
             most_running=self.options.most_running,
             growth_tokens=self.options.growth_tokens,
+            patience_s=self.options.patience_s,
+            clock=clock,
         )
+        for part in self.stages:
+            part.prompts.most_tokens = self.longest() + self.options.chunk_tokens
         self.num_steps = 0
         self.last_steps: Sequence[Step] = ()
         self._samplers: dict[int, Sampler] = {}
@@ -121,7 +136,8 @@ class Engine(Seats):
         """Queues a request; returns its number.
 
         Raises:
-            RequestError: it is empty, has ids that are no tokens, or could not be served even alone.
+            RequestError: it is empty, has ids that are no tokens, or could not be served even alone by all devices.
+            DevicesAwayError: its prompt does not fit without devices that are gone.
         """
         params = params or SamplingParams()
         if params.stop and self.tokenizer is None:
@@ -136,6 +152,9 @@ class Engine(Seats):
         # The last token is never attended to, so that its KV needs no room.
         if not self.could_hold(len(prompt) + most - 1):
             raise RequestError(f"{len(prompt)} prompt and {most} output tokens need more KV pages than there are")
+        self.absences.look()
+        if not self.could_hold(len(prompt), without=self.absences.gone):
+            raise DevicesAwayError(self.absences.why())
         request = Request(number=self._next_number, prompt=tuple(prompt), params=params, max_tokens=most)
         self._next_number += 1
         self._samplers[request.number] = Sampler(params)
@@ -145,7 +164,8 @@ class Engine(Seats):
         return request.number
 
     def longest(self) -> int:
-        """Prompt and output tokens that a request may have where it is alone: by the context and the KV there is."""
+        """Prompt and output tokens that a request may have where it is alone: by the context and the KV of all devices,
+        whether these are there now or not."""
         held = range(1, self.max_tokens)
         return bisect_left(held, True, key=lambda tokens: not self.could_hold(tokens)) + 1
 
@@ -173,6 +193,11 @@ class Engine(Seats):
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._news)
 
+    @property
+    def only_waits(self) -> bool:
+        """All there is to do is to wait for devices that are away: steps bring nothing until one of them is back."""
+        return self.has_work and not (self.running or self._news) and all(r.number in self.aside for r in self.waiting)
+
     # --- steps
 
     def step(self) -> list[TokenOutput]:
@@ -183,7 +208,7 @@ class Engine(Seats):
         self.lose_failed()
         self.tend()
         for request in self.admit():
-            self._end(request, FinishReason.ERROR, error="the devices that are left have too few KV pages")
+            self._end(request, FinishReason.UNAVAILABLE, error=self.absences.why())
         for cohort in self._idle_cohorts():
             self.make_room(self._cohort(cohort))
             requests = self._cohort(cohort)
@@ -236,7 +261,10 @@ class Engine(Seats):
             number=self.num_steps,
             chunk_tokens=self.options.chunk_tokens,
             stages={part.number: len(part.stage.homes) for part in path},
+            may_prefill=self.may_prefill,
         )
+        if not len(steps[0].tokens):
+            return  # prompts that wait for those of other cohorts
         self.last_steps = steps
         self.num_steps += 1
         self._pipeline.launch(Flight(cohort=cohort, path=path, steps=steps, wanted=wanted))

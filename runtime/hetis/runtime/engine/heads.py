@@ -11,6 +11,7 @@ import torch
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.engine.part import PipelineStage
 from hetis.runtime.engine.placement import HeadMove, Placement, even_costs
+from hetis.runtime.engine.prompts import PromptBook
 from hetis.runtime.engine.request import Request
 from hetis.runtime.engine.step import Step
 from hetis.runtime.kv.errors import DeviceLostError
@@ -31,6 +32,7 @@ class StageHeads:
         number: its place among the engine's stages; `Request.heads` and `HeadMove.stage` speak of it.
         stage: layers and devices.
         placement: the book, ahead of the devices.
+        prompts: KV of prompts under way, on the primary.
         lost: devices that failed where nothing could be done about it.
     """
 
@@ -49,7 +51,14 @@ class StageHeads:
         costs = costs or even_costs(heads, [device.name for device in stage.devices], primaries=stage.num_ranks)
         pages = [device.num_pages for device in stage.devices]
         self.placement = Placement(costs, pages, stage=number, homes=stage.homes)
+        self.prompts = PromptBook()
         self.lost: set[int] = set()
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one position: all heads and layers of the stage."""
+        shape = self.stage.shape
+        return shape.page_bytes // shape.page_tokens * len(self.stage.homes)
 
     @property
     def num_devices(self) -> int:
@@ -72,7 +81,8 @@ class StageHeads:
         return self._ask(self.stage.run, step, hidden)
 
     def forget_prompt(self, request: int, incarnation: int) -> None:
-        """As `PipelineStage.forget_prompt`."""
+        """As `PipelineStage.forget_prompt`; the book forgets it too."""
+        self.prompts.end(request)
         self._ask(self.stage.forget_prompt, request, incarnation)
 
     def copy(self, move: HeadMove, incarnation: int, first: int, last: int) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,11 +96,18 @@ class Placement:
     def moves(self) -> tuple[HeadMove, ...]:
         return tuple(self._moves.values())
 
-    def could_hold(self, tokens: int) -> bool:
-        """Whether a request of so many tokens fits when it is alone."""
+    def could_hold(self, tokens: int, *, without: Collection[int] = ()) -> bool:
+        """Whether a request of so many tokens fits when it is alone, on all devices but those ``without``.
+
+        Whether a device is there now makes no difference.
+        """
         pages = self._pages(tokens)
-        whole = sum(device.total_blocks // pages for device in self.state.devices if device.status is DeviceStatus.OK)
+        whole = sum(total // pages for device, total in enumerate(self._num_pages) if device not in without)
         return whole >= self.costs.heads.head_groups
+
+    def away(self) -> tuple[int, ...]:
+        """Devices that take no heads now: lost, or drained."""
+        return tuple(i for i, device in enumerate(self.state.devices) if device.status is not DeviceStatus.OK)
 
     def admit(self, request: int, *, tokens: int, growth: int) -> Heads | None:
         """Places a request of ``tokens`` that is expected to grow; None: there is no room for it now.

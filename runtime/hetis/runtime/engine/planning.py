@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +12,19 @@ from hetis.runtime.engine.step import Chunk, Step
 
 
 def plan_steps(
-    requests: Sequence[Request], *, epoch: int, number: int, chunk_tokens: int, stages: Mapping[int, int]
+    requests: Sequence[Request],
+    *,
+    epoch: int,
+    number: int,
+    chunk_tokens: int,
+    stages: Mapping[int, int],
+    may_prefill: Callable[[Request], bool],
 ) -> tuple[list[Step], list[Request]]:
     """The step of running requests on each stage, and those whose tokens come out of it, in the order of its outputs.
 
     Prompts share ``chunk_tokens`` in the order of the requests, so that the first is through first. ``stages`` has the
-    number of heads of each stage by its number, in the order of the pipeline.
+    number of heads of each stage by its number, in the order of the pipeline. ``may_prefill``: whether the primaries
+    have room for a prompt.
     """
     decoding = [request for request in requests if not request.is_prefilling]
     tokens = [request.token(request.computed) for request in decoding]
@@ -26,7 +33,7 @@ def plan_steps(
     chunks: list[tuple[Request, Chunk]] = []
     left = chunk_tokens
     for request in requests:
-        if not request.is_prefilling or not left:
+        if not request.is_prefilling or not left or not may_prefill(request):
             continue
         first = request.computed
         count = min(request.prefill_tokens - first, left)

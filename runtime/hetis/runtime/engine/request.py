@@ -12,12 +12,20 @@ class RequestError(HetisError):
     """A request cannot be served as it is; the message names field, value and limit."""
 
 
+class DevicesAwayError(RequestError):
+    """A request cannot be served now: devices are away, and those that are left have too few KV pages for it."""
+
+
 class FinishReason(StrEnum):
-    """Why a request ended: an end token or a stop text, its limit of tokens, its sender, or the engine."""
+    """Why a request ended: an end token or a stop text, its limit of tokens, its sender, or the engine.
+
+    ``unavailable``: devices that it cannot do without are away, and were waited for long enough.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    UNAVAILABLE = "unavailable"
     ERROR = "error"
 
 

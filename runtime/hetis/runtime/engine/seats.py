@@ -10,11 +10,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.engine.absences import Absences, Devices
 from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.engine.pipeline import Path
 from hetis.runtime.engine.placement import HeadMove
 from hetis.runtime.engine.request import Request
 from hetis.runtime.kv.errors import DeviceLostError
+
+_NONE: Devices = {}
 
 
 class Seats:
@@ -28,12 +31,23 @@ class Seats:
         num_preempted: requests that had to make room for others.
         num_moved_heads: heads that changed their device.
         relieve: by stage, what moves heads away from a device where a request lacks a page; whether it has one then.
+        absences: devices that take no heads now.
+        aside: numbers of those who wait for such a device, and let others pass.
     """
 
     def __init__(
-        self, stages: Sequence[StageHeads], paths: Sequence[Path], *, most_running: int, growth_tokens: int
+        self,
+        stages: Sequence[StageHeads],
+        paths: Sequence[Path],
+        *,
+        most_running: int,
+        growth_tokens: int,
+        patience_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self.stages, self.paths = tuple(stages), tuple(paths)
+        self.absences = Absences(self.stages, patience_s=patience_s, clock=clock)
+        self.aside: frozenset[int] = frozenset()
         self._most_running, self._growth_tokens = most_running, growth_tokens
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
@@ -45,9 +59,12 @@ class Seats:
         """Stages that a running request's steps go through."""
         return self.paths[request.cohort]
 
-    def could_hold(self, tokens: int) -> bool:
-        """Whether a request of so many tokens fits when it is alone."""
-        return any(all(part.placement.could_hold(tokens) for part in path) for path in self.paths)
+    def could_hold(self, tokens: int, *, without: Devices = _NONE) -> bool:
+        """Whether a request of so many tokens fits when it is alone, on all devices but those ``without``."""
+        return any(
+            all(part.placement.could_hold(tokens, without=without.get(part.number, ())) for part in path)
+            for path in self.paths
+        )
 
     def settle(self, request: Request | None = None) -> bool:
         """Waits until no step of the request, or of anyone, is on its way; False: none was. Requests may end by it.
@@ -60,17 +77,36 @@ class Seats:
     # --- who runs
 
     def admit(self) -> list[Request]:
-        """Seats those who wait until one finds no room; returns those who never will, since devices were lost."""
-        hopeless: list[Request] = []
-        while self.waiting and len(self.running) < self._most_running:
-            if self._seat(self.waiting[0]):
-                request = self.waiting.popleft()
+        """Seats those who wait until one finds no room; returns those who do not, and never will: devices are gone.
+
+        Who could only run with a device that is away stands aside, and lets others pass, while it is expected back.
+        """
+        self.absences.look()
+        hopeless = self._stand_aside()
+        for request in [request for request in self.waiting if request.number not in self.aside]:
+            if request in hopeless:
+                continue
+            if len(self.running) >= self._most_running:
+                break
+            if self._seat(request):
+                self.waiting.remove(request)
                 request.prefill_tokens = request.num_tokens
                 self.running[request.number] = request
-            elif not self.running:  # nobody will make room for it
-                hopeless.append(self.waiting.popleft())
-            else:
+            elif self.running:
                 break
+            else:  # nobody will make room for it
+                hopeless.append(request)
+        return hopeless
+
+    def _stand_aside(self) -> list[Request]:
+        """Finds who waits for devices that are away; returns those whose devices are gone."""
+        away, gone = self.absences.away, self.absences.gone
+        if not away:
+            self.aside = frozenset()
+            return []
+        lacking = [request for request in self.waiting if not self.could_hold(request.num_tokens, without=away)]
+        hopeless = [request for request in lacking if not self.could_hold(request.num_tokens, without=gone)]
+        self.aside = frozenset(request.number for request in lacking if request not in hopeless)
         return hopeless
 
     def _seat(self, request: Request) -> bool:
@@ -91,6 +127,18 @@ class Seats:
                 self.stages[number].placement.release(request.number)
             request.heads.clear()
         return False
+
+    def may_prefill(self, request: Request) -> bool:
+        """Whether the primaries of its stages have its prompt, or room for it; then they keep it from now on."""
+        path = self.path(request)
+        if all(part.prompts.holds(request.number) for part in path):
+            return True
+        for place, part in enumerate(path):
+            if not part.prompts.begin(request.number, request.prefill_tokens):
+                for earlier in path[:place]:
+                    earlier.prompts.end(request.number)
+                return False
+        return True
 
     def make_room(self, requests: Iterable[Request]) -> None:
         """A page for the next position of everyone who decodes: heads leave a full device, then the youngest waits."""
@@ -238,6 +286,7 @@ class Seats:
     def restore_device(self, index: int, device: AttentionDevice, *, stage: int = 0) -> None:
         """A device with nothing in it takes the place of one that was lost, with as many pages."""
         self.stages[stage].replace_device(index, device)
+        self.aside = frozenset()  # the next step finds out who still has to wait
 
     def lose_failed(self) -> None:
         """Loses the devices that failed where nothing could be done about it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -65,14 +65,21 @@ def refuse_missing(devices: Iterable[str]) -> None:
         raise LayoutError(*(f"{name} is not there: torch finds {found} CUDA devices" for name in missing))
 
 
-def refuse_too_large(devices: Iterable[tuple[DevicePages, KvShape]]) -> None:
-    """Raises LayoutError: KV of devices does not fit into the memory of what they compute on."""
+def refuse_too_large(
+    devices: Iterable[tuple[DevicePages, KvShape]], *, prompt_bytes: Mapping[str, int] | None = None
+) -> None:
+    """Raises LayoutError: KV of devices does not fit into the memory of what they compute on.
+
+    ``prompt_bytes``: by device of torch, what is to be left there for prompts under way.
+    """
     needed: Counter[str] = Counter()
     for device, shape in devices:
         needed[device.device] += device.pages * shape.page_bytes
-    for name, size in needed.items():
+    beside = prompt_bytes or {}
+    for name in sorted({*needed, *beside}):
         where = "this machine" if name == "cpu" else name
-        refuse_if_too_large(size, free_bytes=free_memory_bytes(name), where=where)
+        free_bytes = free_memory_bytes(name)
+        refuse_if_too_large(needed[name], free_bytes=free_bytes, prompt_bytes=beside.get(name, 0), where=where)
 
 
 @contextmanager

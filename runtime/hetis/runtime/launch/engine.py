@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,30 @@ class EngineFolder:
             page_tokens=self.page_tokens,
             max_tokens=self.options.max_tokens,
         )
+
+    def prompt_bytes(
+        self, config: ModelConfig, stages: Sequence[StageLayout], here: Sequence[StageLayout], *, is_all: bool
+    ) -> dict[str, int]:
+        """By device of torch, KV of prompts under way at most, on the primaries of the stages ``here``.
+
+        That is the longest prompt that the devices of all ``stages`` hold, and a chunk: as `Engine` counts it. Not
+        ``is_all``: others come, whose memory is not known yet.
+        """
+        longest = min(self.options.max_tokens or config.max_tokens, config.max_tokens)
+        if is_all:
+            pages = dict[range, int]()  # of the largest of a stage's copies, for each head
+            for stage in stages:
+                each = sum(device.pages for device in stage.devices) // max(config.kv_heads, stage.ranks)
+                pages[stage.layers] = max(each, pages.get(stage.layers, 0))
+            longest = min(longest, min(pages.values()) * self.page_tokens)
+        needed: Counter[str] = Counter()
+        for stage in here:
+            shape = self.shape(config, stage.layers, ranks=stage.ranks)
+            heads = max(config.kv_heads, stage.ranks) // stage.ranks
+            for device in stage.primary:
+                tokens = longest + self.options.chunk_tokens
+                needed[device] += tokens * heads * shape.page_bytes // self.page_tokens
+        return needed
 
     def decoders(self, layers: range, devices: Sequence[str]) -> list[Decoder]:
         """The dense part of a stage: of each rank the weights of its share of these layers, on its device of torch.
@@ -101,7 +126,8 @@ def start_engine(
     for stage in here:
         key = stage.layers, stage.primary
         dense[key] = dense.get(key) or made_of.decoders(*key)
-    refuse_too_large(own)
+    is_all = workers is None or set(workers.names) <= {device.name for stage in chosen for device in stage.devices}
+    refuse_too_large(own, prompt_bytes=made_of.prompt_bytes(config, chosen, here, is_all=is_all))
     placed = {device.name for stage in chosen for device in stage.devices}
     stages: list[PipelineStage] = []
     for number, stage in enumerate(chosen):

@@ -141,19 +141,32 @@ def pages_of(
 
 
 def one_device(
-    config: ModelConfig, shape: KvShape, *, seats: int, max_tokens: int, free_bytes: int, device: str = "cpu"
+    config: ModelConfig,
+    shape: KvShape,
+    *,
+    seats: int,
+    max_tokens: int,
+    chunk_tokens: int,
+    free_bytes: int,
+    device: str = "cpu",
 ) -> DevicePages:
-    """The primary alone, with room for all seats at full length, or half of the free memory."""
+    """The primary alone, with room for all seats at full length, or half of the free memory with that of prompts."""
     wanted = seats * config.kv_heads * shape.pages(max_tokens)
-    pages = max(1, min(wanted, free_bytes // 2 // shape.page_bytes))
+    # Prompts under way take the longest context and a chunk; the longest context is no longer than all KV there is.
+    half = free_bytes // 2 // shape.page_bytes
+    chunk, longest = (config.kv_heads * shape.pages(tokens) for tokens in (chunk_tokens, max_tokens))
+    pages = max(1, min(wanted, max(half - chunk - longest, (half - chunk) // 2)))
     return DevicePages(name=f"{device.partition(':')[0]}0", pages=pages, device=device)
 
 
-def refuse_if_too_large(needed_bytes: int, *, free_bytes: int, where: str = "this machine") -> None:
-    """Raises LayoutError: KV of all devices here is in the memory of ``where``, and it has less."""
-    if needed_bytes > free_bytes:
+def refuse_if_too_large(
+    needed_bytes: int, *, free_bytes: int, prompt_bytes: int = 0, where: str = "this machine"
+) -> None:
+    """Raises LayoutError: KV of all devices here, with that of prompts under way, is more than ``where`` has free."""
+    if needed_bytes + prompt_bytes > free_bytes:
+        beside = f", and {_mib(prompt_bytes)} MiB for prompts under way" if prompt_bytes else ""
         raise LayoutError(
-            f"KV of {_mib(needed_bytes)} MiB is asked for, {_mib(free_bytes)} MiB of {where}'s memory are free"
+            f"KV of {_mib(needed_bytes)} MiB is asked for{beside}, {_mib(free_bytes)} MiB of {where}'s memory are free"
         )
 
 

@@ -10,6 +10,7 @@ from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.kv.errors import DeviceError, StaleEpochError
 from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.launch.returning import Returning
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.stages.remote import RemoteStage
 from hetis.runtime.stages.setup import StageSetup
@@ -30,6 +31,7 @@ class Workers:
     Attributes:
         names: of all of them.
         epoch: of the engine: what an earlier one says, the workers refuse. Settled when all have come.
+        returning: those that were lost and are looked for.
     """
 
     def __init__(self, store: str, names: Sequence[str], *, epoch: int, timeout_s: float, start_s: float) -> None:
@@ -42,7 +44,8 @@ class Workers:
         self._store: Any = open_store(store, is_master=True, timeout_s=timeout_s)
         self.names, self.epoch = tuple(names), epoch
         self._timeout_s, self._start_s = timeout_s, start_s
-        self._met: dict[str, Endpoint] = {}
+        self._met: dict[str, Endpoint] = {}  # of a worker that is being reached again, that attempt's
+        self.returning = Returning()
 
     def wait_for(self, name: str, shape: KvShape) -> RemoteDevice:
         """The worker of that name, with nothing in it.
@@ -68,7 +71,10 @@ class Workers:
         return self._meet(name, greet)
 
     def bring_back(self, engine: Engine) -> None:
-        """Devices that were lost, and whose workers are there again, take heads again; called between two steps."""
+        """Devices that were lost, and whose workers are there again, take heads again; called between two steps.
+
+        It waits for nobody: workers are reached meanwhile, and taken by a later call.
+        """
         for part in engine.stages:
             for index, device in enumerate(part.stage.devices):
                 if device.name in self._met and part.placement.state.devices[index].status is DeviceStatus.LOST:
@@ -76,18 +82,26 @@ class Workers:
 
     def close(self, engine: Engine) -> None:
         """Lets the workers go; they wait for the next engine."""
+        self.returning.close()
         for device in [device for part in engine.stages for device in part.stage.devices]:
             if isinstance(device, RemoteDevice):
                 device.close()
 
     def _bring_back(self, engine: Engine, part: StageHeads, index: int, name: str) -> None:
-        try:
+        shape = part.stage.shape
+
+        def reach() -> RemoteDevice | None:
             endpoint = look_up(self._store, name, timeout_s=_LOOK_S)
             if endpoint == self._met[name]:
-                return  # it is still gone: one that is started again, or cut off and free, says so
-            device = self._join(name, endpoint, part.stage.shape)
+                return None  # it is still gone: one that is started again, or cut off and free, says so
+            return self._join(name, endpoint, shape)
+
+        try:
+            device = self.returning.ask(name, reach)
         except (ChannelError, DeviceError) as error:
             _log.info("%s is not back: %s", name, error)
+            return
+        if device is None:
             return
         lost = part.stage.devices[index]
         if device.num_pages != lost.num_pages:

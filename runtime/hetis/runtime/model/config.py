@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hetis.runtime.model.errors import ModelError
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+_ROPE_THETA = 1e4
+_LONGEST_SAID = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +97,10 @@ def read_config(folder: Path) -> ModelConfig:
     reader.refuse_if_wrong()
     generation = folder / "generation_config.json"
     if generation.is_file():
-        eos = _ids(_read_json(generation).get("eos_token_id"))
-        if eos:
-            from dataclasses import replace
-
-            config = replace(config, eos=eos)
+        others = _Fields(generation, _read_json(generation))
+        eos = others.ids("eos_token_id")
+        others.refuse_if_wrong()
+        config = replace(config, eos=eos or config.eos)
     return config
 
 
@@ -114,16 +116,18 @@ class _Fields:
         if value is None:
             value = default
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.problems.append(f"{name} is {value!r}, must be a whole number >= 1")
+            self.problems.append(f"{name} is {_said(value)}, must be a whole number >= 1")
             return 1
         return value
 
     def real(self, name: str, default: float | None = None) -> float:
-        value = self.fields.get(name)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            self.problems.append(f"{name} is {value!r}, must be a number > 0")
+        return self.positive(name, self.fields.get(name), default)
+
+    def positive(self, name: str, value: Any, default: float | None = None) -> float:
+        """``value``, which the file has under ``name``; ``default`` in place of null."""
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            self.problems.append(f"{name} is {_said(value)}, must be a number > 0")
             return 1.0
         return float(value)
 
@@ -156,52 +160,75 @@ class _Fields:
         return q_heads, kv_heads
 
     def rope(self) -> RopeConfig:
-        """Of transformers 5 (``rope_parameters``) and before (``rope_theta`` and ``rope_scaling``)."""
-        given = self.fields.get("rope_parameters")
-        if given is None:
-            given = dict(self.fields.get("rope_scaling") or {})
-            given.setdefault("rope_theta", self.fields.get("rope_theta", 10000.0))
-        if not isinstance(given, dict):
-            self.problems.append(f"rope_parameters is {given!r}, must be one set of numbers")
-            return RopeConfig(theta=1e4)
-        kind = given.get("rope_type", given.get("type", "default"))
+        """Of transformers 5 (``rope_parameters``) and before (``rope_theta`` and ``rope_scaling``). null: not given."""
+        where = "rope_scaling" if self.fields.get("rope_parameters") is None else "rope_parameters"
+        given = self.fields.get(where) or {}
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            self.problems.append(f"{where} is {given!r}, must be one set of numbers, for all layers")
+            return RopeConfig(theta=_ROPE_THETA)
+
+        def real(name: str, default: float | None = None) -> float:
+            own = given.get(name)
+            if own is not None or default is None:
+                return self.positive(f"{where}.{name}", own)
+            return self.positive(name, self.fields.get(name), default)
+
+        kind = given.get("rope_type") or given.get("type") or "default"
         if kind not in ("default", "llama3"):
-            self.problems.append(f"rope_type is {kind!r}, must be 'default' or 'llama3'")
-        if float(given.get("partial_rotary_factor", self.fields.get("partial_rotary_factor", 1.0))) != 1.0:
-            self.problems.append("partial_rotary_factor must be 1")
-        theta = float(given.get("rope_theta", self.fields.get("rope_theta", 10000.0)))
+            self.problems.append(f"{where}.rope_type is {kind!r}, must be 'default' or 'llama3'")
+        partial = real("partial_rotary_factor", 1.0)
+        if partial != 1.0:
+            self.problems.append(f"partial_rotary_factor is {partial:g}, must be 1")
+        theta = real("rope_theta", _ROPE_THETA)
         if kind != "llama3":
             return RopeConfig(theta=theta)
-        numbers = {}
-        for name, field in (
-            ("factor", "factor"),
-            ("low_freq_factor", "low_freq_factor"),
-            ("high_freq_factor", "high_freq_factor"),
-            ("original_max_position_embeddings", "original_tokens"),
-        ):
-            if not isinstance(given.get(name), int | float):
-                self.problems.append(f"rope_parameters.{name} is {given.get(name)!r}, must be a number")
-                return RopeConfig(theta=theta)
-            numbers[field] = given[name]
-        return RopeConfig(theta=theta, **numbers)
+        original = real("original_max_position_embeddings")
+        if original % 1:
+            self.problems.append(f"{where}.original_max_position_embeddings is {original:g}, must be a whole number")
+        return RopeConfig(
+            theta=theta,
+            factor=real("factor"),
+            low_freq_factor=real("low_freq_factor"),
+            high_freq_factor=real("high_freq_factor"),
+            original_tokens=int(original),
+        )
 
     def windows(self, layers: int, *, enabled: bool) -> tuple[int, ...]:
         """Of each layer. Configs of transformers 5 say it by layer, older ones for all, or above some layer."""
         window = self.fields.get("sliding_window")
         if not enabled or window is None:
             return (0,) * layers
-        if not isinstance(window, int) or window < 1:
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             self.problems.append(f"sliding_window is {window!r}, must be a whole number >= 1 or null")
             return (0,) * layers
         kinds = self.fields.get("layer_types")
         if kinds is None:
-            full = self.fields.get("max_window_layers", 0) if "use_sliding_window" in self.fields else 0
+            full = self.fields.get("max_window_layers") if "use_sliding_window" in self.fields else None
+            full = 0 if full is None else full
+            if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+                self.problems.append(f"max_window_layers is {full!r}, must be a whole number >= 0")
+                full = 0
             return tuple(window if i >= full else 0 for i in range(layers))
         known = {"full_attention": 0, "sliding_attention": window}
-        if len(kinds) != layers or not set(kinds) <= set(known):
-            self.problems.append(f"layer_types must be {layers} of {', '.join(known)}")
+        if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in list(known) for kind in kinds):
+            self.problems.append(
+                f"layer_types is {_said(kinds)}, must be a list of {layers}, each {' or '.join(known)}"
+            )
             return (0,) * layers
         return tuple(known[kind] for kind in kinds)
+
+    def ids(self, name: str, default: int | None = None) -> tuple[int, ...]:
+        """Token ids, of which a config has one, several or none."""
+        value = self.fields.get(name, default)
+        found = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in found):
+            self.problems.append(f"{name} is {_said(value)}, must be a token id >= 0, or several, or null")
+            return ()
+        return tuple(found)
+
+    def bos(self) -> int | None:
+        """The first of the ids that begin a text, if there is one."""
+        return next(iter(self.ids("bos_token_id")), None)
 
     def refuse_if_wrong(self) -> None:
         if self.problems:
@@ -218,6 +245,9 @@ def _llama(
     bias = fields.flag("attention_bias", False)
     if fields.fields.get("head_dim") is None and hidden % q_heads:
         fields.problems.append(f"hidden_size is {hidden}, must be a multiple of {q_heads} heads")
+    head_dim = fields.whole("head_dim", max(hidden // q_heads, 1))
+    if head_dim % 2:
+        fields.problems.append(f"head_dim is {head_dim}, must be even: positions turn pairs")
     is_qwen = family.startswith("qwen")
     has_windows = fields.flag("use_sliding_window", False) if is_qwen else "sliding_window" in fields.fields
     return ModelConfig(
@@ -228,7 +258,7 @@ def _llama(
         vocab=fields.whole("vocab_size"),
         q_heads=q_heads,
         kv_heads=kv_heads,
-        head_dim=fields.whole("head_dim", max(hidden // q_heads, 1)),
+        head_dim=head_dim,
         max_tokens=fields.whole("max_position_embeddings", 2048),
         eps=fields.real("rms_norm_eps", 1e-6),
         rope=fields.rope(),
@@ -238,8 +268,8 @@ def _llama(
         qk_norm=qk_norm,
         tied=fields.flag("tie_word_embeddings", False),
         windows=fields.windows(layers, enabled=has_windows),
-        eos=_ids(fields.fields.get("eos_token_id")),
-        bos=fields.fields.get("bos_token_id"),
+        eos=fields.ids("eos_token_id"),
+        bos=fields.bos(),
         dtype=fields.dtype(),
     )
 
@@ -283,8 +313,8 @@ def _opt(fields: _Fields) -> ModelConfig:
         qk_norm=False,
         tied=fields.flag("tie_word_embeddings", True),
         windows=(0,) * layers,
-        eos=_ids(fields.fields.get("eos_token_id", 2)),
-        bos=fields.fields.get("bos_token_id"),
+        eos=fields.ids("eos_token_id", 2),
+        bos=fields.bos(),
         dtype=fields.dtype(),
     )
 
@@ -292,11 +322,10 @@ def _opt(fields: _Fields) -> ModelConfig:
 _FAMILIES = {"llama": _llama, "mistral": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "opt": _opt}
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    """Token ids, of which a config has one, several or none."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _said(value: Any) -> str:
+    """What the file has, or that it has it not; what is long, in part."""
+    said = "missing" if value is None else repr(value)
+    return said if len(said) <= _LONGEST_SAID else said[:_LONGEST_SAID] + "..."
 
 
 def _read_json(path: Path) -> dict[str, Any]:

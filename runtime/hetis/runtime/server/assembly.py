@@ -34,7 +34,8 @@ from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.errors import ServeError
 from hetis.runtime.server.measuring import Measured, measure_engine
 from hetis.runtime.server.moving import Moving
-from hetis.runtime.server.running import Told, serve
+from hetis.runtime.server.running import Told, answering, serve
+from hetis.runtime.server.starting import Door, Starting
 from hetis.runtime.server.text import Tokens
 from hetis.runtime.steering.engine import RealEngine
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Seconds per byte of KV that moves, where nothing was measured: a copy in memory, and one to another process.
 _LOCAL_BYTE_S, _AWAY_BYTE_S = 1e-10, 1e-9
+_FIRST = "once on this machine: a minute or two"
 _SEATS, _CHUNK_TOKENS = 64, 1024  # where neither options nor plan say
 
 
@@ -67,6 +69,7 @@ class Asked:
     store: str
     worker_s: float
     start_s: float
+    absence_s: float
     executor: ExecutorAddress | None
     redispatch: RedispatchMode | None
     dtype: str | None
@@ -95,14 +98,30 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
         ServeError: the agent's address is taken.
     """
     executor = _executor(asked.executor)
+    starting = Starting()
+    door = Door(starting)
+    async with answering(door, listening) as serving:
+        return await _serve(asked, executor, listening, starting, door, serving)
+
+
+async def _serve(
+    asked: Asked,
+    executor: ExecutorServer | None,
+    listening: socket.socket,
+    starting: Starting,
+    door: Door,
+    serving: asyncio.Task[None],
+) -> bool:
     _set_threads(asked.threads)
     tokens, chat = Tokens.from_folder(asked.folder), ChatTemplate.from_folder(asked.folder)
     layout = _layout(asked)
     workers = _workers(asked)
-    engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
-    await asyncio.to_thread(warm_up, engine)
-    measured = await asyncio.to_thread(measure_engine, engine, planned=layout.costs if layout else None)
-    moving = await asyncio.to_thread(_moving, asked, engine, measured)
+    with starting.phase("reading the model" + (" and meeting its workers" if workers else "")):
+        engine = await asyncio.to_thread(_engine, asked, layout, tokens, workers)
+    await asyncio.to_thread(_prepare, engine, starting)
+    with starting.phase("timing the devices"):
+        measured = await asyncio.to_thread(measure_engine, engine, planned=layout.costs if layout else None)
+    moving = await asyncio.to_thread(_moving, asked, engine, measured, starting)
     desk = Desk(
         engine,
         model=asked.name,
@@ -118,16 +137,18 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
     front = Front(desk, tokens, chat, model=asked.name, options=options)
     _tell_devices(engine)
 
+    app = front.app(api_key=asked.api_key)
+
     def ready() -> None:
+        door.open(app)
         host, port = listening.getsockname()[:2]
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         _log.info("serving %s at http://%s", asked.name, where)
 
     told = Told()
     with told.by_signals():
-        app = front.app(api_key=asked.api_key)
         beside = executor.serving(desk, moving.steered) if executor is not None and moving.steered is not None else None
-        went_well = await serve(desk, app, listening, told, drain_s=asked.drain_s, ready=ready, beside=beside)
+        went_well = await serve(desk, serving, told, drain_s=asked.drain_s, ready=ready, beside=beside)
     if workers is not None:
         workers.close(engine)
     engine.close()
@@ -161,7 +182,11 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
     # Steps on their way at the same time are of use where stages are processes, which work at the same time.
     in_flight = min(layout.in_flight, seats) if layout and asked.stages else 1
     options = EngineOptions(
-        most_running=seats, chunk_tokens=chunk_tokens, max_tokens=asked.context_tokens, in_flight=in_flight
+        most_running=seats,
+        chunk_tokens=chunk_tokens,
+        max_tokens=asked.context_tokens,
+        in_flight=in_flight,
+        patience_s=asked.absence_s,
     )
 
     made_of = EngineFolder(folder=asked.folder, dtype=asked.dtype, page_tokens=asked.page_tokens, options=options)
@@ -179,11 +204,31 @@ def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Worker
         if not devices:
             (device,) = torch_devices(asked.compute, 1)
             free = free_memory_bytes(device)
-            one = one_device(config, shape, seats=seats, max_tokens=longest, free_bytes=free, device=device)
+            room = {"seats": seats, "max_tokens": longest, "chunk_tokens": chunk_tokens, "free_bytes": free}
+            one = one_device(config, shape, **room, device=device)
             devices = (one,)
         return (StageLayout(layers=every, ranks=1, devices=devices),)
 
     return start_engine(made_of, choose, tokens, workers, processes)
+
+
+def _prepare(engine: Engine, starting: Starting) -> None:
+    """Compiles what the first request would have to wait for; on a machine that has done so before, loads it."""
+    if any(part.num_devices > 1 for part in engine.stages):
+        from hetis.solver.dispatch.tables import running_load
+        from hetis.solver.dispatch.warming import compile_dispatch
+
+        with starting.phase(_making_ready("the dispatcher", running_load)):
+            compile_dispatch()
+    with starting.phase("making a first step"):
+        warm_up(engine)
+
+
+def _making_ready(what: str, kernel: Callable[..., object]) -> str:
+    """How the start calls it; ``kernel``: of those that are compiled, or loaded."""
+    from hetis.solver.compiled import is_cached
+
+    return f"loading {what}" if is_cached(kernel) else f"compiling {what}, {_FIRST}"
 
 
 def _workers(asked: Asked) -> Workers | None:
@@ -205,7 +250,7 @@ def _executor(address: ExecutorAddress | None) -> ExecutorServer | None:
         raise ServeError(f"--executor {address}: {error}") from None
 
 
-def _moving(asked: Asked, engine: Engine, measured: Measured) -> Moving:
+def _moving(asked: Asked, engine: Engine, measured: Measured, starting: Starting) -> Moving:
     """What moves heads, ready to do so; may take a minute the first time, for what is compiled."""
     movable = [part for part in engine.stages if len(part.stage.devices) > 1 and part.stage.num_ranks == 1]
     usual = RedispatchMode.PLANNER if asked.executor else RedispatchMode.OWN if movable else RedispatchMode.OFF
@@ -213,10 +258,11 @@ def _moving(asked: Asked, engine: Engine, measured: Measured) -> Moving:
     redispatch: tuple[Redispatch, ...] = ()
     steered: RealEngine | None = None
     if mode is RedispatchMode.OWN and movable:
+        from hetis.solver.redispatch.local_search import improve
         from hetis.solver.redispatch.warming import compile_redispatch
 
-        _log.info("preparing re-dispatch, which takes a minute the first time")
-        compile_redispatch()
+        with starting.phase(_making_ready("re-dispatch", improve)):
+            compile_redispatch()
         redispatch = tuple(_own_redispatch(hauler, part, measured) for part in movable)
     if asked.executor is not None:
         steered = RealEngine(

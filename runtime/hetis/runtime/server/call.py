@@ -10,7 +10,7 @@ from typing import Protocol
 from hetis.runtime.engine.request import FinishReason, SamplingParams
 from hetis.runtime.server.answers import Json, usage
 from hetis.runtime.server.desk import Desk
-from hetis.runtime.server.errors import ApiError
+from hetis.runtime.server.errors import ApiError, AwayError
 from hetis.runtime.server.generation import Generation, Piece, piece_of
 
 
@@ -121,5 +121,7 @@ class Call:
 
 
 def _refuse_failed(piece: Piece) -> None:
+    if piece.finish_reason is FinishReason.UNAVAILABLE:
+        raise AwayError(piece.error)
     if piece.finish_reason is FinishReason.ERROR:
         raise ApiError(piece.error or "the request failed", status=500, kind="server_error", code="request_failed")

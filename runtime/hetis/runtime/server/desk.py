@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.news import TokenOutput
-from hetis.runtime.engine.request import RequestError, SamplingParams
-from hetis.runtime.server.errors import ApiError, BusyError, StoppedError
+from hetis.runtime.engine.request import DevicesAwayError, RequestError, SamplingParams
+from hetis.runtime.server.errors import ApiError, AwayError, BusyError, StoppedError
 from hetis.runtime.server.inbox import Inbox, Ticket
 from hetis.runtime.server.metrics import ServerMetrics
 from hetis.runtime.server.moving import Moving
@@ -273,9 +273,10 @@ class Desk:
 
     def _obey(self) -> None:
         """All commands there are; waits for one where there is nothing else to do."""
-        if not self._engine.has_work:
+        waits = self._engine.only_waits
+        if waits or not self._engine.has_work:
             with suppress(Empty):
-                self._commands.get(timeout=_TEND_S if self._tend else None)()
+                self._commands.get(timeout=_TEND_S if waits or self._tend else None)()
         while not self._commands.empty():
             self._commands.get()()
 
@@ -297,7 +298,8 @@ class Desk:
         try:
             number = self._engine.add(ticket.prompt, ticket.params)
         except RequestError as error:
-            self._tell(self._refuse, ticket, ApiError(str(error)))
+            is_ours = isinstance(error, DevicesAwayError)
+            self._tell(self._refuse, ticket, AwayError(str(error)) if is_ours else ApiError(str(error)))
             return
         ticket.number = number
         self._tickets[number] = ticket

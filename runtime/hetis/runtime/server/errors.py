@@ -5,6 +5,8 @@ HetisError
 +-- ApiError           a request is answered with an error of OpenAI's form
     +-- BusyError      too many wait already
     +-- StoppedError   the server is ending, or its engine has failed
+    +-- StartingError  the server is not ready yet
+    +-- AwayError      devices are away without which it cannot be served
 """
 
 from __future__ import annotations
@@ -71,3 +73,17 @@ class StoppedError(ApiError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, status=503, kind="server_error", code="stopping", retry_s=5)
+
+
+class StartingError(ApiError):
+    """No request is taken yet."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=503, kind="server_error", code="starting", retry_s=5)
+
+
+class AwayError(ApiError):
+    """Devices are away that the request cannot do without, and were waited for long enough."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=503, kind="server_error", code="devices_away", retry_s=5)

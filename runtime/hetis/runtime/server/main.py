@@ -94,6 +94,9 @@ def serve(
         str, typer.Option(help="HOST:PORT that is opened here, where workers and stages say where they are.")
     ] = "",
     worker_timeout: Annotated[float, typer.Option(help="Seconds until a silent worker is given up.")] = 30.0,
+    absence_timeout: Annotated[
+        float, typer.Option(help="Seconds that requests wait for lost devices they cannot do without, then 503.")
+    ] = 60.0,
     start_timeout: Annotated[
         float | None, typer.Option(help="Seconds until a worker or stage has come. Default: as --worker-timeout.")
     ] = None,
@@ -165,6 +168,7 @@ def serve(
         ("--write-timeout", write_timeout, 0.001, 10**6),
         ("--worker-timeout", worker_timeout, 0.1, 10**6),
         ("--start-timeout", start_timeout, 0.1, 10**6),
+        ("--absence-timeout", absence_timeout, 0, 10**6),
         ("--drain-timeout", drain_timeout, 0, 10**6),
     ):
         if value is not None:
@@ -199,6 +203,7 @@ def serve(
         store=store,
         worker_s=worker_timeout,
         start_s=start_timeout if start_timeout is not None else worker_timeout,
+        absence_s=absence_timeout,
         executor=executor_address,
         redispatch=mode,
         dtype=chosen_dtype,

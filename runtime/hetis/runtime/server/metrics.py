@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from hetis.runtime.engine.request import FinishReason
 from hetis.runtime.server.asked import RedispatchMode
 from hetis.runtime.server.moving import MovingView
-from hetis.runtime.server.snapshot import EngineView
+from hetis.runtime.server.snapshot import EngineView, PromptsView
 from hetis.runtime.steering.engine import PERMISSIONS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -100,6 +100,7 @@ _VLLM_REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
     FinishReason.CANCELLED: "abort",
+    FinishReason.UNAVAILABLE: "error",
     FinishReason.ERROR: "error",
 }
 
@@ -114,6 +115,8 @@ class _Views(Collector):
         view = self._view()
         yield self._gauge("vllm:num_requests_running", "Requests in the batch.", len(view.running))
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait to be admitted.", view.waiting)
+        aside = "Of them, those that wait for devices that are away."
+        yield self._gauge("hetis_requests_waiting_for_devices", aside, view.aside)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", view.kv_use_ratio)
         yield self._counter("vllm:num_preemptions", "Requests that gave up their KV for others.", view.preempted)
         config = GaugeMetricFamily(
@@ -126,6 +129,7 @@ class _Views(Collector):
         yield config
         yield self._counter("hetis_steps", "Steps of the engine.", view.steps)
         yield self._counter("hetis_moved_heads", "KV heads of running requests that moved.", view.moved_heads)
+        yield from self._prompts(view.prompts)
         yield from self._moving(view.moving)
         build = GaugeMetricFamily("hetis_build", "1; its label says which software this is.", labels=["version"])
         build.add_metric([self._version], 1)
@@ -141,6 +145,16 @@ class _Views(Collector):
             family = GaugeMetricFamily(name, meaning, labels=[*self._labels, "device"])
             for device, value in zip(view.devices, values, strict=True):
                 family.add_metric([*self._labels.values(), device.name], value)
+            yield family
+
+    def _prompts(self, prompts: Sequence[PromptsView]) -> Iterator[Metric]:
+        for name, meaning, values in (
+            ("hetis_prompt_kv_bytes", "Room for KV of prompts under way.", [p.most_bytes for p in prompts]),
+            ("hetis_prompt_kv_bytes_used", "Of it, in use.", [p.kv_bytes for p in prompts]),
+        ):
+            family = GaugeMetricFamily(name, meaning, labels=[*self._labels, "stage"])
+            for stage, value in zip(prompts, values, strict=True):
+                family.add_metric([*self._labels.values(), str(stage.stage)], value)
             yield family
 
     def _moving(self, moving: MovingView) -> Iterator[Metric]:

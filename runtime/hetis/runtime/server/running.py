@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -49,21 +49,9 @@ class Told:
                 loop.remove_signal_handler(number)
 
 
-async def serve(
-    desk: Desk,
-    app: ASGIApp,
-    listening: socket.socket,
-    told: Told,
-    *,
-    drain_s: float,
-    ready: Callable[[], None] = lambda: None,
-    beside: contextlib.AbstractAsyncContextManager[None] | None = None,
-) -> bool:
-    """Serves until told to end, then drains; returns False where the engine failed.
-
-    While it drains nothing new is taken (503, ``/health`` too), and what is open is answered for at most ``drain_s``,
-    or until it is told again. Whatever is open then is answered with an error. ``beside`` is entered while it serves.
-    """
+@contextlib.asynccontextmanager
+async def answering(app: ASGIApp, listening: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+    """Answers HTTP with ``app`` until the end of the context; the task ends before only if the server fails."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -73,10 +61,32 @@ async def serve(
         timeout_graceful_shutdown=_LAST_WORDS_S,
     )
     server = _Server(config)
-    desk.start()
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.005)  # uvicorn tells by a flag
+    try:
+        yield serving
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def serve(
+    desk: Desk,
+    serving: asyncio.Task[None],
+    told: Told,
+    *,
+    drain_s: float,
+    ready: Callable[[], None] = lambda: None,
+    beside: contextlib.AbstractAsyncContextManager[None] | None = None,
+) -> bool:
+    """Starts the desk and lets it serve until told to end, then drains; returns False where the engine failed.
+
+    While it drains nothing new is taken (503, ``/health`` too), and what is open is answered for at most ``drain_s``,
+    or until it is told again. Whatever is open then is answered with an error. ``serving`` is the HTTP server, as of
+    `answering`; ``beside`` is entered while it serves.
+    """
+    desk.start()
     async with beside or contextlib.nullcontext():
         ready()
         await _first(told.once.wait(), desk.failed.wait(), asyncio.shield(serving))
@@ -87,8 +97,6 @@ async def serve(
             desk.metrics.cancelled("drain")
     has_failed = desk.failed.is_set()
     await desk.stop()
-    server.should_exit = True
-    await serving
     return not has_failed
 
 

@@ -23,6 +23,15 @@ class DeviceView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptsView:
+    """KV of prompts under way on the primary of one stage: bytes that are counted now, and at most."""
+
+    stage: int
+    kv_bytes: int
+    most_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestView:
     """A running request: positions whose KV is held, and output tokens so far.
 
@@ -37,11 +46,16 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineView:
-    """The engine between two steps; counts are since it started."""
+    """The engine between two steps; counts are since it started.
+
+    ``aside``: of those who wait, how many do so for devices that are away.
+    """
 
     devices: tuple[DeviceView, ...]
+    prompts: tuple[PromptsView, ...] = ()
     running: tuple[RequestView, ...] = ()
     waiting: int = 0
+    aside: int = 0
     steps: int = 0
     preempted: int = 0
     moved_heads: int = 0
@@ -80,6 +94,14 @@ def view_of(engine: Engine, moving: MovingView | None = None) -> EngineView:
         ]
     return EngineView(
         devices=tuple(devices),
+        prompts=tuple(
+            PromptsView(
+                stage=part.number,
+                kv_bytes=part.prompts.tokens * part.token_bytes,
+                most_bytes=part.prompts.most_tokens * part.token_bytes,
+            )
+            for part in engine.stages
+        ),
         running=tuple(
             RequestView(
                 number=request.number,
@@ -90,6 +112,7 @@ def view_of(engine: Engine, moving: MovingView | None = None) -> EngineView:
             for request in engine.running.values()
         ),
         waiting=len(engine.waiting),
+        aside=sum(request.number in engine.aside for request in engine.waiting),
         steps=engine.num_steps,
         preempted=engine.num_preempted,
         moved_heads=engine.num_moved_heads,
