@@ -34,6 +34,7 @@ from benchmarks.measuring.saturating import (
     Deck,
     alternating_rate,
     distinct_replicas,
+    iterations_per_request,
     part_of,
     random_cases,
     routed_part,
@@ -137,7 +138,7 @@ def _row(name: str, case: Case, part: Plan, *, with_ttft: bool) -> Row:
     """One replica, or all that KV routes join."""
     planned = prediction_of(part)
     in_flight = seats_of(part)
-    count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / _iterations_per_request(case, part)), 200))
+    count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / iterations_per_request(part, case.problem)), 200))
     started = time.perf_counter()
     run = saturated_run(part, case.problem, count, AS_PLANNED)
     simulated = steady_rate(run, in_flight)
@@ -156,14 +157,6 @@ def _row(name: str, case: Case, part: Plan, *, with_ttft: bool) -> Row:
         "preemptions": run.num_preemptions,
         "wall_s": time.perf_counter() - started,
     }
-
-
-def _iterations_per_request(case: Case, part: Plan) -> float:
-    """Of the replicas that it passes, about."""
-    moments = case.problem.workload.clipped_to(case.problem.model.max_position).moments()
-    seats = sum(one.micro_batch for one in part.replicas) / max(1, sum(one.micro_batch > 0 for one in part.replicas))
-    chunk = max(one.chunk_tokens for one in part.replicas)
-    return max(moments.mean_output / seats, moments.mean_prompt / chunk)
 
 
 def _alternating_ratio(problem: PlacementProblem, part: Plan) -> float | None:

@@ -132,6 +132,21 @@ def steady_rate(run: Run, in_flight: int) -> float:
     return (last - first) / float(finished[last - 1] - finished[first - 1])
 
 
+def iterations_per_request(plan: Plan, problem: PlacementProblem) -> float:
+    """Round trips of micro-batches per request that is served, over the replicas that it passes."""
+    moments = problem.workload.clipped_to(problem.model.max_position).moments()
+    prefill = decode = served = 0.0
+    for one in plan.replicas:
+        outputs = moments.mean_output / one.micro_batch if one.micro_batch else 0.0
+        chunks = moments.mean_prompt / one.chunk_tokens if one.chunk_tokens else 0.0
+        if one.role is Role.PREFILL:
+            prefill += one.rate * chunks
+        else:
+            decode += one.rate * max(outputs, chunks)
+            served += one.rate
+    return (prefill + decode) / served
+
+
 def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0) -> float:
     """Requests/s if iterations took what the formula says, full chunks at the mean context, but came one by one.
 
