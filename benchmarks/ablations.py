@@ -1,6 +1,6 @@
 """What each idea is worth, simulated: the same fleet without it.
 
-    python -m benchmarks.ablations [--quick] [--json] [--only TEXT] [--seeds K] [--turns N]
+    python -m benchmarks.ablations [--quick] [--json] [--only TEXT] [--seeds K] [--processes N]
 
 Fleets and lengths where attention workers pay, and where they do not. `without attention workers` and `without stage
 copies` plan again within the smaller family; the others, where the full plan has attention workers at all, run it with
@@ -9,21 +9,30 @@ and Theta from 10% to 200%.
 
 `throughput_rps` is what is served when somebody always waits, `over_full` that over the full method's, with the half
 width of its 95% interval by seed; `ttft_p95_s` and `tpot_s` are at 90% of the full plan's saturated rate.
+
+All runs of a case have equally many requests: so many that the full plan makes 15,000 iterations, or fills its seats
+anew three times; that and limits of the search keep a case within four CPU minutes (`cpu_s` is of the row, its search
+included). `carried` says `unknown` where the requests are too few to tell.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
+from benchmarks.measuring.saturating import iterations_per_request
 from benchmarks.measuring.served import served
 from hetis.formats.documents import load_workload
+from hetis.planner.simulating import seats_of
 from hetis.simulator.confidence import over_runs
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.values import Settings
@@ -33,9 +42,10 @@ from hetis.solver.placement.solve import solve_placement
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 
-TIME_LIMIT_S = 20.0  # CPU seconds: other work on the machine does not cut the search short
-TURNS = 20  # see `hetis.planner.simulating`
-REQUESTS = 40  # of a run at least, times the turns
+TIME_LIMIT_S = 15.0  # CPU seconds: other work on the machine does not cut the search short
+ITERATIONS = 15_000  # of a run, about: with attention workers one takes 100 to 250 us
+TURNS = 3  # so often the seats of the full plan are filled anew in a run, at least
+FEWEST, MOST = 60, 2_000  # requests of a run
 THETAS = (0.1, 0.25, 1.0, 2.0)  # beside the default of 0.5
 LOAD = 0.9
 
@@ -75,28 +85,32 @@ CASES = tuple(
 def main() -> None:
     """Prints one row per case and ablation."""
     parser = rows.parser("benchmarks.ablations", __doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of every load")
-    parser.add_argument("--turns", type=int, default=TURNS, help="so often a plan's seats are filled anew in a run")
-    parser.add_argument("--processes", type=int, default=0, help="runs at once; 0: all cores")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every load")
+    parser.add_argument("--processes", type=int, default=0, help="cases at once; 0: all cores")
     arguments = parser.parse_args()
-    chosen = CASES[:1] if arguments.quick else CASES
-    found = (
-        one
-        for case in chosen
-        if arguments.only in case.name
-        for one in ablated(
-            case,
-            seeds=2 if arguments.quick else arguments.seeds,
-            turns=1 if arguments.quick else arguments.turns,
-            thetas=THETAS[:1] if arguments.quick else THETAS,
-            processes=1 if arguments.quick else arguments.processes,
-        )
-    )
+    chosen = [case for case in (CASES[:1] if arguments.quick else CASES) if arguments.only in case.name]
+    if arguments.quick:
+        found = ablated(chosen[0], seeds=2, iterations=1_000, thetas=THETAS[:1]) if chosen else iter(())
+    else:
+        found = _all_ablated(chosen, seeds=arguments.seeds, processes=arguments.processes)
     rows.show(found, arguments, name="ablations")
 
 
-def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], processes: int) -> Iterator[Row]:
-    """The full method first, then without each of its parts."""
+def _all_ablated(chosen: Sequence[Case], *, seeds: int, processes: int) -> Iterator[Row]:
+    """Several cases at once, each in one process: kernels are then loaded once per case."""
+    work = partial(_rows, seeds=seeds)
+    with ProcessPoolExecutor(max_workers=processes or None, mp_context=get_context("spawn")) as pool:
+        for found in pool.map(work, chosen):
+            yield from found
+
+
+def _rows(case: Case, *, seeds: int) -> list[Row]:
+    return list(ablated(case, seeds=seeds, iterations=ITERATIONS, thetas=THETAS))
+
+
+def ablated(case: Case, *, seeds: int, iterations: int, thetas: tuple[float, ...]) -> Iterator[Row]:
+    """The full method first, then without each of its parts; runs of about so many iterations."""
+    started_s = time.process_time()
     posed = problem(example(case.fleet), model=case.model, workload=case.workload, objective=case.objective)
     lengths = load_workload(case.workload)
     dispatching: list[tuple[str, PlacementProblem, Settings]] = [
@@ -112,7 +126,7 @@ def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], pr
         ("without stage copies", replace(posed, family=replace(posed.family, max_copies=1)), Settings()),
     ]
     plans: dict[int, tuple[Plan | None, str]] = {id(posed): planned}
-    rate_rps, full = 0.0, list[float]()
+    rate_rps, count, full = 0.0, 0, list[float]()
     for name, problem_, settings in variants:
         if id(problem_) not in plans:
             plans[id(problem_)] = _planned(problem_)
@@ -122,9 +136,8 @@ def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], pr
             yield _row(label, note=note)
             continue
         rate_rps = rate_rps or LOAD * prediction_of(plan).rate_rps
-        with served(
-            plan, problem_, lengths, seeds=seeds, turns=turns, at_least=REQUESTS * turns, processes=processes
-        ) as server:
+        count = count or _requests(plan, problem_, iterations)
+        with served(plan, problem_, lengths, seeds=seeds, turns=0, at_least=count, processes=1) as server:
             summary, by_seed = server.saturated(settings)
             loaded = server.at(rate_rps, settings)
         full = full or by_seed
@@ -138,18 +151,21 @@ def ablated(case: Case, *, seeds: int, turns: int, thetas: tuple[float, ...], pr
             over_full_half_width=over.half_width,
             ttft_p95_s=loaded.ttft_p95_s.value,
             tpot_s=loaded.mean_tpot_s.value,
-            carried="yes" if loaded.steady else "no",
+            carried={True: "yes", False: "no", None: "unknown"}[loaded.steady],
+            requests=count,
             preemptions=summary.counts.preemptions,
             migrations=summary.counts.migrations,
             migrated_gib=summary.counts.migrated_bytes / 2**30,
+            cpu_s=time.process_time() - started_s,
             note=f"{_workers(plan)} attention workers, copies {_copies(plan)}",
         )
+        started_s = time.process_time()
 
 
 def _row(name: str, **found: rows.Cell) -> Row:
     columns = (
         "planned_rps", "throughput_rps", "half_width_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s",
-        "carried", "preemptions", "migrations", "migrated_gib", "note",
+        "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note",
     )  # fmt: skip
     return {"name": name} | {column: found.get(column) for column in columns}
 
@@ -160,6 +176,12 @@ def _planned(posed: PlacementProblem) -> tuple[Plan | None, str]:
         return solve_placement(posed, strategy="hetis", budget=budget), ""
     except HetisError as error:
         return None, str(error).splitlines()[0]
+
+
+def _requests(plan: Plan, posed: PlacementProblem, iterations: int) -> int:
+    """Of every run of a case, from its full plan."""
+    count = max(int(iterations / iterations_per_request(plan, posed)), TURNS * seats_of(plan))
+    return min(max(count, FEWEST), MOST)
 
 
 def _workers(plan: Plan) -> int:

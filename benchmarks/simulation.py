@@ -3,12 +3,14 @@
     python -m benchmarks.simulation [--quick] [--json] [--cases N] [--rate-only] [--processes N] [agreement | speed]
 
 ``agreement``: random (cluster, model, workload) cases are placed, and one replica of every shape of the plan is given
-requests that are always waiting, at the plan's b, M and C, with heads split as the plan splits them. ``ratio`` is the
-simulated rate over `ReplicaPlan.rate`; the bar is 0.9 to 1.1 (DESIGN section 10). ``alternating`` is the same for a
-pipeline whose iterations take exactly what the formula says, but come one by one, with or without a chunk: where it is
-as far off, the slack of the formula is too small. ``ttft`` is the planned p95, ``ttft_at_plan`` the simulated one with
-Poisson arrivals at the planned utilisation, `-` where that load is not carried, and ``ttft_at_half`` that at half the
-planned rate, where hardly anybody waits for a seat; ``--rate-only`` leaves both out.
+requests that are always waiting, at the plan's b, M and C, with heads split as the plan splits them; prefill and decode
+replicas, all of a plan together (``#roles``). ``ratio`` is the simulated rate over `ReplicaPlan.rate`, or over that of
+the KV routes; the bar is 0.9 to 1.1 (DESIGN section 10). ``alternating`` is the same for a pipeline whose iterations
+take exactly what the formula says, but come one by one, with or without a chunk: where it is as far below, the slack of
+the formula is too small, and where it is as far above, too large. Of roles it is the weaker side's.
+``ttft`` is the planned p95, ``ttft_at_plan`` the simulated one with Poisson arrivals at the planned utilisation, `-`
+where that load is not carried or the run too short to tell, and ``ttft_at_half`` that at half the planned rate, where
+hardly anybody waits for a seat; ``--rate-only`` leaves both out.
 
 ``speed``: CPU seconds of whole plans on requests that are always waiting, one process.
 """
@@ -32,18 +34,22 @@ from benchmarks.measuring.saturating import (
     Deck,
     alternating_rate,
     distinct_replicas,
+    iterations_per_request,
+    part_of,
     random_cases,
+    routed_part,
     saturated_run,
     steady_rate,
 )
+from hetis.planner.simulating import seats_of
 from hetis.simulator.arrivals import Load, draw_traffic, requests_of
-from hetis.simulator.metrics import Limits, measure
+from hetis.simulator.metrics import Limits, measure, prediction_of
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError
 from hetis.solver.placement import solve_placement
-from hetis.solver.plan import Plan, ReplicaPlan
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import Family, PlacementProblem
 
 SEED = 7
@@ -116,48 +122,65 @@ def agreement(case: Case, *, with_ttft: bool) -> list[Row]:
         )
     except HetisError:
         return []  # the model fits on none of these GPUs, or no plan meets the limits
-    return [
-        _row(f"{case.name} #{n}", case, plan, one, with_ttft=with_ttft) for n, one in enumerate(distinct_replicas(plan))
+    found = [
+        _row(f"{case.name} #{n}", case, part_of(plan, one), with_ttft=with_ttft)
+        for n, one in enumerate(distinct_replicas(plan))
     ]
+    routed = routed_part(plan)
+    return found if routed is None else [*found, _row(f"{case.name} #roles", case, routed, with_ttft=with_ttft)]
 
 
 def _ratio(row: Row) -> float:
     return float(str(row["ratio"]))
 
 
-def _row(name: str, case: Case, plan: Plan, one: ReplicaPlan, *, with_ttft: bool) -> Row:
-    moments = case.problem.workload.clipped_to(case.problem.model.max_position).moments()
-    per_request = max(moments.mean_output / one.micro_batch, moments.mean_prompt / one.chunk_tokens)
-    in_flight = one.micro_batch * one.in_flight
-    count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / per_request), 200))
-    planned_share = case.problem.assumptions.planned_utilisation
+def _row(name: str, case: Case, part: Plan, *, with_ttft: bool) -> Row:
+    """One replica, or all that KV routes join."""
+    planned = prediction_of(part)
+    in_flight = seats_of(part)
+    count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / iterations_per_request(part, case.problem)), 200))
     started = time.perf_counter()
-    run = saturated_run(plan, case.problem, one, count, AS_PLANNED)
+    run = saturated_run(part, case.problem, count, AS_PLANNED)
     simulated = steady_rate(run, in_flight)
-    stages = "+".join(f"{s.copies}x{s.gpu} TP{s.tp} L{s.num_layers}" for s in one.stages)
-    pools = "".join(f", {len(p.devices)} {p.gpu} for {p.kv_head_groups} groups" for p in one.attention_workers)
+    planned_share = case.problem.assumptions.planned_utilisation
     return {
         "name": name,
-        "shape": f"{stages}{pools}; b {one.micro_batch}, M {one.in_flight}, C {one.chunk_tokens}",
-        "planned": one.rate,
+        "shape": " | ".join(map(_shape, part.replicas)),
+        "planned": planned.rate_rps,
         "simulated": simulated,
-        "ratio": simulated / one.rate,
-        "alternating": None if one.attention_workers else alternating_rate(case.problem, one) / one.rate,
-        "ttft": one.ttft_s,
-        "ttft_at_plan": _ttft_p95_s(plan, case, one, count, planned_share) if with_ttft else None,
-        "ttft_at_half": _ttft_p95_s(plan, case, one, count, 0.5) if with_ttft else None,
+        "ratio": simulated / planned.rate_rps,
+        "alternating": _alternating_ratio(case.problem, part),
+        "ttft": planned.ttft_s,
+        "ttft_at_plan": _ttft_p95_s(part, case, count, planned_share) if with_ttft else None,
+        "ttft_at_half": _ttft_p95_s(part, case, count, 0.5) if with_ttft else None,
         "requests": count,
         "preemptions": run.num_preemptions,
         "wall_s": time.perf_counter() - started,
     }
 
 
-def _ttft_p95_s(plan: Plan, case: Case, one: ReplicaPlan, count: int, load: float) -> float | None:
-    """Of one replica alone, at so much of its planned rate; None where requests pile up."""
-    problem = case.problem
-    alone = replace(plan, replicas=(one,), kv_routes=())
-    arriving = Load(lengths=problem.workload, max_position=problem.model.max_position, rate_rps=load * one.rate)
-    run = simulate(alone, problem, requests_of(draw_traffic(arriving, count, seed=SEED)), AS_PLANNED)
+def _alternating_ratio(problem: PlacementProblem, part: Plan) -> float | None:
+    """None with attention workers, which `alternating_rate` does not know."""
+    if any(one.attention_workers for one in part.replicas):
+        return None
+    sides: dict[Role, float] = {}
+    for one in part.replicas:
+        sides[one.role] = sides.get(one.role, 0.0) + alternating_rate(problem, one)
+    return min(sides.values()) / prediction_of(part).rate_rps
+
+
+def _shape(one: ReplicaPlan) -> str:
+    stages = "+".join(f"{s.copies}x{s.gpu} TP{s.tp} L{s.num_layers}" for s in one.stages)
+    pools = "".join(f", {len(p.devices)} {p.gpu} for {p.kv_head_groups} groups" for p in one.attention_workers)
+    role = "" if one.role is Role.UNIFIED else f"{one.role.value} "
+    return f"{role}{stages}{pools}; b {one.micro_batch}, M {one.in_flight}, C {one.chunk_tokens}"
+
+
+def _ttft_p95_s(part: Plan, case: Case, count: int, load: float) -> float | None:
+    """At so much of the planned rate; None where that is not carried, or nobody can tell."""
+    problem, rate_rps = case.problem, load * prediction_of(part).rate_rps
+    arriving = Load(lengths=problem.workload, max_position=problem.model.max_position, rate_rps=rate_rps)
+    run = simulate(part, problem, requests_of(draw_traffic(arriving, count, seed=SEED)), AS_PLANNED)
     found = measure(run, Limits(ttft_s=None, tpot_s=None), saturated=False)
     return found.ttft_p95_s.value if found.steady else None
 

@@ -99,11 +99,27 @@ def distinct_replicas(plan: Plan) -> list[ReplicaPlan]:
     return list(first.values())
 
 
-def saturated_run(plan: Plan, problem: PlacementProblem, one: ReplicaPlan, count: int, settings: Settings) -> Run:
-    """One replica alone on ``count`` requests that are always waiting."""
-    alone = replace(plan, replicas=(one,), kv_routes=())
+def part_of(plan: Plan, *chosen: ReplicaPlan) -> Plan:
+    """These replicas of a plan, and the KV routes between them."""
+    at = {plan.replicas.index(one): number for number, one in enumerate(chosen)}
+    routes = tuple(
+        replace(route, prefill=at[route.prefill], decode=at[route.decode])
+        for route in plan.kv_routes
+        if route.prefill in at and route.decode in at
+    )
+    return replace(plan, replicas=chosen, kv_routes=routes)
+
+
+def routed_part(plan: Plan) -> Plan | None:
+    """The replicas that KV routes join: what is prefilled on some and decoded on others; None without any."""
+    joined = sorted({end for route in plan.kv_routes for end in (route.prefill, route.decode)})
+    return part_of(plan, *(plan.replicas[number] for number in joined)) if joined else None
+
+
+def saturated_run(part: Plan, problem: PlacementProblem, count: int, settings: Settings) -> Run:
+    """Part of a plan on ``count`` requests that are always waiting."""
     workload = problem.workload.clipped_to(problem.model.max_position)
-    return simulate(alone, problem, Deck(workload, count, settings.seed), settings)
+    return simulate(part, problem, Deck(workload, count, settings.seed), settings)
 
 
 def steady_rate(run: Run, in_flight: int) -> float:
@@ -116,16 +132,32 @@ def steady_rate(run: Run, in_flight: int) -> float:
     return (last - first) / float(finished[last - 1] - finished[first - 1])
 
 
+def iterations_per_request(plan: Plan, problem: PlacementProblem) -> float:
+    """Round trips of micro-batches per request that is served, over the replicas that it passes."""
+    moments = problem.workload.clipped_to(problem.model.max_position).moments()
+    prefill = decode = served = 0.0
+    for one in plan.replicas:
+        outputs = moments.mean_output / one.micro_batch if one.micro_batch else 0.0
+        chunks = moments.mean_prompt / one.chunk_tokens if one.chunk_tokens else 0.0
+        if one.role is Role.PREFILL:
+            prefill += one.rate * chunks
+        else:
+            decode += one.rate * max(outputs, chunks)
+            served += one.rate
+    return (prefill + decode) / served
+
+
 def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0) -> float:
     """Requests/s if iterations took what the formula says, full chunks at the mean context, but came one by one.
 
-    Each iteration of a micro-batch carries a chunk or not, at random with the formula's share phi, and a micro-batch
-    stays on its copy of a stage. What is left of the planned rate is what slack should have covered.
+    Each iteration of a micro-batch carries a chunk or not, at random with the formula's share phi (all of a prefill
+    replica do, none of a decode replica), and a micro-batch stays on its copy of a stage. What is left of the planned
+    rate is what slack should have covered. The time that KV takes to leave or to arrive is not in it.
     """
     plain_s, chunk_s = _formula_seconds(problem, one)
     moments = problem.workload.clipped_to(problem.model.max_position).moments()
-    chunks = moments.mean_prompt / one.chunk_tokens
-    per_request = max(moments.mean_output / one.micro_batch, chunks)
+    chunks = moments.mean_prompt / one.chunk_tokens if one.chunk_tokens else 0.0
+    per_request = max(moments.mean_output / one.micro_batch if one.micro_batch else 0.0, chunks)
     rng = np.random.default_rng(seed)
     free_s = [[0.0] * stage.copies for stage in one.stages]
     last = len(one.stages) - 1

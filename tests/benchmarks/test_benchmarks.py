@@ -77,7 +77,7 @@ PROMISED = {
     | {"hetis_over", "kv_over", "ttft_over", "tpot_over", "no_worse", "clipped", "note"}
     | {f"paper_{figure}" for figure in ("throughput", "kv", "ttft", "tpot")},
     "ablations": {"name", "planned_rps", "throughput_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s"}
-    | {"half_width_rps", "carried", "preemptions", "migrations", "migrated_gib", "note"},
+    | {"half_width_rps", "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note"},
     "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}
     | {"ttft", "ttft_at_plan", "ttft_at_half"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},

@@ -77,6 +77,33 @@ def test_the_table_fits_80_columns_and_sets_the_plan_beside_what_happened(plan: 
         assert words in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--requests 20", "too short: no request finished before the last one came"),
+        ("--requests 40 --rate 2", "too short to tell whether requests pile up"),
+        ("--requests 400 --rate 2", ""),
+        ("--requests 400 --rate 90", "not carried: requests pile up"),
+        ("--requests 20 --saturate", "too short: no request finished"),
+        (
+            "--requests 60 --rate 2 --fail a100/0@1s --fail a100/1@5s --join a100/0@2s --fail a100/0@9s",
+            "never served: no replica is left for them; a100/0, a100/1 failed and did not join again",
+        ),
+    ],
+)
+def test_what_is_said_of_a_load_is_right(plan: Path, arguments: str, words: str) -> None:
+    table = " ".join(invoke("simulate", str(plan), *arguments.split(), "--threads", "1").stdout.split())
+    for each in ("too short", "not carried", "never served"):
+        assert (each in table) == (each in words)
+    assert words in table
+
+
+def test_a_run_that_is_too_short_neither_agrees_nor_disagrees(plan: Path) -> None:
+    found = simulated(plan, "--requests", "20")
+    assert found["steady"] is None
+    assert found["agrees"] is None
+
+
 def test_the_same_seed_gives_the_same_answer_and_another_one_does_not(plan: Path) -> None:
     first, again, other = (simulated(plan, "--requests", "400", "--seed", seed) for seed in ("1", "1", "2"))
     assert first == again

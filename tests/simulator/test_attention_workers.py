@@ -68,6 +68,18 @@ def test_the_head_map_is_sound_in_the_middle_of_a_run(chosen: Settings) -> None:
         np.testing.assert_array_equal(home, pool.state.groups(str(request)))
 
 
+def test_requests_that_a_full_worker_evicts_give_back_their_blocks_on_every_stage() -> None:
+    # Room is kept for the workload's two output tokens; they make 80. The worker is full long before the other stage,
+    # which has already counted the block that an evicted request would have grown into.
+    problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((24, 2)))
+    little = make_profile("small", usable_bytes=3_400_000)
+    problem = replace(problem, profiles={**problem.profiles, "small": little})
+    plan = plan_of(pipeline(problem, 3, 3, micro_batch=8, in_flight=2, pool=(1, 4)))
+    run = simulate(plan, problem, equal_requests(24, prompt=21, output=80), AS_PLANNED)  # asserts that all come back
+    assert run.num_preemptions > 0
+    assert run.generated_tokens == 24 * 80
+
+
 def test_the_plans_split_gives_every_request_its_groups_and_every_card_as_many() -> None:
     problem = small_problem(model=make_model(kv_heads=4))
     plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(2, 1)))

@@ -106,6 +106,42 @@ def test_a_load_that_is_carried_is_steady_and_one_that_is_not_is_not() -> None:
     assert not summarise([carried, overloaded]).steady
 
 
+@pytest.mark.parametrize(
+    ("rate_rps", "count", "steady"),
+    [
+        (6.0, 1500, True),  # of 8/s
+        (10.0, 1500, False),
+        (20.0, 400, False),
+        (1.0, 300, True),
+        (7.0, 20, None),
+        (20.0, 20, None),
+        (0.5, 20, None),
+        (8.0, 20, None),
+    ],
+)
+def test_a_run_is_steady_or_grows_or_is_too_short_to_tell(rate_rps: float, count: int, steady: bool | None) -> None:
+    for seed in range(5):
+        run = queue_run(requests_of(draw_traffic(load(rate_rps), count, seed=seed)))
+        assert measure(run, LIMITS, saturated=False).steady is steady, seed
+
+
+def test_a_fleet_that_is_not_full_yet_has_shown_nothing() -> None:
+    # 100 requests/s on 2,000 seats that are left after 30 s: one third is lacking, and 10 s do not show it.
+    rows = [(request(i, i / 100), i / 100, i / 100 + 0.1, i / 100 + 30.0) for i in range(1000)]
+    assert measure(run_of(rows, end_s=40.0), LIMITS, saturated=False).steady is None
+    rows = [(request(i, i / 100), i / 100, i / 100 + 0.1, i / 100 + 30.0) for i in range(10_000)]
+    found = measure(run_of(rows, end_s=130.0), LIMITS, saturated=False)
+    assert found.steady
+    assert found.window_start_s == pytest.approx(30.0, abs=0.02)
+    assert found.throughput_rps.value == pytest.approx(100.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("count", "steady"), [(10, None), (15, None), (40, True)])
+def test_a_saturated_run_that_replaced_nobody_has_shown_nothing(count: int, steady: bool | None) -> None:
+    run = queue_run(Saturation(draw_traffic(load(None, Arrivals.SATURATED), count, seed=0)))  # on 8 seats
+    assert measure(run, LIMITS, saturated=True).steady is steady
+
+
 def test_saturation_measures_what_can_be_served() -> None:
     source = Saturation(draw_traffic(load(None, Arrivals.SATURATED), 1000, seed=0))
     found = measure(queue_run(source), LIMITS, saturated=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hetis.simulator.steadiness import grows, warm_up
+from hetis.simulator.confidence import Estimate
+from hetis.simulator.steadiness import filled_s, growth, is_carried, warm_up
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,8 +38,38 @@ def test_the_second_half_is_never_cut() -> None:
     assert warm_up(series) <= 500
 
 
-def test_requests_pile_up_when_more_come_than_chance_explains() -> None:
-    assert not grows(arrived=1000, finished=1000)
-    assert not grows(arrived=1000, finished=940)
-    assert grows(arrived=1000, finished=930)  # 70 > 2 sqrt(1000) > 5%
-    assert grows(arrived=10_000, finished=9_400)
+def test_a_fleet_is_full_when_requests_have_stayed_as_long_as_they_do() -> None:
+    assert filled_s(np.arange(5.0, 105.0), np.full(100, 7.0)) == 12.0
+
+
+@pytest.mark.parametrize("served", [0.5, 0.8, 1.0])
+def test_the_wait_grows_by_what_comes_over_what_is_served(served: float) -> None:
+    arrival_s = np.arange(200.0)  # one a second; number n is served at n / served
+    found = growth(arrival_s, 3.0 + arrival_s / served - arrival_s)
+    assert found.value == pytest.approx(1 / served - 1, abs=1e-9)
+    assert found.half_width == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_interval_of_a_growth_holds_the_true_one_as_often_as_it_says() -> None:
+    hits = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        arrival_s = np.cumsum(rng.exponential(size=300))
+        found = growth(arrival_s, 0.1 * arrival_s + rng.normal(scale=20.0, size=300))
+        hits += abs(found.value - 0.1) <= found.half_width
+    assert 180 <= hits <= 199
+
+
+def test_a_load_is_carried_or_not_or_nobody_can_tell() -> None:
+    assert is_carried(Estimate(value=0.02, half_width=0.02), arrived=1000) is True
+    assert is_carried(Estimate(value=0.04, half_width=0.02), arrived=1000) is None
+    assert is_carried(Estimate(value=0.2, half_width=0.02), arrived=1000) is False
+    # 60 requests may come 2 / sqrt(60) = 26% faster than on average, by chance.
+    assert is_carried(Estimate(value=0.2, half_width=0.02), arrived=60) is None
+
+
+def test_nothing_is_said_of_fewer_than_fifty_requests_or_of_one_moment() -> None:
+    assert is_carried(growth(np.arange(49.0), np.arange(49.0)), arrived=49) is None
+    assert growth(np.arange(49.0), 2 * np.arange(49.0)).value == pytest.approx(2.0)
+    assert is_carried(growth(np.zeros(100), np.arange(100.0)), arrived=100) is None
+    assert np.isnan(growth(np.zeros(0), np.zeros(0)).value)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.links import SharedLink
+from hetis.simulator.links import Links
 from hetis.simulator.micro_batch import MicroBatch
 from hetis.simulator.migration import Migration
 from hetis.simulator.pool_load import PoolLoad
@@ -41,7 +41,7 @@ class PoolCopy:
 
     def __init__(
         self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], book: Book,
-        events: Events, settings: Settings, mean_output: float, shared: tuple[SharedCard, ...] | None,
+        events: Events, settings: Settings, mean_output: float, shared: tuple[SharedCard, ...] | None, links: Links,
     ) -> None:  # fmt: skip
         """``split``: head groups of a request on the primary and on the cards together, as the plan has them."""
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
@@ -58,7 +58,6 @@ class PoolCopy:
         if settings.dispatch:
             self._dispatch = _dispatcher_of(self.state)
             if settings.redispatch:
-                links = tuple(SharedLink() for _ in names)
                 self._migration = Migration(
                     self.state, timing, links, book, events, theta=settings.theta, mean_output=mean_output
                 )

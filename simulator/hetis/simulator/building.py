@@ -10,6 +10,7 @@ import numpy as np
 from hetis.simulator.attention_workers import PoolCopy, SharedCard
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
+from hetis.simulator.links import Links
 from hetis.simulator.memory import KvRoom, card_room_bytes, group_blocks, rank_room_bytes
 from hetis.simulator.micro_batch import Growth
 from hetis.simulator.pipeline import Apart, Greedy, StageCopy
@@ -53,6 +54,7 @@ class Builder:
 
     def __init__(self, plan: Plan, problem: PlacementProblem, book: Book, events: Events, settings: Settings) -> None:
         self.plan, self.problem = plan, problem
+        self.links = Links()
         self._book, self._events, self._settings = book, events, settings
         self.fleet = Fleet.of(problem.cluster)
         workload = problem.workload.clipped_to(problem.model.max_position)
@@ -168,6 +170,7 @@ class Builder:
             settings=self._settings,
             mean_output=self.moments.mean_output,
             shared=tuple(cards[name] for name in names) if pool.shared else None,
+            links=self.links,
         )
 
     def _blocks(self, room_bytes: float, layers: int, groups: int) -> int:

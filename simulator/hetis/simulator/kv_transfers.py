@@ -2,18 +2,18 @@
 
 A seat and blocks at the decode replica are taken when a prompt begins, for its KV goes there layer by layer while later
 layers and chunks compute. So a transfer may use its links from then on, and ends no earlier than the last chunk's last
-layer can be there. Links are shared: the cards of both ends, and the link between two zones.
+layer can be there. Links are shared (`links.py`): the GPUs of both ends, and the link between two zones.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.links import SharedLink, transfer
+from hetis.simulator.links import Links, transfer
 from hetis.simulator.micro_batch import MicroBatch
 from hetis.simulator.pipeline import StageCopy
 from hetis.simulator.replica import ReplicaRun
@@ -51,14 +51,13 @@ class KvTransfers:
 
     def __init__(
         self, plan: Plan, problem: PlacementProblem, devices: Devices, replicas: Sequence[ReplicaRun], book: Book,
-        events: Events, requeue: Callable[[float, int], None], *, to_emptiest: bool = False,
+        events: Events, requeue: Callable[[float, int], None], links: Links, *, to_emptiest: bool = False,
     ) -> None:  # fmt: skip
         self._to_emptiest = to_emptiest
         self._book, self._events, self._requeue = book, events, requeue
         self._model, self._network = problem.model, problem.cluster.network
         self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
-        self._cards: dict[StageCopy, SharedLink] = {}
-        self._zone_links: dict[tuple[str, str], SharedLink] = {}
+        self._links = links
         self._routes: dict[int, list[_Route]] = {}
         self.senders: dict[int, list[ReplicaRun]] = {}
         for route in plan.kv_routes:
@@ -142,30 +141,29 @@ class KvTransfers:
         for copy in batch.copies:
             timing = copy.timing
             part_s = float(timing.cost.transfer_s(tokens / chunks * self._token_bytes(), timing.shape.hop_link))
-            ends.append(transfer(begun_s, timing.layers * chunks * part_s, self._card(copy)))
+            leaving = self._links.leaving(copy.devices[0])
+            ends.append(transfer(begun_s, timing.layers * chunks * part_s, leaving))
         for copy in expected.batch.copies:
-            ends.append(transfer(begun_s, self._received_s(copy, tokens), self._card(copy)))
+            ends.extend(self._received(begun_s, copy, tokens))
         zones = self._zones[replica.number], self._zones[expected.replica.number]
         if zones[0] != zones[1]:
-            link = self._zone_links.setdefault(zones, SharedLink())
             num_bytes = tokens * self._model.num_layers * self._token_bytes()
-            ends.append(transfer(begun_s, num_bytes / self._network.zone_link(*zones).bytes_per_s, link))
+            seconds = num_bytes / self._network.zone_link(*zones).bytes_per_s
+            ends.append(transfer(begun_s, seconds, self._links.between(*zones)))
         return max(ends)
 
-    def _received_s(self, copy: StageCopy, tokens: int) -> float:
-        """KV of a prompt on its way into one copy: kept groups to its ranks, the others straight to its cards."""
+    def _received(self, begun_s: float, copy: StageCopy, tokens: int) -> Iterator[float]:
+        """When the KV of a prompt is in one copy: kept groups on its ranks, the others, straight, on its cards."""
         timing, model = copy.timing, self._model
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp
         layer_s = float(timing.cost.transfer_s((model.head_groups - away) * group_bytes, timing.shape.hop_link))
+        yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
         if pool is not None:
-            card_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))
-            layer_s = max(layer_s, card_s)
-        return timing.layers * layer_s
+            layer_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))
+            for card in copy.cards:
+                yield transfer(begun_s, timing.layers * layer_s, self._links.coming(card))
 
     def _token_bytes(self) -> float:
         """KV bytes of a token in one layer."""
         return self._model.head_groups * self._model.kv_bytes_per_token_group()
-
-    def _card(self, copy: StageCopy) -> SharedLink:
-        return self._cards.setdefault(copy, SharedLink())

@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from hetis.simulator.confidence import Estimate, within_run
-from hetis.simulator.steadiness import grows, warm_up
-from hetis.simulator.values import FloatArray, IntArray, Run
+from hetis.simulator.steadiness import MAX_GROWTH, filled_s, growth, is_carried, warm_up
+from hetis.simulator.values import BoolArray, FloatArray, IntArray, Run
 from hetis.solver.plan import Plan, Role
 
 PERCENTS = (50, 90, 95, 99)
@@ -60,7 +60,8 @@ class Metrics:
 
     Attributes:
         steady: whether the load was carried: requests did not pile up in the window. Where they did, latencies grow
-            for as long as a run lasts, and belong to the run, not to the load.
+            for as long as a run lasts, and belong to the run, not to the load. None: the run is too short to tell.
+        growth: seconds by which TTFT grows per second of arrivals in the window (`steadiness.growth`).
         arrival_rps, throughput_rps: requests that came and that finished in the window, per second of it.
         prompt_tokens_per_s, output_tokens_per_s: of the requests that finished in it.
         ttft_s: from arrival to the first output token, of requests that arrived in the window, as are all that follow.
@@ -72,7 +73,8 @@ class Metrics:
         devices: per GPU; empty without samples.
     """
 
-    steady: bool
+    steady: bool | None
+    growth: Estimate
     window_start_s: float
     window_end_s: float
     end_s: float
@@ -128,8 +130,9 @@ def prediction_of(plan: Plan) -> Prediction:
 def measure(run: Run, limits: Limits, *, saturated: bool) -> Metrics:
     """The metrics of a run.
 
-    Where the warm-up ends is read off the end-to-end latencies in their order of arrival; of a saturated fleet, whose
-    latencies say nothing, off the gaps between completions (`warm_up`).
+    Where the warm-up ends is read off the end-to-end latencies in their order of arrival, and it lasts until the fleet
+    is full; of a saturated fleet, whose latencies say nothing, it is read off the gaps between completions
+    (`warm_up`, `filled_s`).
     """
     last_arrival_s = float(run.arrival_s[-1]) if run.num_requests else 0.0
     start_s = _window_start_s(run, last_arrival_s, saturated=saturated)
@@ -146,8 +149,10 @@ def measure(run: Run, limits: Limits, *, saturated: bool) -> Metrics:
     end_to_end = (run.finished_s - run.arrival_s)[measured]
     tpot = decode[several] / later_tokens[several]
     num_finished = int(np.isfinite(run.finished_s).sum())
+    found = growth(run.arrival_s[measured], ttft)
     return Metrics(
-        steady=len(finishing) > 0 and (saturated or not grows(arrived=arrived, finished=len(finishing))),
+        steady=_steady(run, inside, found, start_s, saturated=saturated),
+        growth=found,
         window_start_s=start_s,
         window_end_s=last_arrival_s,
         end_s=run.end_s,
@@ -184,8 +189,27 @@ def _window_start_s(run: Run, end_s: float, *, saturated: bool) -> float:
     if saturated:
         times = np.sort(run.finished_s[finished & (run.finished_s <= end_s)])
         return float(times[warm_up(np.diff(times))]) if len(times) else end_s
-    latencies = (run.finished_s - run.arrival_s)[finished]
-    return float(run.arrival_s[finished][warm_up(latencies)]) if len(latencies) else end_s
+    arrival_s, latencies = run.arrival_s[finished], (run.finished_s - run.arrival_s)[finished]
+    if not len(latencies):
+        return end_s
+    half_s = float(arrival_s[len(arrival_s) // 2])
+    return max(float(arrival_s[warm_up(latencies)]), min(filled_s(arrival_s, latencies), half_s))
+
+
+def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, saturated: bool) -> bool | None:
+    """Whether what came in the window is served and does not wait longer and longer; None: the run is too short."""
+    arrived, finished = int(inside.sum()), np.isfinite(run.finished_s)
+    if arrived - int((inside & finished).sum()) - run.rejected > MAX_GROWTH * arrived:
+        return False
+    if not finished.any():
+        return None
+    if saturated:
+        left = int((run.finished_s < run.arrival_s[-1]).sum())
+        remained = run.num_requests - run.rejected - left
+        return True if left >= remained else None  # all that it holds at once were replaced
+    carried = is_carried(found, arrived=arrived)
+    is_full = filled_s(run.arrival_s[finished], (run.finished_s - run.arrival_s)[finished]) <= start_s
+    return carried if carried is False or is_full else None
 
 
 def _throughput(finishing: FloatArray, span_s: float) -> Estimate:

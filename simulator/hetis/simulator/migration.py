@@ -1,13 +1,13 @@
 """Re-dispatch of one stage copy: looks by `hetis.solver.redispatch`, and its moves as copies in the background.
 
-A look is of one micro-batch, for which the stage's time is that of its slowest device. Copies of a wave start together
-and wait for one another where they need the same device's link; the next wave starts when all of them are committed.
-They do not slow the exchange with the primary down.
+A look is of one micro-batch, for which the stage's time is that of its slowest device. Copies of a wave start together,
+but wait for one another, and for KV from prefill replicas, where they need the same device's link (`links.py`). The
+next wave starts when all of them are committed. They do not slow the exchange with the primary down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.links import SharedLink, transfer
+from hetis.simulator.links import Links, transfer
 from hetis.simulator.micro_batch import MicroBatch
 from hetis.simulator.pool_timing import PoolTiming
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
@@ -32,7 +32,7 @@ class Migration:
     """Moves of one stage copy, one plan after the other."""
 
     def __init__(
-        self, state: DispatchState, timing: PoolTiming, links: Sequence[SharedLink], book: Book, events: Events, *,
+        self, state: DispatchState, timing: PoolTiming, links: Links, book: Book, events: Events, *,
         theta: float, mean_output: float,
     ) -> None:  # fmt: skip
         from hetis.solver.dispatch.solve import Dispatcher
@@ -43,7 +43,8 @@ class Migration:
         self._remaining = max(1, round(mean_output))  # of any request: what outputs will be is not known
         self._dispatcher = Dispatcher(state.stage)
         self._redispatcher = Redispatcher(self._dispatcher)
-        self._link_byte_s = timing.move_byte_s(len(links))
+        self._devices = state.stage.devices
+        self._link_byte_s = timing.move_byte_s(len(self._devices))
         self._watches: dict[int, Watch] = {}  # by micro-batch
         self._waves: list[list[Move]] = []
         self._pending = 0  # bundles of the present wave that are not committed
@@ -125,7 +126,8 @@ class Migration:
 
     def _copy(self, now_s: float, move: PreparedMove, num_bytes: float) -> float:
         seconds = num_bytes * max(self._link_byte_s[move.source], self._link_byte_s[move.target])
-        return transfer(now_s, float(seconds), self._links[move.source], self._links[move.target])
+        source, target = self._devices[move.source], self._devices[move.target]
+        return transfer(now_s, float(seconds), self._links.leaving(source), self._links.coming(target))
 
     def _commit(self, now_s: float, prepared: list[PreparedMove], num_bytes: float, moved: Moved) -> None:
         self._pending -= 1

@@ -33,7 +33,7 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
     fleet = Fleet(builder.replicas(), book, events, router_of(settings))
     if plan.kv_routes:
         fleet.transfers = KvTransfers(
-            plan, problem, builder.fleet, fleet.replicas, book, events, fleet.route,
+            plan, problem, builder.fleet, fleet.replicas, book, events, fleet.route, builder.links,
             to_emptiest=settings.router == "fewest-tokens",
         )  # fmt: skip
     if not fleet.takers:

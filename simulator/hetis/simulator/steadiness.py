@@ -1,4 +1,4 @@
-"""From when on a run is steady: what comes before is warm-up and is not measured."""
+"""From when on a run is steady, what comes before being warm-up that is not measured; and whether it is at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import math
 
 import numpy as np
 
+from hetis.simulator.confidence import Estimate, t_quantile
 from hetis.simulator.values import FloatArray
 
 BATCH = 5
 MIN_BATCHES = 10
 ROUNDING = 1e-12
-MAX_GROWTH = 0.05  # of the requests measured may pile up, or twice the root of their number, and it is still steady
+FILLED = 95  # percent of requests that leave as long after they came have left: a fleet that was empty is filled
+MAX_GROWTH = 0.05  # seconds by which the wait may grow per second of arrivals, and the load is still carried
+GROUPS = 10  # of requests, whose waits show how sure a growth is
+MIN_GROUP = 5
 
 
 def warm_up(series: FloatArray) -> int:
@@ -37,6 +41,38 @@ def warm_up(series: FloatArray) -> int:
     return int(np.argmax(error <= error.min() + ROUNDING * error[0])) * BATCH  # the first of those that are equal
 
 
-def grows(*, arrived: int, finished: int) -> bool:
-    """Whether requests pile up: more came in a window than left it, by more than chance explains."""
-    return arrived - finished > max(MAX_GROWTH * arrived, 2 * math.sqrt(arrived))
+def filled_s(arrival_s: FloatArray, end_to_end_s: FloatArray) -> float:
+    """When a fleet that began empty is full, so that as many leave as come: as long as a request stays."""
+    return float(arrival_s[0]) + float(np.percentile(end_to_end_s, FILLED))
+
+
+def growth(arrival_s: FloatArray, wait_s: FloatArray) -> Estimate:
+    """Seconds by which the wait grows per second of arrivals, with its 95% interval.
+
+    Of a fleet that carries its load 0 in the long run; where it serves mu of the lambda requests/s that come, the queue
+    grows by ``lambda - mu`` and the wait by ``lambda / mu - 1``. A straight line through the means of ten groups of
+    requests, in order of arrival: single waits depend on one another, groups of them hardly. Without an interval where
+    there are fewer than 50 requests; nothing (NaN) where all come at once.
+    """
+    if len(arrival_s) < 2 or arrival_s[-1] <= arrival_s[0]:
+        return Estimate(value=math.nan)
+    if len(arrival_s) < GROUPS * MIN_GROUP:
+        return Estimate(value=float(np.polyfit(arrival_s - arrival_s.mean(), wait_s, 1)[0]))
+    times, waits = (np.array([part.mean() for part in np.array_split(x, GROUPS)]) for x in (arrival_s, wait_s))
+    times -= times.mean()
+    spread = float(times @ times)
+    slope = float(times @ waits) / spread
+    rest = waits - waits.mean() - slope * times
+    error = math.sqrt(float(rest @ rest) / (GROUPS - 2) / spread)
+    return Estimate(value=slope, half_width=t_quantile(GROUPS - 2) * error)
+
+
+def is_carried(found: Estimate, *, arrived: int) -> bool | None:
+    """Whether a load with this growth of the wait is carried; None: too few requests to tell.
+
+    Arrivals bunch by chance: of n the number varies by sqrt(n), so that a growth within 2 / sqrt(n) says nothing.
+    """
+    if found.is_below(MAX_GROWTH):
+        return True
+    by_chance = Estimate(value=found.value, half_width=max(found.half_width, 2 / math.sqrt(max(arrived, 1))))
+    return False if found.half_width >= 0 and by_chance.is_above(MAX_GROWTH) else None

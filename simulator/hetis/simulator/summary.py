@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from hetis.simulator.confidence import Estimate, over_runs
 from hetis.simulator.metrics import Counts, DeviceUse, Distribution, Limits, Metrics
+from hetis.simulator.steadiness import MAX_GROWTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,8 @@ class Summary:
     """
 
     num_runs: int
-    steady: bool  # all of them
+    steady: bool | None  # all of them are; False: one is not; None: one is too short to tell
+    growth: Estimate
     warm_up_s: float
     window_s: float
     arrival_rps: float
@@ -37,8 +39,9 @@ class Summary:
     devices: tuple[DeviceUse, ...]
 
     def within(self, limits: Limits) -> bool:
-        """Whether the load is carried and both latencies keep their limits."""
-        return self.steady and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
+        """Whether the load is carried, as far as can be told, and both latencies keep their limits."""
+        carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
+        return carried and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
 
     def precision(self) -> float:
         """The widest of the three intervals over its value; infinite where one is not known."""
@@ -60,7 +63,8 @@ def summarise(runs: Sequence[Metrics]) -> Summary:
 
     return Summary(
         num_runs=len(runs),
-        steady=all(run.steady for run in runs),
+        steady=_all_steady([run.steady for run in runs]),
+        growth=estimate(lambda run: run.growth),
         warm_up_s=mean(lambda run: run.window_start_s),
         window_s=mean(lambda run: run.window_end_s - run.window_start_s),
         arrival_rps=mean(lambda run: run.arrival_rps),
@@ -78,6 +82,12 @@ def summarise(runs: Sequence[Metrics]) -> Summary:
         counts=_sums([run.counts for run in runs]),
         devices=_devices(runs),
     )
+
+
+def _all_steady(runs: Sequence[bool | None]) -> bool | None:
+    if False in runs:
+        return False
+    return None if None in runs else True
 
 
 def _sums(counts: Sequence[Counts]) -> Counts:

@@ -97,5 +97,5 @@ def _judged(rate_rps: float, summary: Summary, limits: Limits) -> Point:
     known = [(estimate, limit) for estimate, limit in pairs if limit is not None]
     below = all(estimate.is_below(limit) for estimate, limit in known)
     above = any(estimate.is_above(limit) for estimate, limit in known)
-    sure = summary.steady and below if within else not summary.steady or above
+    sure = summary.steady is True and below if within else summary.steady is False or above
     return Point(rate_rps=rate_rps, summary=summary, within=within, sure=sure)

@@ -21,6 +21,8 @@ from hetis.simulator.metrics import Distribution
 from hetis.simulator.sweep import Point
 from hetis.solver.plan import Plan
 
+NAMED = 4  # devices
+
 
 def render_simulation(simulated: Simulated, plan: Plan) -> RenderableType:
     """At most 80 columns wide where the names allow it."""
@@ -93,10 +95,8 @@ def _facts(simulated: Simulated) -> Table:
     tokens = f"{digits(summary.prompt_tokens_per_s)} prompt and {digits(summary.output_tokens_per_s)} output tokens/s"
     throughput = f"{_with_interval(summary.throughput_rps, 4)} requests/s"
     table.add_row("Throughput", Text.assemble((throughput, "bold green"), f"  {tokens}"))
-    if not summary.throughput_rps.value > 0:
-        table.add_row("", Text("too short: no request finished before the last one came; more --requests", "yellow"))
-    elif not summary.steady:
-        table.add_row("", Text("not carried: requests pile up, latencies grow with the length of the run", "yellow"))
+    if (doubt := _doubt(simulated)) is not None:
+        table.add_row("", Text(doubt, "yellow"))
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
         table.add_row("Attainment", f"{percent(summary.attainment)} of the requests kept both limits themselves")
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
@@ -113,6 +113,31 @@ def _facts(simulated: Simulated) -> Table:
     if not simulated.precise:
         table.add_row("", Text(f"not yet stable: the widest interval is {percent(summary.precision())}", "yellow"))
     return table
+
+
+def _doubt(simulated: Simulated) -> str | None:
+    """Why the figures are not those of a load that is carried; None: they are."""
+    summary, counts = simulated.summary, simulated.summary.counts
+    of = f"{plural(counts.arrived, 'request')}"
+    if counts.unfinished:  # a run ends when nothing can happen any more
+        return f"{counts.unfinished:,} of {of} never served: no replica is left for them{_gone(simulated)}"
+    if not counts.finished and counts.rejected:
+        return f"nothing is served: no replica can hold any of the {of}"
+    if summary.steady is False:
+        return "not carried: requests pile up, latencies grow with the length of the run"
+    if not summary.throughput_rps.value > 0:
+        return "too short: no request finished before the last one came; more --requests"
+    if summary.steady is None and simulated.question.load.arrivals is Arrivals.SATURATED:
+        return "too short: the requests that it holds at once were not replaced; more --requests"
+    return "too short to tell whether requests pile up; more --requests" if summary.steady is None else None
+
+
+def _gone(simulated: Simulated) -> str:
+    """The devices that failed and did not come back."""
+    up = {fault.device: fault.joins for fault in simulated.question.settings.faults}  # the last of each decides
+    down = sorted(device for device, joins in up.items() if not joins)
+    more = f" and {len(down) - NAMED} more" if len(down) > NAMED else ""
+    return f"; {', '.join(down[:NAMED])}{more} failed and did not join again" if down else ""
 
 
 def _arrivals(simulated: Simulated) -> str:
@@ -166,7 +191,7 @@ def _points(simulated: Simulated) -> Table:
 
 
 def _verdict(point: Point) -> Text:
-    if not point.summary.steady:
+    if point.summary.steady is False:
         return Text("not carried", style="yellow")
     words = "within" if point.within else "misses"
     return Text(words if point.sure else f"{words}, unsure", style="green" if point.within else "yellow")
@@ -192,9 +217,9 @@ def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
 
 
 def _agreement(simulated: Simulated) -> bool | None:
-    """Whether throughput is within `AGREES` of the planned one; None where that is not known."""
+    """Whether throughput is within `AGREES` of the planned one; None where that is not known: the run is too short."""
     ratio = _compared(simulated)[0][3]
-    return abs(ratio - 1) <= AGREES if math.isfinite(ratio) else None
+    return abs(ratio - 1) <= AGREES if math.isfinite(ratio) and simulated.summary.steady is not None else None
 
 
 _NAMES = {"throughput": "Throughput", "ttft_p95": "TTFT p95", "tpot_mean": "TPOT mean"}
