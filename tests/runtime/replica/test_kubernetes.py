@@ -195,3 +195,12 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "hetis-launch: --plan is missing: a plan of hetis-plan place",
         "hetis-launch: --port stands after --: it is hetis-launch that sets it",
     ]
+
+
+def test_pods_cannot_share_a_gpu(asked: Asked) -> None:
+    processes = tuple(replace(p, sharing=2) if p.name == "b/1" else p for p in asked.processes)
+    shared = replace(asked, processes=processes)
+    with pytest.raises(LayoutError) as caught:
+        objects(shared)
+    assert caught.value.messages == ("stages share b/1, and pods cannot share a GPU: use processes or ray",)
+    assert objects(shared, replace(DEPLOYMENT, gpus=False))

@@ -19,7 +19,7 @@ from hetis.runtime.server.errors import ServeError
 from hetis.runtime.stages.options import read_options as stage_options
 from hetis.runtime.worker.options import read_options
 from hetis.solver.plan import AttentionWorkerPool, Plan
-from tests.runtime.launch.plans import POOL, plan_of, stage_of
+from tests.runtime.launch.plans import POOL, plan_of, sharing, stage_of
 from tests.runtime.replica.replicas import PAGE_BYTES, PAGES, asked_for, write_model, write_plan
 
 
@@ -71,6 +71,22 @@ def test_stages_are_processes_and_hold_as_much_as_their_layers_and_ranks_need(tm
         ("c/3", "attention-worker", 1, "c", (3,), 2 * layer),
         ("b/1", "attention-worker", 1, "b", (1,), 2 * layer),
     ]
+
+
+def test_a_card_that_stages_share_has_a_process_for_each_with_memory_of_its_own(tmp_path: Path, asked: Asked) -> None:
+    processes = processes_of(sharing(), 0, read_config(write_model(tmp_path)), Sizes())
+    layer = PAGES * PAGE_BYTES // 4  # of one KV head
+    assert [(p.name, p.stage, p.node, p.gpus, p.kv_bytes, p.sharing) for p in processes if "stage" in p.name] == [
+        ("b/0.stage0", 0, "b", (0,), 3 * 3 * layer, 2),
+        ("b/1.stage0", 0, "b", (1,), 3 * 3 * layer, 2),
+        ("b/0.stage1", 1, "b", (0,), 3 * 1 * layer, 2),
+        ("b/1.stage1", 1, "b", (1,), 3 * 1 * layer, 2),
+    ]
+    commands = replace(asked, processes=processes).commands(Addresses(), worker_device="cuda")
+    last = commands[-1]
+    assert last.environment == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert read_options(last.arguments, {}).name == "b/1.stage1"
+    assert commands[0].shown.count("--worker") == 4
 
 
 def test_the_engine_calls_its_stages_and_each_stage_its_workers(tmp_path: Path, asked: Asked) -> None:

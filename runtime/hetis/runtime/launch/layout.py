@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.errors import ModelError
 from hetis.runtime.model.shard import Shard
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
+
+_SHARE = re.compile(r"(/\d+)\.stage\d+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,16 @@ class Layout:
         return tuple(device.name for stage in self.stages for device in stage.devices[stage.ranks :])
 
 
+def share_of(card: str, stage: int) -> str:
+    """What the part of a shared card is called that serves one stage, counted with copies one after another."""
+    return f"{card}.stage{stage}"
+
+
+def card_of(device: str) -> str:
+    """The plan's name of the card that a device of a layout is on: a shared card has a device for each stage."""
+    return _SHARE.sub(r"\1", device)
+
+
 def layout_of(
     plan: Plan, replica: int, config: ModelConfig, *, page_tokens: int, kv_tokens: int | None = None
 ) -> Layout:
@@ -88,21 +101,28 @@ def layout_of(
     if wrong:
         raise LayoutError(*wrong)
     tokens = kv_tokens or found.kv_tokens
+    copies = [(number, copy) for number, stage in enumerate(found.stages) for copy in range(stage.copies)]
+    stages = tuple(
+        _copy_layout(found, number, copy, place=place, pages=-(-tokens // found.stages[number].copies // page_tokens))
+        for place, (number, copy) in enumerate(copies)
+    )
+    costs = planned_coefficients(plan, replica)
+    names = [device.name for stage in stages for device in stage.devices]
     return Layout(
-        stages=tuple(
-            _copy_layout(found, number, copy, pages=-(-tokens // stage.copies // page_tokens))
-            for number, stage in enumerate(found.stages)
-            for copy in range(stage.copies)
-        ),
+        stages=stages,
         seats=found.micro_batch * found.in_flight,
         in_flight=found.in_flight,
         chunk_tokens=found.chunk_tokens,
-        costs=planned_coefficients(plan, replica),
+        costs={name: costs[card_of(name)] for name in names if card_of(name) in costs},
     )
 
 
-def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, pages: int) -> StageLayout:
-    """One copy of a stage, whose heads hold ``pages`` each."""
+def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, place: int, pages: int) -> StageLayout:
+    """One copy of a stage, whose heads hold ``pages`` each; ``place``: its own among stages and their copies.
+
+    Of a card that the stages share it has what its own heads need: the plan's KV room is what fits there with the heads
+    of all stages.
+    """
     stage = replica.stages[number]
     ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
     devices = [DevicePages(name=name, pages=stage.kv_head_groups_kept * pages) for name in ranks]
@@ -111,7 +131,8 @@ def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, pages: int) ->
             cards = len(pool.devices) // stage.copies
             each = -(-pool.kv_head_groups * stage.tp * pages // cards)
             own = pool.devices[copy * cards : (copy + 1) * cards]
-            devices += [DevicePages(name=name, pages=each) for name in own]
+            names = [share_of(card, place) for card in own] if pool.shared else own
+            devices += [DevicePages(name=name, pages=each) for name in names]
     first = stage.first_layer
     return StageLayout(layers=range(first, first + stage.num_layers), ranks=stage.tp, devices=tuple(devices))
 
@@ -198,8 +219,6 @@ def _not_possible(replica: ReplicaPlan, config: ModelConfig) -> list[str]:
     wrong = []
     if replica.role is not Role.UNIFIED:
         wrong.append(f"the replica's role is {replica.role}; this engine runs unified ones")
-    if any(pool.shared for pool in replica.attention_workers):
-        wrong.append("attention workers are shared between stages; this engine's have one stage each")
     for number, stage in enumerate(replica.stages):
         wrong += _wrong_split(replica, number, stage, config)
     planned = sum(stage.num_layers for stage in replica.stages)

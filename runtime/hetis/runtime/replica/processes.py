@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
 from hetis.runtime.engine.stage import kv_shape
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import Layout, layout_of
+from hetis.runtime.launch.layout import Layout, card_of, layout_of
 from hetis.runtime.model.config import ModelConfig
 from hetis.solver.plan import Plan
 
@@ -28,11 +29,12 @@ class PlannedProcess:
     """One process.
 
     Attributes:
-        name: its device as the plan calls it, of a stage the first; ``engine`` for the engine.
+        name: its device as the layout calls it, of a stage the first; ``engine`` for the engine.
         stage: that it is part of, counted from 0 with copies of a stage one after another.
         node: where it runs.
         gpus: which of the node's GPUs are its own, counted from 0.
         kv_bytes: memory for KV, as much as the plan counts on.
+        sharing: how many of the replica's processes use these GPUs: a card that stages share has one for each of them.
     """
 
     name: str
@@ -41,6 +43,7 @@ class PlannedProcess:
     node: str
     gpus: tuple[int, ...]
     kv_bytes: int
+    sharing: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +62,14 @@ class Sizes:
 
 def processes_of(plan: Plan, replica: int, config: ModelConfig, sizes: Sizes) -> tuple[PlannedProcess, ...]:
     """The engine with the first stage, the other stages, each in a process so that all work at the same time, and every
-    attention worker.
+    attention worker, of a card that stages share one for each stage.
 
     Raises:
         LayoutError: the engine cannot run this replica; all the reasons.
     """
     layout = layout_of(plan, replica, config, page_tokens=sizes.page_tokens, kv_tokens=sizes.kv_tokens)
     _check_devices(layout)
+    used = Counter(card_of(name) for name in layout.attention_workers)
     primaries, workers = [], []
     for number, stage in enumerate(layout.stages):
         dtype = sizes.dtype or config.dtype
@@ -89,6 +93,7 @@ def processes_of(plan: Plan, replica: int, config: ModelConfig, sizes: Sizes) ->
                 node=_node(device.name),
                 gpus=(_gpu(device.name),),
                 kv_bytes=device.pages * shape.page_bytes,
+                sharing=used[card_of(device.name)],
             )
             for device in stage.devices[stage.ranks :]
         ]
@@ -107,12 +112,12 @@ def _check_devices(layout: Layout) -> None:
 
 
 def _is_gpu(name: str) -> bool:
-    return bool(_DEVICE.fullmatch(name))
+    return bool(_DEVICE.fullmatch(card_of(name)))
 
 
 def _node(name: str) -> str:
-    return name.rpartition("/")[0]
+    return card_of(name).rpartition("/")[0]
 
 
 def _gpu(name: str) -> int:
-    return int(name.rpartition("/")[2])
+    return int(card_of(name).rpartition("/")[2])
