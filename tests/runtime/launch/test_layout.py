@@ -77,12 +77,17 @@ def test_a_shared_card_is_a_device_of_every_stage_with_what_its_heads_need(confi
     assert card_of("node.stage1/0") == "node.stage1/0"
 
 
+def test_a_prefill_replica_seats_its_prompts_in_flight(config: ModelConfig) -> None:
+    plan = plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL, micro_batch=0, in_flight=16)
+    layout = layout_of(plan, 0, config, page_tokens=16)
+    assert (layout.seats, layout.chunk_tokens) == (16, 32)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
         (plan_of(stage_of(kv_head_groups_kept=4)), "the plan places 4 KV heads, the model has 8"),
         (plan_of(stage_of(num_layers=80)), "the plan is of a model with 80 layers, this one has 4"),
-        (plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL), "the replica's role is prefill; this engine"),
         (plan_of(stage_of(tp=3, devices=("a/0", "a/1", "a/2"))), "tensor parallelism of 3 does not divide 16 query"),
         (
             plan_of(stage_of(num_layers=2, kv_head_groups_kept=8), stage_of(num_layers=2, first_layer=2)),

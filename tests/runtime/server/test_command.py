@@ -244,7 +244,7 @@ def test_a_plan_that_this_engine_cannot_run_is_refused_with_every_reason(folder:
     code, lines = run("-m", str(folder), "--port", "0", "--plan", write(tmp_path, plan))
     assert code == 3
     assert lines == [
-        "hetis-serve: the replica's role is decode; this engine runs unified ones",
+        "hetis-serve: the replica decodes what others prefill: give --prefill HOST:PORT for each prefill replica",
         "hetis-serve: stage 0: tensor parallelism of 3 does not divide 16 query heads, 8 KV heads and an intermediate "
         "size of 256",
         "hetis-serve: stage 1: the plan places 2 KV heads, the model has 8",

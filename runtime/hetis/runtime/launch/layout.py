@@ -17,7 +17,7 @@ from hetis.runtime.measured.planned import planned_coefficients
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.errors import ModelError
 from hetis.runtime.model.shard import Shard
-from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import Plan, ReplicaPlan, StagePlan
 
 _SHARE = re.compile(r"(/\d+)\.stage\d+$")
 
@@ -57,9 +57,9 @@ class Layout:
 
     Attributes:
         stages: in the order of their layers, copies of a stage one after another, with the KV that the plan counts on.
-        seats: requests that decode together.
+        seats: requests that decode together; of a prefill replica, prompts in flight.
         in_flight: micro-batches on their way through the pipeline.
-        chunk_tokens: prompt tokens per step.
+        chunk_tokens: prompt tokens per step; 0 of a decode replica.
         costs: of attention on the devices, by name, as far as the plan says.
     """
 
@@ -110,7 +110,7 @@ def layout_of(
     names = [device.name for stage in stages for device in stage.devices]
     return Layout(
         stages=stages,
-        seats=found.micro_batch * found.in_flight,
+        seats=max(found.micro_batch, 1) * found.in_flight,
         in_flight=found.in_flight,
         chunk_tokens=found.chunk_tokens,
         costs={name: costs[card_of(name)] for name in names if card_of(name) in costs},
@@ -217,8 +217,6 @@ def _other_model(plan: Plan, config: ModelConfig) -> list[str]:
 def _not_possible(replica: ReplicaPlan, config: ModelConfig) -> list[str]:
     """What the replica needs that this engine cannot do."""
     wrong = []
-    if replica.role is not Role.UNIFIED:
-        wrong.append(f"the replica's role is {replica.role}; this engine runs unified ones")
     for number, stage in enumerate(replica.stages):
         wrong += _wrong_split(replica, number, stage, config)
     planned = sum(stage.num_layers for stage in replica.stages)
