@@ -75,8 +75,11 @@ def manifests_of(asked: Asked, deployment: Deployment, *, plan_text: str) -> lis
     """The objects of a replica, in an order in which they can be applied; ``plan_text`` is the plan's file.
 
     Raises:
-        LayoutError: the plan is too large for a ConfigMap, or its stages share cards, which pods cannot.
+        LayoutError: the plan is too large for a ConfigMap, its stages share cards, which pods cannot, or the replica
+            prefills or decodes for others.
     """
+    if asked.prompts:
+        raise LayoutError("replicas with a role, which find each other by address, are not made for Kubernetes yet")
     shared = list(dict.fromkeys(f"{p.node}/{gpu}" for p in asked.processes if p.sharing > 1 for gpu in p.gpus))
     if shared and deployment.gpus:
         raise LayoutError(f"stages share {', '.join(shared)}, and pods cannot share a GPU: use processes or ray")

@@ -82,8 +82,8 @@ class Runner:
 
 def _run(asked: Asked, addresses: Addresses, told: Told, *, start_s: float, worker_device: str) -> int:
     nodes = nodes_of(asked.processes, addresses, ray.nodes())
-    hosts = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
-    commands = asked.commands(replace(addresses, hosts=hosts), worker_device=worker_device)
+    found = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
+    commands = asked.commands(replace(addresses, hosts={**addresses.hosts, **found}), worker_device=worker_device)
     with_gpus = worker_device == "cuda"
     group = _reserve(asked.processes, nodes, gpus=with_gpus, start_s=start_s)
     try:

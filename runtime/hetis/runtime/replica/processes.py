@@ -80,7 +80,7 @@ def processes_of(plan: Plan, replica: int, config: ModelConfig, sizes: Sizes) ->
                 name=ranks[0].name if number else ProcessKind.ENGINE.value,
                 kind=ProcessKind.STAGE if number else ProcessKind.ENGINE,
                 stage=number,
-                node=_node(ranks[0].name),
+                node=node_of(ranks[0].name),
                 gpus=tuple(_gpu(rank.name) for rank in ranks),
                 kv_bytes=sum(rank.pages for rank in ranks) * shape.page_bytes,
             )
@@ -90,7 +90,7 @@ def processes_of(plan: Plan, replica: int, config: ModelConfig, sizes: Sizes) ->
                 name=device.name,
                 kind=ProcessKind.ATTENTION_WORKER,
                 stage=number,
-                node=_node(device.name),
+                node=node_of(device.name),
                 gpus=(_gpu(device.name),),
                 kv_bytes=device.pages * shape.page_bytes,
                 sharing=used[card_of(device.name)],
@@ -105,7 +105,7 @@ def _check_devices(layout: Layout) -> None:
     wrong = [f"device {name!r} of the plan must be NODE/INDEX, such as gpu2/0" for name in names if not _is_gpu(name)]
     for number, stage in enumerate(layout.stages):
         ranks = [rank.name for rank in stage.devices[: stage.ranks]]
-        if len({_node(name) for name in ranks}) > 1:
+        if len({node_of(name) for name in ranks}) > 1:
             wrong.append(f"stage {number} is on several nodes, must be on one: {', '.join(ranks)}")
     if wrong:
         raise LayoutError(*wrong)
@@ -115,7 +115,8 @@ def _is_gpu(name: str) -> bool:
     return bool(_DEVICE.fullmatch(card_of(name)))
 
 
-def _node(name: str) -> str:
+def node_of(name: str) -> str:
+    """The node of a device."""
     return card_of(name).rpartition("/")[0]
 
 
