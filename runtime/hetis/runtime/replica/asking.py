@@ -141,6 +141,23 @@ def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
     return hosts
 
 
+def checked_replica_names(texts: Sequence[str]) -> dict[int, str]:
+    """``NUMBER=NAME``, one after the other. Raises ServeError: one is something else, or a number comes twice."""
+    names: dict[int, str] = {}
+    wrong = []
+    for text in texts:
+        number, _, name = text.partition("=")
+        if not number.isdecimal() or len(number) > 6 or not name:
+            wrong.append(f"--replica-name is {text!r}, must be NUMBER=NAME, such as 0=chat-prefill")
+        elif int(number) in names:
+            wrong.append(f"--replica-name: {number} comes twice")
+        else:
+            names[int(number)] = name
+    if wrong:
+        raise ServeError(*wrong)
+    return names
+
+
 def _checked_plan(plan: Path | None) -> Path:
     if plan is None:
         raise ServeError("--plan is missing: a plan of hetis-plan place")

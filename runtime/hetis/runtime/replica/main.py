@@ -205,11 +205,18 @@ def kubernetes(
     ] = "",
     api_key_secret: Annotated[str, typer.Option(help="Secret whose api-key clients must say.")] = "",
     insecure: Annotated[bool, typer.Option(help="No key: everybody in the cluster may call.")] = False,
+    replica_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NUMBER=NAME, the --name of a replica that prefills for this one, which must decode; repeatable."
+        ),
+    ] = None,
     serve_options: ServeOptions = None,
 ) -> None:
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
 
+    from hetis.runtime.replica.asking import checked_replica_names
     from hetis.runtime.replica.kubernetes import SET_HERE, Deployment, manifests_of
 
     deployment = Deployment(
@@ -221,6 +228,7 @@ def kubernetes(
         is_open=insecure,
         namespace=namespace,
         gpus=worker_device is Device.CUDA,
+        replica_names=checked_replica_names(replica_name or []),
     )
     asked = _read(
         plan, model, replica, kv_tokens, page_tokens, dtype, serve_options, set_here=SET_HERE, wrong=deployment.wrong()
