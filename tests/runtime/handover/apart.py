@@ -30,7 +30,7 @@ class Prefilling:
 
 
 @contextlib.contextmanager
-def prefilling(engine: Engine, *, key: bytes = KEY, silent_s: float = 30.0) -> Iterator[Prefilling]:
+def prefilling(engine: Engine, *, key: bytes = KEY, silent_s: float = 600.0) -> Iterator[Prefilling]:
     commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
     service = PromptService(engine, key=key, do=commands.put, silent_s=silent_s)
     listener = listen("127.0.0.1")
@@ -60,7 +60,7 @@ def prefilling(engine: Engine, *, key: bytes = KEY, silent_s: float = 30.0) -> I
 
 @contextlib.contextmanager
 def decoding(
-    engine: Engine, *ports: int, key: bytes = KEY, silent_s: float = 30.0, bytes_per_step: int = 1 << 20
+    engine: Engine, *ports: int, key: bytes = KEY, silent_s: float = 600.0, bytes_per_step: int = 1 << 20
 ) -> Iterator[RemotePrompts]:
     """The engine, its prompts computed at these ports, once all of them are reached."""
     arrivals, shape = Arrivals(), whole_shape(engine)
@@ -87,7 +87,7 @@ def decoding(
             peer.close()
 
 
-def wait_until(holds: Callable[[], bool], *, limit_s: float = 60) -> None:
+def wait_until(holds: Callable[[], bool], *, limit_s: float = 300) -> None:
     waiting = threading.Event()
     for _ in range(int(limit_s / 0.01)):
         if holds():

@@ -144,7 +144,9 @@ class PromptService:
             _log.warning("%s was refused: %s", channel.name, why)
             channel.send([caller.error(0, why, code=ErrorCode.REFUSED)])
             return None
-        channel.send([caller.answer(Kind.WELCOME, parts=pack_welcome(self._most_tokens, "prompts"))])
+        # The engine's thread says it: one that hangs is not to be met, however well its other threads are.
+        welcome = caller.answer(Kind.WELCOME, parts=pack_welcome(self._most_tokens, "prompts"))
+        self._do(lambda: caller.outbox.put(welcome))
         return caller
 
     def _hear(self, caller: _Caller, frame: Frame) -> None:
