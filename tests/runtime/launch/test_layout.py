@@ -77,10 +77,10 @@ def test_a_shared_card_is_a_device_of_every_stage_with_what_its_heads_need(confi
     assert card_of("node.stage1/0") == "node.stage1/0"
 
 
-def test_a_prefill_replica_seats_its_prompts_in_flight(config: ModelConfig) -> None:
+def test_seats_of_a_prefill_replica_are_left_open(config: ModelConfig) -> None:
     plan = plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL, micro_batch=0, in_flight=16)
     layout = layout_of(plan, 0, config, page_tokens=16)
-    assert (layout.seats, layout.chunk_tokens) == (16, 32)
+    assert (layout.seats, layout.in_flight, layout.chunk_tokens) == (0, 16, 32)
 
 
 @pytest.mark.parametrize(

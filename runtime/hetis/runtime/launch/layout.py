@@ -57,7 +57,7 @@ class Layout:
 
     Attributes:
         stages: in the order of their layers, copies of a stage one after another, with the KV that the plan counts on.
-        seats: requests that decode together; of a prefill replica, prompts in flight.
+        seats: requests that decode together; 0 of a prefill replica, whose chunks take as many prompts as they hold.
         in_flight: micro-batches on their way through the pipeline.
         chunk_tokens: prompt tokens per step; 0 of a decode replica.
         costs: of attention on the devices, by name, as far as the plan says.
@@ -110,7 +110,7 @@ def layout_of(
     names = [device.name for stage in stages for device in stage.devices]
     return Layout(
         stages=stages,
-        seats=max(found.micro_batch, 1) * found.in_flight,
+        seats=found.micro_batch * found.in_flight,
         in_flight=found.in_flight,
         chunk_tokens=found.chunk_tokens,
         costs={name: costs[card_of(name)] for name in names if card_of(name) in costs},

@@ -202,7 +202,7 @@ def _other_role(plan: Plan, asked: Asked) -> list[str]:
 
 
 def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Workers | None) -> Engine:
-    seats = asked.seats or (layout.seats if layout else _SEATS)
+    seats = asked.seats or (layout.seats if layout else 0) or _SEATS
     # A decode replica, which has no chunks, computes a prompt only where no other does.
     chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else 0) or _CHUNK_TOKENS
     # Steps on their way at the same time are of use where stages are processes, which work at the same time.
