@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hetis.solver.plan import (
@@ -54,3 +55,9 @@ def stage_of(**changes: Any) -> StagePlan:
 
 
 POOL = AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0", "b/1"), kv_head_groups=6)
+
+
+def sharing() -> Plan:
+    """Two stages that keep two heads of eight, and two cards that hold the other six of both, in turn."""
+    shared = tuple(replace(POOL, stage=stage, shared=True) for stage in (0, 1))
+    return plan_of(stage_of(num_layers=3), stage_of(first_layer=3, num_layers=1, devices=("c/0",)), pools=shared)

@@ -56,6 +56,17 @@ def test_ranks_come_first_then_the_attention_devices_that_are_here(found: FOUND)
     assert cuda == {"a/0": "cuda:0", "a/1": "cuda:1", "b/0": "cuda:2", "w/0": "cpu", "w/1": "cuda:3", "w/2": "cuda:4"}
 
 
+def test_what_stages_have_of_one_card_computes_on_it(found: FOUND) -> None:
+    found(3)
+    shared = (stage(0, 1, "a/0", "w/0.stage0"), stage(1, 1, "b/0", "w/0.stage1"))
+    assert places(on_devices(shared, Compute.CUDA, workers=())) == {
+        "a/0": "cuda:0",
+        "b/0": "cuda:1",
+        "w/0.stage0": "cuda:2",
+        "w/0.stage1": "cuda:2",
+    }
+
+
 def test_a_process_with_one_stage_counts_its_own_alone(found: FOUND) -> None:
     found(2)
     placed = on_devices(STAGES, Compute.AUTO, workers=("w/0", "w/1", "w/2"), elsewhere={1: "b/0"})

@@ -12,6 +12,7 @@ from examples.demo_serve.checkpoint import make_checkpoint
 from hetis.runtime.engine.stage import kv_shape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import (
+    card_of,
     layout_of,
     one_device,
     pages_of,
@@ -20,7 +21,7 @@ from hetis.runtime.launch.layout import (
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.solver.plan import AttentionWorkerPool, Plan, Role
-from tests.runtime.launch.plans import POOL, plan_of, stage_of
+from tests.runtime.launch.plans import POOL, plan_of, sharing, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +66,33 @@ def test_ranks_and_copies_of_every_stage_have_their_devices(config: ModelConfig)
     assert (layout.seats, layout.in_flight) == (8, 2)
 
 
+def test_a_shared_card_is_a_device_of_every_stage_with_what_its_heads_need(config: ModelConfig) -> None:
+    layout = layout_of(sharing(), 0, config, page_tokens=16)
+    shown = [[(device.name, device.pages) for device in stage.devices] for stage in layout.stages]
+    assert shown == [
+        [("a/0", 2 * 63), ("b/0.stage0", 3 * 63), ("b/1.stage0", 3 * 63)],
+        [("c/0", 2 * 63), ("b/0.stage1", 3 * 63), ("b/1.stage1", 3 * 63)],
+    ]
+    assert [card_of(name) for name in layout.attention_workers] == ["b/0", "b/1", "b/0", "b/1"]
+    assert card_of("node.stage1/0") == "node.stage1/0"
+
+
+def test_seats_of_a_prefill_replica_are_left_open(config: ModelConfig) -> None:
+    plan = plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL, micro_batch=0, in_flight=16)
+    layout = layout_of(plan, 0, config, page_tokens=16)
+    assert (layout.seats, layout.in_flight, layout.chunk_tokens) == (0, 16, 32)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
         (plan_of(stage_of(kv_head_groups_kept=4)), "the plan places 4 KV heads, the model has 8"),
         (plan_of(stage_of(num_layers=80)), "the plan is of a model with 80 layers, this one has 4"),
-        (plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL), "the replica's role is prefill; this engine"),
         (plan_of(stage_of(tp=3, devices=("a/0", "a/1", "a/2"))), "tensor parallelism of 3 does not divide 16 query"),
         (
             plan_of(stage_of(num_layers=2, kv_head_groups_kept=8), stage_of(num_layers=2, first_layer=2)),
             "stage 1: the plan places 2 KV heads, the model has 8",
         ),
-        (plan_of(stage_of(), pools=(replace(POOL, shared=True),)), "attention workers are shared between stages"),
         (
             replace(plan_of(stage_of()), inputs={"documents": {"model": {"name": "other", "num_layers": 4}}}),
             "the plan is of another model (other): hidden None, not 128",

@@ -11,9 +11,11 @@ import pytest
 import yaml
 
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.replica.asking import Asked
+from hetis.runtime.replica.asking import Asked, checked_replica_names
 from hetis.runtime.replica.kubernetes import MOST_PLAN_BYTES, Deployment, manifests_of
 from hetis.runtime.replica.processes import ProcessKind
+from hetis.runtime.replica.roles import PromptSite, PromptSites
+from hetis.runtime.server.errors import ServeError
 from hetis.runtime.stages.options import read_options as stage_options
 from hetis.runtime.worker.options import read_options
 from tests.command_line import command_of, run_command
@@ -195,3 +197,43 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "hetis-launch: --plan is missing: a plan of hetis-plan place",
         "hetis-launch: --port stands after --: it is hetis-launch that sets it",
     ]
+
+
+def test_pods_cannot_share_a_gpu(asked: Asked) -> None:
+    processes = tuple(replace(p, sharing=2) if p.name == "b/1" else p for p in asked.processes)
+    shared = replace(asked, processes=processes)
+    with pytest.raises(LayoutError) as caught:
+        objects(shared)
+    assert caught.value.messages == ("stages share b/1, and pods cannot share a GPU: use processes or ray",)
+    assert objects(shared, replace(DEPLOYMENT, gpus=False))
+
+
+def test_replicas_with_roles_meet_at_a_service_that_only_engines_reach(asked: Asked) -> None:
+    site = PromptSite(replica=0, node="a", is_near=True)
+    made = objects(replace(asked, prompts=PromptSites(own=site)))
+    engine = container_of(made["StatefulSet", "chat-engine"])
+    assert " ".join(engine["args"]).count("--kv-listen 0.0.0.0:8700") == 1
+    service = made["Service", "chat-prompts"]["spec"]
+    assert (service["ports"][0]["port"], service["ports"][0]["targetPort"]) == (8700, "prompts")
+    assert {"name": "prompts", "containerPort": 8700} in engine["ports"]
+    (rule,) = made["NetworkPolicy", "chat-prompts"]["spec"]["ingress"]
+    assert rule["from"] == [
+        {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/component": "engine"}}}
+    ]
+    decoding = replace(asked, prompts=PromptSites(others=(site,)))
+    made = objects(decoding, replace(DEPLOYMENT, replica_names={0: "chat-p"}))
+    assert "--prefill chat-p-prompts:8700" in " ".join(container_of(made["StatefulSet", "chat-engine"])["args"])
+    assert ("Service", "chat-prompts") not in made
+    with pytest.raises(ServeError) as caught:
+        objects(decoding)
+    assert caught.value.messages == ("--replica-name 0=NAME is missing: replica 0 prefills for this one",)
+    assert replace(DEPLOYMENT, replica_names={0: "X"}).wrong() == [
+        "--replica-name 0=X: the name must be 1 to 40 small letters, digits and -, a letter first"
+    ]
+    with pytest.raises(ServeError) as caught:
+        checked_replica_names(["0=a", "0=b", "x=c", "1="])
+    assert caught.value.messages == (
+        "--replica-name: 0 comes twice",
+        "--replica-name is 'x=c', must be NUMBER=NAME, such as 0=chat-prefill",
+        "--replica-name is '1=', must be NUMBER=NAME, such as 0=chat-prefill",
+    )

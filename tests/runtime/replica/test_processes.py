@@ -14,12 +14,13 @@ from hetis.runtime.model.config import read_config
 from hetis.runtime.replica.asking import Asked, checked_hosts, read_asked
 from hetis.runtime.replica.commands import Addresses
 from hetis.runtime.replica.processes import Sizes, processes_of
+from hetis.runtime.replica.roles import prompt_sites
 from hetis.runtime.replica.showing import as_json, as_shell
 from hetis.runtime.server.errors import ServeError
 from hetis.runtime.stages.options import read_options as stage_options
 from hetis.runtime.worker.options import read_options
-from hetis.solver.plan import AttentionWorkerPool, Plan
-from tests.runtime.launch.plans import POOL, plan_of, stage_of
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
+from tests.runtime.launch.plans import POOL, plan_of, sharing, stage_of
 from tests.runtime.replica.replicas import PAGE_BYTES, PAGES, asked_for, write_model, write_plan
 
 
@@ -73,6 +74,22 @@ def test_stages_are_processes_and_hold_as_much_as_their_layers_and_ranks_need(tm
     ]
 
 
+def test_a_card_that_stages_share_has_a_process_for_each_with_memory_of_its_own(tmp_path: Path, asked: Asked) -> None:
+    processes = processes_of(sharing(), 0, read_config(write_model(tmp_path)), Sizes())
+    layer = PAGES * PAGE_BYTES // 4  # of one KV head
+    assert [(p.name, p.stage, p.node, p.gpus, p.kv_bytes, p.sharing) for p in processes if "stage" in p.name] == [
+        ("b/0.stage0", 0, "b", (0,), 3 * 3 * layer, 2),
+        ("b/1.stage0", 0, "b", (1,), 3 * 3 * layer, 2),
+        ("b/0.stage1", 1, "b", (0,), 3 * 1 * layer, 2),
+        ("b/1.stage1", 1, "b", (1,), 3 * 1 * layer, 2),
+    ]
+    commands = replace(asked, processes=processes).commands(Addresses(), worker_device="cuda")
+    last = commands[-1]
+    assert last.environment == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert read_options(last.arguments, {}).name == "b/1.stage1"
+    assert commands[0].shown.count("--worker") == 4
+
+
 def test_the_engine_calls_its_stages_and_each_stage_its_workers(tmp_path: Path, asked: Asked) -> None:
     processes = processes_of(staged(), 0, read_config(write_model(tmp_path)), Sizes())
     engine, stage, *workers = replace(asked, processes=processes).commands(Addresses(), worker_device="cuda")
@@ -89,6 +106,32 @@ def test_the_engine_calls_its_stages_and_each_stage_its_workers(tmp_path: Path, 
     assert (options.listen, options.advertise) == (("0.0.0.0", 0), "c")
     listening = [read_options(worker.arguments, {}).listen[0] for worker in workers]
     assert listening == ["0.0.0.0", "127.0.0.1", "0.0.0.0"]  # c/3 is beside its stage
+
+
+def test_replicas_with_roles_are_told_where_prompts_are_computed(asked: Asked) -> None:
+    prefill = plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL, micro_batch=0).replicas[0]
+    decode = replace(prefill, role=Role.DECODE, stages=(replace(prefill.stages[0], devices=("c/0",)),))
+    near = replace(decode, stages=prefill.stages)
+    plan = replace(plan_of(stage_of()), replicas=(prefill, decode, prefill, near))
+    told = Addresses(hosts={"a": "10.0.0.1"})
+
+    def options(plan: Plan, replica: int, addresses: Addresses = told) -> list[str]:
+        one = replace(asked, prompts=prompt_sites(plan, replica), serve_options=())
+        shown = one.commands(addresses, worker_device="cpu")[0].shown
+        at = [i for i, text in enumerate(shown) if text in ("--kv-listen", "--prefill")]
+        return [" ".join(shown[i : i + 2]) for i in at]
+
+    assert options(plan, 0) == ["--kv-listen 10.0.0.1:8700"]
+    assert options(plan, 0, Addresses()) == ["--kv-listen 0.0.0.0:8700"]
+    assert options(plan, 1) == ["--prefill 10.0.0.1:8700", "--prefill 10.0.0.1:8702"]
+    assert options(plan, 1, Addresses(all_here=True, kv_port=90)) == [
+        "--prefill 127.0.0.1:90",
+        "--prefill 127.0.0.1:92",
+    ]
+    routed = replace(plan, kv_routes=(KvRoute(prefill=0, decode=1, rate=1), KvRoute(prefill=2, decode=3, rate=1)))
+    assert options(routed, 1) == ["--prefill 10.0.0.1:8700"]
+    assert (options(routed, 2), options(routed, 3)) == (["--kv-listen 127.0.0.1:8702"], ["--prefill 127.0.0.1:8702"])
+    assert not prompt_sites(plan_of(stage_of()), 0)
 
 
 def test_a_stage_on_two_nodes_is_refused(tmp_path: Path) -> None:

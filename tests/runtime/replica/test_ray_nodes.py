@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,3 +56,4 @@ def test_nodes_that_are_not_there_are_named_with_those_that_are() -> None:
 def test_a_process_gets_a_cpu_and_its_gpus() -> None:
     assert bundle_of(process("a", gpus=(2, 3)), gpus=True) == {"CPU": 1.0, "GPU": 2.0}
     assert bundle_of(process("a"), gpus=False) == {"CPU": 1.0}
+    assert bundle_of(replace(process("a", gpus=(2,)), sharing=2), gpus=True) == {"CPU": 1.0, "GPU": 0.5}

@@ -15,17 +15,19 @@ import torch
 
 from examples.demo_serve.checkpoint import make_checkpoint
 from hetis.runtime.engine.engine import Engine, EngineOptions
+from hetis.runtime.handover.messages import key_of
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.layout import DevicePages, StageLayout
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.moving.hauler import Hauler
 from hetis.runtime.server.app import AppOptions, Front
-from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
+from hetis.runtime.server.asked import ExecutorAddress, PromptAddresses, RedispatchMode
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.executing import ExecutorServer
 from hetis.runtime.server.moving import Moving
 from hetis.runtime.server.options import bound_socket
+from hetis.runtime.server.prompts import PromptMetrics, listen_for_prompts, share_prompts
 from hetis.runtime.server.running import Told, answering, serve
 from hetis.runtime.server.text import Tokens
 from hetis.runtime.server.timing import StepPredictor
@@ -67,8 +69,9 @@ class Live:
         predictor: StepPredictor | None = None,
         executor: Path | None = None,
         mode: RedispatchMode = RedispatchMode.PLANNER,
+        prompts: PromptAddresses | None = None,
     ) -> None:
-        """``executor``: a socket where an agent steers the engine."""
+        """``executor``: a socket where an agent steers the engine. ``prompts``: that go between engines."""
         warm_up(engine)
         hauler = Hauler(engine=engine, bytes_per_step=1 << 14)
         steered = RealEngine(hauler, clock=time.monotonic, takes_moves=mode is RedispatchMode.PLANNER)
@@ -79,7 +82,7 @@ class Live:
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         self._folder, self._most_open, self._app, self._key, self._drain_s = folder, most_open, app, key, drain_s
         self._ready, self._thread = threading.Event(), threading.Thread(target=self._run, name="live server")
-        self._predictor = predictor
+        self._predictor, self._prompts = predictor, prompts or PromptAddresses()
         self.went_well: bool | None = None
 
     def __enter__(self) -> Live:
@@ -153,6 +156,11 @@ class Live:
             if steered is not None:
                 server = ExecutorServer(ExecutorAddress(socket=self._executor))
                 beside = server.serving(self.desk, steered)
+            listener, peers = listen_for_prompts(self._prompts.listens), self._prompts.peers
+            shared = share_prompts(
+                self.engine, self.desk, listener, peers, key=key_of(self._folder, self._key), silent_s=30
+            )
+            self.desk.metrics.registry.register(PromptMetrics({"model_name": MODEL}, shared))
             front = Front(
                 self.desk,
                 Tokens.from_folder(self._folder),
@@ -161,8 +169,10 @@ class Live:
                 options=self._app,
             )
             async with answering(front.app(api_key=self._key), self.listening) as serving:
-                return await serve(
+                went_well = await serve(
                     self.desk, serving, self._told, drain_s=self._drain_s, ready=self._ready.set, beside=beside
                 )
+            shared.close()
+            return went_well
 
         self.went_well = asyncio.run(work())

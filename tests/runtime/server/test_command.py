@@ -15,12 +15,16 @@ import httpx
 import pytest
 
 from hetis.formats.plan import plan_to_data
+from hetis.runtime.engine.generate import generate
+from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.server.errors import ServeError
 from hetis.runtime.server.options import checked_compute, checked_devices
+from hetis.runtime.server.text import Tokens
 from hetis.solver.plan import Plan, Role
 from tests.command_line import command_of, environment, run_command
-from tests.runtime.launch.plans import POOL, plan_of, stage_of
+from tests.runtime.launch.plans import POOL, plan_of, sharing, stage_of
+from tests.runtime.server.live import engine_of
 
 COMMAND = command_of("hetis.runtime.server.main")
 
@@ -217,13 +221,18 @@ def test_it_serves_drains_on_sigterm_and_ends_with_zero(folder: Path) -> None:
 
 
 def test_a_plan_starts_as_it_stands(folder: Path, tmp_path: Path) -> None:
-    path = write(tmp_path, plan_of(stage_of(), pools=(POOL,)))
-    with serving("-m", str(folder), "--plan", path, "--replica", "0") as (_, url, _):
+    with serving("-m", str(folder), "--plan", write(tmp_path, sharing()), "--replica", "0") as (_, url, _):
         devices = httpx.get(f"{url}/hetis/heads").json()["devices"]
-        # 1,000 tokens are 63 pages of a head: two heads are kept, six are shared by two workers.
-        assert {device["name"]: device["kv_pages"] for device in devices} == {"a/0": 126, "b/0": 189, "b/1": 189}
-        body = {"model": folder.name, "prompt": "a plan", "max_tokens": 8}
-        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        # 1,000 tokens are 63 pages of a head: two heads are kept, six are shared by two workers, of each stage.
+        assert [(device["name"], device["stage"], device["kv_pages"]) for device in devices] == [
+            *(("a/0", 0, 126), ("b/0.stage0", 0, 189), ("b/1.stage0", 0, 189)),
+            *(("c/0", 1, 126), ("b/0.stage1", 1, 189), ("b/1.stage1", 1, 189)),
+        ]
+        body = {"model": folder.name, "prompt": "a plan", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+        text = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    prompt = Tokens.from_folder(folder).encode("a plan")
+    (wanted,) = generate(engine_of(folder), [prompt], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert text == wanted.text
 
 
 def test_a_plan_that_this_engine_cannot_run_is_refused_with_every_reason(folder: Path, tmp_path: Path) -> None:
@@ -235,7 +244,7 @@ def test_a_plan_that_this_engine_cannot_run_is_refused_with_every_reason(folder:
     code, lines = run("-m", str(folder), "--port", "0", "--plan", write(tmp_path, plan))
     assert code == 3
     assert lines == [
-        "hetis-serve: the replica's role is decode; this engine runs unified ones",
+        "hetis-serve: the replica decodes what others prefill: give --prefill HOST:PORT for each prefill replica",
         "hetis-serve: stage 0: tensor parallelism of 3 does not divide 16 query heads, 8 KV heads and an intermediate "
         "size of 256",
         "hetis-serve: stage 1: the plan places 2 KV heads, the model has 8",

@@ -112,6 +112,7 @@ class Engine(Seats):
         self._next_number = 0
         self._news: list[TokenOutput] = []
         self.between_steps: list[Callable[[], None]] = []
+        self.on_prefilled: Callable[[Request, int], None] | None = None
 
     @property
     def stage(self) -> Stage:
@@ -211,11 +212,13 @@ class Engine(Seats):
             self._end(request, FinishReason.UNAVAILABLE, error=self.absences.why())
         for cohort in self._idle_cohorts():
             self.make_room(self._cohort(cohort))
-            requests = self._cohort(cohort)
+            requests = [request for request in self._cohort(cohort) if not request.awaits_kv]
             if requests and cohort not in self._pipeline.cohorts:
                 self._launch(cohort, requests)
         if len(self._pipeline):
             self._land()
+        elif self.running and self.elsewhere is not None and not self._news:
+            self.elsewhere.wait()
         while self._pipeline.has_landed():
             self._land()
         news, self._news = self._news, []
@@ -246,7 +249,9 @@ class Engine(Seats):
 
     def _idle_cohorts(self) -> list[int]:
         """Cohorts with requests and no step on its way, in turn: all of them, or one where stages do not overlap."""
-        some = {request.cohort for request in self.running.values()} - set(self._pipeline.cohorts)
+        some = {request.cohort for request in self.running.values() if not request.awaits_kv} - set(
+            self._pipeline.cohorts
+        )
         turns = [(self._turn + i) % len(self.paths) for i in range(len(self.paths))]
         idle = [cohort for cohort in turns if cohort in some][: None if self._overlaps else 1]
         if idle:
@@ -291,6 +296,8 @@ class Engine(Seats):
         for chunk in step.chunks:
             request = self.running[chunk.request]
             request.computed = chunk.first + chunk.count
+            if self.on_prefilled is not None:
+                self.on_prefilled(request, chunk.first)
             if chunk.is_last:
                 for part in flight.path:
                     part.forget_prompt(chunk.request, chunk.incarnation)

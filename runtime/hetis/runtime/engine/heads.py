@@ -90,6 +90,19 @@ class StageHeads:
         where = move.source, move.target, move.request, incarnation, move.heads, first, last
         self._ask(self.stage.copy, *where).result()
 
+    def export(
+        self, device: int, request: Request, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of positions ``first`` to ``last - 1``, as `PipelineStage.export`. Raises DeviceLostError."""
+        return self._ask(self.stage.export, device, request.number, request.incarnation, heads, first, last).result()
+
+    def adopt(
+        self, device: int, request: Request, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Writes KV that comes from elsewhere, before whatever is asked next; a device that is gone is noted."""
+        done = self._ask(self.stage.adopt, device, request.number, request.incarnation, heads, first, k, v)
+        self._note_lost(done, device)
+
     def is_same(self, move: HeadMove, incarnation: int, last: int) -> bool:
         """Whether both ends of a move hold the same at positions 0 to ``last - 1``. Raises DeviceLostError."""
         theirs, ours = (
@@ -150,12 +163,14 @@ class StageHeads:
     def drop(self, request: Request, heads: Sequence[int], device: int) -> None:
         """A device frees some heads; one that is gone is noted."""
         keys = [SequenceKey(request.number, request.incarnation, head) for head in heads]
+        self._note_lost(self._ask(self.stage.drop, device, keys), device)
 
+    def _note_lost(self, asked: Future[None], device: int) -> None:
         def note(done: Future[None]) -> None:
             if isinstance(done.exception(), DeviceLostError):
                 self.lost.add(device)
 
-        self._ask(self.stage.drop, device, keys).add_done_callback(note)
+        asked.add_done_callback(note)
 
     # --- moves
 

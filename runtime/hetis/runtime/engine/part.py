@@ -69,6 +69,23 @@ class PipelineStage(Protocol):
     ) -> None:
         """Copies KV of positions ``first`` to ``last - 1`` from one device to another."""
 
+    def export(
+        self, device: int, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionDevice.export` of one of the devices."""
+
+    def adopt(
+        self,
+        device: int,
+        request: int,
+        incarnation: int,
+        heads: Sequence[int],
+        first: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> None:
+        """As `AttentionDevice.adopt` of one of the devices. What fails may show in the next step only."""
+
     def digest(self, device: int, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         """As `AttentionDevice.digest` of one of the devices."""
 

@@ -100,6 +100,7 @@ class Request:
         cohort: those it runs with.
         heads: device of each KV head on each stage, by the stage's number; empty while it waits.
         computed: positions whose KV is held.
+        awaits_kv: its prompt is computed elsewhere, and no step has a part of it until the KV has come.
         finish_reason: None while it is not over.
         error: what went wrong, where that is the reason.
         num_preempted: how often it had to make room for others.
@@ -116,6 +117,7 @@ class Request:
     heads: dict[int, tuple[int, ...]] = field(default_factory=dict)
     computed: int = 0
     prefill_tokens: int = 0
+    awaits_kv: bool = False
     finish_reason: FinishReason | None = None
     error: str = ""
     num_preempted: int = 0
@@ -145,4 +147,4 @@ class Request:
         """Everything has to be computed again."""
         self.incarnation += 1
         self.heads.clear()
-        self.computed = 0
+        self.computed, self.awaits_kv = 0, False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.engine.absences import Absences, Devices
@@ -18,6 +19,16 @@ from hetis.runtime.engine.request import Request
 from hetis.runtime.kv.errors import DeviceLostError
 
 _NONE: Devices = {}
+
+
+class PromptSource(Protocol):
+    """Has prompts computed by other engines. It puts their KV where the heads live, between two steps."""
+
+    def ask(self, request: Request) -> bool:
+        """Has the KV of a request that was just seated computed, but of its last token; False: nobody does it now."""
+
+    def wait(self) -> None:
+        """A moment, or until some KV has come; called where there is nothing else to do."""
 
 
 class Seats:
@@ -33,6 +44,7 @@ class Seats:
         relieve: by stage, what moves heads away from a device where a request lacks a page; whether it has one then.
         absences: devices that take no heads now.
         aside: numbers of those who wait for such a device, and let others pass.
+        elsewhere: what has prompts computed by other engines. None: they are computed here.
     """
 
     def __init__(
@@ -54,6 +66,7 @@ class Seats:
         self.num_preempted = 0
         self.num_moved_heads = 0
         self.relieve: dict[int, Callable[[int], bool]] = {}
+        self.elsewhere: PromptSource | None = None
 
     def path(self, request: Request) -> Path:
         """Stages that a running request's steps go through."""
@@ -92,6 +105,7 @@ class Seats:
                 self.waiting.remove(request)
                 request.prefill_tokens = request.num_tokens
                 self.running[request.number] = request
+                request.awaits_kv = self.elsewhere is not None and self.elsewhere.ask(request)
             elif self.running:
                 break
             else:  # nobody will make room for it

@@ -91,6 +91,25 @@ class Stage:
         k, v = self.devices[source].export(request, incarnation, heads, first, last)
         self.devices[target].adopt(request, incarnation, heads, first, k, v)
 
+    def export(
+        self, device: int, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionDevice.export` of one of the devices."""
+        return self.devices[device].export(request, incarnation, heads, first, last)
+
+    def adopt(
+        self,
+        device: int,
+        request: int,
+        incarnation: int,
+        heads: Sequence[int],
+        first: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> None:
+        """As `AttentionDevice.adopt` of one of the devices."""
+        self.devices[device].adopt(request, incarnation, heads, first, k, v)
+
     def digest(self, device: int, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         """As `AttentionDevice.digest` of one of the devices."""
         return self.devices[device].digest(request, incarnation, heads, last)

@@ -13,7 +13,7 @@ import torch
 from hetis.runtime.attention.cuda import cuda_count
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import DevicePages, StageLayout, refuse_if_too_large
+from hetis.runtime.launch.layout import DevicePages, StageLayout, card_of, refuse_if_too_large
 from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import Compute
 
@@ -41,7 +41,8 @@ def on_devices(
 ) -> tuple[StageLayout, ...]:
     """The same stages, every device of this process with its device of torch: the ranks first, then the others.
 
-    Not of this process are ``workers``, by name, and all devices of the stages ``elsewhere``, by number.
+    What stages have of a card that they share is on the same one. Not of this process are ``workers``, by name, and all
+    devices of the stages ``elsewhere``, by number.
 
     Raises:
         LayoutError: CUDA is asked for, and torch finds fewer GPUs than there are devices here.
@@ -50,7 +51,9 @@ def on_devices(
     ranks = [device.name for stage in here for device in stage.devices[: stage.ranks]]
     others = [device.name for stage in here for device in stage.devices[stage.ranks :] if device.name not in workers]
     names = [*ranks, *others]
-    found = dict(zip(names, torch_devices(compute, len(names)), strict=True))
+    cards = list(dict.fromkeys(map(card_of, names)))
+    computing = dict(zip(cards, torch_devices(compute, len(cards)), strict=True))
+    found = {name: computing[card_of(name)] for name in names}
     return tuple(
         replace(stage, devices=tuple(replace(d, device=found.get(d.name, d.device)) for d in stage.devices))
         for stage in stages

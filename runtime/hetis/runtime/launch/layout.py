@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from hetis.runtime.measured.planned import planned_coefficients
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.errors import ModelError
 from hetis.runtime.model.shard import Shard
-from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import Plan, ReplicaPlan, StagePlan
+
+_SHARE = re.compile(r"(/\d+)\.stage\d+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +57,9 @@ class Layout:
 
     Attributes:
         stages: in the order of their layers, copies of a stage one after another, with the KV that the plan counts on.
-        seats: requests that decode together.
+        seats: requests that decode together; 0 of a prefill replica, whose chunks take as many prompts as they hold.
         in_flight: micro-batches on their way through the pipeline.
-        chunk_tokens: prompt tokens per step.
+        chunk_tokens: prompt tokens per step; 0 of a decode replica.
         costs: of attention on the devices, by name, as far as the plan says.
     """
 
@@ -70,6 +73,16 @@ class Layout:
     def attention_workers(self) -> tuple[str, ...]:
         """Names of the devices that are no primary."""
         return tuple(device.name for stage in self.stages for device in stage.devices[stage.ranks :])
+
+
+def share_of(card: str, stage: int) -> str:
+    """What the part of a shared card is called that serves one stage, counted with copies one after another."""
+    return f"{card}.stage{stage}"
+
+
+def card_of(device: str) -> str:
+    """The plan's name of the card that a device of a layout is on: a shared card has a device for each stage."""
+    return _SHARE.sub(r"\1", device)
 
 
 def layout_of(
@@ -88,21 +101,28 @@ def layout_of(
     if wrong:
         raise LayoutError(*wrong)
     tokens = kv_tokens or found.kv_tokens
+    copies = [(number, copy) for number, stage in enumerate(found.stages) for copy in range(stage.copies)]
+    stages = tuple(
+        _copy_layout(found, number, copy, place=place, pages=-(-tokens // found.stages[number].copies // page_tokens))
+        for place, (number, copy) in enumerate(copies)
+    )
+    costs = planned_coefficients(plan, replica)
+    names = [device.name for stage in stages for device in stage.devices]
     return Layout(
-        stages=tuple(
-            _copy_layout(found, number, copy, pages=-(-tokens // stage.copies // page_tokens))
-            for number, stage in enumerate(found.stages)
-            for copy in range(stage.copies)
-        ),
+        stages=stages,
         seats=found.micro_batch * found.in_flight,
         in_flight=found.in_flight,
         chunk_tokens=found.chunk_tokens,
-        costs=planned_coefficients(plan, replica),
+        costs={name: costs[card_of(name)] for name in names if card_of(name) in costs},
     )
 
 
-def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, pages: int) -> StageLayout:
-    """One copy of a stage, whose heads hold ``pages`` each."""
+def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, place: int, pages: int) -> StageLayout:
+    """One copy of a stage, whose heads hold ``pages`` each; ``place``: its own among stages and their copies.
+
+    Of a card that the stages share it has what its own heads need: the plan's KV room is what fits there with the heads
+    of all stages.
+    """
     stage = replica.stages[number]
     ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
     devices = [DevicePages(name=name, pages=stage.kv_head_groups_kept * pages) for name in ranks]
@@ -111,7 +131,8 @@ def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, pages: int) ->
             cards = len(pool.devices) // stage.copies
             each = -(-pool.kv_head_groups * stage.tp * pages // cards)
             own = pool.devices[copy * cards : (copy + 1) * cards]
-            devices += [DevicePages(name=name, pages=each) for name in own]
+            names = [share_of(card, place) for card in own] if pool.shared else own
+            devices += [DevicePages(name=name, pages=each) for name in names]
     first = stage.first_layer
     return StageLayout(layers=range(first, first + stage.num_layers), ranks=stage.tp, devices=tuple(devices))
 
@@ -196,10 +217,6 @@ def _other_model(plan: Plan, config: ModelConfig) -> list[str]:
 def _not_possible(replica: ReplicaPlan, config: ModelConfig) -> list[str]:
     """What the replica needs that this engine cannot do."""
     wrong = []
-    if replica.role is not Role.UNIFIED:
-        wrong.append(f"the replica's role is {replica.role}; this engine runs unified ones")
-    if any(pool.shared for pool in replica.attention_workers):
-        wrong.append("attention workers are shared between stages; this engine's have one stage each")
     for number, stage in enumerate(replica.stages):
         wrong += _wrong_split(replica, number, stage, config)
     planned = sum(stage.num_layers for stage in replica.stages)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetis.runtime.replica.commands import Addresses, Command, EngineArguments, commands_of
 from hetis.runtime.replica.processes import PlannedProcess, Sizes, processes_of
+from hetis.runtime.replica.roles import PromptSites, prompt_sites
 from hetis.runtime.server.errors import ServeError
 from hetis.runtime.server.options import Checking, checked_dtype, checked_folder, checked_range
 
@@ -27,6 +28,8 @@ _OURS = frozenset(
         "--worker",
         "--stage",
         "--store",
+        "--kv-listen",
+        "--prefill",
     )
 )
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
@@ -39,6 +42,7 @@ class Asked:
     Attributes:
         plan, model: as they were given, for the command lines.
         processes: the engine first.
+        prompts: of a replica with a role, where prompts are computed.
         serve_options: for `hetis-serve`, as they stand.
     """
 
@@ -48,6 +52,7 @@ class Asked:
     processes: tuple[PlannedProcess, ...]
     serve_options: tuple[str, ...]
     own_options: tuple[str, ...]
+    prompts: PromptSites = field(default_factory=PromptSites)
 
     def commands(self, addresses: Addresses, *, worker_device: str) -> tuple[Command, ...]:
         """How each is started where these addresses hold."""
@@ -56,6 +61,7 @@ class Asked:
             replica=self.replica,
             model=str(self.model),
             options=(*self.own_options, *self.serve_options),
+            prompts=self.prompts,
         )
         return commands_of(self.processes, engine, addresses, worker_device=worker_device)
 
@@ -102,11 +108,14 @@ def read_asked(
     from hetis.runtime.model.config import read_config
 
     sizes = Sizes(dtype=chosen_dtype, page_tokens=page_tokens, kv_tokens=kv_tokens)
+    planned = load_plan(file)
+    processes = processes_of(planned, replica, read_config(folder), sizes)
     return Asked(
         plan=file,
         model=folder,
         replica=replica,
-        processes=processes_of(load_plan(file), replica, read_config(folder), sizes),
+        processes=processes,
+        prompts=prompt_sites(planned, replica),
         serve_options=tuple(serve_options),
         own_options=_own_options(sizes),
     )
@@ -130,6 +139,23 @@ def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
     if wrong:
         raise ServeError(*wrong)
     return hosts
+
+
+def checked_replica_names(texts: Sequence[str]) -> dict[int, str]:
+    """``NUMBER=NAME``, one after the other. Raises ServeError: one is something else, or a number comes twice."""
+    names: dict[int, str] = {}
+    wrong = []
+    for text in texts:
+        number, _, name = text.partition("=")
+        if not number.isdecimal() or len(number) > 6 or not name:
+            wrong.append(f"--replica-name is {text!r}, must be NUMBER=NAME, such as 0=chat-prefill")
+        elif int(number) in names:
+            wrong.append(f"--replica-name: {number} comes twice")
+        else:
+            names[int(number)] = name
+    if wrong:
+        raise ServeError(*wrong)
+    return names
 
 
 def _checked_plan(plan: Path | None) -> Path:

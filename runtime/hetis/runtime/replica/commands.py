@@ -6,12 +6,13 @@ import ipaddress
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hetis.runtime.replica.processes import PlannedProcess, ProcessKind
+from hetis.runtime.replica.roles import PromptSite, PromptSites
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
-STORE_PORT = 8500
+STORE_PORT, KV_PORT = 8500, 8700
 PROGRAMS = {
     ProcessKind.ENGINE: ("hetis-serve",),
     ProcessKind.STAGE: ("python", "-m", "hetis.runtime.stages"),
@@ -26,12 +27,16 @@ _MODULES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineArguments:
-    """What the engine is told beside its workers; ``options`` are those of `hetis-serve` as they stand."""
+    """What the engine is told beside its workers; ``options`` are those of `hetis-serve` as they stand.
+
+    ``prompts``: of a replica with a role, where prompts are computed.
+    """
 
     plan: str
     replica: int
     model: str
     options: tuple[str, ...] = ()
+    prompts: PromptSites = field(default_factory=PromptSites)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +46,13 @@ class Addresses:
     Attributes:
         hosts: of nodes, an address or a name; a node that is not here is called by its own name.
         store_port: of the engine's node, where workers say where they are.
+        kv_port: of the engine of replica 0, where it computes prompts for others; of the replicas after it the next.
         all_here: every process is on this machine, whatever node the plan says.
     """
 
     hosts: Mapping[str, str] = field(default_factory=dict)
     store_port: int = STORE_PORT
+    kv_port: int = KV_PORT
     all_here: bool = False
 
     def host(self, node: str) -> str:
@@ -95,10 +102,11 @@ def commands_of(
     store_host = LOOPBACK if is_alone else addresses.host(primary.node)
     store = _joined(store_host, addresses.store_port)
     opened = _joined(_own(store_host), addresses.store_port)
+    told = replace(engine, options=(*_prompt_options(engine.prompts, addresses), *engine.options))
     commands = []
     for process in processes:
         if process.kind is ProcessKind.ENGINE:
-            arguments = engine_arguments(engine, processes, opened, device=worker_device)
+            arguments = engine_arguments(told, processes, opened, device=worker_device)
         else:
             is_near = is_alone or process.node == _caller(process, processes).node
             listens = _listens(LOOPBACK if is_near else addresses.host(process.node))
@@ -122,6 +130,18 @@ def engine_arguments(
         elif process.kind is ProcessKind.ATTENTION_WORKER:
             arguments += ["--worker", process.name]
     return (*arguments, *engine.options)
+
+
+def _prompt_options(sites: PromptSites, addresses: Addresses) -> tuple[str, ...]:
+    """What `hetis-serve` is told of engines that compute prompts: on the loopback where all of them are on one node."""
+
+    def at(site: PromptSite, *, own: bool) -> str:
+        host = LOOPBACK if addresses.all_here or site.is_near else addresses.host(site.node)
+        return _joined(_own(host) if own else host, addresses.kv_port + site.replica)
+
+    listens = ("--kv-listen", at(sites.own, own=True)) if sites.own is not None else ()
+    asks = (text for site in sites.others for text in ("--prefill", at(site, own=False)))
+    return (*listens, *asks)
 
 
 def settings_of(process: PlannedProcess, store: str, *, device: str, model: str) -> dict[str, str]:

@@ -8,15 +8,24 @@ take its workers from each other. Nothing runs as root or with privileges; the o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.replica.asking import Asked
-from hetis.runtime.replica.commands import ANY, PROGRAMS, STORE_PORT, EngineArguments, engine_arguments, settings_of
+from hetis.runtime.replica.commands import (
+    ANY,
+    KV_PORT,
+    PROGRAMS,
+    STORE_PORT,
+    EngineArguments,
+    engine_arguments,
+    settings_of,
+)
 from hetis.runtime.replica.processes import PlannedProcess, ProcessKind
+from hetis.runtime.server.errors import ServeError
 from hetis.runtime.stages.options import VARIABLES as STAGE_VARIABLES
 from hetis.runtime.worker.options import VARIABLES as WORKER_VARIABLES
 
@@ -44,6 +53,7 @@ class Deployment:
         key_secret: a Secret whose ``api-key`` clients must say.
         is_open: no key is needed; either this or a secret.
         gpus: pods get a GPU each; else they compute on CPUs.
+        replica_names: of replicas that compute prompts for this one, the ``name`` of their deployment by their number.
     """
 
     name: str
@@ -54,12 +64,18 @@ class Deployment:
     is_open: bool = False
     namespace: str = ""
     gpus: bool = True
+    replica_names: Mapping[int, str] = field(default_factory=dict)
 
     def wrong(self) -> list[str]:
         """What is wrong with it, in terms of the options."""
         wrong = []
         if not _NAME.fullmatch(self.name):
             wrong.append(f"--name is {self.name!r}, must be 1 to 40 small letters, digits and -, a letter first")
+        wrong += [
+            f"--replica-name {number}={name}: the name must be 1 to 40 small letters, digits and -, a letter first"
+            for number, name in self.replica_names.items()
+            if not _NAME.fullmatch(name)
+        ]
         if self.namespace and not _NAMESPACE.fullmatch(self.namespace):
             wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 small letters, digits and -")
         if not self.image:
@@ -75,8 +91,15 @@ def manifests_of(asked: Asked, deployment: Deployment, *, plan_text: str) -> lis
     """The objects of a replica, in an order in which they can be applied; ``plan_text`` is the plan's file.
 
     Raises:
-        LayoutError: the plan is too large for a ConfigMap.
+        LayoutError: the plan is too large for a ConfigMap, or its stages share cards, which pods cannot.
+        ServeError: a replica that computes prompts for this one has no name.
     """
+    unnamed = [site.replica for site in asked.prompts.others if site.replica not in deployment.replica_names]
+    if unnamed:
+        raise ServeError(*(f"--replica-name {n}=NAME is missing: replica {n} prefills for this one" for n in unnamed))
+    shared = list(dict.fromkeys(f"{p.node}/{gpu}" for p in asked.processes if p.sharing > 1 for gpu in p.gpus))
+    if shared and deployment.gpus:
+        raise LayoutError(f"stages share {', '.join(shared)}, and pods cannot share a GPU: use processes or ray")
     size = len(plan_text.encode())
     if size > MOST_PLAN_BYTES:
         raise LayoutError(f"the plan has {size} bytes, must be <= {MOST_PLAN_BYTES} for a ConfigMap")
@@ -88,6 +111,12 @@ def manifests_of(asked: Asked, deployment: Deployment, *, plan_text: str) -> lis
         options=(
             *("--host", ANY, "--port", str(FRONT_PORT), "--start-timeout", str(_START_S)),
             *(("--insecure",) if deployment.is_open else ()),
+            *(("--kv-listen", f"{ANY}:{KV_PORT}") if asked.prompts.own else ()),
+            *(
+                text
+                for site in asked.prompts.others
+                for text in ("--prefill", f"{deployment.replica_names[site.replica]}-prompts:{KV_PORT}")
+            ),
             *asked.own_options,
             *asked.serve_options,
         ),
@@ -98,6 +127,7 @@ def manifests_of(asked: Asked, deployment: Deployment, *, plan_text: str) -> lis
         objects.store(),
         objects.inside(),
         objects.towards_front(),
+        *(objects.prompts() if asked.prompts.own else ()),
         objects.engine(told, asked.processes),
         *(objects.part(name, process) for name, process in _names(asked.processes).items()),
     ]
@@ -145,6 +175,14 @@ class _Objects:
         ports = [{"port": FRONT_PORT, "protocol": "TCP"}]
         return self._policy(f"{self._of.name}-front", self._labels("engine"), {"ports": ports})
 
+    def prompts(self) -> Sequence[dict[str, Any]]:
+        """Where engines of decode replicas go, and nobody else."""
+        port = {"name": "prompts", "port": KV_PORT, "targetPort": "prompts"}
+        name = f"{self._of.name}-prompts"
+        others = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/component": "engine"}
+        allowed = {"from": [{"podSelector": {"matchLabels": others}}], "ports": [{"port": KV_PORT, "protocol": "TCP"}]}
+        return self._service(name, {"ports": [port]}), self._policy(name, self._labels("engine"), allowed)
+
     def engine(self, told: EngineArguments, processes: Sequence[PlannedProcess]) -> dict[str, Any]:
         mounts = [{"name": "plan", "mountPath": _PLAN_FOLDER, "readOnly": True}]
         volumes: list[dict[str, Any]] = [{"name": "plan", "configMap": {"name": f"{self._of.name}-plan"}}]
@@ -153,7 +191,10 @@ class _Objects:
             "command": list(PROGRAMS[ProcessKind.ENGINE]),
             "args": list(engine_arguments(told, processes, f"{ANY}:{STORE_PORT}", device=self._device)),
             "env": self._key(),
-            "ports": [{"name": "http", "containerPort": FRONT_PORT}, {"name": "store", "containerPort": STORE_PORT}],
+            "ports": [
+                {"name": name, "containerPort": port}
+                for name, port in (("http", FRONT_PORT), ("store", STORE_PORT), ("prompts", KV_PORT))
+            ],
             "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5},
             "volumeMounts": mounts,
         }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hetis.runtime.replica.commands import Addresses
 
 EXIT_FAILED, EXIT_INVALID, EXIT_NOT_POSSIBLE = 1, 2, 3
-_STORE_PORT = 8500
+_STORE_PORT, _KV_PORT = 8500, 8700
 _EXAMPLES = """Examples:
 
 hetis-launch show --plan plan.json --model models/Llama-3.2-1B
@@ -88,6 +88,9 @@ AddressOption = Annotated[
     ),
 ]
 StorePortOption = Annotated[int, typer.Option("--store-port", help="On the engine's node, where workers are found.")]
+KvPortOption = Annotated[
+    int, typer.Option("--kv-port", help="Of replica 0, where prompts are computed for decode replicas; N has N more.")
+]
 AllHereOption = Annotated[
     bool, typer.Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")
 ]
@@ -105,6 +108,7 @@ def show(
     worker_device: WorkerDeviceOption = Device.CUDA,
     node_address: AddressOption = None,
     store_port: StorePortOption = _STORE_PORT,
+    kv_port: KvPortOption = _KV_PORT,
     all_here: AllHereOption = False,
     form: Annotated[Form, typer.Option(help="Lines for shells, by node; or JSON.")] = Form.SHELL,
     serve_options: ServeOptions = None,
@@ -112,7 +116,7 @@ def show(
     """Show what runs where: a command line for every process."""
     from hetis.runtime.replica.showing import as_json, as_shell
 
-    addresses = _addresses(node_address, store_port, all_here)
+    addresses = _addresses(node_address, store_port, kv_port, all_here)
     asked = _read(plan, model, replica, kv_tokens, page_tokens, dtype, serve_options)
     commands = asked.commands(addresses, worker_device=worker_device)
     print(as_json(commands) if form is Form.JSON else as_shell(commands))
@@ -129,6 +133,7 @@ def processes(
     worker_device: WorkerDeviceOption = Device.CUDA,
     node_address: AddressOption = None,
     store_port: StorePortOption = _STORE_PORT,
+    kv_port: KvPortOption = _KV_PORT,
     all_here: AllHereOption = False,
     node: Annotated[str, typer.Option(help="This machine's name in the plan. Default: its host name.")] = "",
     serve_options: ServeOptions = None,
@@ -136,7 +141,7 @@ def processes(
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
     from hetis.runtime.replica.here import names_of_this_machine, run_here
 
-    addresses = _addresses(node_address, store_port, all_here)
+    addresses = _addresses(node_address, store_port, kv_port, all_here)
     asked = _read(plan, model, replica, kv_tokens, page_tokens, dtype, serve_options)
     names = (node,) if node else names_of_this_machine()
     commands = asked.commands(addresses, worker_device=worker_device)
@@ -159,6 +164,7 @@ def ray(
     worker_device: WorkerDeviceOption = Device.CUDA,
     node_address: AddressOption = None,
     store_port: StorePortOption = _STORE_PORT,
+    kv_port: KvPortOption = _KV_PORT,
     all_here: AllHereOption = False,
     address: Annotated[
         str, typer.Option(help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for one of its own.")
@@ -167,7 +173,7 @@ def ray(
     serve_options: ServeOptions = None,
 ) -> None:
     """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis[ray]'."""
-    addresses = _addresses(node_address, store_port, all_here)
+    addresses = _addresses(node_address, store_port, kv_port, all_here)
     asked = _read(plan, model, replica, kv_tokens, page_tokens, dtype, serve_options)
     _set_up_logs()
     try:
@@ -199,11 +205,18 @@ def kubernetes(
     ] = "",
     api_key_secret: Annotated[str, typer.Option(help="Secret whose api-key clients must say.")] = "",
     insecure: Annotated[bool, typer.Option(help="No key: everybody in the cluster may call.")] = False,
+    replica_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NUMBER=NAME, the --name of a replica that prefills for this one, which must decode; repeatable."
+        ),
+    ] = None,
     serve_options: ServeOptions = None,
 ) -> None:
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
 
+    from hetis.runtime.replica.asking import checked_replica_names
     from hetis.runtime.replica.kubernetes import SET_HERE, Deployment, manifests_of
 
     deployment = Deployment(
@@ -215,6 +228,7 @@ def kubernetes(
         is_open=insecure,
         namespace=namespace,
         gpus=worker_device is Device.CUDA,
+        replica_names=checked_replica_names(replica_name or []),
     )
     asked = _read(
         plan, model, replica, kv_tokens, page_tokens, dtype, serve_options, set_here=SET_HERE, wrong=deployment.wrong()
@@ -267,13 +281,15 @@ def _read(
     )
 
 
-def _addresses(node_address: list[str] | None, store_port: int, all_here: bool) -> Addresses:
+def _addresses(node_address: list[str] | None, store_port: int, kv_port: int, all_here: bool) -> Addresses:
     from hetis.runtime.replica.asking import checked_hosts
     from hetis.runtime.replica.commands import Addresses
     from hetis.runtime.server.options import checked_range
 
     checked_range("--store-port", store_port, least=1, most=65_535)
-    return Addresses(hosts=checked_hosts(node_address or []), store_port=store_port, all_here=all_here)
+    checked_range("--kv-port", kv_port, least=1, most=60_000)
+    hosts = checked_hosts(node_address or [])
+    return Addresses(hosts=hosts, store_port=store_port, kv_port=kv_port, all_here=all_here)
 
 
 def _set_up_logs() -> None:

@@ -82,8 +82,8 @@ class Runner:
 
 def _run(asked: Asked, addresses: Addresses, told: Told, *, start_s: float, worker_device: str) -> int:
     nodes = nodes_of(asked.processes, addresses, ray.nodes())
-    hosts = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
-    commands = asked.commands(replace(addresses, hosts=hosts), worker_device=worker_device)
+    found = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
+    commands = asked.commands(replace(addresses, hosts={**addresses.hosts, **found}), worker_device=worker_device)
     with_gpus = worker_device == "cuda"
     group = _reserve(asked.processes, nodes, gpus=with_gpus, start_s=start_s)
     try:
@@ -104,11 +104,8 @@ class _Starter:
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._group, placement_group_bundle_index=self._bundles[command.process.name]
         )
-        actor = (
-            ray.remote(Runner)
-            .options(num_cpus=1, num_gpus=len(command.process.gpus) if self._gpus else 0, scheduling_strategy=strategy)
-            .remote()
-        )
+        gpus = bundle_of(command.process, gpus=self._gpus).get("GPU", 0)
+        actor = ray.remote(Runner).options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
         # Ray chooses which of the node's GPUs it is, and says so to the actor: the plan's number must not overrule it.
         return _OnNode(actor, replace(command, environment={}))
 

@@ -42,8 +42,8 @@ def nodes_of(processes: Sequence[PlannedProcess], addresses: Addresses, nodes: S
 
 
 def bundle_of(process: PlannedProcess, *, gpus: bool) -> dict[str, float]:
-    """What Ray sets apart for a process: a CPU, and its GPUs."""
-    return {"CPU": 1.0} | ({"GPU": float(len(process.gpus))} if gpus else {})
+    """What Ray sets apart for a process: a CPU, and its GPUs, or its part of one that several share."""
+    return {"CPU": 1.0} | ({"GPU": len(process.gpus) / process.sharing} if gpus else {})
 
 
 def _node_named(name: str, host: str | None, nodes: Sequence[Node]) -> Node | None:

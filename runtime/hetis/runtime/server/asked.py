@@ -20,6 +20,19 @@ class RedispatchMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptAddresses:
+    """Between engines that compute prompts and engines that decode them, each a host and a port.
+
+    Attributes:
+        listens: where this engine computes prompts for others. None: it does not.
+        peers: engines that compute prompts for this one.
+    """
+
+    listens: tuple[str, int] | None = None
+    peers: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorAddress:
     """Where the agent finds the engine: a Unix socket of this user, or ``host:port`` of the loopback."""
 

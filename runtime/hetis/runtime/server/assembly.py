@@ -16,6 +16,7 @@ import numpy as np
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.heads import StageHeads
+from hetis.runtime.handover.messages import key_of
 from hetis.runtime.launch.compute import on_devices, refuse_missing, torch_devices
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.errors import LayoutError
@@ -28,16 +29,18 @@ from hetis.runtime.model.config import ModelConfig, read_config
 from hetis.runtime.moving.hauler import Hauler
 from hetis.runtime.moving.redispatch import Redispatch
 from hetis.runtime.server.app import AppOptions, Front
-from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
+from hetis.runtime.server.asked import ExecutorAddress, PromptAddresses, RedispatchMode
 from hetis.runtime.server.chat import ChatTemplate
 from hetis.runtime.server.desk import Desk
 from hetis.runtime.server.errors import ServeError
 from hetis.runtime.server.measuring import Measured, measure_engine
 from hetis.runtime.server.moving import Moving
+from hetis.runtime.server.prompts import PromptMetrics, listen_for_prompts, share_prompts
 from hetis.runtime.server.running import Told, answering, serve
 from hetis.runtime.server.starting import Door, Starting
 from hetis.runtime.server.text import Tokens
 from hetis.runtime.steering.engine import RealEngine
+from hetis.solver.plan import Plan, Role
 
 if TYPE_CHECKING:
     from hetis.runtime.server.executing import ExecutorServer
@@ -71,6 +74,7 @@ class Asked:
     start_s: float
     absence_s: float
     executor: ExecutorAddress | None
+    prompts: PromptAddresses
     redispatch: RedispatchMode | None
     dtype: str | None
     context_tokens: int | None
@@ -95,23 +99,26 @@ async def run_server(asked: Asked, listening: socket.socket) -> bool:
         ModelError: the model's folder cannot be used.
         LayoutError: the plan or the memory does not allow it.
         ChannelError, DeviceError: the workers' store cannot be opened, or a worker did not come.
-        ServeError: the agent's address is taken.
+        ServeError: the agent's address, or that of decoding engines, is taken.
     """
     executor = _executor(asked.executor)
+    decoding = listen_for_prompts(asked.prompts.listens)
     starting = Starting()
     door = Door(starting)
     async with answering(door, listening) as serving:
-        return await _serve(asked, executor, listening, starting, door, serving)
+        return await _serve(asked, executor, decoding, listening, starting, door, serving)
 
 
 async def _serve(
     asked: Asked,
     executor: ExecutorServer | None,
+    decoding: socket.socket | None,
     listening: socket.socket,
     starting: Starting,
     door: Door,
     serving: asyncio.Task[None],
 ) -> bool:
+    """``decoding``: where engines connect that have their prompts computed here."""
     _set_threads(asked.threads)
     tokens, chat = Tokens.from_folder(asked.folder), ChatTemplate.from_folder(asked.folder)
     layout = _layout(asked)
@@ -133,6 +140,9 @@ async def _serve(
     )
     labels = {"model_name": asked.name, "engine": "0"}
     desk.metrics.registry.register(CostMetrics(labels, measured.costs))
+    key = key_of(asked.folder, asked.api_key)
+    prompts = share_prompts(engine, desk, decoding, asked.prompts.peers, key=key, silent_s=asked.worker_s)
+    desk.metrics.registry.register(PromptMetrics(labels, prompts))
     options = AppOptions(body_bytes=asked.body_bytes, answer_s=asked.answer_s, write_s=asked.write_s)
     front = Front(desk, tokens, chat, model=asked.name, options=options)
     _tell_devices(engine)
@@ -149,6 +159,7 @@ async def _serve(
     with told.by_signals():
         beside = executor.serving(desk, moving.steered) if executor is not None and moving.steered is not None else None
         went_well = await serve(desk, serving, told, drain_s=asked.drain_s, ready=ready, beside=beside)
+    prompts.close()
     if workers is not None:
         workers.close(engine)
     engine.close()
@@ -162,23 +173,38 @@ def _layout(asked: Asked) -> Layout | None:
 
     config = read_config(asked.folder)
     plan = load_plan(asked.plan)
-    layout = layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
+    wrong = _other_role(plan, asked)
+    try:
+        layout = layout_of(plan, asked.replica, config, page_tokens=asked.page_tokens, kv_tokens=asked.kv_tokens)
+    except LayoutError as error:
+        raise LayoutError(*wrong, *error.messages) from None
     planned = layout.attention_workers
-    others = [f"--worker {name} is no attention worker of the plan" for name in asked.workers if name not in planned]
+    wrong += [f"--worker {name} is no attention worker of the plan" for name in asked.workers if name not in planned]
     num = len(layout.stages)
-    others += [
+    wrong += [
         f"--stage {name}={number}: the plan's replica has {num} stages, counted from 0, copies one after another"
         for name, number in asked.stages
         if number >= num
     ]
-    if others:
-        raise LayoutError(*others)
+    if wrong:
+        raise LayoutError(*wrong)
     return layout
 
 
+def _other_role(plan: Plan, asked: Asked) -> list[str]:
+    """What the replica's role needs of the options."""
+    role = plan.replicas[asked.replica].role if asked.replica < len(plan.replicas) else Role.UNIFIED
+    if role is Role.PREFILL and asked.prompts.listens is None:
+        return ["the replica computes prompts for others: give --kv-listen HOST:PORT, where they connect"]
+    if role is Role.DECODE and not asked.prompts.peers:
+        return ["the replica decodes what others prefill: give --prefill HOST:PORT for each prefill replica"]
+    return []
+
+
 def _engine(asked: Asked, layout: Layout | None, tokens: Tokens, workers: Workers | None) -> Engine:
-    seats = asked.seats or (layout.seats if layout else _SEATS)
-    chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else _CHUNK_TOKENS)
+    seats = asked.seats or (layout.seats if layout else 0) or _SEATS
+    # A decode replica, which has no chunks, computes a prompt only where no other does.
+    chunk_tokens = asked.chunk_tokens or (layout.chunk_tokens if layout else 0) or _CHUNK_TOKENS
     # Steps on their way at the same time are of use where stages are processes, which work at the same time.
     in_flight = min(layout.in_flight, seats) if layout and asked.stages else 1
     options = EngineOptions(

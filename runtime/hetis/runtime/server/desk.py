@@ -208,6 +208,10 @@ class Desk:
         self._commands.put(run)
         return await answer
 
+    def between_steps(self, act: Callable[[], None]) -> None:
+        """Has the thread do something between two steps, at once where there is nothing to do; from any thread."""
+        self._commands.put(act)
+
     def _close_to_new(self, why: str) -> None:
         """Takes nothing new for that reason; empty: takes it again."""
         if why != self._closed:
@@ -323,6 +327,8 @@ class Desk:
         """News by ticket, counted on their way."""
         by_number: dict[int, list[TokenOutput]] = {}
         for output in outputs:
+            if output.request not in self._tickets:
+                continue  # of no client: a prompt that is computed for another engine
             by_number.setdefault(output.request, []).append(output)
             ticket = self._tickets[output.request]
             if output.token is not None:

@@ -33,6 +33,9 @@ python -m hetis.runtime.worker --name w1 --store 127.0.0.1:8500 --kv-memory 2GiB
 hetis-serve --model models/Llama-3.2-1B --plan plan.json --store 127.0.0.1:8500 --stage s1=1, and for each stage
 python -m hetis.runtime.stages --name s1 --store 127.0.0.1:8500 --model models/Llama-3.2-1B
 
+hetis-serve --model models/Llama-3.2-1B --plan plan.json --replica 0 --kv-listen 127.0.0.1:8700, and for decode replicas
+hetis-serve --model models/Llama-3.2-1B --plan plan.json --replica 1 --prefill 127.0.0.1:8700 --port 8001
+
 hetis-serve --model models/Llama-3.2-1B --plan plan.json --executor unix:/run/hetis/engine.sock, and beside it
 hetis-agent --server planner:8470 --node clusters/C/nodes/N --engine unix:///run/hetis/engine.sock
 
@@ -110,6 +113,17 @@ def serve(
             "auto: planner with --executor, else own where there are several devices."
         ),
     ] = "auto",
+    kv_listen: Annotated[
+        str,
+        typer.Option(help="HOST:PORT where this engine computes prompts for those that decode, and sends them the KV."),
+    ] = "",
+    prefill: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HOST:PORT, the --kv-listen of an engine that computes prompts for this one; repeatable. What none of "
+            "them does is computed here."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float64, bfloat16, float16.")] = "auto",
     context_tokens: Annotated[
         int | None, typer.Option(help="Longest prompt with output. Default: the model's.")
@@ -155,6 +169,7 @@ def serve(
     executor_address = get(lambda: options.checked_executor(executor))
     mode = get(lambda: options.checked_redispatch(redispatch, executor))
     get(lambda: _check_exposed(host, key, insecure))
+    prompts = get(lambda: options.checked_prompts(kv_listen, prefill or [], has_key=key is not None, insecure=insecure))
     for option, value, least, most in (
         ("--kv-tokens", kv_tokens, 1, 2**31),
         ("--context-tokens", context_tokens, 2, 2**31),
@@ -182,6 +197,7 @@ def serve(
     assert chosen_compute is not None
     assert name is not None
     assert body_bytes is not None
+    assert prompts is not None
 
     try:
         listening = options.bound_socket(host, port, write_s=write_timeout)
@@ -205,6 +221,7 @@ def serve(
         start_s=start_timeout if start_timeout is not None else worker_timeout,
         absence_s=absence_timeout,
         executor=executor_address,
+        prompts=prompts,
         redispatch=mode,
         dtype=chosen_dtype,
         context_tokens=context_tokens,

@@ -12,7 +12,7 @@ from typing import TypeVar
 from hetis.formats.units import parse_bytes
 from hetis.runtime.launch.room import Compute, DeviceRoom
 from hetis.runtime.model.config import DTYPES
-from hetis.runtime.server.asked import ExecutorAddress, RedispatchMode
+from hetis.runtime.server.asked import ExecutorAddress, PromptAddresses, RedispatchMode
 from hetis.runtime.server.errors import ServeError
 
 T = TypeVar("T")
@@ -172,6 +172,40 @@ def checked_executor(text: str) -> ExecutorAddress | None:
     if not is_loopback(host.strip("[]")):
         raise ServeError(f"--executor {text} can be reached from other machines, must be of the loopback: 127.0.0.1")
     return ExecutorAddress(tcp=text)
+
+
+def checked_prompts(listens: str, peers: Sequence[str], *, has_key: bool, insecure: bool) -> PromptAddresses:
+    """``HOST:PORT`` where prompts are computed for others, empty for nowhere, and where others compute ours.
+
+    Raises:
+        ServeError: one is something else, or comes twice; or others could connect without a key.
+    """
+    wrong, own = [], None
+    if listens:
+        own = _address(listens)
+        if own is None:
+            wrong.append(f"--kv-listen is {listens!r}, must be HOST:PORT such as 127.0.0.1:8700")
+        elif not is_loopback(own[0]) and not has_key and not insecure:
+            wrong.append(
+                f"--kv-listen {listens} can be reached from other machines: give --api-key-file or HETIS_API_KEY, or "
+                "--insecure"
+            )
+    found = [_address(peer) for peer in peers]
+    wrong += [
+        f"--prefill is {text!r}, must be HOST:PORT such as 10.0.0.2:8700"
+        for text, where in zip(peers, found, strict=True)
+        if where is None
+    ]
+    wrong += [f"--prefill {text} comes twice" for text in sorted({text for text in peers if peers.count(text) > 1})]
+    if wrong:
+        raise ServeError(*wrong)
+    return PromptAddresses(listens=own, peers=tuple(where for where in found if where is not None))
+
+
+def _address(text: str) -> tuple[str, int] | None:
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+    return (host, int(port)) if host and port.isdecimal() and 0 < int(port) < 65_536 else None
 
 
 def checked_redispatch(text: str, executor: str) -> RedispatchMode | None:

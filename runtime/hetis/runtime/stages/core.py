@@ -1,8 +1,8 @@
 """A stage process without sockets: frames in, frames out.
 
 It obeys one engine at a time, as an attention worker does: a SETUP of an epoch that is not below the newest begins
-with nothing, and frames of another connection are refused. What has no answer (DROP, FORGET) cannot fail in a way that
-counts: a device that is lost shows in the next step with heads there.
+with nothing, and frames of another connection are refused. What has no answer (DROP, FORGET, ADOPT) cannot fail in a
+way that counts: a device that is lost, or does not hold what it should, shows in the next step with heads there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hetis.runtime.stages.messages import read_numbers, read_run, read_setup
 from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.errors import FrameError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.transport.messages import ErrorCode, error_answer, read_keys, read_part, stale_answer
+from hetis.runtime.transport.messages import ErrorCode, error_answer, read_adopted, read_keys, read_part, stale_answer
 from hetis.runtime.worker.remote import RemoteDevice
 
 Build = Callable[[StageSetup, int], Stage]
@@ -110,6 +110,14 @@ class StageCore:
                 source, target, request, incarnation, first, last, *heads = read_numbers(frame, 6)
                 stage.copy(source, target, request, incarnation, heads, first, last)
                 return frame.answered(Kind.DONE)
+            case Kind.EXPORT:
+                part = read_part(frame)
+                k, v = stage.export(frame.layer, part.request, part.incarnation, part.heads, part.first, part.last)
+                counts = len(part.heads), part.last - part.first, 0
+                return frame.answered(Kind.KV, counts=counts, dtype=self._dtype, parts=(k, v))
+            case Kind.ADOPT:
+                part, k, v = read_adopted(frame, stage.shape)
+                stage.adopt(frame.layer, part.request, part.incarnation, part.heads, part.first, k, v)
             case Kind.DIGEST:
                 part = read_part(frame)
                 sums = stage.digest(frame.layer, part.request, part.incarnation, part.heads, part.last)
@@ -122,4 +130,4 @@ class StageCore:
         return stale_answer(frame, self.name, current=self.epoch)
 
 
-_ANSWERED = frozenset({Kind.SETUP, Kind.RUN, Kind.COPY, Kind.DIGEST})
+_ANSWERED = frozenset({Kind.SETUP, Kind.RUN, Kind.COPY, Kind.DIGEST, Kind.EXPORT})

@@ -18,7 +18,7 @@ from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.transport.messages import ErrorCode, Part, pack_keys, read_digests, read_error
+from hetis.runtime.transport.messages import ErrorCode, Part, pack_keys, read_digests, read_error, read_kv
 from hetis.runtime.transport.session import Session
 
 
@@ -106,6 +106,35 @@ class RemoteStage:
         """Copies KV of positions ``first`` to ``last - 1`` from one device of the stage to another."""
         numbers = torch.tensor([source, target, request, incarnation, first, last, *heads], dtype=torch.int64)
         self._ask(self._session.frame(Kind.COPY, parts=(numbers,)))
+
+    def export(
+        self, device: int, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionDevice.export` of one of the stage's devices."""
+        part = Part(request, incarnation, first, last, tuple(heads))
+        counts, parts = (len(heads), 0, 0), (part.numbers(),)
+        answer = self._ask(self._session.frame(Kind.EXPORT, layer=device, counts=counts, parts=parts))
+        try:
+            return read_kv(answer, self.shape, part)
+        except FrameError as error:
+            raise self._lose(error) from error
+
+    def adopt(
+        self,
+        device: int,
+        request: int,
+        incarnation: int,
+        heads: Sequence[int],
+        first: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> None:
+        """As `AttentionDevice.adopt` of one of the stage's devices, without waiting for it."""
+        positions = k.shape[2]
+        part = Part(request, incarnation, first, first + positions, tuple(heads))
+        counts, parts = (len(heads), positions, 0), (part.numbers(), k, v)
+        dtype = self.shape.dtype
+        self._tell(self._session.frame(Kind.ADOPT, layer=device, counts=counts, dtype=dtype, parts=parts))
 
     def digest(self, device: int, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         """As `AttentionDevice.digest` of one of the stage's devices."""

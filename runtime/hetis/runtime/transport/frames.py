@@ -11,15 +11,17 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | FINISH, ABORT, PING, BYE | | |
 | DROP (layer: device, of a stage) | N | (request, incarnation, head): i64 [N, 3] |
 | EXPORT, DIGEST (layer: device, of a stage) | H | request, incarnation, first, last, heads: i64 [4 + H] |
-| ADOPT | H, positions | request, incarnation, first, last, heads: i64 [4 + H]; K, V [H, layers, positions, d] |
+| ADOPT (layer: as EXPORT) | H, positions | the numbers of EXPORT; K, V [H, layers, positions, d] |
 | ATTACH | | path of the shared memory |
 | SETUP | | key, JSON of a `StageSetup` |
 | RUN | | seven sizes and a step's numbers: i64; hidden states [T, hidden] but of the first stage |
 | COPY | | source, target, request, incarnation, first, last, heads: i64 [6 + H] |
 | FORGET | | request, incarnation: i64 |
+| PREFILL (serial: job) | N | tokens i64 [N] |
+| CANCEL (serial: job) | | |
 | WELCOME | | pages i64, name; of a stage: pages i64 [devices] |
 | OUT | N | [N, r, d] |
-| KV | H, positions | K, V [H, layers, positions, d] |
+| KV (of a job, step: first position) | H, positions | K, V [H, layers, positions, d] |
 | DIGESTS | H | i64 [H, layers] |
 | PONG | | free pages i64, virtual sequences i64 |
 | HIDDEN | rows, columns | [rows, columns]: hidden states or logits |
@@ -67,6 +69,8 @@ class Kind(IntEnum):
     RUN = 14
     COPY = 15
     FORGET = 16
+    PREFILL = 17
+    CANCEL = 18
     WELCOME = 32
     OUT = 33
     KV = 34
