@@ -24,6 +24,7 @@ needs_tables = pytest.mark.skipif(
 
 
 @needs_tables
+@pytest.mark.soak
 def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
     out, doc = tmp_path / "efficiency.json", tmp_path / "doc.md"
     assert calibrate.main(["--data", str(SHARED / "profiles"), "--out", str(out), "--doc", str(doc)]) == 0

@@ -38,7 +38,7 @@ from tests.solver.instances import (
 from tests.solver.oracle import best_plan_value
 from tests.solver.test_will import best_by_brute_force, of, two_types, wishes
 
-EXAMPLES = max(8, settings().max_examples // 2)
+EXAMPLES = max(8, settings().max_examples // 4)
 GPUS = ObjectiveKind.GPUS
 
 

@@ -70,7 +70,7 @@ def assert_claims_hold(problem: PlacementProblem, plan: Plan | None, best: float
 
 
 @pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
-@settings(max_examples=2 * EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=4, kinds=KINDS))
 def test_optimum_of_brute_force_lies_between_plan_and_bound(strategy: str, problem: PlacementProblem) -> None:
     family = STRATEGIES[strategy].restrict(replace(SMALL_FAMILY, name=strategy))

@@ -56,7 +56,7 @@ def value_of(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool 
 
 
 @pytest.mark.parametrize("strategy", APART)
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // 2)
 @given(problem=problems(max_gpus=4, kinds=KINDS))
 def test_exact_search_of_roles_finds_the_optimum_of_brute_force(strategy: str, problem: PlacementProblem) -> None:
     problem = of_strategy(problem, strategy)

@@ -23,7 +23,7 @@ from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
 REL = 1e-6
-EXAMPLES = max(3, settings().max_examples // 3)
+EXAMPLES = max(3, settings().max_examples // 5)
 
 
 def value_by(problem: PlacementProblem, strategy: str, *, exact: bool) -> float:

@@ -47,7 +47,7 @@ from tests.solver.instances import (
 )
 from tests.solver.oracle import StageOption, Wanted, best_plan_value, device_classes
 
-EXAMPLES = max(8, settings().max_examples // 2)
+EXAMPLES = max(8, settings().max_examples // 4)
 
 
 def of(text: str) -> Selection:
