@@ -135,6 +135,23 @@ def test_a_request_that_can_never_fit_is_rejected_and_the_others_are_served() ->
     assert np.flatnonzero(np.isnan(run.finished_s)).tolist() == [2]
 
 
+def test_iterations_take_what_each_of_their_tokens_attends_to() -> None:
+    # 80 tokens in chunks of 32, 32 and 16: the first of a chunk attends to those before it and itself. Logits are made
+    # of the last one. Two more tokens, which attend to 81 and 82.
+    problem = small_problem()
+    one = pipeline(problem, 6, micro_batch=1, in_flight=1, chunk_tokens=32)
+    run = simulate(plan_of(one), problem, equal_requests(1, prompt=80, output=3), AS_PLANNED)
+    (stage,) = replica_shape(one, problem, Fleet.of(problem.cluster)).stages
+    timing = StageTiming(problem, stage, is_first=True, is_last=True)
+    chunks_s = [
+        timing.seconds(0, 0.0, num, sum(range(before + 1, before + num + 1)), before + (num + 1) / 2 + num / 2, rows)
+        for before, num, rows in ((0, 32, 0), (32, 32, 0), (64, 16, 1))
+    ]
+    assert run.first_token_s[0] == pytest.approx(sum(chunks_s), rel=1e-12)
+    steps_s = [timing.seconds(1, float(context), 0, 0.0, 0.0, 1) for context in (81, 82)]
+    assert run.finished_s[0] - run.first_token_s[0] == pytest.approx(sum(steps_s), rel=1e-9)
+
+
 def test_a_queue_of_one_server_waits_as_long_as_theory_says() -> None:
     # M/D/1: prompts that fill a chunk and make one token are served one by one, in equal times S. The mean wait is
     # rho S / (2 (1 - rho)) (Pollaczek and Khinchine).
