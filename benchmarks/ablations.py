@@ -10,7 +10,7 @@ and Theta from 10% to 200%.
 `throughput_rps` is what is served when somebody always waits, `over_full` that over the full method's, with the half
 width of its 95% interval by seed; `ttft_p95_s` and `tpot_s` are at 90% of the full plan's saturated rate.
 
-All runs of a case have equally many requests: so many that the full plan makes 15,000 iterations, or fills its seats
+All runs of a case have equally many requests: so many that the full plan makes 6,000 iterations, or fills its seats
 anew three times; that and limits of the search keep a case within four CPU minutes (`cpu_s` is of the row, its search
 included). `carried` says `unknown` where the requests are too few to tell.
 """
@@ -43,7 +43,7 @@ from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 
 TIME_LIMIT_S = 15.0  # CPU seconds: other work on the machine does not cut the search short
-ITERATIONS = 15_000  # of a run, about: with attention workers one takes 100 to 250 us
+ITERATIONS = 6_000  # of a run, about: with attention workers one takes 100 to 500 us
 TURNS = 3  # so often the seats of the full plan are filled anew in a run, at least
 FEWEST, MOST = 60, 2_000  # requests of a run
 THETAS = (0.1, 0.25, 1.0, 2.0)  # beside the default of 0.5
@@ -97,7 +97,11 @@ def main() -> None:
 
 
 def _all_ablated(chosen: Sequence[Case], *, seeds: int, processes: int) -> Iterator[Row]:
-    """Several cases at once, each in one process: kernels are then loaded once per case."""
+    """Several cases at once, each in one process: kernels are then loaded once per case. One at a time: row by row."""
+    if processes == 1:
+        for case in chosen:
+            yield from ablated(case, seeds=seeds, iterations=ITERATIONS, thetas=THETAS)
+        return
     work = partial(_rows, seeds=seeds)
     with ProcessPoolExecutor(max_workers=processes or None, mp_context=get_context("spawn")) as pool:
         for found in pool.map(work, chosen):
