@@ -1,10 +1,12 @@
-"""The exact search, pass by pass: first the families of other strategies, then the whole family.
+"""The exact search, pass by pass; where its time ends before a proof, the families of other strategies, too.
 
 Three passes over all configurations, each with a narrower tolerance; what `exact.py` proves after one is left out of
-the next. The first pass over the whole family takes longest: it knows no bound. The families of `hexgen` and `hexgen2`
-take a small part of that, having few ways to build a stage, and are searched to their end before. So a search that is
-cut short is not behind what these would have found in their share of the time (`parts.SHARE`), and the first pass
-begins with the configurations of their best replicas, which rule out others.
+the next. The first pass over the whole family takes longest: it knows no bound, and there are many ways to build a
+stage. If it, or a later one, has not ended after half of the time, the families of `hexgen` and `hexgen2` are searched
+to their end, which takes a small part of that, and then the whole family goes on, beginning with the configurations of
+the best replicas known. So a search that is cut short is not behind what these strategies would have found in their
+share of the time (`MAIN`, `parts.SHARE`), and one that ends in time pays nothing for it: beforehand, the parts took a
+fifth of the time of a search that ended.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.parts import SHARE, Part, contained_parts, whole
 from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.tables import Atlas, FloatArray
+
+MAIN = 0.5  # of the time: for the whole family, before its parts are searched for want of a proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,11 @@ def solve_exactly(
     """
     passes = Passes(atlas, master, row_costs, budget, report, seed)
     family = atlas.problem.family
-    for part in contained_parts(family, family.roles):
-        passes.over(part, budget.share(SHARE))
-    passes.over(whole(family), budget)
+    everything, contained = whole(family), contained_parts(family, family.roles)
+    if not passes.over(everything, budget.share(MAIN) if contained else budget):
+        for part in contained:
+            passes.over(part, budget.share(SHARE))
+        passes.over(everything, budget)
     return passes.outcome()
 
 
@@ -56,28 +62,39 @@ class Passes:
         self.whole = whole(atlas.problem.family)
         self.budget, self.report, self.seed = budget, report, seed
         self.best: Packed | None = None
+        self._done: dict[Part, int] = {}  # passes
+        self._needed: dict[Part, Rates] = {}
         self.proven = rate_bound(atlas) if master.maximises else 0.0
 
-    def over(self, part: Part, budget: Budget) -> None:
-        """Searches a part to its end, or to that of its budget; the bound is that of the whole family only."""
+    def over(self, part: Part, budget: Budget) -> bool:
+        """Searches a part to its end, or to that of its budget (False): the next call goes on with the pass cut.
+
+        The bound is that of the whole family only.
+        """
         search, is_whole = self.search, part == self.whole
-        needed: Rates = {kind: np.zeros(len(f.rate)) for kind, f in search.frontiers.items()}
-        for tolerance in TOLERANCES:
-            finished = search.sweep(needed, tolerance, budget, part)
+        for tolerance in TOLERANCES[self._done.get(part, 0) :]:
+            finished = search.sweep(self._needed_of(part), tolerance, budget, part)
             packing = self._pack(search.rates(part), budget)
             if not finished:
-                return
+                return False
+            self._done[part] = self._done.get(part, 0) + 1
             ceilings = search.ceilings(tolerance, part)
             _, optimistic = search.pack(ceilings, budget.remaining_s(), self.seed)
             if packing is None:
                 if optimistic is None:
-                    return  # not even the ceilings meet the demand: proved
+                    return True  # not even the ceilings meet the demand: proved
                 continue  # this pass was too coarse to tell
             if is_whole and optimistic is not None:
                 outside = max if search.master.maximises else min
                 self.proven = outside(packing.value, optimistic.bound)
             self._tell(is_whole)
-            needed = search.needed_rates(ceilings, packing.value)
+            self._needed[part] = search.needed_rates(ceilings, packing.value)
+        return True
+
+    def _needed_of(self, part: Part) -> Rates:
+        """What replicas need not be looked for, as far as earlier passes over the part have proved it."""
+        nothing = {kind: np.zeros(len(f.rate)) for kind, f in self.search.frontiers.items()}
+        return self._needed.get(part, nothing)
 
     def _pack(self, rates: Rates, budget: Budget) -> MilpSolution | None:
         """The best packing at these rates, kept if no better one is known; None if none serves anything."""
