@@ -27,7 +27,8 @@ from hetis.runtime.transport.tcp import TcpPipe
 FOLDER = Path("/dev/shm")
 PREFIX = "hetis-"
 RING_BYTES = 4 << 20
-LEAST_SPIN_S, MOST_SPIN_S = 5e-6, 200e-6
+# A wake-up costs both ends together about so much of a processor: whoever looks for longer takes more than it saves.
+LEAST_SPIN_S, MOST_SPIN_S = 5e-6, 30e-6
 NAP_S = 0.02  # longest sleep without another look: a byte that was missed costs no more
 # Counters of one ring, each in its own cache line, in units of 8 bytes.
 WRITTEN, READ, READER_SLEEPS, WRITER_SLEEPS = 0, 8, 16, 24
@@ -95,7 +96,7 @@ class ShmPipe:
         self._out, self._in = rings if first else rings[::-1]
         self._poll = select.poll()
         self._poll.register(bell.socket, select.POLLIN)
-        self._spin_s = 50e-6
+        self._spin_s = MOST_SPIN_S
 
     def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
         ring = self._out
