@@ -28,7 +28,7 @@ T = TypeVar("T")
 PRIMARY = "a"
 WORKERS = ("b", "c")
 NODES = (PRIMARY, *WORKERS)
-BLOCKS = 4500  # of every device: a request gets room for all that it is to make, 250 in each head group on average
+BLOCKS = 120  # of every device
 
 
 def stage_model() -> stage_pb2.StageModel:

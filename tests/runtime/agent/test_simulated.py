@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission, SolverAdmission
 from hetis.runtime.agent.simulated.control import Control, ControlError, ControlFile
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
 from hetis.runtime.executor.refusals import RefusedError, reason_name
 from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.executor_service_pb2 import (
@@ -171,14 +170,6 @@ def test_a_draining_replica_takes_nothing_new_and_stops_when_it_is_empty() -> No
     assert report.num_running == 0
     if waiting == 0:
         assert report.assignment_state == AssignmentState.ASSIGNMENT_STATE_STOPPED
-
-
-@pytest.mark.parametrize("admission", [ProportionalAdmission(), SolverAdmission()], ids=["proportional", "solver"])
-def test_a_request_enters_where_all_its_output_has_room(admission: Admission) -> None:
-    """100 and 200 tokens are 19 blocks of 16 in each of eight head groups."""
-    request = SimulatedRequest(id="r", context_tokens=100, remaining_tokens=200, arrived_s=0.0)
-    assert admission.owners(StageRun(stage_model(workers=(), blocks=8 * 19)), request) == [0] * 8
-    assert admission.owners(StageRun(stage_model(workers=(), blocks=8 * 19 - 1)), request) is None
 
 
 @pytest.mark.parametrize("admission", [ProportionalAdmission(), SolverAdmission()], ids=["proportional", "solver"])

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from hetis.solver.dispatch.solve import Dispatcher
 
 MOST_KEPT = 64  # dispatchers: one per stage and set of speeds
+GROWTH_BLOCKS = 4  # blocks that a new request is given room to grow into
 
 
 class Admission(Protocol):
-    """A rule of admission. A new request is given room for all that it is still to make: with less than the outputs
-    take, many that run together are evicted and prefilled anew (docs/when-attention-workers-help.md)."""
+    """A rule of admission."""
 
     def warm_up(self) -> None:
         """What is slow the first time, done now; may take a minute."""
@@ -36,7 +36,7 @@ class ProportionalAdmission:
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         free = stage.free_blocks()
         totals = [device.total_blocks for device in stage.model.devices]
-        need = stage.blocks(request.context_tokens + request.remaining_tokens)
+        need = stage.blocks(request.context_tokens + _growth(stage, request))
         units = [stage.primary_groups if device.is_primary else 1 for device in stage.model.devices]
         left, counts = stage.model.heads.head_groups, [0] * len(free)
         while left:
@@ -81,7 +81,7 @@ class SolverAdmission:
         new = Requests(
             ids=(request.id,),
             context_tokens=np.array([request.context_tokens], np.int64),
-            growth_tokens=np.array([request.remaining_tokens], np.int64),
+            growth_tokens=np.array([_growth(stage, request)], np.int64),
         )
         plan = self._dispatchers[key].dispatch(load, new)
         return None if plan.unplaced else owners_of([int(count) for count in plan.groups[0]])
@@ -138,3 +138,7 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
         if primary
         else None,
     )
+
+
+def _growth(stage: StageRun, request: SimulatedRequest) -> int:
+    return min(request.remaining_tokens, GROWTH_BLOCKS * stage.model.heads.block_tokens)
