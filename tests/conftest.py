@@ -14,7 +14,7 @@ _NO_SHRINKING = (Phase.explicit, Phase.generate)
 
 settings.register_profile(
     "ci",
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,

@@ -179,6 +179,7 @@ class SteeredStates(EngineStates):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             self.now_s += 1000.0
+            self.assign([])  # whoever waits for a device that drains would wait for long
             super().teardown()
             self.steered.step(self.now_s)
             assert not self.hauler.open_changes
