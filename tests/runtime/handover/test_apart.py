@@ -93,7 +93,8 @@ def test_an_engine_short_of_kv_has_what_it_gave_up_computed_again(model: Model) 
             answers = generate(engine, prompts, SamplingParams(max_tokens=24, ignore_eos=True))
         assert [answer.tokens for answer in answers] == wanted(model, prompts, 24)
         assert engine.num_preempted
-        assert apart.counts.received == 3 + engine.num_preempted
+        # one that makes room before its KV is there has it asked for twice, and received once
+        assert 3 <= apart.counts.received <= 3 + engine.num_preempted
     assert_empty(engine)
     assert_empty(other.engine)
 

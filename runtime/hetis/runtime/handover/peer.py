@@ -108,11 +108,15 @@ class PrefillPeer:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the connection and the thread."""
+    def end(self) -> None:
+        """Has the connection and the thread end soon."""
         self._ends.set()
+
+    def close(self, timeout_s: float = _END_S) -> None:
+        """Ends the connection and the thread, for which it waits so long."""
+        self.end()
         if self._thread.is_alive():
-            self._thread.join(_END_S)
+            self._thread.join(timeout_s)
 
     @property
     def is_up(self) -> bool:

@@ -11,6 +11,7 @@ import hmac
 import logging
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ _MOST_QUEUED = 1024  # jobs of one caller
 _FRAME_BYTES = 16 << 20
 _UNSENT_BYTES = 256 << 20  # of one caller: beyond it no job of its is begun
 _GREETING_S, _LOOK_S = 10.0, 0.1
-_END_S = 2.0  # for a thread that may be sending
+_AGAIN_S = 1.0  # between two attempts to take a connection, where there is no room for it
+_END_S = 2.0  # for threads that may be sending, all of them
 _log = logging.getLogger(__name__)
 Do = Callable[[Callable[[], None]], None]
 
@@ -77,8 +79,9 @@ class PromptService:
     def close(self) -> None:
         """Ends all connections."""
         self._ends.set()
+        deadline_s = time.monotonic() + _END_S
         for thread in self._threads:
-            thread.join(_END_S)
+            thread.join(max(deadline_s - time.monotonic(), 0.0))
 
     def _start(self, work: Callable[[], None], name: str) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -93,6 +96,10 @@ class PromptService:
                 try:
                     connection, _ = listener.accept()
                 except (TimeoutError, ConnectionAbortedError):
+                    continue
+                except OSError as error:  # no descriptor is left, say: later there may be one
+                    _log.warning("prompts: no connection is taken: %s", error.strerror or error)
+                    self._ends.wait(_AGAIN_S)
                     continue
                 if sum(thread.is_alive() for thread in self._threads) > _MOST_CALLERS:
                     connection.close()
