@@ -15,6 +15,7 @@ import torch
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.generate import generate
 from hetis.runtime.engine.request import SamplingParams
+from hetis.runtime.handover import service
 from hetis.runtime.handover.kv import whole_shape
 from hetis.runtime.handover.messages import key_of
 from hetis.runtime.model.config import read_config
@@ -262,6 +263,24 @@ def test_kv_that_could_not_be_written_ends_the_next_step(model: Model, monkeypat
         wait_until(lambda: apart.num_up == 1)
         with pytest.raises(RuntimeError, match="out of memory"):
             answer_of(engine, prompt)
+
+
+def test_jobs_are_begun_as_far_as_their_kv_may_wait_unsent(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_UNSENT_BYTES", 4096)  # less than a prompt has, more than an answer to a ping
+    prompts = random_prompts(15, 3, shortest=30)
+    engine = pipeline_of(model.folder, *WHOLE)
+    with prefilling(pipeline_of(model.folder, *WHOLE)) as other, decoding(engine, other.port) as apart:
+        wait_until(lambda: apart.num_up == 1)
+        other.halt.set()
+        numbers = [engine.add(prompt, SamplingParams(max_tokens=1)) for prompt in prompts]
+        while len(engine.running) < len(numbers):
+            engine.step()
+        wait_until(lambda: sum(len(caller.queue) for caller in other.service._callers) == 2)
+        assert len(other.engine.waiting) + len(other.engine.running) == 1
+        other.halt.clear()
+        while engine.has_work:
+            engine.step()
+        assert apart.counts.received == 3
 
 
 def test_two_ends_that_both_write_do_not_wait_for_each_other() -> None:
