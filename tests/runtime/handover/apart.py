@@ -13,7 +13,11 @@ from hetis.runtime.handover.kv import whole_shape
 from hetis.runtime.handover.peer import Arrivals, PrefillPeer
 from hetis.runtime.handover.prompts import RemotePrompts
 from hetis.runtime.handover.service import PromptService
-from hetis.runtime.transport.tcp import listen
+from hetis.runtime.transport.channel import PipeChannel
+from hetis.runtime.transport.errors import ChannelError
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.messages import pack_welcome
+from hetis.runtime.transport.tcp import TcpPipe, listen
 
 KEY = bytes(range(16))
 
@@ -85,6 +89,35 @@ def decoding(
     finally:
         for peer in peers:
             peer.close()
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[Frame], Frame]) -> Iterator[int]:
+    """A port where one who decodes is met once; to what it has computed, ``answer`` is said."""
+    ends = threading.Event()
+    listener = listen("127.0.0.1")
+
+    def work() -> None:
+        with listener:
+            connection = listener.accept()[0]
+        channel = PipeChannel(TcpPipe(connection, "answering"), stall_s=60)
+        with contextlib.suppress(ChannelError):  # it went, as it may
+            while not ends.is_set():
+                frame = channel.receive(0.01)
+                if frame is not None and frame.kind is Kind.HELLO:
+                    most = pack_welcome(1000, "prompts")
+                    channel.send([Frame(kind=Kind.WELCOME, epoch=frame.epoch, session=frame.session, parts=most)])
+                elif frame is not None and frame.kind is Kind.PREFILL:
+                    channel.send([answer(frame)])
+        channel.close()
+
+    thread = threading.Thread(target=work, name="answering")
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        ends.set()
+        thread.join(60)
 
 
 def wait_until(holds: Callable[[], bool], *, limit_s: float = 300) -> None:

@@ -45,6 +45,8 @@ def test_addresses_of_prompts_are_checked_and_need_a_key_where_others_reach_them
     with pytest.raises(ServeError) as caught:
         checked_prompts("0.0.0.0:8700", ["b:1", "b:1", "b"], has_key=False, insecure=False)
     assert caught.value.messages == (
+        "--kv-listen and --prefill are both given, may be one of them: an engine computes prompts for others, or has "
+        "its own computed",
         "--kv-listen 0.0.0.0:8700 can be reached from other machines: give --api-key-file or HETIS_API_KEY, or "
         "--insecure",
         "--prefill is 'b', must be HOST:PORT such as 10.0.0.2:8700",
@@ -52,8 +54,10 @@ def test_addresses_of_prompts_are_checked_and_need_a_key_where_others_reach_them
     )
     with pytest.raises(ServeError, match="--kv-listen is 'x:0', must be HOST:PORT such as"):
         checked_prompts("x:0", [], has_key=True, insecure=False)
-    found = checked_prompts("0.0.0.0:8700", ["[::1]:5"], has_key=True, insecure=False)
-    assert found == PromptAddresses(listens=("0.0.0.0", 8700), peers=(("::1", 5),))
+    found = checked_prompts("0.0.0.0:8700", [], has_key=True, insecure=False)
+    assert found == PromptAddresses(listens=("0.0.0.0", 8700))
+    found = checked_prompts("", ["[::1]:5"], has_key=True, insecure=False)
+    assert found == PromptAddresses(peers=(("::1", 5),))
 
 
 def test_an_address_that_is_taken_is_told_before_anything_is_loaded() -> None:

@@ -53,6 +53,7 @@ class StageHeads:
         self.placement = Placement(costs, pages, stage=number, homes=stage.homes)
         self.prompts = PromptBook()
         self.lost: set[int] = set()
+        self._failed: BaseException | None = None  # why KV from elsewhere is not where it should be
 
     @property
     def token_bytes(self) -> int:
@@ -78,7 +79,7 @@ class StageHeads:
 
     def run(self, step: Step, hidden: torch.Tensor | None) -> Future[torch.Tensor]:
         """As `PipelineStage.run`, in its turn."""
-        return self._ask(self.stage.run, step, hidden)
+        return self._ask(self._run, step, hidden)
 
     def forget_prompt(self, request: int, incarnation: int) -> None:
         """As `PipelineStage.forget_prompt`; the book forgets it too."""
@@ -99,8 +100,12 @@ class StageHeads:
     def adopt(
         self, device: int, request: Request, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        """Writes KV that comes from elsewhere, before whatever is asked next; a device that is gone is noted."""
+        """Writes KV that comes from elsewhere, before whatever is asked next; a device that is gone is noted.
+
+        What else fails is raised by the next step, which would read what was not written.
+        """
         done = self._ask(self.stage.adopt, device, request.number, request.incarnation, heads, first, k, v)
+        done.add_done_callback(self._note_failed)
         self._note_lost(done, device)
 
     def is_same(self, move: HeadMove, incarnation: int, last: int) -> bool:
@@ -119,6 +124,15 @@ class StageHeads:
     def settle(self) -> None:
         """Waits until the stage has done all that it was asked."""
         self._ask(lambda: None).result()
+
+    def _run(self, step: Step, hidden: torch.Tensor | None) -> torch.Tensor:
+        if self._failed is not None:
+            raise self._failed
+        return self.stage.run(step, hidden)
+
+    def _note_failed(self, done: Future[None]) -> None:
+        if (error := done.exception()) is not None and not isinstance(error, DeviceLostError):
+            self._failed = error
 
     def _ask(self, act: Callable[..., T], *arguments: Any) -> Future[T]:
         if self._thread is not None:

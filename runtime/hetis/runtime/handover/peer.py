@@ -30,13 +30,30 @@ _log = logging.getLogger(__name__)
 class Arrival:
     """News of a job: some KV, or, with ``piece`` None, why there will be none.
 
-    ``is_final``: not even if the same peer were asked again.
+    ``is_final``: not even if the same peer were asked again; another may do it.
     """
 
     job: int
     piece: Piece | None = None
     why: str = ""
     is_final: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class _Wanted:
+    """KV of the first ``tokens`` positions of a prompt, of which ``came`` have come."""
+
+    tokens: int
+    came: int = 0
+
+    def takes(self, piece: Piece) -> bool:
+        """Whether that was the last of it. Raises FrameError: it is not what comes next, or more than was asked for."""
+        if piece.first != self.came or piece.last > self.tokens:
+            raise FrameError(
+                f"KV of positions {piece.first} to {piece.last - 1}, {self.came} of {self.tokens} have come"
+            )
+        self.came = piece.last
+        return self.came == self.tokens
 
 
 class Arrivals:
@@ -99,7 +116,7 @@ class PrefillPeer:
         self._silent_s = silent_s
         self._outbox, self._session = Outbox(), 0
         self._lock = threading.Lock()
-        self._jobs: dict[int, int] = {}  # tokens that are still to come
+        self._jobs: dict[int, _Wanted] = {}
         self._most_tokens: int | None = None  # of a prompt; None: it is not reached
         self._told = ""
         self._ends = threading.Event()
@@ -108,11 +125,15 @@ class PrefillPeer:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the connection and the thread."""
+    def end(self) -> None:
+        """Has the connection and the thread end soon."""
         self._ends.set()
+
+    def close(self, timeout_s: float = _END_S) -> None:
+        """Ends the connection and the thread, for which it waits so long."""
+        self.end()
         if self._thread.is_alive():
-            self._thread.join(_END_S)
+            self._thread.join(timeout_s)
 
     @property
     def is_up(self) -> bool:
@@ -128,7 +149,7 @@ class PrefillPeer:
             most = self._most_tokens
             if most is None or len(tokens) > most or len(self._jobs) >= _MOST_JOBS:
                 return False
-            self._jobs[job] = len(tokens)
+            self._jobs[job] = _Wanted(tokens=len(tokens))
             self._outbox.put(self._frame(Kind.PREFILL, job, (len(tokens), 0, 0), tokens))
             return True
 
@@ -153,7 +174,8 @@ class PrefillPeer:
         self._lose("this engine is ending")
 
     def _meet(self) -> None:
-        pipe = TcpPipe.connect(*self._where, timeout_s=_CONNECT_S)
+        # Both ends may have more to say than buffers take: this one reads on while it waits to be read.
+        pipe = TcpPipe.connect(*self._where, timeout_s=_CONNECT_S, reads_ahead=True)
         channel = PipeChannel(pipe, stall_s=self._silent_s)
         try:
             self._session = secrets.randbits(63)
@@ -204,7 +226,7 @@ class PrefillPeer:
                 piece = Piece.read(frame, self._shape, heads=self._heads)
                 with self._lock:
                     wanted = self._jobs.get(job)
-                    if wanted is not None and piece.last >= wanted:
+                    if wanted is not None and wanted.takes(piece):
                         del self._jobs[job]
                 if wanted is not None:
                     self._arrivals.put(Arrival(job=job, piece=piece))

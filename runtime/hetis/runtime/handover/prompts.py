@@ -37,13 +37,12 @@ class PromptCounts:
 
 @dataclass(slots=True, kw_only=True)
 class _Job:
-    """KV of the first ``tokens`` positions of a request, of which ``arrived`` are there."""
+    """KV of the first ``tokens`` positions of a request."""
 
     request: Request
     incarnation: int
     peer: PrefillPeer
     tokens: int
-    arrived: int = 0
 
     def is_wanted(self, engine: Engine) -> bool:
         running = engine.running.get(self.request.number)
@@ -62,7 +61,7 @@ class RemotePrompts:
         self._bytes_per_step = bytes_per_step
         self._jobs: dict[int, _Job] = {}
         self._numbers = count(1)
-        self._here: set[int] = set()  # requests that no peer is asked for again
+        self._refused: dict[int, set[PrefillPeer]] = {}  # by request: who is not asked for it again
         engine.elsewhere = self
         engine.between_steps.append(self.advance)
 
@@ -73,8 +72,10 @@ class RemotePrompts:
 
     def ask(self, request: Request) -> bool:
         tokens = request.tokens(0, request.num_tokens - 1)
-        if len(tokens) + 1 >= _LEAST_TOKENS and request.number not in self._here:
-            for peer in sorted(self._peers, key=lambda peer: peer.num_jobs):
+        if len(tokens) + 1 >= _LEAST_TOKENS:
+            refused = self._refused.get(request.number, ())
+            peers = [peer for peer in self._peers if peer not in refused]
+            for peer in sorted(peers, key=lambda peer: peer.num_jobs):
                 number = next(self._numbers)
                 if peer.ask(number, tokens):
                     job = _Job(request=request, incarnation=request.incarnation, peer=peer, tokens=len(tokens))
@@ -90,8 +91,9 @@ class RemotePrompts:
         """Between two steps: puts in place what has come, gives up what nobody wants."""
         for number in [number for number, job in self._jobs.items() if not job.is_wanted(self._engine)]:
             self._jobs.pop(number).peer.cancel(number)
-        if self._here:
-            self._here &= {*self._engine.running, *(request.number for request in self._engine.waiting)}
+        if self._refused:
+            there = {*self._engine.running, *(request.number for request in self._engine.waiting)}
+            self._refused = {number: peers for number, peers in self._refused.items() if number in there}
         failed, left = list[_Job](), self._bytes_per_step
         while left > 0 and (arrival := self._arrivals.take()) is not None:
             job = self._jobs.get(arrival.job)
@@ -110,14 +112,10 @@ class RemotePrompts:
     def _put(self, job: _Job, arrival: Arrival) -> None:
         piece, request = arrival.piece, job.request
         assert piece is not None, "it is no failure"
-        if piece.first > job.arrived:
-            raise AssertionError(f"KV from position {piece.first} on, {job.arrived} are here: frames come in order")
-        skipped = job.arrived - piece.first
-        if piece.last > job.arrived:
-            write_kv(self._engine, request, job.arrived, piece.k[:, :, skipped:], piece.v[:, :, skipped:])
-            self.counts.received_bytes += piece.num_bytes
-            job.arrived = request.computed = piece.last
-        if job.arrived >= job.tokens:
+        write_kv(self._engine, request, piece.first, piece.k, piece.v)  # the peer saw to it that nothing is left out
+        self.counts.received_bytes += piece.num_bytes
+        request.computed = piece.last
+        if piece.last == job.tokens:
             del self._jobs[arrival.job]
             self.counts.received += 1
             request.prefill_tokens, request.awaits_kv = job.tokens, False
@@ -125,5 +123,5 @@ class RemotePrompts:
     def _note_failed(self, job: _Job, arrival: Arrival) -> None:
         self.counts.failed += 1
         if arrival.is_final:
-            self._here.add(job.request.number)
+            self._refused.setdefault(job.request.number, set()).add(job.peer)
         _log.info("request %d: its prompt is not computed at %s: %s", job.request.number, job.peer.name, arrival.why)

@@ -7,10 +7,12 @@ output, which nobody reads.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +34,12 @@ from hetis.runtime.transport.tcp import TcpPipe
 _MOST_CALLERS = 64
 _MOST_QUEUED = 1024  # jobs of one caller
 _FRAME_BYTES = 16 << 20
-_UNSENT_BYTES = 256 << 20  # of one caller: beyond it no job of its is begun
+_UNSENT_BYTES = 1 << 30  # of one caller's jobs that were begun, computed or not; one job may be larger
+_MOST_STRANGERS = 16  # that have not greeted yet: another one takes the place of the first
+_GREETING_BYTES = 8 * 4096 + 24
 _GREETING_S, _LOOK_S = 10.0, 0.1
-_END_S = 2.0  # for a thread that may be sending
+_AGAIN_S = 1.0  # between two attempts to take a connection, where there is no room for it
+_END_S = 2.0  # for threads that may be sending, all of them
 _log = logging.getLogger(__name__)
 Do = Callable[[Callable[[], None]], None]
 
@@ -58,11 +63,13 @@ class PromptService:
         self._engine, self._key, self._do, self._silent_s = engine, key, do, silent_s
         self._shape = whole_shape(engine)
         self._most_tokens = engine.longest() - 1
+        self._prompt_bytes = 8 * max(self._most_tokens, 1)
         item = self._shape.torch_dtype.itemsize
-        token_bytes = 2 * engine.config.kv_heads * self._shape.layers * self._shape.head_dim * item
-        self._frame_tokens = max(1, _FRAME_BYTES // token_bytes)
+        self._token_bytes = 2 * engine.config.kv_heads * self._shape.layers * self._shape.head_dim * item
+        self._frame_tokens = max(1, _FRAME_BYTES // self._token_bytes)
         self._jobs: dict[int, _Job] = {}
         self._callers: list[_Caller] = []
+        self._lock, self._strangers = threading.Lock(), deque[socket.socket]()
         self._ends = threading.Event()
         self._threads: list[threading.Thread] = []
         engine.on_prefilled = self._prefilled
@@ -77,8 +84,9 @@ class PromptService:
     def close(self) -> None:
         """Ends all connections."""
         self._ends.set()
+        deadline_s = time.monotonic() + _END_S
         for thread in self._threads:
-            thread.join(_END_S)
+            thread.join(max(deadline_s - time.monotonic(), 0.0))
 
     def _start(self, work: Callable[[], None], name: str) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -94,21 +102,42 @@ class PromptService:
                     connection, _ = listener.accept()
                 except (TimeoutError, ConnectionAbortedError):
                     continue
-                if sum(thread.is_alive() for thread in self._threads) > _MOST_CALLERS:
+                except OSError as error:  # no descriptor is left, say: later there may be one
+                    _log.warning("prompts: no connection is taken: %s", error.strerror or error)
+                    self._ends.wait(_AGAIN_S)
+                    continue
+                if sum(thread.is_alive() for thread in self._threads) > _MOST_CALLERS + _MOST_STRANGERS:
                     connection.close()
                     continue
+                self._note_stranger(connection)
                 self._start(lambda connection=connection: self._serve(connection), "prompts of a caller")  # type: ignore[misc]
+
+    def _note_stranger(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._strangers.append(connection)
+            if len(self._strangers) > _MOST_STRANGERS:
+                with contextlib.suppress(OSError):  # it is gone already
+                    self._strangers.popleft().shutdown(socket.SHUT_RDWR)
+
+    def _forget_stranger(self, connection: socket.socket) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._strangers.remove(connection)
 
     def _serve(self, connection: socket.socket) -> None:
         try:
             host, port = connection.getpeername()[:2]
-            channel = PipeChannel(TcpPipe(connection, f"tcp:{host}:{port}"), stall_s=self._silent_s)
+            pipe = TcpPipe(connection, f"tcp:{host}:{port}")
         except OSError:
+            self._forget_stranger(connection)
             connection.close()
             return
+        channel = PipeChannel(pipe, stall_s=self._silent_s, most_body_bytes=self._prompt_bytes)
         caller: _Caller | None = None
         try:
-            caller = self._greet(channel)
+            try:
+                caller = self._greet(PipeChannel(pipe, stall_s=_GREETING_S, most_body_bytes=_GREETING_BYTES))
+            finally:
+                self._forget_stranger(connection)
             if caller is None:
                 return
             _log.info("computes prompts for %s", channel.name)
@@ -216,8 +245,12 @@ class PromptService:
             caller.is_busy = bool(caller.queue) or any(job.caller is caller for job in self._jobs.values())
 
     def _may_begin(self, caller: _Caller) -> bool:
-        begun = sum(job.caller is caller for job in self._jobs.values())
-        return begun < self._engine.options.most_running and caller.outbox.num_bytes < _UNSENT_BYTES
+        begun = [job for job in self._jobs.values() if job.caller is caller]
+        if not begun:
+            return caller.outbox.num_bytes < _UNSENT_BYTES
+        tokens = sum(len(job.request.prompt) - job.sent for job in begun) + len(caller.queue[0][1])
+        unsent = caller.outbox.num_bytes + tokens * self._token_bytes
+        return len(begun) < self._engine.options.most_running and unsent <= _UNSENT_BYTES
 
     def _begin(self, caller: _Caller, serial: int, tokens: tuple[int, ...]) -> None:
         try:

@@ -34,17 +34,22 @@ class Outbox:
             self._num_bytes += frame.body_bytes
         self._came.set()
 
-    def send(self, channel: Channel) -> None:
-        """Sends what is there, one frame at a time, so that no more than what is under way is held. ChannelError."""
-        while self._frames:
+    def send(self, channel: Channel) -> bool:
+        """Sends a frame if there is one; returns whether there are more. ChannelError.
+
+        One at a time, so that what comes is heard in between: the other end may be waiting to be read.
+        """
+        if self._frames:
             frame = self._frames[0]
             channel.send([frame])
             with self._lock:
                 self._frames.popleft()
                 self._num_bytes -= frame.body_bytes
         self._came.clear()
-        if self._frames:  # one came between the two
+        if self._frames:  # more, or one that came between the two
             self._came.set()
+            return True
+        return False
 
     def wait(self, timeout_s: float) -> None:
         """Until something is there, or for so long."""
@@ -82,16 +87,19 @@ def talk(
     """
     heard_s = asked_s = clock()
     while not has_ended():
-        outbox.send(channel)
+        has_more = outbox.send(channel)
         now_s = clock()
         if ping is not None and now_s - asked_s >= ping_s:
             asked_s = now_s
             channel.send([ping()])
         if is_full():
             heard_s = now_s
-            time.sleep(_BUSY_S)
+            if not has_more:
+                time.sleep(_BUSY_S)
             continue
-        if is_busy():
+        if has_more:
+            frame = channel.receive(0.0)
+        elif is_busy():
             frame = channel.receive(_BUSY_S)
         elif ping is None:
             frame = channel.receive(_IDLE_S)

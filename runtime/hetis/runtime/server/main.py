@@ -115,13 +115,16 @@ def serve(
     ] = "auto",
     kv_listen: Annotated[
         str,
-        typer.Option(help="HOST:PORT where this engine computes prompts for those that decode, and sends them the KV."),
+        typer.Option(
+            help="HOST:PORT where this engine computes prompts for those that decode, and sends them the KV. Not "
+            "with --prefill."
+        ),
     ] = "",
     prefill: Annotated[
         list[str] | None,
         typer.Option(
             help="HOST:PORT, the --kv-listen of an engine that computes prompts for this one; repeatable. What none of "
-            "them does is computed here."
+            "them does is computed here. Not with --kv-listen."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, float64, bfloat16, float16.")] = "auto",

@@ -178,9 +178,15 @@ def checked_prompts(listens: str, peers: Sequence[str], *, has_key: bool, insecu
     """``HOST:PORT`` where prompts are computed for others, empty for nowhere, and where others compute ours.
 
     Raises:
-        ServeError: one is something else, or comes twice; or others could connect without a key.
+        ServeError: one is something else, or comes twice; others could connect without a key; or both are given: what
+            an engine is asked to compute it would ask others for in turn.
     """
     wrong, own = [], None
+    if listens and peers:
+        wrong.append(
+            "--kv-listen and --prefill are both given, may be one of them: an engine computes prompts for others, or "
+            "has its own computed"
+        )
     if listens:
         own = _address(listens)
         if own is None:

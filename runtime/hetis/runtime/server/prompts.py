@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from hetis.runtime.server.errors import ServeError
 from hetis.runtime.transport.tcp import listen
 
 _LEAST_SILENT_S = 5.0  # something is said every second
+_END_S = 2.0  # for the peers' threads, all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +34,13 @@ class SharedPrompts:
 
     def close(self) -> None:
         """Ends the connections: whoever waits for KV from here has it computed elsewhere."""
+        for peer in self.peers:
+            peer.end()
         if self.service is not None:
             self.service.close()
+        deadline_s = time.monotonic() + _END_S
         for peer in self.peers:
-            peer.close()
+            peer.close(max(deadline_s - time.monotonic(), 0.0))
 
 
 def listen_for_prompts(address: tuple[str, int] | None) -> socket.socket | None:

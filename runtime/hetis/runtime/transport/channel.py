@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError
-from hetis.runtime.transport.frames import HEADER_BYTES, Frame, bytes_of, header_of, read_header
+from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, bytes_of, header_of, read_header
 
 
 class Channel(Protocol):
@@ -46,11 +46,12 @@ class Pipe(Protocol):
 
 
 class PipeChannel:
-    """Frames over a pipe: a frame that has begun must be through within ``stall_s``."""
+    """Frames over a pipe: one that has begun must be through within ``stall_s``, its body is at most so long."""
 
-    def __init__(self, pipe: Pipe, *, stall_s: float = 10.0) -> None:
+    def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
         self.name = pipe.name
         self._pipe, self._stall_s = pipe, stall_s
+        self._most_body_bytes = most_body_bytes
         self._header = bytearray(HEADER_BYTES)
         self._is_closed = False
 
@@ -70,7 +71,7 @@ class PipeChannel:
             return None
         deadline_s = time.monotonic() + self._stall_s
         self._fill(header[came:], deadline_s)
-        frame, num_bytes = read_header(self._header, empty=_empty)
+        frame, num_bytes = read_header(self._header, most_body_bytes=self._most_body_bytes, empty=_empty)
         if num_bytes:
             self._fill(memoryview(frame.body.numpy()), deadline_s)
         return frame
