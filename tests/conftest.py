@@ -14,7 +14,7 @@ _NO_SHRINKING = (Phase.explicit, Phase.generate)
 
 settings.register_profile(
     "ci",
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

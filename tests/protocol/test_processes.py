@@ -34,6 +34,7 @@ FINAL = (State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED)
 OPEN = (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
 FLIPPED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
 WAIT_S = 60.0
+FIRST_S = 600.0  # the engine may have to compile its dispatcher
 
 
 class Fleet:
@@ -259,7 +260,7 @@ def kill_in_turn(fleet: Fleet, names: list[str], rounds: int, dice: random.Rando
     for node in NODES:
         fleet.start_agent(node)
     fleet.start_planner()
-    fleet.until(lambda: fleet.num_done() >= 2, "the first re-dispatches are done")
+    fleet.until(lambda: fleet.num_done() >= 2, "the first re-dispatches are done", FIRST_S)
     for number in range(rounds):
         name = names[number % len(names)]
         time.sleep(dice.uniform(0.0, 1.0))

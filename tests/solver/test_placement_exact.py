@@ -87,7 +87,6 @@ def assert_proven_optimal(problem: PlacementProblem, plan: Plan | None) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
-@settings(max_examples=3 * EXAMPLES // 2)
 @given(problem=problems(max_gpus=4, kinds=KINDS))
 def test_exact_search_finds_the_optimum_of_brute_force(strategy: str, problem: PlacementProblem) -> None:
     problem = with_wide_zone_links(of_strategy(problem, strategy))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core.compiler_lock import global_compiler_lock
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -18,11 +22,20 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     It compiles a function on its first call, without the GIL, and keeps the machine code beside the source. numba
     dates cached code by the function's own file alone, although code of other files is inlined into it; here the cache
     is dated by all files of the folders that hold kernels or what they work on, so that no stale code survives an edit.
+    Compiling takes up to a minute, and a planner, its agents and engines often start at once: one process compiles a
+    package's kernels, and the others wait and load what it has made.
     """
 
     def kernel(function: Function) -> Function:
         dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath)(function)
         dispatcher._cache._cache_file._source_stamp = _stamp(folders)
+        load_or_compile = dispatcher.compile
+
+        def compile_once(signature: Any) -> Any:
+            with _one_process(Path(dispatcher._cache.cache_path) / "kernels.lock"):
+                return load_or_compile(signature)
+
+        dispatcher.compile = compile_once
         return cast(Function, dispatcher)
 
     return kernel
@@ -32,6 +45,44 @@ def is_cached(function: Callable[..., Any]) -> bool:
     """Whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
     kernel: Any = function
     return bool(kernel._cache._cache_file._load_index())
+
+
+_held: set[Path] = set()  # by this process: a kernel's compilation compiles those that it calls
+
+
+@contextmanager
+def _one_process(lock: Path) -> Iterator[None]:
+    """Of all processes of the machine only one is inside; where the folder cannot be written, each compiles for itself.
+
+    numba's own lock comes first, as threads that took the two in different orders would wait for each other.
+    """
+    with global_compiler_lock:
+        descriptor = None if lock in _held else _locked(lock)
+        if descriptor is None:
+            yield
+            return
+        _held.add(lock)
+        try:
+            yield
+        finally:
+            _held.discard(lock)
+            os.close(descriptor)
+
+
+def _locked(lock: Path) -> int | None:
+    """A descriptor that holds the lock until it is closed or the process dies, whatever it dies of. None: there is none."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, OSError):  # a file system without locks
+            return None
+        raise
+    return descriptor
 
 
 @cache

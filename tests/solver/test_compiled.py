@@ -1,0 +1,56 @@
+"""Processes that start at once compile a kernel once: the first does it, and the others load what it has made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+KERNELS = """
+import sys
+from pathlib import Path
+import numpy as np
+from hetis.solver.compiled import kernel_of
+
+kernel = kernel_of(Path(__file__).parent)
+
+@kernel
+def inner(values):
+    return np.sort(values)[0]
+
+@kernel
+def outer(values):
+    return inner(values) + np.argsort(values)[0]
+
+if __name__ == "__main__":
+    print("ready", flush=True)
+    sys.stdin.readline()
+    assert outer(np.array([2.0, 1.0])) == 2.0
+    print(sum(outer.stats.cache_misses.values()), sum(outer.stats.cache_hits.values()))
+"""
+
+
+def test_a_kernel_is_compiled_by_one_process_and_loaded_by_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "kernels.py"
+    file.write_text(KERNELS, encoding="utf-8")
+    counts = []
+    processes = [
+        subprocess.Popen([sys.executable, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in processes:
+            out, _ = process.communicate(timeout=300)
+            counts.append(tuple(map(int, out.split())))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert sorted(counts) == [(0, 1), (0, 1), (1, 0)]
