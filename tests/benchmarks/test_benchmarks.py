@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import pipeline
+from benchmarks import ablations, pipeline
 from benchmarks import redispatch as redispatch_benchmark
 from benchmarks.measuring import drift, instances, plots, rows, solving, ties
 from hetis.solver.budget import Progress
@@ -209,6 +209,14 @@ def test_rules_that_break_ties_keep_makespan_and_memory(rule: str) -> None:
         assert makespan_of(problem, groups) <= plan.makespan_s * (1 + 1e-8)
         moved += not np.array_equal(groups, plan.groups)
     assert moved
+
+
+def test_runs_of_an_ablation_fill_all_seats_three_times_however_many_there_are() -> None:
+    assert ablations._enough(788.9, seats=160) == 788
+    assert ablations._enough(120.0, seats=120) == 360
+    assert ablations._enough(1e6, seats=100) == 2000
+    assert ablations._enough(10.0, seats=7) == 60
+    assert ablations._enough(788.0, seats=1000) == 3000
 
 
 def test_distributions_of_gaps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
