@@ -10,9 +10,13 @@ and Theta from 10% to 200%.
 `throughput_rps` is what is served when somebody always waits, `over_full` that over the full method's, with the half
 width of its 95% interval by seed; `ttft_p95_s` and `tpot_s` are at 90% of the full plan's saturated rate.
 
-All runs of a case have equally many requests: so many that the full plan makes 6,000 iterations, or fills its seats
-anew three times; that and limits of the search keep a case within four CPU minutes (`cpu_s` is of the row, its search
-included). `carried` says `unknown` where the requests are too few to tell.
+All runs of a case have equally many requests (`requests`): so many that the full plan makes 6,000 iterations, from 60
+to 2,000, and more where its seats would not be filled anew three times. That and limits of the search keep these cases,
+whose plans have 160 seats at most, within four CPU minutes (`cpu_s` is of the row, its search included).
+
+`carried` is of the loaded runs, all seeds together, as the latencies are, and says nothing of the saturated ones: `no`
+where one of them piles up, `unknown` where one is too short to tell: with fewer than 900 requests hardly one is not
+(docs/simulator.md).
 """
 
 from __future__ import annotations
@@ -44,8 +48,8 @@ from hetis.solver.problem import PlacementProblem
 
 TIME_LIMIT_S = 15.0  # CPU seconds: other work on the machine does not cut the search short
 ITERATIONS = 6_000  # of a run, about: with attention workers one takes 100 to 500 us
-TURNS = 3  # so often the seats of the full plan are filled anew in a run, at least
-FEWEST, MOST = 60, 2_000  # requests of a run
+FEWEST, MOST = 60, 2_000  # requests of a run, as far as iterations decide
+TURNS = 3  # so often the seats of the full plan are filled anew in a run, at least, whatever MOST says
 THETAS = (0.1, 0.25, 1.0, 2.0)  # beside the default of 0.5
 LOAD = 0.9
 
@@ -184,8 +188,11 @@ def _planned(posed: PlacementProblem) -> tuple[Plan | None, str]:
 
 def _requests(plan: Plan, posed: PlacementProblem, iterations: int) -> int:
     """Of every run of a case, from its full plan."""
-    count = max(int(iterations / iterations_per_request(plan, posed)), TURNS * seats_of(plan))
-    return min(max(count, FEWEST), MOST)
+    return _enough(iterations / iterations_per_request(plan, posed), seats=seats_of(plan))
+
+
+def _enough(by_iterations: float, *, seats: int) -> int:
+    return max(min(max(int(by_iterations), FEWEST), MOST), TURNS * seats)
 
 
 def _workers(plan: Plan) -> int:

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import pipeline
+from benchmarks import ablations, pipeline
 from benchmarks import redispatch as redispatch_benchmark
 from benchmarks.measuring import drift, instances, plots, rows, solving, ties
 from hetis.solver.budget import Progress
@@ -88,22 +90,42 @@ LONG = ("placement", "published", "robustness", "ablations", "simulation", "stra
 AT_ONCE = ("paper",)
 
 
+LIMIT_S = 300  # far above what any of them takes: one that hangs is ended, and no figure depends on it
+
+
 def run(*arguments: str) -> str:
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=LIMIT_S).stdout
 
 
-def first_line(*arguments: str) -> str:
-    """What a command prints first; it is stopped then, with all that it started."""
-    command = [sys.executable, "-m", *arguments]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-    ) as running:
+def first_line(command: Sequence[str], *, limit_s: float = LIMIT_S) -> str:
+    """What a command prints first; it is stopped then, with all that it started. Without a line the test fails."""
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=complaints, text=True, start_new_session=True
+        ) as running,
+    ):
+        ended = threading.Event()
+
+        def end() -> None:
+            ended.set()
+            os.killpg(running.pid, signal.SIGKILL)
+
+        deadline = threading.Timer(limit_s, end)
+        deadline.start()
         try:
             assert running.stdout is not None
-            return running.stdout.readline()
+            line = running.stdout.readline()
         finally:
+            deadline.cancel()
+            deadline.join()  # it kills nobody once the process is waited for
             os.killpg(running.pid, signal.SIGKILL)
+        if not line.endswith("\n"):
+            complaints.seek(0)
+            why = f"was ended after {limit_s:g} s" if ended.is_set() else "ended"
+            pytest.fail(f"{' '.join(command)} {why} without a whole line on stdout; stderr:\n{complaints.read()}")
+        return line
 
 
 def quick_rows(name: str) -> list[dict[str, Any]]:
@@ -127,7 +149,17 @@ def test_quick_rows_have_the_promised_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", LONG)
 def test_the_first_quick_row_has_the_promised_keys(name: str) -> None:
-    assert_promised(name, rows_of([first_line(f"benchmarks.{name}", "--quick", "--json")]))
+    assert_promised(name, rows_of([first_line([sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json"])]))
+
+
+def test_a_command_that_prints_nothing_is_ended_with_all_that_it_started() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"was ended after 0\.2 s without a whole line on stdout"):
+        first_line(["sh", "-c", "sleep 600 & sleep 600"], limit_s=0.2)
+
+
+def test_a_command_that_fails_says_why() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"ended without a whole line on stdout; stderr:\nno such fleet"):
+        first_line(["sh", "-c", "echo no such fleet >&2; exit 1"])
 
 
 @pytest.mark.soak
@@ -177,6 +209,14 @@ def test_rules_that_break_ties_keep_makespan_and_memory(rule: str) -> None:
         assert makespan_of(problem, groups) <= plan.makespan_s * (1 + 1e-8)
         moved += not np.array_equal(groups, plan.groups)
     assert moved
+
+
+def test_runs_of_an_ablation_fill_all_seats_three_times_however_many_there_are() -> None:
+    assert ablations._enough(788.9, seats=160) == 788
+    assert ablations._enough(120.0, seats=120) == 360
+    assert ablations._enough(1e6, seats=100) == 2000
+    assert ablations._enough(10.0, seats=7) == 60
+    assert ablations._enough(788.0, seats=1000) == 3000
 
 
 def test_distributions_of_gaps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

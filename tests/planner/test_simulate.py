@@ -8,12 +8,14 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hetis.formats.traces import read_trace
 from hetis.planner.cli.app import run
+from hetis.planner.report.simulation import _doubt
 from tests.command_line import environment
 from tests.planner.command_line import COMMAND, hetis_plan, invoke
 
@@ -70,7 +72,7 @@ def test_a_saturated_fleet_says_what_it_serves(plan: Path) -> None:
 
 
 def test_the_table_fits_80_columns_and_sets_the_plan_beside_what_happened(plan: Path) -> None:
-    result = invoke("simulate", str(plan), "--requests", "600", "--seeds", "3", "--threads", "1")
+    result = invoke("simulate", str(plan), "--requests", "1500", "--seeds", "2", "--threads", "1")
     assert result.exit_code == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
     for words in ("Planned and simulated", "Throughput", "TTFT p95", "TPOT mean", "ratio", "within 10%", "KV in use"):
@@ -82,7 +84,7 @@ def test_the_table_fits_80_columns_and_sets_the_plan_beside_what_happened(plan: 
     [
         ("--requests 20", "too short: no request finished before the last one came"),
         ("--requests 40 --rate 2", "too short to tell whether requests pile up"),
-        ("--requests 400 --rate 2", ""),
+        ("--requests 1000 --rate 2", ""),
         ("--requests 400 --rate 90", "not carried: requests pile up"),
         ("--requests 20 --saturate", "too short: no request finished"),
         (
@@ -96,6 +98,12 @@ def test_what_is_said_of_a_load_is_right(plan: Path, arguments: str, words: str)
     for each in ("too short", "not carried", "never served"):
         assert (each in table) == (each in words)
     assert words in table
+
+
+def test_a_load_of_which_some_can_never_be_held_is_not_said_to_pile_up() -> None:
+    counts = SimpleNamespace(arrived=1000, finished=900, rejected=100, unfinished=0)
+    found: Any = SimpleNamespace(summary=SimpleNamespace(counts=counts, steady=False))
+    assert _doubt(found) == "not carried: 100 of 1,000 requests rejected, no replica can hold them"
 
 
 def test_a_run_that_is_too_short_neither_agrees_nor_disagrees(plan: Path) -> None:

@@ -57,6 +57,17 @@ def test_kv_waits_for_the_links_of_ranks_and_of_workers() -> None:
     assert max(book.finished_s) < BUSY_S
 
 
+def test_kv_of_which_nothing_comes_to_a_rank_does_not_wait_for_its_link() -> None:
+    problem = small_problem(model=make_model(kv_heads=4))
+    prefill = with_role(pipeline(problem, 6), Role.PREFILL)
+    decode = with_role(pipeline(problem, 6, first=1, pool=(1, 4)), Role.DECODE)  # the worker holds all head groups
+    plan = plan_of(prefill, decode, routes=(KvRoute(prefill=0, decode=1, rate=1.0),))
+    fleet, book, events = fleet_with_a_busy_link(plan, problem, "big-1/0")
+    fleet.serve(iter(equal_requests(4, prompt=20, output=5)))
+    events.run()
+    assert max(book.finished_s) < BUSY_S
+
+
 def test_head_groups_that_move_wait_for_the_links_of_workers() -> None:
     problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((700, 1200)), usable_bytes=120_000_000)
     plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(2, 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_every_latency_by_hand() -> None:
         assert [distribution.mean, distribution.p50, distribution.p99] == pytest.approx([value] * 3)
     assert found.mean_tpot_s.value == pytest.approx(0.1)
     assert found.ttft_p95_s.value == pytest.approx(0.5)
-    assert found.steady
+    assert found.steady is None  # of a hundred requests nobody can tell
     assert found.attainment == 1.0
     assert found.throughput_rps.value == pytest.approx(1.0, rel=0.03)
     assert found.output_tokens_per_s == pytest.approx(11.0, rel=0.03)
@@ -95,6 +96,45 @@ def test_requests_that_never_finish_are_counted_and_attain_nothing() -> None:
     assert not found.steady  # half of what comes piles up
 
 
+def test_what_was_rejected_before_the_window_hides_nothing_that_is_not_served_in_it() -> None:
+    # The first 300 of 2,000 are rejected; of the last 800 three in ten are never served, 240 of the 1,700 others.
+    rows = [(request(i, float(i)), i + 0.2, i + 0.5, i + 1.5) for i in range(2000)]
+    late = [(*row[:3], NOTHING) if i >= 1200 and i % 10 < 3 else row for i, row in enumerate(rows)]
+    early = [(row[0], NOTHING, NOTHING, NOTHING) if i < 300 else row for i, row in enumerate(late)]
+    assert measure(run_of(rows, end_s=2002.0), LIMITS, saturated=False).steady
+    assert measure(run_of(early, end_s=2002.0, rejected=300), LIMITS, saturated=False).steady is False
+
+
+@pytest.mark.parametrize(("every", "steady"), [(10, False), (50, True)])
+def test_a_load_of_which_more_than_a_few_are_rejected_is_not_carried(every: int, steady: bool) -> None:
+    rows = [(request(i, float(i)), i + 0.2, i + 0.5, i + 1.5) for i in range(2000)]
+    rows = [(row[0], NOTHING, NOTHING, NOTHING) if i % every == 0 else row for i, row in enumerate(rows)]
+    found = measure(run_of(rows, end_s=2002.0, rejected=2000 // every), LIMITS, saturated=False)
+    assert found.counts.unfinished == 0
+    assert found.steady is steady
+
+
+@pytest.mark.parametrize("load", [0.9, 1.1])
+def test_one_server_at_random_is_taken_for_carried_when_it_is(load: float) -> None:
+    found = [measure(single_server_run(load, 2000, seed), LIMITS, saturated=False).steady for seed in range(100)]
+    if load < 1:
+        assert found.count(True) >= 90
+        assert False not in found
+    else:
+        assert found.count(True) <= 5
+        assert False in found
+
+
+def single_server_run(load: float, count: int, seed: int) -> Run:
+    """M/M/1: Poisson arrivals, exponential service of 1 s on average, first come, first served."""
+    rng = np.random.default_rng(seed)
+    arrival_s, service_s = np.cumsum(rng.exponential(1 / load, count)), rng.exponential(size=count)
+    ahead = np.cumsum(service_s) - service_s - arrival_s  # a server that never idles begins at arrival + ahead
+    done_s = arrival_s + ahead - np.minimum.accumulate(ahead) + service_s
+    empty = run_of([(request(i, 0.0, output=1), 0.0, 0.0, 0.0) for i in range(count)], end_s=float(done_s[-1]))
+    return replace(empty, arrival_s=arrival_s, admitted_s=done_s - service_s, first_token_s=done_s, finished_s=done_s)
+
+
 def test_a_load_that_is_carried_is_steady_and_one_that_is_not_is_not() -> None:
     # 8 seats, a second each: 8 requests/s are served at most.
     carried = measure(queue_run(requests_of(draw_traffic(load(6.0), 3000, seed=0))), LIMITS, saturated=False)
@@ -112,7 +152,8 @@ def test_a_load_that_is_carried_is_steady_and_one_that_is_not_is_not() -> None:
         (6.0, 1500, True),  # of 8/s
         (10.0, 1500, False),
         (20.0, 400, False),
-        (1.0, 300, True),
+        (1.0, 1500, True),
+        (1.0, 300, None),
         (7.0, 20, None),
         (20.0, 20, None),
         (0.5, 20, None),

@@ -157,8 +157,10 @@ class KvTransfers:
         timing, model = copy.timing, self._model
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp
-        layer_s = float(timing.cost.transfer_s((model.head_groups - away) * group_bytes, timing.shape.hop_link))
-        yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
+        kept = model.head_groups - away
+        if kept:  # else nothing comes to the ranks, and nobody waits for their link
+            layer_s = float(timing.cost.transfer_s(kept * group_bytes, timing.shape.hop_link))
+            yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
         if pool is not None:
             layer_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))
             for card in copy.cards:

@@ -59,8 +59,9 @@ class Metrics:
     """A run from ``window_start_s`` (its warm-up over) to ``window_end_s`` (the last arrival).
 
     Attributes:
-        steady: whether the load was carried: requests did not pile up in the window. Where they did, latencies grow
-            for as long as a run lasts, and belong to the run, not to the load. None: the run is too short to tell.
+        steady: whether the load was carried: requests did not pile up in the window, and at most 5% of those that came
+            in it were never finished, rejected or not. Where they piled up, latencies grow for as long as a run lasts,
+            and belong to the run, not to the load. None: the run is too short to tell.
         growth: seconds by which TTFT grows per second of arrivals in the window (`steadiness.growth`).
         arrival_rps, throughput_rps: requests that came and that finished in the window, per second of it.
         prompt_tokens_per_s, output_tokens_per_s: of the requests that finished in it.
@@ -199,7 +200,8 @@ def _window_start_s(run: Run, end_s: float, *, saturated: bool) -> float:
 def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, saturated: bool) -> bool | None:
     """Whether what came in the window is served and does not wait longer and longer; None: the run is too short."""
     arrived, finished = int(inside.sum()), np.isfinite(run.finished_s)
-    if arrived - int((inside & finished).sum()) - run.rejected > MAX_GROWTH * arrived:
+    # One that no replica can ever hold is not served either: nobody carries a load of which that is more than a few.
+    if int((inside & ~finished).sum()) > MAX_GROWTH * arrived:
         return False
     if not finished.any():
         return None

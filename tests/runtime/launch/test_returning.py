@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import time
@@ -16,6 +17,7 @@ from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.launch.returning import Returning
 from hetis.runtime.launch.workers import Workers
 from hetis.runtime.transport.connecting import Endpoint, publish
+from hetis.runtime.transport.tcp import TcpPipe
 from tests.runtime.checkpoints import random_model
 from tests.runtime.worker.inproc import InprocWorker, with_workers
 
@@ -50,6 +52,46 @@ def test_a_worker_that_takes_a_connection_and_says_nothing_delays_no_step(caplog
     wait_for(lambda: not workers.returning.under_way)
     workers.bring_back(engine)
     assert "w is not back: w: " in caplog.text
+    workers.close(engine)
+
+
+def test_a_worker_that_this_machine_cannot_reach_is_tried_again_and_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("hetis.runtime.launch.workers._AGAIN_S", 0.01)
+    workers = Workers("127.0.0.1:0", ["w"], epoch=2, timeout_s=120, start_s=1)
+    engine = engine_from_folder(random_model().folder, with_workers([InprocWorker("w", 40)]))
+    engine.lose_device(1)
+    tries = list[str]()
+
+    def is_local(pipe: TcpPipe) -> bool:
+        tries.append(pipe.name)
+        raise OSError(errno.ENOTCONN, "not connected")
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        here = Endpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"new" * 5)
+        workers._met["w"] = replace(here, key=b"old" * 5)
+        publish(workers._store, "w", here)
+        with monkeypatch.context() as patched:
+            patched.setattr(TcpPipe, "is_local", property(is_local))
+
+            def was_tried_again() -> bool:
+                workers.bring_back(engine)
+                return len(tries) >= 4
+
+            wait_for(was_tried_again)
+            wait_for(lambda: not workers.returning.under_way)
+        for _ in tries:
+            silent.accept()[0].close()
+        workers.bring_back(engine)  # the last attempt's failure, and another attempt
+        workers.bring_back(engine)
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(1)  # it is greeted
+    assert caplog.text.count("w is not back") == 1
+    assert "w is not back: w: [Errno 107] not connected" in caplog.text
     workers.close(engine)
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,6 +219,35 @@ def test_it_serves_drains_on_sigterm_and_ends_with_zero(folder: Path) -> None:
         assert "draining: 1 open requests" in text
         assert key not in text
         assert "Traceback" not in text
+
+
+def test_a_signal_while_it_starts_ends_it_at_once_with_zero() -> None:
+    # In the place of the command: an event loop whose thread loads for longer than anybody waits.
+    code = """
+import asyncio, time
+from hetis.runtime.server import main
+
+async def load():
+    await asyncio.to_thread(time.sleep, 600)
+
+def app():
+    print("loading", flush=True)
+    asyncio.run(load())
+
+main.app = app
+main.main()
+"""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "loading\n"
+                process.send_signal(number)
+                _, said = process.communicate(timeout=120)
+            finally:
+                process.kill()
+        assert (process.returncode, said) == (0, f"hetis-serve: stopped by {number.name}\n")
 
 
 def test_a_plan_starts_as_it_stands(folder: Path, tmp_path: Path) -> None:

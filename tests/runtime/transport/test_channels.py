@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.runtime.transport import shm
 from hetis.runtime.transport.channel import Channel, PipeChannel
+from hetis.runtime.transport.connecting import ChannelKind, Endpoint, connect
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, ChannelStalledError, FrameError
 from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, Kind, header_of, read_header
 from hetis.runtime.transport.inproc import InprocPipe
@@ -199,3 +203,22 @@ def test_a_channel_is_what_the_engine_expects() -> None:
     one, _ = inproc_ends(1.0)
     channel: Channel = one
     assert channel.name == "inproc:a"
+
+
+@pytest.mark.skipif(not is_supported(), reason="no shared memory here")
+def test_where_shared_memory_has_no_room_the_socket_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(handle: int, offset: int, num_bytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shm, "FOLDER", tmp_path)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
+        with closing(connect(endpoint)) as channel:
+            assert channel.name.startswith("tcp:")
+        assert "no shared memory: No space left on device" in caplog.text
+        with pytest.raises(OSError, match="No space left"):
+            connect(endpoint, ChannelKind.SHM)
+    assert list(tmp_path.iterdir()) == []

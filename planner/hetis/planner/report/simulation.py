@@ -18,6 +18,7 @@ from hetis.planner.simulating import AGREES, Simulated
 from hetis.simulator.arrivals import Arrivals
 from hetis.simulator.confidence import Estimate
 from hetis.simulator.metrics import Distribution
+from hetis.simulator.steadiness import MAX_GROWTH
 from hetis.simulator.sweep import Point
 from hetis.solver.plan import Plan
 
@@ -123,6 +124,8 @@ def _doubt(simulated: Simulated) -> str | None:
         return f"{counts.unfinished:,} of {of} never served: no replica is left for them{_gone(simulated)}"
     if not counts.finished and counts.rejected:
         return f"nothing is served: no replica can hold any of the {of}"
+    if summary.steady is False and counts.rejected > MAX_GROWTH * counts.arrived:
+        return f"not carried: {counts.rejected:,} of {of} rejected, no replica can hold them"
     if summary.steady is False:
         return "not carried: requests pile up, latencies grow with the length of the run"
     if not summary.throughput_rps.value > 0:

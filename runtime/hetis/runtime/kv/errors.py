@@ -3,6 +3,7 @@
 HetisError
 +-- DeviceError
     +-- DeviceLostError        it does not answer any more; what it held is gone
+        +-- UnreachedDeviceError   it was not asked at all
     +-- OutOfPagesError        it has too few free pages
     +-- UnknownSequenceError   it does not hold what it was asked for
     +-- StaleEpochError        another engine has taken over
@@ -23,6 +24,10 @@ class DeviceError(HetisError):
 
 class DeviceLostError(DeviceError):
     """The device does not answer any more: requests with heads there have to be prefilled again."""
+
+
+class UnreachedDeviceError(DeviceLostError):
+    """There is no connection to the device. It may know nothing of the attempt, so that only we can try again."""
 
 
 class OutOfPagesError(DeviceError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.heads import StageHeads
-from hetis.runtime.kv.errors import DeviceError, StaleEpochError
+from hetis.runtime.kv.errors import DeviceError, StaleEpochError, UnreachedDeviceError
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.returning import Returning
 from hetis.runtime.model.config import ModelConfig
@@ -23,6 +24,7 @@ from hetis.solver.dispatch.snapshot import DeviceStatus
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.5  # what a worker has said is there already
+_AGAIN_S = 1.0  # between attempts of which the worker knows nothing
 
 
 class Workers:
@@ -45,6 +47,7 @@ class Workers:
         self.names, self.epoch = tuple(names), epoch
         self._timeout_s, self._start_s = timeout_s, start_s
         self._met: dict[str, Endpoint] = {}  # of a worker that is being reached again, that attempt's
+        self._said: dict[str, str] = {}  # why a worker is not back, in the log: once for as long as it is the same
         self.returning = Returning()
 
     def wait_for(self, name: str, shape: KvShape) -> RemoteDevice:
@@ -91,15 +94,22 @@ class Workers:
         shape = part.stage.shape
 
         def reach() -> RemoteDevice | None:
-            endpoint = look_up(self._store, name, timeout_s=_LOOK_S)
-            if endpoint == self._met[name]:
+            endpoint, before = look_up(self._store, name, timeout_s=_LOOK_S), self._met[name]
+            if endpoint == before:
                 return None  # it is still gone: one that is started again, or cut off and free, says so
-            return self._join(name, endpoint, shape)
+            try:
+                return self._join(name, endpoint, shape)
+            except UnreachedDeviceError:
+                self._met[name] = before  # it has nothing new to say, and is tried again all the same
+                time.sleep(_AGAIN_S)  # in a thread of its own
+                raise
 
         try:
             device = self.returning.ask(name, reach)
         except (ChannelError, DeviceError) as error:
-            _log.info("%s is not back: %s", name, error)
+            if self._said.get(name) != str(error):
+                self._said[name] = str(error)
+                _log.info("%s is not back: %s", name, error)
             return
         if device is None:
             return
@@ -108,6 +118,7 @@ class Workers:
             _log.warning("%s is back with %d pages, had %d: not taken", name, device.num_pages, lost.num_pages)
             device.close()
             return
+        self._said.pop(name, None)
         engine.restore_device(index, device, stage=part.number)
         _log.info("%s is back", name)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -245,7 +248,17 @@ def serve(
 
 def main() -> None:
     """The command ``hetis-serve``."""
+    # Before anything is imported or loaded, for which a process 1 would otherwise hear nothing of them.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     app()
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the process at once: nothing is served yet, or no more, and threads that load or compile cannot be told."""
+    with suppress(OSError):  # nobody may read it
+        os.write(2, f"hetis-serve: stopped by {signal.Signals(number).name}\n".encode())  # a log may be being written
+    os._exit(0)
 
 
 def _run(work: Coroutine[Any, Any, bool], listening: socket.socket) -> None:

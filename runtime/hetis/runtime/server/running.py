@@ -38,15 +38,17 @@ class Told:
 
     @contextlib.contextmanager
     def by_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT tell it."""
+        """SIGTERM and SIGINT tell it; afterwards they do what they did before."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
             loop.add_signal_handler(number, self.hear)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number, handler in before.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ engine connects, and where both are on one host may ask for shared memory in pla
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
 from hetis.runtime.transport.tcp import TcpPipe, listen
 
+_log = logging.getLogger(__name__)
 _ANY_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where one that listens everywhere reaches itself
 
 
@@ -121,9 +123,19 @@ def connect(
 
     Raises:
         ChannelError: it is not reached, or the kind cannot be had between these two.
+        OSError: this machine has no room for the shared memory, or no more files for this process.
     """
     pipe = TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=stall_s)
     channel = PipeChannel(pipe, stall_s=stall_s)
+    try:
+        return _agreed(channel, pipe, kind, stall_s=stall_s, device=device)
+    except OSError:
+        channel.close()
+        raise
+
+
+def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float, device: str) -> Channel:
+    """What is then used in place of the socket, or the socket."""
     if kind is ChannelKind.NCCL:
         from hetis.runtime.transport.nccl import offer_nccl
 
@@ -133,7 +145,13 @@ def connect(
     if not pipe.is_local or not is_supported():
         pipe.close()
         raise ChannelError(f"{pipe.name}: shared memory needs one host, /dev/shm and x86-64")
-    shared = SharedFile.create()
+    try:
+        shared = SharedFile.create()
+    except OSError as error:
+        if kind is ChannelKind.SHM:
+            raise
+        _log.warning("%s: no shared memory: %s", pipe.name, error.strerror)
+        return channel  # the socket does as well, only slower
     try:
         path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
         channel.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(path,))])

@@ -49,11 +49,16 @@ class SharedFile:
 
     @classmethod
     def create(cls, ring_bytes: int = RING_BYTES) -> SharedFile:
-        path = FOLDER / f"{PREFIX}{secrets.token_hex(16)}"
+        """Raises OSError: there is no room for it, or this process may open no more files."""
+        path, num_bytes = FOLDER / f"{PREFIX}{secrets.token_hex(16)}", CONTROL_BYTES + 2 * ring_bytes
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.ftruncate(handle, CONTROL_BYTES + 2 * ring_bytes)
-            return cls(path, mmap.mmap(handle, CONTROL_BYTES + 2 * ring_bytes))
+            # Not only the size: a folder that is full when a page is first written ends the process by SIGBUS.
+            os.posix_fallocate(handle, 0, num_bytes)
+            return cls(path, mmap.mmap(handle, num_bytes))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         finally:
             os.close(handle)
 
