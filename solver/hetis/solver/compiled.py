@@ -70,7 +70,7 @@ def _one_process(lock: Path) -> Iterator[None]:
 
 
 def _locked(lock: Path) -> int | None:
-    """A descriptor that holds the lock until it is closed or the process dies, whatever it dies of. None: there is none."""
+    """A descriptor that holds the lock until it is closed or the process dies. None: there can be no lock."""
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
