@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.budget import Budget, Progress
+from hetis.solver.budget import Budget, Progress, silent
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement import search, solve_placement
+from hetis.solver.highs import quiet_highs
+from hetis.solver.placement import exact as exact_search
+from hetis.solver.placement import frontier, master, search, solve_placement
+from hetis.solver.placement.infeasible.trials import Trials
+from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.strategies import STRATEGIES
+from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.replanning.fresh import search_fresh
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
@@ -108,6 +119,59 @@ def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementPr
             assert all(error.reasons)  # noqa: PT017
 
 
+# --- a time-out is no proof
+
+
+@contextmanager
+def milps_without_time(num_calls: int = 1 << 20) -> Iterator[list[float]]:
+    """The first MILPs of placement have no time at all; yields one entry for each MILP begun."""
+    begun = list[float]()
+
+    def cut(options: Any = None, **settings: Any) -> Any:
+        is_milp = options is not None and "mip_rel_gap" in options
+        highs = quiet_highs(options, **settings)
+        if is_milp:
+            begun.append(0.0)
+            if len(begun) <= num_calls:
+                highs.setOptionValue("time_limit", 0.0)
+        return highs
+
+    with patch.object(master, "quiet_highs", cut):
+        yield begun
+
+
+@pytest.mark.parametrize("strategy", ["hetis", "uniform"])
+@pytest.mark.parametrize("kind", [ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS])
+def test_packings_that_ran_out_of_time_prove_nothing(strategy: str, kind: ObjectiveKind) -> None:
+    demand = None if kind is ObjectiveKind.THROUGHPUT else 1.0
+    problem = make_problem([make_node("a", "A", nodes=2)], objective=replace(NO_LIMITS, kind=kind, demand_rps=demand))
+    with milps_without_time(), pytest.raises(NoPlanFoundError, match="nor proved that there is none"):
+        solve_placement(problem, strategy=strategy)
+    with milps_without_time():
+        fresh = search_fresh(
+            build_atlas(problem), demand, strategy=strategy, budget=Budget(), gap_target=0.001, seed=0, threads=1,
+            report=silent,
+        )  # fmt: skip
+    assert not fresh.is_empty
+    assert math.isfinite(fresh.bound)
+    assert (fresh.bound > 0.0) == problem.objective.maximises, "what is known without a packing"
+
+
+def test_a_pass_whose_packings_were_cut_is_not_the_last() -> None:
+    problem = make_problem([make_node("a", "A", nodes=2)])
+    best = solve_placement(problem).result
+    with milps_without_time(num_calls=2):  # those of the coarsest pass
+        cut = solve_placement(problem).result
+    assert cut.status is Status.OPTIMAL
+    assert cut.value == best.value
+
+
+def test_a_trial_whose_packings_ran_out_of_time_has_no_answer() -> None:
+    trials = Trials(make_problem([make_node("a", "A", nodes=2)]), Budget(), 0, 1)
+    with milps_without_time():
+        assert trials.of(()).exists is None
+
+
 # --- invalid
 
 
@@ -190,6 +254,33 @@ def test_cancelled_search_returns_what_it_has(exact: bool, problem: PlacementPro
         assert plan.result.status in (Status.INTERRUPTED, Status.OPTIMAL)
     assert_truthful(problem, plan.result.value, plan.result.bound)
     assert check_plan(plan, problem) == ()
+
+
+def test_a_share_of_a_budget_ends_with_whoever_waits_for_it() -> None:
+    callers = Budget()
+    share = callers.of_its_own().share(0.5)
+    assert not share.is_spent()
+    callers.cancelled.set()
+    assert share.is_spent()
+
+
+def test_cancelled_in_the_middle_of_a_pass_packs_once_more_and_no_further() -> None:
+    problem, budget = make_problem([make_node("a", "A", gpus=2), make_node("b", "A", gpus=2)]), Budget()
+    begun_before = list[int]()
+
+    def cancelling(*arguments: Any) -> int:
+        found: int = frontier.explore(*arguments)
+        if not budget.cancelled.is_set():
+            begun_before.append(len(begun))
+            budget.cancelled.set()
+        return found
+
+    with milps_without_time(num_calls=0) as begun, patch.object(exact_search, "explore", cancelling):
+        atlas = build_atlas(problem)
+        limits = atlas.resources.limits
+        rates = master.Master(limits, None, atlas.routes)
+        assert solve_exactly(atlas, rates, np.zeros(len(limits)), budget=budget, report=silent, seed=0) is not None
+    assert len(begun) - begun_before[0] == 1
 
 
 def assert_truthful(problem: PlacementProblem, value: float, bound: float) -> None:

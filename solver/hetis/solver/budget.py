@@ -37,7 +37,7 @@ class Budget:
     def share(self, of_rest: float) -> Budget:
         """A budget that ends after this share of the time that is left, begun and cancelled with this one."""
         limit_s = self.elapsed_s() + of_rest * self.remaining_s()
-        part = Budget(time_limit_s=limit_s, clock=self.clock, cancelled=self.cancelled)
+        part = Budget(time_limit_s=limit_s, clock=self.clock, cancelled=self.cancelled, callers=self.callers)
         part.started_s = self.started_s
         return part
 

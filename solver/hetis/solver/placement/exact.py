@@ -24,7 +24,7 @@ from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.frontier import entry_layers, explore, reach, stages_from
 from hetis.solver.placement.frontier_sequential import explore_sequential, sequential_stages
 from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
-from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution
+from hetis.solver.placement.master import Columns, LpSolution, Master, Verdict
 from hetis.solver.placement.options import Options, chunk_cap, interval_cap, list_options, stage_rows
 from hetis.solver.placement.parts import Part, whole
 from hetis.solver.placement.pool import NO_LINKS
@@ -112,6 +112,21 @@ class Frontier:
 Rates = Mapping[Kind, FloatArray]  # [V] each
 
 
+@dataclass(slots=True)
+class Sweep:
+    """One pass over the configurations of a part of the family, as far as it has come.
+
+    ``needed`` is what it does not look for, ``bounds`` what the configurations in ``swept`` may hold beyond the rates
+    found (`Frontier`).
+    """
+
+    part: Part
+    tolerance: float
+    needed: Rates
+    bounds: Rates
+    swept: set[int] = field(default_factory=set)
+
+
 class ExactSearch:
     """The exact search of one problem. ``costs`` [V] are what the master minimises where it has a demand."""
 
@@ -190,21 +205,31 @@ class ExactSearch:
             self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
         return self._options[key]
 
-    def sweep(
-        self, needed: Mapping[Kind, FloatArray], tolerance: float, budget: Budget, part: Part | None = None
-    ) -> bool:  # fmt: skip
-        """One pass over all configurations of a part of the family, by default of all of it; False if the budget ran
-        out on the way."""
-        part = part or self.whole
-        for frontier in self.frontiers.values():
-            frontier.bound[:] = 0.0
+    def sweep(self, needed: Rates, tolerance: float, budget: Budget) -> bool:
+        """One pass over all configurations of the family; False if the budget ran out on the way."""
+        return self.go_on(self.begin(needed, tolerance, self.whole), budget)
+
+    def begin(self, needed: Rates, tolerance: float, part: Part) -> Sweep:
+        """A pass that has looked at nothing yet."""
+        bounds = {kind: np.zeros(len(f.rate)) for kind, f in self.frontiers.items()}
+        return Sweep(part, tolerance, needed, bounds)
+
+    def go_on(self, sweep: Sweep, budget: Budget) -> bool:
+        """Goes on with a pass; False if the budget ran out on the way: the next call goes on from there.
+
+        Passes over other parts may come in between: the higher rates they find only rule out more.
+        """
+        part, tolerance = sweep.part, sweep.tolerance
+        for kind, frontier in self.frontiers.items():
+            frontier.bound = sweep.bounds[kind]
         for tag in self._order():
             c, kind = self.configurations[tag], self.kinds[tag]
-            if ROLES[kind] not in part.roles:
+            if tag in sweep.swept or ROLES[kind] not in part.roles:
                 continue
             if budget.is_spent():
                 return False
-            f, wanted = self.frontiers[kind], needed[kind]
+            sweep.swept.add(tag)
+            f, wanted = self.frontiers[kind], sweep.needed[kind]
             tables = self.atlas.scopes[c.scope].tables
             cap = interval_cap(tables, c.mix, c.in_flight_index, c.unevenness)
             speed = self.sequential_bound if c.is_sequential else self.speed_bound
@@ -285,13 +310,10 @@ class ExactSearch:
         classes = {rows[row][0] for row in np.flatnonzero(self.lattice.digits[v])}
         return routes.link_use([routes.zones.index(self.atlas.classes[g].zone) for g in classes])
 
-    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], MilpSolution | None]:
-        """The best packing of sub-fleets at these rates; None if none serves anything."""
+    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], Verdict]:
+        """The best packing of sub-fleets at these rates."""
         chosen, columns = self.columns(rates)
-        if not chosen:
-            return chosen, None
-        packing = self.master.solve_milp(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
-        return chosen, packing if packing is not None and packing.value > 0.0 else None
+        return chosen, self.master.decide(columns, time_limit_s=time_limit_s, seed=seed)
 
     def prices(self, rates: Rates) -> LpSolution | None:
         """The relaxation."""

@@ -27,6 +27,12 @@ from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.tables import FloatArray
 
+# How HiGHS ends when it has not run out of time. Nothing is unbounded here: replicas take GPUs, flows need replicas.
+SETTLED = (
+    highspy.HighsModelStatus.kOptimal,
+    highspy.HighsModelStatus.kInfeasible,
+    highspy.HighsModelStatus.kUnboundedOrInfeasible,
+)
 MANY = 64  # replicas: from here on whole counts keep close to the relaxation
 
 
@@ -67,6 +73,18 @@ class MilpSolution:
     flows: FloatArray
     value: float
     bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The best choice found that serves anything; ``is_settled``: no better one, or none at all, exists."""
+
+    found: MilpSolution | None
+    is_settled: bool
+
+    @property
+    def proves_none(self) -> bool:
+        return self.found is None and self.is_settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +149,26 @@ class Master:
         ``start`` is a known feasible choice of the first columns: the result is never worse. With ``least`` [K] counts
         are no less than that, and so is what the bound speaks of.
         """
+        return self._solved(columns, time_limit_s=time_limit_s, gap=gap, start=start, least=least, seed=seed)[0]
+
+    def decide(self, columns: Columns, *, time_limit_s: float, seed: int = 0) -> Verdict:
+        """The best whole counts, or a proof that none of these columns serve anything, or the demand."""
+        if not len(columns.rates):
+            return Verdict(None, is_settled=True)
+        found, is_settled = self._solved(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
+        return Verdict(found if found is not None and found.value > 0.0 else None, is_settled)
+
+    def _solved(
+        self,
+        columns: Columns,
+        *,
+        time_limit_s: float,
+        gap: float,
+        seed: int,
+        start: MilpSolution | None = None,
+        least: IntArray | None = None,
+    ) -> tuple[MilpSolution | None, bool]:
+        """The same, and whether HiGHS came to its end: with an optimum, or that there is nothing to choose."""
         highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
         model = self._model(columns, whole=True, pinned=True)
         if least is not None:
@@ -146,18 +184,21 @@ class Master:
             given.col_value = [*counts.astype(float).tolist(), *start.flows.ravel()[: self._num_flows()].tolist()]
             highs.setSolution(given)
         highs.run()
-        info = highs.getInfo()
+        info, is_settled = highs.getInfo(), highs.getModelStatus() in SETTLED
         if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
             found = np.array(highs.getSolution().col_value)[: len(columns.rates)]
             counts = np.rint(found).astype(np.int64)
-        if counts is None or (self.pins is not None and not self.pins.are_kept(columns.uses, counts)):
-            return None
+        if counts is None:
+            return None, is_settled
+        if self.pins is not None and not self.pins.are_kept(columns.uses, counts):
+            return None, False  # within HiGHS's tolerance only
         flows = self.best_flows(columns, counts)
         value = self.served(columns, counts, flows) if self.maximises else float(counts @ columns.costs)
         bound = float(info.mip_dual_bound)
         if not np.isfinite(bound):
             bound = np.inf if self.maximises else 0.0
-        return MilpSolution(counts, flows, value, max(bound, value) if self.maximises else min(bound, value))
+        bound = max(bound, value) if self.maximises else min(bound, value)
+        return MilpSolution(counts, flows, value, bound), is_settled
 
     def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
         """Requests/s of whole replicas."""

@@ -10,6 +10,7 @@ from hetis.solver.problem import Family
 
 PLAIN = ((Role.UNIFIED,), (Role.PREFILL, Role.DECODE))
 SHARE = 0.5  # of the time that is left, at most, for each of them
+INSIDE = (1 / 3, 1 / 6, 1 / 12)  # of the time that the exact search has left: for the first, the second, any wider part
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,19 @@ class Part:
     roles: tuple[Role, ...]
     max_copies: int
     max_pool: int
+
+    def describe(self, family: Part) -> str:
+        """What it leaves out of a family."""
+        left_out = [
+            name
+            for name, is_less in (
+                ("stage copies", self.max_copies < family.max_copies),
+                ("attention workers", self.max_pool < family.max_pool),
+            )
+            if is_less
+        ]
+        roles = [f"{' and '.join(self.roles)} only"] if set(self.roles) != set(family.roles) else []
+        return ", ".join([*roles, *([f"without {' and '.join(left_out)}"] if left_out else [])])
 
 
 def whole(family: Family) -> Part:
@@ -35,3 +49,14 @@ def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
     plain = [Part(part, 1, 0) for part in PLAIN if set(part) <= set(roles)]
     is_plain = family.max_copies == 1 and family.max_pool == 0
     return [part for part in plain if not (is_plain and len(part.roles) == len(roles))]
+
+
+def parts_inside(family: Family) -> list[tuple[Part, float]]:
+    """The parts that the exact search of a family turns to, those of `contained_parts` first, then all roles without
+    stage copies, and without attention workers; each with its share of the time (`INSIDE`)."""
+    roles = family.roles
+    plain = contained_parts(family, roles)
+    wider = [Part(roles, 1, family.max_pool), Part(roles, family.max_copies, 0)]
+    found = [part for part in dict.fromkeys([*plain, *wider]) if part != whole(family)]
+    shares = dict(zip(PLAIN, INSIDE, strict=False))
+    return [(part, shares[part.roles] if part in plain else INSIDE[-1]) for part in found]

@@ -1,12 +1,14 @@
-"""The exact search, pass by pass; where its time ends before a proof, the families of other strategies, too.
+"""The exact search, pass by pass; where its time ends before a proof, the families inside it, too.
 
 Three passes over all configurations, each with a narrower tolerance; what `exact.py` proves after one is left out of
 the next. The first pass over the whole family takes longest: it knows no bound, and there are many ways to build a
-stage. If it, or a later one, has not ended after half of the time, the families of `hexgen` and `hexgen2` are searched
-to their end, which takes a small part of that, and then the whole family goes on, beginning with the configurations of
-the best replicas known. So a search that is cut short is not behind what these strategies would have found in their
-share of the time (`MAIN`, `parts.SHARE`), and one that ends in time pays nothing for it: beforehand, the parts took a
-fifth of the time of a search that ended.
+stage. If it, or a later one, has not ended after a part of the time (`MAIN`), the smaller families inside are searched,
+which takes little beside that, and then the whole family goes on where it was cut, with what they have found. So a
+search that ends early pays nothing for them, none of the work before is lost, and a search that is cut short is not
+behind what these families hold as far as their time went (`parts.INSIDE`).
+
+Only HiGHS's own word that nothing can be chosen is a proof that no plan exists: a packing that its time cut short is
+made again when there is more.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.placement.exact import TOLERANCES, ExactSearch, Kind, Rates
-from hetis.solver.placement.master import Master, MilpSolution
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.placement.exact import TOLERANCES, ExactSearch, Kind, Rates, Sweep
+from hetis.solver.placement.generation import LEAST_MILP_SECONDS, MILP_SECONDS
+from hetis.solver.placement.master import Master, MilpSolution, Verdict
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
-from hetis.solver.placement.parts import SHARE, Part, contained_parts, whole
+from hetis.solver.placement.parts import Part, parts_inside, whole
 from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.tables import Atlas, FloatArray
 
-MAIN = 0.5  # of the time: for the whole family, before its parts are searched for want of a proof
+MAIN = 0.25  # of the time: for the whole family, before its parts are searched for want of a proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +45,32 @@ def solve_exactly(
     """Proven optimum of a small fleet; None if the family holds no plan (or the budget ran out before one was found).
 
     When the budget runs out during a pass, the result carries the bound of the last full pass over the whole family.
+
+    Raises:
+        NoPlanFoundError: HiGHS, which has a clock of its own, stopped before it found a plan or proved that none is.
     """
     passes = Passes(atlas, master, row_costs, budget, report, seed)
     family = atlas.problem.family
-    everything, contained = whole(family), contained_parts(family, family.roles)
-    if not passes.over(everything, budget.share(MAIN) if contained else budget):
-        for part in contained:
-            passes.over(part, budget.share(SHARE))
-        passes.over(everything, budget)
-    return passes.outcome()
+    everything, inside = whole(family), parts_inside(family)
+    if not passes.over(everything, budget.share(MAIN) if inside else budget):
+        rest_s = budget.remaining_s()
+        for part, share in inside:
+            if not budget.is_spent():
+                passes.over(part, budget.share(min(1.0, share * rest_s / budget.remaining_s())))
+        if not budget.is_spent():
+            passes.over(everything, budget)
+    outcome = passes.outcome()
+    if outcome is None and not passes.is_empty and not budget.is_spent():
+        raise NoPlanFoundError("no plan was found, nor proved that there is none: packing replicas takes too long")
+    return outcome
+
+
+@dataclass(slots=True)
+class Progression:
+    """How far the passes over a part have come: so many are done, ``sweep`` is the one that is under way."""
+
+    sweep: Sweep
+    num_done: int = 0
 
 
 class Passes:
@@ -62,57 +83,86 @@ class Passes:
         self.whole = whole(atlas.problem.family)
         self.budget, self.report, self.seed = budget, report, seed
         self.best: Packed | None = None
-        self._done: dict[Part, int] = {}  # passes
-        self._needed: dict[Part, Rates] = {}
+        self.is_empty = False  # proved: the whole family holds no plan
+        self._begun: dict[Part, Progression] = {}
+        self._is_packed = True  # the rates found, all of them
         self.proven = rate_bound(atlas) if master.maximises else 0.0
 
     def over(self, part: Part, budget: Budget) -> bool:
-        """Searches a part to its end, or to that of its budget (False): the next call goes on with the pass cut.
+        """Searches a part to its end, or to that of its budget (False): the next call goes on where that was.
 
         The bound is that of the whole family only.
         """
-        search, is_whole = self.search, part == self.whole
-        for tolerance in TOLERANCES[self._done.get(part, 0) :]:
-            finished = search.sweep(self._needed_of(part), tolerance, budget, part)
-            packing = self._pack(search.rates(part), budget)
-            if not finished:
+        begun = self._progression(part)
+        while begun.num_done < len(TOLERANCES):
+            if budget.is_spent():
                 return False
-            self._done[part] = self._done.get(part, 0) + 1
-            ceilings = search.ceilings(tolerance, part)
-            _, optimistic = search.pack(ceilings, budget.remaining_s(), self.seed)
-            if packing is None:
-                if optimistic is None:
-                    return True  # not even the ceilings meet the demand: proved
-                continue  # this pass was too coarse to tell
-            if is_whole and optimistic is not None:
-                outside = max if search.master.maximises else min
-                self.proven = outside(packing.value, optimistic.bound)
-            self._tell(is_whole)
-            self._needed[part] = search.needed_rates(ceilings, packing.value)
+            self._is_packed = False
+            if not self.search.go_on(begun.sweep, budget) or not self._conclude(begun, budget):
+                return False
         return True
 
-    def _needed_of(self, part: Part) -> Rates:
-        """What replicas need not be looked for, as far as earlier passes over the part have proved it."""
-        nothing = {kind: np.zeros(len(f.rate)) for kind, f in self.search.frontiers.items()}
-        return self._needed.get(part, nothing)
+    def _progression(self, part: Part) -> Progression:
+        if part not in self._begun:
+            nothing = {kind: np.zeros(len(f.rate)) for kind, f in self.search.frontiers.items()}
+            self._begun[part] = Progression(self.search.begin(nothing, TOLERANCES[0], part))
+        return self._begun[part]
 
-    def _pack(self, rates: Rates, budget: Budget) -> MilpSolution | None:
-        """The best packing at these rates, kept if no better one is known; None if none serves anything."""
-        chosen, packing = self.search.pack(rates, budget.remaining_s(), self.seed)
-        if packing is not None and (self.best is None or not self._is_worse(packing.value, self.best.packing.value)):
-            self.best = Packed(chosen, packing)
+    def _conclude(self, begun: Progression, budget: Budget) -> bool:
+        """Packs what a pass has found, and what its replicas cannot exceed; False if that was cut short."""
+        search, sweep = self.search, begun.sweep
+        is_whole = sweep.part == self.whole
+        packing = self._pack(search.rates(sweep.part), budget.remaining_s())
+        if budget.is_spent():
+            return False
+        ceilings = search.ceilings(sweep.tolerance, sweep.part)
+        _, above = search.pack(ceilings, budget.remaining_s(), self.seed)
+        if is_whole and above.found is not None and packing.found is not None:
+            self._improve_bound(above.found.bound)
+        is_finest = sweep.tolerance == TOLERANCES[-1]
+        if above.proves_none or (is_finest and packing.proves_none):  # of the finest, ceilings are rounding
+            self.is_empty = self.is_empty or is_whole
+            begun.num_done = len(TOLERANCES)
+            return True
+        if not (packing.is_settled and above.is_settled) and budget.is_spent():
+            return False
+        begun.num_done += 1
+        needed = sweep.needed
+        if packing.found is not None:
+            self._tell(sweep.part)
+            if self.budget.is_spent():
+                return False  # whoever was told has heard enough
+            needed = search.needed_rates(ceilings, self._best_value())
+        if not is_finest:
+            begun.sweep = search.begin(needed, TOLERANCES[begun.num_done], sweep.part)
+        return True
+
+    def _improve_bound(self, bound: float) -> None:
+        inner, outer = (min, max) if self.search.master.maximises else (max, min)
+        self.proven = outer(self._best_value(), inner(self.proven, bound))
+
+    def _best_value(self) -> float:
+        assert self.best is not None, "asked after a packing"
+        return self.best.packing.value
+
+    def _pack(self, rates: Rates, time_limit_s: float) -> Verdict:
+        """The best packing at these rates, kept if no better one is known."""
+        chosen, packing = self.search.pack(rates, time_limit_s, self.seed)
+        found = packing.found
+        if found is not None and (self.best is None or not self._is_worse(found.value, self.best.packing.value)):
+            self.best = Packed(chosen, found)
+        self._is_packed = len(rates) == len(self.search.frontiers)
         return packing
 
     def _is_worse(self, value: float, than: float) -> bool:
         return value < than if self.search.master.maximises else value > than
 
-    def _tell(self, is_whole: bool) -> None:
-        assert self.best is not None, "told after a packing"
-        value = self.best.packing.value
+    def _tell(self, part: Part) -> None:
+        value, is_whole = self._best_value(), part == self.whole
         gap = abs(self.proven - value) / max(abs(value), 1e-12)
         self.report(
             Progress(
-                phase="sub-fleets" if is_whole else "sub-fleets, without stage copies and attention workers",
+                phase="sub-fleets" if is_whole else f"sub-fleets, {part.describe(self.whole)}",
                 elapsed_s=self.budget.elapsed_s(),
                 incumbent=value,
                 bound=self.proven if is_whole else None,
@@ -122,6 +172,9 @@ class Passes:
 
     def outcome(self) -> Outcome | None:
         """The best packing as replicas, at their exact rates; None without one."""
+        if not self._is_packed:  # a pass was cut: what it found counts, even of a spent budget
+            seconds = max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s()))
+            self._pack(self.search.rates(), seconds)
         if self.best is None:
             return None
         search, chosen, packing = self.search, self.best.chosen, self.best.packing

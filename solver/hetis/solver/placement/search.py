@@ -61,7 +61,7 @@ def search(
     if is_small(atlas):
         _announce_compilation(explore, budget, report)
         outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
-        if budget.is_spent() and (outcome is None or outcome.bound > outcome.value * (1.0 + gap_target)):
+        if budget.is_spent() and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
             return _better(outcome, _first_plan(atlas, master, row_costs, budget, seed), master)
         return outcome
     part = budget if pins is None else budget.share(RELAXATION)
@@ -206,9 +206,11 @@ def _enumerate_uniform(
     if not pool.templates:
         return None
     columns = pool.columns()
-    found = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
-    relaxed = master.solve_lp(columns)
-    if found is None or relaxed is None or found.value <= 0.0:
+    verdict = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed)
+    found, relaxed = verdict.found, master.solve_lp(columns)
+    if found is None or relaxed is None:
+        if not verdict.proves_none and not budget.is_spent():
+            raise NoPlanFoundError("no plan was found, nor proved that there is none: packing replicas takes too long")
         return None
     others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
     return Outcome(
@@ -233,6 +235,9 @@ def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Out
 
 def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
     """A plan of equal stages for want of time, bounded by dense work alone."""
-    outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
+    try:
+        outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
+    except NoPlanFoundError:
+        return None
     bound = rate_bound(atlas) if master.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)

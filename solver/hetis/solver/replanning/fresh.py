@@ -19,7 +19,7 @@ from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.generation import ColumnGeneration
-from hetis.solver.placement.master import Columns, Master
+from hetis.solver.placement.master import Columns, Master, Verdict
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.pool import Bound
 from hetis.solver.placement.search import row_costs_of, search
@@ -43,6 +43,7 @@ class Fresh:
         listed: ceilings on the rates of sub-fleets, as columns; None: ``prices`` are the proof.
         prices: of column generation.
         row_prices: duals of the rows, where there are no ``prices``; [rows].
+        is_empty: proved that no plan exists.
     """
 
     templates: tuple[Template, ...]
@@ -51,6 +52,7 @@ class Fresh:
     row_prices: FloatArray
     listed: Columns | None = None
     prices: Bound | None = None
+    is_empty: bool = False
 
 
 def search_fresh(
@@ -79,19 +81,19 @@ def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | N
     no_prices = np.zeros(len(atlas.resources.rows))
     if not chosen:
         bound = 0.0 if master.maximises else np.inf
-        return Fresh(templates=(), value=None, bound=bound, row_prices=no_prices, listed=columns)
+        return Fresh(templates=(), value=None, bound=bound, row_prices=no_prices, listed=columns, is_empty=True)
     found = [(kind, v) for kind, v in chosen if search_of.frontiers[kind].rate[v] > 0.0]
     templates = tuple(search_of.template(kind, v) for kind, v in found)
     _, best = search_of.pack(search_of.rates(), budget.remaining_s(), seed)
-    most = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
-    bound = most.bound if most is not None else (0.0 if master.maximises else np.inf)
+    most = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed)
     duals = search_of.prices(search_of.rates())
     return Fresh(
         templates=templates,
-        value=None if best is None else best.value,
-        bound=bound,
+        value=None if best.found is None else best.found.value,
+        bound=_bound_of(most, atlas, master),
         row_prices=no_prices if duals is None else duals.row_prices,
         listed=columns,
+        is_empty=most.proves_none,
     )
 
 
@@ -100,15 +102,23 @@ def _listed(atlas: Atlas, master: Master, templates: list[Template], budget: Bud
     generation = ColumnGeneration(atlas, master, row_costs_of(atlas), budget=budget, report=silent)
     generation.pool.add(templates)
     columns = generation.pool.columns()
-    best = master.solve_milp(columns, time_limit_s=budget.remaining_s(), gap=0.0, seed=seed)
+    best = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed)
     relaxed = master.solve_lp(columns) if templates else None
     return Fresh(
-        templates=tuple(generation.pool.templates) if best is not None else (),
-        value=None if best is None else best.value,
-        bound=best.bound if best is not None else 0.0 if master.maximises else np.inf,
+        templates=() if best.proves_none else tuple(generation.pool.templates),
+        value=None if best.found is None else best.found.value,
+        bound=_bound_of(best, atlas, master),
         row_prices=np.zeros(len(atlas.resources.rows)) if relaxed is None else relaxed.row_prices,
         listed=columns,
+        is_empty=best.proves_none,
     )
+
+
+def _bound_of(best: Verdict, atlas: Atlas, master: Master) -> float:
+    """What no plan exceeds, as far as HiGHS came in its time."""
+    if best.proves_none:
+        return 0.0 if master.maximises else np.inf
+    return _known_at_once(atlas, master) if best.found is None else best.found.bound
 
 
 def _priced(
@@ -124,6 +134,7 @@ def _priced(
         bound=generation.bound.value if known else _known_at_once(atlas, master),
         row_prices=generation.bound.row_prices,
         prices=generation.bound if known else None,
+        is_empty=not generation.may_have_plan,
     )
 
 

@@ -162,10 +162,10 @@ def _none(
 ) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
     """Why there is nothing to choose."""
     if fresh.value is None:
-        if budget.is_spent():
+        if budget.is_spent() or not fresh.is_empty:
             return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
         return infeasible(atlas.problem, budget, seed=seed, threads=threads)
-    if posed.max_moves is None:
+    if posed.max_moves is None or budget.is_spent():
         return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
     demand = posed.problem.objective.demand_rps
     asked = "" if demand is None or posed.problem.objective.maximises else f" that serves {demand:.4g} requests/s"

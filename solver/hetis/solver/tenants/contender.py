@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from hetis.solver.budget import Budget, Report
+from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.classes import IntArray, Resources
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.generation import KEEP, ColumnGeneration
@@ -162,9 +163,12 @@ class Priced:
         few = is_small(part) or np.prod(limits + 1.0) <= MAX_SUBFLEETS
         if found is None and alone.may_have_plan and few and not budget.is_spent():
             # Few GPUs: nothing was looked for yet, or columns were found that fit in no packing.
-            found = solve_exactly(part, master, np.zeros(len(limits)), budget=budget, report=report, seed=s.seed)
-            if found is None and not budget.is_spent():
-                return None
+            try:
+                found = solve_exactly(part, master, np.zeros(len(limits)), budget=budget, report=report, seed=s.seed)
+                if found is None and not budget.is_spent():
+                    return None
+            except NoPlanFoundError:
+                pass  # nothing is proved
         bound = found.bound if found is not None else alone.bound.value if alone.may_have_plan else 0.0
         if is_whole:
             self.rate_cap = min(self.rate_cap, bound)
