@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -12,10 +14,10 @@ from hypothesis import given, settings
 
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement import exact, frontier, frontier_sequential, search, solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.plan import ObjectiveKind, Plan, Status
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
@@ -49,52 +51,48 @@ def test_hetis_is_never_worse_than_hexgen_nor_hexgen_than_uniform(exact: bool, p
         assert hexgen <= uniform * (1 + REL)
 
 
-@dataclass(frozen=True)
-class Counted:
-    """A search whose clock shows how many configurations have been explored."""
+def searched(problem: PlacementProblem, strategy: str = "hetis", limit: float = math.inf) -> tuple[Plan, float]:
+    """The exact search until its clock shows ``limit``, and what that shows in the end: the stage options explored."""
+    explored = [0.0]
 
-    plan: Plan | None
-    explored: list[tuple[int, bytes, float]]  # configuration, options, tolerance
+    def clocked(kernel: Callable[..., Any], *arguments: Any) -> Any:
+        explored[0] += len(arguments[2].rank)
+        return kernel(*arguments)
 
-    @property
-    def value(self) -> float:
-        return 0.0 if self.plan is None else self.plan.result.value
-
-
-def counted(problem: PlacementProblem, strategy: str = "hetis", limit: float = math.inf) -> Counted:
-    """The exact search, until its clock shows ``limit``."""
-    explored = list[tuple[int, bytes, float]]()
-
-    def pipelined(*arguments: Any) -> int:
-        options, tolerance, tag = arguments[2], arguments[7], arguments[11]
-        explored.append((tag, options.layer_s.tobytes(), tolerance))
-        found: int = frontier.explore(*arguments)
-        return found
-
-    def sequential(*arguments: Any) -> None:
-        explored.append((arguments[9], arguments[2].layer_s.tobytes(), 0.0))
-        frontier_sequential.explore_sequential(*arguments)
-
-    with patch.object(exact, "explore", pipelined), patch.object(exact, "explore_sequential", sequential):
-        try:
-            budget = Budget(time_limit_s=limit, clock=lambda: float(len(explored)))
-            return Counted(solve_placement(problem, strategy=strategy, budget=budget), explored)
-        except NoPlanFoundError:
-            return Counted(None, explored)
+    with (
+        patch.object(exact, "explore", partial(clocked, frontier.explore)),
+        patch.object(exact, "explore_sequential", partial(clocked, frontier_sequential.explore_sequential)),
+    ):
+        budget = Budget(time_limit_s=limit, clock=lambda: explored[0])
+        return solve_placement(problem, strategy=strategy, budget=budget), explored[0]
 
 
-@pytest.fixture(scope="module", params=[((3, 1), 4e10, 9, 6), ((1, 3), 2e10, 11, 8)], ids=["3 + 1", "1 + 3"])
-def of_two_kinds(request: pytest.FixtureRequest) -> PlacementProblem:
-    gpus, bytes_per_s, megabytes, layers = request.param
-    return make_problem(
+@pytest.mark.parametrize(("gpus", "bytes_per_s", "megabytes", "layers"), [((3, 1), 4e10, 9, 6), ((1, 3), 2e10, 11, 8)])
+def test_hetis_cut_short_has_what_ends_in_its_share_and_loses_no_work(
+    gpus: tuple[int, int], bytes_per_s: float, megabytes: int, layers: int
+) -> None:
+    problem = make_problem(
         [make_node("a", "A", gpus=gpus[0]), make_node("b", "B", gpus=gpus[1])],
         profiles={
             "A": make_profile("A", bytes_per_s=bytes_per_s, usable_bytes=megabytes * 1_000_000),
             "B": make_profile("B", flops=1e12, bytes_per_s=4e20 / bytes_per_s, usable_bytes=megabytes * 1_000_000),
         },
         model=make_model(num_layers=layers, kv_heads=4),
-        family=replace(SMALL_FAMILY, micro_batches=(1, 2, 4, 8, 16, 32)),
+        family=replace(SMALL_FAMILY, micro_batches=(1, 2, 4, 8, 16, 32), max_copies=3, max_pool=3),
     )
+    whole, taken = searched(problem)
+    uniform, _ = searched(problem, "uniform")
+    for strategy, share in (("hexgen", 1 / 4), ("hexgen2", 1 / 8)):
+        part, enough = searched(problem, strategy)
+        limit = enough / share
+        assert limit < taken / 1.5, "cut long before its end"
+        cut, _ = searched(problem, limit=limit)
+        assert cut.result.value >= part.result.value * (1 - REL)
+        assert cut.result.value > uniform.result.value * 1.01, "what is left when nothing was searched"
+    for more in (1.5, 1.75):  # the whole family is cut at a quarter, and goes on after its parts
+        late, _ = searched(problem, limit=more * taken)
+        assert late.result.status is Status.OPTIMAL
+        assert late.result.value == pytest.approx(whole.result.value)
 
 
 @settings(max_examples=3 * EXAMPLES)
