@@ -353,17 +353,19 @@ def test_one_card_and_one_choice_gives_the_rate_worked_by_hand() -> None:
     assert 1 / replica.rate > 40 * (weight_s + 5e-5)
 
 
-def test_a_search_that_is_cut_short_is_no_worse_than_equal_stages() -> None:
-    """Time is over when the search has found a tenth of what there is."""
-    now = [0.0]
+@pytest.mark.parametrize("kind", [ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS])
+def test_a_search_that_is_cut_short_is_no_worse_than_equal_stages(kind: ObjectiveKind) -> None:
+    """Time is over when the search has found a tenth of what there is, or what costs ten times as much."""
+    now, is_most = [0.0], kind is ObjectiveKind.THROUGHPUT
 
     def poor(*arguments: Any, **named: Any) -> Outcome | None:
         found = solve_exactly(*arguments, **named)
         assert found is not None
         now[0] = 100.0
-        return replace(found, value=found.value / 10)
+        return replace(found, value=found.value / 10 if is_most else found.value * 10)
 
-    problem = make_problem([make_node("a", "A", gpus=4)])
+    objective = Objective(kind=kind, ttft_limit_s=None, tpot_limit_s=None, demand_rps=None if is_most else 1.0)
+    problem = make_problem([make_node("a", "A", gpus=4)], objective=objective)
     with patch.object(search, "solve_exactly", poor):
         plan = solve_placement(problem, budget=Budget(time_limit_s=1.0, clock=lambda: now[0]))
     equal, best = solve_placement(problem, strategy="uniform"), solve_placement(problem)

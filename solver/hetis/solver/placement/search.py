@@ -197,6 +197,21 @@ def row_costs_of(atlas: Atlas) -> FloatArray:
     return np.array(costs)
 
 
+def equal_stages(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
+    """The best plan of equal stages within any family of unified replicas, found at once; None: none was found.
+
+    Its bound is of the family of `uniform` only.
+    """
+    if not atlas.ranks:
+        return None
+    pins = pins_of(atlas.problem.marks, atlas.classes, atlas.resources)
+    master = Master(atlas.resources.limits, demanded_rate(atlas.problem), atlas.routes, pins)
+    try:
+        return _enumerate_uniform(atlas, master, row_costs_of(atlas), budget, seed)
+    except NoPlanFoundError:
+        return None
+
+
 def _enumerate_uniform(
     atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int
 ) -> Outcome | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
@@ -13,7 +13,7 @@ from hetis.solver.placement.grounding import grounded
 from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, keeping
 from hetis.solver.placement.out_of_reach import is_out_of_reach, rate_bound
 from hetis.solver.placement.outcome import Outcome
-from hetis.solver.placement.search import search
+from hetis.solver.placement.search import equal_stages, search
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Role
@@ -68,12 +68,24 @@ class Trials:
         """Whether a plan keeps these; the search ends as soon as that is certain."""
         key = frozenset(kept)
         if key not in self._done:
-            self._done[key] = self.of_problem(keeping(self.problem, key), _demand(key))
+            known = self._known(key)
+            self._done[key] = known or self.of_problem(keeping(self.problem, key), _demand(key))
         return self._done[key]
 
+    def _known(self, key: Requirements) -> Trial | None:
+        """From earlier trials: a plan that keeps more, or that fewer cannot be kept."""
+        for other, trial in self._done.items():
+            if (trial.exists is True and other >= key) or (trial.exists is False and other <= key):
+                return trial
+        return None
+
     def of_problem(self, problem: PlacementProblem, demand_rps: float) -> Trial:
-        """Whether a plan of a problem of the highest rate has this goodput."""
-        atlas = self._atlas(problem)
+        """Whether a plan of a problem of the highest rate has this goodput: dense work, then equal stages may tell.
+
+        Neither knows attention workers, the tables of which take longest to make.
+        """
+        family = problem.family
+        atlas = self._atlas(replace(problem, family=replace(family, max_pool=0)))
         if atlas is None:
             return Trial(exists=False)
         least = demand_rps / self.problem.assumptions.planned_utilisation
@@ -81,7 +93,13 @@ class Trials:
             return Trial(exists=False, atlas=atlas)
         if self.is_over():
             return Trial(exists=None, atlas=atlas)
-        return self._search_until_certain(atlas, least * (1.0 - ROUNDING))
+        least *= 1.0 - ROUNDING
+        equal = equal_stages(atlas, self.budget.of_its_own(), self.seed)
+        if equal is not None and equal.value >= least:
+            return Trial(exists=True, atlas=atlas, outcome=equal)
+        found = atlas if family.max_pool == 0 else self._atlas(problem)
+        assert found is not None, "the same fleet"
+        return self._search_until_certain(found, least)
 
     def is_refuted_at_once(self, problem: PlacementProblem, demand_rps: float) -> bool:
         """Whether dense work alone proves that no plan of a problem has this goodput."""
