@@ -21,6 +21,8 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement import exact as exact_search
 from hetis.solver.placement import frontier, master, search, solve_placement
+from hetis.solver.placement.infeasible import trials as trials_module
+from hetis.solver.placement.infeasible.requirements import Requirement, Subject, requirements_of
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.strategies import STRATEGIES
@@ -170,6 +172,32 @@ def test_a_trial_whose_packings_ran_out_of_time_has_no_answer() -> None:
     trials = Trials(make_problem([make_node("a", "A", nodes=2)]), Budget(), 0, 1)
     with milps_without_time():
         assert trials.of(()).exists is None
+
+
+# --- trials
+
+
+def test_trials_search_only_what_nothing_simpler_answers() -> None:
+    limits = replace(NO_LIMITS, tpot_limit_s=1.0, ttft_limit_s=100.0)
+    problem = make_problem([make_node("a", "A", nodes=2)], objective=limits)
+    asked = requirements_of(problem)
+    trials = Trials(problem, Budget(), 0, 1)
+    with patch.object(trials_module, "search", side_effect=AssertionError("searched")):
+        kept = trials.of(asked)
+        assert kept.exists is True, "equal stages do"
+        assert trials.of(asked[1:]) is kept, "what keeps more keeps less"
+        tight = [asked[0].at(1e-9)]
+        refuted = trials.of(tight)
+        assert refuted.exists is False, "dense work alone takes longer"
+        assert trials.of([*tight, *asked[1:]]) is refuted
+        with pytest.raises(AssertionError, match="searched"):
+            trials.of([Requirement(subject=Subject.DEMAND, value=1.01 * first_rate(problem))])
+
+
+def first_rate(problem: PlacementProblem) -> float:
+    """Goodput of equal stages, whatever is asked."""
+    free = replace(problem, objective=replace(NO_LIMITS, kind=ObjectiveKind.GOODPUT))
+    return solve_placement(free, strategy="uniform").result.value
 
 
 # --- invalid
