@@ -29,6 +29,7 @@ from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.tables import Atlas, FloatArray
 
 MAIN = 0.25  # of the time: for the whole family, before its parts are searched for want of a proof
+MOMENT = 1e-9  # seconds: a budget may end between two looks at it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def solve_exactly(
         rest_s = budget.remaining_s()
         for part, share in inside:
             if not budget.is_spent():
-                passes.over(part, budget.share(min(1.0, share * rest_s / budget.remaining_s())))
+                passes.over(part, budget.share(min(1.0, share * rest_s / max(budget.remaining_s(), MOMENT))))
         if not budget.is_spent():
             passes.over(everything, budget)
     outcome = passes.outcome()
