@@ -217,22 +217,20 @@ def test_strategies_and_roles_that_do_not_exist_are_refused(
     assert says in " ".join(done.stderr.replace("│", " ").split())
 
 
-MANY_TYPES = """\
+MANY_GPUS = """\
 apiVersion: hetis/v1
 kind: Cluster
-name: many-types
+name: many-gpus
 nodes:
   - {name: h100, gpus: [{type: H100-SXM-80GB, count: 4}]}
-  - {name: a100, gpus: [{type: A100-SXM-80GB, count: 8}]}
   - {name: a10, count: 4, gpus: [{type: A10G, count: 4}]}
-  - {name: l4, count: 4, gpus: [{type: L4, count: 4}]}
-  - {name: t4, count: 4, gpus: [{type: T4, count: 4}]}
+  - {name: t4, count: 3, gpus: [{type: T4, count: 4}]}
 network: {bandwidth: 100Gbps, latency: 20us}
-"""  # takes long to prove: few replicas, many ways to form each
+"""  # the first plan comes in seconds, a proof in minutes
 
 
 def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
-    (tmp_path / "cluster.yaml").write_text(MANY_TYPES)
+    (tmp_path / "cluster.yaml").write_text(MANY_GPUS)
     arguments = ["place", "-c", str(tmp_path / "cluster.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
     arguments += ["--ttft", "none", "--tpot", "none"]
     process = subprocess.Popen(

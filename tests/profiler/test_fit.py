@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_outliers_do_not_move_it() -> None:
         )
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_the_order_of_rows_changes_no_byte(seed: int) -> None:
     table = decode_table(noise=0.1)
@@ -106,7 +107,7 @@ def test_doubling_all_times_doubles_the_fit() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)), st.tuples(st.floats(0, 4e3), st.floats(0, 4e3)))
 def test_a_fit_rises_is_convex_and_never_negative(num_bytes: tuple[float, float], heads: tuple[float, float]) -> None:
-    fit = NOISY
+    fit = noisy()
     (b0, b1), (h0, h1) = num_bytes, heads
     ends = [fit.seconds(num_bytes=b, heads=h) for b, h in ((b0, h0), (b1, h1))]
     middle = fit.seconds(num_bytes=(b0 + b1) / 2, heads=(h0 + h1) / 2)
@@ -114,7 +115,9 @@ def test_a_fit_rises_is_convex_and_never_negative(num_bytes: tuple[float, float]
     assert fit.seconds(num_bytes=max(b0, b1), heads=max(h0, h1)) >= max(ends)
 
 
-NOISY = decode_fit(decode_table(noise=0.2))
+@cache
+def noisy() -> Fit:
+    return decode_fit(decode_table(noise=0.2))
 
 
 def test_held_out_points_take_no_part() -> None:

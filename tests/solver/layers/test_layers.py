@@ -42,7 +42,7 @@ def plan(example: LayersProblem) -> LayersPlan:
     return solve_layers(example)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(problems(max_nodes=6, max_layers=8), st.integers(0, 2**32 - 1))
 def test_the_compiled_rate_is_that_of_the_docs(problem: LayersProblem, seed: int) -> None:
     tables, dice = tabulate(problem), random.Random(seed)
@@ -72,7 +72,7 @@ def test_the_compiled_rate_is_that_of_the_docs(problem: LayersProblem, seed: int
     assert check_layers_plan(problem, proof) == ()
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(problems(max_nodes=5, max_layers=6))
 def test_every_plan_passes_the_checker_and_is_not_above_its_bound(problem: LayersProblem) -> None:
     plan = solve_layers(problem)
@@ -101,20 +101,20 @@ def bound_of(problem: LayersProblem, served: float = 1e-9) -> float:
     return rate_bound(tabulate(problem), counts, served=served).rate_rps
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(problems(max_nodes=6, max_layers=8))
 def test_the_bound_halves_when_all_times_double(problem: LayersProblem) -> None:
     assert bound_of(slower(problem, 2.0)) == pytest.approx(bound_of(problem) / 2, rel=LOOSE)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(problems(max_nodes=6, max_layers=8))
 def test_the_bound_ignores_the_order_of_types(problem: LayersProblem) -> None:
     turned = replace(problem, node_types=problem.node_types[::-1])
     assert bound_of(turned) == pytest.approx(bound_of(problem), rel=LOOSE)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(problems(max_nodes=6, max_layers=8))
 def test_the_bound_never_falls_with_more_memory(problem: LayersProblem) -> None:
     kinds = tuple(

@@ -29,7 +29,7 @@ def best_by_enumeration(problem: LayersProblem) -> float:
     return best
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(problems(max_nodes=3, max_layers=3))
 def test_no_placement_is_better_than_the_plan_or_its_bound(problem: LayersProblem) -> None:
     best = best_by_enumeration(problem)
@@ -38,7 +38,7 @@ def test_no_placement_is_better_than_the_plan_or_its_bound(problem: LayersProble
     assert best * (1 - CLOSE) <= plan.rate_rps <= plan.bound_rps * (1 + 1e-9)
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(problems(max_nodes=4, max_layers=2))
 def test_nor_is_any_of_four_nodes(problem: LayersProblem) -> None:
     best = best_by_enumeration(problem)
