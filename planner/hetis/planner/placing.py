@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 KV_IS_FOR_ENGINES = (
-    "KV routes are planned, not carried out: engines of prefill and decode replicas hand the KV over by themselves"
+    "engines hand KV over along the routes: hetis-launch sets hetis-serve up for it, other engines are set up by you"
 )
 
 
