@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
+from hetis.planner.cli.native_output import no_native_output
+
 Cell = str | int | float | None
 Row = Mapping[str, Cell]
 
@@ -34,8 +36,12 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
 
 def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> list[Row]:
     """Prints the rows of benchmark ``name`` in the form that was asked for, and returns them."""
-    shown = []
-    for row in rows:
+    shown, coming = [], iter(rows)
+    while True:
+        with no_native_output():  # a line of a solver among them would be no JSON
+            row = next(coming, None)
+        if row is None:
+            break
         shown.append(row)
         if arguments.json:
             print(json.dumps({key: _finite(value) for key, value in row.items()}), flush=True)
