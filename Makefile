@@ -15,7 +15,7 @@ PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 pyth
 # Processes that test: two more than there are cores, for many tests wait for what they have started.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 2)')
 
-.PHONY: help demo demo-cluster demo-serve test soak lint types warm format proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve test soak lint types kernels format proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -25,7 +25,7 @@ help:
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
-	@echo "make warm    compile what tests would compile: kernels of the dispatcher, the modules of tests"
+	@echo "make kernels  compile the dispatcher ahead of its first use"
 	@echo "make proto   make the stubs of hetis.v1 from proto/ again"
 	@echo "make profiles  the shipped profiles and docs/profiles.md again from the tables in DATA"
 	@echo "make bench   every benchmark, in its quick form"
@@ -57,9 +57,8 @@ format: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Not needed by anything; it makes the first run of tests shorter while something else has the other cores.
-warm: $(VENV)/.dev
-	@$(BIN)/python -m pytest --collect-only -qq >/dev/null || true # the tests themselves say what is wrong
+# Nothing needs it; the first run of tests is shorter when it has been done while another core was idle.
+kernels: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.solver.dispatch.warming import compile_dispatch; compile_dispatch()'
 
 proto: $(VENV)/.dev

@@ -13,6 +13,15 @@ def command_of(module: str) -> list[str]:
     return [sys.executable, "-m", module]
 
 
+def with_ctrl_c(command: list[str]) -> list[str]:
+    """Starts a command that Ctrl-C ends as in a terminal: tests in the background ignore it, and so would the command.
+
+    Not by a `preexec_fn`, which would run in a fork of this process: gRPC's threads do not survive that.
+    """
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", start, *command]
+
+
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment at 80 columns and without colours, changed."""
     kept = {name: value for name, value in os.environ.items() if name not in ("HETIS_DEBUG", "FORCE_COLOR")}

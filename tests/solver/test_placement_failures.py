@@ -194,6 +194,29 @@ def test_trials_search_only_what_nothing_simpler_answers() -> None:
             trials.of([Requirement(subject=Subject.DEMAND, value=1.01 * first_rate(problem))])
 
 
+def test_equal_stages_of_several_types_in_a_role_answer_no_trial_of_splitwise() -> None:
+    nodes = [make_node("a", "A", nodes=2), make_node("b", "B"), make_node("c", "C")]
+    problem = make_problem(nodes)
+    problem = replace(problem, family=STRATEGIES["splitwise"].restrict(problem.family))
+    best = solve_placement(problem, strategy="splitwise").result
+    assert best.status is Status.OPTIMAL
+    equal = search.equal_stages(build_atlas(problem), Budget(), 0)
+    assert equal is not None
+    beyond = 1.01 * best.value
+    assert beyond < 0.9 * equal.value, "there is a plan of equal stages, but not in the family"
+    trials = Trials(problem, Budget(), 0, 1)
+    demand = Requirement(subject=Subject.DEMAND, value=beyond)
+    assert trials.of([*requirements_of(problem), demand]).exists is False
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "hetis"])
+def test_a_demand_met_by_gpus_that_cost_nothing_is_a_plan(strategy: str) -> None:
+    objective = replace(NO_LIMITS, kind=ObjectiveKind.COST, demand_rps=1.0)
+    problem = make_problem([make_node("a", "A", nodes=2)], objective=objective, usd_per_hour={"A": 0.0})
+    result = solve_placement(problem, strategy=strategy).result
+    assert (result.value, result.bound, result.status) == (0.0, 0.0, Status.OPTIMAL)
+
+
 def first_rate(problem: PlacementProblem) -> float:
     """Goodput of equal stages, whatever is asked."""
     free = replace(problem, objective=replace(NO_LIMITS, kind=ObjectiveKind.GOODPUT))

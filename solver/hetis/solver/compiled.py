@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,9 @@ from numba import njit
 from numba.core.compiler_lock import global_compiler_lock
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+LONGEST_WAIT_S = (
+    600.0  # for another process, which may have been stopped in the middle: then all compile for themselves
+)
 
 
 def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Function], Function]:
@@ -70,19 +74,26 @@ def _one_process(lock: Path) -> Iterator[None]:
 
 
 def _locked(lock: Path) -> int | None:
-    """A descriptor that holds the lock until it is closed or the process dies. None: there can be no lock."""
+    """A descriptor that holds the lock until it is closed or the process dies. None: there is no lock in good time."""
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
         return None
+    until_s = time.monotonic() + LONGEST_WAIT_S
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except BaseException as error:
+        while time.monotonic() < until_s:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                time.sleep(0.05)
+    except OSError:  # a file system without locks
+        pass
+    except BaseException:  # Ctrl-C
         os.close(descriptor)
-        if isinstance(error, OSError):  # a file system without locks
-            return None
         raise
-    return descriptor
+    os.close(descriptor)
+    return None
 
 
 @cache

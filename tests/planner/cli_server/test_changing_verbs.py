@@ -15,7 +15,7 @@ from google.rpc import code_pb2
 
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2, replica_pb2
-from tests.command_line import environment
+from tests.command_line import environment, with_ctrl_c
 from tests.planner.cli_server.conftest import EXAMPLES, Run
 from tests.planner.client.fake_planner import FakePlanner, refuse, searching
 from tests.planner.command_line import COMMAND
@@ -253,12 +253,11 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
 def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:
     planner.searches = [(0.0, searching(1.2, 1.7)), (60.0, searching(1.3, 1.6))]
     process = subprocess.Popen(
-        [*COMMAND, "apply", *PROBLEM, "--name", "night"],
+        with_ctrl_c([*COMMAND, "apply", *PROBLEM, "--name", "night"]),
         env=environment(HETIS_SERVER=planner.address),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     try:
         until_s = time.monotonic() + 60

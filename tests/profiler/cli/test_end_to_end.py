@@ -15,7 +15,7 @@ import yaml
 
 from hetis.formats.measurements import MeasuredOp, load_measurements
 from hetis.formats.profile import load_profile
-from tests.command_line import environment
+from tests.command_line import environment, with_ctrl_c
 from tests.planner.command_line import hetis_plan
 from tests.profiler.command_line import COMMAND, hetis_profile
 
@@ -76,13 +76,12 @@ def interrupted_after(points: int, folder: Path) -> int:
     """Starts a run, presses Ctrl-C once so many points are in its journal; how many it says it kept."""
     journal = folder / "raw.json.journal"
     process = subprocess.Popen(
-        [*COMMAND, *RUN],
+        with_ctrl_c([*COMMAND, *RUN]),
         cwd=folder,
         env=environment(),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") > points):

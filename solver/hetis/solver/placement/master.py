@@ -149,16 +149,17 @@ class Master:
         ``start`` is a known feasible choice of the first columns: the result is never worse. With ``least`` [K] counts
         are no less than that, and so is what the bound speaks of.
         """
-        return self._solved(columns, time_limit_s=time_limit_s, gap=gap, start=start, least=least, seed=seed)[0]
+        return self.attempt(columns, time_limit_s=time_limit_s, gap=gap, start=start, least=least, seed=seed)[0]
 
     def decide(self, columns: Columns, *, time_limit_s: float, seed: int = 0) -> Verdict:
         """The best whole counts, or a proof that none of these columns serve anything, or the demand."""
         if not len(columns.rates):
             return Verdict(None, is_settled=True)
-        found, is_settled = self._solved(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
-        return Verdict(found if found is not None and found.value > 0.0 else None, is_settled)
+        found, is_settled = self.attempt(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
+        serves = found is not None and (not self.maximises or found.value > 0.0)  # GPUs of one's own may cost nothing
+        return Verdict(found if serves else None, is_settled)
 
-    def _solved(
+    def attempt(
         self,
         columns: Columns,
         *,
@@ -168,7 +169,7 @@ class Master:
         start: MilpSolution | None = None,
         least: IntArray | None = None,
     ) -> tuple[MilpSolution | None, bool]:
-        """The same, and whether HiGHS came to its end: with an optimum, or that there is nothing to choose."""
+        """As `solve_milp`, and whether HiGHS came to its end: with an optimum, or that there is nothing to choose."""
         highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
         model = self._model(columns, whole=True, pinned=True)
         if least is not None:

@@ -125,8 +125,8 @@ class Passes:
             self.is_empty = self.is_empty or is_whole
             begun.num_done = len(TOLERANCES)
             return True
-        if not (packing.is_settled and above.is_settled) and budget.is_spent():
-            return False
+        if not (packing.is_settled and above.is_settled) and (is_finest or budget.is_spent()):
+            return False  # made again where there is more time: HiGHS has a clock of its own
         begun.num_done += 1
         needed = sweep.needed
         if packing.found is not None:
@@ -152,7 +152,7 @@ class Passes:
         found = packing.found
         if found is not None and (self.best is None or not self._is_worse(found.value, self.best.packing.value)):
             self.best = Packed(chosen, found)
-        self._is_packed = len(rates) == len(self.search.frontiers)
+        self._is_packed = packing.is_settled and len(rates) == len(self.search.frontiers)
         return packing
 
     def _is_worse(self, value: float, than: float) -> bool:

@@ -198,7 +198,7 @@ def row_costs_of(atlas: Atlas) -> FloatArray:
 
 
 def equal_stages(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
-    """The best plan of equal stages within any family of unified replicas, found at once; None: none was found.
+    """The best plan of equal stages, found at once; None: none was found. It may have several types in one role.
 
     Its bound is of the family of `uniform` only.
     """

@@ -67,6 +67,7 @@ class NetMaster:
         self.stay_rates, self.stay_shares = stay_rates, stay_shares
         self.master = Master(inventory.limits, demand, self.atlas.routes)
         self.row_costs = row_costs_of(self.atlas)
+        self.is_settled = False
 
     def start_s(self, template: Template) -> float:
         """Of a new replica: all its GPUs read their weights."""
@@ -85,7 +86,7 @@ class NetMaster:
     def choose(
         self, candidates: Sequence[Candidate], *, time_limit_s: float, gap: float, seed: int, penalty: float = 0.0
     ) -> Choice | None:
-        """The best whole counts of these candidates; None if none was found.
+        """The best whole counts of these candidates; None if none was found: `is_settled` says whether there are none.
 
         ``penalty``: taken off per GPU that moves, so that of equally good plans the one with the fewest is chosen.
         """
@@ -120,7 +121,7 @@ class NetMaster:
             sides=np.array(sides, dtype=np.int64),
             links=np.array(links),
         )
-        found = self.master.solve_milp(columns, time_limit_s=time_limit_s, gap=gap, seed=seed)
+        found, self.is_settled = self.master.attempt(columns, time_limit_s=time_limit_s, gap=gap, seed=seed)
         return None if found is None else self._choice(candidates, found)
 
     def _moved(self, candidate: Candidate) -> int:

@@ -109,7 +109,7 @@ def solve_replanning(
     report(Progress(phase="which replicas stay", elapsed_s=budget.elapsed_s()))
     choice = _choose(net, candidates, running, fresh, gap_target, seed, budget)
     if choice is None:
-        raise _none(atlas, posed, fresh, budget, seed, threads)
+        raise _none(atlas, posed, fresh, net.is_settled, budget, seed, threads)
     bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(budget), seed=seed)
     return _answer(posed, atlas, running, net, fresh, choice, bound, strategy, budget)
 
@@ -158,14 +158,14 @@ def _choose(
 
 
 def _none(
-    atlas: Atlas, posed: ReplanningProblem, fresh: Fresh, budget: Budget, seed: int, threads: int
+    atlas: Atlas, posed: ReplanningProblem, fresh: Fresh, is_settled: bool, budget: Budget, seed: int, threads: int
 ) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
     """Why there is nothing to choose."""
     if fresh.value is None:
         if budget.is_spent() or not fresh.is_empty:
             return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
         return infeasible(atlas.problem, budget, seed=seed, threads=threads)
-    if posed.max_moves is None or budget.is_spent():
+    if posed.max_moves is None or not is_settled or budget.is_spent():
         return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
     demand = posed.problem.objective.demand_rps
     asked = "" if demand is None or posed.problem.objective.maximises else f" that serves {demand:.4g} requests/s"

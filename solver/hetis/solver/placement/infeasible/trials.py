@@ -82,7 +82,8 @@ class Trials:
     def of_problem(self, problem: PlacementProblem, demand_rps: float) -> Trial:
         """Whether a plan of a problem of the highest rate has this goodput: dense work, then equal stages may tell.
 
-        Neither knows attention workers, the tables of which take longest to make.
+        Neither knows attention workers, the tables of which take longest to make. A plan of equal stages may have
+        several types in one role.
         """
         family = problem.family
         atlas = self._atlas(replace(problem, family=replace(family, max_pool=0)))
@@ -94,7 +95,7 @@ class Trials:
         if self.is_over():
             return Trial(exists=None, atlas=atlas)
         least *= 1.0 - ROUNDING
-        equal = equal_stages(atlas, self.budget.of_its_own(), self.seed)
+        equal = None if family.one_type_per_role else equal_stages(atlas, self.budget.of_its_own(), self.seed)
         if equal is not None and equal.value >= least:
             return Trial(exists=True, atlas=atlas, outcome=equal)
         found = atlas if family.max_pool == 0 else self._atlas(problem)
