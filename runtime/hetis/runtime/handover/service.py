@@ -246,8 +246,8 @@ class PromptService:
 
     def _may_begin(self, caller: _Caller) -> bool:
         begun = [job for job in self._jobs.values() if job.caller is caller]
-        if not begun and not caller.outbox.num_bytes:
-            return True  # one that is larger than what may wait goes alone
+        if not begun:
+            return caller.outbox.num_bytes < _UNSENT_BYTES
         tokens = sum(len(job.request.prompt) - job.sent for job in begun) + len(caller.queue[0][1])
         unsent = caller.outbox.num_bytes + tokens * self._token_bytes
         return len(begun) < self._engine.options.most_running and unsent <= _UNSENT_BYTES
