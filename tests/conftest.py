@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 # Problems are large values and a first call compiles: neither says anything about a test.
@@ -24,8 +23,3 @@ settings.register_profile(
 )
 settings.register_profile("thorough", max_examples=1000, deadline=None, suppress_health_check=_ACCEPTED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The demos come first: they take longest, and one that began last would be waited for by all."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_demo"))
