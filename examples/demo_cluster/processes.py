@@ -7,7 +7,7 @@ from pathlib import Path
 
 from examples.processes import DemoProcesses
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 300.0  # the first start on a machine compiles
 
 
 class Processes(DemoProcesses):

@@ -252,7 +252,7 @@ main.main()
 
 def test_a_plan_starts_as_it_stands(folder: Path, tmp_path: Path) -> None:
     with serving("-m", str(folder), "--plan", write(tmp_path, sharing()), "--replica", "0") as (_, url, _):
-        devices = httpx.get(f"{url}/hetis/heads").json()["devices"]
+        devices = httpx.get(f"{url}/hetis/heads", timeout=60).json()["devices"]
         # 1,000 tokens are 63 pages of a head: two heads are kept, six are shared by two workers, of each stage.
         assert [(device["name"], device["stage"], device["kv_pages"]) for device in devices] == [
             *(("a/0", 0, 126), ("b/0.stage0", 0, 189), ("b/1.stage0", 0, 189)),
