@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 
 from numba import njit
 from numba.core.compiler_lock import global_compiler_lock
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-LONGEST_WAIT_S = (
-    600.0  # for another process, which may have been stopped in the middle: then all compile for themselves
-)
+LONGEST_WAIT_S = 600.0  # for a process that compiles: it may have been stopped in the middle
 
 
 def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Function], Function]:
@@ -56,44 +53,44 @@ _held: set[Path] = set()  # by this process: a kernel's compilation compiles tho
 
 @contextmanager
 def _one_process(lock: Path) -> Iterator[None]:
-    """Of all processes of the machine only one is inside; where the folder cannot be written, each compiles for itself.
+    """Of all processes of the machine only one is inside; without a lock, or in vain, each compiles for itself.
 
     numba's own lock comes first, as threads that took the two in different orders would wait for each other.
     """
     with global_compiler_lock:
-        descriptor = None if lock in _held else _locked(lock)
-        if descriptor is None:
+        if lock in _held:
             yield
             return
-        _held.add(lock)
-        try:
-            yield
-        finally:
-            _held.discard(lock)
-            os.close(descriptor)
-
-
-def _locked(lock: Path) -> int | None:
-    """A descriptor that holds the lock until it is closed or the process dies. None: there is no lock in good time."""
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError:
-        return None
-    until_s = time.monotonic() + LONGEST_WAIT_S
-    try:
-        while time.monotonic() < until_s:
+        with _opened(lock) as file:
+            if file is not None:
+                _wait_for(file)
+            _held.add(lock)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
-                time.sleep(0.05)
-    except OSError:  # a file system without locks
-        pass
-    except BaseException:  # Ctrl-C
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+                yield
+            finally:
+                _held.discard(lock)
+
+
+def _opened(lock: Path) -> AbstractContextManager[IO[bytes] | None]:
+    """The file whose lock ends when it is closed or the process dies; None where it cannot be made."""
+    try:
+        return lock.open("ab")
+    except OSError:
+        return nullcontext()
+
+
+def _wait_for(file: IO[bytes]) -> None:
+    """Until nobody else has the lock; no longer than `LONGEST_WAIT_S`, nor where the file system has no locks."""
+    until_s = time.monotonic() + LONGEST_WAIT_S
+    while time.monotonic() < until_s:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            return
+        else:
+            return
 
 
 @cache

@@ -33,6 +33,7 @@ SETTLED = (
     highspy.HighsModelStatus.kInfeasible,
     highspy.HighsModelStatus.kUnboundedOrInfeasible,
 )
+UNDECIDED = "no plan was found, nor proved that there is none: packing replicas takes too long"
 MANY = 64  # replicas: from here on whole counts keep close to the relaxation
 
 

@@ -21,7 +21,7 @@ from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, Kind, Rates, Sweep
 from hetis.solver.placement.generation import LEAST_MILP_SECONDS, MILP_SECONDS
-from hetis.solver.placement.master import Master, MilpSolution, Verdict
+from hetis.solver.placement.master import UNDECIDED, Master, MilpSolution, Verdict
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.parts import Part, parts_inside, whole
@@ -62,7 +62,7 @@ def solve_exactly(
             passes.over(everything, budget)
     outcome = passes.outcome()
     if outcome is None and not passes.is_empty and not budget.is_spent():
-        raise NoPlanFoundError("no plan was found, nor proved that there is none: packing replicas takes too long")
+        raise NoPlanFoundError(UNDECIDED)
     return outcome
 
 

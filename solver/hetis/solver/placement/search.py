@@ -13,7 +13,7 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import is_small
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import ColumnGeneration
-from hetis.solver.placement.master import Master
+from hetis.solver.placement.master import UNDECIDED, Master
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.passes import solve_exactly
@@ -62,7 +62,7 @@ def search(
         _announce_compilation(explore, budget, report)
         outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
         if budget.is_spent() and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
-            return _better(outcome, _first_plan(atlas, master, row_costs, budget, seed), master)
+            return _better(outcome, _first_plan(atlas, budget, seed), master)
         return outcome
     part = budget if pins is None else budget.share(RELAXATION)
     generation = ColumnGeneration(atlas, master, row_costs, budget=part, report=report)
@@ -225,7 +225,7 @@ def _enumerate_uniform(
     found, relaxed = verdict.found, master.solve_lp(columns)
     if found is None or relaxed is None:
         if not verdict.proves_none and not budget.is_spent():
-            raise NoPlanFoundError("no plan was found, nor proved that there is none: packing replicas takes too long")
+            raise NoPlanFoundError(UNDECIDED)
         return None
     others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
     return Outcome(
@@ -248,11 +248,8 @@ def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Out
     return _with_bound(first, found.bound, maximises=master.maximises) if is_ahead else found
 
 
-def _first_plan(atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int) -> Outcome | None:
+def _first_plan(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
     """A plan of equal stages for want of time, bounded by dense work alone."""
-    try:
-        outcome = _enumerate_uniform(atlas, master, row_costs, Budget(cancelled=budget.cancelled), seed)
-    except NoPlanFoundError:
-        return None
-    bound = rate_bound(atlas) if master.maximises else 0.0
+    outcome = equal_stages(atlas, Budget(cancelled=budget.cancelled), seed)
+    bound = rate_bound(atlas) if atlas.problem.objective.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)

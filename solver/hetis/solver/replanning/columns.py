@@ -53,6 +53,9 @@ class NetMaster:
 
     ``stay_rates`` [running replicas]: requests/s over the horizon that need not be served again if one is kept;
     ``stay_shares``: the same as a share of its own rate.
+
+    Attributes:
+        is_settled: the last `choose` came to its end: where it found nothing, there is nothing.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class NetMaster:
     def choose(
         self, candidates: Sequence[Candidate], *, time_limit_s: float, gap: float, seed: int, penalty: float = 0.0
     ) -> Choice | None:
-        """The best whole counts of these candidates; None if none was found: `is_settled` says whether there are none.
+        """The best whole counts of these candidates; None if none was found (`is_settled`).
 
         ``penalty``: taken off per GPU that moves, so that of equally good plans the one with the fewest is chosen.
         """

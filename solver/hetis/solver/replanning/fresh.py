@@ -78,10 +78,6 @@ def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | N
         if not search_of.sweep(nothing, tolerance, budget):
             return None
     chosen, columns = search_of.columns(search_of.ceilings(FINEST), every=True)
-    no_prices = np.zeros(len(atlas.resources.rows))
-    if not chosen:
-        bound = 0.0 if master.maximises else np.inf
-        return Fresh(templates=(), value=None, bound=bound, row_prices=no_prices, listed=columns, is_empty=True)
     found = [(kind, v) for kind, v in chosen if search_of.frontiers[kind].rate[v] > 0.0]
     templates = tuple(search_of.template(kind, v) for kind, v in found)
     _, best = search_of.pack(search_of.rates(), budget.remaining_s(), seed)
@@ -91,7 +87,7 @@ def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | N
         templates=templates,
         value=None if best.found is None else best.found.value,
         bound=_bound_of(most, atlas, master),
-        row_prices=no_prices if duals is None else duals.row_prices,
+        row_prices=np.zeros(len(atlas.resources.rows)) if duals is None else duals.row_prices,
         listed=columns,
         is_empty=most.proves_none,
     )

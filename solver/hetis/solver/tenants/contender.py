@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -163,12 +164,10 @@ class Priced:
         few = is_small(part) or np.prod(limits + 1.0) <= MAX_SUBFLEETS
         if found is None and alone.may_have_plan and few and not budget.is_spent():
             # Few GPUs: nothing was looked for yet, or columns were found that fit in no packing.
-            try:
+            with suppress(NoPlanFoundError):  # nothing is proved then
                 found = solve_exactly(part, master, np.zeros(len(limits)), budget=budget, report=report, seed=s.seed)
                 if found is None and not budget.is_spent():
                     return None
-            except NoPlanFoundError:
-                pass  # nothing is proved
         bound = found.bound if found is not None else alone.bound.value if alone.may_have_plan else 0.0
         if is_whole:
             self.rate_cap = min(self.rate_cap, bound)

@@ -82,11 +82,9 @@ class Trials:
     def of_problem(self, problem: PlacementProblem, demand_rps: float) -> Trial:
         """Whether a plan of a problem of the highest rate has this goodput: dense work, then equal stages may tell.
 
-        Neither knows attention workers, the tables of which take longest to make. A plan of equal stages may have
-        several types in one role.
+        A plan of equal stages may have several types in one role.
         """
-        family = problem.family
-        atlas = self._atlas(replace(problem, family=replace(family, max_pool=0)))
+        family, atlas = problem.family, self._plain_atlas(problem)
         if atlas is None:
             return Trial(exists=False)
         least = demand_rps / self.problem.assumptions.planned_utilisation
@@ -104,7 +102,7 @@ class Trials:
 
     def is_refuted_at_once(self, problem: PlacementProblem, demand_rps: float) -> bool:
         """Whether dense work alone proves that no plan of a problem has this goodput."""
-        atlas = self._atlas(problem)
+        atlas = self._plain_atlas(problem)
         return atlas is None or is_out_of_reach(atlas, demand_rps / self.problem.assumptions.planned_utilisation)
 
     def best(self, kept: Iterable[Requirement]) -> Outcome | None:
@@ -114,12 +112,16 @@ class Trials:
 
     def rate_bound(self, kept: Iterable[Requirement]) -> float:
         """Saturated requests/s that no plan of these exceeds, known without a search."""
-        atlas = self._atlas(keeping(self.problem, frozenset(kept)))
+        atlas = self._plain_atlas(keeping(self.problem, frozenset(kept)))
         return 0.0 if atlas is None else rate_bound(atlas)
 
     def is_over(self) -> bool:
         """Whether nothing more is tried."""
         return self._num_searches >= MAX_TRIALS or self.budget.is_spent()
+
+    def _plain_atlas(self, problem: PlacementProblem) -> Atlas | None:
+        """Without attention workers, whose tables take longest to make: enough for dense work and equal stages."""
+        return self._atlas(replace(problem, family=replace(problem.family, max_pool=0)))
 
     def _atlas(self, problem: PlacementProblem) -> Atlas | None:
         """None where no GPU is left."""
