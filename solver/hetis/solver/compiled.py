@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar, cast
 
 from numba import njit
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.types import unliteral
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 LONGEST_WAIT_S = 600.0  # for a process that compiles: it may have been stopped in the middle
@@ -25,16 +26,21 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     is dated by all files of the folders that hold kernels or what they work on, so that no stale code survives an edit.
     Compiling takes up to a minute, and a planner, its agents and engines often start at once: one process compiles a
     package's kernels, and the others wait and load what it has made.
+
+    numba would compile a function and all below it once more for each constant that a caller passes (``put(..., 1)``
+    beside ``put(..., -1)``); here it is compiled for the constant's type. No kernel is passed on as a C function.
     """
 
     def kernel(function: Function) -> Function:
-        dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath)(function)
+        dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath, no_cfunc_wrapper=True)(
+            function
+        )
         dispatcher._cache._cache_file._source_stamp = _stamp(folders)
         load_or_compile = dispatcher.compile
 
         def compile_once(signature: Any) -> Any:
             with _one_process(Path(dispatcher._cache.cache_path) / "kernels.lock"):
-                return load_or_compile(signature)
+                return load_or_compile(tuple(unliteral(argument) for argument in signature))
 
         dispatcher.compile = compile_once
         return cast(Function, dispatcher)

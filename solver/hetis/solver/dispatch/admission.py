@@ -65,10 +65,12 @@ def admit_from(
         if missing[j] == 0:
             verdict[j] = PLACED
             total -= needed
-            room[:] = np.maximum(free_blocks, 0)
-            for k in members:
-                reserved[k] = packed[k]
-                room -= packed[k] * blocks[k]
+            # Element by element: with a copy of a slice numba compiles seconds of text for its error.
+            for i in range(len(room)):
+                room[i] = max(0, free_blocks[i])
+                for k in members:
+                    reserved[k, i] = packed[k, i]
+                    room[i] -= packed[k, i] * blocks[k]
 
 
 @kernel

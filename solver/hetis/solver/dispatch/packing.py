@@ -126,7 +126,7 @@ def _gather_room(
 ) -> tuple[bool, int]:
     """Places one group of ``request``, on a device that first gives groups away or swaps them for smaller ones."""
     num, work = len(unit), 0
-    for target in np.argsort(-room):
+    for target in np.argsort(-room.astype(np.float64)):  # floats: one sort is compiled for all
         if unit[target] > 1:
             continue
         for _ in range(MOST_SWAPS):

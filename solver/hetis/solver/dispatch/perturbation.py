@@ -34,7 +34,7 @@ def perturb(
             improve(costs, running, placement, contexts, blocks, goal_s, MOST_STUCK, 200)
         if complete and makespan(costs, running, placement) < least * (1.0 - 1e-12):
             least = makespan(costs, running, placement)
-            best[:] = placement.x
+            best = placement.x.copy()
         elif not complete or makespan(costs, running, placement) > least * (1.0 + 1e-3):
             placement = placement_of(costs, running, free_blocks, contexts, blocks, best)
     return best, least, state

@@ -83,10 +83,10 @@ def relax(
             return Relaxed(best_level, False, best, order)
         if z > best_level:
             best_level = z
-            best.low[:] = now.low
-            best.high[:] = now.high
-            best.weight[:] = now.weight
-            best.price[:] = now.price
+            for i in range(len(now.low)):
+                best.low[i], best.high[i], best.weight[i] = now.low[i], now.high[i], now.weight[i]
+            for j in range(len(now.price)):
+                best.price[j] = now.price[j]
         if not _adjust(rows, z, contexts, groups, tokens, held, now, under, over):
             return Relaxed(z, True, now, order)
     return Relaxed(best_level, False, best, order)

@@ -49,10 +49,13 @@ def rows_of(costs: Costs, running: Running, free_blocks: IntArray, contexts: Flo
     if per_group < 0.0:
         per_group, per_token = 0.0, mean_blocks / mean
     for i in range(num):
-        alpha[i, :pieces] = costs.alpha[i]
-        beta[i, :pieces] = costs.beta[i]
-        base[i, :pieces] = running.base[i]
-        kappa[i, :pieces] = 1.0
+        for k in range(pieces):
+            alpha[i, k], beta[i, k], base[i, k], kappa[i, k] = (
+                costs.alpha[i, k],
+                costs.beta[i, k],
+                running.base[i, k],
+                1.0,
+            )
         scale = (costs.alpha[i, 0] + costs.beta[i, 0] * mean + TINY) / mean_blocks
         alpha[i, pieces] = scale * per_group
         beta[i, pieces] = scale * per_token

@@ -106,7 +106,8 @@ class Dispatcher:
             )
         blocks = requests.blocks(self.stage.heads.block_tokens)
         given = self._costs, load.heads, load.kv_bytes, load.free_blocks, requests.context_tokens, blocks
-        answer = _solve(*given) if admission is None else _place_admitted(*given, *admission)
+        admission = admission if admission is not None else _admit(self._costs, load.free_blocks, blocks)
+        answer = _place_admitted(*given, *admission)
         path = Path.CHAIN if answer.on_pieces else Path.MIXED
         if answer.relaxed_s > answer.bound_s * (1 + tolerance):
             by_lp = self._by_lp(load, requests, blocks, answer)
@@ -163,19 +164,6 @@ class Dispatcher:
 
 
 @kernel
-def _solve(
-    costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
-    all_blocks: IntArray,
-) -> Answer:  # fmt: skip
-    """Everything but HiGHS."""
-    reserved = np.zeros((len(all_contexts), len(costs.unit)), np.int64)
-    verdict, missing = admit(free_blocks, costs.unit, all_blocks, costs.head_groups, costs.primary, reserved)
-    return _place_admitted(
-        costs, heads, kv_bytes, free_blocks, all_contexts, all_blocks, verdict, missing, reserved
-    )  # fmt: skip
-
-
-@kernel
 def _place_admitted(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
     all_blocks: IntArray, verdict: IntArray, missing: IntArray, all_groups: IntArray,
@@ -184,7 +172,7 @@ def _place_admitted(
     num, pieces = costs.alpha.shape
     running = running_load(costs, heads, kv_bytes)
     order = np.flatnonzero(verdict == PLACED)
-    order = order[np.argsort(all_contexts[order])]
+    order = order[np.argsort(all_contexts[order].astype(np.float64))]
     piece, block = np.zeros((num, pieces)), np.zeros(num)
     if len(order) == 0:
         floor_s = running.floor_s
@@ -210,7 +198,8 @@ def _place_admitted(
         costs, running, free_blocks, contexts, blocks, fractions, all_groups[order], bound
     )  # fmt: skip
     for position in range(len(order)):
-        all_groups[order[position]] = groups[position]
+        for i in range(num):
+            all_groups[order[position], i] = groups[position, i]
     return Answer(
         all_groups, makespan_s, bound, min(relaxed_s, makespan_s), on_pieces, verdict, missing, order, piece, block,
         nic, request_prices(costs, all_contexts, all_blocks, piece, block, nic),
@@ -239,6 +228,13 @@ def _whole_groups(
         costs, running, free_blocks, contexts, blocks, placement.x, bound, rounds, 1
     )  # fmt: skip
     return groups, makespan_s
+
+
+def _admit(costs: Costs, free_blocks: IntArray, blocks: IntArray) -> Admission:
+    """The quick decision of who is placed."""
+    reserved = np.zeros((len(blocks), len(costs.unit)), np.int64)
+    verdict, missing = admit(free_blocks, costs.unit, blocks, costs.head_groups, costs.primary, reserved)
+    return Admission(verdict=verdict, missing=missing, reserved=reserved)
 
 
 def _plan_of(requests: Requests, answer: Answer, path: Path) -> DispatchPlan:

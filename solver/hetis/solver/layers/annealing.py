@@ -121,9 +121,8 @@ def polish(
 
 @kernel
 def _copy(source: Placement, target: Placement) -> None:
-    target.first[:] = source.first
-    target.held[:] = source.held
-    target.tilt[:] = source.tilt
+    for i in range(len(source.first)):
+        target.first[i], target.held[i], target.tilt[i] = source.first[i], source.held[i], source.tilt[i]
 
 
 @kernel

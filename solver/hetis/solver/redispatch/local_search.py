@@ -124,7 +124,8 @@ def _round_row(tables: Tables, fractions: FloatArray, now: IntArray, row: IntArr
             return
         whole[best] += 1
         left -= 1
-    row[:] = whole
+    for i in range(len(whole)):
+        row[i] = whole[i]
 
 
 @kernel
@@ -279,7 +280,8 @@ def _best_exchange(tables: Tables, placement: Placement, slowest: int, least_gai
                 gain = now_s - _part_of_objective(tables, placement, j)
                 if gain > best_gain:
                     best_gain, best_j = gain, j
-                    best[:] = placement.x[j]
+                    for i in range(num):
+                        best[i] = placement.x[j, i]
             _set_row(tables, placement, j, before)
     return best_j, best
 
