@@ -12,10 +12,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
 
-# Processes that test: two more than there are cores, for many tests wait for what they have started.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 2)')
+# Processes that test: one more than there are cores, for many tests wait for what they have started.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
-.PHONY: help demo demo-cluster demo-serve test soak lint types kernels format proto profiles bench clean
+# Set in many containers; without bytecode each of the hundreds of processes of a test run compiles its sources again.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help demo demo-cluster demo-serve test soak lint types kernels kernels-dispatch kernels-placement bytecode format proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -25,7 +28,7 @@ help:
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
-	@echo "make kernels  compile the dispatcher ahead of its first use"
+	@echo "make kernels  compile the dispatcher and the searches ahead of their first use"
 	@echo "make proto   make the stubs of hetis.v1 from proto/ again"
 	@echo "make profiles  the shipped profiles and docs/profiles.md again from the tables in DATA"
 	@echo "make bench   every benchmark, in its quick form"
@@ -57,9 +60,17 @@ format: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Nothing needs it; the first run of tests is shorter when it has been done while another core was idle.
-kernels: $(VENV)/.dev
+# Nothing needs these; tests wait less for one another when they were made before.
+kernels: kernels-placement kernels-dispatch
+
+kernels-dispatch: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.solver.dispatch.warming import compile_dispatch; compile_dispatch()'
+
+kernels-placement: $(VENV)/.dev
+	@$(BIN)/python -c 'from hetis.planner.jobs.kernels import compile_all_kernels; compile_all_kernels()'
+
+bytecode: $(VENV)/.dev
+	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null
 
 proto: $(VENV)/.dev
 	$(BIN)/python proto/generate.py

@@ -36,9 +36,9 @@ def one_node(in_flight: float) -> LayersProblem:
 
 
 def test_the_queue_fills_kv_room_and_makes_a_token_per_round_trip() -> None:
-    problem = one_node(200)
-    served = ChainQueue(problem, solve_layers(problem)).run(warm_up_s=20, measured_s=60)
-    assert served.in_flight == pytest.approx(200, rel=0.1)
+    problem = one_node(100)
+    served = ChainQueue(problem, solve_layers(problem)).run(warm_up_s=10, measured_s=30)
+    assert served.in_flight == pytest.approx(100, rel=0.1)
     # A token is made when its batch ends and asks for the next one: between one and two batches of 10 ms.
     assert 0.0099 < served.round_trip_s < 0.0201
     assert served.rate_rps == pytest.approx(served.in_flight / (50 * served.round_trip_s), rel=0.05)
@@ -53,7 +53,7 @@ def test_the_queue_serves_more_where_the_objective_is_higher(monkeypatch: pytest
         monkeypatch.setattr(solve, "MOVES_PER_NODE", moves)
         found.append(solve_layers(problem))
     found.append(solve_max_flow(problem))
-    queued = [ChainQueue(problem, plan).run(warm_up_s=20, measured_s=60).rate_rps for plan in found]
+    queued = [ChainQueue(problem, plan).run(warm_up_s=10, measured_s=30).rate_rps for plan in found]
     rates = [plan.rate_rps for plan in found]
     assert spearman(rates, queued) > 0.7
     assert all(0.7 < queue / rate < 1.5 for queue, rate in zip(queued, rates, strict=True))

@@ -12,7 +12,7 @@ import pytest
 
 from hetis.solver.placement.strategies import STRATEGIES
 from tests.command_line import environment
-from tests.planner.command_line import COMMAND, hetis_plan
+from tests.planner.command_line import COMMAND, hetis_plan, hetis_plan_here
 
 SMALL = """\
 apiVersion: hetis/v1
@@ -23,6 +23,7 @@ nodes:
   - {name: l4, count: 2, gpus: [{type: L4, count: 2}]}
 network: {bandwidth: 100Gbps, latency: 20us}
 """
+INPUTS = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "azure_conv_2023")
 # What the issue promises of the JSON form.
 PLAN_FIELDS = {"kind", "strategy", "result", "inputs", "replicas"}
 RESULT_FIELDS = {"status", "objective", "value", "bound", "gap", "unit", "solve_s"}
@@ -32,18 +33,17 @@ STAGE_FIELDS = {"gpu", "tp", "copies", "first_layer", "num_layers", "devices", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small cluster and its plan, placed once."""
+    """A folder with a small cluster and its plan, placed once, by a process of its own."""
     path = tmp_path_factory.mktemp("placed")
     (path / "small.yaml").write_text(SMALL)
-    done = place(path, "-o", "json", "--out", "plan.json")
+    done = hetis_plan("place", *INPUTS, "-o", "json", "--out", "plan.json", cwd=path)
     assert done.returncode == 0, done.stderr
     (path / "stdout.json").write_text(done.stdout)
     return path
 
 
 def place(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    inputs = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "azure_conv_2023")
-    return hetis_plan("place", *inputs, *options, cwd=folder)
+    return hetis_plan_here("place", *INPUTS, *options, cwd=folder)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_check_and_explain_work_from_the_plan_alone(folder: Path, tmp_path: Path
 
 @pytest.mark.parametrize("verb", ["place", "explain", "check"])
 def test_tables_fit_80_columns(verb: str, folder: Path) -> None:
-    done = place(folder) if verb == "place" else hetis_plan(verb, "plan.json", cwd=folder)
+    done = place(folder) if verb == "place" else hetis_plan_here(verb, "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
 
@@ -118,7 +118,7 @@ def test_check_rejects_a_plan_that_was_tampered_with(
         target = target[key]
     target[path[-1]] = value
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    done = hetis_plan("check", "plan.json", cwd=tmp_path)
+    done = hetis_plan_here("check", "plan.json", cwd=tmp_path)
     assert done.returncode == 2
     assert rule.lower() in done.stdout
 
@@ -130,20 +130,20 @@ def test_check_rejects_a_plan_that_claims_half_of_everything(plan: dict[str, Any
         replica["tpot_s"] *= 2
     plan["result"] |= {"value": plan["result"]["value"] / 2, "bound": plan["result"]["bound"] / 2}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    done = hetis_plan("check", "plan.json", cwd=tmp_path)
+    done = hetis_plan_here("check", "plan.json", cwd=tmp_path)
     assert done.returncode == 2
     assert "(rate)" in done.stdout
 
 
 def test_check_says_what_it_takes_on_trust(folder: Path) -> None:
     for words in (("check", "plan.json"), ("check", "--help")):
-        assert "taken on trust" in " ".join(hetis_plan(*words, cwd=folder).stdout.split())
+        assert "taken on trust" in " ".join(hetis_plan_here(*words, cwd=folder).stdout.split())
 
 
 def test_a_model_that_does_not_fit_is_proved_infeasible(tmp_path: Path) -> None:
     lines = [line for line in SMALL.splitlines() if "L4" not in line]
     (tmp_path / "one.yaml").write_text("\n".join(lines).replace("A100-PCIe-80GB, count: 2", "P100-PCIe-12GB, count: 1"))
-    done = hetis_plan("place", "-c", "one.yaml", "-m", "Llama-2-7B", "-w", "1024/256", "-o", "json", cwd=tmp_path)
+    done = hetis_plan_here("place", "-c", "one.yaml", "-m", "Llama-2-7B", "-w", "1024/256", "-o", "json", cwd=tmp_path)
     assert done.returncode == 3
     document = json.loads(done.stdout)
     assert document["result"]["status"] == "infeasible"
@@ -165,8 +165,7 @@ def test_restricted_strategies_are_never_better(strategy: str, folder: Path, pla
 
 
 def test_every_strategy_is_compared(folder: Path) -> None:
-    inputs = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "azure_conv_2023")
-    done = hetis_plan("compare", *inputs, "--ttft", "none", "--tpot", "none", "-o", "json", cwd=folder)
+    done = hetis_plan_here("compare", *INPUTS, "--ttft", "none", "--tpot", "none", "-o", "json", cwd=folder)
     assert done.returncode == 0, done.stderr
     found = {entry["strategy"]: entry for entry in json.loads(done.stdout)["strategies"]}
     assert list(found) == list(STRATEGIES)

@@ -9,7 +9,7 @@ import pytest
 
 from hetis.planner.cli.fair import FairRule
 from hetis.solver.shares.result import Rule
-from tests.planner.command_line import EXAMPLES, hetis_plan, invoke
+from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
 SMALL = """apiVersion: hetis/v1
 kind: ShareProblem
@@ -27,7 +27,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_example_is_shared_out_with_speed_ups_from_our_own_placements() -> None:
-    run = hetis_plan("fair", str(EXAMPLES / "tenants.yaml"), "-o", "json")
+    run = hetis_plan_here("fair", str(EXAMPLES / "tenants.yaml"), "-o", "json")
     assert run.returncode == 0, run.stderr
     assert "-0.0" not in run.stdout
     answer = json.loads(run.stdout)
@@ -71,7 +71,7 @@ tenants:
   - {name: e, weight: 1, min_gpus: 2, jobs: [{name: x, speedups: {slow: 1, fast: 1}},
        {name: x, model: M, speedups: {}}]}
 """
-    run = hetis_plan("fair", written(tmp_path, text))
+    run = hetis_plan_here("fair", written(tmp_path, text))
     assert run.returncode == 2
     assert "Traceback" not in run.stderr
     for line, words in (
@@ -106,7 +106,7 @@ kind: ShareProblem
 gpus: {{{gpu}: 2}}
 tenants: [{{name: a, model: {model}, workload: {workload}}}]
 """
-    run = hetis_plan("fair", written(tmp_path, text))
+    run = hetis_plan_here("fair", written(tmp_path, text))
     assert run.returncode == 2, run.stderr
     assert words in run.stderr
     assert "Traceback" not in run.stderr
@@ -118,6 +118,6 @@ kind: ShareProblem
 gpus: {L4: 1}
 tenants: [{name: a, model: Llama-2-70B, workload: 1024/256}]
 """
-    run = hetis_plan("fair", written(tmp_path, text))
+    run = hetis_plan_here("fair", written(tmp_path, text))
     assert run.returncode == 2, run.stderr
     assert "can be served on none of L4 alone" in run.stderr

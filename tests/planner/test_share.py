@@ -10,7 +10,7 @@ import pytest
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.share import ShareRule
 from hetis.solver.tenants.result import TenantRule
-from tests.planner.command_line import EXAMPLES, hetis_plan, invoke
+from tests.planner.command_line import EXAMPLES, hetis_plan, hetis_plan_here, invoke
 
 FLEET = str(EXAMPLES / "h100-l4.yaml")
 TWO = """apiVersion: hetis/v1
@@ -28,7 +28,7 @@ def written(folder: Path, text: str = TWO) -> str:
 
 
 def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> None:
-    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "-o", "json", "--out", str(tmp_path))
+    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "-o", "json", "--out", str(tmp_path))
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     assert [rule["rule"] for rule in answer["rules"]] == [
@@ -44,7 +44,7 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
     devices: list[str] = []
     for tenant in first["tenants"]:
         path = str(tmp_path / f"{tenant['name']}.json")
-        checked = hetis_plan("check", path)
+        checked = hetis_plan_here("check", path)
         assert checked.returncode == 0, checked.stdout + checked.stderr
         plan = load_plan(path)
         assert plan.result.value == pytest.approx(tenant["rate"])
@@ -75,7 +75,7 @@ def test_the_rules_of_the_command_line_are_those_of_the_solver() -> None:
 
 def test_unknown_models_and_workloads_of_all_tenants_are_told_at_once(tmp_path: Path) -> None:
     text = TWO.replace("Llama-3.1-8B", "Llama-3.1-8").replace("2000/200", "no/where")
-    run = hetis_plan("share", written(tmp_path, text), "-c", FLEET)
+    run = hetis_plan_here("share", written(tmp_path, text), "-c", FLEET)
     assert run.returncode == 2
     assert "tenants.yaml:4: tenants[0].model: tenant chat: unknown model 'Llama-3.1-8'" in run.stderr
     assert "tenants.yaml:5: tenants[1].workload: tenant drafts: unknown workload 'no/where'" in run.stderr
@@ -89,7 +89,7 @@ def test_a_tenant_that_fits_nowhere_makes_the_fleet_infeasible_by_name(tmp_path:
         "network: {bandwidth: 10Gbps, latency: 20us}\n"
     )
     text = TWO.replace("Llama-2-7B", "Llama-2-70B")
-    run = hetis_plan("share", written(tmp_path, text), "-c", str(cluster))
+    run = hetis_plan_here("share", written(tmp_path, text), "-c", str(cluster))
     assert run.returncode == 3, run.stderr
     assert "tenant drafts can be served by no replica on this fleet, even alone" in run.stderr
     assert "weights" in run.stderr  # and why: the reasons of a placement of its own
@@ -103,13 +103,13 @@ def test_a_strategy_without_a_family_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_missing_is_said_before_the_search(tmp_path: Path) -> None:
-    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--out", str(tmp_path / "nowhere" / "deeper"))
+    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "--out", str(tmp_path / "nowhere" / "deeper"))
     assert run.returncode == 2
     assert "no folder" in run.stderr
     assert "alone on the whole fleet" not in run.stderr
 
 
 def test_a_time_limit_that_is_too_short_is_no_plan(tmp_path: Path) -> None:
-    run = hetis_plan("share", written(tmp_path), "-c", FLEET, "--time-limit", "1us")
+    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "--time-limit", "1us")
     assert run.returncode == 4, run.stderr
     assert "allow more time" in run.stderr

@@ -104,7 +104,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
 
 TestProtocol = ProtocolMachine.TestCase
-TestProtocol.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestProtocol.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 
 
 def test_a_change_goes_through_when_nothing_goes_wrong() -> None:

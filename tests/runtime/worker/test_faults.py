@@ -67,10 +67,23 @@ def test_the_run_without_faults_has_every_kind_of_message() -> None:
     assert everything <= set(messages())
 
 
+EVERY = 3  # message of a fault, each fault beginning at another: together they come to every one
+
+
+@pytest.mark.parametrize("fault", Fault)
+def test_a_fault_at_a_third_of_the_messages_costs_no_token(fault: Fault) -> None:
+    check_faults(fault, range(1 + list(Fault).index(fault) % EVERY, len(messages()), EVERY))
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("fault", Fault)
 def test_a_fault_at_any_message_costs_no_token(fault: Fault) -> None:
+    check_faults(fault, range(1, len(messages())))
+
+
+def check_faults(fault: Fault, indices: range) -> None:
     prompts, answers = prompts_and_answers()
-    for index in range(1, len(messages())):
+    for index in indices:
         workers = [InprocWorker(f"w{i}", 40) for i in range(WORKERS)]
         workers[0].fault, workers[0].fault_at = fault, index
         engine = engine_with(workers)

@@ -49,6 +49,12 @@ def compile_kernels(num_gpus: int, strategies: Collection[str], *, report: Repor
             solve_placement(_smallest_problem(2), strategy=strategy)
 
 
+def compile_all_kernels() -> None:
+    """Leaves nothing of any strategy to be compiled for fleets of any size; takes a minute or two the first time."""
+    for num_gpus in (1, MAX_GPUS + 1):
+        compile_kernels(num_gpus, PUBLISHED, report=lambda _progress: None)
+
+
 def load_cached_kernels() -> None:
     """Takes a second, before there is work; nothing if they are still to be compiled."""
     if are_cached():
