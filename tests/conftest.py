@@ -20,7 +20,7 @@ _NO_SHRINKING = (Phase.explicit, Phase.generate)
 
 settings.register_profile(
     "ci",
-    max_examples=25,
+    max_examples=18,
     deadline=None,
     derandomize=True,
     database=None,

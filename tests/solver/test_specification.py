@@ -30,7 +30,7 @@ def specified_value(problem: PlacementProblem) -> float:
 
 @pytest.mark.parametrize("family", [TINY_FAMILY, UNIFORM], ids=["hetis", "uniform"])
 def test_specification_agrees_with_brute_force(family: Family) -> None:
-    @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(problems(max_gpus=3, kinds=KINDS, family=family))
     def agrees(problem: PlacementProblem) -> None:
         assert specified_value(problem) == pytest.approx(best_plan_value(problem), rel=1e-6)

@@ -32,20 +32,25 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     """
 
     def kernel(function: Function) -> Function:
-        dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath=fastmath, no_cfunc_wrapper=True)(
-            function
-        )
+        compiled: Any = njit  # whose types leave out `no_cfunc_wrapper`
+        options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": fastmath, "no_cfunc_wrapper": True}
+        dispatcher: Any = compiled(**options)(function)
         dispatcher._cache._cache_file._source_stamp = _stamp(folders)
         load_or_compile = dispatcher.compile
 
         def compile_once(signature: Any) -> Any:
             with _one_process(Path(dispatcher._cache.cache_path) / "kernels.lock"):
-                return load_or_compile(tuple(unliteral(argument) for argument in signature))
+                return load_or_compile(tuple(_type_of(argument) for argument in signature))
 
         dispatcher.compile = compile_once
         return cast(Function, dispatcher)
 
     return kernel
+
+
+def _type_of(argument: Any) -> Any:
+    """``int64`` of the constant 1; other types as they are."""
+    return unliteral(argument)  # type: ignore[no-untyped-call]
 
 
 def is_cached(function: Callable[..., Any]) -> bool:

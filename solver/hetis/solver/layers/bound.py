@@ -125,14 +125,17 @@ class _Nodes:
         usable = low <= high
         square = half * (self.held * self.slope + self.hop_slope)
         linear = self.held * self.flat + self.hop
+        top, divisor = np.maximum(low, high), np.maximum(2 * square, 1e-300)
         starts = np.flatnonzero(np.diff(self.kind, prepend=-1.0))  # of the entries of each type
+        lengths = np.diff(starts, append=len(self.kind))
 
         def relaxed(price: float) -> tuple[float, float]:
             """The bound at a price, and layers that nodes want to compute beyond all there are."""
-            wanted = np.clip((price * self.held - linear) / np.maximum(2 * square, 1e-300), low, np.maximum(low, high))
-            gain = np.where(usable, (price * self.held - linear - square * wanted) * wanted, 0.0)
+            worth = price * self.held - linear
+            wanted = np.minimum(np.maximum(worth / divisor, low), top)
+            gain = np.where(usable, (worth - square * wanted) * wanted, 0.0)
             best = np.maximum(np.maximum.reduceat(gain, starts), 0.0)
-            chosen = usable & (gain > 0) & (gain == np.repeat(best, np.diff(starts, append=len(gain))))
+            chosen = usable & (gain > 0) & (gain == np.repeat(best, lengths))
             layers = np.maximum.reduceat(np.where(chosen, self.held * wanted, 0.0), starts)
             value = price * self.num_layers - float(self.counts @ best)
             surplus = float(self.counts @ layers) - self.num_layers
