@@ -51,11 +51,12 @@ def fit_pieces(
     """
     relative = features / seconds[:, None]
     importance = np.ones(len(seconds)) if weights is None else weights
+    known: dict[bytes, Coefficients] = {}
     best: PieceFit | None = None
     least = 0.0
     for owner in _partitions(features, seconds, num_pieces):
         for _ in range(_ROUNDS):
-            pieces = _refit(relative, owner, num_pieces, importance)
+            pieces = _refit(relative, owner, num_pieces, importance, known)
             errors = np.abs(predict(pieces, features) / seconds - 1.0)
             error = float((importance * errors).sum())
             if best is None or error < least:
@@ -100,15 +101,23 @@ def _partitions(features: FloatArray, seconds: FloatArray, num_pieces: int) -> I
 
 
 def _refit(
-    relative: FloatArray, owner: NDArray[np.intp], num_pieces: int, importance: FloatArray
+    relative: FloatArray,
+    owner: NDArray[np.intp],
+    num_pieces: int,
+    importance: FloatArray,
+    known: dict[bytes, Coefficients],
 ) -> tuple[Coefficients, ...]:
-    pieces = []
-    for k in range(num_pieces):
-        mine = np.ascontiguousarray(relative[owner == k].T)
-        if mine.shape[1] >= relative.shape[1]:
-            pieces.append(_least_absolute(mine, importance[owner == k]))
-    unique = tuple(dict.fromkeys(pieces))
-    return unique if unique else (_least_absolute(np.ascontiguousarray(relative.T), importance),)
+    """``known``: pieces of sets of points met before; partitions soon come to the same ones."""
+
+    def piece_of(mine: NDArray[np.bool_]) -> Coefficients:
+        key = mine.tobytes()
+        if key not in known:
+            known[key] = _least_absolute(np.ascontiguousarray(relative[mine].T), importance[mine])
+        return known[key]
+
+    parts = [owner == k for k in range(num_pieces)]
+    unique = tuple(dict.fromkeys(piece_of(mine) for mine in parts if mine.sum() >= relative.shape[1]))
+    return unique if unique else (piece_of(np.ones(len(relative), np.bool_)),)
 
 
 def _least_absolute(columns: FloatArray, importance: FloatArray) -> Coefficients:
