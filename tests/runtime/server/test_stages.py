@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import httpx
 from hetis.runtime.engine.generate import generate
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.server.text import Tokens
+from hetis.solver.plan import AttentionWorkerPool
 from tests.command_line import environment
 from tests.runtime.launch.plans import plan_of, stage_of
 from tests.runtime.server.live import engine_of
@@ -21,7 +23,8 @@ from tests.runtime.server.test_workers import free_port
 def test_a_stage_in_a_process_answers_as_planned_and_its_death_is_told(folder: Path, tmp_path: Path) -> None:
     plan = plan_of(
         stage_of(num_layers=1, copies=2, devices=("a/0", "b/0"), kv_head_groups_kept=8),
-        stage_of(first_layer=1, num_layers=3, tp=2, devices=("c/0", "c/1"), kv_head_groups_kept=4),
+        stage_of(first_layer=1, num_layers=3, tp=2, devices=("c/0", "c/1"), kv_head_groups_kept=2),
+        pools=(AttentionWorkerPool(stage=1, gpu="T4", devices=("d/0",), kv_head_groups=2),),
         in_flight=2,
     )
     store = f"127.0.0.1:{free_port()}"
@@ -40,8 +43,10 @@ def test_a_stage_in_a_process_answers_as_planned_and_its_death_is_told(folder: P
             devices = httpx.get(f"{url}/hetis/heads").json()["devices"]
             # Copies share what the plan has room for, 1,000 tokens: 63 pages of a head, or 32 on each of two.
             assert [(device["name"], device["stage"], device["kv_pages"]) for device in devices] == [
-                *(("a/0", 0, 256), ("b/0", 1, 256), ("c/0", 2, 252), ("c/1", 2, 252)),
+                *(("a/0", 0, 256), ("b/0", 1, 256), ("c/0", 2, 126), ("c/1", 2, 126), ("d/0", 2, 252)),
             ]
+            metrics = httpx.get(f"{url}/metrics").text  # heads of a stage with ranks move as others do
+            assert re.search(r'hetis_redispatch_mode{.*state="own"} 1\.0', metrics)
             stage.kill()
             answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
             assert answer.status_code == 500

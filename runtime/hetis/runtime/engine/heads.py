@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.engine.group import Split
 from hetis.runtime.engine.part import PipelineStage
 from hetis.runtime.engine.placement import HeadMove, Placement, even_costs
 from hetis.runtime.engine.prompts import PromptBook
@@ -193,17 +194,24 @@ class StageHeads:
         full = self.placement.full_devices(number)
         return [move for move in self.placement.moves if move.request == number or move.target in full]
 
-    def way_out(self, request: Request) -> tuple[int, int] | None:
-        """A head of a full device, and a device with room for it and its growth; None: there is no such device."""
-        free, heads = self.placement.state.free_blocks(), request.heads[self.number]
+    def way_out(self, request: Request) -> list[Split]:
+        """Heads that leave a full device together, for a place with room for them and their growth; none: there is no
+        such place."""
+        free, owners, group = self.placement.state.free_blocks(), request.heads[self.number], self.placement.group
         pages = self.stage.shape.pages(request.computed + 1)
-        held = [heads.count(device) for device in range(len(free))]
-        takes = {i for i, d in enumerate(self.placement.state.devices) if d.status is DeviceStatus.OK}
-        for source in self.placement.full_devices(request.number):
-            targets = [i for i in takes - {source} if free[i] >= pages + held[i]]
-            if targets:
-                return heads.index(source), max(targets, key=lambda i: int(free[i]))
-        return None
+        takes = [device.status is DeviceStatus.OK for device in self.placement.state.devices]
+        ways: list[tuple[int, list[Split]]] = []
+        for source in dict.fromkeys(map(group.place, self.placement.full_devices(request.number))):
+            for target in set(range(group.num_places)) - {source}:
+                heads = group.leaving(owners, owners, source, target, group.unit(source, target))
+                splits = group.split(owners, heads, target)
+                to = {device: sum(len(s.heads) for s in splits if s.target == device) for _, _, device in splits}
+                has_room = all(takes[i] and free[i] >= num * pages + owners.count(i) for i, num in to.items())
+                if has_room and len(heads) == group.unit(source, target):
+                    ways.append((min(int(free[device]) for device in to), splits))
+            if ways:
+                break
+        return max(ways, key=lambda way: way[0])[1] if ways else []
 
     def flip(self, request: Request, move: HeadMove) -> None:
         """The book has committed the move: the request knows it from now on, and the source frees its heads."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
 
+from hetis.runtime.engine.group import PrimaryGroup
 from hetis.solver.dispatch.problem import HeadShape, IntArray, Load, Primary, Requests
 from hetis.solver.dispatch.problem import Stage as StageCosts
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
@@ -57,6 +59,7 @@ class Placement:
     Attributes:
         state: the solver's book.
         costs: what attention takes where.
+        group: its devices as the solver sees them.
         rule: what decides where new requests go; the solver's `Dispatcher` unless another is put here.
     """
 
@@ -69,11 +72,13 @@ class Placement:
         self.costs, self.rule = costs, _solver
         self._stage = stage
         self._homes = homes or (0,) * costs.heads.head_groups
+        self.group = PrimaryGroup(self._homes, costs.num_devices)
         self.state = DispatchState(costs, num_pages)
         self._num_pages = tuple(num_pages)
         self._heads: dict[int, Heads] = {}
         self._moves: dict[int, HeadMove] = {}
         self._dispatcher: DispatchRule | None = None
+        self._dispatched: StageCosts | None = None  # what the dispatcher was made for
 
     def __len__(self) -> int:
         return len(self._heads)
@@ -102,8 +107,8 @@ class Placement:
         Whether a device is there now makes no difference.
         """
         pages = self._pages(tokens)
-        whole = sum(total // pages for device, total in enumerate(self._num_pages) if device not in without)
-        return whole >= self.costs.heads.head_groups
+        totals = [0 if device in without else total for device, total in enumerate(self._num_pages)]
+        return sum(self._fitting(totals, pages)) >= self.costs.heads.head_groups
 
     def away(self) -> tuple[int, ...]:
         """Devices that take no heads now: lost, or drained."""
@@ -228,44 +233,60 @@ class Placement:
         return -(-tokens // self.costs.heads.block_tokens)
 
     def _dispatch(self, tokens: int, growth: int) -> list[int] | None:
-        """Heads per device by the solver; where all can be at home and there is no other place, they are."""
+        """Heads per device by the solver; at home, where there is no other place."""
         load = self.state.load()
-        if set(self._homes) == set(range(self.costs.num_devices)):
+        if self.group.num_places == 1:
             counts = [self._homes.count(device) for device in range(self.costs.num_devices)]
-            if (np.array(counts) * self._pages(tokens + growth) <= load.free_blocks).all():
-                return counts
-            if self.costs.num_devices == 1:
-                return None
-        if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
-            self._dispatcher = self.rule(self.state.stage)
+            fits = (np.array(counts) * self._pages(tokens + growth) <= load.free_blocks).all()
+            return counts if fits else None
+        if self._dispatcher is None or self._dispatched is not self.state.stage:
+            self._dispatched = self.state.stage
+            self._dispatcher = self.rule(self.group.costs(self.state.stage))
         requests = Requests(
             ids=("new",),
             context_tokens=np.array([tokens], np.int64),
             growth_tokens=np.array([growth], np.int64),
         )
-        plan = self._dispatcher.dispatch(load, requests)
-        return None if plan.unplaced else [int(count) for count in plan.groups[0]]
+        plan = self._dispatcher.dispatch(self.group.load(load), requests)
+        return None if plan.unplaced else self.group.counts(plan.groups[0])
 
     def _first_fit(self, tokens: int) -> list[int] | None:
-        left, pages = self.costs.heads.head_groups, self._pages(tokens)
-        counts = []
-        for device, free in zip(self.state.devices, self.state.free_blocks(), strict=True):
-            takes = min(int(free) // pages, left) if device.status is DeviceStatus.OK else 0
-            counts.append(takes)
-            left -= takes
-        return None if left else counts
+        takes = [device.status is DeviceStatus.OK for device in self.state.devices]
+        free = np.where(takes, self.state.free_blocks(), 0)
+        left, counts = self.costs.heads.head_groups, list[int]()
+        for fitting in self._fitting(free.tolist(), self._pages(tokens)):
+            counts.append(min(fitting, left))
+            left -= counts[-1]
+        return None if left else self.group.counts(counts)
+
+    def _fitting(self, free: Sequence[int], pages: int) -> list[int]:
+        """Heads of so many pages that fit at each of the group's places, where devices have so many ``free``."""
+        group = self.group
+        places = range(group.num_places)
+        return [min(free[device] // pages for device in group.devices(i)) * group.unit(i) for i in places]
 
 
 def at_home_first(counts: Sequence[int], homes: Heads) -> Heads:
-    """Which head goes to which device, given how many each takes: as many as possible stay at home."""
+    """Which head goes to which device, given how many each takes: as many as possible stay at home.
+
+    The others go in turns, one of each home, so that every device gets heads of all of them.
+    """
     left = list(counts)
     heads: list[int | None] = []
     for home in homes:
         stays = left[home] > 0
         left[home] -= stays
         heads.append(home if stays else None)
+    away: dict[int, list[int]] = {}
+    for head, (home, owner) in enumerate(zip(homes, heads, strict=True)):
+        if owner is None:
+            away.setdefault(home, []).append(head)
     others = iter([device for device, count in enumerate(left) for _ in range(count)])
-    return tuple(next(others) if device is None else device for device in heads)
+    for turn in zip_longest(*away.values()):
+        for head in turn:
+            if head is not None:
+                heads[head] = next(others)
+    return tuple(device for device in heads if device is not None)
 
 
 def _solver(stage: StageCosts) -> DispatchRule:

@@ -180,9 +180,10 @@ class Seats:
         return relieve is not None and relieve(number)
 
     def _move_away(self, part: StageHeads, number: int) -> bool:
-        """Moves one head of a request from a full device to one with room for it and its growth."""
-        found = part.way_out(self.running[number])
-        return found is not None and self.move(number, [found[0]], found[1], stage=part.number)
+        """Moves a head of a request from a full device to one with room for it and its growth; of a primary with ranks
+        one of each, together."""
+        splits = part.way_out(self.running[number])
+        return bool(splits) and self._move(number, [(split.heads, split.target) for split in splits], part.number)
 
     def _youngest_on(self, part: StageHeads, devices: tuple[int, ...]) -> Request:
         on_stage = (r for r in reversed(self.running.values()) if part.number in r.heads)
@@ -214,19 +215,28 @@ class Seats:
         Raises:
             InvalidProblemError: the heads are on several devices, or the target takes none.
         """
+        return self._move(number, [(heads, target)], stage)
+
+    def _move(self, number: int, moves: Sequence[tuple[Sequence[int], int]], stage: int) -> bool:
+        """All of them, now, or none; as `move`."""
         request = self.running[number]
         if self.settle(request) and number not in self.running:
             return False
-        move = self.stages[stage].placement.prepare(number, heads, target)
-        if move is None:
-            return False
-        if not self.copy(move, 0, request.computed):
-            return False
-        if not self.verify(move):
+        prepared: list[HeadMove] = []
+        for heads, target in moves:
+            move = self.stages[stage].placement.prepare(number, heads, target)
+            if move is None:
+                break
+            prepared.append(move)
+        done = len(prepared) == len(moves) and all(
+            self.is_under_way(move) and self.copy(move, 0, request.computed) for move in prepared
+        )
+        if done and all(self.is_under_way(move) and self.verify(move) for move in prepared):
+            self.flip(prepared)
+            return True
+        for move in prepared:
             self.abort_move(move)
-            return False
-        self.flip([move])
-        return True
+        return False
 
     def copy(self, move: HeadMove, first: int, last: int) -> bool:
         """Copies positions ``first`` to ``last - 1`` of a prepared move; False: a device was lost meanwhile."""

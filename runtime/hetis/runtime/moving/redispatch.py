@@ -70,7 +70,7 @@ class Redispatch:
         from hetis.solver.redispatch.triggers import triggers
 
         state, snapshot = self._placement.state, self._snapshot()
-        dispatcher = Dispatcher(state.stage)
+        dispatcher = Dispatcher(snapshot.stage)
         fired = triggers(snapshot, dispatcher, theta=self.theta)
         if not self._watch.due(snapshot, fired):
             return
@@ -90,8 +90,8 @@ class Redispatch:
         placement = self._placement
         if placement.moves:
             return False  # what is under way is given up first
-        full = frozenset(placement.full_devices(number))
-        for bundle in self._solve(Dispatcher(placement.state.stage), self._snapshot(), full=full):
+        full, snapshot = frozenset(map(placement.group.place, placement.full_devices(number))), self._snapshot()
+        for bundle in self._solve(Dispatcher(snapshot.stage), snapshot, full=full):
             change = self.hauler.reserve(self._wanted(bundle), prepare_s=MOVE_S)
             if change.is_open:
                 self.hauler.flip(change)
@@ -110,7 +110,7 @@ class Redispatch:
     def _snapshot(self) -> StateSnapshot:
         """The stage as it is; a request may make as many tokens more as room would be kept for if it came now."""
         engine = self.hauler.engine
-        snapshot = self._placement.state.snapshot()
+        snapshot = self._placement.group.snapshot(self._placement.state.snapshot())
         expected = [engine.expected_tokens(int(name)) for name in snapshot.ids]
         return replace(snapshot, remaining_tokens=np.array(expected, np.int64))
 
@@ -125,7 +125,8 @@ class Redispatch:
         problem = RedispatchProblem(
             snapshot=snapshot,
             num_layers=self.hauler.engine.stages[self.stage].stage.shape.layers,
-            link_byte_s=self.link_byte_s,
+            link_byte_s=self._placement.group.links(self.link_byte_s),
+            full=full,
         )
         bundles: dict[int, list[Move]] = {}
         for move in Redispatcher(dispatcher).solve(problem).moves:
@@ -135,13 +136,18 @@ class Redispatch:
         return list(bundles.values())
 
     def _wanted(self, bundle: list[Move]) -> list[WantedMove]:
-        """Which heads: the solver counts them, the engine names them. The first of those on the source go."""
-        taken: set[int] = set()
+        """Which heads, and from which rank to which: the solver counts them, the engine names them."""
+        group = self._placement.group
+        after: dict[int, list[int]] = {}
         wanted = []
         for move in bundle:
-            owners = self._placement.heads(int(move.request))
-            heads = [head for head, owner in enumerate(owners) if owner == move.source and head not in taken]
-            chosen = tuple(heads[: move.groups])
-            taken |= set(chosen)
-            wanted.append(WantedMove(int(move.request), chosen, move.target, move.together, self.stage))
+            request = int(move.request)
+            owners = self._placement.heads(request)
+            then = after.setdefault(request, list(owners))
+            for split in group.split(
+                owners, group.leaving(owners, then, move.source, move.target, move.groups), move.target
+            ):
+                wanted.append(WantedMove(request, split.heads, split.target, move.together, self.stage))
+                for head in split.heads:
+                    then[head] = split.target
         return wanted

@@ -278,7 +278,7 @@ def _executor(address: ExecutorAddress | None) -> ExecutorServer | None:
 
 def _moving(asked: Asked, engine: Engine, measured: Measured, starting: Starting) -> Moving:
     """What moves heads, ready to do so; may take a minute the first time, for what is compiled."""
-    movable = [part for part in engine.stages if len(part.stage.devices) > 1 and part.stage.num_ranks == 1]
+    movable = [part for part in engine.stages if part.placement.group.num_places > 1]
     usual = RedispatchMode.PLANNER if asked.executor else RedispatchMode.OWN if movable else RedispatchMode.OFF
     mode, hauler = asked.redispatch or usual, Hauler(engine=engine)
     redispatch: tuple[Redispatch, ...] = ()
