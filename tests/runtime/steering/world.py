@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
+from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.generate import engine_from_folder, local_devices
 from hetis.runtime.engine.request import FinishReason, SamplingParams
@@ -28,6 +29,7 @@ from hetis.v1.head_map_pb2 import HeadMap, Move, MoveReason
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, DeviceCondition, ReplicaPlan
 from hetis.v1.stage_pb2 import AttentionPiece, HeadShape, StageDevice, StageModel
 from tests.runtime.checkpoints import random_model, random_prompts
+from tests.runtime.engine.pipelines import Part, pipeline_of
 
 REPLICA = "clusters/c/replicas/r"
 NAMES = ("local0", "local1", "local2")  # as `local_devices` calls them
@@ -55,17 +57,23 @@ def stage_of(engine: Engine, **heads: int) -> StageModel:
         heads=HeadShape(kv_bytes_per_token=64, exchange_bytes_per_head=64, **shape),  # type: ignore[arg-type]
         devices=[
             StageDevice(
-                name=device.name,
-                gpus=[device.name],
+                name=gpus[0].name,
+                gpus=[gpu.name for gpu in gpus],
                 is_primary=number == 0,
                 pieces=[AttentionPiece(head_s=1e-7, kv_byte_s=1e-10, call_s=1e-6)],
                 transfer_s=1e-6 * bool(number),
                 link_byte_s=1e-10 * bool(number),
-                total_blocks=device.num_pages,
+                total_blocks=sum(gpu.num_pages for gpu in gpus),
             )
-            for number, device in enumerate(engine.stage.devices)
+            for number, gpus in enumerate(places_of(engine))
         ],
     )
+
+
+def places_of(engine: Engine) -> list[list[AttentionDevice]]:
+    """The devices of the engine's stage as a plan has them: the ranks of the primary are one."""
+    group = engine.placement.group
+    return [[engine.stage.devices[device] for device in group.devices(i)] for i in range(group.num_places)]
 
 
 def assignment_of(
@@ -83,14 +91,28 @@ def assignment_of(
 
 
 class World:
-    """One engine, steered; requests are greedy, and what they answer is compared with transformers."""
+    """One engine, steered; requests are greedy, and what they answer is compared with transformers.
+
+    Attributes:
+        names: of its devices, as the planner calls them.
+    """
 
     def __init__(
-        self, *, pages: tuple[int, ...] = (200, 200, 200), bytes_per_step: int = 1 << 20, **options: Any
+        self,
+        *,
+        pages: tuple[int, ...] = (200, 200, 200),
+        bytes_per_step: int = 1 << 20,
+        ranks: int = 1,
+        **options: Any,
     ) -> None:
+        """With several ``ranks`` there are two devices more, with as many pages as the first has."""
         self.now_s, self.epoch, self.generation = 100.0, 1, 0
         engine_options = EngineOptions(**options) if options else None
-        self.engine = engine_from_folder(random_model().folder, local_devices(pages), options=engine_options)
+        if ranks > 1:
+            self.engine = pipeline_of(random_model().folder, Part(until=3, ranks=ranks, workers=2, pages=pages[0]))
+        else:
+            self.engine = engine_from_folder(random_model().folder, local_devices(pages), options=engine_options)
+        self.names = [devices[0].name for devices in places_of(self.engine)]
         self.hauler = Hauler(engine=self.engine, bytes_per_step=bytes_per_step, clock=lambda: self.now_s)
         self.steered = RealEngine(self.hauler, clock=lambda: self.now_s, engine_id="one")
         self.prompts: dict[int, list[int]] = {}
@@ -142,14 +164,17 @@ class World:
         (found,) = self.steered.head_maps(REPLICA).head_maps
         return found
 
-    def move(self, number: int, head: int, target: str, *, index: int = 0, together: int | None = None) -> Move:
+    def move(
+        self, number: int, head: int, target: str, *also: int, index: int = 0, together: int | None = None
+    ) -> Move:
+        """Of a head, and ``also`` of others."""
         request = self.engine.running[number]
         return Move(
             number=index,
             request=str(number),
             incarnation=request.incarnation,
-            head_groups=[head],
-            source=NAMES[request.heads[0][head]],
+            head_groups=[head, *also],
+            source=self.names[self.engine.placement.group.place(request.heads[0][head])],
             target=target,
             reason=MoveReason.MOVE_REASON_BALANCE,
             together=index if together is None else together,

@@ -28,7 +28,7 @@ class StageBinding:
     Attributes:
         part: the engine's.
         model: as the planner knows it.
-        index: the engine's number of each device, by name, in the order of ``model``.
+        index: the place of each of its devices in the stage, by name: that of the primary is all of its ranks'.
     """
 
     part: StageHeads
@@ -36,8 +36,27 @@ class StageBinding:
     index: Mapping[str, int]
 
     def name(self, device: int) -> str:
-        """Of the engine's device with that number."""
-        return next(name for name, index in self.index.items() if index == device)
+        """What the planner calls the device that the engine has by that number."""
+        place = self.part.placement.group.place(device)
+        return next(name for name, index in self.index.items() if index == place)
+
+    def status(self, place: int) -> OwnStatus:
+        """That of all the ranks of the primary is the first that is not ok."""
+        devices = self.part.placement.state.devices
+        found = [devices[device].status for device in self.part.placement.group.devices(place)]
+        return next((status for status in found if status is not OwnStatus.OK), OwnStatus.OK)
+
+    def blocks(self, place: int) -> tuple[int, int]:
+        """In all, and in use."""
+        state, devices = self.part.placement.state, self.part.placement.group.devices(place)
+        free = state.free_blocks()
+        total = sum(state.devices[device].total_blocks for device in devices)
+        return total, total - sum(int(free[device]) for device in devices)
+
+    def room(self, place: int) -> int:
+        """Blocks that are free for heads which come together: of the primary, what the fullest rank has on each."""
+        free, group = self.part.placement.state.free_blocks(), self.part.placement.group
+        return min(int(free[device]) for device in group.devices(place)) * group.unit(place)
 
 
 def bind(assignment: Assignment, engine: Engine) -> tuple[StageBinding, ...]:
@@ -53,7 +72,7 @@ def bind(assignment: Assignment, engine: Engine) -> tuple[StageBinding, ...]:
         StageBinding(
             part=part,
             model=model,
-            index={device.name: number for number, device in enumerate(part.stage.devices)},
+            index={name: place for place, name in enumerate(_names(part))},
         )
         for part, model in zip(engine.stages, _in_order(assignment), strict=True)
     )
@@ -78,9 +97,6 @@ def _differences(assignment: Assignment, engine: Engine) -> Iterator[str]:
 
 
 def _stage_differences(part: StageHeads, model: StageModel) -> Iterator[str]:
-    if part.stage.num_ranks > 1:
-        yield "its primary is tensor-parallel: heads of such a stage are not steered from outside"
-        return
     heads, shape = part.placement.costs.heads, part.stage.shape
     for what, planned, here in (
         ("layers", model.num_layers, shape.layers),
@@ -90,8 +106,16 @@ def _stage_differences(part: StageHeads, model: StageModel) -> Iterator[str]:
     ):
         if planned != here:
             yield f"the plan counts on {planned} {what}, this engine has {here}"
-    planned_names, own = [device.name for device in model.devices], [device.name for device in part.stage.devices]
+    planned_names, own = [device.name for device in model.devices], _names(part)
     if sorted(planned_names) != sorted(own):
         yield f"the plan's devices are {', '.join(planned_names)}, this engine's {', '.join(own)}"
     elif planned_names[0] != own[0]:
         yield f"the plan's primary is {planned_names[0]}, this engine's {own[0]}"
+    elif (cards := max(len(model.devices[0].gpus), 1)) != part.stage.num_ranks:
+        yield f"the plan's primary {own[0]} has {cards} cards, this engine's {part.stage.num_ranks}"
+
+
+def _names(part: StageHeads) -> list[str]:
+    """Of the devices, as the planner counts them: the primary by its first rank."""
+    group = part.placement.group
+    return [part.stage.devices[group.devices(place)[0]].name for place in range(group.num_places)]

@@ -220,14 +220,15 @@ class RealEngine(SteeredEngine[_Taken]):
         for binding in taken.bindings:
             placement = binding.part.placement
             for planned in binding.model.devices:
-                device, is_wanted = binding.index[planned.name], said.isdisjoint([planned.name, *planned.gpus])
-                status = placement.state.devices[device].status
-                if status is OwnStatus.OK and not is_wanted:
-                    for move in [move for move in placement.moves if move.target == device]:
-                        self.engine.abort_move(move)
-                    placement.state.drain_device(device)
-                elif status is OwnStatus.DRAINING and is_wanted:
-                    placement.restore(device)
+                is_wanted = said.isdisjoint([planned.name, *planned.gpus])
+                for device in placement.group.devices(binding.index[planned.name]):
+                    status = placement.state.devices[device].status
+                    if status is OwnStatus.OK and not is_wanted:
+                        for move in [move for move in placement.moves if move.target == device]:
+                            self.engine.abort_move(move)
+                        placement.state.drain_device(device)
+                    elif status is OwnStatus.DRAINING and is_wanted:
+                        placement.restore(device)
 
 
 _OK = DeviceStatus.DEVICE_STATUS_OK

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hetis.runtime.engine.group import GROUP
 from hetis.runtime.executor.change import EngineChange, gone, no_room, not_owner, unavailable
 from hetis.runtime.executor.refusals import RefusedError, failure_of, generation_mismatch, refusal
 from hetis.runtime.moving.hauler import Change as Hauled
@@ -39,12 +41,13 @@ class HauledMoves:
 
     def in_flight(self, binding: StageBinding) -> list[tuple[str, Move]]:
         """Moves that are under way on a stage, with their changes."""
-        return [
-            (change_id, carried.moves[one.wanted])
+        found = {
+            (change_id, move.number): move
             for change_id, carried in self._open.items()
             if carried.binding is binding
-            for one in carried.hauled.moves
-        ]
+            for move in (carried.moves[one.wanted] for one in carried.hauled.moves)
+        }
+        return [(change_id, move) for (change_id, _), move in found.items()]
 
     # --- Authority
 
@@ -60,14 +63,7 @@ class HauledMoves:
                 taken.left_out[move.number] = why
                 continue
             used |= {(int(move.request), head) for head in move.head_groups}
-            one = WantedMove(
-                int(move.request),
-                tuple(move.head_groups),
-                binding.index[move.target],
-                move.together,
-                binding.part.number,
-            )
-            wanted[one] = move
+            wanted |= dict.fromkeys(self._wanted(binding, move), move)
         out = {(m.request, m.together): taken.left_out[m.number] for m in change.moves if m.number in taken.left_out}
         for one, move in list(wanted.items()):
             if (move.request, move.together) in out:  # they flip at the same step or not at all
@@ -128,17 +124,28 @@ class HauledMoves:
         if change.base_generation != generation:
             raise RefusedError(generation_mismatch(change.base_generation, generation))
         wrong = []
+        binding = self._bindings.get((change.stage, change.copy))
         if change.generation <= change.base_generation:
             wrong.append(f"generation is {change.generation}, must be above {change.base_generation}")
-        if (change.stage, change.copy) not in self._bindings:
+        if binding is None:
             wrong.append(f"there is no copy {change.copy} of stage {change.stage}")
         if not change.moves:
             wrong.append("moves are 0, must be at least 1")
         numbers = [move.number for move in change.moves]
         if len(set(numbers)) < len(numbers):
             wrong.append("two moves have one number")
+        if binding is not None:
+            wrong += _uneven(binding, change)
         if wrong:
             raise refusal(ErrorReason.ERROR_REASON_INVALID_FIELD, "; ".join(wrong))
+
+    def _wanted(self, binding: StageBinding, move: Move) -> list[WantedMove]:
+        """A move as the engine makes it: from rank to rank."""
+        request = int(move.request)
+        splits = binding.part.placement.group.split(
+            binding.part.placement.heads(request), list(move.head_groups), binding.index[move.target]
+        )
+        return [WantedMove(request, s.heads, s.target, move.together, binding.part.number) for s in splits]
 
     def _refusal_of(self, binding: StageBinding, move: Move, used: set[tuple[int, int]]) -> Failure | None:
         """Why a move cannot begin, whatever room there is; ``used``: heads that are on their way."""
@@ -148,13 +155,13 @@ class HauledMoves:
         if request is None or owners is None or request.incarnation != move.incarnation:
             return gone(move)
         source, target = (binding.index.get(name) for name in (move.source, move.target))
-        devices = binding.part.placement.state.devices
-        if source is None or devices[source].status is DeviceStatus.LOST:
+        if source is None or binding.status(source) is DeviceStatus.LOST:
             return unavailable(move.source)
-        if target is None or devices[target].status is not DeviceStatus.OK or target == source:
+        if target is None or binding.status(target) is not DeviceStatus.OK or target == source:
             return unavailable(move.target)
+        place = binding.part.placement.group.place
         for head in move.head_groups:
-            if head >= len(owners) or owners[head] != source or (number, head) in used:
+            if head >= len(owners) or place(owners[head]) != source or (number, head) in used:
                 owner = binding.name(owners[head]) if head < len(owners) else ""
                 return not_owner(move, head, owner)
         if not move.head_groups:
@@ -171,8 +178,7 @@ class HauledMoves:
     def _no_room(self, binding: StageBinding, move: Move) -> Failure:
         placement = binding.part.placement
         needed = binding.part.stage.shape.pages(placement.tokens(int(move.request))) * len(move.head_groups)
-        free = int(placement.state.free_blocks()[binding.index[move.target]])
-        return no_room(move, needed_blocks=needed, free_blocks=free)
+        return no_room(move, needed_blocks=needed, free_blocks=binding.room(binding.index[move.target]))
 
     def _bytes(self, change: EngineChange) -> int:
         """KV of the moves that are still to be made, as it is now."""
@@ -185,3 +191,18 @@ class HauledMoves:
             positions += 0 if request is None else request.computed * len(one.move.heads)
         shape = carried.binding.part.stage.shape
         return positions * shape.page_bytes // shape.page_tokens
+
+
+def _uneven(binding: StageBinding, change: Change) -> list[str]:
+    """Moves that would leave other numbers of heads on a primary than it takes."""
+    primary, unit = binding.part.stage.devices[0].name, binding.part.placement.group.unit(GROUP)
+    more: Counter[tuple[str, int]] = Counter()
+    for move in change.moves:
+        more[move.request, move.together] += len(move.head_groups) * (
+            (move.target == primary) - (move.source == primary)
+        )
+    return [
+        f"together {together} of request {request} changes the heads on {primary} by {num}: it takes {unit} at a time"
+        for (request, together), num in more.items()
+        if num % unit
+    ]

@@ -17,22 +17,24 @@ from hetis.v1.stage_pb2 import StageDevice, StageModel
 
 def stage_load(engine: Engine, binding: StageBinding, observed: StageCosts | None) -> StageLoad:
     """``observed``: what attention was measured to cost on the stage's devices. None: it was not measured."""
-    state = binding.part.placement.state
-    load, free = state.load(), state.free_blocks()
+    placement = binding.part.placement
+    load, group = placement.state.load(), placement.group
+    costs = None if observed is None else group.costs(observed)
     devices = []
     for planned in binding.model.devices:
-        i = binding.index[planned.name]
-        heads, kv_bytes = int(load.heads[i]), float(load.kv_bytes[i])
-        total = state.devices[i].total_blocks
+        place = binding.index[planned.name]
+        here = list(group.devices(place))
+        heads, kv_bytes = int(load.heads[here].sum()), float(load.kv_bytes[here].sum())
+        total, used = binding.blocks(place)
         devices.append(
             DeviceLoad(
                 device=planned.name,
                 heads=heads,
                 kv_bytes=round(kv_bytes),
                 total_blocks=total,
-                used_blocks=total - int(free[i]),
-                status=STATUS[state.devices[i].status],
-                observed_s=0.0 if observed is None else measured_s(observed, i, heads, kv_bytes),
+                used_blocks=used,
+                status=STATUS[binding.status(place)],
+                observed_s=0.0 if costs is None else measured_s(costs, place, heads, kv_bytes),
                 predicted_s=planned_s(binding.model, planned, heads, kv_bytes),
             )
         )
@@ -41,21 +43,20 @@ def stage_load(engine: Engine, binding: StageBinding, observed: StageCosts | Non
 
 
 def head_map(engine: Engine, binding: StageBinding, in_flight: Iterable[tuple[str, Move]]) -> HeadMap:
-    """``in_flight``: moves under way, with their changes."""
+    """``in_flight``: moves under way, with their changes.
+
+    Without requests that are not whole units on a primary with several ranks: their blocks are no room for others.
+    """
     placement, model = binding.part.placement, binding.model
-    state = placement.state
+    seen = placement.group.snapshot(placement.state.snapshot())
     position = {binding.index[device.name]: i for i, device in enumerate(model.devices)}
-    names = [device.name for device in model.devices]
+    devices = [(device.name, seen.devices[binding.index[device.name]]) for device in model.devices]
     return HeadMap(
         stage=model.stage,
         copy=model.copy,
         devices=[
-            HeadMapDevice(
-                name=name,
-                total_blocks=state.devices[binding.index[name]].total_blocks,
-                status=STATUS[state.devices[binding.index[name]].status],
-            )
-            for name in names
+            HeadMapDevice(name=name, total_blocks=device.total_blocks, status=STATUS[device.status])
+            for name, device in devices
         ],
         requests=[
             RunningRequest(
@@ -63,9 +64,9 @@ def head_map(engine: Engine, binding: StageBinding, in_flight: Iterable[tuple[st
                 incarnation=engine.running[number].incarnation,
                 context_tokens=placement.tokens(number),
                 remaining_tokens=engine.expected_tokens(number),
-                owners=[position[owner] for owner in placement.heads(number)],
+                owners=[position[placement.group.place(owner)] for owner in placement.heads(number)],
             )
-            for number in placement.requests
+            for number in map(int, seen.ids)
         ],
         moves=[MoveInFlight(change_id=change_id, move=move) for change_id, move in in_flight],
     )
@@ -73,20 +74,14 @@ def head_map(engine: Engine, binding: StageBinding, in_flight: Iterable[tuple[st
 
 def device_reports(binding: StageBinding, node: str) -> list[DeviceReport]:
     """KV of the GPUs of one node, those of a device each with an even share."""
-    state = binding.part.placement.state
-    free, reports = state.free_blocks(), []
+    reports = []
     for planned in binding.model.devices:
-        i = binding.index[planned.name]
-        total = state.devices[i].total_blocks
+        total, used = binding.blocks(binding.index[planned.name])
         for gpu in planned.gpus:
             where, _, index = gpu.rpartition("/")
             if where == node and index.isdecimal():
                 each = len(planned.gpus)
-                reports.append(
-                    DeviceReport(
-                        index=int(index), total_blocks=total // each, used_blocks=(total - int(free[i])) // each
-                    )
-                )
+                reports.append(DeviceReport(index=int(index), total_blocks=total // each, used_blocks=used // each))
     return sorted(reports, key=lambda report: report.index)
 
 
@@ -103,10 +98,13 @@ def planned_s(model: StageModel, device: StageDevice, heads: int, kv_bytes: floa
 
 
 def measured_s(costs: StageCosts, device: int, heads: int, kv_bytes: float) -> float:
-    """The same by the coefficients that the engine dispatches with."""
+    """The same by the coefficients that the engine dispatches with, those of a primary of several ranks a card's."""
     if not heads:
         return 0.0
-    pieces: FloatArray = costs.head_s[device] * heads + costs.kv_byte_s[device] * kv_bytes + costs.call_s[device]
-    away = costs.primary is None or costs.primary.device != device
+    cards, share, away = 1, 1, True
+    if costs.primary is not None and costs.primary.device == device:
+        cards, share, away = costs.primary.tp, costs.primary_groups, False
+    own = heads / cards, kv_bytes / share
+    pieces: FloatArray = costs.head_s[device] * own[0] + costs.kv_byte_s[device] * own[1] + costs.call_s[device]
     exchange_s = costs.transfer_byte_s[device] * costs.heads.exchange_bytes_per_head * heads + costs.transfer_s[device]
     return float(np.max(pieces) + away * exchange_s)
