@@ -37,7 +37,7 @@ def test_a_worker_that_takes_a_connection_and_says_nothing_delays_no_step(caplog
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         here = Endpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"new" * 5)
-        workers._met["w"] = replace(here, key=b"old" * 5)  # as it was met before it was lost
+        workers.meetings._met["w"] = replace(here, key=b"old" * 5)  # as it was met before it was lost
         publish(workers._store, "w", here)
         workers.bring_back(engine)
         connection, _ = silent.accept()
@@ -48,8 +48,8 @@ def test_a_worker_that_takes_a_connection_and_says_nothing_delays_no_step(caplog
                 workers.bring_back(engine)
                 engine.step()
             assert engine.num_steps == 12
-            assert workers.returning.under_way == ("w",)
-    wait_for(lambda: not workers.returning.under_way)
+            assert workers.meetings.returning.under_way == ("w",)
+    wait_for(lambda: not workers.meetings.returning.under_way)
     workers.bring_back(engine)
     assert "w is not back: w: " in caplog.text
     workers.close(engine)
@@ -59,7 +59,7 @@ def test_a_worker_that_this_machine_cannot_reach_is_tried_again_and_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("hetis.runtime.launch.workers._AGAIN_S", 0.01)
+    monkeypatch.setattr("hetis.runtime.launch.meetings._AGAIN_S", 0.01)
     workers = Workers("127.0.0.1:0", ["w"], epoch=2, timeout_s=120, start_s=1)
     engine = engine_from_folder(random_model().folder, with_workers([InprocWorker("w", 40)]))
     engine.lose_device(1)
@@ -72,7 +72,7 @@ def test_a_worker_that_this_machine_cannot_reach_is_tried_again_and_told_once(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
         here = Endpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"new" * 5)
-        workers._met["w"] = replace(here, key=b"old" * 5)
+        workers.meetings._met["w"] = replace(here, key=b"old" * 5)
         publish(workers._store, "w", here)
         with monkeypatch.context() as patched:
             patched.setattr(TcpPipe, "is_local", property(is_local))
@@ -82,7 +82,7 @@ def test_a_worker_that_this_machine_cannot_reach_is_tried_again_and_told_once(
                 return len(tries) >= 4
 
             wait_for(was_tried_again)
-            wait_for(lambda: not workers.returning.under_way)
+            wait_for(lambda: not workers.meetings.returning.under_way)
         for _ in tries:
             silent.accept()[0].close()
         workers.bring_back(engine)  # the last attempt's failure, and another attempt

@@ -28,10 +28,15 @@ def setup_of(layers: range, *, ranks: int = 1, pages: tuple[int, ...] = (400,), 
 
 
 class InprocStage:
-    """One stage process. ``catch_up`` does what it was told and owes no answer for; ``is_running`` False: it hangs."""
+    """One stage process. ``catch_up`` does what it was told and owes no answer for; ``is_running`` False: it hangs.
+
+    Its attention workers are devices of its own; ``back_pages``: of those that were lost and are back, by name.
+    """
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.core = StageCore(name, StageBuilder(folder, self._join), key=KEY)
+        self.core = StageCore(name, StageBuilder(folder, self._join), self, key=KEY)
+        self.back_pages: dict[str, int] = {}
+        self.num_ended = 0
         self.is_running = True
         self.pipe: InprocPipe | None = None
         self.catch_up = lambda: None
@@ -44,6 +49,13 @@ class InprocStage:
         ours.idle = self.catch_up = lambda: self._run(channel, pipe)
         config = read_config(self._folder)
         return RemoteStage(self.core.name, setup, config, PipeChannel(ours), epoch=epoch, key=key)
+
+    def back(self, name: str, shape: KvShape, *, epoch: int, num_pages: int) -> AttentionDevice | None:
+        pages = self.back_pages.get(name)
+        return None if pages is None else LocalDevice(name, shape, pages)
+
+    def end(self) -> None:
+        self.num_ended += 1
 
     def _run(self, channel: PipeChannel, pipe: InprocPipe) -> None:
         while self.is_running and not pipe.is_closed:

@@ -14,6 +14,7 @@ from hetis.runtime.engine.generate import generate
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.engine.step import Chunk, Step
 from hetis.runtime.kv.errors import DeviceError, DeviceLostError, StaleEpochError
+from hetis.runtime.launch.workers import Workers
 from hetis.runtime.model.config import read_config
 from hetis.runtime.server.measuring import measure_engine
 from hetis.runtime.stages.messages import pack_run, read_run
@@ -92,20 +93,56 @@ def test_a_stage_that_is_gone_takes_the_replica_with_it(model: Model) -> None:
         engine.step()
 
 
-def test_an_attention_worker_that_a_stage_lost_costs_no_token(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_worker_that_a_stage_lost_costs_no_token_and_comes_back(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = InprocStage("s1", model.folder)
     engine = engine_with(model, stage, replace(setup_of(range(1, 3), pages=(400, 400)), workers=("s1",)))
     assert [device.num_pages for device in engine.stages[1].stage.devices] == [400, 100]
+    workers = Workers("127.0.0.1:0", [], epoch=1, timeout_s=5, start_s=5)
     prompt = random_prompts(6, 1)[0]
-    number = engine.add(prompt)
+    number = engine.add(prompt, SamplingParams(max_tokens=24))
     tokens = []
     while engine.has_work:
         tokens += [news.token for news in engine.step()]
         if len(tokens) == 4 and not stage_is_broken(stage):
             assert engine.move(number, [0], 1, stage=1) or engine.running[number].heads[1][0] == 1
             break_device(stage, monkeypatch)
-    assert tokens == model.generate(prompt, 16)
-    assert [device.status.value for device in engine.stages[1].placement.state.devices] == ["ok", "lost"]
+        if len(tokens) == 10:
+            bring_back(workers, engine)
+            assert states(engine) == ["ok", "lost"], "its process has not found it yet"
+            stage.back_pages["s1"] = 100
+            bring_back(workers, engine)
+            assert states(engine) == ["ok", "ok"]
+            assert engine.move(number, [0], 1, stage=1) or engine.running[number].heads[1][0] == 1
+    assert tokens == model.generate(prompt, 24)
+    assert stage.core.stage is not None
+    found = stage.core.stage.devices[1]
+    assert isinstance(found, LocalDevice)
+    stage.catch_up()
+    assert found.pool.free_pages == 100
+    assert not stage_is_broken(stage)
+
+
+def bring_back(workers: Workers, engine: Engine) -> None:
+    """It asks, and at the next time has an answer."""
+    workers.bring_back(engine)
+    workers.bring_back(engine)
+
+
+def states(engine: Engine) -> list[str]:
+    return [device.status.value for device in engine.stages[1].placement.state.devices]
+
+
+def test_workers_are_let_go_with_the_engine_and_what_is_no_device_does_not_come_back(model: Model) -> None:
+    stage = InprocStage("s1", model.folder)
+    remote = stage.meet(setup_of(range(1, 3), pages=(40, 40)))
+    assert not remote.rejoin(1)
+    ended = stage.num_ended
+    stage.meet(setup_of(range(1, 3), pages=(40, 40)), epoch=2)
+    assert stage.num_ended == ended + 1
+    with pytest.raises(DeviceLostError):
+        stage.meet(setup_of(range(1, 3)), epoch=3).rejoin(1)
 
 
 def stage_is_broken(stage: InprocStage) -> bool:

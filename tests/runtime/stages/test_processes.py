@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,11 @@ class StageProcesses:
         self.store: Any = open_store("127.0.0.1:0", is_master=True)
         self.epoch = 0
         self._folder, self._logs = folder, logs
-        self.of = {name: self._start(name, "stages", "--model", str(folder)) for name in ("p1", "p2")} | {
-            "w": self._start("w", "worker", "--kv-memory", "4MiB")
-        }
+        self.of = {name: self._start(name, "stages", "--model", str(folder)) for name in ("p1", "p2")}
+        self.start_worker()
+
+    def start_worker(self) -> None:
+        self.of["w"] = self._start("w", "worker", "--kv-memory", "4MiB")
 
     def meet(self, *setups: tuple[str, StageSetup]) -> list[RemoteStage]:
         """Processes, by name, as what they are told to be. Each engine gets an epoch above the last."""
@@ -100,11 +103,38 @@ def test_stages_in_processes_are_token_identical(model: Model, processes: StageP
     engine.close()
 
 
-def test_a_worker_that_dies_costs_no_token_and_a_stage_that_dies_the_replica(
+def test_a_worker_that_dies_costs_no_token_and_is_taken_back_and_a_stage_that_dies_costs_the_replica(
     model: Model, processes: StageProcesses
 ) -> None:
     engine = engine_of(model, processes, in_flight=2)
     prompts = random_prompts(32, 4)
+    assert answers_over_the_worker(engine, prompts, then=processes.of["w"].kill) == wanted(model, prompts)
+    assert [device.status.value for device in engine.stages[2].placement.state.devices] == ["ok", "lost"]
+    assert not engine.stages[2].rejoin(1).result()
+    processes.of["w"].wait(30)
+    processes.start_worker()
+    deadline_s = time.monotonic() + 240
+    while not engine.stages[2].rejoin(1).result():
+        assert time.monotonic() < deadline_s, "it never came back"
+        time.sleep(0.2)
+    engine.take_back(1, stage=2)
+    assert answers_over_the_worker(engine, prompts) == wanted(model, prompts)
+    assert [device.status.value for device in engine.stages[2].placement.state.devices] == ["ok", "ok"]
+    engine.add(prompts[0])
+    processes.of["p1"].kill()
+    with pytest.raises(DeviceLostError, match="s0: the primary is lost, and the replica with it"):
+        run_out(engine)
+    engine.close()
+
+
+def wanted(model: Model, prompts: list[list[int]]) -> list[list[int]]:
+    return [model.generate(prompt, 20) for prompt in prompts]
+
+
+def answers_over_the_worker(
+    engine: Engine, prompts: list[list[int]], *, then: Callable[[], None] = lambda: None
+) -> list[list[int]]:
+    """Answers of requests that all have a head on the last stage's worker, when something happens."""
     numbers = [engine.add(prompt, SamplingParams(max_tokens=20)) for prompt in prompts]
     answers: dict[int, list[int]] = {number: [] for number in numbers}
     steps = 0
@@ -114,16 +144,10 @@ def test_a_worker_that_dies_costs_no_token_and_a_stage_that_dies_the_replica(
             answers[news.request].append(news.token)
         steps += 1
         if steps == 8:
-            for number in list(engine.running):
-                engine.move(number, [0], 1, stage=2)
-            processes.of["w"].kill()
-    assert list(answers.values()) == [model.generate(prompt, 20) for prompt in prompts]
-    assert [device.status.value for device in engine.stages[2].placement.state.devices] == ["ok", "lost"]
-    engine.add(prompts[0])
-    processes.of["p1"].kill()
-    with pytest.raises(DeviceLostError, match="s0: the primary is lost, and the replica with it"):
-        run_out(engine)
-    engine.close()
+            for request in list(engine.running.values()):
+                assert 1 in request.heads[2] or engine.move(request.number, [0], 1, stage=2)
+            then()
+    return list(answers.values())
 
 
 def run_out(engine: Engine) -> None:

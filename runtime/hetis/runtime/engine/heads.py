@@ -118,9 +118,12 @@ class StageHeads:
         return bool((theirs == ours).all())
 
     def replace_device(self, index: int, device: AttentionDevice) -> None:
-        """As `PipelineStage.replace_device`; it takes heads again."""
+        """As `PipelineStage.replace_device`."""
         self._ask(self.stage.replace_device, index, device).result()
-        self.placement.restore(index)
+
+    def rejoin(self, index: int) -> Future[bool]:
+        """As `PipelineStage.rejoin`, in its turn."""
+        return self._ask(self.stage.rejoin, index)
 
     def settle(self) -> None:
         """Waits until the stage has done all that it was asked."""

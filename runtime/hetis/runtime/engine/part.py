@@ -92,5 +92,9 @@ class PipelineStage(Protocol):
     def replace_device(self, index: int, device: AttentionDevice) -> None:
         """A device with nothing in it takes the place of one that was lost."""
 
+    def rejoin(self, index: int) -> bool:
+        """Whether the stage has by itself found a device again that was lost, with nothing in it; asked again and
+        again. False of one in this process: it is given its devices."""
+
     def close(self) -> None:
         """The engine has ended."""

@@ -310,6 +310,11 @@ class Seats:
     def restore_device(self, index: int, device: AttentionDevice, *, stage: int = 0) -> None:
         """A device with nothing in it takes the place of one that was lost, with as many pages."""
         self.stages[stage].replace_device(index, device)
+        self.take_back(index, stage=stage)
+
+    def take_back(self, index: int, *, stage: int = 0) -> None:
+        """A device that was lost is there again, with nothing in it, as its stage says: it takes heads again."""
+        self.stages[stage].placement.restore(index)
         self.aside = frozenset()  # the next step finds out who still has to wait
 
     def lose_failed(self) -> None:

@@ -118,6 +118,10 @@ class Stage:
         """A device with nothing in it takes the place of one that was lost."""
         self.devices[index] = device
 
+    def rejoin(self, index: int) -> bool:
+        """False: who has the stage finds its devices again."""
+        return False
+
     def close(self) -> None:
         """Nothing is to be done: the devices belong to who made them."""
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
+from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.engine.stage import Stage
 from hetis.runtime.kv.errors import DeviceError, DeviceLostError
+from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.stages.messages import read_numbers, read_run, read_setup
 from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.errors import FrameError
@@ -26,6 +29,16 @@ Build = Callable[[StageSetup, int], Stage]
 _log = logging.getLogger(__name__)
 
 
+class StageWorkers(Protocol):
+    """Attention workers in processes of their own; `Meetings` where there are such."""
+
+    def back(self, name: str, shape: KvShape, *, epoch: int, num_pages: int) -> AttentionDevice | None:
+        """One that was lost, once it is there again, with nothing in it; waits for nobody. None: not yet."""
+
+    def end(self) -> None:
+        """The engine has ended."""
+
+
 class StageCore:
     """The state of one stage process.
 
@@ -34,11 +47,12 @@ class StageCore:
         stage: what it is now; None before the first SETUP.
     """
 
-    def __init__(self, name: str, build: Build, *, key: bytes) -> None:
+    def __init__(self, name: str, build: Build, workers: StageWorkers, *, key: bytes) -> None:
+        """``build`` joins the ``workers``, and they are found again when they are lost."""
         self.name = name
         self.epoch = 0
         self.stage: Stage | None = None
-        self._build, self._key = build, key
+        self._build, self._workers, self._key = build, workers, key
         self._session = 0
         self._dtype = ""
 
@@ -68,11 +82,11 @@ class StageCore:
     def leave(self) -> None:
         """The connection ended: what it left is void."""
         self._session = 0
+        self._workers.end()
         stage, self.stage = self.stage, None
         for device in stage.devices if stage is not None else ():
             if isinstance(device, RemoteDevice):
-                with contextlib.suppress(DeviceError):
-                    device.close()
+                _close(device)
 
     # --- inside
 
@@ -122,12 +136,32 @@ class StageCore:
                 part = read_part(frame)
                 sums = stage.digest(frame.layer, part.request, part.incarnation, part.heads, part.last)
                 return frame.answered(Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
+            case Kind.REJOIN:
+                return self._rejoin(frame, stage)
             case _:
                 raise FrameError(f"{frame.kind.name} is not for a stage")
         return None
+
+    def _rejoin(self, frame: Frame, stage: Stage) -> Frame:
+        """The engine has given up what the lost device held, and sends nothing there before it is answered."""
+        if frame.layer >= len(stage.devices):
+            raise FrameError(f"REJOIN of device {frame.layer}, the stage has {len(stage.devices)}")
+        lost = stage.devices[frame.layer]
+        back = self._workers.back(lost.name, stage.shape, epoch=self.epoch, num_pages=lost.num_pages)
+        if back is None:
+            return frame.answered(Kind.DONE)
+        if isinstance(lost, RemoteDevice):
+            _close(lost)
+        stage.replace_device(frame.layer, back)
+        return frame.answered(Kind.WELCOME, parts=(torch.tensor([back.num_pages], dtype=torch.int64),))
 
     def _stale(self, frame: Frame) -> Frame:
         return stale_answer(frame, self.name, current=self.epoch)
 
 
-_ANSWERED = frozenset({Kind.SETUP, Kind.RUN, Kind.COPY, Kind.DIGEST, Kind.EXPORT})
+def _close(device: RemoteDevice) -> None:
+    with contextlib.suppress(DeviceError):
+        device.close()
+
+
+_ANSWERED = frozenset({Kind.SETUP, Kind.RUN, Kind.COPY, Kind.DIGEST, Kind.EXPORT, Kind.REJOIN})

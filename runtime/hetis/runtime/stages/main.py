@@ -6,6 +6,7 @@ Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hetis.runtime.stages.options import StageOptions, read_options
 from hetis.runtime.worker.process import StartError, run_process, serve_core
@@ -21,18 +22,22 @@ def _serve(options: StageOptions) -> int:
     from hetis.runtime.kv.shape import KvShape
     from hetis.runtime.launch.compute import torch_devices
     from hetis.runtime.launch.errors import LayoutError
+    from hetis.runtime.launch.meetings import Meetings
     from hetis.runtime.model.config import read_config
     from hetis.runtime.model.errors import ModelError
     from hetis.runtime.stages.core import StageCore
     from hetis.runtime.stages.setup import StageBuilder
     from hetis.runtime.transport.connecting import look_up, open_store
     from hetis.runtime.transport.frames import Kind
-    from hetis.runtime.worker.joining import join
+
+    def store() -> Any:
+        return open_store("{}:{}".format(*options.store), is_master=False, timeout_s=options.timeout_s)
+
+    workers = Meetings(store, timeout_s=options.timeout_s)  # each engine opens the store anew
 
     def join_worker(worker: str, shape: KvShape, epoch: int) -> AttentionDevice:
-        store = open_store("{}:{}".format(*options.store), is_master=False, timeout_s=options.timeout_s)
-        where = look_up(store, worker, timeout_s=options.timeout_s)
-        return join(worker, where, shape, epoch=epoch, timeout_s=options.timeout_s)
+        where = look_up(store(), worker, timeout_s=options.timeout_s)
+        return workers.join(worker, where, shape, epoch=epoch)
 
     def make_core(key: bytes) -> StageCore:
         try:
@@ -40,6 +45,7 @@ def _serve(options: StageOptions) -> int:
             read_config(options.model)
         except (LayoutError, ModelError) as error:
             raise StartError(str(error)) from error
-        return StageCore(options.name, StageBuilder(options.model, join_worker, compute=options.device), key=key)
+        build = StageBuilder(options.model, join_worker, compute=options.device)
+        return StageCore(options.name, build, workers, key=key)
 
     return serve_core("stage", options, make_core, greeting=Kind.SETUP)

@@ -147,6 +147,10 @@ class RemoteStage:
         """Raises DeviceError: the stage process's devices are its own."""
         raise DeviceError(device.name, f"the devices of stage {self.name} are its own")
 
+    def rejoin(self, index: int) -> bool:
+        """Whether the process has found an attention worker again that it had lost."""
+        return self._ask(self._session.frame(Kind.REJOIN, layer=index)).kind is Kind.WELCOME
+
     def close(self) -> None:
         """Says goodbye; the process waits for the next engine."""
         if not self._is_lost:

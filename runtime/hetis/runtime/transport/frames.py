@@ -17,16 +17,17 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | RUN | | seven sizes and a step's numbers: i64; hidden states [T, hidden] but of the first stage |
 | COPY | | source, target, request, incarnation, first, last, heads: i64 [6 + H] |
 | FORGET | | request, incarnation: i64 |
+| REJOIN (layer: device, of a stage) | | |
 | PREFILL (serial: job) | N | tokens i64 [N] |
 | CANCEL (serial: job) | | |
-| WELCOME | | pages i64, name; of a stage: pages i64 [devices] |
+| WELCOME | | pages i64, name; of a stage: pages i64 [devices], of REJOIN those of the device |
 | OUT | N | [N, r, d] |
 | KV (of a job, step: first position) | H, positions | K, V [H, layers, positions, d] |
 | DIGESTS | H | i64 [H, layers] |
 | PONG | | free pages i64, virtual sequences i64 |
 | HIDDEN | rows, columns | [rows, columns]: hidden states or logits |
 | TOKENS | O | i64 [O], in place of the logits |
-| DONE | | |
+| DONE (of REJOIN: not yet) | | |
 | ERROR | code | needed i64, free i64, text |
 """
 
@@ -71,6 +72,7 @@ class Kind(IntEnum):
     FORGET = 16
     PREFILL = 17
     CANCEL = 18
+    REJOIN = 19
     WELCOME = 32
     OUT = 33
     KV = 34
