@@ -254,3 +254,20 @@ def test_parts_follow_the_gpus_of_the_copy_that_is_meant() -> None:
     }
     with pytest.raises(ServiceError, match="no device of the stage's copy"):
         parts_of(change(2, source="a/0", target="f/0").change, plan, primary_node="a")
+
+
+def test_a_node_that_moves_no_heads_has_no_part_and_the_authority_does_it() -> None:
+    """As where attention workers of a real engine are on nodes whose agents have no engine beside them."""
+    world = World()
+    world.agents["b"].capabilities = []
+    world.serve()
+    change_id = world.propose()
+    body = world.planner.cluster.changes.under_way[change_id].body
+    assert {one.node: list(one.parts) for one in body.nodes} == {
+        "a": [change_pb2.CHANGE_PART_AUTHORITY, change_pb2.CHANGE_PART_SOURCE],
+        "c": [change_pb2.CHANGE_PART_TARGET],
+    }
+    world.heal()
+    assert world.state(change_id) == "DONE"
+    assert not world.planner.cluster.link("nobody").capabilities
+    assert world.planner.cluster.link("nobody").moves_heads, "what it can is not known before it says so"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from hetis.planner.failures import invalid_field
 from hetis.planner.fleet.transition import node_of
@@ -12,8 +12,17 @@ Part = change_pb2.ChangePart
 Parts = Mapping[str, tuple[Part.ValueType, ...]]
 
 
-def parts_of(change: change_pb2.Change, shape: replica_pb2.ReplicaPlan, *, primary_node: str) -> Parts:
+def parts_of(
+    change: change_pb2.Change,
+    shape: replica_pb2.ReplicaPlan,
+    *,
+    primary_node: str,
+    moves_heads: Callable[[str], bool] = lambda node: True,
+) -> Parts:
     """Parts by node id, the authority's first.
+
+    A node that does not move heads has no part: its attention workers are the primary's engine's own, which reserves,
+    copies and frees there, and so has the part itself.
 
     Raises:
         ServiceError: INVALID_FIELD: a move names a device that the stage's copy has not.
@@ -24,8 +33,8 @@ def parts_of(change: change_pb2.Change, shape: replica_pb2.ReplicaPlan, *, prima
         for device, part in ((move.source, Part.CHANGE_PART_SOURCE), (move.target, Part.CHANGE_PART_TARGET)):
             if device not in gpus:
                 raise invalid_field(f"change.moves[{move.number}]", f"{device} is no device of the stage's copy")
-            for gpu in gpus[device]:
-                found.setdefault(node_of(gpu), set()).add(part)
+            for node in map(node_of, gpus[device]):
+                found.setdefault(node if moves_heads(node) else primary_node, set()).add(part)
     return {node: tuple(sorted(parts)) for node, parts in found.items()}
 
 

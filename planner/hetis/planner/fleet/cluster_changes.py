@@ -99,7 +99,12 @@ class ClusterChanges:
                 f" {primary.held}",
                 metadata={"base_generation": body.change.base_generation, "generation": primary.held},
             )
-        parts = parts_of(body.change, replica.record.body.shape, primary_node=replica.primary_node)
+        parts = parts_of(
+            body.change,
+            replica.record.body.shape,
+            primary_node=replica.primary_node,
+            moves_heads=lambda node: self._cluster.link(node).moves_heads,
+        )
         lost = sorted(node for node in parts if self._cluster.leases.state(node) != NodeState.NODE_STATE_READY)
         if lost:
             raise ServiceError(

@@ -153,6 +153,11 @@ class NodeLink:
         return self._session
 
     @property
+    def moves_heads(self) -> bool:
+        """Its agent can, or has not said yet what it can."""
+        return not self._boot_id or Capability.AGENT_CAPABILITY_MOVE in self.capabilities
+
+    @property
     def has_more(self) -> bool:
         """Something is to be sent now, or may be when time has passed."""
         return bool(self._active or self._outbox or self._due or self._put_off)
