@@ -1,17 +1,20 @@
-"""Random pipelines under random events: heads move, devices are lost and come back, requests are cancelled; every
-token that comes is the whole model's.
+"""Random pipelines under random events: heads move, by themselves as devices get slow, and from outside; devices are
+lost and come back, requests are cancelled; every token that comes is the whole model's.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.request import FinishReason, SamplingParams
 from hetis.runtime.moving.hauler import Hauler, WantedMove
+from hetis.runtime.moving.redispatch import Redispatch
 from tests.runtime.checkpoints import random_model, random_prompts
 from tests.runtime.engine.pipelines import Part, assert_empty, pipeline_of
 
@@ -48,6 +51,10 @@ def disturb(engine: Engine, hauler: Hauler, chooser: random.Random) -> None:
             engine.restore_device(lost[0], LocalDevice(old.name, old.shape, old.num_pages), stage=part.number)
         case 3 if here:
             engine.preempt(chooser.choice(here).number)
+        case 4:
+            slow = np.array([10.0 ** chooser.randrange(4) for _ in range(num)])[:, None]
+            costs = part.placement.costs
+            part.placement.change_costs(replace(costs, head_s=1e-7 * slow, kv_byte_s=1e-10 * slow))
         case _ if here:
             request = chooser.choice(here)
             head, target = chooser.randrange(len(part.stage.homes)), chooser.randrange(num)
@@ -58,6 +65,10 @@ def disturb(engine: Engine, hauler: Hauler, chooser: random.Random) -> None:
 def run_disturbed(engine: Engine, chooser: random.Random) -> tuple[dict[int, list[int]], dict[int, FinishReason]]:
     """Tokens and ends of requests, by the number of their prompt."""
     hauler = Hauler(engine=engine, bytes_per_step=2000)
+    for part in engine.stages:
+        if part.placement.group.num_places > 1:
+            links = np.full(part.num_devices, 1e-13)
+            Redispatch(hauler=hauler, link_byte_s=links, stage=part.number, every_steps=2)
     waiting, number_of = list(range(len(PROMPTS))), dict[int, int]()
     answers: dict[int, list[int]] = {}
     ends: dict[int, FinishReason] = {}
