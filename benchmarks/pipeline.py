@@ -1,6 +1,6 @@
 """The steady rate of a pipeline by the formula, beside an event simulation of random pipelines.
 
-    python -m benchmarks.pipeline [--quick] [--json]
+    python -m benchmarks.pipeline [--quick] [--json] [alternating | roles]
 
 The formula (docs/cost-model.md, "Rate") lets work flow evenly: with mean seconds ``u_s`` of an iteration, ``c_s``
 copies and M micro-batches in flight, ``1 / max(max_s u_s / c_s, sum_s u_s / M)`` iterations a second. Iterations with
@@ -9,11 +9,16 @@ simulated rate over the formula's, without slack (mean, 10th percentile, least),
 of all stages together) and by how chunks come: one in every so many iterations of a micro-batch, or at random.
 ``assumed`` is what the slack of `Assumptions` leaves of the formula's rate, ``share_reaching`` the share of pipelines
 that reach it.
+
+``roles``: the simulator with pipelines of equal A100s that only prefill or only decode, with M of K, 1.5 K and 2 K.
+``busy`` is the share of time in which the busiest stage computes, ``rate`` the rate over the even flow (with chunks and
+contexts as they come, so that it may exceed 1), ``assumed`` as above.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.measuring import rows
+from benchmarks.measuring.one_role import Kept, OneRole, measure
 from hetis.solver.problem import Assumptions
 
 SEED = 1
@@ -30,6 +36,13 @@ IMBALANCE = 0.7  # the fastest stage needs this share of the slowest one's time
 CHUNK_SHARES = (0.1, 0.9)  # of iterations that carry a chunk: phi
 CHUNK_RATIOS = (2.0, 20.0)  # seconds of an iteration with a chunk over one without
 FILLS = ("M = 1", "K <= M < 2K", "M >= 2K")
+ROLE_MODELS = ("Llama-13B", "Llama-3.1-8B")
+ROLE_WORKLOADS = (
+    "sharegpt_first_turn_lengths", "humaneval_lengths", "azure_conv_2023", "longbench_lengths",
+)  # fmt: skip
+ROLE_STAGES = (2, 4)
+PREFILL_CHUNK = 512
+DECODE_SEATS = (4, 64)  # b
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +65,11 @@ class Pipeline:
 def main() -> None:
     """Prints one row per fill and arrangement of chunks."""
     parser = rows.parser("benchmarks.pipeline", __doc__)
+    parser.add_argument("what", nargs="?", choices=("alternating", "roles"), default="alternating")
     arguments = parser.parse_args()
+    if arguments.what == "roles":
+        rows.show(role_rows(quick=arguments.quick, only=arguments.only), arguments, name="pipeline roles")
+        return
     pipelines, iterations = (10, 1000) if arguments.quick else (300, 3000)
     rows.show(measured_rows(pipelines, iterations, arguments.only), arguments, name="pipeline")
 
@@ -84,6 +101,40 @@ def measured_rows(num_pipelines: int, iterations: int, only: str = "") -> Iterat
                 "note": f"least: copies {'+'.join(map(str, worst.copies))}, M {worst.in_flight}, a chunk in"
                 f" {worst.chunk_share:.0%} of iterations, {worst.chunk_ratio:.1f} times as long",
             }
+
+
+def role_rows(*, quick: bool, only: str = "") -> Iterator[rows.Row]:
+    """One row per role, model, workload and size: K, and b of a decode pipeline."""
+    iterations, requests = (300, 100) if quick else (8000, 1500)
+    carried = [(0, PREFILL_CHUNK), *((b, 0) for b in DECODE_SEATS)]
+    for (b, chunk), model, workload, stages in itertools.product(carried, ROLE_MODELS, ROLE_WORKLOADS, ROLE_STAGES):
+        what = f"decode b {b}" if b else f"prefill C {chunk}"
+        name = f"{what}, {model}, {workload.partition('_')[0]}, K = {stages}"
+        if only not in name:
+            continue
+        found = [
+            measure(
+                OneRole(
+                    model=model,
+                    workload=workload,
+                    stages=stages,
+                    in_flight=in_flight,
+                    micro_batch=b,
+                    chunk_tokens=chunk,
+                ),
+                iterations=iterations,
+                requests=requests,
+            )
+            for in_flight in (stages, stages * 3 // 2, stages * 2)
+        ]
+        yield {"name": name, **_beside(found)}
+
+
+def _beside(found: list[Kept]) -> dict[str, float]:
+    cells: dict[str, float] = {}
+    for fill, kept in zip(("k", "1.5k", "2k"), found, strict=True):
+        cells |= {f"busy_{fill}": kept.busy, f"rate_{fill}": kept.rate}
+    return cells | {"assumed_tight": 1 / (1 + found[0].slack), "assumed_full": 1 / (1 + found[-1].slack)}
 
 
 def random_pipeline(fill: str, rng: np.random.Generator) -> Pipeline:

@@ -89,7 +89,14 @@ def test_a_large_trace_is_binned_without_changing_its_averages(tmp_path: Path) -
     assert len(workload.bins) == 4096
     assert summary.mean_prompt == pytest.approx(exact.mean_prompt, rel=1e-12)
     assert summary.mean_output == pytest.approx(exact.mean_output, rel=1e-12)
-    for field in ("prefill_pairs", "resident_context", "prefilling_context", "resident_context_sd", "p95_prompt"):
+    for field in (
+        "prefill_pairs",
+        "resident_context",
+        "prefilling_context",
+        "resident_context_sd",
+        "p95_prompt",
+        "prefill_context_sd",
+    ):
         assert getattr(summary, field) == pytest.approx(getattr(exact, field), rel=0.005), field
 
 

@@ -9,7 +9,10 @@ from dataclasses import replace
 import pytest
 
 from hetis.solver.check import Rule, check_plan
+from hetis.solver.check.setting import Setting
+from hetis.solver.check.timing import least_slack
 from hetis.solver.cluster import Link, Network
+from hetis.solver.cost import chunk_spread, regime_of, regimes
 from hetis.solver.model import MoeShape
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, Plan, Role, StagePlan
 from hetis.solver.problem import Family, PlacementProblem
@@ -329,6 +332,54 @@ def test_decode_replica_takes_the_time_worked_by_hand() -> None:
     assert derived.t_s == pytest.approx(6 * arriving_s + 10 * 0.004)
     assert derived.tpot_per_t == pytest.approx(0.1)
     assert (derived.ttft_s(derived.t_s), derived.landing_s) == (0.0, 0.0)
+
+
+HALVES = replace(ALONE, num_layers=3), replace(ALONE, first_layer=3, num_layers=3, devices=("a/1",))
+
+
+def test_iterations_of_a_decode_pipeline_hardly_hold_one_another_up() -> None:
+    problem = token_problem(link=Link(bytes_per_s=1e12, latency_s=0.0))
+    # 10 iterations of 4 tokens: 3 layers of 4 ms, and on the last stage an LM head of 4 ms and a hop of 4 * 512 bytes.
+    # But KV takes 65.536 ms a layer to arrive, longer than 10 * 4 ms.
+    last_s = 3 * 0.065536 + 10 * (0.004 + 0.002048)
+    for in_flight in (2, 3, 4):  # K = 2
+        derived = derived_of(unclaimed(*HALVES, in_flight=in_flight, role=Role.DECODE), problem)
+        assert derived.t_s == pytest.approx(1.02 * last_s, rel=1e-5)
+
+
+def test_chunks_of_long_prompts_hold_one_another_up_in_a_tight_pipeline() -> None:
+    link = Link(bytes_per_s=1e12, latency_s=0.0)
+    problem = replace(token_problem(link=link), workload=make_workload((3840, 40)))
+    # 60 chunks of 64 tokens: 3 layers of 64 ms, an LM head of one token and a hop of 32768 bytes.
+    last_s = 60 * (3 * 0.064 + 0.001 + 0.032768)
+    # A layer takes a token 2 * 589824 FLOPs and 4 * 4 * 64 for every token it attends to: 1920.5 in the mean, with a
+    # standard deviation of 3840 / sqrt(12), near enough. So chunks differ by 0.361, of which 0.8 are lost.
+    spread = 1024 * math.sqrt(3840**2 / 3 - 1920**2) / (2 * 589824 + 1024 * 1920.5)
+    for in_flight, slack in ((2, 0.8 * spread), (3, 0.8 * spread), (4, 0.02)):
+        derived = derived_of(unclaimed(*HALVES, in_flight=in_flight, role=Role.PREFILL, kv_zones=("default",)), problem)
+        assert derived.t_s == pytest.approx((1 + slack) * last_s, rel=1e-5)
+
+
+def test_short_prompts_leave_a_tight_prefill_pipeline_its_least_slack() -> None:
+    problem = replace(token_problem(link=Link(bytes_per_s=1e12, latency_s=0.0)), workload=make_workload((64, 40)))
+    one = unclaimed(*HALVES, in_flight=2, role=Role.PREFILL, kv_zones=("default",))
+    assert derived_of(one, problem).t_s == pytest.approx(1.02 * (3 * 0.064 + 0.001 + 0.032768), rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 512])
+@pytest.mark.parametrize("lengths", [((128, 40),), ((4096, 40),), ((16, 5), (30_000, 300))])
+def test_search_and_checker_know_the_same_slack(lengths: tuple[tuple[int, int], ...], window: int | None) -> None:
+    model = replace(make_model(), sliding_window=window)
+    problem = replace(token_problem(), model=model, workload=make_workload(*lengths))
+    moments = problem.workload.moments()
+    for role in Role:
+        of_role = regimes(problem.assumptions, role, chunk_spread(model, moments))
+        for in_flight, num_copies in ((1, 1), (2, 2), (3, 2), (4, 2), (4, 1)):
+            setting = Setting(
+                problem=problem, moments=moments, micro_batch=4, in_flight=in_flight, chunk_tokens=64, role=role
+            )
+            found = regime_of(of_role, in_flight=in_flight, num_copies=num_copies)
+            assert tuple(found) == pytest.approx(least_slack(setting, num_copies), rel=1e-12)
 
 
 def test_attention_workers_of_a_decode_replica_receive_their_groups_themselves() -> None:

@@ -299,17 +299,37 @@ class Regime(NamedTuple):
     unevenness: float
 
 
-def regimes(assumptions: Assumptions) -> tuple[Regime, Regime]:
-    """Of pipelines with at least two micro-batches per stage copy, and with at least one."""
+def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
+    """delta: standard deviation of the FLOPs of a chunk in a layer, over their mean.
+
+    Chunks have equally many tokens, which attend to more the further a prompt has come. Of a model and its workload
+    alone: no GPU computes a layer in another proportion by much.
+    """
+    mean = moments.prefill_pairs / moments.mean_prompt
+    attended, further = (model.attended_tokens(a) for a in (mean, mean + moments.prefill_context_sd))
+    token = 2.0 * model.active_layer_params() + model.attention_flops(attended, model.q_heads)
+    return model.attention_flops(further - attended, model.q_heads) / token
+
+
+def regimes(assumptions: Assumptions, role: Role, spread: float) -> tuple[Regime, Regime]:
+    """Of a role's pipelines with at least two micro-batches per stage copy, and with at least one.
+
+    Only on unified replicas do iterations with and without a chunk alternate. Those of a prefill replica differ as
+    their chunks do (``spread``: see `chunk_spread`), which two micro-batches per stage copy even out.
+    """
     a = assumptions
-    return Regime(a.full_slack, a.full_unevenness), Regime(a.tight_slack, a.tight_unevenness)
+    if role is Role.UNIFIED:
+        return Regime(a.full_slack, a.full_unevenness), Regime(a.tight_slack, a.tight_unevenness)
+    even = Regime(a.full_slack, 0.0)
+    uneven = a.tight_unevenness * spread if role is Role.PREFILL else 0.0
+    return even, even._replace(least=max(even.least, uneven))
 
 
-def regime_of(assumptions: Assumptions, *, in_flight: int, num_copies: int) -> Regime:
-    """The regime of M micro-batches over K stage copies."""
+def regime_of(of_role: tuple[Regime, Regime], *, in_flight: int, num_copies: int) -> Regime:
+    """The regime of M micro-batches over K stage copies, of the two of `regimes`."""
     if in_flight == 1:
         return Regime(0.0, 0.0)
-    full, tight = regimes(assumptions)
+    full, tight = of_role
     return full if in_flight >= 2 * num_copies else tight
 
 

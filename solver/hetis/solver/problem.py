@@ -24,10 +24,12 @@ class Assumptions:
             (1.645: 95%). Filled to the mean, an engine preempts all the time.
         full_slack: share added to the interval between completions when at least two micro-batches are in flight per
             stage copy; iterations with and without a chunk alternate, and the bottleneck's queue runs dry now and then.
+            Of prefill and decode replicas, where nothing alternates, the least with fewer as well.
         tight_slack: the same with fewer than two. None of it for a single micro-batch, which waits for nobody.
         full_unevenness, tight_unevenness: these shares are at least so many times ``E / m - 1``, of the longest of M
             iterations E and the mean one m of a stage: whoever carries a chunk holds the others up. Fitted to 600
-            simulated pipelines (`docs/benchmarks.md`, "simulation").
+            simulated pipelines (`docs/benchmarks.md`, "simulation"). Of prefill replicas ``tight_unevenness`` times
+            what chunks differ by (`cost.chunk_spread`), and nothing with two micro-batches per copy.
         planned_utilisation: goodput is this share of the saturated rate.
     """
 

@@ -73,7 +73,7 @@ class WorkloadMoments:
     A request decodes for a time in proportion to its output O, while its context grows from P to P + O. So among
     *decoding* requests the mean context is ``E[O (P + O/2)] / E[O]`` and its second moment
     ``E[O (P^2 + P O + O^2/3)] / E[O]``. A request prefills for a time in proportion to P, holding P/2 on average:
-    among *prefilling* ones the mean is ``E[P^2] / (2 E[P])``.
+    among *prefilling* ones the mean is ``E[P^2] / (2 E[P])``, and the second moment ``E[P^3] / (3 E[P])``.
     """
 
     mean_prompt: float  # P, tokens
@@ -84,6 +84,7 @@ class WorkloadMoments:
     resident_context_sd: float  # standard deviation of the same
     prefilling_context: float  # tokens in KV of a prefilling request
     prompt_cv2: float  # squared coefficient of variation of the prompt length
+    prefill_context_sd: float  # standard deviation, over prompt tokens, of the tokens they attend to
 
 
 def moments_of(bins: Sequence[LengthBin], *, block_tokens: int) -> WorkloadMoments:
@@ -106,4 +107,7 @@ def moments_of(bins: Sequence[LengthBin], *, block_tokens: int) -> WorkloadMomen
         resident_context_sd=math.sqrt(max(0.0, second - context * context)),
         prefilling_context=float(w @ (p * p)) / (2 * mean_p),
         prompt_cv2=max(0.0, float(w @ (p * p)) / mean_p**2 - 1.0),
+        prefill_context_sd=math.sqrt(
+            max(0.0, float(w @ p**3) / (3 * mean_p) - (float(w @ (p * p)) / (2 * mean_p)) ** 2)
+        ),
     )

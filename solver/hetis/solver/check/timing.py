@@ -109,10 +109,23 @@ def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
     """Of any stage, by micro-batches in flight (M) per stage copy (K); and the factor of its unevenness."""
     if setting.in_flight == 1:
         return 0.0, 0.0
-    assumed = setting.problem.assumptions
-    if setting.in_flight >= 2 * num_copies:
+    assumed, is_full = setting.problem.assumptions, setting.in_flight >= 2 * num_copies
+    if setting.role is Role.UNIFIED and is_full:
         return assumed.full_slack, assumed.full_unevenness
-    return assumed.tight_slack, assumed.tight_unevenness
+    if setting.role is Role.UNIFIED:
+        return assumed.tight_slack, assumed.tight_unevenness
+    if setting.role is Role.PREFILL and not is_full:
+        return max(assumed.full_slack, assumed.tight_unevenness * _chunk_spread(setting)), 0.0
+    return assumed.full_slack, 0.0
+
+
+def _chunk_spread(setting: Setting) -> float:
+    """delta: by how much chunks differ, in FLOPs of a layer over their mean."""
+    model, moments = setting.model, setting.moments
+    a = moments.prefill_pairs / moments.mean_prompt
+    per_token = 2 * model.active_layer_params() + model.attention_flops(model.attended_tokens(a), model.q_heads)
+    more = model.attended_tokens(a + moments.prefill_context_sd) - model.attended_tokens(a)
+    return model.attention_flops(more, model.q_heads) / per_token
 
 
 def slack(setting: Setting, stage: StageShape, num_copies: int) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.tables import Atlas, Tables
+from hetis.solver.plan import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class Configuration:
     """A part of the family searched on its own: a scope, a mix, M, and how full or how uneven the pipeline is.
 
     ``side`` is where its replicas stand in the master. ``max_copies`` bounds the stage copies K of a replica: M = 1 is
-    sequential (any K, copies take no turns), M >= 2 K runs with ``full_slack``, M >= K with ``tight_slack``.
+    sequential (any K, copies take no turns), M >= 2 K runs with the first regime of its role, M >= K with the second.
     No stage of a sequential replica takes more than ``unevenness`` times the mean in an iteration with a chunk.
     """
 
@@ -42,12 +43,13 @@ def configurations(atlas: Atlas) -> list[Configuration]:
     memory and time, unless a limit on TTFT binds: a prompt is less likely to wait where more are prefilled at a time.
     """
     found = []
-    full, tight = cost.regimes(atlas.problem.assumptions)
     family = atlas.problem.family
     most_copies = sum(c.available for c in atlas.classes)
     for scope, part in enumerate(atlas.scopes):
         for mix in (i for i, mix in enumerate(atlas.mixes) if part.serves(mix)):
             side = atlas.side_of(scope, mix)
+            role = atlas.mixes[mix].role
+            full, tight = atlas.regimes(role)
             limited = atlas.problem.objective.ttft_limit_s is not None and atlas.mixes[mix].chunk_tokens > 0
             filled = False
             for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
@@ -56,7 +58,9 @@ def configurations(atlas: Atlas) -> list[Configuration]:
                         found.append(Configuration(scope, mix, f, m, 1 << 20, cost.Regime(0.0, 0.0), side, unevenness))
                 elif not filled:
                     filled = m >= 2 * most_copies and not limited
-                    found.append(Configuration(scope, mix, f, m, m // 2, full, side))
+                    # Without rules for chunks and with the same slack, it is a part of the other.
+                    if filled or full != tight or role is Role.UNIFIED:
+                        found.append(Configuration(scope, mix, f, m, m // 2, full, side))
                     if not filled:
                         found.append(Configuration(scope, mix, f, m, m, tight, side))
     return found

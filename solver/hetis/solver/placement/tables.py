@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.cost import Mix
+from hetis.solver.cost import Mix, Regime, chunk_spread, regimes
 from hetis.solver.placement.classes import DeviceClass, IntArray, Resources
 from hetis.solver.placement.routes import Routes
 from hetis.solver.plan import Role
@@ -151,6 +151,10 @@ class Atlas:
             if role in scope.roles
         )
         return replace(self, scopes=tuple(scopes), role_types=(prefill, decode))
+
+    def regimes(self, role: Role) -> tuple[Regime, Regime]:
+        """Slack of a role's pipelines with at least two micro-batches per stage copy, and with at least one."""
+        return regimes(self.problem.assumptions, role, chunk_spread(self.problem.model, self.moments))
 
     def side_of(self, scope: int, mix: int) -> int:
         """The side of the master on which replicas of a scope and mix stand."""

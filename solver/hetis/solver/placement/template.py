@@ -129,7 +129,8 @@ def times_of(template: Template, seconds: Sequence[tuple[float, float]]) -> list
 def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
     """`stage_seconds`, stretched by the slack of each stage."""
     t, m = atlas.scopes[template.scope].tables, atlas.problem.family.in_flight[template.in_flight_index]
-    regime = cost.regime_of(atlas.problem.assumptions, in_flight=m, num_copies=template.num_copies)
+    of_role = atlas.regimes(atlas.mixes[template.mix].role)
+    regime = cost.regime_of(of_role, in_flight=m, num_copies=template.num_copies)
     found = []
     chunks = chunk_stage_seconds(atlas, template)
     for (w, fixed), (chunk_s, _) in zip(stage_seconds(atlas, template), chunks, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis.solver.cost import UNEVENNESS_STEP, Regime, regimes
+from hetis.solver.cost import UNEVENNESS_STEP, Regime
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import ROUNDING, layers_on_rank, stretch
@@ -113,11 +113,11 @@ def uniform_templates(atlas: Atlas) -> list[Template]:
 
 
 def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Template]:
-    a, t = atlas.problem.assumptions, atlas.scopes[scope].tables
+    t, regimes = atlas.scopes[scope].tables, atlas.regimes(atlas.mixes[mixes[0]].role)
     most_stages = min(t.num_layers, max(atlas.problem.family.in_flight))
     for s, (device_class, tp) in enumerate(atlas.ranks):
         for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
-            _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes(a))
+            _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes)
             if x < 0:
                 continue
             each, spare = divmod(t.num_layers, num_stages)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.solver.cost import regimes
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.options import layers_on_rank
 from hetis.solver.placement.tables import Atlas, FloatArray, Tables
@@ -63,7 +62,7 @@ def priced(
     chunk_fixed_s = chunk_fixed_s + np.where(is_last, t.chunk.last_s[at], 0.0)
     room = np.empty((len(x), len(t.in_flight), len(s)), dtype=np.int64)
     _fill_rooms(t, x, s, places, given, room)
-    full, tight = regimes(atlas.problem.assumptions)
+    full, tight = atlas.regimes(duty.role)
     return Pipeline(
         num_layers=t.num_layers,
         cut_floor=t.cut_floor,
