@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from benchmarks import ablations, pipeline
 from benchmarks import redispatch as redispatch_benchmark
 from benchmarks.measuring import drift, instances, plots, rows, solving, ties
+from benchmarks.measuring.one_role import OneRole, measure
 from hetis.solver.budget import Progress
 from hetis.solver.dispatch.solve import solve_dispatch
 from hetis.solver.placement.strategies import STRATEGIES
@@ -332,6 +334,23 @@ def test_fleets_of_any_number_of_types_have_the_same_size(count: int) -> None:
     cluster = instances.of_types(count, 1024)
     assert cluster.num_gpus() == 1024
     assert len(instances.gpu_types(cluster)) == count
+
+
+def test_prompts_of_unequal_length_slow_a_tight_prefill_pipeline_and_no_full_one() -> None:
+    one = OneRole(model="Llama-3.1-8B", workload="longbench_lengths", stages=2, in_flight=2, chunk_tokens=2048)
+    tight, full = (
+        measure(replace(one, in_flight=in_flight), iterations=100, requests=200) for in_flight in (2, 4)
+    )  # fmt: skip
+    assert tight.busy < 0.95 < 0.98 < full.busy
+    assert 1.0 + tight.slack == pytest.approx(1.0 / tight.busy, abs=0.1)
+    assert full.slack == pytest.approx(0.02)
+
+
+def test_a_decode_pipeline_reaches_what_is_planned_with_few_micro_batches_too() -> None:
+    one = OneRole(model="Llama-13B", workload="humaneval_lengths", stages=2, in_flight=2, micro_batch=16)
+    kept = measure(one, iterations=100, requests=400)
+    assert kept.slack == pytest.approx(0.02)
+    assert kept.rate * (1.0 + kept.slack) > 0.95
 
 
 def test_a_full_pipeline_of_equal_iterations_reaches_the_formula() -> None:
