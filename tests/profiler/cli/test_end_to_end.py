@@ -46,10 +46,11 @@ def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
     assert {table.op for table in raw.tables} >= {MeasuredOp.GEMM, MeasuredOp.LAYER, MeasuredOp.DECODE_ATTENTION}
     assert raw.provenance.engine == "torch"
 
-    raise_peaks(tmp_path / "cluster.yaml")
-    fitted = hetis_profile(
-        "fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=tmp_path
-    )
+    fitted = fit(tmp_path)
+    if "is the unit right?" in fitted.stderr:  # the machine stood still in the middle of an operator's few rows
+        again = hetis_profile(*RUN, "--time-limit", "50", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        fitted = fit(tmp_path)
     assert fitted.returncode == 0, fitted.stderr
     assert json.loads(fitted.stdout)["held_out_mape"]  # of which operators depends on how busy the machine is
     assert {fit.op.value for fit in load_profile(tmp_path / "p.json").fits} >= ALL_OPS
@@ -60,6 +61,11 @@ def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
     placed = hetis_plan("place", *arguments, "--objective", "throughput", "-o", "json", cwd=tmp_path)
     assert placed.returncode == 0, placed.stderr
     assert raw.gpu in placed.stdout
+
+
+def fit(folder: Path) -> subprocess.CompletedProcess[str]:
+    raise_peaks(folder / "cluster.yaml")
+    return hetis_profile("fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=folder)
 
 
 def raise_peaks(cluster: Path) -> None:
