@@ -96,7 +96,7 @@ class Builder:
             ahead = chunk  # any number of prompts that fit in a chunk
         elif one.role is Role.DECODE:
             arriving = sum(
-                self.plan.replicas[route.prefill].in_flight * route.rate / self._sent(route.prefill)
+                self._under_way(route.prefill) * route.rate / self._sent(route.prefill)
                 for route in self.plan.kv_routes
                 if route.decode == number
             )
@@ -107,6 +107,11 @@ class Builder:
                 chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
             ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
         return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead)
+
+    def _under_way(self, prefill: int) -> float:
+        """Prompts that a prefill replica works on at once when its chunks are full."""
+        one = self.plan.replicas[prefill]
+        return one.in_flight * max(1.0, one.chunk_tokens / self.moments.mean_prompt)
 
     def _sent(self, prefill: int) -> float:
         return sum(route.rate for route in self.plan.kv_routes if route.prefill == prefill)
