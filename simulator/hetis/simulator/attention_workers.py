@@ -46,8 +46,8 @@ class PoolCopy:
         """``split``: head groups of a request on the primary and on the cards together, as the plan has them."""
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
         self.state = DispatchState(timing.stage(names), blocks)
-        # Outputs are not known. Half of the mean is what running requests hold of theirs on average, as the plan counts;
-        # room for all of it would leave a fifth of the plan's seats empty, and none at all fills primaries too far.
+        # Outputs are not known. Half of the mean is what running requests hold of theirs on average, as the plan has
+        # it; room for all of it would leave a fifth of the plan's seats empty, and none fills primaries too far.
         self._growth = round(mean_output / 2)
         self.homes: dict[int, IntArray] = {}
         self.busy_s = np.zeros(len(names))
