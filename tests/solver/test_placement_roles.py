@@ -20,6 +20,7 @@ from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.template import interval_of, with_fewest_in_flight
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import Family, PlacementProblem
@@ -143,6 +144,25 @@ def test_each_role_goes_to_the_cards_that_suit_it(exact: bool) -> None:
     assert all(r.kv_zones == ("east", "west") for r in plan.replicas if r.role is Role.PREFILL)
     unified = replace(problem, family=replace(problem.family, roles=(Role.UNIFIED,)))
     assert plan.result.value > 1.25 * value_of(unified, exact=exact)
+
+
+@pytest.mark.parametrize("limit_s", [None, 60.0])
+def test_a_prefill_replica_has_no_more_in_flight_than_its_rate_needs(limit_s: float | None) -> None:
+    problem = replace(split_fleet(), objective=Objective(ttft_limit_s=limit_s, tpot_limit_s=None))
+    atlas = build_atlas(problem)
+    busy = problem.family.in_flight.index(max(problem.family.in_flight))
+    tried = 0
+    for template in uniform_templates(atlas):
+        many = replace(template, in_flight_index=busy)
+        many = replace(many, interval_s=interval_of(atlas, many))
+        few = with_fewest_in_flight(atlas, many)
+        if limit_s is not None or atlas.mixes[template.mix].role is not Role.PREFILL:
+            assert few is many
+        elif template.num_copies == 1:
+            tried += 1
+            assert (problem.family.in_flight[few.in_flight_index], few.rate) == (2, many.rate)  # 1 has no slack
+            assert interval_of(atlas, few) == pytest.approx(few.interval_s, rel=1e-12)
+    assert tried or limit_s is not None
 
 
 @exactly

@@ -31,6 +31,7 @@ from hetis.solver.placement.template import (
     kv_tokens_held,
     landing_s,
     use_of,
+    with_fewest_in_flight,
 )
 from hetis.solver.plan import (
     AttentionWorkerPool,
@@ -100,7 +101,7 @@ def solve_placement(
         if budget.is_spent():
             raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
         raise no_plan()
-    templates = [template for template, count in outcome.chosen for _ in range(count)]
+    templates = [with_fewest_in_flight(atlas, template) for template, count in outcome.chosen for _ in range(count)]
     bound_stages = bind(atlas, templates, seed=seed, budget=budget)
     plan = plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
     return restored(plan, searched, problem) if problem.will else plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from hetis.solver.placement.options import (
     stretch,
 )
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas
+from hetis.solver.plan import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,20 @@ def interval_of(atlas: Atlas, template: Template) -> float:
     m = atlas.problem.family.in_flight[template.in_flight_index]
     busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
     return max(busiest, sum(times) / m, atlas.scopes[template.scope].tables.t_floor)
+
+
+def with_fewest_in_flight(atlas: Atlas, template: Template) -> Template:
+    """A prefill replica with no more micro-batches than its rate needs; others, and those under a limit on TTFT, stay.
+
+    What is in flight takes room twice: KV of a prompt has its place on the decode replica from the beginning on.
+    """
+    if atlas.mixes[template.mix].role is not Role.PREFILL or atlas.problem.objective.ttft_limit_s is not None:
+        return template
+    for index, m in sorted(enumerate(atlas.problem.family.in_flight), key=lambda pair: pair[1]):
+        fewer = replace(template, in_flight_index=index)
+        if m >= template.num_copies and math.isclose(interval_of(atlas, fewer), template.interval_s, rel_tol=1e-12):
+            return fewer
+    return template
 
 
 def rebalanced(atlas: Atlas, template: Template) -> Template:
