@@ -41,14 +41,14 @@ class PoolCopy:
 
     def __init__(
         self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], book: Book,
-        events: Events, settings: Settings, mean_output: float, shared: tuple[SharedCard, ...] | None, links: Links,
+        events: Events, settings: Settings, mean_output: float, growth: int, shared: tuple[SharedCard, ...] | None,
+        links: Links,
     ) -> None:  # fmt: skip
-        """``split``: head groups of a request on the primary and on the cards together, as the plan has them."""
+        """``split``: head groups of a request on the primary and on the cards together, as the plan has them.
+        ``growth``: output tokens that a new request needs room for; what its output will be is not known."""
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
         self.state = DispatchState(timing.stage(names), blocks)
-        # Outputs are not known. Half of the mean is what running requests hold of theirs on average, as the plan has
-        # it; room for all of it would leave a fifth of the plan's seats empty, and none fills primaries too far.
-        self._growth = round(mean_output / 2)
+        self._growth = growth
         self.homes: dict[int, IntArray] = {}
         self.busy_s = np.zeros(len(names))
         self.total_blocks = np.asarray(blocks, np.int64)

@@ -144,7 +144,8 @@ class Builder:
             else:
                 num = len(pool.devices) // stage.copies
                 names = pool.devices[copy * num : (copy + 1) * num]
-                workers = self._pool_copy(timing, pool, ranks, names, rank_bytes, shares, cards)
+                seats = one.micro_batch * one.in_flight / stage.copies
+                workers = self._pool_copy(timing, pool, ranks, names, rank_bytes, shares, cards, seats)
             track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
             copies.append(
                 StageCopy(
@@ -155,7 +156,7 @@ class Builder:
 
     def _pool_copy(
         self, timing: StageTiming, pool: AttentionWorkerPool, ranks: tuple[str, ...], names: tuple[str, ...],
-        rank_bytes: float, shares: Mapping[str, float], cards: Mapping[str, SharedCard],
+        rank_bytes: float, shares: Mapping[str, float], cards: Mapping[str, SharedCard], seats: float,
     ) -> PoolCopy:  # fmt: skip
         tp, model = timing.shape.tp, self.problem.model
         away = pool.kv_head_groups * tp
@@ -174,9 +175,19 @@ class Builder:
             events=self._events,
             settings=self._settings,
             mean_output=self.moments.mean_output,
+            growth=self._kept_for_growth(seats),
             shared=tuple(cards[name] for name in names) if pool.shared else None,
             links=self.links,
         )
+
+    def _kept_for_growth(self, seats: float) -> int:
+        """Tokens of room that a new request leaves for its output where so many decode.
+
+        As the plan counts: what requests hold of their outputs on average, half of the mean, and each one's part of
+        what all together may hold above it. Room for the whole mean would leave a fifth of 256 seats empty.
+        """
+        m, z = self.moments, self.problem.assumptions.kv_headroom_z
+        return round(min(m.mean_output, m.mean_output / 2 + z * m.resident_context_sd / math.sqrt(seats)))
 
     def _blocks(self, room_bytes: float, layers: int, groups: int) -> int:
         return group_blocks(
