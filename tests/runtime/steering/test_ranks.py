@@ -50,7 +50,7 @@ def test_moves_of_the_planner_leave_both_ranks_and_come_home_and_the_text_stays(
 def test_what_would_leave_the_primary_uneven_is_refused_and_so_is_what_a_rank_has_no_room_for() -> None:
     world, number = started(pages=19)  # a rank has room for three heads of five pages, no more
     primary, first, _ = world.names
-    with pytest.raises(RefusedError, match="changes the heads on s0c0d0 by -1: it takes 2 at a time") as error:
+    with pytest.raises(RefusedError, match="changes the heads on the ranks of s0c0d0 by -1, 0: must be") as error:
         world.reserve(world.change(world.move(number, 1, first)))
     assert reason_name(error.value.failure) == "INVALID_FIELD"
     assert world.flip(world.prepared(world.move(number, 0, first, 2))).outcome == FLIPPED
@@ -70,7 +70,7 @@ def test_a_request_that_an_operator_left_uneven_is_not_told() -> None:
     found = world.head_map()
     assert not found.requests
     blocks = -(-world.engine.placement.tokens(number) // 16)
-    assert [device.total_blocks for device in found.devices] == [400 - 3 * blocks, 200 - blocks, 200]
+    assert [device.total_blocks for device in found.devices] == [2 * (200 - 2 * blocks), 200 - blocks, 200]
     assert world.engine.move(number, [2], 3)
     assert [list(request.owners) for request in world.head_map().requests] == [[1, 0, 2, 0]]
     world.finish()

@@ -7,6 +7,7 @@ goes home: to the rank that computes its queries. With one rank both are the sam
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
@@ -14,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray, Load, Primary, Stage
-from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, StateSnapshot
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 
 Numbers = TypeVar("Numbers", IntArray, FloatArray)
 GROUP = 0  # the solver's number of the primary
@@ -94,35 +95,30 @@ class PrimaryGroup:
         return _first_most(byte_s, self.size)
 
     def snapshot(self, snapshot: StateSnapshot) -> StateSnapshot:
-        """Of a ``snapshot`` of the engine's book. Without requests that are not whole units on the group: their heads
-        stay where they are, and their blocks are no room for others."""
+        """Of a ``snapshot`` of the engine's book. Without requests that the ranks do not have evenly: their heads stay
+        where they are, and their blocks are no room for others."""
         if self.size == 1:
             return snapshot
-        groups = self._sums(snapshot.groups)
-        moves = tuple(
-            replace(move, source=self.place(move.source), target=self.place(move.target))
-            for move in snapshot.moves
-            if self.place(move.source) != self.place(move.target)
-        )
-        is_whole = groups[:, GROUP] % self.size == 0
-        whole = {name for name, one in zip(snapshot.ids, is_whole, strict=True) if one}
-        seen = {name: i for i, name in enumerate(snapshot.ids)}
+        on_ranks = snapshot.groups[:, : self.size]
+        is_even = (on_ranks == on_ranks[:, :1]).all(axis=1)
+        even = {name for name, one in zip(snapshot.ids, is_even, strict=True) if one}
+        row = {name: i for i, name in enumerate(snapshot.ids)}
         blocks = -(-snapshot.context_tokens // snapshot.stage.heads.block_tokens)
-        taken = blocks[~is_whole] @ groups[~is_whole]
-        for move in moves:
-            if move.request not in whole:
-                taken[move.target] += move.groups * blocks[seen[move.request]]
+        taken, moves = blocks[~is_even] @ snapshot.groups[~is_even], list[PreparedMove]()
+        for move in snapshot.moves:
+            ends = self.place(move.source), self.place(move.target)
+            if move.request in even and ends[0] != ends[1]:
+                moves.append(replace(move, source=ends[0], target=ends[1]))
+            else:
+                taken[move.target] += move.groups * blocks[row[move.request]]
         return StateSnapshot(
             stage=self.costs(snapshot.stage),
-            devices=tuple(
-                replace(device, total_blocks=device.total_blocks - int(less))
-                for device, less in zip(self._devices(snapshot.devices), taken, strict=True)
-            ),
-            ids=tuple(name for name in snapshot.ids if name in whole),
-            context_tokens=snapshot.context_tokens[is_whole],
-            remaining_tokens=snapshot.remaining_tokens[is_whole],
-            groups=groups[is_whole],
-            moves=tuple(move for move in moves if move.request in whole),
+            devices=tuple(self._devices(snapshot.devices, taken)),
+            ids=tuple(name for name in snapshot.ids if name in even),
+            context_tokens=snapshot.context_tokens[is_even],
+            remaining_tokens=snapshot.remaining_tokens[is_even],
+            groups=self._sums(snapshot.groups)[is_even],
+            moves=tuple(moves),
         )
 
     # --- back to the engine
@@ -136,17 +132,24 @@ class PrimaryGroup:
     ) -> tuple[int, ...]:
         """Which ``num`` heads go from one place to another; fewer where fewer are left there.
 
-        Moves chosen before lead from ``owners`` to ``after``: what they move stays. Of the group's ranks it is always
-        the next one's head that has most of them, or fewest where heads come.
+        Moves chosen before lead from ``owners`` to ``after``: what they move stays. Of every rank as many leave the
+        group, or come home: a multiple of n. Between other devices those go first whose home has fewest heads there and
+        most here, so that each device has heads of all ranks, which may come home together.
         """
         held = [h for h, owner in enumerate(owners) if self.place(owner) == source and after[h] == owner]
-        there, sign, chosen = list(after), 1 if target == GROUP else -1, list[int]()
+        if GROUP in (source, target):
+            ranks = owners if source == GROUP else self.homes
+            of_rank = [[h for h in held if ranks[h] == rank] for rank in range(self.size)]
+            each = min(num // self.size, *map(len, of_rank))
+            return tuple(sorted(head for heads in of_rank for head in heads[:each]))
+        there = Counter(self.homes[h] for h, owner in enumerate(after) if self.place(owner) == target)
+        here, chosen = Counter(self.homes[h] for h in held), list[int]()
         while held and len(chosen) < num:
-            rank = self.homes if target == GROUP else owners
-            head = min(held, key=lambda h: (sign * there.count(rank[h]), h)) if self.size > 1 else held[0]
+            head = min(held, key=lambda h: (there[self.homes[h]], -here[self.homes[h]], h))
             held.remove(head)
             chosen.append(head)
-            there[head] = self.device(head, target)
+            there[self.homes[head]] += 1
+            here[self.homes[head]] -= 1
         return tuple(sorted(chosen))
 
     def split(self, owners: Sequence[int], heads: Sequence[int], target: int) -> list[Split]:
@@ -161,16 +164,19 @@ class PrimaryGroup:
     def _sums(self, groups: IntArray) -> IntArray:
         return np.concatenate([groups[:, : self.size].sum(axis=1, keepdims=True), groups[:, self.size :]], axis=1)
 
-    def _devices(self, devices: Sequence[DeviceSnapshot]) -> list[DeviceSnapshot]:
+    def _devices(self, devices: Sequence[DeviceSnapshot], taken: IntArray) -> list[DeviceSnapshot]:
+        """With what is left beside the blocks ``taken`` [devices]: n times that of the rank that has least."""
+        left = [device.total_blocks - int(less) for device, less in zip(devices, taken, strict=True)]
         ranks = devices[: self.size]
         away = [rank.status for rank in ranks if rank.status is not DeviceStatus.OK]
         group = replace(
             ranks[0],
-            total_blocks=sum(rank.total_blocks for rank in ranks),
+            total_blocks=self.size * min(left[: self.size]),
             status=away[0] if away else DeviceStatus.OK,
             changed=any(rank.changed for rank in ranks),
         )
-        return [group, *devices[self.size :]]
+        others = [replace(d, total_blocks=num) for d, num in zip(devices, left, strict=True)][self.size :]
+        return [group, *others]
 
 
 def _first_most(values: Numbers, num: int) -> Numbers:

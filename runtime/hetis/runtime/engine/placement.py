@@ -47,9 +47,6 @@ class Dispatched(Protocol):
 class DispatchRule(Protocol):
     """Says where the heads of new requests go; made for one stage's costs, and anew when they change."""
 
-    @property
-    def stage(self) -> StageCosts: ...
-
     def dispatch(self, load: Load, requests: Requests) -> Dispatched: ...
 
 

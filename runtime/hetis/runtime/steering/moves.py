@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hetis.runtime.engine.group import GROUP
 from hetis.runtime.executor.change import EngineChange, gone, no_room, not_owner, unavailable
 from hetis.runtime.executor.refusals import RefusedError, failure_of, generation_mismatch, refusal
 from hetis.runtime.moving.hauler import Change as Hauled
@@ -194,15 +193,17 @@ class HauledMoves:
 
 
 def _uneven(binding: StageBinding, change: Change) -> list[str]:
-    """Moves that would leave other numbers of heads on a primary than it takes."""
-    primary, unit = binding.part.stage.devices[0].name, binding.part.placement.group.unit(GROUP)
-    more: Counter[tuple[str, int]] = Counter()
+    """Moves that would leave other numbers of heads on one rank of a primary than on another."""
+    primary, group = binding.part.stage.devices[0].name, binding.part.placement.group
+    more: dict[tuple[str, int], Counter[int]] = {}
     for move in change.moves:
-        more[move.request, move.together] += len(move.head_groups) * (
-            (move.target == primary) - (move.source == primary)
-        )
+        ranks = more.setdefault((move.request, move.together), Counter())
+        for head in set(move.head_groups) & set(range(len(group.homes))):
+            ranks[group.homes[head]] += (move.target == primary) - (move.source == primary)
+    by_rank = {ends: [ranks[rank] for rank in range(group.size)] for ends, ranks in more.items()}
     return [
-        f"together {together} of request {request} changes the heads on {primary} by {num}: it takes {unit} at a time"
-        for (request, together), num in more.items()
-        if num % unit
+        f"together {together} of request {request} changes the heads on the ranks of {primary} by "
+        f"{', '.join(map(str, nums))}: must be as many for each"
+        for (request, together), nums in by_rank.items()
+        if len(set(nums)) > 1
     ]
