@@ -34,6 +34,19 @@ def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], cho
     return [c.pool for one in fleet.replicas for copies in one.stages for c in copies if c.pool is not None]
 
 
+@pytest.mark.parametrize(("seats", "kept"), [(1, 96), (4, 74), (400, 51)])
+def test_a_request_leaves_room_for_what_requests_hold_of_their_outputs(seats: int, kept: int) -> None:
+    """Outputs of 96 tokens: 48 on average, and each of n seats' part of 1.645 deviations of all, 31 / sqrt(n), no more than 96."""
+    problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((32, 96), (4, 96)), usable_bytes=10**9)
+    plan = plan_of(pipeline(problem, 6, micro_batch=seats, in_flight=1, pool=(2, 1)))
+    (replica,) = Builder(plan, problem, Book(), Events(), AS_PLANNED).replicas()
+    pool = replica.stages[0][0].pool
+    assert pool is not None
+    for request in range(2):  # where nobody is, one needs no room but its own
+        assert pool.place(replica.batches[0].pools[0][1], request, 32)
+    assert [pool.state.remaining_tokens(str(request)) for request in range(2)] == [0, kept]
+
+
 @given(
     st.sampled_from([AS_PLANNED, Settings(redispatch=False), Settings(theta=0.0)]),
     st.lists(st.tuples(st.integers(1, 80), st.integers(1, 60)), min_size=1, max_size=20),

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.simulator.book import Book
+from hetis.simulator.building import Builder
+from hetis.simulator.events import Events
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Fault, Settings
 from hetis.solver.cluster import Link, Network
@@ -17,7 +20,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import KvRoute, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem, with_role
-from tests.solver.instances import make_model
+from tests.solver.instances import make_model, make_workload
 
 
 def split_plan(problem: PlacementProblem, *, shares: tuple[float, ...] = (1.0,), pool: bool = False) -> Plan:
@@ -45,6 +48,14 @@ def test_every_prompt_is_sent_once_and_all_blocks_come_back(
     assert run.kv_transfers == (count if output > 1 else 0) + run.num_preemptions
     assert np.all(run.replica == 0) if output == 1 else np.all(run.replica > 0)
     assert run.generated_tokens == count * output
+
+
+@pytest.mark.parametrize(("prompt", "ahead"), [(64, 1), (24, 2), (4, 8)])
+def test_decoders_keep_seats_for_all_prompts_of_the_chunks_under_way(prompt: int, ahead: int) -> None:
+    """Two chunks of 32 tokens are in flight, and so are two micro-batches that decode."""
+    problem = small_problem(workload=make_workload((prompt, 12)))
+    builder = Builder(split_plan(problem), problem, Book(), Events(), Settings())
+    assert builder.replicas()[1].batching.ahead == ahead
 
 
 def test_traffic_follows_the_shares_of_the_routes() -> None:
