@@ -36,7 +36,7 @@ def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], cho
 
 @pytest.mark.parametrize(("seats", "kept"), [(1, 96), (4, 74), (400, 51)])
 def test_a_request_leaves_room_for_what_requests_hold_of_their_outputs(seats: int, kept: int) -> None:
-    """Outputs of 96 tokens: 48 on average, and each of n seats' part of 1.645 deviations of all, 31 / sqrt(n), no more than 96."""
+    """Outputs of 96 tokens: 48 on average, and 1.645 deviations of what n seats hold, over n: 31 / sqrt(n)."""
     problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((32, 96), (4, 96)), usable_bytes=10**9)
     plan = plan_of(pipeline(problem, 6, micro_batch=seats, in_flight=1, pool=(2, 1)))
     (replica,) = Builder(plan, problem, Book(), Events(), AS_PLANNED).replicas()
