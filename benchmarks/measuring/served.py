@@ -35,18 +35,20 @@ class Server:
 
     def saturated(self, settings: Settings | None = None) -> tuple[Summary, list[float]]:
         """Always somebody waiting: the summary, and the throughput by seed in requests/s."""
-        metrics = self._measured(self._load(Arrivals.SATURATED, None), settings)
+        # Requests of one length that are always waiting are the same whatever the seed.
+        num = 1 if len(self.lengths.bins) == 1 else self.seeds
+        metrics = self._measured(self._load(Arrivals.SATURATED, None), settings, num) * (self.seeds // num)
         return summarise(metrics), [one.throughput_rps.value for one in metrics]
 
     def at(self, rate_rps: float, settings: Settings | None = None) -> Summary:
         """Poisson arrivals."""
-        return summarise(self._measured(self._load(Arrivals.DRAWN, rate_rps), settings))
+        return summarise(self._measured(self._load(Arrivals.DRAWN, rate_rps), settings, self.seeds))
 
     def _load(self, arrivals: Arrivals, rate_rps: float | None) -> Load:
         context = self.runs.problem.model.max_position
         return Load(lengths=self.lengths, max_position=context, arrivals=arrivals, rate_rps=rate_rps)
 
-    def _measured(self, load: Load, settings: Settings | None) -> list[Metrics]:
+    def _measured(self, load: Load, settings: Settings | None, num: int) -> list[Metrics]:
         objective = self.runs.problem.objective
         limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
         count = max(self.at_least, self.turns * seats_of(self.runs.plan))
@@ -58,7 +60,7 @@ class Server:
                 settings=replace(settings or Settings(), seed=seed),
                 limits=limits,
             )
-            for seed in range(self.seeds)
+            for seed in range(num)
         ]
         return [answer.metrics for answer in self.runs.run(jobs)]
 
