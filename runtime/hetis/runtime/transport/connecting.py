@@ -159,10 +159,10 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
         if answer is None or answer.kind is not Kind.WELCOME:
             raise FrameError(f"{pipe.name}: the worker did not take the shared memory")
     except ChannelError:
+        shared.close()
         channel.close()
         raise
-    finally:
-        shared.unlink()  # both have it open, or it is of no use
+    shared.unlink()  # both have it open
     return PipeChannel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
 
 
@@ -190,8 +190,8 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0, device: str = "c
             if not pipe.is_local:
                 raise FrameError(f"{pipe.name}: shared memory was offered from another host")
             shared = SharedFile.open(Path(bytes(frame.body.numpy()).decode(errors="replace")))
-            channel.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
-            channel = PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+            welcomed, channel = channel, PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+            welcomed.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
             frame = _first(channel, stall_s)
     except ChannelError:
         channel.close()

@@ -1,11 +1,12 @@
-"""Bytes through memory that two processes of one host share: a ring each way, and a socket that wakes who sleeps.
+"""Bytes through memory that two processes of one host share: a ring each way, and a bell each way for who sleeps.
 
-The socket is the TCP connection that the memory was agreed on over. It tells at once when the other end dies, which
-memory does not. Whoever waits first looks again and again, giving the processor away in between, for as long as that
-has lately been of use; then it says that it sleeps, and is woken by a byte.
+Whoever waits says that it sleeps, and is woken by a byte in a FIFO: half of what a wake-up by a socket costs. Where the
+last wait was short it first looks again and again, giving the processor away in between. The TCP connection that the
+memory was agreed on over stays: it tells at once when the other end dies, which memory and FIFOs do not.
 
-The memory is a file in /dev/shm that has no name any more once both ends have it, so that nothing is left of processes
-that were killed. (`multiprocessing.shared_memory` would keep the name, and its tracker would remove what others use.)
+Memory and FIFOs are files in /dev/shm that have no names any more once both ends have them, so that nothing is left of
+processes that were killed. (`multiprocessing.shared_memory` would keep the name, and its tracker would remove what
+others use.)
 
 Counters are published after what they count. On x86-64 stores are seen in their order; elsewhere this pipe is refused.
 """
@@ -17,8 +18,10 @@ import os
 import platform
 import secrets
 import select
+import stat
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError, FrameError
@@ -28,7 +31,9 @@ FOLDER = Path("/dev/shm")
 PREFIX = "hetis-"
 RING_BYTES = 4 << 20
 # A wake-up costs both ends together about so much of a processor: whoever looks for longer takes more than it saves.
-LEAST_SPIN_S, MOST_SPIN_S = 5e-6, 30e-6
+LOOK_S = 30e-6
+MOST_RINGS = 4096  # that are heard at once
+SHORT_S = 1e-4  # after a wait of less, sleep included, looking may be of use
 NAP_S = 0.02  # longest sleep without another look: a byte that was missed costs no more
 # Counters of one ring, each in its own cache line, in units of 8 bytes.
 WRITTEN, READ, READER_SLEEPS, WRITER_SLEEPS = 0, 8, 16, 24
@@ -42,53 +47,95 @@ def is_supported() -> bool:
 
 
 class SharedFile:
-    """Memory for one connection; the engine's end makes it, the worker's opens it, and then it loses its name."""
+    """Memory for one connection, and a bell each way; the engine's end makes them, the worker's opens them.
 
-    def __init__(self, path: Path, memory: mmap.mmap) -> None:
-        self.path, self.memory = path, memory
+    Attributes:
+        memory: the rings and their counters.
+        bells: FIFOs, read and written by both ends: the first wakes who made them.
+    """
+
+    def __init__(self, path: Path, memory: mmap.mmap, bells: tuple[int, int]) -> None:
+        self.path, self.memory, self.bells = path, memory, bells
 
     @classmethod
     def create(cls, ring_bytes: int = RING_BYTES) -> SharedFile:
         """Raises OSError: there is no room for it, or this process may open no more files."""
         path, num_bytes = FOLDER / f"{PREFIX}{secrets.token_hex(16)}", CONTROL_BYTES + 2 * ring_bytes
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            # Not only the size: a folder that is full when a page is first written ends the process by SIGBUS.
-            os.posix_fallocate(handle, 0, num_bytes)
-            return cls(path, mmap.mmap(handle, num_bytes))
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(handle)
+        with ExitStack() as undo:
+            undo.callback(_unlink, path)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                # Not only the size: a folder that is full when a page is first written ends the process by SIGBUS.
+                os.posix_fallocate(handle, 0, num_bytes)
+                memory = mmap.mmap(handle, num_bytes)
+            finally:
+                os.close(handle)
+            for bell in _bell_paths(path):
+                os.mkfifo(bell, 0o600)
+            made = cls(path, memory, _open_bells(path))
+            undo.pop_all()
+        return made
 
     @classmethod
     def open(cls, path: Path) -> SharedFile:
-        """Raises FrameError: the path is none that `create` chooses, or the file is not of this user or not there."""
+        """Raises FrameError: the path is none that `create` chooses, or the files are not of this user or not there."""
         if path.parent != FOLDER or not path.name.startswith(PREFIX):
             raise FrameError(f"{path} is no shared memory of ours")
         try:
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                found = os.fstat(handle)
+                if found.st_uid != os.geteuid() or found.st_size <= CONTROL_BYTES:
+                    raise FrameError(f"{path}: it belongs to user {found.st_uid} and has {found.st_size} bytes")
+                memory = mmap.mmap(handle, found.st_size)
+            finally:
+                os.close(handle)
+            return cls(path, memory, _open_bells(path))
         except OSError as error:
             raise FrameError(f"{path}: {error.strerror}") from error
-        try:
-            found = os.fstat(handle)
-            if found.st_uid != os.geteuid() or found.st_size <= CONTROL_BYTES:
-                raise FrameError(f"{path}: it belongs to user {found.st_uid} and has {found.st_size} bytes")
-            return cls(path, mmap.mmap(handle, found.st_size))
-        finally:
-            os.close(handle)
 
     def unlink(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Takes their names away, so that nothing is left when both ends have ended."""
+        _unlink(self.path)
+
+    def close(self) -> None:
+        """The bells; the memory goes with who sees it."""
+        self.unlink()
+        bells, self.bells = self.bells, (-1, -1)
+        for bell in bells:
+            if bell >= 0:
+                os.close(bell)
+
+
+def _bell_paths(path: Path) -> list[Path]:
+    return [path.with_name(f"{path.name}-{i}") for i in range(2)]
+
+
+def _open_bells(path: Path) -> tuple[int, int]:
+    """Raises OSError; FrameError: they are not FIFOs of this user."""
+    with ExitStack() as undo:
+        handles = []
+        for bell in _bell_paths(path):
+            handles.append(os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW))
+            undo.callback(os.close, handles[-1])
+            found = os.fstat(handles[-1])
+            if found.st_uid != os.geteuid() or not stat.S_ISFIFO(found.st_mode):
+                raise FrameError(f"{bell}: it belongs to user {found.st_uid} and has mode {found.st_mode:o}")
+        undo.pop_all()
+    return handles[0], handles[1]
+
+
+def _unlink(path: Path) -> None:
+    for one in (path, *_bell_paths(path)):
+        one.unlink(missing_ok=True)
 
 
 class ShmPipe:
     """One end. ``first`` is true at one of the two ends."""
 
-    def __init__(self, shared: SharedFile, bell: TcpPipe, *, first: bool) -> None:
-        self.name = f"shm over {bell.name}"
-        self._bell = bell
+    def __init__(self, shared: SharedFile, connection: TcpPipe, *, first: bool) -> None:
+        self.name = f"shm over {connection.name}"
+        self._connection = connection
         self._shared = shared
         # Plain views of the memory: for a few numbers and some thousand bytes numpy's arrays cost more than the copy.
         everything = memoryview(shared.memory)
@@ -99,9 +146,11 @@ class ShmPipe:
             for i in range(2)
         ]
         self._out, self._in = rings if first else rings[::-1]
+        self._own_bell, self._other_bell = shared.bells if first else shared.bells[::-1]
         self._poll = select.poll()
-        self._poll.register(bell.socket, select.POLLIN)
-        self._spin_s = MOST_SPIN_S
+        self._poll.register(self._own_bell, select.POLLIN)
+        self._poll.register(connection.socket, select.POLLIN)
+        self._looks = True
 
     def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
         ring = self._out
@@ -124,8 +173,8 @@ class ShmPipe:
         return came
 
     def close(self) -> None:
-        self._shared.unlink()
-        self._bell.close()
+        self._shared.close()
+        self._connection.close()
 
     def _publish(self) -> None:
         self._out.publish()
@@ -133,34 +182,38 @@ class ShmPipe:
             self._ring()
 
     def _ring(self) -> None:
-        self._bell.write([memoryview(b"\0")], 1.0)
+        with suppress(BlockingIOError):  # it has been rung more often than anybody reads
+            os.write(self._other_bell, b"\0")
 
     def _wait(self, is_there: Callable[[], bool], sleeps: int, ring: _Ring, timeout_s: float) -> bool:
-        now_s = time.monotonic()
-        deadline_s, spin_until_s = now_s + timeout_s, now_s + self._spin_s
-        while now_s < spin_until_s:
-            if is_there():
-                self._spin_s = min(self._spin_s * 2, MOST_SPIN_S)
-                return True
-            os.sched_yield()
-            now_s = time.monotonic()
-        self._spin_s = max(self._spin_s / 2, LEAST_SPIN_S)
+        begun_s = now_s = time.monotonic()
+        if self._looks:
+            while now_s < begun_s + LOOK_S:
+                if is_there():
+                    return True
+                os.sched_yield()
+                now_s = time.monotonic()
         ring.words[sleeps] = 1
         try:
             while not is_there():
-                left_s = deadline_s - time.monotonic()
+                left_s = begun_s + timeout_s - now_s
                 if left_s <= 0:
                     return False
-                if self._poll.poll(min(left_s, NAP_S) * 1000):
-                    self._hear(is_there)
+                for handle, _ in self._poll.poll(min(left_s, NAP_S) * 1000):
+                    self._hear(handle, is_there)
+                now_s = time.monotonic()
             return True
         finally:
             ring.words[sleeps] = 0
+            self._looks = now_s - begun_s < SHORT_S
 
-    def _hear(self, is_there: Callable[[], bool]) -> None:
+    def _hear(self, handle: int, is_there: Callable[[], bool]) -> None:
         """Takes the bytes that woke us; an end that is gone may have left something to read."""
+        if handle == self._own_bell:
+            os.read(handle, MOST_RINGS)
+            return
         try:
-            self._bell.read_into(memoryview(bytearray(256)), 0.0)
+            self._connection.read_into(memoryview(bytearray(1)), 0.0)
         except ChannelClosedError:
             if not is_there():
                 raise
