@@ -207,7 +207,7 @@ def test_a_step_is_the_same_on_the_other_side() -> None:
         assert np.array_equal(getattr(found, name), getattr(step, name))
     for size in range(0, len(body), 8):
         with pytest.raises(FrameError):
-            read_run(replace(frame, parts=(body[:size],)), "float32")
+            read_run(frame._replace(parts=(body[:size],)), "float32")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"first": "x"}'])

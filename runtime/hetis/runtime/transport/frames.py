@@ -35,8 +35,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 
@@ -84,8 +84,7 @@ class Kind(IntEnum):
     TOKENS = 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Frame:
+class Frame(NamedTuple):
     """One message.
 
     Attributes:
@@ -112,7 +111,7 @@ class Frame:
 
     @property
     def body_bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.parts)
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def body(self) -> torch.Tensor:
@@ -195,7 +194,10 @@ def read_header(
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a tensor, copied only where it is not in one piece or not the CPU's."""
-    there = tensor.detach().cpu().contiguous()
+    # Asked first: what need not be done costs as much as what is, where a processor has forgotten all of torch.
+    there = tensor if tensor.is_cpu else tensor.cpu()
+    there = there.detach() if there.requires_grad else there
+    there = there if there.is_contiguous() else there.contiguous()
     # numpy has no bfloat16, and a tensor without dimensions has no other view.
     if there.dtype is torch.bfloat16 or not there.dim():
         there = there.view(-1).view(torch.uint8)

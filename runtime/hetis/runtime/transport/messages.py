@@ -111,9 +111,10 @@ def read_queries(frame: Frame, shape: KvShape, count: int) -> tuple[torch.Tensor
     r, d = shape.queries_per_group, shape.head_dim
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} sequences in layer {frame.layer}: {count} were begun")
-    numbers = _numbers(frame, Kind.ATTEND, shape, count * (r + 2) * d)
-    q, k, v = numbers.split([count * r * d, count * d, count * d])
-    return q.view(count, r, d), k.view(count, d), v.view(count, d)
+    numbers, queries, rows = _numbers(frame, Kind.ATTEND, shape, count * (r + 2) * d), count * r * d, count * d
+    q = numbers.as_strided((count, r, d), (r * d, d, 1))
+    k, v = (numbers.as_strided((count, d), (d, 1), begin) for begin in (queries, queries + rows))
+    return q, k, v
 
 
 def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:

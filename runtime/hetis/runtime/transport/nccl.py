@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -43,7 +42,7 @@ class NcclChannel:
                 small.append(frame)
                 continue
             size = torch.tensor([frame.body_bytes], dtype=torch.int64)
-            self._headers.send([*small, replace(frame, parts=(size,))])
+            self._headers.send([*small, frame._replace(parts=(size,))])
             small = []
             pieces = [part.to(self._device).contiguous().view(-1).view(torch.uint8) for part in frame.parts]
             self._work(torch.cat(pieces), sends=True)
@@ -56,7 +55,7 @@ class NcclChannel:
             return frame
         body = torch.empty(int(frame.body.view(torch.int64)[0]), dtype=torch.uint8, device=self._device)
         self._work(body, sends=False)
-        return replace(frame, parts=(body,))
+        return frame._replace(parts=(body,))
 
     def close(self) -> None:
         self._headers.close()

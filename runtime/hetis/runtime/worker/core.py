@@ -66,8 +66,7 @@ class WorkerCore:
             return self._stale(frame) if frame.kind in _ANSWERED else None
         assert self.device is not None, "a session has a device"
         try:
-            with torch.inference_mode():
-                return self._obey(frame, self.device)
+            return self._obey(frame, self.device)
         except FrameError:
             raise
         except Exception as error:

@@ -91,7 +91,9 @@ def serve_core(
         announcer.say(Endpoint(host=host, port=port, key=key, served=served))
 
     logging.info("%s: listens on %s:%d", name, host, port)
-    WorkerLoop(core, listener, stall_s=options.timeout_s, device=device, announce=announce, greeting=greeting).run()
+    loop = WorkerLoop(core, listener, stall_s=options.timeout_s, device=device, announce=announce, greeting=greeting)
+    with torch.inference_mode():  # once, not for every frame
+        loop.run()
     return 0
 
 
