@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetis.runtime.attention import prefill
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend, choose_backend
 from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.local import LocalDevice
@@ -188,16 +190,20 @@ def test_nothing_is_attended_to_outside_a_step() -> None:
     window=st.integers(0, 20),
 )
 @settings(max_examples=30)
-def test_prompts_are_attended_to_as_defined_in_one_chunk_or_two(tokens: int, cut: int, r: int, window: int) -> None:
+def test_prompts_are_attended_to_as_defined_in_one_chunk_or_two_and_in_pieces(
+    tokens: int, cut: int, r: int, window: int
+) -> None:
     shape = shape_of(r=r, d=8, window=window, dtype="float64")
     generator = torch.Generator().manual_seed(tokens)
     q = torch.randn(tokens, 2 * r, 8, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(tokens, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
     prompt = PromptKv(shape, 2, tokens, "cpu")
     ends = sorted({0, min(cut, tokens), tokens})
-    parts = [
-        prompt.attend(1, first, q[first:last], k[first:last], v[first:last]) for first, last in itertools.pairwise(ends)
-    ]
+    with patch.object(prefill, "PIECE_TOKENS", 7):
+        parts = [
+            prompt.attend(1, first, q[first:last], k[first:last], v[first:last])
+            for first, last in itertools.pairwise(ends)
+        ]
     out = torch.cat(parts).view(tokens, 2, r, 8)
     for t in range(tokens):
         for head in range(2):
