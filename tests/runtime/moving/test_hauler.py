@@ -278,13 +278,19 @@ def check_faults(fault: Fault, index: int, *, every: int) -> None:
 
 
 def test_the_solver_moves_heads_when_the_stage_has_drifted() -> None:
-    """All on the primary, whose attention then turns out slow: heads go to the other device, and the text stays."""
+    """All on the primary, whose attention then turns out slow: heads go to the other device, and the text stays.
+
+    When costs change there is a look at once, long before the next is due.
+    """
     world = World(pages=(400, 400), prompt=200)
-    state = world.engine.placement.state
-    slow = state.stage.kv_byte_s * np.array([[50.0], [1.0]])
-    state.change_costs(type(state.stage)(**{**fields_of(state.stage), "kv_byte_s": slow}))
-    redispatch = Redispatch(hauler=world.hauler, link_byte_s=np.array([1e-12, 1e-12]), every_steps=2)
+    redispatch = Redispatch(hauler=world.hauler, link_byte_s=np.array([1e-12, 1e-12]), every_steps=10_000)
+    placement = world.engine.placement
+    world.step(2)
+    assert redispatch.num_looks == 0
+    slow = placement.costs.kv_byte_s * np.array([[50.0], [1.0]])
+    placement.change_costs(type(placement.costs)(**{**fields_of(placement.costs), "kv_byte_s": slow}))
     world.step(8)
+    assert redispatch.num_looks == 1
     assert redispatch.num_moves > 0
     assert world.request.heads[0].count(1) >= 2
     world.finish()

@@ -12,6 +12,7 @@ from hetis.runtime.moving.hauler import Hauler, WantedMove
 
 if TYPE_CHECKING:
     from hetis.runtime.engine.placement import Placement
+    from hetis.solver.dispatch.problem import Stage as StageCosts
     from hetis.solver.dispatch.snapshot import StateSnapshot
     from hetis.solver.dispatch.solve import Dispatcher
     from hetis.solver.redispatch.result import Move
@@ -35,7 +36,7 @@ class Redispatch:
         link_byte_s: seconds per byte into or out of each device of the stage, shape [D].
         stage: the engine's number of the stage (or copy of it).
         theta: share above the ideal makespan at which a look is worth it.
-        every_steps: between two looks.
+        every_steps: between two looks; one at once where costs have changed.
         num_looks, num_moves: times that the solver was asked, and moves that it chose.
         num_relieved: times that its moves emptied a full device.
     """
@@ -49,19 +50,21 @@ class Redispatch:
     num_moves: int = 0
     num_relieved: int = 0
     _looked_at: int = 0
+    _costs: StageCosts = field(init=False)  # at the last look
     _watch: Watch = field(default_factory=_new_watch)
 
     def __post_init__(self) -> None:
+        self._costs = self._placement.costs
         self.hauler.engine.between_steps.append(self.advance)
         self.hauler.engine.relieve[self.stage] = self.relieve
 
     def advance(self) -> None:
         """Looks, if it is time."""
-        engine = self.hauler.engine
-        is_due = engine.num_steps >= self._looked_at + self.every_steps
+        engine, costs = self.hauler.engine, self._placement.costs
+        is_due = engine.num_steps >= self._looked_at + self.every_steps or costs is not self._costs
         if not is_due or self.hauler.open_changes or not len(self._placement):
             return
-        self._looked_at = engine.num_steps
+        self._looked_at, self._costs = engine.num_steps, costs
         self.look()
 
     def look(self) -> None:
