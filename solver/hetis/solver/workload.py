@@ -96,6 +96,8 @@ def moments_of(bins: Sequence[LengthBin], *, block_tokens: int) -> WorkloadMomen
     mean_p, mean_o = float(w @ p), float(w @ o)
     context = float(w @ (o * (p + o / 2))) / mean_o
     second = float(w @ (o * (p * p + p * o + o * o / 3))) / mean_o
+    squared_p = float(w @ (p * p))
+    prefilling = squared_p / (2 * mean_p)
     order = np.argsort(p, kind="stable")
     rank = int(np.searchsorted(np.cumsum(w[order]), 0.95 - 1e-12))
     return WorkloadMoments(
@@ -105,9 +107,7 @@ def moments_of(bins: Sequence[LengthBin], *, block_tokens: int) -> WorkloadMomen
         p95_prompt=float(p[order][min(rank, len(bins) - 1)]),
         resident_context=context + (block_tokens - 1) / 2,
         resident_context_sd=math.sqrt(max(0.0, second - context * context)),
-        prefilling_context=float(w @ (p * p)) / (2 * mean_p),
-        prompt_cv2=max(0.0, float(w @ (p * p)) / mean_p**2 - 1.0),
-        prefill_context_sd=math.sqrt(
-            max(0.0, float(w @ p**3) / (3 * mean_p) - (float(w @ (p * p)) / (2 * mean_p)) ** 2)
-        ),
+        prefilling_context=prefilling,
+        prompt_cv2=max(0.0, squared_p / mean_p**2 - 1.0),
+        prefill_context_sd=math.sqrt(max(0.0, float(w @ p**3) / (3 * mean_p) - prefilling**2)),
     )

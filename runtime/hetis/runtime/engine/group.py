@@ -60,6 +60,11 @@ class PrimaryGroup:
         """Heads that go between places at a time."""
         return self.size if GROUP in places else 1
 
+    def status(self, devices: Sequence[DeviceSnapshot], place: int) -> DeviceStatus:
+        """Of the engine's ``devices`` at a place: the first that is not ok."""
+        found = [devices[device].status for device in self.devices(place)]
+        return next((status for status in found if status is not DeviceStatus.OK), DeviceStatus.OK)
+
     # --- as the solver sees it
 
     def costs(self, stage: Stage) -> Stage:
@@ -103,7 +108,7 @@ class PrimaryGroup:
         is_even = (on_ranks == on_ranks[:, :1]).all(axis=1)
         even = {name for name, one in zip(snapshot.ids, is_even, strict=True) if one}
         row = {name: i for i, name in enumerate(snapshot.ids)}
-        blocks = -(-snapshot.context_tokens // snapshot.stage.heads.block_tokens)
+        blocks = snapshot.context_blocks()
         taken, moves = blocks[~is_even] @ snapshot.groups[~is_even], list[PreparedMove]()
         for move in snapshot.moves:
             ends = self.place(move.source), self.place(move.target)
@@ -168,11 +173,10 @@ class PrimaryGroup:
         """With what is left beside the blocks ``taken`` [devices]: n times that of the rank that has least."""
         left = [device.total_blocks - int(less) for device, less in zip(devices, taken, strict=True)]
         ranks = devices[: self.size]
-        away = [rank.status for rank in ranks if rank.status is not DeviceStatus.OK]
         group = replace(
             ranks[0],
             total_blocks=self.size * min(left[: self.size]),
-            status=away[0] if away else DeviceStatus.OK,
+            status=self.status(devices, GROUP),
             changed=any(rank.changed for rank in ranks),
         )
         others = [replace(d, total_blocks=num) for d, num in zip(devices, left, strict=True)][self.size :]

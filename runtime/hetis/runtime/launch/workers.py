@@ -79,13 +79,13 @@ class Workers:
             for index, device in enumerate(part.stage.devices):
                 if part.placement.state.devices[index].status is not DeviceStatus.LOST:
                     continue
-                if isinstance(part.stage, RemoteStage):
-                    self._ask_stage(engine, part, index)
-                elif self.meetings.has_met(device.name):
+                if self.meetings.has_met(device.name):
                     num = device.num_pages
                     back = self.meetings.back(device.name, part.stage.shape, epoch=self.epoch, num_pages=num)
                     if back is not None:
                         engine.restore_device(index, back, stage=part.number)
+                else:
+                    self._ask_stage(engine, part, index)
 
     def close(self, engine: Engine) -> None:
         """Lets the workers go; they wait for the next engine."""

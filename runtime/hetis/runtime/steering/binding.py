@@ -42,9 +42,7 @@ class StageBinding:
 
     def status(self, place: int) -> OwnStatus:
         """That of all the ranks of the primary is the first that is not ok."""
-        devices = self.part.placement.state.devices
-        found = [devices[device].status for device in self.part.placement.group.devices(place)]
-        return next((status for status in found if status is not OwnStatus.OK), OwnStatus.OK)
+        return self.part.placement.group.status(self.part.placement.state.devices, place)
 
     def blocks(self, place: int) -> tuple[int, int]:
         """In all, and in use."""

@@ -101,7 +101,8 @@ def solve_placement(
         if budget.is_spent():
             raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
         raise no_plan()
-    templates = [with_fewest_in_flight(atlas, template) for template, count in outcome.chosen for _ in range(count)]
+    chosen = [(with_fewest_in_flight(atlas, template), count) for template, count in outcome.chosen]
+    templates = [template for template, count in chosen for _ in range(count)]
     bound_stages = bind(atlas, templates, seed=seed, budget=budget)
     plan = plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
     return restored(plan, searched, problem) if problem.will else plan
