@@ -188,6 +188,7 @@ def test_a_wrong_field_is_named_with_its_value_and_its_limit(live: Live, change:
         ({"response_format": {"type": "json_object"}}, "response_format.type must be 'text'"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs to be true"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs must not have messages"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs must not have self"),
     ],
 )
 def test_a_chat_that_cannot_be_is_refused(live: Live, change: dict[str, Any], message: str) -> None:

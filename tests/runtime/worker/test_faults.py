@@ -14,10 +14,13 @@ from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.generate import engine_from_folder
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.kv.errors import StaleEpochError, UnknownSequenceError
-from hetis.runtime.transport.frames import Kind
+from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.messages import ErrorCode, Hello, read_error
+from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.checkpoints import random_model, random_prompts
-from tests.runtime.worker.inproc import Fault, InprocWorker, with_workers
+from tests.runtime.worker.inproc import KEY, Fault, InprocWorker, with_workers
 
 TOKENS = 5
 WORKERS = 2
@@ -45,6 +48,11 @@ def run(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
             if takes and request.heads[0][head] != target:
                 engine.move(request.number, [head], target)
     return [answers[number] for number in numbers]
+
+
+def received(frame: Frame) -> Frame:
+    """As it comes out of a channel: its body in one piece."""
+    return frame._replace(parts=(torch.cat([part.reshape(-1).view(torch.uint8) for part in frame.parts]),))
 
 
 @cache
@@ -134,6 +142,19 @@ def test_a_worker_does_not_obey_an_engine_of_an_older_epoch() -> None:
     with pytest.raises(StaleEpochError, match="epoch 6 has ended, 7 is current"):
         worker.join(shape, epoch=6)
     del newer
+
+
+def test_a_worker_without_memory_for_its_kv_says_so_and_lives() -> None:
+    def make_device(shape: KvShape) -> LocalDevice:
+        raise RuntimeError("you tried to allocate 990 TiB\nand more")
+
+    shape, core = engine_with([]).stage.shape, WorkerCore("w0", make_device, key=KEY)
+    for epoch in (1, 2):
+        answer = core.handle(received(Hello(shape=shape, key=KEY).frame(epoch=epoch, session=epoch)))
+        assert answer is not None
+        assert answer.counts[0] == ErrorCode.FAILED
+        assert read_error(received(answer))[2] == "w0: no memory for its KV: you tried to allocate 990 TiB"
+    assert core.handle(Frame(kind=Kind.FINISH, epoch=2, session=2)) is None  # nobody is served
 
 
 def test_kv_of_an_earlier_incarnation_is_refused_and_that_of_a_later_one_takes_its_place() -> None:

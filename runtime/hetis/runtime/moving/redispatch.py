@@ -36,7 +36,8 @@ class Redispatch:
         link_byte_s: seconds per byte into or out of each device of the stage, shape [D].
         stage: the engine's number of the stage (or copy of it).
         theta: share above the ideal makespan at which a look is worth it.
-        every_steps: between two looks; one at once where costs have changed.
+        every_steps: between two looks.
+        least_steps: between two looks where costs have changed in between.
         num_looks, num_moves: times that the solver was asked, and moves that it chose.
         num_relieved: times that its moves emptied a full device.
     """
@@ -46,6 +47,7 @@ class Redispatch:
     stage: int = 0
     theta: float = 0.5
     every_steps: int = 16
+    least_steps: int = 8
     num_looks: int = 0
     num_moves: int = 0
     num_relieved: int = 0
@@ -61,8 +63,8 @@ class Redispatch:
     def advance(self) -> None:
         """Looks, if it is time."""
         engine, costs = self.hauler.engine, self._placement.costs
-        is_due = engine.num_steps >= self._looked_at + self.every_steps or costs is not self._costs
-        if not is_due or self.hauler.open_changes or not len(self._placement):
+        after = self.every_steps if costs is self._costs else min(self.least_steps, self.every_steps)
+        if engine.num_steps < self._looked_at + after or self.hauler.open_changes or not len(self._placement):
             return
         self._looked_at, self._costs = engine.num_steps, costs
         self.look()

@@ -244,7 +244,7 @@ class Front:
             raise ApiError("this model has no chat template; use /v1/completions", code="no_chat_template")
         messages = [message.for_template() for message in body.messages]
         more = dict(body.chat_template_kwargs or {})
-        taken = sorted(set(more) & {"messages", "prompt", "add_generation_prompt"})
+        taken = sorted(set(more) & {"self", "messages", "prompt", "add_generation_prompt"})
         if taken:
             raise ApiError(f"chat_template_kwargs must not have {', '.join(taken)}", param="chat_template_kwargs")
         try:

@@ -95,4 +95,6 @@ class PipeChannel:
 
 
 def _empty(num_bytes: int) -> torch.Tensor:
+    if not num_bytes:
+        return torch.empty(0, dtype=torch.uint8)
     return torch.from_numpy(np.empty(num_bytes, np.uint8))  # in half the time of torch's own

@@ -21,6 +21,7 @@ import torch
 from hetis.runtime.transport.channel import Channel, PipeChannel
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, FrameError
 from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.messages import ErrorCode, error_answer, read_error
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
 from hetis.runtime.transport.tcp import TcpPipe, listen
 
@@ -156,12 +157,20 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
         path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
         channel.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(path,))])
         answer = channel.receive(stall_s)
-        if answer is None or answer.kind is not Kind.WELCOME:
-            raise FrameError(f"{pipe.name}: the worker did not take the shared memory")
-    except ChannelError:
+        if answer is None or answer.kind not in (Kind.WELCOME, Kind.ERROR):
+            raise FrameError(f"{pipe.name}: the worker said nothing of the shared memory")
+    except BaseException:
         shared.close()
         channel.close()
         raise
+    if answer.kind is Kind.ERROR:
+        shared.close()
+        why = f"{pipe.name}: the worker does not take the shared memory: {read_error(answer)[2]}"
+        if kind is ChannelKind.SHM:
+            channel.close()
+            raise ChannelError(why)
+        _log.warning("%s", why)
+        return channel
     shared.unlink()  # both have it open
     return PipeChannel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
 
@@ -187,16 +196,25 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0, device: str = "c
             channel = accept_nccl(channel, pipe, frame, device, stall_s=stall_s)
             frame = _first(channel, stall_s)
         elif frame.kind is Kind.ATTACH:
-            if not pipe.is_local:
-                raise FrameError(f"{pipe.name}: shared memory was offered from another host")
-            shared = SharedFile.open(Path(bytes(frame.body.numpy()).decode(errors="replace")))
-            welcomed, channel = channel, PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
-            welcomed.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
+            channel = _attached(channel, pipe, frame, stall_s=stall_s)
             frame = _first(channel, stall_s)
     except ChannelError:
         channel.close()
         raise
     return channel, frame
+
+
+def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) -> Channel:
+    """What is used from now on: the memory that an engine offers, or the socket, where it cannot be opened here."""
+    if not pipe.is_local:
+        raise FrameError(f"{pipe.name}: shared memory was offered from another host")
+    try:
+        shared = SharedFile.open(Path(bytes(frame.body.numpy()).decode(errors="replace")))
+    except FrameError as error:
+        channel.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
+        return channel
+    channel.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
+    return PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
 
 
 def _first(channel: Channel, timeout_s: float) -> Frame:

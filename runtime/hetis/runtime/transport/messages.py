@@ -112,8 +112,10 @@ def read_queries(frame: Frame, shape: KvShape, count: int) -> tuple[torch.Tensor
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} sequences in layer {frame.layer}: {count} were begun")
     numbers, queries, rows = _numbers(frame, Kind.ATTEND, shape, count * (r + 2) * d), count * r * d, count * d
-    q = numbers.as_strided((count, r, d), (r * d, d, 1))
-    k, v = (numbers.as_strided((count, d), (d, 1), begin) for begin in (queries, queries + rows))
+    begin = numbers.storage_offset()
+    q = numbers.as_strided((count, r, d), (r * d, d, 1), begin)
+    k = numbers.as_strided((count, d), (d, 1), begin + queries)
+    v = numbers.as_strided((count, d), (d, 1), begin + queries + rows)
     return q, k, v
 
 

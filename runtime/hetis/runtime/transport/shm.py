@@ -5,7 +5,7 @@ last wait was short it first looks again and again, giving the processor away in
 memory was agreed on over stays: it tells at once when the other end dies, which memory and FIFOs do not.
 
 Memory and FIFOs are files in /dev/shm that have no names any more once both ends have them, so that nothing is left of
-processes that were killed. (`multiprocessing.shared_memory` would keep the name, and its tracker would remove what
+processes that are killed later. (`multiprocessing.shared_memory` would keep the name, and its tracker would remove what
 others use.)
 
 Counters are published after what they count. On x86-64 stores are seen in their order; elsewhere this pipe is refused.
@@ -93,6 +93,8 @@ class SharedFile:
             return cls(path, memory, _open_bells(path))
         except OSError as error:
             raise FrameError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise FrameError(f"{str(path)!r}: {error}") from error
 
     def unlink(self) -> None:
         """Takes their names away, so that nothing is left when both ends have ended."""

@@ -46,7 +46,10 @@ class TcpPipe:
     @property
     def is_local(self) -> bool:
         """Both ends are on this host."""
-        host: str = self._socket.getpeername()[0]
+        try:
+            host: str = self._socket.getpeername()[0]
+        except OSError:
+            return False  # the other end is gone, which reading tells
         return host.startswith("127.") or host == "::1"
 
     def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:

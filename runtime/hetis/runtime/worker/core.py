@@ -91,8 +91,13 @@ class WorkerCore:
         if frame.epoch < self.epoch:
             return self._stale(frame)
         if self.device is None or self.device.shape != hello.shape:
-            self.device = None  # first free, then take
-            self.device = self._make_device(hello.shape)
+            self.device, self._session = None, 0  # first free, then take
+            try:
+                self.device = self._make_device(hello.shape)
+            except (RuntimeError, MemoryError) as error:
+                why = f"{self.name}: no memory for its KV: {str(error).splitlines()[0]}"
+                _log.error("%s", why)
+                return error_answer(frame, ErrorCode.FAILED, why)
         self._forget()
         self.epoch, self._session = frame.epoch, frame.session
         return frame.answered(Kind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 import time
 from collections.abc import Callable
 
 MOST = 16  # at a time; the oldest makes room
+AGAIN_S = 0.01  # after a connection that could not be taken
+_log = logging.getLogger(__name__)
 
 
 class Newcomers:
@@ -47,6 +50,10 @@ class Newcomers:
             try:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptor is left, say: later there may be one
+                _log.warning("no connection is taken: %s", error.strerror or error)
+                time.sleep(AGAIN_S)  # it is asked for again and again
                 return
             if len(self._silent) == MOST:
                 self._take(next(iter(self._silent))).close()

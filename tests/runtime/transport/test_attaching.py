@@ -1,0 +1,113 @@
+"""Two ends agree on shared memory, or go on over their socket; nothing of an attempt stays behind."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetis.runtime.transport import connecting, shm
+from hetis.runtime.transport.channel import Channel, PipeChannel
+from hetis.runtime.transport.connecting import ChannelKind, Endpoint, accept, connect
+from hetis.runtime.transport.errors import ChannelError, FrameError
+from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.shm import SharedFile, is_supported
+from hetis.runtime.transport.tcp import TcpPipe
+
+pytestmark = pytest.mark.skipif(not is_supported(), reason="no shared memory here")
+PING = Frame(kind=Kind.PING, epoch=1, session=1)
+Accepted = Future[tuple[Channel, Frame]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of /dev/shm."""
+    monkeypatch.setattr(shm, "FOLDER", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def worker() -> Iterator[Callable[[], tuple[Endpoint, Accepted]]]:
+    """Listens, and accepts one connection in a thread."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener, ThreadPoolExecutor() as threads:
+        listener.settimeout(10)
+
+        def serve() -> tuple[Endpoint, Accepted]:
+            endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
+            return endpoint, threads.submit(lambda: accept(listener.accept()[0], stall_s=10))
+
+        yield serve
+
+
+def refuse(path: Path) -> SharedFile:
+    raise FrameError(f"{path}: Permission denied")
+
+
+def test_both_ends_take_the_memory_and_its_names_go(
+    folder: Path, worker: Callable[[], tuple[Endpoint, Accepted]]
+) -> None:
+    endpoint, accepted = worker()
+    with closing(connect(endpoint)) as one:
+        one.send([PING])
+        other, first = accepted.result(10)
+        with closing(other):
+            assert first.kind is Kind.PING
+            assert one.name.startswith("shm over ")
+            assert other.name.startswith("shm over ")
+            assert list(folder.iterdir()) == []
+            other.send([PING])
+            assert one.receive(10) is not None
+
+
+def test_where_the_worker_cannot_open_the_memory_the_socket_does(
+    folder: Path,
+    worker: Callable[[], tuple[Endpoint, Accepted]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(connecting.SharedFile, "open", refuse)
+    endpoint, accepted = worker()
+    with closing(connect(endpoint)) as one:
+        one.send([PING])
+        other, first = accepted.result(10)
+        with closing(other):
+            assert first.kind is Kind.PING
+            assert one.name.startswith("tcp:")
+            assert other.name.startswith("tcp:")
+    assert "does not take the shared memory" in caplog.text
+    assert "Permission denied" in caplog.text
+    endpoint, accepted = worker()
+    with pytest.raises(ChannelError, match="Permission denied"):
+        connect(endpoint, ChannelKind.SHM)
+    with pytest.raises(ChannelError):
+        accepted.result(10)
+    assert list(folder.iterdir()) == []
+
+
+def test_an_engine_that_is_stopped_meanwhile_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: PipeChannel, timeout_s: float) -> Frame | None:
+        assert len(list(folder.iterdir())) == 3
+        raise SystemExit(0)
+
+    monkeypatch.setattr(PipeChannel, "receive", stop)
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent, pytest.raises(SystemExit):
+        connect(Endpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"k" * 16))
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [b"/dev/shm/hetis-\0", b"/dev/shm/hetis-none", b"\xff", b"/etc/passwd"])
+def test_a_path_that_is_none_of_ours_is_refused(worker: Callable[[], tuple[Endpoint, Accepted]], path: bytes) -> None:
+    endpoint, accepted = worker()
+    with closing(PipeChannel(TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=10))) as stranger:
+        words = torch.frombuffer(bytearray(path), dtype=torch.uint8)
+        stranger.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(words,))])
+        answer = stranger.receive(10)
+        assert answer is not None
+        assert answer.kind is Kind.ERROR
+    with pytest.raises(ChannelError):
+        accepted.result(10)
