@@ -153,7 +153,7 @@ def test_a_worker_without_memory_for_its_kv_says_so_and_lives() -> None:
         answer = core.handle(received(Hello(shape=shape, key=KEY).frame(epoch=epoch, session=epoch)))
         assert answer is not None
         assert answer.counts[0] == ErrorCode.FAILED
-        assert read_error(received(answer))[2] == "w0: no memory for its KV: you tried to allocate 990 TiB"
+        assert read_error(received(answer))[2] == "no memory for its KV: you tried to allocate 990 TiB"
     assert core.handle(Frame(kind=Kind.FINISH, epoch=2, session=2)) is None  # nobody is served
 
 

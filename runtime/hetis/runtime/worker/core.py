@@ -95,8 +95,8 @@ class WorkerCore:
             try:
                 self.device = self._make_device(hello.shape)
             except (RuntimeError, MemoryError) as error:
-                why = f"{self.name}: no memory for its KV: {str(error).splitlines()[0]}"
-                _log.error("%s", why)
+                why = f"no memory for its KV: {str(error).splitlines()[0]}"
+                _log.error("%s: %s", self.name, why)
                 return error_answer(frame, ErrorCode.FAILED, why)
         self._forget()
         self.epoch, self._session = frame.epoch, frame.session
