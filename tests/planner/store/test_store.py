@@ -316,6 +316,8 @@ def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> 
         write = asyncio.create_task(old.write(slow))
         await entered.wait()
         await asyncio.sleep(0.3)  # the lease is over, and could not be renewed meanwhile
+        assert old._renewal is not None
+        old._renewal.cancel()  # or it may come first when the write is over
         takeover = asyncio.create_task(new.lead("new"))
         while not await asyncio.to_thread(_somebody_waits_for_a_lock, postgres_url):
             assert not takeover.done()
