@@ -117,7 +117,9 @@ def main() -> None:
 
 
 def measure(case: Case, peers: Path | None, *, rounds: int, only: str) -> Iterator[Row]:
-    """The rows of one case whose name contains ``only``; the reference is asked in any case."""
+    """The rows of one case whose name contains ``only``; if there are any, the reference is asked too."""
+    if not any(only in f"{case.name}: {name}" for name in (*OURS, *PEERS, REFERENCE)):
+        return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetis-engine-")))
         write_model(folder / "model", case.model, most_tokens=case.most_tokens)
