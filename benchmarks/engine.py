@@ -118,18 +118,18 @@ def main() -> None:
 
 def measure(case: Case, peers: Path | None, *, rounds: int, only: str) -> Iterator[Row]:
     """The rows of one case whose name contains ``only``; if there are any, the reference is asked too."""
-    if not any(only in f"{case.name}: {name}" for name in (*OURS, *PEERS, REFERENCE)):
+    wanted = [name for name in (*OURS, *PEERS, REFERENCE) if only in f"{case.name}: {name}"]
+    if not wanted:
         return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hetis-engine-")))
         write_model(folder / "model", case.model, most_tokens=case.most_tokens)
-        names = [name for name in (*OURS, *PEERS, REFERENCE) if name == REFERENCE or only in f"{case.name}: {name}"]
-        measured = [_start(stack, name, case, folder, peers) for name in names]
+        names = [name for name in wanted if name != REFERENCE]
+        measured = [_start(stack, name, case, folder, peers) for name in (*names, REFERENCE)]
         _measure(measured, case, rounds)
         by_name = {one.name: one for one in measured}
-        for one in measured:
-            if only in f"{case.name}: {one.name}":
-                yield _row(one, case, by_name)
+        for name in wanted:
+            yield _row(by_name[name], case, by_name)
 
 
 def _start(stack: ExitStack, name: str, case: Case, folder: Path, peers: Path | None) -> Measured:

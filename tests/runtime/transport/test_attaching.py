@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,20 +48,27 @@ def refuse(path: Path) -> SharedFile:
     raise FrameError(f"{path}: Permission denied")
 
 
-def test_both_ends_take_the_memory_and_its_names_go(
-    folder: Path, worker: Callable[[], tuple[Endpoint, Accepted]]
-) -> None:
+@contextmanager
+def ends(worker: Callable[[], tuple[Endpoint, Accepted]]) -> Iterator[tuple[Channel, Channel]]:
+    """An engine's and a worker's, once the first frame is through."""
     endpoint, accepted = worker()
     with closing(connect(endpoint)) as one:
         one.send([PING])
         other, first = accepted.result(10)
         with closing(other):
             assert first.kind is Kind.PING
-            assert one.name.startswith("shm over ")
-            assert other.name.startswith("shm over ")
-            assert list(folder.iterdir()) == []
-            other.send([PING])
-            assert one.receive(10) is not None
+            yield one, other
+
+
+def test_both_ends_take_the_memory_and_its_names_go(
+    folder: Path, worker: Callable[[], tuple[Endpoint, Accepted]]
+) -> None:
+    with ends(worker) as (one, other):
+        assert one.name.startswith("shm over ")
+        assert other.name.startswith("shm over ")
+        assert list(folder.iterdir()) == []
+        other.send([PING])
+        assert one.receive(10) is not None
 
 
 def test_where_the_worker_cannot_open_the_memory_the_socket_does(
@@ -71,14 +78,9 @@ def test_where_the_worker_cannot_open_the_memory_the_socket_does(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(connecting.SharedFile, "open", refuse)
-    endpoint, accepted = worker()
-    with closing(connect(endpoint)) as one:
-        one.send([PING])
-        other, first = accepted.result(10)
-        with closing(other):
-            assert first.kind is Kind.PING
-            assert one.name.startswith("tcp:")
-            assert other.name.startswith("tcp:")
+    with ends(worker) as (one, other):
+        assert one.name.startswith("tcp:")
+        assert other.name.startswith("tcp:")
     assert "does not take the shared memory" in caplog.text
     assert "Permission denied" in caplog.text
     endpoint, accepted = worker()

@@ -157,15 +157,16 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
         path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
         channel.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(path,))])
         answer = channel.receive(stall_s)
-        if answer is None or answer.kind not in (Kind.WELCOME, Kind.ERROR):
+        if answer is None:
             raise FrameError(f"{pipe.name}: the worker said nothing of the shared memory")
+        refused = None if answer.kind is Kind.WELCOME else read_error(answer)[2]
     except BaseException:
         shared.close()
         channel.close()
         raise
-    if answer.kind is Kind.ERROR:
+    if refused is not None:
         shared.close()
-        why = f"{pipe.name}: the worker does not take the shared memory: {read_error(answer)[2]}"
+        why = f"{pipe.name}: the worker does not take the shared memory: {refused}"
         if kind is ChannelKind.SHM:
             channel.close()
             raise ChannelError(why)
@@ -213,8 +214,13 @@ def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) 
     except FrameError as error:
         channel.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
         return channel
-    channel.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
-    return PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+    attached = PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+    try:
+        channel.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
+    except ChannelError:
+        attached.close()
+        raise
+    return attached
 
 
 def _first(channel: Channel, timeout_s: float) -> Frame:
