@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -91,3 +93,25 @@ def test_a_connection_that_was_reset_is_told_as_closed(listener: socket.socket) 
     assert found is not None
     with pytest.raises(ChannelClosedError):
         accept(found, stall_s=1.0)
+
+
+def test_without_descriptors_newcomers_wait_and_the_log_says_so_once(
+    listener: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(socket.socket):
+        left = 3
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            if self.left:
+                self.left -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    with Full(fileno=listener.detach()) as full, connected(full) as other:
+        newcomers = Newcomers(full, silent_s=10)
+        other.sendall(b"x")
+        found = [newcomers.speaking(10.0) for _ in range(4)]
+        assert found[:3] == [None] * 3
+        assert found[3] is not None
+        found[3].close()
+    assert caplog.text.count("no connection is taken: Too many open files") == 1

@@ -25,6 +25,7 @@ class Newcomers:
         self._poll = select.poll()
         self._poll.register(listener, select.POLLIN)
         self._silent: dict[int, tuple[socket.socket, float]] = {}
+        self._said = ""  # in the log: why no connection is taken
 
     def __len__(self) -> int:
         """That are silent."""
@@ -52,9 +53,12 @@ class Newcomers:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # no descriptor is left, say: later there may be one
-                _log.warning("no connection is taken: %s", error.strerror or error)
-                time.sleep(AGAIN_S)  # it is asked for again and again
+                if str(error) != self._said:  # it is asked for again and again: once for as long as it is the same
+                    self._said = str(error)
+                    _log.warning("no connection is taken: %s", error.strerror or error)
+                time.sleep(AGAIN_S)
                 return
+            self._said = ""
             if len(self._silent) == MOST:
                 self._take(next(iter(self._silent))).close()
             self._silent[connection.fileno()] = connection, self._clock() + self._silent_s
