@@ -40,9 +40,9 @@ class PacedPrimary(LocalDevice):
         super().begin(step)
         self._layer_s = self._pace.layer_s(step, self.shape)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Ready:
+    def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
         begun_s = time.perf_counter()
-        ready = super().attend(layer, q, k, v)
+        ready = super().attend(layer, qkv)
         wait_until(begun_s + self._layer_s)
         return ready
 

@@ -55,9 +55,7 @@ class Pace:
 
     def link_s(self, frame: Frame, answer: Frame | None) -> float:
         """A frame and its answer, if it has one, on their way."""
-        num_bytes = 0
-        for one in (frame, answer):
-            num_bytes += HEADER_BYTES + sum(part.numel() * part.element_size() for part in one.parts) if one else 0
+        num_bytes = sum(HEADER_BYTES + one.body_bytes for one in (frame, answer) if one)
         return num_bytes / self.link_bytes_per_s + (2 * self.latency_s if answer else 0.0)
 
     def write(self, path: Path) -> None:

@@ -69,8 +69,8 @@ def check(
     backend.plan(pool.rows(keys), positions)
     for layer in (0, 1):
         q = torch.randn(len(keys), r, d, **kinds).to(shape.torch_dtype)
-        new_k, new_v = (torch.stack([kv[i, layer, -1] for kv in whole]) for i in (0, 1))
-        out = backend.attend(layer, q.to(device), new_k.to(device), new_v.to(device)).cpu()
+        new = torch.stack([kv[:, layer, -1] for kv in whole])
+        out = backend.attend(layer, torch.cat((q, new), dim=1).to(device)).cpu()
         assert out.dtype == shape.torch_dtype
         for i, kv in enumerate(whole):
             wanted = defined(q[i], kv[0, layer], kv[1, layer], lengths[i] - 1, shape.windows[layer], shape.scale)
@@ -133,7 +133,7 @@ def test_a_key_that_outweighs_all_others_is_found_wherever_it_is(at: int) -> Non
     pool.write(key, 0, k[:6].expand(2, 6, 1), v[:6].expand(2, 6, 1))
     backend = CompiledBackend(pool)
     backend.plan(pool.rows([key]), np.array([6]))
-    assert backend.attend(0, torch.ones(1, 1, 1), k[6:], v[6:]).item() == pytest.approx(at, abs=1e-6)
+    assert backend.attend(0, torch.stack((torch.ones(1, 1), k[6:], v[6:]), dim=1)).item() == pytest.approx(at, abs=1e-6)
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
@@ -145,7 +145,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     pool.write(key, 0, k, torch.tensor([[[7.0], [1.0]]]).expand(2, 2, 1))
     backend = CompiledBackend(pool)
     backend.plan(pool.rows([key]), np.array([2]))
-    out = backend.attend(0, torch.ones(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
+    out = backend.attend(0, torch.tensor([[[1.0], [0.0], [0.0]]]))
     assert out.item() == 7.0
 
 
@@ -171,16 +171,15 @@ def test_a_sequence_gives_the_same_bits_alone_and_among_others() -> None:
                 positions=positions,
             )
         )
-        ours = [torch.randn(size, generator=generator) for size in ((1, 3, 16), (1, 16), (1, 16))]
-        q, k, v = (torch.cat((torch.randn(others, *x.shape[1:]), x)) for x in ours)
-        results.append(device.attend(1, q, k, v).wait()[-1])
+        qkv = torch.cat((torch.randn(others, 5, 16), torch.randn(1, 5, 16, generator=generator)))
+        results.append(device.attend(1, qkv).wait()[-1])
     assert torch.equal(results[0], results[1])
 
 
 def test_nothing_is_attended_to_outside_a_step() -> None:
     device = LocalDevice("d", shape_of(r=1, d=4, window=0, dtype="float32"), 4)
     with pytest.raises(DeviceError, match="d: no step was begun"):
-        device.attend(0, torch.zeros(0, 1, 4), torch.zeros(0, 4), torch.zeros(0, 4))
+        device.attend(0, torch.zeros(0, 3, 4))
 
 
 @given(
@@ -201,8 +200,7 @@ def test_prompts_are_attended_to_as_defined_in_one_chunk_or_two_and_in_pieces(
     ends = sorted({0, min(cut, tokens), tokens})
     with patch.object(prefill, "PIECE_TOKENS", 7):
         parts = [
-            prompt.attend(1, first, q[first:last], k[first:last], v[first:last])
-            for first, last in itertools.pairwise(ends)
+            prompt.attend(1, first, torch.cat((q, k, v), dim=1)[first:last]) for first, last in itertools.pairwise(ends)
         ]
     out = torch.cat(parts).view(tokens, 2, r, 8)
     for t in range(tokens):

@@ -55,9 +55,9 @@ class FragileDevice(LocalDevice):
         self._call()
         super().begin(step)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Ready:
+    def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
         self._call()
-        return super().attend(layer, q, k, v)
+        return super().attend(layer, qkv)
 
     def finish(self, number: int) -> None:
         self._call()

@@ -56,8 +56,8 @@ class PacedDevice(LocalDevice):
         kv_bytes = float((step.positions + 1).sum()) * token_bytes(self.shape)
         self._layer_s = self.pace.seconds(len(step) * self.shape.queries_per_group, kv_bytes)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:  # type: ignore[override]
-        ready = super().attend(layer, q, k, v)
+    def attend(self, layer: int, qkv: torch.Tensor) -> Pending:  # type: ignore[override]
+        ready = super().attend(layer, qkv)
         if self._is_away:
             return _Away(self._time, self._time.now_s + self._layer_s, self.pace.read_s, ready.output)
         self._time.pause(self._layer_s)

@@ -236,12 +236,11 @@ def test_what_happens_meanwhile_counts_only_as_far_as_the_answer_was_waited_for(
     one = np.zeros(1, np.int64)
     step = DeviceStep(epoch=1, number=1, requests=one, incarnations=one, heads=one, positions=one)
     shape = device.shape
-    q = torch.zeros(1, shape.queries_per_group, shape.head_dim)
-    k = torch.zeros(1, shape.head_dim)
+    qkv = torch.zeros(1, shape.queries_per_group + 2, shape.head_dim)
     for ends in (device.abort, device.finish):
         device.begin(step)
         for layer in range(shape.layers):
-            pending = device.attend(layer, q, k, k)
+            pending = device.attend(layer, qkv)
             clock.pause(meanwhile_s)
             pending.wait()
         ends(1)
@@ -272,7 +271,7 @@ def test_a_card_of_this_process_is_only_known_where_it_is_waited_for(monkeypatch
     for is_waited_for in (False, True):
         timed = TimedDevice(plain, heard=heard.append, clock=clock, is_waited_for=is_waited_for)
         timed.begin(step)
-        timed.attend(0, nothing, nothing, nothing)
+        timed.attend(0, nothing)
         timed.finish(1)
     unknown, known = heard
     assert (unknown.least_s, unknown.most_s) == (0.0, float("inf"))

@@ -33,7 +33,8 @@ def dense(decoder: Decoder, tokens: torch.Tensor, hidden: torch.Tensor | None = 
     if hidden is None:
         hidden = decoder.embed(tokens, positions)
     for layer in range(len(decoder.layers)):
-        q, _, v = decoder.project(layer, hidden, positions)
+        projected = decoder.project(layer, hidden, positions)
+        q, v = projected[:, : decoder.q_heads], projected[:, -decoder.kv_heads :]
         values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1) + q
         hidden = decoder.finish(layer, hidden, values.reshape(len(tokens), -1))
     return decoder.output(hidden) if decoder.weights.output is not None else hidden
@@ -72,8 +73,8 @@ def test_ranks_together_give_what_one_gives(family: str, kv_heads: int, size: in
         assert rank.weights.bytes_read < whole.weights.bytes_read
     positions = whole.positions(torch.arange(len(tokens)))
     hidden = whole.embed(tokens, positions)
-    q, _, _ = whole.project(0, hidden, positions)
-    parts = [rank.project(0, hidden, positions)[0] for rank in ranks]
+    q = whole.project(0, hidden, positions)[:, : whole.q_heads]
+    parts = [rank.project(0, hidden, positions)[:, : rank.q_heads] for rank in ranks]
     torch.testing.assert_close(torch.cat(parts, dim=1), q)
     attention = q.reshape(len(tokens), -1)
     heads = config.q_heads // size * config.head_dim

@@ -152,7 +152,7 @@ def test_an_end_that_reads_nothing_stalls_the_writer(kind: str) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        (4, 9, "a frame of version 9, this is version 1"),
+        (4, 9, "a frame of version 9, this is version 2"),
         (6, 99, "kind 99 and dtype 0"),
         (7, 77, "kind 2 and dtype 77"),
         (63, 1, f"{MOST_BODY_BYTES} are the most"),
@@ -180,8 +180,9 @@ def test_a_header_says_what_the_frame_said(
 ) -> None:
     body = torch.zeros(size, dtype=torch.uint8)
     written = Frame(kind=kind, epoch=epoch, session=1, serial=serial, layer=layer, dtype=dtype, parts=(body,))
-    read, num_bytes = read_header(header_of(written))
-    assert num_bytes == size
+    read, into = read_header(header_of(written))
+    assert read.raw is into
+    assert len(into) == size
     assert (read.kind, read.epoch, read.serial, read.layer, read.dtype) == (kind, epoch, serial, layer, dtype)
 
 

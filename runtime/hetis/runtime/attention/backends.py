@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hetis.runtime.attention.paged_flashinfer import FlashInferBackend, flashinfer_runs
 from hetis.runtime.attention.paged_torch import Bucket, attend_paged, plan_buckets
 from hetis.runtime.kv.pool import IntArray, PagePool
+
+Array = npt.NDArray[Any]
 
 
 class Backend(Protocol):
@@ -21,8 +24,8 @@ class Backend(Protocol):
     def plan(self, rows: IntArray, positions: IntArray) -> None:
         """Says which sequences (rows of the pool's table) the next calls are about, and where they write, both [N]."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """As `AttentionDevice.attend`: stores k and v [N, d], returns outputs [N, r, d] for q [N, r, d]."""
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """As `AttentionDevice.attend`: stores keys and values of qkv [N, r + 2, d], returns outputs [N, r, d]."""
 
 
 class TorchBackend:
@@ -41,10 +44,10 @@ class TorchBackend:
         self._slots = torch.from_numpy(slots).to(self._pool.k.device)
         self._buckets = plan_buckets(self._pool, rows, positions)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        self._pool.k[layer].flatten(0, 1)[self._slots] = k
-        self._pool.v[layer].flatten(0, 1)[self._slots] = v
-        return attend_paged(self._pool, layer, q, self._buckets)
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        self._pool.k[layer].flatten(0, 1)[self._slots] = qkv[:, -2]
+        self._pool.v[layer].flatten(0, 1)[self._slots] = qkv[:, -1]
+        return attend_paged(self._pool, layer, qkv[:, :-2], self._buckets)
 
 
 class CompiledBackend:
@@ -55,34 +58,31 @@ class CompiledBackend:
     def __init__(self, pool: PagePool) -> None:
         from hetis.runtime.attention import paged_compiled
 
-        self._kernels = paged_compiled
-        self._pool, self._is_narrow = pool, pool.shape.dtype == "bfloat16"
-        # numpy has no bfloat16: its words are handed over instead.
-        k, v = (x.view(torch.uint16) if self._is_narrow else x for x in (pool.k, pool.v))
-        self._k, self._v = list(k.numpy()), list(v.numpy())
+        shape = pool.shape
+        self._pool, self._dtype = pool, shape.torch_dtype
+        self._is_bfloat16 = shape.dtype == "bfloat16"
+        self._kernel = paged_compiled.attend_bfloat16 if self._is_bfloat16 else paged_compiled.attend
+        self._k, self._v = list(self._array(pool.k)), list(self._array(pool.v))
         self._rows = self._positions = np.zeros(0, np.int64)
 
     def plan(self, rows: IntArray, positions: IntArray) -> None:
         self._rows, self._positions = rows, positions
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        kernels, shape = self._kernels, self._pool.shape
-        q = q.contiguous()
-        k, v = k.contiguous(), v.contiguous()
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.attend_array(layer, self._array(qkv.contiguous()))).view(self._dtype)
+
+    def attend_array(self, layer: int, qkv: Array) -> Array:
+        """The same for an array of numpy, of a bfloat16's words: what a channel brings need not become a tensor."""
+        count, heads, d = qkv.shape
+        out = np.empty((count, heads - 2, d), qkv.dtype)
+        shape = self._pool.shape
         where = self._pool.table, self._rows, self._positions
-        if not self._is_narrow:
-            out = torch.empty_like(q)
-            kernels.store(self._k[layer], self._v[layer], k.numpy(), v.numpy(), *where)
-            window, scale = shape.windows[layer], shape.scale
-            kernels.attend(q.numpy(), self._k[layer], self._v[layer], *where, window, scale, out.numpy())
-            return out
-        words = (x.view(torch.uint16).numpy() for x in (k, v))
-        kernels.store(self._k[layer], self._v[layer], *words, *where)
-        queries = q.float()
-        wide = torch.empty_like(queries)
-        window, scale = shape.windows[layer], shape.scale
-        kernels.attend_bfloat16(queries.numpy(), self._k[layer], self._v[layer], *where, window, scale, wide.numpy())
-        return wide.to(q.dtype)
+        self._kernel(qkv, self._k[layer], self._v[layer], *where, shape.windows[layer], shape.scale, out)
+        return out
+
+    def _array(self, tensor: torch.Tensor) -> Array:
+        array: Array = (tensor.view(torch.uint16) if self._is_bfloat16 else tensor).numpy()
+        return array
 
 
 def choose_backend(pool: PagePool) -> Backend:

@@ -6,7 +6,7 @@ the stage, all positions. Nothing here knows of weights, of other devices, or of
 The engine drives a device like this, the same for every kind:
 
     begin(step)                         positions of this step; pages are taken
-    attend(layer, q, k, v) -> pending   once per layer, in order: stores k and v, attends to all positions up to it
+    attend(layer, qkv) -> pending       once per layer, in order: stores k and v, attends to all positions up to it
     finish(step)                        all layers are through
     abort(step)                         the step is not: forget it. It may be begun again, under any number
 
@@ -95,13 +95,11 @@ class AttentionDevice(Protocol):
                 A device behind a channel says either where the first outputs are waited for: `abort` is enough then.
         """
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:
-        """Stores k and v at the step's positions and attends. ``layer`` counts within the stage.
+    def attend(self, layer: int, qkv: torch.Tensor) -> Pending:
+        """Stores keys and values at the step's positions and attends. ``layer`` counts within the stage.
 
         Args:
-            q: shape [N, r, d], rotated.
-            k: shape [N, d], rotated.
-            v: shape [N, d].
+            qkv: of each virtual sequence its r queries, its key and its value, rotated, shape [N, r + 2, d].
         """
 
     def finish(self, number: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hetis.runtime.attention.backends import Backend, choose_backend
+from hetis.runtime.attention.backends import Array, Backend, CompiledBackend, choose_backend
 from hetis.runtime.attention.device import DeviceStep, IntArray, Ready
 from hetis.runtime.kv.digest import digest
 from hetis.runtime.kv.errors import DeviceError
@@ -33,11 +33,18 @@ class LocalDevice:
         self.backend.plan(self.pool.rows(keys), step.positions)
         self._step = step.number
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Ready:
+    def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
         if self._step is None:
             raise DeviceError(self.name, "no step was begun")
-        device = self.pool.k.device
-        return Ready(self.backend.attend(layer, q.to(device), k.to(device), v.to(device)))
+        return Ready(self.backend.attend(layer, qkv.to(self.pool.k.device)))
+
+    def attend_as(self, layer: int, qkv: torch.Tensor | Array) -> torch.Tensor | Array:
+        """The same for numbers as a channel brings them: an array (bfloat16 as its words) stays one if it can."""
+        if isinstance(qkv, torch.Tensor):
+            return self.attend(layer, qkv).output
+        if isinstance(self.backend, CompiledBackend) and self._step is not None:
+            return self.backend.attend_array(layer, qkv)
+        return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output
 
     def finish(self, number: int) -> None:
         self._step = None

@@ -14,27 +14,15 @@ import numpy.typing as npt
 from hetis.runtime.attention.compiled import kernel
 
 Floats = npt.NDArray[np.floating[Any]]
+Words = npt.NDArray[np.uint16]
+Numbers = Floats | Words
 Table = npt.NDArray[np.int32]
 IntArray = npt.NDArray[np.int64]
 
 
 @kernel
-def store(
-    k_pages: Floats, v_pages: Floats, k: Floats, v: Floats, table: Table, rows: IntArray, positions: IntArray
-) -> None:
-    """Writes k and v [N, d] to the slots of ``positions`` in pages [pages, page_tokens, d]; all may be raw words."""
-    size = k_pages.shape[1]
-    for i in range(len(rows)):
-        number, slot = table[rows[i], positions[i] // size], positions[i] % size
-        for d in range(k.shape[1]):
-            k_pages[number, slot, d] = k[i, d]
-        for d in range(v.shape[1]):
-            v_pages[number, slot, d] = v[i, d]
-
-
-@kernel
 def attend(
-    q: Floats,
+    qkv: Floats,
     k: Floats,
     v: Floats,
     table: Table,
@@ -44,24 +32,27 @@ def attend(
     scale: float,
     out: Floats,
 ) -> None:
-    """Outputs [N, r, d] for q [N, r, d] over pages k and v [pages, page_tokens, d], all float32 or all float64.
+    """Stores keys and values in their pages, and attends: outputs [N, r, d]; all numbers are float32, or all float64.
 
     Args:
+        qkv: of each of N virtual sequences its r queries, its key and its value, shape [N, r + 2, d].
+        k, v: pages [pages, page_tokens, d].
         table: pages of every sequence, shape [rows, most].
         rows: of the table, shape [N].
         positions: of the queries, shape [N]; slots 0 to it are read, or the last ``window`` of them unless that is 0.
         scale: of the scores.
     """
-    size = k.shape[1]
-    scores = np.empty((q.shape[1], _longest(positions, size)), q.dtype)
+    size, r = k.shape[1], qkv.shape[1] - 2
+    scores = np.empty((r, _longest(positions, size)), qkv.dtype)
     bits = np.empty(scores.shape[1], np.int32)
-    for i in range(len(q)):
+    _store(qkv, k, v, table, rows, positions)
+    for i in range(len(qkv)):
         last = positions[i] + 1
         first = max(0, last - window) if window else 0
         for page in range(first // size, -(-last // size)):
             begin, end = max(first - page * size, 0), min(last - page * size, size)
-            _score(q[i], k[table[rows[i], page]], begin, end, page * size, scores)
-        for h in range(q.shape[1]):
+            _score(qkv[i, :r], k[table[rows[i], page]], begin, end, page * size, scores)
+        for h in range(r):
             _weigh(scores[h, first:last], scale, bits)
         out[i] = 0
         for page in range(first // size, -(-last // size)):
@@ -71,36 +62,52 @@ def attend(
 
 @kernel
 def attend_bfloat16(
-    q: Floats,
-    k: npt.NDArray[np.uint16],
-    v: npt.NDArray[np.uint16],
+    qkv: Words,
+    k: Words,
+    v: Words,
     table: Table,
     rows: IntArray,
     positions: IntArray,
     window: int,
     scale: float,
-    out: Floats,
+    out: Words,
 ) -> None:
-    """The same over pages of bfloat16, given as their words; q and out are float32, and so are all sums."""
-    size = k.shape[1]
-    scores = np.empty((q.shape[1], _longest(positions, size)), np.float32)
+    """The same where all numbers are bfloat16, given as their words; all sums are of float32."""
+    size, r, d = k.shape[1], qkv.shape[1] - 2, qkv.shape[2]
+    scores = np.empty((r, _longest(positions, size)), np.float32)
     bits = np.empty(scores.shape[1], np.int32)
-    wide = np.empty((size, q.shape[2]), np.int32)
-    floats = wide.view(np.float32)
-    for i in range(len(q)):
+    wide, wide_queries = np.empty((size, d), np.int32), np.empty((r, d), np.int32)
+    floats, queries = wide.view(np.float32), wide_queries.view(np.float32)
+    sums = np.empty((r, d), np.float32)
+    _store(qkv, k, v, table, rows, positions)
+    for i in range(len(qkv)):
         last = positions[i] + 1
         first = max(0, last - window) if window else 0
+        _widen(qkv[i], 0, r, wide_queries)
         for page in range(first // size, -(-last // size)):
             begin, end = max(first - page * size, 0), min(last - page * size, size)
             _widen(k[table[rows[i], page]], begin, end, wide)
-            _score(q[i], floats, begin, end, page * size, scores)
-        for h in range(q.shape[1]):
+            _score(queries, floats, begin, end, page * size, scores)
+        for h in range(r):
             _weigh(scores[h, first:last], scale, bits)
-        out[i] = 0
+        sums[:] = 0
         for page in range(first // size, -(-last // size)):
             begin, end = max(first - page * size, 0), min(last - page * size, size)
             _widen(v[table[rows[i], page]], begin, end, wide)
-            _add_values(scores, floats, begin, end, page * size, out[i])
+            _add_values(scores, floats, begin, end, page * size, sums)
+        _narrow(sums, out[i])
+
+
+@kernel
+def _store(qkv: Numbers, k: Numbers, v: Numbers, table: Table, rows: IntArray, positions: IntArray) -> None:
+    """Writes the keys and values to the slots of ``positions``."""
+    size, at = k.shape[1], qkv.shape[1] - 2
+    for i in range(len(rows)):
+        page, slot = table[rows[i], positions[i] // size], positions[i] % size
+        for d in range(qkv.shape[2]):
+            k[page, slot, d] = qkv[i, at, d]
+        for d in range(qkv.shape[2]):
+            v[page, slot, d] = qkv[i, at + 1, d]
 
 
 @kernel
@@ -113,11 +120,23 @@ def _longest(positions: IntArray, size: int) -> int:
 
 
 @kernel
-def _widen(page: npt.NDArray[np.uint16], begin: int, end: int, wide: Table) -> None:
+def _widen(words: Words, begin: int, end: int, wide: Table) -> None:
     """A bfloat16 is the upper half of a float32."""
-    for slot in range(begin, end):
-        for d in range(page.shape[1]):
-            wide[slot, d] = np.int32(page[slot, d]) << np.int32(16)
+    for i in range(begin, end):
+        for d in range(words.shape[1]):
+            wide[i, d] = np.int32(words[i, d]) << np.int32(16)
+
+
+@kernel
+def _narrow(floats: Floats, words: Words) -> None:
+    """The nearest bfloat16 of each float32 [n, d]; of two that are as near, the even one."""
+    wide = floats.view(np.uint32)
+    for i in range(words.shape[0]):
+        for d in range(words.shape[1]):
+            bits = wide[i, d]
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            # Rounding would carry a NaN over into a number.
+            words[i, d] = np.uint16(0x7FC0) if np.isnan(floats[i, d]) else np.uint16(rounded)
 
 
 @kernel

@@ -71,12 +71,12 @@ class FlashInferBackend:
                 disable_split_kv=self._is_reproducible,
             )
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         pages_k, pages_v = self._pool.k[layer], self._pool.v[layer]
-        pages_k.flatten(0, 1)[self._slots] = k
-        pages_v.flatten(0, 1)[self._slots] = v
+        pages_k.flatten(0, 1)[self._slots] = qkv[:, -2]
+        pages_v.flatten(0, 1)[self._slots] = qkv[:, -1]
         wrapper = self._wrappers[self._pool.shape.windows[layer]]
-        out: torch.Tensor = wrapper.run(q.contiguous(), (pages_k[:, :, None], pages_v[:, :, None]))
+        out: torch.Tensor = wrapper.run(qkv[:, :-2].contiguous(), (pages_k[:, :, None], pages_v[:, :, None]))
         return out
 
 

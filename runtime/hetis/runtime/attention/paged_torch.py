@@ -44,7 +44,7 @@ def plan_buckets(pool: PagePool, rows: IntArray, positions: IntArray) -> list[Bu
 def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[Bucket]) -> torch.Tensor:
     """Outputs of N virtual sequences, shape [N, r, d], for queries of the same shape."""
     shape = pool.shape
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for members, table, seen in buckets:
         k = pool.k[layer][table].flatten(1, 2)  # [n, slots, d]
         v = pool.v[layer][table].flatten(1, 2)

@@ -28,17 +28,17 @@ class PromptKv:
         self.k = torch.empty(size, dtype=shape.torch_dtype, device=device)
         self.v = torch.empty(size, dtype=shape.torch_dtype, device=device)
 
-    def attend(self, layer: int, first: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, first: int, qkv: torch.Tensor) -> torch.Tensor:
         """Stores a chunk's keys and values at positions ``first`` on, and attends to all up to each query.
 
         Args:
-            q: shape [T, heads * r, d].
-            k, v: shape [T, heads, d].
+            qkv: heads of T tokens' queries, then keys, then values, shape [T, heads * r + 2 heads, d].
 
         Returns:
             Outputs of shape [T, heads * r * d].
         """
-        tokens, window = len(q), self.shape.windows[layer]
+        heads, tokens, window = self.k.shape[1], len(qkv), self.shape.windows[layer]
+        q, k, v = qkv.split((heads * self.shape.queries_per_group, heads, heads), dim=1)
         self.k[layer, :, first : first + tokens] = k.transpose(0, 1)
         self.v[layer, :, first : first + tokens] = v.transpose(0, 1)
         # Masks are dense: what is masked is computed, so that a piece is not given the keys of those that follow.

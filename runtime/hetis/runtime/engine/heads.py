@@ -45,8 +45,8 @@ class StageHeads:
         heads = HeadShape(
             head_groups=len(stage.homes),
             queries_per_group=shape.queries_per_group,
-            kv_bytes_per_token=2 * shape.head_dim * shape.torch_dtype.itemsize,
-            exchange_bytes_per_head=shape.head_dim * shape.torch_dtype.itemsize * (2 + 2 / shape.queries_per_group),
+            kv_bytes_per_token=2 * shape.head_dim * shape.item_bytes,
+            exchange_bytes_per_head=shape.head_dim * shape.item_bytes * (2 + 2 / shape.queries_per_group),
             block_tokens=shape.page_tokens,
         )
         costs = costs or even_costs(heads, [device.name for device in stage.devices], primaries=stage.num_ranks)

@@ -17,7 +17,7 @@ from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.model.config import ModelConfig
 from hetis.runtime.model.decoder import Decoder, Positions
-from hetis.runtime.model.ranks import Projected, Ranks
+from hetis.runtime.model.ranks import Ranks
 
 Through = Callable[[int, AttentionDevice], AttentionDevice]
 
@@ -61,6 +61,7 @@ class Stage:
         self.through: Through | None = None
         self.homes = tuple(rank for rank in range(self.num_ranks) for _ in range(self.ranks.heads))
         self._prompts: dict[tuple[int, int], list[PromptKv]] = {}
+        self._kinds = _kinds(self.ranks.heads, self.shape.queries_per_group)
 
     @property
     def num_ranks(self) -> int:
@@ -161,7 +162,7 @@ class Stage:
 
     def _shares(self, step: Step) -> list[_Share]:
         """Which device has which decoding virtual sequences; the primary last, so that others compute meanwhile."""
-        shares = []
+        shares, width = [], self._kinds.size  # heads of queries, keys and values of a token
         for number in map(int, reversed(np.unique(step.heads))):
             device = self.devices[number] if self.through is None else self.through(number, self.devices[number])
             pieces, rows, heads, begin = [], [], [], 0
@@ -172,9 +173,11 @@ class Stage:
                     continue
                 rows.append(row)
                 heads.append(head + rank * self.ranks.heads)
-                at = torch.from_numpy(np.flatnonzero(here)).to(self.ranks.decoders[rank].device)
+                on = self.ranks.decoders[rank].device
+                takes = torch.from_numpy((row[:, None] * width + self._kinds[head]).ravel()).to(on)
+                puts = None if here.all() else torch.from_numpy(np.flatnonzero(here)).to(on)
                 part = slice(begin, begin + len(row))
-                pieces.append(_Piece(rank, None if here.all() else at, part))
+                pieces.append(_Piece(rank, takes, puts, part))
                 begin = part.stop
             of = np.concatenate(rows)
             own = DeviceStep(
@@ -204,28 +207,22 @@ class Stage:
                 own.append(out)
         for chunk in step.chunks:
             part = slice(rows, rows + chunk.count)
-            for own, prompt, (q, k, v) in zip(outputs, self._prompt(chunk), projected, strict=True):
-                own.append(prompt.attend(layer, chunk.first, q[part], k[part], v[part]))
+            for own, prompt, heads in zip(outputs, self._prompt(chunk), projected, strict=True):
+                own.append(prompt.attend(layer, chunk.first, heads[part]))
             rows += chunk.count
         return self.ranks.finish(layer, hidden, [own[0] if len(own) == 1 else torch.cat(own) for own in outputs])
 
     def _decode(
-        self, layer: int, shares: list[_Share], projected: Sequence[Projected], rows: int
+        self, layer: int, shares: list[_Share], projected: Sequence[torch.Tensor], rows: int
     ) -> list[torch.Tensor]:
         """Outputs [B, q_heads * d] of each rank: every virtual sequence computed where it lives, together again."""
         shape = self.shape
-        flat = [
-            (
-                q[:rows].reshape(-1, shape.queries_per_group, shape.head_dim),
-                k[:rows].reshape(-1, shape.head_dim),
-                v[:rows].reshape(-1, shape.head_dim),
-            )
-            for q, k, v in projected
-        ]
-        pending = [(share, share.device.attend(layer, *share.of(flat))) for share in shares]
-        outputs = [torch.empty(0)] * len(flat)
+        heads = [own.flatten(0, 1) for own in projected]
+        pending = [(share, share.device.attend(layer, share.of(heads))) for share in shares]
+        size = rows * self.ranks.heads, shape.queries_per_group, shape.head_dim
+        outputs = [own.new_empty(size) for own in heads]
         for share, part in pending:
-            share.put(part, flat, outputs)
+            share.put(part, outputs)
         return [out.view(rows, -1) for out in outputs]
 
     def _prompt(self, chunk: Chunk) -> list[PromptKv]:
@@ -261,12 +258,14 @@ class _Piece(NamedTuple):
 
     Attributes:
         rank: whose queries they are.
-        at: which of the rank's virtual sequences, of all rows; None: all of them.
+        takes: of all heads that the rank projects, those of the device: queries, key and value of each in turn.
+        puts: where the outputs go among those of the rank's virtual sequences; None: they are all of them.
         part: where they are among the device's own.
     """
 
     rank: int
-    at: torch.Tensor | None
+    takes: torch.Tensor
+    puts: torch.Tensor | None
     part: slice
 
 
@@ -277,27 +276,26 @@ class _Share(NamedTuple):
     step: DeviceStep
     pieces: tuple[_Piece, ...]
 
-    def of(self, flat: Sequence[Projected]) -> Projected:
-        """Queries [N, r, d], keys and values [N, d] of the device, from those of each rank."""
-        found = [
-            flat[piece.rank] if piece.at is None else tuple(x[piece.at] for x in flat[piece.rank])
-            for piece in self.pieces
-        ]
-        if len(found) == 1:
-            q, k, v = found[0]
-        else:
-            q, k, v = (torch.cat([x.to(same[0].device) for x in same]) for same in zip(*found, strict=True))
-        return q, k, v
+    def of(self, heads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Queries, key and value of each of the device's virtual sequences, [N, r + 2, d], from the ranks' heads."""
+        found = [heads[piece.rank].index_select(0, piece.takes) for piece in self.pieces]
+        own = found[0] if len(found) == 1 else torch.cat([part.to(found[0].device) for part in found])
+        return own.view(len(self.step), -1, own.shape[1])
 
-    def put(self, pending: Pending, flat: Sequence[Projected], outputs: list[torch.Tensor]) -> None:
+    def put(self, pending: Pending, outputs: list[torch.Tensor]) -> None:
         """Waits for the device's outputs, and puts them in their places among each rank's [B * H, r, d]."""
         computed = pending.wait()
         for piece in self.pieces:
-            queries = flat[piece.rank][0]
-            own = computed[piece.part].to(queries.device)
-            if piece.at is None:
+            out = outputs[piece.rank]
+            own = computed[piece.part].to(out.device)
+            if piece.puts is None:
                 outputs[piece.rank] = own
-                continue
-            if not len(outputs[piece.rank]):
-                outputs[piece.rank] = torch.empty_like(queries)
-            outputs[piece.rank][piece.at] = own
+            else:
+                out.index_copy_(0, piece.puts, own)
+
+
+def _kinds(heads: int, r: int) -> IntArray:
+    """Where the r queries, key and value of each head are among the heads that a token has, [heads, r + 2]."""
+    head = np.arange(heads)[:, None]
+    queries = head * r + np.arange(r)
+    return np.concatenate([queries, heads * r + head, heads * (r + 1) + head], axis=1)

@@ -76,4 +76,4 @@ def read_tokens(frame: Frame) -> tuple[int, ...]:
     """Raises FrameError: it is no PREFILL."""
     if frame.kind is not Kind.PREFILL or frame.body_bytes != _INT64 * frame.counts[0] or not frame.counts[0]:
         raise FrameError(f"{frame.kind.name} of {frame.body_bytes} bytes and {frame.counts[0]} tokens")
-    return tuple(frame.body.numpy().view("<i8").tolist())
+    return tuple(frame.raw.view("<i8").tolist())

@@ -64,7 +64,7 @@ class PromptService:
         self._shape = whole_shape(engine)
         self._most_tokens = engine.longest() - 1
         self._prompt_bytes = 8 * max(self._most_tokens, 1)
-        item = self._shape.torch_dtype.itemsize
+        item = self._shape.item_bytes
         self._token_bytes = 2 * engine.config.kv_heads * self._shape.layers * self._shape.head_dim * item
         self._frame_tokens = max(1, _FRAME_BYTES // self._token_bytes)
         self._jobs: dict[int, _Job] = {}

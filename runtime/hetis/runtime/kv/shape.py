@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -36,10 +37,19 @@ class KvShape:
         return dtype
 
     @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """That of the words of a bfloat16, which numpy does not have."""
+        return _NUMPY_DTYPES[self.dtype]
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one number."""
+        return _NUMPY_DTYPES[self.dtype].itemsize
+
+    @property
     def page_bytes(self) -> int:
         """K and V of one page, all layers."""
-        item: int = self.torch_dtype.itemsize
-        return 2 * self.layers * self.page_tokens * self.head_dim * item
+        return 2 * self.layers * self.page_tokens * self.head_dim * self.item_bytes
 
     def pages(self, tokens: int) -> int:
         """Pages that a virtual sequence of so many positions takes."""
@@ -52,3 +62,8 @@ class SequenceKey(NamedTuple):
     request: int
     incarnation: int
     head: int
+
+
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype({"bfloat16": "uint16"}.get(name, name)) for name in ("float32", "float64", "bfloat16", "float16")
+}

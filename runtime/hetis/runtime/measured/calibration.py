@@ -181,10 +181,9 @@ class _Measuring:
             heads=np.arange(sequences, dtype=np.int64),
             positions=np.full(sequences, context - 1, np.int64),
         )
-        q = torch.zeros(sequences, shape.queries_per_group, shape.head_dim, dtype=shape.torch_dtype)
-        k = torch.zeros(sequences, shape.head_dim, dtype=shape.torch_dtype)
+        qkv = torch.zeros(sequences, shape.queries_per_group + 2, shape.head_dim, dtype=shape.torch_dtype)
         with torch.inference_mode():
             device.begin(step)
             for layer in range(shape.layers):
-                wait(device.attend(layer, q, k, k))
+                wait(device.attend(layer, qkv))
             device.finish(0)

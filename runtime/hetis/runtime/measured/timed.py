@@ -64,9 +64,9 @@ class TimedDevice:
         self._step, self._layers = step, 0
         self._least_s = self._most_s = self._clock() - begun_s
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Pending:
+    def attend(self, layer: int, qkv: torch.Tensor) -> Pending:
         begun_s = self._clock()
-        pending = self._device.attend(layer, q, k, v)
+        pending = self._device.attend(layer, qkv)
         if self._is_waited_for and isinstance(pending, Ready) and pending.output.is_cuda:
             torch.cuda.synchronize(pending.output.device)
         sent_s = self._clock()
@@ -142,5 +142,4 @@ class _Awaited(NamedTuple):
 
 def token_bytes(shape: KvShape) -> int:
     """K and V of one position of a virtual sequence in one layer."""
-    item: int = shape.torch_dtype.itemsize
-    return 2 * shape.head_dim * item
+    return 2 * shape.head_dim * shape.item_bytes

@@ -1,7 +1,7 @@
 """The layers of a stage without their attention: what the primary computes.
 
     hidden = embed(tokens, positions)
-    for layer:  q, k, v = project(layer, hidden, positions);  hidden = finish(layer, hidden, attention(q, k, v))
+    for layer:  qkv = project(layer, hidden, positions);  hidden = finish(layer, hidden, attention(qkv))
     logits = output(hidden)
 
 T tokens of any requests are T rows: nothing here knows which row belongs to whom.
@@ -110,10 +110,8 @@ class Decoder:
             hidden = hidden + self.weights.positions[positions.tokens]
         return hidden
 
-    def project(
-        self, layer: int, hidden: torch.Tensor, positions: Positions
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [T, q_heads, d], keys and values [T, kv_heads, d] of the layer, rotated."""
+    def project(self, layer: int, hidden: torch.Tensor, positions: Positions) -> torch.Tensor:
+        """Heads of the layer's queries, then its keys, then its values: [T, q_heads + 2 kv_heads, d], rotated."""
         weights, d = self.weights.layers[layer], self.config.head_dim
         mixed = weights.qkv(self._norm(hidden, weights.norm1)).view(len(hidden), -1, d)
         both = self.q_heads + self.kv_heads
@@ -123,7 +121,7 @@ class Decoder:
             mixed = torch.cat((q, k, v), dim=1)
         if positions.cos is not None and positions.sin is not None:
             mixed = self._rowwise.rotate(mixed, both, positions.cos, positions.sin)
-        return mixed[:, : self.q_heads], mixed[:, self.q_heads : both], mixed[:, both:]
+        return mixed
 
     def finish(self, layer: int, hidden: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Hidden states after the layer, from those before it and attention's outputs [T, q_heads * d].

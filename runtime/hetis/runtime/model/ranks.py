@@ -16,8 +16,6 @@ import torch
 
 from hetis.runtime.model.decoder import Decoder, Positions
 
-Projected = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys, values
-
 
 class Ranks:
     """The dense part of a stage.
@@ -58,8 +56,8 @@ class Ranks:
         with_rows = [(d, p) for d, p in zip(self.decoders, positions, strict=True) if d.weights.embedding is not None]
         return self.everywhere(self._sum([d.embed(tokens.to(d.device), p) for d, p in with_rows]))
 
-    def project(self, layer: int, hidden: Sequence[torch.Tensor], positions: Sequence[Positions]) -> list[Projected]:
-        """Of each rank: its queries [T, q_heads, d], keys and values [T, kv_heads, d] of the layer, rotated."""
+    def project(self, layer: int, hidden: Sequence[torch.Tensor], positions: Sequence[Positions]) -> list[torch.Tensor]:
+        """Of each rank the heads of its queries, keys and values in the layer, as `Decoder.project`."""
         ranks = zip(self.decoders, hidden, positions, strict=True)
         return [decoder.project(layer, own, at) for decoder, own, at in ranks]
 

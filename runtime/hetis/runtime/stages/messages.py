@@ -20,7 +20,7 @@ def pack_setup(setup: StageSetup, key: bytes) -> tuple[torch.Tensor, ...]:
 
 
 def read_setup(frame: Frame) -> tuple[StageSetup, bytes]:
-    raw = bytes(frame.body.numpy())
+    raw = bytes(frame.raw)
     return StageSetup.from_json(raw[KEY_BYTES:]), raw[:KEY_BYTES]
 
 
@@ -102,5 +102,5 @@ def _chunk(row: list[int]) -> Chunk:
 def _integers(frame: Frame, first: int, count: int) -> IntArray:
     if frame.body_bytes < 8 * (first + count):
         raise FrameError(f"{frame.kind.name} has a body of {frame.body_bytes} bytes, too few")
-    numbers: IntArray = frame.body[8 * first : 8 * (first + count)].numpy().view("<i8")
+    numbers: IntArray = frame.raw[8 * first : 8 * (first + count)].view("<i8")
     return numbers

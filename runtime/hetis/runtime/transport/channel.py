@@ -6,9 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import torch
-
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError
 from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, bytes_of, header_of, read_header
 
@@ -54,6 +51,7 @@ class PipeChannel:
         self._pipe, self._stall_s = pipe, stall_s
         self._most_body_bytes = most_body_bytes
         self._header = bytearray(HEADER_BYTES)
+        self._into_header = memoryview(self._header)
         self._is_closed = False
 
     def send(self, frames: Sequence[Frame]) -> None:
@@ -61,20 +59,20 @@ class PipeChannel:
         buffers = []
         for frame in frames:
             buffers.append(memoryview(header_of(frame)))
-            buffers += [bytes_of(part) for part in frame.parts if part.numel()]
+            buffers += [bytes_of(part) for part in frame.parts if part.nbytes]
         self._pipe.write(buffers, self._stall_s)
 
     def receive(self, timeout_s: float) -> Frame | None:
         self._check_open()
-        header = memoryview(self._header)
-        came = self._pipe.read_into(header, timeout_s)
+        came = self._pipe.read_into(self._into_header, timeout_s)
         if not came:
             return None
         deadline_s = time.monotonic() + self._stall_s
-        self._fill(header[came:], deadline_s)
-        frame, num_bytes = read_header(self._header, most_body_bytes=self._most_body_bytes, empty=_empty)
-        if num_bytes:
-            self._fill(memoryview(frame.body.numpy()), deadline_s)
+        if came < HEADER_BYTES:
+            self._fill(self._into_header[came:], deadline_s)
+        frame, body = read_header(self._header, most_body_bytes=self._most_body_bytes)
+        if len(body):
+            self._fill(body.data, deadline_s)
         return frame
 
     def close(self) -> None:
@@ -92,9 +90,3 @@ class PipeChannel:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ChannelClosedError(f"{self.name}: this end is closed")
-
-
-def _empty(num_bytes: int) -> torch.Tensor:
-    if not num_bytes:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.from_numpy(np.empty(num_bytes, np.uint8))  # in half the time of torch's own

@@ -210,7 +210,7 @@ def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) 
     if not pipe.is_local:
         raise FrameError(f"{pipe.name}: shared memory was offered from another host")
     try:
-        shared = SharedFile.open(Path(bytes(frame.body.numpy()).decode(errors="replace")))
+        shared = SharedFile.open(Path(bytes(frame.raw).decode(errors="replace")))
     except FrameError as error:
         channel.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
         return channel

@@ -7,7 +7,7 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | --- | --- | --- |
 | HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale f64, key |
 | BEGIN | N | requests, incarnations, heads, positions: i64 [4, N] |
-| ATTEND | N | q [N, r, d], k [N, d], v [N, d] |
+| ATTEND | N | queries, key and value of each sequence: [N, r + 2, d] |
 | FINISH, ABORT, PING, BYE | | |
 | DROP (layer: device, of a stage) | N | (request, incarnation, head): i64 [N, 3] |
 | EXPORT, DIGEST (layer: device, of a stage) | H | request, incarnation, first, last, heads: i64 [4 + H] |
@@ -34,20 +34,22 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hetis.runtime.transport.errors import FrameError
 
 MAGIC = 0x53495448  # "HTIS"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<IHBBQQQQIIIIQ")
 HEADER_BYTES = HEADER.size
 MOST_BODY_BYTES = 1 << 32
-MakeBody = Callable[[int], torch.Tensor]
+Bytes = npt.NDArray[np.uint8]
+Numbers: TypeAlias = torch.Tensor | npt.NDArray[Any]
 DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 
 
@@ -96,7 +98,7 @@ class Frame(NamedTuple):
         layer: within the stage.
         counts: numbers whose meaning is the kind's.
         dtype: of the numbers in the body; empty: there are none.
-        parts: the body, one tensor after the other. A frame that was received has one, of bytes.
+        parts: the body, one after the other. A frame that was received has one, of bytes: `body`, or `raw`.
     """
 
     kind: Kind
@@ -107,7 +109,7 @@ class Frame(NamedTuple):
     layer: int = 0
     counts: tuple[int, int, int] = (0, 0, 0)
     dtype: str = ""
-    parts: tuple[torch.Tensor, ...] = ()
+    parts: tuple[Numbers, ...] = ()
 
     @property
     def body_bytes(self) -> int:
@@ -116,8 +118,14 @@ class Frame(NamedTuple):
     @property
     def body(self) -> torch.Tensor:
         """The body of a frame that was received: bytes, shape [body_bytes]."""
-        assert len(self.parts) == 1, "only a frame that was received has its body in one piece"
-        return self.parts[0]
+        [body] = self.parts
+        return tensor_of(body)
+
+    @property
+    def raw(self) -> Bytes:
+        """The same for numpy, where it is on the CPU."""
+        [body] = self.parts
+        return body.numpy() if isinstance(body, torch.Tensor) else body
 
     def answered(
         self,
@@ -125,7 +133,7 @@ class Frame(NamedTuple):
         *,
         counts: tuple[int, int, int] = (0, 0, 0),
         dtype: str = "",
-        parts: tuple[torch.Tensor, ...] = (),
+        parts: tuple[Numbers, ...] = (),
     ) -> Frame:
         """The answer to this frame: what says which request it is of is the same."""
         return Frame(
@@ -158,10 +166,8 @@ def header_of(frame: Frame) -> bytes:
     )
 
 
-def read_header(
-    header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES, empty: MakeBody | None = None
-) -> tuple[Frame, int]:
-    """A frame without its body, and the bytes of that; with ``empty`` its body is what that makes of the bytes.
+def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES) -> tuple[Frame, Bytes]:
+    """A frame, and where its body is to be read to.
 
     Raises:
         FrameError: it is none of ours, of another version, of no kind or dtype, or too long.
@@ -178,6 +184,7 @@ def read_header(
         raise FrameError(f"a frame of kind {kind} and dtype {dtype}, which are not known")
     if body_bytes > most_body_bytes:
         raise FrameError(f"a body of {body_bytes} bytes, {most_body_bytes} are the most")
+    body = np.empty(body_bytes, np.uint8)
     frame = Frame(
         kind=_KINDS[kind],
         epoch=epoch,
@@ -187,13 +194,21 @@ def read_header(
         layer=layer,
         counts=(counts[0], counts[1], counts[2]),
         dtype=DTYPES[dtype],
-        parts=() if empty is None else (empty(body_bytes),),
+        parts=(body,),
     )
-    return frame, body_bytes
+    return frame, body
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a tensor, copied only where it is not in one piece or not the CPU's."""
+def tensor_of(numbers: Numbers) -> torch.Tensor:
+    """A tensor, or what an array has as one."""
+    return numbers if isinstance(numbers, torch.Tensor) else torch.from_numpy(numbers)
+
+
+def bytes_of(numbers: Numbers) -> memoryview:
+    """The memory of a tensor or array, copied only where it is not in one piece or not the CPU's."""
+    if isinstance(numbers, np.ndarray):
+        return np.ascontiguousarray(numbers).data.cast("B")
+    tensor = numbers
     # Asked first: what need not be done costs as much as what is, where a processor has forgotten all of torch.
     there = tensor if tensor.is_cpu else tensor.cpu()
     there = there.detach() if there.requires_grad else there

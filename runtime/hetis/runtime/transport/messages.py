@@ -14,7 +14,7 @@ import torch
 from hetis.runtime.attention.device import DeviceStep, IntArray
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import DTYPES, Frame, Kind
+from hetis.runtime.transport.frames import DTYPES, Frame, Kind, Numbers
 
 KEY_BYTES = 16
 MOST_LAYERS = 4096
@@ -58,7 +58,7 @@ class Hello:
         head_dim, queries, page_tokens = frame.counts
         if not (0 < frame.layer <= MOST_LAYERS and head_dim and queries and page_tokens and frame.dtype in DTYPES[1:]):
             raise FrameError(f"HELLO of {frame.layer} layers, {frame.counts} and dtype {frame.dtype!r}")
-        raw = bytes(frame.body.numpy())
+        raw = bytes(frame.raw)
         windows = np.frombuffer(raw, "<i8", frame.layer)
         (scale,) = struct.unpack_from("<d", raw, 8 * frame.layer)
         shape = KvShape(
@@ -106,17 +106,20 @@ def read_step(frame: Frame) -> DeviceStep:
     )
 
 
-def read_queries(frame: Frame, shape: KvShape, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [N, r, d], k [N, d] and v [N, d] of ATTEND; ``count`` is the N that BEGIN said."""
-    r, d = shape.queries_per_group, shape.head_dim
+def read_queries(frame: Frame, shape: KvShape, count: int) -> Numbers:
+    """Queries, key and value of each sequence of ATTEND, [N, r + 2, d]; ``count`` is the N that BEGIN said.
+
+    They are a tensor, or an array of numpy (bfloat16 as its words), as they came: where there is little to compute,
+    making the one of the other costs as much.
+    """
+    size = count, shape.queries_per_group + 2, shape.head_dim
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} sequences in layer {frame.layer}: {count} were begun")
-    numbers, queries, rows = _numbers(frame, Kind.ATTEND, shape, count * (r + 2) * d), count * r * d, count * d
-    begin = numbers.storage_offset()
-    q = numbers.as_strided((count, r, d), (r * d, d, 1), begin)
-    k = numbers.as_strided((count, d), (d, 1), begin + queries)
-    v = numbers.as_strided((count, d), (d, 1), begin + queries + rows)
-    return q, k, v
+    _expect(frame, Kind.ATTEND, size[0] * size[1] * size[2] * shape.item_bytes, dtype=shape.dtype)
+    [body] = frame.parts
+    if isinstance(body, torch.Tensor):
+        return body.view(shape.torch_dtype).view(size)
+    return body.view(shape.numpy_dtype).reshape(size)
 
 
 def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
@@ -145,8 +148,8 @@ def read_adopted(frame: Frame, shape: KvShape) -> tuple[Part, torch.Tensor, torc
     heads, positions, _ = frame.counts
     begin = 8 * (4 + heads)
     sizes = heads * shape.layers * positions * shape.head_dim
-    _expect(frame, Kind.ADOPT, begin + 2 * sizes * shape.torch_dtype.itemsize, dtype=shape.dtype)
-    part = _part(frame.body[:begin].numpy().view("<i8"), frame)
+    _expect(frame, Kind.ADOPT, begin + 2 * sizes * shape.item_bytes, dtype=shape.dtype)
+    part = _part(frame.raw[:begin].view("<i8"), frame)
     if part.last - part.first != positions:
         raise FrameError(f"ADOPT of positions {part.first} to {part.last} with {positions} of them")
     k, v = frame.body[begin:].view(shape.torch_dtype).view(2, heads, shape.layers, positions, shape.head_dim)
@@ -184,7 +187,7 @@ def stale_answer(frame: Frame, name: str, *, current: int) -> Frame:
 
 
 def read_error(frame: Frame) -> tuple[int, int, str]:
-    raw = bytes(frame.body.numpy())
+    raw = bytes(frame.raw)
     if frame.kind is not Kind.ERROR or len(raw) < 16:
         raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, an error was expected")
     needed, free = struct.unpack_from("<qq", raw)
@@ -198,7 +201,7 @@ def pack_welcome(num_pages: int, name: str) -> tuple[torch.Tensor, ...]:
 
 
 def read_welcome(frame: Frame) -> tuple[int, str]:
-    raw = bytes(frame.body.numpy())
+    raw = bytes(frame.raw)
     if frame.kind is not Kind.WELCOME or len(raw) < 8:
         raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, a welcome was expected")
     return struct.unpack_from("<q", raw)[0], raw[8:].decode(errors="replace")
@@ -216,12 +219,12 @@ def _part(numbers: IntArray, frame: Frame) -> Part:
 
 def _integers(frame: Frame, kind: Kind, count: int) -> IntArray:
     _expect(frame, kind, 8 * count)
-    numbers: IntArray = frame.body.numpy().view("<i8")
+    numbers: IntArray = frame.raw.view("<i8")
     return numbers
 
 
 def _numbers(frame: Frame, kind: Kind, shape: KvShape, count: int) -> torch.Tensor:
-    _expect(frame, kind, count * shape.torch_dtype.itemsize, dtype=shape.dtype)
+    _expect(frame, kind, count * shape.item_bytes, dtype=shape.dtype)
     return frame.body.view(shape.torch_dtype)
 
 

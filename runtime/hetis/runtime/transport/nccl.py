@@ -20,7 +20,7 @@ import torch
 from hetis.runtime.transport.channel import PipeChannel
 from hetis.runtime.transport.connecting import open_store
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, ChannelStalledError
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, Kind, tensor_of
 from hetis.runtime.transport.tcp import TcpPipe
 
 ON_GPU = frozenset({Kind.ATTEND, Kind.OUT, Kind.KV})
@@ -44,7 +44,7 @@ class NcclChannel:
             size = torch.tensor([frame.body_bytes], dtype=torch.int64)
             self._headers.send([*small, frame._replace(parts=(size,))])
             small = []
-            pieces = [part.to(self._device).contiguous().view(-1).view(torch.uint8) for part in frame.parts]
+            pieces = [tensor_of(part).to(self._device).contiguous().view(-1).view(torch.uint8) for part in frame.parts]
             self._work(torch.cat(pieces), sends=True)
         if small:
             self._headers.send(small)
@@ -87,7 +87,7 @@ def offer_nccl(headers: PipeChannel, pipe: TcpPipe, device: str, *, stall_s: flo
 
 def accept_nccl(headers: Any, pipe: TcpPipe, frame: Frame, device: str, *, stall_s: float) -> NcclChannel:
     """The worker's end. Raises ChannelError."""
-    where = bytes(frame.body.numpy()).decode(errors="replace")
+    where = bytes(frame.raw).decode(errors="replace")
     if not device.startswith("cuda"):
         raise ChannelError(f"{pipe.name}: NCCL was asked for, this worker is on {device}")
     store = open_store(where.partition("/")[0], is_master=False, timeout_s=stall_s)

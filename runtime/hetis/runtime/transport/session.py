@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-import torch
-
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, Kind, Numbers
 
 
 class Session:
@@ -29,7 +27,7 @@ class Session:
         layer: int = 0,
         counts: tuple[int, int, int] = (0, 0, 0),
         dtype: str = "",
-        parts: tuple[torch.Tensor, ...] = (),
+        parts: tuple[Numbers, ...] = (),
     ) -> Frame:
         """A frame of this connection; what `Frame` says of the arguments."""
         self._serial += 1

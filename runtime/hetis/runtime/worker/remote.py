@@ -69,13 +69,13 @@ class RemoteDevice:
             self._session.frame(Kind.BEGIN, step=step.number, counts=(len(step), 0, 0), parts=pack_step(step))
         )
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Outputs:
+    def attend(self, layer: int, qkv: torch.Tensor) -> _Outputs:
         assert self._step is not None, "a step was begun"
-        counts, dtype = (len(q), 0, 0), self.shape.dtype
+        counts, dtype = (len(qkv), 0, 0), self.shape.dtype
         frame = self._session.frame(
-            Kind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(q, k, v)
+            Kind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(qkv,)
         )
-        return _Outputs(self, self._ask(frame), counts[0], q.device)
+        return _Outputs(self, self._ask(frame), counts[0], qkv.device)
 
     def finish(self, number: int) -> None:
         self._step = None
