@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep, IntArray, Pending
+from hetis.runtime.attention.device import AttentionDevice, IntArray
 from hetis.runtime.attention.prefill import PromptKv
+from hetis.runtime.engine.decoding import Decoding, places_of
 from hetis.runtime.engine.sampling import likeliest
 from hetis.runtime.engine.step import Chunk, Step
 from hetis.runtime.kv.errors import DeviceError
@@ -61,7 +59,7 @@ class Stage:
         self.through: Through | None = None
         self.homes = tuple(rank for rank in range(self.num_ranks) for _ in range(self.ranks.heads))
         self._prompts: dict[tuple[int, int], list[PromptKv]] = {}
-        self._kinds = _kinds(self.ranks.heads, self.shape.queries_per_group)
+        self._places = places_of(self.ranks.heads, self.shape.queries_per_group)
 
     @property
     def num_ranks(self) -> int:
@@ -142,60 +140,31 @@ class Stage:
         positions = ranks.positions(torch.from_numpy(step.positions))
         tokens = torch.from_numpy(step.tokens)
         hidden = ranks.embed(tokens, positions) if given is None else ranks.everywhere(given)
-        shares = self._shares(step)
+        on = [decoder.device for decoder in ranks.decoders]
+        decoding = Decoding(step, find=self._device, places=self._places, ranks=on)
         try:
-            for share in shares:
-                share.device.begin(share.step)
+            decoding.begin()
             for layer in range(len(self.layers)):
-                hidden = self._layer(layer, step, shares, hidden, positions)
-            for share in shares:
-                share.device.finish(step.number)
+                hidden = self._layer(layer, step, decoding, hidden, positions)
+            decoding.finish()
             for chunk in step.chunks:
                 self._ship(chunk)
         except DeviceError:
-            self._abort(step, shares)
+            decoding.abort()
             raise
         if not ranks.is_last:
             return hidden[0]
         logits = ranks.output(hidden, torch.from_numpy(step.outputs))
         return likeliest(logits) if step.is_greedy else logits
 
-    def _shares(self, step: Step) -> list[_Share]:
-        """Which device has which decoding virtual sequences; the primary last, so that others compute meanwhile."""
-        shares, width = [], self._kinds.size  # heads of queries, keys and values of a token
-        for number in map(int, reversed(np.unique(step.heads))):
-            device = self.devices[number] if self.through is None else self.through(number, self.devices[number])
-            pieces, rows, heads, begin = [], [], [], 0
-            for rank in range(self.num_ranks):
-                here = step.heads[:, rank * self.ranks.heads : (rank + 1) * self.ranks.heads] == number
-                row, head = np.nonzero(here)
-                if not len(row):
-                    continue
-                rows.append(row)
-                heads.append(head + rank * self.ranks.heads)
-                on = self.ranks.decoders[rank].device
-                takes = torch.from_numpy((row[:, None] * width + self._kinds[head]).ravel()).to(on)
-                puts = None if here.all() else torch.from_numpy(np.flatnonzero(here)).to(on)
-                part = slice(begin, begin + len(row))
-                pieces.append(_Piece(rank, takes, puts, part))
-                begin = part.stop
-            of = np.concatenate(rows)
-            own = DeviceStep(
-                epoch=step.epoch,
-                number=step.number,
-                requests=step.requests[of],
-                incarnations=step.incarnations[of],
-                heads=np.concatenate(heads),
-                positions=step.positions[of],
-            )
-            shares.append(_Share(device, own, tuple(pieces)))
-        return shares
+    def _device(self, number: int) -> AttentionDevice:
+        return self.devices[number] if self.through is None else self.through(number, self.devices[number])
 
     def _layer(
         self,
         layer: int,
         step: Step,
-        shares: list[_Share],
+        decoding: Decoding,
         hidden: Sequence[torch.Tensor],
         positions: Sequence[Positions],
     ) -> list[torch.Tensor]:
@@ -203,27 +172,14 @@ class Stage:
         rows = len(step.requests)
         outputs: list[list[torch.Tensor]] = [[] for _ in projected]
         if rows:
-            for own, out in zip(outputs, self._decode(layer, shares, projected, rows), strict=True):
-                own.append(out)
+            for own, out in zip(outputs, decoding.attend(layer, projected), strict=True):
+                own.append(out.view(rows, -1))
         for chunk in step.chunks:
             part = slice(rows, rows + chunk.count)
             for own, prompt, heads in zip(outputs, self._prompt(chunk), projected, strict=True):
                 own.append(prompt.attend(layer, chunk.first, heads[part]))
             rows += chunk.count
         return self.ranks.finish(layer, hidden, [own[0] if len(own) == 1 else torch.cat(own) for own in outputs])
-
-    def _decode(
-        self, layer: int, shares: list[_Share], projected: Sequence[torch.Tensor], rows: int
-    ) -> list[torch.Tensor]:
-        """Outputs [B, q_heads * d] of each rank: every virtual sequence computed where it lives, together again."""
-        shape = self.shape
-        heads = [own.flatten(0, 1) for own in projected]
-        pending = [(share, share.device.attend(layer, share.of(heads))) for share in shares]
-        size = rows * self.ranks.heads, shape.queries_per_group, shape.head_dim
-        outputs = [own.new_empty(size) for own in heads]
-        for share, part in pending:
-            share.put(part, outputs)
-        return [out.view(rows, -1) for out in outputs]
 
     def _prompt(self, chunk: Chunk) -> list[PromptKv]:
         key = chunk.request, chunk.incarnation
@@ -245,57 +201,3 @@ class Stage:
                     k, v = (x[:, at, part].transpose(0, 1) for x in (prompt.k, prompt.v))
                     heads = [begin + head for head in at]
                     self.devices[number].adopt(chunk.request, chunk.incarnation, heads, chunk.first, k, v)
-
-    def _abort(self, step: Step, shares: list[_Share]) -> None:
-        for share in shares:
-            # The one that failed, or another that did meanwhile: the engine hears of that at the next step.
-            with contextlib.suppress(DeviceError):
-                share.device.abort(step.number)
-
-
-class _Piece(NamedTuple):
-    """What a device computes for one rank.
-
-    Attributes:
-        rank: whose queries they are.
-        takes: of all heads that the rank projects, those of the device: queries, key and value of each in turn.
-        puts: where the outputs go among those of the rank's virtual sequences; None: they are all of them.
-        part: where they are among the device's own.
-    """
-
-    rank: int
-    takes: torch.Tensor
-    puts: torch.Tensor | None
-    part: slice
-
-
-class _Share(NamedTuple):
-    """What one device computes of a step, rank by rank."""
-
-    device: AttentionDevice
-    step: DeviceStep
-    pieces: tuple[_Piece, ...]
-
-    def of(self, heads: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Queries, key and value of each of the device's virtual sequences, [N, r + 2, d], from the ranks' heads."""
-        found = [heads[piece.rank].index_select(0, piece.takes) for piece in self.pieces]
-        own = found[0] if len(found) == 1 else torch.cat([part.to(found[0].device) for part in found])
-        return own.view(len(self.step), -1, own.shape[1])
-
-    def put(self, pending: Pending, outputs: list[torch.Tensor]) -> None:
-        """Waits for the device's outputs, and puts them in their places among each rank's [B * H, r, d]."""
-        computed = pending.wait()
-        for piece in self.pieces:
-            out = outputs[piece.rank]
-            own = computed[piece.part].to(out.device)
-            if piece.puts is None:
-                outputs[piece.rank] = own
-            else:
-                out.index_copy_(0, piece.puts, own)
-
-
-def _kinds(heads: int, r: int) -> IntArray:
-    """Where the r queries, key and value of each head are among the heads that a token has, [heads, r + 2]."""
-    head = np.arange(heads)[:, None]
-    queries = head * r + np.arange(r)
-    return np.concatenate([queries, heads * r + head, heads * (r + 1) + head], axis=1)
