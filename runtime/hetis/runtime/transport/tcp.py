@@ -1,15 +1,21 @@
-"""Bytes over TCP: no delay, one system call per message where the kernel takes it whole, read straight into place."""
+"""Bytes over TCP: no delay, and one system call to send, or to wait for and read, whatever is small.
+
+What comes is read ahead into a buffer, so that a frame's header and body, and those of the frames behind it, come
+together; what is large is read straight into place.
+"""
 
 from __future__ import annotations
 
 import select
 import socket
+import struct
 import time
 from collections.abc import Sequence
 
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError
 
 BUFFER_BYTES = 2 << 20
+AHEAD_BYTES = 1 << 16  # that are read ahead, more only of an end that writes at the same time
 MOST_BUFFERS = 256  # of one call; the kernel takes 1,024
 
 
@@ -19,14 +25,16 @@ class TcpPipe:
     def __init__(self, connection: socket.socket, name: str, *, reads_ahead: bool = False) -> None:
         """``reads_ahead``: it reads while it waits to write, so that two ends that write do not wait for each other."""
         self.name = name
-        self._reads_ahead, self._ahead = reads_ahead, bytearray()
+        self._reads_ahead = reads_ahead
+        self._ahead = memoryview(bytearray(AHEAD_BYTES))
+        self._begin = self._end = 0  # of what is there of it
         self._socket = connection
-        connection.setblocking(False)
+        self._wait_s = 0.0  # that the kernel waits for something to read; 0: for ever
+        connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, which, BUFFER_BYTES)
-        self._readable, self._writable = select.poll(), select.poll()
-        self._readable.register(connection, select.POLLIN)
+        self._writable = select.poll()
         self._writable.register(connection, select.POLLOUT | (select.POLLIN if reads_ahead else 0))
 
     @classmethod
@@ -57,10 +65,10 @@ class TcpPipe:
         deadline_s = None
         while left:
             try:
-                sent = self._socket.sendmsg(left[:MOST_BUFFERS])
+                sent = self._socket.sendmsg(left[:MOST_BUFFERS], (), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 deadline_s = deadline_s or time.monotonic() + timeout_s
-                self._wait(self._writable, deadline_s - time.monotonic())
+                self._wait(deadline_s - time.monotonic())
                 if self._reads_ahead:
                     self._read_ahead()
                 continue
@@ -72,43 +80,51 @@ class TcpPipe:
                 left[0] = left[0][sent:]
 
     def read_into(self, buffer: memoryview, timeout_s: float) -> int:
-        if self._ahead:
-            num = min(len(buffer), len(self._ahead))
-            buffer[:num] = self._ahead[:num]
-            del self._ahead[:num]
-            return num
-        try:
-            came = self._try_read(buffer)
-            if came is None and self._readable.poll(max(timeout_s, 0.0) * 1000):
-                came = self._try_read(buffer)
-        except OSError as error:
-            raise ChannelClosedError(f"{self.name}: {error}") from error
-        if came == 0:
-            raise ChannelClosedError(f"{self.name}: the other end is gone")
-        return came or 0
+        if self._begin == self._end:
+            if len(buffer) >= AHEAD_BYTES:
+                return self._read(buffer, timeout_s)
+            self._begin, self._end = 0, self._read(self._ahead, timeout_s)
+        num = min(len(buffer), self._end - self._begin)
+        buffer[:num] = self._ahead[self._begin : self._begin + num]
+        self._begin += num
+        return num
 
     def close(self) -> None:
         self._socket.close()
 
-    def _try_read(self, buffer: memoryview) -> int | None:
+    def _read(self, into: memoryview, timeout_s: float) -> int:
+        """0: nothing came in time. The kernel waits: a call for that alone would cost as much as reading."""
         try:
-            return self._socket.recv_into(buffer)
+            if timeout_s <= 0:
+                came = self._socket.recv_into(into, 0, socket.MSG_DONTWAIT)
+            else:
+                if timeout_s != self._wait_s:
+                    self._set_wait(timeout_s)
+                came = self._socket.recv_into(into)
         except BlockingIOError:
-            return None
-
-    def _read_ahead(self) -> None:
-        try:
-            came = self._socket.recv(BUFFER_BYTES)
-        except BlockingIOError:
-            return
+            return 0
         except OSError as error:
             raise ChannelClosedError(f"{self.name}: {error}") from error
         if not came:
             raise ChannelClosedError(f"{self.name}: the other end is gone")
-        self._ahead += came
+        return came
 
-    def _wait(self, poll: select.poll, left_s: float) -> None:
-        if left_s <= 0 or not poll.poll(left_s * 1000):
+    def _set_wait(self, timeout_s: float) -> None:
+        seconds, micros = divmod(max(round(timeout_s * 1e6), 1), 1_000_000)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, micros))
+        self._wait_s = timeout_s
+
+    def _read_ahead(self) -> None:
+        """Whatever is there, behind what was read before and nobody has wanted yet."""
+        if len(self._ahead) - self._end < AHEAD_BYTES:
+            left = self._ahead[self._begin : self._end]
+            self._begin, self._end = 0, len(left)
+            self._ahead = memoryview(bytearray(2 * (len(left) + AHEAD_BYTES)))
+            self._ahead[: len(left)] = left
+        self._end += self._read(self._ahead[self._end :], 0.0)
+
+    def _wait(self, left_s: float) -> None:
+        if left_s <= 0 or not self._writable.poll(left_s * 1000):
             raise ChannelStalledError(f"{self.name}: the other end took nothing for too long")
 
 
