@@ -161,11 +161,11 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
             raise FrameError(f"{pipe.name}: the worker said nothing of the shared memory")
         refused = None if answer.kind is Kind.WELCOME else read_error(answer)[2]
     except BaseException:
-        shared.close()
+        shared.unlink()
         channel.close()
         raise
     if refused is not None:
-        shared.close()
+        shared.unlink()
         why = f"{pipe.name}: the worker does not take the shared memory: {refused}"
         if kind is ChannelKind.SHM:
             channel.close()
