@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention import prefill
+from hetis.runtime.attention import paged_compiled, prefill
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend, choose_backend
 from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.local import LocalDevice
@@ -22,6 +22,7 @@ from hetis.runtime.attention.prefill import PromptKv
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.pool import PagePool
 from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.transport.frames import bytes_of
 from tests.runtime.attention import flashinfer_double
 
 BACKENDS = [TorchBackend, CompiledBackend]
@@ -120,6 +121,33 @@ def test_on_a_gpu_outputs_are_as_defined(r: int, dtype: str) -> None:
 @settings(max_examples=40)
 def test_the_compiled_backend_is_right_for_any_shape(r: int, d: int, window: int, lengths: list[int]) -> None:
     check(CompiledBackend, r, d, window, "float32", lengths)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_numbers_that_a_channel_brings_give_the_bits_that_a_tensor_gives(dtype: str) -> None:
+    shape = shape_of(r=2, d=8, window=0, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    steps = torch.randn(4, 1, 4, 8, generator=generator).to(shape.torch_dtype)
+    outputs = []
+    for is_tensor in (True, False):
+        device = LocalDevice("d", shape, 4)
+        for position, qkv in enumerate(steps):
+            zero, at = np.zeros(1, np.int64), np.array([position])
+            device.begin(DeviceStep(epoch=1, number=0, requests=zero, incarnations=zero, heads=zero, positions=at))
+            words = qkv.view(torch.uint8).numpy().view(shape.numpy_dtype)
+            out = device.attend_as(0, qkv if is_tensor else words)
+        assert isinstance(out, torch.Tensor) or not is_tensor
+        outputs.append(bytes(bytes_of(out)))
+        assert len(outputs[-1]) == 2 * 8 * shape.item_bytes
+    assert outputs[0] == outputs[1]
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_bfloat16_is_rounded_as_torch_rounds(numbers: list[float]) -> None:
+    shape = shape_of(r=1, d=len(numbers), window=0, dtype="bfloat16")
+    floats, words = torch.tensor([numbers]), torch.empty(1, len(numbers), dtype=shape.torch_dtype)
+    paged_compiled._narrow(floats.numpy(), words.view(torch.uint16).numpy())
+    torch.testing.assert_close(words, floats.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("at", range(7))

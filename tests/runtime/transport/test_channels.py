@@ -6,7 +6,9 @@ import errno
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -110,6 +112,35 @@ def test_frames_larger_than_any_buffer_pass_while_the_other_end_reads(kind: str)
     sender.join()
     one.close()
     other.close()
+
+
+def test_two_ends_that_write_at_once_do_not_wait_for_each_other_where_one_reads_ahead() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        pipe = TcpPipe.connect("127.0.0.1", listener.getsockname()[1], timeout_s=5, reads_ahead=True)
+        other = PipeChannel(TcpPipe(listener.accept()[0], "other"), stall_s=20)
+    one = PipeChannel(pipe, stall_s=20)
+    frames = [frame(size, serial=i) for i, size in enumerate([9_000_000, 3, 9_000_000])]
+
+    def send_and_hear(end: PipeChannel) -> list[Frame | None]:
+        end.send(frames)
+        return [end.receive(20) for _ in frames]
+
+    with closing(one), closing(other), ThreadPoolExecutor() as threads:
+        heard = list(threads.map(send_and_hear, (one, other)))
+        for came in heard:
+            assert all(a is not None and same(a, b) for a, b in zip(came, frames, strict=True))
+        assert one.receive(0.01) is None
+
+
+def test_a_wait_ends_when_its_time_is_up_and_the_next_has_its_own(make_ends: Callable[..., Ends]) -> None:
+    one, other = make_ends()
+    for timeout_s in (0.0, 1e-9, 0.05, 1e9):
+        if timeout_s == 1e9:
+            other.send([frame(5)])
+        begun_s = time.monotonic()
+        came = one.receive(timeout_s)
+        assert (came is not None) is (timeout_s == 1e9)
+        assert time.monotonic() - begun_s < 5
 
 
 def test_an_end_that_closes_is_noticed_by_the_other(make_ends: Callable[..., Ends]) -> None:

@@ -136,17 +136,7 @@ class Frame(NamedTuple):
         parts: tuple[Numbers, ...] = (),
     ) -> Frame:
         """The answer to this frame: what says which request it is of is the same."""
-        return Frame(
-            kind=kind,
-            epoch=self.epoch,
-            session=self.session,
-            serial=self.serial,
-            step=self.step,
-            layer=self.layer,
-            counts=counts,
-            dtype=dtype,
-            parts=parts,
-        )
+        return self._replace(kind=kind, counts=counts, dtype=dtype, parts=parts)
 
 
 def header_of(frame: Frame) -> bytes:
@@ -174,8 +164,7 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     """
     if len(header) != HEADER_BYTES:
         raise FrameError(f"a header has {HEADER_BYTES} bytes, {len(header)} came")
-    magic, version, kind, dtype, epoch, session, serial, step, layer, *rest = HEADER.unpack(header)
-    *counts, body_bytes = rest
+    magic, version, kind, dtype, epoch, session, serial, step, layer, a, b, c, body_bytes = HEADER.unpack(header)
     if magic != MAGIC:
         raise FrameError(f"no frame begins with {magic:#010x}")
     if version != VERSION:
@@ -185,17 +174,7 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     if body_bytes > most_body_bytes:
         raise FrameError(f"a body of {body_bytes} bytes, {most_body_bytes} are the most")
     body = np.empty(body_bytes, np.uint8)
-    frame = Frame(
-        kind=_KINDS[kind],
-        epoch=epoch,
-        session=session,
-        serial=serial,
-        step=step,
-        layer=layer,
-        counts=(counts[0], counts[1], counts[2]),
-        dtype=DTYPES[dtype],
-        parts=(body,),
-    )
+    frame = Frame(_KINDS[kind], epoch, session, serial, step, layer, (a, b, c), DTYPES[dtype], (body,))
     return frame, body
 
 
@@ -208,9 +187,8 @@ def bytes_of(numbers: Numbers) -> memoryview:
     """The memory of a tensor or array, copied only where it is not in one piece or not the CPU's."""
     if isinstance(numbers, np.ndarray):
         return np.ascontiguousarray(numbers).data.cast("B")
-    tensor = numbers
     # Asked first: what need not be done costs as much as what is, where a processor has forgotten all of torch.
-    there = tensor if tensor.is_cpu else tensor.cpu()
+    there = numbers if numbers.is_cpu else numbers.cpu()
     there = there.detach() if there.requires_grad else there
     there = there if there.is_contiguous() else there.contiguous()
     # numpy has no bfloat16, and a tensor without dimensions has no other view.
