@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.attention import paged_compiled, prefill
@@ -135,17 +135,19 @@ def test_numbers_that_a_channel_brings_give_the_bits_that_a_tensor_gives(dtype: 
             zero, at = np.zeros(1, np.int64), np.array([position])
             device.begin(DeviceStep(epoch=1, number=0, requests=zero, incarnations=zero, heads=zero, positions=at))
             words = qkv.view(torch.uint8).numpy().view(shape.numpy_dtype)
-            out = device.attend_as(0, qkv if is_tensor else words)
+            out = device.attend_received(0, qkv if is_tensor else words)
         assert isinstance(out, torch.Tensor) or not is_tensor
         outputs.append(bytes(bytes_of(out)))
         assert len(outputs[-1]) == 2 * 8 * shape.item_bytes
     assert outputs[0] == outputs[1]
 
 
-@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
-def test_bfloat16_is_rounded_as_torch_rounds(numbers: list[float]) -> None:
-    shape = shape_of(r=1, d=len(numbers), window=0, dtype="bfloat16")
-    floats, words = torch.tensor([numbers]), torch.empty(1, len(numbers), dtype=shape.torch_dtype)
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20))
+@example([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF])  # NaNs, which rounding would make infinite, or 0
+@example([0x7F7FFFFF, 0x00007FFF, 0x00008000, 0x00008001, 0x00018000])
+def test_bfloat16_is_rounded_as_torch_rounds(bits: list[int]) -> None:
+    floats = torch.from_numpy(np.array([bits], np.uint32).view(np.float32))
+    words = torch.empty(floats.shape, dtype=torch.bfloat16)
     paged_compiled._narrow(floats.numpy(), words.view(torch.uint16).numpy())
     torch.testing.assert_close(words, floats.bfloat16(), rtol=0, atol=0, equal_nan=True)
 

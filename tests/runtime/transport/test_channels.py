@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,10 +23,10 @@ from hetis.runtime.transport import shm
 from hetis.runtime.transport.channel import Channel, PipeChannel
 from hetis.runtime.transport.connecting import ChannelKind, Endpoint, connect
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, ChannelStalledError, FrameError
-from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, Kind, header_of, read_header
+from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, Kind, bytes_of, header_of, read_header
 from hetis.runtime.transport.inproc import InprocPipe
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
-from hetis.runtime.transport.tcp import TcpPipe
+from hetis.runtime.transport.tcp import AHEAD_BYTES, TcpPipe
 
 Ends = tuple[PipeChannel, PipeChannel]
 
@@ -134,13 +136,76 @@ def test_two_ends_that_write_at_once_do_not_wait_for_each_other_where_one_reads_
 
 def test_a_wait_ends_when_its_time_is_up_and_the_next_has_its_own(make_ends: Callable[..., Ends]) -> None:
     one, other = make_ends()
-    for timeout_s in (0.0, 1e-9, 0.05, 1e9):
-        if timeout_s == 1e9:
-            other.send([frame(5)])
+    for timeout_s in (0.0, 1e-9, 0.01, 0.1):
         begun_s = time.monotonic()
-        came = one.receive(timeout_s)
-        assert (came is not None) is (timeout_s == 1e9)
-        assert time.monotonic() - begun_s < 5
+        assert one.receive(timeout_s) is None
+        assert time.monotonic() - begun_s >= timeout_s or isinstance(one._pipe, InprocPipe)
+    if not isinstance(one._pipe, InprocPipe):  # which waits for nobody
+        later = threading.Timer(0.3, other.send, [[frame(5)]])
+        later.start()
+        assert one.receive(1e20) is not None
+        later.join()
+    begun_s = time.monotonic()
+    assert one.receive(0.1) is None
+    assert time.monotonic() - begun_s < 10
+
+
+@pytest.mark.skipif(not is_supported(), reason="no shared memory here")
+def test_who_sleeps_is_woken_and_sleeps_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, call = list[int](), shm._syscall
+    monkeypatch.setattr(shm, "LOOK_S", 0.0)
+    monkeypatch.setattr(shm, "_NAP", ctypes.byref(shm._Timespec(3, 0)))
+    monkeypatch.setattr(shm, "_syscall", lambda *of: calls.append(of[2]) or call(*of))  # type: ignore[func-returns-value]
+    one, other = shm_ends(30.0)
+    with closing(one), closing(other), ThreadPoolExecutor() as threads:
+        begun_s = time.monotonic()
+        for size in (3, 200_000):  # more than fits: the writer sleeps too
+            for _ in range(10):
+                asked = threads.submit(other.receive, 30)
+                time.sleep(0.01)  # it sleeps by now
+                one.send([frame(size)])
+                came = asked.result()
+                assert came is not None
+                assert same(came, frame(size))
+    assert time.monotonic() - begun_s < 20  # naps alone take a minute
+    assert len(calls) < 2000  # who does not sleep asks for it thousands of times
+
+
+@pytest.mark.skipif(not is_supported(), reason="no shared memory here")
+def test_what_is_said_beside_the_memory_ends_the_channel() -> None:
+    one, other = shm_ends(5.0)
+    with closing(one), closing(other):
+        other._pipe._connection.write([memoryview(b"x")], 1.0)  # type: ignore[attr-defined]
+        with pytest.raises(FrameError, match="beside the shared memory"):
+            one.receive(5)
+
+
+def test_where_futexes_are_refused_there_is_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "_syscall", lambda *_: -1)
+    assert not is_supported()
+
+
+def test_what_was_read_ahead_once_is_not_kept() -> None:
+    one, other = tcp_pipes()
+    with closing(one), closing(other):
+        one._reads_ahead = True
+        other.write([memoryview(bytes(500_000))], 5.0)
+        for _ in range(10):
+            one._read_ahead()
+        assert len(one._ahead) > AHEAD_BYTES
+        left = 500_000
+        while left:
+            left -= one.read_into(memoryview(bytearray(min(left, 1000))), 5.0)
+        other.write([memoryview(b"x")], 5.0)
+        assert one.read_into(memoryview(bytearray(1)), 5.0) == 1
+        assert len(one._ahead) == AHEAD_BYTES
+
+
+def test_numbers_of_any_form_have_their_bytes() -> None:
+    numbers = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    for some in (numbers, numbers[:, ::2], numbers[:0], numbers[0, 0, 0]):
+        assert bytes(bytes_of(np.asarray(some))) == some.tobytes()
+        assert bytes(bytes_of(torch.from_numpy(np.array(some)))) == some.tobytes()
 
 
 def test_an_end_that_closes_is_noticed_by_the_other(make_ends: Callable[..., Ends]) -> None:
@@ -200,21 +265,30 @@ def test_a_wrong_header_says_what_is_wrong(place: int, value: int, says: str) ->
 @settings(max_examples=50, deadline=None)
 @given(
     st.sampled_from(Kind),
-    st.integers(0, 2**64 - 1),
-    st.integers(0, 2**64 - 1),
-    st.integers(0, 2**32 - 1),
+    st.tuples(*[st.integers(0, 2**64 - 1)] * 3),
+    st.tuples(*[st.integers(0, 2**32 - 1)] * 5),
     st.sampled_from(["", "float32", "float64", "bfloat16", "float16"]),
     st.integers(0, 300),
 )
 def test_a_header_says_what_the_frame_said(
-    kind: Kind, epoch: int, serial: int, layer: int, dtype: str, size: int
+    kind: Kind, long: tuple[int, int, int], short: tuple[int, int, int, int, int], dtype: str, size: int
 ) -> None:
-    body = torch.zeros(size, dtype=torch.uint8)
-    written = Frame(kind=kind, epoch=epoch, session=1, serial=serial, layer=layer, dtype=dtype, parts=(body,))
+    (epoch, session, serial), (step, layer, *counts) = long, short
+    written = Frame(
+        kind=kind,
+        epoch=epoch,
+        session=session,
+        serial=serial,
+        step=step,
+        layer=layer,
+        counts=(counts[0], counts[1], counts[2]),
+        dtype=dtype,
+        parts=(torch.zeros(size, dtype=torch.uint8),),
+    )
     read, into = read_header(header_of(written))
     assert read.raw is into
     assert len(into) == size
-    assert (read.kind, read.epoch, read.serial, read.layer, read.dtype) == (kind, epoch, serial, layer, dtype)
+    assert read._replace(parts=()) == written._replace(parts=())
 
 
 @pytest.mark.skipif(not is_supported(), reason="no shared memory here")

@@ -34,17 +34,17 @@ class LocalDevice:
         self._step = step.number
 
     def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
-        if self._step is None:
-            raise DeviceError(self.name, "no step was begun")
+        self._check_begun()
         return Ready(self.backend.attend(layer, qkv.to(self.pool.k.device)))
 
-    def attend_as(self, layer: int, qkv: torch.Tensor | Array) -> torch.Tensor | Array:
+    def attend_received(self, layer: int, qkv: torch.Tensor | Array) -> torch.Tensor | Array:
         """The same for numbers as a channel brings them: an array (bfloat16 as its words) stays one if it can."""
         if isinstance(qkv, torch.Tensor):
             return self.attend(layer, qkv).output
-        if isinstance(self.backend, CompiledBackend) and self._step is not None:
-            return self.backend.attend_array(layer, qkv)
-        return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output
+        if not isinstance(self.backend, CompiledBackend):
+            return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output
+        self._check_begun()
+        return self.backend.attend_array(layer, qkv)
 
     def finish(self, number: int) -> None:
         self._step = None
@@ -73,3 +73,7 @@ class LocalDevice:
     def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         pieces = [self.pool.read(SequenceKey(request, incarnation, head), 0, last) for head in heads]
         return np.stack([digest(k, v) for k, v in pieces])
+
+    def _check_begun(self) -> None:
+        if self._step is None:
+            raise DeviceError(self.name, "no step was begun")

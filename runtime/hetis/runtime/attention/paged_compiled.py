@@ -15,7 +15,6 @@ from hetis.runtime.attention.compiled import kernel
 
 Floats = npt.NDArray[np.floating[Any]]
 Words = npt.NDArray[np.uint16]
-Numbers = Floats | Words
 Table = npt.NDArray[np.int32]
 IntArray = npt.NDArray[np.int64]
 
@@ -99,7 +98,9 @@ def attend_bfloat16(
 
 
 @kernel
-def _store(qkv: Numbers, k: Numbers, v: Numbers, table: Table, rows: IntArray, positions: IntArray) -> None:
+def _store(
+    qkv: Floats | Words, k: Floats | Words, v: Floats | Words, table: Table, rows: IntArray, positions: IntArray
+) -> None:
     """Writes the keys and values to the slots of ``positions``."""
     size, at = k.shape[1], qkv.shape[1] - 2
     for i in range(len(rows)):

@@ -118,14 +118,17 @@ class Frame(NamedTuple):
     @property
     def body(self) -> torch.Tensor:
         """The body of a frame that was received: bytes, shape [body_bytes]."""
-        [body] = self.parts
-        return tensor_of(body)
+        return tensor_of(self._received())
 
     @property
     def raw(self) -> Bytes:
         """The same for numpy, where it is on the CPU."""
-        [body] = self.parts
+        body = self._received()
         return body.numpy() if isinstance(body, torch.Tensor) else body
+
+    def _received(self) -> Numbers:
+        assert len(self.parts) == 1, "only a frame that was received has its body in one piece"
+        return self.parts[0]
 
     def answered(
         self,
@@ -185,16 +188,13 @@ def tensor_of(numbers: Numbers) -> torch.Tensor:
 
 def bytes_of(numbers: Numbers) -> memoryview:
     """The memory of a tensor or array, copied only where it is not in one piece or not the CPU's."""
-    if isinstance(numbers, np.ndarray):
-        return np.ascontiguousarray(numbers).data.cast("B")
-    # Asked first: what need not be done costs as much as what is, where a processor has forgotten all of torch.
-    there = numbers if numbers.is_cpu else numbers.cpu()
-    there = there.detach() if there.requires_grad else there
-    there = there if there.is_contiguous() else there.contiguous()
-    # numpy has no bfloat16, and a tensor without dimensions has no other view.
-    if there.dtype is torch.bfloat16 or not there.dim():
-        there = there.view(-1).view(torch.uint8)
-    return memoryview(there.numpy()).cast("B")
+    if isinstance(numbers, torch.Tensor):
+        # Asked first: what need not be done costs as much as what is, where a processor has forgotten all of torch.
+        tensor = numbers if numbers.is_cpu else numbers.cpu()
+        tensor = tensor.detach() if tensor.requires_grad else tensor
+        # numpy has no bfloat16.
+        numbers = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
 
 
 _KINDS = {int(kind): kind for kind in Kind}

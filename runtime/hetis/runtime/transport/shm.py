@@ -10,6 +10,8 @@ that are killed later. (`multiprocessing.shared_memory` would keep the name, and
 use.)
 
 Counters are published after what they count. On x86-64 stores are seen in their order; elsewhere this pipe is refused.
+A store and a later load are not: that one says that it sleeps may cross with the other's last look at that. Hence no
+sleep is long.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ RING_BYTES = 4 << 20
 # A wake-up costs both ends together about so much of a processor: whoever looks for longer takes more than it saves.
 LOOK_S = 30e-6
 SHORT_S = 1e-4  # after a wait of less, sleep included, looking may be of use
-NAP_S = 0.02  # longest sleep without another look, also at the connection: a death is heard of so much later
+NAP_S = 0.02  # longest sleep without another look: what a missed wake-up costs, and how much later a death is known
 # Numbers of one ring, each of 8 bytes in a cache line of its own: two counters, and whether somebody sleeps until they
 # change.
 WRITTEN, READ, SLEEPS = 0, 8, 16
@@ -44,7 +46,7 @@ _FUTEX, _WAIT, _WAKE = 202, 0, 1  # of Linux on x86-64: the call, and what it do
 
 def is_supported() -> bool:
     """Whether processes of this host can talk so."""
-    return platform.machine() in ("x86_64", "AMD64") and FOLDER.is_dir()
+    return platform.machine() in ("x86_64", "AMD64") and FOLDER.is_dir() and _has_futex()
 
 
 class SharedFile:
@@ -75,9 +77,11 @@ class SharedFile:
 
     @classmethod
     def open(cls, path: Path) -> SharedFile:
-        """Raises FrameError: the path is none that `create` chooses, or the file is not of this user or not there."""
+        """Raises FrameError: it is none that `create` has made, another user's, or such memory does not work here."""
         if path.parent != FOLDER or not path.name.startswith(PREFIX):
             raise FrameError(f"{path} is no shared memory of ours")
+        if not is_supported():
+            raise FrameError(f"{path}: shared memory needs Linux on x86-64, and its futex")
         try:
             handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
             try:
@@ -167,12 +171,15 @@ class ShmPipe:
             self._looks = now_s - begun_s < SHORT_S
 
     def _check_connection(self, is_there: Callable[[], bool]) -> None:
-        """An end that is gone may have left something to read."""
+        """An end that is gone may have left something to read. Raises ChannelError."""
         try:
-            self._connection.read_into(memoryview(bytearray(1)), 0.0)
+            came = self._connection.read_into(memoryview(bytearray(1)), 0.0)
         except ChannelClosedError:
             if not is_there():
                 raise
+        else:
+            if came:
+                raise FrameError(f"{self.name}: something was said beside the shared memory")
 
 
 class _Ring:
@@ -228,6 +235,13 @@ class _Ring:
 
     def _wake(self, counter: int) -> None:
         _syscall(_FUTEX, self._address + 8 * counter, _WAKE, 1, None)
+
+
+def _has_futex() -> bool:
+    """False: a sandbox refuses the call, and whoever waits would not sleep."""
+    word = ctypes.c_uint32(0)
+    woken: int = _syscall(_FUTEX, ctypes.addressof(word), _WAKE, 1, None)
+    return woken == 0
 
 
 class _Timespec(ctypes.Structure):

@@ -17,6 +17,8 @@ from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledErr
 BUFFER_BYTES = 2 << 20
 AHEAD_BYTES = 1 << 16  # that are read ahead, more only of an end that writes at the same time
 MOST_BUFFERS = 256  # of one call; the kernel takes 1,024
+FINE_S = 0.05  # the kernel counts a read's time-out in ticks of some milliseconds: shorter ones are poll's
+LONGEST_S = 1e9
 
 
 class TcpPipe:
@@ -34,7 +36,8 @@ class TcpPipe:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, which, BUFFER_BYTES)
-        self._writable = select.poll()
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(connection, select.POLLIN)
         self._writable.register(connection, select.POLLOUT | (select.POLLIN if reads_ahead else 0))
 
     @classmethod
@@ -83,6 +86,8 @@ class TcpPipe:
         if self._begin == self._end:
             if len(buffer) >= AHEAD_BYTES:
                 return self._read(buffer, timeout_s)
+            if len(self._ahead) > AHEAD_BYTES:  # it was needed for once
+                self._ahead = memoryview(bytearray(AHEAD_BYTES))
             self._begin, self._end = 0, self._read(self._ahead, timeout_s)
         num = min(len(buffer), self._end - self._begin)
         buffer[:num] = self._ahead[self._begin : self._begin + num]
@@ -93,14 +98,19 @@ class TcpPipe:
         self._socket.close()
 
     def _read(self, into: memoryview, timeout_s: float) -> int:
-        """0: nothing came in time. The kernel waits: a call for that alone would cost as much as reading."""
+        """0: nothing came in time, which begins anew where a signal is handled meanwhile.
+
+        Where it may wait for long the kernel waits: a call for that alone would cost as much as reading.
+        """
         try:
-            if timeout_s <= 0:
-                came = self._socket.recv_into(into, 0, socket.MSG_DONTWAIT)
-            else:
+            if timeout_s >= FINE_S:
                 if timeout_s != self._wait_s:
                     self._set_wait(timeout_s)
                 came = self._socket.recv_into(into)
+            elif timeout_s <= 0 or self._readable.poll(timeout_s * 1000):
+                came = self._socket.recv_into(into, 0, socket.MSG_DONTWAIT)
+            else:
+                return 0
         except BlockingIOError:
             return 0
         except OSError as error:
@@ -110,7 +120,7 @@ class TcpPipe:
         return came
 
     def _set_wait(self, timeout_s: float) -> None:
-        seconds, micros = divmod(max(round(timeout_s * 1e6), 1), 1_000_000)
+        seconds, micros = divmod(round(min(timeout_s, LONGEST_S) * 1e6), 1_000_000)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, micros))
         self._wait_s = timeout_s
 

@@ -148,7 +148,7 @@ class WorkerCore:
         self._raise_failed()
         if self._step is None or self._step[0] != frame.step:
             raise UnknownSequenceError(self.name, f"step {frame.step} was not begun")
-        out = device.attend_as(frame.layer, read_queries(frame, device.shape, self._step[1]))
+        out = device.attend_received(frame.layer, read_queries(frame, device.shape, self._step[1]))
         return frame.answered(Kind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
 
     def _adopt(self, frame: Frame, device: LocalDevice) -> None:
