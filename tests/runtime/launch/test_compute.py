@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hetis.runtime.kv.memory import free_memory_bytes
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.compute import (
     on_devices,
@@ -18,7 +19,6 @@ from hetis.runtime.launch.compute import (
 )
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import DevicePages, StageLayout, pages_of
-from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import Compute, DeviceRoom
 
 SHAPE = KvShape(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from hetis.runtime.worker.options import VARIABLES, OptionError, WorkerOptions, read_options
@@ -96,3 +98,9 @@ def test_nothing_at_all_is_an_error_of_three_lines() -> None:
             "hetis worker: --kv-memory is missing, and so is HETIS_WORKER_KV_MEMORY",
         ],
     )
+
+
+def test_more_memory_than_is_free_is_refused_before_anybody_is_told_of_it() -> None:
+    done = run_command([*command_of("hetis.runtime.worker"), *REQUIRED[:4], "--kv-memory", "4PiB"])
+    assert done.returncode == 2
+    assert re.fullmatch(r"hetis worker \S+: --kv-memory is 4PiB, cpu has \d+MiB free\n", done.stderr)

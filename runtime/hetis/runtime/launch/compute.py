@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 
 from hetis.runtime.attention.cuda import cuda_count
+from hetis.runtime.kv.memory import free_memory_bytes
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import DevicePages, StageLayout, card_of, refuse_if_too_large
-from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import Compute
 
 _log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hetis.runtime.kv.memory import free_memory_bytes
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import DeviceRoom
 from hetis.runtime.measured.coefficients import Coefficients
 from hetis.runtime.measured.planned import planned_coefficients

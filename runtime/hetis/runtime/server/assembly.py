@@ -17,11 +17,11 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.engine.engine import Engine, EngineOptions
 from hetis.runtime.engine.heads import StageHeads
 from hetis.runtime.handover.messages import key_of
+from hetis.runtime.kv.memory import free_memory_bytes
 from hetis.runtime.launch.compute import on_devices, refuse_missing, torch_devices
 from hetis.runtime.launch.engine import EngineFolder, start_engine, warm_up
 from hetis.runtime.launch.errors import LayoutError
 from hetis.runtime.launch.layout import Layout, StageLayout, layout_of, one_device, pages_of
-from hetis.runtime.launch.memory import free_memory_bytes
 from hetis.runtime.launch.room import Compute, DeviceRoom
 from hetis.runtime.launch.workers import Workers
 from hetis.runtime.measured.metrics import CostMetrics

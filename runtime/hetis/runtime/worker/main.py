@@ -17,8 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: WorkerOptions) -> int:
+    from hetis.formats.units import format_bytes
     from hetis.runtime.attention.cuda import cuda_count
     from hetis.runtime.attention.local import LocalDevice
+    from hetis.runtime.kv.memory import free_memory_bytes
     from hetis.runtime.kv.shape import KvShape
     from hetis.runtime.transport.frames import Kind
     from hetis.runtime.worker.core import WorkerCore
@@ -31,6 +33,10 @@ def _serve(options: WorkerOptions) -> int:
     def make_core(key: bytes) -> WorkerCore:
         if device != "cpu" and int(device.partition(":")[2] or 0) >= cuda_count():
             raise StartError(f"{device} is not there: torch finds {cuda_count()} CUDA devices")
+        # Now, and not when pages are first written: then the system would end the process.
+        if options.kv_bytes > (free := free_memory_bytes(device)):
+            asked = format_bytes(options.kv_bytes)
+            raise StartError(f"--kv-memory is {asked}, {device} has {free >> 20}MiB free")
         return WorkerCore(name, make_device, key=key)
 
     return serve_core("worker", options, make_core, greeting=Kind.HELLO, device=device)
