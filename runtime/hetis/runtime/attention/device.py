@@ -61,7 +61,7 @@ class Pending(Protocol):
     """The outputs of one layer, perhaps still under way."""
 
     def wait(self) -> torch.Tensor:
-        """Outputs of the query heads, shape [N, r, d]. Raises DeviceLostError."""
+        """Outputs of the query heads, shape [N, r, d], wherever they have come to. Raises DeviceLostError."""
 
 
 class Ready(NamedTuple):

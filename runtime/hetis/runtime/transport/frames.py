@@ -194,7 +194,8 @@ def bytes_of(numbers: Numbers) -> memoryview:
         tensor = tensor.detach() if tensor.requires_grad else tensor
         # numpy has no bfloat16.
         numbers = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    return np.ascontiguousarray(numbers).reshape(-1).view(np.uint8).data
+    # A view with nothing in it cannot be cast.
+    return np.ascontiguousarray(numbers).data.cast("B") if numbers.size else memoryview(b"")
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -14,7 +14,7 @@ import torch
 from hetis.runtime.attention.device import DeviceStep, IntArray
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import DTYPES, Frame, Kind, Numbers
+from hetis.runtime.transport.frames import DTYPES, Frame, Kind, Numbers, tensor_of
 
 KEY_BYTES = 16
 MOST_LAYERS = 4096
@@ -112,20 +112,15 @@ def read_queries(frame: Frame, shape: KvShape, count: int) -> Numbers:
     They are a tensor, or an array of numpy (bfloat16 as its words), as they came: where there is little to compute,
     making the one of the other costs as much.
     """
-    size = count, shape.queries_per_group + 2, shape.head_dim
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} sequences in layer {frame.layer}: {count} were begun")
-    _expect(frame, Kind.ATTEND, size[0] * size[1] * size[2] * shape.item_bytes, dtype=shape.dtype)
-    [body] = frame.parts
-    if isinstance(body, torch.Tensor):
-        return body.view(shape.torch_dtype).view(size)
-    return body.view(shape.numpy_dtype).reshape(size)
+    return _as_came(frame, Kind.ATTEND, shape, (count, shape.queries_per_group + 2, shape.head_dim))
 
 
 def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
     """Outputs [N, r, d] of OUT."""
-    r, d = shape.queries_per_group, shape.head_dim
-    return _numbers(frame, Kind.OUT, shape, count * r * d).view(count, r, d)
+    outputs = tensor_of(_as_came(frame, Kind.OUT, shape, (count, shape.queries_per_group, shape.head_dim)))
+    return outputs if outputs.dtype is not torch.uint16 else outputs.view(torch.bfloat16)
 
 
 def pack_keys(keys: Sequence[SequenceKey]) -> torch.Tensor:
@@ -221,6 +216,15 @@ def _integers(frame: Frame, kind: Kind, count: int) -> IntArray:
     _expect(frame, kind, 8 * count)
     numbers: IntArray = frame.raw.view("<i8")
     return numbers
+
+
+def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, int, int]) -> Numbers:
+    """A tensor, or an array, as the body is; of a bfloat16 the array has the words."""
+    _expect(frame, kind, size[0] * size[1] * size[2] * shape.item_bytes, dtype=shape.dtype)
+    [body] = frame.parts
+    if isinstance(body, torch.Tensor):
+        return body.view(shape.torch_dtype).view(size)
+    return body.view(shape.numpy_dtype).reshape(size)
 
 
 def _numbers(frame: Frame, kind: Kind, shape: KvShape, count: int) -> torch.Tensor:

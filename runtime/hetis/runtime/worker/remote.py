@@ -75,7 +75,7 @@ class RemoteDevice:
         frame = self._session.frame(
             Kind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(qkv,)
         )
-        return _Outputs(self, self._ask(frame), counts[0], qkv.device)
+        return _Outputs(self, self._ask(frame), counts[0])
 
     def finish(self, number: int) -> None:
         self._step = None
@@ -207,9 +207,8 @@ class _Outputs(NamedTuple):
     device: RemoteDevice
     serial: int
     rows: int
-    target: torch.device
 
     def wait(self) -> torch.Tensor:
         device = self.device
         answer = device._answer(self.serial)
-        return device._read(answer, lambda frame: read_outputs(frame, device.shape, self.rows)).to(self.target)
+        return device._read(answer, lambda frame: read_outputs(frame, device.shape, self.rows))
