@@ -39,14 +39,11 @@ class TorchBackend:
         self._buckets: list[Bucket] = []
 
     def plan(self, rows: IntArray, positions: IntArray) -> None:
-        size = self._pool.shape.page_tokens
-        slots = self._pool.table[rows, positions // size].astype(np.int64) * size + positions % size
-        self._slots = torch.from_numpy(slots).to(self._pool.k.device)
+        self._slots = self._pool.slots(rows, positions)
         self._buckets = plan_buckets(self._pool, rows, positions)
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        self._pool.k[layer].flatten(0, 1)[self._slots] = qkv[:, -2]
-        self._pool.v[layer].flatten(0, 1)[self._slots] = qkv[:, -1]
+        self._pool.store(layer, self._slots, qkv[:, -2], qkv[:, -1])
         return attend_paged(self._pool, layer, qkv[:, :-2], self._buckets)
 
 

@@ -47,8 +47,7 @@ class FlashInferBackend:
     def plan(self, rows: IntArray, positions: IntArray) -> None:
         pool, shape, device = self._pool, self._pool.shape, self._pool.k.device
         size = shape.page_tokens
-        slots = pool.table[rows, positions // size].astype(np.int64) * size + positions % size
-        self._slots = torch.from_numpy(slots).to(device)
+        self._slots = pool.slots(rows, positions)
         counts = positions // size + 1
         indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         is_page = np.arange(counts.max())[None, :] < counts[:, None]
@@ -72,9 +71,8 @@ class FlashInferBackend:
             )
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        self._pool.store(layer, self._slots, qkv[:, -2], qkv[:, -1])
         pages_k, pages_v = self._pool.k[layer], self._pool.v[layer]
-        pages_k.flatten(0, 1)[self._slots] = qkv[:, -2]
-        pages_v.flatten(0, 1)[self._slots] = qkv[:, -1]
         wrapper = self._wrappers[self._pool.shape.windows[layer]]
         out: torch.Tensor = wrapper.run(qkv[:, :-2].contiguous(), (pages_k[:, :, None], pages_v[:, :, None]))
         return out

@@ -112,14 +112,25 @@ class PagePool:
         there = self._find(key)
         if last > there.tokens:
             raise UnknownSequenceError(self.name, f"{key} holds {there.tokens} positions, {last} were asked for")
-        slots = self._slots(there, first, last)
+        slots = self.slots(there.row, np.arange(first, last))
         return self.k.flatten(1, 2)[:, slots], self.v.flatten(1, 2)[:, slots]
 
     def write(self, key: SequenceKey, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Writes K and V, each [layers, positions, d], to the positions from ``first`` on; `extend` made room."""
-        slots = self._slots(self._find(key), first, first + k.shape[1])
+        slots = self.slots(self._find(key).row, np.arange(first, first + k.shape[1]))
         self.k.flatten(1, 2)[:, slots] = k.to(self.k)
         self.v.flatten(1, 2)[:, slots] = v.to(self.v)
+
+    def slots(self, rows: IntArray | int, positions: IntArray) -> torch.Tensor:
+        """Where ``positions`` of sequences in ``rows`` of the table are among the slots of all pages, on the device."""
+        size = self.shape.page_tokens
+        slots = self.table[rows, positions // size].astype(np.int64) * size + positions % size
+        return torch.from_numpy(slots).to(self.k.device)
+
+    def store(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes K and V of one layer, each [N, d], to N ``slots``."""
+        self.k[layer].flatten(0, 1)[slots] = k
+        self.v[layer].flatten(0, 1)[slots] = v
 
     def check_invariants(self) -> None:
         """Every page is free or belongs to one sequence. A failure is a bug of this class."""
@@ -138,12 +149,6 @@ class PagePool:
         if there is None:
             raise UnknownSequenceError(self.name, f"{key} is not here")
         return there
-
-    def _slots(self, there: _Held, first: int, last: int) -> torch.Tensor:
-        positions = np.arange(first, last)
-        size = self.shape.page_tokens
-        slots = self.table[there.row][positions // size].astype(np.int64) * size + positions % size
-        return torch.from_numpy(slots).to(self.k.device)
 
     def _take_row(self) -> int:
         if not self._free_rows:

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -119,8 +120,7 @@ def read_queries(frame: Frame, shape: KvShape, count: int) -> Numbers:
 
 def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
     """Outputs [N, r, d] of OUT."""
-    outputs = tensor_of(_as_came(frame, Kind.OUT, shape, (count, shape.queries_per_group, shape.head_dim)))
-    return outputs if outputs.dtype is not torch.uint16 else outputs.view(torch.bfloat16)
+    return _tensor(frame, Kind.OUT, shape, (count, shape.queries_per_group, shape.head_dim))
 
 
 def pack_keys(keys: Sequence[SequenceKey]) -> torch.Tensor:
@@ -154,7 +154,7 @@ def read_adopted(frame: Frame, shape: KvShape) -> tuple[Part, torch.Tensor, torc
 def read_kv(frame: Frame, shape: KvShape, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of KV, each [H, layers, positions, d]."""
     size = (2, len(part.heads), shape.layers, part.last - part.first, shape.head_dim)
-    k, v = _numbers(frame, Kind.KV, shape, int(np.prod(size))).view(size)
+    k, v = _tensor(frame, Kind.KV, shape, size)
     return k, v
 
 
@@ -218,18 +218,17 @@ def _integers(frame: Frame, kind: Kind, count: int) -> IntArray:
     return numbers
 
 
-def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, int, int]) -> Numbers:
+def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> Numbers:
     """A tensor, or an array, as the body is; of a bfloat16 the array has the words."""
-    _expect(frame, kind, size[0] * size[1] * size[2] * shape.item_bytes, dtype=shape.dtype)
+    _expect(frame, kind, prod(size) * shape.item_bytes, dtype=shape.dtype)
     [body] = frame.parts
     if isinstance(body, torch.Tensor):
         return body.view(shape.torch_dtype).view(size)
     return body.view(shape.numpy_dtype).reshape(size)
 
 
-def _numbers(frame: Frame, kind: Kind, shape: KvShape, count: int) -> torch.Tensor:
-    _expect(frame, kind, count * shape.item_bytes, dtype=shape.dtype)
-    return frame.body.view(shape.torch_dtype)
+def _tensor(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> torch.Tensor:
+    return tensor_of(_as_came(frame, kind, shape, size)).view(shape.torch_dtype)
 
 
 def _expect(frame: Frame, kind: Kind, num_bytes: int, *, dtype: str | None = None) -> None:

@@ -23,7 +23,6 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError, FrameError
@@ -63,17 +62,16 @@ class SharedFile:
     def create(cls, ring_bytes: int = RING_BYTES) -> SharedFile:
         """Raises OSError: there is no room for it, or this process may open no more files."""
         path, num_bytes = FOLDER / f"{PREFIX}{secrets.token_hex(16)}", CONTROL_BYTES + 2 * ring_bytes
-        with ExitStack() as undo:
-            undo.callback(path.unlink, missing_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                # Not only the size: a folder that is full when a page is first written ends the process by SIGBUS.
-                os.posix_fallocate(handle, 0, num_bytes)
-                made = cls(path, mmap.mmap(handle, num_bytes))
-            finally:
-                os.close(handle)
-            undo.pop_all()
-        return made
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            # Not only the size: a folder that is full when a page is first written ends the process by SIGBUS.
+            os.posix_fallocate(handle, 0, num_bytes)
+            return cls(path, mmap.mmap(handle, num_bytes))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(handle)
 
     @classmethod
     def open(cls, path: Path) -> SharedFile:
