@@ -6,14 +6,14 @@ import logging
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.engine.engine import Engine
 from hetis.runtime.engine.generate import engine_from_folder, generate, local_devices
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.engine.stage import Stage, kv_shape
-from hetis.runtime.measured.calibration import calibrate
+from hetis.runtime.measured.calibration import calibrate, with_exchange
 from hetis.runtime.measured.coefficients import Coefficients, device_seconds, scaled, with_coefficients
 from hetis.runtime.measured.fitting import Call, fit_calls, nonnegative_fit
 from hetis.runtime.model.config import read_config
@@ -94,6 +94,20 @@ def test_the_exchange_is_told_apart_by_copies_and_the_sum_stays() -> None:
     assert coefficients.pieces[0][0] + 96 * coefficients.transfer_byte_s == pytest.approx(pace.head_s, rel=1e-3)
     assert coefficients.pieces[0][2] + coefficients.transfer_s == pytest.approx(pace.call_s + pace.read_s, rel=1e-3)
     assert found["d0"].coefficients.transfer_s == 0.0
+
+
+@given(st.floats(0, 1e-3), st.floats(0, 1e-3), st.floats(0, 1e-3), st.floats(0, 1e-3), st.integers(1, 4096))
+@example(2.3e-7, 3e-6, 1e-6, 1e-6, 320)  # 2.3e-7 - 2.3e-7 / 320 * 320 < 0
+def test_an_exchange_slower_than_the_whole_leaves_nothing_and_never_less(
+    head_s: float, call_s: float, byte_s: float, copy_s: float, size: int
+) -> None:
+    found = with_exchange(Coefficients(pieces=((head_s, 1e-9, call_s),)), float(size), byte_s=byte_s, copy_s=copy_s)
+    ((own_s, kv_byte_s, own_call_s),) = found.pieces
+    assert min(own_s, own_call_s, found.transfer_byte_s, found.transfer_s) >= 0.0
+    assert kv_byte_s == 1e-9
+    assert own_s + found.transfer_byte_s * size == pytest.approx(head_s)
+    assert own_call_s + found.transfer_s == pytest.approx(call_s)
+    assert found.transfer_byte_s == pytest.approx(min(byte_s, head_s / size))
 
 
 def test_a_device_without_room_to_be_measured_keeps_the_first_guess() -> None:

@@ -74,6 +74,25 @@ def calibrate(
     return found
 
 
+def with_exchange(whole: Coefficients, bytes_per_head: float, *, byte_s: float, copy_s: float) -> Coefficients:
+    """What calls take in all, divided into attention and an exchange as fast as copies are; the sum stays.
+
+    Args:
+        whole: of one piece, without an exchange.
+        bytes_per_head: that a query head exchanges.
+        byte_s: seconds per byte copied.
+        copy_s: seconds per copy.
+    """
+    ((head_s, kv_byte_s, call_s),) = whole.pieces
+    # What is taken away is bounded, not its quotient: multiplied again, that may exceed the whole by a rounding.
+    exchange_s, transfer_s = min(byte_s * bytes_per_head, head_s), min(copy_s, call_s)
+    return Coefficients(
+        pieces=((head_s - exchange_s, kv_byte_s, call_s - transfer_s),),
+        transfer_byte_s=exchange_s / bytes_per_head,
+        transfer_s=transfer_s,
+    )
+
+
 def _at_once(pending: Pending) -> None:
     pending.wait()
 
@@ -97,17 +116,11 @@ class _Measuring:
                 self._device.drop([SequenceKey(_OWN, 0, head) for head in range(sequences)])
         if not calls:
             return None
-        head_s, kv_byte_s, call_s = fit_calls(calls)
-        transfer_byte_s, transfer_s = 0.0, 0.0
-        if not is_primary and exchange_bytes_per_head:
-            transfer_byte_s = min(copy[0], head_s / exchange_bytes_per_head)
-            transfer_s = min(copy[1], call_s)
+        coefficients = Coefficients(pieces=(fit_calls(calls),))
+        if not is_primary:
+            coefficients = with_exchange(coefficients, exchange_bytes_per_head, byte_s=copy[0], copy_s=copy[1])
         return Calibration(
-            coefficients=Coefficients(
-                pieces=((head_s - transfer_byte_s * exchange_bytes_per_head, kv_byte_s, call_s - transfer_s),),
-                transfer_byte_s=transfer_byte_s,
-                transfer_s=transfer_s,
-            ),
+            coefficients=coefficients,
             copy_byte_s=copy[0],
             read_s=read_s,
         )
