@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_demos_texts_are_those_of_the_unsplit_engine_though_a_planner_moves_heads_and_a_worker_dies() -> None:
