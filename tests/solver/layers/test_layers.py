@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -220,6 +221,12 @@ def test_the_checker_sees(what: str, example: LayersProblem, plan: LayersPlan) -
     change, message = TAMPERED[what]
     found = check_layers_plan(example, change(plan))
     assert any(message in sentence for sentence in found), found
+
+
+def test_numbers_given_as_integers_compile_nothing_anew(example: LayersProblem) -> None:
+    as_floats = replace(example, mean_prompt_tokens=100.0, mean_output_tokens=200.0)
+    as_integers = replace(example, mean_prompt_tokens=100, mean_output_tokens=200)
+    assert numba.typeof(tabulate(as_floats)) == numba.typeof(tabulate(as_integers))
 
 
 def test_a_time_table_is_linear_between_its_sizes_and_goes_on() -> None:

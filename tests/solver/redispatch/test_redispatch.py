@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -187,6 +188,12 @@ def test_a_solver_is_reused() -> None:
     solver = Redispatcher(Dispatcher(problem.snapshot.stage))
     first, second = solver.solve(problem), solver.solve(problem)
     assert first == second
+
+
+def test_numbers_given_as_integers_compile_nothing_anew() -> None:
+    problem = random_problem(1, num_devices=2, num_requests=1)
+    given_bytes = [tables_of(replace(problem, budget_bytes=most)) for most in (1e9, 10**9)]
+    assert numba.typeof(given_bytes[0]) == numba.typeof(given_bytes[1])
 
 
 def test_nonsense_is_named() -> None:

@@ -59,10 +59,11 @@ def tabulate(problem: LayersProblem) -> Tables:
         prompt_s=prompt_s,
         decode_at=decode_at,
         decode_s=decode_s,
-        latency_s=problem.links.latency_s,
-        card_s=problem.links.token_s,
-        prompt_tokens=problem.mean_prompt_tokens,
-        output_tokens=problem.mean_output_tokens,
+        # As callers give them they may be integers, and kernels are compiled for each type that they see.
+        latency_s=float(problem.links.latency_s),
+        card_s=float(problem.links.token_s),
+        prompt_tokens=float(problem.mean_prompt_tokens),
+        output_tokens=float(problem.mean_output_tokens),
     )
 
 

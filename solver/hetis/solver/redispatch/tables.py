@@ -104,7 +104,7 @@ def tables_of(problem: RedispatchProblem) -> Tables:
         num_bytes=num_bytes,
         steps=steps,
         short_s=np.where(draining | is_full, leaves_s, refill_s),
-        budget=problem.budget_bytes,
+        budget=float(problem.budget_bytes),  # kernels are compiled for each type that they see
     )
 
 
