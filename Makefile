@@ -66,6 +66,7 @@ kernels: kernels-placement kernels-dispatch
 
 kernels-dispatch: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.solver.dispatch.warming import compile_dispatch; compile_dispatch()'
+	@$(BIN)/python -c 'from hetis.solver.redispatch.warming import compile_redispatch; compile_redispatch()'
 
 kernels-placement: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.planner.jobs.kernels import compile_all_kernels; compile_all_kernels()'
