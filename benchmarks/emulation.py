@@ -46,6 +46,7 @@ from hetis.runtime.moving.redispatch import Redispatch
 from hetis.runtime.server.measuring import Measured, follow, measure_engine
 from hetis.runtime.server.timing import StepPredictor
 from hetis.solver.dispatch.problem import Stage
+from hetis.solver.redispatch.warming import compile_redispatch
 
 CARD = Pace()
 MIB = 2**20
@@ -191,6 +192,7 @@ def card_rows(chosen: Sequence[Scenario], traffics: Sequence[Traffic]) -> Iterat
     """Of every scenario and rule; a round for each traffic."""
     if not chosen:
         return
+    compile_redispatch()  # as a server does before it serves: on a new machine it would take a minute of the first run
     with emulated_replica(len(chosen[0].paces) - 1, pages=PAGES) as replica:
         alone = engine_from_folder(replica.folder, local_devices([PAGES]), options=traffics[0].options)
         asked = [
