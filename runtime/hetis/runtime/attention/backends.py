@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hetis.runtime.attention.paged_flashinfer import FlashInferBackend, flashinfer_runs
 from hetis.runtime.attention.paged_torch import Bucket, attend_paged, plan_buckets
 from hetis.runtime.kv.pool import IntArray, PagePool
 
@@ -21,11 +20,17 @@ class Backend(Protocol):
 
     name: str
 
-    def plan(self, rows: IntArray, positions: IntArray) -> None:
-        """Says which sequences (rows of the pool's table) the next calls are about, and where they write, both [N]."""
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
+        """Says which sequences the next calls are about, and where they write.
+
+        Args:
+            rows: of the pool's table, shape [N].
+            positions: first that each writes, shape [N].
+            counts: how many each writes, shape [N]; None: 1 each.
+        """
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """As `AttentionDevice.attend`: stores keys and values of qkv [N, r + 2, d], returns outputs [N, r, d]."""
+        """As `AttentionDevice.attend`: stores keys and values of qkv [T, r + 2, d], returns outputs [T, r, d]."""
 
 
 class TorchBackend:
@@ -38,9 +43,13 @@ class TorchBackend:
         self._slots = torch.zeros(0, dtype=torch.int64)
         self._buckets: list[Bucket] = []
 
-    def plan(self, rows: IntArray, positions: IntArray) -> None:
-        self._slots = self._pool.slots(rows, positions)
-        self._buckets = plan_buckets(self._pool, rows, positions)
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
+        if counts is None:
+            counts = np.ones_like(rows)
+        starts = starts_of(counts)
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+        self._slots = self._pool.slots(np.repeat(rows, counts), np.repeat(positions, counts) + within)
+        self._buckets = plan_buckets(self._pool, rows, positions, counts)
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         self._pool.store(layer, self._slots, qkv[:, -2], qkv[:, -1])
@@ -61,9 +70,11 @@ class CompiledBackend:
         self._kernel = paged_compiled.attend_bfloat16 if self._is_bfloat16 else paged_compiled.attend
         self._k, self._v = list(self._array(pool.k)), list(self._array(pool.v))
         self._rows = self._positions = np.zeros(0, np.int64)
+        self._starts = np.zeros(1, np.int64)
 
-    def plan(self, rows: IntArray, positions: IntArray) -> None:
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
         self._rows, self._positions = rows, positions
+        self._starts = np.arange(len(rows) + 1) if counts is None else starts_of(counts)
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.attend_array(layer, self._array(qkv.contiguous()))).view(self._dtype)
@@ -73,8 +84,10 @@ class CompiledBackend:
         count, heads, d = qkv.shape
         out = np.empty((count, heads - 2, d), qkv.dtype)
         shape = self._pool.shape
-        where = self._pool.table, self._rows, self._positions
-        self._kernel(qkv, self._k[layer], self._v[layer], *where, shape.windows[layer], shape.scale, out)
+        where = self._pool.table, self._rows, self._positions, self._starts
+        self._kernel(
+            qkv, self._k[layer], self._v[layer], *where, shape.windows[layer], shape.scale, shape.soft_cap, out
+        )
         return out
 
     def _array(self, tensor: torch.Tensor) -> Array:
@@ -86,6 +99,11 @@ def choose_backend(pool: PagePool) -> Backend:
     """The fastest that the pool's device and dtype allow."""
     if pool.k.device.type == "cpu" and pool.shape.dtype != "float16" and find_spec("numba"):
         return CompiledBackend(pool)
-    if flashinfer_runs(pool):
-        return FlashInferBackend(pool)
     return TorchBackend(pool)
+
+
+def starts_of(counts: IntArray) -> IntArray:
+    """Where each sequence's rows begin, and where the last's end, shape [N + 1]."""
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts

@@ -29,8 +29,12 @@ class LocalDevice:
     def begin(self, step: DeviceStep) -> None:
         keys = step.keys()
         positions = step.positions.tolist()
-        self.pool.extend(keys, positions, [position + 1 for position in positions])
-        self.backend.plan(self.pool.rows(keys), step.positions)
+        if step.counts is None:
+            ends = [position + 1 for position in positions]
+        else:
+            ends = [position + count for position, count in zip(positions, step.counts.tolist(), strict=True)]
+        self.pool.extend(keys, positions, ends)
+        self.backend.plan(self.pool.rows(keys), step.positions, step.counts)
         self._step = step.number
 
     def attend(self, layer: int, qkv: torch.Tensor) -> Ready:

@@ -43,7 +43,8 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings,
     epoch = time.time_ns() // 1_000_000
 
     def join(worker: int) -> AttentionDevice:
-        from hetis.runtime.worker.joining import join_at, read_key
+        from hetis.runtime.transport.keys import read_key
+        from hetis.runtime.worker.joining import join_at
 
         one = settings.workers[worker - 1]
         host, _, port = one.addresses[number].rpartition(":")

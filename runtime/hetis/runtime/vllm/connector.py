@@ -23,7 +23,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from hetis.runtime.vllm.allocator import HeadAllocator
 from hetis.runtime.vllm.current import set_current_rank
 from hetis.runtime.vllm.settings import Settings, SettingsError, read_settings
 from hetis.runtime.vllm.steps import RankReport, Rehomed, StepPlan
@@ -186,6 +185,8 @@ class SchedulerSide:
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
         """Meets vLLM's block manager, which must be ours."""
+        # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
+        from hetis.runtime.vllm.allocator import HeadAllocator
         from hetis.runtime.vllm.assembly import first_costs
         from hetis.runtime.vllm.blocks import HeadGroupManager
 

@@ -39,4 +39,12 @@ def _serve(options: WorkerOptions) -> int:
             raise StartError(f"--kv-memory is {asked}, {device} has {free >> 20}MiB free")
         return WorkerCore(name, make_device, key=key)
 
-    return serve_core("worker", options, make_core, greeting=Kind.HELLO, device=device)
+    return serve_core(
+        "worker",
+        options,
+        make_core,
+        greeting=Kind.HELLO,
+        device=device,
+        key=options.key,
+        port_file=options.port_file,
+    )
