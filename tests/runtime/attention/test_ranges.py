@@ -77,10 +77,10 @@ def defined(rows: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def run(device: AttentionDevice, case: Case) -> list[torch.Tensor]:
+def run(device: AttentionDevice, case: Case, numbers: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
     """Outputs of each sequence, [layers, tokens, r, d]; each step has the next chunk of some of them, in any order."""
     chooser = random.Random(sum(case.tokens))
-    numbers, left = case.numbers(), case.chunks()
+    numbers, left = numbers or case.numbers(), case.chunks()
     outputs = [torch.full_like(rows[:, :, :-2], torch.nan) for rows in numbers]
     for number in itertools.count():
         members = [i for i, chunks in enumerate(left) if chunks]
@@ -118,11 +118,11 @@ def check(device: AttentionDevice, case: Case) -> None:
             torch.testing.assert_close(out[layer].double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-def local(case: Case, make: Callable[[PagePool], Backend]) -> LocalDevice:
+def local(case: Case, make: Callable[[PagePool], Backend], *, device: str = "cpu") -> LocalDevice:
     pages = sum(case.shape().pages(tokens) for tokens in case.tokens)
-    device = LocalDevice("d", case.shape(), pages)
-    device.backend = make(device.pool)
-    return device
+    made = LocalDevice("d", case.shape(), pages, device=device)
+    made.backend = make(made.pool)
+    return made
 
 
 def cases(dtype: str = "float64") -> st.SearchStrategy[Case]:

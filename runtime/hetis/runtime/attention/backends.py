@@ -13,6 +13,7 @@ from hetis.runtime.attention.paged_torch import Bucket, attend_paged, plan_bucke
 from hetis.runtime.kv.pool import IntArray, PagePool
 
 Array = npt.NDArray[Any]
+TRITON_CAPABILITY = (7, 5)  # that Triton compiles for; older devices compute in plain torch
 
 
 class Backend(Protocol):
@@ -96,9 +97,16 @@ class CompiledBackend:
 
 
 def choose_backend(pool: PagePool) -> Backend:
-    """The fastest that the pool's device and dtype allow."""
-    if pool.k.device.type == "cpu" and pool.shape.dtype != "float16" and find_spec("numba"):
+    """The fastest that the pool's device and dtype allow, of what is installed."""
+    device, dtype = pool.k.device, pool.shape.dtype
+    if device.type == "cpu" and dtype != "float16" and find_spec("numba"):
         return CompiledBackend(pool)
+    if device.type == "cuda" and dtype != "float64" and find_spec("triton") and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= TRITON_CAPABILITY:
+            from hetis.runtime.attention.paged_triton import TritonBackend
+
+            return TritonBackend(pool, capability=capability)
     return TorchBackend(pool)
 
 

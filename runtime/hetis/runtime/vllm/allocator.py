@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from hetis.runtime.vllm.steps import LOCAL, Admitted
+from hetis.runtime.vllm.steps import LOCAL, Admitted, Move
 from hetis.solver.dispatch.problem import HeadShape, Requests, Stage
-from hetis.solver.dispatch.snapshot import DeviceStatus
+from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.errors import InvalidProblemError
 
 _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts them
 
@@ -36,6 +35,7 @@ class AllocatorStats:
         dispatch_s: seconds that the decisions took, and the longest of them.
         recomputed: requests that lost KV with a worker.
         moved_groups: head groups that have moved.
+        relieved_blocks: blocks that left for workers where a request would have been preempted.
     """
 
     dispatched: int = 0
@@ -44,6 +44,7 @@ class AllocatorStats:
     longest_dispatch_s: float = 0.0
     recomputed: int = 0
     moved_groups: int = 0
+    relieved_blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -55,6 +56,15 @@ class _Placed:
     growth: int
     anchor: int | None = None
     number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A move under way: ``prepared`` is its number in the solver's state."""
+
+    request_id: str
+    move: Move
+    prepared: int
 
 
 class HeadAllocator:
@@ -83,6 +93,8 @@ class HeadAllocator:
         self._placed: dict[str, _Placed] = {}
         self._dispatcher: Dispatcher | None = None
         self._next_number = 1
+        self._moves: dict[int, _Prepared] = {}
+        self._next_move = 0
 
     @property
     def heads(self) -> HeadShape:
@@ -140,6 +152,7 @@ class HeadAllocator:
         """A request ended, or was preempted."""
         placed = self._placed.pop(request_id, None)
         if placed is not None and placed.anchor is not None:
+            self._forget_moves({request_id})
             self.state.finish(request_id)
 
     # --- placement
@@ -190,7 +203,9 @@ class HeadAllocator:
         groups as are elsewhere stay where they are."""
         if self.state.devices[device].status is DeviceStatus.LOST:
             return ()
+        self._moves = {n: one for n, one in self._moves.items() if device not in (one.move.source, one.move.target)}
         evicted = [gone.id for gone in self.state.lose_device(device)]
+        self._forget_moves(set(evicted))
         for request_id in evicted:
             placed = self._placed[request_id]
             placed.devices = self._without(placed, device)
@@ -203,14 +218,87 @@ class HeadAllocator:
         self.stats.recomputed += len(evicted)
         return tuple(evicted)
 
-    def moved(self, request_id: str, groups: Sequence[int], target: int) -> None:
-        """Groups live elsewhere from now on; the solver's state has been told already."""
-        placed = self._placed[request_id]
+    # --- moves
+
+    def prepare(self, request_id: str, groups: Sequence[int], target: int) -> Move | None:
+        """Takes room at ``target`` for groups that live together elsewhere; None: there is too little, or they cannot."""
+        placed = self._placed.get(request_id)
+        if placed is None or placed.anchor is None or not groups:
+            return None
+        sources = {placed.devices[group] for group in groups}
+        under_way = {group for one in self._moves.values() if one.request_id == request_id for group in one.move.groups}
+        takes = self.state.devices[target].status is DeviceStatus.OK
+        if len(sources) != 1 or target in sources or under_way & set(groups) or not takes:
+            return None
+        source = sources.pop()
+        prepared = self.state.prepare_move(request_id, groups=len(groups), source=source, target=target)
+        if prepared is None:
+            return None
+        self._next_move += 1
+        move = Move(self._next_move, placed.anchor, tuple(sorted(groups)), source, target)
+        self._moves[move.number] = _Prepared(request_id, move, prepared.number)
+        return move
+
+    def commit(self, number: int) -> tuple[str, Move]:
+        """The target owns the groups from now on; returns whose they are."""
+        one = self._moves.pop(number)
+        self.state.commit_moves(one.prepared)
+        placed = self._placed[one.request_id]
         devices = list(placed.devices)
-        for group in groups:
-            devices[group] = target
+        for group in one.move.groups:
+            devices[group] = one.move.target
         placed.devices = tuple(devices)
-        self.stats.moved_groups += len(groups)
+        self.stats.moved_groups += len(one.move.groups)
+        return one.request_id, one.move
+
+    def abort(self, number: int) -> tuple[str, Move] | None:
+        """The groups stay where they are; None: the move has ended already."""
+        one = self._moves.pop(number, None)
+        if one is None:
+            return None
+        self.state.abort_move(one.prepared)
+        return one.request_id, one.move
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Moves under way, the oldest first."""
+        return tuple(one.move for one in self._moves.values())
+
+    def snapshot(self) -> StateSnapshot:
+        """What runs, for re-dispatch; the ranks' room is what vLLM's pool says it is."""
+        snapshot = self.state.snapshot()
+        used = _ENDLESS - int(self.state.free_blocks()[LOCAL])
+        here = replace(snapshot.devices[LOCAL], total_blocks=used + self._free_here())
+        return replace(snapshot, devices=(here, *snapshot.devices[1:]))
+
+    def relief(self, blocks: int) -> list[tuple[str, tuple[int, ...], int]]:
+        """Moves that would free so many blocks here: requests with most groups here give one at a time.
+
+        Returns what goes where; all that there is room for elsewhere, if that is less.
+        """
+        free = self.state.free_blocks()
+        for device in range(1, len(free)):
+            if self.state.devices[device].status is not DeviceStatus.OK:
+                free[device] = 0
+        under_way = {one.request_id for one in self._moves.values()}
+        here: dict[str, list[int]] = {}
+        sizes: dict[str, int] = {}
+        for name in self.running:
+            placed = self._placed[name]
+            if name not in under_way:
+                here[name] = [group for group, device in enumerate(placed.devices) if device == LOCAL]
+                sizes[name] = -(-placed.tokens // self.heads.block_tokens)
+        leaving: dict[tuple[str, int], list[int]] = {}
+        while blocks > 0 and here:
+            name = max(here, key=lambda one: (len(here[one]) * sizes[one]))
+            target = 1 + int(np.argmax(free[1:])) if len(free) > 1 else LOCAL
+            if target == LOCAL or not here[name] or free[target] < sizes[name]:
+                del here[name]
+                continue
+            leaving.setdefault((name, target), []).append(here[name].pop())
+            free[target] -= sizes[name]
+            blocks -= sizes[name]
+        return [(name, tuple(sorted(groups)), target) for (name, target), groups in leaving.items()]
 
     def check_invariants(self) -> None:
         """The placement and the solver's state agree. A failure is a bug."""
@@ -223,7 +311,13 @@ class HeadAllocator:
 
     # --- inside
 
+    def _forget_moves(self, requests: set[str]) -> None:
+        """The solver's state forgets moves with their requests."""
+        self._moves = {n: one for n, one in self._moves.items() if one.request_id not in requests}
+
     def _choose(self, tokens: int, growth: int) -> tuple[int, ...] | None:
+        if not any(device.status is DeviceStatus.OK for device in self.state.devices[1:]):
+            return (LOCAL,) * self.heads.head_groups
         match self._policy:
             case "local":
                 return (LOCAL,) * self.heads.head_groups

@@ -47,12 +47,14 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings,
         from hetis.runtime.worker.joining import join_at
 
         one = settings.workers[worker - 1]
+        key = read_key(one.key_file, {})
+        assert key is not None, "a file was named"
         host, _, port = one.addresses[number].rpartition(":")
         return join_at(
             one.name,
             host.strip("[]"),
             int(port),
-            read_key(one.key_file),
+            key,
             shape,
             epoch=epoch,
             kind=ChannelKind(settings.transport),

@@ -10,7 +10,7 @@ far as all of its groups do; such a request begins with all groups here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -51,10 +51,12 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
 
     Attributes:
         homes: set by the connector before the first request.
+        relieve: set by it too; called where the pool lacks so many blocks for a request that runs.
         events: what the ranks have not been told yet.
     """
 
     homes: Homes
+    relieve: Callable[[int], None] | None = None
 
     def __init__(self, kv_cache_spec: HeadGroupSpec, **arguments: Any) -> None:
         super().__init__(kv_cache_spec, **arguments)
@@ -62,6 +64,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self.events: list[Event] = []
         self._tables: dict[str, list[list[KVCacheBlock]]] = {}
         self._covered: dict[str, int] = {}  # blocks that every local group has
+        self._needed: dict[str, int] = {}  # blocks that every group has, wherever it is
 
     # --- what vLLM asks
 
@@ -84,7 +87,12 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         if not self.homes.has_room(request_id, num_tokens):
             return int(self.block_pool.num_gpu_blocks) + 1
         if request_id in self.num_cached_block:
-            return sum(max(needed - len(self._tables[request_id][group]), 0) for group in self._local(request_id))
+            missing = self._missing(request_id, needed)
+            lacking = missing - int(self.block_pool.get_num_free_blocks())
+            if lacking > 0 and self.relieve is not None:
+                self.relieve(lacking)
+                missing = self._missing(request_id, needed)
+            return missing
         hits = len(new_computed_blocks) // self.head_groups
         fresh = 1 + len(self._local(request_id)) * (needed - hits)
         return fresh + int(self._get_num_evictable_blocks(new_computed_blocks))
@@ -117,7 +125,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         if needed > self._covered[request_id]:
             for group in self._local(request_id):
                 self.extend(request_id, group, needed)
-            self._covered[request_id] = needed
+            self._covered[request_id] = self._needed[request_id] = needed
             self.homes.grow(request_id, num_tokens)
         anchor = self.req_to_blocks[request_id]
         return list(anchor) if is_new else []
@@ -150,6 +158,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         """Everything that a request holds, its last blocks last."""
         anchor = super().pop_blocks_for_free(request_id)
         self._covered.pop(request_id, None)
+        self._needed.pop(request_id, None)
         tables = self._tables.pop(request_id, None)
         if tables is None:
             return list(anchor)
@@ -219,17 +228,25 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         """The number that names a running request on the ranks."""
         return int(self.req_to_blocks[request_id][0].block_id)
 
-    def tokens_covered(self, request_id: str) -> int:
-        """Tokens that the request has room for."""
-        return self._covered[request_id] * int(self.block_size)
+    def blocks_of(self, request_id: str) -> int:
+        """Blocks that each group of a running request needs for what it has room for."""
+        return max(self._needed[request_id], 1)
+
+    def held(self, request_id: str, group: int) -> int:
+        """Blocks of one group here."""
+        return len(self._tables[request_id][group])
 
     # --- inside
+
+    def _missing(self, request_id: str, needed: int) -> int:
+        tables = self._tables[request_id]
+        return sum(max(needed - len(tables[group]), 0) for group in self._local(request_id))
 
     def _begin(self, request_id: str, tables: list[list[KVCacheBlock]]) -> None:
         anchor = self.block_pool.get_new_blocks(1)[0]
         self.req_to_blocks[request_id] = [anchor]
         self._tables[request_id] = tables
-        self._covered[request_id] = len(tables[0])
+        self._covered[request_id] = self._needed[request_id] = len(tables[0])
         self.num_cached_block.setdefault(request_id, 0)
         self.events.append(self.homes.admitted(request_id, int(anchor.block_id)))
         for group, table in enumerate(tables):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from hetis.runtime.vllm.current import set_current_rank
 from hetis.runtime.vllm.settings import Settings, SettingsError, read_settings
-from hetis.runtime.vllm.steps import RankReport, Rehomed, StepPlan
+from hetis.runtime.vllm.steps import LOCAL, Move, MoveStep, RankReport, Rehomed, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -181,6 +181,7 @@ class SchedulerSide:
         self._settings = settings
         self._plans = 0
         self._manager: HeadGroupManager
+        self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
         self._blocks: dict[tuple[int, int], list[int]] = {}  # of each worker, by rank
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
@@ -189,6 +190,8 @@ class SchedulerSide:
         from hetis.runtime.vllm.allocator import HeadAllocator
         from hetis.runtime.vllm.assembly import first_costs
         from hetis.runtime.vllm.blocks import HeadGroupManager
+        from hetis.runtime.vllm.redispatch import Redispatch
+        from hetis.solver.dispatch.warming import compile_dispatch
 
         [manager] = kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, HeadGroupManager), "all layers of the model have KV of head groups"
@@ -202,6 +205,11 @@ class SchedulerSide:
             output_tokens=dispatch.expected_output_tokens,
         )
         manager.homes = self.allocator
+        manager.relieve = self.relieve
+        self._redispatch = Redispatch(self.allocator, self.begin_move, self._settings.redispatch) if names else None
+        if names and dispatch.policy == "solver":
+            _log.info("loading the dispatcher, which is compiled once per machine: a minute or two")
+            compile_dispatch()
 
     def greet(self, blocks: Mapping[tuple[int, int], tuple[int, ...]]) -> None:
         """The ranks have connected to their workers."""
@@ -222,6 +230,10 @@ class SchedulerSide:
     def plan(self) -> StepPlan:
         """Everything that the ranks have not been told yet."""
         self._plans += 1
+        for number in [n for n, ranks in self._copied.items() if len(ranks) == len(self._blocks)]:
+            self._commit(number)
+        if self._redispatch is not None:
+            self._redispatch.advance()
         events, self._manager.events = self._manager.events, []
         return StepPlan(self._plans, tuple(events))
 
@@ -233,7 +245,71 @@ class SchedulerSide:
                     self._blocks[where][device - 1] = one.blocks
                 self._settle(device)
 
+            for number in report.copied:
+                self._copied.setdefault(number, set()).add(rank)
+            for number in report.failed:
+                self._abort(number)
+
+    def begin_move(self, request_id: str, groups: Sequence[int], target: int) -> int | None:
+        """Has groups of a running request copied elsewhere while it decodes; they move when all ranks are through.
+
+        Returns the number of the move; None where the target has no room or the groups are not at rest together.
+        """
+        move = self._prepare(request_id, groups, target)
+        if move is None:
+            return None
+        self._manager.events.append(MoveStep("begin", move))
+        return move.number
+
+    def relieve(self, blocks: int) -> None:
+        """The pool is short of so many blocks: groups leave at once for workers with room, rather than a request
+        being preempted; what is freed now is written by this step at the earliest, after the ranks have copied it."""
+        for request_id, groups, target in self.allocator.relief(blocks):
+            move = self._prepare(request_id, groups, target)
+            if move is not None:
+                self._manager.events.append(MoveStep("begin", move))
+                self._commit(move.number)
+                self.allocator.stats.relieved_blocks += len(groups)
+
     # --- inside
+
+    def _prepare(self, request_id: str, groups: Sequence[int], target: int) -> Move | None:
+        manager = self._manager
+        if target == LOCAL:
+            needed = len(groups) * manager.blocks_of(request_id)
+            if needed > manager.block_pool.get_num_free_blocks():
+                return None
+        move = self.allocator.prepare(request_id, groups, target)
+        if move is not None and target == LOCAL:
+            for group in move.groups:
+                manager.extend(request_id, group, manager.blocks_of(request_id))
+        return move
+
+    def _commit(self, number: int) -> None:
+        self._copied.pop(number, None)
+        if number not in {move.number for move in self.allocator.moves}:
+            return
+        request_id, move = self.allocator.commit(number)
+        if move.target == LOCAL:
+            needed = self._manager.blocks_of(request_id)
+            missing = sum(max(needed - self._manager.held(request_id, group), 0) for group in move.groups)
+            if missing > self._manager.block_pool.get_num_free_blocks():
+                raise AssertionError("a move that came in has no room for what was made meanwhile")
+            for group in move.groups:
+                self._manager.extend(request_id, group, needed)
+        self._manager.events.append(MoveStep("commit", move))
+        self._manager.rehomed(request_id)
+
+    def _abort(self, number: int) -> None:
+        self._copied.pop(number, None)
+        ended = self.allocator.abort(number)
+        if ended is None:
+            return
+        request_id, move = ended
+        self._manager.events.append(MoveStep("abort", move))
+        if move.target == LOCAL:
+            for group in move.groups:
+                self._manager.free_group(request_id, group)
 
     def _where(self, rank: int) -> list[tuple[int, int]]:
         places = sorted(self._blocks)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.kv.errors import DeviceLostError
+from hetis.runtime.kv.errors import DeviceError, DeviceLostError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.vllm.batch import IntArray
 from hetis.runtime.vllm.head_map import HeadMap
@@ -64,11 +64,9 @@ class Mover:
                 self._open[move.number] = _Open(move)
             return
         one = self._open.pop(move.number, None)
-        if one is None:
-            self._failed.add(move.number)
-        elif step.phase == "commit":
-            self._commit(one)
-        else:
+        if step.phase == "commit":
+            self._commit(move, one)
+        elif one is not None:
             self._drop(move.target, move)
 
     def advance(self) -> None:
@@ -111,13 +109,22 @@ class Mover:
 
     # --- inside
 
-    def _commit(self, one: _Open) -> None:
-        move, row = one.move, self._row(one.move)
-        tokens = int(self._heads.tokens[row])
-        if tokens > one.copied:
-            self._copy(one, tokens)
-        self._heads.devices[row, list(move.groups)] = move.target
-        self._drop(move.source, move)
+    def _commit(self, move: Move, one: _Open | None) -> None:
+        """The scheduler has decided: where the copy is not whole, the request is computed again at its new homes."""
+        row = self._heads.row(move.anchor)
+        if row is None:
+            return
+        try:
+            if one is None:
+                self._heads.must_restart[row] = True
+            elif (tokens := int(self._heads.tokens[row])) > one.copied:
+                self._copy(one, tokens)
+            self._drop(move.source, move)
+        except DeviceError:
+            self._heads.must_restart[row] = True
+            raise
+        finally:
+            self._heads.devices[row, list(move.groups)] = move.target
 
     def _copy(self, one: _Open, last: int) -> None:
         move, first = one.move, one.copied
@@ -136,9 +143,10 @@ class Mover:
 
     def _drop(self, device: int, move: Move) -> None:
         row = self._heads.row(move.anchor)
-        if device != LOCAL and row is not None:
+        there = self._workers.get(device)
+        if there is not None and row is not None:
             number = int(self._heads.numbers[row])
-            self._device(device).drop([SequenceKey(number, 0, group) for group in move.groups])
+            there.drop([SequenceKey(number, 0, group) for group in move.groups])
 
     def _is_there(self, move: Move) -> bool:
         ends: Sequence[int] = move.source, move.target
