@@ -1,1 +1,1 @@
-"""Head-level serving inside vLLM: an attention backend, a KV cache manager and a KV connector on its extension points."""
+"""Head-level serving inside vLLM, on its own extension points: attention backend, KV cache manager, KV connector."""

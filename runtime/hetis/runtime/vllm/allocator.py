@@ -221,7 +221,7 @@ class HeadAllocator:
     # --- moves
 
     def prepare(self, request_id: str, groups: Sequence[int], target: int) -> Move | None:
-        """Takes room at ``target`` for groups that live together elsewhere; None: there is too little, or they cannot."""
+        """Takes room at ``target`` for groups that live together elsewhere; None: it cannot have them now."""
         placed = self._placed.get(request_id)
         if placed is None or placed.anchor is None or not groups:
             return None
@@ -290,7 +290,7 @@ class HeadAllocator:
                 sizes[name] = -(-placed.tokens // self.heads.block_tokens)
         leaving: dict[tuple[str, int], list[int]] = {}
         while blocks > 0 and here:
-            name = max(here, key=lambda one: (len(here[one]) * sizes[one]))
+            name = max(here, key=lambda one: len(here[one]) * sizes[one])
             target = 1 + int(np.argmax(free[1:])) if len(free) > 1 else LOCAL
             if target == LOCAL or not here[name] or free[target] < sizes[name]:
                 del here[name]

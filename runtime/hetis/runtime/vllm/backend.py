@@ -55,9 +55,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     ) -> HeadGroupMetadata:
         return HeadGroupMetadata(common_attn_metadata, self)
 
-    def build_base(
-        self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata
-    ) -> Any:
+    def build_base(self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata) -> Any:
         """The base backend's metadata of the virtual sequences of ``part``, whose block tables are [N, width]."""
         starts = torch.from_numpy(part.starts.astype(np.int32))
         lasts = torch.from_numpy(part.lasts.astype(np.int32))
@@ -109,7 +107,7 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
         }
         if found := [reason for reason, applies in reasons.items() if applies]:
             raise UnsupportedModelError(
-                f"hetis cannot place head groups of a model with {', '.join(found)}; start vLLM without HETIS_VLLM_CONFIG"
+                f"hetis cannot place head groups of a model with {', '.join(found)}; unset HETIS_VLLM_CONFIG"
             )
         self.head_groups, self.num_heads = num_kv_heads, num_heads // num_kv_heads
         self.num_kv_heads, self.head_size, self.scale = 1, head_size, float(scale)
@@ -155,9 +153,7 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
             self.store(layer, k, v, kv_cache, slots)
         self.base.forward(layer, q, k, v, kv_cache, metadata, out)
 
-    def store(
-        self, layer: Any, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
-    ) -> None:
+    def store(self, layer: Any, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes k and v [V, 1, d] to slots of the cache, in the base backend's layout."""
         self.base.do_kv_cache_update(layer, k, v, kv_cache, slots)
 

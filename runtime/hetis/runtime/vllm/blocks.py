@@ -81,9 +81,8 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     ) -> int:
         """Blocks that ``num_tokens`` need here; more than there are where groups elsewhere have no room to grow."""
         needed = cdiv(num_tokens, self.block_size)
-        if request_id in self.num_cached_block:
-            if needed <= self._covered[request_id]:
-                return 0
+        if request_id in self.num_cached_block and needed <= self._covered[request_id]:
+            return 0
         if not self.homes.has_room(request_id, num_tokens):
             return int(self.block_pool.num_gpu_blocks) + 1
         if request_id in self.num_cached_block:
@@ -114,9 +113,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def allocate_external_computed_blocks(self, *_: Any, **__: Any) -> None:
         raise AssertionError("no KV comes from outside")
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Extends the tables of local groups; returns the anchor where vLLM does not have it yet."""
         is_new = request_id not in self._tables
         if is_new:
@@ -216,11 +213,11 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self.block_pool.free_blocks(reversed(table))
         table.clear()
 
-    def rehomed(self, request_id: str) -> None:
-        """Groups of a request have changed their homes: what is covered is to be counted again."""
+    def rehomed(self, request_id: str, left: Sequence[int] | None = None) -> None:
+        """Groups of a request have changed their homes: those that ``left`` are freed, or all that are not here."""
         tables = self._tables[request_id]
         for group, device in enumerate(self.homes.devices(request_id)):
-            if device != LOCAL and tables[group]:
+            if device != LOCAL and tables[group] and (left is None or group in left):
                 self.free_group(request_id, group)
         self._covered[request_id] = min((len(tables[group]) for group in self._local(request_id)), default=0)
 

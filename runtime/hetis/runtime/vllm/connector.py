@@ -7,12 +7,10 @@ block manager keep their tables; on the ranks it makes `Rank`, which computes an
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -298,7 +296,7 @@ class SchedulerSide:
             for group in move.groups:
                 self._manager.extend(request_id, group, needed)
         self._manager.events.append(MoveStep("commit", move))
-        self._manager.rehomed(request_id)
+        self._manager.rehomed(request_id, move.groups)
 
     def _abort(self, number: int) -> None:
         self._copied.pop(number, None)
@@ -338,7 +336,7 @@ def _check(vllm_config: VllmConfig, settings: Settings) -> None:
             problems.append(f"worker {worker.name} has {len(worker.addresses)} addresses, vLLM has {ranks} ranks")
     if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
         problems.append('--kv-transfer-config needs "kv_load_failure_policy": "recompute"')
-    if getattr(parallel, "decode_context_parallel_size", 1) > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+    if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
         problems.append("context parallelism splits by tokens what hetis splits by heads")
     if vllm_config.speculative_config is not None:
         problems.append("speculative decoding is not supported yet")

@@ -1,4 +1,4 @@
-"""The rank of this process. vLLM makes attention layers and connector apart; both belong to the one model that it runs."""
+"""The rank of this process: vLLM makes attention layers and connector apart, and both need it."""
 
 from __future__ import annotations
 

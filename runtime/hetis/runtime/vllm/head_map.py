@@ -1,4 +1,4 @@
-"""The head map of one rank: of every running request, where each head group lives, and in which blocks if it is here."""
+"""The head map of one rank: where each head group of every running request lives, and in which blocks."""
 
 from __future__ import annotations
 

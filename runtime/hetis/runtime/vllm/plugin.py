@@ -57,4 +57,4 @@ def check_version(found: str) -> None:
     """Raises SettingsError where this version of vLLM has not been tested."""
     if not any(found == one or found.startswith(f"{one}.") for one in VERSIONS):
         tested = ", ".join(f"{one}.x" for one in VERSIONS)
-        raise SettingsError(f"vLLM {found} has not been tested with hetis; tested: {tested}. Unset {VARIABLE} to go without")
+        raise SettingsError(f"vLLM {found} has not been tested with hetis (tested: {tested}); unset {VARIABLE}")

@@ -48,7 +48,7 @@ class Rehomed:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Groups of one request on their way from one device to another; `Grown` gives them blocks where that is `LOCAL`."""
+    """Groups of one request on their way to another device; `Grown` gives them blocks where that is `LOCAL`."""
 
     number: int  # of the move, rising
     anchor: int

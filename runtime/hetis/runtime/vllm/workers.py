@@ -1,4 +1,4 @@
-"""The attention workers of one rank: connected at the start, lost on the first failure, joined again when they are back."""
+"""The attention workers of one rank: connected at the start, lost on the first failure, joined again."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ class Workers:
             if again_s <= now_s and number not in self._joining and number not in self._devices:
                 del self._again_s[number]
                 self._joining.add(number)
-                threading.Thread(target=self._try, args=(number,), name=f"join-{self._name(number)}", daemon=True).start()
+                threading.Thread(
+                    target=self._try, args=(number,), name=f"join-{self._name(number)}", daemon=True
+                ).start()
         return tuple(back)
 
     # --- inside
