@@ -64,6 +64,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self.events: list[Event] = []
         self._tables: dict[str, list[list[KVCacheBlock]]] = {}
         self._covered: dict[str, int] = {}  # blocks that every local group has
+        self._void: set[str] = set()  # requests that lost KV: their blocks hold what nobody may find
         self._needed: dict[str, int] = {}  # blocks that every group has, wherever it is
 
     # --- what vLLM asks
@@ -138,6 +139,10 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         """Offers full blocks to later requests, where all groups are here: a prefix hits only with all of them."""
         request_id = request.request_id
         cached, full = self.num_cached_block.get(request_id, 0), num_tokens // self.block_size
+        if request_id in self._void:
+            if request.num_computed_tokens:
+                return
+            self._void.discard(request_id)  # it is computed from its first token now
         if cached >= full or len(self._local(request_id)) < self.head_groups:
             return
         for group, table in enumerate(self._tables[request_id]):
@@ -156,6 +161,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         anchor = super().pop_blocks_for_free(request_id)
         self._covered.pop(request_id, None)
         self._needed.pop(request_id, None)
+        self._void.discard(request_id)
         tables = self._tables.pop(request_id, None)
         if tables is None:
             return list(anchor)
@@ -213,11 +219,16 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self.block_pool.free_blocks(reversed(table))
         table.clear()
 
-    def rehomed(self, request_id: str, left: Sequence[int] | None = None) -> None:
-        """Groups of a request have changed their homes: those that ``left`` are freed, or all that are not here."""
+    def lost(self, request_id: str) -> None:
+        """A request lost KV and has new homes, where it is computed again from its first token."""
+        self._void.add(request_id)
+        self.left(request_id, range(self.head_groups))
+
+    def left(self, request_id: str, groups: Sequence[int]) -> None:
+        """Groups of a request have new homes: blocks of those that are not here any more are freed."""
         tables = self._tables[request_id]
         for group, device in enumerate(self.homes.devices(request_id)):
-            if device != LOCAL and tables[group] and (left is None or group in left):
+            if device != LOCAL and tables[group] and group in groups:
                 self.free_group(request_id, group)
         self._covered[request_id] = min((len(tables[group]) for group in self._local(request_id)), default=0)
 

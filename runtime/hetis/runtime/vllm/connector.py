@@ -296,7 +296,7 @@ class SchedulerSide:
             for group in move.groups:
                 self._manager.extend(request_id, group, needed)
         self._manager.events.append(MoveStep("commit", move))
-        self._manager.rehomed(request_id, move.groups)
+        self._manager.left(request_id, move.groups)
 
     def _abort(self, number: int) -> None:
         self._copied.pop(number, None)
@@ -320,7 +320,7 @@ class SchedulerSide:
             self.allocator.set_blocks(device, blocks)
             return
         for request_id in self.allocator.lose(device):
-            self._manager.rehomed(request_id)
+            self._manager.lost(request_id)
             self._manager.events.append(
                 Rehomed(self._manager.anchor(request_id), tuple(self.allocator.devices(request_id)))
             )
