@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention import paged_torch
+from hetis.runtime.attention import backends, paged_torch
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep
 from hetis.runtime.attention.local import LocalDevice
@@ -169,6 +170,25 @@ def test_every_dtype_is_attended_to_as_defined(
         pytest.skip("torch's")
     case = Case(**MIXED, r=3, d=16, page_tokens=16, window=19, soft_cap=soft_cap, dtype=dtype)
     check(local(case, make), case)
+
+
+def test_short_and_long_chunks_of_a_step_meet_in_one_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    attend = backends.attend_paged
+
+    def spy(pool: PagePool, layer: int, q: torch.Tensor, *rest: Any) -> None:
+        computed.append(len(q))
+        attend(pool, layer, q, *rest)
+
+    monkeypatch.setattr(backends, "attend_paged", spy)
+    case = Case(tokens=(50, 15, 16, 1), cuts=((), (), (), ()), window=7)
+    numbers, device = case.numbers(), local(case, CompiledBackend)
+    device.begin(step([0, 1, 2, 3], [0] * 4, list(case.tokens)))
+    for layer in range(LAYERS):
+        out = device.attend(layer, torch.cat([rows[layer] for rows in numbers])).wait()
+        wanted = torch.cat([defined(rows[layer], case.shape(), layer) for rows in numbers])
+        torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    assert computed == [sum(case.tokens)] * LAYERS
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0])

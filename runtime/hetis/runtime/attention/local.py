@@ -41,12 +41,10 @@ class LocalDevice:
         self._check_begun()
         return Ready(self.backend.attend(layer, qkv.to(self.pool.k.device)))
 
-    def attend_received(self, layer: int, qkv: torch.Tensor | Array) -> torch.Tensor | Array:
-        """The same for numbers as a channel brings them: an array (bfloat16 as its words) stays one if it can."""
-        if isinstance(qkv, torch.Tensor):
-            return self.attend(layer, qkv).output
+    def attend_received(self, layer: int, qkv: Array) -> torch.Tensor | Array:
+        """The same for an array as a channel brings it (bfloat16 as its words); outputs are in the CPU's memory."""
         if not isinstance(self.backend, CompiledBackend):
-            return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output
+            return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output.cpu()
         self._check_begun()
         return self.backend.attend_array(layer, qkv)
 

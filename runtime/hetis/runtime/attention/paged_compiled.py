@@ -28,6 +28,7 @@ def attend(
     rows: IntArray,
     positions: IntArray,
     starts: IntArray,
+    ends: IntArray,
     window: int,
     scale: float,
     soft_cap: float,
@@ -41,18 +42,18 @@ def attend(
         table: pages of every sequence, shape [rows, most].
         rows: of the table, of each of N virtual sequences, shape [N].
         positions: of each sequence's first row, shape [N].
-        starts: rows of sequence i are ``starts[i]`` to ``starts[i + 1] - 1``, at consecutive positions, shape [N + 1].
-            Slots up to a row's position are read, or the last ``window`` of them unless that is 0.
+        starts, ends: rows of sequence i are ``starts[i]`` to ``ends[i] - 1``, at consecutive positions, shape [N];
+            other rows are not touched. Slots up to a row's position are read, or the last ``window`` unless that is 0.
         scale: of the scores.
         soft_cap: of the scaled scores; 0: none.
     """
     size, r = k.shape[1], qkv.shape[1] - 2
-    scores = np.empty((r, _longest(positions, starts, size)), qkv.dtype)
+    scores = np.empty((r, _longest(positions, starts, ends, size)), qkv.dtype)
     bits = np.empty(scores.shape[1], np.int32)
-    _store(qkv, k, v, table, rows, positions, starts)
+    _store(qkv, k, v, table, rows, positions, starts, ends)
     for i in range(len(rows)):
         pages = table[rows[i]]
-        for t in range(starts[i], starts[i + 1]):
+        for t in range(starts[i], ends[i]):
             last = positions[i] + (t - starts[i]) + 1
             first = max(0, last - window) if window else 0
             for page in range(first // size, -(-last // size)):
@@ -75,6 +76,7 @@ def attend_bfloat16(
     rows: IntArray,
     positions: IntArray,
     starts: IntArray,
+    ends: IntArray,
     window: int,
     scale: float,
     soft_cap: float,
@@ -82,15 +84,15 @@ def attend_bfloat16(
 ) -> None:
     """The same where all numbers are bfloat16, given as their words; all sums are of float32."""
     size, r, d = k.shape[1], qkv.shape[1] - 2, qkv.shape[2]
-    scores = np.empty((r, _longest(positions, starts, size)), np.float32)
+    scores = np.empty((r, _longest(positions, starts, ends, size)), np.float32)
     bits = np.empty(scores.shape[1], np.int32)
     wide, wide_queries = np.empty((size, d), np.int32), np.empty((r, d), np.int32)
     floats, queries = wide.view(np.float32), wide_queries.view(np.float32)
     sums = np.empty((r, d), np.float32)
-    _store(qkv, k, v, table, rows, positions, starts)
+    _store(qkv, k, v, table, rows, positions, starts, ends)
     for i in range(len(rows)):
         pages = table[rows[i]]
-        for t in range(starts[i], starts[i + 1]):
+        for t in range(starts[i], ends[i]):
             last = positions[i] + (t - starts[i]) + 1
             first = max(0, last - window) if window else 0
             _widen(qkv[t], 0, r, wide_queries)
@@ -117,11 +119,12 @@ def _store(
     rows: IntArray,
     positions: IntArray,
     starts: IntArray,
+    ends: IntArray,
 ) -> None:
     """Writes the keys and values to the slots of their positions."""
     size, at = k.shape[1], qkv.shape[1] - 2
     for i in range(len(rows)):
-        for t in range(starts[i], starts[i + 1]):
+        for t in range(starts[i], ends[i]):
             position = positions[i] + (t - starts[i])
             page, slot = table[rows[i], position // size], position % size
             for d in range(qkv.shape[2]):
@@ -131,11 +134,11 @@ def _store(
 
 
 @kernel
-def _longest(positions: IntArray, starts: IntArray, size: int) -> int:
+def _longest(positions: IntArray, starts: IntArray, ends: IntArray, size: int) -> int:
     """Slots of the longest sequence, in whole pages."""
     most = 0
     for i in range(len(positions)):
-        most = max(most, positions[i] + (starts[i + 1] - starts[i]))
+        most = max(most, positions[i] + (ends[i] - starts[i]))
     return -(-most // size) * size
 
 

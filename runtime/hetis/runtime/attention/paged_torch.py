@@ -20,68 +20,83 @@ PIECE_TOKENS = 128  # queries of a piece
 MOST_SCORES = 1 << 24  # of one bucket and query head: the mask has so many bytes
 
 
+class View(NamedTuple):
+    """What the pieces of a bucket read under one window: page numbers [n, pages], and who sees what [n, c, slots]."""
+
+    table: torch.Tensor
+    seen: torch.Tensor
+
+
 class Bucket(NamedTuple):
     """Pieces that are computed together, n of at most c queries each, all layers of a step alike; on the pool's device.
 
     Attributes:
         members: their rows of the step, int64 [n, c]; a piece of fewer repeats its last.
-        table: their pages, int64 [n, pages of the longest].
-        seen: by window, which slots each attends to, bool [n, c, slots].
+        views: by window.
     """
 
     members: torch.Tensor
-    table: torch.Tensor
-    seen: Mapping[int, torch.Tensor]
+    views: Mapping[int, View]
 
 
 class _Pieces(NamedTuple):
-    """Queries of one sequence each: ``rows`` of the pool's table, first positions, counts, first rows; each [n]."""
+    """Queries of one sequence each: ``rows`` of the pool's table, first positions, first rows, counts; each [n]."""
 
     rows: IntArray
     positions: IntArray
-    counts: IntArray
     starts: IntArray
+    counts: IntArray
 
     def of(self, which: IntArray) -> _Pieces:
         return _Pieces(*(column[which] for column in self))
 
 
-def plan_buckets(pool: PagePool, rows: IntArray, positions: IntArray, counts: IntArray) -> list[Bucket]:
-    """For sequences in ``rows`` of the pool's table that write ``counts`` positions from ``positions`` on, all [N]."""
-    pieces = _cut(rows, positions, counts)
+def plan_buckets(
+    pool: PagePool, rows: IntArray, positions: IntArray, starts: IntArray, counts: IntArray
+) -> list[Bucket]:
+    """For sequences whose rows of the step begin at ``starts``.
+
+    Args:
+        rows: of the pool's table, shape [N].
+        positions: first that each writes, shape [N].
+        starts: its row of the step, shape [N].
+        counts: how many each writes, shape [N].
+    """
+    pieces = _cut(_Pieces(rows, positions, starts, counts))
     pages = (pieces.positions + pieces.counts - 1) // pool.shape.page_tokens + 1
     # Pieces of very different width, and of one query or many, are computed apart.
     kinds = 64 * np.ceil(np.log2(pages)).astype(np.int64) + np.ceil(np.log2(pieces.counts)).astype(np.int64)
     found = []
     for kind in np.unique(kinds):
         members = np.flatnonzero(kinds == kind)
-        widest, longest = int(pages[members].max()), int(pieces.counts[members].max())
-        most = max(1, MOST_SCORES // (widest * pool.shape.page_tokens * longest))
-        found += [
-            _bucket(pool, pieces.of(members[i : i + most]), widest=widest, longest=longest)
-            for i in range(0, len(members), most)
-        ]
+        slots = int(pages[members].max()) * pool.shape.page_tokens
+        most = max(1, MOST_SCORES // (slots * int(pieces.counts[members].max())))
+        found += [_bucket(pool, pieces.of(members[i : i + most])) for i in range(0, len(members), most)]
     return found
 
 
-def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[Bucket]) -> torch.Tensor:
-    """Outputs [T, r, d] for queries of the same shape."""
+def each_position(rows: IntArray, positions: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
+    """For every position that is written its sequence's number in ``rows``, and itself; each [T]."""
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(rows, counts), np.repeat(positions, counts) + within
+
+
+def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[Bucket], out: torch.Tensor) -> None:
+    """Writes the outputs of the buckets' members to out [T, r, d], for queries of the same shape."""
     shape = pool.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for members, table, seen in buckets:
+    for members, views in buckets:
+        table, seen = views[shape.windows[layer]]
         k = pool.k[layer][table].flatten(1, 2)[:, None]  # [n, 1, slots, d]
         v = pool.v[layer][table].flatten(1, 2)[:, None]
-        mask = seen[shape.windows[layer]][:, None]
-        queries = q[members].transpose(1, 2)  # [n, r, c, d]
+        queries = q[members]  # [n, c, r, d]
         if members.shape[1] == 1:
             # All query heads see the same slots: as many queries of one head, which reads K and V once.
-            queries = queries.transpose(1, 2)
-            outputs = _attend(queries, k, v, mask, shape.scale, shape.soft_cap)
+            outputs = _attend(queries, k, v, seen[:, None], shape.scale, shape.soft_cap)
         else:
-            k, v = (x.expand(-1, queries.shape[1], -1, -1) for x in (k, v))
-            outputs = _attend(queries, k, v, mask, shape.scale, shape.soft_cap).transpose(1, 2)
+            k, v = (x.expand(-1, shape.queries_per_group, -1, -1) for x in (k, v))
+            queries = queries.transpose(1, 2)
+            outputs = _attend(queries, k, v, seen[:, None], shape.scale, shape.soft_cap).transpose(1, 2)
         out[members] = outputs
-    return out
 
 
 def _attend(
@@ -96,30 +111,41 @@ def _attend(
     return (weights @ v.to(wide)).to(q.dtype)
 
 
-def _cut(rows: IntArray, positions: IntArray, counts: IntArray) -> _Pieces:
-    """The sequences' chunks in pieces."""
-    starts = np.cumsum(counts) - counts
-    if not len(counts) or int(counts.max()) <= PIECE_TOKENS:
-        return _Pieces(rows, positions, counts, starts)
-    cuts = -(-counts // PIECE_TOKENS)
-    within = PIECE_TOKENS * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))
-    left = np.repeat(counts, cuts) - within
+def _cut(whole: _Pieces) -> _Pieces:
+    """Chunks in pieces."""
+    if int(whole.counts.max(initial=0)) <= PIECE_TOKENS:
+        return whole
+    cuts = -(-whole.counts // PIECE_TOKENS)
+    number, within = each_position(np.arange(len(cuts)), np.zeros_like(cuts), cuts)
+    pieces, begins = whole.of(number), PIECE_TOKENS * within
     return _Pieces(
-        np.repeat(rows, cuts),
-        np.repeat(positions, cuts) + within,
-        np.minimum(left, PIECE_TOKENS),
-        np.repeat(starts, cuts) + within,
+        pieces.rows,
+        pieces.positions + begins,
+        pieces.starts + begins,
+        np.minimum(pieces.counts - begins, PIECE_TOKENS),
     )
 
 
-def _bucket(pool: PagePool, pieces: _Pieces, *, widest: int, longest: int) -> Bucket:
+def _bucket(pool: PagePool, pieces: _Pieces) -> Bucket:
     shape, device = pool.shape, pool.k.device
-    within = np.minimum(np.arange(longest), pieces.counts[:, None] - 1)  # [n, c]
-    at = torch.from_numpy(pieces.positions[:, None] + within).to(device)[..., None]
-    slots = torch.arange(widest * shape.page_tokens, device=device)
-    before = slots <= at
+    within = np.minimum(np.arange(pieces.counts.max()), pieces.counts[:, None] - 1)  # [n, c]
     return Bucket(
         members=torch.from_numpy(pieces.starts[:, None] + within).to(device),
-        table=torch.from_numpy(pool.table[pieces.rows, :widest].astype(np.int64)).to(device),
-        seen={w: before & (slots > at - w) if w else before for w in set(shape.windows)},
+        views={w: _view(pool, pieces, pieces.positions[:, None] + within, w) for w in set(shape.windows)},
     )
+
+
+def _view(pool: PagePool, pieces: _Pieces, at: IntArray, window: int) -> View:
+    """What queries at positions ``at`` [n, c] see under a window: pages from the first that any of a piece sees."""
+    size, device = pool.shape.page_tokens, pool.k.device
+    first = np.maximum(at[:, 0] + 1 - window, 0) // size if window else np.zeros(len(at), np.int64)
+    last = at[:, -1] // size
+    pages = first[:, None] + np.arange((last - first).max() + 1)
+    # What is beyond a piece's last page is masked; its own page, so that no NaN of another sequence comes in.
+    table = pool.table[pieces.rows[:, None], np.minimum(pages, last[:, None])].astype(np.int64)
+    begins, places = (torch.from_numpy(x).to(device) for x in ((first * size)[:, None, None], at[..., None]))
+    slots = begins + torch.arange(pages.shape[1] * size, device=device)
+    seen = slots <= places
+    if window:
+        seen &= slots > places - window
+    return View(torch.from_numpy(table).to(device), seen)

@@ -118,17 +118,14 @@ class Frame(NamedTuple):
     @property
     def body(self) -> torch.Tensor:
         """The body of a frame that was received: bytes, shape [body_bytes]."""
-        return tensor_of(self._received())
+        return torch.from_numpy(self.raw)
 
     @property
     def raw(self) -> Bytes:
-        """The same for numpy, where it is on the CPU."""
-        body = self._received()
-        return body.numpy() if isinstance(body, torch.Tensor) else body
-
-    def _received(self) -> Numbers:
+        """The same for numpy."""
         assert len(self.parts) == 1, "only a frame that was received has its body in one piece"
-        return self.parts[0]
+        [body] = self.parts
+        return body.numpy() if isinstance(body, torch.Tensor) else body
 
     def answered(
         self,
@@ -179,11 +176,6 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     body = np.empty(body_bytes, np.uint8)
     frame = Frame(_KINDS[kind], epoch, session, serial, step, layer, (a, b, c), DTYPES[dtype], (body,))
     return frame, body
-
-
-def tensor_of(numbers: Numbers) -> torch.Tensor:
-    """A tensor, or what an array has as one."""
-    return numbers if isinstance(numbers, torch.Tensor) else torch.from_numpy(numbers)
 
 
 def bytes_of(numbers: Numbers) -> memoryview:

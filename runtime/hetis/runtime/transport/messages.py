@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hetis.runtime.attention.device import DeviceStep, IntArray
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import DTYPES, Frame, Kind, Numbers, tensor_of
+from hetis.runtime.transport.frames import DTYPES, Frame, Kind
 from hetis.runtime.transport.keys import KEY_BYTES
 
+Array = npt.NDArray[Any]
 MOST_LAYERS = 4096
 MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS = 4096, 4096, 1 << 16
 
@@ -145,11 +147,11 @@ def read_step(frame: Frame) -> DeviceStep:
     )
 
 
-def read_queries(frame: Frame, shape: KvShape, count: int) -> Numbers:
+def read_queries(frame: Frame, shape: KvShape, count: int) -> Array:
     """Queries, key and value of each position of ATTEND, [T, r + 2, d]; ``count`` is the T that BEGIN said.
 
-    They are a tensor, or an array of numpy (bfloat16 as its words), as they came: where there is little to compute,
-    making the one of the other costs as much.
+    They are an array of numpy (bfloat16 as its words), as they came: where there is little to compute, making a tensor
+    of it costs as much.
     """
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} positions in layer {frame.layer}: {count} were begun")
@@ -260,17 +262,14 @@ def _integers(frame: Frame, kind: Kind, count: int) -> IntArray:
     return numbers
 
 
-def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> Numbers:
-    """A tensor, or an array, as the body is; of a bfloat16 the array has the words."""
+def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> Array:
+    """An array, of a bfloat16's words."""
     _expect(frame, kind, prod(size) * shape.item_bytes, dtype=shape.dtype)
-    [body] = frame.parts
-    if isinstance(body, torch.Tensor):
-        return body.view(shape.torch_dtype).view(size)
-    return body.view(shape.numpy_dtype).reshape(size)
+    return frame.raw.view(shape.numpy_dtype).reshape(size)
 
 
 def _tensor(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> torch.Tensor:
-    return tensor_of(_as_came(frame, kind, shape, size)).view(shape.torch_dtype)
+    return torch.from_numpy(_as_came(frame, kind, shape, size)).view(shape.torch_dtype)
 
 
 def _expect(frame: Frame, kind: Kind, num_bytes: int, *, dtype: str | None = None) -> None:

@@ -68,11 +68,10 @@ def join(
     epoch: int,
     kind: ChannelKind = ChannelKind.AUTO,
     timeout_s: float = 10.0,
-    device: str = "cpu",
 ) -> RemoteDevice:
     """`join_at`, of a worker that has said in a store where it is."""
     try:
-        channel = connect(endpoint, kind, stall_s=timeout_s, device=device)
+        channel = connect(endpoint, kind, stall_s=timeout_s)
     except (ChannelError, OSError) as error:
         is_ours = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
         raise (UnreachedDeviceError if is_ours else DeviceLostError)(name, str(error)) from error

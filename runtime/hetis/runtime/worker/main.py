@@ -44,7 +44,6 @@ def _serve(options: WorkerOptions) -> int:
         options,
         make_core,
         greeting=Kind.HELLO,
-        device=device,
         key=options.key,
         port_file=options.port_file,
     )

@@ -56,7 +56,6 @@ def serve_core(
     make_core: Callable[[bytes], Core],
     *,
     greeting: Kind,
-    device: str = "cpu",
     key: bytes | None = None,
     port_file: Path | None = None,
 ) -> int:
@@ -67,7 +66,6 @@ def serve_core(
         options: what every process is told.
         make_core: what it serves with, from the key that engines must say; may raise StartError.
         greeting: the frame that a connection begins with.
-        device: of torch, where what is received goes.
         key: that engines must say; None: one that is drawn now.
         port_file: where HOST:PORT is written once it listens, whole or not at all; it is removed in the end.
     """
@@ -98,7 +96,7 @@ def serve_core(
             announcer.say(Endpoint(host=host, port=port, key=key, served=served))
 
     logging.info("%s: listens on %s:%d", name, host, port)
-    loop = WorkerLoop(core, listener, stall_s=options.timeout_s, device=device, announce=announce, greeting=greeting)
+    loop = WorkerLoop(core, listener, stall_s=options.timeout_s, announce=announce, greeting=greeting)
     try:
         if port_file is not None:
             _write_whole(port_file, f"[{host}]:{port}\n" if ":" in host else f"{host}:{port}\n")
