@@ -5,7 +5,7 @@ Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from hetis.runtime.worker.options import WorkerOptions, read_options
@@ -61,7 +61,10 @@ def _compile_for_cpu() -> None:
     from hetis.runtime.kv.shape import KvShape
     from hetis.solver.compiled import is_cached
 
-    kernels = {"float32": paged_compiled.attend, "bfloat16": paged_compiled.attend_bfloat16}
+    kernels: dict[str, Callable[..., None]] = {
+        "float32": paged_compiled.attend,
+        "bfloat16": paged_compiled.attend_bfloat16,
+    }
     for dtype, kernel in kernels.items():
         if not is_cached(kernel):
             sizes = {"layers": 1, "head_dim": 16, "queries_per_group": 1, "page_tokens": 16}
