@@ -211,6 +211,20 @@ def test_chunks_go_through_frames_as_they_are(case: Case) -> None:
         assert torch.equal(here, there)
 
 
+@pytest.mark.parametrize("make", [TorchBackend, CompiledBackend])
+@pytest.mark.parametrize("pages", [0, 1, 3, 400])
+def test_a_device_that_was_warmed_holds_nothing_and_attends_as_defined(
+    make: Callable[[PagePool], Backend], pages: int
+) -> None:
+    case = Case(tokens=(9,), cuts=((5,),))
+    device = LocalDevice("d", case.shape(), pages)
+    device.backend = make(device.pool)
+    device.warm()
+    assert (device.pool.free_pages, len(device.pool)) == (pages, 0)
+    if pages >= 3:
+        check(device, case)
+
+
 def test_a_worker_counts_what_its_attention_read() -> None:
     case = Case(tokens=(10, 3), cuts=((6, 9), (2,)), window=4)
     device = InprocWorker("w0", 4).join(case.shape())

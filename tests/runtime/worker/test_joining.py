@@ -64,6 +64,33 @@ def test_a_shape_that_no_memory_holds_leaves_a_worker_for_the_next_engine(worker
     worker.join(CASE.shape(), epoch=62).close()
 
 
+def test_a_hung_worker_is_lost_and_obeys_nobody_old_when_it_wakes(worker: ListeningWorker) -> None:
+    device = worker.join(CASE.shape(), epoch=70, timeout_s=1)
+    check(device, CASE)
+    worker.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(DeviceLostError, match="no answer within 1 s"):
+            check(device, CASE)
+    finally:
+        worker.process.send_signal(signal.SIGCONT)
+    again = worker.join(CASE.shape(), epoch=71)
+    assert again.ping() == (again.num_pages, 0)
+    check(again, CASE)
+    again.close()
+
+
+def test_a_killed_worker_is_lost_and_not_reached(tmp_path: Path) -> None:
+    with listening_worker(tmp_path) as worker:
+        device = worker.join(CASE.shape(), epoch=1)
+        check(device, CASE)
+        worker.process.kill()
+        with pytest.raises(DeviceLostError):
+            check(device, CASE)
+        worker.process.wait(60)
+        with pytest.raises(UnreachedDeviceError):
+            worker.join(CASE.shape(), epoch=2)
+
+
 def test_a_worker_that_is_stopped_removes_its_port_file_and_is_not_reached(tmp_path: Path) -> None:
     with listening_worker(tmp_path) as worker:
         assert (tmp_path / "port").read_text() == f"{worker.host}:{worker.port}\n"

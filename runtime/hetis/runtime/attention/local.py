@@ -14,6 +14,8 @@ from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.pool import PagePool
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 
+WARM_TOKENS = 600  # more than a split of Triton's kernel
+
 
 class LocalDevice:
     """KV pages in this process, as an `AttentionDevice`."""
@@ -25,6 +27,24 @@ class LocalDevice:
         self.pool = PagePool(name, shape, num_pages, device)
         self.backend = backend or choose_backend(self.pool)
         self._step: int | None = None
+
+    def warm(self) -> None:
+        """Has everything compiled that a first use would compile, which takes longer than an engine waits.
+
+        The device must hold nothing.
+        """
+        shape = self.shape
+        tokens = min(WARM_TOKENS, self.num_pages * shape.page_tokens)
+        if not tokens:
+            return
+        key = SequenceKey(0, 0, 0)
+        self.pool.extend([key], [0], [tokens])
+        rows = self.pool.rows([key])
+        for first, count in ((0, 1), (0, tokens), (tokens - 1, 1)):
+            self.backend.plan(rows, np.array([first]), np.array([count]))
+            qkv = torch.zeros(count, shape.queries_per_group + 2, shape.head_dim, dtype=shape.torch_dtype)
+            self._attend(0, qkv)
+        self.pool.drop([key])
 
     def begin(self, step: DeviceStep) -> None:
         keys = step.keys()
@@ -39,7 +59,7 @@ class LocalDevice:
 
     def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
         self._check_begun()
-        return Ready(self.backend.attend(layer, qkv.to(self.pool.k.device)))
+        return Ready(self._attend(layer, qkv))
 
     def attend_received(self, layer: int, qkv: Array) -> torch.Tensor | Array:
         """The same for an array as a channel brings it (bfloat16 as its words); outputs are in the CPU's memory."""
@@ -75,6 +95,9 @@ class LocalDevice:
     def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         pieces = [self.pool.read(SequenceKey(request, incarnation, head), 0, last) for head in heads]
         return np.stack([digest(k, v) for k, v in pieces])
+
+    def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        return self.backend.attend(layer, qkv.to(self.pool.k.device))
 
     def _check_begun(self) -> None:
         if self._step is None:
