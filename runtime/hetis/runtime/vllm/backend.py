@@ -158,35 +158,37 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
         self.base.do_kv_cache_update(layer, k, v, kv_cache, slots)
 
 
-class HeadGroupBackend:
-    """What turns a backend of vLLM into one of head groups; mixed in before it."""
+def composed(base: type[AttentionBackend], name: str) -> type[AttentionBackend]:
+    """A backend of vLLM by head groups, under ``name`` in vLLM's registry."""
+    builder = type(f"{base.__name__}HeadGroupBuilder", (HeadGroupBuilder,), {"base_backend": base})
+    impl = type(f"{base.__name__}HeadGroupImpl", (HeadGroupImpl,), {"base_backend": base})
 
-    forward_includes_kv_cache_update = True
+    class ComposedBackend(base):  # type: ignore[misc]
+        """``base``, with one KV head and a block table for each head group."""
 
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> HeadGroupSpec:
-        return HeadGroupSpec.of(spec)
+        forward_includes_kv_cache_update = True
 
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return False
+        @staticmethod
+        def get_name() -> str:
+            return name
+
+        @staticmethod
+        def get_impl_cls() -> type[HeadGroupImpl]:
+            return impl
+
+        @staticmethod
+        def get_builder_cls() -> type[HeadGroupBuilder]:
+            return builder
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> HeadGroupSpec:
+            return HeadGroupSpec.of(spec)
+
+        @classmethod
+        def supports_sink(cls) -> bool:
+            return False
+
+    return ComposedBackend
 
 
-class CpuBuilder(HeadGroupBuilder):
-    base_backend = CPUAttentionBackend
-
-
-class CpuImpl(HeadGroupImpl):
-    base_backend = CPUAttentionBackend
-
-
-class CpuHeadGroups(HeadGroupBackend, CPUAttentionBackend):  # type: ignore[misc]
-    """vLLM's CPU attention, by head groups."""
-
-    @staticmethod
-    def get_impl_cls() -> type[HeadGroupImpl]:
-        return CpuImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[HeadGroupBuilder]:
-        return CpuBuilder
+CpuHeadGroups = composed(CPUAttentionBackend, "CPU_ATTN")

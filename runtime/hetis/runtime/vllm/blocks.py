@@ -81,7 +81,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         prefill_end: int = 0,
     ) -> int:
         """Blocks that ``num_tokens`` need here; more than there are where groups elsewhere have no room to grow."""
-        needed = cdiv(num_tokens, self.block_size)
+        needed = int(cdiv(num_tokens, self.block_size))
         if request_id in self.num_cached_block and needed <= self._covered[request_id]:
             return 0
         if not self.homes.has_room(request_id, num_tokens):
@@ -121,7 +121,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
             self._begin(request_id, [[] for _ in range(self.head_groups)])
         needed = cdiv(num_tokens, self.block_size)
         if needed > self._covered[request_id]:
-            for group in self._local(request_id):
+            for group in self._growing(request_id):
                 self.extend(request_id, group, needed)
             self._covered[request_id] = self._needed[request_id] = needed
             self.homes.grow(request_id, num_tokens)
@@ -230,7 +230,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         for group, device in enumerate(self.homes.devices(request_id)):
             if device != LOCAL and tables[group] and group in groups:
                 self.free_group(request_id, group)
-        self._covered[request_id] = min((len(tables[group]) for group in self._local(request_id)), default=0)
+        self._covered[request_id] = min((len(tables[group]) for group in self._growing(request_id)), default=0)
 
     def anchor(self, request_id: str) -> int:
         """The number that names a running request on the ranks."""
@@ -247,8 +247,9 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     # --- inside
 
     def _missing(self, request_id: str, needed: int) -> int:
+        """Blocks that groups here lack."""
         tables = self._tables[request_id]
-        return sum(max(needed - len(tables[group]), 0) for group in self._local(request_id))
+        return sum(max(needed - len(tables[group]), 0) for group in self._growing(request_id))
 
     def _begin(self, request_id: str, tables: list[list[KVCacheBlock]]) -> None:
         anchor = self.block_pool.get_new_blocks(1)[0]
@@ -261,6 +262,12 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
             if table:
                 numbers = tuple(block.block_id for block in table)
                 self.events.append(Grown(int(anchor.block_id), group, 0, numbers))
+
+    def _growing(self, request_id: str) -> list[int]:
+        """Groups here, and those on their way: they have blocks already, which copies fill."""
+        tables = self._tables[request_id]
+        here = enumerate(self.homes.devices(request_id))
+        return [group for group, device in here if device == LOCAL or tables[group]]
 
     def _local(self, request_id: str) -> list[int]:
         return [group for group, device in enumerate(self.homes.devices(request_id)) if device == LOCAL]

@@ -164,4 +164,5 @@ class Mover:
         return row
 
     def _blocks(self, row: int, group: int) -> IntArray:
-        return self._heads.tables[row, group].astype(np.int64)
+        blocks: IntArray = self._heads.tables[row, group].astype(np.int64)
+        return blocks

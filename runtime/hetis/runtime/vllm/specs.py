@@ -46,7 +46,7 @@ class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
         return int(blocks * self.page_size_bytes)
 
     @classmethod
-    def merge(cls, specs: list[HeadGroupSpec]) -> HeadGroupSpec:  # type: ignore[override]
+    def merge(cls, specs: list[HeadGroupSpec]) -> HeadGroupSpec:
         """The spec that all layers of a group share. Raises AssertionError where they differ."""
         assert all(spec == specs[0] for spec in specs[1:]), "layers of different head groups share no KV cache group"
         return copy.deepcopy(specs[0])

@@ -48,8 +48,8 @@ class BlockStore:
         slots = blocks[positions // self._block_tokens] * self._block_tokens + positions % self._block_tokens
         for number, layer in enumerate(self._layers):
             cache = layer.kv_cache
-            sides = (x[number].unsqueeze(1).to(cache).contiguous() for x in (k, v))
-            _impl(layer).store(layer, *sides, cache, torch.from_numpy(slots).to(cache.device))
+            keys, values = (x[number].unsqueeze(1).to(cache).contiguous() for x in (k, v))
+            _impl(layer).store(layer, keys, values, cache, torch.from_numpy(slots).to(cache.device))
 
     # --- inside
 
