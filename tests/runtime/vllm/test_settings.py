@@ -42,7 +42,7 @@ def test_all_problems_are_told_with_the_file_and_their_places(tmp_path: Path) ->
 def test_what_is_no_such_document_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "workers.yaml"
     path.write_text(text)
-    with pytest.raises(SettingsError, match="workers.yaml"):
+    with pytest.raises(SettingsError, match=r"workers\.yaml"):
         load_settings(path)
 
 

@@ -94,8 +94,23 @@ def workers(folder: Path, count: int) -> Iterator[tuple[list[int], list[str]]]:
     ports = [folder / f"w{i}.port" for i in range(count)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "hetis.runtime.worker", "--name", f"w{i}", "--listen", "127.0.0.1:0"]
-            + ["--port-file", str(port), "--kv-memory", "64MiB", "--device", "cpu", "--key-file", str(key)],
+            [
+                sys.executable,
+                "-m",
+                "hetis.runtime.worker",
+                "--name",
+                f"w{i}",
+                "--listen",
+                "127.0.0.1:0",
+                "--port-file",
+                str(port),
+                "--kv-memory",
+                "64MiB",
+                "--device",
+                "cpu",
+                "--key-file",
+                str(key),
+            ],
             stderr=subprocess.DEVNULL,
         )
         for i, port in enumerate(ports)
