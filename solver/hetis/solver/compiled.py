@@ -32,7 +32,7 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     """
 
     def kernel(function: Function) -> Function:
-        if config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: plain Python, to debug it or to try changes that live for a second
+        if config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: plain Python, to debug or to try many changes of the code
             return function
         compiled: Any = njit  # whose types leave out `no_cfunc_wrapper`
         options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": fastmath, "no_cfunc_wrapper": True}
