@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.cluster import Link, Network
+from hetis.solver.cluster import Link, Network, NodeGroup
 from hetis.solver.model import MoeShape
 from hetis.solver.plan import (
     AttentionWorkerPool,
@@ -93,17 +93,39 @@ def test_plan_must_claim_its_rate_where_all_links_are_even(share: float, expecte
     assert rules(plan_of(uneven, claimed(replica, uneven, share=share), gap=0.0), uneven) == set()
 
 
-def test_equal_classes_of_two_node_groups_have_one_row_and_unequal_ones_two() -> None:
-    slow = Link(bytes_per_s=1e8, latency_s=1e-4)
-    for nic, num_rows in ((None, 1), (slow, 2)):
-        problem = make_problem([make_node("a", "A"), make_node("b", "A", nic=nic)])
-        replica = unclaimed(replace(A_STAGE, tp=1, num_layers=6, devices=("a/0",), kv_head_groups_kept=2), in_flight=1)
-        plan = plan_of(problem, claimed(replica, problem))
-        assert len(plan.prices) == num_rows
-        assert rules(plan, problem) == set()
-        merged = replace(plan.prices[0], available=2)
-        apart = tuple(replace(merged, available=1, used=used) for used in (1, 0))
-        assert rules(replace(plan, prices=(merged,) if num_rows == 2 else apart), problem) == {Rule.PRICES}
+SLOW = Link(bytes_per_s=1e8, latency_s=1e-4)
+
+
+def priced(node: NodeGroup, usd_per_hour: float) -> NodeGroup:
+    return replace(node, gpus=tuple(replace(slots, usd_per_hour=usd_per_hour) for slots in node.gpus))
+
+
+@pytest.mark.parametrize(
+    ("other", "num_rows"),
+    [
+        (make_node("b", "A"), 1),
+        (make_node("b", "A", nic=SLOW), 2),
+        (replace(make_node("b", "A"), intra_link=SLOW), 2),
+        (priced(make_node("b", "A"), 1.0), 1),  # the price of the type
+        (priced(make_node("b", "A"), 3.0), 2),
+    ],
+)
+@pytest.mark.parametrize("has_price", [True, False])
+def test_equal_classes_of_two_node_groups_have_one_row_and_unequal_ones_two(
+    other: NodeGroup, num_rows: int, has_price: bool
+) -> None:
+    problem = make_problem([make_node("a", "A"), other])
+    if not has_price:
+        free = {"A": replace(problem.cluster.gpu_types["A"], usd_per_hour=None)}
+        problem = replace(problem, cluster=replace(problem.cluster, gpu_types=free))
+        num_rows = 2 if other.gpus[0].usd_per_hour is not None else num_rows
+    replica = unclaimed(replace(A_STAGE, tp=1, num_layers=6, devices=("a/0",), kv_head_groups_kept=2), in_flight=1)
+    plan = plan_of(problem, claimed(replica, problem))
+    assert len(plan.prices) == num_rows
+    assert rules(plan, problem) == set()
+    merged = replace(plan.prices[0], available=2)
+    apart = tuple(replace(merged, available=1, used=used) for used in (1, 0))
+    assert rules(replace(plan, prices=(merged,) if num_rows == 2 else apart), problem) == {Rule.PRICES}
 
 
 def test_class_table_that_counts_right_is_sound() -> None:

@@ -89,10 +89,8 @@ def _with_node_of(cluster: Cluster, wish: Wish) -> Wish:
     """The same wish, the node called what the cluster calls it."""
     if not isinstance(wish, LeaveOut | Keep | Use):
         return wish
-    node, slash, index = wish.gpus.name.partition("/")
-    if wish.gpus.unit is Unit.NODE or (wish.gpus.unit is Unit.GPU and slash):
-        return replace(wish, gpus=replace(wish.gpus, name=f"{cluster.node_named(node)}{slash}{index}"))
-    return wish
+    called = {Unit.NODE: cluster.node_named, Unit.GPU: cluster.device_named}.get(wish.gpus.unit, str)
+    return replace(wish, gpus=replace(wish.gpus, name=called(wish.gpus.name)))
 
 
 def parse_forbid(text: str) -> tuple[Wish, ...]:

@@ -148,6 +148,11 @@ class Cluster:
                 return name if taken else group.node_name(0)
         return name
 
+    def device_named(self, name: str) -> str:
+        """The device that is meant by ``node/index``: see `node_named`."""
+        node, slash, index = name.partition("/")
+        return f"{self.node_named(node)}{slash}{index}" if slash else name
+
     def zones(self) -> tuple[str, ...]:
         """Zone names in order of appearance."""
         return tuple(dict.fromkeys(group.zone for group in self.node_groups))
