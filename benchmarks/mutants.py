@@ -32,10 +32,20 @@ ROOT = Path(__file__).parents[1]
 SOLVER = "solver/hetis/solver"
 # Part: the files that are changed, the tests that must notice, those that do so soonest first.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "cost": ((f"{SOLVER}/cost.py",), ("tests/solver/test_arithmetic.py",)),
+    "cost": (
+        (f"{SOLVER}/cost.py",),
+        tuple(
+            f"tests/solver/test_arithmetic.py::test_the_search_{does}"
+            for does in ("tabulates_the_same_seconds", "finds_the_same_room")
+        ),
+    ),
     "check": (
         (f"{SOLVER}/check",),
-        ("tests/solver/test_check.py", "tests/solver/test_check_roles.py", "tests/solver/test_arithmetic.py"),
+        (
+            *("tests/solver/test_check_will.py", "tests/solver/test_check.py", "tests/solver/test_check_roles.py"),
+            "tests/solver/test_arithmetic.py::test_the_checker_times_a_stage_alike",
+            "tests/solver/test_arithmetic.py::test_the_checker_counts_memory_alike",
+        ),
     ),
     "dispatch": ((f"{SOLVER}/dispatch",), ("tests/solver/dispatch_state", "tests/solver/dispatch")),
     "redispatch": (

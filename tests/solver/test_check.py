@@ -80,6 +80,22 @@ def test_plan_may_claim_less_than_its_rate_where_links_are_uneven(share: float, 
     assert check_plan(plan_of(problem, replica, gap=gap), problem) == ()
 
 
+def test_a_plan_that_claims_less_than_its_rate_has_the_latency_that_it_claims() -> None:
+    problem = the_problem()
+    replica = claimed(unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,)), problem, share=0.5)
+    derived = derived_of(replica, problem)
+    tpot_s, ttft_s = derived.t_s * derived.tpot_per_t, derived.ttft_s(derived.t_s)
+    assert replica.tpot_s == pytest.approx(2 * tpot_s)
+    for limits, expected in (
+        ((None, 1.5 * tpot_s), {Rule.TPOT_LIMIT}),
+        ((None, 2.1 * tpot_s), set()),
+        (((ttft_s + replica.ttft_s) / 2, None), {Rule.TTFT_LIMIT}),
+        ((1.01 * replica.ttft_s, None), set()),
+    ):
+        limited = replace(problem, objective=replace(problem.objective, ttft_limit_s=limits[0], tpot_limit_s=limits[1]))
+        assert rules(plan_of(limited, replica), limited) == expected
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.5, {Rule.RATE}), (1 - 1e-5, {Rule.RATE}), (1.0, set())])
 def test_plan_must_claim_its_rate_where_all_links_are_even(share: float, expected: set[Rule]) -> None:
     """Rate, value and bound all halved: nothing in the result gives it away."""
