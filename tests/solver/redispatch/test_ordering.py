@@ -74,14 +74,15 @@ def test_the_primary_takes_and_gives_whole_units(journey: tuple[Tables, IntArray
         assert np.all(moved % tables.unit == 0)
 
 
-def crowded(*, room: tuple[int, int, int], budget_groups: float, tp: int | None = None) -> tuple[Tables, IntArray]:
-    """Two requests of four groups and ten blocks each, one on device a, one on b."""
-    problem = random_problem(0, num_devices=3, num_requests=2, tp=tp)
-    groups = np.array([[4, 0, 0], [0, 4, 0]])
-    snapshot = replace(problem.snapshot, groups=groups, context_tokens=np.array([160, 160]))
+def crowded(*, room: tuple[int, ...], budget_groups: float, tp: int | None = None) -> tuple[Tables, IntArray]:
+    """Requests of four groups and ten blocks each, one on every device but the last."""
+    num = len(room) - 1
+    problem = random_problem(0, num_devices=num + 1, num_requests=num, tp=tp)
+    groups = 4 * np.eye(num, num + 1, dtype=np.int64)
+    snapshot = replace(problem.snapshot, groups=groups, context_tokens=np.full(num, 160))
     devices = tuple(replace(device, total_blocks=10_000) for device in snapshot.devices)
     tables = tables_of(replace(problem, snapshot=replace(snapshot, devices=devices)))
-    assert tables.blocks.tolist() == [10, 10]
+    assert tables.blocks.tolist() == [10] * num
     budget = budget_groups * float(tables.num_bytes[0])
     return tables._replace(room=np.array(room), budget=budget), groups
 
@@ -113,6 +114,16 @@ def test_a_detour_takes_what_the_third_device_has_room_for(groups: float, is_eno
     ordered, _ = order(tables, before, SWAP, NAMES)
     copied = [one.step.groups for one in ordered]
     assert copied == ([2, 2, 2, 2, 2] if is_enough else [])
+
+
+@pytest.mark.parametrize(("groups", "detours"), [(19, 0), (20, 1), (23, 1), (24, 2)])
+def test_a_second_detour_has_what_the_first_leaves_of_the_budget(groups: int, detours: int) -> None:
+    # Two pairs of requests swap full devices by the same fifth one: 16 groups, and 4 for every detour.
+    tables, before = crowded(room=(40, 40, 40, 40, 40), budget_groups=groups)
+    swaps = [Step(j, (Part(4, j, j ^ 1),)) for j in range(4)]
+    ordered, waiting = order(tables, before, swaps, ("a", "b", "c", "d", "e"))
+    assert sum(one.is_detour for one in ordered) == detours
+    assert len(waiting) == 4 - 2 * detours
 
 
 def test_only_whole_units_of_the_primary_move_where_fewer_would_fit() -> None:
