@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hetis.solver.check import Rule, check_plan
+from hetis.solver.check.fleet import Fleet
 from hetis.solver.plan import AttentionWorkerPool, Plan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import (
@@ -109,3 +110,24 @@ def test_gpus_of_a_node_with_two_types_have_the_price_of_their_own() -> None:
     for most, is_kept in ((1.0, True), (0.99, False)):
         asked = replace(problem, will=(AtMost(of=Sum.USD, most=most),))
         assert is_kept == (Rule.WILL not in {v.rule for v in check_plan(second, asked)})
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (LeaveOut(gpus=of(Unit.TYPE, "C")), "c/0 is used"),
+        (LeaveOut(gpus=of(Unit.TYPE, "A")), "a-0/0, a-0/1, a-1/0 are used"),
+        (LeaveOut(gpus=of(Unit.ZONE, "east")), "a-0/0, a-0/1, a-1/0 and 1 more are used"),
+    ],
+)
+def test_a_broken_wish_names_the_first_devices(wish: Wish, message: str) -> None:
+    problem = replace(the_problem(), will=(wish,))
+    (found,) = (v for v in check_plan(the_plan(the_problem()), problem) if v.rule is Rule.WILL)
+    assert found.message == message
+
+
+def test_what_any_wish_leaves_out_is_not_in_the_fleet() -> None:
+    problem = the_problem()
+    out = (LeaveOut(gpus=of(Unit.GPU, "c/1")), LeaveOut(gpus=of(Unit.NODE, "a-1")), WithoutTp(tp=4))
+    left = {"a-0/0", "a-0/1", "c/0", "w/0"}
+    assert set(Fleet.of(problem.cluster).without_left_out(out).devices) == left
