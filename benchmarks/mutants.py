@@ -34,9 +34,10 @@ SOLVER = "solver/hetis/solver"
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cost": (
         (f"{SOLVER}/cost.py",),
-        tuple(
-            f"tests/solver/test_arithmetic.py::test_the_search_{does}"
-            for does in ("tabulates_the_same_seconds", "finds_the_same_room")
+        (
+            "tests/solver/test_check_roles.py::test_search_and_checker_know_the_same_slack",
+            "tests/solver/test_arithmetic.py::test_the_search_tabulates_the_same_seconds",
+            "tests/solver/test_arithmetic.py::test_the_search_finds_the_same_room",
         ),
     ),
     "check": (

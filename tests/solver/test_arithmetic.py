@@ -24,6 +24,7 @@ from hetis.solver.cluster import Link, Network
 from hetis.solver.model import ModelSpec, MoeShape
 from hetis.solver.placement import template as search
 from hetis.solver.placement.configurations import configurations
+from hetis.solver.placement.options import kept_bytes
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Template, TemplateStage
@@ -330,10 +331,14 @@ def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, Atlas, Te
     _, atlas, template = found
     numbers, stages = named(*found)
     last, repeated = len(stages) - 1, numbers.model.num_layers - numbers.model.prefix_layers
-    for i, stage in enumerate(stages):
-        fits = [
-            layers
-            for layers in range(1, repeated + 1)
-            if numbers.fits(replace(stage, layers=layers), is_first=i == 0, is_last=i == last)
-        ]
+    t = atlas.scopes[template.scope].tables
+    for i, (stage, one) in enumerate(zip(stages, template.stages, strict=True)):
+        ends = {"is_first": i == 0, "is_last": i == last}
+        fixed = search.fixed_bytes(atlas, template, i) + one.layers * float(t.layer_bytes[one.rank])
+        reserve = numbers.problem.profiles[stage.gpu].reserve_bytes
+        assert fixed + reserve == near(numbers.fixed_bytes(stage, **ends))
+        kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
+        layers = numbers.layers_of(stage, i == 0)
+        assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
+        fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
         assert search.room_layers(atlas, template, i) == max(fits, default=0)
