@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
+from hetis.solver.workload import Workload
 from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
 from tests.solver.instances import MADE_UP, make_model, make_node, make_problem, make_workload
 
@@ -342,3 +344,15 @@ def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, Atlas, Te
         assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
         fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
         assert search.room_layers(atlas, template, i) == max(fits, default=0)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_all_know_the_same_latencies_whether_prompts_wait_or_not(workload: Workload) -> None:
+    problem = make_problem([make_node("a", "A")], workload=workload)
+    for b, M, C in itertools.product((1, 8, 64), (1, 2, 8, 32), (16, 256, 2048)):
+        numbers = Numbers(problem, role=Role.UNIFIED, b=b, M=M, C=C)
+        setting = Rederivation(problem).setting(micro_batch=b, in_flight=M, chunk_tokens=C)
+        mix = cost.mix_of(numbers.moments, micro_batch=b, chunk_tokens=C)
+        trips = near(numbers.ttft_round_trips())
+        assert timing.ttft_round_trips(setting) == trips
+        assert cost.ttft_round_trips(numbers.moments, problem.assumptions, mix, M) == trips
