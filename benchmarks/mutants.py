@@ -8,7 +8,8 @@ model a sample is drawn, file by file in proportion; each mutant meets the narro
 Python. Killed: a test fails, or takes far longer than it should. What lives is printed as a change of a line: either a
 test is missing, or the change makes no difference (a bound that is checked twice, a tie, a tolerance).
 
-A mutant takes 5 to 60 CPU seconds: those of dispatch and re-dispatch take longest. The same seed draws the same mutants of the same code.
+A mutant takes 5 to 60 CPU seconds: those of dispatch and re-dispatch take longest. The same seed draws the same mutants
+of the same code.
 """
 
 from __future__ import annotations
