@@ -91,7 +91,7 @@ profiles: $(VENV)/.dev
 	$(BIN)/python -m hetis.profiler.shipping --data $(DATA) --doc docs/profiles.md
 
 bench: $(VENV)/.dev
-	@for module in benchmarks/[a-z]*.py; do \
+	@for module in $(filter-out benchmarks/mutants.py benchmarks/staleness.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		name=$$(basename $$module .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean:

@@ -55,7 +55,14 @@ class _Nodes:
         self.counts = {name: count for name, node in named if (count := _count(node.get("count"))) is not None}
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self.single or self.group_of(name) is not None)
+        if not isinstance(name, str):
+            return False
+        called = self.called(name)
+        return called in self.single or self.group_of(called) is not None
+
+    def called(self, name: str) -> str:
+        """What the cluster calls the node: see `Cluster.node_named`."""
+        return f"{name}-0" if self.counts.get(name) == 1 and self.group_of(name) is None else name
 
     def group_of(self, name: str) -> str | None:
         """The numbered group that ``name`` is a node of."""
@@ -122,6 +129,9 @@ def _check_links(
     def unknown(name: str) -> str:
         return f"unknown {what} {shown(name)}{did_you_mean(name, suggestions)}"
 
+    def called(name: Any) -> Any:
+        return known.called(name) if isinstance(known, _Nodes) and isinstance(name, str) else name
+
     seen = dict[frozenset[str], str]()
     for i, link in enumerate(_list(part.get("links"))):
         between = [n for n in _list(_mapping(link).get("between")) if isinstance(n, str)]
@@ -130,13 +140,14 @@ def _check_links(
                 yield (*path, "links", i, "between", j), unknown(name)
         if len(between) != 2:
             continue
+        between = [called(name) for name in between]
         if what == "node" and between[0] == between[1]:
             yield (*path, "links", i, "between"), f"links {what} {between[0]!r} with itself"
         if frozenset(between) in seen:
             yield (*path, "links", i, "between"), f"duplicate link, first at {seen[frozenset(between)]}"
         seen.setdefault(frozenset(between), f"links[{i}]")
     matrix = _mapping(part.get("matrix"))
-    names = _list(matrix.get("names"))
+    names = [called(name) for name in _list(matrix.get("names"))]
     for i, name in enumerate(names):
         if isinstance(name, str) and name not in known:
             yield (*path, "matrix", "names", i), unknown(name)

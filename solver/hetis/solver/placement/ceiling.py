@@ -34,6 +34,7 @@ from hetis.solver.placement.options import (
     copy_requests,
     has_pools,
     interval_cap,
+    kept_bytes,
     layers_on_card,
     layers_on_rank,
     pool_entry,
@@ -139,7 +140,7 @@ def _least_effort(
                 break
             requests = copy_requests(t, x, f, c)
             tokens = t.kv_tokens[x, f, c - 1]
-            most = np.floor(layers_on_rank(t, x, s, groups * t.kv_group_bytes * tokens, PLAIN))
+            most = np.floor(layers_on_rank(t, x, s, kept_bytes(t, x, f, s, c, 0), PLAIN))
             in_time = roomiest
             if limits.chunk_cap_s < np.inf:
                 chunk_s, own_chunk_s = t.chunk.layer_s[x, s], t.own_s[x, s, groups] / t.iterations[x]
@@ -174,7 +175,7 @@ def _least_effort(
                             >= least.value
                         ):
                             continue
-                        on_rank = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, PLAIN)
+                        on_rank = layers_on_rank(t, x, s, kept_bytes(t, x, f, s, c, k), PLAIN)
                         on_card = layers_on_card(t, q, n, k, p, requests, tokens)
                         most = min(in_time, np.floor(min(on_rank, on_card)))
                         effort = _effort(price, c, layer_s, fixed_s * longer, most, copy_cost, limits)

@@ -62,6 +62,15 @@ def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> f
 
 
 @kernel
+def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
+    """KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool: of those
+    only what prompts under way still attend to."""
+    tokens, prompts = t.kv_tokens[x, f, copies - 1], t.prompt_tokens[x, f, copies - 1]
+    total: float = ((t.rank_groups[s] - k) * tokens + k * prompts) * t.kv_group_bytes
+    return total
+
+
+@kernel
 def layers_on_card(t: Tables, q: int, tp: int, k: int, cards: int, requests: int, tokens: float) -> float:
     """Layers whose KV fits on each of ``cards`` attention workers that take k head groups of ``tp`` ranks.
 
@@ -213,7 +222,7 @@ def list_options(
             on_rank = np.empty((groups + 1, 4), np.float64)
             for k in range(groups + 1):
                 for role in range(4):
-                    on_rank[k, role] = layers_on_rank(t, x, s, (groups - k) * t.kv_group_bytes * tokens, role)
+                    on_rank[k, role] = layers_on_rank(t, x, s, kept_bytes(t, x, f, s, c, k), role)
             without = count
             for q in range(-1, t.available.shape[0]):
                 if q >= 0 and not has_pools(t, x, s, q, max_pool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 
 import numpy as np
@@ -163,7 +163,8 @@ class _Tabulation:
             t_cap=self._t_cap(self._slowest_landing_s(zones, landing_s)),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
-            kv_tokens=self._kv_tokens(),
+            kv_tokens=self._per_copy(self._kv_tokens),
+            prompt_tokens=self._per_copy(self._prompt_tokens),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
             rank_groups=np.array([d.shape.groups for d in self.devices], dtype=np.int64),
@@ -343,17 +344,20 @@ class _Tabulation:
             self.problem.cluster.network, zones
         )  # fmt: skip
 
-    def _kv_tokens(self) -> FloatArray:
-        problem, family = self.problem, self.problem.family
+    def _kv_tokens(self, mix: Mix, micro_batches: int) -> float:
+        problem = self.problem
+        return cost.kv_tokens_per_copy(problem.model, self.moments, problem.assumptions, mix, micro_batches)
+
+    def _prompt_tokens(self, mix: Mix, micro_batches: int) -> float:
+        return cost.prompt_tokens_per_copy(self.moments, mix, micro_batches)
+
+    def _per_copy(self, tokens_of: Callable[[Mix, int], float]) -> FloatArray:
+        """[X, F, copies]: tokens of a stage copy, by its mix and the micro-batches that it holds."""
+        family = self.problem.family
         return np.array(
             [
                 [
-                    [
-                        cost.kv_tokens_per_copy(
-                            problem.model, self.moments, problem.assumptions, mix, math.ceil(in_flight / (copies + 1))
-                        )
-                        for copies in range(family.max_copies)
-                    ]
+                    [tokens_of(mix, math.ceil(in_flight / (copies + 1))) for copies in range(family.max_copies)]
                     for in_flight in family.in_flight
                 ]
                 for mix in self.mixes
@@ -380,7 +384,7 @@ class _Tabulation:
                 key = (self.devices[s], self.workers[q], link, own_link)
                 if key not in offsets:
                     pool = PoolCost(self.devices[s], self.workers[q], link)
-                    part = self._pool_entries(pool)
+                    part = self._pool_entries(pool, self._rank_rows(self.devices[s], self.classes[i])["chunk_layer_s"])
                     wires.append(self._pool_wires(pool, own_link))
                     offsets[key], total = total, total + part[0].shape[1]
                     parts.append(part)
@@ -399,15 +403,14 @@ class _Tabulation:
         kept_s = pool.primary.kv_transfer_s(self.moments.mean_prompt, groups - k, own_link)
         return np.asarray(np.maximum(kept_s, pool.receive_s(k, p))).ravel()
 
-    def _pool_entries(self, pool: PoolCost) -> tuple[FloatArray, FloatArray]:
-        """Shape [X, Gr * sizes] each: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), then p;
-        and of one iteration with a chunk."""
+    def _pool_entries(self, pool: PoolCost, chunk_layer_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Shape [X, Gr * sizes] each: ``n_it max(own, worker + exchange) + nc late`` for k = 1..Gr (outer), then p;
+        and of one iteration with a chunk. ``chunk_layer_s`` [X] is the rest of a layer with a chunk."""
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
         entries, chunk_entries = np.zeros((2, len(self.mixes), groups * len(self.pool_sizes)))
         remote: dict[int, FloatArray] = {}
-        shipped: dict[int, FloatArray] = {}
         for x, mix in enumerate(self.mixes):
             b, c = mix.micro_batch, mix.chunk_tokens
             if mix.role is Role.PREFILL:
@@ -416,11 +419,11 @@ class _Tabulation:
             if b not in remote:
                 own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
                 remote[b] = np.maximum(own, pool.attention_s(b, k, p))
-            if c not in shipped:
-                shipped[c] = pool.ship_s(c, k, p)
-            entries[x] = (mix.iterations * remote[b] + mix.chunk_iterations * shipped[c]).ravel()
+            entries[x] = (mix.iterations * remote[b]).ravel()
             if mix.role is Role.UNIFIED:
-                chunk_entries[x] = (remote[b] + shipped[c]).ravel()
+                late = pool.late_s(b, c, k, p, chunk_layer_s[x] + remote[b]).ravel()
+                entries[x] += mix.chunk_iterations * late
+                chunk_entries[x] = remote[b].ravel() + late
         return entries, chunk_entries
 
 
