@@ -190,6 +190,16 @@ class Store:
         """What callers are told who have come to the wrong planner."""
         return leadership.not_leader(self.leader.to_text() if self.leader is not None else "")
 
+    def undecided(self) -> ServiceError:
+        """What callers are told in the last third of the lease."""
+        return ServiceError(
+            Reason.ERROR_REASON_STORE_UNAVAILABLE,
+            f"the lease of this planner on {self._label} was not renewed for {self.lease.age_s:.1f} s of"
+            f" {self._lease_s:g} s; nothing was changed",
+            metadata={"changed": "no"},
+            retry_after_s=max(self.lease.left_s, 0.0),
+        )
+
     async def close(self) -> None:
         """Lets another planner take over, and closes. Further calls do nothing."""
         if self._guard is not None:
@@ -215,13 +225,7 @@ class Store:
     def _require_decision(self) -> None:
         self.require_term()
         if not self.lease.may_decide:
-            raise ServiceError(
-                Reason.ERROR_REASON_STORE_UNAVAILABLE,
-                f"the lease of this planner on {self._label} was not renewed for {self.lease.age_s:.1f} s of"
-                f" {self._lease_s:g} s; nothing was changed",
-                metadata={"changed": "no"},
-                retry_after_s=max(self.lease.left_s, 0.0),
-            )
+            raise self.undecided()
 
     async def _unless(self, ended: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
         """What ``work`` returns, if that is in the term that began with it: later nobody may be told."""
