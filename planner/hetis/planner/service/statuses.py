@@ -85,7 +85,11 @@ async def abort(context: Any, status: Status) -> Never:
     Raises:
         grpc.aio.AbortError: always.
     """
-    await context.abort_with_status(rpc_status.to_status(status))
+    found = rpc_status.to_status(status)
+    if any(b"leader_address" in detail.value for detail in status.details):
+        # gRPC itself would ask this planner again, three times, before the caller hears where the leader is.
+        found = found._replace(trailing_metadata=(*found.trailing_metadata, ("grpc-retry-pushback-ms", "-1")))
+    await context.abort_with_status(found)
     raise AssertionError("abort_with_status returned")
 
 

@@ -1,0 +1,85 @@
+"""Addresses of a service that runs in several places: a list of ``HOST:PORT``, or a name with several records."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Resolve = Callable[[str, int], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One place.
+
+    Attributes:
+        address: ``host:port`` or ``unix:/path``, to connect to.
+        name: that its certificate has to be of, where the address is one of the records of a name. Empty: the host of
+            the address itself.
+    """
+
+    address: str
+    name: str = ""
+
+
+def split_endpoints(text: str) -> tuple[str, ...]:
+    """The addresses of a list with commas.
+
+    Raises:
+        ValueError: one of them is neither ``host:port`` nor ``unix:/path``, or there is none.
+    """
+    addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for address in addresses or ("",):
+        if not address.startswith("unix:"):
+            host, _, port = address.rpartition(":")
+            if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+                raise ValueError(f"{address!r} is no address, expected HOST:PORT")
+    return addresses
+
+
+def host_of(address: str) -> str:
+    """Without brackets; empty for a socket."""
+    return "" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether it is of this machine, and of no other."""
+    host = host_of(address)
+    if address.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def records_of(host: str, port: int) -> Sequence[str]:
+    """IP addresses of a name; none where it is not known now."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return ()
+    return tuple(dict.fromkeys(str(where[0]) for *_, where in found))
+
+
+def resolve_endpoints(addresses: Sequence[str], records: Resolve = records_of) -> tuple[Endpoint, ...]:
+    """Every place, in order: a name with several records is as many places, anything else is one."""
+    found = list[Endpoint]()
+    for address in addresses:
+        host, port = host_of(address), address.rpartition(":")[2]
+        ips = () if is_loopback(address) or _is_ip(host) else records(host, int(port))
+        if len(ips) > 1:
+            found += [Endpoint(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", host) for ip in ips]
+        else:
+            found.append(Endpoint(address))
+    return tuple(dict.fromkeys(found))
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
