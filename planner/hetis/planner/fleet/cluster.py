@@ -75,6 +75,7 @@ class ClusterFleet:
         self._replicas_on: dict[str, set[str]] = {}
         self._talking: set[str] = set()  # nodes with something to be sent
         self._waiting: set[str] = set()  # nodes with something to be sent when time has passed
+        self._barred: set[str] = set()  # runs of agents that an admin disconnected
         self.changes = ClusterChanges(self)
 
     # What the store has.
@@ -142,6 +143,7 @@ class ClusterFleet:
             ServiceError: it must not.
         """
         link = self.link(node)
+        self._admit(node, link, request.hello.boot_id, now_s=now_s)
         was_connected, address = bool(link.session), link.engine_address
         opened = link.open(request)
         self.counters.streams += 1
@@ -162,6 +164,26 @@ class ClusterFleet:
         self._talking.add(node)
         self.dirty |= self._replicas_on.get(node, set())
         return opened
+
+    def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
+        """Whoever has the node's credentials could else end its agent by one message.
+
+        Raises:
+            ServiceError: NODE_IN_USE.
+        """
+        if boot_id in self._barred:
+            raise _in_use(node, "an admin disconnected this run of its agent")
+        heard_s = self.leases.heard_s(node)
+        is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
+        if not is_gone and boot_id != link.boot_id:
+            self.counters.refusals += 1
+            raise _in_use(node, "another agent is connected as it, and was heard lately")
+
+    def bar(self, node: str) -> None:
+        """The run of the agent that is connected as the node may not be so again in this term."""
+        link = self.links.get(node)
+        if link is not None and link.session:
+            self._barred.add(link.boot_id)
 
     def close(self, node: str, session: str) -> None:
         """A stream ended."""
@@ -458,3 +480,7 @@ class ClusterFleet:
             connect_time_s=self.connect_time_s[node],
         )
         self.capacity_changed = self.capacity_changed or found is not None
+
+
+def _in_use(node: str, why: str) -> ServiceError:
+    return ServiceError(Reason.ERROR_REASON_NODE_IN_USE, f"node {node}: {why}", metadata={"node": node})

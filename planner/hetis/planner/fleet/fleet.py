@@ -227,6 +227,26 @@ class Fleet:
         cluster.changes.propose(redispatch, now_s=self._clock.monotonic())
         await self._looks[cluster.name].look()
 
+    def disconnect(self, name: str) -> None:
+        """Ends the stream of a node; the run of the agent that has it is not let in again in this term.
+
+        Raises:
+            ServiceError: NOT_FOUND, no agent is connected as it.
+        """
+        cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
+        if cluster is None or stream is None:
+            raise not_found(name)
+        cluster.bar(last_part(name))
+        _log.warning("an admin ended the stream of an agent", extra={"node": name})
+        self._close(cluster, last_part(name), name, stream)
+        stream.end(
+            ServiceError(
+                Reason.ERROR_REASON_NODE_TAKEN_OVER,
+                f"an admin ended the stream of {name}",
+                metadata={"node": last_part(name)},
+            )
+        )
+
     # Streams.
 
     def _admit(self, identity: CallerIdentity, first: Request) -> str:

@@ -12,7 +12,7 @@ _TABLE: dict[str, dict[tuple[Role, ...], str]] = {
             " GetRedispatch ListRedispatches"
         ),
         (Role.ORCHESTRATOR,): "CreateCluster UpdateCluster DrainNode UndrainNode",
-        (Role.ADMIN,): "DeleteCluster",
+        (Role.ADMIN,): "DeleteCluster DisconnectNode",
     },
     "hetis.v1.ProfileService": {
         (Role.VIEWER,): "GetProfile ListProfiles",
