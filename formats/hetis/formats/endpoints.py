@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,77 @@ def resolve_endpoints(addresses: Sequence[str], records: Resolve = records_of) -
         else:
             found.append(Endpoint(address))
     return tuple(dict.fromkeys(found))
+
+
+class LeaderSearch:
+    """The places that are known, and the one that led last. Safe to share between threads.
+
+    Args:
+        addresses: at least one.
+        may_go: whether a place that is not among them, and that one of them named as the leader, may be gone to.
+        resolve: endpoints of addresses; asked again when all have failed.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        may_go: Callable[[str], bool],
+        resolve: Callable[[Sequence[str]], tuple[Endpoint, ...]] = resolve_endpoints,
+    ) -> None:
+        self._addresses = tuple(addresses)
+        self._may_go = may_go
+        self._resolve = resolve
+        self._lock = threading.Lock()
+        self._given = resolve(self._addresses)
+        self._present = self._given[0]
+
+    @property
+    def present(self) -> Endpoint:
+        """Who is asked next."""
+        return self._present
+
+    @property
+    def are_several(self) -> bool:
+        """Whether another place may answer where one does not."""
+        return len(self._given) > 1 or self._present not in self._given
+
+    def failed(self, endpoint: Endpoint, leader_address: str, tried: set[Endpoint]) -> bool:
+        """Notes that a call of ``endpoint`` failed; whether there is a place to be asked at once.
+
+        Args:
+            endpoint: that was asked.
+            leader_address: the leader's addresses as it told them; empty: it told none.
+            tried: places that have failed since the caller last waited; it is changed.
+        """
+        tried.add(endpoint)
+        with self._lock:
+            named = self._named(leader_address)
+            if named is not None and named not in tried:
+                self._present = named
+                return True
+            if self._present != endpoint:
+                return self._present not in tried  # another call has found out more
+            others = [other for other in self._given if other not in tried]
+            if others:
+                self._present = others[0]
+                return True
+            following = self._given.index(endpoint) + 1 if endpoint in self._given else 0
+            self._given = self._resolve(self._addresses)
+            self._present = self._given[following % len(self._given)]
+            return False
+
+    def _named(self, leader_address: str) -> Endpoint | None:
+        try:
+            addresses = split_endpoints(leader_address)
+        except ValueError:
+            return None
+        for address in addresses:
+            for known in self._given:
+                if known.address == address:
+                    return known
+            if self._may_go(address):
+                return Endpoint(address)
+        return None
 
 
 def _is_ip(host: str) -> bool:

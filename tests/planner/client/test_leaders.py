@@ -12,7 +12,7 @@ from google.rpc import code_pb2
 
 from hetis.formats.endpoints import Endpoint, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
-from hetis.planner.client.leaders import Leaders
+from hetis.planner.client.leaders import search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
 from tests.planner.client.test_client import unused_port
@@ -153,7 +153,6 @@ def test_what_is_no_list_of_addresses_is_refused(text: str) -> None:
     ],
 )
 def test_a_leader_that_is_named_is_not_gone_to_in_the_clear(connection: Connection, named: str, goes: bool) -> None:
-    leaders = Leaders(connection, lambda addresses: tuple(map(Endpoint, addresses)))
-    error = CallError("no", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_LEADER", metadata={"leader_address": named})
-    leaders.failed(leaders.present, error, set())
+    leaders = search_for(connection)
+    leaders.failed(leaders.present, named, set())
     assert (leaders.present.address == named) is goes

@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from hetis.formats.endpoints import Endpoint
+from hetis.formats.endpoints import Endpoint, LeaderSearch
 from hetis.planner.client.connection import Connection, default_deadline_s
 from hetis.planner.client.errors import CallError, call_error
 from hetis.planner.client.leader_channel import channel_options
-from hetis.planner.client.leaders import NOT_LEADER, Attempts, Leaders
+from hetis.planner.client.leaders import NOT_LEADER, Attempts, leader_of, search_for
 from hetis.planner.client.preparing import CallDetails, prepared_details, prepared_request
 
 
@@ -25,7 +25,7 @@ class AsyncLeaderChannel:
         self._connection = connection
         self._sleep = sleep
         self._channels: dict[Endpoint, aio.Channel] = {}
-        self.leaders = Leaders(connection)
+        self.leaders = search_for(connection)
         self.to(self.leaders.present)  # files that cannot be read are found now
 
     async def close(self) -> None:
@@ -81,7 +81,7 @@ class AsyncLeaderChannel:
 class _Stream:
     """Responses of the leader: one that says at once that it does not lead is left for the one that it names."""
 
-    def __init__(self, leaders: Leaders, open_stream: Callable[[Endpoint], Any]) -> None:
+    def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
         self._leaders = leaders
         self._open_stream = open_stream
         self._endpoint = leaders.present
@@ -99,7 +99,7 @@ class _Stream:
                 failed = call_error(error)
                 if failed.code is not grpc.StatusCode.UNAVAILABLE:
                     raise
-                goes_on = self._leaders.failed(self._endpoint, failed, tried)
+                goes_on = self._leaders.failed(self._endpoint, leader_of(failed), tried)
                 if has_come or failed.reason != NOT_LEADER or not goes_on:
                     raise
                 self._endpoint = self._leaders.present

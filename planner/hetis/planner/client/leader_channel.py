@@ -9,10 +9,10 @@ from typing import Any
 
 import grpc
 
-from hetis.formats.endpoints import Endpoint
+from hetis.formats.endpoints import Endpoint, LeaderSearch
 from hetis.planner.client.connection import CHANNEL_OPTIONS, SEVERAL_OPTIONS, Connection, default_deadline_s
 from hetis.planner.client.errors import CallError, call_error
-from hetis.planner.client.leaders import NOT_LEADER, Attempts, Leaders
+from hetis.planner.client.leaders import NOT_LEADER, Attempts, leader_of, search_for
 from hetis.planner.client.preparing import prepared_details, prepared_request
 
 
@@ -29,7 +29,7 @@ class LeaderChannel:
         self._lock = threading.Lock()
         self._channels: dict[Endpoint, tuple[grpc.Channel, grpc.Channel]] = {}
         self._is_closed = False
-        self.leaders = Leaders(connection)
+        self.leaders = search_for(connection)
         self.to(self.leaders.present)  # files that cannot be read are found now
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class LeaderChannel:
 class _Stream:
     """Responses of the leader: one that says at once that it does not lead is left for the one that it names."""
 
-    def __init__(self, leaders: Leaders, open_stream: Callable[[Endpoint], Any]) -> None:
+    def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
         self._leaders = leaders
         self._open_stream = open_stream
         self._tried = set[Endpoint]()
@@ -108,7 +108,7 @@ class _Stream:
                 failed = call_error(error)
                 if failed.code is not grpc.StatusCode.UNAVAILABLE:
                     raise
-                goes_on = self._leaders.failed(self._endpoint, failed, self._tried)
+                goes_on = self._leaders.failed(self._endpoint, leader_of(failed), self._tried)
                 if self._has_come or failed.reason != NOT_LEADER or not goes_on:
                     raise
                 self._endpoint = self._leaders.present
