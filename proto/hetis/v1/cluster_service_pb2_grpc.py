@@ -206,9 +206,9 @@ class ClusterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DisconnectNode(self, request, context):
-        """Ends the stream of the agent that is connected as a node, and lets that run of it (`Hello.boot_id`) not in again
-        while this planner leads: for a node whose credentials somebody else uses. Revoke those first. Role admin. Fails with
-        NOT_FOUND (no such node, or no agent is connected as it).
+        """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+        credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+        connected as it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,9 +68,9 @@ class ClusterServiceStub:
     UndrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.UndrainNodeRequest, _cluster_service_pb2.UndrainNodeResponse]
     """Takes a node into use again. Role orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED."""
     DisconnectNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.DisconnectNodeRequest, _cluster_service_pb2.DisconnectNodeResponse]
-    """Ends the stream of the agent that is connected as a node, and lets that run of it (`Hello.boot_id`) not in again
-    while this planner leads: for a node whose credentials somebody else uses. Revoke those first. Role admin. Fails with
-    NOT_FOUND (no such node, or no agent is connected as it).
+    """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+    credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+    connected as it).
     """
     GetReplica: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetReplicaRequest, _cluster_service_pb2.GetReplicaResponse]
     """One replica. Role viewer. Fails with NOT_FOUND."""
@@ -121,9 +121,9 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     UndrainNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.UndrainNodeRequest, _cluster_service_pb2.UndrainNodeResponse]  # type: ignore[assignment]
     """Takes a node into use again. Role orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED."""
     DisconnectNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.DisconnectNodeRequest, _cluster_service_pb2.DisconnectNodeResponse]  # type: ignore[assignment]
-    """Ends the stream of the agent that is connected as a node, and lets that run of it (`Hello.boot_id`) not in again
-    while this planner leads: for a node whose credentials somebody else uses. Revoke those first. Role admin. Fails with
-    NOT_FOUND (no such node, or no agent is connected as it).
+    """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+    credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+    connected as it).
     """
     GetReplica: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetReplicaRequest, _cluster_service_pb2.GetReplicaResponse]  # type: ignore[assignment]
     """One replica. Role viewer. Fails with NOT_FOUND."""
@@ -243,9 +243,9 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_service_pb2.DisconnectNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_service_pb2.DisconnectNodeResponse, _abc.Awaitable[_cluster_service_pb2.DisconnectNodeResponse]]:
-        """Ends the stream of the agent that is connected as a node, and lets that run of it (`Hello.boot_id`) not in again
-        while this planner leads: for a node whose credentials somebody else uses. Revoke those first. Role admin. Fails with
-        NOT_FOUND (no such node, or no agent is connected as it).
+        """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+        credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+        connected as it).
         """
 
     @_abc_1.abstractmethod

@@ -75,7 +75,6 @@ class ClusterFleet:
         self._replicas_on: dict[str, set[str]] = {}
         self._talking: set[str] = set()  # nodes with something to be sent
         self._waiting: set[str] = set()  # nodes with something to be sent when time has passed
-        self._barred: set[str] = set()  # runs of agents that an admin disconnected
         self.changes = ClusterChanges(self)
 
     # What the store has.
@@ -171,19 +170,15 @@ class ClusterFleet:
         Raises:
             ServiceError: NODE_IN_USE.
         """
-        if boot_id in self._barred:
-            raise _in_use(node, "an admin disconnected this run of its agent")
         heard_s = self.leases.heard_s(node)
         is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
         if not is_gone and boot_id != link.boot_id:
             self.counters.refusals += 1
-            raise _in_use(node, "another agent is connected as it, and was heard lately")
-
-    def bar(self, node: str) -> None:
-        """The run of the agent that is connected as the node may not be so again in this term."""
-        link = self.links.get(node)
-        if link is not None and link.session:
-            self._barred.add(link.boot_id)
+            raise ServiceError(
+                Reason.ERROR_REASON_NODE_IN_USE,
+                f"another agent is connected as node {node}, and was heard lately",
+                metadata={"node": node},
+            )
 
     def close(self, node: str, session: str) -> None:
         """A stream ended."""
@@ -480,7 +475,3 @@ class ClusterFleet:
             connect_time_s=self.connect_time_s[node],
         )
         self.capacity_changed = self.capacity_changed or found is not None
-
-
-def _in_use(node: str, why: str) -> ServiceError:
-    return ServiceError(Reason.ERROR_REASON_NODE_IN_USE, f"node {node}: {why}", metadata={"node": node})

@@ -228,7 +228,7 @@ class Fleet:
         await self._looks[cluster.name].look()
 
     def disconnect(self, name: str) -> None:
-        """Ends the stream of a node; the run of the agent that has it is not let in again in this term.
+        """Ends the stream of a node; whoever comes next with its credentials is let in.
 
         Raises:
             ServiceError: NOT_FOUND, no agent is connected as it.
@@ -236,7 +236,6 @@ class Fleet:
         cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
         if cluster is None or stream is None:
             raise not_found(name)
-        cluster.bar(last_part(name))
         _log.warning("an admin ended the stream of an agent", extra={"node": name})
         self._close(cluster, last_part(name), name, stream)
         stream.end(

@@ -62,7 +62,7 @@ class FleetNow(Protocol):
     def replica_view(self, name: str) -> ReplicaNow | None: ...
 
     def disconnect(self, name: str) -> None:
-        """Ends the stream of a node's agent, and bars that run of it.
+        """Ends the stream of a node's agent.
 
         Raises:
             ServiceError: NOT_FOUND, none is connected.
