@@ -84,7 +84,7 @@ class LeaderSearch:
     Args:
         addresses: at least one.
         may_go: whether a place that is not among them, and that one of them named as the leader, may be gone to.
-        resolve: endpoints of addresses; asked again when all have failed.
+        resolve: endpoints of addresses; it may ask DNS, and so is asked by `refresh` alone after the beginning.
     """
 
     def __init__(
@@ -99,6 +99,8 @@ class LeaderSearch:
         self._lock = threading.Lock()
         self._given = resolve(self._addresses)
         self._present = self._given[0]
+        self._has_names = any(not is_loopback(address) and not _is_ip(host_of(address)) for address in self._addresses)
+        self._is_stale = False
 
     @property
     def present(self) -> Endpoint:
@@ -109,6 +111,20 @@ class LeaderSearch:
     def are_several(self) -> bool:
         """Whether another place may answer where one does not."""
         return len(self._given) > 1 or self._present not in self._given
+
+    @property
+    def is_stale(self) -> bool:
+        """All have failed, and names may mean other places by now: time for `refresh`."""
+        return self._is_stale
+
+    def refresh(self) -> None:
+        """Looks names up again where all places have failed; waits for DNS."""
+        if self._is_stale:
+            found = self._resolve(self._addresses)
+            with self._lock:
+                self._given, self._is_stale = found, False
+                if self._present not in found:
+                    self._present = found[0]
 
     def failed(self, endpoint: Endpoint, leader_address: str, tried: set[Endpoint]) -> bool:
         """Notes that a call of ``endpoint`` failed; whether there is a place to be asked at once.
@@ -131,8 +147,8 @@ class LeaderSearch:
                 self._present = others[0]
                 return True
             following = self._given.index(endpoint) + 1 if endpoint in self._given else 0
-            self._given = self._resolve(self._addresses)
             self._present = self._given[following % len(self._given)]
+            self._is_stale = self._has_names
             return False
 
     def _named(self, leader_address: str) -> Endpoint | None:

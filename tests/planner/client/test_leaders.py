@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.rpc import code_pb2
 
-from hetis.formats.endpoints import Endpoint, resolve_endpoints, split_endpoints
+from hetis.formats.endpoints import Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
 from hetis.planner.client.leaders import search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
@@ -156,3 +156,24 @@ def test_a_leader_that_is_named_is_not_gone_to_in_the_clear(connection: Connecti
     leaders = search_for(connection)
     leaders.failed(leaders.present, named, set())
     assert (leaders.present.address == named) is goes
+
+
+def test_names_are_looked_up_again_when_all_places_have_failed() -> None:
+    known = [["10.0.0.1", "10.0.0.2"], ["10.0.0.2", "10.0.0.3"]]
+    search = LeaderSearch(
+        ("planners.example:1",),
+        lambda _: True,
+        lambda _: tuple(Endpoint(f"{ip}:1", "planners.example") for ip in known[0]),
+    )
+    tried = set[Endpoint]()
+    assert search.failed(search.present, "", tried)
+    assert search.present.address == "10.0.0.2:1"
+    assert not search.is_stale
+    assert not search.failed(search.present, "", tried)
+    assert search.is_stale
+    del known[0]
+    search.refresh()
+    tried.clear()
+    assert search.present.address == "10.0.0.2:1"
+    assert search.failed(search.present, "", tried)
+    assert search.present.address == "10.0.0.3:1"

@@ -60,6 +60,8 @@ class AsyncLeaderChannel:
                     return await one(request, timeout=attempts.timeout_s, **settings)
                 except CallError as error:
                     wait_s = attempts.next_wait_s(endpoint, error)
+                if self.leaders.is_stale:
+                    await asyncio.to_thread(self.leaders.refresh)
                 if wait_s:
                     await self._sleep(wait_s)
 

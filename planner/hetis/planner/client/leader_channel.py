@@ -69,6 +69,7 @@ class LeaderChannel:
                     return one(request, timeout=attempts.timeout_s, **settings)
                 except CallError as error:
                     wait_s = attempts.next_wait_s(endpoint, error)
+                self.leaders.refresh()
                 if wait_s:
                     self._sleep(wait_s)
 

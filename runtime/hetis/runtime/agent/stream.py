@@ -84,6 +84,8 @@ class PlannerStream:
                 _log.log(level, "stream to %s: %s; again in %.1f s", endpoint.address, message, wait_s)
             told = why.message if why is not None and self._welcome_s is None else ""
             self._listener.ended(reason_name(why).lower() if why is not None else "goodbye")
+            if self._leaders.is_stale:
+                await asyncio.to_thread(self._leaders.refresh)
             await asyncio.sleep(wait_s)
 
     def _wait_s(self, endpoint: Endpoint, why: Failure | None, within_s: float | None, tried: set[Endpoint]) -> float:
