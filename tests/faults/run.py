@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=2)
     parser.add_argument("--stops", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lease", type=float, default=6.0, help="seconds")
+    parser.add_argument("--lease", type=float, default=5.0, help="seconds")
     given = parser.parse_args()
     with running_server() as server, tempfile.TemporaryDirectory(prefix="hetis-faults-") as folder:
         figures = inject(

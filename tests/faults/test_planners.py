@@ -23,7 +23,7 @@ def test_a_leader_that_is_killed_and_one_that_is_cut_off_are_followed(postgres_u
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
 def test_fifty_leaders_are_killed_and_ten_cut_off(postgres_url: str, tmp_path: Path, seed: int) -> None:
-    figures = inject(postgres_url, tmp_path, kills=50, partitions=10, stops=10, seed=seed, lease_s=6.0)
+    figures = inject(postgres_url, tmp_path, kills=50, partitions=10, stops=10, seed=seed, lease_s=5.0)
     assert_well(figures)
     assert sorted(figures.takeovers)[-1] <= 10, figures
     assert sorted(figures.agents)[-1] <= 15, figures

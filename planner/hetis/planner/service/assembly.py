@@ -144,6 +144,10 @@ class Term:
             most_searches=config.solver.processes,
         )
 
+    async def stand_by(self) -> None:
+        """Loads what would take time when this planner comes to lead: the kernels of dispatch are of the process."""
+        await self._states.warm_up()
+
     async def begin(self) -> None:
         """Takes up what the planner before had under way, and decides from now on.
 
@@ -154,7 +158,6 @@ class Term:
         parts.callback(self._hubs.close)
         parts.push_async_callback(self._pool.stop)
         parts.push_async_callback(self._searches.stop)
-        self._pool.start()
         parts.push_async_callback(self._fleet.stop, "the planner is shutting down")
         await self._fleet.start()
         for cluster in await self._store.read(lambda reader: reader.clusters.all()):
@@ -168,6 +171,7 @@ class Term:
             task.add_done_callback(_log_failure)
             parts.push_async_callback(_end, task)
         await self._searches.resume()
+        self._pool.start()  # last: its processes take all cores while they load, and agents wait for this planner
 
     def lose(self, error: ServiceError) -> None:
         """The term is over: agents and watchers go at once, nothing is decided any more."""

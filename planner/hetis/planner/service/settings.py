@@ -113,7 +113,7 @@ class LeadershipPart(Part):
     """
 
     standby: bool | None = None
-    lease: Annotated[Duration, Field(ge=0.5, le=300)] = 6.0
+    lease: Annotated[Duration, Field(ge=0.5, le=300)] = 5.0
     advertise: Annotated[list[Address], BeforeValidator(_listed)] = Field(default_factory=list)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ class LeadershipTerm(Protocol):
 
     @property
     def overviews(self) -> OverviewSource: ...
+
+    async def stand_by(self) -> None: ...
 
     async def begin(self) -> None: ...
 
@@ -67,6 +70,7 @@ class Succession:
         self._standby = make_term(0)
         self._leading: LeadershipTerm | None = None
         self._lasting: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
         self._end_streams: Callable[[ServiceError], Awaitable[None]] | None = None
         self._is_over = asyncio.Event()
         self.collectors = tuple(collectors)
@@ -95,6 +99,7 @@ class Succession:
             if error.reason != Reason.ERROR_REASON_NOT_LEADER or not self._stands_by:
                 raise
             _log.info("standing by", extra={"leader": error.metadata.get("leader", "")})
+            self._warming = asyncio.create_task(self._standby.stand_by(), name="warming up a standby")
         self._lasting = asyncio.create_task(self._go_on(), name="succession")
 
     def require_leader(self, method: str) -> None:
@@ -140,15 +145,16 @@ class Succession:
         await self.present.say_goodbye()
 
     async def close(self) -> None:
-        if self._lasting is not None:
-            self._lasting.cancel()
-            await asyncio.gather(self._lasting, return_exceptions=True)
+        for task in filter(None, (self._lasting, self._warming)):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         if self._leading is not None:
             await self._leading.close()
         await self._standby.close()
         await self._store.close()
 
     async def _begin(self, epoch: int) -> None:
+        began_s = time.monotonic()
         term = self._make_term(epoch)
         try:
             await term.begin()
@@ -156,7 +162,7 @@ class Succession:
             await term.close()
             raise
         self._leading = term
-        _log.info("leading", extra={"epoch": epoch})
+        _log.info("leading", extra={"epoch": epoch, "began_in_s": round(time.monotonic() - began_s, 3)})
 
     async def _go_on(self) -> None:
         try:

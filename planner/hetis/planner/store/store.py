@@ -23,7 +23,7 @@ from hetis.planner.store.lease import Lease, machine_s
 from hetis.planner.store.transactions import Reader, Transaction
 
 T = TypeVar("T")
-LEASE_S = 6.0  # of a planner on a server
+LEASE_S = 5.0  # of a planner on a server
 _RENEWALS = 6  # in the time of a lease; an attempt may take two such times
 _LOOK_S = 0.5  # how often a standby looks at who leads
 _PROBE_S = 2.0  # a store that nobody asked for so long is asked whether it is there
