@@ -33,6 +33,7 @@ from tests.faults.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
 REGISTER = "clusters/register"
+_PAUSE_S = 0.1  # of a writer, between two writes: the machine is there for the planners
 _VALUE = re.compile(r"r(\d+)")
 
 
@@ -206,7 +207,7 @@ class Writer:
                 self._swap(f"{self._name}{number}", number)
             except CallError as error:
                 self.errors.append(f"{error.code.name} {error.reason}: {error}")
-            self._stopped.wait(0.02)
+            self._stopped.wait(_PAUSE_S)
 
     def _swap(self, value: str, number: int) -> None:
         seen = read(self._client, timeout_s=self._timeout_s)

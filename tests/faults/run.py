@@ -55,14 +55,25 @@ def percentiles(seconds: Sequence[float]) -> str:
 
 
 def inject(
-    store: str, folder: Path, *, kills: int, partitions: int, stops: int = 0, seed: int, lease_s: float
+    store: str,
+    folder: Path,
+    *,
+    kills: int,
+    partitions: int,
+    stops: int = 0,
+    seed: int,
+    lease_s: float,
+    most_s: float = float("inf"),
 ) -> Figures:
-    """Every fault hits the planner that leads; before the next one both are well again."""
+    """Every fault hits the planner that leads; before the next both are well again. None begins after ``most_s``."""
+    end_s = time.monotonic() + most_s
     figures = Figures()
     with Faulty(store, folder, lease_s=lease_s, seed=seed) as faulty:
         faults = ["kill"] * kills + ["partition"] * partitions + ["stop"] * stops
         faulty.chance.shuffle(faults)
         for number, fault in enumerate(faults):
+            if time.monotonic() > end_s:
+                break
             # Anywhere in the leader's own rhythm of renewals.
             time.sleep(faulty.chance.uniform(0, lease_s / 3))
             leader = faulty.leader()
@@ -118,6 +129,7 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lease", type=float, default=5.0, help="seconds")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="inject no fault after so long")
     given = parser.parse_args()
     with running_server() as server, tempfile.TemporaryDirectory(prefix="hetis-faults-") as folder:
         figures = inject(
@@ -128,6 +140,7 @@ def main() -> None:
             stops=given.stops,
             seed=given.seed,
             lease_s=given.lease,
+            most_s=given.minutes * 60,
         )
     print(figures)
     assert figures.findings is not None

@@ -36,7 +36,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
-        self._streams: set[asyncio.Task[None]] = set()
+        self._streams: dict[asyncio.Task[None], tuple[str, Context]] = {}  # with its method
         self._num_unary = 0
         self._unary_done = asyncio.Event()
         self._unary_done.set()
@@ -86,6 +86,17 @@ class Calls(grpc.aio.ServerInterceptor):
             stream.cancel()
         if running:
             await asyncio.wait(running)
+
+    def end_revoked_streams(self) -> None:
+        """Ends the streams whose credentials would not be let in any more: taken back, expired, of a lesser role."""
+        for stream, (method, context) in list(self._streams.items()):
+            try:
+                identity = self._authenticator.identify(context.invocation_metadata() or (), context.auth_context())
+                require_role(identity, method)
+            except ServiceError as error:
+                if not stream.done():
+                    self._ended[stream] = error
+                    stream.cancel()
 
     async def wait_for_unary(self, timeout_s: float) -> bool:
         """Waits until no unary call is under way; whether that came to be."""
@@ -169,14 +180,14 @@ class Calls(grpc.aio.ServerInterceptor):
         if is_open(method):  # probes watch to the end
             return await write()
         stream = asyncio.create_task(write())
-        self._streams.add(stream)
+        self._streams[stream] = method, context
         try:
             await stream
         except asyncio.CancelledError:
             if not (self.is_draining or stream in self._ended) or context.cancelled():
                 raise
         finally:
-            self._streams.discard(stream)
+            self._streams.pop(stream, None)
             ended = self._ended.pop(stream, None)
         if ended is not None:
             raise ended

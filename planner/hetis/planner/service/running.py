@@ -171,7 +171,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             await page.start(app)
         await server.start()
         _leave_to_collector_what_is_new()
-        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload))
+        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload, then=calls.end_revoked_streams))
         stack.callback(freshening.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
         is_replaced = await _until_the_end(signals, planner)
