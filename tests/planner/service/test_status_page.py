@@ -85,6 +85,25 @@ def test_metrics_are_read_by_prometheus() -> None:
     assert samples["hetis_planner_searches_queued",] == 4
 
 
+def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> None:
+    metrics, now_s, sleeps = Metrics("1"), 0.0, iter([0.25, 1.75, 0.5])
+
+    async def sleep(_: float) -> None:
+        nonlocal now_s
+        step_s = next(sleeps, None)
+        if step_s is None:
+            raise asyncio.CancelledError
+        now_s += step_s
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(metrics.watch_loop(clock=lambda: now_s, sleep=sleep))
+    assert b"hetis_planner_loop_lag_seconds 1.5" in metrics.text()
+    assert b"hetis_planner_loop_lag_seconds 0.0" in metrics.text()
+    metrics.tokens_read([30.0, 20.0])
+    assert b"hetis_planner_token_expiry_seconds 20.0" in metrics.text()
+    assert b"process_resident_memory_bytes" in metrics.text()
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 def test_nothing_can_be_changed(method: str) -> None:
     async def test() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from hetis.planner.service.overview import Overview
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LOOK_S = 0.25  # between two looks at the event loop
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -38,6 +43,18 @@ class Metrics:
         self._plans = Gauge("hetis_planner_plans", "Plans by state.", ["state"], registry=self.registry)
         self._queued = Gauge("hetis_planner_searches_queued", "Searches without a process.", registry=self.registry)
         self._searching = Gauge("hetis_planner_searches_running", "Searches with a process.", registry=self.registry)
+        self._lag = Gauge(
+            "hetis_planner_loop_lag_seconds",
+            "How late the event loop was at worst, since the last scrape.",
+            registry=self.registry,
+        )
+        self._token_expiry = Gauge(
+            "hetis_planner_token_expiry_seconds",
+            "Unix time when the next token expires; 0: none does.",
+            registry=self.registry,
+        )
+        ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
+        self._worst_lag_s = 0.0
         self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
 
     def call_began(self, method: str) -> None:
@@ -68,4 +85,22 @@ class Metrics:
 
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""
+        self._lag.set(self._worst_lag_s)
+        self._worst_lag_s = 0.0
         return generate_latest(self.registry)
+
+    def tokens_read(self, expiries_s: list[float]) -> None:
+        """When each token expires, Unix seconds."""
+        self._token_expiry.set(min(expiries_s, default=0.0))
+
+    async def watch_loop(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Measures how late the event loop comes to its turn, until it is cancelled."""
+        while True:
+            due_s = clock() + LOOK_S
+            await sleep(LOOK_S)
+            self._worst_lag_s = max(self._worst_lag_s, clock() - due_s)

@@ -171,8 +171,17 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             await page.start(app)
         await server.start()
         _leave_to_collector_what_is_new()
-        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload, then=calls.end_revoked_streams))
+        tokens = access.tokens
+
+        def look_at_tokens() -> None:
+            calls.end_revoked_streams()
+            metrics.tokens_read(tokens.value.expiries_s if tokens is not None else [])
+
+        look_at_tokens()
+        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload, then=look_at_tokens))
         stack.callback(freshening.cancel)
+        lagging = asyncio.create_task(metrics.watch_loop(), name="watching the event loop")
+        stack.callback(lagging.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
         is_replaced = await _until_the_end(signals, planner)
         _log.info("stopping", extra={"drain_timeout_s": config.drain_timeout})

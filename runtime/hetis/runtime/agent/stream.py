@@ -100,7 +100,8 @@ class PlannerStream:
             goes_on = self._leaders.failed(endpoint, address, tried)
         if within_s is not None:
             return self._waiting.within_s(within_s)
-        self._awaits_leader |= is_elsewhere
+        # A planner that had welcomed it and is gone will be replaced soon, where there are several.
+        self._awaits_leader |= is_elsewhere or (self._welcome_s is not None and self._leaders.are_several)
         if goes_on and self._welcome_s is None:
             return 0.0
         tried.clear()
