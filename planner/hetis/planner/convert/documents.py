@@ -12,14 +12,19 @@ from hetis.formats.cluster import parse_cluster
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.model import parse_model
 from hetis.formats.plan import parse_plan
-from hetis.formats.positions import Text, parse_text
+from hetis.formats.positions import Bounds, Text, parse_text
 from hetis.formats.profile import parse_profile
 from hetis.formats.workload import parse_workload
+from hetis.planner.beside import stop_if_unwanted
 from hetis.solver.cluster import Cluster
 from hetis.solver.profile import Profile
 from hetis.v1 import document_pb2
 
 MAX_BYTES = 3 * 2**20
+MAX_VALUES, MAX_YAML_VALUES = 400_000, 100_000
+"""Of a document: then one costs 2 s and 300 MB at most. A cluster of 10,000 nodes, each with a name and its GPUs, has
+60,000."""
+MAX_NODES = 10_000  # of a cluster: what 3,000 measured agents extrapolate to in one process (docs/benchmarks.md)
 MAX_SOURCE_NAME = 255
 Kind = document_pb2.DocumentKind
 
@@ -54,7 +59,12 @@ def read_document(document: document_pb2.Document, kind: str) -> documents.Value
     if document.kind not in (document_pb2.DOCUMENT_KIND_UNSPECIFIED, KINDS[kind]):
         given = next((name for name, number in KINDS.items() if number == document.kind), str(document.kind))
         raise single_problem(label, f"kind is {given}, expected {kind}")
-    data, source = parse_text(_text_of(document.content, label), label)
+    bounds = Bounds(max_values=MAX_VALUES, max_yaml_values=MAX_YAML_VALUES, look_up=stop_if_unwanted)
+    data, source = parse_text(_text_of(document.content, label), label, bounds)
+    nodes = data.get("nodes") if kind == "Cluster" and isinstance(data, dict) else None
+    if isinstance(nodes, list) and len(nodes) > MAX_NODES:
+        message = f"has {len(nodes)} entries, a cluster of the service has at most {MAX_NODES} nodes"
+        raise DocumentError([source.problem(("nodes",), message)])
     if kind == "Workload" and isinstance(data, dict) and data.get("trace") is not None:
         # It would name a file of this machine, which is nobody's to ask for.
         raise DocumentError([source.problem(("trace",), "a trace cannot be sent: send its histogram")])
@@ -121,6 +131,7 @@ def _text_of(content: bytes, label: str) -> str:
 __all__ = [
     "KINDS",
     "MAX_BYTES",
+    "MAX_NODES",
     "DocumentError",
     "document_from_data",
     "document_of",

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
+from hetis.planner.convert.documents import MAX_NODES
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
 from hetis.planner.resources.checking import Checks
-from hetis.planner.resources.declared import MAX_NODES, DeclaredFleets
+from hetis.planner.resources.declared import DeclaredFleets
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.live import FleetNow
 from hetis.planner.resources.paging import read_page_request
