@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,14 @@ class AssembledPlanner:
         fleet: Fleet,
         overviews: Overviews,
         servicings: Sequence[Servicing],
+        loops: Loops,
         parts: AsyncExitStack,
     ) -> None:
         self._store = store
         self._hubs = hubs
         self._fleet = fleet
         self._overviews = overviews
+        self._loops = loops
         self._parts = parts
         self.servicings = servicings
         self.collectors = (FleetCollector(fleet.counters),)
@@ -89,6 +91,13 @@ class AssembledPlanner:
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return await self._overviews.cluster_details(name)
+
+    @property
+    def failures(self) -> Sequence[str]:
+        return self._loops.failures
+
+    async def until_failed(self) -> None:
+        await self._loops.failed.wait()
 
     async def until_replaced(self) -> None:
         await self._store.until_replaced()
@@ -189,16 +198,13 @@ async def open_planner(config: PlannerConfig) -> AssembledPlanner:
         parts.push_async_callback(fleet.stop, "the planner is shutting down")
         for cluster in await store.read(lambda reader: reader.clusters.all()):
             proposals.capacity_changed(cluster.name)
-        for name, work in (
-            ("the re-dispatch loop", loop.run()),
-            ("placement proposals", proposals.run()),
-            ("warming up dispatch", states.warm_up()),
-        ):
-            task = asyncio.create_task(work, name=name)
-            task.add_done_callback(_log_failure)
-            parts.push_async_callback(_end, task)
+        loops = Loops()
+        parts.push_async_callback(loops.stop)
+        loops.start("the re-dispatch loop", loop.run())
+        loops.start("placement proposals", proposals.run())
+        loops.start("warming up dispatch", states.warm_up())
         await searches.resume()
-        return AssembledPlanner(store, hubs, fleet, overviews, servicings, parts.pop_all())
+        return AssembledPlanner(store, hubs, fleet, overviews, servicings, loops, parts.pop_all())
 
 
 def _threads(config: PlannerConfig) -> int:
@@ -206,11 +212,31 @@ def _threads(config: PlannerConfig) -> int:
     return max(1, (os.cpu_count() or 1) // config.solver.processes)
 
 
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+class Loops:
+    """What goes on beside the calls. One that fails is not begun again: nobody knows what it left half done.
 
+    Attributes:
+        failures: names of those that have failed.
+        failed: set with the first of them.
+    """
 
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("%s failed: restart the planner", task.get_name(), exc_info=error)
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        self.failed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._note_failure)
+        self._tasks.append(task)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed: restart the planner", task.get_name(), exc_info=error)
+            self.failures.append(task.get_name())
+            self.failed.set()

@@ -20,8 +20,10 @@ from hetis.planner.service.addresses import is_socket_path
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.certificates import Certificates
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
+from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
 from hetis.planner.service.metrics import Metrics
 from hetis.planner.service.overview import OverviewSource
+from hetis.planner.service.page_connections import PageLimits
 from hetis.planner.service.reloading import Refreshable, Reloaded, keep_fresh
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.settings import OFF, PlannerConfig, without_password
@@ -43,6 +45,15 @@ class Planner(OverviewSource, Protocol):
     @property
     def collectors(self) -> Sequence[Collector]:
         """Metrics of its own."""
+        ...
+
+    @property
+    def failures(self) -> Sequence[str]:
+        """What has failed for good, for people; empty: nothing."""
+        ...
+
+    async def until_failed(self) -> None:
+        """Returns when something has failed for good: the planner still answers, but should be started anew."""
         ...
 
     async def until_replaced(self) -> None:
@@ -123,6 +134,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         ServiceError: the store cannot be opened, or another planner leads.
     """
     signals = StopSignals()
+    page_limits = PageLimits(of_all=reserved_for_page(raise_descriptor_limit()))
     access = Access(config)
     traces = open_traces(config.telemetry.otlp_endpoint, version)
     metrics = Metrics(version)
@@ -135,7 +147,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         stack.push_async_callback(server.stop_at_once)
         # Before the store is opened: whoever cannot listen must not have taken the lead from one who can.
         addresses = [server.listen(address) for address in config.listen]
-        page, page_address = StatusPage(), ""
+        page, page_address = StatusPage(page_limits), ""
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
             stack.callback(page.abandon)
@@ -146,13 +158,22 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         server.add(planner.servicings)
         stack.push_async_callback(server.stop_at_once)  # again: before the planner closes
         if page_address:
-            app = status_app(planner, metrics, version=version, is_ready=lambda: not calls.is_draining)
+            app = status_app(
+                planner,
+                metrics,
+                version=version,
+                is_ready=lambda: not calls.is_draining,
+                failures=lambda: planner.failures,
+                hosts=config.status_page.hosts,
+            )
             stack.push_async_callback(page.stop)
             await page.start(app)
         await server.start()
         _leave_to_collector_what_is_new()
         freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload))
         stack.callback(freshening.cancel)
+        failing = asyncio.create_task(show_failure(planner, server))
+        stack.callback(failing.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
         is_replaced = await _until_the_end(signals, planner)
         _log.info("stopping", extra={"drain_timeout_s": config.drain_timeout})
@@ -173,6 +194,12 @@ async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
     finally:
         replaced.cancel()
         asked.cancel()
+
+
+async def show_failure(planner: Planner, server: PlannerServer) -> None:
+    """Health says from then on that no service serves; the page's ``/healthz`` asks by itself."""
+    await planner.until_failed()
+    server.health.serve(False)
 
 
 def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfig, *, as_json: bool) -> None:

@@ -69,10 +69,14 @@ FilePath = Annotated[str, Field(min_length=1)]
 
 
 class StatusPagePart(Part):
-    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``."""
+    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``.
+
+    ``hosts`` are names by which it is asked for, beside addresses, ``localhost`` and this machine's own name.
+    """
 
     address: Annotated[str, AfterValidator(_status_address)] = "127.0.0.1:8471"
     public: bool = False
+    hosts: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
 class SolverPart(Part):
