@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client.registry import Collector
@@ -159,6 +159,14 @@ class FakePlanner:
 
     async def until_failed(self) -> None:
         await self.failed.wait()
+
+    is_ready = True
+
+    def require_leader(self, method: str) -> None:
+        pass
+
+    def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
+        pass
 
     async def until_replaced(self) -> None:
         await asyncio.Event().wait()

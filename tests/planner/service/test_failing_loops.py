@@ -6,7 +6,7 @@ import asyncio
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hetis.planner.service.assembly import Loops
+from hetis.planner.service.loops import Loops
 from hetis.planner.service.running import show_failure
 from tests.planner.service.serving import run, served
 

@@ -183,7 +183,7 @@ def test_pings_every_twenty_seconds_are_allowed_and_ports_are_not_shared() -> No
     from hetis.planner.service.server import OPTIONS
 
     options = dict(OPTIONS)
-    assert options["grpc.http2.min_recv_ping_interval_without_data_ms"] == 20_000
+    assert options["grpc.http2.min_ping_interval_without_data_ms"] == 20_000
     assert options["grpc.keepalive_permit_without_calls"] == 1
     assert options["grpc.max_connection_age_ms"] == 1_800_000
     assert options["grpc.max_receive_message_length"] == 4 * 2**20

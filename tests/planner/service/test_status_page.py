@@ -60,7 +60,16 @@ def test_the_page_shows_the_planner_and_its_clusters() -> None:
     assert planner[0] == 200
     assert planner[1]["content-type"] == "application/json"
     assert json.loads(planner[2]) == {
-        "planner": {"version": "1.2", "ready": True, "epoch": 3, "leader_since": "2027-01-15T08:00:00+00:00"},
+        "planner": {
+            "version": "1.2",
+            "ready": True,
+            "role": "leader",
+            "leader": "",
+            "epoch": 3,
+            "leader_since": "2027-01-15T08:00:00+00:00",
+            "lease_age_s": 0.0,
+        },
+        "store": {"answered_s_ago": 0.0, "counted_s_ago": 0.0},
         "clusters": [{"name": "clusters/c", "active_plan": "plans/p", "nodes": {"READY": 2, "LOST": 1}}],
         "plans": {"SOLVING": 1},
         "solver": {"processes": 2, "searching": 1, "queued": 4},

@@ -52,9 +52,10 @@ class Fleet:
         settings: FleetSettings,
         clock: Clock,
         contents: ContentsSource | None = None,
+        counters: FleetCounters | None = None,
     ) -> None:
         self.observers: list[FleetObserver] = []
-        self.counters = FleetCounters()
+        self.counters = counters or FleetCounters()
         self._store = store
         self._hubs = hubs
         self._epoch = epoch
@@ -187,7 +188,7 @@ class Fleet:
                 clock=self._clock,
                 observers=self.observers,
                 send=self._send,
-                lose_leadership=self._lose_leadership,
+                lose_leadership=self.lose_leadership,
             )
         return self._looks[cluster]
 
@@ -331,8 +332,9 @@ class Fleet:
             if stream is not None:
                 stream.end(not_found(cluster.name))
 
-    def _lose_leadership(self, error: ServiceError) -> None:
-        self._ending = error
+    def lose_leadership(self, error: ServiceError) -> None:
+        """Ends every stream; nothing is decided any more."""
+        self._ending = self._ending or error
         for stream in list(self._streams.values()):
             stream.end(error)
 

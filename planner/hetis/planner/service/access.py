@@ -37,6 +37,7 @@ NEEDED: dict[str, tuple[Role, ...]] = {
 }
 """Roles of which a caller needs one, by ``/package.Service/Method``."""
 
+CONNECT = "/hetis.v1.AgentService/ConnectNode"
 OPEN_SERVICES = (
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
@@ -48,6 +49,27 @@ OPEN_SERVICES = (
 def is_open(method: str) -> bool:
     """Whether a method is of a service that asks for no role and no deadline."""
     return method.split("/")[1] in OPEN_SERVICES
+
+
+_STANDBY = {
+    "ClusterService": "GetCluster ListClusters GetReplica ListReplicas GetRedispatch ListRedispatches",
+    "ProfileService": "GetProfile ListProfiles",
+    "PlanService": "GetPlan ListPlans ExplainPlan DiffPlans ReadPlanDocument",
+}
+STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.items() for method in found.split()}
+"""What a planner that does not lead answers from the store. What agents say now, and watches, the leader alone has."""
+
+
+def needs_leader(method: str, *, reads_too: bool) -> bool:
+    """Whether the leader alone may answer.
+
+    Args:
+        method: as gRPC has it.
+        reads_too: also what changes nothing and is of the present moment; False: only what decides something.
+    """
+    if is_open(method) or method in STANDBY_READS:
+        return False
+    return reads_too or (Role.VIEWER not in NEEDED.get(method, ()) and method != CONNECT)
 
 
 def require_role(identity: Identity, method: str) -> None:

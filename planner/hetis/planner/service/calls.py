@@ -40,7 +40,10 @@ class Calls(grpc.aio.ServerInterceptor):
         self._num_unary = 0
         self._unary_done = asyncio.Event()
         self._unary_done.set()
+        self._ended = dict[asyncio.Task[None], ServiceError]()
         self.is_draining = False
+        self.require_leader: Callable[[str], None] = lambda _method: None
+        """Raises NOT_LEADER where this planner may not answer a method now."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
@@ -74,10 +77,12 @@ class Calls(grpc.aio.ServerInterceptor):
         """From now on every call fails with DRAINING, but health and reflection."""
         self.is_draining = True
 
-    async def end_streams(self) -> None:
-        """Ends what streams there still are with DRAINING."""
+    async def end_streams(self, error: ServiceError | None = None) -> None:
+        """Ends what streams there still are, with DRAINING unless another error is given."""
         running = [stream for stream in self._streams if not stream.done()]
         for stream in running:
+            if error is not None:
+                self._ended[stream] = error
             stream.cancel()
         if running:
             await asyncio.wait(running)
@@ -168,10 +173,14 @@ class Calls(grpc.aio.ServerInterceptor):
         try:
             await stream
         except asyncio.CancelledError:
-            if not self.is_draining or context.cancelled():
+            if not (self.is_draining or stream in self._ended) or context.cancelled():
                 raise
         finally:
             self._streams.discard(stream)
+            ended = self._ended.pop(stream, None)
+        if ended is not None:
+            raise ended
+        self.require_leader(method)  # else the end of a term would look like the end of what is watched
         if self.is_draining:
             # It may have ended for another reason in this very moment; the caller comes back and sees.
             raise statuses.draining()
@@ -223,6 +232,7 @@ class Calls(grpc.aio.ServerInterceptor):
         require_role(identity, method)
         if self.is_draining:
             raise statuses.draining()
+        self.require_leader(method)
         if not is_stream:
             require_deadline(method, context.time_remaining())
         set_caller(identity)

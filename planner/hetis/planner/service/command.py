@@ -107,6 +107,15 @@ def hetis_planner(
         str | None,
         typer.Option("--log-format", rich_help_panel=_WHAT, show_default=False, metavar="FORM", help="json or text."),
     ] = None,
+    standby: Annotated[
+        bool | None,
+        typer.Option(
+            "--standby/--no-standby",
+            rich_help_panel=_WHAT,
+            show_default=False,
+            help="Wait and serve reads where another planner leads, or end; unless said, on PostgreSQL it waits.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -141,6 +150,7 @@ def hetis_planner(
         ("store", "--store", store),
         ("log.level", "--log-level", log_level),
         ("log.format", "--log-format", log_format),
+        ("leadership.standby", "--standby", None if standby is None else str(standby).lower()),
     ):
         if value:
             flags.append(Given(name=name, text=value, by=option))

@@ -56,8 +56,24 @@ class Planner(OverviewSource, Protocol):
         """Returns when something has failed for good: the planner still answers, but should be started anew."""
         ...
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can do now what it is for."""
+        ...
+
+    def require_leader(self, method: str) -> None:
+        """
+        Raises:
+            ServiceError: NOT_LEADER or STORE_UNAVAILABLE: this planner may not answer that method now.
+        """
+        ...
+
+    def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
+        """Who ends all streams when this planner does not lead any more."""
+        ...
+
     async def until_replaced(self) -> None:
-        """Returns when another planner leads: this one can then change nothing any more."""
+        """Returns when this planner can change nothing any more, and will not."""
         ...
 
     async def say_goodbye(self) -> None:
@@ -151,7 +167,9 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
             stack.callback(page.abandon)
-        planner = await open_planner(config)
+        planner = await open_planner(config.reached_at(addresses))
+        calls.require_leader = planner.require_leader
+        planner.on_loss(calls.end_streams)
         stack.push_async_callback(planner.close)
         for collector in planner.collectors:
             metrics.registry.register(collector)
@@ -162,7 +180,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
                 planner,
                 metrics,
                 version=version,
-                is_ready=lambda: not calls.is_draining,
+                is_ready=lambda: planner.is_ready and not calls.is_draining,
                 failures=lambda: planner.failures,
                 hosts=config.status_page.hosts,
             )

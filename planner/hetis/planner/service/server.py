@@ -27,7 +27,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Clients ping every 30 s (docs/api.md): allowed, also without a call, down to one in 20 s.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Finds clients that vanished without a word; their streams would stay for ever.
     ("grpc.keepalive_time_ms", 60_000),

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hetis.planner.failures import ServiceError
 from hetis.planner.service.addresses import join_address, split_address
 from hetis.planner.service.metrics import CONTENT_TYPE, Metrics
 from hetis.planner.service.overview import Overview, OverviewSource
@@ -49,7 +50,10 @@ def status_app(
 
     async def cluster(request: Request) -> Response:
         name = f"clusters/{request.path_params['cluster']}"
-        details = await source.cluster_details(name)
+        try:
+            details = await source.cluster_details(name)
+        except ServiceError as error:
+            return JSONResponse({"error": str(error)}, status_code=503)
         if details is None:
             return JSONResponse({"error": f"{name} does not exist"}, status_code=404)
         return JSONResponse(dict(details))
@@ -115,8 +119,15 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
         "planner": {
             "version": version,
             "ready": is_ready,
+            "role": "leader" if overview.leads else "standby",
+            "leader": overview.leader,
             "epoch": overview.epoch,
-            "leader_since": datetime.fromtimestamp(overview.leader_since_s, UTC).isoformat(timespec="seconds"),
+            "leader_since": _moment(overview.leader_since_s),
+            "lease_age_s": round(overview.lease_age_s, 3),
+        },
+        "store": {
+            "answered_s_ago": round(overview.store_answered_s_ago, 3),
+            "counted_s_ago": round(overview.counted_s_ago, 3),
         },
         "clusters": [
             {"name": cluster.name, "active_plan": cluster.active_plan, "nodes": dict(cluster.num_nodes)}
@@ -129,6 +140,10 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
             "queued": overview.queued,
         },
     }
+
+
+def _moment(time_s: float) -> str | None:
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds") if time_s else None
 
 
 class StatusPage:
