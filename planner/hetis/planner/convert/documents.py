@@ -25,6 +25,7 @@ MAX_VALUES, MAX_YAML_VALUES = 400_000, 100_000
 """Of a document: then one costs 2 s and 300 MB at most. A cluster of 10,000 nodes, each with a name and its GPUs, has
 60,000."""
 MAX_NODES = 10_000  # of a cluster: what 3,000 measured agents extrapolate to in one process (docs/benchmarks.md)
+_MOST_IN_ANSWER = 3_670_016  # bytes of content and text: messages have 4 MiB
 MAX_SOURCE_NAME = 255
 Kind = document_pb2.DocumentKind
 
@@ -85,8 +86,10 @@ def read_profile(document: document_pb2.Document) -> Profile:
     return value
 
 
-def document_of(value: documents.Value, *, source_name: str = "") -> document_pb2.Document:
+def document_of(value: documents.Value, *, source_name: str = "", text: bytes = b"") -> document_pb2.Document:
     """The document of a value: canonical JSON, self-contained, so that its digest is that of its content.
+
+    ``text`` is what it was read from, which is kept beside it with its comments.
 
     Raises:
         DocumentError: it is too large: YAML aliases may stand for much more than they take.
@@ -99,6 +102,8 @@ def document_of(value: documents.Value, *, source_name: str = "") -> document_pb
         raise single_problem(
             label, f"has {len(document.content)} bytes as canonical JSON, at most {MAX_BYTES} are allowed"
         )
+    if text != document.content and len(text) + len(document.content) <= _MOST_IN_ANSWER:
+        document.text = text
     return document
 
 

@@ -163,10 +163,11 @@ class PlanCreation:
         place = self._place(answer)
 
         def insert(tx: Transaction) -> pb2.CreatePlanResponse:
+            nonlocal record
             require_free(tx)
             if isinstance(place, ServiceError):
                 raise place
-            tx.plans.insert(record)
+            record = tx.plans.insert(record)
             if isinstance(answer, ImportedPlan):
                 tx.plan_documents.put(record.name, answer.document)
             else:
