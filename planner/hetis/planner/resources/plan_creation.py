@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.beside import beside_loop
+from hetis.planner.callers import present_caller
 from hetis.planner.convert import names
 from hetis.planner.convert.plans import result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
@@ -195,7 +196,7 @@ class PlanCreation:
         if isinstance(answer, ImportedPlan):
             return None
         try:
-            return self._pool.reserve()
+            return self._pool.reserve(present_caller().name)
         except ServiceError as error:
             return error
 

@@ -82,7 +82,7 @@ class Term:
         self._loops = loops
         self._parts = AsyncExitStack()
         self._hubs = hubs = Hubs(epoch)
-        self._pool = SolverPool(PoolSettings(num_processes=config.solver.processes, queue_size=config.solver.queue))
+        self._pool = SolverPool(pool_settings(config))
         fleet_settings = FleetSettings(
             heartbeat_s=config.agents.heartbeat,
             lease_s=config.agents.lease,
@@ -208,6 +208,18 @@ async def open_planner(config: PlannerConfig) -> Succession:
         await succession.close()
         raise
     return succession
+
+
+def pool_settings(config: PlannerConfig) -> PoolSettings:
+    """One process and most of the queue are for others than the caller that asks most, where callers are known."""
+    solver = config.solver
+    shared = config.asks_for_credentials
+    return PoolSettings(
+        num_processes=solver.processes,
+        queue_size=solver.queue,
+        running_per_caller=solver.running_per_caller or (max(1, solver.processes - 1) if shared else None),
+        queued_per_caller=solver.queued_per_caller or (max(1, solver.queue // 4) if shared else None),
+    )
 
 
 def _threads(config: PlannerConfig) -> int:

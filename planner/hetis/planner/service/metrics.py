@@ -27,6 +27,15 @@ class Metrics:
         self._streams = Counter(
             "hetis_planner_streams_ended", "Streams that ended.", ["method", "code"], registry=self.registry
         )
+        self._quotas = Counter(
+            "hetis_planner_quota_exceeded",
+            "Calls refused because their caller had used up a quota.",
+            ["caller", "quota"],
+            registry=self.registry,
+        )
+        self._searches = Gauge(
+            "hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"], registry=self.registry
+        )
         self._running = Gauge(
             "hetis_planner_rpcs_running", "Calls and streams under way.", ["method"], registry=self.registry
         )
@@ -51,6 +60,10 @@ class Metrics:
         else:
             self._calls.labels(method, code).observe(seconds)
 
+    def quota_exceeded(self, caller: str, quota: str) -> None:
+        """``caller`` is the name of credentials that were checked."""
+        self._quotas.labels(caller, quota).inc()
+
     def show(self, overview: Overview) -> None:
         """Sets the gauges of the planner's state; what is gone disappears."""
         self._epoch.set(overview.epoch)
@@ -62,6 +75,10 @@ class Metrics:
         self._plans.clear()
         for state, count in overview.num_plans.items():
             self._plans.labels(state).set(count)
+        self._searches.clear()
+        for caller, counts in overview.searches_of.items():
+            for state, count in counts.items():
+                self._searches.labels(caller, state).set(count)
         self._queued.set(overview.queued)
         self._searching.set(overview.searching)
         self._processes.set(overview.solver_processes)

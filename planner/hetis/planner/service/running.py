@@ -32,6 +32,7 @@ from hetis.planner.service.status_page import StatusPage, status_app
 from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.service.tokens import Tokens
 from hetis.planner.service.traces import Traces, open_traces
+from hetis.planner.service.write_rates import WriteRates
 
 _log = logging.getLogger("hetis.planner")
 
@@ -157,7 +158,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
     async with AsyncExitStack() as stack:
         stack.callback(signals.close)
         stack.push_async_callback(_close_traces, traces)
-        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces))
+        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=write_rates(config))
         credentials = access.certificates.credentials() if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials)
         stack.push_async_callback(server.stop_at_once)
@@ -218,6 +219,10 @@ async def show_failure(planner: Planner, server: PlannerServer) -> None:
     """Health says from then on that no service serves; the page's ``/healthz`` asks by itself."""
     await planner.until_failed()
     server.health.serve(False)
+
+
+def write_rates(config: PlannerConfig) -> WriteRates:
+    return WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
 
 
 def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfig, *, as_json: bool) -> None:

@@ -26,6 +26,7 @@ class CallRecord:
         self.caller = ""
         self.request_name = ""
         self.reason = ""
+        self.quota = ""
         self._peer = peer
         self._span = span
         self._is_stream = is_stream
@@ -38,6 +39,8 @@ class CallRecord:
     def end(self, code: grpc.StatusCode, metrics: Metrics) -> None:
         seconds = time.perf_counter() - self._began
         metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
+        if self.quota:
+            metrics.quota_exceeded(self.caller, self.quota)
         self._span.end(code.name, is_error=code in _OUR_FAULT)
         level = logging.INFO
         if code in _OUR_FAULT:
