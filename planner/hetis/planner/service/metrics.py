@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from hetis.planner.service.overview import Overview
@@ -49,16 +51,20 @@ class Metrics:
         self._searching = Gauge("hetis_planner_searches_running", "Searches with a process.", registry=self.registry)
         self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
 
+        # Finding the child of labels takes as long as an admission's solve; they are few.
+        self._running_of = cache(self._running.labels)
+        self._calls_of, self._streams_of = cache(self._calls.labels), cache(self._streams.labels)
+
     def call_began(self, method: str) -> None:
-        self._running.labels(method).inc()
+        self._running_of(method).inc()
 
     def call_ended(self, method: str, code: str, seconds: float, *, is_stream: bool) -> None:
         """``method`` must be one that exists: callers choose names, and each costs memory for ever."""
-        self._running.labels(method).dec()
+        self._running_of(method).dec()
         if is_stream:
-            self._streams.labels(method, code).inc()
+            self._streams_of(method, code).inc()
         else:
-            self._calls.labels(method, code).observe(seconds)
+            self._calls_of(method, code).observe(seconds)
 
     def quota_exceeded(self, caller: str, quota: str) -> None:
         """``caller`` is the name of credentials that were checked."""
