@@ -29,7 +29,9 @@ _CODES = {
         " GENERATION_MISMATCH PROTOCOL_VERSION PROTOCOL_VIOLATION ENGINE_IS_AUTHORITY DISPATCH_STATE_LOST"
         " REQUEST_NOT_RUNNING REQUEST_GONE NOT_OWNER DEVICE_UNAVAILABLE CHANGE_IN_FLIGHT CHANGE_PHASE"
     ),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "SOLVER_QUEUE_FULL KV_BLOCKS_EXHAUSTED MESSAGE_TOO_LARGE TOO_MANY_STREAMS",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (
+        "SOLVER_QUEUE_FULL KV_BLOCKS_EXHAUSTED MESSAGE_TOO_LARGE TOO_MANY_STREAMS QUOTA_EXCEEDED"
+    ),
     grpc.StatusCode.UNAVAILABLE: "NOT_LEADER DRAINING STORE_UNAVAILABLE ENGINE_UNREACHABLE COPY_FAILED",
     grpc.StatusCode.DEADLINE_EXCEEDED: "PREPARE_EXPIRED",
     grpc.StatusCode.UNAUTHENTICATED: "CREDENTIALS",
@@ -90,6 +92,16 @@ def etag_mismatch(name: str, *, given: str, present: str) -> ServiceError:
         Reason.ERROR_REASON_ETAG_MISMATCH,
         f"{name} has changed: its etag is {present}, the call says {given}; read it again and decide again",
         metadata={"name": name, "etag": present},
+    )
+
+
+def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry_after_s: float) -> ServiceError:
+    """One caller has used up what one caller may have."""
+    return ServiceError(
+        Reason.ERROR_REASON_QUOTA_EXCEEDED,
+        message,
+        metadata={"caller": caller, "quota": quota, "limit": f"{limit:g}"},
+        retry_after_s=retry_after_s,
     )
 
 

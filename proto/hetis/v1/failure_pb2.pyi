@@ -98,6 +98,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 68
     """[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 69
+    """[RESOURCE_EXHAUSTED] The caller has used up what one caller may have (changes a second, searches that run or wait);
+    others go on. Retry after RetryInfo; QuotaFailure says the same. Keys: caller, quota, limit.
+    """
     ERROR_REASON_NODE_IN_USE: _ErrorReason.ValueType  # 72
     """[ABORTED] Another agent is connected as the node, and was heard lately; reconnect with backoff. Keys: node."""
     ERROR_REASON_ENGINE_IS_AUTHORITY: _ErrorReason.ValueType  # 80
@@ -221,6 +225,10 @@ Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when 
 """
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 68
 """[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 69
+"""[RESOURCE_EXHAUSTED] The caller has used up what one caller may have (changes a second, searches that run or wait);
+others go on. Retry after RetryInfo; QuotaFailure says the same. Keys: caller, quota, limit.
+"""
 ERROR_REASON_NODE_IN_USE: ErrorReason.ValueType  # 72
 """[ABORTED] Another agent is connected as the node, and was heard lately; reconnect with backoff. Keys: node."""
 ERROR_REASON_ENGINE_IS_AUTHORITY: ErrorReason.ValueType  # 80

@@ -110,6 +110,8 @@ class FakePlanner:
         self.plans = FakePlans()
         self.agents = FakeAgents()
         self.closed = False
+        self.failed = asyncio.Event()
+        self.failures: list[str] = []
 
     @property
     def servicings(self) -> Sequence[Servicing]:
@@ -154,6 +156,9 @@ class FakePlanner:
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return {"cluster": {"name": name}} if name == "clusters/c" else None
+
+    async def until_failed(self) -> None:
+        await self.failed.wait()
 
     is_ready = True
 

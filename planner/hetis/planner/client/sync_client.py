@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import grpc
 
@@ -59,8 +59,8 @@ class Client:
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
         self._sleep = sleep
-        channel: Any = LeaderChannel(connection, sleep)
-        self._channel = channel
+        self._channel = LeaderChannel(connection, sleep)
+        channel = cast(grpc.Channel, self._channel)  # as far as stubs need one
         self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
         self.clusters = cluster_service_pb2_grpc.ClusterServiceStub(channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(channel)

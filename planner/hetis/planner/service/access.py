@@ -80,15 +80,10 @@ def require_role(identity: Identity, method: str) -> None:
     needed = NEEDED.get(method, ())
     if not identity.roles.isdisjoint(needed):
         return
-    has = ", ".join(sorted(identity.roles - _implied(identity.roles))) or "no role"
+    has = identity.role or "no role"
     wants = " or ".join(needed) or "a role that does not exist"
     raise ServiceError(
         Reason.ERROR_REASON_ROLE,
         f"{method} needs role {wants}; {identity.name} has {has}",
         metadata={"role": has, "needed": wants},
     )
-
-
-def _implied(roles: frozenset[Role]) -> frozenset[Role]:
-    """Those that come with a higher one."""
-    return frozenset(lower for role in roles for lower in role.includes if lower is not role)

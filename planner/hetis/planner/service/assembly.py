@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import socket
 import time
@@ -34,6 +32,7 @@ from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.running import Running
 from hetis.planner.resources.watches import ClusterWatches
 from hetis.planner.service.fleet_metrics import FleetCollector
+from hetis.planner.service.loops import Loops
 from hetis.planner.service.overviews import Overviews
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.servicers.agent import AgentServicer
@@ -52,7 +51,6 @@ from hetis.v1.plan_service_pb2_grpc import add_PlanServiceServicer_to_server
 from hetis.v1.profile_service_pb2_grpc import add_ProfileServiceServicer_to_server
 
 _SUSPECT_HEARTBEATS = 1.6  # the settings make the lease at least two
-_log = logging.getLogger("hetis.planner")
 
 
 class SystemClock:
@@ -71,16 +69,20 @@ class Term:
     Args:
         epoch: of the term. 0: this planner does not lead, and will not in this one.
         counters: of the fleet; they go on from term to term.
+        loops: where what goes on beside the calls is started, and remembered where it fails.
     """
 
-    def __init__(self, config: PlannerConfig, store: Store, *, epoch: int, counters: FleetCounters) -> None:
+    def __init__(
+        self, config: PlannerConfig, store: Store, *, epoch: int, counters: FleetCounters, loops: Loops
+    ) -> None:
         clock = SystemClock()
         self.epoch = epoch
         self.since_s = clock.time()
         self._store = store
+        self._loops = loops
         self._parts = AsyncExitStack()
         self._hubs = hubs = Hubs(epoch)
-        self._pool = SolverPool(PoolSettings(num_processes=config.solver.processes, queue_size=config.solver.queue))
+        self._pool = SolverPool(pool_settings(config))
         fleet_settings = FleetSettings(
             heartbeat_s=config.agents.heartbeat,
             lease_s=config.agents.lease,
@@ -162,14 +164,10 @@ class Term:
         await self._fleet.start()
         for cluster in await self._store.read(lambda reader: reader.clusters.all()):
             self._proposals.capacity_changed(cluster.name)
-        for name, work in (
-            ("the re-dispatch loop", self._loop.run()),
-            ("placement proposals", self._proposals.run()),
-            ("warming up dispatch", self._states.warm_up()),
-        ):
-            task = asyncio.create_task(work, name=name)
-            task.add_done_callback(_log_failure)
-            parts.push_async_callback(_end, task)
+        parts.push_async_callback(self._loops.stop)
+        self._loops.start("the re-dispatch loop", self._loop.run())
+        self._loops.start("placement proposals", self._proposals.run())
+        self._loops.start("warming up dispatch", self._states.warm_up())
         await self._searches.resume()
         self._pool.start()  # last: its processes take all cores while they load, and agents wait for this planner
 
@@ -197,14 +195,15 @@ async def open_planner(config: PlannerConfig) -> Succession:
     """
     if config.store == default_store():
         Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    counters = FleetCounters()
+    counters, loops = FleetCounters(), Loops()
     store = await Store.open(config.store, lease_s=config.leadership.lease)
     succession = Succession(
         store,
-        lambda epoch: Term(config, store, epoch=epoch, counters=counters),
+        lambda epoch: Term(config, store, epoch=epoch, counters=counters, loops=loops),
         holder=f"{socket.gethostname()}:{os.getpid()}",
         addresses=config.leadership.advertise,
         stands_by=config.stands_by,
+        loops=loops,
         collectors=(FleetCollector(counters), StoreCollector(store)),
     )
     try:
@@ -215,16 +214,18 @@ async def open_planner(config: PlannerConfig) -> Succession:
     return succession
 
 
+def pool_settings(config: PlannerConfig) -> PoolSettings:
+    """One process and most of the queue are for others than the caller that asks most, where callers are known."""
+    solver = config.solver
+    shared = config.asks_for_credentials
+    return PoolSettings(
+        num_processes=solver.processes,
+        queue_size=solver.queue,
+        running_per_caller=solver.running_per_caller or (max(1, solver.processes - 1) if shared else None),
+        queued_per_caller=solver.queued_per_caller or (max(1, solver.queue // 4) if shared else None),
+    )
+
+
 def _threads(config: PlannerConfig) -> int:
     """Of one search: all processes together use the machine once."""
     return max(1, (os.cpu_count() or 1) // config.solver.processes)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("%s failed: restart the planner", task.get_name(), exc_info=error)

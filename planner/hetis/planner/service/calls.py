@@ -19,6 +19,7 @@ from hetis.planner.service.deadlines import require_deadline
 from hetis.planner.service.identity import ANYBODY, set_caller
 from hetis.planner.service.stream_limits import StreamLimits
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
+from hetis.planner.service.write_rates import WriteRates
 
 _log = logging.getLogger("hetis.planner.calls")
 DEADLINE_SLACK_S = 0.05
@@ -31,8 +32,9 @@ Decode = Callable[[bytes], Message]
 class Calls(grpc.aio.ServerInterceptor):
     """The only interceptor, so that a call costs one wrapper: identity, role, deadline, errors, telemetry, drain."""
 
-    def __init__(self, authenticator: Authenticator, telemetry: Telemetry) -> None:
+    def __init__(self, authenticator: Authenticator, telemetry: Telemetry, *, writes: WriteRates | None = None) -> None:
         self._authenticator = authenticator
+        self._writes = writes or WriteRates()
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
@@ -233,13 +235,15 @@ class Calls(grpc.aio.ServerInterceptor):
     def _admit(self, method: str, metadata: Any, context: Context, record: CallRecord, *, is_stream: bool) -> None:
         """
         Raises:
-            ServiceError: CREDENTIALS, ROLE, DRAINING, DEADLINE_REQUIRED or DEADLINE_TOO_LONG, in this order.
+            ServiceError: CREDENTIALS, QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or
+                DEADLINE_TOO_LONG, in this order.
         """
         if is_open(method):
             set_caller(ANYBODY)
             return
         identity = self._authenticator.identify(metadata, context.auth_context())
         record.caller = identity.name
+        self._writes.take(method, identity.name)
         require_role(identity, method)
         if self.is_draining:
             raise statuses.draining()
@@ -271,6 +275,8 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
         )
         meant = statuses.incident(incident_id)
     record.reason = meant.reason_name
+    if meant.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
+        record.quota = meant.metadata["quota"]
     return statuses.to_status(meant)
 
 

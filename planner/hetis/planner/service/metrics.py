@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -32,6 +33,15 @@ class Metrics:
         self._streams = Counter(
             "hetis_planner_streams_ended", "Streams that ended.", ["method", "code"], registry=self.registry
         )
+        self._quotas = Counter(
+            "hetis_planner_quota_exceeded",
+            "Calls refused because their caller had used up a quota.",
+            ["caller", "quota"],
+            registry=self.registry,
+        )
+        self._searches = Gauge(
+            "hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"], registry=self.registry
+        )
         self._running = Gauge(
             "hetis_planner_rpcs_running", "Calls and streams under way.", ["method"], registry=self.registry
         )
@@ -57,16 +67,24 @@ class Metrics:
         self._worst_lag_s = 0.0
         self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
 
+        # Finding the child of labels takes as long as an admission's solve; they are few.
+        self._running_of = cache(self._running.labels)
+        self._calls_of, self._streams_of = cache(self._calls.labels), cache(self._streams.labels)
+
     def call_began(self, method: str) -> None:
-        self._running.labels(method).inc()
+        self._running_of(method).inc()
 
     def call_ended(self, method: str, code: str, seconds: float, *, is_stream: bool) -> None:
         """``method`` must be one that exists: callers choose names, and each costs memory for ever."""
-        self._running.labels(method).dec()
+        self._running_of(method).dec()
         if is_stream:
-            self._streams.labels(method, code).inc()
+            self._streams_of(method, code).inc()
         else:
-            self._calls.labels(method, code).observe(seconds)
+            self._calls_of(method, code).observe(seconds)
+
+    def quota_exceeded(self, caller: str, quota: str) -> None:
+        """``caller`` is the name of credentials that were checked."""
+        self._quotas.labels(caller, quota).inc()
 
     def show(self, overview: Overview) -> None:
         """Sets the gauges of the planner's state; what is gone disappears."""
@@ -79,6 +97,10 @@ class Metrics:
         self._plans.clear()
         for state, count in overview.num_plans.items():
             self._plans.labels(state).set(count)
+        self._searches.clear()
+        for caller, counts in overview.searches_of.items():
+            for state, count in counts.items():
+                self._searches.labels(caller, state).set(count)
         self._queued.set(overview.queued)
         self._searching.set(overview.searching)
         self._processes.set(overview.solver_processes)

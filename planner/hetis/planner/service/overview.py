@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -26,6 +26,7 @@ class Overview:
         num_plans: plans by state, such as ``SOLVING``.
         queued, searching: searches that wait for a solver process, and that have one.
         solver_processes: how many there may be.
+        searches_of: searches by caller and state, ``running`` or ``queued``.
         counted_s_ago: how old the counts of clusters and plans are, where the store does not answer.
         leads: whether this planner does.
         leader: who does, for people; empty: not known.
@@ -40,6 +41,7 @@ class Overview:
     queued: int
     searching: int
     solver_processes: int
+    searches_of: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     counted_s_ago: float = 0.0
     leads: bool = True
     leader: str = ""

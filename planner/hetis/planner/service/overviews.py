@@ -81,6 +81,7 @@ class Overviews:
             queued=self._pool.num_waiting,
             searching=self._pool.num_running,
             solver_processes=self._most_searches,
+            searches_of=self._pool.searches_of(),
         )
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:

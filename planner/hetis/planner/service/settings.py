@@ -69,18 +69,35 @@ FilePath = Annotated[str, Field(min_length=1)]
 
 
 class StatusPagePart(Part):
-    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``."""
+    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``.
+
+    ``hosts`` are names by which it is asked for, beside addresses, ``localhost`` and this machine's own name.
+    """
 
     address: Annotated[str, AfterValidator(_status_address)] = "127.0.0.1:8471"
     public: bool = False
+    hosts: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
 class SolverPart(Part):
-    """Searches run in processes of their own; what finds none free waits."""
+    """Searches run in processes of their own; what finds none free waits.
+
+    Of one caller so many run and wait at most. Unless said, one process and three quarters of the queue are left to
+    others; a planner without credentials cannot tell callers apart, and leaves nothing.
+    """
 
     processes: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=half_of_the_cores)
     queue: Annotated[int, Field(ge=1, le=100_000)] = 32
     max_search: Annotated[Duration, Field(gt=0, le=86_400)] = 3600.0
+    running_per_caller: Annotated[int, Field(ge=1, le=256)] | None = None
+    queued_per_caller: Annotated[int, Field(ge=1, le=100_000)] | None = None
+
+
+class WritesPart(Part):
+    """How often one caller may change things, in a row and in the long run. Dispatch is not among it."""
+
+    per_second: Annotated[float, Field(gt=0, le=1e6)] = 100.0
+    burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
 
 
 class TlsPart(Part):
@@ -137,6 +154,7 @@ class PlannerConfig(Part):
     status_page: StatusPagePart = StatusPagePart()
     store: Annotated[str, AfterValidator(_store_url)] = Field(default_factory=default_store)
     solver: SolverPart = Field(default_factory=SolverPart)
+    writes: WritesPart = WritesPart()
     tls: TlsPart | None = None
     tokens: FilePath | None = None
     reload: Annotated[Duration, Field(ge=0.05, le=86_400)] = 30.0

@@ -100,6 +100,10 @@ def _details(error: ServiceError, message: str) -> Iterable[Message]:
         yield _missing_gpus(error, message)
     elif error.violations:
         yield _bad_request(error)
+    if error.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
+        quota: Any = error_details_pb2.QuotaFailure()
+        quota.violations.add(subject=f"caller:{metadata.get('caller', '')}", description=_shortened(message, 500))
+        yield quota
     retry_after_s = _RETRIED.get(error.reason) if error.retry_after_s is None else error.retry_after_s
     if retry_after_s is not None:
         delay = duration_pb2.Duration()

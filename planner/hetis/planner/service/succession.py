@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.access import needs_leader
+from hetis.planner.service.loops import Loops
 from hetis.planner.service.overview import Overview, OverviewSource
 from hetis.planner.service.server import Servicing
 from hetis.planner.store import Store
@@ -50,6 +51,7 @@ class Succession:
         make_term: from an epoch; 0: for reads alone.
         holder, addresses: of this planner, for callers of others.
         stands_by: whether it waits where another planner leads; else it ends then.
+        loops: of all terms.
         collectors: metrics of all terms.
     """
 
@@ -61,12 +63,14 @@ class Succession:
         holder: str,
         addresses: Sequence[str],
         stands_by: bool,
+        loops: Loops,
         collectors: Sequence[Collector],
     ) -> None:
         self._store = store
         self._make_term = make_term
         self._holder, self._addresses = holder, tuple(addresses)
         self._stands_by = stands_by
+        self._loops = loops
         self._standby = make_term(0)
         self._leading: LeadershipTerm | None = None
         self._lasting: asyncio.Task[None] | None = None
@@ -136,6 +140,13 @@ class Succession:
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return await self.present.overviews.cluster_details(name)
+
+    @property
+    def failures(self) -> Sequence[str]:
+        return self._loops.failures
+
+    async def until_failed(self) -> None:
+        await self._loops.failed.wait()
 
     async def until_replaced(self) -> None:
         """Returns when this planner is of no use any more; one that stands by always is."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from hetis.planner.service.metrics import Metrics
@@ -26,6 +28,7 @@ class CallRecord:
         self.caller = ""
         self.request_name = ""
         self.reason = ""
+        self.quota = ""
         self._peer = peer
         self._span = span
         self._is_stream = is_stream
@@ -38,6 +41,8 @@ class CallRecord:
     def end(self, code: grpc.StatusCode, metrics: Metrics) -> None:
         seconds = time.perf_counter() - self._began
         metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
+        if self.quota:
+            metrics.quota_exceeded(self.caller, self.quota)
         self._span.end(code.name, is_error=code in _OUR_FAULT)
         level = logging.INFO
         if code in _OUR_FAULT:
@@ -78,13 +83,15 @@ class Telemetry:
         return CallRecord(method, peer, self._traces.begin(method, carrier), is_stream=is_stream)
 
 
+@cache
+def _naming_fields(message: Descriptor) -> tuple[str, ...]:
+    fields = message.fields_by_name
+    return tuple(name for name in _NAMING if name in fields and not fields[name].is_repeated)
+
+
 def name_of(request: Message) -> str:
     """The resource that a request is about, at most 200 characters; empty: it names none."""
-    fields = request.DESCRIPTOR.fields_by_name
-    for naming in _NAMING:
-        field = fields.get(naming)
-        if field is None or field.is_repeated:
-            continue
+    for naming in _naming_fields(request.DESCRIPTOR):
         value = getattr(request, naming)
         if isinstance(value, str) and value:
             return value[:200]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ from sqlalchemy import event
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.errors import StoreError
 
+_log = logging.getLogger("hetis.planner.store")
 FILE_WAIT_S = 5.0  # for a backup tool or a shell that has the file
 _READS = "hetis_reads"
 _CONNECT_S = 3  # to a server; whole seconds, at least 2
@@ -46,6 +48,21 @@ def file_of(url: sa.URL) -> Path | None:
     if url.drivername != "sqlite" or not url.database or url.database == ":memory:":
         return None
     return Path(url.database).absolute()
+
+
+def keep_private(file: Path) -> None:
+    """Makes the file with mode 0600 where there is none, before SQLite does; an older one is closed to others.
+
+    What SQLite puts beside it (the write-ahead log) gets the same mode.
+    """
+    with contextlib.suppress(OSError):  # of the folder: SQLite says so
+        os.close(os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    for found in (file, *(file.with_name(file.name + ending) for ending in ("-wal", "-shm"))):
+        try:
+            if found.exists() and found.stat().st_mode & 0o077:
+                found.chmod(0o600)
+        except OSError as error:
+            _log.warning("%s stays open to others: %s", found, error.strerror)
 
 
 def label_of(url: sa.URL) -> str:

@@ -330,6 +330,8 @@ class Store:
     # In the store's thread from here on.
 
     def _open(self) -> None:
+        if self._lock is not None:
+            opening.keep_private(self._lock.store)
         try:
             with self._readers.begin() as connection:
                 if self._lock is not None:
