@@ -25,8 +25,6 @@ _OF_THIS_AGENT = (
     ErrorReason.ERROR_REASON_NODE_TAKEN_OVER,
     ErrorReason.ERROR_REASON_NODE_IN_USE,
     ErrorReason.ERROR_REASON_INTERNAL,
-    ErrorReason.ERROR_REASON_CREDENTIALS,
-    ErrorReason.ERROR_REASON_WRONG_NODE,
 )
 _log = logging.getLogger(__name__)
 
