@@ -16,6 +16,7 @@ from hetis.planner.service.identity import caller
 from hetis.planner.service.overview import ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig
+from hetis.planner.store import AuditedChange
 from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
@@ -156,6 +157,9 @@ class FakePlanner:
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return {"cluster": {"name": name}} if name == "clusters/c" else None
+
+    def note_refusal(self, change: AuditedChange) -> None:
+        pass
 
     async def until_failed(self) -> None:
         await self.failed.wait()

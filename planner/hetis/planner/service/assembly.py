@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.running import Running
 from hetis.planner.resources.watches import ClusterWatches
+from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.fleet_metrics import FleetCollector
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.overviews import Overviews
@@ -43,7 +45,7 @@ from hetis.planner.service.servicers.profile import ProfileServicer
 from hetis.planner.service.settings import PlannerConfig, default_store
 from hetis.planner.service.store_metrics import StoreCollector
 from hetis.planner.service.succession import Succession
-from hetis.planner.store import Store
+from hetis.planner.store import AuditedChange, Store, Transaction
 from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
 from hetis.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
 from hetis.v1.dispatch_service_pb2_grpc import add_DispatchServiceServicer_to_server
@@ -73,13 +75,20 @@ class Term:
     """
 
     def __init__(
-        self, config: PlannerConfig, store: Store, *, epoch: int, counters: FleetCounters, loops: Loops
+        self,
+        config: PlannerConfig,
+        store: Store,
+        *,
+        epoch: int,
+        counters: FleetCounters,
+        loops: Loops,
+        refusals: AuditRefusals,
     ) -> None:
         clock = SystemClock()
         self.epoch = epoch
         self.since_s = clock.time()
         self._store = store
-        self._loops = loops
+        self._loops, self._refusals = loops, refusals
         self._parts = AsyncExitStack()
         self._hubs = hubs = Hubs(epoch)
         self._pool = SolverPool(pool_settings(config))
@@ -166,6 +175,7 @@ class Term:
             self._proposals.capacity_changed(cluster.name)
         parts.push_async_callback(self._loops.stop)
         self._loops.start("the re-dispatch loop", self._loop.run())
+        self._loops.start("the audit log of refusals", self._refusals.run())
         self._loops.start("placement proposals", self._proposals.run())
         self._loops.start("warming up dispatch", self._states.warm_up())
         await self._searches.resume()
@@ -197,13 +207,23 @@ async def open_planner(config: PlannerConfig) -> Succession:
         Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     counters, loops = FleetCounters(), Loops()
     store = await Store.open(config.store, lease_s=config.leadership.lease)
+
+    async def append(changes: Sequence[AuditedChange]) -> None:
+        def work(tx: Transaction) -> None:
+            for change in changes:
+                tx.audit.append(change, time_s=tx.now_s)
+
+        await store.write(work)
+
+    refusals = AuditRefusals(append)
     succession = Succession(
         store,
-        lambda epoch: Term(config, store, epoch=epoch, counters=counters, loops=loops),
+        lambda epoch: Term(config, store, epoch=epoch, counters=counters, loops=loops, refusals=refusals),
         holder=f"{socket.gethostname()}:{os.getpid()}",
         addresses=config.leadership.advertise,
         stands_by=config.stands_by,
         loops=loops,
+        refusals=refusals,
         collectors=(FleetCollector(counters), StoreCollector(store)),
     )
     try:

@@ -14,12 +14,14 @@ from google.protobuf.message import DecodeError, Message
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import is_open, require_role
+from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
 from hetis.planner.service.deadlines import require_deadline
 from hetis.planner.service.identity import ANYBODY, set_caller
 from hetis.planner.service.stream_limits import StreamLimits
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
-from hetis.planner.service.write_rates import WriteRates
+from hetis.planner.service.write_rates import WRITES, WriteRates
+from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
 DEADLINE_SLACK_S = 0.05
@@ -35,6 +37,7 @@ class Calls(grpc.aio.ServerInterceptor):
     def __init__(self, authenticator: Authenticator, telemetry: Telemetry, *, writes: WriteRates | None = None) -> None:
         self._authenticator = authenticator
         self._writes = writes or WriteRates()
+        self.on_refusal: Callable[[AuditedChange], None] = lambda _change: None
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
@@ -132,6 +135,7 @@ class Calls(grpc.aio.ServerInterceptor):
             async def body(record: CallRecord) -> Any:
                 request = decoded(decode, raw)
                 record.request_name = name_of(request)
+                record.request_id = getattr(request, "request_id", "")
                 return await behaviour(request, context)
 
             self._num_unary += 1
@@ -227,6 +231,8 @@ class Calls(grpc.aio.ServerInterceptor):
                 code = grpc.StatusCode.UNIMPLEMENTED  # what generated code raises where a servicer lacks a method
                 await context.abort(code, f"{method} is not implemented")
             status = _status(error, record)
+            if method in WRITES and record.caller and record.reason not in NOT_KEPT:
+                self.on_refusal(record.refused_change())
             code = statuses.code_of(status)
             await statuses.abort(context, status)
         finally:
@@ -242,7 +248,7 @@ class Calls(grpc.aio.ServerInterceptor):
             set_caller(ANYBODY)
             return
         identity = self._authenticator.identify(metadata, context.auth_context())
-        record.caller = identity.name
+        record.caller, record.role = identity.name, identity.role
         self._writes.take(method, identity.name)
         require_role(identity, method)
         if self.is_draining:

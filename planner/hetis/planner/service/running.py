@@ -33,6 +33,7 @@ from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.service.tokens import Tokens
 from hetis.planner.service.traces import Traces, open_traces
 from hetis.planner.service.write_rates import WriteRates
+from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner")
 
@@ -71,6 +72,10 @@ class Planner(OverviewSource, Protocol):
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
         """Who ends all streams when this planner does not lead any more."""
+        ...
+
+    def note_refusal(self, change: AuditedChange) -> None:
+        """Puts a change that was refused into the audit log."""
         ...
 
     async def until_replaced(self) -> None:
@@ -187,6 +192,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             )
             stack.push_async_callback(page.stop)
             await page.start(app)
+        calls.on_refusal = planner.note_refusal
         await server.start()
         _leave_to_collector_what_is_new()
         tokens = access.tokens

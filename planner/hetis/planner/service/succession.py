@@ -13,10 +13,11 @@ from prometheus_client.registry import Collector
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.access import needs_leader
+from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.overview import Overview, OverviewSource
 from hetis.planner.service.server import Servicing
-from hetis.planner.store import Store
+from hetis.planner.store import AuditedChange, Store
 
 ANSWERED_S = 10.0  # a store that has not answered for longer is away
 _AGAIN_S = 1.0  # after a term that could not begin
@@ -52,6 +53,7 @@ class Succession:
         holder, addresses: of this planner, for callers of others.
         stands_by: whether it waits where another planner leads; else it ends then.
         loops: of all terms.
+        refusals: changes that were refused, for the audit log.
         collectors: metrics of all terms.
     """
 
@@ -64,6 +66,7 @@ class Succession:
         addresses: Sequence[str],
         stands_by: bool,
         loops: Loops,
+        refusals: AuditRefusals,
         collectors: Sequence[Collector],
     ) -> None:
         self._store = store
@@ -71,6 +74,7 @@ class Succession:
         self._holder, self._addresses = holder, tuple(addresses)
         self._stands_by = stands_by
         self._loops = loops
+        self._refusals = refusals
         self._standby = make_term(0)
         self._leading: LeadershipTerm | None = None
         self._lasting: asyncio.Task[None] | None = None
@@ -147,6 +151,9 @@ class Succession:
 
     async def until_failed(self) -> None:
         await self._loops.failed.wait()
+
+    def note_refusal(self, change: AuditedChange) -> None:
+        self._refusals.note(change)
 
     async def until_replaced(self) -> None:
         """Returns when this planner is of no use any more; one that stands by always is."""

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from hetis.planner.service.metrics import Metrics
 from hetis.planner.service.traces import Span, Traces
+from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent", "cluster_id", "plan_id", "profile_id")
@@ -28,7 +29,7 @@ class CallRecord:
         self.caller = ""
         self.request_name = ""
         self.reason = ""
-        self.quota = ""
+        self.quota = self.role = self.request_id = ""
         self._peer = peer
         self._span = span
         self._is_stream = is_stream
@@ -37,6 +38,17 @@ class CallRecord:
     @property
     def trace_id(self) -> str:
         return self._span.trace_id
+
+    def refused_change(self) -> AuditedChange:
+        """For the audit log."""
+        return AuditedChange(
+            caller=self.caller,
+            role=self.role,
+            method=self.method.rpartition("/")[2],
+            resource=self.request_name,
+            request_id=self.request_id[:64],
+            outcome=self.reason,
+        )
 
     def end(self, code: grpc.StatusCode, metrics: Metrics) -> None:
         seconds = time.perf_counter() - self._began

@@ -134,3 +134,13 @@ gone_versions = Table(
     Column("table_name", Text, primary_key=True),
     _version(),
 )
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    _required("time_s", Double),
+    _required("epoch", BigInteger),
+    *(_required(name, Text) for name in ("caller", "role", "method", "resource", "request_id", "plan", "outcome")),
+    _required("times", BigInteger),
+    _required("hash", Text),
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import sqlite3
 import time
@@ -27,7 +28,6 @@ LEASE_S = 5.0  # of a planner on a server
 _RENEWALS = 6  # in the time of a lease; an attempt may take two such times
 _LOOK_S = 0.5  # how often a standby looks at who leads
 _PROBE_S = 2.0  # a store that nobody asked for so long is asked whether it is there
-_MIGRATION_LOCK = 0x6865746973  # of PostgreSQL's advisory locks: "hetis"
 _log = logging.getLogger("hetis.planner.store")
 
 
@@ -170,7 +170,8 @@ class Store:
         self._require_decision()
         ended = self._ended
         try:
-            writing = self._run(self._timed, self._write, work)
+            # Work that writes the audit log asks who the caller is.
+            writing = self._run(contextvars.copy_context().run, self._timed, self._write, work)
             return await (self._unless(ended, writing) if self._lease_s else writing)
         except ServiceError as error:
             if error.reason == Reason.ERROR_REASON_NOT_LEADER and ended is self._ended:
@@ -352,8 +353,7 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 if connection.dialect.name == "postgresql":
-                    connection.execute(sa.text("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"))
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+                    migrating.lock_out_others(connection)
                 if migrating.needs_migration(connection, self._label):  # nobody was faster
                     migrating.migrate(connection)
         finally:
