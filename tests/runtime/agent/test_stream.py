@@ -206,3 +206,17 @@ def test_an_agent_waits_seconds_and_not_half_a_minute_where_a_planner_is_about_t
         return waiting.limits_s
 
     assert asyncio.run(story()) == [MOST_WAIT_FOR_LEADER_S]
+
+
+def test_an_agent_of_several_planners_waits_seconds_whatever_went_wrong() -> None:
+    async def story() -> list[float]:
+        waiting = Soon(random.Random(0))
+        async with PlannerDouble() as planner:
+            planner.end_with = Failure(reason=ErrorReason.ERROR_REASON_INTERNAL, message="Internal error from Core")
+            address = PlannerAddress(server=f"{planner.address},127.0.0.1:1", is_plain=True)
+            running = asyncio.create_task(PlannerStream(address, Listener(), waiting).run())
+            await planner.connected(1)
+            await stop(running)
+        return waiting.limits_s
+
+    assert asyncio.run(story()) == [MOST_WAIT_FOR_LEADER_S]

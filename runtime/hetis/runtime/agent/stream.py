@@ -24,7 +24,6 @@ STOOD_S = 10.0  # a stream that lasted so long after its Welcome was no failure:
 _OF_THIS_AGENT = (
     ErrorReason.ERROR_REASON_NODE_TAKEN_OVER,
     ErrorReason.ERROR_REASON_NODE_IN_USE,
-    ErrorReason.ERROR_REASON_INTERNAL,
 )
 _log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class PlannerStream:
         self._waiting = waiting
         self._outgoing: asyncio.Queue[ConnectNodeRequest] = asyncio.Queue(MOST_QUEUED)
         self._end: asyncio.Future[EndStream] | None = None
-        self._awaits_leader = False  # a planner that does not lead answered, since the last wait
+        self._awaits_leader = False  # another planner leads or will soon, as it seemed since the last wait
         self._welcome_s: float | None = None  # when the planner answered on the present stream
 
     def send(self, message: ConnectNodeRequest) -> None:
@@ -98,8 +97,8 @@ class PlannerStream:
             goes_on = self._leaders.failed(endpoint, address, tried)
         if within_s is not None:
             return self._waiting.within_s(within_s)
-        # A planner that had welcomed it and is gone will be replaced soon, where there are several.
-        self._awaits_leader |= is_elsewhere or (self._welcome_s is not None and self._leaders.are_several)
+        # Where there are several planners one that is gone is replaced soon.
+        self._awaits_leader |= is_elsewhere or self._leaders.are_several
         if goes_on and self._welcome_s is None:
             return 0.0
         tried.clear()
