@@ -108,7 +108,7 @@ class ClusterDocument(Part):
     name: Title
     nodes: Annotated[list[NodePart], Field(min_length=1)]
     network: NetworkPart
-    gpu_types: dict[Title, GpuTypePart] = Field(default_factory=dict)
+    gpu_types: Annotated[dict[Title, GpuTypePart], Field(default_factory=dict, max_length=1000)]
 
 
 def load_cluster(path: str | os.PathLike[str]) -> Cluster:

@@ -148,15 +148,18 @@ def _check_links(
         seen.setdefault(frozenset(between), f"links[{i}]")
     matrix = _mapping(part.get("matrix"))
     names = [called(name) for name in _list(matrix.get("names"))]
+    first = dict[str, int]()
     for i, name in enumerate(names):
-        if isinstance(name, str) and name not in known:
+        if not isinstance(name, str):
+            continue
+        if name not in known:
             yield (*path, "matrix", "names", i), unknown(name)
-        if isinstance(name, str) and name in names[:i]:
+        if first.setdefault(name, i) != i:
             yield (*path, "matrix", "names", i), f"duplicate {what} {shown(name)}"
-        for j in range(i):
-            if seen and isinstance(name, str) and isinstance(names[j], str) and frozenset((name, names[j])) in seen:
-                where = seen[frozenset((name, names[j]))]
-                yield (*path, "matrix", "names", i), f"{names[j]} to {name} is given in {where} already"
+    for pair, where in seen.items():
+        if len(pair) == 2 and pair <= first.keys():
+            earlier, later = sorted(pair, key=first.__getitem__)
+            yield (*path, "matrix", "names", first[later]), f"{earlier} to {later} is given in {where} already"
     for field in ("bandwidth", "latency"):
         if isinstance(matrix.get(field), list):
             yield from _check_matrix(matrix[field], names, (*path, "matrix", field), diagonal=what == "zone")
