@@ -54,7 +54,8 @@ class HeadMap:
         self.tables[row, event.group, event.first : last] = event.blocks
 
     def rehome(self, event: Rehomed) -> None:
-        self.devices[self._row(event.anchor)] = event.devices
+        row = self._row(event.anchor)
+        self.devices[row], self.tokens[row], self.must_restart[row] = event.devices, 0, True
 
     def row(self, anchor: int) -> int | None:
         """The row of an anchor; None: there is no such request any more."""

@@ -136,7 +136,9 @@ class Rank:
         batch, self._batch = self._batch, None
         if batch is not None:
             known = batch.requests.rows >= 0
-            self.heads.tokens[batch.requests.rows[known]] = batch.requests.lasts[known]
+            rows = batch.requests.rows[known]
+            # Nothing of a request that must begin again is worth a copy.
+            self.heads.tokens[rows] = np.where(self.heads.must_restart[rows], 0, batch.requests.lasts[known])
             for remote in batch.remotes:
                 if (device := self.workers.get(remote.device)) is not None:
                     self._guard_device(remote.device, lambda device=device: device.finish(self._step))  # type: ignore[misc]
@@ -351,7 +353,6 @@ class Rank:
         self._drop_remote(row)
         self.mover.forget(event.anchor)
         self.heads.rehome(event)
-        self.heads.must_restart[row] = True
 
     def _drop_remote(self, row: int) -> None:
         for number in self.heads.remote_devices(row):
