@@ -44,7 +44,7 @@ def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) 
     if config is not None:
         environment["HETIS_VLLM_CONFIG"] = str(config)
     done = subprocess.run(
-        [PYTHON, "-m", "tests.runtime.vllm.engine"],
+        [str(PYTHON), "-m", "tests.runtime.vllm.engine"],
         cwd=ROOT,
         env=environment,
         input=json.dumps(scenario),
