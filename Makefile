@@ -90,7 +90,7 @@ DATA ?= ../shared/data/profiles
 profiles: $(VENV)/.dev
 	$(BIN)/python -m hetis.profiler.shipping --data $(DATA) --doc docs/profiles.md
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev vllm
 	@for module in $(filter-out benchmarks/mutants.py benchmarks/staleness.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		name=$$(basename $$module .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
