@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.measuring.instances import example, problem
-from hetis.solver.placement.ceiling import Ceiling, ceilings, limits_of
+from hetis.solver.placement.ceiling import Ceiling, all_lines, asked_of, ceilings, limits_of
 from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
@@ -26,12 +26,11 @@ UNKNOWN = Ceiling(np.inf, 0.0, 0.0)
 def ceiling_of(
     atlas: Atlas, c: Configuration, group_price: FloatArray, card_price: FloatArray, enough: float
 ) -> Ceiling:
-    family = atlas.problem.family
-    found = ceilings(
-        atlas.scopes[c.scope].tables, np.array([c.mix]), np.array([c.in_flight_index]), np.array([c.regime]),
-        np.array([c.max_copies]), np.array([c.unevenness]), family.max_copies, family.max_pool, group_price,
-        card_price, enough,
-    )  # fmt: skip
+    family, t = atlas.problem.family, atlas.scopes[c.scope].tables
+    limits = limits_of(t, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, t.t_floor)
+    asked = asked_of(np.array([c.mix]), np.array([c.in_flight_index]), [limits])
+    lines, begins = all_lines(t, asked, family.max_copies, family.max_pool)
+    found = ceilings(t.num_layers, asked, lines, begins, group_price, card_price, np.array([enough]))
     return Ceiling(*map(float, found[0]))
 
 
@@ -40,7 +39,7 @@ def searched(
 ) -> float:
     """Best ``rate / price`` of a configuration; scarcity left aside, as the ceiling leaves it."""
     tables, family = atlas.scopes[c.scope].tables, atlas.problem.family
-    limits = limits_of(tables, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness)
+    limits = limits_of(tables, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, tables.t_floor)
     if limits.shortest_s > limits.longest_s:
         return 0.0
     plenty = np.zeros(len(atlas.classes), dtype=np.bool_)

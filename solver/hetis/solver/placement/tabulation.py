@@ -122,7 +122,9 @@ class _Tabulation:
         self.devices = [self._device(classes[i], tp) for i, tp in ranks]
         self.workers = [self._device(c, 1) for c in classes]
         self.own_s = self._own_table()
+        self.least_pool_start = np.full((len(ranks), len(classes)), -1, dtype=np.int64)
         self.pool_start, self.pool_s, self.chunk_pool_s, self.pool_wire_s = self._pool_table()
+        self.least_pool_s, self.chunk_least_pool_s, self.least_pool_wire_s = self._least_of_splits()
 
     def _device(self, c: DeviceClass, tp: int) -> DeviceCost:
         key = (c.gpu, c.intra, tp)
@@ -187,6 +189,7 @@ class _Tabulation:
                 last_s=stack["chunk_last_s"],
                 prefix_delta_s=stack["chunk_prefix_delta_s"],
                 pool_s=self.chunk_pool_s,
+                least_pool_s=self.chunk_least_pool_s,
             ),
             wire_s=wire_s,
             landing_s=landing_s,
@@ -199,6 +202,9 @@ class _Tabulation:
             pool_s=self.pool_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
             pool_wire_s=self.pool_wire_s,
+            least_pool_start=self.least_pool_start,
+            least_pool_s=self.least_pool_s,
+            least_pool_wire_s=self.least_pool_wire_s,
             keeps_idle_cards=self._keeps_idle_cards(),
         )  # fmt: skip
 
@@ -390,6 +396,28 @@ class _Tabulation:
             return start, nothing, nothing, np.zeros(1)
         whole, chunk = (np.concatenate(tables, axis=1) for tables in zip(*parts, strict=True))
         return start, whole, chunk, np.concatenate(wires)
+
+    def _least_of_splits(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """The least over k of attention, of the same in an iteration with a chunk, and of wire; fills their starts."""
+        count, parts = len(self.pool_sizes), list[tuple[FloatArray, FloatArray, FloatArray]]()
+        done: dict[int, int] = {}
+        for s, device in enumerate(self.devices):
+            for q, start in enumerate(self.pool_start[s].tolist()):
+                if start < 0:
+                    continue
+                if start not in done:
+                    done[start] = count * len(parts)
+                    here = slice(start, start + device.shape.groups * count)
+                    whole, chunk, wire = (
+                        table[..., here].reshape(*table.shape[:-1], device.shape.groups, count).min(axis=-2)
+                        for table in (self.pool_s, self.chunk_pool_s, self.pool_wire_s)
+                    )
+                    parts.append((whole, chunk, wire))
+                self.least_pool_start[s, q] = done[start]
+        if not parts:
+            return self.pool_s, self.chunk_pool_s, self.pool_wire_s
+        whole, chunk, wire = (np.concatenate(tables, axis=-1) for tables in zip(*parts, strict=True))
+        return whole, chunk, wire
 
     def _pool_wires(self, pool: PoolCost, own_link: Link) -> FloatArray:
         """Shape [Gr * sizes]: KV of a prompt and layer arriving at a decode replica, kept groups on its own link."""
