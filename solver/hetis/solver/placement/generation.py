@@ -50,6 +50,7 @@ MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the least even of a spent budget:
 VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # of the best ratio: what columns of other sizes must have
 EASE, MOST_EASE = 0.125, 0.01  # of the gap, and at most: what pricing need not look for while much is missing
 SPREAD, MOST_SPREAD = 0.05, 1.0  # of the logarithm of prices at which columns for whole counts are looked for
+GENERATION = 0.85  # of the time that is left, at most, for the whole family's relaxation: whole counts take some, too
 MORE = 0.8  # of the time left when the relaxation is done: for these, the rest is for replicas of one type per role
 MOST_BARREN = 4  # tries that found nothing better, where no time limit ends them
 KEEP = 0.97  # columns this close to the best of a round are worth keeping
@@ -123,9 +124,13 @@ class ColumnGeneration:
             self._start_from(part, seeds, threads=threads, gap_target=gap_target, choose_seed=choose_seed)
         self.pool.add(self._with_roles(self.roles, seeds))
         self.is_whole_family = True
-        self.run(
-            max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
-        )  # fmt: skip
+        of_all, self.budget = self.budget, self.budget.share(GENERATION)
+        try:
+            self.run(
+                max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
+            )  # fmt: skip
+        finally:
+            self.budget = of_all
 
     def _start_from(
         self, part: Part, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None
