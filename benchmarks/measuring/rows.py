@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
+from benchmarks import staleness
 from hetis.planner.cli.native_output import no_native_output
 
 Cell = str | int | float | None
@@ -55,7 +56,7 @@ def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> li
     if not arguments.json:
         print(table(shown))
     if arguments.markdown:
-        write_section(DOCUMENT, name, f"{machine()}\n\n{markdown(shown)}")
+        write_section(DOCUMENT, name, f"{staleness.stamp(name)}\n{machine()}\n\n{markdown(shown)}")
     return shown
 
 

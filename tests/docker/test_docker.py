@@ -18,10 +18,14 @@ from hetis.planner.cli.app import app as plan_app
 from hetis.planner.service.command import app as planner_app
 from hetis.runtime.agent.devices import discover
 from hetis.runtime.agent.main import app as agent_app
+from hetis.runtime.transport.keys import VARIABLE as HETIS_WORKER_KEY
+from hetis.runtime.worker.options import VARIABLES as WORKER_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 APPS = {"hetis-plan": plan_app, "hetis-planner": planner_app, "hetis-agent": agent_app}
+WORKER = "hetis-worker"  # its options come with the variables that they go by
+COMMANDS = {*APPS, WORKER}
 
 
 def compose() -> Any:
@@ -50,13 +54,16 @@ def commands() -> Iterator[list[str]]:
     readme = (ROOT / "docker" / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     for line in readme.splitlines():
         words = line.split()
-        starts = [place for place, word in enumerate(words) if word in APPS]
+        starts = [place for place, word in enumerate(words) if word in COMMANDS]
         if words[:1] == ["docker"] and words[1] != "build" and starts:
             yield words[starts[-1] :]
 
 
 def parsed_options(command: list[str]) -> None:
     """Fails unless the command and all its options exist."""
+    if command[0] == WORKER:
+        assert {word for word in command if word.startswith("--")} <= set(WORKER_OPTIONS), " ".join(command)
+        return
     target: Any = typer.main.get_command(APPS[command[0]])
     rest = command[1:]
     if rest and rest[0] in getattr(target, "commands", {}):
@@ -67,22 +74,22 @@ def parsed_options(command: list[str]) -> None:
 
 
 def test_every_command_and_option_exists() -> None:
-    ours = [command for command in commands() if command[0] in APPS]
-    assert {command[0] for command in ours} == set(APPS)
+    ours = [command for command in commands() if command[0] in COMMANDS]
+    assert {command[0] for command in ours} == COMMANDS
     for command in ours:
         parsed_options(command)
 
 
 def test_every_command_of_ours_is_installed() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    assert set(APPS) <= set(scripts)
+    assert set(scripts) >= COMMANDS
 
 
 def test_every_variable_is_one_that_a_command_reads() -> None:
     named = set()
     for path in [*DOCKERFILES, ROOT / "docker" / "compose.yaml", ROOT / "docker" / "README.md"]:
         named |= set(re.findall(r"\bHETIS_[A-Z_]+", path.read_text(encoding="utf-8")))
-    known = {"HETIS_STORE"}  # a setting of the planner's configuration
+    known = {"HETIS_STORE", HETIS_WORKER_KEY, *WORKER_OPTIONS.values()}  # the first: of the planner's configuration
     for app in APPS.values():
         group = typer.main.get_command(app)
         for command in (group, *getattr(group, "commands", {}).values()):

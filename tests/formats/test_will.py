@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hetis.formats.errors import DocumentError
@@ -105,6 +107,28 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
 
 def test_a_wish_that_is_said_twice_is_one() -> None:
     assert read_will(["replicas=2", "replicas=2..2"], [], CLUSTER) == (Replicas(least=2, most=2),)
+
+
+def test_the_only_node_of_a_counted_group_has_two_names() -> None:
+    counted = replace(make_node("n0", "A", gpus=2), numbered=True)
+    cluster = make_problem([counted, make_node("n1", "B")]).cluster
+    node, gpu = of(Unit.NODE, "n0-0"), of(Unit.GPU, "n0-0/1")
+    wishes = read_will(["node=n0", "node=n0-0:as=worker"], ["gpu=n0/1", "node=n0:as=prefill"], cluster)
+    assert wishes == (
+        LeaveOut(gpus=gpu),
+        Keep(gpus=node, duty=Duty.PREFILL, only=False),
+        Use(gpus=node, least=1),
+        Keep(gpus=node, duty=Duty.WORKER, only=True),
+    )
+    assert will_from_texts(map(str, wishes), cluster) == wishes
+    with pytest.raises(DocumentError, match="has no node a"):  # which of the two is meant?
+        read_will(["node=a"], [], CLUSTER)
+
+
+def test_a_name_that_a_node_has_means_that_node() -> None:
+    pair, confusing = make_node("a", "A", nodes=2), replace(make_node("a-0", "B"), numbered=True)
+    cluster = make_problem([pair, confusing]).cluster
+    assert read_will(["node=a-0"], [], cluster) == (Use(gpus=of(Unit.NODE, "a-0"), least=1),)
 
 
 def test_a_plan_with_a_wish_that_is_none_is_refused() -> None:

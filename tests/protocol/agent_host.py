@@ -15,7 +15,7 @@ from hetis.runtime.agent.devices.simulated import SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory
 from hetis.runtime.agent.metrics import AgentMetrics
 from hetis.runtime.agent.sources import executor_reports
-from hetis.runtime.agent.stream import PlannerStream, TakenOverError
+from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.agent_service_pb2 import AgentCapability
 from tests.planner.fleet.samples import CLUSTER
 from tests.protocol.engine_host import EngineHost
@@ -102,16 +102,7 @@ class AgentHost:
         address = Address(self._network, self.node)
         self._stream = PlannerStream(address, daemon, Waiting(self._seed))  # type: ignore[arg-type]
         self.is_dead = False
-        self._running = asyncio.get_running_loop().create_task(
-            self._run(daemon, self._stream), name=f"agent of {self.node}"
-        )
-
-    async def _run(self, daemon: AgentDaemon, stream: PlannerStream) -> None:
-        try:
-            await daemon.run(stream)
-        except TakenOverError:
-            if not self.is_dead:
-                raise
+        self._running = asyncio.get_running_loop().create_task(daemon.run(self._stream), name=f"agent of {self.node}")
 
     def kill(self) -> None:
         """-9: at once. What it has said so far arrives if ``its_words_arrive``."""

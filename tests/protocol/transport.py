@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 
+from hetis.formats.endpoints import Endpoint, LeaderSearch
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import Fleet
 from hetis.planner.service import identity, statuses
@@ -286,7 +287,10 @@ class Address:
     def __init__(self, network: Network, node: str) -> None:
         self._network, self._node = network, node
 
-    def channel(self) -> Any:
+    def search(self) -> LeaderSearch:
+        return LeaderSearch(("127.0.0.1:1",), lambda _: False, lambda _: (Endpoint("127.0.0.1:1"),))
+
+    def channel(self, _: Endpoint) -> Any:
         return _Channel(self._network, self._node)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -60,7 +60,8 @@ def test_average_contents_take_the_seconds_of_the_cost_model(
             tokens = np.multiply(groups, moments.resident_context)
             attention = workers.attention_s(workers.device_seconds(groups, tokens), groups)
             shipped = np.where(groups > 0, C * stage.pool.head_groups / stage.pool.cards, 0.0)
-            with_chunk += timing.layers * (attention + workers.ship_s(shipped))
+            layer_s = (with_chunk - timing.beside_layers_s(b + C, b + 1)) / timing.layers
+            with_chunk += timing.layers * (attention + workers.late_s(shipped, groups, layer_s + attention))
             plain += timing.layers * attention
         expected = stage_seconds(setting, stage, is_first=is_first, is_last=is_last)
         assert setting.per_request(with_chunk, plain) == pytest.approx(expected, rel=1e-9)

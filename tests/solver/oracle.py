@@ -2,7 +2,7 @@
 
 Every role, every sequence of stages that the fleet could hold, every split of the layers, every (b, M, C), then every
 set of replicas that packs into the nodes, with the KV flows between its zones as a linear program of its own. Rates and
-bytes come from the checker's own derivation, so that the oracle shares nothing with the search.
+bytes are those of `arithmetic.py`, so that the oracle shares nothing with search or checker.
 
 Not covered, and refused: explicit links between nodes; zone links so slow that the activations of replicas over several
 zones bind. KV may bind.
@@ -17,22 +17,10 @@ from dataclasses import dataclass, replace
 
 from scipy.optimize import linprog
 
-from hetis.solver.check.claims import Rederivation
-from hetis.solver.check.fleet import slowest
-from hetis.solver.check.memory import rank_bytes, worker_bytes
-from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
-from hetis.solver.check.shape import PoolShape, StageShape
-from hetis.solver.check.timing import (
-    chunk_seconds,
-    landing_seconds,
-    slack,
-    stage_seconds,
-    tpot_per_t,
-    ttft_round_trips,
-)
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
+from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +40,7 @@ class StageOption:
     """A stage without its layers. ``groups`` are the sizes of the device groups it takes of each class."""
 
     device_class: DeviceClass
-    shape: StageShape  # layers and hop link to be filled in
+    shape: Stage  # layers and hop link to be filled in
     groups: tuple[tuple[DeviceClass, int], ...]  # (class, GPUs that must share a node), pool cards one by one
 
 
@@ -201,11 +189,10 @@ def best_replica_of_need(
 ) -> dict[Wanted, BestReplica]:
     """The best single replica for everything it may do and take of the fleet."""
     options = [option for option in stage_options(problem, nodes) if may_be(option)]
-    rederivation = Rederivation(problem)
     replicas = dict[Wanted, BestReplica]()
     zones = {device_class.zone for device_class in nodes}
     for role, b, M, C in iterations(problem):
-        setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C, role=role)
+        setting = Numbers(problem, role=role, b=b, M=M, C=C)
         for span in subsets(zones):
             if role is not Role.UNIFIED and len(span) > 1:
                 continue
@@ -236,15 +223,15 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
         for n, c in itertools.product(family.tp_sizes, range(1, family.max_copies + 1)):
             if n > own.per_node or not divides(model, n):
                 continue
-            shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
+            shape = Stage(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
             groups = ((own, n),) * c
             yield StageOption(device_class=own, shape=shape, groups=groups)
             for other, p in itertools.product(nodes, range(1, family.max_pool // c + 1)):
                 if other.zone != own.zone or n > model.head_groups or p * c > other.per_node * nodes[other]:
                     continue
                 link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])
-                for k in range(1, head_groups_per_rank(model, n) + 1):
-                    pool = PoolShape(gpu=other.gpu, cards=p, head_groups=k, link=link)
+                for k in range(1, groups_of_rank(model, n) + 1):
+                    pool = Pool(gpu=other.gpu, cards=p, head_groups=k, link=link)
                     taken = groups + ((other, 1),) * (p * c)
                     yield StageOption(device_class=own, shape=replace(shape, pool=pool), groups=taken)
 
@@ -275,7 +262,7 @@ class ReplicaSearch:
     def __init__(
         self,
         problem: PlacementProblem,
-        setting: Setting,
+        setting: Numbers,
         nodes: Mapping[DeviceClass, int],
         options: list[StageOption],
         zones: tuple[str, ...],
@@ -297,7 +284,7 @@ class ReplicaSearch:
                 self.options.append(replace(option, shape=shape))
         shapes = [option.shape for option in self.options if option.shape.kv_link is not None]
         # Of all the ranks in the zone, whichever a replica uses: what it keeps of the TTFT limit for the last KV.
-        self.landing_s = max((landing_seconds(setting, s, s.kv_link) for s in shapes if s.kv_link), default=0.0)
+        self.landing_s = max((setting.landing_seconds(s, s.kv_link) for s in shapes if s.kv_link), default=0.0)
         self.seconds: dict[tuple[int, int, bool, bool], tuple[float, float] | None] = {}
         self.possible: dict[Need, list[tuple[int, Need]]] = {}
 
@@ -329,7 +316,7 @@ class ReplicaSearch:
                     continue
                 longer = Begun(layers=done, need=need, copies=begun.copies + copies, fewest=fewest, most=most)
                 u, chunk_s = stage_s
-                uneven = chunk_s * self.setting.iterations / u if self.setting.in_flight == 1 else chunk_s / copies
+                uneven = chunk_s * self.setting.n_it / u if self.setting.M == 1 else chunk_s / copies
                 yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
 
     def extremes(self, begun: Begun, held: int) -> tuple[int, int]:
@@ -357,7 +344,7 @@ class ReplicaSearch:
         if used != set(self.zones):
             return
         busiest_s, total_s, chunk = times
-        t_s = max(busiest_s, total_s / self.setting.in_flight)
+        t_s = max(busiest_s, total_s / self.setting.M)
         if t_s <= t_limit_s(self.setting, self.landing_s) and self.keeps_chunk_rule(replica.copies, t_s, chunk):
             hops = replica.copies - 1 if len(self.zones) > 1 else 0
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
@@ -367,12 +354,12 @@ class ReplicaSearch:
         setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True
-        trip_s, M = limit_s / ttft_round_trips(setting), setting.in_flight
+        trip_s, M = limit_s / setting.ttft_round_trips(), setting.M
         if M == 1:
             level = 1.0
             while level < chunk * (1 - 1e-9):
                 level *= 1.25
-            return t_s * level <= trip_s * setting.iterations * (1 + 1e-9)
+            return t_s * level <= trip_s * setting.n_it * (1 + 1e-9)
         return chunk * (M // 2 if 2 * copies <= M else M) <= trip_s * (1 + 1e-9)
 
     def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:
@@ -380,11 +367,11 @@ class ReplicaSearch:
         key = (number, layers, is_first, is_last)
         if key not in self.seconds:
             stage = replace(self.options[number].shape, layers=layers)
-            fits = fits_memory(self.setting, stage, is_first=is_first, is_last=is_last)
+            fits = self.setting.fits(stage, is_first=is_first, is_last=is_last)
             ends = {"is_first": is_first, "is_last": is_last}
             copies = 1 if math.isinf(self.most_copies) else int(self.most_copies)
-            u = (1 + slack(self.setting, stage, copies)) * stage_seconds(self.setting, stage, **ends)
-            seconds = (u, chunk_seconds(self.setting, stage, **ends))
+            u = (1 + self.setting.slack(stage, copies)) * self.setting.stage_seconds(stage, **ends)
+            seconds = (u, self.setting.chunk_seconds(stage, **ends))
             self.seconds[key] = seconds if fits else None
         return self.seconds[key]
 
@@ -405,24 +392,14 @@ def no_slower(one: Times, other: Times) -> bool:
     return all(a <= b for a, b in zip(one, other, strict=True))
 
 
-def fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> bool:
-    profiles = setting.problem.profiles
-    used = rank_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    if used > profiles[stage.gpu].usable_bytes:
-        return False
-    if stage.pool is None:
-        return True
-    return worker_bytes(setting, stage, stage.pool, is_first=is_first) <= profiles[stage.pool.gpu].usable_bytes
-
-
-def t_limit_s(setting: Setting, landing_s: float) -> float:
+def t_limit_s(setting: Numbers, landing_s: float) -> float:
     """The latency limits as a limit on t."""
     objective, limit = setting.problem.objective, math.inf
     if objective.tpot_limit_s is not None and setting.role is not Role.PREFILL:
-        limit = objective.tpot_limit_s / tpot_per_t(setting)
+        limit = objective.tpot_limit_s / setting.tpot_per_t()
     if objective.ttft_limit_s is not None and setting.role is not Role.DECODE:
-        round_trip_s = (objective.ttft_limit_s - landing_s) / ttft_round_trips(setting)
-        limit = min(limit, round_trip_s * setting.iterations / setting.in_flight)
+        round_trip_s = (objective.ttft_limit_s - landing_s) / setting.ttft_round_trips()
+        limit = min(limit, round_trip_s * setting.n_it / setting.M)
     return limit
 
 

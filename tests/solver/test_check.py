@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.cluster import Link, Network
+from hetis.solver.cluster import Link, Network, NodeGroup
 from hetis.solver.model import MoeShape
 from hetis.solver.plan import (
     AttentionWorkerPool,
@@ -80,6 +80,22 @@ def test_plan_may_claim_less_than_its_rate_where_links_are_uneven(share: float, 
     assert check_plan(plan_of(problem, replica, gap=gap), problem) == ()
 
 
+def test_a_plan_that_claims_less_than_its_rate_has_the_latency_that_it_claims() -> None:
+    problem = the_problem()
+    replica = claimed(unclaimed(A_STAGE, B_STAGE, pools=(C_POOL,)), problem, share=0.5)
+    derived = derived_of(replica, problem)
+    tpot_s, ttft_s = derived.t_s * derived.tpot_per_t, derived.ttft_s(derived.t_s)
+    assert replica.tpot_s == pytest.approx(2 * tpot_s)
+    for limits, expected in (
+        ((None, 1.5 * tpot_s), {Rule.TPOT_LIMIT}),
+        ((None, 2.1 * tpot_s), set()),
+        (((ttft_s + replica.ttft_s) / 2, None), {Rule.TTFT_LIMIT}),
+        ((1.01 * replica.ttft_s, None), set()),
+    ):
+        limited = replace(problem, objective=replace(problem.objective, ttft_limit_s=limits[0], tpot_limit_s=limits[1]))
+        assert rules(plan_of(limited, replica), limited) == expected
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.5, {Rule.RATE}), (1 - 1e-5, {Rule.RATE}), (1.0, set())])
 def test_plan_must_claim_its_rate_where_all_links_are_even(share: float, expected: set[Rule]) -> None:
     """Rate, value and bound all halved: nothing in the result gives it away."""
@@ -93,17 +109,39 @@ def test_plan_must_claim_its_rate_where_all_links_are_even(share: float, expecte
     assert rules(plan_of(uneven, claimed(replica, uneven, share=share), gap=0.0), uneven) == set()
 
 
-def test_equal_classes_of_two_node_groups_have_one_row_and_unequal_ones_two() -> None:
-    slow = Link(bytes_per_s=1e8, latency_s=1e-4)
-    for nic, num_rows in ((None, 1), (slow, 2)):
-        problem = make_problem([make_node("a", "A"), make_node("b", "A", nic=nic)])
-        replica = unclaimed(replace(A_STAGE, tp=1, num_layers=6, devices=("a/0",), kv_head_groups_kept=2), in_flight=1)
-        plan = plan_of(problem, claimed(replica, problem))
-        assert len(plan.prices) == num_rows
-        assert rules(plan, problem) == set()
-        merged = replace(plan.prices[0], available=2)
-        apart = tuple(replace(merged, available=1, used=used) for used in (1, 0))
-        assert rules(replace(plan, prices=(merged,) if num_rows == 2 else apart), problem) == {Rule.PRICES}
+SLOW = Link(bytes_per_s=1e8, latency_s=1e-4)
+
+
+def priced(node: NodeGroup, usd_per_hour: float) -> NodeGroup:
+    return replace(node, gpus=tuple(replace(slots, usd_per_hour=usd_per_hour) for slots in node.gpus))
+
+
+@pytest.mark.parametrize(
+    ("other", "num_rows"),
+    [
+        (make_node("b", "A"), 1),
+        (make_node("b", "A", nic=SLOW), 2),
+        (replace(make_node("b", "A"), intra_link=SLOW), 2),
+        (priced(make_node("b", "A"), 1.0), 1),  # the price of the type
+        (priced(make_node("b", "A"), 3.0), 2),
+    ],
+)
+@pytest.mark.parametrize("has_price", [True, False])
+def test_equal_classes_of_two_node_groups_have_one_row_and_unequal_ones_two(
+    other: NodeGroup, num_rows: int, has_price: bool
+) -> None:
+    problem = make_problem([make_node("a", "A"), other])
+    if not has_price:
+        free = {"A": replace(problem.cluster.gpu_types["A"], usd_per_hour=None)}
+        problem = replace(problem, cluster=replace(problem.cluster, gpu_types=free))
+        num_rows = 2 if other.gpus[0].usd_per_hour is not None else num_rows
+    replica = unclaimed(replace(A_STAGE, tp=1, num_layers=6, devices=("a/0",), kv_head_groups_kept=2), in_flight=1)
+    plan = plan_of(problem, claimed(replica, problem))
+    assert len(plan.prices) == num_rows
+    assert rules(plan, problem) == set()
+    merged = replace(plan.prices[0], available=2)
+    apart = tuple(replace(merged, available=1, used=used) for used in (1, 0))
+    assert rules(replace(plan, prices=(merged,) if num_rows == 2 else apart), problem) == {Rule.PRICES}
 
 
 def test_class_table_that_counts_right_is_sound() -> None:
@@ -403,18 +441,25 @@ def test_broken_replica_does_not_hide_the_next() -> None:
 # --- numbers worked by hand
 
 
-def token_profile(gpu: str, usable_bytes: int = 50_000_000) -> Profile:
-    """A millisecond per token of dense work, a microsecond per byte sent; the rest takes no time."""
-    pieces = {Op.DENSE: Piece(token_s=1e-3), Op.TRANSFER: Piece(byte_s=1e-6)}
+A_MICROSECOND_PER_BYTE = Piece(byte_s=1e-6)
+
+
+def token_profile(gpu: str, transfer: Piece = A_MICROSECOND_PER_BYTE) -> Profile:
+    """A millisecond per token of dense work, so much per byte sent; the rest takes no time."""
+    pieces = {Op.DENSE: Piece(token_s=1e-3), Op.TRANSFER: transfer}
     ops = (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE, Op.TRANSFER)
     fits = tuple(Fit(op=op, pieces=(pieces.get(op, Piece()),), provenance=MADE_UP) for op in ops)
-    return Profile(gpu=gpu, usable_bytes=usable_bytes, reserve_bytes=1_000_000, fits=fits)
+    return Profile(gpu=gpu, usable_bytes=50_000_000, reserve_bytes=1_000_000, fits=fits)
 
 
-def token_problem() -> PlacementProblem:
-    nodes = [make_node("a", "A", nodes=4)]
-    network = Network(default=Link(bytes_per_s=1e9, latency_s=0.01))
-    return make_problem(nodes, profiles={"A": token_profile("A")}, network=network, workload=make_workload((128, 40)))
+def token_problem(
+    bytes_per_s: float = 1e9, *, a: Piece = A_MICROSECOND_PER_BYTE, b: Piece = A_MICROSECOND_PER_BYTE
+) -> PlacementProblem:
+    """Four A and four B, whose messages take so long; a link's latency is 10 ms."""
+    nodes = [make_node("a", "A", nodes=4), make_node("b", "B", nodes=4)]
+    network = Network(default=Link(bytes_per_s=bytes_per_s, latency_s=0.01))
+    profiles = {"A": token_profile("A", a), "B": token_profile("B", b)}
+    return make_problem(nodes, profiles=profiles, network=network, workload=make_workload((128, 40)))
 
 
 WHOLE = replace(A_STAGE, tp=1, num_layers=6, devices=("a-0/0",), kv_head_groups_kept=2)
@@ -449,14 +494,42 @@ def test_attention_workers_take_the_time_worked_by_hand() -> None:
     pool = AttentionWorkerPool(stage=0, gpu="A", devices=("a-1/0", "a-2/0", "a-3/0"), kv_head_groups=1)
     derived = derived_of(unclaimed(stage, pools=(pool,), in_flight=1), token_problem())
     # r = 2 query heads of 64: e = (2 + 1) * 64 * 2 = 384 bytes; b k = 4 pairs: 4 * 2 * 384 = 3072 bytes: 3.072 ms, and
-    # the link's 10 ms there and back. A chunk ships 64 * 1 * 256 = 16384 bytes: 16.384 ms.
-    w_s = 0.168 + 10 * 0.023072 + 2 * 0.016384
+    # the link's 10 ms there and back. A chunk ships 64 * 1 * 256 = 16384 bytes in 16.384 ms: with the exchange less
+    # than the 68 ms and 23.072 ms that the layer takes anyhow.
+    w_s = 0.168 + 10 * 0.023072
     assert derived.t_s == pytest.approx(6 * w_s + 0.042)
     # The busiest of three cards holds 2 of the 4 requests, one of two groups, 256 bytes per token in 6 layers. One bin:
     # the context is 128 + 20 + 7.5 = 155.5 tokens; its variance is the growth's, 40^2 / 12. phi (64 + 64) = 25.6.
     kv_tokens = 4 * 155.5 + 1.645 * 2 * math.sqrt(1600 / 12) + 25.6
     workers = next(use for use in derived.memory if use.rule is Rule.WORKER_MEMORY)
     assert workers.num_bytes == pytest.approx(1e6 + 6 * 0.5 * kv_tokens * 256)
+    # The rank has its own group, and the prompts' part of the other one: later chunks attend to that.
+    layer = 2 * (256 * 64 * 12 + 3 * 256 * 512)
+    fixed = 1e6 + 68 * 2 * 2048 + 6 * layer + 2 * 512_000 + 16_000 + 6 * 256 * 25.6
+    rank = next(use for use in derived.memory if use.rule is Rule.RANK_MEMORY)
+    assert rank.num_bytes == pytest.approx(fixed + 6 * 256 * kv_tokens)
+    room = min((50e6 - fixed) / (6 * 256), 49e6 / (6 * 0.5 * 256))
+    assert derived.kv_tokens == pytest.approx(room)
+
+
+def test_kv_of_chunks_that_reaches_attention_workers_late_is_waited_for() -> None:
+    stage = replace(WHOLE, kv_head_groups_kept=0)
+    pool = AttentionWorkerPool(stage=0, gpu="B", devices=("b-0/0",), kv_head_groups=2)
+    one = unclaimed(stage, pools=(pool,), in_flight=1)
+    # Both groups of 64 tokens are 32768 bytes, the exchange of 8 pairs 6144 bytes and 20 ms of latency; the latter also
+    # in iterations without a chunk. A byte takes 10 us on the wire and 1 us beside it: 360.448 and 87.584 ms, together
+    # longer than 68 + 87.584 ms of computing.
+    w_s = 2 * (0.360448 + 0.087584) + 8 * (0.004 + 0.087584)
+    wired = Piece(byte_s=1e-6, wire=1.0)
+    assert derived_of(one, token_problem(1e5, a=wired, b=wired)).t_s == pytest.approx(6 * w_s + 0.042)
+    # So also where only the cards are slow, 10 us for a byte.
+    w_s = 2 * (0.32768 + 0.08144) + 8 * (0.004 + 0.08144)
+    slow_cards = token_problem(b=Piece(byte_s=1e-5))
+    assert derived_of(one, slow_cards).t_s == pytest.approx(6 * w_s + 0.042)
+    # Two such cards share it, 163.84 and 50.72 ms.
+    two = unclaimed(stage, pools=(replace(pool, devices=("b-0/0", "b-1/0")),), in_flight=1)
+    w_s = 2 * (0.16384 + 0.05072) + 8 * (0.004 + 0.05072)
+    assert derived_of(two, slow_cards).t_s == pytest.approx(6 * w_s + 0.042)
 
 
 def test_rank_holds_the_bytes_worked_by_hand() -> None:

@@ -395,6 +395,9 @@ def test_attention_workers_of_a_decode_replica_receive_their_groups_themselves()
     all_given = unclaimed(nothing_kept, pools=(one,), in_flight=1, role=Role.DECODE)
     # Nothing arrives at the stage; both groups of a prompt at the only card: 65.536 ms, less than 40 + 61.44 ms.
     assert derived_of(all_given, fast).t_s == pytest.approx(6 * 0.10144 + 0.04, rel=1e-6)
+    # P L G kvb bytes for one request, but 61,440 bytes of exchange take as long for each byte: a longer prompt.
+    long = replace(fast, workload=make_workload((512, 40)))
+    assert derived_of(all_given, long).t_s == pytest.approx(6 * 0.262144 + 0.04, rel=1e-6)
 
 
 def test_groups_held_by_several_ranks_travel_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -107,7 +108,7 @@ class ClusterDocument(Part):
     name: Title
     nodes: Annotated[list[NodePart], Field(min_length=1)]
     network: NetworkPart
-    gpu_types: dict[Title, GpuTypePart] = Field(default_factory=dict)
+    gpu_types: Annotated[dict[Title, GpuTypePart], Field(default_factory=dict, max_length=1000)]
 
 
 def load_cluster(path: str | os.PathLike[str]) -> Cluster:
@@ -161,12 +162,15 @@ def _to_cluster(document: ClusterDocument) -> Cluster:
     inline = {name: _gpu_type(name, part) for name, part in document.gpu_types.items()}
     used = dict.fromkeys(gpus.type for node in document.nodes for gpus in node.gpus)
     known = _catalogue_gpus()
-    return Cluster(
+    cluster = Cluster(
         name=document.name,
         node_groups=tuple(_node_group(node) for node in document.nodes),
         gpu_types={name: known[name] for name in used if name not in inline} | inline,
         network=_network(document.network),
     )
+    links = cluster.network.between_nodes.items()
+    named = {(cluster.node_named(a), cluster.node_named(b)): link for (a, b), link in links}
+    return replace(cluster, network=replace(cluster.network, between_nodes=named)) if named else cluster
 
 
 def _gpu_type(name: str, part: GpuTypePart) -> GpuType:

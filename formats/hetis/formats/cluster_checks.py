@@ -55,7 +55,14 @@ class _Nodes:
         self.counts = {name: count for name, node in named if (count := _count(node.get("count"))) is not None}
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self.single or self.group_of(name) is not None)
+        if not isinstance(name, str):
+            return False
+        called = self.called(name)
+        return called in self.single or self.group_of(called) is not None
+
+    def called(self, name: str) -> str:
+        """What the cluster calls the node: see `Cluster.node_named`."""
+        return f"{name}-0" if self.counts.get(name) == 1 and self.group_of(name) is None else name
 
     def group_of(self, name: str) -> str | None:
         """The numbered group that ``name`` is a node of."""
@@ -122,6 +129,9 @@ def _check_links(
     def unknown(name: str) -> str:
         return f"unknown {what} {shown(name)}{did_you_mean(name, suggestions)}"
 
+    def called(name: Any) -> Any:
+        return known.called(name) if isinstance(known, _Nodes) and isinstance(name, str) else name
+
     seen = dict[frozenset[str], str]()
     for i, link in enumerate(_list(part.get("links"))):
         between = [n for n in _list(_mapping(link).get("between")) if isinstance(n, str)]
@@ -130,22 +140,26 @@ def _check_links(
                 yield (*path, "links", i, "between", j), unknown(name)
         if len(between) != 2:
             continue
+        between = [called(name) for name in between]
         if what == "node" and between[0] == between[1]:
             yield (*path, "links", i, "between"), f"links {what} {between[0]!r} with itself"
         if frozenset(between) in seen:
             yield (*path, "links", i, "between"), f"duplicate link, first at {seen[frozenset(between)]}"
         seen.setdefault(frozenset(between), f"links[{i}]")
     matrix = _mapping(part.get("matrix"))
-    names = _list(matrix.get("names"))
+    names = [called(name) for name in _list(matrix.get("names"))]
+    first = dict[str, int]()
     for i, name in enumerate(names):
-        if isinstance(name, str) and name not in known:
+        if not isinstance(name, str):
+            continue
+        if name not in known:
             yield (*path, "matrix", "names", i), unknown(name)
-        if isinstance(name, str) and name in names[:i]:
+        if first.setdefault(name, i) != i:
             yield (*path, "matrix", "names", i), f"duplicate {what} {shown(name)}"
-        for j in range(i):
-            if seen and isinstance(name, str) and isinstance(names[j], str) and frozenset((name, names[j])) in seen:
-                where = seen[frozenset((name, names[j]))]
-                yield (*path, "matrix", "names", i), f"{names[j]} to {name} is given in {where} already"
+    for pair, where in seen.items():
+        if len(pair) == 2 and pair <= first.keys():
+            earlier, later = sorted(pair, key=first.__getitem__)
+            yield (*path, "matrix", "names", first[later]), f"{earlier} to {later} is given in {where} already"
     for field in ("bandwidth", "latency"):
         if isinstance(matrix.get(field), list):
             yield from _check_matrix(matrix[field], names, (*path, "matrix", field), diagonal=what == "zone")

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 from hetis.formats import units
 from hetis.formats.errors import shown
@@ -15,12 +27,40 @@ API_VERSION = "hetis/v1"
 UNLIMITED = "unlimited"  # a bandwidth
 
 
+PATIENCE = "patience"  # of the context of a validation
+
+
+@dataclass(slots=True, kw_only=True)
+class Patience:
+    """How many errors one validation looks for. What follows is passed over: nobody reads more, and each costs."""
+
+    most_errors: int
+    look_up: Callable[[], None]
+    num_errors: int = 0
+
+
 class Part(BaseModel):
     """A mapping of a document: no unknown fields, no conversion between types, no NaN or infinity."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _until_patience_ends(cls, data: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        patience: Patience | None = (info.context or {}).get(PATIENCE)
+        if patience is None:
+            return validate(data)
+        if patience.num_errors > patience.most_errors:
+            return cls.model_construct()  # of a document that is refused in any case
+        before = patience.num_errors
+        try:
+            return validate(data)
+        except ValidationError as error:
+            patience.look_up()
+            patience.num_errors = before + error.error_count()  # those of parts inside are among them
+            raise
 
 
 def _unit_field(parse: Callable[[str], Any], example: str, *, bare: bool = False) -> Callable[[object], Any]:

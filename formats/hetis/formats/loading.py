@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
-from hetis.formats.fields import API_VERSION
+from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, did_you_mean, shown, single_problem
+from hetis.formats.fields import API_VERSION, PATIENCE, Patience
 from hetis.formats.files import file_label, read_text
 from hetis.formats.positions import Text, parse_text
 from hetis.solver.errors import InvalidProblemError
@@ -48,7 +49,7 @@ def validated(
     """The solver value of ``data``, which must be a document of the given class.
 
     Raises:
-        DocumentError: with every problem of the document.
+        DocumentError: with every problem of the document, up to 100.
     """
     kind = document.__name__.removesuffix("Document")
     if not isinstance(data, dict):
@@ -56,13 +57,16 @@ def validated(
         raise single_problem(source.file, what)
     if "kind" in data and data["kind"] != kind:
         raise DocumentError([*source.problems, source.problem(("kind",), f"is {shown(data['kind'])}, expected {kind}")])
-    problems = list(source.problems)
+    problems = source.problems[: MAX_SHOWN + 1]
     parsed: DocumentT | None = None
+    patience = Patience(most_errors=MAX_SHOWN, look_up=source.bounds.look_up)
     try:
-        parsed = document.model_validate(data, context=dict(context or {}))
+        parsed = document.model_validate(data, context={**(context or {}), PATIENCE: patience})
     except ValidationError as error:
-        problems += [_problem(detail, document, data, source) for detail in error.errors(include_url=False)]
-    problems += [source.problem(path, message) for path, message in (check(data) if check else ())]
+        details = error.errors(include_url=False)[: MAX_SHOWN + 1]
+        problems += [_problem(detail, document, data, source) for detail in details]
+    found = check(data) if check is not None and len(problems) <= MAX_SHOWN else ()
+    problems += [source.problem(path, message) for path, message in islice(found, MAX_SHOWN + 1)]
     if parsed is not None and not problems:
         try:
             return to_value(parsed)

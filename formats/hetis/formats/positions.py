@@ -10,22 +10,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, single_problem
 
 MAX_DEPTH = 64  # nesting, aliases expanded
 MAX_NODES = 1_000_000  # values in a document, aliases expanded
+_MOST_EXPLAINED = 65_536  # characters that the pure Python parser reads to say why: it takes 50 times as long
+_EVENTS_PER_LOOK = 1024
 
 Path = Sequence[str | int]
 
 _INT = re.compile(r"[-+]?[0-9]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"')
 _WORDS = {"": None, "~": None} | {
     spelling: value
     for word, value in (("null", None), ("true", True), ("false", False))
@@ -46,6 +49,29 @@ class NotYamlError(DocumentError):
     """The text breaks the syntax of YAML."""
 
 
+def _go_on() -> None:
+    """Nobody ends the reading early."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How much a document may cost whoever reads it.
+
+    Attributes:
+        max_values: values in it; nothing beyond that is built.
+        max_yaml_values: the same where it is YAML, which takes ten times as long to read; aliases expanded.
+        look_up: called now and then while it is read; may raise, which ends the reading.
+    """
+
+    max_values: int = MAX_NODES
+    max_yaml_values: int = MAX_NODES
+    look_up: Callable[[], None] = _go_on
+
+
+UNHURRIED = Bounds()
+"""For files of whoever runs the command."""
+
+
 @dataclass(slots=True)
 class _Node:
     """A value and where it starts. ``items`` are the nodes inside; a mapping keeps its keys' nodes beside them."""
@@ -57,6 +83,17 @@ class _Node:
     keys: list[_Node] | None = None
     size: int = 1
     height: int = 1
+    places: dict[str, int] | None = None  # of the keys; made when a path is looked up
+
+    def place_of(self, part: str | int) -> int | None:
+        """Where the item of a key or a position stands; None: nowhere."""
+        if self.items is None:
+            return None
+        if self.keys is None:
+            return part if isinstance(part, int) and 0 <= part < len(self.items) else None
+        if self.places is None:
+            self.places = {key.scalar: place for place, key in reversed(list(enumerate(self.keys)))}
+        return self.places.get(part) if isinstance(part, str) else None
 
     def plain(self) -> Any:
         if self.items is None:
@@ -74,10 +111,14 @@ class Text:
     text: str | None  # None: the data did not come from text
     _root: _Node | None = None
     problems: list[Problem] = field(default_factory=list)
+    bounds: Bounds = UNHURRIED
 
     def locate(self, path: Path) -> tuple[int | None, int | None]:
         """Line and column of the value at ``path``, or of the closest one around it that exists."""
         if self._root is None and self.text is not None:
+            if _may_exceed(self.text, self.bounds.max_yaml_values):
+                self.text = None
+                return None, None
             try:  # JSON read by the fast way below
                 self._root = _Composer(self).compose()
             except DocumentError:
@@ -87,20 +128,12 @@ class Text:
             return None, None
         line, column = node.line, node.column
         for part in path:
-            if node.items is None:
+            place = node.place_of(part)
+            if place is None or node.items is None:
                 break
-            items = node.items
-            if node.keys is None:
-                if not (isinstance(part, int) and part < len(items)):
-                    break
-                node = items[part]
-                line, column = node.line, node.column
-            else:
-                index = next((i for i, key in enumerate(node.keys) if key.scalar == part), None)
-                if index is None:
-                    break
-                line, column = node.keys[index].line, node.keys[index].column
-                node = items[index]
+            where = node.items[place] if node.keys is None else node.keys[place]
+            line, column = where.line, where.column
+            node = node.items[place]
         return line, column
 
     def problem(self, path: Path, message: str) -> Problem:
@@ -109,7 +142,7 @@ class Text:
         return Problem(file=self.file, path=path_text(path), message=message, line=line, column=column)
 
 
-def parse_text(text: str, file: str) -> tuple[Any, Text]:
+def parse_text(text: str, file: str, bounds: Bounds = UNHURRIED) -> tuple[Any, Text]:
     """Plain data (dict, list, str, int, float, bool, None) of YAML or JSON, and the text that knows the positions.
 
     Duplicate keys do not stop the reading; they are left in ``Text.problems``. Numbers may be infinite or NaN in YAML.
@@ -117,9 +150,11 @@ def parse_text(text: str, file: str) -> tuple[Any, Text]:
     Raises:
         DocumentError: not YAML, more than one document, nested too deep, or too large once its aliases are expanded.
     """
-    source = Text(file=file, text=text)
+    source = Text(file=file, text=text, bounds=bounds)
     not_json: json.JSONDecodeError | None = None
     if text.lstrip()[:1] == "{":
+        if _may_exceed(text, bounds.max_values):
+            raise single_problem(file, f"is larger than {bounds.max_values} values")
         try:  # JSON proper is read many times faster this way; anything unusual takes the other, for its messages
             return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite), source
         except json.JSONDecodeError as error:
@@ -135,6 +170,17 @@ def parse_text(text: str, file: str) -> tuple[Any, Text]:
         raise single_problem(file, message, line=not_json.lineno, column=not_json.colno) from error
     source._root = root
     return root.plain(), source
+
+
+def _may_exceed(text: str, max_values: int) -> bool:
+    """Whether a text in braces holds more values; counted in no more time than it takes to look at it.
+
+    A value stands after a comma or an opening bracket; those inside quotes are left out where it matters.
+    """
+    if text.count(",") + text.count("[") + text.count("{") <= max_values:
+        return False
+    bare = _QUOTED.sub("", text)
+    return bare.count(",") + bare.count("[") + bare.count("{") > max_values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -157,39 +203,50 @@ class _Composer:
     def __init__(self, source: Text) -> None:
         self._source = source
         self._text = source.text or ""
+        self._bounds = source.bounds
         self._anchors: dict[str, _Node] = {}
         self._problems: list[Problem] = []
+        self._num_values = 0
 
     def compose(self) -> _Node:
         stack: list[tuple[_Node, str | None]] = []
         root: _Node | None = None
-        for event in _events(self._text, self._source.file):
-            node: _Node | None = None
-            line, column = event.start_mark.line + 1, event.start_mark.column + 1
-            if isinstance(event, yaml.DocumentStartEvent) and root is not None:
-                raise self._error(line, column, "holds several YAML documents, expected one")
-            if isinstance(event, yaml.ScalarEvent):
-                node = _Node(line, column, scalar=self._scalar(event))
-                self._remember(event.anchor, node)
-            elif isinstance(event, yaml.AliasEvent):
-                if event.anchor not in self._anchors:
-                    raise self._error(line, column, f"alias *{event.anchor} has no finished anchor before it")
-                node = self._anchors[event.anchor]
-            elif isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+        scalar, mapping_start, sequence_start = yaml.ScalarEvent, yaml.MappingStartEvent, yaml.SequenceStartEvent
+        for number, event in enumerate(_events(self._text, self._source.file)):
+            if not number % _EVENTS_PER_LOOK:
+                self._bounds.look_up()
+            kind = type(event)
+            if kind is scalar:
+                mark = event.start_mark
+                node = _Node(mark.line + 1, mark.column + 1, self._scalar(event))
+                if event.anchor is not None:
+                    self._anchors[event.anchor] = node
+            elif kind is mapping_start or kind is sequence_start:
+                line, column = event.start_mark.line + 1, event.start_mark.column + 1
                 self._check_tag(event.tag, line, column)
-                mapping = isinstance(event, yaml.MappingStartEvent)
-                stack.append((_Node(line, column, items=[], keys=[] if mapping else None), event.anchor))
+                stack.append((_Node(line, column, None, [], [] if kind is mapping_start else None), event.anchor))
                 if len(stack) > MAX_DEPTH:
                     raise self._error(line, column, f"is nested more than {MAX_DEPTH} levels deep")
-            elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+                continue
+            elif kind is yaml.MappingEndEvent or kind is yaml.SequenceEndEvent:
                 node, anchor = stack.pop()
                 self._finish(node)
-                self._remember(anchor, node)
-            if node is not None:
-                if stack:
-                    self._put(stack[-1][0], node)
-                else:
-                    root = node
+                if anchor is not None:
+                    self._anchors[anchor] = node
+            elif kind is yaml.AliasEvent:
+                if event.anchor not in self._anchors:
+                    message = f"alias *{event.anchor} has no finished anchor before it"
+                    raise self._error(event.start_mark.line + 1, event.start_mark.column + 1, message)
+                node = self._anchors[event.anchor]
+            elif kind is yaml.DocumentStartEvent and root is not None:
+                message = "holds several YAML documents, expected one"
+                raise self._error(event.start_mark.line + 1, event.start_mark.column + 1, message)
+            else:
+                continue
+            if stack:
+                self._put(stack[-1][0], node)
+            else:
+                root = node
         if root is None:
             raise single_problem(self._source.file, "is empty")
         self._source.problems = self._problems
@@ -205,31 +262,34 @@ class _Composer:
             return
         parent.items.append(node)
         parent.size += node.size
-        parent.height = max(parent.height, node.height + 1)
-        if parent.size > MAX_NODES or parent.height > MAX_DEPTH:
-            limit = f"{MAX_NODES} values" if parent.size > MAX_NODES else f"{MAX_DEPTH} levels of nesting"
+        if node.height >= parent.height:
+            parent.height = node.height + 1
+        self._num_values += 1
+        # Beside the size, which a collection hands on only when it ends: whatever is open is counted too.
+        most = self._bounds.max_yaml_values
+        if parent.size > most or self._num_values > most or parent.height > MAX_DEPTH:
+            limit = f"{MAX_DEPTH} levels of nesting" if parent.height > MAX_DEPTH else f"{most} values"
             raise self._error(node.line, node.column, f"is larger than {limit} once its aliases are expanded")
 
     def _finish(self, node: _Node) -> None:
         first_line: dict[str, int] = {}
         for key in node.keys or ():
-            if key.scalar in first_line:
+            if key.scalar in first_line and len(self._problems) <= MAX_SHOWN:
                 message = f"duplicate key {key.scalar!r}, first at line {first_line[key.scalar]}"
                 self._problems.append(self._problem(key.line, key.column, message))
             first_line.setdefault(key.scalar, key.line)
 
-    def _remember(self, anchor: str | None, node: _Node) -> None:
-        if anchor is not None:
-            self._anchors[anchor] = node
-
     def _scalar(self, event: yaml.ScalarEvent) -> Any:
-        mark: Any = event.start_mark
-        self._check_tag(event.tag, mark.line + 1, mark.column + 1)
+        if event.tag is not None:
+            mark: Any = event.start_mark
+            self._check_tag(event.tag, mark.line + 1, mark.column + 1)
         text: str = event.value
         if not event.implicit[0] or (event.tag or "").endswith(":str"):
             return text
         if text in _WORDS:
             return _WORDS[text]
+        if text[0] not in "+-.0123456789":
+            return text
         if _NOT_FINITE.fullmatch(text):  # refused by the field it is for, with its path
             return float(text.replace(".", ""))
         if _INT.fullmatch(text) and len(text) <= 300:
@@ -257,6 +317,8 @@ def _events(text: str, file: str) -> Iterator[Any]:
                 yield from yaml.parse(text, Loader=yaml.CSafeLoader)
                 return
             except yaml.YAMLError:
+                if len(text) > _MOST_EXPLAINED:
+                    raise
                 for _ in yaml.parse(text, Loader=yaml.SafeLoader):
                     pass
                 raise

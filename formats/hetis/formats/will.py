@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.solver.cluster import Cluster
@@ -53,7 +54,7 @@ def read_will(
     for option, texts, parse in ((FORBID, forbids, parse_forbid), (PIN, pins, parse_pin)):
         for text in texts:
             try:
-                wishes |= dict.fromkeys(parse(text))
+                wishes |= dict.fromkeys(_with_node_of(cluster, wish) for wish in parse(text))
             except ValueError as error:
                 problems.append(Problem(file=f"{option} {text}", message=str(error)))
     will = tuple(wishes)
@@ -82,6 +83,14 @@ def will_from_texts(texts: Iterable[str], cluster: Cluster) -> Will:
     if problems:
         raise DocumentError(problems)
     return read_will(by_option[PIN], by_option[FORBID], cluster)
+
+
+def _with_node_of(cluster: Cluster, wish: Wish) -> Wish:
+    """The same wish, the node called what the cluster calls it."""
+    if not isinstance(wish, LeaveOut | Keep | Use):
+        return wish
+    called = {Unit.NODE: cluster.node_named, Unit.GPU: cluster.device_named}.get(wish.gpus.unit, str)
+    return replace(wish, gpus=replace(wish.gpus, name=called(wish.gpus.name)))
 
 
 def parse_forbid(text: str) -> tuple[Wish, ...]:

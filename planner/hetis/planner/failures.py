@@ -23,13 +23,15 @@ _CODES = {
     ),
     grpc.StatusCode.NOT_FOUND: "NOT_FOUND CHANGE_UNKNOWN",
     grpc.StatusCode.ALREADY_EXISTS: "ALREADY_EXISTS REQUEST_ID_REUSED REQUEST_RUNNING",
-    grpc.StatusCode.ABORTED: "ETAG_MISMATCH ACTIVATION_IN_PROGRESS NODE_TAKEN_OVER CHANGE_CANCELLED",
+    grpc.StatusCode.ABORTED: "ETAG_MISMATCH ACTIVATION_IN_PROGRESS NODE_TAKEN_OVER NODE_IN_USE CHANGE_CANCELLED",
     grpc.StatusCode.FAILED_PRECONDITION: (
         "RESOURCE_IN_USE PLAN_STATE NO_EARLIER_PLAN INVENTORY_MISMATCH PLAN_CHECK_FAILED STALE_EPOCH"
         " GENERATION_MISMATCH PROTOCOL_VERSION PROTOCOL_VIOLATION ENGINE_IS_AUTHORITY DISPATCH_STATE_LOST"
         " REQUEST_NOT_RUNNING REQUEST_GONE NOT_OWNER DEVICE_UNAVAILABLE CHANGE_IN_FLIGHT CHANGE_PHASE"
     ),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "SOLVER_QUEUE_FULL KV_BLOCKS_EXHAUSTED MESSAGE_TOO_LARGE TOO_MANY_STREAMS",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (
+        "SOLVER_QUEUE_FULL KV_BLOCKS_EXHAUSTED MESSAGE_TOO_LARGE TOO_MANY_STREAMS QUOTA_EXCEEDED"
+    ),
     grpc.StatusCode.UNAVAILABLE: "NOT_LEADER DRAINING STORE_UNAVAILABLE ENGINE_UNREACHABLE COPY_FAILED",
     grpc.StatusCode.DEADLINE_EXCEEDED: "PREPARE_EXPIRED",
     grpc.StatusCode.UNAUTHENTICATED: "CREDENTIALS",
@@ -90,6 +92,16 @@ def etag_mismatch(name: str, *, given: str, present: str) -> ServiceError:
         Reason.ERROR_REASON_ETAG_MISMATCH,
         f"{name} has changed: its etag is {present}, the call says {given}; read it again and decide again",
         metadata={"name": name, "etag": present},
+    )
+
+
+def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry_after_s: float) -> ServiceError:
+    """One caller has used up what one caller may have."""
+    return ServiceError(
+        Reason.ERROR_REASON_QUOTA_EXCEEDED,
+        message,
+        metadata={"caller": caller, "quota": quota, "limit": f"{limit:g}"},
+        retry_after_s=retry_after_s,
     )
 
 

@@ -145,14 +145,15 @@ def faults_of(
     known = {device.name for device in problem.cluster.devices()}
     problems, faults = [], []
     for event in events:
-        if event.device not in known:
+        device = problem.cluster.device_named(event.device)
+        if device not in known:
             near = did_you_mean(event.device, known) if len(known) <= 10_000 else ""
             problems.append(Problem(file=source, message=f"no device {event.device[:80]!r} in the cluster{near}"))
-        elif event.device not in used:
-            message = f"{event.device} is not used by the plan: its failing would change nothing"
+        elif device not in used:
+            message = f"{device} is not used by the plan: its failing would change nothing"
             problems.append(Problem(file=source, message=message))
         else:
-            faults.append(Fault(at_s=event.at_s, device=event.device, joins=event.joins))
+            faults.append(Fault(at_s=event.at_s, device=device, joins=event.joins))
     if problems:
         raise DocumentError(problems)
     return tuple(faults)

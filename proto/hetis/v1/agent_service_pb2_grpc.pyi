@@ -43,9 +43,11 @@ class AgentServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AgentServiceAsyncStub: ...
     ConnectNode: _grpc.StreamStreamMultiCallable[_agent_service_pb2.ConnectNodeRequest, _agent_service_pb2.ConnectNodeResponse]
     """The one stream of a node. The first message of the agent is a Hello, the first of the planner a Welcome. A second
-    stream of the same node ends the first with NODE_TAKEN_OVER. Role agent, for its own node. Fails with NOT_FOUND
-    (the cluster), PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER,
-    WRONG_NODE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect with full jitter, 0.5 to 30 s.
+    stream of the same run of the agent (`boot_id`) ends the first with NODE_TAKEN_OVER; one of another run is refused
+    with NODE_IN_USE while the first is heard. Role agent, for its own node. Fails with NOT_FOUND (the cluster),
+    PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the
+    one that it names), WRONG_NODE, NODE_IN_USE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect
+    with full jitter, 0.5 to 30 s.
     """
 
 @_typing.type_check_only
@@ -63,9 +65,11 @@ class AgentServiceAsyncStub(AgentServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ConnectNode: _aio.StreamStreamMultiCallable[_agent_service_pb2.ConnectNodeRequest, _agent_service_pb2.ConnectNodeResponse]  # type: ignore[assignment]
     """The one stream of a node. The first message of the agent is a Hello, the first of the planner a Welcome. A second
-    stream of the same node ends the first with NODE_TAKEN_OVER. Role agent, for its own node. Fails with NOT_FOUND
-    (the cluster), PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER,
-    WRONG_NODE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect with full jitter, 0.5 to 30 s.
+    stream of the same run of the agent (`boot_id`) ends the first with NODE_TAKEN_OVER; one of another run is refused
+    with NODE_IN_USE while the first is heard. Role agent, for its own node. Fails with NOT_FOUND (the cluster),
+    PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the
+    one that it names), WRONG_NODE, NODE_IN_USE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect
+    with full jitter, 0.5 to 30 s.
     """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -86,9 +90,11 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_agent_service_pb2.ConnectNodeResponse], _abc.AsyncIterator[_agent_service_pb2.ConnectNodeResponse]]:
         """The one stream of a node. The first message of the agent is a Hello, the first of the planner a Welcome. A second
-        stream of the same node ends the first with NODE_TAKEN_OVER. Role agent, for its own node. Fails with NOT_FOUND
-        (the cluster), PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER,
-        WRONG_NODE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect with full jitter, 0.5 to 30 s.
+        stream of the same run of the agent (`boot_id`) ends the first with NODE_TAKEN_OVER; one of another run is refused
+        with NODE_IN_USE while the first is heard. Role agent, for its own node. Fails with NOT_FOUND (the cluster),
+        PROTOCOL_VERSION, PROTOCOL_VIOLATION, STALE_EPOCH (the agent has seen a newer planner), NOT_LEADER (connect to the
+        one that it names), WRONG_NODE, NODE_IN_USE, NODE_TAKEN_OVER; ends with UNAVAILABLE when the planner goes: reconnect
+        with full jitter, 0.5 to 30 s.
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -664,6 +664,52 @@ class UndrainNodeResponse(_message.Message):
 Global___UndrainNodeResponse: _TypeAlias = UndrainNodeResponse  # noqa: Y015
 
 @_typing.final
+class DisconnectNodeRequest(_message.Message):
+    """Request of DisconnectNode."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`clusters/{cluster}/nodes/{node}`. Required."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DisconnectNodeRequest: _TypeAlias = DisconnectNodeRequest  # noqa: Y015
+
+@_typing.final
+class DisconnectNodeResponse(_message.Message):
+    """Response of DisconnectNode."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def node(self) -> _cluster_pb2.Node:
+        """The node, without its agent. Always set."""
+
+    def __init__(
+        self,
+        *,
+        node: _cluster_pb2.Node | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DisconnectNodeResponse: _TypeAlias = DisconnectNodeResponse  # noqa: Y015
+
+@_typing.final
 class GetReplicaRequest(_message.Message):
     """Request of GetReplica."""
 

@@ -91,6 +91,11 @@ class ClusterServiceStub:
                 request_serializer=hetis_dot_v1_dot_cluster__service__pb2.UndrainNodeRequest.SerializeToString,
                 response_deserializer=hetis_dot_v1_dot_cluster__service__pb2.UndrainNodeResponse.FromString,
                 _registered_method=True)
+        self.DisconnectNode = channel.unary_unary(
+                '/hetis.v1.ClusterService/DisconnectNode',
+                request_serializer=hetis_dot_v1_dot_cluster__service__pb2.DisconnectNodeRequest.SerializeToString,
+                response_deserializer=hetis_dot_v1_dot_cluster__service__pb2.DisconnectNodeResponse.FromString,
+                _registered_method=True)
         self.GetReplica = channel.unary_unary(
                 '/hetis.v1.ClusterService/GetReplica',
                 request_serializer=hetis_dot_v1_dot_cluster__service__pb2.GetReplicaRequest.SerializeToString,
@@ -200,6 +205,15 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DisconnectNode(self, request, context):
+        """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+        credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+        connected as it).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetReplica(self, request, context):
         """One replica. Role viewer. Fails with NOT_FOUND.
         """
@@ -285,6 +299,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.UndrainNode,
                     request_deserializer=hetis_dot_v1_dot_cluster__service__pb2.UndrainNodeRequest.FromString,
                     response_serializer=hetis_dot_v1_dot_cluster__service__pb2.UndrainNodeResponse.SerializeToString,
+            ),
+            'DisconnectNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DisconnectNode,
+                    request_deserializer=hetis_dot_v1_dot_cluster__service__pb2.DisconnectNodeRequest.FromString,
+                    response_serializer=hetis_dot_v1_dot_cluster__service__pb2.DisconnectNodeResponse.SerializeToString,
             ),
             'GetReplica': grpc.unary_unary_rpc_method_handler(
                     servicer.GetReplica,
@@ -606,6 +625,33 @@ class ClusterService:
             '/hetis.v1.ClusterService/UndrainNode',
             hetis_dot_v1_dot_cluster__service__pb2.UndrainNodeRequest.SerializeToString,
             hetis_dot_v1_dot_cluster__service__pb2.UndrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DisconnectNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hetis.v1.ClusterService/DisconnectNode',
+            hetis_dot_v1_dot_cluster__service__pb2.DisconnectNodeRequest.SerializeToString,
+            hetis_dot_v1_dot_cluster__service__pb2.DisconnectNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,11 @@ class ClusterServiceStub:
     """
     UndrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.UndrainNodeRequest, _cluster_service_pb2.UndrainNodeResponse]
     """Takes a node into use again. Role orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    DisconnectNode: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.DisconnectNodeRequest, _cluster_service_pb2.DisconnectNodeResponse]
+    """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+    credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+    connected as it).
+    """
     GetReplica: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.GetReplicaRequest, _cluster_service_pb2.GetReplicaResponse]
     """One replica. Role viewer. Fails with NOT_FOUND."""
     ListReplicas: _grpc.UnaryUnaryMultiCallable[_cluster_service_pb2.ListReplicasRequest, _cluster_service_pb2.ListReplicasResponse]
@@ -115,6 +120,11 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """
     UndrainNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.UndrainNodeRequest, _cluster_service_pb2.UndrainNodeResponse]  # type: ignore[assignment]
     """Takes a node into use again. Role orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+    DisconnectNode: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.DisconnectNodeRequest, _cluster_service_pb2.DisconnectNodeResponse]  # type: ignore[assignment]
+    """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+    credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+    connected as it).
+    """
     GetReplica: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.GetReplicaRequest, _cluster_service_pb2.GetReplicaResponse]  # type: ignore[assignment]
     """One replica. Role viewer. Fails with NOT_FOUND."""
     ListReplicas: _aio.UnaryUnaryMultiCallable[_cluster_service_pb2.ListReplicasRequest, _cluster_service_pb2.ListReplicasResponse]  # type: ignore[assignment]
@@ -226,6 +236,17 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_service_pb2.UndrainNodeResponse, _abc.Awaitable[_cluster_service_pb2.UndrainNodeResponse]]:
         """Takes a node into use again. Role orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED."""
+
+    @_abc_1.abstractmethod
+    def DisconnectNode(
+        self,
+        request: _cluster_service_pb2.DisconnectNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_service_pb2.DisconnectNodeResponse, _abc.Awaitable[_cluster_service_pb2.DisconnectNodeResponse]]:
+        """Ends the stream of the agent that is connected as a node; whichever agent comes next is let in: for a node whose
+        credentials somebody else uses. Revoke those first. Role admin. Fails with NOT_FOUND (no such node, or no agent is
+        connected as it).
+        """
 
     @_abc_1.abstractmethod
     def GetReplica(

@@ -68,6 +68,7 @@ class Document(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     SOURCE_NAME_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     kind: Global___DocumentKind.ValueType
     """What the document holds. UNSPECIFIED on input: read from the document's own `kind`; otherwise both must agree."""
     content: _builtins.bytes
@@ -82,6 +83,11 @@ class Document(_message.Message):
     """Output only. `sha256:` and the hexadecimal SHA-256 of the self-contained document in canonical JSON: equal values
     have equal digests however they were written. Empty on input, where it is ignored.
     """
+    text: _builtins.bytes
+    """Output only. The text as it was written, byte for byte with its comments, where content is made of it (clusters and
+    profiles). Empty where content is the text itself, where both together are larger than 3.5 MiB, and in an answer
+    whose view leaves content out. Empty on input, where it is ignored.
+    """
     def __init__(
         self,
         *,
@@ -89,10 +95,11 @@ class Document(_message.Message):
         content: _builtins.bytes = ...,
         source_name: _builtins.str = ...,
         digest: _builtins.str = ...,
+        text: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "digest", b"digest", "kind", b"kind", "source_name", b"source_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "digest", b"digest", "kind", b"kind", "source_name", b"source_name", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

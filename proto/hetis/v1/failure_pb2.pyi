@@ -80,11 +80,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     generation.
     """
     ERROR_REASON_NOT_LEADER: _ErrorReason.ValueType  # 62
-    """[UNAVAILABLE] This planner does not lead; retry, elsewhere if a leader is named. Keys: leader (absent: unknown)."""
+    """[UNAVAILABLE] This planner does not lead; retry, elsewhere if a leader is named. Keys: leader (for people; absent:
+    unknown), leader_address (where it is reached, several with commas between them), changed (`unknown`: its term ended
+    while the change was made; repeat it with the same request_id. Absent: nothing was changed).
+    """
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 63
     """[UNAVAILABLE] This planner is shutting down; retry."""
     ERROR_REASON_NODE_TAKEN_OVER: _ErrorReason.ValueType  # 64
-    """[ABORTED] A newer stream of the same node took over; do not reconnect. Keys: node."""
+    """[ABORTED] A newer stream of the same agent took over, or an admin ended this one; reconnect with backoff. Keys: node."""
     ERROR_REASON_PROTOCOL_VERSION: _ErrorReason.ValueType  # 65
     """[FAILED_PRECONDITION] The peers share no protocol version. Keys: protocol_version, min_version, max_version."""
     ERROR_REASON_PROTOCOL_VIOLATION: _ErrorReason.ValueType  # 66
@@ -95,6 +98,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 68
     """[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 69
+    """[RESOURCE_EXHAUSTED] The caller has used up what one caller may have (changes a second, searches that run or wait);
+    others go on. Retry after RetryInfo; QuotaFailure says the same. Keys: caller, quota, limit.
+    """
+    ERROR_REASON_NODE_IN_USE: _ErrorReason.ValueType  # 72
+    """[ABORTED] Another agent is connected as the node, and was heard lately; reconnect with backoff. Keys: node."""
     ERROR_REASON_ENGINE_IS_AUTHORITY: _ErrorReason.ValueType  # 80
     """[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
     ERROR_REASON_DISPATCH_STATE_LOST: _ErrorReason.ValueType  # 81
@@ -198,11 +207,14 @@ ERROR_REASON_GENERATION_MISMATCH: ErrorReason.ValueType  # 61
 generation.
 """
 ERROR_REASON_NOT_LEADER: ErrorReason.ValueType  # 62
-"""[UNAVAILABLE] This planner does not lead; retry, elsewhere if a leader is named. Keys: leader (absent: unknown)."""
+"""[UNAVAILABLE] This planner does not lead; retry, elsewhere if a leader is named. Keys: leader (for people; absent:
+unknown), leader_address (where it is reached, several with commas between them), changed (`unknown`: its term ended
+while the change was made; repeat it with the same request_id. Absent: nothing was changed).
+"""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 63
 """[UNAVAILABLE] This planner is shutting down; retry."""
 ERROR_REASON_NODE_TAKEN_OVER: ErrorReason.ValueType  # 64
-"""[ABORTED] A newer stream of the same node took over; do not reconnect. Keys: node."""
+"""[ABORTED] A newer stream of the same agent took over, or an admin ended this one; reconnect with backoff. Keys: node."""
 ERROR_REASON_PROTOCOL_VERSION: ErrorReason.ValueType  # 65
 """[FAILED_PRECONDITION] The peers share no protocol version. Keys: protocol_version, min_version, max_version."""
 ERROR_REASON_PROTOCOL_VIOLATION: ErrorReason.ValueType  # 66
@@ -213,6 +225,12 @@ Retry, changes with the same request_id. Keys: changed (`no`, or `unknown` when 
 """
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 68
 """[RESOURCE_EXHAUSTED] The caller has as many streams open as it may have; end one first. Keys: max_streams."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 69
+"""[RESOURCE_EXHAUSTED] The caller has used up what one caller may have (changes a second, searches that run or wait);
+others go on. Retry after RetryInfo; QuotaFailure says the same. Keys: caller, quota, limit.
+"""
+ERROR_REASON_NODE_IN_USE: ErrorReason.ValueType  # 72
+"""[ABORTED] Another agent is connected as the node, and was heard lately; reconnect with backoff. Keys: node."""
 ERROR_REASON_ENGINE_IS_AUTHORITY: ErrorReason.ValueType  # 80
 """[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
 ERROR_REASON_DISPATCH_STATE_LOST: ErrorReason.ValueType  # 81

@@ -124,8 +124,11 @@ class PoolCopy:
 
     # --- time
 
-    def seconds(self, loads: Sequence[PoolLoad], batches: Sequence[MicroBatch]) -> float:
-        """Attention and shipping of one iteration that carries these micro-batches, in all layers."""
+    def seconds(self, loads: Sequence[PoolLoad], batches: Sequence[MicroBatch], layers_s: float) -> float:
+        """Attention of one iteration that carries these micro-batches, in all layers, and what shipping KV adds.
+
+        The layers take ``layers_s`` for everything else.
+        """
         groups, tokens = loads[0].groups, loads[0].tokens
         for load in loads[1:]:
             groups, tokens = groups + load.groups, tokens + load.tokens
@@ -139,7 +142,7 @@ class PoolCopy:
                 here = np.multiply(self.homes[request], float(num))
                 chunk = here if chunk is None else np.add(chunk, here)
         if chunk is not None:
-            total += timing.ship_s(chunk)
+            total += timing.late_s(chunk, groups, layers_s / timing.layers + total)
         return timing.layers * total
 
     def after_others(self, start_s: float, end_s: float, load: PoolLoad) -> float:

@@ -132,6 +132,7 @@ class Builder:
             micro_batch=one.micro_batch,
             in_flight=one.in_flight,
             chunk_tokens=one.chunk_tokens,
+            role=one.role,
         )
         rank_bytes = rank_room_bytes(setting, stage_shape, is_first=is_first, is_last=is_last)
         copies = []

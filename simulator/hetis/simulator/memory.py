@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.solver.check.memory import rank_fixed_bytes
+from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import StageShape
 from hetis.solver.model import ModelSpec
@@ -10,9 +10,13 @@ from hetis.solver.problem import PlacementProblem
 
 
 def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Bytes that a rank has for KV, beside weights, activations and what the engine keeps."""
+    """Bytes that a rank has for KV in blocks, beside weights, activations and what the engine keeps.
+
+    Where a pool has some of the head groups, the rank still keeps those of the prompts under way: set aside as planned.
+    """
     usable = setting.problem.profiles[shape.gpu].usable_bytes
-    return max(0.0, usable - rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last))
+    taken = rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last)
+    return max(0.0, usable - taken - rank_prompt_bytes(setting, shape, is_first=is_first))
 
 
 def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:

@@ -77,7 +77,8 @@ class Apart:
             for stage, load in batch.loads.items():
                 pool = batch.copies[stage].pool
                 assert pool is not None
-                batch.seconds[stage] += pool.seconds([load], [batch])
+                beside_s = batch.copies[stage].timing.beside_layers_s(decoding + tokens, rows)
+                batch.seconds[stage] += pool.seconds([load], [batch], batch.seconds[stage] - beside_s)
         self._arrive(now_s, batch, 0)
 
     def _arrive(self, now_s: float, batch: MicroBatch, stage: int) -> None:
@@ -126,7 +127,9 @@ class Greedy:
         together = parts[0] if len(parts) == 1 else tuple(map(sum, zip(*parts, strict=True)))
         seconds = copy.timing.seconds(*together)
         if copy.pool is not None:
-            seconds += copy.pool.seconds([batch.loads[copy.stage] for batch in copy.serving], copy.serving)
+            decoding, _, tokens, _, _, rows = together
+            layers_s = seconds - copy.timing.beside_layers_s(decoding + tokens, rows)
+            seconds += copy.pool.seconds([batch.loads[copy.stage] for batch in copy.serving], copy.serving, layers_s)
         copy.free_s = now_s + seconds
         copy.busy_s += seconds
         if self._traced:

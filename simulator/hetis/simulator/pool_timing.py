@@ -58,13 +58,21 @@ class PoolTiming:
                 slowest = max(slowest, seconds + max(sending, _most(self._receive, pairs * self._pair_bytes)))
         return max(own_s, slowest + self._latency_s)
 
-    def ship_s(self, chunk: FloatArray) -> float:
-        """Per layer: KV of a chunk on its way to the pool, ``chunk`` (token, group) pairs per device [D]."""
-        total = float(chunk[1:].sum())
-        if not total:
-            return 0.0
-        most = float(chunk[1:].max())
+    def late_s(self, chunk: FloatArray, groups: IntArray, layer_s: float) -> float:
+        """What the KV of a chunk adds to a layer that takes ``layer_s``: it is sent beside it, over the link on which
+        the exchange takes its turns. ``chunk`` are (token, group) pairs per device [D]."""
+        return max(0.0, self._ship_s(chunk) + self._exchange_s(groups) - layer_s) if chunk[1:].any() else 0.0
+
+    def _ship_s(self, chunk: FloatArray) -> float:
+        total, most = float(chunk[1:].sum()), float(chunk[1:].max())
         return max(_most(self._send, total * self._token_bytes), _most(self._receive, most * self._token_bytes))
+
+    def _exchange_s(self, groups: IntArray) -> float:
+        away, most = int(groups[1:].sum()), int(groups[1:].max())
+        if not away:
+            return 0.0
+        sending = _most(self._send, away * self._pair_bytes)
+        return max(sending, _most(self._receive, most * self._pair_bytes)) + self._latency_s
 
     def move_byte_s(self, devices: int) -> FloatArray:
         """Seconds per byte of KV that moves in or out, [D]."""

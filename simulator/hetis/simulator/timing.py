@@ -94,11 +94,19 @@ class StageTiming:
                     most = piece
             total += most
         if self._is_last:
-            head = self._head.get(rows)
-            if head is None:
-                head = self._head[rows] = self.cost.head_s(rows)
-            total += head
+            total += self._head_s(rows)
         return total
+
+    def beside_layers_s(self, tokens: int, rows: int) -> float:
+        """The part of `seconds` that no layer takes: the hop, the engine's step, the LM head."""
+        seconds = self.cost.step_s(tokens) + (self._head_s(rows) if self._is_last else 0.0)
+        return seconds + (0.0 if self._is_first else self.cost.hop_s(tokens, self.shape.hop_link))
+
+    def _head_s(self, rows: int) -> float:
+        head = self._head.get(rows)
+        if head is None:
+            head = self._head[rows] = self.cost.head_s(rows)
+        return head
 
     def _by_tokens(self, tokens: int) -> float:
         cost, (repeated, prefix) = self.cost, self._dense

@@ -139,6 +139,20 @@ class Cluster:
     def num_gpus(self) -> int:
         return sum(group.count * slots.count for group in self.node_groups for slots in group.gpus)
 
+    def node_named(self, name: str) -> str:
+        """The node that is meant by ``name``: a group that its file counts has a node ``name-0`` even if it is the only
+        one, and answers to ``name``, too. A name that means no node stays as it is."""
+        for group in self.node_groups:
+            if group.name == name and group.numbered and group.count == 1:
+                taken = any(name == other.node_name(i) for other in self.node_groups for i in range(other.count))
+                return name if taken else group.node_name(0)
+        return name
+
+    def device_named(self, name: str) -> str:
+        """The device that is meant by ``node/index``: see `node_named`."""
+        node, slash, index = name.partition("/")
+        return f"{self.node_named(node)}{slash}{index}" if slash else name
+
     def zones(self) -> tuple[str, ...]:
         """Zone names in order of appearance."""
         return tuple(dict.fromkeys(group.zone for group in self.node_groups))

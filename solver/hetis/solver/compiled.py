@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from numba import njit
+from numba import config, njit
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.types import unliteral
 
@@ -32,6 +32,8 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     """
 
     def kernel(function: Function) -> Function:
+        if config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: plain Python, to debug or to try many changes of the code
+            return function
         compiled: Any = njit  # whose types leave out `no_cfunc_wrapper`
         options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": fastmath, "no_cfunc_wrapper": True}
         dispatcher: Any = compiled(**options)(function)
@@ -39,7 +41,7 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
         load_or_compile = dispatcher.compile
 
         def compile_once(signature: Any) -> Any:
-            with _one_process(Path(dispatcher._cache.cache_path) / "kernels.lock"):
+            with _told(), _one_process(Path(dispatcher._cache.cache_path) / "kernels.lock"):
                 return load_or_compile(tuple(_type_of(argument) for argument in signature))
 
         dispatcher.compile = compile_once
@@ -56,7 +58,36 @@ def _type_of(argument: Any) -> Any:
 def is_cached(function: Callable[..., Any]) -> bool:
     """Whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
     kernel: Any = function
-    return bool(kernel._cache._cache_file._load_index())
+    return bool(config.DISABLE_JIT or kernel._cache._cache_file._load_index())
+
+
+Watcher = Callable[[bool], None]
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def compilations_told_to(watcher: Watcher) -> Iterator[None]:
+    """Calls ``watcher`` with True when a kernel is loaded or compiled, or waited for, and with False when that is done.
+
+    In the thread that does it, of which there may be several; kernels that a kernel calls are compiled inside of it.
+    """
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    told = list(_watchers)
+    for watcher in told:
+        watcher(True)
+    try:
+        yield
+    finally:
+        for watcher in told:
+            watcher(False)
 
 
 _held: set[Path] = set()  # by this process: a kernel's compilation compiles those that it calls

@@ -255,18 +255,33 @@ class PoolCost:
 
     def attention_s(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
         """worker + exchange of one iteration for k ``groups`` per rank on p ``cards``."""
-        shape, model = self.primary.shape, self.primary.model
-        load = self.load(micro_batch, groups, cards)
-        per_pair = shape.queries_per_group * model.exchange_bytes_per_head()
-        exchange = np.maximum(
-            self.primary.transfer_s(micro_batch * groups * shape.tp * per_pair, self.link),
-            self.worker.transfer_s(load * per_pair, self.link),
+        worker = self.worker.decode_attention_s(
+            self.load(micro_batch, groups, cards), self.primary.shape.queries_per_group
         )
-        worker = self.worker.decode_attention_s(load, shape.queries_per_group)
-        return worker + exchange + 2.0 * self.link.latency_s
+        return worker + self.exchange_s(micro_batch, groups, cards)
+
+    def exchange_s(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
+        """Queries to the cards and outputs back, of one iteration and layer."""
+        shape = self.primary.shape
+        per_pair = shape.queries_per_group * self.primary.model.exchange_bytes_per_head()
+        sent = np.maximum(
+            self.primary.transfer_s(micro_batch * groups * shape.tp * per_pair, self.link),
+            self.worker.transfer_s(self.load(micro_batch, groups, cards) * per_pair, self.link),
+        )
+        return sent + 2.0 * self.link.latency_s
+
+    def late_s(
+        self, micro_batch: Scalars, chunk_tokens: Scalars, groups: Scalars, cards: Scalars, layer_s: Scalars
+    ) -> Scalars:
+        """What shipping the KV of a chunk adds to a layer that computes for ``layer_s``.
+
+        It is sent while the next layer computes, over the link that the exchange takes its turn on.
+        """
+        on_link = self.ship_s(chunk_tokens, groups, cards) + self.exchange_s(micro_batch, groups, cards)
+        return np.maximum(0.0, on_link - layer_s)
 
     def ship_s(self, chunk_tokens: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
-        """KV of one prefill chunk sent to the pool."""
+        """KV of one prefill chunk sent to the pool, on the wire."""
         model = self.primary.model
         num_bytes = chunk_tokens * groups * self.primary.shape.tp * model.kv_bytes_per_token_group()
         return np.maximum(
@@ -289,7 +304,13 @@ def kv_tokens_per_copy(
     decoding = requests * model.cached_tokens(moments.resident_context) + spread
     if mix.role is Role.DECODE:
         return decoding + moments.mean_prompt  # one prompt whose KV is arriving
-    return decoding + micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
+    return decoding + prompt_tokens_per_copy(moments, mix, micro_batches)
+
+
+def prompt_tokens_per_copy(moments: WorkloadMoments, mix: Mix, micro_batches: int) -> float:
+    """Tpre: KV tokens of prompts under way. All their head groups stay on the stage until the last chunk is through,
+    for later chunks attend to them there: those of a pool, too."""
+    return micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
 
 
 class Regime(NamedTuple):

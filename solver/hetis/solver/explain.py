@@ -36,7 +36,7 @@ class StageTime:
     all_reduce_s: float
     prefill_attention_s: float
     decode_attention_s: float  # with a pool: the slower of both sides
-    transfer_s: float  # hops between stages and prefill KV shipped to a pool
+    transfer_s: float  # hops between stages, and prefill KV that reaches its pool after the layer is done
     head_s: float
     other_s: float
     kv_wait_s: float  # waiting for KV that leaves (prefill) or arrives (decode) slower than the layers compute

@@ -278,14 +278,59 @@ def test_an_agent_may_speak_for_its_own_node_only() -> None:
     run(body)
 
 
-def test_a_second_stream_of_a_node_ends_the_first() -> None:
+def test_an_agent_of_another_run_is_refused_while_the_first_is_heard() -> None:
+    """A replayed Hello, with a token of the whole cluster, ended the real agent for good."""
+
     async def body() -> None:
         async with planner() as (fleet, stub, _, _):
+            real, replayed = ModelAgent("a", Engines()), ModelAgent("a", Engines())
+            assert real.hello().hello.boot_id != replayed.hello().hello.boot_id
             first = stub.ConnectNode()
-            await first.write(ModelAgent("a", Engines()).hello())
+            await first.write(real.hello())
+            assert await _kind_of_next(first) == "welcome"
+            assert await _status_of(stub, replayed.hello()) == "NODE_IN_USE"
+            assert (fleet.counters.refusals, fleet.counters.takeovers) == (1, 0)
+            assert _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_READY
+            first.cancel()
+            await until(lambda: _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_SUSPECT)
+            second = stub.ConnectNode()  # the first is gone
+            await second.write(replayed.hello())
+            assert await _kind_of_next(second) == "welcome"
+            second.cancel()
+
+    run(body)
+
+
+def test_an_admin_ends_the_stream_of_an_agent_and_the_next_one_is_let_in() -> None:
+    async def body() -> None:
+        async with planner() as (fleet, stub, _, _):
+            stranger, real = ModelAgent("a", Engines()), ModelAgent("a", Engines())
+            first = stub.ConnectNode()
+            await first.write(stranger.hello())
+            assert await _kind_of_next(first) == "welcome"
+            fleet.disconnect(f"{CLUSTER}/nodes/a")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await _read_to_the_end(first)
+            assert caught.value.details() == "NODE_TAKEN_OVER"
+            second = stub.ConnectNode()
+            await second.write(real.hello())
+            assert await _kind_of_next(second) == "welcome"
+            with pytest.raises(ServiceError, match="does not exist"):
+                fleet.disconnect(f"{CLUSTER}/nodes/none")
+            second.cancel()
+
+    run(body)
+
+
+def test_a_second_stream_of_the_same_run_of_an_agent_ends_the_first() -> None:
+    async def body() -> None:
+        async with planner() as (fleet, stub, _, _):
+            agent = ModelAgent("a", Engines())
+            first = stub.ConnectNode()
+            await first.write(agent.hello())
             assert await _kind_of_next(first) == "welcome"
             second = stub.ConnectNode()
-            await second.write(ModelAgent("a", Engines()).hello())
+            await second.write(agent.hello())
             assert await _kind_of_next(second) == "welcome"
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await _read_to_the_end(first)

@@ -46,6 +46,12 @@ def act(script: dict[str, Any]) -> None:
             send("searching")
             cancelled.wait()
             send("found", b"incumbent", result=base64.b64encode(interrupted(b"incumbent")).decode())
+        case "compile":  # for longer than the search may take
+            send("searching", spent_s=0.0)
+            send("compiling")
+            time.sleep(script["compile_s"])
+            send("searching", spent_s=0.0)
+            send("found", str(cancelled.is_set()).encode(), result="")
         case "hang":
             send("searching")
             time.sleep(3600)

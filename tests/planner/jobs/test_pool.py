@@ -40,8 +40,8 @@ async def pool_of(
         await pool.stop()
 
 
-def begin(pool: SolverPool, do: str, *, time_limit_s: float = FOREVER_S, **script: object) -> Search:
-    search = pool.reserve()
+def begin(pool: SolverPool, do: str, *, caller: str = "a", time_limit_s: float = FOREVER_S, **script: object) -> Search:
+    search = pool.reserve(caller)
     search.begin(json.dumps({"do": do, **script}).encode(), time_limit_s=time_limit_s)
     return search
 
@@ -204,11 +204,11 @@ def test_a_full_queue_refuses_and_says_when_the_first_search_ends_at_the_latest(
             begin(pool, "find")
             now_s = 115.0
             with pytest.raises(ServiceError) as refused:
-                pool.reserve()
-            pool.reserve(even_if_full=True).abandon()
+                pool.reserve("a")
+            pool.reserve("a", even_if_full=True).abandon()
             running.cancel()
             await outcome(running)
-            pool.reserve()  # its place is free again
+            pool.reserve("a")  # its place is free again
             return refused.value
 
     error = asyncio.run(scenario())
@@ -238,3 +238,62 @@ def test_no_process_outlives_the_pool() -> None:
     for pid in asyncio.run(scenario()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_callers_take_turns() -> None:
+    async def scenario() -> list[str]:
+        async with pool_of(PoolSettings(queue_size=100)) as pool:
+            first = begin(pool, "wait", caller="greedy")
+            await begun(first)
+            order = list[str]()
+
+            async def note(caller: str, search: Search) -> None:
+                await outcome(search)
+                order.append(caller)
+
+            searches = [("greedy", begin(pool, "find", caller="greedy")) for _ in range(5)]
+            searches += [(caller, begin(pool, "find", caller=caller)) for caller in ("late", "later", "late")]
+            assert pool.searches_of() == {
+                "greedy": {"running": 1, "queued": 5},
+                "late": {"running": 0, "queued": 2},
+                "later": {"running": 0, "queued": 1},
+            }
+            notes = [asyncio.create_task(note(*each)) for each in searches]
+            first.cancel()
+            await asyncio.gather(*notes)
+            return order
+
+    assert asyncio.run(scenario()) == ["greedy", "late", "later", "greedy", "late", "greedy", "greedy", "greedy"]
+
+
+def test_one_caller_cannot_take_all_processes_nor_the_queue() -> None:
+    async def scenario() -> None:
+        settings = PoolSettings(num_processes=2, queue_size=10, running_per_caller=1, queued_per_caller=2)
+        async with pool_of(settings) as pool:
+            greedy = [begin(pool, "wait", caller="greedy") for _ in range(3)]
+            await begun(greedy[0])
+            with pytest.raises(ServiceError) as refused:
+                pool.reserve("greedy")
+            assert refused.value.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED
+            assert refused.value.metadata == {"caller": "greedy", "quota": "searches", "limit": "3"}
+            assert refused.value.retry_after_s == FOREVER_S
+            assert isinstance(await outcome(begin(pool, "find", caller="modest")), Found)
+            assert (pool.num_running, pool.num_waiting) == (1, 2)
+            greedy[0].cancel()
+            await begun(greedy[1])  # the next of the same caller, when it may
+            pool.reserve("greedy").abandon()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_called_off", [False, True])
+def test_compiling_kills_no_search_however_short_its_time_is(is_called_off: bool) -> None:
+    async def scenario() -> Outcome:
+        async with pool_of(PoolSettings(grace_s=0.1)) as pool:
+            search = begin(pool, "compile", time_limit_s=0.1, compile_s=0.5)
+            if is_called_off:
+                await begun(search)
+                search.cancel()
+            return await outcome(search)
+
+    assert asyncio.run(scenario()) == Found(str(is_called_off).encode(), b"")

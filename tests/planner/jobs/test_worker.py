@@ -39,7 +39,7 @@ def search_for(posed: PosedProblem) -> list[News]:
         pool = SolverPool(PoolSettings())
         pool.start()
         try:
-            search = pool.reserve()
+            search = pool.reserve("test")
             search.begin(posed.to_json(), time_limit_s=posed.settings.time_limit_s)
             async with asyncio.timeout(180):
                 return [news async for news in search.news()]

@@ -356,3 +356,22 @@ def test_an_update_that_changes_nothing_leaves_the_etag(tmp_path: Path) -> None:
         assert (changed.etag, changed.update_time.seconds) == ("v2", 1005)
 
     with_planner(tmp_path, scenario)
+
+
+def test_a_document_is_kept_byte_for_byte_beside_what_it_means(tmp_path: Path) -> None:
+    text = "# night shift\n" + CLUSTER.replace("count: 3,", "count: 3,   # three of them\n   ")
+    other = text.replace("night shift", "day shift")
+
+    async def scenario(planner: Served) -> None:
+        await planner.clusters.CreateCluster(new(text=text))
+        made = (await planner.clusters.GetCluster(pb.GetClusterRequest(name="clusters/night"))).cluster
+        assert made.document.text == text.encode()
+        assert json.loads(made.document.content)["name"] == "fleet"
+        basic = pb.GetClusterRequest(name="clusters/night", view=VIEW_BASIC)
+        assert not (await planner.clusters.GetCluster(basic)).cluster.document.text
+        cluster = cluster_pb2.Cluster(name="clusters/night", document=document(other), etag=made.etag)
+        changed = (await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=cluster))).cluster
+        assert (changed.document.text, changed.document.digest) == (other.encode(), made.document.digest)
+        assert changed.etag != made.etag
+
+    with_planner(tmp_path, scenario)

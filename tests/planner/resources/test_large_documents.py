@@ -7,7 +7,7 @@ import gc
 import threading
 from pathlib import Path
 
-from hetis.planner.beside import beside_loop
+from hetis.planner.beside import beside_loop, stop_if_unwanted
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from tests.planner.resources.served import Served, document, with_planner
@@ -52,3 +52,31 @@ def test_the_collector_works_again_when_the_last_work_has_ended() -> None:
         assert gc.isenabled()
 
     asyncio.run(scenario())
+
+
+def test_work_whose_caller_has_gone_ends_or_never_begins() -> None:
+    begun, ended = threading.Semaphore(0), threading.Semaphore(0)
+    left_over = list[str]()
+
+    def endless() -> None:
+        begun.release()
+        try:
+            while True:
+                stop_if_unwanted()
+        finally:
+            ended.release()
+
+    async def scenario() -> None:
+        works = [asyncio.create_task(beside_loop(endless)) for _ in range(2)]
+        waiting = asyncio.create_task(beside_loop(left_over.append, "never"))
+        for _ in works:
+            await asyncio.to_thread(begun.acquire, timeout=10)
+        for work in (waiting, *works):
+            work.cancel()
+        await asyncio.gather(waiting, *works, return_exceptions=True)
+        for _ in works:
+            assert await asyncio.to_thread(ended.acquire, timeout=10)
+        await beside_loop(left_over.append, "next")
+
+    asyncio.run(scenario())
+    assert left_over == ["next"]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client.registry import Collector
@@ -16,6 +16,7 @@ from hetis.planner.service.identity import caller
 from hetis.planner.service.overview import ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig
+from hetis.planner.store import AuditedChange
 from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
@@ -110,6 +111,8 @@ class FakePlanner:
         self.plans = FakePlans()
         self.agents = FakeAgents()
         self.closed = False
+        self.failed = asyncio.Event()
+        self.failures: list[str] = []
 
     @property
     def servicings(self) -> Sequence[Servicing]:
@@ -154,6 +157,20 @@ class FakePlanner:
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return {"cluster": {"name": name}} if name == "clusters/c" else None
+
+    def note_refusal(self, change: AuditedChange) -> None:
+        pass
+
+    async def until_failed(self) -> None:
+        await self.failed.wait()
+
+    is_ready = True
+
+    def require_leader(self, method: str) -> None:
+        pass
+
+    def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
+        pass
 
     async def until_replaced(self) -> None:
         await asyncio.Event().wait()

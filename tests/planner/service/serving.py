@@ -20,6 +20,7 @@ from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.service.tokens import Tokens
 from hetis.planner.service.traces import NoTraces, Traces
+from hetis.planner.service.write_rates import WriteRates
 from tests.planner.service.fakes import FakePlanner
 
 T = TypeVar("T")
@@ -42,10 +43,11 @@ async def served(
     server_credentials: grpc.ServerCredentials | None = None,
     channel_credentials: grpc.ChannelCredentials | None = None,
     traces: Traces | None = None,
+    writes: WriteRates | None = None,
 ) -> AsyncIterator[Served]:
     planner = FakePlanner()
     metrics = Metrics("0")
-    calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces or NoTraces()))
+    calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces or NoTraces()), writes=writes)
     server = PlannerServer(planner.servicings, calls, credentials=server_credentials)
     address = server.listen("127.0.0.1:0")
     await server.start()

@@ -15,8 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hetis.planner.failures import _CODE_OF, Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import NEEDED
+from hetis.planner.service.credentials import Credentials
+from hetis.planner.service.identity import Identity, Role
 from hetis.planner.service.logs import JsonLines, TextLines
 from hetis.planner.service.stream_limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
+from hetis.planner.service.tokens import Grant, Tokens, digest
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import dispatch_service_pb2 as dispatch
 from hetis.v1 import plan_service_pb2 as plans
@@ -348,5 +351,34 @@ def test_strangers_may_have_a_hundred_streams_open() -> None:
             await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
             for each in watches:
                 each.cancel()
+
+    run(test)
+
+
+def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() -> None:
+    first, second = (f"hetis_{letter * 43}" for letter in "ab")
+
+    def grants(*tokens: str, expires_s: float = 100.0) -> Tokens:
+        identity = Identity(name="watcher", roles=Role.VIEWER.includes)
+        return Tokens({digest(token): Grant(identity=identity, expires_s=expires_s) for token in tokens})
+
+    async def test() -> None:
+        known, now_s = grants(first, second), 0.0
+        credentials = Credentials(tokens=lambda: known, trust_domain=None, clock=lambda: now_s)
+        async with served(authenticator=credentials) as planner:
+            streams = [watch(planner, "plans/p", metadata=(("authorization", f"Bearer {t}"),)) for t in (first, second)]
+            for stream in streams:
+                await stream.read()
+            planner.calls.end_revoked_streams()  # nothing has changed
+            known = grants(second)
+            planner.calls.end_revoked_streams()
+            error = await failure_of(streams[0].read())
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")
+            following = asyncio.create_task(streams[1].read())
+            done, _ = await asyncio.wait({following}, timeout=0.1)
+            assert not done
+            now_s = 101.0
+            planner.calls.end_revoked_streams()
+            assert "expired" in str((await failure_of(following)).details())
 
     run(test)

@@ -179,11 +179,11 @@ def test_a_drain_ends_in_its_time_whatever_hangs() -> None:
     run(test)
 
 
-def test_pings_every_twenty_seconds_are_allowed_and_ports_are_not_shared() -> None:
+def test_pings_every_ten_seconds_are_allowed_and_ports_are_not_shared() -> None:
     from hetis.planner.service.server import OPTIONS
 
     options = dict(OPTIONS)
-    assert options["grpc.http2.min_recv_ping_interval_without_data_ms"] == 20_000
+    assert options["grpc.http2.min_ping_interval_without_data_ms"] == 8_000
     assert options["grpc.keepalive_permit_without_calls"] == 1
     assert options["grpc.max_connection_age_ms"] == 1_800_000
     assert options["grpc.max_receive_message_length"] == 4 * 2**20

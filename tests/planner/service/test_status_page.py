@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
 from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.page_connections import PageLimits
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.status_page import StatusPage, status_app
 from tests.planner.service.fakes import FakePlanner
 from tests.planner.service.serving import run
 
 
-async def ask(address: str, path: str, method: str = "GET") -> tuple[int, dict[str, str], str]:
+async def ask(
+    address: str, path: str, method: str = "GET", called: str = "localhost"
+) -> tuple[int, dict[str, str], str]:
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    writer.write(f"{method} {path} HTTP/1.1\r\nHost: {called}\r\nConnection: close\r\n\r\n".encode())
     head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
     writer.close()
     status, *lines = head.split("\r\n")
@@ -26,10 +32,20 @@ async def ask(address: str, path: str, method: str = "GET") -> tuple[int, dict[s
     return int(status.split()[1]), headers, body
 
 
-async def page(is_ready: bool = True) -> tuple[StatusPage, str]:
-    made = StatusPage()
+async def page(
+    is_ready: bool = True, limits: PageLimits | None = None, failures: Sequence[str] = (), hosts: Sequence[str] = ()
+) -> tuple[StatusPage, str]:
+    made = StatusPage(limits)
     address = made.listen("127.0.0.1:0")
-    await made.start(status_app(FakePlanner(), Metrics("1.2"), version="1.2", is_ready=lambda: is_ready))
+    app = status_app(
+        FakePlanner(),
+        Metrics("1.2"),
+        version="1.2",
+        is_ready=lambda: is_ready,
+        failures=lambda: failures,
+        hosts=hosts,
+    )
+    await made.start(app)
     return made, address
 
 
@@ -44,7 +60,16 @@ def test_the_page_shows_the_planner_and_its_clusters() -> None:
     assert planner[0] == 200
     assert planner[1]["content-type"] == "application/json"
     assert json.loads(planner[2]) == {
-        "planner": {"version": "1.2", "ready": True, "epoch": 3, "leader_since": "2027-01-15T08:00:00+00:00"},
+        "planner": {
+            "version": "1.2",
+            "ready": True,
+            "role": "leader",
+            "leader": "",
+            "epoch": 3,
+            "leader_since": "2027-01-15T08:00:00+00:00",
+            "lease_age_s": 0.0,
+        },
+        "store": {"answered_s_ago": 0.0, "counted_s_ago": 0.0},
         "clusters": [{"name": "clusters/c", "active_plan": "plans/p", "nodes": {"READY": 2, "LOST": 1}}],
         "plans": {"SOLVING": 1},
         "solver": {"processes": 2, "searching": 1, "queued": 4},
@@ -74,6 +99,25 @@ def test_metrics_are_read_by_prometheus() -> None:
     assert samples["hetis_planner_nodes", "READY", "clusters/c"] == 2
     assert samples["hetis_planner_plans", "SOLVING"] == 1
     assert samples["hetis_planner_searches_queued",] == 4
+
+
+def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> None:
+    metrics, now_s, sleeps = Metrics("1"), 0.0, iter([0.25, 1.75, 0.5])
+
+    async def sleep(_: float) -> None:
+        nonlocal now_s
+        step_s = next(sleeps, None)
+        if step_s is None:
+            raise asyncio.CancelledError
+        now_s += step_s
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(metrics.watch_loop(clock=lambda: now_s, sleep=sleep))
+    assert b"hetis_planner_loop_lag_seconds 1.5" in metrics.text()
+    assert b"hetis_planner_loop_lag_seconds 0.0" in metrics.text()
+    metrics.tokens_read([30.0, 20.0])
+    assert b"hetis_planner_token_expiry_seconds 20.0" in metrics.text()
+    assert b"process_resident_memory_bytes" in metrics.text()
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
@@ -106,3 +150,74 @@ def test_an_address_in_use_is_an_error() -> None:
         await served.stop()
 
     run(test)
+
+
+def test_a_loop_that_failed_makes_health_red() -> None:
+    async def test() -> None:
+        served, address = await page(failures=["the re-dispatch loop"])
+        status, _, body = await ask(address, "/healthz")
+        assert (status, body) == (503, "failed: the re-dispatch loop; restart the planner\n")
+        await served.stop()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("called", "status"),
+    [
+        ("127.0.0.1:8471", 200),
+        ("[::1]:8471", 200),
+        ("LOCALHOST", 200),
+        ("planner.example:80", 200),
+        ("evil.example", 421),
+        ("evil.example:8471", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("[evil.example]", 421),
+    ],
+)
+def test_only_known_hosts_are_answered(called: str, status: int) -> None:
+    async def test() -> None:
+        served, address = await page(hosts=["planner.example"])
+        for path in ("/", "/metrics", "/healthz", "/nothing"):
+            found = (await ask(address, path, called=called))[0]
+            assert found == (404 if status == 200 and path == "/nothing" else status)
+        await served.stop()
+
+    run(test)
+
+
+async def until_closed(reader: asyncio.StreamReader) -> bytes:
+    """What came before the other side closed, in either way."""
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+
+
+def test_idle_connections_are_few_and_end() -> None:
+    """Those above the limit end at once, those that ask nothing after a while; whoever asks is answered."""
+
+    async def test() -> None:
+        served, address = await page(limits=PageLimits(of_all=6, of_a_peer=4, request_s=0.2))
+        host, port = address.rsplit(":", 1)
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
+        idle[0][1].write(b"GET / HTTP/1.1\r\nHost: local")
+        refused_reader, refused_writer = await asyncio.open_connection(host, int(port))
+        for reader, writer in [(refused_reader, refused_writer), *idle]:
+            assert await until_closed(reader) == b""
+            writer.close()
+        assert (await ask(address, "/healthz"))[0] == 200
+        await served.stop()
+
+    run(test)
+
+
+def test_the_page_takes_a_part_of_all_descriptors_and_all_are_asked_for() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+        assert raise_descriptor_limit() == before[1] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert reserved_for_page(1024) == 128
+    assert reserved_for_page(1 << 20) == 256

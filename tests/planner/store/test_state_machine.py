@@ -32,6 +32,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.folder = Path(tempfile.mkdtemp(prefix="hetis-store-"))
         self.model: dict[str, ClusterRecord] = {}
+        self.versions: dict[str, int] = {}  # the highest that each name has had
         self.answers: dict[str, bytes] = {}
         self.epoch = 0
         self.number = 0
@@ -46,6 +47,10 @@ class StoreMachine(RuleBasedStateMachine):
     def wait(self, work: object) -> T:  # type: ignore[type-var, misc]
         return self.loop.run_until_complete(work)  # type: ignore[call-overload, no-any-return]
 
+    def note(self, record: ClusterRecord) -> None:
+        self.model[record.name] = record
+        self.versions[record.name] = record.version
+
     def write(self, work: Callable[[Transaction], T]) -> T:
         return self.wait(self.store.write(work))
 
@@ -53,13 +58,14 @@ class StoreMachine(RuleBasedStateMachine):
     def insert(self, name: str, text: bytes, fails: bool) -> None:
         record = samples.cluster(name, text=text)
 
-        def work(tx: Transaction) -> None:
-            tx.clusters.insert(record)
+        def work(tx: Transaction) -> ClusterRecord:
+            made = tx.clusters.insert(record)
             if fails:
                 raise Interrupted
+            return made
 
         try:
-            self.write(work)
+            made = self.write(work)
         except ServiceError as error:
             assert error.reason_name == "ALREADY_EXISTS"  # noqa: PT017
             assert name in self.model
@@ -68,7 +74,9 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             assert name not in self.model
             assert not fails
-            self.model[name] = record
+            assert made == dataclasses.replace(record, version=made.version)
+            assert made.version > self.versions.get(name, 0), "an etag that the name had before"
+            self.note(made)
 
     @rule(name=NAMES, text=st.binary(max_size=20), is_stale=st.booleans(), fails=st.booleans())
     def update(self, name: str, text: bytes, is_stale: bool, fails: bool) -> None:
@@ -93,7 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert fails
         else:
             assert newer.version == present.version + 1
-            self.model[name] = newer
+            self.note(newer)
 
     @rule(names=st.sets(NAMES, min_size=1))
     def delete_together(self, names: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 from pathlib import Path
 
@@ -245,9 +246,9 @@ def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> No
     asyncio.run(scenario())
 
 
-def test_a_planner_whose_lease_ran_out_can_change_nothing(postgres_url: str) -> None:
+def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(postgres_url: str) -> None:
     async def scenario() -> None:
-        old = await Store.open(postgres_url, lease_s=0.3)
+        old = await Store.open(postgres_url, lease_s=0.3, machine=lambda: 0.0)
         await old.lead("old")
         renewal = old._renewal
         assert renewal is not None
@@ -301,7 +302,7 @@ def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> 
     """The fence is a lock on the leadership row: there is no moment at which both planners can write."""
 
     async def scenario() -> None:
-        old = await Store.open(postgres_url, lease_s=0.2)
+        old = await Store.open(postgres_url, lease_s=0.2, machine=lambda: 0.0)
         await old.lead("old")
         new = await Store.open(postgres_url)
         order, entered, leave = list[str](), asyncio.Event(), threading.Event()
@@ -315,9 +316,9 @@ def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> 
 
         write = asyncio.create_task(old.write(slow))
         await entered.wait()
-        await asyncio.sleep(0.3)  # the lease is over, and could not be renewed meanwhile
         assert old._renewal is not None
-        old._renewal.cancel()  # or it may come first when the write is over
+        old._renewal.cancel()
+        await asyncio.sleep(0.3)  # the lease is over
         takeover = asyncio.create_task(new.lead("new"))
         while not await asyncio.to_thread(_somebody_waits_for_a_lock, postgres_url):
             assert not takeover.done()
@@ -373,3 +374,46 @@ def test_a_server_that_is_away_is_one_clear_error(tmp_path: Path) -> None:
         asyncio.run(Store.open("postgresql://hetis:secret@127.0.0.1:1/hetis"))
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_files_of_a_store_are_for_its_owner_alone(tmp_path: Path) -> None:
+    old = tmp_path / "old.db"
+    old.touch(mode=0o644)
+
+    async def scenario(file: Path) -> None:
+        store = await Store.open(f"sqlite:///{file}")
+        await store.lead("test")
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        files = sorted(file.parent.glob(f"{file.name}*"))
+        assert len(files) >= 3  # the write-ahead log and the lock among them
+        assert {found.name: found.stat().st_mode & 0o777 for found in files} == {found.name: 0o600 for found in files}
+        await store.close()
+
+    before = os.umask(0o022)
+    try:
+        for file in (old, tmp_path / "new.db"):
+            asyncio.run(scenario(file))
+    finally:
+        os.umask(before)
+
+
+def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str) -> None:
+    async def scenario() -> None:
+        store = await Store.open(url)
+        await store.lead("test")
+        seen = list[str]()
+
+        def make_and_forget(tx: Transaction) -> None:
+            seen.append(etag_of(record := tx.clusters.insert(samples.cluster("clusters/a"))))
+            seen.append(etag_of(tx.clusters.update(record)))
+            tx.nodes.insert(samples.node("clusters/a/nodes/n"))
+            tx.clusters.delete("clusters/a")
+            seen.append("n" + etag_of(tx.nodes.get("clusters/a/nodes/n")))
+            assert tx.nodes.delete_all(cluster="clusters/a") == 1
+
+        for _ in range(3):
+            await store.write(make_and_forget)
+        assert len(set(seen)) == len(seen) == 9
+        await store.close()
+
+    asyncio.run(scenario())

@@ -198,17 +198,20 @@ def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Proces
     asyncio.run(story())
 
 
-def test_a_node_that_is_taken_over_ends_with_a_clear_message(processes: Processes) -> None:
-    async def story() -> int:
+@pytest.mark.parametrize("reason", ["NODE_TAKEN_OVER", "NODE_IN_USE"])
+def test_an_agent_whose_node_another_has_comes_back_by_itself(reason: str, processes: Processes) -> None:
+    async def story() -> None:
         async with PlannerDouble() as planner:
             planner.end_with = Failure(
-                reason=ErrorReason.ERROR_REASON_NODE_TAKEN_OVER, message="a newer stream took over"
+                reason=ErrorReason.Value(f"ERROR_REASON_{reason}"), message="another agent is connected"
             )
             agent = processes.agent(planner.address)
-            return await asyncio.to_thread(agent.wait, 20)
+            await planner.connected(1)  # after a Hello that was refused
+            assert sum(message.HasField("hello") for message in planner.heard) == 2
+            assert agent.poll() is None
 
-    assert asyncio.run(story()) == 3
-    assert "hetis-agent: another agent of this node is connected" in processes.log()
+    asyncio.run(story())
+    assert "another agent is connected; again in" in processes.log()
 
 
 def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Processes) -> None:

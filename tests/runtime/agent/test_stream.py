@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hetis.runtime.agent.connecting import PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, MOST_WAIT_S, PlannerAddress, Waiting
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, Hello, StateRequest
+from hetis.v1.failure_pb2 import ErrorReason, Failure
 from tests.runtime.agent.builders import NODE
 from tests.runtime.agent.certificates import CertificateAuthority
 from tests.runtime.agent.planner_double import PlannerDouble
@@ -43,8 +44,13 @@ class Listener:
 class Soon(Waiting):
     """Tries again at once."""
 
-    def next_s(self) -> float:
-        return min(super().next_s(), 0.05)
+    def __init__(self, seed: random.Random) -> None:
+        super().__init__(seed)
+        self.limits_s = list[float]()
+
+    def next_s(self, most_s: float = MOST_WAIT_S) -> float:
+        self.limits_s.append(most_s)
+        return min(super().next_s(most_s), 0.05)
 
 
 async def until_ends(listener: Listener, number: int) -> None:
@@ -163,3 +169,54 @@ def test_a_stream_that_stood_makes_the_next_wait_short(monkeypatch: pytest.Monke
 
     assert asyncio.run(story(stood_s=0.0)) == 1
     assert asyncio.run(story(stood_s=60.0)) == 3
+
+
+def not_leader(leader: str) -> Failure:
+    return Failure(
+        reason=ErrorReason.ERROR_REASON_NOT_LEADER, message="another planner leads", metadata={"leader_address": leader}
+    )
+
+
+def test_an_agent_goes_to_the_leader_that_a_standby_names_and_comes_back_when_that_is_gone() -> None:
+    async def story() -> list[int]:
+        listener = Listener()
+        async with PlannerDouble() as standby:
+            async with PlannerDouble() as leader:
+                standby.end_with = not_leader(leader.address)
+                address = PlannerAddress(server=f"{standby.address},127.0.0.1:1", is_plain=True)
+                running = asyncio.create_task(PlannerStream(address, listener, Soon(random.Random(0))).run())
+                await leader.connected(1)
+                first = standby.hellos
+            await standby.connected(1)  # it leads now
+            await stop(running)
+            return [first, leader.hellos]
+
+    assert asyncio.run(story()) == [0, 1]
+
+
+def test_an_agent_waits_seconds_and_not_half_a_minute_where_a_planner_is_about_to_lead() -> None:
+    async def story() -> list[float]:
+        waiting = Soon(random.Random(0))
+        async with PlannerDouble() as standby:
+            standby.end_with = not_leader("127.0.0.1:1")
+            address = PlannerAddress(server=standby.address, is_plain=True)
+            running = asyncio.create_task(PlannerStream(address, Listener(), waiting).run())
+            await standby.connected(1)
+            await stop(running)
+        return waiting.limits_s
+
+    assert asyncio.run(story()) == [MOST_WAIT_FOR_LEADER_S]
+
+
+def test_an_agent_of_several_planners_waits_seconds_whatever_went_wrong() -> None:
+    async def story() -> list[float]:
+        waiting = Soon(random.Random(0))
+        async with PlannerDouble() as planner:
+            planner.end_with = Failure(reason=ErrorReason.ERROR_REASON_INTERNAL, message="Internal error from Core")
+            address = PlannerAddress(server=f"{planner.address},127.0.0.1:1", is_plain=True)
+            running = asyncio.create_task(PlannerStream(address, Listener(), waiting).run())
+            await planner.connected(1)
+            await stop(running)
+        return waiting.limits_s
+
+    assert asyncio.run(story()) == [MOST_WAIT_FOR_LEADER_S]

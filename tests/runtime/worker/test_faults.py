@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from hetis.runtime.engine.generate import engine_from_folder
 from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.kv.errors import StaleEpochError, UnknownSequenceError
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, Kind, bytes_of
 from hetis.runtime.transport.messages import ErrorCode, Hello, read_error
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
@@ -52,7 +53,8 @@ def run(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
 
 def received(frame: Frame) -> Frame:
     """As it comes out of a channel: its body in one piece."""
-    return frame._replace(parts=(torch.cat([part.reshape(-1).view(torch.uint8) for part in frame.parts]),))
+    raw = b"".join(bytes(bytes_of(part)) for part in frame.parts)
+    return frame._replace(parts=(np.frombuffer(raw, np.uint8),))
 
 
 @cache

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 
+from hetis.runtime.transport.keys import InvalidKeyError, key_of, read_key
 from hetis.runtime.worker.options import VARIABLES, OptionError, WorkerOptions, read_options
 from tests.command_line import command_of, run_command
 
+SECRET = "nobody knows this sentence"
 REQUIRED = ["--name", "w1", "--store", "127.0.0.1:8500", "--kv-memory", "2GiB"]
+
+
+def secret_file(folder: Path, text: str = f"  {SECRET}\n", *, mode: int = 0o600) -> Path:
+    path = folder / "worker.key"
+    path.write_text(text)
+    path.chmod(mode)
+    return path
 
 
 def test_what_is_not_said_has_its_default_and_listens_on_the_loopback() -> None:
@@ -23,10 +34,12 @@ def test_what_is_not_said_has_its_default_and_listens_on_the_loopback() -> None:
         threads=1,
         timeout_s=10.0,
         log_level="INFO",
+        key=None,
+        port_file=None,
     )
 
 
-def test_the_environment_says_it_as_well_and_an_option_counts_before_it() -> None:
+def test_the_environment_says_it_as_well_and_an_option_counts_before_it(tmp_path: Path) -> None:
     variables = {
         "HETIS_WORKER_NAME": "gpu2/0",
         "HETIS_STORE": "[fd00::1]:8500",
@@ -37,6 +50,8 @@ def test_the_environment_says_it_as_well_and_an_option_counts_before_it() -> Non
         "HETIS_WORKER_THREADS": "4",
         "HETIS_WORKER_TIMEOUT": "2.5",
         "HETIS_WORKER_LOG_LEVEL": "debug",
+        "HETIS_WORKER_KEY_FILE": str(secret_file(tmp_path)),
+        "HETIS_WORKER_PORT_FILE": "/run/hetis/w1",
     }
     assert sorted(variables) == sorted(VARIABLES.values())
     wanted = WorkerOptions(
@@ -49,6 +64,8 @@ def test_the_environment_says_it_as_well_and_an_option_counts_before_it() -> Non
         threads=4,
         timeout_s=2.5,
         log_level="DEBUG",
+        key=key_of(SECRET),
+        port_file=Path("/run/hetis/w1"),
     )
     assert read_options([], variables) == wanted
     assert read_options(["--name", "other"], variables).name == "other"
@@ -88,14 +105,53 @@ def test_one_that_listens_everywhere_must_say_where_it_is_reached() -> None:
         read_options([*REQUIRED, "--advertise", "0.0.0.0"], {})
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o400])
+def test_a_key_is_read_from_its_file_or_from_the_environment(tmp_path: Path, mode: int) -> None:
+    path = secret_file(tmp_path, mode=mode)
+    assert read_key(path, {"HETIS_WORKER_KEY": "another sentence, not this one"}) == key_of(SECRET)
+    assert read_key(None, {"HETIS_WORKER_KEY": SECRET}) == key_of(SECRET)
+    assert read_key(None, {"HETIS_WORKER_KEY": ""}) is None
+    options = read_options(
+        ["--name", "w", "--kv-memory", "1MiB", "--listen", "0.0.0.0:7070"], {"HETIS_WORKER_KEY": SECRET}
+    )
+    assert (options.key, options.store) == (key_of(SECRET), None)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620])
+def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = secret_file(tmp_path, mode=mode)
+    says = f"{path}: its mode is {mode:04o}: others may use it, must be 0600 or 0400"
+    with pytest.raises(InvalidKeyError, match=re.escape(says)):
+        read_key(path, {})
+    with pytest.raises(OptionError, match=re.escape(says)):
+        read_options([*REQUIRED, "--key-file", str(path)], {})
+
+
+def test_what_is_no_key_is_refused_by_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for path, says in (
+        (tmp_path / "none", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "it is not a file"),
+        (secret_file(tmp_path, "too short\n"), "the key has 9 letters, must have >= 16"),
+    ):
+        with pytest.raises(InvalidKeyError, match=re.escape(f"{path}: {says}")):
+            read_key(path, {})
+    path.write_bytes(bytes([0xFF] * 20))
+    with pytest.raises(InvalidKeyError, match="it is not UTF-8"):
+        read_key(path, {})
+    with pytest.raises(InvalidKeyError, match="HETIS_WORKER_KEY: the key has 3 letters, must have >= 16"):
+        read_key(None, {"HETIS_WORKER_KEY": "abc"})
+
+
 def test_nothing_at_all_is_an_error_of_three_lines() -> None:
     done = run_command(command_of("hetis.runtime.worker"))
     assert (done.returncode, done.stderr.splitlines()) == (
         2,
         [
             "hetis worker: --name is missing, and so is HETIS_WORKER_NAME",
-            "hetis worker: --store is missing, and so is HETIS_STORE",
             "hetis worker: --kv-memory is missing, and so is HETIS_WORKER_KV_MEMORY",
+            "hetis worker: --key-file is missing, and so are HETIS_WORKER_KEY and --store",
         ],
     )
 

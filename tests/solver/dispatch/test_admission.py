@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, SHORT_OF_BLOCKS, admit
@@ -84,6 +85,55 @@ def test_whole_requests_are_refused_only_if_they_cannot_be_placed(seed: int) -> 
             admitted.append(j)
     assert np.flatnonzero(plan.groups.any(axis=1)).tolist() == admitted
     assert all(unplaced.proved for unplaced in plan.unplaced)
+
+
+def fit_by_enumeration(free: list[int], unit: list[int], blocks: list[int], head_groups: int) -> bool:
+    """Whether some split of every request's groups over the devices keeps to all blocks."""
+    splits = [
+        split for split in itertools.product(*(range(0, head_groups + 1, u) for u in unit)) if sum(split) == head_groups
+    ]
+    return any(
+        all(sum(b * row[i] for b, row in zip(blocks, rows, strict=True)) <= max(0, room) for i, room in enumerate(free))
+        for rows in itertools.product(splits, repeat=len(blocks))
+    )
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.integers(-1, 40), min_size=1, max_size=3),
+    st.lists(st.integers(1, 9), min_size=2, max_size=3),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 2),
+)
+def test_two_or_three_requests_are_refused_only_if_they_do_not_fit(
+    free: list[int], blocks: list[int], head_groups: int, tp: int, primary: int
+) -> None:
+    unit = [min(tp, head_groups) if i == primary else 1 for i in range(len(free))]
+    reserved = np.zeros((len(blocks), len(free)), np.int64)
+    primary = primary if primary < len(free) else -1
+    verdict, missing = admit(np.array(free), np.array(unit), np.array(blocks), head_groups, primary, reserved)
+    admitted = list[int]()
+    for j, blocks_of_group in enumerate(blocks):
+        together = [*(blocks[k] for k in admitted), blocks_of_group]
+        if fit_by_enumeration(free, unit, together, head_groups):
+            admitted.append(j)
+            assert verdict[j] == PLACED
+            assert reserved[j].sum() == head_groups
+        else:
+            assert verdict[j] in (SHORT_OF_BLOCKS, SCATTERED)
+            assert missing[j] > 0
+            assert not reserved[j].any()
+    assert np.all(np.array(blocks) @ reserved <= np.maximum(0, free))
+    assert np.all(reserved % unit == 0)
+
+
+def test_what_is_left_of_two_full_devices_is_found() -> None:
+    # 4 groups of 5 blocks and 4 of 3 fill 17 and 15 blocks: only as 1 and 4, or as 5 3 3 3 3 and 5 5 5.
+    reserved = np.zeros((2, 2), np.int64)
+    verdict, _ = admit(np.array([17, 15]), np.ones(2, np.int64), np.array([5, 3]), 4, -1, reserved)
+    assert verdict.tolist() == [PLACED, PLACED]
+    assert reserved.tolist() == [[1, 3], [4, 0]]
 
 
 FAMILIES = [(8, 12, 8, 1.05), (8, 12, 8, 1.2), (1, 12, 16, 1.05), (1, 12, 16, 1.2), (1, 12, 16, 1.5)]

@@ -28,15 +28,19 @@ def _readable(value: Any) -> Any:
         return [_readable(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _content(item) if key == "content" else _readable(item) for key, item in value.items()}
+    readers = {"content": _content, "text": _text}
+    return {key: readers.get(key, _readable)(item) for key, item in value.items()}
+
+
+def _text(value: Any) -> Any:
+    try:
+        return base64.b64decode(value, validate=True).decode("utf-8")
+    except (TypeError, ValueError):  # a UnicodeDecodeError is one
+        return value
 
 
 def _content(value: Any) -> Any:
     try:
-        text = base64.b64decode(value, validate=True).decode("utf-8")
-    except (TypeError, ValueError):  # a UnicodeDecodeError is one
-        return value
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+        return json.loads(_text(value))
+    except (TypeError, ValueError):
+        return _text(value)

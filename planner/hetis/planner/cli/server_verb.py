@@ -24,7 +24,13 @@ _PANEL = "Planner"
 
 ServerOption = Annotated[
     str,
-    typer.Option("--server", metavar="HOST:PORT", envvar="HETIS_SERVER", rich_help_panel=_PANEL, help="The planner."),
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        envvar="HETIS_SERVER",
+        rich_help_panel=_PANEL,
+        help="The planner; several with commas.",
+    ),
 ]
 CaOption = Annotated[
     Path | None,

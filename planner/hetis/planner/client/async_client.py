@@ -10,11 +10,11 @@ from typing import Any, Self, TypeVar
 import grpc
 from grpc import aio
 
-from hetis.planner.client.connection import CHANNEL_OPTIONS, Connection
+from hetis.planner.client.async_leader_channel import AsyncLeaderChannel
+from hetis.planner.client.connection import Connection
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
 from hetis.planner.client.health import HEALTH_METHOD, says_serving
-from hetis.planner.client.preparing import CallDetails, prepared_details, prepared_request
 from hetis.planner.client.watches import Patience
 from hetis.v1 import (
     cluster_pb2,
@@ -64,15 +64,8 @@ class AsyncClient:
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
         self._sleep = sleep
-        options = list(CHANNEL_OPTIONS)
-        interceptors: list[aio.ClientInterceptor] = [_Unary(connection), _Streaming(connection)]
-        channel = self._channel = (
-            aio.insecure_channel(connection.address, options, interceptors=interceptors)
-            if connection.is_plain
-            else aio.secure_channel(
-                connection.address, connection.channel_credentials(), options, interceptors=interceptors
-            )
-        )
+        channel: Any = AsyncLeaderChannel(connection, sleep)
+        self._channel = channel
         self._health: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
         self.clusters: cluster_service_pb2_grpc.ClusterServiceAsyncStub = cluster_service_pb2_grpc.ClusterServiceStub(
             channel
@@ -230,38 +223,3 @@ async def _items(call: Callable[[Q], Awaitable[R]], request: Q, items: Callable[
         if not page.next_page_token:
             return
         request.page_token = page.next_page_token  # type: ignore[attr-defined]  # every list request has it
-
-
-class _Unary(aio.UnaryUnaryClientInterceptor):
-    """Prepares a unary call and gives its failure its details."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        details = prepared_details(client_call_details, self._connection, unary=True)
-        call = await continuation(_for_aio(details), prepared_request(request))
-        try:
-            await call
-        except grpc.RpcError as error:
-            raise call_error(error) from None
-        return call
-
-
-class _Streaming(aio.UnaryStreamClientInterceptor):
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        details = prepared_details(client_call_details, self._connection, unary=False)
-        return await continuation(_for_aio(details), request)
-
-
-def _for_aio(details: CallDetails) -> aio.ClientCallDetails:
-    return aio.ClientCallDetails(
-        details.method,
-        details.timeout,
-        aio.Metadata(*details.metadata),
-        details.credentials,
-        details.wait_for_ready,
-    )

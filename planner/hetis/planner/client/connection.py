@@ -8,6 +8,8 @@ from pathlib import Path
 
 import grpc
 
+from hetis.formats.endpoints import is_loopback, split_endpoints
+
 DEFAULT_DEADLINE_S = 30.0  # the planner allows 60
 DISPATCH_DEADLINE_S = 5.0  # the planner allows 10; an engine that waits longer decides by itself
 DISPATCH_SERVICE = "hetis.v1.DispatchService"
@@ -39,6 +41,14 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.primary_user_agent", "hetis-client"),
 )
+# Where there are several planners the client itself tries again, elsewhere, and must hear of a dead one soon.
+SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    *((name, value) for name, value in CHANNEL_OPTIONS if name not in ("grpc.service_config", "grpc.enable_retries")),
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 3000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +58,8 @@ class Connection:
     The connection is plain only where that is asked for or the address is of this machine and nothing of TLS is given.
 
     Attributes:
-        address: ``host:port``.
+        address: ``host:port``, or several with commas between them: the leader among them is found. A name with
+            several records is several addresses.
         ca: file of the certificates that the planner's must be signed by. None: those of the system.
         cert, key: files of the client's own certificate and key, for mTLS; both or neither.
         token, token_file: a bearer token, or the file that it stands in, read again for every call, so that it may be
@@ -65,9 +76,10 @@ class Connection:
     plaintext: bool | None = None
 
     def __post_init__(self) -> None:
-        host, separator, port = self.address.rpartition(":")
-        if not self.address.startswith("unix:") and (not separator or not host or not port.isdecimal()):
-            raise ValueError(f"{self.address!r} is no address of a planner, expected HOST:PORT")
+        try:
+            split_endpoints(self.address)
+        except ValueError:
+            raise ValueError(f"{self.address!r} is no address of a planner, expected HOST:PORT") from None
         if (self.cert is None) != (self.key is None):
             raise ValueError("a client certificate needs its key, and a key its certificate")
         if self.token is not None and self.token_file is not None:
@@ -78,9 +90,12 @@ class Connection:
             raise ValueError("a token is not sent without TLS to another machine")
 
     @property
+    def addresses(self) -> tuple[str, ...]:
+        return split_endpoints(self.address)
+
+    @property
     def is_local(self) -> bool:
-        host = self.address.rpartition(":")[0].strip("[]")
-        return self.address.startswith("unix:") or host in ("localhost", "::1") or host.startswith("127.")
+        return all(is_loopback(address) for address in self.addresses)
 
     @property
     def is_plain(self) -> bool:

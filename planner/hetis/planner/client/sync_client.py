@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import grpc
 
-from hetis.planner.client.connection import CHANNEL_OPTIONS, Connection
+from hetis.planner.client.connection import Connection
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
 from hetis.planner.client.health import HEALTH_METHOD, says_serving
-from hetis.planner.client.preparing import prepared_details, prepared_request
+from hetis.planner.client.leader_channel import LeaderChannel
 from hetis.planner.client.watches import Patience
 from hetis.v1 import (
     cluster_pb2,
@@ -59,13 +59,8 @@ class Client:
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
         self._sleep = sleep
-        options = list(CHANNEL_OPTIONS)
-        self._channel = (
-            grpc.insecure_channel(connection.address, options)
-            if connection.is_plain
-            else grpc.secure_channel(connection.address, connection.channel_credentials(), options)
-        )
-        channel = grpc.intercept_channel(self._channel, _Unary(connection), _Streaming(connection))
+        self._channel = LeaderChannel(connection, sleep)
+        channel = cast(grpc.Channel, self._channel)  # as far as stubs need one
         self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
         self.clusters = cluster_service_pb2_grpc.ClusterServiceStub(channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(channel)
@@ -216,26 +211,3 @@ def _items(call: Callable[[Q], R], request: Q, items: Callable[[R], Any]) -> Ite
         if not page.next_page_token:
             return
         request.page_token = page.next_page_token  # type: ignore[attr-defined]  # every list request has it
-
-
-class _Unary(grpc.UnaryUnaryClientInterceptor):
-    """Prepares a unary call and gives its failure its details."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        details = prepared_details(client_call_details, self._connection, unary=True)
-        call = continuation(details, prepared_request(request))
-        error = call.exception()  # waits for the answer
-        if error is None:
-            return call
-        raise call_error(error) from None
-
-
-class _Streaming(grpc.UnaryStreamClientInterceptor):
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(prepared_details(client_call_details, self._connection, unary=False), request)

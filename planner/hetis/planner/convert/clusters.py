@@ -30,7 +30,7 @@ def cluster_body(
 def cluster_document(source: document_pb2.Document) -> tuple[document_pb2.Document, Cluster]:
     """The canonical document of a cluster, and what it says. As `documents.read_document`."""
     value = documents.read_cluster(source)
-    return documents.document_of(value, source_name=source.source_name), value
+    return documents.document_of(value, source_name=source.source_name, text=source.content), value
 
 
 def cluster_message(record: ClusterRecord, *, view: view_pb2.View.ValueType, num_connected: int) -> cluster_pb2.Cluster:
@@ -38,6 +38,7 @@ def cluster_message(record: ClusterRecord, *, view: view_pb2.View.ValueType, num
     message.CopyFrom(record.body)
     if view == BASIC:
         message.document.ClearField("content")
+        message.document.ClearField("text")
     message.etag = etag_of(record)
     message.num_connected_nodes = num_connected
     message.active_plan = record.active_plan

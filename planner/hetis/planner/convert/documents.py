@@ -12,14 +12,20 @@ from hetis.formats.cluster import parse_cluster
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.model import parse_model
 from hetis.formats.plan import parse_plan
-from hetis.formats.positions import Text, parse_text
+from hetis.formats.positions import Bounds, Text, parse_text
 from hetis.formats.profile import parse_profile
 from hetis.formats.workload import parse_workload
+from hetis.planner.beside import stop_if_unwanted
 from hetis.solver.cluster import Cluster
 from hetis.solver.profile import Profile
 from hetis.v1 import document_pb2
 
 MAX_BYTES = 3 * 2**20
+MAX_VALUES, MAX_YAML_VALUES = 400_000, 100_000
+"""Of a document: then one costs 2 s and 300 MB at most. A cluster of 10,000 nodes, each with a name and its GPUs, has
+60,000."""
+MAX_NODES = 10_000  # of a cluster: what 3,000 measured agents extrapolate to in one process (docs/benchmarks.md)
+_MOST_IN_ANSWER = 3_670_016  # bytes of content and text: messages have 4 MiB
 MAX_SOURCE_NAME = 255
 Kind = document_pb2.DocumentKind
 
@@ -54,7 +60,12 @@ def read_document(document: document_pb2.Document, kind: str) -> documents.Value
     if document.kind not in (document_pb2.DOCUMENT_KIND_UNSPECIFIED, KINDS[kind]):
         given = next((name for name, number in KINDS.items() if number == document.kind), str(document.kind))
         raise single_problem(label, f"kind is {given}, expected {kind}")
-    data, source = parse_text(_text_of(document.content, label), label)
+    bounds = Bounds(max_values=MAX_VALUES, max_yaml_values=MAX_YAML_VALUES, look_up=stop_if_unwanted)
+    data, source = parse_text(_text_of(document.content, label), label, bounds)
+    nodes = data.get("nodes") if kind == "Cluster" and isinstance(data, dict) else None
+    if isinstance(nodes, list) and len(nodes) > MAX_NODES:
+        message = f"has {len(nodes)} entries, a cluster of the service has at most {MAX_NODES} nodes"
+        raise DocumentError([source.problem(("nodes",), message)])
     if kind == "Workload" and isinstance(data, dict) and data.get("trace") is not None:
         # It would name a file of this machine, which is nobody's to ask for.
         raise DocumentError([source.problem(("trace",), "a trace cannot be sent: send its histogram")])
@@ -75,8 +86,10 @@ def read_profile(document: document_pb2.Document) -> Profile:
     return value
 
 
-def document_of(value: documents.Value, *, source_name: str = "") -> document_pb2.Document:
+def document_of(value: documents.Value, *, source_name: str = "", text: bytes = b"") -> document_pb2.Document:
     """The document of a value: canonical JSON, self-contained, so that its digest is that of its content.
+
+    ``text`` is what it was read from, which is kept beside it with its comments.
 
     Raises:
         DocumentError: it is too large: YAML aliases may stand for much more than they take.
@@ -89,6 +102,8 @@ def document_of(value: documents.Value, *, source_name: str = "") -> document_pb
         raise single_problem(
             label, f"has {len(document.content)} bytes as canonical JSON, at most {MAX_BYTES} are allowed"
         )
+    if text != document.content and len(text) + len(document.content) <= _MOST_IN_ANSWER:
+        document.text = text
     return document
 
 
@@ -121,6 +136,7 @@ def _text_of(content: bytes, label: str) -> str:
 __all__ = [
     "KINDS",
     "MAX_BYTES",
+    "MAX_NODES",
     "DocumentError",
     "document_from_data",
     "document_of",

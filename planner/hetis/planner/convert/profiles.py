@@ -21,7 +21,7 @@ _SOURCES = {
 def profile_document(source: document_pb2.Document) -> tuple[document_pb2.Document, Profile]:
     """The canonical document of a profile, and what it says. As `documents.read_document`."""
     value = documents.read_profile(source)
-    return documents.document_of(value, source_name=source.source_name), value
+    return documents.document_of(value, source_name=source.source_name, text=source.content), value
 
 
 def profile_body(name: str, document: document_pb2.Document, value: Profile) -> profile_pb2.Profile:
@@ -43,6 +43,7 @@ def profile_message(record: ProfileRecord, *, view: view_pb2.View.ValueType) -> 
     message.CopyFrom(record.body)
     if view == BASIC:
         message.document.ClearField("content")
+        message.document.ClearField("text")
     message.etag = etag_of(record)
     message.create_time.CopyFrom(timestamp(record.create_time_s))
     message.update_time.CopyFrom(timestamp(record.update_time_s))

@@ -142,6 +142,7 @@ class ClusterFleet:
             ServiceError: it must not.
         """
         link = self.link(node)
+        self._admit(node, link, request.hello.boot_id, now_s=now_s)
         was_connected, address = bool(link.session), link.engine_address
         opened = link.open(request)
         self.counters.streams += 1
@@ -162,6 +163,22 @@ class ClusterFleet:
         self._talking.add(node)
         self.dirty |= self._replicas_on.get(node, set())
         return opened
+
+    def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
+        """Whoever has the node's credentials could else end its agent by one message.
+
+        Raises:
+            ServiceError: NODE_IN_USE.
+        """
+        heard_s = self.leases.heard_s(node)
+        is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
+        if not is_gone and boot_id != link.boot_id:
+            self.counters.refusals += 1
+            raise ServiceError(
+                Reason.ERROR_REASON_NODE_IN_USE,
+                f"another agent is connected as node {node}, and was heard lately",
+                metadata={"node": node},
+            )
 
     def close(self, node: str, session: str) -> None:
         """A stream ended."""

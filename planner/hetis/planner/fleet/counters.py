@@ -15,6 +15,7 @@ class FleetCounters:
         deltas: sent, by the field that was set.
         nacks: by reason.
         streams: that began; `takeovers` of them ended another of their node.
+        refusals: streams of other runs of an agent, while one was connected.
         redispatches: that ended, by state.
         replicas_ignored: of other nodes or of nobody, that a node spoke of after too many of their kind.
         contradictions: second words of an authority that differ from its first: a bug, here or there.
@@ -26,6 +27,7 @@ class FleetCounters:
     nacks: dict[str, int] = field(default_factory=dict)
     streams: int = 0
     takeovers: int = 0
+    refusals: int = 0
     redispatches: dict[str, int] = field(default_factory=dict)
     replicas_ignored: int = 0
     contradictions: int = 0

@@ -52,9 +52,10 @@ class Fleet:
         settings: FleetSettings,
         clock: Clock,
         contents: ContentsSource | None = None,
+        counters: FleetCounters | None = None,
     ) -> None:
         self.observers: list[FleetObserver] = []
-        self.counters = FleetCounters()
+        self.counters = counters or FleetCounters()
         self._store = store
         self._hubs = hubs
         self._epoch = epoch
@@ -187,7 +188,7 @@ class Fleet:
                 clock=self._clock,
                 observers=self.observers,
                 send=self._send,
-                lose_leadership=self._lose_leadership,
+                lose_leadership=self.lose_leadership,
             )
         return self._looks[cluster]
 
@@ -225,6 +226,25 @@ class Fleet:
             raise not_found(redispatch.replica)
         cluster.changes.propose(redispatch, now_s=self._clock.monotonic())
         await self._looks[cluster.name].look()
+
+    def disconnect(self, name: str) -> None:
+        """Ends the stream of a node; whoever comes next with its credentials is let in.
+
+        Raises:
+            ServiceError: NOT_FOUND, no agent is connected as it.
+        """
+        cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
+        if cluster is None or stream is None:
+            raise not_found(name)
+        _log.warning("an admin ended the stream of an agent", extra={"node": name})
+        self._close(cluster, last_part(name), name, stream)
+        stream.end(
+            ServiceError(
+                Reason.ERROR_REASON_NODE_TAKEN_OVER,
+                f"an admin ended the stream of {name}",
+                metadata={"node": last_part(name)},
+            )
+        )
 
     # Streams.
 
@@ -331,8 +351,9 @@ class Fleet:
             if stream is not None:
                 stream.end(not_found(cluster.name))
 
-    def _lose_leadership(self, error: ServiceError) -> None:
-        self._ending = error
+    def lose_leadership(self, error: ServiceError) -> None:
+        """Ends every stream; nothing is decided any more."""
+        self._ending = self._ending or error
         for stream in list(self._streams.values()):
             stream.end(error)
 

@@ -153,6 +153,11 @@ class NodeLink:
         return self._session
 
     @property
+    def boot_id(self) -> str:
+        """Of the run of the agent that spoke last. Empty: none did."""
+        return self._boot_id
+
+    @property
     def moves_heads(self) -> bool:
         """Its agent can, or has not said yet what it can."""
         return not self._boot_id or Capability.AGENT_CAPABILITY_MOVE in self.capabilities

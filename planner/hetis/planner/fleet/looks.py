@@ -94,6 +94,7 @@ class Looks:
             self._took_s = self._clock.monotonic() - began_s
         except ServiceError as error:
             _log.warning("nothing could be kept", extra={**extra, "reason": error.reason_name})
+            self._took_s = _MOST_PAUSE_S  # as after a long one: the store is asked once a second
             if error.reason == Reason.ERROR_REASON_NOT_LEADER:
                 self._lose_leadership(error)
         except Exception:

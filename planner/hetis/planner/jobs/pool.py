@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.failures import Reason, ServiceError, quota_exceeded
 from hetis.planner.jobs.outcomes import CalledOff, Crashed, Outcome
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.search import Search
@@ -24,6 +24,8 @@ class PoolSettings:
     Attributes:
         num_processes: searches at a time.
         queue_size: searches that wait, beside those that run.
+        running_per_caller: of one caller at a time, so that others need not wait for all of its searches; None: any.
+        queued_per_caller: that wait, of one caller; None: any.
         searches_per_process: after so many a process is replaced, so that no leak grows for ever.
         grace_s: how long after its time limit, or after it was called off, a search may take to answer.
         preparation_s: how long a process may load and compile before the clock of a search runs.
@@ -31,6 +33,8 @@ class PoolSettings:
 
     num_processes: int = 1
     queue_size: int = 16
+    running_per_caller: int | None = None
+    queued_per_caller: int | None = None
     searches_per_process: int = 50
     grace_s: float = 60.0
     preparation_s: float = 600.0
@@ -49,7 +53,7 @@ class SolverPool:
         self._settings = settings
         self._clock = clock
         self._places: set[Search] = set()  # of all that have not ended
-        self._waiting: deque[Search] = deque()
+        self._waiting: dict[str, deque[Search]] = {}  # by caller, whose turn it is first
         self._arrived = asyncio.Event()
         self._running: dict[Search, tuple[Slot, float]] = {}  # who works on it, and since when
         self._num_crashes = 0
@@ -87,7 +91,7 @@ class SolverPool:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return sum(map(len, self._waiting.values()))
 
     @property
     def num_crashes(self) -> int:
@@ -99,13 +103,23 @@ class SolverPool:
         """Of the processes that there are now."""
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
-    def reserve(self, *, even_if_full: bool = False) -> Search:
+    def searches_of(self) -> dict[str, dict[str, int]]:
+        """Those ``running`` and ``queued`` by caller."""
+        found: dict[str, dict[str, int]] = {}
+        for search in self._places:
+            counts = found.setdefault(search.caller, {"running": 0, "queued": 0})
+            counts["running" if search in self._running else "queued"] += 1
+        return found
+
+    def reserve(self, caller: str, *, even_if_full: bool = False) -> Search:
         """A place for one search, to be begun or abandoned.
 
         Raises:
-            ServiceError: SOLVER_QUEUE_FULL, with the time when a place may be free.
+            ServiceError: QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time when a place may be free.
         """
         settings = self._settings
+        if not even_if_full:
+            self._require_quota(caller)
         if not even_if_full and len(self._places) >= settings.num_processes + settings.queue_size:
             queued = len(self._places) - settings.num_processes
             raise ServiceError(
@@ -114,9 +128,28 @@ class SolverPool:
                 metadata={"queued": queued},
                 retry_after_s=self.retry_after_s(),
             )
-        search = Search(self)
+        search = Search(self, caller)
         self._places.add(search)
         return search
+
+    def _require_quota(self, caller: str) -> None:
+        settings = self._settings
+        if settings.queued_per_caller is None:
+            return
+        most = settings.queued_per_caller + self._most_running
+        if sum(search.caller == caller for search in self._places) >= most:
+            raise quota_exceeded(
+                caller,
+                "searches",
+                f"{caller} has {most} searches that run or wait ({self._most_running} may run at a time), and may have"
+                " no more: wait for one, or cancel it",
+                limit=most,
+                retry_after_s=self.retry_after_s(),
+            )
+
+    @property
+    def _most_running(self) -> int:
+        return min(self._settings.running_per_caller or self._settings.num_processes, self._settings.num_processes)
 
     def retry_after_s(self) -> float:
         """When the first of the running searches ends at the latest."""
@@ -127,7 +160,7 @@ class SolverPool:
     # --- for its searches
 
     def enqueue(self, search: Search) -> None:
-        self._waiting.append(search)
+        self._waiting.setdefault(search.caller, deque()).append(search)
         self._arrived.set()
 
     def give_back(self, search: Search) -> None:
@@ -136,8 +169,8 @@ class SolverPool:
     def call_off(self, search: Search) -> None:
         if search in self._running:
             self._running[search][0].call_off()
-        elif search in self._waiting:
-            self._waiting.remove(search)
+        elif search in (waiting := self._waiting.get(search.caller, deque())):
+            waiting.remove(search)
             self._end(search, CalledOff())
 
     # --- for its slots
@@ -145,16 +178,31 @@ class SolverPool:
     async def _work(self, slot: Slot) -> None:
         while True:
             await slot.warm_up()
-            while not self._waiting:
+            while (search := self._next()) is None:
                 self._arrived.clear()
                 await self._arrived.wait()
-            search = self._waiting.popleft()
             self._running[search] = slot, self._clock()
             outcome = await slot.finish(search)
             self._num_crashes += isinstance(outcome, Crashed)
             self._end(search, outcome)
 
+    def _next(self) -> Search | None:
+        """What is to be searched now: callers take turns, those first of whom fewest searches run."""
+        running = Counter(search.caller for search in self._running)
+        for caller in [caller for caller, waiting in self._waiting.items() if not waiting]:
+            del self._waiting[caller]
+        ready = [caller for caller in self._waiting if running[caller] < self._most_running]
+        if not ready:
+            return None
+        caller = min(ready, key=running.__getitem__)  # of equals the one whose turn is the longest ago
+        waiting = self._waiting.pop(caller)
+        search = waiting.popleft()
+        if waiting:
+            self._waiting[caller] = waiting
+        return search
+
     def _end(self, search: Search, outcome: Outcome) -> None:
         self._places.discard(search)
         self._running.pop(search, None)
+        self._arrived.set()  # its caller may have another one that had to wait
         search.tell(outcome)

@@ -31,8 +31,9 @@ class Pool(Protocol):
 class Search:
     """A place in the pool, and what became of it. `SolverPool.reserve` makes them."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, caller: str) -> None:
         self._pool = pool
+        self.caller = caller
         self._news: asyncio.Queue[News] = asyncio.Queue()
         self.posed_json = b""
         self.time_limit_s = 0.0

@@ -40,6 +40,7 @@ class Slot:
         self._search: Search | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._why_killed = ""
+        self._is_searching = False
 
     @property
     def pid(self) -> int | None:
@@ -67,9 +68,16 @@ class Slot:
             self._set_timer(None, "")
 
     def call_off(self) -> None:
-        """Tells the process that the present search is called off; it is killed if it does not answer."""
+        """Tells the process that the present search is called off; it is killed if it does not answer.
+
+        What it compiles at that moment it finishes: the next search would have to begin with it again.
+        """
         if self._process is not None and self._is_ready:
             self._process.send(Frame(kind="cancel", fields={}))
+        if self._is_searching:
+            self._expect_end()
+
+    def _expect_end(self) -> None:
         self._set_timer(self._grace_s, f"gave no answer {self._grace_s:g} s after it was called off")
 
     async def stop(self) -> None:
@@ -97,9 +105,15 @@ class Slot:
         was_heard = False
         while (frame := await process.receive()) is not None:
             was_heard = True
-            if frame.kind == "searching" and not search.is_called_off:
-                limit_s = search.time_limit_s + self._grace_s
-                self._set_timer(limit_s, f"gave no answer {self._grace_s:g} s after its time limit")
+            if frame.kind == "searching":
+                self._is_searching = True
+                limit_s = search.time_limit_s + self._grace_s - frame.fields.get("spent_s", 0.0)
+                if search.is_called_off:
+                    self._expect_end()
+                else:
+                    self._set_timer(limit_s, f"gave no answer {self._grace_s:g} s after its time limit")
+            elif frame.kind == "compiling":
+                self._wait_for_preparation()
             elif frame.kind == "progress":
                 search.tell(progress_from_frame(frame))
             elif (answer := answer_from_frame(frame)) is not None:
@@ -135,6 +149,7 @@ class Slot:
         return _crashed(exit_code, self._why_killed or process.last_words())
 
     def _wait_for_preparation(self) -> None:
+        self._is_searching = False
         self._set_timer(self._preparation_s, f"was not ready to search after {self._preparation_s:g} s")
 
     def _set_timer(self, seconds: float | None, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.planner.convert.plans import result_to_proto
@@ -16,9 +17,15 @@ from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 
 
-def solve(posed: PosedProblem, *, cancelled: threading.Event, report: Report) -> Answer:
+def solve(
+    posed: PosedProblem,
+    *,
+    cancelled: threading.Event,
+    report: Report,
+    clock: Callable[[], float] = time.monotonic,
+) -> Answer:
     """Searches until the answer is good enough, the time is over, or ``cancelled`` is set; what is found is checked."""
-    budget = Budget(time_limit_s=posed.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+    budget = Budget(time_limit_s=posed.settings.time_limit_s, clock=clock, cancelled=cancelled)
     try:
         plan = make_plan(posed.loaded, posed.problem(), posed.settings, budget=budget, report=report)
     except InfeasibleError as error:

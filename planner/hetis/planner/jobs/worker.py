@@ -1,6 +1,7 @@
 """A solver process: ``python -m hetis.planner.jobs.worker``, driven over its standard input and output.
 
-It reads ``solve`` and ``cancel`` and writes ``ready``, ``searching``, ``progress`` and one answer per ``solve``. It
+It reads ``solve`` and ``cancel`` and writes ``ready``, ``searching``, ``compiling``, ``progress`` and one answer per
+``solve``. It
 ends when its input does, so that none outlives its service. An error that nobody foresaw ends it too: what it holds is
 not to be trusted any more, and the service starts another.
 """

@@ -22,16 +22,22 @@ def without_documents(answer: A) -> A:
     for document in _documents(kept):
         if len(document.content) > MOST_KEPT_BYTES:
             document.content = _LEFT_OUT
+        if len(document.text) > MOST_KEPT_BYTES:
+            document.text = _LEFT_OUT
     return kept
 
 
 def with_documents(answer: A, tx: Transaction) -> A:
     """The answer with what was left out, as far as the resource still has it; else the content is empty."""
-    missing = [document for document in _documents(answer) if document.content == _LEFT_OUT]
+    missing = [document for document in _documents(answer) if _LEFT_OUT in (document.content, document.text)]
     if missing:
-        known = {document.digest: document.content for body in _bodies(answer, tx) for document in _documents(body)}
+        known = {document.digest: document for body in _bodies(answer, tx) for document in _documents(body)}
         for document in missing:
-            document.content = known.get(document.digest, b"")
+            present = known.get(document.digest, document_pb2.Document())
+            if document.content == _LEFT_OUT:
+                document.content = present.content
+            if document.text == _LEFT_OUT:
+                document.text = present.text
     return answer
 
 

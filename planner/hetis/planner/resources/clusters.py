@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
+from hetis.planner.convert.documents import MAX_NODES
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
 from hetis.planner.resources.checking import Checks
-from hetis.planner.resources.declared import MAX_NODES, DeclaredFleets
+from hetis.planner.resources.declared import DeclaredFleets
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.live import FleetNow
 from hetis.planner.resources.paging import read_page_request
@@ -72,7 +73,9 @@ class Clusters:
             return service_pb2.CreateClusterResponse(cluster=cluster)
 
         def insert(tx: Transaction) -> service_pb2.CreateClusterResponse:
-            return service_pb2.CreateClusterResponse(cluster=self._message(tx.clusters.insert(record), FULL))
+            nonlocal record
+            record = tx.clusters.insert(record)
+            return service_pb2.CreateClusterResponse(cluster=self._message(record, FULL))
 
         async def change() -> Answer[service_pb2.CreateClusterResponse]:
             answer = await self._store.write(
@@ -246,7 +249,9 @@ def _with_changes(
     body.ClearField("policy")
     if policy.ByteSize():
         body.policy.CopyFrom(policy)
-    if body.document.digest == record.body.document.digest and body.policy == record.body.policy:
+    document, present = body.document, record.body.document
+    is_same = (document.digest, document.text) == (present.digest, present.text)
+    if is_same and body.policy == record.body.policy:
         return record
     return dataclasses.replace(record, body=body, update_time_s=now_s)
 

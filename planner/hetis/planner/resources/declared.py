@@ -12,8 +12,7 @@ from hetis.planner.convert import documents
 from hetis.planner.store import ClusterRecord
 from hetis.solver.cluster import Cluster
 
-MAX_NODES = 10_000  # of a cluster: what 3,000 measured agents extrapolate to in one process (docs/benchmarks.md)
-_KEPT_NODES = 100 * MAX_NODES  # of all clusters that are kept parsed; about 80 bytes each
+_KEPT_NODES = 100 * documents.MAX_NODES  # of all clusters that are kept parsed; about 80 bytes each
 
 
 class Declared:

@@ -61,5 +61,12 @@ class FleetNow(Protocol):
 
     def replica_view(self, name: str) -> ReplicaNow | None: ...
 
+    def disconnect(self, name: str) -> None:
+        """Ends the stream of a node's agent.
+
+        Raises:
+            ServiceError: NOT_FOUND, none is connected.
+        """
+
     async def cluster_changed(self, cluster: str) -> None:
         """Something of it was changed in the store."""

@@ -90,6 +90,16 @@ class Nodes:
         node = await self._set_draining(request, service_pb2.UndrainNodeResponse, draining=False)
         return service_pb2.UndrainNodeResponse(node=node)
 
+    async def disconnect(self, request: service_pb2.DisconnectNodeRequest) -> service_pb2.DisconnectNodeResponse:
+        """Ends the stream of whoever is connected as the node; nothing is kept of it."""
+        checks = Checks()
+        checks.name("name", request.name, names.NODE)
+        checks.raise_if_wrong()
+        await self._read(request.name)
+        self._fleet.disconnect(request.name)
+        found = await self.get(service_pb2.GetNodeRequest(name=request.name))
+        return service_pb2.DisconnectNodeResponse(node=found.node)
+
     async def _set_draining(
         self,
         request: service_pb2.DrainNodeRequest | service_pb2.UndrainNodeRequest,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.beside import beside_loop
+from hetis.planner.callers import present_caller
 from hetis.planner.convert import names
 from hetis.planner.convert.plans import result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
@@ -163,10 +164,11 @@ class PlanCreation:
         place = self._place(answer)
 
         def insert(tx: Transaction) -> pb2.CreatePlanResponse:
+            nonlocal record
             require_free(tx)
             if isinstance(place, ServiceError):
                 raise place
-            tx.plans.insert(record)
+            record = tx.plans.insert(record)
             if isinstance(answer, ImportedPlan):
                 tx.plan_documents.put(record.name, answer.document)
             else:
@@ -194,7 +196,7 @@ class PlanCreation:
         if isinstance(answer, ImportedPlan):
             return None
         try:
-            return self._pool.reserve()
+            return self._pool.reserve(present_caller().name)
         except ServiceError as error:
             return error
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.beside import beside_loop
+from hetis.planner.callers import PLANNER
 from hetis.planner.convert.plans import digest_of, progress_to_proto
 from hetis.planner.convert.times import timestamp
 from hetis.planner.failures import Reason, ServiceError
@@ -94,7 +95,7 @@ class PlanSearches:
                 continue
             if record.state != plan_pb2.PLAN_STATE_QUEUED:
                 await self._change(record.name, _queued_again)
-            self.begin(record.name, self._pool.reserve(even_if_full=True), posed, posed_json)
+            self.begin(record.name, self._pool.reserve(PLANNER.name, even_if_full=True), posed, posed_json)
 
     async def _posed_json(self, plan: str) -> bytes | None:
         return await self._store.read(lambda reader: reader.plan_documents.get(problem_name(plan)))

@@ -10,11 +10,13 @@ from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from hetis.planner.callers import present_caller
 from hetis.planner.resources.answered_documents import with_documents, without_documents
-from hetis.planner.store import Transaction
+from hetis.planner.store import AuditedChange, Transaction, audit
 
 A = TypeVar("A", bound=Message)
 T = TypeVar("T")
+RESOURCES = ("cluster", "profile", "plan", "node")
 _under_way = set[asyncio.Task[Any]]()  # the loop itself keeps tasks weakly
 
 
@@ -42,11 +44,42 @@ def once(tx: Transaction, request: Message, response: type[A], work: Callable[[]
     method, print_ = request.DESCRIPTOR.full_name, fingerprint(request)
     earlier = tx.requests.replay(method, request_id, print_)
     if earlier is not None:
-        return Answer(with_documents(response.FromString(earlier), tx), is_new=False)
+        answered = response.FromString(earlier)
+        _write_down(tx, request, answered, audit.REPEATED)
+        return Answer(with_documents(answered, tx), is_new=False)
     answer = work()
+    _write_down(tx, request, answer, audit.OK)
     if request_id:
         tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
     return Answer(answer, is_new=True)
+
+
+def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
+    """A line of the audit log, in the transaction of what it is about."""
+    caller, plan = present_caller(), named_in(answer, "plan")
+    tx.audit.append(
+        AuditedChange(
+            caller=caller.name,
+            role=caller.role,
+            method=request.DESCRIPTOR.name.removesuffix("Request"),
+            resource=named_in(request, "name", "cluster", "profile", "node") or named_in(answer, *RESOURCES),
+            request_id=request.request_id,  # type: ignore[attr-defined]
+            plan=plan,
+            outcome=outcome,
+        ),
+        time_s=tx.now_s,
+    )
+
+
+def named_in(message: Message, *fields: str) -> str:
+    """The name of the resource in the first of these fields that has one; as text or as the resource."""
+    for field in fields:
+        if field in message.DESCRIPTOR.fields_by_name:
+            value = getattr(message, field)
+            name = value if isinstance(value, str) else getattr(value, "name", "")
+            if isinstance(name, str) and name:
+                return name
+    return ""
 
 
 def fingerprint(request: Message) -> str:

@@ -12,7 +12,7 @@ _TABLE: dict[str, dict[tuple[Role, ...], str]] = {
             " GetRedispatch ListRedispatches"
         ),
         (Role.ORCHESTRATOR,): "CreateCluster UpdateCluster DrainNode UndrainNode",
-        (Role.ADMIN,): "DeleteCluster",
+        (Role.ADMIN,): "DeleteCluster DisconnectNode",
     },
     "hetis.v1.ProfileService": {
         (Role.VIEWER,): "GetProfile ListProfiles",
@@ -37,6 +37,7 @@ NEEDED: dict[str, tuple[Role, ...]] = {
 }
 """Roles of which a caller needs one, by ``/package.Service/Method``."""
 
+CONNECT = "/hetis.v1.AgentService/ConnectNode"
 OPEN_SERVICES = (
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
@@ -50,6 +51,27 @@ def is_open(method: str) -> bool:
     return method.split("/")[1] in OPEN_SERVICES
 
 
+_STANDBY = {
+    "ClusterService": "GetCluster ListClusters GetReplica ListReplicas GetRedispatch ListRedispatches",
+    "ProfileService": "GetProfile ListProfiles",
+    "PlanService": "GetPlan ListPlans ExplainPlan DiffPlans ReadPlanDocument",
+}
+STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.items() for method in found.split()}
+"""What a planner that does not lead answers from the store. What agents say now, and watches, the leader alone has."""
+
+
+def needs_leader(method: str, *, reads_too: bool) -> bool:
+    """Whether the leader alone may answer.
+
+    Args:
+        method: as gRPC has it.
+        reads_too: also what changes nothing and is of the present moment; False: only what decides something.
+    """
+    if is_open(method) or method in STANDBY_READS:
+        return False
+    return reads_too or (Role.VIEWER not in NEEDED.get(method, ()) and method != CONNECT)
+
+
 def require_role(identity: Identity, method: str) -> None:
     """
     Raises:
@@ -58,15 +80,10 @@ def require_role(identity: Identity, method: str) -> None:
     needed = NEEDED.get(method, ())
     if not identity.roles.isdisjoint(needed):
         return
-    has = ", ".join(sorted(identity.roles - _implied(identity.roles))) or "no role"
+    has = identity.role or "no role"
     wants = " or ".join(needed) or "a role that does not exist"
     raise ServiceError(
         Reason.ERROR_REASON_ROLE,
         f"{method} needs role {wants}; {identity.name} has {has}",
         metadata={"role": has, "needed": wants},
     )
-
-
-def _implied(roles: frozenset[Role]) -> frozenset[Role]:
-    """Those that come with a higher one."""
-    return frozenset(lower for role in roles for lower in role.includes if lower is not role)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -23,6 +24,12 @@ def split_address(address: str) -> tuple[str, int]:
 
 def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def reachable_from_elsewhere(address: str) -> str:
+    """The address with this machine's name where it listens on all of the machine's addresses."""
+    host, port = split_address(address)
+    return join_address(socket.getfqdn(), port) if host in ("0.0.0.0", "::") else address
 
 
 def is_socket_path(address: str) -> bool:

@@ -1,17 +1,16 @@
-"""The planner, put together: store, hubs, solver pool, fleet, resources, servicers; taken apart in the other order."""
+"""The planner, put together: store, and for each term hubs, solver pool, fleet, resources, servicers."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import Fleet
 from hetis.planner.fleet.proposals import PlacementProposals
@@ -33,8 +32,9 @@ from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.running import Running
 from hetis.planner.resources.watches import ClusterWatches
+from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.fleet_metrics import FleetCollector
-from hetis.planner.service.overview import Overview
+from hetis.planner.service.loops import Loops
 from hetis.planner.service.overviews import Overviews
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.servicers.agent import AgentServicer
@@ -43,7 +43,9 @@ from hetis.planner.service.servicers.dispatch import DispatchServicer
 from hetis.planner.service.servicers.plan import PlanServicer
 from hetis.planner.service.servicers.profile import ProfileServicer
 from hetis.planner.service.settings import PlannerConfig, default_store
-from hetis.planner.store import Store
+from hetis.planner.service.store_metrics import StoreCollector
+from hetis.planner.service.succession import Succession
+from hetis.planner.store import AuditedChange, Store, Transaction
 from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
 from hetis.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
 from hetis.v1.dispatch_service_pb2_grpc import add_DispatchServiceServicer_to_server
@@ -51,7 +53,6 @@ from hetis.v1.plan_service_pb2_grpc import add_PlanServiceServicer_to_server
 from hetis.v1.profile_service_pb2_grpc import add_ProfileServiceServicer_to_server
 
 _SUSPECT_HEARTBEATS = 1.6  # the settings make the lease at least two
-_log = logging.getLogger("hetis.planner")
 
 
 class SystemClock:
@@ -64,89 +65,58 @@ class SystemClock:
         return time.time()
 
 
-class AssembledPlanner:
-    """Everything behind the gRPC server. Made by `open_planner`."""
+class Term:
+    """Everything behind the gRPC server for one leadership term; before `begin` it answers what the store alone knows.
+
+    Args:
+        epoch: of the term. 0: this planner does not lead, and will not in this one.
+        counters: of the fleet; they go on from term to term.
+        loops: where what goes on beside the calls is started, and remembered where it fails.
+    """
 
     def __init__(
         self,
+        config: PlannerConfig,
         store: Store,
-        hubs: Hubs,
-        fleet: Fleet,
-        overviews: Overviews,
-        servicings: Sequence[Servicing],
-        parts: AsyncExitStack,
+        *,
+        epoch: int,
+        counters: FleetCounters,
+        loops: Loops,
+        refusals: AuditRefusals,
     ) -> None:
+        clock = SystemClock()
+        self.epoch = epoch
+        self.since_s = clock.time()
         self._store = store
-        self._hubs = hubs
-        self._fleet = fleet
-        self._overviews = overviews
-        self._parts = parts
-        self.servicings = servicings
-        self.collectors = (FleetCollector(fleet.counters),)
-
-    async def overview(self) -> Overview:
-        return await self._overviews.overview()
-
-    async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
-        return await self._overviews.cluster_details(name)
-
-    async def until_replaced(self) -> None:
-        await self._store.until_replaced()
-
-    async def say_goodbye(self) -> None:
-        self._hubs.close()
-        await self._fleet.stop("the planner is shutting down")
-
-    async def close(self) -> None:
-        await self._parts.aclose()
-
-
-async def open_planner(config: PlannerConfig) -> AssembledPlanner:
-    """Opens the store, takes leadership, and begins again what the planner before had under way.
-
-    Raises:
-        StoreError: the store cannot be used.
-        ServiceError: NOT_LEADER, another planner holds it.
-    """
-    if config.store == default_store():
-        Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    clock = SystemClock()
-    async with AsyncExitStack() as parts:
-        store = await Store.open(config.store)
-        parts.push_async_callback(store.close)
-        epoch = await store.lead(f"{socket.gethostname()}:{os.getpid()}")
-        leader_since_s = clock.time()
-        hubs = Hubs(epoch)
-        parts.callback(hubs.close)
-
-        pool = SolverPool(PoolSettings(num_processes=config.solver.processes, queue_size=config.solver.queue))
-        parts.push_async_callback(pool.stop)
+        self._loops, self._refusals = loops, refusals
+        self._parts = AsyncExitStack()
+        self._hubs = hubs = Hubs(epoch)
+        self._pool = SolverPool(pool_settings(config))
         fleet_settings = FleetSettings(
             heartbeat_s=config.agents.heartbeat,
             lease_s=config.agents.lease,
             suspect_s=_SUSPECT_HEARTBEATS * config.agents.heartbeat,
         )
-        fleet = Fleet(store, hubs, epoch=epoch, settings=fleet_settings, clock=clock)
-        states = DispatchStates(fleet)
-        loop = RedispatchLoop(fleet, states, clock=clock)
-        fleet.observers.append(loop)
+        self._fleet = fleet = Fleet(store, hubs, epoch=epoch, settings=fleet_settings, clock=clock, counters=counters)
+        self._states = states = DispatchStates(fleet)
+        self._loop = RedispatchLoop(fleet, states, clock=clock)
+        fleet.observers.append(self._loop)
 
         declared = DeclaredFleets()
         reader = NodeReader(store, fleet, declared)
         clusters = Clusters(store, hubs, fleet, declared)
         nodes = Nodes(store, hubs, fleet, reader)
         running = Running(store, fleet)
-        searches = PlanSearches(store, hubs, pool)
-        parts.push_async_callback(searches.stop)
+        self._searches = searches = PlanSearches(store, hubs, self._pool)
         clusters.deleted.append(searches.cluster_deleted)
         documents = PlanDocuments(store)
         limits = SearchLimits(threads=_threads(config), time_s=config.solver.max_search)
-        creation = PlanCreation(store, hubs, fleet, declared, pool, searches, limits=limits)
+        creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits=limits)
         plans = Plans(store, hubs, searches, documents)
         activation = PlanActivation(store, hubs, fleet, declared, documents)
-        proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
-        fleet.observers.append(proposals)
-        servicings = (
+        self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
+        fleet.observers.append(self._proposals)
+        self.servicings = (
             Servicing(
                 service="hetis.v1.ClusterService",
                 servicer=ClusterServicer(clusters, nodes, running, ClusterWatches(store, hubs, fleet, reader)),
@@ -173,44 +143,109 @@ async def open_planner(config: PlannerConfig) -> AssembledPlanner:
                 add=add_AgentServiceServicer_to_server,
             ),
         )
-        overviews = Overviews(
+        self.overviews = Overviews(
             store,
             fleet,
-            pool,
+            self._pool,
             clusters,
             nodes,
             running,
             epoch=epoch,
-            leader_since_s=leader_since_s,
+            leader_since_s=self.since_s if epoch else 0.0,
             most_searches=config.solver.processes,
         )
-        pool.start()
-        await fleet.start()
-        parts.push_async_callback(fleet.stop, "the planner is shutting down")
-        for cluster in await store.read(lambda reader: reader.clusters.all()):
-            proposals.capacity_changed(cluster.name)
-        for name, work in (
-            ("the re-dispatch loop", loop.run()),
-            ("placement proposals", proposals.run()),
-            ("warming up dispatch", states.warm_up()),
-        ):
-            task = asyncio.create_task(work, name=name)
-            task.add_done_callback(_log_failure)
-            parts.push_async_callback(_end, task)
-        await searches.resume()
-        return AssembledPlanner(store, hubs, fleet, overviews, servicings, parts.pop_all())
+
+    async def stand_by(self) -> None:
+        """Loads what would take time when this planner comes to lead: the kernels of dispatch are of the process."""
+        await self._states.warm_up()
+
+    async def begin(self) -> None:
+        """Takes up what the planner before had under way, and decides from now on.
+
+        Raises:
+            ServiceError: NOT_LEADER or STORE_UNAVAILABLE; `close` it then.
+        """
+        parts = self._parts
+        parts.callback(self._hubs.close)
+        parts.push_async_callback(self._pool.stop)
+        parts.push_async_callback(self._searches.stop)
+        parts.push_async_callback(self._fleet.stop, "the planner is shutting down")
+        await self._fleet.start()
+        for cluster in await self._store.read(lambda reader: reader.clusters.all()):
+            self._proposals.capacity_changed(cluster.name)
+        parts.push_async_callback(self._loops.stop)
+        self._loops.start("the re-dispatch loop", self._loop.run())
+        self._loops.start("the audit log of refusals", self._refusals.run())
+        self._loops.start("placement proposals", self._proposals.run())
+        self._loops.start("warming up dispatch", self._states.warm_up())
+        await self._searches.resume()
+        self._pool.start()  # last: its processes take all cores while they load, and agents wait for this planner
+
+    def lose(self, error: ServiceError) -> None:
+        """The term is over: agents and watchers go at once, nothing is decided any more."""
+        self._fleet.lose_leadership(error)
+        self._hubs.close()
+
+    async def say_goodbye(self) -> None:
+        """Tells the agents that the planner goes, and ends watches."""
+        self._hubs.close()
+        await self._fleet.stop("the planner is shutting down")
+
+    async def close(self) -> None:
+        """Stops everything that `begin` started."""
+        await self._parts.aclose()
+
+
+async def open_planner(config: PlannerConfig) -> Succession:
+    """Opens the store, and leads, or stands by where another planner does and the configuration says so.
+
+    Raises:
+        StoreError: the store cannot be used.
+        ServiceError: NOT_LEADER, another planner holds it, and this one is not to wait for it.
+    """
+    if config.store == default_store():
+        Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    counters, loops = FleetCounters(), Loops()
+    store = await Store.open(config.store, lease_s=config.leadership.lease)
+
+    async def append(changes: Sequence[AuditedChange]) -> None:
+        def work(tx: Transaction) -> None:
+            for change in changes:
+                tx.audit.append(change, time_s=tx.now_s)
+
+        await store.write(work)
+
+    refusals = AuditRefusals(append)
+    succession = Succession(
+        store,
+        lambda epoch: Term(config, store, epoch=epoch, counters=counters, loops=loops, refusals=refusals),
+        holder=f"{socket.gethostname()}:{os.getpid()}",
+        addresses=config.leadership.advertise,
+        stands_by=config.stands_by,
+        loops=loops,
+        refusals=refusals,
+        collectors=(FleetCollector(counters), StoreCollector(store)),
+    )
+    try:
+        await succession.start()
+    except BaseException:
+        await succession.close()
+        raise
+    return succession
+
+
+def pool_settings(config: PlannerConfig) -> PoolSettings:
+    """One process and most of the queue are for others than the caller that asks most, where callers are known."""
+    solver = config.solver
+    shared = config.asks_for_credentials
+    return PoolSettings(
+        num_processes=solver.processes,
+        queue_size=solver.queue,
+        running_per_caller=solver.running_per_caller or (max(1, solver.processes - 1) if shared else None),
+        queued_per_caller=solver.queued_per_caller or (max(1, solver.queue // 4) if shared else None),
+    )
 
 
 def _threads(config: PlannerConfig) -> int:
     """Of one search: all processes together use the machine once."""
     return max(1, (os.cpu_count() or 1) // config.solver.processes)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("%s failed: restart the planner", task.get_name(), exc_info=error)

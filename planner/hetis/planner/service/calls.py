@@ -14,11 +14,14 @@ from google.protobuf.message import DecodeError, Message
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import is_open, require_role
+from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
 from hetis.planner.service.deadlines import require_deadline
 from hetis.planner.service.identity import ANYBODY, set_caller
 from hetis.planner.service.stream_limits import StreamLimits
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
+from hetis.planner.service.write_rates import WRITES, WriteRates
+from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
 DEADLINE_SLACK_S = 0.05
@@ -31,16 +34,21 @@ Decode = Callable[[bytes], Message]
 class Calls(grpc.aio.ServerInterceptor):
     """The only interceptor, so that a call costs one wrapper: identity, role, deadline, errors, telemetry, drain."""
 
-    def __init__(self, authenticator: Authenticator, telemetry: Telemetry) -> None:
+    def __init__(self, authenticator: Authenticator, telemetry: Telemetry, *, writes: WriteRates | None = None) -> None:
         self._authenticator = authenticator
+        self._writes = writes or WriteRates()
+        self.on_refusal: Callable[[AuditedChange], None] = lambda _change: None
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
-        self._streams: set[asyncio.Task[None]] = set()
+        self._streams: dict[asyncio.Task[None], tuple[str, Context]] = {}  # with its method
         self._num_unary = 0
         self._unary_done = asyncio.Event()
         self._unary_done.set()
+        self._ended = dict[asyncio.Task[None], ServiceError]()
         self.is_draining = False
+        self.require_leader: Callable[[str], None] = lambda _method: None
+        """Raises NOT_LEADER where this planner may not answer a method now."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
@@ -74,13 +82,26 @@ class Calls(grpc.aio.ServerInterceptor):
         """From now on every call fails with DRAINING, but health and reflection."""
         self.is_draining = True
 
-    async def end_streams(self) -> None:
-        """Ends what streams there still are with DRAINING."""
+    async def end_streams(self, error: ServiceError | None = None) -> None:
+        """Ends what streams there still are, with DRAINING unless another error is given."""
         running = [stream for stream in self._streams if not stream.done()]
         for stream in running:
+            if error is not None:
+                self._ended[stream] = error
             stream.cancel()
         if running:
             await asyncio.wait(running)
+
+    def end_revoked_streams(self) -> None:
+        """Ends the streams whose credentials would not be let in any more: taken back, expired, of a lesser role."""
+        for stream, (method, context) in list(self._streams.items()):
+            try:
+                identity = self._authenticator.identify(context.invocation_metadata() or (), context.auth_context())
+                require_role(identity, method)
+            except ServiceError as error:
+                if not stream.done():
+                    self._ended[stream] = error
+                    stream.cancel()
 
     async def wait_for_unary(self, timeout_s: float) -> bool:
         """Waits until no unary call is under way; whether that came to be."""
@@ -114,6 +135,7 @@ class Calls(grpc.aio.ServerInterceptor):
             async def body(record: CallRecord) -> Any:
                 request = decoded(decode, raw)
                 record.request_name = name_of(request)
+                record.request_id = getattr(request, "request_id", "")
                 return await behaviour(request, context)
 
             self._num_unary += 1
@@ -164,14 +186,18 @@ class Calls(grpc.aio.ServerInterceptor):
         if is_open(method):  # probes watch to the end
             return await write()
         stream = asyncio.create_task(write())
-        self._streams.add(stream)
+        self._streams[stream] = method, context
         try:
             await stream
         except asyncio.CancelledError:
-            if not self.is_draining or context.cancelled():
+            if not (self.is_draining or stream in self._ended) or context.cancelled():
                 raise
         finally:
-            self._streams.discard(stream)
+            self._streams.pop(stream, None)
+            ended = self._ended.pop(stream, None)
+        if ended is not None:
+            raise ended
+        self.require_leader(method)  # else the end of a term would look like the end of what is watched
         if self.is_draining:
             # It may have ended for another reason in this very moment; the caller comes back and sees.
             raise statuses.draining()
@@ -205,6 +231,8 @@ class Calls(grpc.aio.ServerInterceptor):
                 code = grpc.StatusCode.UNIMPLEMENTED  # what generated code raises where a servicer lacks a method
                 await context.abort(code, f"{method} is not implemented")
             status = _status(error, record)
+            if method in WRITES and record.caller and record.reason not in NOT_KEPT:
+                self.on_refusal(record.refused_change())
             code = statuses.code_of(status)
             await statuses.abort(context, status)
         finally:
@@ -213,16 +241,19 @@ class Calls(grpc.aio.ServerInterceptor):
     def _admit(self, method: str, metadata: Any, context: Context, record: CallRecord, *, is_stream: bool) -> None:
         """
         Raises:
-            ServiceError: CREDENTIALS, ROLE, DRAINING, DEADLINE_REQUIRED or DEADLINE_TOO_LONG, in this order.
+            ServiceError: CREDENTIALS, QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or
+                DEADLINE_TOO_LONG, in this order.
         """
         if is_open(method):
             set_caller(ANYBODY)
             return
         identity = self._authenticator.identify(metadata, context.auth_context())
-        record.caller = identity.name
+        record.caller, record.role = identity.name, identity.role
+        self._writes.take(method, identity.name)
         require_role(identity, method)
         if self.is_draining:
             raise statuses.draining()
+        self.require_leader(method)
         if not is_stream:
             require_deadline(method, context.time_remaining())
         set_caller(identity)
@@ -250,6 +281,8 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
         )
         meant = statuses.incident(incident_id)
     record.reason = meant.reason_name
+    if meant.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
+        record.quota = meant.metadata["quota"]
     return statuses.to_status(meant)
 
 

@@ -107,6 +107,15 @@ def hetis_planner(
         str | None,
         typer.Option("--log-format", rich_help_panel=_WHAT, show_default=False, metavar="FORM", help="json or text."),
     ] = None,
+    standby: Annotated[
+        bool | None,
+        typer.Option(
+            "--standby/--no-standby",
+            rich_help_panel=_WHAT,
+            show_default=False,
+            help="Wait and serve reads where another planner leads, or end; unless said, on PostgreSQL it waits.",
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -141,6 +150,7 @@ def hetis_planner(
         ("store", "--store", store),
         ("log.level", "--log-level", log_level),
         ("log.format", "--log-format", log_format),
+        ("leadership.standby", "--standby", None if standby is None else str(standby).lower()),
     ):
         if value:
             flags.append(Given(name=name, text=value, by=option))
@@ -169,6 +179,96 @@ def create(
     from hetis.planner.service.starting import make_token
 
     make_token(file, role=role.value, name=name, node=node, cluster=cluster, valid_days=valid)
+
+
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="The planner's configuration."),
+]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", metavar="URL", help="sqlite:///... or postgresql://...", show_default=False)
+]
+
+
+@app.command("backup")
+def backup(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The backup; must not be there yet.")],
+    config: ConfigOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Write the store as it is at this moment into a file. Planners go on meanwhile."""
+    from hetis.planner.service.maintenance import make_backup
+
+    make_backup(_store_url(config, store), file)
+
+
+@app.command("restore")
+def restore(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="What `backup` wrote.")],
+    config: ConfigOption = None,
+    store: StoreOption = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Let what is in the store go.")] = False,
+) -> None:
+    """Make the store what a backup says, and raise its epoch. No planner may lead meanwhile."""
+    from hetis.planner.service.maintenance import restore_backup
+
+    restore_backup(_store_url(config, store), file, replace=replace)
+
+
+@app.command("migrate")
+def migrate(
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="VERSION", help="Such as v0002; unless given, the newest one.")
+    ] = None,
+    config: ConfigOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Bring the store's tables to the form of a version, up or down. Make a backup before."""
+    from hetis.planner.service.maintenance import migrate_store
+
+    migrate_store(_store_url(config, store), to)
+
+
+@app.command("audit")
+def audit(
+    caller: Annotated[str | None, typer.Option("--caller", help="Of this name.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Such as CreatePlan.", show_default=False)] = None,
+    resource: Annotated[
+        str | None, typer.Option("--resource", help="About it, or the plan chosen.", show_default=False)
+    ] = None,
+    outcome: Annotated[
+        str | None, typer.Option("--outcome", help="OK, REPEATED, or a reason such as ROLE.", show_default=False)
+    ] = None,
+    since: Annotated[str | None, typer.Option("--since", metavar="TIME", show_default=False)] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="TIME", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object per line.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Look for lines that were changed or taken out.")] = False,
+    config: ConfigOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Who changed what, when, and what became of it; the oldest first."""
+    from hetis.planner.service.maintenance import check_audit, print_audit
+
+    url = _store_url(config, store)
+    if check:
+        raise typer.Exit(check_audit(url))
+    print_audit(
+        url,
+        caller=caller,
+        method=method,
+        resource=resource,
+        outcome=outcome,
+        since=since,
+        until=until,
+        as_json=as_json,
+    )
+
+
+def _store_url(config: str | None, store: str | None) -> str:
+    from hetis.planner.service.maintenance import store_url
+    from hetis.planner.service.setting_sources import Given
+
+    return store_url(config, [Given(name="store", text=store, by="--store")] if store else [])
 
 
 def _split(text: str) -> tuple[str, str]:

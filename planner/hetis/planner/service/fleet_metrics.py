@@ -26,6 +26,7 @@ class FleetCollector(Collector):
         yield _number("reports_dropped", "Reports that a newer one had overtaken.", counters.reports_dropped)
         yield _number("agent_streams", "Streams of agents that began.", counters.streams)
         yield _number("agent_takeovers", "Streams that ended another of their node.", counters.takeovers)
+        yield _number("agent_refusals", "Streams refused because another agent had the node.", counters.refusals)
         yield _number("contradictions", "Second words of an authority that differ: a bug.", counters.contradictions)
 
 

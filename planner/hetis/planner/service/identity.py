@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 
+from hetis.planner.callers import Caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 
 
@@ -46,6 +47,12 @@ class Identity:
     roles: frozenset[Role]
     scope: str | None = None
 
+    @property
+    def role(self) -> str:
+        """The roles that no other one implies, as text."""
+        implied = {lower for role in self.roles for lower in role.includes if lower is not role}
+        return ", ".join(sorted(self.roles - implied))
+
     def speaks_for(self, node: str) -> bool:
         """Whether it may act as the agent of a node."""
         if Role.AGENT not in self.roles:
@@ -79,3 +86,4 @@ def caller() -> Identity:
 def set_caller(identity: Identity) -> None:
     """For the rest of this task, which is one call, and for the tasks that it starts."""
     _caller.set(identity)
+    set_present_caller(Caller(name=identity.name, role=identity.role))

@@ -6,22 +6,61 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+REPEAT_S = 30.0
+_CALLS = "hetis.planner.calls"
+_ABOUT = ("cluster", "node", "replica", "plan", "reason", "incident")
+_MOST_HELD = 10_000
 
 
 def set_up_logs(*, level: str, form: str) -> None:
     """Sends everything that the process logs to stderr in the given form (``json`` or ``text``)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    handler.addFilter(CountRepeats())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("hetis").setLevel(level.upper())
     logging.getLogger("grpc").setLevel(logging.ERROR)  # it logs every call that ends with a status
+
+
+class CountRepeats(logging.Filter):
+    """Lets a warning through once in `REPEAT_S`, with ``repeated``: how often it was held back since the last time.
+
+    What it is about (``cluster``, ``reason``) makes another line of it; a count or a time does not. Lines of calls are
+    all let through: each is of another call.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._held: dict[tuple[object, ...], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or record.name == _CALLS:
+            return True
+        error = record.exc_info[0] if record.exc_info else None
+        about = tuple(str(getattr(record, name, "")) for name in _ABOUT)
+        key = (record.name, record.levelno, str(record.msg), about, error)
+        now_s = self._clock()
+        until_s, num_held = self._held.get(key, (now_s, 0))
+        if now_s < until_s:
+            self._held[key] = until_s, num_held + 1
+            return False
+        if len(self._held) >= _MOST_HELD:
+            self._held = {key: held for key, held in self._held.items() if held[0] > now_s}
+        self._held[key] = now_s + REPEAT_S, 0
+        if num_held:
+            record.repeated = num_held
+        return True
 
 
 class JsonLines(logging.Formatter):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from functools import cache
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from hetis.planner.service.overview import Overview
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LOOK_S = 0.25  # between two looks at the event loop
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -27,6 +33,15 @@ class Metrics:
         self._streams = Counter(
             "hetis_planner_streams_ended", "Streams that ended.", ["method", "code"], registry=self.registry
         )
+        self._quotas = Counter(
+            "hetis_planner_quota_exceeded",
+            "Calls refused because their caller had used up a quota.",
+            ["caller", "quota"],
+            registry=self.registry,
+        )
+        self._searches = Gauge(
+            "hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"], registry=self.registry
+        )
         self._running = Gauge(
             "hetis_planner_rpcs_running", "Calls and streams under way.", ["method"], registry=self.registry
         )
@@ -38,18 +53,38 @@ class Metrics:
         self._plans = Gauge("hetis_planner_plans", "Plans by state.", ["state"], registry=self.registry)
         self._queued = Gauge("hetis_planner_searches_queued", "Searches without a process.", registry=self.registry)
         self._searching = Gauge("hetis_planner_searches_running", "Searches with a process.", registry=self.registry)
+        self._lag = Gauge(
+            "hetis_planner_loop_lag_seconds",
+            "How late the event loop was at worst, since the last scrape.",
+            registry=self.registry,
+        )
+        self._token_expiry = Gauge(
+            "hetis_planner_token_expiry_seconds",
+            "Unix time when the next token expires; 0: none does.",
+            registry=self.registry,
+        )
+        ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
+        self._worst_lag_s = 0.0
         self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
 
+        # Finding the child of labels takes as long as an admission's solve; they are few.
+        self._running_of = cache(self._running.labels)
+        self._calls_of, self._streams_of = cache(self._calls.labels), cache(self._streams.labels)
+
     def call_began(self, method: str) -> None:
-        self._running.labels(method).inc()
+        self._running_of(method).inc()
 
     def call_ended(self, method: str, code: str, seconds: float, *, is_stream: bool) -> None:
         """``method`` must be one that exists: callers choose names, and each costs memory for ever."""
-        self._running.labels(method).dec()
+        self._running_of(method).dec()
         if is_stream:
-            self._streams.labels(method, code).inc()
+            self._streams_of(method, code).inc()
         else:
-            self._calls.labels(method, code).observe(seconds)
+            self._calls_of(method, code).observe(seconds)
+
+    def quota_exceeded(self, caller: str, quota: str) -> None:
+        """``caller`` is the name of credentials that were checked."""
+        self._quotas.labels(caller, quota).inc()
 
     def show(self, overview: Overview) -> None:
         """Sets the gauges of the planner's state; what is gone disappears."""
@@ -62,10 +97,32 @@ class Metrics:
         self._plans.clear()
         for state, count in overview.num_plans.items():
             self._plans.labels(state).set(count)
+        self._searches.clear()
+        for caller, counts in overview.searches_of.items():
+            for state, count in counts.items():
+                self._searches.labels(caller, state).set(count)
         self._queued.set(overview.queued)
         self._searching.set(overview.searching)
         self._processes.set(overview.solver_processes)
 
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""
+        self._lag.set(self._worst_lag_s)
+        self._worst_lag_s = 0.0
         return generate_latest(self.registry)
+
+    def tokens_read(self, expiries_s: list[float]) -> None:
+        """When each token expires, Unix seconds."""
+        self._token_expiry.set(min(expiries_s, default=0.0))
+
+    async def watch_loop(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Measures how late the event loop comes to its turn, until it is cancelled."""
+        while True:
+            due_s = clock() + LOOK_S
+            await sleep(LOOK_S)
+            self._worst_lag_s = max(self._worst_lag_s, clock() - due_s)

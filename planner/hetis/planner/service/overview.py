@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -26,6 +26,12 @@ class Overview:
         num_plans: plans by state, such as ``SOLVING``.
         queued, searching: searches that wait for a solver process, and that have one.
         solver_processes: how many there may be.
+        searches_of: searches by caller and state, ``running`` or ``queued``.
+        counted_s_ago: how old the counts of clusters and plans are, where the store does not answer.
+        leads: whether this planner does.
+        leader: who does, for people; empty: not known.
+        lease_age_s: since the last renewal; 0 where there is no lease.
+        store_answered_s_ago: since the store last did what it was asked to.
     """
 
     epoch: int
@@ -35,13 +41,25 @@ class Overview:
     queued: int
     searching: int
     solver_processes: int
+    searches_of: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    counted_s_ago: float = 0.0
+    leads: bool = True
+    leader: str = ""
+    lease_age_s: float = 0.0
+    store_answered_s_ago: float = 0.0
 
 
 class OverviewSource(Protocol):
     """Who knows."""
 
-    async def overview(self) -> Overview: ...
+    async def overview(self) -> Overview:
+        """At once, also where the store does not answer: then with what was known before."""
+        ...
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
-        """A cluster with nodes, replicas and re-dispatches as JSON values; None: there is none of that name."""
+        """A cluster with nodes, replicas and re-dispatches as JSON values; None: there is none of that name.
+
+        Raises:
+            ServiceError: STORE_UNAVAILABLE.
+        """
         ...

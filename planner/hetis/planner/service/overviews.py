@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from hetis.v1 import cluster_pb2, plan_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
 FRESH_S = 2.0  # so long one count is good for, however many scrape
+WAIT_S = 0.5  # for a count, before the last one is shown
+DETAILS_S = 5.0  # for all of one cluster
 _PAGE = 500
 
 
@@ -58,26 +61,40 @@ class Overviews:
         self._leader_since_s = leader_since_s
         self._most_searches = most_searches
         self._clock = clock
-        self._kept: tuple[tuple[ClusterOverview, ...], Mapping[str, int]] = ((), {})
-        self._kept_until_s = 0.0
+        self._kept: _Kept = ((), {})
+        self._kept_s = clock()
+        self._counting: asyncio.Future[_Kept] | None = None
+        self._counted_at_s: float | None = None  # or tried to
 
     async def overview(self) -> Overview:
-        if self._clock() >= self._kept_until_s:
-            self._kept = await self._counted()
-            self._kept_until_s = self._clock() + FRESH_S
+        await self._count()
         clusters, plans = self._kept
         return Overview(
             epoch=self._epoch,
             leader_since_s=self._leader_since_s,
-            clusters=clusters,
+            clusters=tuple(
+                ClusterOverview(name=name, active_plan=plan, num_nodes=self._num_nodes(name, num_declared))
+                for name, plan, num_declared in clusters
+            ),
             num_plans=plans,
+            counted_s_ago=self._clock() - self._kept_s,
             queued=self._pool.num_waiting,
             searching=self._pool.num_running,
             solver_processes=self._most_searches,
+            searches_of=self._pool.searches_of(),
         )
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         """The first 500 of each kind; ``has_more`` names the kinds of which there are more."""
+        try:
+            async with asyncio.timeout(DETAILS_S):
+                return await self._details(name)
+        except TimeoutError:
+            raise ServiceError(
+                Reason.ERROR_REASON_STORE_UNAVAILABLE, f"the store did not answer within {DETAILS_S:g} s"
+            ) from None
+
+    async def _details(self, name: str) -> Mapping[str, Any] | None:
         try:
             cluster = await self._clusters.get(pb.GetClusterRequest(name=name, view=view_pb2.VIEW_BASIC))
             nodes = await self._nodes.list(pb.ListNodesRequest(parent=name, page_size=_PAGE))
@@ -100,12 +117,21 @@ class Overviews:
             "has_more": [kind for kind, token in tokens.items() if token],
         }
 
-    async def _counted(self) -> tuple[tuple[ClusterOverview, ...], Mapping[str, int]]:
-        clusters, plans = await self._store.read(_read)
-        return tuple(
-            ClusterOverview(name=name, active_plan=plan, num_nodes=self._num_nodes(name, num_declared))
-            for name, plan, num_declared in clusters
-        ), plans
+    async def _count(self) -> None:
+        """Counts anew what is old; a store that does not answer is not waited for, and asked once at a time."""
+        if self._counting is None and self._counted_at_s is not None and self._clock() < self._counted_at_s + FRESH_S:
+            return
+        if self._counting is None:
+            self._counting = asyncio.ensure_future(self._store.read(_read))
+        done, _ = await asyncio.wait({self._counting}, timeout=WAIT_S)
+        if not done:
+            return
+        counting, self._counting = self._counting, None
+        if counting is None:  # another who waited has taken it
+            return
+        if counting.exception() is None:
+            self._kept, self._kept_s = counting.result(), self._clock()
+        self._counted_at_s = self._clock()
 
     def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
         states = Counter(node.state for node in self._fleet.nodes_of(cluster).values())

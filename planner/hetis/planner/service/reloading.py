@@ -61,8 +61,10 @@ class Reloaded(Generic[T]):
         return tuple(_stat(path) for path in self._paths)
 
 
-async def keep_fresh(sources: Iterable[Refreshable], interval_s: float) -> None:
-    """Looks after files until it is cancelled."""
+async def keep_fresh(
+    sources: Iterable[Refreshable], interval_s: float, *, then: Callable[[], None] = lambda: None
+) -> None:
+    """Looks after files until it is cancelled; calls ``then`` after each look, in the loop."""
     kept = tuple(sources)
     while True:
         await asyncio.sleep(interval_s)
@@ -71,6 +73,7 @@ async def keep_fresh(sources: Iterable[Refreshable], interval_s: float) -> None:
                 await asyncio.to_thread(source.refresh)
             except Exception:
                 _log.exception("looking for new files failed")
+        then()
 
 
 def _stat(path: str) -> tuple[int, int, int] | None:

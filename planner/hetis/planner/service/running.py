@@ -20,8 +20,10 @@ from hetis.planner.service.addresses import is_socket_path
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.certificates import Certificates
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
+from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
 from hetis.planner.service.metrics import Metrics
 from hetis.planner.service.overview import OverviewSource
+from hetis.planner.service.page_connections import PageLimits
 from hetis.planner.service.reloading import Refreshable, Reloaded, keep_fresh
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.settings import OFF, PlannerConfig, without_password
@@ -30,6 +32,8 @@ from hetis.planner.service.status_page import StatusPage, status_app
 from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.service.tokens import Tokens
 from hetis.planner.service.traces import Traces, open_traces
+from hetis.planner.service.write_rates import WriteRates
+from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner")
 
@@ -45,8 +49,37 @@ class Planner(OverviewSource, Protocol):
         """Metrics of its own."""
         ...
 
+    @property
+    def failures(self) -> Sequence[str]:
+        """What has failed for good, for people; empty: nothing."""
+        ...
+
+    async def until_failed(self) -> None:
+        """Returns when something has failed for good: the planner still answers, but should be started anew."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can do now what it is for."""
+        ...
+
+    def require_leader(self, method: str) -> None:
+        """
+        Raises:
+            ServiceError: NOT_LEADER or STORE_UNAVAILABLE: this planner may not answer that method now.
+        """
+        ...
+
+    def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
+        """Who ends all streams when this planner does not lead any more."""
+        ...
+
+    def note_refusal(self, change: AuditedChange) -> None:
+        """Puts a change that was refused into the audit log."""
+        ...
+
     async def until_replaced(self) -> None:
-        """Returns when another planner leads: this one can then change nothing any more."""
+        """Returns when this planner can change nothing any more, and will not."""
         ...
 
     async def say_goodbye(self) -> None:
@@ -123,36 +156,58 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         ServiceError: the store cannot be opened, or another planner leads.
     """
     signals = StopSignals()
+    page_limits = PageLimits(of_all=reserved_for_page(raise_descriptor_limit()))
     access = Access(config)
     traces = open_traces(config.telemetry.otlp_endpoint, version)
     metrics = Metrics(version)
     async with AsyncExitStack() as stack:
         stack.callback(signals.close)
         stack.push_async_callback(_close_traces, traces)
-        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces))
+        calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=write_rates(config))
         credentials = access.certificates.credentials() if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials)
         stack.push_async_callback(server.stop_at_once)
         # Before the store is opened: whoever cannot listen must not have taken the lead from one who can.
         addresses = [server.listen(address) for address in config.listen]
-        page, page_address = StatusPage(), ""
+        page, page_address = StatusPage(page_limits), ""
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
             stack.callback(page.abandon)
-        planner = await open_planner(config)
+        planner = await open_planner(config.reached_at(addresses))
+        calls.require_leader = planner.require_leader
+        planner.on_loss(calls.end_streams)
         stack.push_async_callback(planner.close)
         for collector in planner.collectors:
             metrics.registry.register(collector)
         server.add(planner.servicings)
         stack.push_async_callback(server.stop_at_once)  # again: before the planner closes
         if page_address:
-            app = status_app(planner, metrics, version=version, is_ready=lambda: not calls.is_draining)
+            app = status_app(
+                planner,
+                metrics,
+                version=version,
+                is_ready=lambda: planner.is_ready and not calls.is_draining,
+                failures=lambda: planner.failures,
+                hosts=config.status_page.hosts,
+            )
             stack.push_async_callback(page.stop)
             await page.start(app)
+        calls.on_refusal = planner.note_refusal
         await server.start()
         _leave_to_collector_what_is_new()
-        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload))
+        tokens = access.tokens
+
+        def look_at_tokens() -> None:
+            calls.end_revoked_streams()
+            metrics.tokens_read(tokens.value.expiries_s if tokens is not None else [])
+
+        look_at_tokens()
+        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload, then=look_at_tokens))
         stack.callback(freshening.cancel)
+        lagging = asyncio.create_task(metrics.watch_loop(), name="watching the event loop")
+        stack.callback(lagging.cancel)
+        failing = asyncio.create_task(show_failure(planner, server))
+        stack.callback(failing.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
         is_replaced = await _until_the_end(signals, planner)
         _log.info("stopping", extra={"drain_timeout_s": config.drain_timeout})
@@ -173,6 +228,16 @@ async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
     finally:
         replaced.cancel()
         asked.cancel()
+
+
+async def show_failure(planner: Planner, server: PlannerServer) -> None:
+    """Health says from then on that no service serves; the page's ``/healthz`` asks by itself."""
+    await planner.until_failed()
+    server.health.serve(False)
+
+
+def write_rates(config: PlannerConfig) -> WriteRates:
+    return WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
 
 
 def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfig, *, as_json: bool) -> None:

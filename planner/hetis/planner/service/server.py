@@ -26,8 +26,8 @@ _STREAMS_S = 2.0  # how long streams have to end by themselves before a drain en
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Clients ping every 30 s (docs/api.md): allowed, also without a call, down to one in 20 s.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    # Agents ping every 10 s and clients every 30 s (docs/api.md): allowed, also without a call, down to one in 8 s.
+    ("grpc.http2.min_ping_interval_without_data_ms", 8_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Finds clients that vanished without a word; their streams would stay for ever.
     ("grpc.keepalive_time_ms", 60_000),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.formats import units
 from hetis.formats.fields import Duration, Part
-from hetis.planner.service.addresses import is_local, is_socket_path, split_address
+from hetis.planner.service.addresses import is_local, is_socket_path, reachable_from_elsewhere, split_address
 
 OFF = "off"
 
@@ -69,18 +69,35 @@ FilePath = Annotated[str, Field(min_length=1)]
 
 
 class StatusPagePart(Part):
-    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``."""
+    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``.
+
+    ``hosts`` are names by which it is asked for, beside addresses, ``localhost`` and this machine's own name.
+    """
 
     address: Annotated[str, AfterValidator(_status_address)] = "127.0.0.1:8471"
     public: bool = False
+    hosts: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
 class SolverPart(Part):
-    """Searches run in processes of their own; what finds none free waits."""
+    """Searches run in processes of their own; what finds none free waits.
+
+    Of one caller so many run and wait at most. Unless said, one process and three quarters of the queue are left to
+    others; a planner without credentials cannot tell callers apart, and leaves nothing.
+    """
 
     processes: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=half_of_the_cores)
     queue: Annotated[int, Field(ge=1, le=100_000)] = 32
     max_search: Annotated[Duration, Field(gt=0, le=86_400)] = 3600.0
+    running_per_caller: Annotated[int, Field(ge=1, le=256)] | None = None
+    queued_per_caller: Annotated[int, Field(ge=1, le=100_000)] | None = None
+
+
+class WritesPart(Part):
+    """How often one caller may change things, in a row and in the long run. Dispatch is not among it."""
+
+    per_second: Annotated[float, Field(gt=0, le=1e6)] = 100.0
+    burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
 
 
 class TlsPart(Part):
@@ -104,6 +121,19 @@ class AgentsPart(Part):
     lease: Annotated[Duration, Field(ge=0.1, le=3600)] = 20.0
 
 
+class LeadershipPart(Part):
+    """Who decides where several planners share a store.
+
+    ``standby``: whether this one waits where another one leads; unless said, on PostgreSQL it does. ``lease``: how long
+    one on PostgreSQL leads without its store. ``advertise``: where callers of the others reach this one; unless said,
+    its addresses in ``listen``.
+    """
+
+    standby: bool | None = None
+    lease: Annotated[Duration, Field(ge=0.5, le=300)] = 5.0
+    advertise: Annotated[list[Address], BeforeValidator(_listed)] = Field(default_factory=list)
+
+
 class TelemetryPart(Part):
     """Where traces go, by OTLP over gRPC."""
 
@@ -124,17 +154,32 @@ class PlannerConfig(Part):
     status_page: StatusPagePart = StatusPagePart()
     store: Annotated[str, AfterValidator(_store_url)] = Field(default_factory=default_store)
     solver: SolverPart = Field(default_factory=SolverPart)
+    writes: WritesPart = WritesPart()
     tls: TlsPart | None = None
     tokens: FilePath | None = None
     reload: Annotated[Duration, Field(ge=0.05, le=86_400)] = 30.0
     log: LogPart = LogPart()
     agents: AgentsPart = AgentsPart()
+    leadership: LeadershipPart = LeadershipPart()
     telemetry: TelemetryPart = TelemetryPart()
     drain_timeout: Annotated[Duration, Field(ge=0, le=3600)] = 30.0
 
     @property
     def asks_for_credentials(self) -> bool:
         return self.tokens is not None or (self.tls is not None and self.tls.client_ca is not None)
+
+    @property
+    def stands_by(self) -> bool:
+        standby = self.leadership.standby
+        return self.store.startswith("postgres") if standby is None else standby
+
+    def reached_at(self, addresses: Sequence[str]) -> PlannerConfig:
+        """The configuration with where callers reach the planner, which listens on ``addresses``."""
+        if self.leadership.advertise:
+            return self
+        reachable = [reachable_from_elsewhere(address) for address in addresses if not is_socket_path(address)]
+        leadership = self.leadership.model_copy(update={"advertise": reachable or list(addresses)})
+        return self.model_copy(update={"leadership": leadership})
 
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What cannot be used although every field by itself can, as (path, message)."""
@@ -171,6 +216,7 @@ _DURATIONS: tuple[tuple[str | None, str], ...] = (
     ("solver", "max_search"),
     ("agents", "heartbeat"),
     ("agents", "lease"),
+    ("leadership", "lease"),
     (None, "reload"),
     (None, "drain_timeout"),
 )

@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hetis.planner.failures import ServiceError
 from hetis.planner.service.addresses import join_address, split_address
 from hetis.planner.service.metrics import CONTENT_TYPE, Metrics
 from hetis.planner.service.overview import Overview, OverviewSource
+from hetis.planner.service.page_connections import PageLimits, limited_protocol
 from hetis.planner.service.server import AddressError
 
 _GRACE_S = 1
 
 
-def status_app(source: OverviewSource, metrics: Metrics, *, version: str, is_ready: Callable[[], bool]) -> Starlette:
-    """The page's routes. All are GET, and change nothing."""
+def status_app(
+    source: OverviewSource,
+    metrics: Metrics,
+    *,
+    version: str,
+    is_ready: Callable[[], bool],
+    failures: Callable[[], Sequence[str]] = tuple,
+    hosts: Sequence[str] = (),
+) -> Starlette:
+    """The page's routes. All are GET, and change nothing.
+
+    Args:
+        failures: what has failed for good, so that the process should be started anew.
+        hosts: names by which the page may be asked for, beside addresses, `localhost` and this machine's own name.
+    """
 
     async def planner(_request: Request) -> Response:
         return JSONResponse(overview_data(await source.overview(), version=version, is_ready=is_ready()))
 
     async def cluster(request: Request) -> Response:
         name = f"clusters/{request.path_params['cluster']}"
-        details = await source.cluster_details(name)
+        try:
+            details = await source.cluster_details(name)
+        except ServiceError as error:
+            return JSONResponse({"error": str(error)}, status_code=503)
         if details is None:
             return JSONResponse({"error": f"{name} does not exist"}, status_code=404)
         return JSONResponse(dict(details))
@@ -41,6 +63,8 @@ def status_app(source: OverviewSource, metrics: Metrics, *, version: str, is_rea
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     async def alive(_request: Request) -> Response:
+        if failed := failures():
+            return PlainTextResponse(f"failed: {', '.join(failed)}; restart the planner\n", status_code=503)
         return PlainTextResponse("alive\n")
 
     async def ready(_request: Request) -> Response:
@@ -53,8 +77,40 @@ def status_app(source: OverviewSource, metrics: Metrics, *, version: str, is_rea
             Route("/metrics", show_metrics, methods=["GET"]),
             Route("/healthz", alive, methods=["GET"]),
             Route("/readyz", ready, methods=["GET"]),
-        ]
+        ],
+        middleware=[Middleware(_KnownHosts, hosts=hosts)],
     )
+
+
+class _KnownHosts:
+    """Refuses requests that name another host.
+
+    A browser that is made to believe that a stranger's name is this machine (DNS rebinding) would show the page to the
+    stranger's scripts; it sends that name.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._names = {name.lower() for name in ("localhost", socket.gethostname(), socket.getfqdn(), *hosts)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("host", "") if scope["type"] == "http" else ""
+        if not given or self._knows(given):  # HTTP 1.0 names none; browsers always do
+            await self._app(scope, receive, send)
+            return
+        name = given if given.isprintable() else "?"
+        text = f"no page of the host {name[:200]}: add its name to status_page.hosts\n"
+        await PlainTextResponse(text, status_code=421)(scope, receive, send)
+
+    def _knows(self, given: str) -> bool:
+        host = given.rpartition("]")[0].removeprefix("[") if given.startswith("[") else given.partition(":")[0]
+        if host.lower() in self._names:
+            return True
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return True
 
 
 def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[str, Any]:
@@ -63,8 +119,15 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
         "planner": {
             "version": version,
             "ready": is_ready,
+            "role": "leader" if overview.leads else "standby",
+            "leader": overview.leader,
             "epoch": overview.epoch,
-            "leader_since": datetime.fromtimestamp(overview.leader_since_s, UTC).isoformat(timespec="seconds"),
+            "leader_since": _moment(overview.leader_since_s),
+            "lease_age_s": round(overview.lease_age_s, 3),
+        },
+        "store": {
+            "answered_s_ago": round(overview.store_answered_s_ago, 3),
+            "counted_s_ago": round(overview.counted_s_ago, 3),
         },
         "clusters": [
             {"name": cluster.name, "active_plan": cluster.active_plan, "nodes": dict(cluster.num_nodes)}
@@ -79,10 +142,15 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
     }
 
 
+def _moment(time_s: float) -> str | None:
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds") if time_s else None
+
+
 class StatusPage:
     """The page, served in this event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: PageLimits | None = None) -> None:
+        self._limits = limits or PageLimits()
         self._socket: socket.socket | None = None
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -109,6 +177,7 @@ class StatusPage:
         assert self._socket is not None
         config = uvicorn.Config(
             app,
+            http=limited_protocol(self._limits),
             log_config=None,
             access_log=False,
             lifespan="off",

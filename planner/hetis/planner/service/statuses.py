@@ -85,7 +85,11 @@ async def abort(context: Any, status: Status) -> Never:
     Raises:
         grpc.aio.AbortError: always.
     """
-    await context.abort_with_status(rpc_status.to_status(status))
+    found = rpc_status.to_status(status)
+    if any(b"leader_address" in detail.value for detail in status.details):
+        # gRPC itself would ask this planner again, three times, before the caller hears where the leader is.
+        found = found._replace(trailing_metadata=(*found.trailing_metadata, ("grpc-retry-pushback-ms", "-1")))
+    await context.abort_with_status(found)
     raise AssertionError("abort_with_status returned")
 
 
@@ -96,6 +100,10 @@ def _details(error: ServiceError, message: str) -> Iterable[Message]:
         yield _missing_gpus(error, message)
     elif error.violations:
         yield _bad_request(error)
+    if error.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
+        quota: Any = error_details_pb2.QuotaFailure()
+        quota.violations.add(subject=f"caller:{metadata.get('caller', '')}", description=_shortened(message, 500))
+        yield quota
     retry_after_s = _RETRIED.get(error.reason) if error.retry_after_s is None else error.retry_after_s
     if retry_after_s is not None:
         delay = duration_pb2.Duration()

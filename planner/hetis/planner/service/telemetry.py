@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import grpc
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from hetis.planner.service.metrics import Metrics
 from hetis.planner.service.traces import Span, Traces
+from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent", "cluster_id", "plan_id", "profile_id")
@@ -26,6 +29,7 @@ class CallRecord:
         self.caller = ""
         self.request_name = ""
         self.reason = ""
+        self.quota = self.role = self.request_id = ""
         self._peer = peer
         self._span = span
         self._is_stream = is_stream
@@ -35,9 +39,22 @@ class CallRecord:
     def trace_id(self) -> str:
         return self._span.trace_id
 
+    def refused_change(self) -> AuditedChange:
+        """For the audit log."""
+        return AuditedChange(
+            caller=self.caller,
+            role=self.role,
+            method=self.method.rpartition("/")[2],
+            resource=self.request_name,
+            request_id=self.request_id[:64],
+            outcome=self.reason,
+        )
+
     def end(self, code: grpc.StatusCode, metrics: Metrics) -> None:
         seconds = time.perf_counter() - self._began
         metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
+        if self.quota:
+            metrics.quota_exceeded(self.caller, self.quota)
         self._span.end(code.name, is_error=code in _OUR_FAULT)
         level = logging.INFO
         if code in _OUR_FAULT:
@@ -78,13 +95,15 @@ class Telemetry:
         return CallRecord(method, peer, self._traces.begin(method, carrier), is_stream=is_stream)
 
 
+@cache
+def _naming_fields(message: Descriptor) -> tuple[str, ...]:
+    fields = message.fields_by_name
+    return tuple(name for name in _NAMING if name in fields and not fields[name].is_repeated)
+
+
 def name_of(request: Message) -> str:
     """The resource that a request is about, at most 200 characters; empty: it names none."""
-    fields = request.DESCRIPTOR.fields_by_name
-    for naming in _NAMING:
-        field = fields.get(naming)
-        if field is None or field.is_repeated:
-            continue
+    for naming in _naming_fields(request.DESCRIPTOR):
         value = getattr(request, naming)
         if isinstance(value, str) and value:
             return value[:200]

@@ -90,6 +90,11 @@ class Tokens:
             raise single_problem(path, "can be written by everybody, who could give themselves roles: chmod 600")
         return cls(_grants(text, path))
 
+    @property
+    def expiries_s(self) -> list[float]:
+        """When each ends, Unix seconds."""
+        return [grant.expires_s for grant in self._grants.values()]
+
     def __len__(self) -> int:
         return len(self._grants)
 

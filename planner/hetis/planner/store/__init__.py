@@ -1,5 +1,6 @@
 """What the planning service keeps: records in SQLite or PostgreSQL, one durable transaction at a time."""
 
+from hetis.planner.store.audit import AuditedChange
 from hetis.planner.store.errors import StoreError
 from hetis.planner.store.records import (
     ClusterRecord,
@@ -14,6 +15,7 @@ from hetis.planner.store.store import Store
 from hetis.planner.store.transactions import Reader, Transaction
 
 __all__ = [
+    "AuditedChange",
     "ClusterRecord",
     "NodeRecord",
     "PlanRecord",

@@ -14,7 +14,7 @@ class FileLock:
 
     def __init__(self, store: Path) -> None:
         self._path = store.with_name(f"{store.name}.lock")
-        self._store = store
+        self.store = store
         self._descriptor: int | None = None
 
     @property
@@ -32,7 +32,7 @@ class FileLock:
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StoreError(f"store {self._store} cannot be locked: {self._path}: {error.strerror}") from None
+            raise StoreError(f"store {self.store} cannot be locked: {self._path}: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

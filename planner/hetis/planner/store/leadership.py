@@ -6,12 +6,42 @@ takeover. So a planner that lost its term can change nothing, whatever it believ
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import sqlalchemy as sa
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import schema
 
 _ROW = schema.leadership.c.id == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who leads.
+
+    Attributes:
+        name: for people, without blanks.
+        addresses: where callers reach it; empty: not known.
+    """
+
+    name: str
+    addresses: tuple[str, ...] = ()
+
+    @classmethod
+    def from_text(cls, text: str) -> Holder:
+        name, _, addresses = text.partition(" ")
+        return cls(name=name, addresses=tuple(addresses.split(",")) if addresses else ())
+
+    def to_text(self) -> str:
+        """As it stands in the one row."""
+        return f"{self.name} {','.join(self.addresses)}" if self.addresses else self.name
+
+
+def look(connection: sa.Connection) -> tuple[Holder, float]:
+    """Who led last, and how long its lease lasts still; nothing is locked. Negative: it is over."""
+    row = connection.execute(sa.select(schema.leadership).where(_ROW)).one()
+    return Holder.from_text(row.holder), row.lease_end_s - _now_s(connection)
 
 
 def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) -> int:
@@ -39,9 +69,10 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
 
 def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
     """Raises NOT_LEADER when another has taken over."""
-    check(connection, epoch)
+    ours = sa.and_(_ROW, schema.leadership.c.epoch == epoch)
     lease_end_s = _now_s(connection) + lease_s
-    connection.execute(sa.update(schema.leadership).where(_ROW).values(lease_end_s=lease_end_s))
+    if not connection.execute(sa.update(schema.leadership).where(ours).values(lease_end_s=lease_end_s)).rowcount:
+        raise not_leader(holder_of(connection))
 
 
 def release(connection: sa.Connection, epoch: int) -> None:
@@ -53,7 +84,8 @@ def release(connection: sa.Connection, epoch: int) -> None:
 def check(connection: sa.Connection, epoch: int) -> None:
     """Holds the term until the transaction ends; raises NOT_LEADER when it is over."""
     columns = schema.leadership.c.epoch, schema.leadership.c.holder
-    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update(read=True)).one()
+    # KEY SHARE: a takeover (FOR UPDATE) waits for it, a renewal of the lease beside it (NO KEY UPDATE) does not.
+    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update(read=True, key_share=True)).one()
     if row.epoch != epoch:
         raise not_leader(row.holder)
 
@@ -64,12 +96,16 @@ def holder_of(connection: sa.Connection) -> str:
 
 
 def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = None) -> ServiceError:
-    """``leader`` is empty where it is not known; ``store`` is how messages call what it holds."""
+    """``leader``: as the one row has it, empty where it is not known; ``store``: how messages call what it holds."""
+    holder = Holder.from_text(leader)
     what = f"another planner leads with the store {store}" if store else "another planner leads"
+    metadata = {"leader": holder.name} if holder.name else {}
+    if holder.addresses:
+        metadata["leader_address"] = ",".join(holder.addresses)
     return ServiceError(
         Reason.ERROR_REASON_NOT_LEADER,
-        f"{what}: {leader}" if leader else "this planner does not lead",
-        metadata={"leader": leader} if leader else {},
+        f"{what}: {holder.name}" if holder.name else "this planner does not lead",
+        metadata=metadata,
         retry_after_s=retry_after_s,
     )
 

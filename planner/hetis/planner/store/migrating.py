@@ -12,6 +12,7 @@ from alembic.script import ScriptDirectory
 
 from hetis.planner.store.errors import StoreError
 
+_MIGRATION_LOCK = 0x6865746973  # of PostgreSQL's advisory locks: "hetis"
 _FOLDER = Path(__file__).parent / "migrations"
 
 
@@ -36,16 +37,35 @@ def needs_migration(connection: sa.Connection, store: str) -> bool:
     return revisions != (script.get_current_head(),)
 
 
-def migrate(connection: sa.Connection) -> None:
-    """Runs every migration that is missing; the caller commits."""
+def revisions() -> list[str]:
+    """Versions of the tables, the oldest first."""
+    return [revision.revision for revision in _script().walk_revisions()][::-1]
+
+
+def lock_out_others(connection: sa.Connection) -> None:
+    """Waits on a server until nobody else migrates, for the rest of the transaction."""
+    connection.execute(sa.text("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"))
+    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+
+
+def migrate(connection: sa.Connection, *, to: str | None = None) -> None:
+    """Runs every migration that is missing, or all up or down to a version; the caller commits.
+
+    Raises:
+        StoreError: there is no such version.
+    """
     script = _script()
-    head = script.get_current_head()
-    assert head is not None
+    known = revisions()
+    if to is not None and to not in known:
+        raise StoreError(f"there is no version {to} of the store, expected one of {', '.join(known)}")
+    wanted = to or known[-1]
 
-    def upgrade(revision: object, _: MigrationContext) -> object:
-        return script._upgrade_revs(head, revision)  # type: ignore[arg-type]
+    def steps(revision: tuple[str, ...], _: MigrationContext) -> object:
+        if revision and known.index(revision[0]) > known.index(wanted):
+            return script._downgrade_revs(wanted, revision[0])
+        return script._upgrade_revs(wanted, revision)  # type: ignore[arg-type]
 
-    with EnvironmentContext(Config(), script, fn=upgrade) as environment:
+    with EnvironmentContext(Config(), script, fn=steps) as environment:
         environment.configure(connection=connection, transactional_ddl=True)
         environment.run_migrations()
 

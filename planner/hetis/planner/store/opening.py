@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import socket
 import sqlite3
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -11,8 +18,11 @@ from sqlalchemy import event
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.errors import StoreError
 
+_log = logging.getLogger("hetis.planner.store")
 FILE_WAIT_S = 5.0  # for a backup tool or a shell that has the file
 _READS = "hetis_reads"
+_CONNECT_S = 3  # to a server; whole seconds, at least 2
+_LEAST_LIMIT_S = 5.0  # shorter leases are of tests, whose servers are no faster
 
 
 def parse_url(text: str) -> sa.URL:
@@ -40,20 +50,48 @@ def file_of(url: sa.URL) -> Path | None:
     return Path(url.database).absolute()
 
 
+def keep_private(file: Path) -> None:
+    """Makes the file with mode 0600 where there is none, before SQLite does; an older one is closed to others.
+
+    What SQLite puts beside it (the write-ahead log) gets the same mode.
+    """
+    with contextlib.suppress(OSError):  # of the folder: SQLite says so
+        os.close(os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    for found in (file, *(file.with_name(file.name + ending) for ending in ("-wal", "-shm"))):
+        try:
+            if found.exists() and found.stat().st_mode & 0o077:
+                found.chmod(0o600)
+        except OSError as error:
+            _log.warning("%s stays open to others: %s", found, error.strerror)
+
+
 def label_of(url: sa.URL) -> str:
     """How messages call the store."""
     return str(file_of(url) or url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True))
 
 
-def make_engine(url: sa.URL) -> sa.Engine:
-    """Connects lazily. Write transactions of SQLite lock at once and reach the disk before they end."""
+def make_engine(url: sa.URL, *, lease_s: float) -> sa.Engine:
+    """Connects lazily. Write transactions of SQLite lock at once and reach the disk before they end.
+
+    Args:
+        url: as `parse_url` makes it.
+        lease_s: what a server's timeouts follow from: a planner that is cut off in the middle of a transaction must
+            not keep another from taking over when the lease is over.
+    """
     if url.drivername != "sqlite":
+        most_ms = round(1000 * max(lease_s, _LEAST_LIMIT_S))
+        limits = {
+            "idle_in_transaction_session_timeout": most_ms // 2,
+            "lock_timeout": most_ms,
+            "statement_timeout": most_ms,
+            "tcp_user_timeout": most_ms,
+        }
         settings = {
-            "connect_timeout": 10,
-            # A planner that hangs inside a transaction must not keep another from taking over.
-            "options": "-c idle_in_transaction_session_timeout=10s -c statement_timeout=30s -c lock_timeout=10s",
-            "keepalives_idle": 10,
-            "keepalives_interval": 5,
+            "connect_timeout": _CONNECT_S,
+            "options": " ".join(f"-c {name}={value}ms" for name, value in limits.items()),
+            "tcp_user_timeout": most_ms,
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
             "keepalives_count": 3,
         }
         return sa.create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=settings)
@@ -61,6 +99,51 @@ def make_engine(url: sa.URL) -> sa.Engine:
     event.listen(engine, "connect", _set_up_file)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+class Breaker:
+    """Ends the connection of an engine from outside of the thread that waits for it.
+
+    No timeout of the system notices a server behind something that still acknowledges bytes and passes none on: the
+    thread that waits for an answer would wait for ever. The engine has one connection at most.
+    """
+
+    def __init__(self, engine: sa.Engine, clock: Callable[[], float]) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._clock = clock
+        self._moved_s = clock()
+        if engine.dialect.name == "postgresql":
+            for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
+                event.listen(engine, name, self._moved)
+            event.listen(engine, "connect", self._connected)
+            event.listen(engine, "close", self._closed)
+
+    @property
+    def silent_s(self) -> float:
+        """Since a transaction last began a statement or had its answer."""
+        return self._clock() - self._moved_s
+
+    def break_connection(self) -> None:
+        """Whoever waits for it hears that it is gone; the next transaction makes a new one."""
+        with self._lock:
+            if self._socket is not None:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _moved(self, *_: object) -> None:
+        self._moved_s = self._clock()
+
+    def _connected(self, connection: Any, _: object) -> None:
+        with self._lock:
+            # A descriptor of our own: the number of the driver's may be another file's by the time it is used.
+            self._socket = socket.socket(fileno=os.dup(connection.fileno()))
+
+    def _closed(self, _connection: object, _: object) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
 
 
 def reading(engine: sa.Engine) -> sa.Engine:

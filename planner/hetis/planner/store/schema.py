@@ -126,3 +126,21 @@ requests = Table(
     _required("end_time_s", Double),
     Index("requests_by_end", "end_time_s"),
 )
+# Of each table: the highest version that a record had which is gone. A record of the same name begins above it, so that
+# no etag comes twice.
+gone_versions = Table(
+    "gone_versions",
+    metadata,
+    Column("table_name", Text, primary_key=True),
+    _version(),
+)
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    _required("time_s", Double),
+    _required("epoch", BigInteger),
+    *(_required(name, Text) for name in ("caller", "role", "method", "resource", "request_id", "plan", "outcome")),
+    _required("times", BigInteger),
+    _required("hash", Text),
+)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
+import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from hetis.planner.failures import ServiceError
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import leadership, migrating, opening
 from hetis.planner.store.errors import StoreError
 from hetis.planner.store.file_lock import FileLock
+from hetis.planner.store.health import StoreHealth
+from hetis.planner.store.leadership import Holder
+from hetis.planner.store.lease import Lease, machine_s
 from hetis.planner.store.transactions import Reader, Transaction
 
 T = TypeVar("T")
-LEASE_S = 10.0
-_MIGRATION_LOCK = 0x6865746973  # of PostgreSQL's advisory locks: "hetis"
+LEASE_S = 5.0  # of a planner on a server
+_RENEWALS = 6  # in the time of a lease; an attempt may take two such times
+_LOOK_S = 0.5  # how often a standby looks at who leads
+_PROBE_S = 2.0  # a store that nobody asked for so long is asked whether it is there
+_log = logging.getLogger("hetis.planner.store")
 
 
 class Store:
@@ -27,63 +36,122 @@ class Store:
 
     A write is durable when `write` returns: SQLite has synced it to disk, PostgreSQL has committed it. Work that a
     caller no longer waits for (a cancelled call) is done all the same once it has begun.
+
+    Leadership on a server has a thread and a connection of its own. Whatever happens to either connection, the term
+    ends when the lease does by this machine's clock (`Lease`): from then on nothing is written or acknowledged.
+
+    Attributes:
+        health: when and how quickly it answered.
+        lease: of the present term.
+        leader: who led when that was last looked at, or refused to be replaced. None: not known, or this planner.
     """
 
-    def __init__(self, url: sa.URL, *, lease_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, url: sa.URL, *, lease_s: float, clock: Callable[[], float], machine: Callable[[], float]
+    ) -> None:
         self._label = opening.label_of(url)
-        self._engine = opening.make_engine(url)
+        self._engine = opening.make_engine(url, lease_s=lease_s)
         self._readers = opening.reading(self._engine)
+        self._breaker = opening.Breaker(self._engine, machine)
         file = opening.file_of(url)
         self._lock = FileLock(file) if file else None
-        self._lease_s = lease_s if url.drivername != "sqlite" else 0.0
+        is_served = url.drivername != "sqlite"
+        self._lease_s = lease_s if is_served else 0.0
+        self._limit_s = max(lease_s, 5.0)  # for a server's answer to one statement
         self._clock = clock
+        self._machine_s = machine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-store")
+        # A file has one connection for all: a second one would wait for the first one's locks.
+        self._lease_engine = opening.make_engine(url, lease_s=lease_s / 2) if is_served else self._engine
+        self._lease_breaker = opening.Breaker(self._lease_engine, machine) if is_served else self._breaker
+        self._lease_thread = (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-lease") if is_served else self._thread
+        )
         self._epoch: int | None = None
         self._renewal: asyncio.Task[None] | None = None
-        self._replaced = asyncio.Event()
+        self._guard: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()  # the present term is over
+        self.health = StoreHealth(machine)
+        self.lease = Lease(self._lease_s, machine)
+        self.leader: Holder | None = None
 
     @classmethod
-    async def open(cls, url: str, *, lease_s: float = LEASE_S, clock: Callable[[], float] = time.time) -> Store:
+    async def open(
+        cls,
+        url: str,
+        *,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.time,
+        machine: Callable[[], float] = machine_s,
+    ) -> Store:
         """A store whose tables have the newest form.
 
         Args:
             url: ``sqlite:///FILE`` or ``postgresql://...``.
-            lease_s: how long a planner on PostgreSQL leads without renewing; it renews three times as often.
+            lease_s: how long a planner on PostgreSQL leads without renewing; it renews six times as often.
             clock: Unix time, for what is forgotten after a while.
+            machine: seconds that only grow, for the lease.
 
         Raises:
             StoreError: it cannot be used; nothing was changed.
         """
-        store = cls(opening.parse_url(url), lease_s=lease_s, clock=clock)
+        store = cls(opening.parse_url(url), lease_s=lease_s, clock=clock, machine=machine)
         try:
             await store._run(store._open)
         except BaseException:
             await store.close()
             raise
+        store._guard = asyncio.create_task(store._watch_over(), name="the store's guard")
         return store
 
     @property
     def epoch(self) -> int | None:
-        """Of the term that `lead` took. None: it was not called."""
+        """Of the present term. None: this planner does not lead."""
         return self._epoch
 
-    async def lead(self, holder: str) -> int:
+    async def lead(self, holder: str, addresses: Sequence[str] = ()) -> int:
         """Takes leadership and returns its epoch, which is above all before; durably.
 
         Args:
             holder: who this is, for people.
+            addresses: where callers reach it.
 
         Raises:
-            ServiceError: NOT_LEADER: another planner holds the file's lock or the server's lease.
+            ServiceError: NOT_LEADER: another planner holds the file's lock or the server's lease. STORE_UNAVAILABLE.
         """
-        self._epoch = await self._run(self._lead, holder)
-        if self._lease_s and self._renewal is None:
-            self._renewal = asyncio.create_task(self._renew_for_ever(), name="renewal of leadership")
-        return self._epoch
+        await self._end_renewal()
+        text = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
+        asked_s = self._machine_s()
+        try:
+            epoch = await self._limited(self._lead, text)
+        except ServiceError as error:
+            self._note_leader(error)
+            raise
+        self._epoch, self.leader = epoch, None
+        self._ended = asyncio.Event()
+        self.lease.grant(asked_s)
+        if self._lease_s:
+            self._renewal = asyncio.create_task(self._renew_for_ever(epoch), name="renewal of leadership")
+        return epoch
+
+    async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
+        """Waits until nobody leads, then leads; returns the epoch. `leader` says meanwhile who does."""
+        while True:
+            wait_s = _LOOK_S
+            try:
+                left_s = await self._limited(self._look)
+                if left_s <= 0:
+                    return await self.lead(holder, addresses)
+                wait_s = min(left_s + 0.01, _LOOK_S)
+            except ServiceError as error:
+                self._note_leader(error)
+                if error.reason != Reason.ERROR_REASON_NOT_LEADER:
+                    _log.warning("the store does not answer a standby", extra={"reason": str(error)})
+            await asyncio.sleep(wait_s)
 
     async def until_replaced(self) -> None:
-        """Returns when another planner has taken over; this one can then change nothing, and should end."""
-        await self._replaced.wait()
+        """Returns when the term is over: another planner has taken over, or the lease could not be renewed."""
+        await self._ended.wait()
 
     async def read(self, work: Callable[[Reader], T]) -> T:
         """What ``work`` returns; it runs in the store's thread and sees one consistent state.
@@ -91,7 +159,7 @@ class Store:
         Raises:
             ServiceError: STORE_UNAVAILABLE, or what ``work`` raises.
         """
-        return await self._run(self._read, work)
+        return await self._run(self._timed, self._read, work)
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
         """What ``work`` returns, in the store's thread, once all its changes are durable; if it raises none is made.
@@ -99,43 +167,172 @@ class Store:
         Raises:
             ServiceError: NOT_LEADER or STORE_UNAVAILABLE, or what ``work`` raises.
         """
+        self._require_decision()
+        ended = self._ended
         try:
-            return await self._run(self._write, work)
+            # Work that writes the audit log asks who the caller is.
+            writing = self._run(contextvars.copy_context().run, self._timed, self._write, work)
+            return await (self._unless(ended, writing) if self._lease_s else writing)
         except ServiceError as error:
-            self._note_replacement(error)
+            if error.reason == Reason.ERROR_REASON_NOT_LEADER and ended is self._ended:
+                self._note_leader(error)
+                self._end_term()
             raise
+
+    def require_term(self) -> None:
+        """
+        Raises:
+            ServiceError: NOT_LEADER, with the leader where it is known.
+        """
+        if self._epoch is None or not self.lease.is_held:
+            raise self.not_leader()
+
+    def not_leader(self) -> ServiceError:
+        """What callers are told who have come to the wrong planner."""
+        return leadership.not_leader(self.leader.to_text() if self.leader is not None else "")
+
+    def undecided(self) -> ServiceError:
+        """What callers are told in the last third of the lease."""
+        return ServiceError(
+            Reason.ERROR_REASON_STORE_UNAVAILABLE,
+            f"the lease of this planner on {self._label} was not renewed for {self.lease.age_s:.1f} s of"
+            f" {self._lease_s:g} s; nothing was changed",
+            metadata={"changed": "no"},
+            retry_after_s=max(self.lease.left_s, 0.0),
+        )
 
     async def close(self) -> None:
         """Lets another planner take over, and closes. Further calls do nothing."""
+        if self._guard is not None:
+            self._guard.cancel()
+            await asyncio.gather(self._guard, return_exceptions=True)
+            self._guard = None
+        await self._end_renewal()
+        epoch, self._epoch = self._epoch, None
+        try:
+            with contextlib.suppress(ServiceError):
+                await self._limited(self._release, epoch)
+            closing = self._run(self._close)
+            done, _ = await asyncio.wait({asyncio.ensure_future(closing)}, timeout=self._limit_s)
+            if not done:
+                self._breaker.break_connection()
+        except RuntimeError:  # closed before
+            return
+        self._thread.shutdown(wait=False)
+        self._lease_thread.shutdown(wait=False)
+
+    # The term.
+
+    def _require_decision(self) -> None:
+        self.require_term()
+        if not self.lease.may_decide:
+            raise self.undecided()
+
+    async def _unless(self, ended: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+        """What ``work`` returns, if that is in the term that began with it: later nobody may be told."""
+        working, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
+        working.add_done_callback(_forget)  # the caller may be cancelled
+        try:
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ending.cancel()
+        if working.done() and self.lease.is_held and not ended.is_set():
+            return working.result()
+        if working.done() and (error := working.exception()) is not None:
+            raise error
+        lost = self.not_leader()
+        raise ServiceError(
+            lost.reason,
+            f"{lost}; the lease ended while the change was made, and whether it was is not known",
+            metadata={**lost.metadata, "changed": "unknown"},
+        )
+
+    def _end_term(self) -> None:
+        self._epoch = None
+        self.lease.end()
+        self._ended.set()
+
+    async def _end_renewal(self) -> None:
         if self._renewal is not None:
             self._renewal.cancel()
             await asyncio.gather(self._renewal, return_exceptions=True)
             self._renewal = None
-        try:
-            await self._run(self._close)
-        except RuntimeError:  # closed before
-            return
-        self._thread.shutdown()
+
+    def _note_leader(self, error: ServiceError) -> None:
+        if error.reason == Reason.ERROR_REASON_NOT_LEADER and "leader" in error.metadata:
+            addresses = error.metadata.get("leader_address", "")
+            self.leader = Holder(
+                name=error.metadata["leader"], addresses=tuple(addresses.split(",")) if addresses else ()
+            )
+
+    async def _renew_for_ever(self, epoch: int) -> None:
+        """Until the term ends. The loop asks, so that a planner whose loop hangs loses its lease, too."""
+        trouble = ""
+        while self.lease.is_held:
+            # No later than the end: what waits for a write then has to hear of it.
+            await asyncio.sleep(max(min(self._lease_s / _RENEWALS, self.lease.left_s), 0.0))
+            if not self.lease.is_held:
+                continue  # the process stood still
+            asked_s = self._machine_s()
+            try:
+                await self._limited(self._renew, epoch, limit_s=min(2 * self._lease_s / _RENEWALS, self.lease.left_s))
+            except ServiceError as error:
+                if error.reason == Reason.ERROR_REASON_NOT_LEADER:
+                    self._note_leader(error)
+                    _log.error("another planner has taken over", extra=dict(error.metadata))
+                    break
+                trouble = str(error)
+                _log.warning("the lease was not renewed", extra={"age_s": round(self.lease.age_s, 3), "why": trouble})
+            else:
+                if self._machine_s() - asked_s < self._lease_s:
+                    self.lease.grant(asked_s)
+        else:
+            _log.error("the lease ran out", extra={"why": trouble})
+            self._breaker.break_connection()
+        self._end_term()
+
+    # The connections.
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
-    def _note_replacement(self, error: ServiceError) -> None:
-        if self._epoch is not None and error.reason_name == "NOT_LEADER":
-            self._replaced.set()
+    async def _limited(self, work: Callable[..., T], *arguments: object, limit_s: float | None = None) -> T:
+        """What ``work`` returns, in the thread of the lease; whoever waits too long breaks its connection.
 
-    async def _renew_for_ever(self) -> None:
-        assert self._epoch is not None
-        while not self._replaced.is_set():
-            await asyncio.sleep(self._lease_s / 3)
-            try:
-                await self._run(self._renew)
-            except ServiceError as error:  # a server that is away may come back before anybody else leads
-                self._note_replacement(error)
+        Raises:
+            ServiceError: what ``work`` raises; STORE_UNAVAILABLE after ``limit_s``, where the store is on a server.
+        """
+        working = asyncio.get_running_loop().run_in_executor(self._lease_thread, work, *arguments)
+        if self._lock is not None or not self._lease_s:
+            return await working
+        limit_s = self._limit_s if limit_s is None else max(limit_s, 0.0)
+        done, _ = await asyncio.wait({working}, timeout=limit_s)
+        if not done:
+            self._lease_breaker.break_connection()
+            working.add_done_callback(_forget)
+            raise ServiceError(
+                Reason.ERROR_REASON_STORE_UNAVAILABLE,
+                f"the planner's store {self._label} did not answer for {limit_s:.1f} s",
+                metadata={"changed": "unknown"},
+            )
+        return working.result()
+
+    async def _watch_over(self) -> None:
+        """Breaks a connection on which nothing comes, and asks a store that nobody asks whether it is there."""
+        probing: asyncio.Task[Any] | None = None
+        while True:
+            await asyncio.sleep(min(_PROBE_S, self._limit_s) / 4)
+            if self._lease_s and min(self.health.running_s, self._breaker.silent_s) > self._limit_s:
+                self._breaker.break_connection()
+            if self.health.answered_s_ago > _PROBE_S and (probing is None or probing.done()):
+                probing = asyncio.ensure_future(self._run(self._timed, self._look_by, self._readers))
+                probing.add_done_callback(_forget)
 
     # In the store's thread from here on.
 
     def _open(self) -> None:
+        if self._lock is not None:
+            opening.keep_private(self._lock.store)
         try:
             with self._readers.begin() as connection:
                 if self._lock is not None:
@@ -156,28 +353,42 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 if connection.dialect.name == "postgresql":
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+                    migrating.lock_out_others(connection)
                 if migrating.needs_migration(connection, self._label):  # nobody was faster
                     migrating.migrate(connection)
         finally:
             if self._lock is not None:
                 self._lock.release()
 
+    def _look(self) -> float:
+        """How long the lease of whoever leads lasts still; with a file, 0: its lock says whether it is free."""
+        left_s = self._look_by(opening.reading(self._lease_engine))
+        return 0.0 if self._lock is not None else left_s
+
+    def _look_by(self, engine: sa.Engine) -> float:
+        try:
+            with engine.begin() as connection:
+                holder, left_s = leadership.look(connection)
+        except sa.exc.DBAPIError as error:
+            raise self._trouble(error) from None
+        if self._epoch is None and left_s > 0:
+            self.leader = holder
+        return left_s
+
     def _lead(self, holder: str) -> int:
         if self._lock is not None and not self._lock.take():
             with self._readers.begin() as connection:
                 raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
         try:
-            with self._engine.begin() as connection:
+            with self._lease_engine.begin() as connection:
                 return leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
 
-    def _renew(self) -> None:
-        assert self._epoch is not None
+    def _renew(self, epoch: int) -> None:
         try:
-            with self._engine.begin() as connection:
-                leadership.renew(connection, self._epoch, lease_s=self._lease_s)
+            with self._lease_engine.begin() as connection:
+                leadership.renew(connection, epoch, lease_s=self._lease_s)
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
 
@@ -189,8 +400,8 @@ class Store:
             raise self._trouble(error) from None
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
-        if self._epoch is None:
-            raise leadership.not_leader("")
+        self._require_decision()  # it may have waited long for its turn
+        assert self._epoch is not None
         try:
             with self._engine.begin() as connection:
                 leadership.check(connection, self._epoch)
@@ -201,14 +412,31 @@ class Store:
     def _trouble(self, error: sa.exc.DBAPIError) -> Exception:
         return error if opening.is_a_bug(error) else opening.unavailable(error, self._label)
 
-    def _close(self) -> None:
+    def _timed(self, work: Callable[..., T], *arguments: object) -> T:
+        self.health.began()
         try:
-            if self._epoch is not None and self._lease_s:
-                with self._engine.begin() as connection:
-                    leadership.release(connection, self._epoch)
-        except sa.exc.DBAPIError:
-            pass  # the lease ends by itself
+            return work(*arguments)
+        except ServiceError as error:
+            if error.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE:
+                self.health.failed()
+            raise
         finally:
-            self._engine.dispose()
-            if self._lock is not None:
-                self._lock.release()
+            self.health.ended()
+
+    def _release(self, epoch: int | None) -> None:
+        if epoch is not None and self._lease_s:
+            with contextlib.suppress(sa.exc.DBAPIError), self._lease_engine.begin() as connection:
+                leadership.release(connection, epoch)  # else the lease ends by itself
+        if self._lease_engine is not self._engine:
+            self._lease_engine.dispose()
+
+    def _close(self) -> None:
+        self._engine.dispose()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    """Nobody waits for what becomes of it."""
+    if not task.cancelled():
+        task.exception()

@@ -93,15 +93,20 @@ class RecordTable(TableView[R]):
     """Reads and changes of one kind of record."""
 
     def insert(self, record: R) -> R:
-        """Raises ALREADY_EXISTS."""
+        """The record, with a version that no record of its name has had.
+
+        Raises:
+            ServiceError: ALREADY_EXISTS.
+        """
         # Looked up first: a failed statement would end the whole transaction of PostgreSQL. Nobody else writes.
         taken = sa.select(self._table.c.name).where(self._table.c.name == record.name)
         if self._connection.execute(taken).one_or_none() is not None:
             raise ServiceError(
                 Reason.ERROR_REASON_ALREADY_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
             )
-        self._connection.execute(sa.insert(self._table).values(self._to_row(record)))
-        return record
+        first = dataclasses.replace(record, version=record.version + self._gone_version())  # type: ignore[type-var]
+        self._connection.execute(sa.insert(self._table).values(self._to_row(first)))
+        return first
 
     def update(self, record: R) -> R:
         """The record with the next version. It must be the present version, as it was read in this transaction.
@@ -119,12 +124,28 @@ class RecordTable(TableView[R]):
 
     def delete(self, name: str) -> None:
         """Raises NOT_FOUND."""
-        if not self._connection.execute(sa.delete(self._table).where(self._table.c.name == name)).rowcount:
+        if not self._delete(self._table.c.name == name):
             raise failures.not_found(name)
 
     def delete_all(self, **filters: Filter) -> int:
         """How many records there were."""
-        return self._connection.execute(sa.delete(self._table).where(*_conditions(self._table, filters))).rowcount
+        return self._delete(*_conditions(self._table, filters))
+
+    def _delete(self, *conditions: sa.ColumnElement[bool]) -> int:
+        newest = sa.select(sa.func.max(self._table.c.version)).where(*conditions)
+        version = self._connection.execute(newest).scalar_one_or_none()
+        if version is None:
+            return 0
+        gone = schema.gone_versions
+        if version > self._gone_version():
+            self._connection.execute(sa.delete(gone).where(gone.c.table_name == self._table.name))
+            self._connection.execute(sa.insert(gone).values(table_name=self._table.name, version=version))
+        return self._connection.execute(sa.delete(self._table).where(*conditions)).rowcount
+
+    def _gone_version(self) -> int:
+        gone = schema.gone_versions
+        query = sa.select(gone.c.version).where(gone.c.table_name == self._table.name)
+        return self._connection.execute(query).scalar_one_or_none() or 0
 
     def _to_row(self, record: R) -> dict[str, Any]:
         row = {name: getattr(record, name) for name in self._fields}
@@ -136,7 +157,7 @@ class RedispatchTable(RecordTable[records.RedispatchRecord]):
     """Re-dispatches; the oldest of a cluster beyond the last 1,000 are forgotten when one is added."""
 
     def insert(self, record: records.RedispatchRecord) -> records.RedispatchRecord:
-        super().insert(record)
+        first = super().insert(record)
         oldest_kept = (
             sa.select(self._table.c.create_time_s)
             .where(self._table.c.cluster == record.cluster)
@@ -151,7 +172,7 @@ class RedispatchTable(RecordTable[records.RedispatchRecord]):
                     self._table.c.cluster == record.cluster, self._table.c.create_time_s < limit_s
                 )
             )
-        return record
+        return first
 
 
 class PlanDocumentView:

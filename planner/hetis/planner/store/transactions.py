@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from hetis.planner.store import records, schema
+from hetis.planner.store.audit import AuditLog
 from hetis.planner.store.requests import RequestTable
 from hetis.planner.store.tables import PlanDocumentTable, PlanDocumentView, RecordTable, RedispatchTable, TableView
 
@@ -19,8 +20,10 @@ class Reader:
     plan_documents: PlanDocumentView
     replicas: TableView[records.ReplicaRecord]
     redispatches: TableView[records.RedispatchRecord]
+    audit: AuditLog
 
     def __init__(self, connection: sa.Connection) -> None:
+        self.audit = AuditLog(connection)
         self.clusters = TableView(connection, schema.clusters, records.ClusterRecord)
         self.nodes = TableView(connection, schema.nodes, records.NodeRecord)
         self.profiles = TableView(connection, schema.profiles, records.ProfileRecord)
@@ -43,6 +46,7 @@ class Transaction(Reader):
     requests: RequestTable
 
     def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
+        self.audit = AuditLog(connection)
         self.clusters = RecordTable(connection, schema.clusters, records.ClusterRecord)
         self.nodes = RecordTable(connection, schema.nodes, records.NodeRecord)
         self.profiles = RecordTable(connection, schema.profiles, records.ProfileRecord)

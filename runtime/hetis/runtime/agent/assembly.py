@@ -56,7 +56,7 @@ async def run_agent(parts: Parts, waiting: Waiting) -> None:
     """Runs an agent until it is cancelled.
 
     Raises:
-        DevicesUnavailableError, StateError, TakenOverError, OSError: it cannot start, or go on.
+        DevicesUnavailableError, StateError, OSError: it cannot start, or go on.
     """
     async with contextlib.AsyncExitStack() as stack:
         state = StateDirectory(parts.state_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import random
 from collections.abc import Iterator
@@ -11,16 +10,21 @@ from pathlib import Path
 
 import grpc
 
+from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback, split_endpoints
+
 LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
+MOST_WAIT_FOR_LEADER_S = 4.0  # where planners answer, and one of them is about to lead
 MOST_MESSAGE_BYTES = 4 << 20
 _OPTIONS = (
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # A planner that stands still is left after 15 s; hetis-planner allows agents so many pings.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
     # gRPC's own waiting stays below ours, which has the jitter.
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # for one attempt: another planner may answer
     ("grpc.use_local_subchannel_pool", 1),
 )
 
@@ -38,7 +42,8 @@ class PlannerAddress:
     """Where the planner is and how to show who is asking. Files are read at every attempt, so that they can rotate.
 
     Attributes:
-        server: ``host:port``.
+        server: ``host:port``, or several with commas between them: the leader among them is found. A name with several
+            records is several addresses.
         ca: certificates that sign the planner's. None: those of the system, where TLS is on.
         cert, key: of this node, for mutual TLS. None: none.
         token_file: holds a bearer token. None: ``token_variable`` of the environment, if it is set.
@@ -58,8 +63,10 @@ class PlannerAddress:
             raise OptionError(*wrong)
 
     def _problems(self) -> Iterator[str]:
-        host, _, port = self.server.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        try:
+            elsewhere = [host_of(address) for address in split_endpoints(self.server) if not is_loopback(address)]
+        except ValueError:
+            elsewhere = []
             yield f"--server is {self.server!r}, must be host:port such as planner.example:8470"
         if (self.cert is None) != (self.key is None):
             yield "--tls-cert and --tls-key come together"
@@ -70,19 +77,28 @@ class PlannerAddress:
         unreadable = {name: path for name, path in named.items() if path is not None and not os.access(path, os.R_OK)}
         yield from (f"{name}: {path} cannot be read" for name, path in unreadable.items())
         may_be_token = "--token-file" not in unreadable
-        if self.is_plain and may_be_token and self._token() and not is_loopback(host):
-            yield f"a token is not sent to {host} without TLS; give --tls-ca instead of --insecure"
+        if self.is_plain and may_be_token and elsewhere and self._token():
+            yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
-    def channel(self) -> grpc.aio.Channel:
+    def search(self) -> LeaderSearch:
+        """For the planner that leads. In the clear a leader that a planner names is believed on this machine only."""
+        addresses = split_endpoints(self.server)
+        is_local = all(is_loopback(address) for address in addresses)
+        return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
+
+    def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
         """A new channel with what the files hold now.
 
         Raises:
             OSError: a file cannot be read any more.
         """
         if self.is_plain:
-            return grpc.aio.insecure_channel(self.server, options=_OPTIONS)
+            return grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
         credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
-        return grpc.aio.secure_channel(self.server, credentials, options=_OPTIONS)
+        options = list[tuple[str, str | int]](_OPTIONS)
+        if endpoint.name:
+            options += [("grpc.ssl_target_name_override", endpoint.name), ("grpc.default_authority", endpoint.name)]
+        return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Of a call: the token, if there is one."""
@@ -121,21 +137,14 @@ class Waiting:
         """A stream stood: the next attempts come soon again."""
         self._attempts = 0
 
-    def next_s(self) -> float:
-        limit_s = min(LEAST_WAIT_S * 2**self._attempts, MOST_WAIT_S)
+    def next_s(self, most_s: float = MOST_WAIT_S) -> float:
+        limit_s = min(LEAST_WAIT_S * 2**self._attempts, most_s)
         self._attempts = min(self._attempts + 1, 16)
         return self._random.uniform(0, limit_s)
 
     def within_s(self, seconds: float) -> float:
         """A random moment within a time that the planner chose."""
         return self._random.uniform(0, seconds)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read(path: Path | None) -> bytes | None:

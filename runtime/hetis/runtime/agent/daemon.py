@@ -77,7 +77,6 @@ class AgentDaemon:
 
         Raises:
             StateError: the state cannot be written; nothing that was not written was acknowledged.
-            TakenOverError: another agent of this node is connected.
         """
         self._stream = stream
         self._metrics.inventory_found(self._core.inventory)

@@ -28,7 +28,7 @@ from hetis.runtime.agent.options import (
     loopback_server,
 )
 
-EXIT_FAILED, EXIT_INVALID, EXIT_TAKEN_OVER, EXIT_STATE = 1, 2, 3, 4
+EXIT_FAILED, EXIT_INVALID, EXIT_STATE = 1, 2, 4
 _EXAMPLES = """Examples:
 
 hetis-agent --server planner.example:8470 --node clusters/paper/nodes/a100-0 --engine unix:///run/hetis/engine.sock
@@ -42,8 +42,7 @@ A100-SXM-80GB:4
 
 hetis-agent devices
 
-Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 3 another agent of the node took over ·
-4 the state directory cannot be used
+Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 4 the state directory cannot be used
 """
 
 app = typer.Typer(
@@ -88,7 +87,11 @@ Peer = Annotated[
 def run(
     context: typer.Context,
     server: Annotated[
-        str, typer.Option(envvar="HETIS_AGENT_SERVER", help="The planner, host:port.")
+        str,
+        typer.Option(
+            envvar="HETIS_AGENT_SERVER",
+            help="The planner, host:port; several with commas: the one that leads is found.",
+        ),
     ] = "127.0.0.1:8470",
     node: Annotated[
         str, typer.Option(envvar="HETIS_AGENT_NODE", help="This node: clusters/CLUSTER/nodes/NODE. Required.")
@@ -238,7 +241,6 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
     """Runs ``work`` until it ends or a signal says so; errors become one line and an exit code."""
     from hetis.runtime.agent.devices import DevicesUnavailableError
     from hetis.runtime.agent.disk import StateError
-    from hetis.runtime.agent.stream import TakenOverError
 
     async def until_told() -> None:
         task = asyncio.ensure_future(work)
@@ -265,8 +267,6 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
         _fail(str(error), EXIT_INVALID)
     except StateError as error:
         _fail(str(error), EXIT_STATE)
-    except TakenOverError as error:
-        _fail(f"another agent of this node is connected, this one ends: {error}", EXIT_TAKEN_OVER)
     except OSError as error:
         _fail(str(error), EXIT_FAILED)
     logging.getLogger(__name__).info("stopped after %.0f s", time.monotonic() - begun_s)

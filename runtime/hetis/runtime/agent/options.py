@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from hetis.runtime.agent.connecting import OptionError, is_loopback
+from hetis.formats.endpoints import is_loopback, split_endpoints
+from hetis.runtime.agent.connecting import OptionError
 
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -130,7 +131,10 @@ def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
 
 def loopback_server(server: str) -> bool:
     """Whether the planner is on this machine, where it listens without TLS by default."""
-    return is_loopback(server.rpartition(":")[0])
+    try:
+        return all(is_loopback(address) for address in split_endpoints(server))
+    except ValueError:
+        return False
 
 
 def default_state_dir(home: str | None, node: str) -> Path:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import grpc
 
+from hetis.formats.endpoints import Endpoint
 from hetis.runtime.agent.actions import EndStream
-from hetis.runtime.agent.connecting import PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, PlannerAddress, Waiting
 from hetis.runtime.executor.refusals import failure_of_call, reason_name
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -19,11 +20,12 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure
 MOST_QUEUED = 10_000  # messages that the planner has not taken: then the stream is given up, and all is said anew
 WELCOME_S = 30.0
 STOOD_S = 10.0  # a stream that lasted so long after its Welcome was no failure: the next wait is short
+# What no other planner would answer otherwise; all else is of the planner, or of the way to it.
+_OF_THIS_AGENT = (
+    ErrorReason.ERROR_REASON_NODE_TAKEN_OVER,
+    ErrorReason.ERROR_REASON_NODE_IN_USE,
+)
 _log = logging.getLogger(__name__)
-
-
-class TakenOverError(Exception):
-    """Another agent of the same node is connected; this one has to end."""
 
 
 class Listener(Protocol):
@@ -37,14 +39,16 @@ class Listener(Protocol):
 
 
 class PlannerStream:
-    """One stream after the other, until it is cancelled or taken over."""
+    """One stream after the other, to whichever planner leads, until it is cancelled."""
 
     def __init__(self, address: PlannerAddress, listener: Listener, waiting: Waiting) -> None:
         self._address = address
+        self._leaders = address.search()
         self._listener = listener
         self._waiting = waiting
         self._outgoing: asyncio.Queue[ConnectNodeRequest] = asyncio.Queue(MOST_QUEUED)
         self._end: asyncio.Future[EndStream] | None = None
+        self._awaits_leader = False  # another planner leads or will soon, as it seemed since the last wait
         self._welcome_s: float | None = None  # when the planner answered on the present stream
 
     def send(self, message: ConnectNodeRequest) -> None:
@@ -60,37 +64,54 @@ class PlannerStream:
             self._end.set_result(why)
 
     async def run(self) -> None:
-        """Connects again and again.
-
-        Raises:
-            TakenOverError: another agent of this node took over.
-        """
-        told = ""
+        """Connects again and again."""
+        told, tried = "", set[Endpoint]()
         while True:
-            end, failure = await self._once()
-            if failure is not None and failure.reason == ErrorReason.ERROR_REASON_NODE_TAKEN_OVER:
-                raise TakenOverError(failure.message)
+            endpoint = self._leaders.present
+            end, failure = await self._once(endpoint)
             why = failure or (end.failure if end is not None else None)
             within_s = end.within_s if end is not None else None
             if self._welcome_s is not None and asyncio.get_running_loop().time() - self._welcome_s >= STOOD_S:
                 self._waiting.succeeded()
-            wait_s = self._waiting.next_s() if within_s is None else self._waiting.within_s(within_s)
+            wait_s = self._wait_s(endpoint, why, within_s, tried)
             if why is not None:
                 # Once: what stays wrong needs no line per attempt.
                 level = logging.DEBUG if why.message == told else logging.WARNING
                 message = self._address.explained(why.message)
-                _log.log(level, "stream to %s: %s; again in %.1f s", self._address.server, message, wait_s)
+                _log.log(level, "stream to %s: %s; again in %.1f s", endpoint.address, message, wait_s)
             told = why.message if why is not None and self._welcome_s is None else ""
             self._listener.ended(reason_name(why).lower() if why is not None else "goodbye")
+            if self._leaders.is_stale:
+                await asyncio.to_thread(self._leaders.refresh)
             await asyncio.sleep(wait_s)
 
-    async def _once(self) -> tuple[EndStream | None, Failure | None]:
+    def _wait_s(self, endpoint: Endpoint, why: Failure | None, within_s: float | None, tried: set[Endpoint]) -> float:
+        """How long to wait, and with whom to try then."""
+        if self._welcome_s is not None:
+            tried.clear()
+        is_elsewhere = why is not None and why.reason == ErrorReason.ERROR_REASON_NOT_LEADER
+        if why is not None and why.reason in _OF_THIS_AGENT:
+            goes_on = False  # the same everywhere
+        else:
+            address = why.metadata.get("leader_address", "") if why is not None and is_elsewhere else ""
+            goes_on = self._leaders.failed(endpoint, address, tried)
+        if within_s is not None:
+            return self._waiting.within_s(within_s)
+        # Where there are several planners one that is gone is replaced soon.
+        self._awaits_leader |= is_elsewhere or self._leaders.are_several
+        if goes_on and self._welcome_s is None:
+            return 0.0
+        tried.clear()
+        awaits_leader, self._awaits_leader = self._awaits_leader, False
+        return self._waiting.next_s(MOST_WAIT_FOR_LEADER_S) if awaits_leader else self._waiting.next_s()
+
+    async def _once(self, endpoint: Endpoint) -> tuple[EndStream | None, Failure | None]:
         """One stream from Hello to its end: what ended it here, or how the planner ended it."""
         self._end = asyncio.get_running_loop().create_future()
         self._welcome_s = None
         self._outgoing = asyncio.Queue(MOST_QUEUED)
         try:
-            channel = self._address.channel()
+            channel = self._address.channel(endpoint)
             metadata = self._address.metadata()
         except OSError as error:
             return None, Failure(reason=ErrorReason.ERROR_REASON_CREDENTIALS, message=str(error))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hetis.runtime.attention.paged_flashinfer import FlashInferBackend, flashinfer_runs
-from hetis.runtime.attention.paged_torch import Bucket, attend_paged, plan_buckets
+from hetis.runtime.attention.paged_torch import Bucket, attend_paged, each_position, plan_buckets
 from hetis.runtime.kv.pool import IntArray, PagePool
 
 Array = npt.NDArray[Any]
+LEAST_CHUNK = 16  # positions of a sequence in a step from which on torch's matrix products are faster
+TRITON_CAPABILITY = (7, 5)  # that Triton compiles for; older devices compute in plain torch
 
 
 class Backend(Protocol):
@@ -21,11 +22,17 @@ class Backend(Protocol):
 
     name: str
 
-    def plan(self, rows: IntArray, positions: IntArray) -> None:
-        """Says which sequences (rows of the pool's table) the next calls are about, and where they write, both [N]."""
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
+        """Says which sequences the next calls are about, and where they write.
+
+        Args:
+            rows: of the pool's table, shape [N].
+            positions: first that each writes, shape [N].
+            counts: how many each writes, shape [N]; None: 1 each.
+        """
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """As `AttentionDevice.attend`: stores keys and values of qkv [N, r + 2, d], returns outputs [N, r, d]."""
+        """As `AttentionDevice.attend`: stores keys and values of qkv [T, r + 2, d], returns outputs [T, r, d]."""
 
 
 class TorchBackend:
@@ -38,17 +45,25 @@ class TorchBackend:
         self._slots = torch.zeros(0, dtype=torch.int64)
         self._buckets: list[Bucket] = []
 
-    def plan(self, rows: IntArray, positions: IntArray) -> None:
-        self._slots = self._pool.slots(rows, positions)
-        self._buckets = plan_buckets(self._pool, rows, positions)
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
+        if counts is None:
+            counts = np.ones_like(rows)
+        self._slots = self._pool.slots(*each_position(rows, positions, counts))
+        self._buckets = plan_buckets(self._pool, rows, positions, np.cumsum(counts) - counts, counts)
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         self._pool.store(layer, self._slots, qkv[:, -2], qkv[:, -1])
-        return attend_paged(self._pool, layer, qkv[:, :-2], self._buckets)
+        out = torch.empty_like(qkv[:, :-2], memory_format=torch.contiguous_format)
+        attend_paged(self._pool, layer, qkv[:, :-2], self._buckets, out)
+        return out
 
 
 class CompiledBackend:
-    """Compiled by numba: CPU memory; float32, float64 and bfloat16."""
+    """Compiled by numba: CPU memory; float32, float64 and bfloat16.
+
+    Chunks of `LEAST_CHUNK` positions and more are torch's, whose matrix products are two to three times as fast there
+    as a row after the other.
+    """
 
     name = "compiled"
 
@@ -61,9 +76,18 @@ class CompiledBackend:
         self._kernel = paged_compiled.attend_bfloat16 if self._is_bfloat16 else paged_compiled.attend
         self._k, self._v = list(self._array(pool.k)), list(self._array(pool.v))
         self._rows = self._positions = np.zeros(0, np.int64)
+        self._starts = self._ends = self._rows
+        self._chunks: _Chunks | None = None
 
-    def plan(self, rows: IntArray, positions: IntArray) -> None:
-        self._rows, self._positions = rows, positions
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
+        starts = np.arange(len(rows)) if counts is None else np.cumsum(counts) - counts
+        self._chunks = None
+        if counts is not None and int(counts.max(initial=0)) >= LEAST_CHUNK:
+            many = counts >= LEAST_CHUNK
+            self._chunks = _Chunks.of(self._pool, rows[many], positions[many], starts[many], counts[many])
+            rows, positions, starts, counts = rows[~many], positions[~many], starts[~many], counts[~many]
+        self._rows, self._positions, self._starts = rows, positions, starts
+        self._ends = starts + (1 if counts is None else counts)
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.attend_array(layer, self._array(qkv.contiguous()))).view(self._dtype)
@@ -73,8 +97,12 @@ class CompiledBackend:
         count, heads, d = qkv.shape
         out = np.empty((count, heads - 2, d), qkv.dtype)
         shape = self._pool.shape
-        where = self._pool.table, self._rows, self._positions
-        self._kernel(qkv, self._k[layer], self._v[layer], *where, shape.windows[layer], shape.scale, out)
+        where = self._pool.table, self._rows, self._positions, self._starts, self._ends
+        self._kernel(
+            qkv, self._k[layer], self._v[layer], *where, shape.windows[layer], shape.scale, shape.soft_cap, out
+        )
+        if self._chunks is not None:
+            self._chunks.attend(self._pool, layer, *(torch.from_numpy(x).view(self._dtype) for x in (qkv, out)))
         return out
 
     def _array(self, tensor: torch.Tensor) -> Array:
@@ -83,9 +111,34 @@ class CompiledBackend:
 
 
 def choose_backend(pool: PagePool) -> Backend:
-    """The fastest that the pool's device and dtype allow."""
-    if pool.k.device.type == "cpu" and pool.shape.dtype != "float16" and find_spec("numba"):
+    """The fastest that the pool's device and dtype allow, of what is installed."""
+    device, dtype = pool.k.device, pool.shape.dtype
+    if device.type == "cpu" and dtype != "float16" and find_spec("numba"):
         return CompiledBackend(pool)
-    if flashinfer_runs(pool):
-        return FlashInferBackend(pool)
+    if device.type == "cuda" and dtype != "float64" and find_spec("triton") and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= TRITON_CAPABILITY:
+            from hetis.runtime.attention.paged_triton import TritonBackend
+
+            return TritonBackend(pool, capability=capability)
     return TorchBackend(pool)
+
+
+class _Chunks(NamedTuple):
+    """Sequences of a step that torch computes: their rows, int64 [n], where these are stored, and how they are read."""
+
+    members: torch.Tensor
+    slots: torch.Tensor
+    buckets: list[Bucket]
+
+    @classmethod
+    def of(cls, pool: PagePool, rows: IntArray, positions: IntArray, starts: IntArray, counts: IntArray) -> _Chunks:
+        _, members = each_position(rows, starts, counts)
+        slots = pool.slots(*each_position(rows, positions, counts))
+        return cls(torch.from_numpy(members), slots, plan_buckets(pool, rows, positions, starts, counts))
+
+    def attend(self, pool: PagePool, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
+        """Stores keys and values of the members of qkv [T, r + 2, d], and writes their outputs to out [T, r, d]."""
+        own = qkv[self.members, -2:]
+        pool.store(layer, self.slots, own[:, 0], own[:, 1])
+        attend_paged(pool, layer, qkv[:, :-2], self.buckets, out)

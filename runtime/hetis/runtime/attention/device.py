@@ -6,7 +6,8 @@ the stage, all positions. Nothing here knows of weights, of other devices, or of
 The engine drives a device like this, the same for every kind:
 
     begin(step)                         positions of this step; pages are taken
-    attend(layer, qkv) -> pending       once per layer, in order: stores k and v, attends to all positions up to it
+    attend(layer, qkv) -> pending       once per layer, in order: stores k and v, attends from each position to those
+                                        up to it
     finish(step)                        all layers are through
     abort(step)                         the step is not: forget it. It may be begun again, under any number
 
@@ -31,7 +32,9 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DeviceStep:
-    """One decode step's part on one device: N virtual sequences, each one position longer after it.
+    """One step's part on one device: N virtual sequences, each with the positions that it writes.
+
+    Rows of queries, keys, values and outputs are ordered by sequence, and within it by position: T in all.
 
     Attributes:
         epoch: of the engine; a device that has seen a higher one refuses.
@@ -39,7 +42,9 @@ class DeviceStep:
         requests: shape [N].
         incarnations: shape [N].
         heads: KV heads, shape [N].
-        positions: slot that this step writes, shape [N]; attention reads 0 to it, itself included.
+        positions: first that this step writes, shape [N]; a row's attention reads 0 to its position, itself included.
+        counts: positions that each sequence writes, all >= 1, shape [N]: 1 of a decode, more of a chunk of a prompt.
+            None: 1 of every sequence, so that T is N.
     """
 
     epoch: int
@@ -48,9 +53,16 @@ class DeviceStep:
     incarnations: IntArray
     heads: IntArray
     positions: IntArray
+    counts: IntArray | None = None
 
     def __len__(self) -> int:
+        """Virtual sequences: N."""
         return len(self.requests)
+
+    @property
+    def num_rows(self) -> int:
+        """Positions that are written: T."""
+        return len(self.requests) if self.counts is None else int(self.counts.sum())
 
     def keys(self) -> list[SequenceKey]:
         columns = self.requests.tolist(), self.incarnations.tolist(), self.heads.tolist()
@@ -61,7 +73,7 @@ class Pending(Protocol):
     """The outputs of one layer, perhaps still under way."""
 
     def wait(self) -> torch.Tensor:
-        """Outputs of the query heads, shape [N, r, d], wherever they have come to. Raises DeviceLostError."""
+        """Outputs of the query heads, shape [T, r, d], wherever they have come to. Raises DeviceLostError."""
 
 
 class Ready(NamedTuple):
@@ -99,7 +111,7 @@ class AttentionDevice(Protocol):
         """Stores keys and values at the step's positions and attends. ``layer`` counts within the stage.
 
         Args:
-            qkv: of each virtual sequence its r queries, its key and its value, rotated, shape [N, r + 2, d].
+            qkv: of each row its r queries, its key and its value, rotated, shape [T, r + 2, d].
         """
 
     def finish(self, number: int) -> None:

@@ -14,6 +14,8 @@ from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.pool import PagePool
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 
+WARM_TOKENS = 600  # more than a split of Triton's kernel
+
 
 class LocalDevice:
     """KV pages in this process, as an `AttentionDevice`."""
@@ -26,23 +28,43 @@ class LocalDevice:
         self.backend = backend or choose_backend(self.pool)
         self._step: int | None = None
 
+    def warm(self) -> None:
+        """Has everything compiled that a first use would compile, which takes longer than an engine waits.
+
+        The device must hold nothing.
+        """
+        shape = self.shape
+        tokens = min(WARM_TOKENS, self.num_pages * shape.page_tokens)
+        if not tokens:
+            return
+        key = SequenceKey(0, 0, 0)
+        self.pool.extend([key], [0], [tokens])
+        rows = self.pool.rows([key])
+        for first, count in ((0, 1), (0, tokens), (tokens - 1, 1)):
+            self.backend.plan(rows, np.array([first]), np.array([count]))
+            qkv = torch.zeros(count, shape.queries_per_group + 2, shape.head_dim, dtype=shape.torch_dtype)
+            self._attend(0, qkv)
+        self.pool.drop([key])
+
     def begin(self, step: DeviceStep) -> None:
         keys = step.keys()
         positions = step.positions.tolist()
-        self.pool.extend(keys, positions, [position + 1 for position in positions])
-        self.backend.plan(self.pool.rows(keys), step.positions)
+        if step.counts is None:
+            ends = [position + 1 for position in positions]
+        else:
+            ends = [position + count for position, count in zip(positions, step.counts.tolist(), strict=True)]
+        self.pool.extend(keys, positions, ends)
+        self.backend.plan(self.pool.rows(keys), step.positions, step.counts)
         self._step = step.number
 
     def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
         self._check_begun()
-        return Ready(self.backend.attend(layer, qkv.to(self.pool.k.device)))
+        return Ready(self._attend(layer, qkv))
 
-    def attend_received(self, layer: int, qkv: torch.Tensor | Array) -> torch.Tensor | Array:
-        """The same for numbers as a channel brings them: an array (bfloat16 as its words) stays one if it can."""
-        if isinstance(qkv, torch.Tensor):
-            return self.attend(layer, qkv).output
+    def attend_received(self, layer: int, qkv: Array) -> torch.Tensor | Array:
+        """The same for an array as a channel brings it (bfloat16 as its words); outputs are in the CPU's memory."""
         if not isinstance(self.backend, CompiledBackend):
-            return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output
+            return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output.cpu()
         self._check_begun()
         return self.backend.attend_array(layer, qkv)
 
@@ -73,6 +95,9 @@ class LocalDevice:
     def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
         pieces = [self.pool.read(SequenceKey(request, incarnation, head), 0, last) for head in heads]
         return np.stack([digest(k, v) for k, v in pieces])
+
+    def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        return self.backend.attend(layer, qkv.to(self.pool.k.device))
 
     def _check_begun(self) -> None:
         if self._step is None:

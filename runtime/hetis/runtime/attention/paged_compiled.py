@@ -27,36 +27,44 @@ def attend(
     table: Table,
     rows: IntArray,
     positions: IntArray,
+    starts: IntArray,
+    ends: IntArray,
     window: int,
     scale: float,
+    soft_cap: float,
     out: Floats,
 ) -> None:
-    """Stores keys and values in their pages, and attends: outputs [N, r, d]; all numbers are float32, or all float64.
+    """Stores keys and values in their pages, and attends: outputs [T, r, d]; all numbers are float32, or all float64.
 
     Args:
-        qkv: of each of N virtual sequences its r queries, its key and its value, shape [N, r + 2, d].
+        qkv: of each of T rows its r queries, its key and its value, shape [T, r + 2, d].
         k, v: pages [pages, page_tokens, d].
         table: pages of every sequence, shape [rows, most].
-        rows: of the table, shape [N].
-        positions: of the queries, shape [N]; slots 0 to it are read, or the last ``window`` of them unless that is 0.
+        rows: of the table, of each of N virtual sequences, shape [N].
+        positions: of each sequence's first row, shape [N].
+        starts, ends: rows of sequence i are ``starts[i]`` to ``ends[i] - 1``, at consecutive positions, shape [N];
+            other rows are not touched. Slots up to a row's position are read, or the last ``window`` unless that is 0.
         scale: of the scores.
+        soft_cap: of the scaled scores; 0: none.
     """
     size, r = k.shape[1], qkv.shape[1] - 2
-    scores = np.empty((r, _longest(positions, size)), qkv.dtype)
+    scores = np.empty((r, _longest(positions, starts, ends, size)), qkv.dtype)
     bits = np.empty(scores.shape[1], np.int32)
-    _store(qkv, k, v, table, rows, positions)
-    for i in range(len(qkv)):
-        last = positions[i] + 1
-        first = max(0, last - window) if window else 0
-        for page in range(first // size, -(-last // size)):
-            begin, end = max(first - page * size, 0), min(last - page * size, size)
-            _score(qkv[i, :r], k[table[rows[i], page]], begin, end, page * size, scores)
-        for h in range(r):
-            _weigh(scores[h, first:last], scale, bits)
-        out[i] = 0
-        for page in range(first // size, -(-last // size)):
-            begin, end = max(first - page * size, 0), min(last - page * size, size)
-            _add_values(scores, v[table[rows[i], page]], begin, end, page * size, out[i])
+    _store(qkv, k, v, table, rows, positions, starts, ends)
+    for i in range(len(rows)):
+        pages = table[rows[i]]
+        for t in range(starts[i], ends[i]):
+            last = positions[i] + (t - starts[i]) + 1
+            first = max(0, last - window) if window else 0
+            for page in range(first // size, -(-last // size)):
+                begin, end = max(first - page * size, 0), min(last - page * size, size)
+                _score(qkv[t, :r], k[pages[page]], begin, end, page * size, scores)
+            for h in range(r):
+                _weigh(scores[h, first:last], scale, soft_cap, bits)
+            out[t] = 0
+            for page in range(first // size, -(-last // size)):
+                begin, end = max(first - page * size, 0), min(last - page * size, size)
+                _add_values(scores, v[pages[page]], begin, end, page * size, out[t])
 
 
 @kernel
@@ -67,56 +75,70 @@ def attend_bfloat16(
     table: Table,
     rows: IntArray,
     positions: IntArray,
+    starts: IntArray,
+    ends: IntArray,
     window: int,
     scale: float,
+    soft_cap: float,
     out: Words,
 ) -> None:
     """The same where all numbers are bfloat16, given as their words; all sums are of float32."""
     size, r, d = k.shape[1], qkv.shape[1] - 2, qkv.shape[2]
-    scores = np.empty((r, _longest(positions, size)), np.float32)
+    scores = np.empty((r, _longest(positions, starts, ends, size)), np.float32)
     bits = np.empty(scores.shape[1], np.int32)
     wide, wide_queries = np.empty((size, d), np.int32), np.empty((r, d), np.int32)
     floats, queries = wide.view(np.float32), wide_queries.view(np.float32)
     sums = np.empty((r, d), np.float32)
-    _store(qkv, k, v, table, rows, positions)
-    for i in range(len(qkv)):
-        last = positions[i] + 1
-        first = max(0, last - window) if window else 0
-        _widen(qkv[i], 0, r, wide_queries)
-        for page in range(first // size, -(-last // size)):
-            begin, end = max(first - page * size, 0), min(last - page * size, size)
-            _widen(k[table[rows[i], page]], begin, end, wide)
-            _score(queries, floats, begin, end, page * size, scores)
-        for h in range(r):
-            _weigh(scores[h, first:last], scale, bits)
-        sums[:] = 0
-        for page in range(first // size, -(-last // size)):
-            begin, end = max(first - page * size, 0), min(last - page * size, size)
-            _widen(v[table[rows[i], page]], begin, end, wide)
-            _add_values(scores, floats, begin, end, page * size, sums)
-        _narrow(sums, out[i])
+    _store(qkv, k, v, table, rows, positions, starts, ends)
+    for i in range(len(rows)):
+        pages = table[rows[i]]
+        for t in range(starts[i], ends[i]):
+            last = positions[i] + (t - starts[i]) + 1
+            first = max(0, last - window) if window else 0
+            _widen(qkv[t], 0, r, wide_queries)
+            for page in range(first // size, -(-last // size)):
+                begin, end = max(first - page * size, 0), min(last - page * size, size)
+                _widen(k[pages[page]], begin, end, wide)
+                _score(queries, floats, begin, end, page * size, scores)
+            for h in range(r):
+                _weigh(scores[h, first:last], scale, soft_cap, bits)
+            sums[:] = 0
+            for page in range(first // size, -(-last // size)):
+                begin, end = max(first - page * size, 0), min(last - page * size, size)
+                _widen(v[pages[page]], begin, end, wide)
+                _add_values(scores, floats, begin, end, page * size, sums)
+            _narrow(sums, out[t])
 
 
 @kernel
 def _store(
-    qkv: Floats | Words, k: Floats | Words, v: Floats | Words, table: Table, rows: IntArray, positions: IntArray
+    qkv: Floats | Words,
+    k: Floats | Words,
+    v: Floats | Words,
+    table: Table,
+    rows: IntArray,
+    positions: IntArray,
+    starts: IntArray,
+    ends: IntArray,
 ) -> None:
-    """Writes the keys and values to the slots of ``positions``."""
+    """Writes the keys and values to the slots of their positions."""
     size, at = k.shape[1], qkv.shape[1] - 2
     for i in range(len(rows)):
-        page, slot = table[rows[i], positions[i] // size], positions[i] % size
-        for d in range(qkv.shape[2]):
-            k[page, slot, d] = qkv[i, at, d]
-        for d in range(qkv.shape[2]):
-            v[page, slot, d] = qkv[i, at + 1, d]
+        for t in range(starts[i], ends[i]):
+            position = positions[i] + (t - starts[i])
+            page, slot = table[rows[i], position // size], position % size
+            for d in range(qkv.shape[2]):
+                k[page, slot, d] = qkv[t, at, d]
+            for d in range(qkv.shape[2]):
+                v[page, slot, d] = qkv[t, at + 1, d]
 
 
 @kernel
-def _longest(positions: IntArray, size: int) -> int:
+def _longest(positions: IntArray, starts: IntArray, ends: IntArray, size: int) -> int:
     """Slots of the longest sequence, in whole pages."""
     most = 0
-    for position in positions:
-        most = max(most, position + 1)
+    for i in range(len(positions)):
+        most = max(most, positions[i] + (ends[i] - starts[i]))
     return -(-most // size) * size
 
 
@@ -185,9 +207,12 @@ def _add_values(weights: Floats, page: Floats, begin: int, end: int, offset: int
 
 
 @kernel
-def _weigh(scores: Floats, scale: float, bits: Table) -> None:
-    """Softmax of ``scale * scores``, in place."""
+def _weigh(scores: Floats, scale: float, soft_cap: float, bits: Table) -> None:
+    """Softmax of ``scale * scores``, which are capped first unless ``soft_cap`` is 0, in place."""
     factor = scores.dtype.type(scale)
+    if soft_cap:
+        _cap(scores, scale, soft_cap, bits)
+        factor = scores.dtype.type(1)
     top = _largest(scores)
     for t in range(len(scores)):
         scores[t] = (scores[t] - top) * factor
@@ -201,6 +226,27 @@ def _weigh(scores: Floats, scale: float, bits: Table) -> None:
         total += score
     for t in range(len(scores)):
         scores[t] /= total
+
+
+@kernel
+def _cap(scores: Floats, scale: float, soft_cap: float, bits: Table) -> None:
+    """``soft_cap * tanh(scale * scores / soft_cap)``, in place."""
+    inner, cap = scores.dtype.type(scale / soft_cap), scores.dtype.type(soft_cap)
+    if scores.itemsize == 8:
+        for t in range(len(scores)):
+            scores[t] = cap * np.tanh(scores[t] * inner)
+        return
+    # tanh y is (1 - e) / (1 + e), e = exp(-2 |y|); where y is so small that 1 - e has lost its digits, a polynomial.
+    powers = np.empty_like(scores)
+    for t in range(len(scores)):
+        powers[t] = np.float32(-2.0) * abs(scores[t] * inner)
+    _exp(powers, bits)
+    for t in range(len(scores)):
+        y = scores[t] * inner
+        square = y * y
+        near = y * (np.float32(1.0) - square * (np.float32(1 / 3) - square * np.float32(2 / 15)))
+        far = np.copysign((np.float32(1.0) - powers[t]) / (np.float32(1.0) + powers[t]), y)
+        scores[t] = cap * (near if square < np.float32(0.01) else far)
 
 
 @kernel

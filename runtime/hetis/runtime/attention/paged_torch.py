@@ -1,7 +1,8 @@
 """Attention over pages in plain torch: any device, any dtype. Long and short sequences are computed apart.
 
 Gathers each sequence's pages into a rectangle that is as wide as the longest of its bucket. Buckets end at powers of
-two of pages, so that padding less than doubles what is gathered.
+two of pages, so that padding less than doubles what is gathered. A chunk's queries are computed in pieces: keys and
+values are stored before, so that a piece is a sequence of its own, and masks stay small.
 """
 
 from __future__ import annotations
@@ -15,51 +16,136 @@ from torch.nn import functional
 
 from hetis.runtime.kv.pool import IntArray, PagePool
 
+PIECE_TOKENS = 128  # queries of a piece
+MOST_SCORES = 1 << 24  # of one bucket and query head: the mask has so many bytes
+
+
+class View(NamedTuple):
+    """What the pieces of a bucket read under one window: page numbers [n, pages], and who sees what [n, c, slots]."""
+
+    table: torch.Tensor
+    seen: torch.Tensor
+
 
 class Bucket(NamedTuple):
-    """Sequences that are computed together, n of N, all layers of a step alike; on the pool's device.
+    """Pieces that are computed together, n of at most c queries each, all layers of a step alike; on the pool's device.
 
     Attributes:
-        members: which they are, int64 [n].
-        table: their pages, int64 [n, pages of the longest].
-        seen: by window, which slots each attends to, bool [n, 1, slots].
+        members: their rows of the step, int64 [n, c]; a piece of fewer repeats its last.
+        views: by window.
     """
 
     members: torch.Tensor
-    table: torch.Tensor
-    seen: Mapping[int, torch.Tensor]
+    views: Mapping[int, View]
 
 
-def plan_buckets(pool: PagePool, rows: IntArray, positions: IntArray) -> list[Bucket]:
-    """For sequences in ``rows`` of the pool's table, at ``positions``, both [N]; moved to the device once per step."""
-    pages = positions // pool.shape.page_tokens + 1
-    buckets = np.ceil(np.log2(pages)).astype(np.int64)
+class _Pieces(NamedTuple):
+    """Queries of one sequence each: ``rows`` of the pool's table, first positions, first rows, counts; each [n]."""
+
+    rows: IntArray
+    positions: IntArray
+    starts: IntArray
+    counts: IntArray
+
+    def of(self, which: IntArray) -> _Pieces:
+        return _Pieces(*(column[which] for column in self))
+
+
+def plan_buckets(
+    pool: PagePool, rows: IntArray, positions: IntArray, starts: IntArray, counts: IntArray
+) -> list[Bucket]:
+    """For sequences whose rows of the step begin at ``starts``.
+
+    Args:
+        rows: of the pool's table, shape [N].
+        positions: first that each writes, shape [N].
+        starts: its row of the step, shape [N].
+        counts: how many each writes, shape [N].
+    """
+    pieces = _cut(_Pieces(rows, positions, starts, counts))
+    pages = (pieces.positions + pieces.counts - 1) // pool.shape.page_tokens + 1
+    # Pieces of very different width, and of one query or many, are computed apart.
+    kinds = 64 * np.ceil(np.log2(pages)).astype(np.int64) + np.ceil(np.log2(pieces.counts)).astype(np.int64)
     found = []
-    for bucket in np.unique(buckets):
-        members = np.flatnonzero(buckets == bucket)
-        found.append(_bucket(pool, members, rows[members], positions[members], widest=int(pages[members].max())))
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        slots = int(pages[members].max()) * pool.shape.page_tokens
+        most = max(1, MOST_SCORES // (slots * int(pieces.counts[members].max())))
+        found += [_bucket(pool, pieces.of(members[i : i + most])) for i in range(0, len(members), most)]
     return found
 
 
-def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[Bucket]) -> torch.Tensor:
-    """Outputs of N virtual sequences, shape [N, r, d], for queries of the same shape."""
+def each_position(rows: IntArray, positions: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
+    """For every position that is written its sequence's number in ``rows``, and itself; each [T]."""
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(rows, counts), np.repeat(positions, counts) + within
+
+
+def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[Bucket], out: torch.Tensor) -> None:
+    """Writes the outputs of the buckets' members to out [T, r, d], for queries of the same shape."""
     shape = pool.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for members, table, seen in buckets:
-        k = pool.k[layer][table].flatten(1, 2)  # [n, slots, d]
-        v = pool.v[layer][table].flatten(1, 2)
-        mask = seen[shape.windows[layer]]
-        out[members] = functional.scaled_dot_product_attention(q[members], k, v, attn_mask=mask, scale=shape.scale)
-    return out
+    for members, views in buckets:
+        table, seen = views[shape.windows[layer]]
+        k = pool.k[layer][table].flatten(1, 2)[:, None]  # [n, 1, slots, d]
+        v = pool.v[layer][table].flatten(1, 2)[:, None]
+        queries = q[members]  # [n, c, r, d]
+        if members.shape[1] == 1:
+            # All query heads see the same slots: as many queries of one head, which reads K and V once.
+            outputs = _attend(queries, k, v, seen[:, None], shape.scale, shape.soft_cap)
+        else:
+            k, v = (x.expand(-1, shape.queries_per_group, -1, -1) for x in (k, v))
+            queries = queries.transpose(1, 2)
+            outputs = _attend(queries, k, v, seen[:, None], shape.scale, shape.soft_cap).transpose(1, 2)
+        out[members] = outputs
 
 
-def _bucket(pool: PagePool, members: IntArray, rows: IntArray, positions: IntArray, *, widest: int) -> Bucket:
-    shape, device = pool.shape, pool.k.device
-    at = torch.from_numpy(positions).to(device)[:, None]
-    slots = torch.arange(widest * shape.page_tokens, device=device)
-    before = slots <= at
-    return Bucket(
-        members=torch.from_numpy(members).to(device),
-        table=torch.from_numpy(pool.table[rows, :widest].astype(np.int64)).to(device),
-        seen={w: (before & (slots > at - w) if w else before)[:, None] for w in set(shape.windows)},
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, soft_cap: float
+) -> torch.Tensor:
+    """Attention of q [n, heads, c, d] over k and v [n, heads, slots, d]."""
+    if not soft_cap:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = soft_cap * torch.tanh(q.to(wide) @ k.to(wide).mT * (scale / soft_cap))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (weights @ v.to(wide)).to(q.dtype)
+
+
+def _cut(whole: _Pieces) -> _Pieces:
+    """Chunks in pieces."""
+    if int(whole.counts.max(initial=0)) <= PIECE_TOKENS:
+        return whole
+    cuts = -(-whole.counts // PIECE_TOKENS)
+    number, within = each_position(np.arange(len(cuts)), np.zeros_like(cuts), cuts)
+    pieces, begins = whole.of(number), PIECE_TOKENS * within
+    return _Pieces(
+        pieces.rows,
+        pieces.positions + begins,
+        pieces.starts + begins,
+        np.minimum(pieces.counts - begins, PIECE_TOKENS),
     )
+
+
+def _bucket(pool: PagePool, pieces: _Pieces) -> Bucket:
+    shape, device = pool.shape, pool.k.device
+    within = np.minimum(np.arange(pieces.counts.max()), pieces.counts[:, None] - 1)  # [n, c]
+    return Bucket(
+        members=torch.from_numpy(pieces.starts[:, None] + within).to(device),
+        views={w: _view(pool, pieces, pieces.positions[:, None] + within, w) for w in set(shape.windows)},
+    )
+
+
+def _view(pool: PagePool, pieces: _Pieces, at: IntArray, window: int) -> View:
+    """What queries at positions ``at`` [n, c] see under a window: pages from the first that any of a piece sees."""
+    size, device = pool.shape.page_tokens, pool.k.device
+    first = np.maximum(at[:, 0] + 1 - window, 0) // size if window else np.zeros(len(at), np.int64)
+    last = at[:, -1] // size
+    pages = first[:, None] + np.arange((last - first).max() + 1)
+    # What is beyond a piece's last page is masked; its own page, so that no NaN of another sequence comes in.
+    table = pool.table[pieces.rows[:, None], np.minimum(pages, last[:, None])].astype(np.int64)
+    begins, places = (torch.from_numpy(x).to(device) for x in ((first * size)[:, None, None], at[..., None]))
+    slots = begins + torch.arange(pages.shape[1] * size, device=device)
+    seen = slots <= places
+    if window:
+        seen &= slots > places - window
+    return View(torch.from_numpy(table).to(device), seen)

@@ -12,7 +12,8 @@ import torch
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.transport.errors import FrameError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.transport.messages import KEY_BYTES, Part, read_kv
+from hetis.runtime.transport.keys import KEY_BYTES
+from hetis.runtime.transport.messages import Part, read_kv
 
 _SAMPLE_BYTES = 1 << 16
 _INT64 = 8

@@ -21,6 +21,7 @@ class KvShape:
         dtype: of K, V, queries and outputs: float32, float64, bfloat16 or float16.
         scale: what scores are multiplied by before the softmax.
         windows: of each layer, how many positions back attention reaches, itself counted; 0: all.
+        soft_cap: cap of the scaled scores, ``cap * tanh(score / cap)``, as Gemma 2 has it; 0: none.
     """
 
     layers: int
@@ -30,6 +31,7 @@ class KvShape:
     dtype: str
     scale: float
     windows: tuple[int, ...]
+    soft_cap: float = 0.0
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -9,7 +9,7 @@ from hetis.runtime.engine.step import Chunk, IntArray, Step
 from hetis.runtime.stages.setup import StageSetup
 from hetis.runtime.transport.errors import FrameError
 from hetis.runtime.transport.frames import Frame, Kind
-from hetis.runtime.transport.messages import KEY_BYTES
+from hetis.runtime.transport.keys import KEY_BYTES
 
 _SIZES = 7  # tokens, decoding requests, heads, chunks, outputs, columns of the hidden states, whether it is greedy
 

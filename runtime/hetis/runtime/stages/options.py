@@ -34,6 +34,7 @@ exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 class StageOptions(ProcessOptions):
     """The settings of one stage process, each of them valid."""
 
+    store: tuple[str, int]
     model: Path
     device: Compute
 

@@ -35,7 +35,6 @@ class ChannelKind(StrEnum):
     AUTO = "auto"
     SHM = "shm"
     TCP = "tcp"
-    NCCL = "nccl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +116,8 @@ def look_up(store: Any, name: str, *, timeout_s: float = 30.0) -> Endpoint:
         raise ChannelError(f"worker {name} did not say where it is within {timeout_s:g} s") from error
 
 
-def connect(
-    endpoint: Endpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0, device: str = "cpu"
-) -> Channel:
-    """The engine's end of a channel to a worker. ``device`` is where the tensors of ``nccl`` are.
+def connect(endpoint: Endpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
+    """The engine's end of a channel to a worker.
 
     Raises:
         ChannelError: it is not reached, or the kind cannot be had between these two.
@@ -129,18 +126,14 @@ def connect(
     pipe = TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=stall_s)
     channel = PipeChannel(pipe, stall_s=stall_s)
     try:
-        return _agreed(channel, pipe, kind, stall_s=stall_s, device=device)
+        return _agreed(channel, pipe, kind, stall_s=stall_s)
     except OSError:
         channel.close()
         raise
 
 
-def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float, device: str) -> Channel:
+def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float) -> Channel:
     """What is then used in place of the socket, or the socket."""
-    if kind is ChannelKind.NCCL:
-        from hetis.runtime.transport.nccl import offer_nccl
-
-        return offer_nccl(channel, pipe, device, stall_s=stall_s)
     if kind is ChannelKind.TCP or (kind is ChannelKind.AUTO and not (pipe.is_local and is_supported())):
         return channel
     if not pipe.is_local or not is_supported():
@@ -176,7 +169,7 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
     return PipeChannel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
 
 
-def accept(connection: socket.socket, *, stall_s: float = 10.0, device: str = "cpu") -> tuple[Channel, Frame]:
+def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel, Frame]:
     """The worker's end, and the first frame of the engine that is not about the channel itself.
 
     Raises:
@@ -191,12 +184,7 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0, device: str = "c
     channel: Channel = PipeChannel(pipe, stall_s=stall_s)
     try:
         frame = _first(channel, stall_s)
-        if frame.kind is Kind.ATTACH and frame.counts[0]:
-            from hetis.runtime.transport.nccl import accept_nccl
-
-            channel = accept_nccl(channel, pipe, frame, device, stall_s=stall_s)
-            frame = _first(channel, stall_s)
-        elif frame.kind is Kind.ATTACH:
+        if frame.kind is Kind.ATTACH:
             channel = _attached(channel, pipe, frame, stall_s=stall_s)
             frame = _first(channel, stall_s)
     except ChannelError:

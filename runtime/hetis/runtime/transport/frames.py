@@ -5,9 +5,9 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 
 | kind | counts | body |
 | --- | --- | --- |
-| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale f64, key |
-| BEGIN | N | requests, incarnations, heads, positions: i64 [4, N] |
-| ATTEND | N | queries, key and value of each sequence: [N, r + 2, d] |
+| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale f64, soft cap f64, key |
+| BEGIN | N, T | requests, incarnations, heads, first positions, and how many unless T is N: i64 [4 or 5, N] |
+| ATTEND | T | queries, key and value of each position: [T, r + 2, d] |
 | FINISH, ABORT, PING, BYE | | |
 | DROP (layer: device, of a stage) | N | (request, incarnation, head): i64 [N, 3] |
 | EXPORT, DIGEST (layer: device, of a stage) | H | request, incarnation, first, last, heads: i64 [4 + H] |
@@ -21,10 +21,10 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | PREFILL (serial: job) | N | tokens i64 [N] |
 | CANCEL (serial: job) | | |
 | WELCOME | | pages i64, name; of a stage: pages i64 [devices], of REJOIN those of the device |
-| OUT | N | [N, r, d] |
+| OUT | T | [T, r, d] |
 | KV (of a job, step: first position) | H, positions | K, V [H, layers, positions, d] |
 | DIGESTS | H | i64 [H, layers] |
-| PONG | | free pages i64, virtual sequences i64 |
+| PONG | | numbers of a `WorkerStats` i64 |
 | HIDDEN | rows, columns | [rows, columns]: hidden states or logits |
 | TOKENS | O | i64 [O], in place of the logits |
 | DONE (of REJOIN: not yet) | | |
@@ -44,7 +44,7 @@ import torch
 from hetis.runtime.transport.errors import FrameError
 
 MAGIC = 0x53495448  # "HTIS"
-VERSION = 2
+VERSION = 3
 HEADER = struct.Struct("<IHBBQQQQIIIIQ")
 HEADER_BYTES = HEADER.size
 MOST_BODY_BYTES = 1 << 32
@@ -118,17 +118,14 @@ class Frame(NamedTuple):
     @property
     def body(self) -> torch.Tensor:
         """The body of a frame that was received: bytes, shape [body_bytes]."""
-        return tensor_of(self._received())
+        return torch.from_numpy(self.raw)
 
     @property
     def raw(self) -> Bytes:
-        """The same for numpy, where it is on the CPU."""
-        body = self._received()
-        return body.numpy() if isinstance(body, torch.Tensor) else body
-
-    def _received(self) -> Numbers:
+        """The same for numpy."""
         assert len(self.parts) == 1, "only a frame that was received has its body in one piece"
-        return self.parts[0]
+        [body] = self.parts
+        return body.numpy() if isinstance(body, torch.Tensor) else body
 
     def answered(
         self,
@@ -179,11 +176,6 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
     body = np.empty(body_bytes, np.uint8)
     frame = Frame(_KINDS[kind], epoch, session, serial, step, layer, (a, b, c), DTYPES[dtype], (body,))
     return frame, body
-
-
-def tensor_of(numbers: Numbers) -> torch.Tensor:
-    """A tensor, or what an array has as one."""
-    return numbers if isinstance(numbers, torch.Tensor) else torch.from_numpy(numbers)
 
 
 def bytes_of(numbers: Numbers) -> memoryview:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hetis.runtime.attention.device import DeviceStep, IntArray
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import DTYPES, Frame, Kind, Numbers, tensor_of
+from hetis.runtime.transport.frames import DTYPES, Frame, Kind
+from hetis.runtime.transport.keys import KEY_BYTES
 
-KEY_BYTES = 16
+Array = npt.NDArray[Any]
 MOST_LAYERS = 4096
+MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS = 4096, 4096, 1 << 16
 
 
 class ErrorCode(IntEnum):
@@ -41,7 +45,7 @@ class Hello:
 
     def frame(self, *, epoch: int, session: int) -> Frame:
         shape = self.shape
-        scale = torch.frombuffer(bytearray(struct.pack("<d", shape.scale)), dtype=torch.uint8)
+        factors = torch.tensor([shape.scale, shape.soft_cap], dtype=torch.float64)
         key = torch.frombuffer(bytearray(self.key), dtype=torch.uint8)
         return Frame(
             kind=Kind.HELLO,
@@ -50,18 +54,22 @@ class Hello:
             layer=shape.layers,
             counts=(shape.head_dim, shape.queries_per_group, shape.page_tokens),
             dtype=shape.dtype,
-            parts=(torch.tensor(shape.windows, dtype=torch.int64), scale, key),
+            parts=(torch.tensor(shape.windows, dtype=torch.int64), factors, key),
         )
 
     @classmethod
     def read(cls, frame: Frame) -> Hello:
-        _expect(frame, Kind.HELLO, 8 * frame.layer + 8 + KEY_BYTES)
+        _expect(frame, Kind.HELLO, 8 * frame.layer + 16 + KEY_BYTES)
         head_dim, queries, page_tokens = frame.counts
-        if not (0 < frame.layer <= MOST_LAYERS and head_dim and queries and page_tokens and frame.dtype in DTYPES[1:]):
+        limits = MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS
+        fits = all(0 < size <= most for size, most in zip(frame.counts, limits, strict=True))
+        if not (0 < frame.layer <= MOST_LAYERS and fits and frame.dtype in DTYPES[1:]):
             raise FrameError(f"HELLO of {frame.layer} layers, {frame.counts} and dtype {frame.dtype!r}")
         raw = bytes(frame.raw)
         windows = np.frombuffer(raw, "<i8", frame.layer)
-        (scale,) = struct.unpack_from("<d", raw, 8 * frame.layer)
+        scale, soft_cap = struct.unpack_from("<dd", raw, 8 * frame.layer)
+        if int(windows.min()) < 0 or not (math.isfinite(scale) and 0 <= soft_cap < math.inf):
+            raise FrameError(f"HELLO of windows {windows.tolist()}, scale {scale} and soft cap {soft_cap}")
         shape = KvShape(
             layers=frame.layer,
             head_dim=head_dim,
@@ -70,6 +78,7 @@ class Hello:
             dtype=frame.dtype,
             scale=scale,
             windows=tuple(windows.tolist()),
+            soft_cap=soft_cap,
         )
         return cls(shape=shape, key=raw[-KEY_BYTES:])
 
@@ -87,16 +96,46 @@ class Part(NamedTuple):
         return torch.tensor([*self[:4], *self.heads], dtype=torch.int64)
 
 
+class WorkerStats(NamedTuple):
+    """What a worker has room for and what its attention has taken, counted from the start of its process.
+
+    Differences of two such values give the coefficients of dispatch: over many calls, ``busy_ns`` is linear in the
+    heads, the KV bytes and the calls.
+
+    Attributes:
+        free_pages: of its pages.
+        sequences: virtual sequences that it holds.
+        calls: layers that it has attended to, each for all sequences of a step.
+        rows: positions whose queries it has computed, over all calls; each has r query heads.
+        read_positions: positions whose K and V it has read, over all calls, each sequence's once in a call.
+        busy_ns: time within the calls, transfers to and from its device included, frames not.
+    """
+
+    free_pages: int
+    sequences: int
+    calls: int
+    rows: int
+    read_positions: int
+    busy_ns: int
+
+
 def pack_step(step: DeviceStep) -> tuple[torch.Tensor, ...]:
     """The body of BEGIN."""
-    return tuple(torch.from_numpy(x) for x in (step.requests, step.incarnations, step.heads, step.positions))
+    columns = [step.requests, step.incarnations, step.heads, step.positions]
+    if step.counts is not None and step.num_rows > len(step):
+        columns.append(step.counts)
+    return tuple(torch.from_numpy(x) for x in columns)
 
 
 def read_step(frame: Frame) -> DeviceStep:
-    count = frame.counts[0]
-    rows = _integers(frame, Kind.BEGIN, 4 * count).reshape(4, count)
+    count, num_rows, _ = frame.counts
+    has_counts = num_rows != count
+    columns = 5 if has_counts else 4
+    rows = _integers(frame, Kind.BEGIN, columns * count).reshape(columns, count)
     if count and int(rows.min()) < 0:
         raise FrameError("BEGIN has negative numbers")
+    if has_counts and not (count and 0 < rows[4].min() <= rows[4].max() <= num_rows == rows[4].sum()):
+        raise FrameError(f"BEGIN of {num_rows} positions, which its {count} sequences do not have")
     return DeviceStep(
         epoch=frame.epoch,
         number=frame.step,
@@ -104,22 +143,23 @@ def read_step(frame: Frame) -> DeviceStep:
         incarnations=rows[1],
         heads=rows[2],
         positions=rows[3],
+        counts=rows[4] if has_counts else None,
     )
 
 
-def read_queries(frame: Frame, shape: KvShape, count: int) -> Numbers:
-    """Queries, key and value of each sequence of ATTEND, [N, r + 2, d]; ``count`` is the N that BEGIN said.
+def read_queries(frame: Frame, shape: KvShape, count: int) -> Array:
+    """Queries, key and value of each position of ATTEND, [T, r + 2, d]; ``count`` is the T that BEGIN said.
 
-    They are a tensor, or an array of numpy (bfloat16 as its words), as they came: where there is little to compute,
-    making the one of the other costs as much.
+    They are an array of numpy (bfloat16 as its words), as they came: where there is little to compute, making a tensor
+    of it costs as much.
     """
     if frame.counts[0] != count or frame.layer >= shape.layers:
-        raise FrameError(f"ATTEND of {frame.counts[0]} sequences in layer {frame.layer}: {count} were begun")
+        raise FrameError(f"ATTEND of {frame.counts[0]} positions in layer {frame.layer}: {count} were begun")
     return _as_came(frame, Kind.ATTEND, shape, (count, shape.queries_per_group + 2, shape.head_dim))
 
 
 def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
-    """Outputs [N, r, d] of OUT."""
+    """Outputs [T, r, d] of OUT."""
     return _tensor(frame, Kind.OUT, shape, (count, shape.queries_per_group, shape.head_dim))
 
 
@@ -162,10 +202,14 @@ def read_digests(frame: Frame, shape: KvShape, part: Part) -> IntArray:
     return _integers(frame, Kind.DIGESTS, len(part.heads) * shape.layers).reshape(len(part.heads), shape.layers)
 
 
-def read_pong(frame: Frame) -> tuple[int, int]:
-    """Free pages, and virtual sequences held."""
-    free, held = _integers(frame, Kind.PONG, 2).tolist()
-    return free, held
+def pack_stats(stats: WorkerStats) -> tuple[torch.Tensor, ...]:
+    """The body of PONG."""
+    return (torch.tensor(stats, dtype=torch.int64),)
+
+
+def read_stats(frame: Frame) -> WorkerStats:
+    """What PONG says."""
+    return WorkerStats(*_integers(frame, Kind.PONG, len(WorkerStats._fields)).tolist())
 
 
 def error_answer(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
@@ -218,17 +262,14 @@ def _integers(frame: Frame, kind: Kind, count: int) -> IntArray:
     return numbers
 
 
-def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> Numbers:
-    """A tensor, or an array, as the body is; of a bfloat16 the array has the words."""
+def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> Array:
+    """An array, of a bfloat16's words."""
     _expect(frame, kind, prod(size) * shape.item_bytes, dtype=shape.dtype)
-    [body] = frame.parts
-    if isinstance(body, torch.Tensor):
-        return body.view(shape.torch_dtype).view(size)
-    return body.view(shape.numpy_dtype).reshape(size)
+    return frame.raw.view(shape.numpy_dtype).reshape(size)
 
 
 def _tensor(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> torch.Tensor:
-    return tensor_of(_as_came(frame, kind, shape, size)).view(shape.torch_dtype)
+    return torch.from_numpy(_as_came(frame, kind, shape, size)).view(shape.torch_dtype)
 
 
 def _expect(frame: Frame, kind: Kind, num_bytes: int, *, dtype: str | None = None) -> None:

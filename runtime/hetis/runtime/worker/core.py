@@ -9,11 +9,15 @@ What has no answer (BEGIN, ADOPT, DROP) tells of its failure in the next answer:
 
 from __future__ import annotations
 
+import hmac
 import logging
+import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
+from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.errors import OutOfPagesError, UnknownSequenceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
@@ -22,7 +26,9 @@ from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.messages import (
     ErrorCode,
     Hello,
+    WorkerStats,
     error_answer,
+    pack_stats,
     pack_welcome,
     read_adopted,
     read_keys,
@@ -50,7 +56,8 @@ class WorkerCore:
         self.device: LocalDevice | None = None
         self._make_device, self._key = make_device, key
         self._session = 0
-        self._step: tuple[int, int] | None = None  # number and sequences of the step that was begun
+        self._step: tuple[int, int] | None = None  # number and rows of the step that was begun
+        self._meter = _Meter()
         self._incarnations: dict[int, int] = {}
         self._failed: Exception | None = None  # of a frame without an answer
 
@@ -86,7 +93,7 @@ class WorkerCore:
 
     def _hello(self, frame: Frame) -> Frame:
         hello = Hello.read(frame)
-        if hello.key != self._key:
+        if not hmac.compare_digest(hello.key, self._key):
             return error_answer(frame, ErrorCode.REFUSED, f"{self.name}: the key is another worker's, or an old one")
         if frame.epoch < self.epoch:
             return self._stale(frame)
@@ -94,7 +101,7 @@ class WorkerCore:
             self.device, self._session = None, 0  # first free, then take
             try:
                 self.device = self._make_device(hello.shape)
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, ValueError) as error:  # ValueError: numpy's, of what is too big
                 why = f"no memory for its KV: {str(error).splitlines()[0]}"
                 _log.error("%s: %s", self.name, why)
                 return error_answer(frame, ErrorCode.FAILED, why)
@@ -116,7 +123,8 @@ class WorkerCore:
                 self._step = None
                 step = read_step(frame)
                 device.begin(step)
-                self._step = step.number, len(step)
+                self._step = step.number, step.num_rows
+                self._meter.begin(step, device.shape.windows)
             case Kind.FINISH | Kind.ABORT:
                 self._step = None
                 if frame.kind is Kind.ABORT:
@@ -138,8 +146,8 @@ class WorkerCore:
                 sums = device.digest(part.request, part.incarnation, part.heads, part.last)
                 return frame.answered(Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
             case Kind.PING:
-                numbers = torch.tensor([device.pool.free_pages, len(device.pool)], dtype=torch.int64)
-                return frame.answered(Kind.PONG, parts=(numbers,))
+                stats = self._meter.stats(free_pages=device.pool.free_pages, sequences=len(device.pool))
+                return frame.answered(Kind.PONG, parts=pack_stats(stats))
             case _:
                 raise FrameError(f"{frame.kind.name} is not for a worker")
         return None
@@ -148,7 +156,10 @@ class WorkerCore:
         self._raise_failed()
         if self._step is None or self._step[0] != frame.step:
             raise UnknownSequenceError(self.name, f"step {frame.step} was not begun")
-        out = device.attend_received(frame.layer, read_queries(frame, device.shape, self._step[1]))
+        qkv = read_queries(frame, device.shape, self._step[1])
+        begun_ns = time.perf_counter_ns()
+        out = device.attend_received(frame.layer, qkv)
+        self._meter.add(frame.layer, rows=len(out), busy_ns=time.perf_counter_ns() - begun_ns)
         return frame.answered(Kind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
 
     def _adopt(self, frame: Frame, device: LocalDevice) -> None:
@@ -183,6 +194,31 @@ class WorkerCore:
 
     def _stale(self, frame: Frame) -> Frame:
         return stale_answer(frame, self.name, current=self.epoch)
+
+
+class _Meter:
+    """Counts what attention has taken."""
+
+    def __init__(self) -> None:
+        self._calls = self._rows = self._read = self._busy_ns = 0
+        self._reads: list[int] = []  # positions that each layer of this step reads
+
+    def begin(self, step: DeviceStep, windows: tuple[int, ...]) -> None:
+        ends = step.positions + (1 if step.counts is None else step.counts)
+        reads = {}
+        for window in set(windows):
+            first = np.maximum(step.positions + 1 - window, 0) if window else 0
+            reads[window] = int((ends - first).sum())
+        self._reads = [reads[window] for window in windows]
+
+    def add(self, layer: int, *, rows: int, busy_ns: int) -> None:
+        self._calls += 1
+        self._rows += rows
+        self._read += self._reads[layer]
+        self._busy_ns += busy_ns
+
+    def stats(self, *, free_pages: int, sequences: int) -> WorkerStats:
+        return WorkerStats(free_pages, sequences, self._calls, self._rows, self._read, self._busy_ns)
 
 
 _ANSWERED = frozenset({Kind.HELLO, Kind.ATTEND, Kind.EXPORT, Kind.DIGEST, Kind.PING})

@@ -42,7 +42,6 @@ class WorkerLoop:
         listener: socket.socket,
         *,
         stall_s: float = 10.0,
-        device: str = "cpu",
         announce: Callable[[int], None] = lambda served: None,
         greeting: Kind = Kind.HELLO,
     ) -> None:
@@ -51,7 +50,7 @@ class WorkerLoop:
         self._announce, self._served = announce, 0
         self._greeting = greeting
         self._newcomers = Newcomers(listener, silent_s=stall_s)
-        self._stall_s, self._device = stall_s, device
+        self._stall_s = stall_s
         self._channel: Channel | None = None
 
     def run(self) -> None:
@@ -83,7 +82,7 @@ class WorkerLoop:
         if connection is None:
             return
         try:
-            channel, hello = accept(connection, stall_s=stall_s, device=self._device)
+            channel, hello = accept(connection, stall_s=stall_s)
         except ChannelError as error:
             self._ended("a connection came to nothing", error)
             return

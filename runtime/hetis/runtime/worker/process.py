@@ -11,9 +11,11 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from hetis.runtime.transport.keys import KEY_BYTES
 from hetis.runtime.worker.settings import OptionError, ProcessOptions
 from hetis.solver.errors import HetisError
 
@@ -54,7 +56,8 @@ def serve_core(
     make_core: Callable[[bytes], Core],
     *,
     greeting: Kind,
-    device: str = "cpu",
+    key: bytes | None = None,
+    port_file: Path | None = None,
 ) -> int:
     """Listens, says where, and serves engines until the process is ended; returns the exit code where it cannot.
 
@@ -63,7 +66,8 @@ def serve_core(
         options: what every process is told.
         make_core: what it serves with, from the key that engines must say; may raise StartError.
         greeting: the frame that a connection begins with.
-        device: of torch, where what is received goes.
+        key: that engines must say; None: one that is drawn now.
+        port_file: where HOST:PORT is written once it listens, whole or not at all; it is removed in the end.
     """
     import torch
 
@@ -73,7 +77,7 @@ def serve_core(
     from hetis.runtime.worker.loop import WorkerLoop
 
     torch.set_num_threads(options.threads)
-    name, key = options.name, secrets.token_bytes(16)
+    name, key = options.name, key or secrets.token_bytes(KEY_BYTES)
     try:
         core = make_core(key)
         listener = listen(*options.listen)
@@ -85,16 +89,34 @@ def serve_core(
         print(f"hetis {kind} {name}: cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
         return EXIT_FAILED
     host, port = options.advertise, listener.getsockname()[1]
-    announcer = Announcer(name, options.store)
+    announcer = Announcer(name, options.store) if options.store else None
 
     def announce(served: int) -> None:
-        announcer.say(Endpoint(host=host, port=port, key=key, served=served))
+        if announcer is not None:
+            announcer.say(Endpoint(host=host, port=port, key=key, served=served))
 
     logging.info("%s: listens on %s:%d", name, host, port)
-    loop = WorkerLoop(core, listener, stall_s=options.timeout_s, device=device, announce=announce, greeting=greeting)
-    with torch.inference_mode():  # once, not for every frame
-        loop.run()
+    loop = WorkerLoop(core, listener, stall_s=options.timeout_s, announce=announce, greeting=greeting)
+    try:
+        if port_file is not None:
+            _write_whole(port_file, f"[{host}]:{port}\n" if ":" in host else f"{host}:{port}\n")
+    except OSError as error:
+        print(f"hetis {kind} {name}: {port_file}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED
+    try:
+        with torch.inference_mode():  # once, not for every frame
+            loop.run()
+    finally:
+        if port_file is not None:
+            port_file.unlink(missing_ok=True)
     return 0
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody sees a part of it. Raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -18,13 +18,14 @@ from hetis.runtime.transport.messages import (
     ErrorCode,
     Hello,
     Part,
+    WorkerStats,
     pack_keys,
     pack_step,
     read_digests,
     read_error,
     read_kv,
     read_outputs,
-    read_pong,
+    read_stats,
     read_welcome,
 )
 from hetis.runtime.transport.session import Session
@@ -66,7 +67,9 @@ class RemoteDevice:
         self._check_here()
         self._step = step
         self._queued.append(
-            self._session.frame(Kind.BEGIN, step=step.number, counts=(len(step), 0, 0), parts=pack_step(step))
+            self._session.frame(
+                Kind.BEGIN, step=step.number, counts=(len(step), step.num_rows, 0), parts=pack_step(step)
+            )
         )
 
     def attend(self, layer: int, qkv: torch.Tensor) -> _Outputs:
@@ -127,7 +130,12 @@ class RemoteDevice:
 
     def ping(self) -> tuple[int, int]:
         """Asks whether it is there: its free pages, and the virtual sequences that it holds. Raises DeviceLostError."""
-        return self._read(self._answer(self._ask(self._session.frame(Kind.PING))), read_pong)
+        stats = self.stats()
+        return stats.free_pages, stats.sequences
+
+    def stats(self) -> WorkerStats:
+        """Asks, between two steps, for its room and what its attention has taken. Raises DeviceLostError."""
+        return self._read(self._answer(self._ask(self._session.frame(Kind.PING))), read_stats)
 
     def close(self) -> None:
         """Says goodbye; the worker forgets what it holds and waits for the next engine."""

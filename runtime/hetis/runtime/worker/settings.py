@@ -11,6 +11,7 @@ import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hetis.formats.units import parse_bytes
 from hetis.solver.errors import HetisError
@@ -48,10 +49,15 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessOptions:
-    """What `common_settings` say, each of them valid. ``advertise`` is what the engine calls this host."""
+    """What `common_settings` say, each of them valid.
+
+    Attributes:
+        store: where the process says where it is; None: nowhere.
+        advertise: what the engine calls this host.
+    """
 
     name: str
-    store: tuple[str, int]
+    store: tuple[str, int] | None
     listen: tuple[str, int]
     advertise: str
     threads: int
@@ -59,11 +65,17 @@ class ProcessOptions:
     log_level: str
 
 
-def common_settings(who: str, *, timeout_s: float) -> tuple[Setting, ...]:
+def common_settings(who: str, *, timeout_s: float, needs_store: bool = True) -> tuple[Setting, ...]:
     """What a process is told that serves an engine; ``who`` is in the names of its variables: ``WORKER``."""
     rows = (
         ("--name", f"HETIS_{who}_NAME", "NAME", "unique among the processes of the store", None),
-        ("--store", "HETIS_STORE", "HOST:PORT", "the engine's rendezvous, to say there where this process is", None),
+        (
+            "--store",
+            "HETIS_STORE",
+            "HOST:PORT",
+            "the engine's rendezvous, to say there where this process is",
+            None if needs_store else "",
+        ),
         ("--listen", f"HETIS_{who}_LISTEN", "HOST:PORT", "port 0: any free one", "127.0.0.1:0"),
         ("--advertise", f"HETIS_{who}_ADVERTISE", "HOST", "what the engine calls this host", ""),
         ("--threads", f"HETIS_{who}_THREADS", "N", "of the CPU", "1"),
@@ -107,6 +119,10 @@ class Reading:
 
     def text(self, option: str) -> str:
         return self._of(option)[1]
+
+    def path(self, option: str) -> Path | None:
+        text = self.text(option)
+        return Path(text) if text else None
 
     def name(self, option: str) -> str:
         return self._matching(option, _NAME, "must be 1 to 128 letters, digits and ._:/-")

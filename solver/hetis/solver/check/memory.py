@@ -13,6 +13,7 @@ def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: 
     """What one primary rank of a stage must hold, reserve included."""
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first)
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
     return fixed + per_token * kv_tokens_of_a_copy(setting, stage.copies)
 
 
@@ -27,6 +28,7 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
     """Tokens whose KV fits on one copy of a stage, beside everything that is not KV."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
     room = _quotient(profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first))
     if stage.pool is None:
         return room
@@ -41,9 +43,21 @@ def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     D = micro_batches_of_a_copy(setting, copies)
     decoding = D * b * setting.model.cached_tokens(moments.resident_context)
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
-    prefilling = D * setting.chunk_share * (moments.prefilling_context + setting.chunk_tokens)
     arriving = moments.mean_prompt if setting.role is Role.DECODE else 0.0
-    return decoding + headroom + prefilling + arriving
+    return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + arriving
+
+
+def prompt_tokens_of_a_copy(setting: Setting, copies: int) -> float:
+    """Tpre: KV tokens of the prompts that a copy is prefilling."""
+    held = setting.moments.prefilling_context + setting.chunk_tokens
+    return micro_batches_of_a_copy(setting, copies) * setting.chunk_share * held
+
+
+def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
+    """What a rank keeps of its pool's head groups: prompts under way, which later chunks attend to on the rank."""
+    given = stage.pool.head_groups if stage.pool else 0
+    tokens = prompt_tokens_of_a_copy(setting, stage.copies)
+    return _all_layers(setting, stage, is_first) * given * tokens * setting.model.kv_bytes_per_token_group()
 
 
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:

@@ -42,8 +42,13 @@ def _plain_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool
 def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """A layer in one iteration with a chunk."""
     b, C = setting.micro_batch, setting.chunk_tokens
-    seconds = _dense(setting, stage, b + C, is_prefix) + 2 * _all_reduce(setting, stage, b + C)
-    return seconds + _prefill(setting, stage) + _attention(setting, stage) + _ship(setting, stage)
+    beside_dense_s = 2 * _all_reduce(setting, stage, b + C) + _prefill(setting, stage) + _attention(setting, stage)
+    seconds = _dense(setting, stage, b + C, is_prefix) + beside_dense_s
+    if stage.pool is None:
+        return seconds
+    # The KV of a layer leaves while the next one computes; the exchange has its turns on the same link.
+    on_link_s = _ship(setting, stage, stage.pool) + _exchange(setting, stage, stage.pool)
+    return seconds + max(0.0, on_link_s - _dense(setting, stage, b + C, is_prefix=False) - beside_dense_s)
 
 
 def chunk_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
@@ -235,11 +240,8 @@ def _exchange(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
     return max(sending, receiving) + 2 * pool.link.latency_s
 
 
-def _ship(setting: Setting, stage: StageShape) -> float:
+def _ship(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
     """The KV of a prefill chunk on its way to the pool."""
-    if stage.pool is None:
-        return 0.0
-    pool = stage.pool
     kv_bytes = setting.chunk_tokens * pool.head_groups * stage.tp * setting.model.kv_bytes_per_token_group()
     sending = _transfer(setting, stage.gpu, stage.tp, kv_bytes, pool.link)
     return max(sending, _transfer(setting, pool.gpu, 1, kv_bytes / pool.cards, pool.link))

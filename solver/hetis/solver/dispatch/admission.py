@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hetis.solver.dispatch.compiled import kernel
-from hetis.solver.dispatch.packing import cannot_fit, repack
+from hetis.solver.dispatch.packing import FEW, cannot_fit, pack_few, repack
 from hetis.solver.dispatch.problem import IntArray
 
 PLACED = 0
@@ -57,11 +57,20 @@ def admit_from(
             verdict[j], missing[j] = SCATTERED, proved
             continue
         verdict[j] = NOT_FOUND
-        if work + len(members) * len(unit) > MOST_WORK:
+        packed, known = np.empty_like(reserved), -1
+        if len(members) <= FEW:
+            known, done = pack_few(free_blocks, unit, blocks, head_groups, members, packed, MOST_WORK - work)
+            work += done
+        if known > 0:
+            verdict[j], missing[j] = SCATTERED, known
             continue
-        packed = np.empty_like(reserved)
-        missing[j], done = repack(free_blocks, unit, blocks, head_groups, members, packed, (MOST_WORK - work) // 2)
-        work += done
+        if known == 0:
+            missing[j] = 0
+        elif work + len(members) * len(unit) > MOST_WORK:
+            continue
+        else:
+            missing[j], done = repack(free_blocks, unit, blocks, head_groups, members, packed, (MOST_WORK - work) // 2)
+            work += done
         if missing[j] == 0:
             verdict[j] = PLACED
             total -= needed

@@ -1,7 +1,8 @@
 """Room for whole head groups where memory is short: best fit by falling size, then swaps that gather free blocks.
 
 Whether whole groups fit is bin packing. `repack` looks for a packing and may miss one; `cannot_fit` proves that there
-is none and may miss that. Requests are in no particular order here; ``members`` lists those that have to fit.
+is none and may miss that; of two or three requests `pack_few` knows. Requests are in no particular order here;
+``members`` lists those that have to fit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from hetis.solver.dispatch.problem import IntArray
 
 MOST_TRIES = 64  # packings from scratch
 MOST_SWAPS = 8  # to gather room for one group on one device
+FEW = 3  # requests that are packed exactly
 
 
 @kernel
@@ -37,6 +39,63 @@ def cannot_fit(
         if work >= most_work:
             break
     return 0, work
+
+
+@kernel
+def pack_few(
+    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, x: IntArray,
+    most_work: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Packs two or three ``members``, or proves that they do not fit; writes a packing to their rows of ``x`` [J, D].
+
+    Device by device: the most groups of the last member that have a home when so many of the others have one. A device
+    that takes several groups at a time comes first, so that more is never worse. Returns the groups that find no home
+    at least, or -1 where that would be more than ``most_work``, and the work done, in devices looked at.
+    """
+    num, G = len(unit), head_groups
+    one, last = members[0], members[len(members) - 1]
+    two = members[1] if len(members) == FEW else -1
+    width = G + 1 if two >= 0 else 1
+    pairs = (G + 1) * (G + 2) // 2
+    work = num * pairs * (pairs if two >= 0 else 1)
+    if work > most_work:
+        return -1, 0
+    order = np.argsort(-unit.astype(np.float64))
+    most = np.full((num + 1, G + 1, width), -1)  # of the last member
+    of_one, of_two = np.zeros((num, G + 1, width), np.int64), np.zeros((num, G + 1, width), np.int64)
+    most[0, 0, 0] = 0
+    for step in range(num):
+        i = order[step]
+        room = max(0, free_blocks[i])
+        for n in range(G + 1):
+            for m in range(width):
+                before = most[step, n, m]
+                if before < 0:
+                    continue
+                for a in range(0, min(G - n, room // blocks[one]) + 1, unit[i]):
+                    left = room - a * blocks[one]
+                    fits = min(G - m, left // blocks[two]) if two >= 0 else 0
+                    for b in range(0, fits + 1, unit[i]):
+                        spare = left - b * blocks[two] if two >= 0 else left
+                        after = before + min(G - before, spare // blocks[last]) // unit[i] * unit[i]
+                        if after > most[step + 1, n + a, m + b]:
+                            most[step + 1, n + a, m + b] = after
+                            of_one[step, n + a, m + b], of_two[step, n + a, m + b] = a, b
+    n, m, homes = 0, 0, -1
+    for i in range(G + 1):
+        for k in range(width):
+            if most[num, i, k] >= 0 and i + k + most[num, i, k] > homes:
+                n, m, homes = i, k, i + k + most[num, i, k]
+    missing = len(members) * G - homes
+    if missing == 0:
+        for step in range(num - 1, -1, -1):
+            i, a, b = order[step], of_one[step, n, m], of_two[step, n, m]
+            x[one, i] = a
+            if two >= 0:
+                x[two, i] = b
+            x[last, i] = most[step + 1, n, m] - most[step, n - a, m - b]
+            n, m = n - a, m - b
+    return missing, work
 
 
 @kernel

@@ -324,6 +324,19 @@ class DispatchState:
         """A drained or lost device takes groups again."""
         self._set_status(device, DeviceStatus.OK)
 
+    def resize_device(self, device: int, total_blocks: int) -> None:
+        """A device that holds nothing goes on with so many KV blocks per layer: it came back with other memory.
+
+        Raises:
+            InvalidProblemError: it holds head groups, or some are under way to it.
+        """
+        if self._ledger.used[device]:
+            raise InvalidProblemError(
+                f"{self.stage.devices[device]} holds {self._ledger.used[device]} KV blocks and cannot be resized"
+            )
+        self._devices[device] = replace(self._devices[device], total_blocks=total_blocks, changed=True)
+        self._total[device] = total_blocks
+
     def add_device(self, stage: Stage, total_blocks: int, *, high_water: float = 0.9) -> None:
         """Goes on with ``stage``: the devices so far and one more, the last, with so many KV blocks per layer."""
         if len(stage.devices) != len(self.stage.devices) + 1:

@@ -144,7 +144,8 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
     least_pool_s, chunk_least_pool_s = t.least_pool_s, t.chunk.least_pool_s
     least_pool_wire_s = t.least_pool_wire_s
     receives, n_it, mix, micro_batch = t.receives[x], t.iterations[x], iterations_of(t, x, f), t.micro_batch[x]
-    rank_class, rank_tp, kv_tokens = t.rank_class, t.rank_tp, t.kv_tokens[x, f]
+    rank_class, rank_tp = t.rank_class, t.rank_tp
+    kv_tokens, prompt_tokens = t.kv_tokens[x, f], t.prompt_tokens[x, f]
     least = 1.0 + limits.slack
     most_copies = min(copies_limit(t.in_flight[f], max_copies), limits.copies)
     while first < num_ranks:
@@ -167,7 +168,7 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
                 for c in range(1, most_copies + 1):
                     if c * n > t.available[g]:
                         break
-                    kv_bytes = kv_group_bytes * kv_tokens[c - 1]
+                    kv_bytes, prompt_bytes = kv_group_bytes * kv_tokens[c - 1], kv_group_bytes * prompt_tokens[c - 1]
                     limit = pool_limit(c, c * n if q == g else 0, t.available[q], max_pool) if q >= 0 else 0
                     for i in range(num_sizes if q >= 0 else 1):
                         p, rest_s = 0, fixed_s
@@ -182,7 +183,9 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
                             chunk_layer_s = chunk_s + chunk_least_pool_s[x, start + i]
                             if receives:
                                 layer_s = max(layer_s, least_pool_wire_s[start + i])
-                            most = roomiest_split(room, layer_bytes, groups, n, p * card_bytes, kv_bytes, num_layers)
+                            most = roomiest_split(
+                                room, layer_bytes, groups, n, p * card_bytes, kv_bytes, prompt_bytes, num_layers
+                            )  # fmt: skip
                         if limits.chunk_cap_s < np.inf:
                             most = min(most, np.floor(c * limits.chunk_cap_s / chunk_layer_s + ROUNDING))
                         longer = stretch(mix, layer_s, chunk_layer_s, limits.slack, limits.slack_unevenness) / least

@@ -109,6 +109,14 @@ def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> f
     return layers
 
 
+@kernel
+def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
+    """KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool."""
+    tokens, prompts = t.kv_tokens[x, f, copies - 1], t.prompt_tokens[x, f, copies - 1]
+    kept: float = kept_of_groups(t.rank_groups[s], k, tokens * t.kv_group_bytes, prompts * t.kv_group_bytes)
+    return kept
+
+
 # What follows is called in inner loops and takes numbers only: a call with `Tables` counts references to all of them.
 
 
@@ -117,6 +125,14 @@ def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, prefix_la
     """Repeated layers that fit in a rank's ``room``, not rounded; ``kept_bytes`` are KV bytes of one layer."""
     layers: float = min((room - prefix_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
     return max(0.0, layers)
+
+
+@kernel
+def kept_of_groups(groups: int, k: int, kv_bytes: float, prompt_bytes: float) -> float:
+    """KV bytes of one layer on a rank that gives k of its head groups to a pool: ``kv_bytes`` of a group that it keeps,
+    and of one that it gives only what prompts under way still attend to, ``prompt_bytes``."""
+    total: float = (groups - k) * kv_bytes + k * prompt_bytes
+    return total
 
 
 @kernel
@@ -134,19 +150,21 @@ def layers_on_card(
 
 @kernel
 def roomiest_split(
-    room: float, layer_bytes: float, groups: int, tp: int, cards_bytes: float, kv_bytes: float, num_layers: int
-) -> float:
+    room: float, layer_bytes: float, groups: int, tp: int, cards_bytes: float, kv_bytes: float, prompt_bytes: float,
+    num_layers: int,
+) -> float:  # fmt: skip
     """Layers that fit with the best split of head groups between a rank and its cards, into fractions of groups.
 
-    ``kv_bytes`` are those of one head group and layer. The more the cards take the more layers fit on the rank and the
-    fewer on them: the best is where the two meet.
+    ``kv_bytes`` are those of one head group and layer, ``prompt_bytes`` what of them stays on the rank in any case. The
+    more the cards take the more layers fit on the rank and the fewer on them: the best is where the two meet.
     """
     if room <= 0.0 or cards_bytes <= 0.0:
         return 0.0
     per_group = tp * kv_bytes / cards_bytes  # of a layer's share of the cards
-    k = (layer_bytes + groups * kv_bytes) / (room * per_group + kv_bytes)
+    k = (layer_bytes + groups * kv_bytes) / (room * per_group + kv_bytes - prompt_bytes)
     k = min(max(k, 1.0), float(groups))
-    on_rank, on_cards = room / (layer_bytes + (groups - k) * kv_bytes), 1.0 / (k * per_group)
+    kept_bytes = (groups - k) * kv_bytes + k * prompt_bytes
+    on_rank, on_cards = room / (layer_bytes + kept_bytes), 1.0 / (k * per_group)
     layers: float = np.floor(min(min(on_rank, on_cards) + ROUNDING, float(num_layers)))
     return layers
 
@@ -309,12 +327,13 @@ def list_options(
                 break
             requests = (in_flight + c - 1) // c * micro_batch
             tokens = t.kv_tokens[x, f, c - 1]
+            kv_bytes, prompt_bytes = tokens * kv_group_bytes, t.prompt_tokens[x, f, c - 1] * kv_group_bytes
             for role in range(4):
                 room = room_of_role(plain_room, first_bytes, last_bytes, tied_bytes, role)
                 prefix = prefix_layers if role in (FIRST, BOTH) else 0
                 for k in range(groups + 1):
-                    kept_bytes = (groups - k) * kv_group_bytes * tokens
-                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept_bytes, prefix, num_layers)
+                    kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes)
+                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept, prefix, num_layers)
             without = count
             for q in range(-1, num_classes):
                 if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
@@ -332,7 +351,7 @@ def list_options(
                     price = c * (group_price[s] + p * card)
                     if q >= 0 and reach.spare < np.inf:
                         most = roomiest_split(
-                            plain_room, layer_bytes, groups, n, p * card_bytes, kv_group_bytes * tokens, num_layers
+                            plain_room, layer_bytes, groups, n, p * card_bytes, kv_bytes, prompt_bytes, num_layers
                         )  # fmt: skip
                         least_s = base_s + least_pool_s[x, least_start + size]
                         if not is_useful(reach, price, c, least_s, least_rest_s, most):

@@ -240,6 +240,8 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
     layers = stage.layers + (t.prefix_layers if index == 0 else 0)
     room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - stage.layers * t.layer_bytes[stage.rank]
     kept = t.rank_groups[stage.rank] - stage.pool_groups
+    prompts = float(t.prompt_tokens[template.mix, template.in_flight_index, stage.copies - 1])
+    room -= layers * stage.pool_groups * prompts * t.kv_group_bytes
     tokens = room / (layers * kept * t.kv_group_bytes) if kept else np.inf
     if stage.pool_class >= 0:
         held, _ = kv_tokens_held(atlas, template, stage)

@@ -7,7 +7,7 @@ and let z be the rate that flows through that choice, 0 unless chosen: then ``u 
 Only for tiny fleets, or for a few (b, M, C) of larger ones. It knows unified replicas only: families with prefill and
 decode replicas are refused, and explicit links between nodes; the capacity of links between zones is not modelled.
 Times and bytes are the checker's, not the search's. Which GPUs are alike it takes from the search (`classes.py`); the
-brute-force oracle of the tests, with classes of its own, judges both.
+brute-force oracle of the tests, with classes and an arithmetic of its own, judges both.
 """
 
 from __future__ import annotations

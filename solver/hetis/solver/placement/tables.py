@@ -36,7 +36,7 @@ class ChunkTables(NamedTuple):
     step_s: FloatArray  # [X, S]
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S]
-    pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping
+    pool_s: FloatArray  # [X, total] decode attention with a pool, and what KV shipping adds
     least_pool_s: FloatArray  # [X, least total] of all k
 
 
@@ -59,6 +59,7 @@ class Tables(NamedTuple):
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that does; inf but of unified mixes
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
     kv_tokens: FloatArray  # [X, F, copies] Tkv
+    prompt_tokens: FloatArray  # [X, F, copies] Tpre: of these, what a rank keeps of pooled groups, too
     rank_class: IntArray  # [S]
     rank_tp: IntArray  # [S]
     rank_groups: IntArray  # [S] Gr
@@ -82,7 +83,7 @@ class Tables(NamedTuple):
     worker_room_bytes: FloatArray  # [N]
     pool_sizes: IntArray  # the numbers p of attention workers tried, ascending
     pool_start: IntArray  # [S, N] where the pool entries of (s, q) start in pool_s; -1: no such pool
-    pool_s: FloatArray  # [X, total] decode attention with a pool plus KV shipping, over k = 1..Gr, then pool sizes
+    pool_s: FloatArray  # [X, total] attention with a pool, and what KV shipping adds, over k = 1..Gr, then pool sizes
     receives: BoolArray  # [X] whether KV arrives: the mix of a decode replica
     pool_wire_s: FloatArray  # [total] `wire_s` of these with a pool
     least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size

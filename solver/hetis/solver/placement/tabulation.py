@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import combinations
 
@@ -166,7 +166,8 @@ class _Tabulation:
             t_cap=self._t_cap(self._slowest_landing_s(zones, landing_s)),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
-            kv_tokens=self._kv_tokens(),
+            kv_tokens=self._per_copy(self._kv_tokens),
+            prompt_tokens=self._per_copy(self._prompt_tokens),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
             rank_groups=np.array([d.shape.groups for d in self.devices], dtype=np.int64),
@@ -359,17 +360,20 @@ class _Tabulation:
             self.problem.cluster.network, zones
         )  # fmt: skip
 
-    def _kv_tokens(self) -> FloatArray:
-        problem, family = self.problem, self.problem.family
+    def _kv_tokens(self, mix: Mix, micro_batches: int) -> float:
+        problem = self.problem
+        return cost.kv_tokens_per_copy(problem.model, self.moments, problem.assumptions, mix, micro_batches)
+
+    def _prompt_tokens(self, mix: Mix, micro_batches: int) -> float:
+        return cost.prompt_tokens_per_copy(self.moments, mix, micro_batches)
+
+    def _per_copy(self, tokens_of: Callable[[Mix, int], float]) -> FloatArray:
+        """[X, F, copies]: tokens of a stage copy, by its mix and the micro-batches that it holds."""
+        family = self.problem.family
         return np.array(
             [
                 [
-                    [
-                        cost.kv_tokens_per_copy(
-                            problem.model, self.moments, problem.assumptions, mix, math.ceil(in_flight / (copies + 1))
-                        )
-                        for copies in range(family.max_copies)
-                    ]
+                    [tokens_of(mix, math.ceil(in_flight / (copies + 1))) for copies in range(family.max_copies)]
                     for in_flight in family.in_flight
                 ]
                 for mix in self.mixes
@@ -396,7 +400,7 @@ class _Tabulation:
                 key = (self.devices[s], self.workers[q], link, own_link)
                 if key not in offsets:
                     pool = PoolCost(self.devices[s], self.workers[q], link)
-                    part = self._pool_entries(pool)
+                    part = self._pool_entries(pool, self._rank_rows(self.devices[s], self.classes[i])["chunk_layer_s"])
                     wires.append(self._pool_wires(pool, own_link))
                     offsets[key], total = total, total + part[0].shape[1]
                     parts.append(part)
@@ -437,30 +441,26 @@ class _Tabulation:
         kept_s = pool.primary.kv_transfer_s(self.moments.mean_prompt, groups - k, own_link)
         return np.asarray(np.maximum(kept_s, pool.receive_s(k, p))).ravel()
 
-    def _pool_entries(self, pool: PoolCost) -> tuple[FloatArray, FloatArray]:
-        """Shape [X, Gr * sizes] each: ``n_it max(own, worker + exchange) + nc ship`` for k = 1..Gr (outer), then p;
-        and of one iteration with a chunk."""
+    def _pool_entries(self, pool: PoolCost, chunk_layer_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Shape [X, Gr * sizes] each: ``n_it max(own, worker + exchange) + nc late`` for k = 1..Gr (outer), then p;
+        and of one iteration with a chunk. ``chunk_layer_s`` [X] is the rest of a layer with a chunk."""
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
-        entries, chunk_entries = np.zeros((2, len(self.mixes), groups * len(self.pool_sizes)))
-        with_pools = [mix for mix in self.mixes if mix.role is not Role.PREFILL]
-        batches = sorted({mix.micro_batch for mix in with_pools})
-        chunks = sorted({mix.chunk_tokens for mix in with_pools})
-        if batches:  # all at once: a call costs more than its arithmetic
-            b, c = (np.array(values, dtype=float)[:, None, None] for values in (batches, chunks))
-            own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
-            remote = np.maximum(own, pool.attention_s(b, k, p))
-            shipped = pool.ship_s(c, k, p)
-        for x, mix in enumerate(self.mixes):
-            if mix.role is Role.PREFILL:
-                entries[x] = np.inf  # has no pools
-                continue
-            of_batch, of_chunk = remote[batches.index(mix.micro_batch)], shipped[chunks.index(mix.chunk_tokens)]
-            entries[x] = (mix.iterations * of_batch + mix.chunk_iterations * of_chunk).ravel()
-            if mix.role is Role.UNIFIED:
-                chunk_entries[x] = (of_batch + of_chunk).ravel()
-        return entries, chunk_entries
+        chunk_entries = np.zeros((len(self.mixes), groups, len(self.pool_sizes)))
+        of_role = np.array([mix.role for mix in self.mixes])
+        unified = of_role == Role.UNIFIED
+        columns = np.array([(m.micro_batch, m.chunk_tokens, m.iterations, m.chunk_iterations) for m in self.mixes])
+        # All mixes at once: a call costs more than its arithmetic.
+        b, c, n_it, nc = columns.T[:, :, None, None]
+        own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
+        remote = np.maximum(own, pool.attention_s(b, k, p))
+        entries = np.where(of_role[:, None, None] == Role.PREFILL, np.inf, n_it * remote)  # those have no pools
+        layer_s = chunk_layer_s[unified, None, None] + remote[unified]
+        late = pool.late_s(b[unified], c[unified], k, p, layer_s)
+        entries[unified] += nc[unified] * late
+        chunk_entries[unified] = remote[unified] + late
+        return entries.reshape(len(self.mixes), -1), chunk_entries.reshape(len(self.mixes), -1)
 
 
 def _tokens(mix: Mix) -> int:

@@ -15,6 +15,7 @@ from hetis.solver.placement.configurations import Configuration
 from hetis.solver.placement.options import (
     ROUNDING,
     iterations_of,
+    kept_bytes,
     layers_on_card,
     layers_on_rank,
     pool_entry,
@@ -236,7 +237,7 @@ def room_layers(atlas: Atlas, template: Template, index: int) -> int:
     t = atlas.scopes[template.scope].tables
     stage, role = template.stages[index], roles(len(template.stages))[index]
     held, tokens = kv_tokens_held(atlas, template, stage)
-    kept = (t.rank_groups[stage.rank] - stage.pool_groups) * t.kv_group_bytes * tokens
+    kept = kept_bytes(t, template.mix, template.in_flight_index, stage.rank, stage.copies, stage.pool_groups)
     layers = layers_on_rank(t, template.mix, stage.rank, kept, role)
     if stage.pool_class >= 0:
         requests, tp = held * int(t.micro_batch[template.mix]), int(t.rank_tp[stage.rank])

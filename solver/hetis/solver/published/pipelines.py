@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.options import layers_on_rank
+from hetis.solver.placement.options import kept_bytes, layers_on_rank
 from hetis.solver.placement.tables import Atlas, FloatArray, Tables
 from hetis.solver.placement.template import roles
 from hetis.solver.plan import Role
@@ -90,7 +90,6 @@ def _fill_rooms(t: Tables, x: IntArray, s: IntArray, places: IntArray, given: In
     """Layers that fit on a rank of every stage, for every mix and number in flight."""
     for i in range(x.shape[0]):
         for f in range(t.in_flight.shape[0]):
-            tokens = t.kv_tokens[x[i], f, 0]
             for j in range(s.shape[0]):
-                kept = (t.rank_groups[s[j]] - given[j]) * t.kv_group_bytes * tokens
+                kept = kept_bytes(t, x[i], f, s[j], 1, given[j])
                 room[i, f, j] = int(layers_on_rank(t, x[i], s[j], kept, places[j]))

@@ -62,6 +62,9 @@ class ClusterServicer(cluster_service_pb2_grpc.ClusterServiceServicer):
     async def UndrainNode(self, request: pb.UndrainNodeRequest, context: Context) -> pb.UndrainNodeResponse:
         return await self._nodes.undrain(request)
 
+    async def DisconnectNode(self, request: pb.DisconnectNodeRequest, context: Context) -> pb.DisconnectNodeResponse:
+        return await self._nodes.disconnect(request)
+
     async def GetReplica(self, request: pb.GetReplicaRequest, context: Context) -> pb.GetReplicaResponse:
         return await self._running.get_replica(request)
 

@@ -42,7 +42,7 @@ def _used_pool(view: ReplicaView, i: int) -> str:
     whole = replace(stage, pool=None)
     alone_s, _ = view.attention_s(whole)
     moved = pool.head_groups * view.layers(i) * view.problem.model.kv_bytes_per_token_group()
-    moved_bytes = moved * view.kv_tokens(stage.copies)
+    moved_bytes = moved * (view.kv_tokens(stage.copies) - view.prompt_tokens(stage.copies))
     text = (
         f"Replica {view.number}, stage {i + 1}: {pool.head_groups} of {cost.shape.groups} head groups of every rank "
         f"live on {pool.cards * stage.copies} {pool.gpu}, {in_bytes(moved_bytes)} of KV less on each "
@@ -106,15 +106,15 @@ def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> 
 
     def added_s(k: int, p: int) -> float:
         """Seconds of a request and layer that the pool adds."""
-        own, there = view.attention_s(replace(stage, pool=PoolShape(gpu=gpu, cards=p, head_groups=k, link=link)))
-        ship_s = float(cost.ship_s(mix.chunk_tokens, k, p))
-        return mix.iterations * (max(own, there) - before_s) + mix.chunk_iterations * ship_s
+        pooled = replace(stage, pool=PoolShape(gpu=gpu, cards=p, head_groups=k, link=link))
+        return mix.iterations * (max(view.attention_s(pooled)) - before_s) + mix.chunk_iterations * view.late_s(pooled)
 
     sizes = sorted({*(size for size in (1, 2, 4, 8, 16) if size < most), most})
     k, p = min(((k, p) for k in range(1, groups + 1) for p in sizes), key=lambda kp: added_s(*kp))
     pool = PoolShape(gpu=gpu, cards=p, head_groups=k, link=link)
     own_s, pool_s = view.attention_s(replace(stage, pool=pool))
-    freed = k * view.layers(i) * model.kv_bytes_per_token_group() * view.kv_tokens(stage.copies)
+    tokens = view.kv_tokens(stage.copies) - view.prompt_tokens(stage.copies)
+    freed = k * view.layers(i) * model.kv_bytes_per_token_group() * tokens
     change = 100 * view.layers(i) * added_s(k, p) / view.times()[i].total_s
     return (
         f"{k} of {groups} head groups on {p} {gpu} take {in_time(pool_s)} "

@@ -19,6 +19,7 @@ from hetis.solver.cost import (
     intra_link,
     kv_tokens_per_copy,
     mix_of,
+    prompt_tokens_per_copy,
     rank_shape,
     tpot_per_interval,
     ttft_round_trips,
@@ -99,14 +100,12 @@ class ReplicaView:
         reduce_s = 2 * self.per_request(cost.reduce_s(b + C), cost.reduce_s(b))
         prefill_s = mix.chunk_iterations * cost.prefill_s(C) if C else 0.0
         decode_s = mix.iterations * max(self.attention_s(stage))
-        ship_s = 0.0
-        if pool is not None and stage.pool is not None:
-            ship_s = mix.chunk_iterations * float(pool.ship_s(C, stage.pool.head_groups, stage.pool.cards))
-        beside_dense_s = reduce_s + prefill_s + decode_s + ship_s
+        late_s = mix.chunk_iterations * self.late_s(stage)
+        beside_dense_s = reduce_s + prefill_s + decode_s + late_s
         wire_s = 0.0 if self.role is Role.UNIFIED else layer_wire_s(cost, pool, stage, mix)
         wait_s = stage.layers * max(0.0, wire_s - dense_s - beside_dense_s)
         wait_s += prefix * max(0.0, wire_s - prefix_dense_s - beside_dense_s)
-        transfer_s = self.layers(i) * ship_s
+        transfer_s = self.layers(i) * late_s
         if i > 0:
             transfer_s += self.per_request(cost.hop_s(b + C, stage.hop_link), cost.hop_s(b, stage.hop_link))
         is_last = i == len(self.shape.stages) - 1
@@ -140,6 +139,14 @@ class ReplicaView:
         if pool is None:
             return own_s, 0.0
         return own_s, float(self.pool_cost(stage, pool.gpu, pool.link).attention_s(b, moved, pool.cards))
+
+    def late_s(self, stage: StageShape) -> float:
+        """What shipping a chunk's KV to the stage's pool adds to one layer and iteration."""
+        cost, pool, b, C = self.stage_cost(stage), stage.pool, self.mix.micro_batch, self.mix.chunk_tokens
+        if pool is None or C == 0:
+            return 0.0
+        layer_s = cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C) + max(self.attention_s(stage))
+        return float(self.pool_cost(stage, pool.gpu, pool.link).late_s(b, C, pool.head_groups, pool.cards, layer_s))
 
     def interval_s(self, times: tuple[StageTime, ...]) -> float:
         """t"""
@@ -202,6 +209,10 @@ class ReplicaView:
         micro_batches = -(-self.shape.in_flight // copies)
         return kv_tokens_per_copy(self.problem.model, self.moments, self.problem.assumptions, self.mix, micro_batches)
 
+    def prompt_tokens(self, copies: int) -> float:
+        """Tpre"""
+        return prompt_tokens_per_copy(self.moments, self.mix, -(-self.shape.in_flight // copies))
+
     def memory(self) -> Iterator[MemoryBar]:
         for i, stage in enumerate(self.shape.stages):
             yield self._rank_memory(i, stage)
@@ -225,8 +236,9 @@ class ReplicaView:
         weights += cost.embedding_bytes() * (min(tables, 1) if self.problem.model.tie_embeddings else tables)
         activations = cost.activation_bytes(self.mix.micro_batch + self.mix.chunk_tokens)
         activations += cost.logit_bytes(self.mix.micro_batch) if is_last else 0.0
-        kept = cost.shape.groups - (stage.pool.head_groups if stage.pool is not None else 0)
-        kv = self.layers(i) * kept * self.problem.model.kv_bytes_per_token_group() * self.kv_tokens(stage.copies)
+        given = stage.pool.head_groups if stage.pool is not None else 0
+        held = (cost.shape.groups - given) * self.kv_tokens(stage.copies) + given * self.prompt_tokens(stage.copies)
+        kv = self.layers(i) * held * self.problem.model.kv_bytes_per_token_group()
         return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations)
 
     def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:

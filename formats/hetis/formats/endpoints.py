@@ -1,0 +1,173 @@
+"""Addresses of a service that runs in several places: a list of ``HOST:PORT``, or a name with several records."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Resolve = Callable[[str, int], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One place.
+
+    Attributes:
+        address: ``host:port`` or ``unix:/path``, to connect to.
+        name: that its certificate has to be of, where the address is one of the records of a name. Empty: the host of
+            the address itself.
+    """
+
+    address: str
+    name: str = ""
+
+
+def split_endpoints(text: str) -> tuple[str, ...]:
+    """The addresses of a list with commas.
+
+    Raises:
+        ValueError: one of them is neither ``host:port`` nor ``unix:/path``, or there is none.
+    """
+    addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for address in addresses or ("",):
+        if not address.startswith("unix:"):
+            host, _, port = address.rpartition(":")
+            if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+                raise ValueError(f"{address!r} is no address, expected HOST:PORT")
+    return addresses
+
+
+def host_of(address: str) -> str:
+    """Without brackets; empty for a socket."""
+    return "" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether it is of this machine, and of no other."""
+    host = host_of(address)
+    if address.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def records_of(host: str, port: int) -> Sequence[str]:
+    """IP addresses of a name; none where it is not known now."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return ()
+    return tuple(dict.fromkeys(str(where[0]) for *_, where in found))
+
+
+def resolve_endpoints(addresses: Sequence[str], records: Resolve = records_of) -> tuple[Endpoint, ...]:
+    """Every place, in order: a name with several records is as many places, anything else is one."""
+    found = list[Endpoint]()
+    for address in addresses:
+        host, port = host_of(address), address.rpartition(":")[2]
+        ips = () if is_loopback(address) or _is_ip(host) else records(host, int(port))
+        if len(ips) > 1:
+            found += [Endpoint(f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}", host) for ip in ips]
+        else:
+            found.append(Endpoint(address))
+    return tuple(dict.fromkeys(found))
+
+
+class LeaderSearch:
+    """The places that are known, and the one that led last. Safe to share between threads.
+
+    Args:
+        addresses: at least one.
+        may_go: whether a place that is not among them, and that one of them named as the leader, may be gone to.
+        resolve: endpoints of addresses; it may ask DNS, and so is asked by `refresh` alone after the beginning.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        may_go: Callable[[str], bool],
+        resolve: Callable[[Sequence[str]], tuple[Endpoint, ...]] = resolve_endpoints,
+    ) -> None:
+        self._addresses = tuple(addresses)
+        self._may_go = may_go
+        self._resolve = resolve
+        self._lock = threading.Lock()
+        self._given = resolve(self._addresses)
+        self._present = self._given[0]
+        self._has_names = any(not is_loopback(address) and not _is_ip(host_of(address)) for address in self._addresses)
+        self._is_stale = False
+
+    @property
+    def present(self) -> Endpoint:
+        """Who is asked next."""
+        return self._present
+
+    @property
+    def are_several(self) -> bool:
+        """Whether another place may answer where one does not."""
+        return len(self._given) > 1 or self._present not in self._given
+
+    @property
+    def is_stale(self) -> bool:
+        """All have failed, and names may mean other places by now: time for `refresh`."""
+        return self._is_stale
+
+    def refresh(self) -> None:
+        """Looks names up again where all places have failed; waits for DNS."""
+        if self._is_stale:
+            found = self._resolve(self._addresses)
+            with self._lock:
+                self._given, self._is_stale = found, False
+                if self._present not in found:
+                    self._present = found[0]
+
+    def failed(self, endpoint: Endpoint, leader_address: str, tried: set[Endpoint]) -> bool:
+        """Notes that a call of ``endpoint`` failed; whether there is a place to be asked at once.
+
+        Args:
+            endpoint: that was asked.
+            leader_address: the leader's addresses as it told them; empty: it told none.
+            tried: places that have failed since the caller last waited; it is changed.
+        """
+        tried.add(endpoint)
+        with self._lock:
+            named = self._named(leader_address)
+            if named is not None and named not in tried:
+                self._present = named
+                return True
+            if self._present != endpoint:
+                return self._present not in tried  # another call has found out more
+            others = [other for other in self._given if other not in tried]
+            if others:
+                self._present = others[0]
+                return True
+            following = self._given.index(endpoint) + 1 if endpoint in self._given else 0
+            self._present = self._given[following % len(self._given)]
+            self._is_stale = self._has_names
+            return False
+
+    def _named(self, leader_address: str) -> Endpoint | None:
+        try:
+            addresses = split_endpoints(leader_address)
+        except ValueError:
+            return None
+        for address in addresses:
+            for known in self._given:
+                if known.address == address:
+                    return known
+            if self._may_go(address):
+                return Endpoint(address)
+        return None
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

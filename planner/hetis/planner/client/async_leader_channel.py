@@ -1,0 +1,146 @@
+"""A channel to whichever planner leads, for asyncio; see `LeaderChannel`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from hetis.formats.endpoints import Endpoint, LeaderSearch
+from hetis.planner.client.connection import Connection, default_deadline_s
+from hetis.planner.client.errors import CallError, call_error
+from hetis.planner.client.leader_channel import channel_options
+from hetis.planner.client.leaders import NOT_LEADER, Attempts, leader_of, search_for
+from hetis.planner.client.preparing import CallDetails, prepared_details, prepared_request
+
+
+class AsyncLeaderChannel:
+    """As a ``grpc.aio.Channel`` to generated stubs, which make unary calls and streams of responses through it."""
+
+    def __init__(self, connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        self._connection = connection
+        self._sleep = sleep
+        self._channels: dict[Endpoint, aio.Channel] = {}
+        self.leaders = search_for(connection)
+        self.to(self.leaders.present)  # files that cannot be read are found now
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    def to(self, endpoint: Endpoint) -> aio.Channel:
+        """A channel to one planner, whose calls are prepared and raise `CallError`."""
+        if endpoint not in self._channels:
+            connection, options = self._connection, channel_options(self._connection, endpoint)
+            interceptors: list[aio.ClientInterceptor] = [_Unary(connection), _Streaming(connection)]
+            self._channels[endpoint] = (
+                aio.insecure_channel(endpoint.address, options, interceptors=interceptors)
+                if connection.is_plain
+                else aio.secure_channel(
+                    endpoint.address, connection.channel_credentials(), options, interceptors=interceptors
+                )
+            )
+        return self._channels[endpoint]
+
+    def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """What generated stubs ask for."""
+
+        async def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
+            request = prepared_request(request)
+            end_s = time.monotonic() + (default_deadline_s(method) if timeout is None else timeout)
+            attempts = Attempts(leaders=self.leaders, method=method, end_s=end_s, clock=time.monotonic)
+            while True:
+                endpoint = self.leaders.present
+                one: Any = self.to(endpoint).unary_unary(method, *arguments, **named)
+                try:
+                    return await one(request, timeout=attempts.timeout_s, **settings)
+                except CallError as error:
+                    wait_s = attempts.next_wait_s(endpoint, error)
+                if self.leaders.is_stale:
+                    await asyncio.to_thread(self.leaders.refresh)
+                if wait_s:
+                    await self._sleep(wait_s)
+
+        return call
+
+    def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """The same; a stream that broke is the caller's to open again, and then goes to whoever leads."""
+
+        def call(request: Any, **settings: Any) -> _Stream:
+            def open_stream(endpoint: Endpoint) -> Any:
+                one: Any = self.to(endpoint).unary_stream(method, *arguments, **named)
+                return one(request, **settings)
+
+            return _Stream(self.leaders, open_stream)
+
+        return call
+
+
+class _Stream:
+    """Responses of the leader: one that says at once that it does not lead is left for the one that it names."""
+
+    def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
+        self._leaders = leaders
+        self._open_stream = open_stream
+        self._endpoint = leaders.present
+        self._call = open_stream(self._endpoint)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        tried, has_come = set[Endpoint](), False
+        while True:
+            try:
+                async for response in self._call:
+                    has_come = True
+                    yield response
+                return
+            except grpc.RpcError as error:
+                failed = call_error(error)
+                if failed.code is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                goes_on = self._leaders.failed(self._endpoint, leader_of(failed), tried)
+                if has_come or failed.reason != NOT_LEADER or not goes_on:
+                    raise
+                self._endpoint = self._leaders.present
+                self._call = self._open_stream(self._endpoint)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+class _Unary(aio.UnaryUnaryClientInterceptor):
+    """Prepares a unary call and gives its failure its details."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        details = prepared_details(client_call_details, self._connection, unary=True)
+        call = await continuation(_for_aio(details), prepared_request(request))
+        try:
+            await call
+        except grpc.RpcError as error:
+            raise call_error(error) from None
+        return call
+
+
+class _Streaming(aio.UnaryStreamClientInterceptor):
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        details = prepared_details(client_call_details, self._connection, unary=False)
+        return await continuation(_for_aio(details), request)
+
+
+def _for_aio(details: CallDetails) -> aio.ClientCallDetails:
+    return aio.ClientCallDetails(
+        details.method,
+        details.timeout,
+        aio.Metadata(*details.metadata),
+        details.credentials,
+        details.wait_for_ready,
+    )

@@ -1,0 +1,155 @@
+"""A channel to whichever planner leads, for code without an event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from hetis.formats.endpoints import Endpoint, LeaderSearch
+from hetis.planner.client.connection import CHANNEL_OPTIONS, SEVERAL_OPTIONS, Connection, default_deadline_s
+from hetis.planner.client.errors import CallError, call_error
+from hetis.planner.client.leaders import NOT_LEADER, Attempts, leader_of, search_for
+from hetis.planner.client.preparing import prepared_details, prepared_request
+
+
+class LeaderChannel:
+    """As a ``grpc.Channel`` to generated stubs, which make unary calls and streams of responses through it.
+
+    A unary call goes to the leader, also where that changes while it is made: a planner that does not lead names who
+    does, and one that does not answer leaves it to the next. It is the same request each time, with one ``request_id``.
+    """
+
+    def __init__(self, connection: Connection, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._connection = connection
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._channels: dict[Endpoint, tuple[grpc.Channel, grpc.Channel]] = {}
+        self._is_closed = False
+        self.leaders = search_for(connection)
+        self.to(self.leaders.present)  # files that cannot be read are found now
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            for channel, _ in self._channels.values():
+                channel.close()
+
+    def to(self, endpoint: Endpoint) -> grpc.Channel:
+        """A channel to one planner, whose calls are prepared and raise `CallError`."""
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("the client is closed")
+            if endpoint not in self._channels:
+                connection = self._connection
+                options = channel_options(connection, endpoint)
+                channel = (
+                    grpc.insecure_channel(endpoint.address, options)
+                    if connection.is_plain
+                    else grpc.secure_channel(endpoint.address, connection.channel_credentials(), options)
+                )
+                prepared = grpc.intercept_channel(channel, _Unary(connection), _Streaming(connection))
+                self._channels[endpoint] = channel, prepared
+            return self._channels[endpoint][1]
+
+    def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """What generated stubs ask for."""
+
+        def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
+            request = prepared_request(request)
+            end_s = time.monotonic() + (default_deadline_s(method) if timeout is None else timeout)
+            attempts = Attempts(leaders=self.leaders, method=method, end_s=end_s, clock=time.monotonic)
+            while True:
+                endpoint = self.leaders.present
+                one = self.to(endpoint).unary_unary(method, *arguments, **named)
+                try:
+                    return one(request, timeout=attempts.timeout_s, **settings)
+                except CallError as error:
+                    wait_s = attempts.next_wait_s(endpoint, error)
+                self.leaders.refresh()
+                if wait_s:
+                    self._sleep(wait_s)
+
+        return call
+
+    def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """The same; a stream that broke is the caller's to open again, and then goes to whoever leads."""
+
+        def call(request: Any, **settings: Any) -> _Stream:
+            def open_stream(endpoint: Endpoint) -> Any:
+                return self.to(endpoint).unary_stream(method, *arguments, **named)(request, **settings)
+
+            return _Stream(self.leaders, open_stream)
+
+        return call
+
+
+class _Stream:
+    """Responses of the leader: one that says at once that it does not lead is left for the one that it names."""
+
+    def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
+        self._leaders = leaders
+        self._open_stream = open_stream
+        self._tried = set[Endpoint]()
+        self._has_come = False
+        self._endpoint = leaders.present
+        self._call = open_stream(self._endpoint)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            try:
+                response = next(self._call)
+            except grpc.RpcError as error:
+                failed = call_error(error)
+                if failed.code is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                goes_on = self._leaders.failed(self._endpoint, leader_of(failed), self._tried)
+                if self._has_come or failed.reason != NOT_LEADER or not goes_on:
+                    raise
+                self._endpoint = self._leaders.present
+                self._call = self._open_stream(self._endpoint)
+            else:
+                self._has_come = True
+                return response
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+def channel_options(connection: Connection, endpoint: Endpoint) -> list[tuple[str, str | int]]:
+    """Where one of several planners is gone the client asks another; where there is one gRPC asks it again."""
+    options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
+    if endpoint.name:
+        options.append(("grpc.default_authority", endpoint.name))
+        if not connection.is_plain:
+            options.append(("grpc.ssl_target_name_override", endpoint.name))
+    return options
+
+
+class _Unary(grpc.UnaryUnaryClientInterceptor):
+    """Prepares a unary call and gives its failure its details."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        details = prepared_details(client_call_details, self._connection, unary=True)
+        call = continuation(details, prepared_request(request))
+        error = call.exception()  # waits for the answer
+        if error is None:
+            return call
+        raise call_error(error) from None
+
+
+class _Streaming(grpc.UnaryStreamClientInterceptor):
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(prepared_details(client_call_details, self._connection, unary=False), request)

@@ -1,0 +1,74 @@
+"""Changes that were refused, on their way into the audit log; what is done is written with what it does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.store.audit import AuditedChange
+
+EVERY_S = 60.0
+"""Refusals of one caller, method and reason are one line in so many seconds, which says how many there were."""
+NOT_KEPT = frozenset({"QUOTA_EXCEEDED", "DRAINING", "NOT_LEADER", "STORE_UNAVAILABLE", "CREDENTIALS"})
+"""Callers without credentials are nobody in particular; the others say nothing of what was asked for."""
+_MOST_KINDS = 1000
+_log = logging.getLogger("hetis.planner.audit")
+
+
+class AuditRefusals:
+    """Gathers refusals by kind, and writes those that are due in one transaction.
+
+    Args:
+        append: writes lines durably, or raises ServiceError.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        append: Callable[[Sequence[AuditedChange]], Awaitable[None]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._append, self._clock = append, clock
+        self._waiting: dict[tuple[str, str, str], AuditedChange] = {}
+        self._written_s: dict[tuple[str, str, str], float] = {}
+        self._came = asyncio.Event()
+
+    def note(self, change: AuditedChange) -> None:
+        """Adds a refusal. Of more kinds than a thousand at a time the log of calls alone knows."""
+        key = change.caller, change.method, change.outcome
+        if (same := self._waiting.get(key)) is not None:
+            self._waiting[key] = replace(change, times=same.times + 1)
+        elif len(self._waiting) < _MOST_KINDS:
+            self._waiting[key] = change
+        self._came.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            wait_s = await self.step()
+            self._came.clear()
+            try:
+                await asyncio.wait_for(self._came.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+    async def step(self) -> float | None:
+        """Writes what is due; seconds until more is, None: nothing waits."""
+        now_s = self._clock()
+        self._written_s = {key: at_s for key, at_s in self._written_s.items() if now_s - at_s < EVERY_S}
+        due = {key: change for key, change in self._waiting.items() if key not in self._written_s}
+        if due:
+            for key in due:
+                del self._waiting[key]
+                self._written_s[key] = now_s
+            try:
+                await self._append(list(due.values()))
+            except ServiceError as error:
+                _log.error("%d refusals are not in the audit log: %s", len(due), error)
+        ends = [self._written_s[key] + EVERY_S - now_s for key in self._waiting if key in self._written_s]
+        return max(0.0, min(ends)) if ends else None

@@ -1,0 +1,42 @@
+"""What the planner does beside its calls, for as long as it leads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+_log = logging.getLogger("hetis.planner")
+
+
+class Loops:
+    """One that fails is not begun again: nobody knows what it left half done.
+
+    Attributes:
+        failures: names of those that have failed.
+        failed: set with the first of them.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        self.failed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._note_failure)
+        self._tasks.append(task)
+
+    async def stop(self) -> None:
+        """Stops them; others may be started later."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s failed: restart the planner", task.get_name(), exc_info=error)
+            self.failures.append(task.get_name())
+            self.failed.set()

@@ -1,0 +1,114 @@
+"""What an operator does to a store beside serving: backup, restore, migrate, and reading the audit log."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hetis.formats.errors import single_problem
+from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.setting_sources import Given, load_config
+from hetis.planner.store import Reader
+from hetis.planner.store.audit import Line
+from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
+from hetis.planner.store.migrating import revisions
+
+
+def store_url(path: str | None, flags: Sequence[Given]) -> str:
+    """The store of the configuration that a planner would be started with."""
+    return load_config(path, environment=os.environ, flags=flags).store
+
+
+def make_backup(url: str, file: str) -> None:
+    num = back_up(url, Path(file))
+    print(f"{file}: {num} rows, {Path(file).stat().st_size} bytes")
+
+
+def restore_backup(url: str, file: str, *, replace: bool) -> None:
+    num, epoch = restore(url, Path(file), replace=replace)
+    print(f"restored {num} rows of {file}; the next planner leads with epoch {epoch + 1}")
+
+
+def migrate_store(url: str, to: str | None) -> None:
+    wanted = to or revisions()[-1]
+    before = migrate_to(url, wanted)
+    print(f"{wanted}, as before" if before == wanted else f"{before} -> {wanted}")
+
+
+def print_audit(
+    url: str,
+    *,
+    caller: str | None,
+    method: str | None,
+    resource: str | None,
+    outcome: str | None,
+    since: str | None,
+    until: str | None,
+    as_json: bool,
+) -> None:
+    """Prints the lines that fit all filters, the oldest first."""
+    first_s, last_s = _moment("--since", since, float("-inf")), _moment("--until", until, float("inf"))
+
+    def fits(line: Line) -> bool:
+        change = line.change
+        return (
+            first_s <= line.time_s <= last_s
+            and caller in (None, change.caller)
+            and method in (None, change.method)
+            and outcome in (None, change.outcome)
+            and (resource is None or resource in (change.resource, change.plan))
+        )
+
+    def show(reader: Reader) -> None:
+        for line in filter(fits, reader.audit.lines()):
+            print(_as_json(line) if as_json else _as_text(line))
+
+    read_store(url, show)
+
+
+def check_audit(url: str) -> ExitCode:
+    """Says whether any line was changed, and what to keep elsewhere to notice a log that was cut off."""
+
+    def check(reader: Reader) -> ExitCode:
+        if (wrong := reader.audit.first_wrong()) is not None:
+            print(f"error: line {wrong} of the audit log is not what was written, or is missing", file=sys.stderr)
+            return ExitCode.STORE
+        last = reader.audit.last()
+        print("no lines" if last is None else f"{last.number} lines, unbroken; the last hash is {last.hash}")
+        return ExitCode.OK
+
+    return read_store(url, check)
+
+
+def _moment(option: str, text: str | None, default: float) -> float:
+    if text is None:
+        return default
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise single_problem(option, f"{text!r} is not a moment: write it like 2027-01-31T00:00:00Z") from None
+    return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _as_json(line: Line) -> str:
+    values = {"number": line.number, "time": _time(line), "epoch": line.epoch, **asdict(line.change)}
+    return json.dumps(values | {"hash": line.hash}, ensure_ascii=False)
+
+
+def _as_text(line: Line) -> str:
+    change = line.change
+    parts = [str(line.number), _time(line), change.outcome, f"{change.caller} ({change.role})", change.method]
+    parts += [change.resource] if change.resource else []
+    parts += [f"plan {change.plan}"] if change.plan and change.plan != change.resource else []
+    parts += [f"request {change.request_id}"] if change.request_id else []
+    parts += [f"{change.times} times"] if change.times > 1 else []
+    return "  ".join("".join(c if c.isprintable() else "?" for c in part) for part in parts)
+
+
+def _time(line: Line) -> str:
+    return datetime.fromtimestamp(line.time_s, UTC).isoformat(timespec="milliseconds")

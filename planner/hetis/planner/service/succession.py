@@ -1,0 +1,232 @@
+"""One leadership term after the other: this planner leads while nobody else does, and stands by otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from prometheus_client.registry import Collector
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.service.access import needs_leader
+from hetis.planner.service.audit_refusals import AuditRefusals
+from hetis.planner.service.loops import Loops
+from hetis.planner.service.overview import Overview, OverviewSource
+from hetis.planner.service.server import Servicing
+from hetis.planner.store import AuditedChange, Store
+
+ANSWERED_S = 10.0  # a store that has not answered for longer is away
+_AGAIN_S = 1.0  # after a term that could not begin
+_log = logging.getLogger("hetis.planner.succession")
+
+
+class LeadershipTerm(Protocol):
+    """What serves while this planner leads, or, never begun, while it does not."""
+
+    @property
+    def servicings(self) -> Sequence[Servicing]: ...
+
+    @property
+    def overviews(self) -> OverviewSource: ...
+
+    async def stand_by(self) -> None: ...
+
+    async def begin(self) -> None: ...
+
+    def lose(self, error: ServiceError) -> None: ...
+
+    async def say_goodbye(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Succession:
+    """A planner over all its terms.
+
+    Args:
+        store: that says who leads; closed with this.
+        make_term: from an epoch; 0: for reads alone.
+        holder, addresses: of this planner, for callers of others.
+        stands_by: whether it waits where another planner leads; else it ends then.
+        loops: of all terms.
+        refusals: changes that were refused, for the audit log.
+        collectors: metrics of all terms.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        make_term: Callable[[int], LeadershipTerm],
+        *,
+        holder: str,
+        addresses: Sequence[str],
+        stands_by: bool,
+        loops: Loops,
+        refusals: AuditRefusals,
+        collectors: Sequence[Collector],
+    ) -> None:
+        self._store = store
+        self._make_term = make_term
+        self._holder, self._addresses = holder, tuple(addresses)
+        self._stands_by = stands_by
+        self._loops = loops
+        self._refusals = refusals
+        self._standby = make_term(0)
+        self._leading: LeadershipTerm | None = None
+        self._lasting: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
+        self._end_streams: Callable[[ServiceError], Awaitable[None]] | None = None
+        self._is_over = asyncio.Event()
+        self.collectors = tuple(collectors)
+        self.servicings = tuple(
+            replace(found, servicer=_Present(self, position)) for position, found in enumerate(self._standby.servicings)
+        )
+
+    @property
+    def present(self) -> LeadershipTerm:
+        """What answers now."""
+        return self._leading or self._standby
+
+    @property
+    def leads(self) -> bool:
+        return self._leading is not None and self._store.lease.is_held
+
+    async def start(self) -> None:
+        """Leads, or begins to stand by.
+
+        Raises:
+            ServiceError: NOT_LEADER, and it is not to stand by; STORE_UNAVAILABLE.
+        """
+        try:
+            await self._begin(await self._store.lead(self._holder, self._addresses))
+        except ServiceError as error:
+            if error.reason != Reason.ERROR_REASON_NOT_LEADER or not self._stands_by:
+                raise
+            _log.info("standing by", extra={"leader": error.metadata.get("leader", "")})
+            self._warming = asyncio.create_task(self._standby.stand_by(), name="warming up a standby")
+        self._lasting = asyncio.create_task(self._go_on(), name="succession")
+
+    def require_leader(self, method: str) -> None:
+        """
+        Raises:
+            ServiceError: NOT_LEADER, with where the leader is; STORE_UNAVAILABLE where the lease is about to end.
+        """
+        if self.leads and not self._store.lease.may_decide:
+            if needs_leader(method, reads_too=False):
+                raise self._store.undecided()
+        elif not self.leads and needs_leader(method, reads_too=True):
+            raise self._store.not_leader()
+
+    def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
+        """Who ends the streams that do not end by themselves when the term is over."""
+        self._end_streams = end_streams
+
+    @property
+    def is_ready(self) -> bool:
+        """It can serve what it is for: as the leader with a lease, or as a standby; and the store answers."""
+        is_well = self._store.health.answered_s_ago < ANSWERED_S
+        return is_well and (self._store.lease.may_decide if self._leading is not None else self._stands_by)
+
+    async def overview(self) -> Overview:
+        store, leader = self._store, self._store.leader
+        found = await self.present.overviews.overview()
+        return replace(
+            found,
+            leads=self.leads,
+            leader=self._holder if self.leads else leader.name if leader is not None else "",
+            lease_age_s=store.lease.age_s,
+            store_answered_s_ago=store.health.answered_s_ago,
+        )
+
+    async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
+        return await self.present.overviews.cluster_details(name)
+
+    @property
+    def failures(self) -> Sequence[str]:
+        return self._loops.failures
+
+    async def until_failed(self) -> None:
+        await self._loops.failed.wait()
+
+    def note_refusal(self, change: AuditedChange) -> None:
+        self._refusals.note(change)
+
+    async def until_replaced(self) -> None:
+        """Returns when this planner is of no use any more; one that stands by always is."""
+        await self._is_over.wait()
+
+    async def say_goodbye(self) -> None:
+        await self.present.say_goodbye()
+
+    async def close(self) -> None:
+        for task in filter(None, (self._lasting, self._warming)):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if self._leading is not None:
+            await self._leading.close()
+        await self._standby.close()
+        await self._store.close()
+
+    async def _begin(self, epoch: int) -> None:
+        began_s = time.monotonic()
+        term = self._make_term(epoch)
+        try:
+            await term.begin()
+        except BaseException:
+            await term.close()
+            raise
+        self._leading = term
+        _log.info("leading", extra={"epoch": epoch, "began_in_s": round(time.monotonic() - began_s, 3)})
+
+    async def _go_on(self) -> None:
+        try:
+            while True:
+                if self._leading is not None:
+                    await self._store.until_replaced()
+                    await self._step_down()
+                    if not self._stands_by:
+                        return
+                try:
+                    await self._begin(await self._store.stand_by(self._holder, self._addresses))
+                except ServiceError as error:
+                    _log.warning("the term did not begin", extra={"why": str(error)})
+                    await asyncio.sleep(_AGAIN_S)
+                except Exception:
+                    _log.exception("the term did not begin")
+                    await asyncio.sleep(_AGAIN_S)
+        finally:
+            self._is_over.set()
+
+    async def _step_down(self) -> None:
+        """What was decided stands; agents and watchers go to whoever leads."""
+        term, self._leading = self._leading, None
+        assert term is not None
+        error = self._store.not_leader()
+        _log.error("the term is over", extra={"leader": error.metadata.get("leader", "")})
+        term.lose(error)
+        if self._end_streams is not None:
+            await self._end_streams(error)
+        try:
+            await term.close()
+        except Exception:
+            _log.exception("the term did not end in order")
+
+
+class _Present:
+    """The servicer of one service, of the term that is present when a call comes."""
+
+    def __init__(self, succession: Succession, position: int) -> None:
+        self._succession = succession
+        self._position = position
+
+    def __getattr__(self, method: str) -> Callable[[Any, Any], Awaitable[Any] | AsyncIterator[Any]]:
+        def answer(request: Any, context: Any) -> Awaitable[Any] | AsyncIterator[Any]:
+            servicer = self._succession.present.servicings[self._position].servicer
+            found: Awaitable[Any] | AsyncIterator[Any] = getattr(servicer, method)(request, context)
+            return found
+
+        return answer

@@ -1,0 +1,263 @@
+"""Backups: the whole store at one moment as a file, and a store that is made of such a file again.
+
+A backup is an SQLite store, whatever the store is that it was made of: it can be looked at, restored into either kind
+of store, and one of an older version is brought to the newest form on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+from alembic.runtime.migration import MigrationContext
+
+from hetis.planner.store import leadership, migrating, opening, schema
+from hetis.planner.store.audit import AuditedChange, AuditLog
+from hetis.planner.store.errors import StoreError
+from hetis.planner.store.file_lock import FileLock
+from hetis.planner.store.transactions import Reader
+
+T = TypeVar("T")
+_ROWS = 500  # at a time
+_LEASE_S = 3600.0  # what timeouts follow from: nobody waits for a lease here
+BEYOND = 2**20
+"""Epochs and versions that a restored store leaves out: the store may have used some since the backup, and agents obey
+the highest epoch that they saw, callers must never see an etag twice."""
+
+
+def back_up(url: str, file: Path) -> int:
+    """Writes a backup of a store, which may be in use, and returns how many records it has. It has mode 0600.
+
+    Raises:
+        StoreError: the store cannot be read or is of another version, or the file is there already or cannot be made.
+    """
+    if file.exists():
+        raise StoreError(f"{file} is there already; a backup replaces nothing")
+
+    source, label = _engine(url)
+    stored = opening.file_of(opening.parse_url(url))
+    if stored is not None and not stored.is_file():
+        raise StoreError(f"{label}: no such store")
+    made = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with _reading(source) as connection:
+            if migrating.needs_migration(connection, label):
+                raise StoreError(f"store {label} is older than this hetis-planner, or empty: migrate it first")
+            with _errors_of(str(file)):
+                opening.keep_private(made)
+                target = opening.make_engine(opening.parse_url(f"sqlite:///{made}"), lease_s=_LEASE_S)
+                with target.begin() as written:
+                    migrating.migrate(written)
+                    num = _copy(connection, written)
+                target.dispose()
+                _sync(made)
+                os.link(made, file)  # fails where somebody else was faster
+                _sync(file.absolute().parent)
+        return num
+    except OSError as error:
+        raise StoreError(f"{file} cannot be written: {error.strerror}") from None
+    except sa.exc.DBAPIError as error:
+        raise opening.cannot_open(error, label) from None
+    finally:
+        source.dispose()
+        for left in file.parent.glob(f"{made.name}*"):
+            left.unlink(missing_ok=True)
+
+
+def read_store(url: str, work: Callable[[Reader], T]) -> T:
+    """What ``work`` returns of one consistent state of a store, which may be in use.
+
+    Raises:
+        StoreError: the store cannot be read or is of another version.
+    """
+    engine, label = _engine(url)
+    file = opening.file_of(opening.parse_url(url))
+    if file is not None and not file.is_file():
+        raise StoreError(f"{label}: no such store")
+    try:
+        with _reading(engine) as connection:
+            if migrating.needs_migration(connection, label):
+                raise StoreError(f"store {label} is older than this hetis-planner, or empty: migrate it first")
+            return work(Reader(connection))
+    finally:
+        engine.dispose()
+
+
+def restore(url: str, file: Path, *, replace: bool) -> tuple[int, int]:
+    """Makes a store what a backup says, in one transaction; returns how many records it has, and its epoch.
+
+    Args:
+        url: of a store that no planner uses.
+        file: the backup; it stays as it is.
+        replace: whether what is in the store may go.
+
+    Raises:
+        StoreError: the backup or the store cannot be used, or the store is in use, or not empty.
+    """
+    if not file.is_file():
+        raise StoreError(f"{file}: no such backup")
+    with tempfile.TemporaryDirectory(prefix="hetis-restore-") as folder:
+        copied = Path(folder) / "backup.db"
+        shutil.copyfile(file, copied)  # a backup of an older version is migrated, which must not change it
+        source, _ = _engine(f"sqlite:///{copied}")
+        try:
+            with _errors_of(str(file)), source.begin() as connection:
+                opening.check_file(connection, str(file))
+                is_empty = not sa.inspect(connection).get_table_names()
+                if is_empty:
+                    raise StoreError(f"{file} is empty, and no backup")
+                if migrating.needs_migration(connection, str(file)):
+                    migrating.migrate(connection)
+            with _reading(source) as connection, unused(url) as (written, label):
+                if migrating.needs_migration(written, label):
+                    migrating.migrate(written)
+                if not replace and (kind := _first_filled(written)):
+                    raise StoreError(
+                        f"store {label} holds {kind}: nothing was changed; --replace puts the backup there"
+                    )
+                before = written.execute(sa.select(schema.leadership.c.epoch)).scalar_one()
+                for table in reversed(schema.metadata.sorted_tables):
+                    written.execute(sa.delete(table))
+                num = _copy(connection, written)
+                epoch = _go_beyond(written, before)
+                change = AuditedChange(caller=_operator(), role="operator", method="restore", resource=file.name)
+                AuditLog(written).append(change, time_s=time.time())
+                return num, epoch
+        finally:
+            source.dispose()
+
+
+def migrate_to(url: str, revision: str) -> str:
+    """Brings a store that no planner uses to the form of a version; returns the one that it had.
+
+    Raises:
+        StoreError: there is no such version, or the store cannot be used or is in use.
+    """
+    with unused(url) as (connection, label):
+        migrating.needs_migration(connection, label)  # refuses what it does not know
+        before = MigrationContext.configure(connection).get_current_revision() or "nothing"
+        migrating.migrate(connection, to=revision)
+        return before
+
+
+@contextlib.contextmanager
+def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
+    """A write transaction on a store that no planner leads with, and what messages call it.
+
+    Raises:
+        StoreError: a planner does, or the store cannot be used.
+    """
+    engine, label = _engine(url)
+    file = opening.file_of(opening.parse_url(url))
+    lock = FileLock(file) if file else None
+    try:
+        if file is not None and lock is not None:
+            if not file.absolute().parent.is_dir():
+                raise StoreError(f"store {label} cannot be opened: the folder does not exist")
+            if not lock.take():
+                raise StoreError(f"store {label} is in use by a planner: stop it first")
+            opening.keep_private(file)
+            with _errors_of(label):
+                opening.use_write_ahead_log(engine)
+        with _errors_of(label), engine.begin() as connection:
+            if lock is None:
+                migrating.lock_out_others(connection)
+                _require_no_lease(connection, label)
+            yield connection, label
+    finally:
+        engine.dispose()
+        if lock is not None:
+            lock.release()
+
+
+def _engine(url: str) -> tuple[sa.Engine, str]:
+    parsed = opening.parse_url(url)
+    return opening.make_engine(parsed, lease_s=_LEASE_S), opening.label_of(parsed)
+
+
+@contextlib.contextmanager
+def _reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """One consistent state, however long it is read."""
+    reader = opening.reading(engine)
+    if engine.dialect.name == "postgresql":
+        reader = reader.execution_options(isolation_level="REPEATABLE READ")
+    with _errors_of(opening.label_of(engine.url)), reader.begin() as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def _errors_of(label: str) -> Iterator[None]:
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        raise opening.cannot_open(error, label) from None
+    except sqlite3.Error as error:
+        raise StoreError(f"store {label} cannot be used: {error}") from None
+
+
+def _require_no_lease(connection: sa.Connection, label: str) -> None:
+    if sa.inspect(connection).has_table(schema.leadership.name):
+        holder, left_s = leadership.look(connection)
+        if left_s > 0:
+            raise StoreError(f"store {label} is in use by the planner {holder.name}: stop it first")
+
+
+def _first_filled(connection: sa.Connection) -> str:
+    """The name of a table that holds records; empty: none does."""
+    for table in schema.metadata.sorted_tables:
+        if table is not schema.leadership and connection.execute(sa.select(table).limit(1)).first() is not None:
+            return table.name.replace("_", " ")
+    return ""
+
+
+def _copy(source: sa.Connection, target: sa.Connection) -> int:
+    """Everything, as it is; the number of rows."""
+    num = 0
+    for table in schema.metadata.sorted_tables:
+        target.execute(sa.delete(table))  # the row that the first migration makes
+        rows = source.execution_options(stream_results=True).execute(sa.select(table))
+        for part in rows.mappings().partitions(_ROWS):
+            target.execute(sa.insert(table), [dict(row) for row in part])
+            num += len(part)
+    return num
+
+
+def _go_beyond(connection: sa.Connection, epoch_before: int) -> int:
+    """Raises the epoch and all versions above any that were used since the backup; the new epoch."""
+    table = schema.leadership
+    epoch = max(epoch_before, connection.execute(sa.select(table.c.epoch)).scalar_one()) + BEYOND
+    connection.execute(sa.update(table).values(epoch=epoch, holder="", lease_end_s=0.0))
+    gone = schema.gone_versions
+    for found in schema.metadata.sorted_tables:
+        if "version" in found.c:
+            connection.execute(sa.update(found).values(version=found.c.version + BEYOND))
+            if found is not gone:
+                known = sa.select(gone.c.version).where(gone.c.table_name == found.name)
+                if connection.execute(known).first() is None:
+                    connection.execute(sa.insert(gone).values(table_name=found.name, version=0))
+    connection.execute(sa.update(gone).where(gone.c.version < BEYOND).values(version=BEYOND))
+    return int(epoch)
+
+
+def _operator() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container whose user has no name
+        return f"user {os.getuid()}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,298 @@
+"""Attention over pages by Triton: CUDA devices of compute capability 7.5 and above; float16, bfloat16 and float32.
+
+One kernel does decodes and chunks of prompts. A *tile* is some consecutive positions of one virtual sequence with their
+r query heads each, as rows of one matrix; its program reads the pages that these rows see. A tile of few rows, as of
+every decode, reads in *splits* of a fixed number of positions, a program each, which `combine` puts together: few
+sequences with long contexts keep the whole device busy. As the splits are fixed, a sequence gives the same bits alone
+and among others.
+
+Triton's language has no types that mypy knows: the kernels' arguments are pointers (of `k`, say, to pages
+[pages, page_tokens, d]), integers and floats; those in capitals are known when it compiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from hetis.runtime.kv.pool import IntArray, PagePool
+from hetis.runtime.kv.shape import KvShape
+
+LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # as Triton uses them: below, it multiplies in float32, and not bfloat16
+SPLIT = 512  # positions of a program of `attend` where there are splits: some whole blocks
+NO_WINDOW = 1 << 30
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store(qkv, k, v, slots, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes key and value of each row of qkv [T, R + 2, D] to ``slots`` [T] of the pages; a program for each row."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    slot = tl.load(slots + row)
+    source = qkv + (row * (R + 2) + R) * D + d
+    tl.store(k + slot * D + d, tl.load(source, mask=d < D), mask=d < D)
+    tl.store(v + slot * D + d, tl.load(source + D, mask=d < D), mask=d < D)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def attend(  # type: ignore[no-untyped-def]
+    qkv,
+    k,
+    v,
+    table,
+    table_width,
+    tiles,
+    out,
+    sums,
+    scale,
+    soft_cap,
+    window,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    WIDENS: tl.constexpr,
+):
+    """Outputs of each tile, or of each split of it.
+
+    Args:
+        table: pages of every sequence, int32 [N, table_width].
+        tiles: sequence, first position, first row and number of positions of each, int32 [tiles, 4].
+        out: [T, R, D]; where there are splits, float32 [splits, tiles, BLOCK_M, D].
+        sums: where there are splits, logarithms of the weights' sums, float32 [splits, tiles, BLOCK_M].
+        window: that a row sees, itself included.
+        SPLIT: positions of a program; 0: all.
+        WIDENS: numbers become float32 before they are multiplied.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(tiles + tile * 4).to(tl.int64)
+    position = tl.load(tiles + tile * 4 + 1)
+    row = tl.load(tiles + tile * 4 + 2).to(tl.int64)
+    count = tl.load(tiles + tile * 4 + 3)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    token, head = m // R, m % R
+    is_row, at = token < count, position + token
+    places = ((row + token) * (R + 2) + head)[:, None] * D + d[None, :]
+    q = tl.load(qkv + places, mask=is_row[:, None] & (d < D)[None, :], other=0.0)
+    if WIDENS:
+        q = q.to(tl.float32)
+    begin, end = tl.maximum(position + 1 - window, 0), position + count
+    if SPLIT:
+        begin, end = tl.maximum(begin, split * SPLIT), tl.minimum(end, (split + 1) * SPLIT)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    outputs = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # In blocks that begin where they would without a window or splits: the order of sums is the same.
+    for first in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        page = tl.load(table + sequence * table_width + n // PAGE_TOKENS, mask=n < end, other=0).to(tl.int64)
+        slots = (page * PAGE_TOKENS + n % PAGE_TOKENS) * D
+        is_there = (n < end)[:, None] & (d < D)[None, :]
+        keys = tl.load(k + slots[:, None] + d[None, :], mask=is_there, other=0.0)
+        if WIDENS:
+            keys = keys.to(tl.float32)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        if HAS_CAP:
+            scores = soft_cap * (1 - 2 / (tl.exp(2 * scores / soft_cap) + 1))  # tanh
+        is_seen = (n[None, :] <= at[:, None]) & (n[None, :] > at[:, None] - window) & (n < end)[None, :]
+        scores = tl.where(is_seen, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # of a row that has seen nothing yet
+        weights = tl.exp(scores - base[:, None])
+        fades = tl.exp(top - base)
+        total = total * fades + tl.sum(weights, 1)
+        values = tl.load(v + slots[:, None] + d[None, :], mask=is_there, other=0.0)
+        if WIDENS:
+            values = values.to(tl.float32)
+        outputs = outputs * fades[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        top = new_top
+    total = tl.where(total == 0, 1.0, total)  # of a row that has seen nothing here: its top is -inf
+    outputs = outputs / total[:, None]
+    if SPLIT:
+        at_partial = (split * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M + m
+        tl.store(sums + at_partial, top + tl.log(total), mask=is_row)
+        tl.store(out + at_partial[:, None] * D + d[None, :], outputs, mask=is_row[:, None] & (d < D)[None, :])
+    else:
+        places = ((row + token) * R + head)[:, None] * D + d[None, :]
+        tl.store(out + places, outputs.to(out.dtype.element_ty), mask=is_row[:, None] & (d < D)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def combine(  # type: ignore[no-untyped-def]
+    parts,
+    sums,
+    tiles,
+    splits,
+    out,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Puts splits together: out [T, R, D] of what `attend` has left; a program for each row of each tile."""
+    tile, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, count = tl.load(tiles + tile * 4 + 2).to(tl.int64), tl.load(tiles + tile * 4 + 3)
+    if m < count * R:
+        d = tl.arange(0, BLOCK_D)
+        rows = tl.num_programs(0).to(tl.int64) * BLOCK_M
+        place = tile * BLOCK_M + m
+        top = tl.load(sums + place)
+        for split in range(1, splits):
+            top = tl.maximum(top, tl.load(sums + split * rows + place))
+        total = 0.0
+        outputs = tl.zeros([BLOCK_D], tl.float32)
+        for split in range(splits):
+            weight = tl.exp(tl.load(sums + split * rows + place) - top)
+            total += weight
+            part = tl.load(parts + (split * rows + place) * D + d, mask=d < D, other=0.0)
+            outputs += weight * part
+        tl.store(out + (row * R + m) * D + d, (outputs / total).to(out.dtype.element_ty), mask=d < D)
+
+
+class Sizes(NamedTuple):
+    """How a launch of `attend` is cut: constants of the kernel, and what Triton is told beside."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    widens: bool
+    warps: int
+    stages: int
+
+    def constants(self, shape: KvShape, *, has_splits: bool) -> dict[str, int | bool]:
+        """Of `attend`."""
+        return {
+            "D": shape.head_dim,
+            "R": shape.queries_per_group,
+            "PAGE_TOKENS": shape.page_tokens,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_D": self.block_d,
+            "SPLIT": SPLIT if has_splits else 0,
+            "HAS_CAP": shape.soft_cap > 0,
+            "WIDENS": self.widens,
+        }
+
+
+def sizes_of(shape: KvShape, capability: tuple[int, int], *, is_chunk: bool) -> Sizes:
+    """What fits into the shared memory and registers of a device; tiles of a chunk have more rows."""
+    block_d = max(16, triton.next_power_of_2(shape.head_dim))
+    least = max(16, triton.next_power_of_2(shape.queries_per_group))
+    is_old = capability < LEAST_CAPABILITY_TENSOR_CORES
+    bytes_of_row = block_d * (4 if is_old else shape.item_bytes)
+    block_n = min(64, max(16, 16384 // bytes_of_row))
+    rows = 64 if bytes_of_row <= 512 else 32
+    return Sizes(
+        block_m=max(least, rows) if is_chunk else least,
+        block_n=block_n,
+        block_d=block_d,
+        widens=shape.dtype == "bfloat16" and is_old,
+        warps=8 if is_chunk and block_d >= 128 else 4,
+        stages=1 if is_old else 2,
+    )
+
+
+class _Launch(NamedTuple):
+    """Tiles of a step that are cut alike; ``parts`` and ``sums`` are for splits, None where there are none."""
+
+    sizes: Sizes
+    tiles: torch.Tensor
+    splits: int
+    parts: torch.Tensor | None
+    sums: torch.Tensor | None
+
+
+class TritonBackend:
+    """The kernels over one pool."""
+
+    name = "triton"
+
+    def __init__(self, pool: PagePool, *, capability: tuple[int, int]) -> None:
+        """``capability``: compute capability of the pool's device."""
+        self._pool = pool
+        self._few = sizes_of(pool.shape, capability, is_chunk=False)
+        self._many = sizes_of(pool.shape, capability, is_chunk=True)
+        self._slots = self._table = torch.zeros(0)
+        self._launches: list[_Launch] = []
+
+    def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
+        pool, shape, device = self._pool, self._pool.shape, self._pool.k.device
+        if counts is None:
+            counts = np.ones_like(rows)
+        starts = np.cumsum(counts) - counts
+        within = np.arange(counts.sum()) - np.repeat(starts, counts)
+        self._slots = pool.slots(np.repeat(rows, counts), np.repeat(positions, counts) + within)
+        ends = positions + counts
+        width = shape.pages(int(ends.max(initial=1)))
+        self._table = torch.from_numpy(np.ascontiguousarray(pool.table[rows, :width])).to(device)
+        sequences = np.stack((np.arange(len(rows)), positions, starts, counts), axis=1)
+        is_few = counts * shape.queries_per_group <= self._few.block_m
+        self._launches = []
+        if is_few.any():
+            self._launches.append(self._launch(sequences[is_few], self._few, shape_end=int(ends[is_few].max())))
+        if not is_few.all():
+            self._launches.append(self._launch(_cut(sequences[~is_few], self._many, shape), self._many, shape_end=0))
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        shape, k, v = self._pool.shape, self._pool.k[layer], self._pool.v[layer]
+        qkv = qkv.contiguous()
+        r, d, block_d = shape.queries_per_group, shape.head_dim, self._few.block_d
+        out = torch.empty((len(qkv), r, d), dtype=qkv.dtype, device=qkv.device)
+        if len(qkv):
+            store[(len(qkv),)](qkv, k, v, self._slots, D=d, R=r, BLOCK_D=block_d)
+        window = shape.windows[layer] or NO_WINDOW
+        for sizes, tiles, splits, parts, sums in self._launches:
+            attend[(len(tiles), splits)](
+                qkv,
+                k,
+                v,
+                self._table,
+                self._table.shape[1],
+                tiles,
+                out if parts is None else parts,
+                out if sums is None else sums,
+                shape.scale,
+                shape.soft_cap,
+                window,
+                **sizes.constants(shape, has_splits=parts is not None),
+                num_warps=sizes.warps,
+                num_stages=sizes.stages,
+            )
+            if parts is not None:
+                combine[(len(tiles), sizes.block_m)](
+                    parts, sums, tiles, splits, out, D=d, R=r, BLOCK_M=sizes.block_m, BLOCK_D=block_d, num_warps=1
+                )
+        return out
+
+    def _launch(self, tiles: IntArray, sizes: Sizes, *, shape_end: int) -> _Launch:
+        """``shape_end``: positions of the longest sequence, where they may be split; 0: not."""
+        device, splits = self._pool.k.device, max(1, -(-shape_end // SPLIT))
+        kinds: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        size = splits, len(tiles), sizes.block_m
+        return _Launch(
+            sizes=sizes,
+            tiles=torch.from_numpy(tiles.astype(np.int32)).to(device),
+            splits=splits,
+            parts=torch.empty((*size, self._pool.shape.head_dim), **kinds) if splits > 1 else None,
+            sums=torch.empty(size, **kinds) if splits > 1 else None,
+        )
+
+
+def _cut(sequences: IntArray, sizes: Sizes, shape: KvShape) -> IntArray:
+    """Tiles [tiles, 4] of sequences, both (sequence, first position, first row, positions)."""
+    most = sizes.block_m // shape.queries_per_group
+    cuts = -(-sequences[:, 3] // most)
+    within = most * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))
+    tiles = np.repeat(sequences, cuts, axis=0)
+    tiles[:, 1] += within
+    tiles[:, 2] += within
+    tiles[:, 3] = np.minimum(tiles[:, 3] - within, most)
+    return tiles

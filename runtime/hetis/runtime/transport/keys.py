@@ -1,0 +1,69 @@
+"""The secret that an engine and its attention workers share: from a file that only its owner may read, or a variable.
+
+What goes over a connection is 16 bytes of its SHA-256. Neither they nor KV are encrypted: who can read the network can
+read both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from hetis.solver.errors import HetisError
+
+KEY_BYTES = 16
+VARIABLE = "HETIS_WORKER_KEY"
+LEAST_LETTERS, MOST_BYTES = 16, 4096
+
+
+class InvalidKeyError(HetisError):
+    """There is no key where one should be, or it is no secret."""
+
+
+def key_of(secret: str) -> bytes:
+    """What is said of a secret. White space around it does not count.
+
+    Raises:
+        InvalidKeyError: it is too short to be one.
+    """
+    letters = secret.strip()
+    if len(letters) < LEAST_LETTERS:
+        raise InvalidKeyError(f"the key has {len(letters)} letters, must have >= {LEAST_LETTERS}")
+    return hashlib.sha256(letters.encode()).digest()[:KEY_BYTES]
+
+
+def read_key(path: Path | None, environment: Mapping[str, str]) -> bytes | None:
+    """The key in a file or, without one, in HETIS_WORKER_KEY; None: in neither.
+
+    Raises:
+        InvalidKeyError: the file is missing, is not a file, or others may read it; the key is too short.
+    """
+    if path is not None:
+        source, secret = str(path), _read(path)
+    elif secret := environment.get(VARIABLE, ""):
+        source = VARIABLE
+    else:
+        return None
+    try:
+        return key_of(secret)
+    except InvalidKeyError as error:
+        raise InvalidKeyError(f"{source}: {error}") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        # Not blocking: what is no file, a pipe say, would keep us waiting for whoever writes to it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise InvalidKeyError(f"{path}: it is not a file")
+            mode = stat.S_IMODE(found.st_mode)
+            if mode & 0o077:
+                raise InvalidKeyError(f"{path}: its mode is {mode:04o}: others may use it, must be 0600 or 0400")
+            return file.read(MOST_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidKeyError(f"{path}: {why}") from error

@@ -1,0 +1,194 @@
+"""The attention backend: vLLM's own for the head groups that live here, with one KV head and a block table for each.
+
+Composed, not copied: a base backend of vLLM stores and attends over *virtual sequences* (request, head group) as if
+they were requests of a model with one KV head; `hetis.runtime.vllm.rank` says which ones, and has workers compute the
+others. vLLM's compiled graphs see one opaque operation, as with every backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from hetis.runtime.vllm.batch import Part
+from hetis.runtime.vllm.current import current_rank
+from hetis.runtime.vllm.specs import HeadGroupSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class UnsupportedModelError(ValueError):
+    """Heads of this model cannot be computed apart; the message names what stands against it."""
+
+
+@dataclass(slots=True, eq=False)
+class HeadGroupMetadata:
+    """A step as vLLM describes it; what it means for head groups is found out by the first layer."""
+
+    common: CommonAttentionMetadata
+    builder: HeadGroupBuilder
+
+
+class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
+    """Keeps vLLM's description of a step, and has the base backend's builder describe the virtual sequences."""
+
+    base_backend: ClassVar[type[AttentionBackend]]
+    # What is exchanged differs from step to step: graphs are captured between attentions only.
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(
+        self, kv_cache_spec: HeadGroupSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._base = self.base_backend.get_builder_cls()(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> HeadGroupMetadata:
+        return HeadGroupMetadata(common_attn_metadata, self)
+
+    def build_base(self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata) -> Any:
+        """The base backend's metadata of the virtual sequences of ``part``, whose block tables are [N, width]."""
+        starts = torch.from_numpy(part.starts.astype(np.int32))
+        lasts = torch.from_numpy(part.lasts.astype(np.int32))
+        device = common.query_start_loc.device
+        described = replace(
+            common,
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=lasts.to(device),
+            num_reqs=len(part),
+            num_actual_tokens=part.num_tokens,
+            max_query_len=int(part.counts.max()),
+            max_seq_len=int(part.lasts.max()),
+            block_table_tensor=tables,
+            slot_mapping=slots,
+            positions=None,
+            is_prefilling=None if common.is_prefilling is None else common.is_prefilling[part.requests],
+            seq_lens_cpu_upper_bound=lasts,
+            req_idx=None,
+        )
+        return self._base.build(0, described)
+
+
+class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
+    """One attention layer. ``num_heads`` is r, the queries of one head group: base builders size by it."""
+
+    base_backend: ClassVar[type[AttentionBackend]]
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **more: Any,
+    ) -> None:
+        reasons = {
+            "ALiBi slopes": alibi_slopes is not None,
+            f"attention of type {attn_type}": attn_type != AttentionType.DECODER,
+            "layers that share KV": kv_sharing_target_layer_name is not None,
+            "attention sinks": more.get("sinks") is not None,
+            f"KV of dtype {kv_cache_dtype}": kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        }
+        if found := [reason for reason, applies in reasons.items() if applies]:
+            raise UnsupportedModelError(
+                f"hetis cannot place head groups of a model with {', '.join(found)}; unset HETIS_VLLM_CONFIG"
+            )
+        self.head_groups, self.num_heads = num_kv_heads, num_heads // num_kv_heads
+        self.num_kv_heads, self.head_size, self.scale = 1, head_size, float(scale)
+        self.sliding_window, self.logits_soft_cap = sliding_window, logits_soft_cap
+        self.kv_cache_dtype = kv_cache_dtype
+        self.base = self.base_backend.get_impl_cls()(
+            self.num_heads, head_size, scale, 1, None, sliding_window, kv_cache_dtype, logits_soft_cap, attn_type
+        )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self.base.process_weights_after_loading(act_dtype)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: HeadGroupMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer: query [T, H, d], key and value [T, G, d], into output [T, H, d]."""
+        if attn_metadata is not None:  # else vLLM measures memory
+            current_rank().attend(self, layer, query, key, value, kv_cache, attn_metadata, output)
+        return output
+
+    def attend_here(
+        self,
+        layer: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+        metadata: Any,
+        out: torch.Tensor,
+    ) -> None:
+        """Stores k and v [V, 1, d] and attends with q [V, r, d] by the base backend, into out [V, r, d]."""
+        if not self.base_backend.forward_includes_kv_cache_update:
+            self.store(layer, k, v, kv_cache, slots)
+        self.base.forward(layer, q, k, v, kv_cache, metadata, out)
+
+    def store(self, layer: Any, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """Writes k and v [V, 1, d] to slots of the cache, in the base backend's layout."""
+        self.base.do_kv_cache_update(layer, k, v, kv_cache, slots)
+
+
+def composed(base: type[AttentionBackend], name: str) -> type[AttentionBackend]:
+    """A backend of vLLM by head groups, under ``name`` in vLLM's registry."""
+    builder = type(f"{base.__name__}HeadGroupBuilder", (HeadGroupBuilder,), {"base_backend": base})
+    impl = type(f"{base.__name__}HeadGroupImpl", (HeadGroupImpl,), {"base_backend": base})
+
+    class ComposedBackend(base):  # type: ignore[misc]
+        """``base``, with one KV head and a block table for each head group."""
+
+        forward_includes_kv_cache_update = True
+
+        @staticmethod
+        def get_name() -> str:
+            return name
+
+        @staticmethod
+        def get_impl_cls() -> type[HeadGroupImpl]:
+            return impl
+
+        @staticmethod
+        def get_builder_cls() -> type[HeadGroupBuilder]:
+            return builder
+
+        @classmethod
+        def customize_spec(cls, spec: AttentionSpec) -> HeadGroupSpec:
+            return HeadGroupSpec.of(spec)
+
+        @classmethod
+        def supports_sink(cls) -> bool:
+            return False
+
+    return ComposedBackend
+
+
+CpuHeadGroups = composed(CPUAttentionBackend, "CPU_ATTN")

@@ -1,0 +1,96 @@
+"""The virtual sequences of a step: each (request, head group) is a sequence with one KV head and r query heads.
+
+vLLM hands over a batch of R requests with T tokens in all. Of token t the queries of group g are the rows ``t G + g``
+of ``query.view(T G, r, d)``; a part of the batch (what is computed here, or by one worker) is a list of such rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+Table = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Requests:
+    """The requests of a step, in the order of vLLM's batch.
+
+    Attributes:
+        rows: of the head map, shape [R]; -1 where vLLM runs a dummy.
+        counts: tokens of this step, shape [R].
+        lasts: tokens after this step, shape [R].
+    """
+
+    rows: IntArray
+    counts: IntArray
+    lasts: IntArray
+
+    @property
+    def firsts(self) -> IntArray:
+        """Position of the first token of this step, shape [R]."""
+        return self.lasts - self.counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """N virtual sequences with V tokens in all: groups in order, and in each group the requests in order.
+
+    Attributes:
+        requests: index of the request of each sequence, shape [N].
+        groups: head group of each, shape [N].
+        counts: tokens of each in this step, shape [N].
+        lasts: tokens of each after this step, shape [N].
+        starts: first token of each among the part's, and V at the end, shape [N + 1].
+        rows: row of ``query.view(T G, r, d)`` of each token, shape [V].
+        positions: of each token in its sequence, shape [V].
+        is_everything: all groups of all requests, so that ``rows`` is a transposition.
+    """
+
+    requests: IntArray
+    groups: IntArray
+    counts: IntArray
+    lasts: IntArray
+    starts: IntArray
+    rows: IntArray
+    positions: IntArray
+    is_everything: bool
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows)
+
+
+def part_of(requests: Requests, chosen: Bools) -> Part:
+    """The part of a step with the groups that are ``chosen``, shape [R, G]."""
+    num_groups = chosen.shape[1]
+    groups, indices = np.nonzero(chosen.T)
+    counts = requests.counts[indices]
+    starts = np.zeros(len(indices) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    begins = np.cumsum(requests.counts) - requests.counts
+    offsets = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+    return Part(
+        requests=indices,
+        groups=groups,
+        counts=counts,
+        lasts=requests.lasts[indices],
+        starts=starts,
+        rows=(np.repeat(begins[indices], counts) + offsets) * num_groups + np.repeat(groups, counts),
+        positions=np.repeat(requests.firsts[indices], counts) + offsets,
+        is_everything=bool(chosen.all()),
+    )
+
+
+def slots_of(part: Part, tables: Table, block_tokens: int) -> IntArray:
+    """Slot of each token, shape [V]: its block times ``block_tokens`` and the place in it; ``tables`` is [N, width]."""
+    sequences = np.repeat(np.arange(len(part)), part.counts)
+    blocks = tables[sequences, part.positions // block_tokens].astype(np.int64)
+    return blocks * block_tokens + part.positions % block_tokens

@@ -1,0 +1,273 @@
+"""vLLM's manager of KV blocks, for requests whose head groups have a block table each, or live elsewhere.
+
+vLLM sees one block per request, its anchor, which never holds KV: block tables of vLLM only grow, those of head groups
+that move do not. All real tables are here, and reach the ranks as events with the next step. Everything comes out of
+vLLM's one pool, so that its watermarks, preemption and KV usage hold as they are.
+
+Prefix cache: full blocks are cached under vLLM's hashes with the head group's number as the group's. A request hits as
+far as all of its groups do; such a request begins with all groups here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+from hetis.runtime.vllm.specs import HeadGroupSpec
+from hetis.runtime.vllm.steps import LOCAL, Event, Gone, Grown
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+    from vllm.v1.request import Request
+
+
+class Homes(Protocol):
+    """Who knows where head groups live: the scheduler's side of the connector."""
+
+    def devices(self, request_id: str) -> Sequence[int]:
+        """Device of each head group of a request that has been placed."""
+
+    def has_room(self, request_id: str, tokens: int) -> bool:
+        """Whether its groups elsewhere could grow to so many tokens."""
+
+    def grow(self, request_id: str, tokens: int) -> None:
+        """They have grown to so many tokens."""
+
+    def admitted(self, request_id: str, anchor: int) -> Event:
+        """The request begins with this anchor."""
+
+    def released(self, request_id: str) -> None:
+        """The request has ended, or was preempted."""
+
+
+class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
+    """Block tables of every head group of every request.
+
+    Attributes:
+        homes: set by the connector before the first request.
+        relieve: set by it too; called where the pool lacks so many blocks for a request that runs.
+        events: what the ranks have not been told yet.
+    """
+
+    homes: Homes
+    relieve: Callable[[int], None] | None = None
+
+    def __init__(self, kv_cache_spec: HeadGroupSpec, **arguments: Any) -> None:
+        super().__init__(kv_cache_spec, **arguments)
+        self.head_groups = kv_cache_spec.head_groups
+        self.events: list[Event] = []
+        self._tables: dict[str, list[list[KVCacheBlock]]] = {}
+        self._covered: dict[str, int] = {}  # blocks that every local group has
+        self._void: set[str] = set()  # requests that lost KV: their blocks hold what nobody may find
+        self._needed: dict[str, int] = {}  # blocks that every group has, wherever it is
+
+    # --- what vLLM asks
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks that ``num_tokens`` need here; more than there are where groups elsewhere have no room to grow."""
+        needed = int(cdiv(num_tokens, self.block_size))
+        if request_id in self.num_cached_block and needed <= self._covered[request_id]:
+            return 0
+        if not self.homes.has_room(request_id, num_tokens):
+            return int(self.block_pool.num_gpu_blocks) + 1
+        if request_id in self.num_cached_block:
+            missing = self._missing(request_id, needed)
+            lacking = missing - int(self.block_pool.get_num_free_blocks())
+            if lacking > 0 and self.relieve is not None:
+                self.relieve(lacking)
+                missing = self._missing(request_id, needed)
+            return missing
+        hits = len(new_computed_blocks) // self.head_groups
+        fresh = 1 + len(self._local(request_id)) * (needed - hits)
+        return fresh + int(self._get_num_evictable_blocks(new_computed_blocks))
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Takes the blocks of a prefix that hit: G for each block of tokens, in the order of the groups."""
+        assert request_id not in self._tables, f"{request_id} holds blocks already"
+        self.block_pool.touch(new_computed_blocks)
+        groups = range(self.head_groups)
+        self._begin(request_id, [list(new_computed_blocks[group :: self.head_groups]) for group in groups])
+        self.num_cached_block[request_id] = len(new_computed_blocks) // self.head_groups
+
+    def allocate_external_computed_blocks(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("no KV comes from outside")
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Extends the tables of local groups; returns the anchor where vLLM does not have it yet."""
+        is_new = request_id not in self._tables
+        if is_new:
+            self._begin(request_id, [[] for _ in range(self.head_groups)])
+        needed = cdiv(num_tokens, self.block_size)
+        if needed > self._covered[request_id]:
+            for group in self._growing(request_id):
+                self.extend(request_id, group, needed)
+            self._covered[request_id] = self._needed[request_id] = needed
+            self.homes.grow(request_id, num_tokens)
+        anchor = self.req_to_blocks[request_id]
+        return list(anchor) if is_new else []
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Offers full blocks to later requests, where all groups are here: a prefix hits only with all of them."""
+        request_id = request.request_id
+        cached, full = self.num_cached_block.get(request_id, 0), num_tokens // self.block_size
+        if request_id in self._void:
+            if request.num_computed_tokens:
+                return
+            self._void.discard(request_id)  # it is computed from its first token now
+        if cached >= full or len(self._local(request_id)) < self.head_groups:
+            return
+        for group, table in enumerate(self._tables[request_id]):
+            self.block_pool.cache_full_blocks(
+                request=request,
+                blocks=table,
+                num_cached_blocks=cached,
+                num_full_blocks=full,
+                block_size=self.block_size,
+                kv_cache_group_id=group,
+            )
+        self.num_cached_block[request_id] = full
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Everything that a request holds, its last blocks last."""
+        anchor = super().pop_blocks_for_free(request_id)
+        self._covered.pop(request_id, None)
+        self._needed.pop(request_id, None)
+        self._void.discard(request_id)
+        tables = self._tables.pop(request_id, None)
+        if tables is None:
+            return list(anchor)
+        self.events.append(Gone(anchor[0].block_id))
+        self.homes.released(request_id)
+        longest = max(map(len, tables))
+        return [*anchor, *chain.from_iterable(table[i : i + 1] for i in range(longest) for table in tables)]
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: HeadGroupSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The longest prefix that all head groups have: blocks in the order of `add_local_computed_blocks`."""
+        size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+        groups = list(range(kv_cache_spec.head_groups))
+        blocks: list[KVCacheBlock] = []
+        for block_hash in islice(hashes, max_length // size):
+            cached = block_pool.get_cached_block(block_hash, groups)
+            if not cached:
+                break
+            blocks.extend(cached)
+        hit = len(blocks) // len(groups)
+        if drop_eagle_block and hit:
+            hit -= 1
+        del blocks[hit * len(groups) :]
+        return (blocks,), hit * size
+
+    # --- what the connector asks
+
+    def extend(self, request_id: str, group: int, blocks: int) -> None:
+        """Gives one group blocks up to so many."""
+        table = self._tables[request_id][group]
+        if blocks <= len(table):
+            return
+        fresh = self.block_pool.get_new_blocks(blocks - len(table))
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in fresh)
+        numbers = tuple(block.block_id for block in fresh)
+        self.events.append(Grown(self.anchor(request_id), group, len(table), numbers))
+        table.extend(fresh)
+
+    def free_group(self, request_id: str, group: int) -> None:
+        """Frees the blocks of a group that lives elsewhere now."""
+        table = self._tables[request_id][group]
+        self.block_pool.free_blocks(reversed(table))
+        table.clear()
+
+    def lost(self, request_id: str) -> None:
+        """A request lost KV and has new homes, where it is computed again from its first token."""
+        self._void.add(request_id)
+        self.left(request_id, range(self.head_groups))
+
+    def left(self, request_id: str, groups: Sequence[int]) -> None:
+        """Groups of a request have new homes: blocks of those that are not here any more are freed."""
+        tables = self._tables[request_id]
+        for group, device in enumerate(self.homes.devices(request_id)):
+            if device != LOCAL and tables[group] and group in groups:
+                self.free_group(request_id, group)
+        self._covered[request_id] = min((len(tables[group]) for group in self._growing(request_id)), default=0)
+
+    def anchor(self, request_id: str) -> int:
+        """The number that names a running request on the ranks."""
+        return int(self.req_to_blocks[request_id][0].block_id)
+
+    def blocks_of(self, request_id: str) -> int:
+        """Blocks that each group of a running request needs for what it has room for."""
+        return max(self._needed[request_id], 1)
+
+    def held(self, request_id: str, group: int) -> int:
+        """Blocks of one group here."""
+        return len(self._tables[request_id][group])
+
+    # --- inside
+
+    def _missing(self, request_id: str, needed: int) -> int:
+        """Blocks that groups here lack."""
+        tables = self._tables[request_id]
+        return sum(max(needed - len(tables[group]), 0) for group in self._growing(request_id))
+
+    def _begin(self, request_id: str, tables: list[list[KVCacheBlock]]) -> None:
+        anchor = self.block_pool.get_new_blocks(1)[0]
+        self.req_to_blocks[request_id] = [anchor]
+        self._tables[request_id] = tables
+        self._covered[request_id] = self._needed[request_id] = len(tables[0])
+        self.num_cached_block.setdefault(request_id, 0)
+        self.events.append(self.homes.admitted(request_id, int(anchor.block_id)))
+        for group, table in enumerate(tables):
+            if table:
+                numbers = tuple(block.block_id for block in table)
+                self.events.append(Grown(int(anchor.block_id), group, 0, numbers))
+
+    def _growing(self, request_id: str) -> list[int]:
+        """Groups here, and those on their way: they have blocks already, which copies fill."""
+        tables = self._tables[request_id]
+        here = enumerate(self.homes.devices(request_id))
+        return [group for group, device in here if device == LOCAL or tables[group]]
+
+    def _local(self, request_id: str) -> list[int]:
+        return [group for group, device in enumerate(self.homes.devices(request_id)) if device == LOCAL]

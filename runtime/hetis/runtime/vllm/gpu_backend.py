@@ -1,0 +1,15 @@
+"""The attention backend on GPUs: the one that the settings name, or FLASH_ATTN, by head groups.
+
+Has never run on a GPU: none was at hand. vLLM is to be started with ``--attention-backend CUSTOM``.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from hetis.runtime.vllm.backend import composed
+from hetis.runtime.vllm.settings import read_settings
+
+_settings = read_settings()
+_base = (_settings.base_backend if _settings is not None else None) or "FLASH_ATTN"
+GpuHeadGroups = composed(AttentionBackendEnum[_base].get_class(), "CUSTOM")

@@ -1,0 +1,168 @@
+"""Copies of head groups that move while their requests decode: a little with each step, the rest when the move commits.
+
+The source owns the groups until the commit; until then every step goes on writing there. A move that cannot be finished
+has no effect: the copies are dropped and the groups stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.kv.errors import DeviceError, DeviceLostError
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.vllm.batch import IntArray
+from hetis.runtime.vllm.head_map import HeadMap
+from hetis.runtime.vllm.steps import LOCAL, Move, MoveStep
+from hetis.runtime.vllm.workers import Workers
+
+
+class KvStore(Protocol):
+    """KV in the blocks of a rank, in plain form."""
+
+    def read(self, blocks: IntArray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V at positions ``first`` to ``last - 1`` of one head group, each [layers, positions, d], copies."""
+
+    def write(self, blocks: IntArray, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes K and V, each [layers, positions, d], to the positions from ``first`` on."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A move under way: ``copied`` positions are at the target."""
+
+    move: Move
+    copied: int = 0
+    is_reported: bool = False
+
+
+class Mover:
+    """The moves of one rank."""
+
+    def __init__(
+        self, heads: HeadMap, workers: Workers, shape: KvShape, store: KvStore, *, bytes_per_step: int
+    ) -> None:
+        """``bytes_per_step``: KV copied between two steps at most, but one position of every group."""
+        self._heads, self._workers, self._shape, self._store = heads, workers, shape, store
+        self._bytes_per_step = bytes_per_step
+        self._open: dict[int, _Open] = {}
+        self._copied: set[int] = set()
+        self._failed: set[int] = set()
+
+    def take(self, step: MoveStep) -> None:
+        """Begins, commits or gives up a move. Raises DeviceError, after which the worker is to be declared lost."""
+        move = step.move
+        if step.phase == "begin":
+            if self._heads.row(move.anchor) is None or not self._is_there(move):
+                self._failed.add(move.number)
+            else:
+                self._open[move.number] = _Open(move)
+            return
+        one = self._open.pop(move.number, None)
+        if step.phase == "commit":
+            self._commit(move, one)
+        elif one is not None:
+            self._drop(move.target, move)
+
+    def advance(self) -> None:
+        """Copies as much as a step may. Raises as `take`."""
+        left = self._bytes_per_step
+        for one in list(self._open.values()):
+            row = self._row(one.move)
+            tokens = int(self._heads.tokens[row])
+            position_bytes = len(one.move.groups) * self._shape.page_bytes // self._shape.page_tokens
+            last = min(tokens, one.copied + max(left // position_bytes, 1))
+            if last > one.copied:
+                self._copy(one, last)
+                left -= (last - one.copied) * position_bytes
+                one.copied = last
+            if one.copied == tokens and not one.is_reported:
+                one.is_reported = True
+                self._copied.add(one.move.number)
+            if left <= 0:
+                break
+
+    def forget(self, anchor: int) -> None:
+        """A request left, or is computed again: its moves are void. Workers have been told to drop it already."""
+        for number in [n for n, one in self._open.items() if one.move.anchor == anchor]:
+            del self._open[number]
+            self._failed.add(number)
+
+    def lose(self, device: int) -> None:
+        """A worker is gone: moves from and to it are void."""
+        for number in [n for n, one in self._open.items() if device in (one.move.source, one.move.target)]:
+            move = self._open.pop(number).move
+            self._failed.add(number)
+            if move.target != device and self._workers.get(move.target) is not None:
+                self._drop(move.target, move)
+
+    def take_results(self) -> tuple[set[int], set[int]]:
+        """Moves whose copies are complete, and moves that failed, since the last time."""
+        copied, failed = self._copied, self._failed
+        self._copied, self._failed = set(), set()
+        return copied, failed
+
+    # --- inside
+
+    def _commit(self, move: Move, one: _Open | None) -> None:
+        """The scheduler has decided: where the copy is not whole, the request is computed again at its new homes."""
+        row = self._heads.row(move.anchor)
+        if row is None:
+            return
+        try:
+            if one is None:
+                self._heads.must_restart[row] = True
+            elif (tokens := int(self._heads.tokens[row])) > one.copied:
+                self._copy(one, tokens)
+            self._drop(move.source, move)
+        except DeviceError:
+            self._heads.must_restart[row] = True
+            raise
+        finally:
+            self._heads.devices[row, list(move.groups)] = move.target
+
+    def _copy(self, one: _Open, last: int) -> None:
+        move, first = one.move, one.copied
+        row, groups = self._row(move), list(move.groups)
+        number = int(self._heads.numbers[row])
+        if move.source == LOCAL:
+            pairs = [self._store.read(self._blocks(row, group), first, last) for group in groups]
+            k, v = (torch.stack(side) for side in zip(*pairs, strict=True))
+        else:
+            k, v = self._device(move.source).export(number, 0, groups, first, last)
+        if move.target == LOCAL:
+            for i, group in enumerate(groups):
+                self._store.write(self._blocks(row, group), first, k[i], v[i])
+        else:
+            self._device(move.target).adopt(number, 0, groups, first, k, v)
+
+    def _drop(self, device: int, move: Move) -> None:
+        row = self._heads.row(move.anchor)
+        there = self._workers.get(device)
+        if there is not None and row is not None:
+            number = int(self._heads.numbers[row])
+            there.drop([SequenceKey(number, 0, group) for group in move.groups])
+
+    def _is_there(self, move: Move) -> bool:
+        ends: Sequence[int] = move.source, move.target
+        return all(end == LOCAL or self._workers.get(end) is not None for end in ends)
+
+    def _device(self, number: int) -> AttentionDevice:
+        device = self._workers.get(number)
+        if device is None:
+            raise DeviceLostError(self._workers.names[number - 1], "it is gone")
+        return device
+
+    def _row(self, move: Move) -> int:
+        row = self._heads.row(move.anchor)
+        assert row is not None, "moves of a request end with it"
+        return row
+
+    def _blocks(self, row: int, group: int) -> IntArray:
+        blocks: IntArray = self._heads.tables[row, group].astype(np.int64)
+        return blocks

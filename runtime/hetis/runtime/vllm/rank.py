@@ -1,0 +1,397 @@
+"""One rank of vLLM: its head map, its attention workers, and the attention of each layer over all of them.
+
+What lives here is computed by vLLM's own backend, in one call for all (request, head group) pairs; what lives on
+workers is sent first, computed there meanwhile, and put in its place at the end: a plain concatenation of heads.
+
+A worker that fails in the middle of a step costs nobody a wrong token. Requests that begin in this step are computed
+here from what the step brings; the others with head groups there are *void* until they are computed from their first
+token again, which their anchors, reported as blocks that failed to load, make vLLM's scheduler do.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
+from hetis.runtime.kv.errors import DeviceError
+from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.vllm.batch import Part, Requests, part_of, slots_of
+from hetis.runtime.vllm.direct import attend_directly
+from hetis.runtime.vllm.head_map import HeadMap
+from hetis.runtime.vllm.moving import KvStore, Mover
+from hetis.runtime.vllm.steps import (
+    LOCAL,
+    Admitted,
+    DeviceReport,
+    Gone,
+    Grown,
+    MoveStep,
+    RankReport,
+    Rehomed,
+    StepPlan,
+)
+from hetis.runtime.vllm.workers import Workers
+
+if TYPE_CHECKING:
+    from hetis.runtime.vllm.backend import HeadGroupImpl, HeadGroupMetadata
+
+_log = logging.getLogger(__name__)
+REPORT_S = 1.0  # between two reports of counters
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Remote:
+    """What one worker computes of a step."""
+
+    device: int
+    part: Part
+    rows: torch.Tensor
+    pending: Pending | None = None
+    asked_s: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Batch:
+    """A step as this rank computes it."""
+
+    requests: Requests
+    num_tokens: int
+    local: Part
+    local_rows: torch.Tensor
+    tables: torch.Tensor
+    slots: torch.Tensor
+    remotes: list[_Remote]
+    has_void: bool
+    base: dict[int, Any] = field(default_factory=dict)  # metadata of vLLM's backend, by builder
+
+
+class Rank:
+    """The state of one rank.
+
+    Attributes:
+        heads: where every head group lives.
+        workers: the attention workers of this rank.
+        mover: copies of head groups under way.
+    """
+
+    def __init__(
+        self,
+        shape: KvShape,
+        layers: Mapping[str, int],
+        head_groups: int,
+        num_blocks: int,
+        block_tokens: int,
+        workers: Workers,
+        store: KvStore,
+        *,
+        copy_bytes_per_step: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``layers``: number of each layer of the stage by vLLM's name; ``store``: the KV of this rank."""
+        self.heads = HeadMap(head_groups, num_blocks)
+        self.workers = workers
+        self.mover = Mover(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
+        self._shape, self._layers, self._clock = shape, layers, clock
+        self._head_groups, self._block_tokens = head_groups, block_tokens
+        self._batch: _Batch | None = None
+        self._plan, self._step = -1, 0
+        self._void: set[int] = set()  # anchors of this step's requests that are void
+        self._reports: dict[int, DeviceReport] = {}
+        self._reported_s = clock()
+
+    # --- between steps
+
+    def apply(self, plan: StepPlan) -> None:
+        """Takes what changed; once for each plan, however often vLLM hands it over."""
+        if plan.number == self._plan:
+            return
+        self._plan = plan.number
+        self._abandon()
+        self._void.clear()
+        for device in self.workers.advance():
+            self._reports.setdefault(device, DeviceReport(0)).blocks = self.blocks(device)
+        for event in plan.events:
+            match event:
+                case Admitted():
+                    self.heads.admit(event)
+                case Grown():
+                    self.heads.grow(event)
+                case Gone():
+                    self._remove(event)
+                case Rehomed():
+                    self._rehome(event)
+                case MoveStep():
+                    self._guard(lambda event=event: self.mover.take(event))  # type: ignore[misc]
+        self._guard(self.mover.advance)
+
+    def finish_step(self) -> None:
+        """All layers of the step are through."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            known = batch.requests.rows >= 0
+            self.heads.tokens[batch.requests.rows[known]] = batch.requests.lasts[known]
+            for remote in batch.remotes:
+                if (device := self.workers.get(remote.device)) is not None:
+                    self._guard_device(remote.device, lambda device=device: device.finish(self._step))  # type: ignore[misc]
+
+    def take_void(self) -> set[int]:
+        """Anchors of requests of this step whose outputs must not be used."""
+        void, self._void = self._void, set()
+        return void
+
+    def take_report(self) -> RankReport:
+        """What the scheduler has to know; counters only now and then."""
+        copied, failed = self.mover.take_results()
+        report = RankReport(copied=copied, failed=failed)
+        now_s = self._clock()
+        if now_s - self._reported_s >= REPORT_S or any(one.blocks == 0 for one in self._reports.values()):
+            self._reported_s = now_s
+            for device, one in self._reports.items():
+                one.blocks = self.blocks(device)
+            report.devices, self._reports = self._reports, {}
+        return report
+
+    def blocks(self, number: int) -> int:
+        """KV blocks of vLLM's size that a worker holds for one head group; 0: it is not there."""
+        device = self.workers.get(number)
+        return 0 if device is None else device.num_pages * self._shape.page_tokens // self._block_tokens
+
+    def close(self) -> None:
+        """vLLM ends."""
+        self.workers.close()
+
+    # --- a step
+
+    def attend(
+        self,
+        impl: HeadGroupImpl,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: HeadGroupMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
+        batch = self._batch or self._begin(metadata)
+        tokens, groups = batch.num_tokens, self._head_groups
+        d = self._shape.head_dim
+        q = query[:tokens].reshape(tokens * groups, -1, d)
+        k, v = (x[:tokens].reshape(tokens * groups, 1, d) for x in (key, value))
+        if batch.has_void or tokens < len(output):
+            output.zero_()
+        out = output[:tokens].view(tokens * groups, -1, d)
+        number = self._layers[layer.layer_name]
+        for remote in batch.remotes:
+            self._ask(remote, number, q, k, v)
+        if len(batch.local):
+            out_here = _gathered(q, batch.local, batch.local_rows, tokens)
+            q_here = out_here.clone() if batch.local.is_everything and out_here.data_ptr() == q.data_ptr() else out_here
+            k_here, v_here = (_gathered(x, batch.local, batch.local_rows, tokens) for x in (k, v))
+            out_here = torch.empty_like(q_here)
+            base = batch.base.get(id(metadata.builder))
+            if base is None:
+                base = batch.base[id(metadata.builder)] = metadata.builder.build_base(
+                    batch.local, batch.tables, batch.slots, metadata.common
+                )
+            impl.attend_here(layer, q_here, k_here, v_here, kv_cache, batch.slots, base, out_here)
+            if batch.local.is_everything:
+                out.view(tokens, groups, -1, d).copy_(out_here.view(groups, tokens, -1, d).transpose(0, 1))
+            else:
+                out[batch.local_rows] = out_here
+        for remote in batch.remotes:
+            self._answer(remote, number, q, k, v, out, batch)
+
+    # --- inside
+
+    def _begin(self, metadata: HeadGroupMetadata) -> _Batch:
+        """Finds out where each head group of this step lives, and tells the workers what is coming."""
+        self._step += 1
+        common = metadata.common
+        num = common.num_reqs
+        anchors = common.block_table_tensor[:num, 0].cpu().numpy()
+        starts = common.query_start_loc_cpu[: num + 1].numpy().astype(np.int64)
+        requests = Requests(
+            rows=self.heads.row_of[anchors],
+            counts=np.diff(starts),
+            lasts=common.seq_lens[:num].cpu().numpy().astype(np.int64),
+        )
+        known = requests.rows >= 0
+        devices = np.where(known[:, None], self.heads.devices[requests.rows], -1)
+        begins = requests.firsts == 0
+        self.heads.must_restart[requests.rows[known & begins]] = False
+        void = known & self.heads.must_restart[requests.rows]
+        devices[void] = -1
+        self._void.update(anchors[void].tolist())
+        local = part_of(requests, devices == LOCAL)
+        device = metadata.common.query_start_loc.device
+        rows = requests.rows[local.requests]
+        width = int(-(-local.lasts.max(initial=1) // self._block_tokens))
+        tables = self.heads.tables[rows, local.groups, :width]
+        batch = _Batch(
+            requests=requests,
+            num_tokens=int(starts[-1]),
+            local=local,
+            local_rows=torch.from_numpy(local.rows).to(device),
+            tables=torch.from_numpy(tables).to(device),
+            slots=torch.from_numpy(slots_of(local, tables, self._block_tokens)).to(device),
+            remotes=[],
+            has_void=bool((devices < 0).any()),
+        )
+        for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
+            part = part_of(requests, devices == number)
+            batch.remotes.append(_Remote(device=number, part=part, rows=torch.from_numpy(part.rows).to(device)))
+        self._batch = batch
+        for remote in batch.remotes:
+            self._announce(remote, requests)
+        return batch
+
+    def _announce(self, remote: _Remote, requests: Requests) -> None:
+        part = remote.part
+        step = DeviceStep(
+            epoch=self.workers.epoch,
+            number=self._step,
+            requests=self.heads.numbers[requests.rows[part.requests]],
+            incarnations=np.zeros(len(part), np.int64),
+            heads=part.groups,
+            positions=part.lasts - part.counts,
+            counts=part.counts,
+        )
+        device = self.workers.get(remote.device)
+        if device is not None:
+            self._guard_device(remote.device, lambda: device.begin(step))
+
+    def _ask(self, remote: _Remote, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        remote.pending = None
+        device = self.workers.get(remote.device)
+        if device is None:
+            return
+        qkv = torch.cat([q[remote.rows], k[remote.rows], v[remote.rows]], dim=1)
+        remote.asked_s = self._clock()
+
+        def ask(device: AttentionDevice = device) -> None:
+            remote.pending = device.attend(layer, qkv)
+
+        self._guard_device(remote.device, ask)
+        report = self._reports.setdefault(remote.device, DeviceReport(self.blocks(remote.device)))
+        report.bytes_sent += qkv.nbytes
+
+    def _answer(
+        self,
+        remote: _Remote,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        batch: _Batch,
+    ) -> None:
+        """Puts a worker's outputs in their place, or makes up for them."""
+        answer: list[torch.Tensor] = []
+        pending = remote.pending
+        if pending is not None:
+            self._guard_device(remote.device, lambda: answer.append(pending.wait()))
+        if answer:
+            out[remote.rows] = answer[0].to(out)
+            self._count(remote, answer[0])
+            return
+        self._make_up(remote, layer, q, k, v, out, batch)
+
+    def _make_up(
+        self,
+        remote: _Remote,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        batch: _Batch,
+    ) -> None:
+        """The worker is lost: requests that begin in this step are computed here, the others are void."""
+        part = remote.part
+        for sequence in range(len(part)):
+            rows = remote.rows[part.starts[sequence] : part.starts[sequence + 1]]
+            request = int(part.requests[sequence])
+            row = int(batch.requests.rows[request])
+            self.heads.must_restart[row] = True
+            if part.positions[part.starts[sequence]] == 0:
+                out[rows] = attend_directly(q[rows], k[rows, 0], v[rows, 0], self._shape, layer).to(out)
+            else:
+                out[rows] = 0
+                self._void.add(int(self.heads.anchors[row]))
+
+    def _count(self, remote: _Remote, answer: torch.Tensor) -> None:
+        report, part = self._reports[remote.device], remote.part
+        report.exchanges += 1
+        report.exchange_s += self._clock() - remote.asked_s
+        report.bytes_received += answer.nbytes
+        report.heads += part.num_tokens * self._shape.queries_per_group
+        report.kv_bytes += float(part.lasts.sum()) * 2 * self._shape.head_dim * self._shape.item_bytes
+
+    def _remove(self, event: Gone) -> None:
+        row = self.heads.row(event.anchor)
+        if row is None:
+            return
+        self._drop_remote(row)
+        self.mover.forget(event.anchor)
+        self.heads.remove(event)
+
+    def _rehome(self, event: Rehomed) -> None:
+        row = self.heads.row(event.anchor)
+        if row is None:
+            return
+        self._drop_remote(row)
+        self.mover.forget(event.anchor)
+        self.heads.rehome(event)
+        self.heads.must_restart[row] = True
+
+    def _drop_remote(self, row: int) -> None:
+        for number in self.heads.remote_devices(row):
+            device = self.workers.get(number)
+            if device is not None:
+                keys = [SequenceKey(request, 0, group) for request, group in self.heads.keys_on(row, number)]
+                self._guard_device(number, lambda device=device, keys=keys: device.drop(keys))  # type: ignore[misc]
+
+    def _abandon(self) -> None:
+        """A step that was begun and never finished, of a dummy run say, is forgotten."""
+        batch, self._batch = self._batch, None
+        for remote in batch.remotes if batch is not None else ():
+            if (device := self.workers.get(remote.device)) is not None:
+                self._guard_device(remote.device, lambda device=device: device.abort(self._step))  # type: ignore[misc]
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Runs ``work``, which names the worker in its error if one fails."""
+        try:
+            work()
+        except DeviceError as error:
+            self._lose(self.workers.number(error.device), error)
+
+    def _guard_device(self, number: int, work: Callable[[], None]) -> None:
+        """Runs ``work``; a worker that fails in it is lost."""
+        try:
+            work()
+        except DeviceError as error:
+            self._lose(number, error)
+
+    def _lose(self, number: int, error: Exception) -> None:
+        if self.workers.lose(number, error):
+            self._reports[number] = DeviceReport(0)
+            self.mover.lose(number)
+            for row in self.heads.with_groups_on(number):
+                self.heads.must_restart[row] = True
+
+
+def _gathered(x: torch.Tensor, part: Part, rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The rows of a part of x [T G, n, d], in its order, contiguous."""
+    if part.is_everything:
+        groups = len(x) // tokens
+        return x.view(tokens, groups, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
+    return x[rows]

@@ -1,0 +1,69 @@
+"""Re-dispatch in vLLM's scheduler: now and then the solver looks at what runs, and moves what pays.
+
+A look costs milliseconds of the scheduler's process, so it is only taken where triggers fire: the slowest device is far
+above the ideal, or a device is above its high-water mark, draining, or has come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hetis.solver.dispatch.solve import Dispatcher
+from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.redispatch.triggers import triggers
+from hetis.solver.redispatch.watch import Watch
+
+if TYPE_CHECKING:
+    from hetis.runtime.vllm.allocator import HeadAllocator
+    from hetis.runtime.vllm.settings import RedispatchSettings
+
+BeginMove = Callable[[str, Sequence[int], int], int | None]
+LINK_BYTE_S = 1e-9  # of copies, until they are measured
+
+
+class Redispatch:
+    """Looks at one engine's requests every so many steps.
+
+    Attributes:
+        num_looks: times that the solver was asked.
+    """
+
+    def __init__(
+        self, allocator: HeadAllocator, begin_move: BeginMove, settings: RedispatchSettings, *, num_layers: int = 32
+    ) -> None:
+        self._allocator, self._begin_move, self._settings = allocator, begin_move, settings
+        self._num_layers, self._steps = num_layers, 0
+        self._watch = Watch()
+        self.num_looks = 0
+
+    def advance(self) -> None:
+        """Once a step: looks if it is time."""
+        self._steps += 1
+        due = self._steps % self._settings.every_steps == 0
+        if self._settings.enabled and due and self._allocator.running and not self._allocator.moves:
+            self.look()
+
+    def look(self) -> None:
+        """Begins the moves of the first wave, if triggers fire and any pay; later waves come with later looks."""
+        allocator = self._allocator
+        snapshot = allocator.snapshot()
+        dispatcher = Dispatcher(snapshot.stage)
+        fired = triggers(snapshot, dispatcher, theta=self._settings.theta)
+        if not self._watch.due(snapshot, fired):
+            return
+        self.num_looks += 1
+        num = snapshot.stage.num_devices
+        problem = RedispatchProblem(
+            snapshot=snapshot, num_layers=self._num_layers, link_byte_s=np.full(num, LINK_BYTE_S)
+        )
+        moves = [move for move in Redispatcher(dispatcher).solve(problem).moves if move.wave == 0]
+        self._watch.looked(snapshot, fired, moved=bool(moves))
+        allocator.state.mark_seen()
+        for move in moves:
+            owners = allocator.devices(move.request)
+            groups = [group for group, device in enumerate(owners) if device == move.source][: move.groups]
+            self._begin_move(move.request, groups, move.target)

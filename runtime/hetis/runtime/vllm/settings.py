@@ -1,0 +1,144 @@
+"""The one file that configures the plugin: attention workers, and the rules for placing and moving head groups.
+
+    apiVersion: hetis/v1
+    kind: VllmWorkers
+    workers:
+      - name: p100-0
+        addresses: [10.0.0.7:7070]     # one per rank: pipeline stages in order, in each the tensor-parallel ranks
+        keyFile: /etc/hetis/p100-0.key
+
+Every process of vLLM reads it: the path is in HETIS_VLLM_CONFIG. Without that variable the plugin does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.alias_generators import to_camel
+
+from hetis.solver.errors import HetisError
+
+VARIABLE = "HETIS_VLLM_CONFIG"
+
+
+class SettingsError(HetisError):
+    """The file of `VARIABLE` is not usable; the message names it and every problem."""
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True)
+
+
+class WorkerSettings(_Document):
+    """One attention worker: a device for the scheduler, and one process (or card) for each rank.
+
+    Attributes:
+        addresses: ``host:port`` of its process for each rank of vLLM, rank 0 first.
+        key_file: file with the key that the processes were started with.
+    """
+
+    name: str = Field(min_length=1, max_length=63)
+    addresses: tuple[str, ...] = Field(min_length=1)
+    key_file: Path
+
+    @field_validator("addresses")
+    @classmethod
+    def _check_addresses(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for address in addresses:
+            host, colon, port = address.rpartition(":")
+            if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+                raise ValueError(f"{address!r} is not host:port")
+        return addresses
+
+
+class DispatchSettings(_Document):
+    """Where the head groups of new requests go.
+
+    Attributes:
+        policy: ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay with the rank while it has room;
+            ``remote``: as many as fit go to workers, in turns (for trials).
+        expected_output_tokens: assumed of a request until it says a smaller ``max_tokens``.
+    """
+
+    policy: Literal["solver", "local", "remote"] = "solver"
+    expected_output_tokens: int = Field(default=256, ge=1, le=2**20)
+
+
+class RedispatchSettings(_Document):
+    """When head groups of running requests move.
+
+    Attributes:
+        enabled: whether they do without being told by the planner.
+        theta: share above the ideal time of a step at which a look is worth it.
+        every_steps: between two looks.
+        copy_bytes_per_step: KV copied by a rank in one step at most, beside computing it.
+    """
+
+    enabled: bool = True
+    theta: float = Field(default=0.5, ge=0.0, le=100.0)
+    every_steps: int = Field(default=16, ge=1)
+    copy_bytes_per_step: int = Field(default=8 << 20, ge=1 << 10)
+
+
+class Settings(_Document):
+    """The whole file.
+
+    Attributes:
+        transport: how ranks reach workers: shared memory on one host, else TCP (``auto``), or one of them.
+        timeout_s: without an answer for so long, a worker is lost.
+        page_tokens: tokens of a page on workers.
+        base_backend: vLLM's attention backend for what stays on the ranks; None: the platform's first choice.
+        executor: Unix socket on which the node's agent reaches the engine; None: nobody steers it.
+        calibrate: measure every worker before the first request.
+    """
+
+    api_version: Literal["hetis/v1"]
+    kind: Literal["VllmWorkers"]
+    workers: tuple[WorkerSettings, ...] = ()
+    transport: Literal["auto", "shm", "tcp"] = "auto"
+    timeout_s: float = Field(default=10.0, ge=0.1, le=3600.0)
+    page_tokens: int = Field(default=16, ge=1, le=1024)
+    base_backend: Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"] | None = None
+    dispatch: DispatchSettings = DispatchSettings()
+    redispatch: RedispatchSettings = RedispatchSettings()
+    executor: Path | None = None
+    calibrate: bool = True
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Settings:
+        names = [worker.name for worker in self.workers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"worker names are not unique: {', '.join(names)}")
+        ranks = {len(worker.addresses) for worker in self.workers}
+        if len(ranks) > 1:
+            raise ValueError(f"workers have {sorted(ranks)} addresses, all must have one for each rank")
+        return self
+
+
+def read_settings() -> Settings | None:
+    """The settings of the file that `VARIABLE` names; None: it names none.
+
+    Raises:
+        SettingsError: the file is not readable, or not valid.
+    """
+    path = os.environ.get(VARIABLE)
+    return None if not path else load_settings(Path(path))
+
+
+def load_settings(path: Path) -> Settings:
+    """The settings in a file. Raises SettingsError with all problems at once."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"{VARIABLE}: {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{VARIABLE}: {path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()]
+        raise SettingsError(f"{VARIABLE}: {path}: " + "; ".join(problems)) from None

@@ -1,0 +1,115 @@
+"""What the scheduler tells the ranks with each step, and what they report back. Plain values, pickled by vLLM itself.
+
+Every request has an *anchor*: one block of vLLM's pool that holds no KV and stands alone in the request's block table.
+Its number names the request on the ranks, where attention metadata carries block tables and no names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LOCAL = 0  # the device of a rank itself; workers count from 1
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request began; its groups live on these devices."""
+
+    anchor: int
+    number: int  # names the request to workers; never used again
+    devices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A request ended, or was preempted: all its KV is void."""
+
+    anchor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Blocks of one local group, from the block ``first`` of its table on."""
+
+    anchor: int
+    group: int
+    first: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rehomed:
+    """Groups of a request that is computed again from its first token live elsewhere from now on."""
+
+    anchor: int
+    devices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Groups of one request on their way to another device; `Grown` gives them blocks where that is `LOCAL`."""
+
+    number: int  # of the move, rising
+    anchor: int
+    groups: tuple[int, ...]
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveStep:
+    """What happens to a move: its copies begin, the target owns the groups from this step on, or it is given up."""
+
+    phase: Literal["begin", "commit", "abort"]
+    move: Move
+
+
+Event = Admitted | Gone | Grown | Rehomed | MoveStep
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What changed since the step before, in the order in which it happened."""
+
+    number: int
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(slots=True)
+class DeviceReport:
+    """What one rank says of its worker on one device.
+
+    Attributes:
+        blocks: KV blocks of one head group that it holds in all; 0: it is lost.
+        bytes_sent, bytes_received: since the last report.
+        exchanges: calls to it since the last report, one per layer and step.
+        exchange_s: seconds from a call to its answer, summed over those exchanges.
+        heads, kv_bytes: query heads computed there and KV bytes read, summed over those exchanges.
+    """
+
+    blocks: int
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    exchanges: int = 0
+    exchange_s: float = 0.0
+    heads: int = 0
+    kv_bytes: float = 0.0
+
+
+@dataclass(slots=True)
+class RankReport:
+    """What one rank says after a step; None in its place where nothing is to be said.
+
+    Attributes:
+        devices: by index, those that changed or whose counters are due.
+        copied: moves whose copies are complete up to the tokens that were there, by number.
+        failed: moves that came to nothing.
+    """
+
+    devices: dict[int, DeviceReport] = field(default_factory=dict)
+    copied: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.devices or self.copied or self.failed)

@@ -1,0 +1,114 @@
+"""The attention workers of one rank: connected at the start, lost on the first failure, joined again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+
+from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.kv.errors import DeviceError
+
+_log = logging.getLogger(__name__)
+AGAIN_S = 1.0  # between two attempts to join a worker
+
+Join = Callable[[int], AttentionDevice]
+
+
+class Workers:
+    """Workers by their number among the devices, from 1 on; number 0 is the rank itself.
+
+    Attributes:
+        names: of all of them, in order.
+        epoch: of this engine, above those of engines before it.
+    """
+
+    def __init__(
+        self, names: Sequence[str], join: Join, *, epoch: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``join`` connects to the worker with a number: it may take as long as its time-out, and raise DeviceError."""
+        self.names, self.epoch = tuple(names), epoch
+        self._join, self._clock = join, clock
+        self._devices: dict[int, AttentionDevice] = {}
+        self._joining: set[int] = set()
+        self._again_s: dict[int, float] = {}
+        self._came: SimpleQueue[tuple[int, AttentionDevice | Exception]] = SimpleQueue()
+        for number in range(1, len(self.names) + 1):
+            try:
+                self._devices[number] = join(number)
+            except DeviceError as error:
+                _log.warning("attention worker %s is not there yet: %s", self._name(number), error)
+                self._again_s[number] = clock() + AGAIN_S
+
+    def get(self, number: int) -> AttentionDevice | None:
+        """A worker; None: it is lost, or has not been there."""
+        return self._devices.get(number)
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Numbers of the workers that are there."""
+        return tuple(sorted(self._devices))
+
+    def number(self, name: str) -> int:
+        """The number of a worker by its name."""
+        return self.names.index(name) + 1
+
+    def lose(self, number: int, error: Exception) -> bool:
+        """The worker failed; whether it was there until now."""
+        device = self._devices.pop(number, None)
+        if device is None:
+            return False
+        _log.warning("attention worker %s is lost: %s", self._name(number), error)
+        _close(device)
+        self._again_s[number] = self._clock() + AGAIN_S
+        return True
+
+    def close(self) -> None:
+        """Leaves all workers; they drop what they hold."""
+        for device in self._devices.values():
+            _close(device)
+        self._devices.clear()
+
+    def advance(self) -> tuple[int, ...]:
+        """Between two steps: begins to join those that are missing, and returns the numbers of those that are back."""
+        back = []
+        while True:
+            try:
+                number, came = self._came.get_nowait()
+            except Empty:
+                break
+            self._joining.discard(number)
+            if isinstance(came, Exception):
+                self._again_s[number] = self._clock() + AGAIN_S
+            else:
+                _log.info("attention worker %s is back", self._name(number))
+                self._devices[number] = came
+                back.append(number)
+        now_s = self._clock()
+        for number, again_s in list(self._again_s.items()):
+            if again_s <= now_s and number not in self._joining and number not in self._devices:
+                del self._again_s[number]
+                self._joining.add(number)
+                threading.Thread(
+                    target=self._try, args=(number,), name=f"join-{self._name(number)}", daemon=True
+                ).start()
+        return tuple(back)
+
+    # --- inside
+
+    def _name(self, number: int) -> str:
+        return self.names[number - 1]
+
+    def _try(self, number: int) -> None:
+        try:
+            self._came.put((number, self._join(number)))
+        except Exception as error:  # whatever it is, it is tried again
+            self._came.put((number, error))
+
+
+def _close(device: AttentionDevice) -> None:
+    close: Callable[[], None] | None = getattr(device, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,412 @@
+"""Two planners on one PostgreSQL server, each behind a proxy of its own, agents, and writers that record what they see.
+
+All are real processes, but the writers, which are threads. What is done to them is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import sqlalchemy as sa
+import yaml
+
+from hetis.planner.client import CallError, Client
+from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
+from tests.faults.history import History, Led, Read, Write
+from tests.faults.proxy import Proxy
+
+ROOT = Path(__file__).parents[2]
+REGISTER = "clusters/register"
+_PAUSE_S = 0.1  # of a writer, between two writes: the machine is there for the planners
+_VALUE = re.compile(r"r(\d+)")
+
+
+def fleet(number: int) -> document_pb2.Document:
+    """The register's value is a number that the document carries."""
+    text = f"""
+apiVersion: hetis/v1
+kind: Cluster
+name: r{number}
+nodes:
+- {{name: a, gpus: [{{type: L4, count: 2}}]}}
+- {{name: b, gpus: [{{type: L4, count: 2}}]}}
+network: {{bandwidth: 100Gbps, latency: 20us}}
+"""
+    return document_pb2.Document(content=text.encode())
+
+
+def _environment() -> dict[str, str]:
+    """What `hetis` is imported from here it is imported from there."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")} | {
+        "PYTHONPATH": os.pathsep.join(paths)
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Planner:
+    """A `hetis-planner` that may be killed and started again, and its way to the store."""
+
+    def __init__(self, name: str, folder: Path, store: str, lease_s: float) -> None:
+        found = sa.make_url(store)
+        assert found.host is not None
+        assert found.port is not None
+        self.name = name
+        self.network = Proxy((found.host, found.port))
+        host, port = self.network.address
+        self.address, self.page = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+        self._log = folder / f"{name}.log"
+        self._options = [
+            *("--listen", self.address, "--status-page", self.page),
+            *("--store", found.set(host=host, port=port).render_as_string(hide_password=False)),
+            *("--set", f"leadership.lease={lease_s:g}s", "--set", "solver.processes=1"),
+            *("--set", "agents.heartbeat=1s", "--set", "agents.lease=10s"),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "hetis.planner.service.main", *self._options],
+                stdout=log,
+                stderr=log,
+                env=_environment(),
+            )
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def shown(self) -> dict[str, Any] | None:
+        """The first part of its page; None: it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://{self.page}/", timeout=2) as answer:
+                found: dict[str, Any] = json.loads(answer.read())["planner"]
+                return found
+        except (OSError, ValueError):
+            return None
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.page}/readyz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def terms(self) -> list[Led]:
+        """When it began to lead, by its own log."""
+        found = list[Led]()
+        for line in self.lines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if entry.get("message") == "leading":
+                    time_s = datetime.fromisoformat(entry["time"]).timestamp()
+                    found.append(Led(planner=self.name, epoch=entry["epoch"], time_s=time_s))
+        return found
+
+    def lines(self) -> list[str]:
+        return self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGCONT)
+        self.kill()
+        self.network.close()
+
+
+class Agent:
+    """A `hetis-agent` of a node without an engine."""
+
+    def __init__(self, node: str, folder: Path, servers: str) -> None:
+        self._log = folder / f"agent-{node}.log"
+        self._file = self._log.open("wb")
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", "from hetis.runtime.agent.main import main; main()", "--server", servers),
+                *("--node", f"{REGISTER}/nodes/{node}", "--simulated-devices", "L4:2", "--engine", "none"),
+                *("--state-dir", str(folder / f"state-{node}")),
+            ],
+            stdout=self._file,
+            stderr=self._file,
+            env=_environment(),
+        )
+
+    def epochs(self) -> list[tuple[float, int]]:
+        """Each Welcome that it had: when, by Unix time, and of which epoch."""
+        found = list[tuple[float, int]]()
+        for line in self._log.read_text(errors="replace").splitlines():
+            match = re.match(r"(\S+ \S+) INFO .*connected: epoch (\d+)", line)
+            if match:
+                moment = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+                found.append((moment, int(match[2])))
+        return found
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._file.close()
+
+
+class Writer:
+    """Compares and swaps the register until it is stopped, and records every try.
+
+    Args:
+        address: of all planners; or of one, ``planner``, that is asked alone and whose word for another is not taken.
+    """
+
+    def __init__(
+        self, name: str, address: str, history: History, *, planner: str = "", timeout_s: float = 20.0
+    ) -> None:
+        self._name, self._planner, self._timeout_s = name, planner, timeout_s
+        self._history = history
+        self._stopped = threading.Event()
+        self._client = Client(address)
+        self._channel = grpc.insecure_channel(address) if planner else None
+        self.errors: list[str] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._client.close()
+        if self._channel is not None:
+            self._channel.close()
+
+    def _run(self) -> None:
+        number = 0
+        while not self._stopped.is_set():
+            number += 1
+            try:
+                self._swap(f"{self._name}{number}", number)
+            except CallError as error:
+                self.errors.append(f"{error.code.name} {error.reason}: {error}")
+            self._stopped.wait(_PAUSE_S)
+
+    def _swap(self, value: str, number: int) -> None:
+        seen = read(self._client, timeout_s=self._timeout_s)
+        self._history.reads.append(seen)
+        # Numbers of writers do not meet: each has a million of its own.
+        stamp = (hash_of(self._name) % 900 + 1) * 1_000_000 + number
+        began_s = time.time()
+        version, refused = None, False
+        try:
+            version = self._update(stamp, seen.version)
+        except CallError as error:
+            changed = error.metadata.get("changed")
+            aborted = error.code is grpc.StatusCode.ABORTED
+            refused = aborted or changed == "no" or (error.reason in ("NOT_LEADER", "DRAINING") and not changed)
+            if not aborted:
+                self.errors.append(f"{error.code.name} {error.reason}: {error}")
+        self._history.writes.append(
+            Write(
+                value=str(stamp),
+                base=seen.version,
+                began_s=began_s,
+                ended_s=time.time(),
+                version=version,
+                refused=refused,
+                planner=self._planner,
+            )
+        )
+
+    def _update(self, stamp: int, base: int) -> int:
+        cluster = cluster_pb2.Cluster(name=REGISTER, etag=f"v{base}", document=fleet(stamp))
+        request = cluster_service_pb2.UpdateClusterRequest(cluster=cluster)
+        answer = self._client.clusters.UpdateCluster(request, timeout=self._timeout_s)
+        return int(answer.cluster.etag.removeprefix("v"))
+
+
+def hash_of(text: str) -> int:
+    return sum(ord(letter) * 31**position for position, letter in enumerate(text))
+
+
+def read(client: Client, *, timeout_s: float = 20.0) -> Read:
+    began_s = time.time()
+    request = cluster_service_pb2.GetClusterRequest(name=REGISTER)
+    cluster = client.clusters.GetCluster(request, timeout=timeout_s).cluster
+    match = _VALUE.fullmatch(str(yaml.safe_load(cluster.document.content)["name"]))
+    assert match is not None
+    version = int(cluster.etag.removeprefix("v"))
+    return Read(version=version, value=match[1], began_s=began_s, ended_s=time.time())
+
+
+class Faulty:
+    """Everything together. ``history`` and the planners' logs say what became of it."""
+
+    def __init__(self, store: str, folder: Path, *, lease_s: float, seed: int, num_writers: int = 2) -> None:
+        self.chance = random.Random(seed)
+        self.lease_s = lease_s
+        self.planners = [Planner(f"p{number}", folder, store, lease_s) for number in range(2)]
+        self.addresses = ",".join(planner.address for planner in self.planners)
+        self.history = History(first=(1, "1000"))
+        self._folder = folder
+        self._num_writers = num_writers
+        self.writers: list[Writer] = []
+        self.agents: list[Agent] = []
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Faulty:
+        for planner in self.planners:
+            self._stack.callback(planner.close)
+            planner.start()
+            self.wait(planner.is_ready, 90)
+        self.client = Client(self.addresses)
+        self._stack.callback(self.client.close)
+        request = cluster_service_pb2.CreateClusterRequest(
+            cluster_id="register", cluster=cluster_pb2.Cluster(document=fleet(1000))
+        )
+        self.client.clusters.CreateCluster(request)
+        for node in ("a", "b"):
+            self.agents.append(Agent(node, self._folder, self.addresses))
+            self._stack.callback(self.agents[-1].close)
+        self.writers = [Writer(f"w{n}-", self.addresses, self.history) for n in range(self._num_writers)]
+        self.wait(lambda: all(agent.epochs() for agent in self.agents), 60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_writers()
+        self._stack.close()
+
+    def leader(self) -> Planner:
+        """Waits until one planner leads."""
+        found: list[Planner] = []
+
+        def one_leads() -> bool:
+            found[:] = [p for p in self.planners if (shown := p.shown()) is not None and shown["role"] == "leader"]
+            return bool(found)
+
+        self.wait(one_leads, 60)
+        return found[0]
+
+    def other(self, planner: Planner) -> Planner:
+        return self.planners[1 - self.planners.index(planner)]
+
+    def term_after(self, moment_s: float, planner: Planner) -> Led:
+        """Waits until a planner began to lead after a moment."""
+        found = list[Led]()
+
+        def has_begun() -> bool:
+            found[:] = [led for led in planner.terms() if led.time_s > moment_s]
+            return bool(found)
+
+        self.wait(has_begun, 60)
+        return found[0]
+
+    def acknowledged_after(self, moment_s: float) -> float:
+        """Waits for a write of the writers that go on trying; when it was acknowledged, by Unix time."""
+        ends = list[float]()
+
+        def is_there() -> bool:
+            writes = [w for w in self.history.writes[:] if w.version is not None and not w.planner]
+            ends[:] = [write.ended_s for write in writes if write.ended_s > moment_s]
+            return bool(ends)
+
+        self.wait(is_there, 90)
+        return min(ends)
+
+    def welcomes(self, epoch: int) -> list[float]:
+        """Waits until every agent has one of this term or a later one; when each had its first, by Unix time."""
+
+        def all_have() -> bool:
+            return all(any(found >= epoch for _, found in agent.epochs()) for agent in self.agents)
+
+        self.wait(all_have, 90)
+        return [min(moment for moment, found in agent.epochs() if found >= epoch) for agent in self.agents]
+
+    def finish(self) -> Read:
+        """Stops the writers; what the register is at the end, with the terms in the history."""
+        self._stop_writers()
+        self.history.terms = sorted((led for p in self.planners for led in p.terms()), key=lambda led: led.time_s)
+        return read(self.client)
+
+    @property
+    def errors(self) -> list[str]:
+        """What writers were told beside acknowledgements and lost races."""
+        return [error for writer in self.writers for error in writer.errors]
+
+    def _stop_writers(self) -> None:
+        for writer in self.writers:
+            writer.stop()
+
+    def wait(self, happens: Callable[[], bool], most_s: float) -> None:
+        end_s = time.monotonic() + most_s
+        while not happens():
+            if time.monotonic() > end_s:
+                logs = {p.name: p.lines()[-5:] for p in self.planners}
+                raise AssertionError(f"it did not happen in {most_s:g} s; the last of the logs: {logs}")
+            time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def pinned(faulty: Faulty, planner: Planner) -> Iterator[list[Write]]:
+    """Writes that ask one planner alone, whatever it says of others: what it acknowledges while it is cut off."""
+    history, stop = faulty.history, threading.Event()
+    made = list[Write]()
+
+    def run() -> None:
+        from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
+
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        with grpc.insecure_channel(planner.address, options) as channel:
+            stub = ClusterServiceStub(channel)
+            number = 0
+            while not stop.is_set():
+                number += 1
+                stamp = 950_000_000 + int(time.time() * 100) % 10_000_000 + number
+                try:
+                    seen = stub.GetCluster(cluster_service_pb2.GetClusterRequest(name=REGISTER), timeout=3).cluster
+                except grpc.RpcError:
+                    stop.wait(0.1)
+                    continue
+                base, began_s = int(seen.etag.removeprefix("v")), time.time()
+                cluster = cluster_pb2.Cluster(name=REGISTER, etag=seen.etag, document=fleet(stamp))
+                request = cluster_service_pb2.UpdateClusterRequest(cluster=cluster)
+                version = None
+                with contextlib.suppress(grpc.RpcError):
+                    version = int(stub.UpdateCluster(request, timeout=20).cluster.etag.removeprefix("v"))
+                write = Write(
+                    value=str(stamp),
+                    base=base,
+                    began_s=began_s,
+                    ended_s=time.time(),
+                    version=version,
+                    planner=planner.name,
+                )
+                made.append(write)
+                history.writes.append(write)
+                stop.wait(0.05)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,5 @@
+"""The stores of the store's own tests."""
+
+from tests.planner.store.conftest import postgres_server, postgres_url, sqlite_url, url
+
+__all__ = ["postgres_server", "postgres_url", "sqlite_url", "url"]

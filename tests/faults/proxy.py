@@ -1,0 +1,127 @@
+"""A TCP proxy that freezes, delays and cuts what goes through it: a network that misbehaves, on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from types import TracebackType
+
+_PIECE_BYTES = 1 << 16
+
+
+class Proxy:
+    """Passes bytes between callers and one address, as long as it is asked to.
+
+    Frozen it acknowledges and passes on nothing, in either direction, so that no timeout of TCP finds anything; new
+    connections are accepted and say nothing. Cut, it resets what there is and refuses the rest.
+
+    Attributes:
+        address: where callers connect.
+    """
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self._target = target
+        self._flows = threading.Event()
+        self._flows.set()
+        self._delay_s = 0.0
+        self._is_cut = False
+        self._is_closed = False
+        self._lock = threading.Lock()
+        self._sockets: set[socket.socket] = set()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listening.getsockname()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def freeze(self) -> None:
+        """From now on nothing comes through, and nobody is told."""
+        self._flows.clear()
+
+    def thaw(self) -> None:
+        """Everything that was held back comes through, in its order."""
+        self._flows.set()
+
+    def delay(self, seconds: float) -> None:
+        """Every piece takes so much longer, each way."""
+        self._delay_s = seconds
+
+    def cut(self) -> None:
+        """Resets every connection, and each new one at once, until `mend`."""
+        self._is_cut = True
+        self._reset()
+
+    def mend(self) -> None:
+        """The network is well again: connections that were cut stay gone."""
+        self._is_cut, self._delay_s = False, 0.0
+        self.thaw()
+
+    def close(self) -> None:
+        """Ends everything."""
+        self._is_closed = True
+        # A thread that waits in accept() hears of shutdown(), and not of close().
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._reset()
+        self._flows.set()
+
+    def _reset(self) -> None:
+        with self._lock:
+            for one in self._sockets:
+                with contextlib.suppress(OSError):
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    one.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while not self._is_closed:
+            try:
+                caller, _ = self._listening.accept()
+            except OSError:
+                return
+            if self._is_cut:
+                caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                caller.close()
+                continue
+            threading.Thread(target=self._serve, args=(caller,), daemon=True).start()
+
+    def _serve(self, caller: socket.socket) -> None:
+        self._flows.wait()
+        try:
+            callee = socket.create_connection(self._target)
+        except OSError:
+            caller.close()
+            return
+        both = {caller, callee}
+        with self._lock:
+            self._sockets |= both
+        if self._is_cut or self._is_closed:
+            self._reset()
+        back = threading.Thread(target=self._pump, args=(callee, caller), daemon=True)
+        back.start()
+        self._pump(caller, callee)
+        back.join()
+        with self._lock:
+            self._sockets -= both
+        for one in both:
+            one.close()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(_PIECE_BYTES):
+                if self._delay_s:
+                    time.sleep(self._delay_s)
+                self._flows.wait()
+                sink.sendall(piece)
+        self._flows.wait()
+        for end, how in ((sink, socket.SHUT_WR), (source, socket.SHUT_RD)):
+            with contextlib.suppress(OSError):
+                end.shutdown(how)

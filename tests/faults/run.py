@@ -1,0 +1,151 @@
+"""Faults one after the other on a running pair of planners, and the figures that docs/reliability.md shows.
+
+python -m tests.faults.run --kills 50 --partitions 10 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults.cluster import Faulty, pinned
+from tests.faults.history import Findings, check
+from tests.planner.store.postgres import new_database, running_server
+
+
+@dataclass(slots=True)
+class Figures:
+    """Seconds of each fault: ``takeovers`` from a kill to the next acknowledged write of a client that goes on trying,
+    ``partitions`` the same from the moment of the cut, ``agents`` from a fault to an agent's Welcome of the new term.
+    """
+
+    takeovers: list[float] = field(default_factory=list)
+    partitions: list[float] = field(default_factory=list)
+    stands: list[float] = field(default_factory=list)
+    agents: list[float] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    findings: Findings | None = None
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"leader kills           {percentiles(self.takeovers)}",
+                f"partitions             {percentiles(self.partitions)}",
+                f"leaders stopped        {percentiles(self.stands)}",
+                f"agents with the leader {percentiles(self.agents)}",
+                f"calls refused          {len(self.refused)}",
+                *(f"  {line}" for line in self.refused[:5]),
+                str(self.findings),
+            ]
+        )
+
+
+def percentiles(seconds: Sequence[float]) -> str:
+    """p50, p99 and the largest; p99 by the nearest rank."""
+    if not seconds:
+        return "none"
+    found = sorted(seconds)
+    p50, p99 = (found[min(int(share * len(found)), len(found) - 1)] for share in (0.5, 0.99))
+    return f"{len(found)} times: p50 {p50:.2f} s, p99 {p99:.2f} s, max {found[-1]:.2f} s"
+
+
+def inject(
+    store: str,
+    folder: Path,
+    *,
+    kills: int,
+    partitions: int,
+    stops: int = 0,
+    seed: int,
+    lease_s: float,
+    most_s: float = float("inf"),
+) -> Figures:
+    """Every fault hits the planner that leads; before the next both are well again. None begins after ``most_s``."""
+    end_s = time.monotonic() + most_s
+    figures = Figures()
+    with Faulty(store, folder, lease_s=lease_s, seed=seed) as faulty:
+        faults = ["kill"] * kills + ["partition"] * partitions + ["stop"] * stops
+        faulty.chance.shuffle(faults)
+        for number, fault in enumerate(faults):
+            if time.monotonic() > end_s:
+                break
+            # Anywhere in the leader's own rhythm of renewals.
+            time.sleep(faulty.chance.uniform(0, lease_s / 3))
+            leader = faulty.leader()
+            began_s = time.time()
+            match fault:
+                case "kill":
+                    seconds = figures.takeovers
+                    faulty.history.faults.append("kill -9 of the leader")
+                    leader.kill()
+                    led = faulty.term_after(began_s, faulty.other(leader))
+                    seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                    leader.start()
+                case "partition":
+                    seconds = figures.partitions
+                    how = faulty.chance.choice(["freeze", "freeze", "cut"])
+                    faulty.history.faults.append(f"{how} between leader and store")
+                    with pinned(faulty, leader):
+                        began_s = time.time()
+                        (leader.network.freeze if how == "freeze" else leader.network.cut)()
+                        led = faulty.term_after(began_s, faulty.other(leader))
+                        seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                        time.sleep(faulty.chance.uniform(0, lease_s))
+                        leader.network.mend()
+                case _:
+                    seconds = figures.stands
+                    faulty.history.faults.append("SIGSTOP of the leader")
+                    with pinned(faulty, leader):
+                        began_s = time.time()
+                        leader.signal(signal.SIGSTOP)
+                        led = faulty.term_after(began_s, faulty.other(leader))
+                        seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                        time.sleep(faulty.chance.uniform(0, lease_s))
+                        leader.signal(signal.SIGCONT)
+            welcomes = faulty.welcomes(led.epoch)
+            figures.agents += [welcome_s - began_s for welcome_s in welcomes]
+            for planner in faulty.planners:
+                faulty.wait(planner.is_ready, 90)
+            print(
+                f"{number + 1}/{len(faults)} {fault}: {seconds[-1]:.2f} s, agents {max(figures.agents[-2:]):.2f} s",
+                flush=True,
+            )
+        last = faulty.finish()
+        figures.refused = faulty.errors
+        figures.findings = check(faulty.history, last)
+    return figures
+
+
+def main() -> None:
+    """Prints the figures; exit code 1 where something happened that never must."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--partitions", type=int, default=2)
+    parser.add_argument("--stops", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lease", type=float, default=5.0, help="seconds")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="inject no fault after so long")
+    given = parser.parse_args()
+    with running_server() as server, tempfile.TemporaryDirectory(prefix="hetis-faults-") as folder:
+        figures = inject(
+            new_database(server, "faults"),
+            Path(folder),
+            kills=given.kills,
+            partitions=given.partitions,
+            stops=given.stops,
+            seed=given.seed,
+            lease_s=given.lease,
+            most_s=given.minutes * 60,
+        )
+    print(figures)
+    assert figures.findings is not None
+    raise SystemExit(bool(figures.findings.violations))
+
+
+if __name__ == "__main__":
+    main()

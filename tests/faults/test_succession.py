@@ -1,0 +1,155 @@
+"""Two planners on one store: one leads, the other serves reads, says where the leader is, and takes over."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import sqlalchemy as sa
+
+from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
+from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Hello
+from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
+from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
+from tests.faults.proxy import Proxy
+from tests.planner.service.process import REAL, Process
+from tests.planner.service.serving import details_of
+
+LEASE_S = 2.0
+OPTIONS = (
+    *("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json"),
+    *("--set", "solver.processes=1", "--set", f"leadership.lease={LEASE_S:g}s"),
+)
+FLEET = """
+apiVersion: hetis/v1
+kind: Cluster
+name: small
+nodes:
+- {name: a, gpus: [{type: L4, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+
+class Planner(Process):
+    """A planner with its addresses."""
+
+    def __init__(self, store: str, folder: Path, *options: str) -> None:
+        super().__init__((*OPTIONS, "--store", store, *options), folder=folder, module=REAL)
+
+    def __enter__(self) -> Planner:
+        said = self.ready()
+        self.address: str = said["listen"][0]
+        self.page: str = said["status_page"]
+        self.channel = grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.channel.close()
+        super().__exit__(*error)
+
+    def create(self, name: str, timeout_s: float = 10) -> cluster_pb2.Cluster:
+        document = document_pb2.Document(content=FLEET.encode())
+        request = cluster_service_pb2.CreateClusterRequest(
+            cluster_id=name, cluster=cluster_pb2.Cluster(document=document)
+        )
+        return ClusterServiceStub(self.channel).CreateCluster(request, timeout=timeout_s).cluster
+
+    def clusters(self) -> list[str]:
+        request = cluster_service_pb2.ListClustersRequest()
+        return [one.name for one in ClusterServiceStub(self.channel).ListClusters(request, timeout=10).clusters]
+
+    def shown(self) -> Any:
+        with urllib.request.urlopen(self.page, timeout=10) as answer:
+            return json.loads(answer.read())
+
+    def status(self, path: str) -> int:
+        try:
+            with urllib.request.urlopen(self.page + path, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def leads(self) -> bool:
+        return bool(self.shown()["planner"]["role"] == "leader")
+
+
+def until(happens: Callable[[], bool], most_s: float) -> float:
+    """How long it took."""
+    began_s = time.monotonic()
+    while not happens():
+        assert time.monotonic() - began_s < most_s
+        time.sleep(0.05)
+    return time.monotonic() - began_s
+
+
+def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url: str, tmp_path: Path) -> None:
+    with Planner(url, tmp_path, "--standby") as first, Planner(url, tmp_path, "--standby") as second:
+        first.create("a")
+        assert second.clusters() == ["clusters/a"]
+        assert second.status("readyz") == 200
+        assert second.shown()["planner"]["role"] == "standby"
+        with pytest.raises(grpc.RpcError) as caught:
+            second.create("b")
+        info = details_of(caught.value)["ErrorInfo"]
+        assert (info.reason, info.metadata["leader_address"]) == ("NOT_LEADER", first.address)
+        stream = AgentServiceStub(second.channel).ConnectNode(
+            iter([ConnectNodeRequest(hello=Hello(node="clusters/a/nodes/a"))])
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream)
+        assert details_of(caught.value)["ErrorInfo"].metadata["leader_address"] == first.address
+        first.signal(signal.SIGKILL)
+        took_s = until(second.leads, LEASE_S + 10)
+        assert took_s < LEASE_S + 8, took_s  # 2 s where the machine has nothing else to do
+        second.create("b")
+        assert second.clusters() == ["clusters/a", "clusters/b"]
+        assert second.shown()["planner"]["epoch"] == 2
+
+
+def test_a_leader_cut_off_from_its_store_stands_down_and_comes_back_as_a_standby(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    found = sa.make_url(postgres_url)
+    assert found.host is not None
+    assert found.port is not None
+    with Proxy((found.host, found.port)) as proxy:
+        host, port = proxy.address
+        behind = found.set(host=host, port=port).render_as_string(hide_password=False)
+        with Planner(behind, tmp_path) as first, Planner(postgres_url, tmp_path) as second:
+            first.create("a")
+            proxy.freeze()
+            until(second.leads, LEASE_S + 10)
+            assert not first.leads()  # the page needs no store
+            assert first.status("metrics") == 200
+            assert first.status("clusters/a") == 503
+            with pytest.raises(grpc.RpcError) as caught:
+                first.create("b")
+            assert details_of(caught.value)["ErrorInfo"].reason == "NOT_LEADER"
+            until(lambda: first.status("readyz") == 503, 20)
+            second.create("c")
+            proxy.thaw()
+            until(lambda: first.status("readyz") == 200, 20)
+            assert first.clusters() == ["clusters/a", "clusters/c"]
+            assert first.shown()["planner"]["role"] == "standby"
+            second.signal(signal.SIGTERM)
+            second.end()
+            until(first.leads, LEASE_S + 10)
+            assert first.shown()["planner"]["epoch"] == 3
+
+
+def test_a_file_is_led_at_once_by_whoever_is_started_after_a_kill(sqlite_url: str, tmp_path: Path) -> None:
+    """Its solver processes outlive it for a moment, and have nothing of its lock."""
+    with Planner(sqlite_url, tmp_path) as first:
+        first.create("a")
+        first.signal(signal.SIGKILL)
+        with Planner(sqlite_url, tmp_path) as second:
+            assert second.leads()
+            assert second.shown()["planner"]["epoch"] == 2

@@ -1,0 +1,179 @@
+"""Clients of several planners find the one that leads, and find it again when it changes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import grpc
+import pytest
+from google.rpc import code_pb2
+
+from hetis.formats.endpoints import Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
+from hetis.planner.client import AsyncClient, CallError, Client, Connection
+from hetis.planner.client.leaders import search_for
+from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
+from tests.planner.client.fake_planner import FakePlanner, refuse, serving
+from tests.planner.client.test_client import unused_port
+
+GET = plan_service_pb2.GetPlanRequest(name="plans/night")
+WATCH = plan_service_pb2.WatchPlanRequest(name="plans/night")
+CREATE = cluster_service_pb2.CreateClusterRequest(cluster_id="new", cluster=cluster_pb2.Cluster())
+READY = plan_pb2.PLAN_STATE_READY
+
+
+def standing_by(leader: str) -> Callable[[str, grpc.ServicerContext], None]:
+    def fail(_method: str, context: grpc.ServicerContext) -> None:
+        metadata = {"leader": "first:1", "leader_address": leader} if leader else {}
+        refuse(context, code_pb2.UNAVAILABLE, "NOT_LEADER", "another planner leads", metadata=metadata)
+
+    return fail
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[FakePlanner, FakePlanner]]:
+    """A leader, and a standby that names it."""
+    with serving(FakePlanner()) as leader, serving(FakePlanner()) as standby:
+        leader.plans["plans/night"] = plan_pb2.Plan(name="plans/night", state=READY)
+        standby.plans["plans/night"] = plan_pb2.Plan(name="plans/night", state=READY)
+        standby.fail = standing_by(leader.address)
+        yield leader, standby
+
+
+def both(address: str, request: cluster_service_pb2.CreateClusterRequest, watches: bool = True) -> None:
+    """Calls and watches, with the one client and the other."""
+    with Client(address, sleep=lambda _: None) as client:
+        assert client.plans.GetPlan(GET, timeout=20).plan.name == "plans/night"
+        client.clusters.CreateCluster(request, timeout=20)
+        if watches:
+            assert [one.plan.name for one in client.plans.WatchPlan(WATCH)] == ["plans/night"]
+
+    async def no_sleep(_: float) -> None:
+        await asyncio.sleep(0)
+
+    async def aio() -> None:
+        async with AsyncClient(address, sleep=no_sleep) as client:
+            assert (await client.plans.GetPlan(GET, timeout=20)).plan.name == "plans/night"
+            if watches:
+                assert [one.plan.name async for one in client.plans.WatchPlan(WATCH)] == ["plans/night"]
+
+    asyncio.run(aio())
+
+
+def test_a_standby_is_left_for_the_leader_that_it_names(pair: tuple[FakePlanner, FakePlanner]) -> None:
+    leader, standby = pair
+    both(standby.address, CREATE)
+    assert leader.calls["CreateCluster"] == 1
+    assert standby.calls["GetPlan"] <= 8  # gRPC asks the fake one again by itself; hetis-planner tells it not to
+
+
+def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner]) -> None:
+    leader, standby = pair
+    standby.fail = standing_by("")  # it does not know
+    both(f"127.0.0.1:{unused_port()},{standby.address},{leader.address}", CREATE)
+    assert leader.calls["CreateCluster"] == 1
+
+
+def test_a_call_goes_on_while_there_is_no_leader_with_one_request_id(pair: tuple[FakePlanner, FakePlanner]) -> None:
+    """The leader is dead, and the standby names it until it takes over: no call is refused for that."""
+    _, standby = pair
+    standby.fail = standing_by(f"127.0.0.1:{unused_port()}")
+    waits = list[float]()
+
+    def sleep(wait_s: float) -> None:
+        waits.append(wait_s)
+        if len(waits) == 5:
+            standby.fail = lambda method, context: None
+
+    with Client(f"127.0.0.1:{unused_port()},{standby.address}", sleep=sleep) as client:
+        client.clusters.CreateCluster(CREATE, timeout=30)
+    assert len(waits) == 5
+    assert waits[0] <= 0.1
+    assert max(waits) <= 1
+    assert CREATE.request_id == ""
+
+
+def test_nobody_there_is_an_error_at_the_deadline() -> None:
+    with Client(f"127.0.0.1:{unused_port()},127.0.0.1:{unused_port()}") as client, pytest.raises(CallError) as caught:
+        client.plans.GetPlan(GET, timeout=1)
+    assert caught.value.is_unreachable
+
+
+def test_other_errors_are_the_callers(pair: tuple[FakePlanner, FakePlanner]) -> None:
+    leader, standby = pair
+    request = plan_service_pb2.GetPlanRequest(name="plans/none")
+    with Client(f"{leader.address},{standby.address}") as client, pytest.raises(CallError) as caught:
+        client.plans.GetPlan(request)
+    assert caught.value.code is grpc.StatusCode.NOT_FOUND
+    assert leader.calls["GetPlan"] == 1
+
+
+def test_threads_share_what_they_found(pair: tuple[FakePlanner, FakePlanner]) -> None:
+    leader, standby = pair
+    with Client(f"{standby.address},{leader.address}") as client:
+        threads = [threading.Thread(target=client.plans.GetPlan, args=(GET,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        client.plans.GetPlan(GET)
+    assert leader.calls["GetPlan"] == 5
+
+
+def test_a_name_with_several_records_is_several_places_of_one_certificate() -> None:
+    def records(host: str, _port: int) -> Sequence[str]:
+        return {"planners.example": ("10.0.0.1", "fd00::2"), "one.example": ("10.0.0.9",)}.get(host, ())
+
+    addresses = split_endpoints("planners.example:8470, one.example:8470,10.1.1.1:1,unix:/run/p.sock")
+    assert resolve_endpoints(addresses, records) == (
+        Endpoint("10.0.0.1:8470", "planners.example"),
+        Endpoint("[fd00::2]:8470", "planners.example"),
+        Endpoint("one.example:8470"),
+        Endpoint("10.1.1.1:1"),
+        Endpoint("unix:/run/p.sock"),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "planner", "a:1,b", "a:0", "a:99999", ":1"])
+def test_what_is_no_list_of_addresses_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no address, expected HOST:PORT"):
+        split_endpoints(text)
+
+
+@pytest.mark.parametrize(
+    ("connection", "named", "goes"),
+    [
+        (Connection(address="127.0.0.1:1"), "127.0.0.1:2", True),
+        (Connection(address="127.0.0.1:1"), "10.0.0.1:2", False),
+        (Connection(address="10.0.0.9:1", plaintext=True), "10.0.0.1:2", False),
+        (Connection(address="10.0.0.9:1,10.0.0.1:2", plaintext=True), "10.0.0.1:2", True),
+        (Connection(address="10.0.0.9:1"), "10.0.0.1:2", True),  # TLS: its certificate says who it is
+        (Connection(address="10.0.0.9:1"), "nonsense", False),
+    ],
+)
+def test_a_leader_that_is_named_is_not_gone_to_in_the_clear(connection: Connection, named: str, goes: bool) -> None:
+    leaders = search_for(connection)
+    leaders.failed(leaders.present, named, set())
+    assert (leaders.present.address == named) is goes
+
+
+def test_names_are_looked_up_again_when_all_places_have_failed() -> None:
+    known = [["10.0.0.1", "10.0.0.2"], ["10.0.0.2", "10.0.0.3"]]
+    search = LeaderSearch(
+        ("planners.example:1",),
+        lambda _: True,
+        lambda _: tuple(Endpoint(f"{ip}:1", "planners.example") for ip in known[0]),
+    )
+    tried = set[Endpoint]()
+    assert search.failed(search.present, "", tried)
+    assert search.present.address == "10.0.0.2:1"
+    assert not search.is_stale
+    assert not search.failed(search.present, "", tried)
+    assert search.is_stale
+    del known[0]
+    search.refresh()
+    tried.clear()
+    assert search.present.address == "10.0.0.2:1"
+    assert search.failed(search.present, "", tried)
+    assert search.present.address == "10.0.0.3:1"

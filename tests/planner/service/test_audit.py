@@ -1,0 +1,174 @@
+"""The audit log says who changed what, and whom the planner refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
+from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.identity import Role
+from hetis.planner.service.tokens import create_token
+from hetis.planner.store import AuditedChange, Store
+from hetis.v1 import cluster_pb2
+from hetis.v1 import cluster_service_pb2 as pb
+from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
+from tests.planner.resources.planned import WAIT as WAITS
+from tests.planner.resources.planned import Planner, create_request, with_planner
+from tests.planner.resources.served import Served, document, refused
+from tests.planner.resources.served import with_planner as with_clusters
+from tests.planner.service.process import finished
+from tests.planner.service.serving import by_tokens, failure_of, run, served
+
+
+async def lines(store: Store) -> list[AuditedChange]:
+    return await store.read(lambda reader: [line.change for line in reader.audit.lines()])
+
+
+def test_every_change_is_a_line_in_its_transaction_and_nothing_else_is(tmp_path: Path) -> None:
+    request_id = str(uuid.uuid4())
+
+    async def scenario(planner: Served) -> None:
+        cluster = cluster_pb2.Cluster(document=document())
+        create = pb.CreateClusterRequest(cluster_id="night", cluster=cluster, request_id=request_id)
+        for _ in range(2):
+            await planner.clusters.CreateCluster(create)
+        await planner.clusters.GetCluster(pb.GetClusterRequest(name="clusters/night"))
+        await planner.clusters.CreateCluster(
+            pb.CreateClusterRequest(cluster_id="other", cluster=cluster, validate_only=True)
+        )
+        await refused(planner.clusters.CreateCluster(pb.CreateClusterRequest(cluster_id="night", cluster=cluster)))
+        await planner.clusters.DrainNode(pb.DrainNodeRequest(name="clusters/night/nodes/a100"))
+        await planner.clusters.DeleteCluster(pb.DeleteClusterRequest(name="clusters/night"))
+        who = {"caller": "local", "role": "admin, agent"}
+        assert await lines(planner.store) == [
+            AuditedChange(**who, method="CreateCluster", resource="clusters/night", request_id=request_id),
+            AuditedChange(
+                **who, method="CreateCluster", resource="clusters/night", request_id=request_id, outcome="REPEATED"
+            ),
+            AuditedChange(**who, method="DrainNode", resource="clusters/night/nodes/a100"),
+            AuditedChange(**who, method="DeleteCluster", resource="clusters/night"),
+        ]
+
+    with_clusters(tmp_path, scenario)
+
+
+def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
+    async def scenario(planner: Planner) -> None:
+        await planner.call("CreatePlan", create_request("p", seed=WAITS))
+        found = (await lines(planner.store))[-1]
+        assert (found.caller, found.method, found.plan) == ("local", "CreatePlan", "plans/p")
+        first = (await lines(planner.store))[0]
+        assert (first.caller, first.method) == ("planner", "CreateCluster")  # by the test's own hand, in no call
+
+    with_planner(tmp_path, scenario, scripted=True)
+
+
+def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> None:
+    file = str(tmp_path / "tokens.yaml")
+    token = create_token(
+        file, name="curious", role=Role.VIEWER, scope=None, expires=datetime.now(UTC) + timedelta(days=1)
+    )
+
+    async def test() -> list[AuditedChange]:
+        told = list[AuditedChange]()
+        async with served(authenticator=by_tokens(file)) as planner:
+            planner.calls.on_refusal = told.append
+            stub = ClusterServiceStub(planner.channel)
+            metadata = (("authorization", f"Bearer {token}"),)
+            delete = pb.DeleteClusterRequest(name="clusters/night")
+            error = await failure_of(stub.DeleteCluster(delete, timeout=10, metadata=metadata))
+            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+            await failure_of(stub.DeleteCluster(delete, timeout=10))  # by nobody
+            await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # no change
+        return told
+
+    assert run(test) == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
+
+
+def test_many_equal_refusals_are_few_lines_that_count_them() -> None:
+    written, now_s = list[list[AuditedChange]](), [0.0]
+
+    async def append(changes: Sequence[AuditedChange]) -> None:
+        written.append(list(changes))
+
+    def change(caller: str) -> AuditedChange:
+        return AuditedChange(caller=caller, role="viewer", method="DeletePlan", outcome="ROLE")
+
+    async def scenario() -> None:
+        refusals = AuditRefusals(append, clock=lambda: now_s[0])
+        assert await refusals.step() is None
+        refusals.note(change("a"))
+        assert await refusals.step() is None
+        for caller in "aaab":
+            refusals.note(change(caller))
+        now_s[0] = 20.0
+        assert await refusals.step() == EVERY_S - 20.0
+        now_s[0] = EVERY_S
+        assert await refusals.step() is None
+
+    asyncio.run(scenario())
+    assert [[(one.caller, one.times) for one in found] for found in written] == [[("a", 1)], [("b", 1)], [("a", 3)]]
+
+
+def test_a_store_that_is_away_ends_no_loop() -> None:
+    async def append(changes: Sequence[AuditedChange]) -> None:
+        raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "away")
+
+    async def scenario() -> None:
+        refusals = AuditRefusals(append)
+        refusals.note(AuditedChange(caller="a", role="viewer", method="DeletePlan", outcome="ROLE"))
+        assert await refusals.step() is None
+
+    asyncio.run(scenario())
+
+
+def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/hetis.db"
+
+    async def fill() -> None:
+        store = await Store.open(url)
+        await store.lead("test")
+
+        def append(tx: object) -> None:
+            for n, (caller, outcome) in enumerate((("ci", "OK"), ("eve", "ROLE"), ("ci", "OK"))):
+                made = AuditedChange(
+                    caller=caller, role="orchestrator", method="ActivatePlan", plan="plans/p", outcome=outcome
+                )
+                tx.audit.append(made, time_s=1_800_000_000.0 + n)  # type: ignore[attr-defined]
+
+        await store.write(append)
+        await store.close()
+
+    asyncio.run(fill())
+
+    def audit(*options: str) -> tuple[int, str]:
+        code, out, err, _ = finished(["audit", "--store", url, *options], folder=tmp_path)
+        return code, out + err
+
+    code, out = audit("--caller", "ci", "--since", "2027-01-15T08:00:01Z", "--json")
+    assert code == ExitCode.OK
+    (line,) = [json.loads(text) for text in out.splitlines()]
+    assert (line["number"], line["caller"], line["plan"], line["time"]) == (
+        3,
+        "ci",
+        "plans/p",
+        "2027-01-15T08:00:02.000+00:00",
+    )
+    assert audit("--outcome", "ROLE")[1].split()[:3] == ["2", "2027-01-15T08:00:01.000+00:00", "ROLE"]
+    code, out = audit("--check")
+    assert (code, out.partition(";")[0]) == (ExitCode.OK, "3 lines, unbroken")
+    with sqlite3.connect(tmp_path / "hetis.db") as connection:
+        connection.execute("UPDATE audit SET caller = 'adam' WHERE number = 2")
+    connection.close()
+    code, out = audit("--check")
+    assert code == ExitCode.STORE
+    assert out == "error: line 2 of the audit log is not what was written, or is missing\n"

@@ -1,0 +1,66 @@
+"""Connections stay open while nothing is said on them, with the keepalive that docs/api.md tells clients to use."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc._cython import cygrpc
+
+from hetis.planner.client.connection import CHANNEL_OPTIONS
+from hetis.planner.service import server
+from hetis.v1 import plan_service_pb2 as plans
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.planner.service.serving import run, served
+
+ROOT = Path(__file__).parents[3]
+_OPTION = re.compile(r"[\"'`](grpc\.[a-z0-9_.]+?)(?:=\d+)?[\"'`]")
+FASTER = 27  # the intervals of both sides, divided by the same: gRPC itself pings once a second at most
+SILENCE_S = 5.0  # four pings; the third one too many would end the connection
+
+
+def test_every_channel_argument_exists_in_the_installed_grpc() -> None:
+    """gRPC ignores names that it does not know, so that a misspelt one is found by nobody."""
+    library = Path(cygrpc.__file__).read_bytes()
+    sources = [path for top in ("planner", "runtime", "benchmarks") for path in (ROOT / top).rglob("*.py")]
+    used = {
+        (name, str(path.relative_to(ROOT)))
+        for path in [*sources, ROOT / "docs" / "api.md"]
+        if "_pb2" not in path.name
+        for name in _OPTION.findall(path.read_text(encoding="utf-8"))
+    }
+    assert ("grpc.keepalive_time_ms", "docs/api.md") in used
+    assert ("grpc.max_concurrent_streams", "planner/hetis/planner/service/server.py") in used
+    assert {(name, path) for name, path in used if name.encode() + b"\0" not in library} == set()
+
+
+def test_a_watch_on_which_nothing_happens_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faster(options: tuple[tuple[str, int | str], ...]) -> list[tuple[str, int | str]]:
+        return [
+            (
+                name,
+                value // FASTER
+                if isinstance(value, int) and re.search("keepalive_time_|ping_interval", name)
+                else value,
+            )
+            for name, value in options
+        ]
+
+    monkeypatch.setattr(server, "OPTIONS", faster(server.OPTIONS))
+
+    async def test() -> None:
+        async with served() as planner:
+            options = [*faster(CHANNEL_OPTIONS), ("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.insecure_channel(planner.address, options) as channel:
+                watch = PlanServiceStub(channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
+                await watch.read()
+                following = asyncio.create_task(watch.read())
+                done, _ = await asyncio.wait({following}, timeout=SILENCE_S)
+                assert not done, watch
+                planner.planner.plans.hub.close()
+                assert await following is grpc.aio.EOF
+
+    run(test)

@@ -1,0 +1,50 @@
+"""A line that comes again and again is told once in a while, with how often it came."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from hetis.planner.service.logs import REPEAT_S, CountRepeats
+
+now_s = 0.0
+
+
+def record(message: str = "nothing could be kept", *, level: int = logging.WARNING, **fields: Any) -> logging.LogRecord:
+    found = logging.LogRecord("hetis.planner.fleet", level, __file__, 1, message, (), None)
+    vars(found).update(fields)
+    return found
+
+
+@pytest.fixture
+def repeats() -> CountRepeats:
+    global now_s
+    now_s = 0.0
+    return CountRepeats(lambda: now_s)
+
+
+def test_a_repeated_line_is_counted_and_not_repeated(repeats: CountRepeats) -> None:
+    global now_s
+    told = []
+    for number in range(350):  # ten a second
+        now_s = number / 10
+        line = record(cluster="clusters/a", reason="STORE_UNAVAILABLE", age_s=now_s)
+        if repeats.filter(line):
+            told.append(getattr(line, "repeated", 0))
+    assert told == [0, REPEAT_S * 10 - 1]
+
+
+def test_lines_about_something_else_are_told(repeats: CountRepeats) -> None:
+    first = [record(cluster="clusters/a"), record(cluster="clusters/b"), record("other"), record(reason="NOT_LEADER")]
+    assert all(repeats.filter(line) for line in first)
+    assert not any(repeats.filter(line) for line in first)
+
+
+def test_ordinary_lines_and_those_of_calls_are_all_told(repeats: CountRepeats) -> None:
+    call = record("call", level=logging.ERROR)
+    call.name = "hetis.planner.calls"
+    for _ in range(3):
+        assert repeats.filter(record(level=logging.INFO))
+        assert repeats.filter(call)

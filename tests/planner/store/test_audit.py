@@ -1,0 +1,89 @@
+"""No line of the audit log can be changed, taken out or put in between without being noticed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.planner.store import Store, Transaction, migrating, opening, schema
+from hetis.planner.store.audit import AuditedChange, AuditLog
+
+TEXT = st.text(max_size=10)
+CHANGES = st.builds(
+    AuditedChange,
+    caller=TEXT,
+    role=TEXT,
+    method=TEXT,
+    resource=TEXT,
+    request_id=TEXT,
+    plan=TEXT,
+    times=st.integers(1, 9),
+)
+
+
+def append_some(tx: Transaction) -> None:
+    for n in range(5):
+        change = AuditedChange(
+            caller=f"caller-{n}", role="admin", method="CreatePlan", plan=f"plans/{n}", request_id=str(n)
+        )
+        tx.audit.append(change, time_s=1000.0 + n / 3)
+
+
+@pytest.fixture
+def connection(url: str) -> Any:
+    async def scenario() -> None:
+        store = await Store.open(url)
+        await store.lead("test")
+        await store.write(append_some)
+        await store.close()
+
+    asyncio.run(scenario())
+    engine = opening.make_engine(opening.parse_url(url), lease_s=10.0)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def test_what_was_written_is_whole_and_comes_back_in_its_order(connection: sa.Connection) -> None:
+    log = AuditLog(connection)
+    lines = list(log.lines())
+    assert [(line.number, line.epoch, line.change.caller) for line in lines] == [
+        (n + 1, 1, f"caller-{n}") for n in range(5)
+    ]
+    assert [line.number for line in log.lines(after=3)] == [4, 5]
+    assert log.last() == lines[-1]
+    assert log.first_wrong() is None
+
+
+@pytest.mark.parametrize("column", [column.name for column in schema.audit.columns if column.name != "number"])
+def test_a_changed_line_is_found(connection: sa.Connection, column: str) -> None:
+    kind = schema.audit.c[column].type.python_type
+    value = {str: "x", int: 77, float: 77.5}[kind]
+    connection.execute(sa.update(schema.audit).where(schema.audit.c.number == 3).values({column: value}))
+    assert AuditLog(connection).first_wrong() == 3
+
+
+def test_a_line_that_is_taken_out_or_moved_is_found(connection: sa.Connection) -> None:
+    table = schema.audit
+    connection.execute(sa.delete(table).where(table.c.number == 2))
+    assert AuditLog(connection).first_wrong() == 2
+    connection.execute(sa.update(table).where(table.c.number == 3).values(number=2))
+    assert AuditLog(connection).first_wrong() == 2
+
+
+@given(st.lists(CHANGES, max_size=6))
+def test_any_changes_make_a_whole_chain(changes: list[AuditedChange]) -> None:
+    engine = opening.make_engine(opening.parse_url("sqlite://"), lease_s=10.0)
+    with engine.begin() as connection:
+        migrating.migrate(connection)
+        log = AuditLog(connection)
+        for change in changes:
+            log.append(change, time_s=0.1)
+        assert [line.change for line in log.lines()] == changes
+        assert log.first_wrong() is None
+    engine.dispose()

@@ -1,0 +1,182 @@
+"""Backups are of one moment, come back in either kind of store, and never bring an epoch or an etag twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from hetis.planner.store import Store, StoreError, Transaction, etag_of, opening, schema
+from hetis.planner.store.audit import AuditedChange
+from hetis.planner.store.copying import BEYOND, back_up, migrate_to, read_store, restore
+from hetis.planner.store.migrating import revisions
+from tests.planner.store import samples
+
+OLDEST = ("clusters", "nodes", "profiles", "plans", "plan_documents", "replicas", "redispatches", "requests")
+
+
+def fill(tx: Transaction) -> None:
+    """A row in every table."""
+    tx.clusters.insert(samples.cluster("clusters/a", text=b"\0\xff" * 5000))
+    tx.clusters.insert(samples.cluster("clusters/gone"))
+    tx.clusters.delete("clusters/gone")
+    tx.nodes.insert(samples.node("clusters/a/nodes/n-0"))
+    tx.profiles.insert(samples.profile("profiles/l4"))
+    tx.plans.insert(samples.plan("plans/p"))
+    tx.plan_documents.put("plans/p", b"{}")
+    tx.replicas.insert(samples.replica("clusters/a/replicas/0"))
+    tx.redispatches.insert(samples.redispatch("clusters/a/redispatches/1"))
+    tx.requests.remember("CreateCluster", "id", "print", b"answer")
+    tx.audit.append(AuditedChange(caller="c", role="admin", method="CreateCluster"), time_s=1.5)
+
+
+def with_store(url: str, work: Callable[[Transaction], Any] | None = None) -> tuple[int, Any]:
+    """The epoch of a planner that leads and ends, and what ``work`` returns."""
+
+    async def scenario() -> tuple[int, Any]:
+        store = await Store.open(url)
+        epoch = await store.lead("test")
+        found = await store.write(work) if work is not None else None
+        await store.close()
+        return epoch, found
+
+    return asyncio.run(scenario())
+
+
+def rows(url: str, tables: tuple[str, ...]) -> dict[str, list[tuple[Any, ...]]]:
+    engine = opening.make_engine(opening.parse_url(url), lease_s=10.0)
+    with engine.connect() as connection:
+        found = {
+            name: sorted(tuple(row) for row in connection.execute(sa.select(schema.metadata.tables[name])))
+            for name in tables
+        }
+    engine.dispose()
+    return found
+
+
+def test_a_filled_store_goes_up_down_and_up(url: str) -> None:
+    versions = revisions()
+    migrate_to(url, versions[0])
+    engine = opening.make_engine(opening.parse_url(url), lease_s=10.0)
+    with engine.begin() as connection:  # as the planner of that version wrote it
+        connection.execute(sa.insert(schema.plan_documents).values(name="plans/old", content=b"[]"))
+    engine.dispose()
+    epoch, _ = with_store(url, fill)
+    filled = rows(url, OLDEST)
+    assert all(filled.values())
+    assert len(filled["plan_documents"]) == 2
+    for version in versions[-2::-1]:
+        migrate_to(url, version)
+        assert rows(url, OLDEST) == filled
+    assert migrate_to(url, versions[-1]) == versions[0]
+    assert rows(url, OLDEST) == filled
+    assert with_store(url)[0] == epoch + 1
+
+
+def test_a_backup_brings_everything_back_with_an_epoch_and_etags_beyond_all_before(url: str, tmp_path: Path) -> None:
+    backup, elsewhere = tmp_path / "backup.db", f"sqlite:///{tmp_path}/elsewhere.db"
+    epoch, _ = with_store(url, fill)
+    filled = rows(url, tuple(schema.metadata.tables))
+    assert back_up(url, backup) == sum(map(len, filled.values()))
+    assert backup.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.glob("*backup*")] == ["backup.db"]
+
+    seen = set[str]()
+
+    def go_on(tx: Transaction) -> None:
+        seen.update(etag_of(record) for record in (tx.clusters.update(tx.clusters.require("clusters/a")),))
+        seen.add(etag_of(tx.clusters.insert(samples.cluster("clusters/gone"))))
+
+    later, _ = with_store(url, go_on)
+    for target, replace in ((elsewhere, False), (url, True)):
+        num, restored = restore(target, backup, replace=replace)
+        assert num == sum(map(len, filled.values()))
+        assert restored == (later if replace else epoch) + BEYOND
+
+        def read(tx: Transaction) -> tuple[str, str, bytes | None, int | None]:
+            again = tx.clusters.insert(samples.cluster("clusters/gone"))
+            document = tx.plan_documents.get("plans/p")
+            return etag_of(tx.clusters.require("clusters/a")), etag_of(again), document, tx.audit.first_wrong()
+
+        next_epoch, (known, again, document, wrong) = with_store(target, read)
+        assert next_epoch == restored + 1
+        assert {known, again}.isdisjoint(seen)
+        assert document == b"{}"
+        assert wrong is None
+        last = read_store(target, lambda reader: reader.audit.last())
+        assert last is not None
+        assert (last.change.method, last.change.resource, last.number) == ("restore", "backup.db", 2)
+
+
+def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_path: Path) -> None:
+    backup = tmp_path / "backup.db"
+
+    async def scenario() -> None:
+        store = await Store.open(url)
+        await store.lead("test")
+        is_done = asyncio.Event()
+
+        async def write() -> int:
+            num = 0
+            while not is_done.is_set():
+
+                def both(tx: Transaction, num: int = num) -> None:
+                    tx.clusters.insert(samples.cluster(f"clusters/c{num}"))
+                    tx.profiles.insert(samples.profile(f"profiles/p{num}"))
+
+                await store.write(both)
+                num += 1
+            return num
+
+        writing = asyncio.create_task(write())
+        await store.write(fill)
+        await asyncio.to_thread(back_up, url, backup)
+        is_done.set()
+        assert await writing > 0
+        await store.close()
+
+    asyncio.run(scenario())
+    found = rows(f"sqlite:///{backup}", ("clusters", "profiles"))
+    assert len(found["clusters"]) == len(found["profiles"]) > 0
+
+
+def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str, tmp_path: Path) -> None:
+    backup = tmp_path / "backup.db"
+
+    async def scenario() -> None:
+        store = await Store.open(url)
+        await store.lead("the one that leads")
+        await store.write(fill)
+        await asyncio.to_thread(back_up, url, backup)
+        for work in (lambda: restore(url, backup, replace=True), lambda: migrate_to(url, revisions()[0])):
+            with pytest.raises(StoreError, match="is in use by"):
+                await asyncio.to_thread(work)
+        await store.close()
+
+    asyncio.run(scenario())
+    before = rows(url, tuple(schema.metadata.tables))
+    with pytest.raises(StoreError, match="--replace puts the backup there"):
+        restore(url, backup, replace=False)
+    with pytest.raises(StoreError, match="is there already; a backup replaces nothing"):
+        back_up(url, backup)
+    (tmp_path / "text").write_text("no store" * 100)
+    with pytest.raises(StoreError, match=r"is damaged or no store|holds tables"):
+        restore(url, tmp_path / "text", replace=True)
+    with pytest.raises(StoreError, match="there is no version v9999 of the store"):
+        migrate_to(url, "v9999")
+    assert rows(url, tuple(schema.metadata.tables)) == before
+
+
+def test_a_backup_of_an_older_version_is_brought_up_on_the_way(tmp_path: Path) -> None:
+    url, backup = f"sqlite:///{tmp_path}/hetis.db", tmp_path / "backup.db"
+    with_store(url, fill)
+    back_up(url, backup)
+    migrate_to(f"sqlite:///{backup}", revisions()[0])
+    content = backup.read_bytes()
+    restore(f"sqlite:///{tmp_path}/other.db", backup, replace=False)
+    assert backup.read_bytes() == content
+    assert with_store(f"sqlite:///{tmp_path}/other.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"

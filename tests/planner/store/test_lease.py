@@ -1,0 +1,189 @@
+"""The lease is a promise about the leader's own clock: it ends when that says so, whatever server and threads do."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.store import Store, Transaction
+from hetis.planner.store.lease import Lease
+from tests.faults.proxy import Proxy
+from tests.planner.store import samples
+
+LEASE_S = 1.5
+
+
+@pytest.fixture
+def proxy(postgres_url: str) -> Iterator[Proxy]:
+    found = sa.make_url(postgres_url)
+    assert found.host is not None
+    assert found.port is not None
+    with Proxy((found.host, found.port)) as proxy:
+        yield proxy
+
+
+def through(proxy: Proxy, url: str) -> str:
+    host, port = proxy.address
+    return sa.make_url(url).set(host=host, port=port).render_as_string(hide_password=False)
+
+
+def test_a_lease_counts_from_before_it_was_asked_for_and_decides_for_two_thirds_of_it() -> None:
+    now_s = 100.0
+    lease = Lease(6.0, lambda: now_s)
+    assert not lease.is_held
+    assert not lease.may_decide
+    lease.grant(98.0)
+    assert (lease.age_s, lease.left_s) == (2.0, 4.0)
+    assert lease.may_decide
+    now_s = 101.9
+    assert lease.may_decide
+    now_s = 102.1
+    assert not lease.may_decide
+    assert lease.is_held
+    now_s = 104.0
+    assert not lease.is_held
+    lease.grant(104.0)
+    assert lease.may_decide
+    lease.end()
+    assert not lease.is_held
+
+
+def test_a_file_holds_its_lease_for_ever() -> None:
+    lease = Lease(0.0, lambda: 1e9)
+    lease.grant(0.0)
+    assert lease.may_decide
+    assert lease.is_held
+
+
+def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(postgres_url: str, proxy: Proxy) -> None:
+    """Defect 1 of the attack: the first planner went on for 93 s with the second one leading."""
+
+    async def scenario() -> None:
+        old = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+        await old.lead("old", ("10.0.0.1:8470",))
+        new = await Store.open(postgres_url, lease_s=LEASE_S)
+        standing_by = asyncio.create_task(new.stand_by("new"))
+        proxy.freeze()
+        began_s = time.monotonic()
+        write = asyncio.create_task(old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a"))))
+        await old.until_replaced()
+        assert not standing_by.done()  # the leader stops first
+        assert time.monotonic() - began_s < LEASE_S + 0.5
+        with pytest.raises(ServiceError, match="whether it was is not known") as caught:
+            await write
+        assert caught.value.reason_name == "NOT_LEADER"
+        assert caught.value.metadata["changed"] == "unknown"
+        assert await standing_by == 2
+        assert time.monotonic() - began_s < LEASE_S + 2
+        with pytest.raises(ServiceError) as caught:
+            await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+        assert caught.value.reason_name == "NOT_LEADER"
+        proxy.thaw()
+        await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
+        names = await old.read(lambda tx: [record.name for record in tx.clusters.all()])
+        assert names in (["clusters/c"], ["clusters/a", "clusters/c"])  # in doubt, and the same for everybody
+        assert names == await new.read(lambda tx: [record.name for record in tx.clusters.all()])
+        await old.close()
+        await new.close()
+
+    asyncio.run(scenario())
+
+
+def test_after_two_thirds_of_the_lease_nothing_is_decided_and_a_renewal_mends_that(postgres_url: str) -> None:
+    now_s = 0.0
+
+    async def scenario() -> None:
+        nonlocal now_s
+        store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
+        await store.lead("test")
+        now_s = 21.0
+        with pytest.raises(ServiceError, match=r"was not renewed for 21.0 s of 30 s; nothing was changed") as caught:
+            await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        assert caught.value.reason_name == "STORE_UNAVAILABLE"
+        assert caught.value.metadata == {"changed": "no"}
+        store.lease.grant(now_s)
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_url: str) -> None:
+    async def scenario() -> None:
+        store = await Store.open(postgres_url, lease_s=LEASE_S)
+        await store.lead("test")
+        entered, leave = threading.Event(), threading.Event()
+
+        def slow(tx: Transaction) -> None:
+            tx.clusters.all()
+            entered.set()
+            leave.wait(LEASE_S * 1.3)
+            tx.clusters.insert(samples.cluster("clusters/a"))
+
+        await store.write(slow)
+        assert store.lease.may_decide
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_write_that_is_done_after_the_lease_is_not_acknowledged(postgres_url: str) -> None:
+    """As when the process is suspended between commit and answer."""
+    now_s = 0.0
+
+    async def scenario() -> None:
+        nonlocal now_s
+        store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
+        await store.lead("test")
+
+        def slow(tx: Transaction) -> None:
+            nonlocal now_s
+            tx.clusters.insert(samples.cluster("clusters/a"))
+            now_s = 31.0
+
+        with pytest.raises(ServiceError, match="not known"):
+            await store.write(slow)
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: str) -> None:
+    async def scenario() -> None:
+        first, second = await Store.open(url), await Store.open(url)
+        await first.lead("first", ("10.0.0.1:8470", "10.0.0.1:8480"))
+        standing_by = asyncio.create_task(second.stand_by("second"))
+        while second.leader is None:
+            await asyncio.sleep(0.01)
+        assert second.not_leader().metadata == {"leader": "first", "leader_address": "10.0.0.1:8470,10.0.0.1:8480"}
+        assert await second.read(lambda tx: tx.clusters.all()) == []
+        await first.close()
+        assert await asyncio.wait_for(standing_by, 5) == 2
+        await second.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_is_back(
+    postgres_url: str, proxy: Proxy
+) -> None:
+    async def scenario() -> None:
+        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+        proxy.freeze()
+        with pytest.raises(ServiceError) as caught:
+            await store.read(lambda tx: tx.clusters.all())
+        assert caught.value.reason_name == "STORE_UNAVAILABLE"
+        assert store.health.errors == 1
+        assert store.health.answered_s_ago > LEASE_S
+        proxy.thaw()
+        assert await store.read(lambda tx: tx.clusters.all()) == []
+        assert store.health.answered_s_ago < 1
+        await store.close()
+
+    asyncio.run(scenario())

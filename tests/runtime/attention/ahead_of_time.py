@@ -1,0 +1,97 @@
+"""Compiles Triton's kernels for GPUs that are not here: a JSON line for each, with what it needs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hetis.runtime.attention import paged_triton
+from hetis.runtime.attention.paged_triton import Sizes, sizes_of
+from hetis.runtime.kv.shape import KvShape
+
+# Shared memory that a block may have, by compute capability: CUDA's programming guide, table of technical limits.
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+
+
+def shape_of(dtype: str, d: int, soft_cap: float) -> KvShape:
+    return KvShape(
+        layers=1,
+        head_dim=d,
+        queries_per_group=4,
+        page_tokens=16,
+        dtype=dtype,
+        scale=0.1,
+        windows=(0,),
+        soft_cap=soft_cap,
+    )
+
+
+def compiled(name: str, capability: int, types: dict[str, str], constants: dict[str, Any], sizes: Sizes) -> None:
+    """Prints what one kernel needs."""
+    function = getattr(paged_triton, name)
+    names = function.arg_names
+    source = ASTSource(
+        fn=function,
+        signature={argument: types.get(argument, "constexpr") for argument in names},
+        constexprs={(names.index(argument),): value for argument, value in constants.items()},
+    )
+    options = {"num_warps": sizes.warps, "num_stages": sizes.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    row = {
+        "kernel": name,
+        "capability": capability,
+        "constants": constants,
+        "cubin_bytes": len(made.asm["cubin"]),
+        "shared_bytes": made.metadata.shared,
+        "limit_bytes": SHARED_KIB[capability] * 1024,
+    }
+    print(json.dumps(row), flush=True)
+
+
+def attend(shape: KvShape, capability: int, *, is_chunk: bool, has_splits: bool) -> None:
+    sizes = sizes_of(shape, divmod(capability, 10), is_chunk=is_chunk)
+    pointer = POINTERS[shape.dtype]
+    out, integers, floats = "*fp32" if has_splits else pointer, "*i32", "fp32"
+    types = {"qkv": pointer, "k": pointer, "v": pointer, "table": integers, "table_width": "i32", "tiles": integers}
+    types |= {"out": out, "sums": out, "scale": floats, "soft_cap": floats, "window": "i32"}
+    compiled("attend", capability, types, sizes.constants(shape, has_splits=has_splits), sizes)
+
+
+def around(shape: KvShape, capability: int) -> None:
+    """The small kernels."""
+    sizes = sizes_of(shape, divmod(capability, 10), is_chunk=False)
+    pointer, constants = POINTERS[shape.dtype], {"D": shape.head_dim, "R": shape.queries_per_group}
+    constants |= {"BLOCK_D": sizes.block_d}
+    compiled("store", capability, {"qkv": pointer, "k": pointer, "v": pointer, "slots": "*i64"}, constants, sizes)
+    types = {"parts": "*fp32", "sums": "*fp32", "tiles": "*i32", "splits": "i32", "out": pointer}
+    compiled("combine", capability, types, constants | {"BLOCK_M": sizes.block_m}, sizes)
+
+
+def quick() -> Iterator[tuple[KvShape, int, bool, bool]]:
+    """A decode and a chunk for each GPU, and those that need the most memory where there is the least."""
+    for capability in SHARED_KIB:
+        shape = shape_of("float16" if capability == 75 else "bfloat16", 128, 0.0)
+        yield from ((shape, capability, is_chunk, not is_chunk) for is_chunk in (False, True))
+    for dtype, capability in itertools.product(("float16", "float32"), (75, 86)):
+        yield shape_of(dtype, 256, 50.0), capability, True, False
+
+
+def everything() -> Iterator[tuple[KvShape, int, bool, bool]]:
+    for dtype, d, soft_cap, capability in itertools.product(POINTERS, (32, 64, 80, 128, 256), (0.0, 50.0), SHARED_KIB):
+        for is_chunk, has_splits in ((False, False), (False, True), (True, False)):
+            yield shape_of(dtype, d, soft_cap), capability, is_chunk, has_splits
+
+
+if __name__ == "__main__":
+    for shape, capability, is_chunk, has_splits in quick() if "--quick" in sys.argv else everything():
+        attend(shape, capability, is_chunk=is_chunk, has_splits=has_splits)
+    for capability in SHARED_KIB:
+        around(shape_of("float16", 128, 0.0), capability)

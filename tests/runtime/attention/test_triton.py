@@ -1,0 +1,73 @@
+"""Triton's kernels: interpreted on this machine they attend as defined; compiled they fit every GPU they are for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from hetis.runtime.attention.backends import choose_backend
+from hetis.runtime.kv.pool import PagePool
+from tests.runtime.attention.test_ranges import Case, check, local
+
+ROOT = Path(__file__).parents[3]
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="NOT TESTED: kernels of GPUs, as Triton is not installed (extra dev)"
+)
+
+
+def test_interpreted_kernels_attend_as_defined_and_alone_as_among_others() -> None:
+    lines = run_apart("interpreted").splitlines()
+    assert len(lines) == 7
+    assert lines[-1] == "the same bits"
+
+
+def test_it_is_not_chosen_without_a_gpu() -> None:
+    for dtype, name in (("float16", "torch"), ("bfloat16", "compiled"), ("float32", "compiled")):
+        assert choose_backend(PagePool("d", Case(tokens=(), cuts=(), dtype=dtype).shape(), 1)).name == name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+def test_on_a_gpu_chunks_are_attended_to_as_defined(dtype: str, soft_cap: float) -> None:
+    case = Case(
+        tokens=(700, 1, 1100), cuts=((600, 601), (), (1098, 1099)), r=4, d=64, page_tokens=16, window=300,
+        soft_cap=soft_cap, dtype=dtype,
+    )  # fmt: skip
+    check(local(case, choose_backend, device="cuda"), case)
+
+
+def test_kernels_compile_for_every_gpu_and_fit_into_its_shared_memory(tmp_path: Path) -> None:
+    compile_all(tmp_path, is_quick=True)
+
+
+@pytest.mark.soak
+def test_kernels_of_every_kind_compile_for_every_gpu(tmp_path: Path) -> None:
+    compile_all(tmp_path, is_quick=False)
+
+
+def compile_all(folder: Path, *, is_quick: bool) -> None:
+    lines = run_apart("ahead_of_time", *(["--quick"] if is_quick else []), TRITON_CACHE_DIR=str(folder))
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert {row["capability"] for row in rows} == {75, 80, 86, 89, 90, 100}
+    for row in rows:
+        assert row["cubin_bytes"] > 0, row
+        assert row["shared_bytes"] <= row["limit_bytes"], row
+
+
+def run_apart(program: str, *arguments: str, **variables: str) -> str:
+    """What a program beside this file prints, in a process of its own: Triton interprets all, or compiles all."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-m", f"tests.runtime.attention.{program}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

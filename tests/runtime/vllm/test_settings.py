@@ -1,0 +1,74 @@
+"""The plugin's file: what is valid, and that all problems are told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetis.runtime.vllm.plugin import check_version
+from hetis.runtime.vllm.settings import SettingsError, load_settings, read_settings
+
+VALID = """
+apiVersion: hetis/v1
+kind: VllmWorkers
+workers:
+  - name: p100-0
+    addresses: ["10.0.0.7:7070"]
+    keyFile: /etc/hetis/key
+"""
+
+
+def test_a_small_file_has_defaults_for_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "workers.yaml"
+    path.write_text(VALID)
+    found = load_settings(path)
+    assert [worker.addresses for worker in found.workers] == [("10.0.0.7:7070",)]
+    assert (found.transport, found.dispatch.policy, found.redispatch.theta) == ("auto", "solver", 0.5)
+
+
+def test_all_problems_are_told_with_the_file_and_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "workers.yaml"
+    path.write_text(VALID.replace("10.0.0.7:7070", "10.0.0.7").replace("p100-0", '""') + "timeout: 3\n")
+    with pytest.raises(SettingsError) as raised:
+        load_settings(path)
+    message = str(raised.value)
+    assert str(path) in message
+    for place in ("workers.0.name", "workers.0.addresses", "timeout"):
+        assert place in message
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "workers: x", ""])
+def test_what_is_no_such_document_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "workers.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"workers\.yaml"):
+        load_settings(path)
+
+
+def test_two_workers_of_one_name_or_of_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "workers.yaml"
+    worker = VALID[VALID.index("  - name") :]
+    path.write_text(VALID + worker)
+    with pytest.raises(SettingsError, match="not unique"):
+        load_settings(path)
+    path.write_text(VALID + worker.replace("p100-0", "p100-1").replace('["10', '["10.0.0.8:1", "10'))
+    with pytest.raises(SettingsError, match="one for each rank"):
+        load_settings(path)
+
+
+def test_a_missing_file_is_said_and_no_variable_means_no_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HETIS_VLLM_CONFIG", raising=False)
+    assert read_settings() is None
+    monkeypatch.setenv("HETIS_VLLM_CONFIG", str(tmp_path / "none.yaml"))
+    with pytest.raises(SettingsError, match="No such file"):
+        read_settings()
+
+
+def test_versions_of_vllm_that_were_not_tested_are_refused() -> None:
+    check_version("0.32.0")
+    for version in ("0.31.1", "0.320", "1.0", "unknown"):
+        with pytest.raises(SettingsError, match=r"tested: 0\.32\.x"):
+            check_version(version)

@@ -1,0 +1,101 @@
+"""Workers that engines find by address and key: they serve one engine after the other, and only those with the key."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
+from hetis.runtime.transport.connecting import ChannelKind
+from hetis.runtime.transport.keys import key_of
+from hetis.runtime.worker.joining import join_at
+from tests.runtime.attention.test_ranges import MIXED, Case, check
+from tests.runtime.worker.listening import ListeningWorker, listening_worker
+
+CASE = Case(**MIXED, r=3, d=16, page_tokens=16, window=19, soft_cap=30.0, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ListeningWorker]:
+    with listening_worker(tmp_path_factory.mktemp("worker")) as found:
+        yield found
+
+
+def test_engines_come_and_go_and_each_finds_the_worker_empty(worker: ListeningWorker) -> None:
+    for epoch, (kind, dtype) in enumerate(
+        [(ChannelKind.SHM, "float32"), (ChannelKind.TCP, "float32"), (ChannelKind.AUTO, "bfloat16")]
+    ):
+        case = Case(**MIXED, r=3, d=16, page_tokens=16, window=19, soft_cap=30.0, dtype=dtype)
+        device = worker.join(case.shape(), epoch=10 + epoch, kind=kind)
+        assert device.num_pages == (4 << 20) // case.shape().page_bytes
+        assert device.ping() == (device.num_pages, 0)
+        check(device, case)
+        assert device.ping()[1] == len(case.tokens)
+        device.close()
+
+
+def test_only_the_newest_engine_with_the_key_is_obeyed(worker: ListeningWorker) -> None:
+    shape = CASE.shape()
+    device = worker.join(shape, epoch=50)
+    with pytest.raises(DeviceLostError, match="the key is another worker's"):
+        join_at("w0", worker.host, worker.port, key_of("a key that nobody has said"), shape, epoch=51)
+    with pytest.raises(StaleEpochError, match="epoch 49 has ended, 50 is current"):
+        worker.join(shape, epoch=49)
+    assert device.ping() == (device.num_pages, 0)
+    newer = worker.join(shape, epoch=51)
+    with pytest.raises(DeviceLostError):
+        device.ping()
+    newer.close()
+
+
+def test_a_shape_that_no_memory_holds_leaves_a_worker_for_the_next_engine(worker: ListeningWorker) -> None:
+    largest = replace(CASE.shape(), layers=4096, head_dim=4096, page_tokens=1 << 16, windows=(0,) * 4096)
+    device = worker.join(largest, epoch=60)
+    assert device.num_pages == 0
+    with pytest.raises(OutOfPagesError, match="w0: 1 KV pages are needed, 0 are free"):
+        check(device, CASE)
+    device.close()
+    with pytest.raises(DeviceLostError):  # it hangs up: no engine says that
+        worker.join(replace(largest, head_dim=4097), epoch=61)
+    worker.join(CASE.shape(), epoch=62).close()
+
+
+def test_a_hung_worker_is_lost_and_obeys_nobody_old_when_it_wakes(worker: ListeningWorker) -> None:
+    device = worker.join(CASE.shape(), epoch=70, timeout_s=1)
+    check(device, CASE)
+    worker.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(DeviceLostError, match="no answer within 1 s"):
+            check(device, CASE)
+    finally:
+        worker.process.send_signal(signal.SIGCONT)
+    again = worker.join(CASE.shape(), epoch=71)
+    assert again.ping() == (again.num_pages, 0)
+    check(again, CASE)
+    again.close()
+
+
+def test_a_killed_worker_is_lost_and_not_reached(tmp_path: Path) -> None:
+    with listening_worker(tmp_path) as worker:
+        device = worker.join(CASE.shape(), epoch=1)
+        check(device, CASE)
+        worker.process.kill()
+        with pytest.raises(DeviceLostError):
+            check(device, CASE)
+        worker.process.wait(60)
+        with pytest.raises(UnreachedDeviceError):
+            worker.join(CASE.shape(), epoch=2)
+
+
+def test_a_worker_that_is_stopped_removes_its_port_file_and_is_not_reached(tmp_path: Path) -> None:
+    with listening_worker(tmp_path) as worker:
+        assert (tmp_path / "port").read_text() == f"{worker.host}:{worker.port}\n"
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(60) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "worker.key"]
+        with pytest.raises(UnreachedDeviceError, match=f"w0: tcp:{worker.host}:{worker.port}: .*refused"):
+            worker.join(CASE.shape(), epoch=1)

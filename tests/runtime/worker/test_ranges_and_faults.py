@@ -1,0 +1,249 @@
+"""Workers told of position ranges: whatever goes wrong at any message, the step done again elsewhere gives the same."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.runtime.attention.device import DeviceStep
+from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpochError, UnknownSequenceError
+from hetis.runtime.kv.shape import SequenceKey
+from hetis.runtime.transport.errors import FrameError
+from hetis.runtime.transport.frames import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Frame, Kind, read_header
+from hetis.runtime.transport.messages import Hello
+from hetis.runtime.worker.core import WorkerCore
+from hetis.runtime.worker.remote import RemoteDevice
+from tests.runtime.attention.test_ranges import LAYERS, Case, check, step
+from tests.runtime.worker.inproc import KEY, Fault, InprocWorker
+
+CASE = Case(tokens=(21, 5, 9), cuts=((8, 20), (4,), (3, 4, 5)), window=6, dtype="float32")
+PAGES = sum(CASE.shape().pages(tokens) for tokens in CASE.tokens)
+SESSION = 7
+
+
+@pytest.fixture(scope="module")
+def messages() -> tuple[Kind, ...]:
+    """What a worker is sent when nothing goes wrong."""
+    worker = InprocWorker("w0", PAGES)
+    check(worker.join(CASE.shape()), CASE)
+    return tuple(worker.handled)
+
+
+@pytest.mark.parametrize("fault", Fault)
+def test_a_fault_at_any_message_is_a_lost_device_and_the_next_connection_computes_all_again(
+    fault: Fault, messages: tuple[Kind, ...]
+) -> None:
+    for index in range(1, len(messages)):
+        worker = InprocWorker("w0", PAGES, fault=fault, fault_at=index)
+        device = worker.join(CASE.shape())
+        with pytest.raises(DeviceLostError):
+            check_and_ask(device)
+        assert device.is_lost
+        if not worker.is_running:
+            if fault is Fault.ZOMBIE:
+                worker.wake()
+            else:
+                worker.start()
+        worker.fault = None
+        check(worker.join(CASE.shape(), epoch=2), CASE)
+
+
+def check_and_ask(device: RemoteDevice) -> None:
+    """A fault at the last frame, which has no answer, is found when something is asked for."""
+    check(device, CASE)
+    device.ping()
+
+
+def test_a_step_that_finds_too_few_pages_changes_nothing_and_may_be_done_in_smaller_chunks() -> None:
+    shape = CASE.shape()
+    device = InprocWorker("w0", 3).join(shape)
+    rows = torch.zeros(13, CASE.r + 2, CASE.d)
+    device.begin(step([0], [0], [13]))
+    with pytest.raises(OutOfPagesError, match="w0: 4 KV pages are needed, 3 are free"):
+        device.attend(0, rows).wait()
+    device.abort(0)
+    assert device.ping() == (3, 0)
+    device.begin(step([0], [0], [12]))
+    assert device.attend(0, rows[:12]).wait().shape == (12, CASE.r, CASE.d)
+    device.finish(0)
+    assert device.ping() == (0, 1)
+    device.begin(step([0], [12], [1]))
+    with pytest.raises(OutOfPagesError):
+        device.attend(0, rows[:1]).wait()
+    device.abort(0)
+    device.drop([SequenceKey(0, 0, 0)])
+    assert device.ping() == (3, 0)
+
+
+def test_a_range_that_would_leave_a_gap_is_unknown() -> None:
+    device = InprocWorker("w0", 9).join(CASE.shape())
+    device.begin(step([0], [3], [2]))
+    with pytest.raises(UnknownSequenceError, match="holds nothing, 3 come before what is to be written"):
+        device.attend(0, torch.zeros(2, CASE.r + 2, CASE.d)).wait()
+
+
+def test_an_older_engine_is_refused_and_cannot_write_into_a_newer_ones_ranges() -> None:
+    worker = InprocWorker("w0", PAGES)
+    old = worker.join(CASE.shape(), epoch=5)
+    old.begin(step([0], [0], [4]))
+    core, frames = worker.core, list(old._queued)
+    newer = worker.join(CASE.shape(), epoch=6)
+    for frame in frames:
+        assert core.handle(frame) is None
+    assert newer.ping() == (PAGES, 0)
+    with pytest.raises(StaleEpochError, match="epoch 5 has ended, 6 is current"):
+        worker.join(CASE.shape(), epoch=5)
+
+
+# --- hostile frames
+
+
+def begun(pages: int = 20) -> WorkerCore:
+    """A worker that has an engine, and is within a step of a range of 3 positions."""
+    core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, pages), key=KEY)
+    core.handle(received(Hello(shape=CASE.shape(), key=KEY).frame(epoch=1, session=SESSION)))
+    core.handle(frame_of(Kind.BEGIN, (2, 4, 0), np.array([[0, 1], [0, 0], [0, 0], [0, 0], [3, 1]]).tobytes()))
+    return core
+
+
+def frame_of(kind: Kind, counts: tuple[int, int, int], body: bytes, *, layer: int = 0, dtype: str = "") -> Frame:
+    raw = np.frombuffer(bytearray(body), np.uint8)
+    return Frame(kind=kind, epoch=1, session=SESSION, layer=layer, counts=counts, dtype=dtype, parts=(raw,))
+
+
+def received(frame: Frame) -> Frame:
+    raw = b"".join(part.numpy().tobytes() if isinstance(part, torch.Tensor) else part.tobytes() for part in frame.parts)
+    return frame._replace(parts=(np.frombuffer(raw, np.uint8),))
+
+
+@pytest.mark.parametrize(
+    ("counts", "columns"),
+    [
+        ((2, 5, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [3, 1]]),  # their sum is 4
+        ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [4, 0]]),  # one that writes nothing
+        ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [5, -1]]),
+        ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [-1, 0], [3, 1]]),
+        ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0]]),  # a column is missing
+        ((2, 2, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [1, 1]]),  # one too many
+        ((2, 4, 0), [[0, 1], [0, 0], [0, 0], [0, 0], [2**62, 2**62]]),
+        ((0, 4, 0), [[]]),
+    ],
+)
+def test_ranges_that_contradict_themselves_end_the_connection(
+    counts: tuple[int, int, int], columns: list[list[int]]
+) -> None:
+    with pytest.raises(FrameError, match="BEGIN"):
+        begun().handle(frame_of(Kind.BEGIN, counts, np.array(columns, np.int64).tobytes()))
+
+
+def test_queries_of_another_number_than_was_begun_end_the_connection() -> None:
+    rows = torch.zeros(2, CASE.r + 2, CASE.d).numpy().tobytes()
+    with pytest.raises(FrameError, match="ATTEND of 2 positions in layer 0: 4 were begun"):
+        begun().handle(frame_of(Kind.ATTEND, (2, 0, 0), rows, dtype="float32"))
+    with pytest.raises(FrameError, match=f"in layer {LAYERS}"):
+        begun().handle(frame_of(Kind.ATTEND, (4, 0, 0), 2 * rows, layer=LAYERS, dtype="float32"))
+
+
+numbers = st.one_of(st.integers(0, 5), st.integers(0, 2**32 - 1))
+words = st.one_of(st.integers(-2, 30), st.integers(-(2**63), 2**63 - 1))
+
+
+@given(
+    frames=st.lists(
+        st.tuples(
+            st.sampled_from([kind for kind in Kind if kind is not Kind.HELLO]),
+            st.tuples(numbers, numbers, numbers),
+            st.one_of(
+                st.lists(words, max_size=16).map(lambda some: struct.pack(f"<{len(some)}q", *some)),
+                st.binary(max_size=300),
+                st.integers(0, 6).map(lambda rows: bytes(4 * rows * (CASE.r + 2) * CASE.d)),
+            ),
+            st.integers(0, 3),
+            st.sampled_from(DTYPES),
+        ),
+        max_size=6,
+    )
+)
+@settings(max_examples=150)
+def test_whatever_frames_come_a_worker_answers_or_hangs_up_and_keeps_its_pages_in_order(
+    frames: list[tuple[Kind, tuple[int, int, int], bytes, int, str]],
+) -> None:
+    core = begun()
+    for kind, counts, body, layer, dtype in frames:
+        try:
+            core.handle(frame_of(kind, counts, body, layer=layer, dtype=dtype))
+        except FrameError:
+            core.leave()
+            break
+        assert core.device is not None
+        core.device.pool.check_invariants()
+    # The next engine finds it empty.
+    hello = Hello(shape=CASE.shape(), key=KEY).frame(epoch=2, session=SESSION + 1)
+    answer = core.handle(received(hello))
+    assert answer is not None
+    assert answer.kind is Kind.WELCOME
+    assert core.device is not None
+    assert core.device.pool.free_pages == core.device.num_pages
+
+
+@given(st.one_of(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES), st.binary(max_size=2 * HEADER_BYTES)))
+def test_bytes_that_are_no_header_are_refused(raw: bytes) -> None:
+    with pytest.raises(FrameError):
+        read_header(raw)
+
+
+@given(
+    kind=st.integers(0, 255),
+    dtype=st.integers(0, 255),
+    rest=st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8),
+    body_bytes=st.one_of(st.integers(0, 10_000), st.integers(0, 2**64 - 1)),
+)
+def test_a_header_is_read_as_it_was_written_or_refused(kind: int, dtype: int, rest: list[int], body_bytes: int) -> None:
+    raw = HEADER.pack(MAGIC, VERSION, kind, dtype, *rest, body_bytes)
+    try:
+        frame, body = read_header(raw, most_body_bytes=10_000)
+    except FrameError:
+        assert kind not in set(Kind) or dtype >= len(DTYPES) or body_bytes > 10_000
+        return
+    assert (frame.kind, DTYPES.index(frame.dtype), len(body)) == (kind, dtype, body_bytes)
+    assert [*frame[1:6], *frame.counts] == rest
+
+
+@given(shape=st.tuples(*[st.integers(0, 2**32 - 1)] * 4), body=st.binary(max_size=200), dtype=st.sampled_from(DTYPES))
+def test_no_greeting_breaks_a_worker(shape: tuple[int, int, int, int], body: bytes, dtype: str) -> None:
+    core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, 0), key=KEY)
+    layers, *counts = shape
+    hello = Frame(
+        kind=Kind.HELLO,
+        epoch=1,
+        session=1,
+        layer=layers % 30,
+        counts=(counts[0], counts[1], counts[2]),
+        dtype=dtype,
+        parts=(np.frombuffer(body, np.uint8),),
+    )
+    try:
+        answer = core.handle(hello)
+    except FrameError:
+        return
+    assert answer is not None
+    assert answer.kind is Kind.ERROR  # nobody guesses the key
+
+
+def test_a_device_that_was_lost_does_nothing_more() -> None:
+    worker = InprocWorker("w0", PAGES, fault=Fault.KILL, fault_at=1)
+    device: RemoteDevice = worker.join(CASE.shape())
+    with pytest.raises(DeviceLostError):
+        device.stats()
+    no_step: DeviceStep = step([0], [0], [2])
+    with pytest.raises(DeviceLostError, match="w0: it was lost"):
+        device.begin(no_step)
+    device.abort(0)
+    device.drop([SequenceKey(0, 0, 0)])
+    device.close()

@@ -1,0 +1,326 @@
+"""The cost model a third time, from `docs/cost-model.md` alone: what search, checker and simulator are judged by.
+
+It takes of the solver only plain values (problems, models, profiles, moments): neither `cost.py` nor `check/` nor
+`placement/`, so that an error of theirs cannot be its own. Letters are those of the document.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hetis.solver.cluster import Link
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Role
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Op
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """p ``cards`` of a stage copy that take k ``head_groups`` of every rank."""
+
+    gpu: str
+    cards: int
+    head_groups: int
+    link: Link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """n ``tp``, c ``copies``, l ``layers``; ``kv_link`` of a prefill stage only."""
+
+    gpu: str
+    tp: int
+    copies: int
+    layers: int
+    intra_link: Link
+    hop_link: Link
+    pool: Pool | None = None
+    kv_link: Link | None = None
+
+
+def slowest(links: list[Link]) -> Link:
+    return Link(bytes_per_s=min(one.bytes_per_s for one in links), latency_s=max(one.latency_s for one in links))
+
+
+def divides(model: ModelSpec, n: int) -> bool:
+    """Whether n ranks can share the heads."""
+    G = model.head_groups
+    return model.q_heads % n == 0 and (G % n == 0 or n % G == 0)
+
+
+def groups_of_rank(model: ModelSpec, n: int) -> int:
+    """Gr"""
+    return max(1, model.head_groups // n)
+
+
+class Numbers:
+    """Everything the document says of a replica with one role, b, M and C."""
+
+    def __init__(self, problem: PlacementProblem, *, role: Role, b: int, M: int, C: int) -> None:
+        workload = problem.workload.clipped_to(problem.model.max_position)
+        self.problem, self.model, self.role = problem, problem.model, role
+        self.moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+        self.b, self.M, self.C = b, M, C
+        P, O = self.moments.mean_prompt, self.moments.mean_output
+        self.nc = P / C if role is not Role.DECODE else 0.0
+        self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b - self.nc)
+        self.n_it = self.nc + self.nd
+        self.phi = self.nc / self.n_it
+
+    # --- one layer, one iteration
+
+    def fit(
+        self, gpu: str, op: Op, n: int, *, F: float = 0, B: float = 0, T: float = 0, H: float = 0, W: float = 0
+    ) -> float:
+        found = self.problem.profiles[gpu].fit(op, self.model, n)
+        if found is None:
+            return 0.0
+        return max(
+            p.fixed_s + p.flop_s * F + p.byte_s * B + p.token_s * T + p.head_s * H + p.wire * W for p in found.pieces
+        )
+
+    def dense(self, s: Stage, T: int, is_prefix: bool) -> float:
+        m = self.model
+        active = m.dense_layer_params() if is_prefix else m.active_layer_params()
+        touched = m.dense_layer_params() if is_prefix else m.touched_layer_params(T)
+        num_bytes = touched * m.weight_bytes / s.tp + 8 * m.hidden * m.activation_bytes * T
+        return self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
+
+    def reduce(self, s: Stage, T: int) -> float:
+        if s.tp == 1:
+            return 0.0
+        B = T * self.model.hidden * self.model.activation_bytes
+        W = 2 * (s.tp - 1) / s.tp * B / s.intra_link.bytes_per_s
+        return self.fit(s.gpu, Op.ALL_REDUCE, s.tp, B=B, W=W, T=T) + s.intra_link.latency_s
+
+    def prefill(self, s: Stage) -> float:
+        m, C, heads = self.model, self.C, self.model.q_heads / s.tp
+        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        B = (a + C / 2) * groups_of_rank(m, s.tp) * m.kv_bytes_per_token_group()
+        return self.fit(s.gpu, Op.PREFILL_ATTENTION, s.tp, F=m.attention_flops(C * a, heads), B=B, T=C, H=C * heads)
+
+    def decode(self, gpu: str, n: int, pairs: int, s: Stage) -> float:
+        """Attention of so many (request, group) pairs, of groups as the stage's ranks see them."""
+        if pairs == 0:
+            return 0.0
+        m = self.model
+        y, rr = m.attended_tokens(self.moments.resident_context), m.q_heads / s.tp / groups_of_rank(m, s.tp)
+        flops = m.decode_attention_flops(y, pairs * rr)
+        return self.fit(gpu, Op.DECODE_ATTENTION, n, F=flops, B=pairs * y * m.kv_bytes_per_token_group(), H=pairs * rr)
+
+    def message(self, gpu: str, n: int, B: float, link: Link) -> float:
+        return self.fit(gpu, Op.TRANSFER, n, B=B, W=B / link.bytes_per_s) if B else 0.0
+
+    def load(self, s: Stage, pool: Pool) -> int:
+        return math.ceil(self.b * pool.head_groups * s.tp / pool.cards - 1e-9)
+
+    def exchange(self, s: Stage, pool: Pool) -> float:
+        m = self.model
+        e = m.q_heads / s.tp / groups_of_rank(m, s.tp) * m.exchange_bytes_per_head()
+        out = self.message(s.gpu, s.tp, self.b * pool.head_groups * s.tp * e, pool.link)
+        return max(out, self.message(pool.gpu, 1, self.load(s, pool) * e, pool.link)) + 2 * pool.link.latency_s
+
+    def attention(self, s: Stage) -> float:
+        kept = groups_of_rank(self.model, s.tp) - (s.pool.head_groups if s.pool else 0)
+        own = self.decode(s.gpu, s.tp, self.b * kept, s)
+        if s.pool is None:
+            return own
+        return max(own, self.decode(s.pool.gpu, 1, self.load(s, s.pool), s) + self.exchange(s, s.pool))
+
+    def ship(self, s: Stage, pool: Pool) -> float:
+        B = self.C * pool.head_groups * s.tp * self.model.kv_bytes_per_token_group()
+        return max(self.message(s.gpu, s.tp, B, pool.link), self.message(pool.gpu, 1, B / pool.cards, pool.link))
+
+    def plain(self, s: Stage, is_prefix: bool = False) -> float:
+        return self.dense(s, self.b, is_prefix) + 2 * self.reduce(s, self.b) + self.attention(s)
+
+    def chunk(self, s: Stage, is_prefix: bool = False) -> float:
+        both = self.b + self.C
+        rest = 2 * self.reduce(s, both) + self.prefill(s) + self.attention(s)
+        late = 0.0
+        if s.pool is not None:
+            late = max(0.0, self.ship(s, s.pool) + self.exchange(s, s.pool) - self.dense(s, both, False) - rest)
+        return self.dense(s, both, is_prefix) + rest + late
+
+    def wire(self, s: Stage) -> float:
+        m, P = self.model, self.moments.mean_prompt
+        kvb = m.kv_bytes_per_token_group()
+        if self.role is Role.PREFILL:
+            assert s.kv_link is not None
+            return self.nc * self.message(s.gpu, s.tp, self.C * m.head_groups * kvb, s.kv_link)
+        if self.role is Role.UNIFIED:
+            return 0.0
+        given = s.pool.head_groups * s.tp if s.pool else 0
+        kept_s = self.message(s.gpu, s.tp, P * (m.head_groups - given) * kvb, s.hop_link)
+        return (
+            max(kept_s, self.message(s.pool.gpu, 1, P * given * kvb / s.pool.cards, s.pool.link)) if s.pool else kept_s
+        )
+
+    def layer(self, s: Stage, is_prefix: bool = False) -> float:
+        """w, or w'"""
+        with_chunk = self.nc * self.chunk(s, is_prefix) if self.nc else 0.0
+        without = self.nd * self.plain(s, is_prefix) if self.nd else 0.0
+        return max(with_chunk + without, self.wire(s))
+
+    # --- a stage, a replica
+
+    def stage_seconds(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
+        """u"""
+        with_chunk, without = (
+            self.ends(s, self.b + self.C, 1, is_first, is_last),
+            self.ends(s, self.b, 0, is_first, is_last),
+        )
+        u = s.layers * self.layer(s) + self.nc * with_chunk + self.nd * without
+        return u + (self.model.prefix_layers * self.layer(s, is_prefix=True) if is_first else 0.0)
+
+    def chunk_seconds(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
+        """chunk_s: 0 of a decode stage."""
+        if self.role is Role.DECODE:
+            return 0.0
+        wire = self.wire(s) / self.nc
+        total = s.layers * max(self.chunk(s), wire) + self.ends(s, self.b + self.C, 1, is_first, is_last)
+        return total + (self.model.prefix_layers * max(self.chunk(s, is_prefix=True), wire) if is_first else 0.0)
+
+    def ends(self, s: Stage, T: int, rows: int, is_first: bool, is_last: bool) -> float:
+        """Hop, step and LM head of one iteration with T tokens, of which b and ``rows`` more need logits."""
+        m = self.model
+        total = self.fit(s.gpu, Op.STEP, s.tp, T=T)
+        if not is_first:
+            total += self.message(s.gpu, s.tp, T * m.hidden * m.activation_bytes, s.hop_link) + s.hop_link.latency_s
+        if is_last:
+            outputs, table = self.b + rows, m.vocab * m.hidden
+            B = table * m.embedding_bytes / s.tp + outputs * m.hidden * m.activation_bytes
+            total += self.fit(s.gpu, Op.DENSE, s.tp, F=2 * outputs * table / s.tp, B=B, T=outputs)
+        return total
+
+    def slack(self, s: Stage, K: int) -> float:
+        """sigma"""
+        a = self.problem.assumptions
+        if self.M == 1:
+            return 0.0
+        full = self.M >= 2 * K
+        if self.role is Role.DECODE or (self.role is Role.PREFILL and full):
+            return a.full_slack
+        if self.role is Role.PREFILL:
+            return max(a.full_slack, a.tight_unevenness * self.delta())
+        R = self.chunk(s) / self.plain(s)
+        m = 1 + (R - 1) * self.phi
+        E = R - (R - 1) * (1 - self.phi) ** self.M
+        least, factor = (a.full_slack, a.full_unevenness) if full else (a.tight_slack, a.tight_unevenness)
+        return max(least, factor * (E / m - 1))
+
+    def delta(self) -> float:
+        m = self.model
+        a = self.moments.prefill_pairs / self.moments.mean_prompt
+
+        def f(x: float) -> float:
+            return m.attention_flops(m.attended_tokens(x), m.q_heads)
+
+        return (f(a + self.moments.prefill_context_sd) - f(a)) / (2 * m.active_layer_params() + f(a))
+
+    def interval(self, stages: list[Stage]) -> float:
+        """t"""
+        K, last = sum(s.copies for s in stages), len(stages) - 1
+        busy = [
+            (1 + self.slack(s, K)) * self.stage_seconds(s, is_first=i == 0, is_last=i == last)
+            for i, s in enumerate(stages)
+        ]
+        return max(max(u / s.copies for u, s in zip(busy, stages, strict=True)), sum(busy) / self.M)
+
+    # --- latency
+
+    def tpot_per_t(self) -> float:
+        return self.b * self.M / self.moments.mean_output
+
+    def ttft_round_trips(self) -> float:
+        """trips"""
+        if self.role is Role.DECODE:
+            return 0.0
+        q = self.problem.assumptions.planned_utilisation * self.phi
+        pw = q ** (math.sqrt(2 * (self.M + 1)) - 1)
+        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.prompt_cv2) / 2 * max(0.0, math.log(20 * pw))
+        return math.ceil(self.moments.p95_prompt / self.C) + wait
+
+    def landing_seconds(self, s: Stage, link: Link) -> float:
+        B = self.C * self.model.head_groups * self.model.kv_bytes_per_token_group()
+        return self.message(s.gpu, s.tp, B, link) + link.latency_s
+
+    # --- memory
+
+    def held(self, copies: int) -> int:
+        """D"""
+        return math.ceil(self.M / copies)
+
+    def prompt_tokens(self, copies: int) -> float:
+        """Tpre"""
+        return self.held(copies) * self.phi * (self.moments.prefilling_context + self.C)
+
+    def kv_tokens(self, copies: int) -> float:
+        """Tkv"""
+        requests = self.held(copies) * self.b
+        spread = self.problem.assumptions.kv_headroom_z * math.sqrt(requests) * self.moments.resident_context_sd
+        decoding = requests * self.model.cached_tokens(self.moments.resident_context) + spread
+        return decoding + (self.moments.mean_prompt if self.role is Role.DECODE else self.prompt_tokens(copies))
+
+    def fixed_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
+        """Of a rank: all but KV."""
+        m, n = self.model, s.tp
+        inner = (
+            m.intermediate
+            if m.moe is None
+            else (m.moe.active_experts + m.moe.shared_experts) * m.moe.expert_intermediate
+        )
+        table = m.vocab * m.hidden * m.embedding_bytes / n
+        total = float(self.problem.profiles[s.gpu].reserve_bytes)
+        total += (self.b + self.C) * m.activation_bytes * (4 * m.hidden + 2 * inner / n)
+        total += s.layers * m.layer_params() * m.weight_bytes / n
+        if is_first:
+            total += table + m.prefix_layers * m.dense_layer_params() * m.weight_bytes / n
+        if is_last:
+            total += 4 * max(self.b, 1) * m.vocab / n + (0.0 if is_first and m.tie_embeddings else table)
+        return total
+
+    def rank_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
+        kept, given = self.kept_and_given(s)
+        held = kept * self.kv_tokens(s.copies) + given * (self.prompt_tokens(s.copies) if given else 0.0)
+        kv = self.layers_of(s, is_first) * held * self.model.kv_bytes_per_token_group()
+        return self.fixed_bytes(s, is_first=is_first, is_last=is_last) + kv
+
+    def worker_bytes(self, s: Stage, pool: Pool, *, is_first: bool) -> float:
+        reserve = self.problem.profiles[pool.gpu].reserve_bytes
+        return reserve + self.card_bytes_per_token(s, pool, is_first) * self.kv_tokens(s.copies)
+
+    def kv_room(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
+        """Tokens whose KV fits on all copies of the stage."""
+        kept, given = self.kept_and_given(s)
+        kvb, layers = self.model.kv_bytes_per_token_group(), self.layers_of(s, is_first)
+        free = self.problem.profiles[s.gpu].usable_bytes - self.fixed_bytes(s, is_first=is_first, is_last=is_last)
+        free -= layers * given * self.prompt_tokens(s.copies) * kvb if given else 0.0
+        room = free / (layers * kept * kvb) if kept else math.inf
+        if s.pool is not None:
+            profile = self.problem.profiles[s.pool.gpu]
+            per_token = self.card_bytes_per_token(s, s.pool, is_first)
+            room = min(room, (profile.usable_bytes - profile.reserve_bytes) / per_token)
+        return s.copies * room
+
+    def fits(self, s: Stage, *, is_first: bool, is_last: bool) -> bool:
+        profiles = self.problem.profiles
+        if self.rank_bytes(s, is_first=is_first, is_last=is_last) > profiles[s.gpu].usable_bytes:
+            return False
+        pool = s.pool
+        return pool is None or self.worker_bytes(s, pool, is_first=is_first) <= profiles[pool.gpu].usable_bytes
+
+    def kept_and_given(self, s: Stage) -> tuple[int, int]:
+        """Gr - k and k"""
+        given = s.pool.head_groups if s.pool else 0
+        return groups_of_rank(self.model, s.tp) - given, given
+
+    def card_bytes_per_token(self, s: Stage, pool: Pool, is_first: bool) -> float:
+        requests = self.held(s.copies) * self.b
+        pairs = math.ceil(requests * pool.head_groups * s.tp / pool.cards - 1e-9)
+        return self.layers_of(s, is_first) * pairs / requests * self.model.kv_bytes_per_token_group()
+
+    def layers_of(self, s: Stage, is_first: bool) -> int:
+        return s.layers + (self.model.prefix_layers if is_first else 0)

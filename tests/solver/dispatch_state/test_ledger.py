@@ -1,0 +1,43 @@
+"""Sums of the ledger are those of a recount, however far contexts grow at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.solver.dispatch.ledger import Ledger
+
+
+def ledger_of(requests: list[tuple[int, int, int]], block_tokens: int = 16) -> Ledger:
+    """Requests of (context, remaining, groups on the first of two devices), four groups each."""
+    ledger = Ledger(2, block_tokens)
+    for number, (context, remaining, first) in enumerate(requests):
+        ledger.add(f"r{number}", context, remaining, np.array([first, 4 - first]))
+    return ledger
+
+
+lengths = st.tuples(st.integers(1, 200), st.integers(0, 100), st.integers(0, 4))
+
+
+@given(st.lists(lengths, min_size=1, max_size=6), st.integers(0, 90), st.sampled_from([1, 16]), st.booleans())
+def test_contexts_may_grow_by_any_number_of_tokens(
+    requests: list[tuple[int, int, int]], tokens: int, block_tokens: int, moves: bool
+) -> None:
+    ledger = ledger_of(requests, block_tokens)
+    if moves and requests[0][2]:
+        ledger.send(ledger.slots["r0"], 1, 0, 1)  # groups under way grow at both ends
+    some = np.array([slot for name, slot in ledger.slots.items() if name != "r1"], np.int64)
+    ledger.lengthen(some, tokens)
+    ledger.check(4)
+
+
+def test_a_block_is_used_from_its_first_token_on() -> None:
+    ledger = ledger_of([(16, 40, 3)])
+    assert ledger.used.tolist() == [3, 1]
+    ledger.lengthen(np.array([ledger.slots["r0"]]), 17)  # 33 tokens: three blocks
+    assert ledger.used.tolist() == [9, 3]
+    assert ledger.expected.tolist() == [12, 4]  # 56 tokens: four blocks
+    assert ledger.tokens.tolist() == [99, 33]
+    ledger.lengthen(np.array([ledger.slots["r0"]]), 40)  # 17 more than was expected
+    assert ledger.expected.tolist() == ledger.used.tolist() == [15, 5]

@@ -1,0 +1,358 @@
+"""Checker, search and simulator know the same seconds and bytes as an arithmetic that shares nothing with them."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.simulator.memory import card_room_bytes, rank_room_bytes
+from hetis.simulator.pool_timing import PoolTiming
+from hetis.simulator.timing import StageTiming
+from hetis.solver import cost
+from hetis.solver.check import memory, timing
+from hetis.solver.check.claims import Rederivation
+from hetis.solver.check.setting import Setting
+from hetis.solver.check.shape import PoolShape, StageShape
+from hetis.solver.cluster import Link, Network
+from hetis.solver.model import ModelSpec, MoeShape
+from hetis.solver.placement import template as search
+from hetis.solver.placement.configurations import configurations
+from hetis.solver.placement.options import kept_bytes
+from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.placement.template import Template, TemplateStage
+from hetis.solver.plan import Role
+from hetis.solver.problem import Assumptions, Family, PlacementProblem
+from hetis.solver.profile import Fit, Op, Piece, Profile
+from hetis.solver.workload import Workload
+from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
+from tests.solver.instances import MADE_UP, make_model, make_node, make_problem, make_workload
+
+JUDGED = ("hetis.solver.cost", "hetis.solver.check", "hetis.solver.placement", "hetis.simulator")
+MODELS = (
+    make_model(q_heads=8, kv_heads=4),
+    make_model(q_heads=8, kv_heads=2, tie_embeddings=True),
+    replace(make_model(q_heads=8, kv_heads=8), sliding_window=100),
+    replace(make_model(q_heads=8, kv_heads=4), sliding_window=90, sliding_window_every=2, activation_bytes=4.0),
+    make_model(
+        q_heads=8,
+        kv_heads=4,
+        moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=2),
+    ),
+)
+WORKLOADS = (make_workload((120, 40)), make_workload((300, 20), (60, 90)), make_workload((900, 5), (20, 200)))
+FAMILY = Family(
+    max_copies=3, max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
+    chunk_tokens=(48, 256), roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE),
+)  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_oracle_imports_nothing_of_what_it_judges() -> None:
+    here = Path(__file__).parent
+    for name in ("arithmetic.py", "oracle.py"):
+        of_judged = [one for one in imports(here / name) if one.startswith(JUDGED)]
+        assert not of_judged, f"{name} imports {of_judged}"
+        others = {one for one in imports(here / name) if one.startswith("tests.")}
+        assert {one.rsplit(".", 1)[0] for one in others} <= {"tests.solver.arithmetic"}, name
+
+
+# --- random stages
+
+
+@st.composite
+def pieces(draw: st.DrawFn, op: Op) -> Piece:
+    """Coefficients of which each counts, and none alone."""
+    share = st.floats(0.2, 1.5)
+    wired = op in (Op.ALL_REDUCE, Op.TRANSFER)
+    return Piece(
+        fixed_s=draw(share) * 2e-5,
+        flop_s=draw(share) * 5e-13,
+        byte_s=draw(share) * (2e-9 if wired else 5e-11),
+        token_s=draw(share) * 1e-6,
+        head_s=draw(share) * 1e-7,
+        wire=draw(share) if wired else 0.0,
+    )
+
+
+@st.composite
+def profiles(draw: st.DrawFn, gpu: str) -> Profile:
+    fits = tuple(
+        Fit(op=op, pieces=tuple(draw(st.lists(pieces(op), min_size=1, max_size=2))), provenance=MADE_UP) for op in Op
+    )
+    return Profile(gpu=gpu, usable_bytes=draw(st.integers(8, 60)) * 1_000_000, reserve_bytes=1_000_000, fits=fits)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A stage of a replica, and where it stands."""
+
+    problem: PlacementProblem
+    role: Role
+    b: int
+    M: int
+    C: int
+    stage: Stage
+    is_first: bool
+    is_last: bool
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(self.problem, role=self.role, b=self.b, M=self.M, C=self.C)
+
+    @property
+    def setting(self) -> Setting:
+        return Rederivation(self.problem).setting(
+            micro_batch=self.b, in_flight=self.M, chunk_tokens=self.C, role=self.role
+        )
+
+    @property
+    def shape(self) -> StageShape:
+        s, pool = self.stage, self.stage.pool
+        theirs = None
+        if pool is not None:
+            theirs = PoolShape(gpu=pool.gpu, cards=pool.cards, head_groups=pool.head_groups, link=pool.link)
+        return StageShape(
+            gpu=s.gpu, tp=s.tp, copies=s.copies, layers=s.layers, intra_link=s.intra_link, hop_link=s.hop_link,
+            pool=theirs, kv_link=s.kv_link,
+        )  # fmt: skip
+
+
+def problem_of(draw: st.DrawFn, model: ModelSpec | None = None) -> PlacementProblem:
+    nic = Link(bytes_per_s=draw(st.floats(2e7, 2e9)), latency_s=draw(st.floats(1e-6, 1e-4)))
+    far = Link(bytes_per_s=draw(st.floats(2e7, 2e9)), latency_s=2e-4)
+    nodes = [
+        make_node("a", "A", gpus=8, nodes=4, zone="east"),
+        make_node("b", "B", gpus=8, nodes=2, zone="east", nic=nic),
+        make_node("w", "A", gpus=8, nodes=2, zone="west"),
+    ]
+    return make_problem(
+        nodes,
+        profiles={gpu: draw(profiles(gpu)) for gpu in ("A", "B")},
+        model=model or draw(st.sampled_from(MODELS)),
+        workload=draw(st.sampled_from(WORKLOADS)),
+        network=Network(default=Link(bytes_per_s=8e8, latency_s=3e-5), zone_default=far),
+        assumptions=Assumptions(block_tokens=draw(st.sampled_from([1, 16]))),
+        family=FAMILY,
+    )
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Drawn:
+    problem, role = problem_of(draw), draw(st.sampled_from(Role))
+    model = problem.model
+    tp = draw(st.sampled_from([n for n in (1, 2, 4, 8) if divides(model, n)]))
+    links = st.builds(Link, bytes_per_s=st.floats(2e7, 2e9), latency_s=st.floats(1e-6, 1e-4))
+    pool = None
+    if role is not Role.PREFILL and tp <= model.head_groups and draw(st.booleans()):
+        groups = draw(st.integers(1, groups_of_rank(model, tp)))
+        pool = Pool(gpu="B", cards=draw(st.integers(1, 5)), head_groups=groups, link=draw(links))
+    stage = Stage(
+        gpu="A", tp=tp, copies=draw(st.integers(1, 3)), layers=draw(st.integers(1, 3)), intra_link=draw(links),
+        hop_link=draw(links), pool=pool, kv_link=draw(links) if role is Role.PREFILL else None,
+    )  # fmt: skip
+    return Drawn(
+        problem,
+        role,
+        b=0 if role is Role.PREFILL else draw(st.sampled_from([1, 3, 16])),
+        M=draw(st.sampled_from([1, 2, 5, 8])),
+        C=0 if role is Role.DECODE else draw(st.sampled_from([48, 256])),
+        stage=stage,
+        is_first=draw(st.booleans()),
+        is_last=draw(st.booleans()),
+    )
+
+
+def near(value: float) -> object:
+    return pytest.approx(value, rel=1e-9, abs=1e-15)
+
+
+@given(drawn(), st.integers(1, 9))
+def test_the_checker_times_a_stage_alike(one: Drawn, num_copies: int) -> None:
+    numbers, setting, ends = one.numbers, one.setting, {"is_first": one.is_first, "is_last": one.is_last}
+    assert timing.stage_seconds(setting, one.shape, **ends) == near(numbers.stage_seconds(one.stage, **ends))
+    assert timing.chunk_seconds(setting, one.shape, **ends) == near(numbers.chunk_seconds(one.stage, **ends))
+    assert timing.slack(setting, one.shape, num_copies) == near(numbers.slack(one.stage, num_copies))
+    assert timing.wire_seconds(setting, one.shape) == near(numbers.wire(one.stage))
+    assert timing.tpot_per_t(setting) == near(numbers.tpot_per_t())
+    assert timing.ttft_round_trips(setting) == near(numbers.ttft_round_trips())
+    assert setting.iterations == near(numbers.n_it)
+    if one.stage.kv_link is not None:
+        landing_s = timing.landing_seconds(setting, one.shape, one.stage.kv_link)
+        assert landing_s == near(numbers.landing_seconds(one.stage, one.stage.kv_link))
+
+
+@given(drawn())
+def test_the_checker_counts_memory_alike(one: Drawn) -> None:
+    numbers, setting, ends = one.numbers, one.setting, {"is_first": one.is_first, "is_last": one.is_last}
+    assert memory.rank_bytes(setting, one.shape, **ends) == near(numbers.rank_bytes(one.stage, **ends))
+    room = max(0.0, numbers.kv_room(one.stage, **ends))
+    assert one.stage.copies * memory.kv_room_of_a_copy(setting, one.shape, **ends) == near(room)
+    pool, theirs = one.stage.pool, one.shape.pool
+    if pool is not None and theirs is not None:
+        found = memory.worker_bytes(setting, one.shape, theirs, is_first=one.is_first)
+        assert found == near(numbers.worker_bytes(one.stage, pool, is_first=one.is_first))
+
+
+@given(drawn())
+def test_the_simulator_has_the_room_that_is_left(one: Drawn) -> None:
+    numbers, ends = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}
+    profile = one.problem.profiles["A"]
+    free = profile.usable_bytes - numbers.fixed_bytes(one.stage, **ends)
+    if one.stage.pool is not None:
+        prompts = one.stage.pool.head_groups * numbers.prompt_tokens(one.stage.copies)
+        free -= numbers.layers_of(one.stage, one.is_first) * prompts * one.problem.model.kv_bytes_per_token_group()
+        assert card_room_bytes(one.problem, "B") == one.problem.profiles["B"].usable_bytes - 1_000_000
+    assert rank_room_bytes(one.setting, one.shape, **ends) == near(max(0.0, free))
+
+
+@given(drawn())
+def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
+    numbers, ends, s = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}, one.stage
+    if one.role is not Role.UNIFIED or (s.pool is not None and (one.b * s.pool.head_groups * s.tp) % s.pool.cards):
+        return  # KV of prefill and decode replicas travels in its own events; cards differ by a pair
+    if s.pool is not None and one.problem.model.prefix_layers and one.is_first:
+        return  # what is late is the mean over all layers there
+    model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
+    found = StageTiming(one.problem, one.shape, **ends)
+    a = moments.prefill_pairs / moments.mean_prompt
+    read = model.attended_tokens(a)
+    context = model.attended_tokens(moments.resident_context)
+    with_chunk = found.seconds(b, b * context, C, C * read, read + C / 2, b + 1)
+    plain = found.seconds(b, b * context, 0, 0.0, 0.0, b)
+    if s.pool is not None:
+        workers = PoolTiming(one.problem, found, cards=s.pool.cards)
+        on_card = b * s.pool.head_groups * s.tp // s.pool.cards
+        groups = np.array([b * (model.head_groups - s.pool.head_groups * s.tp), *[on_card] * s.pool.cards], np.int64)
+        attention = workers.attention_s(workers.device_seconds(groups, np.multiply(groups, context)), groups)
+        shipped = np.array([0.0, *[C * s.pool.head_groups * s.tp / s.pool.cards] * s.pool.cards])
+        layer_s = (with_chunk - found.beside_layers_s(b + C, b + 1)) / found.layers
+        with_chunk += found.layers * (attention + workers.late_s(shipped, groups, layer_s + attention))
+        plain += found.layers * attention
+    expected = numbers.stage_seconds(s, **ends)
+    assert numbers.nc * with_chunk + numbers.nd * plain == near(expected)
+
+
+# --- templates of the search
+
+
+@st.composite
+def templates(draw: st.DrawFn) -> tuple[PlacementProblem, Atlas, Template]:
+    """Any replica of two stages or one, of the tables of a problem."""
+    problem = problem_of(draw)
+    atlas = build_atlas(problem)
+    configuration = draw(st.sampled_from(configurations(atlas)))
+    scope, mix = atlas.scopes[configuration.scope], atlas.mixes[configuration.mix]
+    t, model = scope.tables, problem.model
+    ranks = [s for s, (i, _) in enumerate(atlas.ranks) if atlas.classes[i].zone in scope.zones]
+    stages = []
+    for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)])):
+        s = draw(st.sampled_from(ranks))
+        stage = TemplateStage(s, draw(st.integers(1, 2)), layers)
+        pools = [q for q in range(len(atlas.classes)) if t.pool_start[s, q] >= 0]
+        if mix.role is not Role.PREFILL and pools and draw(st.booleans()):
+            cards, groups = draw(st.sampled_from(atlas.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
+            stage = replace(stage, pool_class=draw(st.sampled_from(pools)), pool_cards=cards, pool_groups=groups)
+        stages.append(stage)
+    template = Template(configuration.scope, configuration.mix, configuration.in_flight_index, tuple(stages), math.inf)
+    return problem, atlas, template
+
+
+def named(problem: PlacementProblem, atlas: Atlas, template: Template) -> tuple[Numbers, list[Stage]]:
+    """The same replica as the document has it."""
+    network, mix = problem.cluster.network, atlas.mixes[template.mix]
+    zones = atlas.scopes[template.scope].zones
+    M = problem.family.in_flight[template.in_flight_index]
+    numbers = Numbers(problem, role=mix.role, b=mix.micro_batch, M=M, C=mix.chunk_tokens)
+    between = [network.zone_link(x, y) for x in zones for y in zones]
+    stages = []
+    for one in template.stages:
+        own, tp = atlas.classes[atlas.ranks[one.rank][0]], atlas.ranks[one.rank][1]
+        nics = {group.name: group.nic or network.default for group in problem.cluster.node_groups}
+        nic = nics[own.groups[0].name]
+        board = problem.cluster.gpu_types[own.gpu]
+        intra = Link(bytes_per_s=board.nvlink_bytes_per_s or board.pcie_bytes_per_s, latency_s=0.0)
+        hop = slowest([nic, *between])
+        far = [network.zone_link(zones[0], z) for z in (problem.cluster.zones() if mix.sends_afar else zones)]
+        pool = None
+        if one.pool_class >= 0:
+            other = atlas.classes[one.pool_class]
+            link = slowest([nic, nics[other.groups[0].name], network.zone_link(own.zone, own.zone)])
+            pool = Pool(gpu=other.gpu, cards=one.pool_cards, head_groups=one.pool_groups, link=link)
+        stages.append(
+            Stage(
+                gpu=own.gpu, tp=tp, copies=one.copies, layers=one.layers, intra_link=intra, hop_link=hop, pool=pool,
+                kv_link=slowest([hop, *far]) if mix.role is Role.PREFILL else None,
+            )
+        )  # fmt: skip
+    return numbers, stages
+
+
+@given(templates())
+def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, Atlas, Template]) -> None:
+    problem, atlas, template = found
+    numbers, stages = named(*found)
+    last = len(stages) - 1
+    seconds = search.times_of(template, search.stage_seconds(atlas, template))
+    expected = [numbers.stage_seconds(s, is_first=i == 0, is_last=i == last) for i, s in enumerate(stages)]
+    assert seconds == [near(value) for value in expected]
+    if numbers.role is Role.UNIFIED:
+        chunks = search.times_of(template, search.chunk_stage_seconds(atlas, template))
+        assert chunks == [
+            near(numbers.chunk_seconds(s, is_first=i == 0, is_last=i == last)) for i, s in enumerate(stages)
+        ]
+    t_floor = atlas.scopes[template.scope].tables.t_floor
+    assert search.interval_of(atlas, template) == near(max(numbers.interval(stages), t_floor))
+    mix, M = atlas.mixes[template.mix], numbers.M
+    assert cost.tpot_per_interval(atlas.moments, mix, M) == near(numbers.tpot_per_t())
+    assert cost.ttft_round_trips(atlas.moments, problem.assumptions, mix, M) == near(numbers.ttft_round_trips())
+    if mix.role is Role.PREFILL:
+        landing_s = max(numbers.landing_seconds(s, s.kv_link) for s in stages if s.kv_link is not None)
+        assert search.landing_s(atlas, template) == near(landing_s)
+
+
+@given(templates())
+def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, Atlas, Template]) -> None:
+    _, atlas, template = found
+    numbers, stages = named(*found)
+    last, repeated = len(stages) - 1, numbers.model.num_layers - numbers.model.prefix_layers
+    t = atlas.scopes[template.scope].tables
+    for i, (stage, one) in enumerate(zip(stages, template.stages, strict=True)):
+        ends = {"is_first": i == 0, "is_last": i == last}
+        fixed = search.fixed_bytes(atlas, template, i) + one.layers * float(t.layer_bytes[one.rank])
+        reserve = numbers.problem.profiles[stage.gpu].reserve_bytes
+        assert fixed + reserve == near(numbers.fixed_bytes(stage, **ends))
+        kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
+        layers = numbers.layers_of(stage, i == 0)
+        assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
+        fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
+        assert search.room_layers(atlas, template, i) == max(fits, default=0)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_all_know_the_same_latencies_whether_prompts_wait_or_not(workload: Workload) -> None:
+    problem = make_problem([make_node("a", "A")], workload=workload)
+    for b, M, C in itertools.product((1, 8, 64), (1, 2, 8, 32), (16, 256, 2048)):
+        numbers = Numbers(problem, role=Role.UNIFIED, b=b, M=M, C=C)
+        setting = Rederivation(problem).setting(micro_batch=b, in_flight=M, chunk_tokens=C)
+        mix = cost.mix_of(numbers.moments, micro_batch=b, chunk_tokens=C)
+        trips = near(numbers.ttft_round_trips())
+        assert timing.ttft_round_trips(setting) == trips
+        assert cost.ttft_round_trips(numbers.moments, problem.assumptions, mix, M) == trips
