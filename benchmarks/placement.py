@@ -9,8 +9,8 @@ search until 0.1% or their time limit. Seconds, those of limits too, are CPU sec
 have 4 s to the first token, for within 2 s they have no plan. Without --quick, cost against the size of the fleet and
 the number of GPU types is drawn to ``benchmarks/results/``.
 
-Bars (DESIGN section 10): 12 GPUs optimal in 1 s; 160 GPUs 1% in 2 s and 0.5% in 10 s; 10,000 GPUs 0.5% in 10 s and
-2 GiB; 1,000,000 GPUs 0.5% in 20 s.
+Bars (DESIGN section 10): 12 GPUs optimal in 1 s (2 s without limits); 24 to 60 GPUs 0.5% in 5 s; 160 GPUs 0.5% in 5 s
+(cost and GPUs: 1% in 10 s); 1,000 GPUs 0.5% in 8 s; 10,000 GPUs 0.5% in 10 s and 2 GiB; 1,000,000 GPUs 0.5% in 20 s.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.measuring.instances import (
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
 from hetis.solver.cluster import Cluster
-from hetis.solver.plan import Objective, Role
+from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import Family, PlacementProblem
 
 BETWEEN = (
@@ -50,6 +50,12 @@ SCALES = (1, 4, 16, 64, 256, 1024, 8192, 83333)
 TYPE_COUNTS = range(1, 9)
 GPUS_PER_TYPES_ROW = 1024
 SLOWER = Objective(ttft_limit_s=4.0)  # for fleets with P100s: under 2 s these have no plan
+OBJECTIVES = {
+    "": DEFAULT_LIMITS,
+    ", throughput": replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT),
+    ", cost of 30 requests/s": Objective(kind=ObjectiveKind.COST, demand_rps=30.0),
+    ", GPUs for 30 requests/s": Objective(kind=ObjectiveKind.GPUS, demand_rps=30.0),
+}
 BETWEEN_LIMIT_S = 10.0
 CURVE_LIMIT_S = 10.0
 # One choice of each for all replicas: small enough for the compact MILP.
@@ -136,11 +142,19 @@ def _between_cases(quick: bool) -> Iterator[Case]:
 
 
 def _fleet_cases(quick: bool) -> Iterator[Case]:
-    for name, limit_s in (("fleet-160", 10.0), ("fleet-10000", 30.0), ("fleet-1000000", 30.0)):
-        if quick and name != "fleet-160":
-            return
-        posed = problem(example(name))
-        yield Case(name=f"{posed.cluster.num_gpus():,} GPUs", problem=posed, time_limit_s=3.0 if quick else limit_s)
+    fleets = (
+        (example("fleet-160"), 10.0, tuple(OBJECTIVES)),
+        (of_types(8, 1000), 10.0, ("",)),
+        (example("fleet-10000"), 30.0, ("", ", throughput")),
+        (example("fleet-1000000"), 30.0, ("",)),
+    )
+    for cluster, limit_s, objectives in fleets[:1] if quick else fleets:
+        for name in objectives[:1] if quick else objectives:
+            posed = problem(cluster, objective=OBJECTIVES[name])
+            case = Case(
+                name=f"{cluster.num_gpus():,} GPUs{name}", problem=posed, time_limit_s=3.0 if quick else limit_s
+            )
+            yield case
 
 
 def _curve_cases() -> Iterator[Case]:

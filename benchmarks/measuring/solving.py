@@ -159,12 +159,12 @@ def _timing(seconds: float, reports: Sequence[Progress], plan: Plan | None) -> T
 
 
 def time_to_gap(reports: Sequence[Progress], plan: Plan | None, solve_s: float, gap: float) -> float | None:
-    """When the search had proved that its incumbent is within ``gap``; only rates are maximised here."""
+    """When the search had proved that its incumbent is within ``gap``."""
     if plan is None or not plan.result.gap <= gap:
         return None
     for report in _of_the_whole_family(reports):
         incumbent, bound = report.incumbent, report.bound
-        if incumbent is not None and bound is not None and bound <= incumbent * (1 + gap):
+        if incumbent is not None and bound is not None and abs(bound - incumbent) <= gap * incumbent:
             return report.elapsed_s
     return solve_s
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.measuring.instances import example, problem
-from hetis.solver.placement.ceiling import Ceiling, ceilings, limits_of
+from hetis.solver.placement.ceiling import Ceiling, all_lines, asked_of, ceilings, limits_of
 from hetis.solver.placement.configurations import Configuration, configurations
+from hetis.solver.placement.options import kept_of_groups, layers_in_room, layers_on_card, roomiest_split
 from hetis.solver.placement.pricing import best_replica
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
@@ -26,12 +27,11 @@ UNKNOWN = Ceiling(np.inf, 0.0, 0.0)
 def ceiling_of(
     atlas: Atlas, c: Configuration, group_price: FloatArray, card_price: FloatArray, enough: float
 ) -> Ceiling:
-    family = atlas.problem.family
-    found = ceilings(
-        atlas.scopes[c.scope].tables, np.array([c.mix]), np.array([c.in_flight_index]), np.array([c.regime]),
-        np.array([c.max_copies]), np.array([c.unevenness]), family.max_copies, family.max_pool, group_price,
-        card_price, enough,
-    )  # fmt: skip
+    family, t = atlas.problem.family, atlas.scopes[c.scope].tables
+    limits = limits_of(t, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, t.t_floor)
+    asked = asked_of(np.array([c.mix]), np.array([c.in_flight_index]), [limits])
+    lines, begins = all_lines(t, asked, family.max_copies, family.max_pool)
+    found = ceilings(t.num_layers, asked, lines, begins, group_price, card_price, np.array([enough]))
     return Ceiling(*map(float, found[0]))
 
 
@@ -40,7 +40,7 @@ def searched(
 ) -> float:
     """Best ``rate / price`` of a configuration; scarcity left aside, as the ceiling leaves it."""
     tables, family = atlas.scopes[c.scope].tables, atlas.problem.family
-    limits = limits_of(tables, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness)
+    limits = limits_of(tables, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, tables.t_floor)
     if limits.shortest_s > limits.longest_s:
         return 0.0
     plenty = np.zeros(len(atlas.classes), dtype=np.bool_)
@@ -74,6 +74,25 @@ def test_no_replica_is_above_its_ceiling_and_none_is_lost(problem: PlacementProb
         assert proof.ratio > floor, "proved too low"
         again = searched(atlas, c, *prices, proof, floor)
         assert again == pytest.approx(ratio, rel=2 * TOLERANCE), "a useful option was left out"
+
+
+@given(
+    room=st.floats(1e8, 1e11), layer=st.floats(1e7, 5e9), card=st.floats(1e8, 5e10), groups=st.integers(1, 16),
+    tp=st.integers(1, 8), cards=st.integers(1, 16), requests=st.integers(1, 256), tokens=st.floats(1.0, 1e6),
+    prompts=st.floats(0.0, 1.0),
+)  # fmt: skip
+def test_no_split_has_more_room_than_the_roomiest(
+    room: float, layer: float, card: float, groups: int, tp: int, cards: int, requests: int, tokens: float,
+    prompts: float,
+) -> None:  # fmt: skip
+    """``prompts``: the share of tokens whose KV stays on the rank in any case."""
+    kv_group_bytes, most_layers = 512.0, 96
+    kv, prompt_kv = tokens * kv_group_bytes, prompts * tokens * kv_group_bytes
+    most = roomiest_split(room, layer, groups, tp, cards * card, kv, prompt_kv, most_layers)
+    for k in range(1, groups + 1):
+        on_rank = layers_in_room(room, layer, kept_of_groups(groups, k, kv, prompt_kv), 0, most_layers)
+        on_card = layers_on_card(card, kv_group_bytes, tp, k, cards, requests, tokens)
+        assert int(min(on_rank, on_card)) <= most
 
 
 def test_most_configurations_end_at_their_ceiling() -> None:

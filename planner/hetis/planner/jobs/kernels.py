@@ -15,7 +15,7 @@ from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.compiled import is_cached
 from hetis.solver.placement.exact import MAX_GPUS
 from hetis.solver.placement.frontier import explore
-from hetis.solver.placement.pricing import best_replica
+from hetis.solver.placement.pricing import KERNELS
 from hetis.solver.placement.solve import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published import PUBLISHED
@@ -29,13 +29,13 @@ _GPU, _MODEL = "A100-SXM-80GB", "Llama-2-7B"
 
 def are_cached() -> bool:
     """Whether machine code of all searches is on disk."""
-    return is_cached(explore) and is_cached(best_replica)
+    return all(is_cached(kernel) for kernel in (explore, *KERNELS))
 
 
 def load_kernels(num_gpus: int, *, report: Report) -> None:
     """Makes sure that a fleet of ``num_gpus`` is searched without compiling anything."""
     is_small = num_gpus <= MAX_GPUS
-    if not is_cached(explore if is_small else best_replica):
+    if not all(is_cached(kernel) for kernel in ((explore,) if is_small else KERNELS)):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
         solve_placement(_smallest_problem(1 if is_small else MAX_GPUS + 1))
 

@@ -7,19 +7,28 @@ seconds. They carry L layers with at most K copies in all, so that for every m >
     t price  >=  sum (t p + m c) - m K  >=  L r(m) - m K,        r(m) = min over stages and t of (t p + m c) / cap(t)
 
 and ``rate / price <= 1 / ((1 + slack) (L r(m) - m K))``. The quotient falls with t until the memory is full, and rises
-from there on: its minimum is known in closed form. m is what a copy costs beside its GPUs: without it, a class that
-the prices make nearly free would carry all layers, a few on each of ever more stages.
+from there on, whatever the prices and m: its minimum is at a t known beforehand. So every stage is a *line*
+``(t / cap) p + m (c / cap)`` whose coefficients are computed once per configuration, before any price is known, and a
+line that another of the same GPU types beats in every coefficient is dropped for good. At given prices a ceiling is a
+look at the few lines that are left. m is what a copy costs beside its GPUs: without it, a class that the prices make
+nearly free would carry all layers, a few on each of ever more stages.
 
-Stages of a sequential replica take turns of ``l w + f`` seconds. By Cauchy-Schwarz
+Stages of a sequential replica take turns of ``l w + f`` seconds. Price and t, over L, are a mean of the points
+``(p / l, w + f / l)`` of its stages, none below that of the same stage with a full memory. So ``t price`` is no less
+than at the lower left rim of the convex hull of these points, where t is within the limits: the least is at a corner or
+where a limit cuts the rim. By Cauchy-Schwarz it is also ``>= (sum sqrt(p (l w + f)))^2 >= (L r)^2``, r now the least
+``sqrt(p (l w + f)) / l``.
 
-    t price  >=  (sum sqrt(p (l w + f)))^2  >=  (L r)^2,         r = min over stages and l of sqrt(p (l w + f)) / l
+A line with attention workers stands for all splits of the head groups between a rank and so many cards: it has the
+time of the fastest, and the memory of the roomiest split into fractions of groups.
 
 All but a few configurations end here: their ceiling is below what is known to be possible. In those that remain, a
-stage is *useful* only if its own ``t p + m c - cap(t) r`` leaves a replica within reach.
+stage is *useful* only if what it takes beyond r for each of its layers leaves a replica within reach (`is_useful`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,21 +37,18 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import (
     ROUNDING,
-    Options,
+    Reach,
     chunk_cap,
     copies_limit,
-    copy_requests,
     has_pools,
     interval_cap,
-    kept_bytes,
-    layers_on_card,
-    layers_on_rank,
-    pool_entry,
+    iterations_of,
+    layers_in_room,
     pool_limit,
-    pool_wire_seconds,
+    roomiest_split,
     stretch,
 )
-from hetis.solver.placement.tables import PLAIN, FloatArray, Tables
+from hetis.solver.placement.tables import BoolArray, FloatArray, Tables
 
 ROUNDS = 12  # of the search for m
 
@@ -60,12 +66,26 @@ class Limits(NamedTuple):
     unevenness: float  # of an iteration with a chunk over a mean one; of sequential replicas
 
 
+class Lines(NamedTuple):
+    """What a layer takes at least in stages of a configuration, whatever the prices; arrays of equal length.
+
+    A layer takes ``group`` times the price of a TP group and ``card`` times that of an attention worker, and
+    ``copies`` copies; of a sequential replica, whose stages have one, so many seconds instead.
+    """
+
+    rank: IntArray  # s
+    pool_class: IntArray  # q, -1 without a pool
+    group: FloatArray  # c t / cap; 1 / l of a sequential replica
+    card: FloatArray  # p times that
+    copies: FloatArray  # c / cap; w + f / l
+
+
 class Effort(NamedTuple):
-    """r and the stage that attains it, as a line over m: ``r = (t p + m c) / cap``."""
+    """r and the line that attains it: ``r = price_s + m copies``."""
 
     value: float
-    price_s: float  # t p / cap
-    copies: float  # c / cap
+    price_s: float
+    copies: float
 
 
 class Ceiling(NamedTuple):
@@ -76,134 +96,182 @@ class Ceiling(NamedTuple):
     effort: float
 
 
-@kernel
 def limits_of(
-    t: Tables, x: int, f: int, least_slack: float, slack_unevenness: float, copies: int, unevenness: float
-) -> Limits:
-    """The limits of a configuration."""
+    t: Tables, x: int, f: int, least_slack: float, slack_unevenness: float, copies: int, unevenness: float,
+    t_floor: float,
+) -> Limits:  # fmt: skip
+    """The limits of a configuration whose intervals are no shorter than ``t_floor``."""
     least = 1.0 + least_slack
-    longest_s = interval_cap(t, x, f, unevenness) / least
-    sequential = t.in_flight[f] == 1
     return Limits(
-        t.t_floor / least,
-        longest_s,
+        t_floor / least,
+        interval_cap(t, x, f, unevenness) / least,
         least_slack,
         slack_unevenness,
         copies,
-        sequential,
+        bool(t.in_flight[f] == 1),
         chunk_cap(t, x, f, copies),
         unevenness,
     )
 
 
 @kernel
-def _effort(
-    price: float, copies: float, layer_s: float, fixed_s: float, most: float, copy_cost: float, limits: Limits
-) -> Effort:
-    """Of one stage, at its best interval and number of layers; inf where it carries no layer within the limits."""
-    nothing = Effort(np.inf, np.inf, np.inf)
+def _line(copies: float, layer_s: float, fixed_s: float, most: float, limits: Limits) -> tuple[float, float]:
+    """``(c t / cap, c / cap)`` of a stage, or ``(1 / l, w + f / l)``; inf where it carries no layer within limits."""
     if most < 1.0 or layer_s + fixed_s > copies * limits.longest_s:
-        return nothing
+        return np.inf, np.inf
     if limits.sequential:
         layers = min(most, (limits.longest_s - fixed_s) / layer_s)
-        return Effort(np.sqrt(price * (layers * layer_s + fixed_s)) / layers, 0.0, 0.0)
+        return 1.0 / layers, layer_s + fixed_s / layers
     t = max(limits.shortest_s, min(limits.longest_s, (most * layer_s + fixed_s) / copies))
     layers = min(most, (copies * t - fixed_s) / layer_s)
-    return Effort((t * price + copy_cost * copies) / layers, t * price / layers, copies / layers)
+    return copies * t / layers, copies / layers
 
 
 @kernel
-def _beyond_least(t: Tables, x: int, f: int, request_s: float, chunk_s: float, limits: Limits) -> float:
-    """By how much a stage's slack stretches it more than the least slack does."""
-    longer: float = stretch(t, x, f, request_s, chunk_s, limits.slack, limits.slack_unevenness) / (1.0 + limits.slack)
+def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: Limits) -> Lines:
+    """The lines of a configuration that no other beats, over the stages that `list_options` would list.
+
+    A TP group of n cards costs at least n / n' times one of n' < n cards of its class (`Resources`: it takes every
+    row that the smaller one takes), so that larger groups are beaten by smaller ones, too.
+    """
+    size = 256
+    rank, pool_class = np.empty(size, np.int64), np.empty(size, np.int64)
+    group, card, copies = np.empty(size, np.float64), np.empty(size, np.float64), np.empty(size, np.float64)
+    own_gpus = np.empty(size, np.float64)  # ``group`` times the cards of a TP group
+    count, first = 0, 0
+    num_ranks, num_classes, num_layers = t.rank_class.shape[0], t.available.shape[0], t.num_layers
+    num_sizes, pool_sizes, kv_group_bytes = t.pool_sizes.shape[0], t.pool_sizes, t.kv_group_bytes
+    least_pool_s, chunk_least_pool_s = t.least_pool_s, t.chunk.least_pool_s
+    least_pool_wire_s = t.least_pool_wire_s
+    receives, n_it, mix, micro_batch = t.receives[x], t.iterations[x], iterations_of(t, x, f), t.micro_batch[x]
+    rank_class, rank_tp = t.rank_class, t.rank_tp
+    kv_tokens, prompt_tokens = t.kv_tokens[x, f], t.prompt_tokens[x, f]
+    least = 1.0 + limits.slack
+    most_copies = min(copies_limit(t.in_flight[f], max_copies), limits.copies)
+    while first < num_ranks:
+        g, last = rank_class[first], first
+        while last < num_ranks and rank_class[last] == g:
+            last += 1
+        plain = count  # lines of this class without pools begin here, those of a pool's class at ``pooled``
+        plain_end = count
+        for q in range(-1, num_classes):
+            pooled = count
+            for s in range(first, last):
+                if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
+                    continue
+                n, groups, layer_bytes = rank_tp[s], t.rank_groups[s], t.layer_bytes[s]
+                base_s, chunk_s, own_s = t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, groups]
+                fixed_s = t.step_s[x, s] + min(t.hop_s[x, s], t.prefix_layers * (base_s + t.prefix_delta_s[x, s]))
+                room, wire_s = t.room_bytes[s] - t.act_bytes[x, s], t.wire_s[x, s]
+                start = t.least_pool_start[s, q] if q >= 0 else 0
+                card_bytes = t.worker_room_bytes[q] if q >= 0 else 0.0
+                for c in range(1, most_copies + 1):
+                    if c * n > t.available[g]:
+                        break
+                    kv_bytes, prompt_bytes = kv_group_bytes * kv_tokens[c - 1], kv_group_bytes * prompt_tokens[c - 1]
+                    limit = pool_limit(c, c * n if q == g else 0, t.available[q], max_pool) if q >= 0 else 0
+                    for i in range(num_sizes if q >= 0 else 1):
+                        p, rest_s = 0, fixed_s
+                        if q < 0:
+                            layer_s, chunk_layer_s = max(base_s + own_s, wire_s), chunk_s + own_s / n_it
+                            most = np.floor(layers_in_room(room, layer_bytes, groups * kv_bytes, 0, num_layers))
+                        else:
+                            p = pool_sizes[i]
+                            if p > limit:
+                                break
+                            layer_s = base_s + least_pool_s[x, start + i]
+                            chunk_layer_s = chunk_s + chunk_least_pool_s[x, start + i]
+                            if receives:
+                                layer_s = max(layer_s, least_pool_wire_s[start + i])
+                            most = roomiest_split(
+                                room, layer_bytes, groups, n, p * card_bytes, kv_bytes, prompt_bytes, num_layers
+                            )  # fmt: skip
+                        if limits.chunk_cap_s < np.inf:
+                            most = min(most, np.floor(c * limits.chunk_cap_s / chunk_layer_s + ROUNDING))
+                        longer = stretch(mix, layer_s, chunk_layer_s, limits.slack, limits.slack_unevenness) / least
+                        if q < 0:
+                            rest_s *= longer
+                        elif limits.slack_unevenness > 1.0:
+                            longer = 1.0  # a slower layer might be stretched to less
+                        each, taken = _line(c, layer_s * longer, rest_s, most, limits)
+                        if each == np.inf:
+                            continue
+                        gpus, cards, beaten = each * n, each * p, False
+                        for at in range(pooled, count):
+                            if (
+                                own_gpus[at] <= gpus and card[at] <= cards and copies[at] <= taken
+                                and rank_tp[rank[at]] <= n
+                            ):  # fmt: skip
+                                beaten = True
+                                break
+                        if q >= 0 and not beaten:
+                            for at in range(plain, plain_end):
+                                if own_gpus[at] <= gpus and copies[at] <= taken and rank_tp[rank[at]] <= n:
+                                    beaten = True
+                                    break
+                        if beaten:
+                            continue
+                        if count == size:
+                            size *= 2
+                            rank, pool_class = _longer_ints(rank, size), _longer_ints(pool_class, size)
+                            group, card = _longer_floats(group, size), _longer_floats(card, size)
+                            copies, own_gpus = _longer_floats(copies, size), _longer_floats(own_gpus, size)
+                        rank[count], pool_class[count] = s, q
+                        group[count], card[count], copies[count], own_gpus[count] = each, cards, taken, gpus
+                        count += 1
+            if q < 0:
+                plain_end = count
+        first = last
+    return Lines(rank[:count], pool_class[:count], group[:count], card[:count], copies[:count])
+
+
+@kernel
+def _longer_ints(values: IntArray, size: int) -> IntArray:
+    longer = np.empty(size, np.int64)
+    longer[: values.shape[0]] = values
     return longer
 
 
 @kernel
-def _least_effort(
-    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
-    limits: Limits, copy_cost: float,
-) -> Effort:  # fmt: skip
-    """r of a configuration, over the stages that `list_options` would list.
+def _longer_floats(values: FloatArray, size: int) -> FloatArray:
+    longer = np.empty(size, np.float64)
+    longer[: values.shape[0]] = values
+    return longer
 
-    A class and number of attention workers too dear even if attention took no time is left without a look at its
-    splits.
-    """
-    least = Effort(np.inf, np.inf, np.inf)
-    for s in range(t.rank_class.shape[0]):
-        g, n, groups = t.rank_class[s], t.rank_tp[s], t.rank_groups[s]
-        base_s = t.layer_s[x, s]
-        fixed_s = t.step_s[x, s] + min(t.hop_s[x, s], t.prefix_layers * (base_s + t.prefix_delta_s[x, s]))
-        roomiest = np.floor(layers_on_rank(t, x, s, 0.0, PLAIN))
-        for c in range(1, copies_limit(t, f, max_copies) + 1):
-            if c * n > t.available[g] or c > limits.copies:
-                break
-            requests = copy_requests(t, x, f, c)
-            tokens = t.kv_tokens[x, f, c - 1]
-            most = np.floor(layers_on_rank(t, x, s, kept_bytes(t, x, f, s, c, 0), PLAIN))
-            in_time = roomiest
-            if limits.chunk_cap_s < np.inf:
-                chunk_s, own_chunk_s = t.chunk.layer_s[x, s], t.own_s[x, s, groups] / t.iterations[x]
-                most = min(most, np.floor(c * limits.chunk_cap_s / (chunk_s + own_chunk_s) + ROUNDING))
-                in_time = min(roomiest, np.floor(c * limits.chunk_cap_s / chunk_s + ROUNDING))
-            own_s = max(base_s + t.own_s[x, s, groups], t.wire_s[x, s])
-            longer = _beyond_least(
-                t, x, f, own_s, t.chunk.layer_s[x, s] + t.own_s[x, s, groups] / t.iterations[x], limits
-            )
-            effort = _effort(c * group_price[s], c, own_s * longer, fixed_s * longer, most, copy_cost, limits)
-            if effort.value < least.value:
-                least = effort
-            for q in range(t.available.shape[0]):
-                if not has_pools(t, x, s, q, max_pool):
-                    continue
-                cards_limit = pool_limit(t, s, c, q, max_pool)
-                for size in range(t.pool_sizes.shape[0]):
-                    p = t.pool_sizes[size]
-                    price = c * (group_price[s] + p * card_price[q])
-                    if p > cards_limit or (
-                        _effort(price, c, base_s, fixed_s, in_time, copy_cost, limits).value >= least.value
-                    ):
-                        break
-                    for k in range(1, groups + 1):
-                        entry = pool_entry(t, s, q, k, size)
-                        layer_s = max(base_s + t.pool_s[x, entry], pool_wire_seconds(t, x, entry))
-                        chunk_layer_s = t.chunk.layer_s[x, s] + t.chunk.pool_s[x, entry]
-                        longer = _beyond_least(t, x, f, layer_s, chunk_layer_s, limits)
-                        layer_s *= longer
-                        if (
-                            _effort(price, c, layer_s, fixed_s * longer, in_time, copy_cost, limits).value
-                            >= least.value
-                        ):
-                            continue
-                        on_rank = layers_on_rank(t, x, s, kept_bytes(t, x, f, s, c, k), PLAIN)
-                        on_card = layers_on_card(t, q, n, k, p, requests, tokens)
-                        most = min(in_time, np.floor(min(on_rank, on_card)))
-                        effort = _effort(price, c, layer_s, fixed_s * longer, most, copy_cost, limits)
-                        if effort.value < least.value:
-                            least = effort
-    return least
+
+@kernel
+def _least_effort(price_s: FloatArray, copies: FloatArray, copy_cost: float) -> Effort:
+    """r over lines with these prices."""
+    best, value = -1, np.inf
+    for i in range(price_s.shape[0]):
+        here = price_s[i] + copy_cost * copies[i]
+        if here < value:
+            best, value = i, here
+    return Effort(np.inf, np.inf, np.inf) if best < 0 else Effort(value, price_s[best], copies[best])
 
 
 @kernel
 def ceiling(
-    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
-    limits: Limits, enough: float,
-) -> Ceiling:  # fmt: skip
+    lines: Lines, num_layers: int, group_price: FloatArray, card_price: FloatArray, limits: Limits, enough: float
+) -> Ceiling:
     """The ceiling of a configuration, or the first proof that it is no higher than ``enough``.
 
     ``L r(m) - m K`` is concave in m and made of lines, one per stage. m moves to where the best line that rises and
     the best that falls meet, until nothing lies below that.
     """
-    num_layers = t.num_layers
+    price_s = np.empty(lines.rank.shape[0], np.float64)
+    for i in range(price_s.shape[0]):
+        price_s[i] = lines.group[i] * group_price[lines.rank[i]]
+        if lines.pool_class[i] >= 0:
+            price_s[i] += lines.card[i] * card_price[lines.pool_class[i]]
     if limits.sequential:
-        only = _least_effort(t, x, f, max_copies, max_pool, group_price, card_price, limits, 0.0)
-        return Ceiling(1.0 / (num_layers * only.value) ** 2, 0.0, only.value)
+        return _sequential_ceiling(price_s, lines.copies, num_layers, limits)
     best = Ceiling(np.inf, 0.0, 0.0)
     wanted = 1.0 / (enough * (1.0 + limits.slack)) if enough > 0.0 else np.inf
     m = wanted / limits.copies if enough > 0.0 else 0.0
     rising = falling = Effort(np.inf, np.inf, np.inf)
     for _ in range(ROUNDS):
-        effort = _least_effort(t, x, f, max_copies, max_pool, group_price, card_price, limits, m)
+        effort = _least_effort(price_s, lines.copies, m)
         work = num_layers * effort.value - m * limits.copies  # bounds t price from below
         if work > 0.0 and 1.0 / (work * (1.0 + limits.slack)) < best.ratio:
             best = Ceiling(1.0 / (work * (1.0 + limits.slack)), m, effort.value)
@@ -229,52 +297,142 @@ def ceiling(
 
 
 @kernel
+def _sequential_ceiling(price: FloatArray, seconds: FloatArray, num_layers: int, limits: Limits) -> Ceiling:
+    """From the points of stages, price and seconds of a layer: the rim of their hull is walked from the quickest on."""
+    shortest_s, longest_s = limits.shortest_s / num_layers, limits.longest_s / num_layers
+    at, root = -1, np.inf
+    for i in range(price.shape[0]):
+        root = min(root, price[i] * seconds[i])
+        if at < 0 or seconds[i] < seconds[at] or (seconds[i] == seconds[at] and price[i] < price[at]):
+            at = i
+    if at < 0 or seconds[at] > longest_s * (1.0 + ROUNDING):
+        return Ceiling(0.0, 0.0, np.sqrt(root))
+    least = price[at] * max(seconds[at], shortest_s)
+    while True:
+        following, flattest = -1, np.inf
+        for i in range(price.shape[0]):
+            if price[i] < price[at]:
+                slope = (seconds[i] - seconds[at]) / (price[at] - price[i])
+                if slope < flattest:
+                    following, flattest = i, slope
+        if following < 0:
+            break
+        for limit_s in (shortest_s, longest_s):
+            if seconds[at] < limit_s < seconds[following]:
+                least = min(least, (price[at] - (limit_s - seconds[at]) / flattest) * limit_s)
+        if seconds[following] > longest_s:
+            break
+        at = following
+        least = min(least, price[at] * max(seconds[at], shortest_s))
+    return Ceiling((1.0 + ROUNDING) / (num_layers * num_layers * least), 0.0, np.sqrt(root))
+
+
+class Asked(NamedTuple):
+    """Configurations of one scope to find ceilings of, with their `Limits`; arrays of equal length."""
+
+    mixes: IntArray
+    in_flight: IntArray
+    shortest_s: FloatArray
+    longest_s: FloatArray
+    slack: FloatArray
+    slack_unevenness: FloatArray
+    copies: IntArray
+    sequential: BoolArray
+    chunk_cap_s: FloatArray
+
+
+def asked_of(mixes: IntArray, in_flight: IntArray, limits: Sequence[Limits]) -> Asked:
+    """These configurations."""
+    columns = [np.array(column) for column in zip(*limits, strict=True)]
+    shortest_s, longest_s, slack, slack_unevenness, copies, sequential, chunk_cap_s, _ = columns
+    return Asked(
+        mixes, in_flight, shortest_s, longest_s, slack, slack_unevenness, copies.astype(np.int64), sequential,
+        chunk_cap_s,
+    )  # fmt: skip
+
+
+@kernel
+def _limits(a: Asked, i: int) -> Limits:
+    return Limits(
+        a.shortest_s[i], a.longest_s[i], a.slack[i], a.slack_unevenness[i], a.copies[i], a.sequential[i],
+        a.chunk_cap_s[i], np.inf,
+    )  # fmt: skip
+
+
+@kernel
+def all_lines(t: Tables, a: Asked, max_copies: int, max_pool: int) -> tuple[Lines, IntArray]:
+    """`lines_of` many configurations, one after the other, and where those of each begin [configurations + 1]."""
+    begins = np.zeros(a.mixes.shape[0] + 1, np.int64)
+    size = 4096
+    every = _room_for_lines(size)
+    for i in range(a.mixes.shape[0]):
+        begins[i + 1] = begins[i]
+        limits = _limits(a, i)
+        if limits.shortest_s > limits.longest_s:
+            continue
+        found = lines_of(t, a.mixes[i], a.in_flight[i], max_copies, max_pool, limits)
+        end = begins[i] + found.rank.shape[0]
+        if end > size:
+            size = max(2 * size, end)
+            wider = _room_for_lines(size)
+            _copy_lines(every, wider, 0, begins[i])
+            every = wider
+        _copy_lines(found, every, begins[i], found.rank.shape[0])
+        begins[i + 1] = end
+    return _part_of(every, 0, begins[-1]), begins
+
+
+@kernel
+def _room_for_lines(size: int) -> Lines:
+    return Lines(
+        np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.float64), np.empty(size, np.float64),
+        np.empty(size, np.float64),
+    )  # fmt: skip
+
+
+@kernel
+def _copy_lines(source: Lines, target: Lines, at: int, count: int) -> None:
+    for i in range(count):
+        target.rank[at + i], target.pool_class[at + i] = source.rank[i], source.pool_class[i]
+        target.group[at + i], target.card[at + i] = source.group[i], source.card[i]
+        target.copies[at + i] = source.copies[i]
+
+
+@kernel
+def _part_of(lines: Lines, start: int, end: int) -> Lines:
+    return Lines(
+        lines.rank[start:end], lines.pool_class[start:end], lines.group[start:end], lines.card[start:end],
+        lines.copies[start:end],
+    )  # fmt: skip
+
+
+@kernel
 def ceilings(
-    t: Tables, mixes: IntArray, in_flight: IntArray, slacks: FloatArray, copies: IntArray,
-    unevenness: FloatArray, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
-    enough: float,
+    num_layers: int, a: Asked, lines: Lines, begins: IntArray, group_price: FloatArray, card_price: FloatArray,
+    enough: FloatArray,
 ) -> FloatArray:  # fmt: skip
-    """`ceiling` of many configurations; shape [configurations, 3]: ratio, m, r."""
-    found = np.zeros((mixes.shape[0], 3), np.float64)
-    for i in range(mixes.shape[0]):
-        limits = limits_of(t, mixes[i], in_flight[i], slacks[i, 0], slacks[i, 1], copies[i], unevenness[i])
-        if limits.shortest_s <= limits.longest_s:
-            proof = ceiling(
-                t, mixes[i], in_flight[i], max_copies, max_pool, group_price, card_price, limits, enough
-            )  # fmt: skip
+    """`ceiling` of many configurations, with what is enough of each; [configurations, 3]: ratio, m, r."""
+    found = np.zeros((a.mixes.shape[0], 3), np.float64)
+    for i in range(a.mixes.shape[0]):
+        limits = _limits(a, i)
+        if limits.shortest_s <= limits.longest_s and begins[i] < begins[i + 1]:
+            own = _part_of(lines, begins[i], begins[i + 1])
+            proof = ceiling(own, num_layers, group_price, card_price, limits, enough[i])
             found[i, 0], found[i, 1], found[i, 2] = proof.ratio, proof.copy_cost, proof.effort
     return found
 
 
-@kernel
-def within_reach(
-    o: Options, prices: FloatArray, num_layers: int, limits: Limits, proof: Ceiling, floor: float
-) -> IntArray:
-    """The options that a pipelined replica with ``rate / price > floor`` can have a stage of.
+def reach_of(num_layers: int, limits: Limits, proof: Ceiling, floor: float) -> Reach:
+    """What a stage of a replica with ``rate / price > floor`` may take.
 
     A stage leaves ``L - cap(t)`` layers to others, which take r each. What it takes itself beyond that must be less
-    than what is left between floor and ceiling; it is least at one of two intervals: that of a single layer, or that
-    of a full memory.
+    than what is left between floor and ceiling.
     """
-    if floor <= 0.0 or proof.ratio == np.inf:
-        return np.arange(prices.shape[0])
     m, r, least = proof.copy_cost, proof.effort, 1.0 + limits.slack
-    spare = 1.0 / (floor * least) - (num_layers * r - m * limits.copies)
-    kept = np.empty(prices.shape[0], np.int64)
-    count = 0
-    for i in range(prices.shape[0]):
-        c, fixed_s, most = o.copies[i], np.inf, 0
-        for role in range(4):
-            fixed_s = min(fixed_s, o.fixed_s[i, role])
-            most = max(most, o.max_layers[i, role])
-        layer_s, fixed_s = o.layer_s[i] / least, fixed_s / least
-        t_one = (layer_s + fixed_s) / c
-        if c > limits.copies or t_one > limits.longest_s:
-            continue
-        t_full = min(limits.longest_s, (most * layer_s + fixed_s) / c)
-        layers = min(float(most), (c * t_full - fixed_s) / layer_s)
-        taken = min(t_one * prices[i] - r, t_full * prices[i] - layers * r) + m * c
-        if taken < spare * (1.0 + 1e-9):
-            kept[count] = i
-            count += 1
-    return kept[:count]
+    spare = np.inf
+    if floor > 0.0 and proof.ratio < np.inf:
+        if limits.sequential:
+            spare = 1.0 / np.sqrt(floor) - num_layers * r
+        else:
+            spare = 1.0 / (floor * least) - (num_layers * r - m * limits.copies)
+    return Reach(r, m, spare, limits.shortest_s, limits.longest_s, limits.copies, limits.sequential)

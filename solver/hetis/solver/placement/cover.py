@@ -8,7 +8,7 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import ROUNDING, Options, penalised_prices, selected, stage_rows
 from hetis.solver.placement.stages import overdrawn, total_price
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray
 
 
 @kernel
@@ -46,7 +46,7 @@ def cheapest_per_layers(
 
 @kernel
 def cheapest_cover(
-    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
+    t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
 ) -> tuple[float, IntArray]:
     """The cheapest stages that cover all layers within an interval, with at most ``max_copies`` copies in all.
 
@@ -76,7 +76,7 @@ def _copies_of(o: Options, stages: IntArray) -> int:
 
 
 @kernel
-def _cover(t: Tables, best: FloatArray, arg: IntArray) -> tuple[float, IntArray]:
+def _cover(t: CoverTables, best: FloatArray, arg: IntArray) -> tuple[float, IntArray]:
     num_layers = t.num_layers
     cost = np.full(num_layers + 1, np.inf)
     back_pos = np.full(num_layers + 1, -1, np.int64)
@@ -125,7 +125,7 @@ def _cover(t: Tables, best: FloatArray, arg: IntArray) -> tuple[float, IntArray]
 
 @kernel
 def _cover_counted(
-    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
+    t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
 ) -> tuple[float, IntArray]:
     """`cheapest_cover` with the copies counted: ``cost[K, pos]`` with exactly K copies so far.
 
@@ -202,7 +202,7 @@ def _cover_counted(
 
 @kernel
 def _penalised_cover(
-    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, penalty: FloatArray
+    t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, penalty: FloatArray
 ) -> tuple[float, IntArray]:
     """The cheapest cover at `penalised_prices`, and the bound on the price of covers that fit in the fleet.
 
@@ -215,7 +215,7 @@ def _penalised_cover(
 
 @kernel
 def fitting_cover(
-    t: Tables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, scarce: BoolArray,
+    t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, scarce: BoolArray,
     penalty: FloatArray, enough: float,
 ) -> tuple[float, float, IntArray]:  # fmt: skip
     """`cheapest_cover` among replicas that fit in the fleet, bounded where that is not found at once.
@@ -259,7 +259,7 @@ def fitting_cover(
 
 @kernel
 def _options_within(
-    t: Tables, o: Options, prices: FloatArray, best: FloatArray, interval_s: float, price_limit: float
+    t: CoverTables, o: Options, prices: FloatArray, best: FloatArray, interval_s: float, price_limit: float
 ) -> IntArray:
     """Options that a cover of price below ``price_limit`` at this or a shorter interval can use.
 
@@ -293,7 +293,7 @@ MAX_HALVINGS = 64  # in a panel: where a scarce class leaves a gap, narrower int
 
 @kernel
 def best_column(
-    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, max_copies: int, scarce: BoolArray,
+    t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, max_copies: int, scarce: BoolArray,
     ratio_floor: float, tolerance: float,
 ) -> tuple[float, IntArray, float]:  # fmt: skip
     """The replica of a pipelined configuration with the best ``rate / price``, by branch and bound over intervals.
@@ -353,7 +353,7 @@ def best_column(
 
 @kernel
 def _best_in_panel(
-    t: Tables, o: Options, prices: FloatArray, lo: float, hi: float, price_hi: float, max_copies: int,
+    t: CoverTables, o: Options, prices: FloatArray, lo: float, hi: float, price_hi: float, max_copies: int,
     scarce: BoolArray, ratio_floor: float, tolerance: float,
 ) -> tuple[float, IntArray, float]:  # fmt: skip
     """`best_column` for intervals in [lo, hi] and replicas that fit in the fleet: halves intervals until they are

@@ -25,7 +25,7 @@ from hetis.solver.placement.frontier import entry_layers, explore, reach, stages
 from hetis.solver.placement.frontier_sequential import explore_sequential, sequential_stages
 from hetis.solver.placement.lattice import Entries, Lattice, entries_of, lattice_of
 from hetis.solver.placement.master import Columns, LpSolution, Master, Verdict
-from hetis.solver.placement.options import Options, chunk_cap, interval_cap, list_options, stage_rows
+from hetis.solver.placement.options import EVERYTHING, Options, chunk_cap, interval_cap, list_options, stage_rows
 from hetis.solver.placement.parts import Part, whole
 from hetis.solver.placement.pool import NO_LINKS
 from hetis.solver.placement.routes import UNIFIED, Valuation
@@ -136,6 +136,7 @@ class ExactSearch:
         self.lattice = lattice_of(atlas.resources.limits, inherits=not self.counts_gpus)
         self.costs = self.lattice.digits @ row_costs
         self.whole = whole(atlas.problem.family)
+        self._free = np.zeros(len(atlas.ranks)), np.zeros(len(atlas.classes))
         self.configurations = configurations(atlas)
         self.kinds = [kind_of(atlas.mixes[c.mix]) for c in self.configurations]
         self.speed_bound, self.sequential_bound = speed_bounds(atlas, self.lattice)
@@ -201,7 +202,7 @@ class ExactSearch:
         key = (c.scope, c.mix, c.in_flight_index, c.regime, chunk_cap_s, c.unevenness, sizes)
         if key not in self._options:
             limits = (*c.regime, chunk_cap_s, c.unevenness)
-            options = list_options(tables, c.mix, c.in_flight_index, *sizes, *limits)
+            options = list_options(tables, c.mix, c.in_flight_index, *sizes, *limits, EVERYTHING, *self._free)
             self._options[key] = (options, entries_of(self.lattice, options, a.group_use, a.card_use))
         return self._options[key]
 

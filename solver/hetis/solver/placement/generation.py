@@ -42,13 +42,17 @@ from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
 from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template
-from hetis.solver.plan import Role
+from hetis.solver.plan import ObjectiveKind, Role
 
 SMOOTHING = 0.5  # weight of the best bound's prices
 MAX_ROUNDS = 60
 MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the least even of a spent budget: a plan is due
 VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # of the best ratio: what columns of other sizes must have
 EASE, MOST_EASE = 0.125, 0.01  # of the gap, and at most: what pricing need not look for while much is missing
+SPREAD, MOST_SPREAD = 0.05, 1.0  # of the logarithm of prices at which columns for whole counts are looked for
+GENERATION = 0.85  # of the time that is left, at most, for the whole family's relaxation: whole counts take some, too
+MORE = 0.8  # of the time left when the relaxation is done: for these, the rest is for replicas of one type per role
+MOST_BARREN = 4  # tries that found nothing better, where no time limit ends them
 KEEP = 0.97  # columns this close to the best of a round are worth keeping
 
 
@@ -103,6 +107,8 @@ class ColumnGeneration:
         if self.gap() > gap_target and not self.budget.is_spent():
             self.vary()
             self.choose(gap=gap_target / 10, seed=seed)
+            if self.atlas.role_types is None:
+                self.go_on(gap_target=gap_target, seed=seed)
         return self.outcome()
 
     def generate(
@@ -118,9 +124,13 @@ class ColumnGeneration:
             self._start_from(part, seeds, threads=threads, gap_target=gap_target, choose_seed=choose_seed)
         self.pool.add(self._with_roles(self.roles, seeds))
         self.is_whole_family = True
-        self.run(
-            max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
-        )  # fmt: skip
+        of_all, self.budget = self.budget, self.budget.share(GENERATION)
+        try:
+            self.run(
+                max_copies=family.max_copies, max_pool=family.max_pool, threads=threads, target_gap=gap_target / 2
+            )  # fmt: skip
+        finally:
+            self.budget = of_all
 
     def _start_from(
         self, part: Part, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None
@@ -220,18 +230,41 @@ class ColumnGeneration:
             )  # fmt: skip
         return [found[side] for side in range(len(pricers))]
 
-    def vary(self) -> None:
+    def vary(self, factors: FloatArray | float = 1.0) -> None:
         """Adds columns of several sizes: what nearly every configuration has to offer at the bound's prices.
 
         The relaxation asks for the best replicas only, and whole counts for others: of prefill replicas there are few,
         and one that is a little worse but half as large may leave less over. Cheap where no class is scarce.
+        ``factors`` change the prices, row by row.
         """
-        prices, cap = self._lifted(self.bound.row_prices), self._rate_cap()
+        prices, cap = self._lifted(factors * self.bound.row_prices), self._rate_cap()
         for pricer, worth in zip(self._last_pricers, self.bound.rate_prices, strict=True):
             role = self.atlas.mixes[pricer.configurations[0].mix].role if pricer.configurations else Role.UNIFIED
             if cap > 0.0 and worth > 0.0 and role in VARIETY and not self.budget.is_spent():
                 share = VARIETY[role]
                 self.pool.add(pricer.price(prices, share / worth, share, self.budget, rate_cap=cap).templates)
+
+    def go_on(self, *, gap_target: float, seed: int) -> None:
+        """Looks for better whole counts in the time that is left, with columns that other prices ask for.
+
+        Whole counts leave GPUs over, and lack others: what fits them is the best replica at prices of its own. The
+        bound's prices are multiplied by random factors, ever further apart, and back near 1 after an improvement; every
+        other time what is left over is cheap.
+        Without a time limit it ends after `MOST_BARREN` tries in vain.
+        """
+        budget, random, barren = self.budget.share(MORE), np.random.default_rng(seed), 0
+        has_limit = bool(np.isfinite(budget.remaining_s()))
+        while self.gap() > gap_target and not budget.is_spent() and (has_limit or barren < MOST_BARREN):
+            before, known = self.incumbent, len(self.pool.templates)
+            spread = min(MOST_SPREAD, SPREAD * (1 + barren))
+            factors = np.exp(random.normal(0.0, spread, len(self.master.limits)))
+            if barren % 2 and before is not None:
+                left = self.master.limits - before.counts @ np.array(self.pool.uses)[: len(before.counts)]
+                factors[left > 0] *= random.uniform(0.01, 0.5)
+            self.vary(factors)
+            if len(self.pool.templates) > known:
+                self.choose(gap=gap_target / 10, seed=seed)
+            barren = 0 if self.incumbent is not before else barren + 1
 
     def _pricers(self, max_copies: int, max_pool: int, threads: int, target_gap: float) -> list[Pricer]:
         return pricers_of(
@@ -332,6 +365,8 @@ class ColumnGeneration:
         """Between the incumbent and the bound."""
         if self.incumbent is None:
             return np.inf
+        if self.atlas.problem.objective.kind is ObjectiveKind.GPUS:  # they come whole
+            return max(0.0, self.incumbent.value - float(np.ceil(self.bound.value - 1e-6))) / self.incumbent.value
         return abs(self.bound.value - self.incumbent.value) / max(abs(self.incumbent.value), 1e-12)
 
     def outcome(self) -> Outcome | None:

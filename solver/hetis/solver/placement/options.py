@@ -13,7 +13,7 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CoverTables, FloatArray, Tables
 
 ROUNDING = 1e-9  # room for rounding in floor and ceil, far below one layer or one head group
 
@@ -32,6 +32,46 @@ class Options(NamedTuple):
     max_layers: IntArray  # [., 4] repeated layers that fit in memory and in a round trip with a chunk
 
 
+class Reach(NamedTuple):
+    """What the stages of a replica may take that is worth looking for (`ceiling.reach_of`); see `is_useful`."""
+
+    effort: float  # r: what a layer takes at least
+    copy_cost: float  # m
+    spare: float  # what one stage may take beyond r for each of its layers; inf: any stage will do
+    shortest_s: float  # interval, slack taken off
+    longest_s: float
+    copies: int  # K
+    sequential: bool
+
+
+EVERYTHING = Reach(0.0, 0.0, np.inf, 0.0, np.inf, 1 << 20, False)
+
+
+@kernel
+def is_useful(reach: Reach, price: float, copies: int, layer_s: float, fixed_s: float, most: float) -> bool:
+    """Whether a replica within reach may have such a stage, with at most ``most`` layers; least slack taken off.
+
+    Of a pipelined replica ``t price + m c - cap(t) r`` is least at one of two intervals, of a sequential one
+    ``sqrt(price (l w + f)) - l r`` with one of two numbers of layers: the fewest or the most.
+    """
+    if reach.spare == np.inf:
+        return True
+    if most < 1.0 or copies > reach.copies or layer_s + fixed_s > copies * reach.longest_s:
+        return False
+    limit = reach.spare + 1e-9 * (abs(reach.spare) + reach.effort)
+    if reach.sequential:
+        layers = min(most, (reach.longest_s - fixed_s) / layer_s)
+        one = np.sqrt(price * (layer_s + fixed_s)) - reach.effort
+        full = np.sqrt(price * (layers * layer_s + fixed_s)) - layers * reach.effort
+    else:
+        t_one = max(reach.shortest_s, (layer_s + fixed_s) / copies)
+        t_full = max(t_one, min(reach.longest_s, (most * layer_s + fixed_s) / copies))
+        one = t_one * price - min(most, (copies * t_one - fixed_s) / layer_s) * reach.effort
+        full = t_full * price - min(most, (copies * t_full - fixed_s) / layer_s) * reach.effort
+    taken: float = min(one, full) + reach.copy_cost * copies
+    return taken <= limit
+
+
 @kernel
 def _empty_options(capacity: int) -> Options:
     return Options(
@@ -48,65 +88,132 @@ def _empty_options(capacity: int) -> Options:
 
 
 @kernel
+def room_of_role(room: float, first: float, last: float, tied: float, role: int) -> float:
+    """Bytes of a rank that are left for repeated layers, and for the KV of prefix layers; the ends take some."""
+    if role in (FIRST, BOTH):
+        room -= first
+    if role in (LAST, BOTH):
+        room -= last
+    if role == BOTH:
+        room += tied
+    return room
+
+
+@kernel
 def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> float:
     """Repeated layers that fit on a rank in a role, not rounded; ``kept_bytes`` are KV bytes of one layer."""
-    room = t.room_bytes[s] - t.act_bytes[x, s]
-    if role in (FIRST, BOTH):
-        room -= t.first_bytes[s] + t.prefix_layers * kept_bytes
-    if role in (LAST, BOTH):
-        room -= t.last_bytes[s] + t.logit_bytes[x, s]
-    if role == BOTH:
-        room += t.tied_bytes[s]
-    layers: float = min(room / (t.layer_bytes[s] + kept_bytes) + ROUNDING, float(t.num_layers))
-    return max(0.0, layers)
+    prefix_layers = t.prefix_layers if role in (FIRST, BOTH) else 0
+    last = t.last_bytes[s] + t.logit_bytes[x, s]
+    room = room_of_role(t.room_bytes[s] - t.act_bytes[x, s], t.first_bytes[s], last, t.tied_bytes[s], role)
+    layers: float = layers_in_room(room, t.layer_bytes[s], kept_bytes, prefix_layers, t.num_layers)
+    return layers
 
 
 @kernel
 def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
-    """KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool: of those
-    only what prompts under way still attend to."""
+    """KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool."""
     tokens, prompts = t.kv_tokens[x, f, copies - 1], t.prompt_tokens[x, f, copies - 1]
-    total: float = ((t.rank_groups[s] - k) * tokens + k * prompts) * t.kv_group_bytes
+    kept: float = kept_of_groups(t.rank_groups[s], k, tokens * t.kv_group_bytes, prompts * t.kv_group_bytes)
+    return kept
+
+
+# What follows is called in inner loops and takes numbers only: a call with `Tables` counts references to all of them.
+
+
+@kernel
+def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, prefix_layers: int, num_layers: int) -> float:
+    """Repeated layers that fit in a rank's ``room``, not rounded; ``kept_bytes`` are KV bytes of one layer."""
+    layers: float = min((room - prefix_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
+    return max(0.0, layers)
+
+
+@kernel
+def kept_of_groups(groups: int, k: int, kv_bytes: float, prompt_bytes: float) -> float:
+    """KV bytes of one layer on a rank that gives k of its head groups to a pool: ``kv_bytes`` of a group that it keeps,
+    and of one that it gives only what prompts under way still attend to, ``prompt_bytes``."""
+    total: float = (groups - k) * kv_bytes + k * prompt_bytes
     return total
 
 
 @kernel
-def layers_on_card(t: Tables, q: int, tp: int, k: int, cards: int, requests: int, tokens: float) -> float:
+def layers_on_card(
+    card_bytes: float, kv_group_bytes: float, tp: int, k: int, cards: int, requests: int, tokens: float
+) -> float:
     """Layers whose KV fits on each of ``cards`` attention workers that take k head groups of ``tp`` ranks.
 
     A card holds a whole number of (request, head group) pairs of every layer.
     """
     pairs = np.ceil(requests * k * tp / cards - ROUNDING)
-    layers: float = t.worker_room_bytes[q] / (pairs / requests * tokens * t.kv_group_bytes) + ROUNDING
+    layers: float = card_bytes / (pairs / requests * tokens * kv_group_bytes) + ROUNDING
     return layers
 
 
 @kernel
-def copies_limit(t: Tables, f: int, max_copies: int) -> int:
+def roomiest_split(
+    room: float, layer_bytes: float, groups: int, tp: int, cards_bytes: float, kv_bytes: float, prompt_bytes: float,
+    num_layers: int,
+) -> float:  # fmt: skip
+    """Layers that fit with the best split of head groups between a rank and its cards, into fractions of groups.
+
+    ``kv_bytes`` are those of one head group and layer, ``prompt_bytes`` what of them stays on the rank in any case. The
+    more the cards take the more layers fit on the rank and the fewer on them: the best is where the two meet.
+    """
+    if room <= 0.0 or cards_bytes <= 0.0:
+        return 0.0
+    per_group = tp * kv_bytes / cards_bytes  # of a layer's share of the cards
+    k = (layer_bytes + groups * kv_bytes) / (room * per_group + kv_bytes - prompt_bytes)
+    k = min(max(k, 1.0), float(groups))
+    kept_bytes = (groups - k) * kv_bytes + k * prompt_bytes
+    on_rank, on_cards = room / (layer_bytes + kept_bytes), 1.0 / (k * per_group)
+    layers: float = np.floor(min(min(on_rank, on_cards) + ROUNDING, float(num_layers)))
+    return layers
+
+
+class Iterations(NamedTuple):
+    """What a mix's iterations are made of, for `stretch`."""
+
+    number: float  # n_it
+    with_chunk: float  # nc
+    none_carries: float  # (1 - phi)^M
+
+
+@kernel
+def iterations_of(t: Tables, x: int, f: int) -> Iterations:
+    """Of a mix with so many micro-batches in flight."""
+    return Iterations(t.iterations[x], t.chunk_iterations[x], t.without_chunk[x, f])
+
+
+@kernel
+def stretch(n: Iterations, request_s: float, chunk_s: float, least_slack: float, slack_unevenness: float) -> float:
+    """1 + sigma of a stage: a repeated layer takes a request ``request_s``, an iteration with a chunk ``chunk_s``."""
+    slack = least_slack
+    plain = n.number - n.with_chunk
+    if slack_unevenness > 0.0 and plain > 0.0 and n.with_chunk > 0.0:
+        plain_s = (request_s - n.with_chunk * chunk_s) / plain
+        longest_s = chunk_s - (chunk_s - plain_s) * n.none_carries
+        slack = max(slack, slack_unevenness * (longest_s * n.number / request_s - 1.0))
+    stretched: float = 1.0 + slack
+    return stretched
+
+
+@kernel
+def copies_limit(in_flight: int, max_copies: int) -> int:
     """Copies that a stage may have: with one micro-batch in flight they would take no turns."""
-    limit: int = 1 if t.in_flight[f] == 1 else min(max_copies, t.in_flight[f])
+    limit: int = 1 if in_flight == 1 else min(max_copies, in_flight)
     return limit
 
 
 @kernel
-def copy_requests(t: Tables, x: int, f: int, copies: int) -> int:
-    """Requests D b whose KV each of a stage's copies holds."""
-    requests: int = (t.in_flight[f] + copies - 1) // copies * t.micro_batch[x]
-    return requests
-
-
-@kernel
-def pool_limit(t: Tables, s: int, copies: int, q: int, max_pool: int) -> int:
-    """Attention workers of class q that each copy of a stage of rank type s can have."""
-    own = copies * t.rank_tp[s] if q == t.rank_class[s] else 0
-    limit: int = min(max_pool, t.available[q] - own) // copies
+def pool_limit(copies: int, own_cards: int, available: int, max_pool: int) -> int:
+    """Attention workers that each copy of a stage can have of a class; ``own_cards`` of it are the stage's ranks."""
+    limit: int = min(max_pool, available - own_cards) // copies
     return limit
 
 
 @kernel
-def has_pools(t: Tables, x: int, s: int, q: int, max_pool: int) -> bool:
-    """Whether stages of rank type s may have attention workers of class q; prefill replicas have nothing for them."""
-    return max_pool > 0 and t.micro_batch[x] > 0 and t.pool_start[s, q] >= 0
+def has_pools(max_pool: int, micro_batch: int, start: int) -> bool:
+    """Whether stages may have attention workers; prefill replicas have nothing for them. ``start``: `Tables`."""
+    return max_pool > 0 and micro_batch > 0 and start >= 0
 
 
 @kernel
@@ -123,35 +230,17 @@ def pool_wire_seconds(t: Tables, x: int, entry: int) -> float:
     return seconds
 
 
-@kernel
 def interval_cap(t: Tables, x: int, f: int, unevenness: float) -> float:
     """The longest interval of a configuration: ``sum chunk_s <= unevenness t / n_it`` is to stay within the cap."""
-    cap: float = t.t_cap[x, f]
+    cap = float(t.t_cap[x, f])
     if unevenness < np.inf:
-        cap = min(cap, t.trip_cap[x, f] * t.iterations[x] / unevenness)
+        cap = min(cap, float(t.trip_cap[x, f] * t.iterations[x]) / unevenness)
     return cap
 
 
-@kernel
 def chunk_cap(t: Tables, x: int, f: int, copies: int) -> float:
     """The longest that a stage of a pipelined replica with at most so many copies may take, by its own copies."""
-    cap: float = np.inf if t.in_flight[f] == 1 else t.trip_cap[x, f] / copies
-    return cap
-
-
-@kernel
-def stretch(
-    t: Tables, x: int, f: int, request_s: float, chunk_s: float, least_slack: float, slack_unevenness: float
-) -> float:
-    """1 + sigma of a stage: a repeated layer takes a request ``request_s``, an iteration with a chunk ``chunk_s``."""
-    slack = least_slack
-    plain = t.iterations[x] - t.chunk_iterations[x]
-    if slack_unevenness > 0.0 and plain > 0.0 and t.chunk_iterations[x] > 0.0:
-        plain_s = (request_s - t.chunk_iterations[x] * chunk_s) / plain
-        longest_s = chunk_s - (chunk_s - plain_s) * t.without_chunk[x, f]
-        slack = max(slack, slack_unevenness * (longest_s * t.iterations[x] / request_s - 1.0))
-    stretched: float = 1.0 + slack
-    return stretched
+    return float("inf") if t.in_flight[f] == 1 else float(t.trip_cap[x, f]) / copies
 
 
 @kernel
@@ -196,105 +285,140 @@ def _limit_layers(
 @kernel
 def list_options(
     t: Tables, x: int, f: int, max_copies: int, max_pool: int, least_slack: float, slack_unevenness: float,
-    chunk_cap_s: float, unevenness: float,
+    chunk_cap_s: float, unevenness: float, reach: Reach, group_price: FloatArray, card_price: FloatArray,
 ) -> Options:  # fmt: skip
-    """Every stage option of a configuration that fits in memory, fewer those no better than a cheaper one beside it.
+    """Every useful stage option of a configuration that fits in memory, fewer those no better than a cheaper one
+    beside it.
 
     A stage with c copies takes at most ``c chunk_cap_s`` seconds in an iteration with a chunk, and at most
-    ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option.
+    ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option. What is useful at
+    ``group_price`` [S] and ``card_price`` [N] is said by `Reach`.
 
     An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
     of the same class, is as fast and has as much room: it would only cost more (unless cards count, `Tables`).
     """
-    out = _empty_options(256)
+    size_of_out = 256
+    out = _empty_options(size_of_out)
+    out_layer_s, out_fixed_s, out_min, out_max = out.layer_s, out.fixed_s, out.min_layers, out.max_layers
     count = 0
     caps, floors = np.empty(4, np.int64), np.ones(4, np.int64)
     fixed_s, chunk_fixed_s = np.empty(4, np.float64), np.empty(4, np.float64)
+    on_rank = np.empty((t.own_s.shape[2], 4), np.float64)
     has_chunk_limits = chunk_cap_s < np.inf or unevenness < np.inf
-    slack = 1.0 + ROUNDING
+    slack, least = 1.0 + ROUNDING, 1.0 + least_slack
+    n_it, mix, num_layers = t.iterations[x], iterations_of(t, x, f), t.num_layers
+    num_classes, num_sizes, counts = t.available.shape[0], t.pool_sizes.shape[0], t.keeps_idle_cards
+    pool_sizes, kv_group_bytes, prefix_layers = t.pool_sizes, t.kv_group_bytes, t.prefix_layers
+    pool_s, chunk_pool_s, pool_wire_s, least_pool_s = t.pool_s, t.chunk.pool_s, t.pool_wire_s, t.least_pool_s
+    receives, in_flight, micro_batch = t.receives[x], t.in_flight[f], t.micro_batch[x]
+    most_copies = copies_limit(in_flight, max_copies)
     for s in range(t.rank_class.shape[0]):
-        g, n, groups = t.rank_class[s], t.rank_tp[s], t.rank_groups[s]
-        for c in range(1, copies_limit(t, f, max_copies) + 1):
+        g, n, groups, layer_bytes = t.rank_class[s], t.rank_tp[s], t.rank_groups[s], t.layer_bytes[s]
+        base_s, base_chunk_s, own_s = t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, groups]
+        wire_of_rank_s, step_s, hop_s, last_s = t.wire_s[x, s], t.step_s[x, s], t.hop_s[x, s], t.last_s[x, s]
+        prefix_delta_s = t.prefix_delta_s[x, s]
+        chunk_hop_s, chunk_step_s = t.chunk.hop_s[x, s], t.chunk.step_s[x, s]
+        chunk_last_s, chunk_prefix_s = t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]
+        least_rest_s = step_s + min(hop_s, prefix_layers * (base_s + prefix_delta_s))
+        plain_room, first_bytes = t.room_bytes[s] - t.act_bytes[x, s], t.first_bytes[s]
+        last_bytes, tied_bytes = t.last_bytes[s] + t.logit_bytes[x, s], t.tied_bytes[s]
+        for c in range(1, most_copies + 1):
             if c * n > t.available[g]:
                 break
-            requests = copy_requests(t, x, f, c)
+            requests = (in_flight + c - 1) // c * micro_batch
             tokens = t.kv_tokens[x, f, c - 1]
-            on_rank = np.empty((groups + 1, 4), np.float64)
-            for k in range(groups + 1):
-                for role in range(4):
-                    on_rank[k, role] = layers_on_rank(t, x, s, kept_bytes(t, x, f, s, c, k), role)
+            kv_bytes, prompt_bytes = tokens * kv_group_bytes, t.prompt_tokens[x, f, c - 1] * kv_group_bytes
+            for role in range(4):
+                room = room_of_role(plain_room, first_bytes, last_bytes, tied_bytes, role)
+                prefix = prefix_layers if role in (FIRST, BOTH) else 0
+                for k in range(groups + 1):
+                    kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes)
+                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept, prefix, num_layers)
             without = count
-            for q in range(-1, t.available.shape[0]):
-                if q >= 0 and not has_pools(t, x, s, q, max_pool):
+            for q in range(-1, num_classes):
+                if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
                     continue
-                cards_limit = pool_limit(t, s, c, q, max_pool) if q >= 0 else 0
+                cards_limit, start, least_start, card_bytes, card = 0, 0, 0, 0.0, 0.0
+                if q >= 0:
+                    cards_limit = pool_limit(c, c * n if q == g else 0, t.available[q], max_pool)
+                    start, least_start = t.pool_start[s, q], t.least_pool_start[s, q]
+                    card_bytes, card = t.worker_room_bytes[q], card_price[q]
                 first_of_group = fastest = roomiest = count
-                for size in range(t.pool_sizes.shape[0] if q >= 0 else 1):
-                    p = t.pool_sizes[size] if q >= 0 else 0
+                for size in range(num_sizes if q >= 0 else 1):
+                    p = pool_sizes[size] if q >= 0 else 0
                     if p > cards_limit:
                         break
+                    price = c * (group_price[s] + p * card)
+                    if q >= 0 and reach.spare < np.inf:
+                        most = roomiest_split(
+                            plain_room, layer_bytes, groups, n, p * card_bytes, kv_bytes, prompt_bytes, num_layers
+                        )  # fmt: skip
+                        least_s = base_s + least_pool_s[x, least_start + size]
+                        if not is_useful(reach, price, c, least_s, least_rest_s, most):
+                            continue
                     # From the roomiest split to the fastest: a split that is neither has been beaten before.
                     for k in range(groups if q >= 0 else 0, 0 if q >= 0 else -1, -1):
-                        compute_s, wire_s = t.layer_s[x, s], t.wire_s[x, s]
-                        chunk_layer_s = t.chunk.layer_s[x, s]
-                        on_card = np.inf
+                        compute_s, wire_s, chunk_layer_s, on_card = base_s, wire_of_rank_s, base_chunk_s, np.inf
                         if q < 0:
-                            compute_s += t.own_s[x, s, groups]
-                            chunk_layer_s += t.own_s[x, s, groups] / t.iterations[x]
+                            compute_s += own_s
+                            chunk_layer_s += own_s / n_it
                         else:
-                            entry = pool_entry(t, s, q, k, size)
-                            compute_s += t.pool_s[x, entry]
-                            chunk_layer_s += t.chunk.pool_s[x, entry]
-                            wire_s = pool_wire_seconds(t, x, entry)
-                            on_card = layers_on_card(t, q, n, k, p, requests, tokens)
+                            entry = start + (k - 1) * num_sizes + size
+                            compute_s += pool_s[x, entry]
+                            chunk_layer_s += chunk_pool_s[x, entry]
+                            wire_s = pool_wire_s[entry] if receives else 0.0
+                            on_card = layers_on_card(card_bytes, kv_group_bytes, n, k, p, requests, tokens)
                         layer_s = max(compute_s, wire_s)
+                        most_layers = 0
                         for role in range(4):
-                            prefix = t.prefix_layers if role in (FIRST, BOTH) else 0
+                            prefix = prefix_layers if role in (FIRST, BOTH) else 0
                             caps[role] = int(max(0.0, min(on_rank[k, role], on_card - prefix)))
-                        if caps.max() == 0:
+                            most_layers = max(most_layers, caps[role])
+                        if most_layers == 0:
                             continue
                         _fill_fixed(
-                            fixed_s, t.prefix_layers, compute_s, wire_s, t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s],
-                            t.prefix_delta_s[x, s],
+                            fixed_s, prefix_layers, compute_s, wire_s, hop_s, step_s, last_s, prefix_delta_s
                         )  # fmt: skip
                         if has_chunk_limits:
                             _fill_fixed(
-                                chunk_fixed_s, t.prefix_layers, chunk_layer_s, 0.0, t.chunk.hop_s[x, s],
-                                t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s],
+                                chunk_fixed_s, prefix_layers, chunk_layer_s, 0.0, chunk_hop_s, chunk_step_s,
+                                chunk_last_s, chunk_prefix_s,
                             )  # fmt: skip
                             _limit_layers(
-                                floors, caps, layer_s, fixed_s, chunk_layer_s, chunk_fixed_s, c * chunk_cap_s,
-                                t.iterations[x], unevenness * slack,
+                                floors, caps, layer_s, fixed_s, chunk_layer_s, chunk_fixed_s, c * chunk_cap_s, n_it,
+                                unevenness * slack,
                             )  # fmt: skip
-                            if caps.max() == 0:
+                            most_layers = max(max(caps[0], caps[1]), max(caps[2], caps[3]))
+                            if most_layers == 0:
                                 continue
-                        longer = stretch(t, x, f, layer_s, chunk_layer_s, least_slack, slack_unevenness)
+                        longer = stretch(mix, layer_s, chunk_layer_s, least_slack, slack_unevenness)
                         layer_s *= longer
                         for role in range(4):
                             fixed_s[role] *= longer
-                        counts = t.keeps_idle_cards
-                        if (
-                            not counts
-                            and count > first_of_group
-                            and (
-                                _at_least(out, fastest, layer_s, fixed_s, floors, caps)
-                                or _at_least(out, roomiest, layer_s, fixed_s, floors, caps)
-                            )
-                        ):
+                        rest_s = min(min(fixed_s[0], fixed_s[1]), min(fixed_s[2], fixed_s[3])) / least
+                        if not is_useful(reach, price, c, layer_s / least, rest_s, float(most_layers)):
                             continue
-                        if (
-                            not counts
-                            and q >= 0
-                            and without < first_of_group
-                            and _at_least(out, without, layer_s, fixed_s, floors, caps)
-                        ):
-                            continue
-                        if count == out.rank.shape[0]:
+                        if not counts and q >= 0:
+                            beaten = False
+                            for at in (without, fastest, roomiest):
+                                if at == count or (at == without and without == first_of_group):
+                                    continue
+                                if out_layer_s[at] <= layer_s and _no_worse(
+                                    out_fixed_s[at], out_min[at], out_max[at], fixed_s, floors, caps
+                                ):  # fmt: skip
+                                    beaten = True
+                                    break
+                            if beaten:
+                                continue
+                        if count == size_of_out:
+                            size_of_out *= 2
                             out = _grown(out)
+                            out_layer_s, out_fixed_s = out.layer_s, out.fixed_s
+                            out_min, out_max = out.min_layers, out.max_layers
                         _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
-                        if count == first_of_group or layer_s < out.layer_s[fastest]:
+                        if count == first_of_group or layer_s < out_layer_s[fastest]:
                             fastest = count
-                        if count == first_of_group or caps[PLAIN] > out.max_layers[roomiest, PLAIN]:
+                        if count == first_of_group or caps[PLAIN] > out_max[roomiest, PLAIN]:
                             roomiest = count
                         count += 1
     return _sliced(out, count)
@@ -315,14 +439,12 @@ def _write(
 
 
 @kernel
-def _at_least(o: Options, i: int, layer_s: float, fixed_s: FloatArray, floors: IntArray, caps: IntArray) -> bool:
-    """Whether option i is as fast and as roomy, and does with as few layers."""
-    if o.layer_s[i] > layer_s:
-        return False
+def _no_worse(
+    fixed_a: FloatArray, floors_a: IntArray, caps_a: IntArray, fixed_b: FloatArray, floors_b: IntArray, caps_b: IntArray
+) -> bool:
+    """Whether stage a takes no longer beside its layers than b, is as roomy, and does with as few layers; [4] each."""
     for role in range(4):
-        if o.max_layers[i, role] < caps[role] or o.min_layers[i, role] > floors[role]:
-            return False
-        if o.fixed_s[i, role] > fixed_s[role]:
+        if caps_a[role] < caps_b[role] or floors_a[role] > floors_b[role] or fixed_a[role] > fixed_b[role]:
             return False
     return True
 
@@ -366,20 +488,14 @@ def _sliced(o: Options, count: int) -> Options:
     )
 
 
-@kernel
-def option_prices(t: Tables, o: Options, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
+def option_prices(o: Options, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
     """Price of each option: c TP groups and c p attention workers. ``group_price`` [S], ``card_price`` [N]."""
-    prices = np.empty(o.rank.shape[0], np.float64)
-    for i in range(prices.shape[0]):
-        each = group_price[o.rank[i]]
-        if o.pool_class[i] >= 0:
-            each += o.pool_cards[i] * card_price[o.pool_class[i]]
-        prices[i] = o.copies[i] * each
-    return prices
+    cards = np.where(o.pool_class >= 0, o.pool_cards * card_price[o.pool_class], 0.0)
+    return np.asarray(o.copies * (group_price[o.rank] + cards))
 
 
 @kernel
-def penalised_prices(t: Tables, o: Options, prices: FloatArray, penalty: FloatArray) -> tuple[FloatArray, float]:
+def penalised_prices(t: CoverTables, o: Options, prices: FloatArray, penalty: FloatArray) -> tuple[FloatArray, float]:
     """Prices when every GPU of a class costs its ``penalty`` [N] more, and the penalties of the whole fleet.
 
     A replica that fits in the fleet pays no more penalties than that: the least penalised price of any replica, less
@@ -398,7 +514,7 @@ def penalised_prices(t: Tables, o: Options, prices: FloatArray, penalty: FloatAr
 
 
 @kernel
-def class_use(t: Tables, o: Options, i: int, device_class: int) -> int:
+def class_use(t: CoverTables, o: Options, i: int, device_class: int) -> int:
     """GPUs of a class that option i takes."""
     use = 0
     if t.rank_class[o.rank[i]] == device_class:

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 
 from hetis.solver.budget import Budget
-from hetis.solver.placement.ceiling import Ceiling, Limits, ceilings, limits_of, within_reach
+from hetis.solver.placement.ceiling import (
+    Asked,
+    Ceiling,
+    Limits,
+    Lines,
+    all_lines,
+    asked_of,
+    ceilings,
+    limits_of,
+    reach_of,
+)
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.configurations import Configuration, configurations
 from hetis.solver.placement.cover import best_column
 from hetis.solver.placement.options import (
     NO_STAGES,
-    Options,
     interval_cap,
     list_options,
     option_prices,
@@ -26,7 +33,7 @@ from hetis.solver.placement.options import (
 )
 from hetis.solver.placement.sequential import best_fitting_sequential, best_sequential, least_weighted, useful_options
 from hetis.solver.placement.stages import overdrawn
-from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables
+from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Tables, cover_tables
 from hetis.solver.placement.template import Template, template_of
 from hetis.solver.placement.within_cap import best_within_cap
 from hetis.solver.plan import Role
@@ -34,29 +41,10 @@ from hetis.solver.plan import Role
 BATCH = 32
 SCARCE = 256
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further
+KERNELS = (all_lines, ceilings, list_options, best_column, useful_options, best_sequential, best_within_cap)
 ROUNDING = 1e-9  # share by which what is proved at other prices is widened
 
 
-@kernel
-def _useful(
-    t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
-    limits: Limits, proof: Ceiling, floor: float,
-) -> tuple[Options, FloatArray]:  # fmt: skip
-    """The options that a replica of ratio above ``floor`` can have a stage of, and their prices."""
-    options = list_options(
-        t, x, f, max_copies, max_pool, limits.slack, limits.slack_unevenness, limits.chunk_cap_s, limits.unevenness
-    )
-    prices = option_prices(t, options, group_price, card_price)
-    if floor <= 0.0:
-        return options, prices
-    if limits.sequential:
-        kept = useful_options(t, options, prices, limits.longest_s, floor)
-    else:
-        kept = within_reach(options, prices, t.num_layers, limits, proof, floor)
-    return selected(options, kept), prices[kept]
-
-
-@kernel
 def best_replica(
     t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
     scarce: BoolArray, limits: Limits, proof: Ceiling, floor: float, tolerance: float,
@@ -64,23 +52,37 @@ def best_replica(
     """The replica of a configuration with the best ``rate / price``, if any is above ``floor``.
 
     Returns (ratio, rows of its stages, bound): no replica that fits in the fleet is above ``max(bound, floor)``.
+
+    No kernel itself: machine code of kernels that call kernels holds theirs, and compiling this one took a minute.
     """
-    options, prices = _useful(t, x, f, max_copies, max_pool, group_price, card_price, limits, proof, floor)
+    options = list_options(
+        t, x, f, max_copies, max_pool, limits.slack, limits.slack_unevenness, limits.chunk_cap_s, limits.unevenness,
+        reach_of(t.num_layers, limits, proof, floor), group_price, card_price,
+    )  # fmt: skip
+    prices = option_prices(options, group_price, card_price)
     cap = interval_cap(t, x, f, limits.unevenness)
+    if not len(prices):
+        return 0.0, NO_STAGES, 0.0
+    cover = cover_tables(t)
     if not limits.sequential:
-        return best_column(t, options, prices, cap, limits.copies, scarce, floor, tolerance)
-    ratio, weight, bound = best_sequential(t, options, prices, cap, floor)
+        return best_column(cover, options, prices, cap, limits.copies, scarce, floor, tolerance)
+    if floor > 0.0:
+        kept = useful_options(cover, options, prices, limits.longest_s, floor)
+        if not len(kept):
+            return 0.0, NO_STAGES, 0.0
+        options, prices = selected(options, kept), prices[kept]
+    ratio, weight, bound = best_sequential(cover, options, prices, cap, floor)
     stages = np.empty((0, 2), np.int64)
     if ratio > floor:
-        _, _, stages = least_weighted(t, options, prices, 1.0, weight)
+        _, _, stages = least_weighted(cover, options, prices, 1.0, weight)
     if bound > max(floor, ratio) * (1.0 + tolerance):
-        within, quick, exact = best_within_cap(t, options, prices, cap, max(floor, ratio))
+        within, quick, exact = best_within_cap(cover, options, prices, cap, max(floor, ratio))
         if within > ratio:
             ratio, stages = within, quick
         if exact:
             bound = max(ratio, floor)
-    if ratio > floor and overdrawn(t, options, stages, scarce)[0] >= 0:
-        ratio, stages, fitting_bound = best_fitting_sequential(t, options, prices, cap, scarce)
+    if ratio > floor and overdrawn(cover, options, stages, scarce)[0] >= 0:
+        ratio, stages, fitting_bound = best_fitting_sequential(cover, options, prices, cap, scarce)
         bound = min(bound, max(fitting_bound, ratio))
     return ratio, stage_rows(options, stages), bound
 
@@ -118,12 +120,10 @@ class Pricer:
         self.scopes = np.array([c.scope for c in every], dtype=np.int64)
         self.mixes = np.array([c.mix for c in every], dtype=np.int64)
         self.in_flight = np.array([c.in_flight_index for c in every], dtype=np.int64)
-        self.regimes = np.array([c.regime for c in every], dtype=float).reshape(-1, 2)
-        self.copies = np.array([c.max_copies for c in every], dtype=np.int64)
-        self.unevenness = np.array([c.unevenness for c in every], dtype=float)
         self.longest_s = np.array([self._longest_s(c) for c in every], dtype=float)
         self.scarce = _scarce(atlas)
         self._proved = _Proved(len(every), len(row_costs))
+        self._shares = [_Share(part) for part in _shares(self.scopes)]
 
     def price(
         self, row_prices: FloatArray, floor: float, keep: float, budget: Budget, *, rate_cap: float, ease: float = 0.0
@@ -152,7 +152,9 @@ class Pricer:
             c, share = self.configurations[i], float(counted[i])
             ratio, rows, left = best_replica(
                 tables[i], c.mix, c.in_flight_index, self.max_copies, self.max_pool, *worth, self.scarce,
-                limits_of(tables[i], c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness),
+                limits_of(
+                    tables[i], c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, tables[i].t_floor
+                ),
                 Ceiling(*proofs[i]), threshold / share, self.tolerance,
             )  # fmt: skip
             return ratio * share, rows, left * share
@@ -160,7 +162,7 @@ class Pricer:
         with ThreadPoolExecutor(self.threads) as workers:
             promising = np.flatnonzero(highest > enough)
             proofs = np.zeros((len(highest), 3))
-            proofs[promising] = self._ceilings(promising, tables, *worth, enough, workers, budget)
+            proofs[promising] = self._ceilings(promising, tables, *worth, enough / counted, workers, budget)
             highest[promising] = np.minimum(highest[promising], proofs[promising, 0] * counted[promising])
             self._proved.note(promising, highest[promising], prices, rate_cap)
             bound = max(floor, float(highest[highest <= enough].max(initial=0.0)))
@@ -220,22 +222,64 @@ class Pricer:
 
     def _ceilings(
         self, which: IntArray, tables: Sequence[Tables], group_price: FloatArray, card_price: FloatArray,
-        floor: float, workers: ThreadPoolExecutor, budget: Budget,
+        enough: FloatArray, workers: ThreadPoolExecutor, budget: Budget,
     ) -> FloatArray:  # fmt: skip
-        """Upper bounds on the ratio of these configurations, no sharper than ``floor``, with m and r; [., 3].
+        """Upper bounds on the ratio of these configurations, no sharper than what is enough of each [configurations],
+        with m and r; [which, 3].
 
         Those that the budget leaves no time for are infinite.
         """
+        asked = np.zeros(len(self.configurations), dtype=bool)
+        asked[which] = True
+        t_floors = np.array([t.t_floor for t in tables])
+        found = np.full((len(self.configurations), 3), np.inf)
 
-        def bounds(part: IntArray) -> FloatArray:
-            if budget.is_spent():
-                return np.full((len(part), 3), np.inf)
-            return ceilings(
-                tables[int(part[0])], self.mixes[part], self.in_flight[part], self.regimes[part], self.copies[part],
-                self.unevenness[part], self.max_copies, self.max_pool, group_price, card_price, floor,
+        def bounds(share: _Share) -> None:
+            if not asked[share.members].any() or budget.is_spent():
+                return
+            t, members = tables[int(share.members[0])], share.members
+            if share.is_stale(t_floors[members]):
+                share.tabulate(t, self._asked(t, members, t_floors), t_floors[members], self.max_copies, self.max_pool)
+            assert share.lines is not None, "tabulated"
+            assert share.asked is not None, "tabulated"
+            found[members] = ceilings(
+                t.num_layers, share.asked, share.lines, share.begins, group_price, card_price, enough[members]
             )  # fmt: skip
 
-        return np.concatenate([np.zeros((0, 3)), *workers.map(bounds, _shares(which, tables))])
+        list(workers.map(bounds, self._shares))
+        return found[which]
+
+    def _asked(self, t: Tables, members: IntArray, t_floors: FloatArray) -> Asked:
+        every = [self.configurations[i] for i in members]
+        floors = t_floors[members].tolist()
+        limits = [limits_of(t, c.mix, c.in_flight_index, *c.regime, c.max_copies, c.unevenness, floor)  # type: ignore[call-arg]
+                  for c, floor in zip(every, floors, strict=True)]  # fmt: skip
+        return asked_of(self.mixes[members], self.in_flight[members], limits)
+
+
+STALE = 0.05  # share by which shortest intervals may have grown since lines were made: a little less sharp
+
+
+class _Share:
+    """Configurations of one scope, the work of one thread, with their lines once these are asked for."""
+
+    def __init__(self, members: IntArray) -> None:
+        self.members = members
+        self.t_floors = np.zeros(len(members))
+        self.asked: Asked | None = None
+        self.lines: Lines | None = None
+        self.begins: IntArray = np.zeros(1, dtype=np.int64)
+
+    def tabulate(self, t: Tables, asked: Asked, t_floors: FloatArray, max_copies: int, max_pool: int) -> None:
+        self.asked, self.t_floors = asked, t_floors
+        self.lines, self.begins = all_lines(t, asked, max_copies, max_pool)
+
+    def is_stale(self, t_floors: FloatArray) -> bool:
+        """Whether there are no lines, or for shortest intervals that are now too long, or much too short: lines hold
+        for longer ones, a little less sharply."""
+        if self.lines is None:
+            return True
+        return bool(np.any(t_floors < self.t_floors) or np.any(t_floors > (1.0 + STALE) * self.t_floors))
 
 
 def pricers_of(
@@ -258,10 +302,10 @@ def pricers_of(
     ]
 
 
-def _shares(which: IntArray, tables: Sequence[Tables]) -> Iterator[IntArray]:
-    """Shares of the configurations for one thread each, in their order; those of a share have the same tables."""
-    for _, members in groupby(which.tolist(), key=lambda i: id(tables[i])):
-        alike = np.array(list(members), dtype=np.int64)
+def _shares(scopes: IntArray) -> Iterator[IntArray]:
+    """Shares of the configurations for one thread each, in their order; those of a share have the same scope."""
+    for scope in np.unique(scopes):
+        alike = np.flatnonzero(scopes == scope)
         for start in range(0, len(alike), 4 * BATCH):
             yield alike[start : start + 4 * BATCH]
 

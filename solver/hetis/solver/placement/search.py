@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.pinned_columns import pinned_columns
 from hetis.solver.placement.pins import Pins, pins_of
 from hetis.solver.placement.pool import Bound, Pool
-from hetis.solver.placement.pricing import best_replica
+from hetis.solver.placement.pricing import KERNELS
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.types_of_roles import search_types
@@ -59,7 +59,7 @@ def search(
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
     if is_small(atlas):
-        _announce_compilation(explore, budget, report)
+        _announce_compilation((explore,), budget, report)
         outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
         if budget.is_spent() and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
             return _better(outcome, _first_plan(atlas, budget, seed), master)
@@ -106,7 +106,7 @@ def _generate(
 ) -> Outcome | None:
     """Column generation, zones merged or not."""
     atlas, master, row_costs = generation.atlas, generation.master, generation.row_costs
-    _announce_compilation(best_replica, budget, generation.report)
+    _announce_compilation(KERNELS, budget, generation.report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
         generation.may_have_plan = False
         return None
@@ -129,8 +129,8 @@ def _generate(
     return _with_bound(outcome, relaxed, maximises=master.maximises)
 
 
-def _announce_compilation(kernel: Callable[..., object], budget: Budget, report: Report) -> None:
-    if not is_cached(kernel):
+def _announce_compilation(kernels: Sequence[Callable[..., object]], budget: Budget, report: Report) -> None:
+    if not all(map(is_cached, kernels)):
         report(Progress(phase="compiling the search, once per installation", elapsed_s=budget.elapsed_s()))
 
 

@@ -8,12 +8,12 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import Options, penalised_prices
 from hetis.solver.placement.stages import excess, overdrawn, total_price, total_seconds
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray
 
 
 @kernel
 def least_weighted(
-    t: Tables, o: Options, prices: FloatArray, price_weight: float, time_weight: float
+    t: CoverTables, o: Options, prices: FloatArray, price_weight: float, time_weight: float
 ) -> tuple[float, float, IntArray]:
     """Stages that cover all layers with the least ``price_weight price + time_weight sum of stage times``.
 
@@ -68,7 +68,7 @@ def least_weighted(
 
 @kernel
 def best_sequential(
-    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
+    t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
 ) -> tuple[float, float, float]:
     """The replica of a single-micro-batch configuration with the best ``rate / price = 1 / (t price)``.
 
@@ -125,37 +125,57 @@ def best_sequential(
 
 
 @kernel
-def useful_options(t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float) -> IntArray:
+def useful_options(
+    t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
+) -> IntArray:
     """The options that a replica with ``1 / (t price) > ratio_floor`` and t within the cap can use.
 
     An option with n layers leaves the other layers to stages that cost at least the cheapest cover and take at least
     the quickest one, each found on its own; if even that pair misses cap or floor for every n, the option is useless.
+    So it is if the least sum of ``sqrt(price seconds)`` of any cover is too large, for its square bounds ``t price``
+    from below (Cauchy-Schwarz); where that holds of every cover, no option is useful.
     """
     num_layers, num_options = t.num_layers, prices.shape[0]
     cheapest = np.full(num_layers + 1, np.inf)  # one stage with n layers, whatever its role
     quickest = np.full(num_layers + 1, np.inf)
+    least = np.full((4, num_layers + 1), np.inf)  # price times seconds of one stage
     for i in range(num_options):
-        fixed, most = np.inf, 0
+        price, layer_s = prices[i], o.layer_s[i]
         for role in range(4):
-            fixed = min(fixed, o.fixed_s[i, role])
-            most = max(most, o.max_layers[i, role])
-        for n in range(1, most + 1):
-            cheapest[n] = min(cheapest[n], prices[i])
-            quickest[n] = min(quickest[n], n * o.layer_s[i] + fixed)
+            fixed_s = o.fixed_s[i, role]
+            for n in range(o.min_layers[i, role], o.max_layers[i, role] + 1):
+                seconds = n * layer_s + fixed_s
+                if seconds > interval_cap_s:
+                    break
+                least[role, n] = min(least[role, n], price * seconds)
+                cheapest[n] = min(cheapest[n], price)
+                quickest[n] = min(quickest[n], seconds)
+    least = np.sqrt(least)
+    wanted = 1.0 / np.sqrt(ratio_floor) if ratio_floor > 0.0 else np.inf
+    if _least_cover(t, least) >= wanted * (1.0 + 1e-9):
+        return np.empty(0, np.int64)
     cheapest_rest = np.full(num_layers + 1, np.inf)
     quickest_rest = np.full(num_layers + 1, np.inf)
-    cheapest_rest[0] = quickest_rest[0] = 0.0
+    least_rest = np.full(num_layers + 1, np.inf)
+    cheapest_rest[0] = quickest_rest[0] = least_rest[0] = 0.0
     for left in range(1, num_layers + 1):
         for n in range(1, left + 1):
+            root = min(min(least[0, n], least[1, n]), min(least[2, n], least[3, n]))
             cheapest_rest[left] = min(cheapest_rest[left], cheapest[n] + cheapest_rest[left - n])
             quickest_rest[left] = min(quickest_rest[left], quickest[n] + quickest_rest[left - n])
+            least_rest[left] = min(least_rest[left], root + least_rest[left - n])
     useful = np.zeros(num_options, np.bool_)
     for i in range(num_options):
         for role in range(4):
             for n in range(o.min_layers[i, role], o.max_layers[i, role] + 1):
                 price = prices[i] + cheapest_rest[num_layers - n]
-                seconds = n * o.layer_s[i] + o.fixed_s[i, role] + quickest_rest[num_layers - n]
-                if seconds <= interval_cap_s and price * seconds * ratio_floor < 1.0:
+                own_s = n * o.layer_s[i] + o.fixed_s[i, role]
+                seconds = own_s + quickest_rest[num_layers - n]
+                if (
+                    seconds <= interval_cap_s
+                    and price * seconds * ratio_floor < 1.0
+                    and np.sqrt(prices[i] * own_s) + least_rest[num_layers - n] < wanted * (1.0 + 1e-9)
+                ):
                     useful[i] = True
                     break
             if useful[i]:
@@ -164,8 +184,24 @@ def useful_options(t: Tables, o: Options, prices: FloatArray, interval_cap_s: fl
 
 
 @kernel
+def _least_cover(t: CoverTables, least: FloatArray) -> float:
+    """The least sum over stages that cover all layers; ``least`` [4, L + 1] of one stage by role and layers."""
+    num_layers = t.num_layers
+    at = np.full(num_layers, np.inf)
+    final: float = least[BOTH, num_layers]
+    for pos in range(1, num_layers):
+        if t.cut_floor[pos] != pos:
+            continue
+        at[pos] = least[FIRST, pos]
+        for before in range(1, pos):
+            at[pos] = min(at[pos], at[before] + least[PLAIN, pos - before])
+        final = min(final, at[pos] + least[LAST, num_layers - pos])
+    return final
+
+
+@kernel
 def best_fitting_sequential(
-    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, scarce: BoolArray
+    t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, scarce: BoolArray
 ) -> tuple[float, IntArray, float]:
     """A good single-micro-batch replica among those that fit in the fleet, and a bound on all of these.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import Options, class_use
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, FloatArray, Tables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CoverTables, FloatArray
 
 
 @kernel
@@ -38,7 +38,7 @@ def total_seconds(o: Options, stages: IntArray) -> float:
 
 
 @kernel
-def excess(t: Tables, o: Options, stages: IntArray, device_class: int) -> int:
+def excess(t: CoverTables, o: Options, stages: IntArray, device_class: int) -> int:
     """GPUs of a class that a replica takes beyond those available; negative where some are left."""
     use: int = -t.available[device_class]
     for i in range(stages.shape[0]):
@@ -47,7 +47,7 @@ def excess(t: Tables, o: Options, stages: IntArray, device_class: int) -> int:
 
 
 @kernel
-def overdrawn(t: Tables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
+def overdrawn(t: CoverTables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
     """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
     worst, most = -1, 0
     for g in range(scarce.shape[0]):

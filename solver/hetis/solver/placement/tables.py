@@ -37,6 +37,7 @@ class ChunkTables(NamedTuple):
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S]
     pool_s: FloatArray  # [X, total] decode attention with a pool, and what KV shipping adds
+    least_pool_s: FloatArray  # [X, least total] of all k
 
 
 class Tables(NamedTuple):
@@ -85,7 +86,26 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] attention with a pool, and what KV shipping adds, over k = 1..Gr, then pool sizes
     receives: BoolArray  # [X] whether KV arrives: the mix of a decode replica
     pool_wire_s: FloatArray  # [total] `wire_s` of these with a pool
+    least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size
+    least_pool_s: FloatArray  # [X, least total]
+    least_pool_wire_s: FloatArray  # [least total]
     keeps_idle_cards: bool  # whether attention workers count that do nothing for their stage: some must be in use
+
+
+class CoverTables(NamedTuple):
+    """The few of `Tables` that covering the layers with stages takes: a kernel compiles a second for all of them."""
+
+    num_layers: int
+    cut_floor: IntArray
+    t_floor: float
+    available: IntArray
+    rank_class: IntArray
+    rank_tp: IntArray
+
+
+def cover_tables(t: Tables) -> CoverTables:
+    """Those of these tables."""
+    return CoverTables(t.num_layers, t.cut_floor, t.t_floor, t.available, t.rank_class, t.rank_tp)
 
 
 class Scope:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import combinations
 
 import numpy as np
@@ -118,11 +119,13 @@ class _Tabulation:
         self.ranks, self.pool_sizes = ranks, pool_sizes
         self._costs: dict[tuple[str, Link, int], DeviceCost] = {}
         self._rows: dict[tuple[str, Link, int], dict[str, FloatArray]] = {}
-        self._pools: dict[tuple[DeviceCost, DeviceCost, Link], FloatArray] = {}
+        self._hops_over: dict[tuple[str, Link, int, Link], list[tuple[float, float]]] = {}
         self.devices = [self._device(classes[i], tp) for i, tp in ranks]
         self.workers = [self._device(c, 1) for c in classes]
         self.own_s = self._own_table()
+        self.least_pool_start = np.full((len(ranks), len(classes)), -1, dtype=np.int64)
         self.pool_start, self.pool_s, self.chunk_pool_s, self.pool_wire_s = self._pool_table()
+        self.least_pool_s, self.chunk_least_pool_s, self.least_pool_wire_s = self._least_of_splits()
 
     def _device(self, c: DeviceClass, tp: int) -> DeviceCost:
         key = (c.gpu, c.intra, tp)
@@ -188,6 +191,7 @@ class _Tabulation:
                 last_s=stack["chunk_last_s"],
                 prefix_delta_s=stack["chunk_prefix_delta_s"],
                 pool_s=self.chunk_pool_s,
+                least_pool_s=self.chunk_least_pool_s,
             ),
             wire_s=wire_s,
             landing_s=landing_s,
@@ -200,6 +204,9 @@ class _Tabulation:
             pool_s=self.pool_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
             pool_wire_s=self.pool_wire_s,
+            least_pool_start=self.least_pool_start,
+            least_pool_s=self.least_pool_s,
+            least_pool_wire_s=self.least_pool_wire_s,
             keeps_idle_cards=self._keeps_idle_cards(),
         )  # fmt: skip
 
@@ -234,20 +241,24 @@ class _Tabulation:
                 "chunk_prefix_delta_s", "act_bytes", "logit_bytes",
             )
         }  # fmt: skip
+        # Many mixes have iterations of the same size.
+        dense_s, reduce_s, step_s = cache(d.dense_s), cache(d.reduce_s), cache(d.step_s)
+        head_s, prefill_s = cache(d.head_s), cache(d.prefill_s)
+        prefix_s = cache(partial(d.dense_s, prefix_layer=True))
         for mix in self.mixes:
             b, both = mix.micro_batch, mix.micro_batch + mix.chunk_tokens
             nc, nd = mix.chunk_iterations, mix.plain_iterations
-            with_chunk = d.dense_s(both) + 2 * d.reduce_s(both) + d.prefill_s(mix.chunk_tokens)
-            rows["layer_s"].append(nc * with_chunk + nd * (d.dense_s(b) + 2 * d.reduce_s(b)))
-            rows["step_s"].append(nc * d.step_s(both) + nd * d.step_s(b))
-            rows["last_s"].append(nc * d.head_s(b + 1) + nd * d.head_s(b))
+            with_chunk = dense_s(both) + 2 * reduce_s(both) + prefill_s(mix.chunk_tokens)
+            rows["layer_s"].append(nc * with_chunk + nd * (dense_s(b) + 2 * reduce_s(b)))
+            rows["step_s"].append(nc * step_s(both) + nd * step_s(b))
+            rows["last_s"].append(nc * head_s(b + 1) + nd * head_s(b))
             one = 1.0 if mix.role is Role.UNIFIED else 0.0
             rows["chunk_layer_s"].append(one * with_chunk)
-            rows["chunk_step_s"].append(one * d.step_s(both))
-            rows["chunk_last_s"].append(one * d.head_s(b + 1))
-            rows["chunk_prefix_delta_s"].append(one * (d.dense_s(both, prefix_layer=True) - d.dense_s(both)))
-            prefix = nc * d.dense_s(both, prefix_layer=True) + nd * d.dense_s(b, prefix_layer=True)
-            rows["prefix_delta_s"].append(prefix - nc * d.dense_s(both) - nd * d.dense_s(b))
+            rows["chunk_step_s"].append(one * step_s(both))
+            rows["chunk_last_s"].append(one * head_s(b + 1))
+            rows["chunk_prefix_delta_s"].append(one * (prefix_s(both) - dense_s(both)))
+            prefix = nc * prefix_s(both) + nd * prefix_s(b)
+            rows["prefix_delta_s"].append(prefix - nc * dense_s(both) - nd * dense_s(b))
             rows["act_bytes"].append(d.activation_bytes(both))
             rows["logit_bytes"].append(d.logit_bytes(b))
         self._rows[key] = {name: np.array(values) for name, values in rows.items()}
@@ -255,13 +266,18 @@ class _Tabulation:
 
     def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> list[tuple[float, float]]:
         """Per mix: of a request, and of one iteration with a chunk."""
-        link, hops = c.link_in(self.problem.cluster, zones), []
-        for m in self.mixes:
-            with_chunk_s = d.hop_s(m.micro_batch + m.chunk_tokens, link)
-            plain_s = d.hop_s(m.micro_batch, link)
-            chunk_s = with_chunk_s if m.role is Role.UNIFIED else 0.0
-            hops.append((m.chunk_iterations * with_chunk_s + m.plain_iterations * plain_s, chunk_s))
-        return hops
+        link = c.link_in(self.problem.cluster, zones)
+        key = (c.gpu, c.intra, d.shape.tp, link)
+        if key not in self._hops_over:
+            hop_s = {tokens: d.hop_s(tokens, link) for m in self.mixes for tokens in (m.micro_batch, _tokens(m))}
+            self._hops_over[key] = [
+                (
+                    m.chunk_iterations * hop_s[_tokens(m)] + m.plain_iterations * hop_s[m.micro_batch],
+                    hop_s[_tokens(m)] if m.role is Role.UNIFIED else 0.0,
+                )
+                for m in self.mixes
+            ]
+        return self._hops_over[key]
 
     def _kv_tables(self, zones: tuple[str, ...]) -> tuple[FloatArray, FloatArray]:
         """(wire, landing) of a layer without a pool: KV that leaves a prefill or arrives at a decode replica; [X, S].
@@ -395,6 +411,28 @@ class _Tabulation:
         whole, chunk = (np.concatenate(tables, axis=1) for tables in zip(*parts, strict=True))
         return start, whole, chunk, np.concatenate(wires)
 
+    def _least_of_splits(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """The least over k of attention, of the same in an iteration with a chunk, and of wire; fills their starts."""
+        count, parts = len(self.pool_sizes), list[tuple[FloatArray, FloatArray, FloatArray]]()
+        done: dict[int, int] = {}
+        for s, device in enumerate(self.devices):
+            for q, start in enumerate(self.pool_start[s].tolist()):
+                if start < 0:
+                    continue
+                if start not in done:
+                    done[start] = count * len(parts)
+                    here = slice(start, start + device.shape.groups * count)
+                    whole, chunk, wire = (
+                        table[..., here].reshape(*table.shape[:-1], device.shape.groups, count).min(axis=-2)
+                        for table in (self.pool_s, self.chunk_pool_s, self.pool_wire_s)
+                    )
+                    parts.append((whole, chunk, wire))
+                self.least_pool_start[s, q] = done[start]
+        if not parts:
+            return self.pool_s, self.chunk_pool_s, self.pool_wire_s
+        whole, chunk, wire = (np.concatenate(tables, axis=-1) for tables in zip(*parts, strict=True))
+        return whole, chunk, wire
+
     def _pool_wires(self, pool: PoolCost, own_link: Link) -> FloatArray:
         """Shape [Gr * sizes]: KV of a prompt and layer arriving at a decode replica, kept groups on its own link."""
         groups = pool.primary.shape.groups
@@ -409,22 +447,25 @@ class _Tabulation:
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
-        entries, chunk_entries = np.zeros((2, len(self.mixes), groups * len(self.pool_sizes)))
-        remote: dict[int, FloatArray] = {}
-        for x, mix in enumerate(self.mixes):
-            b, c = mix.micro_batch, mix.chunk_tokens
-            if mix.role is Role.PREFILL:
-                entries[x] = np.inf  # has no pools
-                continue
-            if b not in remote:
-                own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
-                remote[b] = np.maximum(own, pool.attention_s(b, k, p))
-            entries[x] = (mix.iterations * remote[b]).ravel()
-            if mix.role is Role.UNIFIED:
-                late = pool.late_s(b, c, k, p, chunk_layer_s[x] + remote[b]).ravel()
-                entries[x] += mix.chunk_iterations * late
-                chunk_entries[x] = remote[b].ravel() + late
-        return entries, chunk_entries
+        chunk_entries = np.zeros((len(self.mixes), groups, len(self.pool_sizes)))
+        of_role = np.array([mix.role for mix in self.mixes])
+        unified = of_role == Role.UNIFIED
+        columns = np.array([(m.micro_batch, m.chunk_tokens, m.iterations, m.chunk_iterations) for m in self.mixes])
+        # All mixes at once: a call costs more than its arithmetic.
+        b, c, n_it, nc = columns.T[:, :, None, None]
+        own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
+        remote = np.maximum(own, pool.attention_s(b, k, p))
+        entries = np.where(of_role[:, None, None] == Role.PREFILL, np.inf, n_it * remote)  # those have no pools
+        layer_s = chunk_layer_s[unified, None, None] + remote[unified]
+        late = pool.late_s(b[unified], c[unified], k, p, layer_s)
+        entries[unified] += nc[unified] * late
+        chunk_entries[unified] = remote[unified] + late
+        return entries.reshape(len(self.mixes), -1), chunk_entries.reshape(len(self.mixes), -1)
+
+
+def _tokens(mix: Mix) -> int:
+    """Tokens of an iteration with a chunk."""
+    return mix.micro_batch + mix.chunk_tokens
 
 
 def _cut_floor(problem: PlacementProblem) -> IntArray:

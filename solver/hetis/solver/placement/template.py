@@ -14,6 +14,7 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.configurations import Configuration
 from hetis.solver.placement.options import (
     ROUNDING,
+    iterations_of,
     kept_bytes,
     layers_on_card,
     layers_on_rank,
@@ -134,10 +135,11 @@ def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float
     t, m = atlas.scopes[template.scope].tables, atlas.problem.family.in_flight[template.in_flight_index]
     of_role = atlas.regimes(atlas.mixes[template.mix].role)
     regime = cost.regime_of(of_role, in_flight=m, num_copies=template.num_copies)
+    mix = iterations_of(t, template.mix, template.in_flight_index)
     found = []
     chunks = chunk_stage_seconds(atlas, template)
     for (w, fixed), (chunk_s, _) in zip(stage_seconds(atlas, template), chunks, strict=True):
-        longer = stretch(t, template.mix, template.in_flight_index, w, chunk_s, *regime)
+        longer = stretch(mix, w, chunk_s, *regime)
         found.append((longer * w, longer * fixed))
     return found
 
@@ -239,7 +241,10 @@ def room_layers(atlas: Atlas, template: Template, index: int) -> int:
     layers = layers_on_rank(t, template.mix, stage.rank, kept, role)
     if stage.pool_class >= 0:
         requests, tp = held * int(t.micro_batch[template.mix]), int(t.rank_tp[stage.rank])
-        on_card = layers_on_card(t, stage.pool_class, tp, stage.pool_groups, stage.pool_cards, requests, tokens)
+        on_card = layers_on_card(
+            t.worker_room_bytes[stage.pool_class], t.kv_group_bytes, tp, stage.pool_groups, stage.pool_cards, requests,
+            tokens,
+        )  # fmt: skip
         layers = min(layers, on_card - (t.prefix_layers if index == 0 else 0))
     return max(0, int(layers))
 

@@ -10,7 +10,7 @@ import numpy as np
 from hetis.solver.cost import UNEVENNESS_STEP, Regime
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.options import ROUNDING, layers_on_rank, stretch
+from hetis.solver.placement.options import ROUNDING, iterations_of, layers_on_rank, stretch
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
@@ -84,7 +84,9 @@ def best_equal_split(
                 interval = total
             else:
                 regime = full if m >= 2 * num_stages else tight
-                interval = stretch(t, x, f, w, chunk_w, regime.least, regime.unevenness) * max(busiest, total / m)
+                interval = stretch(iterations_of(t, x, f), w, chunk_w, regime.least, regime.unevenness) * max(
+                    busiest, total / m
+                )
             interval = max(interval, t.t_floor)
             if t.trip_cap[x, f] < np.inf:
                 if m == 1:

@@ -7,13 +7,13 @@ import numpy as np
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import Options
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, FloatArray, Tables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CoverTables, FloatArray
 
 MAX_LABELS = 192  # at a position: `best_within_cap` is not exact where more would be needed
 
 
 @kernel
-def _pareto_steps(t: Tables, o: Options, prices: FloatArray) -> tuple[IntArray, IntArray]:
+def _pareto_steps(t: CoverTables, o: Options, prices: FloatArray) -> tuple[IntArray, IntArray]:
     """For each role and number of layers: the options of which none is both cheaper and quicker.
 
     Returns (count [4, L + 1], option [4, L + 1, options]); options by ascending price.
@@ -36,7 +36,7 @@ def _pareto_steps(t: Tables, o: Options, prices: FloatArray) -> tuple[IntArray, 
 
 @kernel
 def best_within_cap(
-    t: Tables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
+    t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
 ) -> tuple[float, IntArray, bool]:
     """The best ``1 / (t price)`` above ``ratio_floor`` with t within a cap, exactly: a shortest path with labels.
 
