@@ -32,7 +32,7 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     """
 
     def kernel(function: Function) -> Function:
-        if config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1: plain Python, to debug or to try many changes of the code
+        if _is_plain():  # NUMBA_DISABLE_JIT=1: plain Python, to debug or to try many changes of the code
             return function
         compiled: Any = njit  # whose types leave out `no_cfunc_wrapper`
         options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": fastmath, "no_cfunc_wrapper": True}
@@ -50,6 +50,11 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     return kernel
 
 
+def _is_plain() -> bool:
+    """Whether numba is told to leave functions as they are; its types leave the setting out."""
+    return bool(getattr(config, "DISABLE_JIT", 0))
+
+
 def _type_of(argument: Any) -> Any:
     """``int64`` of the constant 1; other types as they are."""
     return unliteral(argument)  # type: ignore[no-untyped-call]
@@ -58,7 +63,7 @@ def _type_of(argument: Any) -> Any:
 def is_cached(function: Callable[..., Any]) -> bool:
     """Whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
     kernel: Any = function
-    return bool(config.DISABLE_JIT or kernel._cache._cache_file._load_index())
+    return _is_plain() or bool(kernel._cache._cache_file._load_index())
 
 
 Watcher = Callable[[bool], None]
