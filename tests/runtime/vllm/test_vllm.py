@@ -39,6 +39,8 @@ def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) 
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        # Its numba is another one: in one folder each would throw away what the other has compiled.
+        "NUMBA_CACHE_DIR": str(PYTHON.parents[1] / "numba"),
     }
     environment.pop("HETIS_VLLM_CONFIG", None)
     if config is not None:
