@@ -10,11 +10,10 @@ token again, which their anchors, reported as blocks that failed to load, make v
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,11 +38,43 @@ from hetis.runtime.vllm.steps import (
 )
 from hetis.runtime.vllm.workers import Workers
 
-if TYPE_CHECKING:
-    from hetis.runtime.vllm.backend import HeadGroupImpl, HeadGroupMetadata
-
-_log = logging.getLogger(__name__)
 REPORT_S = 1.0  # between two reports of counters
+
+
+class BaseBuilder(Protocol):
+    """Describes virtual sequences to vLLM's own backend."""
+
+    def build_base(self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
+        """The metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's description of the step."""
+
+
+class StepDescription(Protocol):
+    """A step as vLLM describes it."""
+
+    @property
+    def common(self) -> Any:
+        """vLLM's `CommonAttentionMetadata`."""
+
+    @property
+    def builder(self) -> BaseBuilder:
+        """What describes the part of the step that is computed here."""
+
+
+class LocalAttention(Protocol):
+    """vLLM's own backend, for one layer."""
+
+    def attend_here(
+        self,
+        layer: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+        metadata: Any,
+        out: torch.Tensor,
+    ) -> None:
+        """Stores k and v [V, 1, d] and attends with q [V, r, d], into out [V, r, d]."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -173,13 +204,13 @@ class Rank:
 
     def attend(
         self,
-        impl: HeadGroupImpl,
+        impl: LocalAttention,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: HeadGroupMetadata,
+        metadata: StepDescription,
         output: torch.Tensor,
     ) -> None:
         """Attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
@@ -195,8 +226,7 @@ class Rank:
         for remote in batch.remotes:
             self._ask(remote, number, q, k, v)
         if len(batch.local):
-            out_here = _gathered(q, batch.local, batch.local_rows, tokens)
-            q_here = out_here.clone() if batch.local.is_everything and out_here.data_ptr() == q.data_ptr() else out_here
+            q_here = _gathered(q, batch.local, batch.local_rows, tokens)
             k_here, v_here = (_gathered(x, batch.local, batch.local_rows, tokens) for x in (k, v))
             out_here = torch.empty_like(q_here)
             base = batch.base.get(id(metadata.builder))
@@ -214,7 +244,7 @@ class Rank:
 
     # --- inside
 
-    def _begin(self, metadata: HeadGroupMetadata) -> _Batch:
+    def _begin(self, metadata: StepDescription) -> _Batch:
         """Finds out where each head group of this step lives, and tells the workers what is coming."""
         self._step += 1
         common = metadata.common
