@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import pytest
@@ -23,6 +23,9 @@ from hetis.planner.service.traces import NoTraces
 from hetis.v1 import dispatch_service_pb2 as pb2
 from hetis.v1 import dispatch_service_pb2_grpc
 from tests.planner.dispatching.stages import REPLICA, STATE, Replica, Replicas, empty_map, stage_model
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 @asynccontextmanager
@@ -73,13 +76,22 @@ def agent_of(node: str) -> Identity:
     return Identity(name="agent", roles=frozenset({Role.AGENT}), scope=f"clusters/c/nodes/{node}")
 
 
+def called_by(identity: Identity, method: Callable[[Request, Any], Awaitable[Answer]], request: Request) -> Answer:
+    """Answer as the service does it: the caller is known in the call's task and nowhere else."""
+
+    async def call() -> Answer:
+        set_caller(identity)
+        return await method(request, None)
+
+    return asyncio.run(call())
+
+
 @pytest.mark.parametrize("name", [STATE, "clusters/c/replicas/none/dispatchState", "nonsense"])
 def test_an_agent_of_another_node_learns_nothing(name: str) -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     servicer = DispatchServicer(DispatchStates(replicas), replicas)
-    set_caller(agent_of("elsewhere"))
     with pytest.raises(ServiceError) as caught:
-        asyncio.run(servicer.GetDispatchState(pb2.GetDispatchStateRequest(name=name), None))  # type: ignore[arg-type]
+        called_by(agent_of("elsewhere"), servicer.GetDispatchState, pb2.GetDispatchStateRequest(name=name))
     assert caught.value.reason == Reason.ERROR_REASON_WRONG_NODE
 
 
@@ -87,17 +99,13 @@ def test_the_agent_of_the_primary_and_those_with_a_role_may_read() -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     servicer = DispatchServicer(DispatchStates(replicas), replicas)
     for identity in (agent_of("n"), Identity(name="viewer", roles=Role.VIEWER.includes)):
-        set_caller(identity)
-        request = pb2.GetDispatchStateRequest(name=STATE)
-        answer = asyncio.run(servicer.GetDispatchState(request, None))  # type: ignore[arg-type]
+        answer = called_by(identity, servicer.GetDispatchState, pb2.GetDispatchStateRequest(name=STATE))
         assert answer.dispatch_state.generation == 1
 
 
 def test_a_viewer_changes_nothing() -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     servicer = DispatchServicer(DispatchStates(replicas), replicas)
-    set_caller(Identity(name="viewer", roles=Role.VIEWER.includes))
+    viewer = Identity(name="viewer", roles=Role.VIEWER.includes)
     with pytest.raises(ServiceError):
-        asyncio.run(
-            servicer.FinishRequests(pb2.FinishRequestsRequest(parent=REPLICA, requests=["a"]), None)  # type: ignore[arg-type]
-        )
+        called_by(viewer, servicer.FinishRequests, pb2.FinishRequestsRequest(parent=REPLICA, requests=["a"]))
