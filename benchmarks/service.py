@@ -1,6 +1,7 @@
 """The planner under load: agents that stay connected, reports, re-dispatches, dispatch calls, durable writes.
 
     python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
+    python -m benchmarks.service --admissions [--agents N] [--profile FILE]
 
 One real `hetis-planner` (SQLite, no TLS) and agents on real gRPC streams, each with a TCP connection of its own: most
 of them in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
@@ -25,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,12 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb
 
 QUICK = Extent(agents=100, idle_s=3.0, report_s=2.0, rates=(200, 1000), beside_rate=50, changes=20, calls=200)
 AT_ONCE, BATCHES = (1, 16), (1, 8)
+STREAMED = (  # requests of a step, steps at once, streams
+    (1, 1, 1, "1 at once"),
+    (1, 16, 1, "16 at once on a stream"),
+    (1, 16, 16, "16 at once on 16 streams"),
+    (16, 1, 1, "1 at once"),
+)
 SMALL = "clusters/small"
 MANY = 10_000  # agents that what one takes is extrapolated to
 MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond that the planner is saturated
@@ -60,6 +67,20 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
         async for row in changes(bench):
             yield row
         async for row in reports(bench):
+            yield row
+
+
+async def measure_admissions(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
+    """Dispatch calls beside a connected fleet, and nothing else."""
+    async with opened(extent, profile) as bench:
+        await bench.create_cluster()
+        await bench.connect()
+        await bench.until_quiet()
+        await bench.activate()
+        await bench.until_quiet()
+        async for row in empty_calls(bench):
+            yield row
+        async for row in dispatch_calls(bench):
             yield row
 
 
@@ -129,6 +150,7 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
     dispatched = DispatchedReplica(bench.client, found.name)
     await dispatched.declare(stage, found.generation)
     note = "rate and CPU: of a pair of AdmitRequests and FinishRequests"
+    streamed_note = "rate and CPU: of a step that finishes as many as it admits"
     for batch in BATCHES:
         count = bench.extent.calls
         whole_s, alone_s = await in_process_seconds(stage.model, batch=batch, count=count)
@@ -141,6 +163,13 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
                 latencies = await timed(call, count=count, at_once=at_once)
             name = f"admit {batch}, {at_once} at once"
             yield bench.latency_row(name, latencies, at_once=at_once, watched=watched, note=note)
+    for batch, at_once, streams, what in STREAMED:
+        async with dispatched.streaming(batch, streams=streams) as step:
+            await timed(step, count=2 * at_once, at_once=at_once)
+            with Watched(bench.planner) as watched:
+                latencies = await timed(step, count=bench.extent.calls, at_once=at_once)
+        name = f"admit {batch}, streamed, {what}"
+        yield bench.latency_row(name, latencies, at_once=at_once, watched=watched, note=streamed_note)
     await bench.set_rate(bench.extent.beside_rate)
     await asyncio.sleep(1.0)
     beside = f"beside {bench.extent.beside_rate:g} reports/s"
@@ -148,6 +177,10 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
     yield bench.latency_row(f"empty call, 1 at once, {beside}", empty, at_once=1)
     latencies = await timed(dispatched.admitting(1), count=bench.extent.calls // 2, at_once=1)
     yield bench.latency_row(f"admit 1, 1 at once, {beside}", latencies, at_once=1)
+    for batch, at_once, streams, what in STREAMED:
+        async with dispatched.streaming(batch, streams=streams) as step:
+            latencies = await timed(step, count=bench.extent.calls, at_once=at_once)
+        yield bench.latency_row(f"admit {batch}, streamed, {what}, {beside}", latencies, at_once=at_once)
     await bench.set_rate(0)
 
 
@@ -254,10 +287,13 @@ async def reports(bench: Bench) -> AsyncIterator[Row]:
     await bench.set_rate(0)
 
 
-def all_rows(extent: Extent, profile: Path | None) -> Iterator[Row]:
+Measure = Callable[[Extent, Path | None], AsyncIterator[Row]]
+
+
+def all_rows(extent: Extent, profile: Path | None, what: Measure = measure) -> Iterator[Row]:
     """As they are measured."""
     with asyncio.Runner() as runner:
-        found = measure(extent, profile)
+        found = what(extent, profile)
         try:
             while True:
                 try:
@@ -271,6 +307,7 @@ def all_rows(extent: Extent, profile: Path | None) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = rows.parser("benchmarks.service", __doc__)
     parser.add_argument("--agents", type=int, metavar="N", help="instead of 3,000, or 100 with --quick")
+    parser.add_argument("--admissions", action="store_true", help="dispatch alone")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="a cProfile of the planner")
     arguments = parser.parse_args(argv)
     extent = QUICK if arguments.quick else Extent()
@@ -278,8 +315,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.agents < 2 * 9:
             parser.error(f"--agents {arguments.agents}: two cells have 18")
         extent = replace(extent, agents=arguments.agents)
-    found = all_rows(extent, arguments.profile)
-    rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name="service")
+    found = all_rows(extent, arguments.profile, measure_admissions if arguments.admissions else measure)
+    name = "service admissions" if arguments.admissions else "service"
+    rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name=name)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from benchmarks.measuring.service_agents import CONTEXT_TOKENS, balanced_owners, request_of
-from hetis.planner.client import AsyncClient
+from hetis.planner.client import AsyncClient, AsyncDispatchStream
 from hetis.planner.convert.stages_in import stage_from_proto
 from hetis.planner.fleet.dispatching import declaring
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
@@ -86,6 +87,32 @@ class DispatchedReplica:
     def admitting(self, batch: int) -> Call:
         """A call for `timed`: one AdmitRequests, which is timed, and one FinishRequests, which is not."""
         return partial(self._admit_and_finish, batch)
+
+    @asynccontextmanager
+    async def streaming(self, batch: int, *, streams: int) -> AsyncIterator[Call]:
+        """A call for `timed`: one step of a stream, which finishes what the lane's last one admitted, too."""
+        async with AsyncExitStack() as stack:
+            opened = [
+                await stack.enter_async_context(self._client.dispatch_stream(self._replica, self._state_id))
+                for _ in range(streams)
+            ]
+            turn = itertools.cycle(opened)
+            lanes: dict[asyncio.Task[object] | None, tuple[AsyncDispatchStream, list[str]]] = {}
+
+            async def step(seconds: list[float]) -> None:
+                lane = asyncio.current_task()
+                stream, ended = lanes.get(lane) or (next(turn), [])
+                request = admission(self._replica, self._state_id, self._numbers, batch)
+                began_s = time.perf_counter()
+                answer = await stream.step(finished=ended, new=request.requests, timeout=10.0)
+                seconds.append(time.perf_counter() - began_s)
+                if len(answer.placements) != batch:
+                    raise RuntimeError(f"{batch - len(answer.placements)} requests found no room")
+                lanes[lane] = stream, [one.id for one in request.requests]
+
+            yield step
+            for stream, ended in lanes.values():
+                await stream.step(finished=ended)
 
     async def _admit_and_finish(self, batch: int, seconds: list[float]) -> None:
         request = admission(self._replica, self._state_id, self._numbers, batch)

@@ -14,7 +14,7 @@ STANDARD = {"Get", "List", "Create", "Update", "Delete"}  # AIP-131 to 135
 # Custom methods (AIP-136): a verb that is none of the standard ones, then what it is done to.
 CUSTOM = {
     "Watch", "Cancel", "Explain", "Diff", "Read", "Activate", "Rollback", "Drain", "Undrain", "Admit", "Finish", "Grow",
-    "Connect", "Disconnect", "Apply", "Reserve", "Copy", "Flip", "Release", "Abort",
+    "Dispatch", "Connect", "Disconnect", "Apply", "Reserve", "Copy", "Flip", "Release", "Abort",
 }  # fmt: skip
 MESSAGES = dict(messages())
 METHODS = [(service.name, method) for _, service in services() for method in service.method]

@@ -12,6 +12,7 @@ from grpc import aio
 
 from hetis.planner.client.async_leader_channel import AsyncLeaderChannel
 from hetis.planner.client.connection import Connection
+from hetis.planner.client.dispatching import AsyncDispatchStream
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
 from hetis.planner.client.health import HEALTH_METHOD, says_serving
@@ -196,6 +197,15 @@ class AsyncClient:
             last = response.plan
             news(last)
         return last
+
+    def dispatch_stream(self, replica: str, state_id: str) -> AsyncDispatchStream:
+        """A stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; end it with `close`.
+
+        It is opened to the planner that was the leader last: after a NOT_LEADER declare what runs, which finds the
+        leader, and open it again.
+        """
+        call: Any = self.dispatch.DispatchRequests
+        return AsyncDispatchStream(call(), replica, state_id)
 
     async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """The Plan document as canonical JSON, whatever its size; goes on where a lost connection left it."""

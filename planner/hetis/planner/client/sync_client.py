@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar, cast
 import grpc
 
 from hetis.planner.client.connection import Connection
+from hetis.planner.client.dispatching import DispatchStream
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
 from hetis.planner.client.health import HEALTH_METHOD, says_serving
@@ -185,6 +186,14 @@ class Client:
             last = response.plan
             news(last)
         return last
+
+    def dispatch_stream(self, replica: str, state_id: str) -> DispatchStream:
+        """A stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; end it with `close`.
+
+        It is opened to the planner that was the leader last: after a NOT_LEADER declare what runs, which finds the
+        leader, and open it again.
+        """
+        return DispatchStream(self.dispatch.DispatchRequests, replica, state_id)
 
     def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """The Plan document as canonical JSON, whatever its size; goes on where a lost connection left it."""

@@ -24,7 +24,9 @@ _TABLE: dict[str, dict[tuple[Role, ...], str]] = {
         (Role.ORCHESTRATOR,): "CreatePlan DeletePlan CancelPlan ActivatePlan RollbackPlan",
     },
     "hetis.v1.DispatchService": {
-        (Role.ORCHESTRATOR, Role.AGENT): "AdmitRequests FinishRequests GrowRequests UpdateDispatchState",
+        (Role.ORCHESTRATOR, Role.AGENT): (
+            "AdmitRequests DispatchRequests FinishRequests GrowRequests UpdateDispatchState"
+        ),
         (Role.VIEWER, Role.AGENT): "GetDispatchState",
     },
     "hetis.v1.AgentService": {(Role.AGENT,): "ConnectNode"},

@@ -116,6 +116,11 @@ class Term:
         activation = PlanActivation(store, hubs, fleet, declared, documents)
         self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
         fleet.observers.append(self._proposals)
+
+        def require_lease() -> None:
+            if not store.lease.may_decide:
+                raise store.undecided()
+
         self.servicings = (
             Servicing(
                 service="hetis.v1.ClusterService",
@@ -134,7 +139,7 @@ class Term:
             ),
             Servicing(
                 service="hetis.v1.DispatchService",
-                servicer=DispatchServicer(states, fleet),
+                servicer=DispatchServicer(states, fleet, require_lease=require_lease),
                 add=add_DispatchServiceServicer_to_server,
             ),
             Servicing(
