@@ -21,6 +21,7 @@ from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
     agent_service_pb2_grpc,
+    audit_service_pb2_grpc,
     cluster_service_pb2_grpc,
     dispatch_service_pb2,
     dispatch_service_pb2_grpc,
@@ -145,6 +146,11 @@ class FakePlanner:
                 service="hetis.v1.DispatchService",
                 servicer=FakeDispatch(),
                 add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
+            ),
+            Servicing(
+                service="hetis.v1.AuditService",
+                servicer=audit_service_pb2_grpc.AuditServiceServicer(),
+                add=audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
             ),
             Servicing(
                 service="hetis.v1.AgentService",

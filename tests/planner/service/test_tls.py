@@ -236,6 +236,31 @@ def test_unusable_files_are_refused_with_every_problem(tmp_path: Path) -> None:
     assert lines[2].startswith("ca.pem: holds no certificate authority in PEM form")
 
 
+def test_a_certificate_that_expires_ends_its_streams_while_its_connection_stands(tmp_path: Path) -> None:
+    authority, now_s = Authority(), [time.time()]
+    credentials = Credentials(tokens=None, trust_domain="hetis", clock=lambda: now_s[0])
+
+    async def test() -> None:
+        async with served(
+            authenticator=credentials,
+            server_credentials=certificates(tmp_path, authority, asks_clients=True).credentials(),
+            channel_credentials=of_client(authority, authority.client("spiffe://hetis/admin/a")),
+        ) as planner:
+            stream = PlanServiceStub(planner.channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
+            await stream.read()
+            planner.calls.end_revoked_streams()
+            assert await name_of_caller(planner.channel) == "spiffe://hetis/admin/a"
+            now_s[0] += 2 * 86_400  # test certificates are of a day
+            planner.calls.end_revoked_streams()
+            error = await failure_of(stream.read())
+            assert reason_of(error) == "CREDENTIALS"
+            assert "the client certificate has expired" in (error.details() or "")
+            again = PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5)
+            assert reason_of(await failure_of(again)) == "CREDENTIALS"
+
+    run(test)
+
+
 def test_the_files_tell_when_their_certificates_end(tmp_path: Path) -> None:
     found = certificates(tmp_path, Authority(), asks_clients=True)
     ends_s = {Path(path).name: end_s for path, end_s in found.expiries_s.items()}

@@ -29,6 +29,7 @@ _TABLE: dict[str, dict[tuple[Role, ...], str]] = {
         ),
         (Role.VIEWER, Role.AGENT): "GetDispatchState",
     },
+    "hetis.v1.AuditService": {(Role.ADMIN,): "ListAuditedChanges"},
     "hetis.v1.AgentService": {(Role.AGENT,): "ConnectNode"},
 }
 NEEDED: dict[str, tuple[Role, ...]] = {
@@ -54,6 +55,7 @@ def is_open(method: str) -> bool:
 
 
 _STANDBY = {
+    "AuditService": "ListAuditedChanges",
     "ClusterService": "GetCluster ListClusters GetReplica ListReplicas GetRedispatch ListRedispatches",
     "ProfileService": "GetProfile ListProfiles",
     "PlanService": "GetPlan ListPlans ExplainPlan DiffPlans ReadPlanDocument",

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+import hetis.planner.store.leadership as leadership
+import hetis.planner.store.migrating as migrating
+import hetis.planner.store.opening as opening
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store import leadership, migrating, opening
 from hetis.planner.store.errors import StoreError
 from hetis.planner.store.file_lock import FileLock
 from hetis.planner.store.health import StoreHealth
