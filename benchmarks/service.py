@@ -2,6 +2,7 @@
 
     python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
     python -m benchmarks.service --admissions [--agents N] [--profile FILE]
+    python -m benchmarks.service --soak MINUTES [--agents N]
 
 One real `hetis-planner` (SQLite, no TLS) and agents on real gRPC streams, each with a TCP connection of its own: most
 of them in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
@@ -16,6 +17,9 @@ planner's process per second. ``cpu_us``: the same for one of what the row is ab
 ``kb_per_agent``: memory above that before the first agent, per agent. ``lag_s``: reports that were sent and not taken
 yet, at the rate at which they are taken. ``load``: running processes of the machine, a minute's mean.
 
+``--soak``: 500 reports/s and 200 admissions/s, a row for each of twelve parts of the time, and one that compares the
+last part with the one that ended after a sixth of the time: memory as a share, p99 as a ratio.
+
 ``change``: from the report that shows the need, as it is written, to where the name says; ``DONE`` is durable and by
 the planner's clock. ``in process``: the same admissions without gRPC, and the solver's share of them. ``--profile``
 writes a cProfile of the planner, which makes it about twice as slow.
@@ -28,12 +32,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.service_bench import Bench, Extent, opened, percentiles
-from benchmarks.measuring.service_calls import DispatchedReplica, in_process_seconds, timed, timed_call
+from benchmarks.measuring.service_calls import DispatchedReplica, in_process_seconds, paced, timed, timed_call
 from benchmarks.measuring.service_changes import CellUnderStress, ChangeTimes
 from benchmarks.measuring.service_fleet import cell_fleet
 from benchmarks.measuring.service_process import Watched
@@ -82,6 +87,41 @@ async def measure_admissions(extent: Extent, profile: Path | None) -> AsyncItera
             yield row
         async for row in dispatch_calls(bench):
             yield row
+
+
+SOAK_REPORTS_PER_S, SOAK_ADMITS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
+
+
+async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> AsyncIterator[Row]:
+    """One load for long: whether memory grows and latencies do."""
+    async with opened(extent, profile) as bench:
+        await bench.create_cluster()
+        await bench.connect()
+        await bench.until_quiet()
+        await bench.activate()
+        await bench.until_quiet()
+        stage = bench.planner_cell[0].stage
+        assert stage is not None, "the primary has no assignment"
+        found = await bench.replica_at(bench.planner_cell[0].node)
+        dispatched = DispatchedReplica(bench.client, found.name)
+        await dispatched.declare(stage, found.generation)
+        await bench.set_rate(SOAK_REPORTS_PER_S)
+        parts = list[tuple[float, float]]()  # memory, p99
+        part_s = 60 * minutes / SOAK_PARTS
+        for number in range(SOAK_PARTS):
+            async with dispatched.streaming(1, streams=1) as step:
+                with Watched(bench.planner) as watched:
+                    latencies = await paced(step, per_s=SOAK_ADMITS_PER_S, seconds=part_s)
+            _, behind = await bench.behind()
+            memory = bench.memory()
+            parts.append((float(memory["rss_mib"] or 0.0), latencies.ms(99)))
+            name = f"soak, {(number + 1) * minutes / SOAK_PARTS:g} min"
+            row = bench.latency_row(name, latencies, at_once=1, watched=watched)
+            yield {**row, **memory, "cpu_us": None, "lag_s": behind / SOAK_REPORTS_PER_S}
+        early, last = parts[max(0, SOAK_PARTS // 6 - 1)], parts[-1]
+        note = f"memory {last[0] / early[0] - 1:+.1%} and p99 times {last[1] / early[1]:.2f} since {minutes / 6:g} min"
+        yield bench.row("soak, all of it", rss_mib=last[0], p99_ms=last[1], note=note)
+        await bench.set_rate(0)
 
 
 async def connections(bench: Bench) -> AsyncIterator[Row]:
@@ -308,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = rows.parser("benchmarks.service", __doc__)
     parser.add_argument("--agents", type=int, metavar="N", help="instead of 3,000, or 100 with --quick")
     parser.add_argument("--admissions", action="store_true", help="dispatch alone")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="one load for so long")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="a cProfile of the planner")
     arguments = parser.parse_args(argv)
     extent = QUICK if arguments.quick else Extent()
@@ -315,7 +356,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.agents < 2 * 9:
             parser.error(f"--agents {arguments.agents}: two cells have 18")
         extent = replace(extent, agents=arguments.agents)
-    found = all_rows(extent, arguments.profile, measure_admissions if arguments.admissions else measure)
+    what: Measure = measure_admissions if arguments.admissions else measure
+    if arguments.soak is not None:
+        what = partial(soak, minutes=arguments.soak)
+    found = all_rows(extent, arguments.profile, what)
     name = "service admissions" if arguments.admissions else "service"
     rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name=name)
 
