@@ -99,12 +99,18 @@ def _table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableType:
     if not lines:
         return Text("no lines", style="dim")
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    for head in ("number", "time", "caller", "role", "method", "resource", "plan", "outcome"):
-        table.add_column(head, justify="right" if head == "number" else "left", overflow="fold")
+    for head in ("", "time (UTC)", "caller", "method", "resource", "plan", "outcome"):
+        table.add_column(
+            head,
+            justify="left" if head else "right",
+            overflow="fold",
+            no_wrap=head not in ("caller", "resource", "plan"),
+        )
     for line in lines:
         plan = line.plan if line.plan != line.resource else ""
         outcome = line.outcome + (f" ({line.times} times)" if line.times > 1 else "")
-        texts = (line.caller, line.role, line.method, line.resource, plan)
+        texts = (line.caller, line.method, line.resource, plan)
         style = "" if line.outcome in ("OK", "REPEATED") else "red"
-        table.add_row(str(line.number), _time(line), *map(Text, texts), Text(outcome, style=style))
+        moment = line.time.ToDatetime(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(str(line.number), moment, *map(Text, texts), Text(outcome, style=style))
     return table
