@@ -1,6 +1,8 @@
 """The planner under load: agents that stay connected, reports, re-dispatches, dispatch calls, durable writes.
 
     python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
+    python -m benchmarks.service --admissions [--agents N] [--profile FILE]
+    python -m benchmarks.service --soak MINUTES [--agents N]
 
 One real `hetis-planner` (SQLite, no TLS) and agents on real gRPC streams, each with a TCP connection of its own: most
 of them in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
@@ -15,6 +17,9 @@ planner's process per second. ``cpu_us``: the same for one of what the row is ab
 ``kb_per_agent``: memory above that before the first agent, per agent. ``lag_s``: reports that were sent and not taken
 yet, at the rate at which they are taken. ``load``: running processes of the machine, a minute's mean.
 
+``--soak``: 500 reports/s and 200 admissions/s, a row for each of twelve parts of the time, and one that compares the
+last part with the one that ended after a sixth of the time: memory as a share, p99 as a ratio.
+
 ``change``: from the report that shows the need, as it is written, to where the name says; ``DONE`` is durable and by
 the planner's clock. ``in process``: the same admissions without gRPC, and the solver's share of them. ``--profile``
 writes a cProfile of the planner, which makes it about twice as slow.
@@ -25,14 +30,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.service_bench import Bench, Extent, opened, percentiles
-from benchmarks.measuring.service_calls import DispatchedReplica, in_process_seconds, timed, timed_call
+from benchmarks.measuring.service_calls import DispatchedReplica, in_process_seconds, paced, timed, timed_call
 from benchmarks.measuring.service_changes import CellUnderStress, ChangeTimes
 from benchmarks.measuring.service_fleet import cell_fleet
 from benchmarks.measuring.service_process import Watched
@@ -40,6 +46,12 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb
 
 QUICK = Extent(agents=100, idle_s=3.0, report_s=2.0, rates=(200, 1000), beside_rate=50, changes=20, calls=200)
 AT_ONCE, BATCHES = (1, 16), (1, 8)
+STREAMED = (  # requests of a step, steps at once, streams
+    (1, 1, 1, "1 at once"),
+    (1, 16, 1, "16 at once on a stream"),
+    (1, 16, 16, "16 at once on 16 streams"),
+    (16, 1, 1, "1 at once"),
+)
 SMALL = "clusters/small"
 MANY = 10_000  # agents that what one takes is extrapolated to
 MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond that the planner is saturated
@@ -61,6 +73,55 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
             yield row
         async for row in reports(bench):
             yield row
+
+
+async def measure_admissions(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
+    """Dispatch calls beside a connected fleet, and nothing else."""
+    async with opened(extent, profile) as bench:
+        await bench.create_cluster()
+        await bench.connect()
+        await bench.until_quiet()
+        await bench.activate()
+        await bench.until_quiet()
+        async for row in empty_calls(bench):
+            yield row
+        async for row in dispatch_calls(bench):
+            yield row
+
+
+SOAK_REPORTS_PER_S, SOAK_ADMITS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
+
+
+async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> AsyncIterator[Row]:
+    """One load for long: whether memory grows and latencies do."""
+    async with opened(extent, profile) as bench:
+        await bench.create_cluster()
+        await bench.connect()
+        await bench.until_quiet()
+        await bench.activate()
+        await bench.until_quiet()
+        stage = bench.planner_cell[0].stage
+        assert stage is not None, "the primary has no assignment"
+        found = await bench.replica_at(bench.planner_cell[0].node)
+        dispatched = DispatchedReplica(bench.client, found.name)
+        await dispatched.declare(stage, found.generation)
+        await bench.set_rate(SOAK_REPORTS_PER_S)
+        parts = list[tuple[float, float]]()  # memory, p99
+        part_s = 60 * minutes / SOAK_PARTS
+        for number in range(SOAK_PARTS):
+            async with dispatched.streaming(1, streams=1) as step:
+                with Watched(bench.planner) as watched:
+                    latencies = await paced(step, per_s=SOAK_ADMITS_PER_S, seconds=part_s)
+            _, behind = await bench.behind()
+            memory = bench.memory()
+            parts.append((float(memory["rss_mib"] or 0.0), latencies.ms(99)))
+            name = f"soak, {(number + 1) * minutes / SOAK_PARTS:g} min"
+            row = bench.latency_row(name, latencies, at_once=1, watched=watched)
+            yield {**row, **memory, "cpu_us": None, "lag_s": behind / SOAK_REPORTS_PER_S}
+        early, last = parts[max(0, SOAK_PARTS // 6 - 1)], parts[-1]
+        note = f"memory {last[0] / early[0] - 1:+.1%} and p99 times {last[1] / early[1]:.2f} since {minutes / 6:g} min"
+        yield bench.row("soak, all of it", rss_mib=last[0], p99_ms=last[1], note=note)
+        await bench.set_rate(0)
 
 
 async def connections(bench: Bench) -> AsyncIterator[Row]:
@@ -129,6 +190,7 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
     dispatched = DispatchedReplica(bench.client, found.name)
     await dispatched.declare(stage, found.generation)
     note = "rate and CPU: of a pair of AdmitRequests and FinishRequests"
+    streamed_note = "rate and CPU: of a step that finishes as many as it admits"
     for batch in BATCHES:
         count = bench.extent.calls
         whole_s, alone_s = await in_process_seconds(stage.model, batch=batch, count=count)
@@ -141,6 +203,13 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
                 latencies = await timed(call, count=count, at_once=at_once)
             name = f"admit {batch}, {at_once} at once"
             yield bench.latency_row(name, latencies, at_once=at_once, watched=watched, note=note)
+    for batch, at_once, streams, what in STREAMED:
+        async with dispatched.streaming(batch, streams=streams) as step:
+            await timed(step, count=2 * at_once, at_once=at_once)
+            with Watched(bench.planner) as watched:
+                latencies = await timed(step, count=bench.extent.calls, at_once=at_once)
+        name = f"admit {batch}, streamed, {what}"
+        yield bench.latency_row(name, latencies, at_once=at_once, watched=watched, note=streamed_note)
     await bench.set_rate(bench.extent.beside_rate)
     await asyncio.sleep(1.0)
     beside = f"beside {bench.extent.beside_rate:g} reports/s"
@@ -148,6 +217,10 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
     yield bench.latency_row(f"empty call, 1 at once, {beside}", empty, at_once=1)
     latencies = await timed(dispatched.admitting(1), count=bench.extent.calls // 2, at_once=1)
     yield bench.latency_row(f"admit 1, 1 at once, {beside}", latencies, at_once=1)
+    for batch, at_once, streams, what in STREAMED:
+        async with dispatched.streaming(batch, streams=streams) as step:
+            latencies = await timed(step, count=bench.extent.calls, at_once=at_once)
+        yield bench.latency_row(f"admit {batch}, streamed, {what}, {beside}", latencies, at_once=at_once)
     await bench.set_rate(0)
 
 
@@ -254,10 +327,13 @@ async def reports(bench: Bench) -> AsyncIterator[Row]:
     await bench.set_rate(0)
 
 
-def all_rows(extent: Extent, profile: Path | None) -> Iterator[Row]:
+Measure = Callable[[Extent, Path | None], AsyncIterator[Row]]
+
+
+def all_rows(extent: Extent, profile: Path | None, what: Measure = measure) -> Iterator[Row]:
     """As they are measured."""
     with asyncio.Runner() as runner:
-        found = measure(extent, profile)
+        found = what(extent, profile)
         try:
             while True:
                 try:
@@ -271,6 +347,8 @@ def all_rows(extent: Extent, profile: Path | None) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = rows.parser("benchmarks.service", __doc__)
     parser.add_argument("--agents", type=int, metavar="N", help="instead of 3,000, or 100 with --quick")
+    parser.add_argument("--admissions", action="store_true", help="dispatch alone")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="one load for so long")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="a cProfile of the planner")
     arguments = parser.parse_args(argv)
     extent = QUICK if arguments.quick else Extent()
@@ -278,8 +356,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.agents < 2 * 9:
             parser.error(f"--agents {arguments.agents}: two cells have 18")
         extent = replace(extent, agents=arguments.agents)
-    found = all_rows(extent, arguments.profile)
-    rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name="service")
+    what: Measure = measure_admissions if arguments.admissions else measure
+    if arguments.soak is not None:
+        what = partial(soak, minutes=arguments.soak)
+    found = all_rows(extent, arguments.profile, what)
+    name = "service admissions" if arguments.admissions else "service"
+    rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name=name)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_ENGINE, *_REDISPATCH),
     "emulation capacity": ("benchmarks/emulation.py", *_ENGINE, *_DISPATCH),
+    "service admissions": (
+        *("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet/dispatching"),
+        *_DISPATCH,
+    ),
     "service": ("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet"),
     "sharing": ("benchmarks/sharing.py", *_SEARCH, f"{_SOLVER}/tenants", f"{_SOLVER}/shares"),
     "layers": ("benchmarks/layers.py", f"{_SOLVER}/layers"),

@@ -117,3 +117,25 @@ def test_the_architecture_document_names_every_root() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for root in roots():
         assert f"| `{root}/` | `hetis.{PACKAGE[root]}` |" in text
+
+
+def _modules_of(room: Path) -> dict[str, Path]:
+    """Every module of a folder by its dotted name; a package has that of its folder."""
+    root = next(parent for parent in room.parents if parent.name == "hetis").parent
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(room.rglob("*.py"))
+    }
+
+
+@pytest.mark.parametrize("room", ["planner/hetis/planner/store", "planner/hetis/planner/service"])
+def test_no_imports_go_round_in_a_circle(room: str) -> None:
+    """A name that a package hands on is imported of the package, so that its ``__init__`` is part of the circle."""
+    modules = _modules_of(ROOT / room)
+    imports = {name: set(imported(path)) & modules.keys() - {name} for name, path in modules.items()}
+    while leaves := [name for name, found in imports.items() if not found]:
+        for leaf in leaves:
+            del imports[leaf]
+        for found in imports.values():
+            found.difference_update(leaves)
+    assert not imports, f"these import one another, or what does: {sorted(imports)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,6 +57,19 @@ async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
     return Latencies(seconds=seconds, total_s=time.perf_counter() - began_s)
 
 
+async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
+    """Calls that begin at a rate, whether or not those before have ended."""
+    found, running = list[float](), set[asyncio.Task[None]]()
+    began_s = time.perf_counter()
+    for number in range(max(1, round(per_s * seconds))):
+        await asyncio.sleep(max(0.0, began_s + number / per_s - time.perf_counter()))
+        task = asyncio.ensure_future(call(found))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    await asyncio.gather(*running)
+    return Latencies(seconds=found, total_s=time.perf_counter() - began_s)
+
+
 def timed_call(call: Callable[[], Awaitable[object]]) -> Call:
     """A call that is timed as a whole."""
 
@@ -86,6 +100,31 @@ class DispatchedReplica:
     def admitting(self, batch: int) -> Call:
         """A call for `timed`: one AdmitRequests, which is timed, and one FinishRequests, which is not."""
         return partial(self._admit_and_finish, batch)
+
+    @asynccontextmanager
+    async def streaming(self, batch: int, *, streams: int) -> AsyncIterator[Call]:
+        """A call for `timed`: one step of a stream, which finishes what an earlier one admitted, too."""
+        async with AsyncExitStack() as stack:
+            opened = [
+                await stack.enter_async_context(self._client.dispatch_stream(self._replica, self._state_id))
+                for _ in range(streams)
+            ]
+            turn = itertools.cycle(opened)
+            ended = list[list[str]]()  # what earlier steps admitted, for later ones to finish
+
+            async def step(seconds: list[float]) -> None:
+                finished = ended.pop() if ended else []
+                request = admission(self._replica, self._state_id, self._numbers, batch)
+                began_s = time.perf_counter()
+                answer = await next(turn).step(finished=finished, new=request.requests, timeout=10.0)
+                seconds.append(time.perf_counter() - began_s)
+                if len(answer.placements) != batch:
+                    raise RuntimeError(f"{batch - len(answer.placements)} requests found no room")
+                ended.append([one.id for one in request.requests])
+
+            yield step
+            for finished in ended:
+                await opened[0].step(finished=finished)
 
     async def _admit_and_finish(self, batch: int, seconds: list[float]) -> None:
         request = admission(self._replica, self._state_id, self._numbers, batch)

@@ -8,13 +8,17 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import sqlalchemy as sa
+import yaml
 
+from hetis.planner.service.identity import Role
+from hetis.planner.service.tokens import create_token
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Hello
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -112,6 +116,50 @@ def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url
         second.create("b")
         assert second.clusters() == ["clusters/a", "clusters/b"]
         assert second.shown()["planner"]["epoch"] == 2
+
+
+def test_a_token_that_is_taken_back_is_of_no_use_to_leader_and_standby_alike(sqlite_url: str, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.yaml"
+    until_s = datetime.now(UTC) + timedelta(days=1)
+    made = {
+        name: create_token(str(tokens), name=name, role=Role.ADMIN, scope=None, expires=until_s)
+        for name in ("gone", "kept")
+    }
+    options = ("--standby", "--set", f"tokens={tokens}", "--set", "reload=100ms")
+    with Planner(sqlite_url, tmp_path, *options) as first, Planner(sqlite_url, tmp_path, *options) as second:
+        gone, kept = ([("authorization", f"Bearer {made[name]}")] for name in ("gone", "kept"))
+        request = cluster_service_pb2.CreateClusterRequest(
+            cluster_id="a", cluster=cluster_pb2.Cluster(document=document_pb2.Document(content=FLEET.encode()))
+        )
+        ClusterServiceStub(first.channel).CreateCluster(request, timeout=10, metadata=gone)
+        watch = ClusterServiceStub(first.channel).WatchCluster(
+            cluster_service_pb2.WatchClusterRequest(name="clusters/a"), metadata=gone
+        )
+        next(watch)
+        reads = ClusterServiceStub(second.channel)
+        listing = cluster_service_pb2.ListClustersRequest()
+        assert len(reads.ListClusters(listing, timeout=10, metadata=gone).clusters) == 1
+
+        document = yaml.safe_load(tokens.read_text())
+        document["tokens"] = [one for one in document["tokens"] if one["name"] == "kept"]
+        replacement = tmp_path / "newer.yaml"
+        replacement.write_text(yaml.safe_dump(document))
+        replacement.chmod(0o600)
+        replacement.replace(tokens)
+
+        with pytest.raises(grpc.RpcError) as caught:
+            list(watch)
+        assert details_of(caught.value)["ErrorInfo"].reason == "CREDENTIALS"
+
+        def is_refused() -> bool:
+            try:
+                reads.ListClusters(listing, timeout=10, metadata=gone)
+            except grpc.RpcError as error:
+                return bool(details_of(error)["ErrorInfo"].reason == "CREDENTIALS")  # type: ignore[arg-type]
+            return False
+
+        until(is_refused, 20)
+        assert len(reads.ListClusters(listing, timeout=10, metadata=kept).clusters) == 1
 
 
 def test_a_leader_cut_off_from_its_store_stands_down_and_comes_back_as_a_standby(

@@ -14,7 +14,7 @@ STANDARD = {"Get", "List", "Create", "Update", "Delete"}  # AIP-131 to 135
 # Custom methods (AIP-136): a verb that is none of the standard ones, then what it is done to.
 CUSTOM = {
     "Watch", "Cancel", "Explain", "Diff", "Read", "Activate", "Rollback", "Drain", "Undrain", "Admit", "Finish", "Grow",
-    "Connect", "Disconnect", "Apply", "Reserve", "Copy", "Flip", "Release", "Abort",
+    "Dispatch", "Connect", "Disconnect", "Apply", "Reserve", "Copy", "Flip", "Release", "Abort",
 }  # fmt: skip
 MESSAGES = dict(messages())
 METHODS = [(service.name, method) for _, service in services() for method in service.method]
@@ -38,7 +38,7 @@ def standard(verb: str) -> Iterator[tuple[str, MethodDescriptorProto]]:
 
 def test_one_service_per_file_named_after_it() -> None:
     seen = [file for file, _ in services()]
-    assert len(seen) == len(set(seen)) == 6
+    assert len(seen) == len(set(seen)) == 7
     for file, service in services():
         snake = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", service.name).lower()
         assert file == f"hetis/v1/{snake}.proto"

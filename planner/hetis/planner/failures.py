@@ -69,7 +69,7 @@ class ServiceError(HetisError):
 
     @property
     def code(self) -> grpc.StatusCode:
-        return _CODE_OF[self.reason]
+        return code_of_reason(self.reason)
 
     @property
     def reason_name(self) -> str:
@@ -81,6 +81,11 @@ class ServiceError(HetisError):
         return failure_pb2.Failure(
             reason=self.reason, message=str(self), field_violations=self.violations, metadata=self.metadata
         )
+
+
+def code_of_reason(reason: Reason.ValueType) -> grpc.StatusCode:
+    """The status code that a failure with a reason has; UNKNOWN: of a newer planner."""
+    return _CODE_OF.get(reason, grpc.StatusCode.UNKNOWN)
 
 
 def not_found(name: str) -> ServiceError:

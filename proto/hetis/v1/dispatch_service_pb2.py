@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from hetis.v1 import failure_pb2 as hetis_dot_v1_dot_failure__pb2
 from hetis.v1 import head_map_pb2 as hetis_dot_v1_dot_head__map__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhetis/v1/dispatch_service.proto\x12\x08hetis.v1\x1a google/protobuf/field_mask.proto\x1a\x17hetis/v1/head_map.proto\"i\n\rDispatchState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12$\n\thead_maps\x18\x04 \x03(\x0b\x32\x11.hetis.v1.HeadMap\"w\n\x14\x41\x64mitRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12&\n\x08requests\x18\x03 \x03(\x0b\x32\x14.hetis.v1.NewRequest\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\\\n\nNewRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x15\n\rgrowth_tokens\x18\x04 \x01(\r\"\x8e\x01\n\x15\x41\x64mitRequestsResponse\x12\'\n\nplacements\x18\x01 \x03(\x0b\x32\x13.hetis.v1.Placement\x12$\n\x08unplaced\x18\x02 \x03(\x0b\x32\x12.hetis.v1.Unplaced\x12&\n\x06stages\x18\x03 \x03(\x0b\x32\x16.hetis.v1.StageQuality\"F\n\tPlacement\x12\x0f\n\x07request\x18\x01 \x01(\t\x12(\n\x06stages\x18\x02 \x03(\x0b\x32\x18.hetis.v1.StagePlacement\"N\n\x0eStagePlacement\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04\x63opy\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\x0e\n\x06owners\x18\x04 \x03(\r\"h\n\x08Unplaced\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12+\n\x08resource\x18\x03 \x01(\x0e\x32\x19.hetis.v1.MissingResource\x12\x0f\n\x07missing\x18\x04 \x01(\x04\"v\n\x0cStageQuality\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04\x63opy\x18\x02 \x01(\r\x12\x12\n\nmakespan_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62ound_s\x18\x04 \x01(\x01\x12$\n\x04path\x18\x05 \x01(\x0e\x32\x16.hetis.v1.DispatchPath\"K\n\x15\x46inishRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x03(\t\"\x18\n\x16\x46inishRequestsResponse\"[\n\x13GrowRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\"\n\x08requests\x18\x03 \x03(\x0b\x32\x10.hetis.v1.Growth\"`\n\x06Growth\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x1d\n\x10remaining_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_remaining_tokens\"\'\n\x14GrowRequestsResponse\x12\x0f\n\x07stalled\x18\x01 \x03(\t\"N\n\x17GetDispatchStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x18GetDispatchStateResponse\x12/\n\x0e\x64ispatch_state\x18\x01 \x01(\x0b\x32\x17.hetis.v1.DispatchState\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"~\n\x1aUpdateDispatchStateRequest\x12/\n\x0e\x64ispatch_state\x18\x01 \x01(\x0b\x32\x17.hetis.v1.DispatchState\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"/\n\x1bUpdateDispatchStateResponse\x12\x10\n\x08state_id\x18\x01 \x01(\t*v\n\x0fMissingResource\x12 \n\x1cMISSING_RESOURCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aMISSING_RESOURCE_KV_BLOCKS\x10\x01\x12!\n\x1dMISSING_RESOURCE_WHOLE_GROUPS\x10\x02*\x8d\x01\n\x0c\x44ispatchPath\x12\x1d\n\x19\x44ISPATCH_PATH_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44ISPATCH_PATH_CHAIN\x10\x01\x12\x17\n\x13\x44ISPATCH_PATH_MIXED\x10\x02\x12\x14\n\x10\x44ISPATCH_PATH_LP\x10\x03\x12\x16\n\x12\x44ISPATCH_PATH_MILP\x10\x04\x32\xdf\x03\n\x0f\x44ispatchService\x12U\n\rAdmitRequests\x12\x1e.hetis.v1.AdmitRequestsRequest\x1a\x1f.hetis.v1.AdmitRequestsResponse\"\x03\x90\x02\x02\x12X\n\x0e\x46inishRequests\x12\x1f.hetis.v1.FinishRequestsRequest\x1a .hetis.v1.FinishRequestsResponse\"\x03\x90\x02\x02\x12R\n\x0cGrowRequests\x12\x1d.hetis.v1.GrowRequestsRequest\x1a\x1e.hetis.v1.GrowRequestsResponse\"\x03\x90\x02\x02\x12^\n\x10GetDispatchState\x12!.hetis.v1.GetDispatchStateRequest\x1a\".hetis.v1.GetDispatchStateResponse\"\x03\x90\x02\x01\x12g\n\x13UpdateDispatchState\x12$.hetis.v1.UpdateDispatchStateRequest\x1a%.hetis.v1.UpdateDispatchStateResponse\"\x03\x90\x02\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhetis/v1/dispatch_service.proto\x12\x08hetis.v1\x1a google/protobuf/field_mask.proto\x1a\x16hetis/v1/failure.proto\x1a\x17hetis/v1/head_map.proto\"i\n\rDispatchState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12$\n\thead_maps\x18\x04 \x03(\x0b\x32\x11.hetis.v1.HeadMap\"w\n\x14\x41\x64mitRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12&\n\x08requests\x18\x03 \x03(\x0b\x32\x14.hetis.v1.NewRequest\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\xac\x01\n\x17\x44ispatchRequestsRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x10\n\x08state_id\x18\x03 \x01(\t\x12\x10\n\x08\x66inished\x18\x04 \x03(\t\x12\x1f\n\x05grown\x18\x05 \x03(\x0b\x32\x10.hetis.v1.Growth\x12*\n\x0cnew_requests\x18\x06 \x03(\x0b\x32\x14.hetis.v1.NewRequest\"\xd8\x01\n\x18\x44ispatchRequestsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07stalled\x18\x02 \x03(\t\x12\'\n\nplacements\x18\x03 \x03(\x0b\x32\x13.hetis.v1.Placement\x12$\n\x08unplaced\x18\x04 \x03(\x0b\x32\x12.hetis.v1.Unplaced\x12&\n\x06stages\x18\x05 \x03(\x0b\x32\x16.hetis.v1.StageQuality\x12\"\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.hetis.v1.Failure\"\\\n\nNewRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x15\n\rgrowth_tokens\x18\x04 \x01(\r\"\x8e\x01\n\x15\x41\x64mitRequestsResponse\x12\'\n\nplacements\x18\x01 \x03(\x0b\x32\x13.hetis.v1.Placement\x12$\n\x08unplaced\x18\x02 \x03(\x0b\x32\x12.hetis.v1.Unplaced\x12&\n\x06stages\x18\x03 \x03(\x0b\x32\x16.hetis.v1.StageQuality\"F\n\tPlacement\x12\x0f\n\x07request\x18\x01 \x01(\t\x12(\n\x06stages\x18\x02 \x03(\x0b\x32\x18.hetis.v1.StagePlacement\"N\n\x0eStagePlacement\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04\x63opy\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\x0e\n\x06owners\x18\x04 \x03(\r\"h\n\x08Unplaced\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12+\n\x08resource\x18\x03 \x01(\x0e\x32\x19.hetis.v1.MissingResource\x12\x0f\n\x07missing\x18\x04 \x01(\x04\"v\n\x0cStageQuality\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04\x63opy\x18\x02 \x01(\r\x12\x12\n\nmakespan_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62ound_s\x18\x04 \x01(\x01\x12$\n\x04path\x18\x05 \x01(\x0e\x32\x16.hetis.v1.DispatchPath\"K\n\x15\x46inishRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x03(\t\"\x18\n\x16\x46inishRequestsResponse\"[\n\x13GrowRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\"\n\x08requests\x18\x03 \x03(\x0b\x32\x10.hetis.v1.Growth\"`\n\x06Growth\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x1d\n\x10remaining_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_remaining_tokens\"\'\n\x14GrowRequestsResponse\x12\x0f\n\x07stalled\x18\x01 \x03(\t\"N\n\x17GetDispatchStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x18GetDispatchStateResponse\x12/\n\x0e\x64ispatch_state\x18\x01 \x01(\x0b\x32\x17.hetis.v1.DispatchState\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"~\n\x1aUpdateDispatchStateRequest\x12/\n\x0e\x64ispatch_state\x18\x01 \x01(\x0b\x32\x17.hetis.v1.DispatchState\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"/\n\x1bUpdateDispatchStateResponse\x12\x10\n\x08state_id\x18\x01 \x01(\t*v\n\x0fMissingResource\x12 \n\x1cMISSING_RESOURCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aMISSING_RESOURCE_KV_BLOCKS\x10\x01\x12!\n\x1dMISSING_RESOURCE_WHOLE_GROUPS\x10\x02*\x8d\x01\n\x0c\x44ispatchPath\x12\x1d\n\x19\x44ISPATCH_PATH_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44ISPATCH_PATH_CHAIN\x10\x01\x12\x17\n\x13\x44ISPATCH_PATH_MIXED\x10\x02\x12\x14\n\x10\x44ISPATCH_PATH_LP\x10\x03\x12\x16\n\x12\x44ISPATCH_PATH_MILP\x10\x04\x32\xbe\x04\n\x0f\x44ispatchService\x12U\n\rAdmitRequests\x12\x1e.hetis.v1.AdmitRequestsRequest\x1a\x1f.hetis.v1.AdmitRequestsResponse\"\x03\x90\x02\x02\x12]\n\x10\x44ispatchRequests\x12!.hetis.v1.DispatchRequestsRequest\x1a\".hetis.v1.DispatchRequestsResponse(\x01\x30\x01\x12X\n\x0e\x46inishRequests\x12\x1f.hetis.v1.FinishRequestsRequest\x1a .hetis.v1.FinishRequestsResponse\"\x03\x90\x02\x02\x12R\n\x0cGrowRequests\x12\x1d.hetis.v1.GrowRequestsRequest\x1a\x1e.hetis.v1.GrowRequestsResponse\"\x03\x90\x02\x02\x12^\n\x10GetDispatchState\x12!.hetis.v1.GetDispatchStateRequest\x1a\".hetis.v1.GetDispatchStateResponse\"\x03\x90\x02\x01\x12g\n\x13UpdateDispatchState\x12$.hetis.v1.UpdateDispatchStateRequest\x1a%.hetis.v1.UpdateDispatchStateResponse\"\x03\x90\x02\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,44 +44,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DISPATCHSERVICE'].methods_by_name['GetDispatchState']._serialized_options = b'\220\002\001'
   _globals['_DISPATCHSERVICE'].methods_by_name['UpdateDispatchState']._loaded_options = None
   _globals['_DISPATCHSERVICE'].methods_by_name['UpdateDispatchState']._serialized_options = b'\220\002\002'
-  _globals['_MISSINGRESOURCE']._serialized_start=1643
-  _globals['_MISSINGRESOURCE']._serialized_end=1761
-  _globals['_DISPATCHPATH']._serialized_start=1764
-  _globals['_DISPATCHPATH']._serialized_end=1905
-  _globals['_DISPATCHSTATE']._serialized_start=104
-  _globals['_DISPATCHSTATE']._serialized_end=209
-  _globals['_ADMITREQUESTSREQUEST']._serialized_start=211
-  _globals['_ADMITREQUESTSREQUEST']._serialized_end=330
-  _globals['_NEWREQUEST']._serialized_start=332
-  _globals['_NEWREQUEST']._serialized_end=424
-  _globals['_ADMITREQUESTSRESPONSE']._serialized_start=427
-  _globals['_ADMITREQUESTSRESPONSE']._serialized_end=569
-  _globals['_PLACEMENT']._serialized_start=571
-  _globals['_PLACEMENT']._serialized_end=641
-  _globals['_STAGEPLACEMENT']._serialized_start=643
-  _globals['_STAGEPLACEMENT']._serialized_end=721
-  _globals['_UNPLACED']._serialized_start=723
-  _globals['_UNPLACED']._serialized_end=827
-  _globals['_STAGEQUALITY']._serialized_start=829
-  _globals['_STAGEQUALITY']._serialized_end=947
-  _globals['_FINISHREQUESTSREQUEST']._serialized_start=949
-  _globals['_FINISHREQUESTSREQUEST']._serialized_end=1024
-  _globals['_FINISHREQUESTSRESPONSE']._serialized_start=1026
-  _globals['_FINISHREQUESTSRESPONSE']._serialized_end=1050
-  _globals['_GROWREQUESTSREQUEST']._serialized_start=1052
-  _globals['_GROWREQUESTSREQUEST']._serialized_end=1143
-  _globals['_GROWTH']._serialized_start=1145
-  _globals['_GROWTH']._serialized_end=1241
-  _globals['_GROWREQUESTSRESPONSE']._serialized_start=1243
-  _globals['_GROWREQUESTSRESPONSE']._serialized_end=1282
-  _globals['_GETDISPATCHSTATEREQUEST']._serialized_start=1284
-  _globals['_GETDISPATCHSTATEREQUEST']._serialized_end=1362
-  _globals['_GETDISPATCHSTATERESPONSE']._serialized_start=1364
-  _globals['_GETDISPATCHSTATERESPONSE']._serialized_end=1464
-  _globals['_UPDATEDISPATCHSTATEREQUEST']._serialized_start=1466
-  _globals['_UPDATEDISPATCHSTATEREQUEST']._serialized_end=1592
-  _globals['_UPDATEDISPATCHSTATERESPONSE']._serialized_start=1594
-  _globals['_UPDATEDISPATCHSTATERESPONSE']._serialized_end=1641
-  _globals['_DISPATCHSERVICE']._serialized_start=1908
-  _globals['_DISPATCHSERVICE']._serialized_end=2387
+  _globals['_MISSINGRESOURCE']._serialized_start=2061
+  _globals['_MISSINGRESOURCE']._serialized_end=2179
+  _globals['_DISPATCHPATH']._serialized_start=2182
+  _globals['_DISPATCHPATH']._serialized_end=2323
+  _globals['_DISPATCHSTATE']._serialized_start=128
+  _globals['_DISPATCHSTATE']._serialized_end=233
+  _globals['_ADMITREQUESTSREQUEST']._serialized_start=235
+  _globals['_ADMITREQUESTSREQUEST']._serialized_end=354
+  _globals['_DISPATCHREQUESTSREQUEST']._serialized_start=357
+  _globals['_DISPATCHREQUESTSREQUEST']._serialized_end=529
+  _globals['_DISPATCHREQUESTSRESPONSE']._serialized_start=532
+  _globals['_DISPATCHREQUESTSRESPONSE']._serialized_end=748
+  _globals['_NEWREQUEST']._serialized_start=750
+  _globals['_NEWREQUEST']._serialized_end=842
+  _globals['_ADMITREQUESTSRESPONSE']._serialized_start=845
+  _globals['_ADMITREQUESTSRESPONSE']._serialized_end=987
+  _globals['_PLACEMENT']._serialized_start=989
+  _globals['_PLACEMENT']._serialized_end=1059
+  _globals['_STAGEPLACEMENT']._serialized_start=1061
+  _globals['_STAGEPLACEMENT']._serialized_end=1139
+  _globals['_UNPLACED']._serialized_start=1141
+  _globals['_UNPLACED']._serialized_end=1245
+  _globals['_STAGEQUALITY']._serialized_start=1247
+  _globals['_STAGEQUALITY']._serialized_end=1365
+  _globals['_FINISHREQUESTSREQUEST']._serialized_start=1367
+  _globals['_FINISHREQUESTSREQUEST']._serialized_end=1442
+  _globals['_FINISHREQUESTSRESPONSE']._serialized_start=1444
+  _globals['_FINISHREQUESTSRESPONSE']._serialized_end=1468
+  _globals['_GROWREQUESTSREQUEST']._serialized_start=1470
+  _globals['_GROWREQUESTSREQUEST']._serialized_end=1561
+  _globals['_GROWTH']._serialized_start=1563
+  _globals['_GROWTH']._serialized_end=1659
+  _globals['_GROWREQUESTSRESPONSE']._serialized_start=1661
+  _globals['_GROWREQUESTSRESPONSE']._serialized_end=1700
+  _globals['_GETDISPATCHSTATEREQUEST']._serialized_start=1702
+  _globals['_GETDISPATCHSTATEREQUEST']._serialized_end=1780
+  _globals['_GETDISPATCHSTATERESPONSE']._serialized_start=1782
+  _globals['_GETDISPATCHSTATERESPONSE']._serialized_end=1882
+  _globals['_UPDATEDISPATCHSTATEREQUEST']._serialized_start=1884
+  _globals['_UPDATEDISPATCHSTATEREQUEST']._serialized_end=2010
+  _globals['_UPDATEDISPATCHSTATERESPONSE']._serialized_start=2012
+  _globals['_UPDATEDISPATCHSTATERESPONSE']._serialized_end=2059
+  _globals['_DISPATCHSERVICE']._serialized_start=2326
+  _globals['_DISPATCHSERVICE']._serialized_end=2900
 # @@protoc_insertion_point(module_scope)

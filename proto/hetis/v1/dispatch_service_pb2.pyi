@@ -9,6 +9,7 @@ from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hetis.v1 import failure_pb2 as _failure_pb2
 from hetis.v1 import head_map_pb2 as _head_map_pb2
 import builtins as _builtins
 import sys
@@ -150,6 +151,110 @@ class AdmitRequestsRequest(_message.Message):
 Global___AdmitRequestsRequest: _TypeAlias = AdmitRequestsRequest  # noqa: Y015
 
 @_typing.final
+class DispatchRequestsRequest(_message.Message):
+    """What an engine says between two steps. Its parts are done in the order of their fields, each as by the call of its
+    name.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    STATE_ID_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    GROWN_FIELD_NUMBER: _builtins.int
+    NEW_REQUESTS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Chosen by the caller, and repeated in the answer. 0: none."""
+    parent: _builtins.str
+    """`clusters/{cluster}/replicas/{replica}`. Required."""
+    state_id: _builtins.str
+    """The state that is meant. Required."""
+    @_builtins.property
+    def finished(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Requests that ended, as FinishRequestsRequest.requests; at most 1,024. Empty: none did."""
+
+    @_builtins.property
+    def grown(self) -> _containers.RepeatedCompositeFieldContainer[Global___Growth]:
+        """Requests that grew, as GrowRequestsRequest.requests; at most 1,024. Empty: none did."""
+
+    @_builtins.property
+    def new_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewRequest]:
+        """Requests to admit, as AdmitRequestsRequest.requests; at most 1,024. Empty: none."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        parent: _builtins.str = ...,
+        state_id: _builtins.str = ...,
+        finished: _abc.Iterable[_builtins.str] | None = ...,
+        grown: _abc.Iterable[Global___Growth] | None = ...,
+        new_requests: _abc.Iterable[Global___NewRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "grown", b"grown", "new_requests", b"new_requests", "parent", b"parent", "sequence", b"sequence", "state_id", b"state_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DispatchRequestsRequest: _TypeAlias = DispatchRequestsRequest  # noqa: Y015
+
+@_typing.final
+class DispatchRequestsResponse(_message.Message):
+    """Answer to one DispatchRequestsRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    STALLED_FIELD_NUMBER: _builtins.int
+    PLACEMENTS_FIELD_NUMBER: _builtins.int
+    UNPLACED_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Of the message that is answered. 0: it had none."""
+    @_builtins.property
+    def stalled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Requests that stay as they were, as GrowRequestsResponse.stalled. Empty: all grew."""
+
+    @_builtins.property
+    def placements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placement]:
+        """As AdmitRequestsResponse.placements. Empty: none was admitted."""
+
+    @_builtins.property
+    def unplaced(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unplaced]:
+        """As AdmitRequestsResponse.unplaced. Empty: none has to wait."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageQuality]:
+        """As AdmitRequestsResponse.stages. Empty: none was admitted."""
+
+    @_builtins.property
+    def failure(self) -> _failure_pb2.Failure:
+        """Why nothing of the message was done: NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, REQUEST_RUNNING,
+        INVALID_FIELD, WRONG_NODE, STORE_UNAVAILABLE. Unset: it was done.
+        """
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        stalled: _abc.Iterable[_builtins.str] | None = ...,
+        placements: _abc.Iterable[Global___Placement] | None = ...,
+        unplaced: _abc.Iterable[Global___Unplaced] | None = ...,
+        stages: _abc.Iterable[Global___StageQuality] | None = ...,
+        failure: _failure_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "placements", b"placements", "sequence", b"sequence", "stages", b"stages", "stalled", b"stalled", "unplaced", b"unplaced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DispatchRequestsResponse: _TypeAlias = DispatchRequestsResponse  # noqa: Y015
+
+@_typing.final
 class NewRequest(_message.Message):
     """A request to admit."""
 
@@ -202,7 +307,9 @@ class AdmitRequestsResponse(_message.Message):
 
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageQuality]:
-        """How good the placement is, one per copy of a stage that got requests. Empty: none was admitted."""
+        """How good the placement is of these requests and those that came at once, one per copy of a stage that got some of
+        these. Empty: none was admitted.
+        """
 
     def __init__(
         self,

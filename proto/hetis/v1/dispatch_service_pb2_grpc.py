@@ -33,8 +33,9 @@ class DispatchServiceStub:
     its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
     own and declares what is running.
 
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every call needs a deadline, of at
-    most 10 s; retries within one are safe.
+    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
+    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
+    messages cost a fraction of calls.
     """
 
     def __init__(self, channel):
@@ -47,6 +48,11 @@ class DispatchServiceStub:
                 '/hetis.v1.DispatchService/AdmitRequests',
                 request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsRequest.SerializeToString,
                 response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsResponse.FromString,
+                _registered_method=True)
+        self.DispatchRequests = channel.stream_stream(
+                '/hetis.v1.DispatchService/DispatchRequests',
+                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsRequest.SerializeToString,
+                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsResponse.FromString,
                 _registered_method=True)
         self.FinishRequests = channel.unary_unary(
                 '/hetis.v1.DispatchService/FinishRequests',
@@ -78,15 +84,26 @@ class DispatchServiceServicer:
     its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
     own and declares what is running.
 
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every call needs a deadline, of at
-    most 10 s; retries within one are safe.
+    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
+    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
+    messages cost a fraction of calls.
     """
 
     def AdmitRequests(self, request, context):
-        """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. All or
+        """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
+        messages that come at once are placed together, in the order in which they came. All or
         nothing per request: a request is placed on every stage or on none. A request that is running already with the same
         numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
         REQUEST_RUNNING, INVALID_FIELD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DispatchRequests(self, request_iterator, context):
+        """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
+        order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
+        it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +149,11 @@ def add_DispatchServiceServicer_to_server(servicer, server):
                     request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsRequest.FromString,
                     response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsResponse.SerializeToString,
             ),
+            'DispatchRequests': grpc.stream_stream_rpc_method_handler(
+                    servicer.DispatchRequests,
+                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsRequest.FromString,
+                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsResponse.SerializeToString,
+            ),
             'FinishRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.FinishRequests,
                     request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.FinishRequestsRequest.FromString,
@@ -168,8 +190,9 @@ class DispatchService:
     its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
     own and declares what is running.
 
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every call needs a deadline, of at
-    most 10 s; retries within one are safe.
+    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
+    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
+    messages cost a fraction of calls.
     """
 
     @staticmethod
@@ -189,6 +212,33 @@ class DispatchService:
             '/hetis.v1.DispatchService/AdmitRequests',
             hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsRequest.SerializeToString,
             hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DispatchRequests(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/hetis.v1.DispatchService/DispatchRequests',
+            hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsRequest.SerializeToString,
+            hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,8 +34,9 @@ class DispatchServiceStub:
     its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
     own and declares what is running.
 
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every call needs a deadline, of at
-    most 10 s; retries within one are safe.
+    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
+    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
+    messages cost a fraction of calls.
     """
 
     @_typing.overload
@@ -43,10 +44,16 @@ class DispatchServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DispatchServiceAsyncStub: ...
     AdmitRequests: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.AdmitRequestsRequest, _dispatch_service_pb2.AdmitRequestsResponse]
-    """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. All or
+    """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
+    messages that come at once are placed together, in the order in which they came. All or
     nothing per request: a request is placed on every stage or on none. A request that is running already with the same
     numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
     REQUEST_RUNNING, INVALID_FIELD.
+    """
+    DispatchRequests: _grpc.StreamStreamMultiCallable[_dispatch_service_pb2.DispatchRequestsRequest, _dispatch_service_pb2.DispatchRequestsResponse]
+    """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
+    order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
+    it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
     """
     FinishRequests: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.FinishRequestsRequest, _dispatch_service_pb2.FinishRequestsResponse]
     """Frees what requests held that ended or were preempted; those not running are ignored. Fails with NOT_FOUND,
@@ -74,16 +81,23 @@ class DispatchServiceAsyncStub(DispatchServiceStub):
     its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
     own and declares what is running.
 
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every call needs a deadline, of at
-    most 10 s; retries within one are safe.
+    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
+    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
+    messages cost a fraction of calls.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     AdmitRequests: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.AdmitRequestsRequest, _dispatch_service_pb2.AdmitRequestsResponse]  # type: ignore[assignment]
-    """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. All or
+    """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
+    messages that come at once are placed together, in the order in which they came. All or
     nothing per request: a request is placed on every stage or on none. A request that is running already with the same
     numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
     REQUEST_RUNNING, INVALID_FIELD.
+    """
+    DispatchRequests: _aio.StreamStreamMultiCallable[_dispatch_service_pb2.DispatchRequestsRequest, _dispatch_service_pb2.DispatchRequestsResponse]  # type: ignore[assignment]
+    """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
+    order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
+    it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
     """
     FinishRequests: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.FinishRequestsRequest, _dispatch_service_pb2.FinishRequestsResponse]  # type: ignore[assignment]
     """Frees what requests held that ended or were preempted; those not running are ignored. Fails with NOT_FOUND,
@@ -110,8 +124,9 @@ class DispatchServiceServicer(metaclass=_abc_1.ABCMeta):
     its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
     own and declares what is running.
 
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every call needs a deadline, of at
-    most 10 s; retries within one are safe.
+    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
+    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
+    messages cost a fraction of calls.
     """
 
     @_abc_1.abstractmethod
@@ -120,10 +135,22 @@ class DispatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dispatch_service_pb2.AdmitRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dispatch_service_pb2.AdmitRequestsResponse, _abc.Awaitable[_dispatch_service_pb2.AdmitRequestsResponse]]:
-        """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. All or
+        """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
+        messages that come at once are placed together, in the order in which they came. All or
         nothing per request: a request is placed on every stage or on none. A request that is running already with the same
         numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
         REQUEST_RUNNING, INVALID_FIELD.
+        """
+
+    @_abc_1.abstractmethod
+    def DispatchRequests(
+        self,
+        request_iterator: _MaybeAsyncIterator[_dispatch_service_pb2.DispatchRequestsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_dispatch_service_pb2.DispatchRequestsResponse], _abc.AsyncIterator[_dispatch_service_pb2.DispatchRequestsResponse]]:
+        """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
+        order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
+        it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
         """
 
     @_abc_1.abstractmethod

@@ -61,6 +61,19 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     assert said(ExitCode.OK, "status").startswith("The planner serves.")
     assert said(ExitCode.CONFLICT, "rollback") == ""
 
+    log = json.loads(said(ExitCode.OK, "audit", "--resource", "plans/offline", "-o", "json"))["lines"]
+    assert [(line["method"], line["caller"], line["outcome"]) for line in log] == [("CreatePlan", "local", "OK")]
+    assert log[0]["hash"] in said(ExitCode.OK, "audit", "--since", log[0]["time"], "-o", "json")
+    assert "no lines" in said(ExitCode.OK, "audit", "--until", "2020-01-01")
+    table = said(ExitCode.OK, "audit", "--method", "CreatePlan")
+    assert "CreatePlan" in table
+    assert "plans/offline" in table
+    assert hetis_plan("audit", "--since", "yesterday") == ExitCode.INVALID
+    assert "'yesterday' is not a moment" in capsys.readouterr().err
+
+    assert hetis_plan("disconnect", "a100") == ExitCode.INVALID
+    assert "no agent is connected" in capsys.readouterr().err
+
 
 def test_what_cannot_be_is_infeasible_there_too(
     hetis_plan: Callable[..., int], capsys: Captured, tmp_path: Path

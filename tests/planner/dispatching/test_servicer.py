@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 import pytest
 
+from hetis.planner.client import AsyncClient, CallError, Client
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.service.calls import Calls
@@ -29,7 +30,8 @@ Answer = TypeVar("Answer")
 
 
 @asynccontextmanager
-async def stub() -> AsyncIterator[dispatch_service_pb2_grpc.DispatchServiceAsyncStub]:
+async def served() -> AsyncIterator[str]:
+    """A planner with one replica; its address."""
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     states = DispatchStates(replicas)
     await states.warm_up()
@@ -42,10 +44,18 @@ async def stub() -> AsyncIterator[dispatch_service_pb2_grpc.DispatchServiceAsync
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:
-        async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-            yield dispatch_service_pb2_grpc.DispatchServiceStub(channel)
+        yield address
     finally:
         await server.stop_at_once()
+
+
+@asynccontextmanager
+async def stub() -> AsyncIterator[dispatch_service_pb2_grpc.DispatchServiceAsyncStub]:
+    async with (
+        served() as address,
+        grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel,
+    ):
+        yield dispatch_service_pb2_grpc.DispatchServiceStub(channel)
 
 
 def test_an_engine_declares_admits_grows_finishes_and_reads_back() -> None:
@@ -109,3 +119,111 @@ def test_a_viewer_changes_nothing() -> None:
     viewer = Identity(name="viewer", roles=Role.VIEWER.includes)
     with pytest.raises(ServiceError):
         called_by(viewer, servicer.FinishRequests, pb2.FinishRequestsRequest(parent=REPLICA, requests=["a"]))
+
+
+# --- streams
+
+
+def new(name: str, context_tokens: int = 10) -> pb2.NewRequest:
+    return pb2.NewRequest(id=name, context_tokens=context_tokens, growth_tokens=5)
+
+
+def declaration() -> pb2.UpdateDispatchStateRequest:
+    return pb2.UpdateDispatchStateRequest(
+        dispatch_state=pb2.DispatchState(name=STATE, generation=1, head_maps=[empty_map(stage_model(2))])
+    )
+
+
+def placed(answer: pb2.DispatchRequestsResponse) -> list[str]:
+    return [placement.request for placement in answer.placements]
+
+
+def test_a_step_finishes_grows_and_admits_and_a_wrong_one_changes_nothing() -> None:
+    async def session() -> None:
+        async with served() as address, AsyncClient(address) as client:
+            state_id = (await client.dispatch.UpdateDispatchState(declaration())).state_id
+            async with client.dispatch_stream(REPLICA, state_id) as stream:
+                assert placed(await stream.step(new=[new("a"), new("b")])) == ["a", "b"]
+                with pytest.raises(CallError) as caught:
+                    await stream.step(finished=["a"], new=[new("b", 11)])
+                assert (caught.value.reason, caught.value.code) == ("REQUEST_RUNNING", grpc.StatusCode.ALREADY_EXISTS)
+                with pytest.raises(CallError) as caught:
+                    await stream.step(finished=["a"], new=[new("c", 0)], grown=[pb2.Growth(id="")])
+                assert [violation.field for violation in caught.value.violations] == [
+                    *("grown[0].id", "grown[0].context_tokens", "new_requests[0].context_tokens")
+                ]
+                assert placed(await stream.step(new=[new("a")])) == ["a"]  # it still ran
+                answer = await stream.step(
+                    finished=["a"], grown=[pb2.Growth(id="b", context_tokens=14)], new=[new("a", 12)]
+                )
+                assert placed(answer) == ["a"]
+            read = await client.dispatch.GetDispatchState(pb2.GetDispatchStateRequest(name=STATE))
+            running = {one.id: one.context_tokens for one in read.dispatch_state.head_maps[0].requests}
+            assert running == {"a": 12, "b": 14}
+
+    asyncio.run(session())
+
+
+def test_steps_of_many_tasks_travel_together_and_one_that_fails_fails_alone() -> None:
+    async def session() -> None:
+        async with served() as address, AsyncClient(address) as client:
+            state_id = (await client.dispatch.UpdateDispatchState(declaration())).state_id
+            async with client.dispatch_stream(REPLICA, state_id) as stream:
+                await stream.step(new=[new("r0")])
+                answers = await asyncio.gather(
+                    *(stream.step(new=[new(f"r{n}", 11 if n == 0 else 10)]) for n in range(16)), return_exceptions=True
+                )
+                assert isinstance(answers[0], CallError)
+                assert answers[0].reason == "REQUEST_RUNNING"
+                others = [answer for answer in answers if isinstance(answer, pb2.DispatchRequestsResponse)]
+                assert [placed(answer) for answer in others] == [[f"r{n}"] for n in range(1, 16)]
+                together = await asyncio.gather(*(stream.step(new=[new(f"s{n}")]) for n in range(16)))
+                assert len({answer.sequence for answer in together}) <= 2  # the first alone, the others behind it
+
+    asyncio.run(session())
+
+
+def test_a_stream_for_code_without_an_event_loop() -> None:
+    async def session() -> None:
+        async with served() as address:
+            await asyncio.to_thread(steps, address)
+
+    def steps(address: str) -> None:
+        with Client(address) as client:
+            state_id = client.dispatch.UpdateDispatchState(declaration()).state_id
+            with client.dispatch_stream(REPLICA, state_id) as stream:
+                assert placed(stream.step(new=[new("a")])) == ["a"]
+                with pytest.raises(CallError) as caught:
+                    stream.step(new=[new("a", 11)])
+                assert caught.value.reason == "REQUEST_RUNNING"
+                assert placed(stream.step(finished=["a"], new=[new("b")])) == ["b"]
+            with pytest.raises(CallError):
+                stream.step(new=[new("c")])
+
+    asyncio.run(session())
+
+
+def answers_to(servicer: DispatchServicer, identity: Identity) -> pb2.DispatchRequestsResponse:
+    """To one message of a stream."""
+
+    async def call() -> pb2.DispatchRequestsResponse:
+        async def requests() -> AsyncIterator[pb2.DispatchRequestsRequest]:
+            yield pb2.DispatchRequestsRequest(sequence=7, parent=REPLICA)
+
+        set_caller(identity)
+        context: Any = None
+        return await anext(aiter(servicer.DispatchRequests(requests(), context)))
+
+    return asyncio.run(call())
+
+
+def test_every_message_of_a_stream_is_of_the_primarys_agent_and_of_a_planner_that_may_decide() -> None:
+    def undecided() -> None:
+        raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "the lease is about to end")
+
+    replicas = Replicas({REPLICA: Replica([stage_model(2)])})
+    states = DispatchStates(replicas)
+    answer = answers_to(DispatchServicer(states, replicas), agent_of("elsewhere"))
+    assert (answer.sequence, answer.failure.reason) == (7, Reason.ERROR_REASON_WRONG_NODE)
+    answer = answers_to(DispatchServicer(states, replicas, require_lease=undecided), agent_of("n"))
+    assert answer.failure.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE

@@ -33,8 +33,10 @@ class Authority:
     def pem(self) -> bytes:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
-    def server(self, name: str = "localhost") -> Signed:
-        return self._sign(name, [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    def server(self, name: str = "localhost", *, until: datetime | None = None) -> Signed:
+        """``until``: when it ends; None: in a day."""
+        alternatives = [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        return self._sign(name, alternatives, until=until)
 
     def client(self, *uris: str) -> Signed:
         return self._sign("client", [x509.UniformResourceIdentifier(uri) for uri in uris])
@@ -42,9 +44,11 @@ class Authority:
     def client_with_dns(self, name: str) -> Signed:
         return self._sign("client", [x509.DNSName(name)])
 
-    def _sign(self, name: str, alternatives: list[x509.GeneralName]) -> Signed:
+    def _sign(self, name: str, alternatives: list[x509.GeneralName], *, until: datetime | None = None) -> Signed:
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _signed(_name(name), key.public_key(), self._name, self._key, alternatives=alternatives)
+        certificate = _signed(
+            _name(name), key.public_key(), self._name, self._key, alternatives=alternatives, until=until
+        )
         return Signed(
             certificate=certificate.public_bytes(serialization.Encoding.PEM),
             key=key.private_bytes(
@@ -73,6 +77,7 @@ def _signed(
     *,
     alternatives: list[x509.GeneralName] | None = None,
     is_authority: bool = False,
+    until: datetime | None = None,
 ) -> x509.Certificate:
     now = datetime.now(UTC)
     builder = (
@@ -82,7 +87,7 @@ def _signed(
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
+        .not_valid_after(until or now + timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
     )
     if alternatives:

@@ -21,7 +21,9 @@ from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
     agent_service_pb2_grpc,
+    audit_service_pb2_grpc,
     cluster_service_pb2_grpc,
+    dispatch_service_pb2,
     dispatch_service_pb2_grpc,
     failure_pb2,
     plan_pb2,
@@ -102,6 +104,14 @@ class FakeAgents(agent_service_pb2_grpc.AgentServiceServicer):
             return
 
 
+class FakeDispatch(dispatch_service_pb2_grpc.DispatchServiceServicer):
+    """A stream on which nothing is said."""
+
+    async def DispatchRequests(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
+        async for request in request_iterator:
+            yield dispatch_service_pb2.DispatchRequestsResponse(sequence=request.sequence)
+
+
 class FakePlanner:
     """What `running` wants of a planner."""
 
@@ -134,8 +144,13 @@ class FakePlanner:
             ),
             Servicing(
                 service="hetis.v1.DispatchService",
-                servicer=dispatch_service_pb2_grpc.DispatchServiceServicer(),
+                servicer=FakeDispatch(),
                 add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
+            ),
+            Servicing(
+                service="hetis.v1.AuditService",
+                servicer=audit_service_pb2_grpc.AuditServiceServicer(),
+                add=audit_service_pb2_grpc.add_AuditServiceServicer_to_server,
             ),
             Servicing(
                 service="hetis.v1.AgentService",

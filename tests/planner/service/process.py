@@ -22,13 +22,20 @@ class Process:
     """A planner that was started, and what it said. Use it as a context: it is killed at the end."""
 
     def __init__(
-        self, arguments: Sequence[str], *, folder: Path, module: str = FAKE, environment: dict[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        *,
+        folder: Path,
+        module: str = FAKE,
+        environment: dict[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
+        """``within``: a command that runs the rest of its line in its own place, such as `unshare`."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")}
         # A file: a pipe that nobody reads would stop the planner when it is full.
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed at the end of the context
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*within, sys.executable, "-m", module, *arguments],
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
@@ -54,6 +61,10 @@ class Process:
             self._process.kill()
             raise AssertionError(f"not ready: {self.end()[1]}")
         return json.loads(line)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)

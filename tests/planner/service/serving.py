@@ -44,11 +44,12 @@ async def served(
     channel_credentials: grpc.ChannelCredentials | None = None,
     traces: Traces | None = None,
     writes: WriteRates | None = None,
+    max_connections: int | None = None,
 ) -> AsyncIterator[Served]:
     planner = FakePlanner()
     metrics = Metrics("0")
     calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces or NoTraces()), writes=writes)
-    server = PlannerServer(planner.servicings, calls, credentials=server_credentials)
+    server = PlannerServer(planner.servicings, calls, credentials=server_credentials, max_connections=max_connections)
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:

@@ -77,7 +77,7 @@ def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> Non
                 for role, token in tokens.items():
                     channel = planner.channel
                     call: Any
-                    if name == "ConnectNode":
+                    if name in ("ConnectNode", "DispatchRequests"):
                         call = channel.stream_stream(method)(metadata=bearing(token))
                         await call.done_writing()
                     elif name in STREAMS:

@@ -14,6 +14,7 @@ from google.protobuf import descriptor, message, message_factory
 from hetis.planner.service.access import NEEDED
 from hetis.v1 import (
     agent_service_pb2,
+    audit_service_pb2,
     cluster_service_pb2,
     dispatch_service_pb2,
     plan_service_pb2,
@@ -28,6 +29,7 @@ SERVICES: dict[str, Any] = {
     name: service
     for stubs in (
         agent_service_pb2,
+        audit_service_pb2,
         cluster_service_pb2,
         dispatch_service_pb2,
         plan_service_pb2,

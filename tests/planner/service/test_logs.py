@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hetis.planner.service.logs import REPEAT_S, CountRepeats
+from hetis.planner.service.logs import REPEAT_S, CountRepeats, JsonLines, TextLines
 
 now_s = 0.0
 
@@ -48,3 +48,12 @@ def test_ordinary_lines_and_those_of_calls_are_all_told(repeats: CountRepeats) -
     for _ in range(3):
         assert repeats.filter(record(level=logging.INFO))
         assert repeats.filter(call)
+
+
+@pytest.mark.parametrize("form", [JsonLines(), TextLines()])
+def test_what_callers_write_gives_a_terminal_no_orders_and_makes_no_second_line(form: logging.Formatter) -> None:
+    evil = "a\x1b[2J\x9b31m\r\nlevel=info\u202eb\u2028c\x7f"
+    line = form.format(record(f"no cluster {evil}", request=evil))
+    assert len(line.splitlines()) == 1
+    assert line.isprintable()
+    assert "2J" in line  # it is told all the same

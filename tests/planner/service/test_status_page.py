@@ -115,8 +115,11 @@ def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> N
         asyncio.run(metrics.watch_loop(clock=lambda: now_s, sleep=sleep))
     assert b"hetis_planner_loop_lag_seconds 1.5" in metrics.text()
     assert b"hetis_planner_loop_lag_seconds 0.0" in metrics.text()
-    metrics.tokens_read([30.0, 20.0])
-    assert b"hetis_planner_token_expiry_seconds 20.0" in metrics.text()
+    metrics.credentials_read(tokens_s=[30.0, 20.0, 5.0], certificates_s={"a.pem": 40.0}, now_s=10.0)
+    text = metrics.text()
+    assert b"hetis_planner_token_expiry_seconds 20.0" in text
+    assert b"hetis_planner_tokens_expired 1.0" in text
+    assert b'hetis_planner_certificate_expiry_seconds{file="a.pem"} 40.0' in text
     assert b"process_resident_memory_bytes" in metrics.text()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.service.certificates import Certificates
+from hetis.planner.service.certificates import Certificates, ends_of_certificates
 from hetis.planner.service.credentials import Credentials
 from hetis.planner.service.settings import TlsPart
 from hetis.planner.service.tokens import Tokens
@@ -232,3 +234,51 @@ def test_unusable_files_are_refused_with_every_problem(tmp_path: Path) -> None:
         "a.key: holds no private key in PEM form",
     ]
     assert lines[2].startswith("ca.pem: holds no certificate authority in PEM form")
+
+
+def test_a_certificate_that_expires_ends_its_streams_while_its_connection_stands(tmp_path: Path) -> None:
+    authority, now_s = Authority(), [time.time()]
+    credentials = Credentials(tokens=None, trust_domain="hetis", clock=lambda: now_s[0])
+
+    async def test() -> None:
+        async with served(
+            authenticator=credentials,
+            server_credentials=certificates(tmp_path, authority, asks_clients=True).credentials(),
+            channel_credentials=of_client(authority, authority.client("spiffe://hetis/admin/a")),
+        ) as planner:
+            stream = PlanServiceStub(planner.channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
+            await stream.read()
+            planner.calls.end_revoked_streams()
+            assert await name_of_caller(planner.channel) == "spiffe://hetis/admin/a"
+            now_s[0] += 2 * 86_400  # test certificates are of a day
+            planner.calls.end_revoked_streams()
+            error = await failure_of(stream.read())
+            assert reason_of(error) == "CREDENTIALS"
+            assert "the client certificate has expired" in (error.details() or "")
+            again = PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5)
+            assert reason_of(await failure_of(again)) == "CREDENTIALS"
+
+    run(test)
+
+
+def test_the_files_tell_when_their_certificates_end(tmp_path: Path) -> None:
+    found = certificates(tmp_path, Authority(), asks_clients=True)
+    ends_s = {Path(path).name: end_s for path, end_s in found.expiries_s.items()}
+    assert ends_s.keys() == {"planner.pem", "ca.pem"}
+    for name, end_s in ends_s.items():
+        certificate = x509.load_pem_x509_certificate((tmp_path / name).read_bytes())
+        assert end_s == certificate.not_valid_after_utc.timestamp()
+
+
+def test_of_a_chain_every_certificate_counts_and_what_is_none_is_left_out(tmp_path: Path) -> None:
+    authority = Authority()
+    chain = (authority.server().certificate + authority.pem).decode()
+    assert len(ends_of_certificates(chain)) == 2
+    broken = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    assert len(ends_of_certificates(broken + chain)) == 2
+
+
+@pytest.mark.parametrize("end", [datetime(2049, 12, 31, tzinfo=UTC), datetime(2050, 1, 1, 12, 30, 5, tzinfo=UTC)])
+def test_ends_before_and_after_2050_are_written_in_two_ways(end: datetime) -> None:
+    signed = Authority().server(until=end)
+    assert ends_of_certificates(signed.certificate.decode()) == [end.timestamp()]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.planner.store import Store, Transaction, migrating, opening, schema
-from hetis.planner.store.audit import AuditedChange, AuditLog
+from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLog
 
 TEXT = st.text(max_size=10)
 CHANGES = st.builds(
@@ -55,7 +55,16 @@ def test_what_was_written_is_whole_and_comes_back_in_its_order(connection: sa.Co
     assert [(line.number, line.epoch, line.change.caller) for line in lines] == [
         (n + 1, 1, f"caller-{n}") for n in range(5)
     ]
-    assert [line.number for line in log.lines(after=3)] == [4, 5]
+    assert [line.number for line in log.page(3, 10)] == [4, 5]
+    assert [line.number for line in log.page(1, 2)] == [2, 3]
+    third = lines[2]
+    for which in (
+        AuditFilter(caller="caller-2"),
+        AuditFilter(since_s=third.time_s, until_s=third.time_s),
+        AuditFilter(caller="caller-2", method=third.change.method, outcome=third.change.outcome),
+    ):
+        assert list(log.lines(which)) == [third]
+        assert log.page(3, 10, which) == []
     assert log.last() == lines[-1]
     assert log.first_wrong() is None
 

@@ -170,6 +170,24 @@ def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: s
     asyncio.run(scenario())
 
 
+def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(postgres_url: str, proxy: Proxy) -> None:
+    async def scenario() -> None:
+        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+        proxy.freeze()
+        reads = [asyncio.ensure_future(store.read(lambda tx: tx.clusters.all())) for _ in range(4)]
+        found = await asyncio.gather(*reads, return_exceptions=True)
+        assert [error.reason_name for error in found if isinstance(error, ServiceError)] == ["STORE_UNAVAILABLE"] * 4
+        assert store.health.errors < 4  # as many as tried: the others heard before it was their turn
+        proxy.thaw()
+        async with asyncio.timeout(30):
+            while store.health.failing_s:  # the probe finds it
+                await asyncio.sleep(0.05)
+        assert await store.read(lambda tx: tx.clusters.all()) == []
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_is_back(
     postgres_url: str, proxy: Proxy
 ) -> None:
@@ -179,8 +197,10 @@ def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_i
         with pytest.raises(ServiceError) as caught:
             await store.read(lambda tx: tx.clusters.all())
         assert caught.value.reason_name == "STORE_UNAVAILABLE"
-        assert store.health.errors == 1
         assert store.health.answered_s_ago > LEASE_S
+        async with asyncio.timeout(30):
+            while not store.health.errors:  # its connection is broken from outside
+                await asyncio.sleep(0.05)
         proxy.thaw()
         assert await store.read(lambda tx: tx.clusters.all()) == []
         assert store.health.answered_s_ago < 1

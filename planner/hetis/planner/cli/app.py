@@ -12,12 +12,14 @@ import typer
 from hetis.formats.command_line.running import run_application, version_printer
 from hetis.planner.cli.agents import agents
 from hetis.planner.cli.apply import APPLY_EXAMPLES, apply
+from hetis.planner.cli.audit import audit
 from hetis.planner.cli.cancel import cancel
 from hetis.planner.cli.catalog import catalog
 from hetis.planner.cli.check import check
 from hetis.planner.cli.compare import compare
 from hetis.planner.cli.completion import completion
 from hetis.planner.cli.diff import DIFF_EXAMPLES, diff
+from hetis.planner.cli.disconnect import disconnect
 from hetis.planner.cli.dispatch import dispatch
 from hetis.planner.cli.doctor import doctor
 from hetis.planner.cli.exit_codes import ExitCode
@@ -72,6 +74,8 @@ app.command(rich_help_panel="With a planner")(agents)
 app.command(rich_help_panel="With a planner")(status)
 app.command(rich_help_panel="With a planner")(rollback)
 app.command(rich_help_panel="With a planner")(cancel)
+app.command(rich_help_panel="With a planner")(disconnect)
+app.command(rich_help_panel="With a planner")(audit)
 app.command(rich_help_panel="Files")(init)
 app.command(rich_help_panel="Files")(validate)
 app.command(rich_help_panel="Files")(schema)

@@ -14,9 +14,19 @@ from __future__ import annotations
 
 from hetis.planner.client.async_client import AsyncClient
 from hetis.planner.client.connection import Connection
+from hetis.planner.client.dispatching import AsyncDispatchStream, DispatchStream
 from hetis.planner.client.documents import document_of_file
 from hetis.planner.client.errors import CallError
 from hetis.planner.client.sync_client import Client
 from hetis.planner.client.watches import Patience
 
-__all__ = ["AsyncClient", "CallError", "Client", "Connection", "Patience", "document_of_file"]
+__all__ = [
+    "AsyncClient",
+    "AsyncDispatchStream",
+    "CallError",
+    "Client",
+    "Connection",
+    "DispatchStream",
+    "Patience",
+    "document_of_file",
+]

@@ -12,11 +12,14 @@ from grpc import aio
 
 from hetis.planner.client.async_leader_channel import AsyncLeaderChannel
 from hetis.planner.client.connection import Connection
+from hetis.planner.client.dispatching import AsyncDispatchStream
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
 from hetis.planner.client.health import HEALTH_METHOD, says_serving
 from hetis.planner.client.watches import Patience
 from hetis.v1 import (
+    audit_service_pb2,
+    audit_service_pb2_grpc,
     cluster_pb2,
     cluster_service_pb2,
     cluster_service_pb2_grpc,
@@ -39,8 +42,9 @@ class AsyncClient:
     """A connection to a planner. It is made with the first call. As `Client`, with ``await`` and ``async for``.
 
     Attributes:
-        clusters, plans, profiles, dispatch: the stubs of the contract. Unary calls raise `CallError`; streams called
-            directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
+        clusters, plans, profiles, dispatch, audit: the stubs of the contract. Unary calls raise `CallError`;
+            streams called directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and
+            `read_plan_document` do not.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class AsyncClient:
         self.profiles: profile_service_pb2_grpc.ProfileServiceAsyncStub = profile_service_pb2_grpc.ProfileServiceStub(
             channel
         )
+        self.audit: audit_service_pb2_grpc.AuditServiceAsyncStub = audit_service_pb2_grpc.AuditServiceStub(channel)
         self.dispatch: dispatch_service_pb2_grpc.DispatchServiceAsyncStub = (
             dispatch_service_pb2_grpc.DispatchServiceStub(channel)
         )
@@ -131,6 +136,14 @@ class AsyncClient:
     def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> AsyncIterator[profile_pb2.Profile]:
         request = profile_service_pb2.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
         return _items(self.profiles.ListProfiles, request, lambda page: page.profiles)
+
+    def list_audited_changes(
+        self, filters: audit_service_pb2.ListAuditedChangesRequest
+    ) -> AsyncIterator[audit_service_pb2.AuditedChange]:
+        """Lines of the audit log that fit, the oldest first."""
+        request = audit_service_pb2.ListAuditedChangesRequest()
+        request.CopyFrom(filters)
+        return _items(self.audit.ListAuditedChanges, request, lambda page: page.audited_changes)
 
     # --- watches, that go on after a lost connection
 
@@ -196,6 +209,15 @@ class AsyncClient:
             last = response.plan
             news(last)
         return last
+
+    def dispatch_stream(self, replica: str, state_id: str) -> AsyncDispatchStream:
+        """A stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; end it with `close`.
+
+        It is opened to the planner that was the leader last: after a NOT_LEADER declare what runs, which finds the
+        leader, and open it again.
+        """
+        call: Any = self.dispatch.DispatchRequests
+        return AsyncDispatchStream(call(), replica, state_id)
 
     async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """The Plan document as canonical JSON, whatever its size; goes on where a lost connection left it."""

@@ -75,6 +75,15 @@ class LeaderChannel:
 
         return call
 
+    def stream_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """The same, to the planner that led last; where it does not any more, the stream fails with NOT_LEADER."""
+
+        def call(requests: Any, **settings: Any) -> Any:
+            one: Any = self.to(self.leaders.present).stream_stream(method, *arguments, **named)
+            return one(requests, metadata=self._connection.metadata(), **settings)
+
+        return call
+
     def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
         """The same; a stream that broke is the caller's to open again, and then goes to whoever leads."""
 

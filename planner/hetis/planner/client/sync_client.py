@@ -10,12 +10,15 @@ from typing import Any, Self, TypeVar, cast
 import grpc
 
 from hetis.planner.client.connection import Connection
+from hetis.planner.client.dispatching import DispatchStream
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
 from hetis.planner.client.health import HEALTH_METHOD, says_serving
 from hetis.planner.client.leader_channel import LeaderChannel
 from hetis.planner.client.watches import Patience
 from hetis.v1 import (
+    audit_service_pb2,
+    audit_service_pb2_grpc,
     cluster_pb2,
     cluster_service_pb2,
     cluster_service_pb2_grpc,
@@ -38,8 +41,9 @@ class Client:
     """A connection to a planner. It is made with the first call.
 
     Attributes:
-        clusters, plans, profiles, dispatch: the stubs of the contract. Unary calls raise `CallError`; streams called
-            directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
+        clusters, plans, profiles, dispatch, audit: the stubs of the contract. Unary calls raise `CallError`;
+            streams called directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and
+            `read_plan_document` do not.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Client:
         self.clusters = cluster_service_pb2_grpc.ClusterServiceStub(channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(channel)
         self.profiles = profile_service_pb2_grpc.ProfileServiceStub(channel)
+        self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
         self.dispatch = dispatch_service_pb2_grpc.DispatchServiceStub(channel)
 
     def __enter__(self) -> Self:
@@ -120,6 +125,14 @@ class Client:
     def list_profiles(self, *, gpu_type: str = "", page_size: int = 0) -> Iterator[profile_pb2.Profile]:
         request = profile_service_pb2.ListProfilesRequest(gpu_type=gpu_type, page_size=page_size)
         return _items(self.profiles.ListProfiles, request, lambda page: page.profiles)
+
+    def list_audited_changes(
+        self, filters: audit_service_pb2.ListAuditedChangesRequest
+    ) -> Iterator[audit_service_pb2.AuditedChange]:
+        """Lines of the audit log that fit, the oldest first."""
+        request = audit_service_pb2.ListAuditedChangesRequest()
+        request.CopyFrom(filters)
+        return _items(self.audit.ListAuditedChanges, request, lambda page: page.audited_changes)
 
     # --- watches, that go on after a lost connection
 
@@ -185,6 +198,14 @@ class Client:
             last = response.plan
             news(last)
         return last
+
+    def dispatch_stream(self, replica: str, state_id: str) -> DispatchStream:
+        """A stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; end it with `close`.
+
+        It is opened to the planner that was the leader last: after a NOT_LEADER declare what runs, which finds the
+        leader, and open it again.
+        """
+        return DispatchStream(self.dispatch.DispatchRequests, replica, state_id)
 
     def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """The Plan document as canonical JSON, whatever its size; goes on where a lost connection left it."""

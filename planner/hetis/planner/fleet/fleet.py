@@ -235,7 +235,9 @@ class Fleet:
         """
         cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
         if cluster is None or stream is None:
-            raise not_found(name)
+            raise ServiceError(
+                Reason.ERROR_REASON_NOT_FOUND, f"no agent is connected as {name}", metadata={"name": name}
+            )
         _log.warning("an admin ended the stream of an agent", extra={"node": name})
         self._close(cluster, last_part(name), name, stream)
         stream.end(

@@ -41,6 +41,19 @@ class PageRequest:
         """One more than the page holds: whether there is another page."""
         return self.size + 1
 
+    @property
+    def after_number(self) -> int:
+        """`after` of a list by number, from 1.
+
+        Raises:
+            ServiceError: INVALID_PAGE_TOKEN.
+        """
+        if self.after is None:
+            return 0
+        if isinstance(self.after, str) and self.after.isascii() and self.after.isdigit() and len(self.after) <= 18:
+            return int(self.after)
+        raise _invalid(str(self.after))
+
     def cut(self, found: Sequence[R], place_of: Callable[[R], Place]) -> tuple[list[R], str]:
         """The page, and the token of the next one: empty when there is none.
 

@@ -24,9 +24,12 @@ _TABLE: dict[str, dict[tuple[Role, ...], str]] = {
         (Role.ORCHESTRATOR,): "CreatePlan DeletePlan CancelPlan ActivatePlan RollbackPlan",
     },
     "hetis.v1.DispatchService": {
-        (Role.ORCHESTRATOR, Role.AGENT): "AdmitRequests FinishRequests GrowRequests UpdateDispatchState",
+        (Role.ORCHESTRATOR, Role.AGENT): (
+            "AdmitRequests DispatchRequests FinishRequests GrowRequests UpdateDispatchState"
+        ),
         (Role.VIEWER, Role.AGENT): "GetDispatchState",
     },
+    "hetis.v1.AuditService": {(Role.ADMIN,): "ListAuditedChanges"},
     "hetis.v1.AgentService": {(Role.AGENT,): "ConnectNode"},
 }
 NEEDED: dict[str, tuple[Role, ...]] = {
@@ -52,6 +55,7 @@ def is_open(method: str) -> bool:
 
 
 _STANDBY = {
+    "AuditService": "ListAuditedChanges",
     "ClusterService": "GetCluster ListClusters GetReplica ListReplicas GetRedispatch ListRedispatches",
     "ProfileService": "GetProfile ListProfiles",
     "PlanService": "GetPlan ListPlans ExplainPlan DiffPlans ReadPlanDocument",

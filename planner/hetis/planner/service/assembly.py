@@ -17,6 +17,7 @@ from hetis.planner.fleet.proposals import PlacementProposals
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.settings import FleetSettings
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
+from hetis.planner.resources.audited_changes import AuditedChanges
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.declared import DeclaredFleets
 from hetis.planner.resources.hubs import Hubs
@@ -38,6 +39,7 @@ from hetis.planner.service.loops import Loops
 from hetis.planner.service.overviews import Overviews
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.servicers.agent import AgentServicer
+from hetis.planner.service.servicers.audit import AuditServicer
 from hetis.planner.service.servicers.cluster import ClusterServicer
 from hetis.planner.service.servicers.dispatch import DispatchServicer
 from hetis.planner.service.servicers.plan import PlanServicer
@@ -47,6 +49,7 @@ from hetis.planner.service.store_metrics import StoreCollector
 from hetis.planner.service.succession import Succession
 from hetis.planner.store import AuditedChange, Store, Transaction
 from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
+from hetis.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from hetis.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
 from hetis.v1.dispatch_service_pb2_grpc import add_DispatchServiceServicer_to_server
 from hetis.v1.plan_service_pb2_grpc import add_PlanServiceServicer_to_server
@@ -116,6 +119,11 @@ class Term:
         activation = PlanActivation(store, hubs, fleet, declared, documents)
         self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
         fleet.observers.append(self._proposals)
+
+        def require_lease() -> None:
+            if not store.lease.may_decide:
+                raise store.undecided()
+
         self.servicings = (
             Servicing(
                 service="hetis.v1.ClusterService",
@@ -134,8 +142,13 @@ class Term:
             ),
             Servicing(
                 service="hetis.v1.DispatchService",
-                servicer=DispatchServicer(states, fleet),
+                servicer=DispatchServicer(states, fleet, require_lease=require_lease),
                 add=add_DispatchServiceServicer_to_server,
+            ),
+            Servicing(
+                service="hetis.v1.AuditService",
+                servicer=AuditServicer(AuditedChanges(store)),
+                add=add_AuditServiceServicer_to_server,
             ),
             Servicing(
                 service="hetis.v1.AgentService",

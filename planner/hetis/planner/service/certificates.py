@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import ssl
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -27,6 +30,20 @@ class Certificates:
         self.files = Reloaded("certificate", paths, lambda: _load(tls))
         self._asks_clients = tls.client_ca is not None
         self._told = self.files.version
+        self._paths = paths
+
+    @property
+    def expiries_s(self) -> dict[str, float]:
+        """When the first certificate of each file ends, Unix seconds; as the files are now."""
+        found = dict[str, float]()
+        for path in self._paths:
+            try:
+                ends_s = ends_of_certificates(read_text(path))
+            except DocumentError:
+                continue  # `files` tells of it
+            if ends_s:
+                found[path] = min(ends_s)
+        return found
 
     def credentials(self) -> grpc.ServerCredentials:
         newer: Any = self._newer  # may answer None, unlike what the stubs of grpc say
@@ -82,3 +99,46 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             message = f"holds no certificate authority in PEM form: {reason.replace('_', ' ').lower()}"
             problems.append(Problem(file=tls.client_ca, message=message))
     return problems
+
+
+def ends_of_certificates(pem: str) -> list[float]:
+    """Until when each certificate of a PEM text holds, Unix seconds; those that cannot be read are left out.
+
+    The standard library reads the dates of authorities alone, and a planner needs no cryptography of its own.
+    """
+    found = list[float]()
+    for block in _CERTIFICATE.findall(pem):
+        with suppress(ValueError, IndexError):
+            found.append(_end_of(ssl.PEM_cert_to_DER_cert(block)))
+    return found
+
+
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x17, 0x18, 0xA0
+
+
+def _end_of(der: bytes) -> float:
+    """`notAfter` of a certificate (RFC 5280): of TBSCertificate the validity, the fifth field with a version, else the
+    fourth."""
+    fields = _contents(_contents(_contents(der)[0][1])[0][1])
+    validity = fields[4 if fields[0][0] == _VERSION else 3][1]
+    tag, text = _contents(validity)[1]
+    moment = text.decode("ascii")
+    if tag == _UTC_TIME:
+        moment = ("19" if moment[:2] >= "50" else "20") + moment
+    elif tag != _GENERALIZED_TIME:
+        raise ValueError("the validity is no time")
+    return datetime.strptime(moment, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
+
+
+def _contents(der: bytes) -> list[tuple[int, bytes]]:
+    """Tag and content of each element of a DER sequence, whose own head is left out."""
+    found, at = list[tuple[int, bytes]](), 0
+    while at < len(der):
+        tag, length, start = der[at], der[at + 1], at + 2
+        if length & 0x80:
+            start += length & 0x7F
+            length = int.from_bytes(der[at + 2 : start], "big")
+        found.append((tag, der[start : start + length]))
+        at = start + length
+    return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from hetis.planner.failures import ServiceError
+from hetis.planner.service.certificates import ends_of_certificates
 from hetis.planner.service.identity import ANYBODY, Identity, Role
 from hetis.planner.service.tokens import NODE, Tokens, refused
 
@@ -71,20 +74,24 @@ class Credentials:
         if given and self._tokens is not None:
             return self._tokens().identify(_bearer(given[0]), now_s=self._clock())
         if self._trust_domain is not None:
-            return identity_of_certificate(connection, self._trust_domain)
+            return identity_of_certificate(connection, self._trust_domain, now_s=self._clock())
         if given:
             raise refused("this planner takes no bearer tokens")
         raise refused("the call has no credentials: send the metadata `authorization: Bearer TOKEN`")
 
 
-def identity_of_certificate(connection: AuthContext, trust_domain: str) -> Identity:
+def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s: float) -> Identity:
     """The caller that a verified certificate names by a URI in its subject alternative names.
 
     ``spiffe://DOMAIN/clusters/C/nodes/N`` is the agent of a node, ``spiffe://DOMAIN/ROLE/NAME`` somebody with a role.
 
+    TLS looks at the dates of a certificate in the handshake alone; connections last longer.
+
     Raises:
-        ServiceError: CREDENTIALS; no such URI, or more than one.
+        ServiceError: CREDENTIALS; no such URI, or more than one; or the certificate has expired since.
     """
+    if any(_end_of_certificate(pem) <= now_s for pem in connection.get("x509_pem_cert", ())):
+        raise refused("the client certificate has expired: connect again with a new one")
     start = f"spiffe://{trust_domain}/"
     # `peer_uri`, not all alternative names: what a DNS entry says is not known to be a URI.
     uris = [uri.decode(errors="replace") for uri in connection.get("peer_uri", ())]
@@ -98,6 +105,11 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str) -> Ident
     if person := _PERSON.fullmatch(path):
         return Identity(name=ours[0], roles=Role(person[1]).includes)
     raise refused(f"the client certificate is of {ours[0]}, expected {start}clusters/C/nodes/N or {start}ROLE/NAME")
+
+
+@lru_cache(maxsize=16_384)  # one of each agent; asked for every call
+def _end_of_certificate(pem: bytes) -> float:
+    return min(ends_of_certificates(pem.decode(errors="replace")), default=math.inf)
 
 
 def _bearer(value: str | bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -76,7 +77,7 @@ class JsonLines(logging.Formatter):
         event |= _fields(record)
         if record.exc_info:
             event["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(event, ensure_ascii=False, default=str)
+        return _UNSEEN.sub(_escaped, json.dumps(event, ensure_ascii=False, default=str))
 
 
 class TextLines(logging.Formatter):
@@ -99,5 +100,14 @@ def _one_word(value: object) -> str:
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
+# What JSON leaves as it is and terminals obey or do not show: C1 controls, directions of writing, breaks, no width.
+_UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
 def _one_line(text: str) -> str:
-    return text if "\n" not in text and "\r" not in text else text.replace("\r", " ").replace("\n", " | ")
+    text = text.replace("\r", " ").replace("\n", " | ")
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)

@@ -14,7 +14,7 @@ from hetis.formats.errors import single_problem
 from hetis.planner.service.exit_codes import ExitCode
 from hetis.planner.service.setting_sources import Given, load_config
 from hetis.planner.store import Reader
-from hetis.planner.store.audit import Line
+from hetis.planner.store.audit import AuditFilter, AuditLine
 from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
 from hetis.planner.store.migrating import revisions
 
@@ -52,20 +52,17 @@ def print_audit(
     as_json: bool,
 ) -> None:
     """Prints the lines that fit all filters, the oldest first."""
-    first_s, last_s = _moment("--since", since, float("-inf")), _moment("--until", until, float("inf"))
-
-    def fits(line: Line) -> bool:
-        change = line.change
-        return (
-            first_s <= line.time_s <= last_s
-            and caller in (None, change.caller)
-            and method in (None, change.method)
-            and outcome in (None, change.outcome)
-            and (resource is None or resource in (change.resource, change.plan))
-        )
+    which = AuditFilter(
+        caller=caller,
+        method=method,
+        outcome=outcome,
+        resource=resource,
+        since_s=_moment("--since", since),
+        until_s=_moment("--until", until),
+    )
 
     def show(reader: Reader) -> None:
-        for line in filter(fits, reader.audit.lines()):
+        for line in reader.audit.lines(which):
             print(_as_json(line) if as_json else _as_text(line))
 
     read_store(url, show)
@@ -85,9 +82,9 @@ def check_audit(url: str) -> ExitCode:
     return read_store(url, check)
 
 
-def _moment(option: str, text: str | None, default: float) -> float:
+def _moment(option: str, text: str | None) -> float | None:
     if text is None:
-        return default
+        return None
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -95,12 +92,12 @@ def _moment(option: str, text: str | None, default: float) -> float:
     return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _as_json(line: Line) -> str:
+def _as_json(line: AuditLine) -> str:
     values = {"number": line.number, "time": _time(line), "epoch": line.epoch, **asdict(line.change)}
     return json.dumps(values | {"hash": line.hash}, ensure_ascii=False)
 
 
-def _as_text(line: Line) -> str:
+def _as_text(line: AuditLine) -> str:
     change = line.change
     parts = [str(line.number), _time(line), change.outcome, f"{change.caller} ({change.role})", change.method]
     parts += [change.resource] if change.resource else []
@@ -110,5 +107,5 @@ def _as_text(line: Line) -> str:
     return "  ".join("".join(c if c.isprintable() else "?" for c in part) for part in parts)
 
 
-def _time(line: Line) -> str:
+def _time(line: AuditLine) -> str:
     return datetime.fromtimestamp(line.time_s, UTC).isoformat(timespec="milliseconds")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -63,6 +63,22 @@ class Metrics:
             "Unix time when the next token expires; 0: none does.",
             registry=self.registry,
         )
+        self._tokens_expired = Gauge(
+            "hetis_planner_tokens_expired", "Tokens in the file that have expired.", registry=self.registry
+        )
+        self._certificate_expiry = Gauge(
+            "hetis_planner_certificate_expiry_seconds",
+            "Unix time when the first certificate of a file expires.",
+            ["file"],
+            registry=self.registry,
+        )
+        self._connections_closed = Counter(
+            "hetis_planner_connections_closed",
+            "Connections closed because their host had too many.",
+            registry=self.registry,
+        )
+        self._closed_connections: Callable[[], int] = lambda: 0
+        self._told_closed = 0
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
         self._worst_lag_s = 0.0
         self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
@@ -109,11 +125,22 @@ class Metrics:
         """All of them, as Prometheus reads them."""
         self._lag.set(self._worst_lag_s)
         self._worst_lag_s = 0.0
+        closed = self._closed_connections()
+        self._connections_closed.inc(closed - self._told_closed)
+        self._told_closed = closed
         return generate_latest(self.registry)
 
-    def tokens_read(self, expiries_s: list[float]) -> None:
-        """When each token expires, Unix seconds."""
-        self._token_expiry.set(min(expiries_s, default=0.0))
+    def count_closed_connections(self, closed: Callable[[], int]) -> None:
+        """``closed``: how many were closed since the start, because their host had too many."""
+        self._closed_connections = closed
+
+    def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
+        """When each token and each certificate file expires, Unix seconds; an expired token is counted apart."""
+        ends_s = list(tokens_s)
+        self._token_expiry.set(min((end_s for end_s in ends_s if end_s > now_s), default=0.0))
+        self._tokens_expired.set(sum(end_s <= now_s for end_s in ends_s))
+        for file, end_s in certificates_s.items():
+            self._certificate_expiry.labels(file).set(end_s)
 
     async def watch_loop(
         self,

@@ -19,6 +19,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.addresses import is_socket_path
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.certificates import Certificates
+from hetis.planner.service.connections import ConnectionLimits, ConnectionWatch, ports_of
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
 from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
 from hetis.planner.service.metrics import Metrics
@@ -156,7 +157,9 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         ServiceError: the store cannot be opened, or another planner leads.
     """
     signals = StopSignals()
-    page_limits = PageLimits(of_all=reserved_for_page(raise_descriptor_limit()))
+    descriptors = raise_descriptor_limit()
+    page_limits = PageLimits(of_all=reserved_for_page(descriptors))
+    limits = ConnectionLimits.of_descriptors(descriptors, of_a_host=config.connections.per_host)
     access = Access(config)
     traces = open_traces(config.telemetry.otlp_endpoint, version)
     metrics = Metrics(version)
@@ -165,10 +168,12 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         stack.push_async_callback(_close_traces, traces)
         calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=write_rates(config))
         credentials = access.certificates.credentials() if access.certificates is not None else None
-        server = PlannerServer((), calls, credentials=credentials)
+        server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
         stack.push_async_callback(server.stop_at_once)
         # Before the store is opened: whoever cannot listen must not have taken the lead from one who can.
         addresses = [server.listen(address) for address in config.listen]
+        connections = ConnectionWatch(limits, ports_of(addresses))
+        metrics.count_closed_connections(lambda: connections.closed)
         page, page_address = StatusPage(page_limits), ""
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
@@ -197,13 +202,19 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         _leave_to_collector_what_is_new()
         tokens = access.tokens
 
-        def look_at_tokens() -> None:
+        def look_at_credentials() -> None:
             calls.end_revoked_streams()
-            metrics.tokens_read(tokens.value.expiries_s if tokens is not None else [])
+            metrics.credentials_read(
+                tokens_s=tokens.value.expiries_s if tokens is not None else (),
+                certificates_s=access.certificates.expiries_s if access.certificates is not None else {},
+                now_s=time.time(),
+            )
 
-        look_at_tokens()
-        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload, then=look_at_tokens))
+        look_at_credentials()
+        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
         stack.callback(freshening.cancel)
+        counting = asyncio.create_task(connections.run(), name="counting connections")
+        stack.callback(counting.cancel)
         lagging = asyncio.create_task(metrics.watch_loop(), name="watching the event loop")
         stack.callback(lagging.cancel)
         failing = asyncio.create_task(show_failure(planner, server))

@@ -35,11 +35,14 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Connections end now and then, so that those of 10,000 agents spread after a restart.
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 60_000),
+    # Those that call nothing are closed; clients come back by themselves with their next call.
+    ("grpc.max_connection_idle_ms", 300_000),
     # Of one connection: agents have one, which carries one stream; watchers and engines a handful of calls.
     ("grpc.max_concurrent_streams", 1_000),
     # Two planners on one port would each get half of the calls.
     ("grpc.so_reuseport", 0),
 )
+MAX_CONNECTIONS = "grpc.max_allowed_incoming_connections"
 
 
 class AddressError(Exception):
@@ -59,11 +62,19 @@ class PlannerServer:
     """A grpc.aio server with everything around the servicers. Makes nothing of its own up: all parts are given."""
 
     def __init__(
-        self, servicings: Sequence[Servicing], calls: Calls, *, credentials: grpc.ServerCredentials | None = None
+        self,
+        servicings: Sequence[Servicing],
+        calls: Calls,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        max_connections: int | None = None,
     ) -> None:
         self._calls = calls
         self._credentials = credentials
-        self._server = grpc.aio.server(interceptors=[calls], options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        options = OPTIONS
+        if max_connections is not None:
+            options += ((MAX_CONNECTIONS, max_connections),)
+        self._server = grpc.aio.server(interceptors=[calls], options=options, maximum_concurrent_rpcs=MAX_CALLS)
         self.health = Health(())
         self.health.add_to(self._server)
         self._servicings = list(servicings)

@@ -100,6 +100,12 @@ class WritesPart(Part):
     burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
 
 
+class ConnectionsPart(Part):
+    """Of one host to the gRPC ports, at a time; unless said, a quarter of all that the descriptors allow."""
+
+    per_host: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
 class TlsPart(Part):
     """Certificate of the planner, and the authority whose clients it takes. Files are PEM."""
 
@@ -155,6 +161,7 @@ class PlannerConfig(Part):
     store: Annotated[str, AfterValidator(_store_url)] = Field(default_factory=default_store)
     solver: SolverPart = Field(default_factory=SolverPart)
     writes: WritesPart = WritesPart()
+    connections: ConnectionsPart = ConnectionsPart()
     tls: TlsPart | None = None
     tokens: FilePath | None = None
     reload: Annotated[Duration, Field(ge=0.05, le=86_400)] = 30.0

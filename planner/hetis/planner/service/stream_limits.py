@@ -14,6 +14,9 @@ MOST_OF_A_CALLER = 100
 MOST_OF_A_HOST = 100
 """Streams of one host to services that anybody may call: health and reflection."""
 MOST_OF_ALL_HOSTS = 1_000
+MOST_OF_ENGINES = 1_000
+"""Of one caller: engines dispatch with the credentials of their agents, which many nodes may share."""
+_DISPATCH = "/hetis.v1.DispatchService/DispatchRequests"
 _UNLIMITED = "/hetis.v1.AgentService/ConnectNode"  # one of each node, whose agents may share credentials
 
 
@@ -51,4 +54,6 @@ class StreamLimits:
 def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
     if is_open(method):
         return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "everybody together": MOST_OF_ALL_HOSTS}
+    if method == _DISPATCH:
+        return {f"caller {caller}, for dispatch,": MOST_OF_ENGINES}
     return {} if method == _UNLIMITED else {f"caller {caller}": MOST_OF_A_CALLER}

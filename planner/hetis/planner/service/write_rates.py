@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hetis.planner.failures import quota_exceeded
-from hetis.planner.service.access import NEEDED
+from hetis.planner.service.access import NEEDED, STANDBY_READS
 from hetis.planner.service.identity import Role
 
 WRITES = frozenset(
     method
     for method, roles in NEEDED.items()
-    if Role.VIEWER not in roles and method.split(".")[-1].partition("/")[0] not in ("DispatchService", "AgentService")
+    if Role.VIEWER not in roles
+    and method not in STANDBY_READS
+    and method.split(".")[-1].partition("/")[0] not in ("DispatchService", "AgentService")
 )
 """What a rate holds for. Dispatch touches no disk; of the streams of agents there is one for each node."""
 _MOST_REMEMBERED = 10_000

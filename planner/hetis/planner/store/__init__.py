@@ -1,6 +1,6 @@
 """What the planning service keeps: records in SQLite or PostgreSQL, one durable transaction at a time."""
 
-from hetis.planner.store.audit import AuditedChange
+from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLine
 from hetis.planner.store.errors import StoreError
 from hetis.planner.store.records import (
     ClusterRecord,
@@ -15,6 +15,8 @@ from hetis.planner.store.store import Store
 from hetis.planner.store.transactions import Reader, Transaction
 
 __all__ = [
+    "AuditFilter",
+    "AuditLine",
     "AuditedChange",
     "ClusterRecord",
     "NodeRecord",

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import sqlalchemy as sa
 
-from hetis.planner.store import schema
+import hetis.planner.store.schema as schema
 
 OK = "OK"
 REPEATED = "REPEATED"
@@ -23,7 +24,7 @@ _PAGE = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditedChange:
-    """What a line is about.
+    """What a line is about; a column for each field, which the hash is of in this order.
 
     Attributes:
         caller, role: the name of credentials, and what they were given for.
@@ -46,7 +47,7 @@ class AuditedChange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class AuditLine:
     """A change as it stands in the log. ``number`` counts from 1, ``time_s`` is Unix time, ``epoch`` the term's."""
 
     number: int
@@ -57,13 +58,38 @@ class Line:
 
     def expected_hash(self, before: str) -> str:
         """Of what stands in the line, and the hash of the one before."""
-        change = self.change
-        values = [
-            *(before, self.number, self.time_s, self.epoch),
-            *(change.caller, change.role, change.method, change.resource),
-            *(change.request_id, change.plan, change.outcome, change.times),
-        ]
+        values = [before, self.number, self.time_s, self.epoch, *asdict(self.change).values()]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditFilter:
+    """Which lines are asked for; what is None is not looked at.
+
+    Attributes:
+        caller, method, outcome: as they stand in a line.
+        resource: what was changed, or the plan that was chosen.
+        since_s, until_s: Unix time, both included.
+    """
+
+    caller: str | None = None
+    method: str | None = None
+    outcome: str | None = None
+    resource: str | None = None
+    since_s: float | None = None
+    until_s: float | None = None
+
+    def conditions(self) -> list[sa.ColumnElement[bool]]:
+        column = schema.audit.c
+        equal = ((column.caller, self.caller), (column.method, self.method), (column.outcome, self.outcome))
+        found: list[sa.ColumnElement[bool]] = [have == wanted for have, wanted in equal if wanted is not None]
+        if self.resource is not None:
+            found.append(sa.or_(column.resource == self.resource, column.plan == self.resource))
+        if self.since_s is not None:
+            found.append(column.time_s >= self.since_s)
+        if self.until_s is not None:
+            found.append(column.time_s <= self.until_s)
+        return found
 
 
 class AuditLog:
@@ -72,19 +98,23 @@ class AuditLog:
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
 
-    def lines(self, *, after: int = 0) -> Iterator[Line]:
-        """All lines with a higher number, in their order."""
+    def page(self, after: int, limit: int, which: AuditFilter | None = None) -> list[AuditLine]:
+        """The next lines with a higher number, in their order."""
         table = schema.audit
-        while True:
-            query = sa.select(table).where(table.c.number > after).order_by(table.c.number).limit(_PAGE)
-            rows = self._connection.execute(query).all()
-            for row in rows:
-                yield _line(row)
-            if len(rows) < _PAGE:
-                return
-            after = rows[-1].number
+        conditions = [table.c.number > after, *(which or AuditFilter()).conditions()]
+        query = sa.select(table).where(*conditions).order_by(table.c.number).limit(limit)
+        return [_line(row) for row in self._connection.execute(query)]
 
-    def last(self) -> Line | None:
+    def lines(self, which: AuditFilter | None = None) -> Iterator[AuditLine]:
+        """All of them, in their order."""
+        after, is_more = 0, True
+        while is_more:
+            found = self.page(after, _PAGE, which)
+            yield from found
+            is_more = len(found) == _PAGE
+            after = found[-1].number if found else after
+
+    def last(self) -> AuditLine | None:
         table = schema.audit
         row = self._connection.execute(sa.select(table).order_by(table.c.number.desc()).limit(1)).one_or_none()
         return None if row is None else _line(row)
@@ -94,20 +124,13 @@ class AuditLog:
         last = self.last()
         number, before = (last.number + 1, last.hash) if last is not None else (1, "")
         epoch = self._connection.execute(sa.select(schema.leadership.c.epoch)).scalar_one()
-        unsigned = Line(number=number, time_s=time_s, epoch=epoch, change=change, hash="")
+        unsigned = AuditLine(number=number, time_s=time_s, epoch=epoch, change=change, hash="")
         self._connection.execute(
             sa.insert(schema.audit).values(
                 number=number,
                 time_s=time_s,
                 epoch=epoch,
-                caller=change.caller,
-                role=change.role,
-                method=change.method,
-                resource=change.resource,
-                request_id=change.request_id,
-                plan=change.plan,
-                outcome=change.outcome,
-                times=change.times,
+                **asdict(change),
                 hash=unsigned.expected_hash(before),
             )
         )
@@ -122,15 +145,6 @@ class AuditLog:
         return None
 
 
-def _line(row: sa.Row[tuple[object, ...]]) -> Line:
-    change = AuditedChange(
-        caller=row.caller,
-        role=row.role,
-        method=row.method,
-        resource=row.resource,
-        request_id=row.request_id,
-        plan=row.plan,
-        outcome=row.outcome,
-        times=row.times,
-    )
-    return Line(number=row.number, time_s=row.time_s, epoch=row.epoch, change=change, hash=row.hash)
+def _line(row: sa.Row[Any]) -> AuditLine:
+    change = AuditedChange(**{field.name: getattr(row, field.name) for field in fields(AuditedChange)})
+    return AuditLine(number=row.number, time_s=row.time_s, epoch=row.epoch, change=change, hash=row.hash)

@@ -20,7 +20,10 @@ from typing import TypeVar
 import sqlalchemy as sa
 from alembic.runtime.migration import MigrationContext
 
-from hetis.planner.store import leadership, migrating, opening, schema
+import hetis.planner.store.leadership as leadership
+import hetis.planner.store.migrating as migrating
+import hetis.planner.store.opening as opening
+import hetis.planner.store.schema as schema
 from hetis.planner.store.audit import AuditedChange, AuditLog
 from hetis.planner.store.errors import StoreError
 from hetis.planner.store.file_lock import FileLock

@@ -21,7 +21,7 @@ class StoreHealth:
         self._clock = clock
         self._answered_s = clock()
         self._began_s: float | None = None
-        self._has_failed = False
+        self._has_failed = self._is_failing = False
         self.errors = 0
         self.seconds = 0.0
         self.buckets = [0] * (len(BUCKETS_S) + 1)
@@ -37,6 +37,11 @@ class StoreHealth:
         began_s = self._began_s
         return 0.0 if began_s is None else self._clock() - began_s
 
+    @property
+    def failing_s(self) -> float:
+        """How long it has done nothing of what it was asked to; 0: the last that ended was done."""
+        return self.answered_s_ago if self._is_failing else 0.0
+
     def began(self) -> None:
         self._began_s, self._has_failed = self._clock(), False
 
@@ -50,6 +55,7 @@ class StoreHealth:
         self._began_s = None
         self.seconds += took_s
         self.buckets[bisect_left(BUCKETS_S, took_s)] += 1
+        self._is_failing = self._has_failed
         if self._has_failed:
             self.errors += 1
         else:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store import schema
 
 _ROW = schema.leadership.c.id == 1
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store import schema
 
 KEPT_S = 24 * 3600.0  # as docs/api.md says
 

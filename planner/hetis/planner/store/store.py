@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+import hetis.planner.store.leadership as leadership
+import hetis.planner.store.migrating as migrating
+import hetis.planner.store.opening as opening
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store import leadership, migrating, opening
 from hetis.planner.store.errors import StoreError
 from hetis.planner.store.file_lock import FileLock
 from hetis.planner.store.health import StoreHealth
@@ -27,6 +29,7 @@ T = TypeVar("T")
 LEASE_S = 5.0  # of a planner on a server
 _RENEWALS = 6  # in the time of a lease; an attempt may take two such times
 _LOOK_S = 0.5  # how often a standby looks at who leads
+_TRY_S = 1.0  # that a read waits at least, whatever is known of the store
 _PROBE_S = 2.0  # a store that nobody asked for so long is asked whether it is there
 _log = logging.getLogger("hetis.planner.store")
 
@@ -156,10 +159,20 @@ class Store:
     async def read(self, work: Callable[[Reader], T]) -> T:
         """What ``work`` returns; it runs in the store's thread and sees one consistent state.
 
+        A server that answers nobody is not waited for in the queue of all who ask it: another planner may answer.
+
         Raises:
             ServiceError: STORE_UNAVAILABLE, or what ``work`` raises.
         """
-        return await self._run(self._timed, self._read, work)
+        reading: asyncio.Future[T] = asyncio.ensure_future(self._run(self._timed, self._read, work))
+        reading.add_done_callback(_forget)  # it may go on when nobody waits any more
+        if self._lease_s and not await self._ends_in_time(reading):
+            raise ServiceError(
+                Reason.ERROR_REASON_STORE_UNAVAILABLE,
+                f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s",
+                metadata={"changed": "no"},
+            )
+        return await reading
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
         """What ``work`` returns, in the store's thread, once all its changes are durable; if it raises none is made.
@@ -227,6 +240,17 @@ class Store:
         self.require_term()
         if not self.lease.may_decide:
             raise self.undecided()
+
+    async def _ends_in_time(self, reading: asyncio.Future[T]) -> bool:
+        """Waits for a read while the store answers somebody; whether it ended."""
+        wait_s = _TRY_S
+        while wait_s > 0:
+            done, _ = await asyncio.wait({reading}, timeout=wait_s)
+            if done:
+                return True
+            silent_s = max(min(self.health.running_s, self._breaker.silent_s), self.health.failing_s)
+            wait_s = self._limit_s - silent_s
+        return False
 
     async def _unless(self, ended: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
         """What ``work`` returns, if that is in the term that began with it: later nobody may be told."""

@@ -9,9 +9,10 @@ from typing import Any, Generic, TypeVar
 import sqlalchemy as sa
 from google.protobuf.message import Message
 
+import hetis.planner.store.records as records
+import hetis.planner.store.schema as schema
 from hetis.planner import failures
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store import records, schema
 from hetis.planner.store.records import Record
 from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from hetis.planner.store import records, schema
+import hetis.planner.store.records as records
+import hetis.planner.store.schema as schema
 from hetis.planner.store.audit import AuditLog
 from hetis.planner.store.requests import RequestTable
 from hetis.planner.store.tables import PlanDocumentTable, PlanDocumentView, RecordTable, RedispatchTable, TableView

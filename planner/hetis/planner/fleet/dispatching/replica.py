@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.planner.fleet.dispatching.admission import Admission, admit
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.dispatching.admission import Admission, Home, Quality, Refusal, admit
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import IntArray, Load
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
@@ -34,13 +35,35 @@ class Growth:
     remaining_tokens: int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """What became of the requests of one call that did not run before.
+
+    Attributes:
+        homes: of each that is placed, one per stage.
+        refused: of each that has to wait, in their order.
+        qualities: of the copies that got requests of the call.
+    """
+
+    homes: dict[str, tuple[Home, ...]]
+    refused: dict[str, Refusal]
+    qualities: tuple[Quality, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Coming:
+    """A call that waits for the next turn of the loop."""
+
+    newcomers: Sequence[Newcomer]
+    answer: asyncio.Future[Admitted]
+
+
 class ReplicaDispatch:
     """A request is on one copy of every stage, or on none; every method keeps it so.
 
     Attributes:
         running: in order of admission.
         version: grows with every change.
-        planning: held while a batch is planned and admitted, for a stage plans one batch at a time.
     """
 
     def __init__(
@@ -51,17 +74,105 @@ class ReplicaDispatch:
         self.stages = tuple(tuple(copies) for copies in stages)
         self.running = dict(running)
         self.version = 0
-        self.planning = asyncio.Lock()
+        self._planning = asyncio.Lock()  # a stage plans one batch at a time
+        self._coming = list[_Coming]()
+        self._later = set[asyncio.Task[None]]()
 
     @property
     def copies(self) -> Iterable[StageCopy]:
         return (copy for copies in self.stages for copy in copies)
 
-    async def plan(self, newcomers: Sequence[Newcomer]) -> Admission:
-        """Where a batch would go from here, for `admit` before anything else is awaited; nothing is changed.
+    async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> Admitted:
+        """Places requests, in their order, and adds those that fit; those that run with the same numbers are ignored.
 
-        Under ``planning``. A large batch is planned in a thread, on what ran at that moment: when that has changed
-        meanwhile it is planned again, at last in the loop, where nothing can change.
+        Small batches that come in one turn of the event loop are planned as one: where many engines ask at once, one
+        solve answers them all.
+
+        Args:
+            keep: False: nothing is added.
+
+        Raises:
+            ServiceError: REQUEST_RUNNING, with other numbers; then none is added.
+        """
+        if keep and len(newcomers) <= MOST_IN_LOOP:
+            coming = _Coming(newcomers, asyncio.get_running_loop().create_future())
+            self._coming.append(coming)
+            if len(self._coming) == 1:
+                asyncio.get_running_loop().call_soon(self._take_coming)
+            return await coming.answer
+        async with self._planning:
+            fresh = self.not_running(newcomers)
+            admission = await self._plan(fresh)
+            if keep:
+                self._add(fresh, admission)
+        return _part_of(admission, fresh, range(len(fresh)))
+
+    def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
+        """Those that do not run already, or are ``finished``.
+
+        Raises:
+            ServiceError: REQUEST_RUNNING, one runs with other numbers.
+        """
+        fresh = list[Newcomer]()
+        for one in newcomers:
+            running = self.running.get(one.id)
+            if running is None or one.id in finished:
+                fresh.append(one)
+            elif running.admitted != one:
+                raise _is_running(one, running.admitted)
+        return fresh
+
+    def _take_coming(self) -> None:
+        if self._planning.locked():  # a large batch is planned in a thread
+            task = asyncio.ensure_future(self._take_coming_later())
+            self._later.add(task)
+            task.add_done_callback(self._later.discard)
+            return
+        coming, self._coming = self._coming, []
+        batch, names = list[_Coming](), set[str]()
+        for one in coming:
+            if one.answer.done():
+                continue  # its caller is gone
+            its_names = {newcomer.id for newcomer in one.newcomers}
+            if batch and (len(names) + len(its_names) > MOST_IN_LOOP or not names.isdisjoint(its_names)):
+                self._admit_together(batch)
+                batch, names = [], set()
+            batch.append(one)
+            names |= its_names
+        if batch:
+            self._admit_together(batch)
+
+    async def _take_coming_later(self) -> None:
+        async with self._planning:
+            pass
+        self._take_coming()
+
+    def _admit_together(self, batch: Sequence[_Coming]) -> None:
+        """No name comes twice in it."""
+        fresh, parts = list[Newcomer](), list[tuple[_Coming, range]]()
+        for one in batch:
+            try:
+                found = self.not_running(one.newcomers)
+            except ServiceError as error:
+                one.answer.set_exception(error)
+                continue
+            parts.append((one, range(len(fresh), len(fresh) + len(found))))
+            fresh += found
+        try:
+            admission = admit(self.stages, self._loads(), fresh)
+            self._add(fresh, admission)
+        except Exception as error:
+            for one, _ in parts:
+                one.answer.set_exception(error)
+            return
+        for one, positions in parts:
+            one.answer.set_result(_part_of(admission, fresh, positions))
+
+    async def _plan(self, newcomers: Sequence[Newcomer]) -> Admission:
+        """Where a batch would go from here, for `_add` before anything else is awaited; nothing is changed.
+
+        A large batch is planned in a thread, on what ran at that moment: when that has changed meanwhile it is planned
+        again, at last in the loop, where nothing can change.
         """
         for _ in range(MOST_TRIES if len(newcomers) > MOST_IN_LOOP else 0):
             version = self.version
@@ -73,8 +184,8 @@ class ReplicaDispatch:
     def _loads(self) -> list[list[Load]]:
         return [[copy.load() for copy in copies] for copies in self.stages]
 
-    def admit(self, newcomers: Sequence[Newcomer], admission: Admission) -> None:
-        """Adds what `plan` has placed, of the state that it was planned on."""
+    def _add(self, newcomers: Sequence[Newcomer], admission: Admission) -> None:
+        """Adds what was placed, of the state that it was planned on."""
         self.version += 1
         for j, homes in admission.homes.items():
             for home in homes:
@@ -186,3 +297,25 @@ class ReplicaDispatch:
         names = list(self.running) if requests is None else requests
         incarnations = {name: self.running[name].admitted.incarnation for name in names}
         return [copy.head_map(incarnations, requests) for copy in self.copies]
+
+
+def _part_of(admission: Admission, newcomers: Sequence[Newcomer], positions: range) -> Admitted:
+    """What an admission says of some of its requests."""
+    homes = {newcomers[j].id: admission.homes[j] for j in positions if j in admission.homes}
+    used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
+    return Admitted(
+        homes=homes,
+        refused={newcomers[j].id: admission.refused[j] for j in positions if j in admission.refused},
+        qualities=tuple(quality for quality in admission.qualities if (quality.stage, quality.copy) in used),
+    )
+
+
+def _is_running(given: Newcomer, admitted: Newcomer) -> ServiceError:
+    def words(one: Newcomer) -> str:
+        return f"incarnation {one.incarnation}, {one.context_tokens} and {one.growth_tokens} tokens"
+
+    return ServiceError(
+        Reason.ERROR_REASON_REQUEST_RUNNING,
+        f"{given.id} runs already, admitted with {words(admitted)}; the call has {words(given)}",
+        metadata={"request": given.id},
+    )

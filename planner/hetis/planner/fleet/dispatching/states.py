@@ -14,15 +14,21 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 from hetis.planner.convert.stages_in import stage_from_proto
 from hetis.planner.daemons import in_daemon_thread
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.dispatching.answers import placement_to_proto, quality_to_proto, refusal_to_proto
-from hetis.planner.fleet.dispatching.batches import check_batch, growth_violations, newcomer_violations
-from hetis.planner.fleet.dispatching.declaring import declared, name_violations
-from hetis.planner.fleet.dispatching.replica import Growth, ReplicaDispatch
+from hetis.planner.fleet.dispatching.batches import (
+    check_batch,
+    check_step,
+    growth_violations,
+    names_violations,
+    newcomer_violations,
+)
+from hetis.planner.fleet.dispatching.declaring import declared
+from hetis.planner.fleet.dispatching.replica import Admitted, Growth, ReplicaDispatch
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.running import RunningReplica, RunningReplicas
 from hetis.solver.dispatch.warming import compile_dispatch
@@ -70,52 +76,63 @@ class DispatchStates:
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
-        check_batch(len(request.requests), newcomer_violations(request.requests))
-        async with state.planning:
-            fresh = _not_running(state, request.requests)
-            admission = await state.plan(fresh)
-            if self._states.get(request.parent) is not state:
-                raise self._lost(request.parent, request.state_id)  # the engine declared another one meanwhile
-            if not request.validate_only:
-                state.admit(fresh, admission)
-        homes = {fresh[j].id: found for j, found in admission.homes.items()}
-        refused = [(fresh[j].id, refusal) for j, refusal in sorted(admission.refused.items())]
+        check_batch(len(request.requests), newcomer_violations("requests", request.requests))
+        admitted = await self._admitted(request.parent, state, request.requests, keep=not request.validate_only)
         return dispatch_service_pb2.AdmitRequestsResponse(
-            placements=[
-                placement_to_proto(one.id, state.running.get(one.id), homes.get(one.id))
-                for one in request.requests
-                if one.id in homes or one.id in state.running
-            ],
-            unplaced=[refusal_to_proto(name, refusal) for name, refusal in refused],
-            stages=[quality_to_proto(quality) for quality in admission.qualities],
+            placements=_placements(state, request.requests, admitted),
+            unplaced=[refusal_to_proto(name, refusal) for name, refusal in admitted.refused.items()],
+            stages=[quality_to_proto(quality) for quality in admitted.qualities],
         )
+
+    async def step(
+        self, request: dispatch_service_pb2.DispatchRequestsRequest
+    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+        """A message of `DispatchRequests`. Everything of it is checked before anything is done."""
+        if self._warming is None or not self._warming.done():
+            await self.warm_up()
+        state = self._state(request.parent, request.state_id)
+        check_step(request)
+        answer = dispatch_service_pb2.DispatchRequestsResponse(sequence=request.sequence)
+        if request.new_requests:
+            state.not_running(_newcomers(request.new_requests), finished=frozenset(request.finished))
+        if request.finished:
+            state.finish(request.finished)
+        if request.grown:
+            answer.stalled.extend(state.grow(_growths(request.grown)))
+        if request.new_requests:
+            admitted = await self._admitted(request.parent, state, request.new_requests)
+            answer.placements.extend(_placements(state, request.new_requests, admitted))
+            answer.unplaced.extend(refusal_to_proto(name, refusal) for name, refusal in admitted.refused.items())
+            answer.stages.extend(quality_to_proto(quality) for quality in admitted.qualities)
+        return answer
+
+    async def _admitted(
+        self,
+        name: str,
+        state: ReplicaDispatch,
+        requests: Iterable[dispatch_service_pb2.NewRequest],
+        *,
+        keep: bool = True,
+    ) -> Admitted:
+        admitted = await state.admit(_newcomers(requests), keep=keep)
+        if self._states.get(name) is not state:
+            raise self._lost(name, state.state_id)  # the engine declared another one meanwhile
+        return admitted
 
     def finish(
         self, request: dispatch_service_pb2.FinishRequestsRequest
     ) -> dispatch_service_pb2.FinishRequestsResponse:
         """`FinishRequests`."""
         state = self._state(request.parent, request.state_id)
-        seen = set[str]()
-        check_batch(
-            len(request.requests),
-            chain.from_iterable(name_violations(f"requests[{n}]", one, seen) for n, one in enumerate(request.requests)),
-        )
+        check_batch(len(request.requests), names_violations("requests", request.requests))
         state.finish(request.requests)
         return dispatch_service_pb2.FinishRequestsResponse()
 
     def grow(self, request: dispatch_service_pb2.GrowRequestsRequest) -> dispatch_service_pb2.GrowRequestsResponse:
         """`GrowRequests`."""
         state = self._state(request.parent, request.state_id)
-        check_batch(len(request.requests), growth_violations(request.requests))
-        growths = [
-            Growth(
-                id=one.id,
-                context_tokens=one.context_tokens,
-                remaining_tokens=one.remaining_tokens if one.HasField("remaining_tokens") else None,
-            )
-            for one in request.requests
-        ]
-        return dispatch_service_pb2.GrowRequestsResponse(stalled=state.grow(growths))
+        check_batch(len(request.requests), growth_violations("requests", request.requests))
+        return dispatch_service_pb2.GrowRequestsResponse(stalled=state.grow(_growths(request.requests)))
 
     def get(
         self, request: dispatch_service_pb2.GetDispatchStateRequest
@@ -251,34 +268,35 @@ def _require_generation(state: dispatch_service_pb2.DispatchState, replica: Runn
         )
 
 
-def _not_running(state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest]) -> list[Newcomer]:
-    """Those of the requests that do not run already, with the same numbers.
-
-    Raises:
-        ServiceError: REQUEST_RUNNING, with other ones.
-    """
-    fresh = list[Newcomer]()
-    for one in requests:
-        newcomer = Newcomer(
+def _newcomers(requests: Iterable[dispatch_service_pb2.NewRequest]) -> list[Newcomer]:
+    return [
+        Newcomer(
             id=one.id, incarnation=one.incarnation, context_tokens=one.context_tokens, growth_tokens=one.growth_tokens
         )
-        running = state.running.get(one.id)
-        if running is None:
-            fresh.append(newcomer)
-        elif running.admitted != newcomer:
-            raise _is_running(newcomer, running.admitted)
-    return fresh
+        for one in requests
+    ]
 
 
-def _is_running(given: Newcomer, admitted: Newcomer) -> ServiceError:
-    def words(one: Newcomer) -> str:
-        return f"incarnation {one.incarnation}, {one.context_tokens} and {one.growth_tokens} tokens"
+def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[Growth]:
+    return [
+        Growth(
+            id=one.id,
+            context_tokens=one.context_tokens,
+            remaining_tokens=one.remaining_tokens if one.HasField("remaining_tokens") else None,
+        )
+        for one in requests
+    ]
 
-    return ServiceError(
-        Reason.ERROR_REASON_REQUEST_RUNNING,
-        f"{given.id} runs already, admitted with {words(admitted)}; the call has {words(given)}",
-        metadata={"request": given.id},
-    )
+
+def _placements(
+    state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: Admitted
+) -> list[dispatch_service_pb2.Placement]:
+    """Of those that were admitted, and those that ran before."""
+    return [
+        placement_to_proto(one.id, state.running.get(one.id), admitted.homes.get(one.id))
+        for one in requests
+        if one.id in admitted.homes or one.id in state.running
+    ]
 
 
 def _token(state: ReplicaDispatch, first: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
+from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.running import RunningReplicas
 from hetis.planner.service.identity import Identity, Role, caller
@@ -18,8 +20,23 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class DispatchServicer(dispatch_service_pb2_grpc.DispatchServiceServicer):
     """Messages in, messages out; failures are the interceptor's to translate."""
 
-    def __init__(self, states: DispatchStates, replicas: RunningReplicas) -> None:
-        self._states, self._replicas = states, replicas
+    def __init__(
+        self, states: DispatchStates, replicas: RunningReplicas, *, require_lease: Callable[[], None] = lambda: None
+    ) -> None:
+        """``require_lease`` raises STORE_UNAVAILABLE while nothing may be decided; of calls the interceptor asks."""
+        self._states, self._replicas, self._require_lease = states, replicas, require_lease
+
+    async def DispatchRequests(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb2.DispatchRequestsRequest], context: _Context
+    ) -> AsyncIterator[pb2.DispatchRequestsResponse]:
+        async for request in request_iterator:
+            try:
+                self._require_lease()
+                self._require_primary(request.parent, Role.ORCHESTRATOR)
+                response = await self._states.step(request)
+            except ServiceError as error:
+                response = pb2.DispatchRequestsResponse(sequence=request.sequence, failure=error.to_proto())
+            yield response
 
     async def AdmitRequests(  # noqa: N802  # gRPC's names
         self, request: pb2.AdmitRequestsRequest, context: _Context

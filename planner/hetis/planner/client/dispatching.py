@@ -1,0 +1,273 @@
+"""A `DispatchRequests` stream: what an engine says between two steps, for a fraction of what calls cost.
+
+An engine keeps one per replica. A stream that broke is of no more use: `CallError`; open another one, after
+DISPATCH_STATE_LOST with what is running declared anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from hetis.planner.client.connection import DISPATCH_DEADLINE_S
+from hetis.planner.client.errors import CallError, Violation, call_error
+from hetis.planner.failures import code_of_reason
+from hetis.v1 import dispatch_service_pb2, failure_pb2
+
+MOST_TOGETHER = 256  # requests of one kind in a message that is made of several steps; the planner takes 1,024
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    message: dispatch_service_pb2.DispatchRequestsRequest
+    answer: asyncio.Future[dispatch_service_pb2.DispatchRequestsResponse]
+
+
+class AsyncDispatchStream:
+    """For asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
+
+    Steps that are made while another one is under way travel together in the next message, so that many tasks that ask
+    at once cost the planner one solve. They must name different requests, or go one after the other all the same.
+    """
+
+    def __init__(self, call: Any, replica: str, state_id: str) -> None:
+        """``call``: the stream, as gRPC for asyncio opens it."""
+        self._call, self._replica, self._state_id = call, replica, state_id
+        self._waiting = list[_Step]()
+        self._sending: asyncio.Task[None] | None = None
+        self._sequence = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def step(
+        self,
+        *,
+        finished: Sequence[str] = (),
+        grown: Sequence[dispatch_service_pb2.Growth] = (),
+        new: Sequence[dispatch_service_pb2.NewRequest] = (),
+        timeout: float = DISPATCH_DEADLINE_S,
+    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+        """Finishes, grows and admits, in this order.
+
+        Raises:
+            CallError: nothing of it was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after
+                ``timeout``, the stream then goes on.
+        """
+        message = _message(self._replica, self._state_id, finished, grown, new)
+        step = _Step(message, asyncio.get_running_loop().create_future())
+        self._waiting.append(step)
+        if self._sending is None:
+            self._sending = asyncio.ensure_future(self._send())
+        try:
+            async with asyncio.timeout(timeout):
+                return await step.answer
+        except TimeoutError:
+            raise _is_late(timeout) from None
+
+    async def close(self) -> None:
+        """Ends the stream; steps that are under way fail."""
+        self._call.cancel()
+        if self._sending is not None:
+            await asyncio.gather(self._sending, return_exceptions=True)
+
+    async def _send(self) -> None:
+        steps = list[_Step]()
+        try:
+            while self._waiting:
+                steps = self._next_steps()
+                answer = await self._exchange(_joined([step.message for step in steps]))
+                if answer.HasField("failure") and len(steps) > 1:
+                    for step in steps:  # one of them is to blame: each hears of its own
+                        _settle(step, await self._exchange(step.message))
+                    continue
+                for step in steps:
+                    _settle(step, answer if len(steps) == 1 else _part_of(answer, step.message))
+        except (grpc.RpcError, CallError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
+            # gRPC: an error status; an orderly end; `close` while an answer was waited for; a write after either.
+            failed = call_error(error) if isinstance(error, grpc.RpcError) else _has_ended()
+            for step in (*steps, *self._waiting):
+                if not step.answer.done():
+                    step.answer.set_exception(failed)
+            self._waiting.clear()
+        finally:
+            self._sending = None
+
+    def _next_steps(self) -> list[_Step]:
+        """Those that wait, as many as may go together."""
+        steps, names = list[_Step](), set[str]()
+        while self._waiting:
+            message = self._waiting[0].message
+            its_names = {
+                *message.finished,
+                *(one.id for one in message.new_requests),
+                *(one.id for one in message.grown),
+            }
+            if steps and (len(names) + len(its_names) > MOST_TOGETHER or not names.isdisjoint(its_names)):
+                break
+            steps.append(self._waiting.pop(0))
+            names |= its_names
+        return steps
+
+    async def _exchange(
+        self, message: dispatch_service_pb2.DispatchRequestsRequest
+    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+        self._sequence += 1
+        message.sequence = self._sequence
+        await self._call.write(message)
+        answer = await self._call.read()
+        if not isinstance(answer, dispatch_service_pb2.DispatchRequestsResponse):  # the end of the stream
+            raise _has_ended()
+        return answer
+
+
+class DispatchStream:
+    """The same for code without an event loop; steps of several threads go one after the other."""
+
+    def __init__(self, open_stream: Any, replica: str, state_id: str) -> None:
+        """``open_stream``: takes an iterator of requests, returns one of answers, as ``grpc`` does."""
+        self._replica, self._state_id = replica, state_id
+        self._lock = threading.Lock()
+        self._messages = queue.SimpleQueue[dispatch_service_pb2.DispatchRequestsRequest | None]()
+        self._answers = queue.SimpleQueue[dispatch_service_pb2.DispatchRequestsResponse | CallError]()
+        self._sequence = 0
+        self._call = open_stream(self._requests())
+        threading.Thread(target=self._read, name="hetis dispatch stream", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def step(
+        self,
+        *,
+        finished: Sequence[str] = (),
+        grown: Sequence[dispatch_service_pb2.Growth] = (),
+        new: Sequence[dispatch_service_pb2.NewRequest] = (),
+        timeout: float = DISPATCH_DEADLINE_S,
+    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+        """Finishes, grows and admits, in this order.
+
+        Raises:
+            CallError: nothing of it was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after
+                ``timeout``, the stream then goes on.
+        """
+        message = _message(self._replica, self._state_id, finished, grown, new)
+        end_s = time.monotonic() + timeout
+        with self._lock:
+            self._sequence = message.sequence = self._sequence + 1
+            self._messages.put(message)
+            while True:
+                try:
+                    answer = self._answers.get(timeout=max(0.0, end_s - time.monotonic()))
+                except queue.Empty:
+                    raise _is_late(timeout) from None
+                if isinstance(answer, CallError):
+                    self._answers.put(answer)  # for the next step too
+                    raise answer
+                if answer.sequence == self._sequence:  # else of a step that was late
+                    break
+        if answer.HasField("failure"):
+            raise _error_of(answer.failure)
+        return answer
+
+    def close(self) -> None:
+        """Ends the stream; a step that is under way fails."""
+        self._messages.put(None)
+        self._call.cancel()
+
+    def _requests(self) -> Iterator[dispatch_service_pb2.DispatchRequestsRequest]:
+        while (message := self._messages.get()) is not None:
+            yield message
+
+    def _read(self) -> None:
+        try:
+            for answer in self._call:
+                self._answers.put(answer)
+            self._answers.put(_has_ended())
+        except grpc.RpcError as error:
+            self._answers.put(call_error(error))
+
+
+def _message(
+    replica: str,
+    state_id: str,
+    finished: Sequence[str],
+    grown: Sequence[dispatch_service_pb2.Growth],
+    new: Sequence[dispatch_service_pb2.NewRequest],
+) -> dispatch_service_pb2.DispatchRequestsRequest:
+    return dispatch_service_pb2.DispatchRequestsRequest(
+        parent=replica, state_id=state_id, finished=finished, grown=grown, new_requests=new
+    )
+
+
+def _joined(
+    messages: Sequence[dispatch_service_pb2.DispatchRequestsRequest],
+) -> dispatch_service_pb2.DispatchRequestsRequest:
+    if len(messages) == 1:
+        return messages[0]
+    whole = dispatch_service_pb2.DispatchRequestsRequest()
+    for message in messages:
+        whole.MergeFrom(message)
+    return whole
+
+
+def _part_of(
+    answer: dispatch_service_pb2.DispatchRequestsResponse, message: dispatch_service_pb2.DispatchRequestsRequest
+) -> dispatch_service_pb2.DispatchRequestsResponse:
+    """What an answer to several messages says of one; the quality is that of all."""
+    new, grown = {one.id for one in message.new_requests}, {one.id for one in message.grown}
+    placements = [one for one in answer.placements if one.request in new]
+    return dispatch_service_pb2.DispatchRequestsResponse(
+        sequence=answer.sequence,
+        stalled=[one for one in answer.stalled if one in grown],
+        placements=placements,
+        unplaced=[one for one in answer.unplaced if one.request in new],
+        stages=answer.stages if placements else (),
+    )
+
+
+def _settle(step: _Step, answer: dispatch_service_pb2.DispatchRequestsResponse) -> None:
+    if step.answer.done():
+        return  # its caller is gone
+    if answer.HasField("failure"):
+        step.answer.set_exception(_error_of(answer.failure))
+    else:
+        step.answer.set_result(answer)
+
+
+def _error_of(failure: failure_pb2.Failure) -> CallError:
+    """As if the failure had come as a status."""
+    name = failure_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
+    return CallError(
+        failure.message,
+        code=code_of_reason(failure.reason),
+        reason=name,
+        metadata=failure.metadata,
+        violations=[Violation(field=one.field, description=one.description) for one in failure.field_violations],
+    )
+
+
+def _has_ended() -> CallError:
+    return CallError("the dispatch stream has ended", code=grpc.StatusCode.CANCELLED)
+
+
+def _is_late(timeout_s: float) -> CallError:
+    return CallError(f"no answer within {timeout_s:g} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -1,0 +1,61 @@
+"""The audit log as callers read it."""
+
+from __future__ import annotations
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from hetis.planner.convert.times import timestamp
+from hetis.planner.resources.checking import Checks
+from hetis.planner.resources.paging import read_page_request
+from hetis.planner.store import AuditFilter, AuditLine, Store
+from hetis.v1 import audit_service_pb2 as service_pb2
+
+_TEXTS = ("caller", "method", "resource", "outcome")
+
+
+class AuditedChanges:
+    """Lines of the log, the oldest first."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def list(self, request: service_pb2.ListAuditedChangesRequest) -> service_pb2.ListAuditedChangesResponse:
+        checks = Checks()
+        checks.page_size(request.page_size)
+        for field in _TEXTS:
+            checks.require(getattr(request, field).isprintable(), field, "holds characters that cannot be printed")
+        checks.raise_if_wrong()
+        which = AuditFilter(
+            **{field: getattr(request, field) or None for field in _TEXTS},
+            since_s=_seconds(request.since_time) if request.HasField("since_time") else None,
+            until_s=_seconds(request.until_time) if request.HasField("until_time") else None,
+        )
+        page = read_page_request(request)
+        after = page.after_number
+        found = await self._store.read(lambda reader: reader.audit.page(after, page.num_read, which))
+        lines, token = page.cut(found, lambda line: str(line.number))
+        return service_pb2.ListAuditedChangesResponse(
+            audited_changes=[_message(line) for line in lines], next_page_token=token
+        )
+
+
+def _seconds(moment: Timestamp) -> float:
+    return moment.seconds + moment.nanos / 1e9
+
+
+def _message(line: AuditLine) -> service_pb2.AuditedChange:
+    change = line.change
+    return service_pb2.AuditedChange(
+        number=line.number,
+        time=timestamp(line.time_s),
+        epoch=line.epoch,
+        caller=change.caller,
+        role=change.role,
+        method=change.method,
+        resource=change.resource,
+        request_id=change.request_id,
+        plan=change.plan,
+        outcome=change.outcome,
+        times=change.times,
+        hash=line.hash,
+    )

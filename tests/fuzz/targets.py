@@ -1,0 +1,168 @@
+"""Everything that reads what strangers wrote, as functions of bytes: each returns, or fails in the way it documents.
+
+An exception that a target lets through is a finding. So is a second that one input takes (`MOST_S`): inputs are small.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from hetis.formats import documents
+from hetis.formats.errors import DocumentError
+from hetis.formats.faults import load_faults
+from hetis.formats.measurements import load_measurements
+from hetis.formats.positions import parse_text
+from hetis.planner.convert.documents import read_document
+from hetis.planner.convert.objectives import objective_from_proto
+from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.dispatching.declaring import declared
+from hetis.planner.service.certificates import ends_of_certificates
+from hetis.planner.service.setting_sources import load_config
+from hetis.planner.service.tokens import Tokens
+from hetis.profiler.importers import FORMATS, import_tables
+from hetis.runtime.agent.pressure.scraping import ScrapeState, read_text
+from hetis.runtime.server.bodies import ChatBody, CompletionBody, parse_body
+from hetis.runtime.server.errors import ApiError
+from hetis.solver.errors import HetisError, InvalidProblemError
+from hetis.v1 import dispatch_service_pb2, document_pb2, plan_pb2, stage_pb2
+from tests.planner.dispatching.stages import stage_model
+
+ROOT = Path(__file__).parents[2]
+CORPUS = Path(__file__).parent / "corpus"
+MOST_BYTES = 20_000
+MOST_S = 5.0
+"""CPU time of one input; far above what any takes, and far below what hurts."""
+
+Read = Callable[[bytes], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """``read`` takes the bytes; ``seeds`` are patterns of files of the repository that it begins with."""
+
+    read: Read
+    seeds: tuple[str, ...] = ()
+
+    def inputs(self, name: str) -> Iterator[Path]:
+        """The kept corpus, which has every finding, and the seeds."""
+        yield from sorted((CORPUS / name).glob("*"))
+        for pattern in self.seeds:
+            yield from (path for path in sorted(ROOT.glob(pattern)) if path.suffix != ".expected")
+
+
+@cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="hetis-fuzz-"))
+
+
+def _from_file(load: Callable[[str], object], stem: str, suffix: str, data: bytes) -> None:
+    """Loaders take paths, whose endings say the form."""
+    if not suffix:
+        suffix = ".json" if data.lstrip()[:1] in (b"{", b"[") else ".yaml"
+    path = _folder() / f"{stem}{suffix}"
+    path.write_bytes(data)
+    with suppress(DocumentError, InvalidProblemError):
+        load(str(path))
+
+
+def _table(form: str, path: str) -> None:
+    import_tables(form, [path])
+
+
+def _text(data: bytes) -> None:
+    with suppress(DocumentError):
+        parse_text(data.decode("utf-8", errors="replace"), "document")
+
+
+def _document(kind: str, data: bytes) -> None:
+    """As a request carries it."""
+    with suppress(DocumentError, InvalidProblemError, ServiceError):
+        read_document(document_pb2.Document(content=data), kind)
+
+
+def _metrics(data: bytes) -> None:
+    found = read_text(data.decode("utf-8", errors="replace"), name="engine")
+    assert (found.state is ScrapeState.READ) == bool(found.readings)
+
+
+def _certificates(data: bytes) -> None:
+    ends_of_certificates(data.decode("utf-8", errors="replace"))
+
+
+def _body(data: bytes) -> None:
+    for kind in (CompletionBody, ChatBody):
+        with suppress(ApiError):
+            parse_body(kind, data)
+
+
+def _message(kind: type[Message], use: Callable[[Any], object], data: bytes) -> None:
+    try:
+        message = kind.FromString(data)
+    except DecodeError:
+        return
+    with suppress(ServiceError, HetisError):
+        use(message)
+
+
+def _stage(message: stage_pb2.StageModel) -> None:
+    stage_from_proto(message)
+
+
+@cache
+def _one_stage() -> stage_pb2.StageModel:
+    return stage_model(3)
+
+
+def _declaration(message: dispatch_service_pb2.DispatchState) -> None:
+    model = _one_stage()
+    declared(message, {(0, 0): stage_from_proto(model)}, "state")
+
+
+def _objective(message: plan_pb2.Objective) -> None:
+    wrong = list[tuple[str, str]]()
+    objective_from_proto(message, "objective", lambda field, why: wrong.append((field, why)))
+
+
+LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
+    "cluster": (documents.load_cluster, "", ("tests/bad_input/cluster_*", "examples/paper.yaml")),
+    "model": (documents.load_model, "", ("tests/bad_input/model_*",)),
+    "profile": (documents.load_profile, "", ("tests/bad_input/profile_*",)),
+    "plan": (documents.load_plan, "", ("tests/bad_input/plan_*",)),
+    "workload": (documents.load_workload, "", ("tests/bad_input/workload_*.yaml",)),
+    "trace_csv": (documents.load_workload, ".csv", ("tests/bad_input/workload_*.csv",)),
+    "trace_jsonl": (documents.load_workload, ".jsonl", ("tests/bad_input/workload_*.jsonl",)),
+    "state": (documents.load_state, "", ("tests/bad_input/state_*",)),
+    "requests": (documents.load_requests, "", ("tests/bad_input/requests_*",)),
+    "layers": (documents.load_layers_problem, "", ("tests/bad_input/layers_*", "examples/layers-24.yaml")),
+    "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/tenants.yaml")),
+    "faults": (load_faults, ".csv", ("tests/bad_input/faults_*",)),
+    "measurements": (load_measurements, "", ()),
+    "planner_config": (partial(load_config, environment={}), "", ("examples/service/*.yaml",)),
+    "tokens": (Tokens.load, ".yaml", ()),
+}
+TARGETS: Mapping[str, Target] = {
+    **{
+        name: Target(read=partial(_from_file, load, name, suffix), seeds=seeds)
+        for name, (load, suffix, seeds) in LOADERS.items()
+    },
+    **{f"import_{form}": Target(read=partial(_from_file, partial(_table, form), form, ".csv")) for form in FORMATS},
+    "text": Target(read=_text, seeds=("tests/bad_input/cluster_*",)),
+    "request_cluster": Target(read=partial(_document, "Cluster"), seeds=("tests/bad_input/cluster_*",)),
+    "request_plan": Target(read=partial(_document, "Plan"), seeds=("tests/bad_input/plan_*",)),
+    "request_workload": Target(read=partial(_document, "Workload"), seeds=("tests/bad_input/workload_*.yaml",)),
+    "prometheus": Target(read=_metrics),
+    "certificates": Target(read=_certificates),
+    "http_body": Target(read=_body),
+    "stage": Target(read=partial(_message, stage_pb2.StageModel, _stage)),
+    "dispatch_state": Target(read=partial(_message, dispatch_service_pb2.DispatchState, _declaration)),
+    "objective": Target(read=partial(_message, plan_pb2.Objective, _objective)),
+}

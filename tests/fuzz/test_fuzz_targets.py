@@ -1,0 +1,38 @@
+"""Readers of what strangers write fail as they document, on what was found before and on some hundred mutations of it.
+
+`python -m tests.fuzz.run` goes on for as long as one likes, and follows the code's branches where atheris is installed.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import islice
+
+import pytest
+
+from tests.fuzz.mutating import failure_of, mutations
+from tests.fuzz.targets import CORPUS, TARGETS, Target
+
+INPUTS = 120
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_reader_fails_as_it_documents_or_not_at_all(name: str) -> None:
+    for data in islice(mutations(TARGETS[name], name, random.Random(name)), INPUTS):
+        if (error := failure_of(TARGETS[name], data)) is not None:
+            raise AssertionError(f"{name} does not document this, for {data!r}") from error
+
+
+def test_every_target_has_something_to_begin_with_and_no_other_is_kept() -> None:
+    assert all(any(target.inputs(name)) for name, target in TARGETS.items())
+    assert {path.name for path in CORPUS.iterdir()} <= TARGETS.keys()
+
+
+def test_a_reader_that_is_broken_is_found() -> None:
+    def broken(data: bytes) -> None:
+        if b"\x00" in data:
+            raise KeyError("nobody documents this")
+
+    target = Target(read=broken, seeds=("tests/bad_input/cluster_*",))
+    failures = (failure_of(target, data) for data in islice(mutations(target, "broken", random.Random(1)), 2000))
+    assert any(isinstance(error, KeyError) for error in failures)

@@ -1,0 +1,106 @@
+"""Connections to the gRPC port: no host takes all of them, and idle strangers do not keep others out."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from contextlib import AsyncExitStack, ExitStack
+
+import grpc
+import pytest
+
+from hetis.planner.service.connections import ConnectionLimits, ConnectionWatch, ports_of
+from hetis.v1 import plan_service_pb2 as plans
+from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.planner.service.serving import channel_to, run, served
+
+HOSTS = ("127.0.0.2", "127.0.0.3")  # all of 127.0.0.0/8 is this machine
+
+
+def connected(address: str, host: str) -> socket.socket:
+    name, _, port = address.rpartition(":")
+    return socket.create_connection((name, int(port)), timeout=10, source_address=(host, 0))
+
+
+def is_closed(one: socket.socket) -> bool:
+    """Whether the other side has ended it; what gRPC sends at the start is read."""
+    one.setblocking(False)
+    try:
+        while one.recv(4096):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+async def served_still(channel: grpc.aio.Channel) -> bool:
+    answer = await PlanServiceStub(channel).GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=10)
+    return answer.plan.name == "plans/p"
+
+
+def test_the_newest_connections_of_a_host_that_has_too_many_are_closed() -> None:
+    async def test() -> None:
+        async with served() as planner:
+            watch = ConnectionWatch(ConnectionLimits(of_all=100, of_a_host=3), ports_of([planner.address]))
+            assert await served_still(planner.channel)
+            with ExitStack() as stack:
+                first = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(3)]
+                other = stack.enter_context(connected(planner.address, HOSTS[1]))
+                await until_accepted(watch, 5)
+                late = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(4)]
+                await until_closed(watch, late)
+                assert watch.closed == 4
+                assert not any(map(is_closed, [*first, other]))
+                assert await served_still(planner.channel)
+
+    run(test)
+
+
+async def until_accepted(watch: ConnectionWatch, num: int) -> None:
+    """gRPC accepts in threads of its own; nothing is closed meanwhile."""
+    async with asyncio.timeout(20):
+        while watch.look() < num:
+            await asyncio.sleep(0.01)
+    assert watch.closed == 0
+
+
+async def until_closed(watch: ConnectionWatch, found: list[socket.socket]) -> None:
+    async with asyncio.timeout(20):
+        while not all(map(is_closed, found)):
+            watch.look()
+            await asyncio.sleep(0.01)
+
+
+def test_no_more_connections_are_taken_than_the_descriptors_allow() -> None:
+    async def test() -> None:
+        async with served(max_connections=4) as planner, AsyncExitStack() as stack:
+            assert await served_still(planner.channel)
+            idle = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(12)]
+            async with asyncio.timeout(20):
+                while sum(map(is_closed, idle)) < 9:
+                    await asyncio.sleep(0.01)
+            assert await served_still(planner.channel)
+            for one in idle:
+                one.close()
+            async with asyncio.timeout(20), channel_to(planner.address) as another:
+                await another.channel_ready()  # gRPC notes in its own time that they are gone
+                assert await served_still(another)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "asked", "of_all", "of_a_host"),
+    [
+        (20_000, None, 15_000, 3_750),
+        (20_000, 100, 15_000, 100),
+        (1_024, 10_000, 768, 768),
+        (resource.RLIM_INFINITY, None, 750_000, 187_500),
+    ],
+)
+def test_limits_follow_the_descriptors(descriptors: int, asked: int | None, of_all: int, of_a_host: int) -> None:
+    found = ConnectionLimits.of_descriptors(descriptors, of_a_host=asked)
+    assert (found.of_all, found.of_a_host) == (of_all, of_a_host)
