@@ -23,7 +23,7 @@ from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
 PLAN = plans.plan(plans.paper_replica())
-INPUTS = ["place", "--cluster", str(EXAMPLES / "paper.yaml"), "--model", "Llama-2-70B", "--workload", "1024/256"]
+INPUTS = ["place", "--no-verify", "-c", str(EXAMPLES / "paper.yaml"), "-m", "Llama-2-70B", "-w", "1024/256"]
 
 Solver = Callable[[Plan | Exception], None]
 

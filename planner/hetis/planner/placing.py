@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.robustness.notes import profile_notes, with_profile_errors
 from hetis.planner.sources import LoadedInputs
+from hetis.planner.verifying import misses, verification_of
 from hetis.planner.versions import installed_versions
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InvalidProblemError
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
+DEFAULT_STRATEGY = "hetis"
+EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
+EQUAL_STAGES_S = 5.0  # at most, to find that
 KV_IS_FOR_ENGINES = (
     "engines hand KV over along the routes: hetis-launch sets hetis-serve up for it, other engines are set up by you"
 )
@@ -30,7 +35,7 @@ class Settings:
     """How to search; all of it goes into ``plan.inputs``. ``roles``: those that replicas may have; empty: all of the
     strategy."""
 
-    strategy: str = "hetis"
+    strategy: str = DEFAULT_STRATEGY
     roles: tuple[Role, ...] = ()
     time_limit_s: float = 60.0
     gap_target: float = 0.001
@@ -85,6 +90,7 @@ def make_plan(
     from hetis.solver.check import check_plan
     from hetis.solver.placement import solve_placement
     from hetis.solver.placement.explanation.routes import link_sentences
+    from hetis.solver.placement.solve import equal_stages_value
 
     plan = solve_placement(
         problem,
@@ -98,7 +104,11 @@ def make_plan(
     )
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
     notes = (*plan.notes, *routed, *profile_notes(problem))
-    plan = replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
+    inputs = inputs_of_plan(loaded, settings, problem)
+    if settings.strategy == DEFAULT_STRATEGY and plan.replicas:
+        alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=budget.cancelled)
+        inputs[EQUAL_STAGES] = equal_stages_value(problem, budget=alone, seed=settings.seed)
+    plan = replace(plan, inputs=inputs, notes=notes)
     violations = check_plan(plan, problem)
     if violations:
         raise UncheckedPlanError(tuple(str(violation) for violation in violations))
@@ -115,6 +125,9 @@ def missed(plan: Plan, settings: Settings) -> list[str]:
     demand = plan.objective.demand_rps
     if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
         found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
+    simulated = verification_of(plan)
+    if simulated is not None and not simulated.kept:
+        found.append(f"simulated at {simulated.rate_rps:.4g} requests/s: {', '.join(misses(simulated, plan))}")
     return found
 
 

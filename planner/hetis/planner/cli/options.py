@@ -227,5 +227,17 @@ PlansFolderOption = Annotated[
 ]
 StrictOption = Annotated[
     bool,
-    typer.Option("--strict", rich_help_panel=_RESULT, help="Exit 5 when the gap or the demanded rate is missed."),
+    typer.Option(
+        "--strict",
+        rich_help_panel=_RESULT,
+        help="Exit 5 when the gap, the demanded rate or, simulated, a latency limit is missed.",
+    ),
+]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        rich_help_panel=_RESULT,
+        help="Simulate the plan at the rate it promises, and say whether the limits are kept.",
+    ),
 ]

@@ -33,6 +33,7 @@ def place(
     profile_error: options.ProfileErrorOption = None,
     out: options.OutOption = None,
     strict: options.StrictOption = False,
+    verify: options.VerifyOption = True,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, and prove how good that is.
 
@@ -67,4 +68,5 @@ def place(
         price_pins=price_pins,
         out=out,
         strict=strict,
+        verify=verify,
     ).finish()

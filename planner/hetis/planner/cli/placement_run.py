@@ -18,7 +18,7 @@ from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.market import catalogue_market
 from hetis.planner.placing import Settings, make_plan, missed
 from hetis.planner.sources import LoadedInputs
-from hetis.solver.budget import Budget, Report
+from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Plan, Status
 from hetis.solver.problem import PlacementProblem
@@ -42,7 +42,7 @@ class PlacementRun:
     """What ``place`` was asked for, inputs read.
 
     ``profile_error`` asks how the plan fares under profiles that are off by up to this share; None: nobody asks.
-    ``price_pins`` asks what every wish costs.
+    ``price_pins`` asks what every wish costs. ``verify`` simulates the plan before it is shown.
     """
 
     terminal: Terminal
@@ -53,6 +53,7 @@ class PlacementRun:
     price_pins: bool
     out: Path | None
     strict: bool
+    verify: bool
 
     def finish(self) -> ExitCode:
         """Solves and tells the outcome, whatever it is."""
@@ -89,6 +90,8 @@ class PlacementRun:
             report=report,
             market=catalogue_market,
         )
+        if self.verify:
+            plan = self._verified(plan, cancelled, report)
         prices = self._wish_prices(plan, cancelled, report)
         if prices:
             from hetis.planner.report.wishes import WILL_PRICES, price_rows
@@ -109,6 +112,19 @@ class PlacementRun:
             report=report,
         )
         return _Answer(plan=with_robustness(plan, found), robustness=found, prices=prices)
+
+    def _verified(self, plan: Plan, cancelled: threading.Event, report: Report) -> Plan:
+        from hetis.planner.verifying import verified
+
+        def requests(given: int, total: int) -> None:
+            if given * 4 // total == told[0]:
+                return
+            told[0] = given * 4 // total
+            phase = f"simulating the plan, {given:,} of {total:,} requests"
+            report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
+
+        started_s, told = time.monotonic() - plan.result.solve_s, [-1]  # quarters of the requests
+        return verified(plan, self.problem, seed=self.settings.seed, cancelled=cancelled, report=requests)
 
     def _wish_prices(self, plan: Plan, cancelled: threading.Event, report: Report) -> tuple[WishPrice, ...]:
         """What every wish costs, in a time limit of its own; nothing where nobody asks."""

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hetis.planner.placing import EQUAL_STAGES
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.grouping import ReplicaGroup, group_replicas
 from hetis.planner.report.palette import Palette
@@ -18,6 +19,7 @@ from hetis.planner.report.replica import render_replica
 from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
 from hetis.planner.robustness.notes import predicted_of
 from hetis.planner.robustness.ranges import Predicted
+from hetis.planner.verifying import Verification, misses, verification_of
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
 
 MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
@@ -109,17 +111,37 @@ def _facts(plan: Plan) -> Table:
     table.add_row(_VALUE_NAMES[result.objective], value)
     if (expected := predicted_of(plan)) is not None:
         table.add_row("Range", _range(expected, plan))
+    if (compared := _beside_equal_stages(plan)) is not None:
+        table.add_row("Uniform", compared)
     table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
     table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}")
     if plan.objective.demand_rps is not None:
         table.add_row("Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s")
     for name, reached, limit in limits(plan):
         table.add_row(name, _limit(reached, limit))
+    if (simulated := verification_of(plan)) is not None:
+        table.add_row("Simulated", _simulated(simulated, plan))
     table.add_row("Fleet", _fleet(plan))
     if count_by_role(plan):
         table.add_row("Roles", f"requests/s: {rates_by_role(plan)}")
     table.add_row("Family", Text(plan.family, style="dim"))
     return table
+
+
+def _beside_equal_stages(plan: Plan) -> str | None:
+    """What replicas of equal stages reach, as engines are set up without a planner; None where nobody asked."""
+    if EQUAL_STAGES not in plan.inputs:
+        return None
+    alone, result = plan.inputs[EQUAL_STAGES], plan.result
+    if not isinstance(alone, int | float) or alone <= 0:
+        return "replicas of equal stages: none keeps the limits" if alone is None else None
+    if plan.objective.maximises:
+        more = f"{percent(result.value / alone - 1.0)} more"
+    else:
+        more = f"{percent(1.0 - result.value / alone)} less"
+    if result.value == alone:
+        more = "the same"
+    return f"{digits(alone, 4)} {result.unit} by replicas of equal stages; this plan {more}"
 
 
 def _range(expected: Predicted, plan: Plan) -> Text:
@@ -159,6 +181,16 @@ def _limit(reached: float, limit: float | None) -> Text:
     text.append(bar(ratio, 20), style="yellow" if ratio >= BINDS_FROM else "green")
     text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}")
     return text
+
+
+def _simulated(found: Verification, plan: Plan) -> Text:
+    """What traffic makes of the limits, beside what the model says of them above."""
+    latencies = f"TTFT p95 {seconds(found.ttft_p95_s)}, TPOT mean {seconds(found.tpot_mean_s)}"
+    at = f"at {digits(found.rate_rps, 4)} requests/s"
+    if found.kept:
+        return Text.assemble(("limits kept", "green"), f" {at}: {latencies}; {percent(found.attainment)} within both")
+    least = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps, 4)}"
+    return Text.assemble(("MISSED", "bold red"), f" {at}: {', '.join(misses(found, plan))}; {least}")
 
 
 def _fleet(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.out_of_reach import is_out_of_reach
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.routes import UNIFIED
-from hetis.solver.placement.search import demanded_rate, row_costs_of, search
+from hetis.solver.placement.search import demanded_rate, equal_stages, row_costs_of, search
 from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
@@ -106,6 +106,16 @@ def solve_placement(
     bound_stages = bind(atlas, templates, seed=seed, budget=budget)
     plan = plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
     return restored(plan, searched, problem) if problem.will else plan
+
+
+def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int = 0) -> float | None:
+    """What the best plan of replicas with equal stages reaches, in the unit of the objective: what engines do without
+    a planner. None: there is no such plan, or none was found in time."""
+    searched = grounded(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
+    if searched.is_empty:
+        return None
+    outcome = equal_stages(build_atlas(searched.problem), budget, seed)
+    return None if outcome is None else objective_scale(problem) * outcome.value
 
 
 def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:

@@ -1,0 +1,150 @@
+"""A plan under traffic before it is shown: whether its latency limits hold at the rate that it plans.
+
+The bound and the value of a plan are those of the cost model. The simulator knows more: how requests queue for seats,
+how lengths vary. So `place` simulates what it has found and tells both figures side by side.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from hetis.planner.report.json_values import json_value
+from hetis.planner.simulating import Question, answer, default_rate, seats_of
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import Limits
+from hetis.simulator.running import Report
+from hetis.simulator.summary import Summary
+from hetis.simulator.values import Settings
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+VERIFICATION = "verification"  # entry of `Plan.inputs`
+TURNS = 8  # so often the requests that a plan holds at once are replaced in a run
+FEWEST, MOST = 1_000, 40_000  # requests of a run
+AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads where the plan has them: nothing to compile, and quick
+FEWEST_WITH_WORKERS, MOST_WITH_WORKERS = 400, 1_200  # each takes a few milliseconds, for its heads are dispatched
+LEAST_SHARE = 0.5  # of the planned rate: below, a plan that misses its limits is not tried
+HALVINGS = 4  # of the rates between
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What a plan did under Poisson arrivals at the rate that it plans.
+
+    Attributes:
+        rate_rps: of the traffic.
+        num_requests: of each run.
+        kept: the load was carried, and no latency was above its limit by more than chance.
+        steady: the queue did not grow; None: the run was too short to tell.
+        ttft_p95_s: over all requests of the run, after the warm-up.
+        tpot_mean_s: likewise.
+        attainment: share of the requests within both limits.
+        kept_rps: the highest rate tried that kept the limits: ``rate_rps`` if ``kept``; None: none of those tried.
+    """
+
+    rate_rps: float
+    num_requests: int
+    kept: bool
+    steady: bool | None
+    ttft_p95_s: float
+    tpot_mean_s: float
+    attainment: float
+    kept_rps: float | None
+
+
+def verified(plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report) -> Plan:
+    """The plan with what the simulator says of it; as it was where it promises nothing, or nobody waits any more."""
+    limits = Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s)
+    if not plan.replicas or (limits.ttft_s is None and limits.tpot_s is None) or cancelled.is_set():
+        return plan
+    found = _verify(plan, problem, limits, seed=seed, cancelled=cancelled, report=report)
+    return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
+
+
+def verification_of(plan: Plan) -> Verification | None:
+    """What `verified` wrote; None where nothing, or nothing readable, was written."""
+    found = plan.inputs.get(VERIFICATION)
+    names = [field.name for field in fields(Verification)]
+    if not isinstance(found, Mapping) or not all(name in found for name in names):
+        return None
+    values: dict[str, Any] = {name: found[name] for name in names}
+    numbers = [values[name] for name in ("rate_rps", "num_requests", "ttft_p95_s", "tpot_mean_s", "attainment")]
+    return Verification(**values) if all(isinstance(number, int | float) for number in numbers) else None
+
+
+def misses(verification: Verification, plan: Plan) -> list[str]:
+    """What a simulated plan does not keep, one clause each; empty if it keeps all."""
+    if verification.kept:
+        return []
+    pairs = (
+        ("TTFT p95", verification.ttft_p95_s, plan.objective.ttft_limit_s),
+        ("TPOT mean", verification.tpot_mean_s, plan.objective.tpot_limit_s),
+    )
+    over = [f"{name} {value:.3g} s of {limit:.3g} s" for name, value, limit in pairs if limit and value > limit]
+    return [*(["requests queue up without end"] if verification.steady is False else []), *over]
+
+
+def num_requests_of(plan: Plan) -> int:
+    """Requests of a run: enough to fill the plan several times over, in seconds."""
+    with_workers = any(replica.attention_workers for replica in plan.replicas)
+    fewest, most = (FEWEST_WITH_WORKERS, MOST_WITH_WORKERS) if with_workers else (FEWEST, MOST)
+    return min(most, max(fewest, TURNS * seats_of(plan)))
+
+
+def _verify(
+    plan: Plan, problem: PlacementProblem, limits: Limits, *, seed: int, cancelled: threading.Event, report: Report
+) -> Verification | None:
+    planned_rps, num_requests = default_rate(plan, problem), num_requests_of(plan)
+
+    def simulate(rate_rps: float) -> Summary | None:
+        load = Load(
+            lengths=problem.workload,
+            max_position=problem.model.max_position,
+            arrivals=Arrivals.DRAWN,
+            rate_rps=rate_rps,
+        )
+        question = Question(
+            load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits
+        )  # fmt: skip
+        found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
+        return found.summary if found.complete else None
+
+    at_plan = simulate(planned_rps)
+    if at_plan is None:
+        return None
+    kept = _keeps(at_plan, limits)
+    kept_rps = planned_rps if kept else None
+    low, high = LEAST_SHARE * planned_rps, planned_rps
+    for tried in range(0 if kept else HALVINGS + 1):
+        rate_rps = low if tried == 0 else (low + high) / 2.0
+        found = simulate(rate_rps)
+        if found is None:
+            return None
+        if _keeps(found, limits):
+            low = kept_rps = rate_rps
+        elif tried == 0:
+            break
+        else:
+            high = rate_rps
+    return Verification(
+        rate_rps=planned_rps,
+        num_requests=num_requests,
+        kept=kept,
+        steady=at_plan.steady,
+        ttft_p95_s=at_plan.ttft_p95_s.value,
+        tpot_mean_s=at_plan.mean_tpot_s.value,
+        attainment=at_plan.attainment,
+        kept_rps=kept_rps,
+    )
+
+
+def _keeps(summary: Summary, limits: Limits) -> bool:
+    """Within the limits, or above one by what may be chance: a plan may well use its limit up."""
+    if summary.within(limits):
+        return True
+    pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
+    by_chance = all(limit is None or estimate.value - estimate.half_width <= limit for estimate, limit in pairs)
+    return summary.steady is not False and by_chance  # an interval that is not known excuses nothing

@@ -1,0 +1,104 @@
+"""What the simulator says of a plan before `place` shows it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.documents import load_plan
+from hetis.planner.placing import Settings, missed
+from hetis.planner.simulating import default_rate
+from hetis.planner.sources import load_plan_and_problem
+from hetis.planner.verifying import VERIFICATION, misses, verification_of, verified
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+from tests.planner.command_line import invoke
+from tests.planner.test_simulate import CLUSTER
+
+Placed = tuple[Plan, PlacementProblem]
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama-2-7B on two A100, verified."""
+    folder = tmp_path_factory.mktemp("placed")
+    (folder / "cluster.yaml").write_text(CLUSTER)
+    out = folder / "plan.json"
+    done = invoke("place", "-c", str(folder / "cluster.yaml"), "-m", "Llama-2-7B", "-w", "500/100", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert "Simulated" in done.stdout
+    assert "Uniform" in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(placed: Path) -> Placed:
+    found = load_plan_and_problem(str(placed))
+    return found.plan, found.problem
+
+
+def again(plan: Plan, problem: PlacementProblem) -> Plan:
+    return verified(plan, problem, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None)
+
+
+def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: Placed) -> None:
+    plan, problem = pair
+    saved = verification_of(load_plan(placed))
+    assert saved is not None
+    assert saved == verification_of(again(plan, problem))
+    assert saved.rate_rps == pytest.approx(default_rate(plan, problem))
+    assert saved.kept == (not misses(saved, plan))
+
+
+def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
+    plan, problem = pair
+    hasty = replace(plan, objective=replace(plan.objective, ttft_limit_s=1e-4))
+    found = verification_of(again(hasty, problem))
+    assert found is not None
+    assert not found.kept
+    assert found.kept_rps is None
+    assert any(clause.startswith("TTFT p95") for clause in misses(found, hasty))
+    assert any("TTFT p95" in sentence for sentence in missed(again(hasty, problem), Settings()))
+
+
+def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
+    plan, problem = pair
+    rate_rps = 1.5 * default_rate(plan, problem)
+    crowded = replace(plan, objective=replace(plan.objective, demand_rps=rate_rps))
+    found = verification_of(again(crowded, problem))
+    assert found is not None
+    assert not found.kept
+    assert found.rate_rps == rate_rps
+    assert found.kept_rps is not None
+    assert 0.5 * rate_rps <= found.kept_rps < rate_rps
+    at_kept = replace(plan, objective=replace(plan.objective, demand_rps=found.kept_rps))
+    kept = verification_of(again(at_kept, problem))
+    assert kept is not None
+    assert kept.kept
+
+
+def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) -> None:
+    plan, problem = pair
+    bare = replace(plan, inputs={})
+    unlimited = replace(bare, objective=replace(plan.objective, ttft_limit_s=None, tpot_limit_s=None))
+    assert VERIFICATION not in again(unlimited, problem).inputs
+    cancelled = threading.Event()
+    cancelled.set()
+    left = verified(bare, problem, seed=0, cancelled=cancelled, report=lambda _given, _total: None)
+    assert left is bare
+
+
+@pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])
+def test_what_is_not_readable_is_no_verification(pair: Placed, written: object) -> None:
+    plan = replace(pair[0], inputs={VERIFICATION: written})
+    assert verification_of(plan) is None
+
+
+def test_no_verify_leaves_it_out(placed: Path) -> None:
+    cluster = str(placed.with_name("cluster.yaml"))
+    asked = ["place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", "-o", "json", "-q"]
+    assert VERIFICATION not in json.loads(invoke(*asked, "--no-verify").stdout)["inputs"]
