@@ -169,7 +169,23 @@ def sampled(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": engine.generate(prompts_of(act["seed"], act["count"], 5, 15), act["tokens"], params=params)}
 
 
-ACTS = {act.__name__: act for act in (plain, moves, fault, prefix, pressure, sampled)}
+def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """What the plugin has measured and counted since the start."""
+    from hetis.runtime.vllm.counts import Counts
+
+    stage = engine.side.costs.stage
+    return {
+        "counts": Counts(engine.side).take(is_last=True),
+        "head_s": stage.head_s[:, 0].tolist(),
+        "kv_byte_s": stage.kv_byte_s[:, 0].tolist(),
+        "call_s": stage.call_s[:, 0].tolist(),
+        "transfer_s": stage.transfer_s.tolist(),
+        "link_byte_s": engine.side.costs.link_byte_s.tolist(),
+        "is_measured": engine.side.costs.is_measured,
+    }
+
+
+ACTS = {act.__name__: act for act in (plain, moves, fault, prefix, pressure, sampled, told)}
 
 
 def main() -> None:

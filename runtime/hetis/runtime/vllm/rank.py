@@ -11,6 +11,7 @@ token again, which their anchors, reported as blocks that failed to load, make v
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ import torch
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.measured.calibration import Calibration
+from hetis.runtime.measured.timed import OVER_READING, Taken, token_bytes
 from hetis.runtime.vllm.batch import Part, Requests, part_of, slots_of
 from hetis.runtime.vllm.direct import attend_directly
 from hetis.runtime.vllm.head_map import HeadMap
@@ -39,6 +42,7 @@ from hetis.runtime.vllm.steps import (
 from hetis.runtime.vllm.workers import Workers
 
 REPORT_S = 1.0  # between two reports of counters
+MOST_TAKEN = 15  # steps of each device in a report: as many as the median is of that costs follow
 
 
 class BaseBuilder(Protocol):
@@ -77,6 +81,20 @@ class LocalAttention(Protocol):
         """Stores k and v [V, 1, d] and attends with q [V, r, d], into out [V, r, d]."""
 
 
+@dataclass(slots=True)
+class _Layers:
+    """What layers of a step took on one device, between ``least_s`` and ``most_s`` seconds in all."""
+
+    count: int = 0
+    least_s: float = 0.0
+    most_s: float = 0.0
+
+    def add(self, least_s: float, most_s: float) -> None:
+        self.count += 1
+        self.least_s += least_s
+        self.most_s += most_s
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Remote:
     """What one worker computes of a step."""
@@ -86,6 +104,8 @@ class _Remote:
     rows: torch.Tensor
     pending: Pending | None = None
     asked_s: float = 0.0
+    sent_s: float = 0.0
+    layers: _Layers = field(default_factory=lambda: _Layers())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -101,6 +121,7 @@ class _Batch:
     remotes: list[_Remote]
     has_void: bool
     base: dict[int, Any] = field(default_factory=dict)  # metadata of vLLM's backend, by builder
+    layers: _Layers = field(default_factory=_Layers)  # that were computed here
 
 
 class Rank:
@@ -123,9 +144,11 @@ class Rank:
         store: KvStore,
         *,
         copy_bytes_per_step: int,
+        calibrations: dict[int, Calibration] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``layers``: number of each layer of the stage by vLLM's name; ``store``: the KV of this rank."""
+        """``layers``: number of each layer of the stage by vLLM's name; ``store``: the KV of this rank;
+        ``calibrations``: what devices were measured at when they joined last, filled by who lets them join."""
         self.heads = HeadMap(head_groups, num_blocks)
         self.workers = workers
         self.mover = Mover(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
@@ -135,6 +158,9 @@ class Rank:
         self._plan, self._step = -1, 0
         self._void: set[int] = set()  # anchors of this step's requests that are void
         self._reports: dict[int, DeviceReport] = {}
+        self._calibrations = {} if calibrations is None else calibrations
+        self._joined: set[int] = set()
+        self._taken: dict[int, deque[Taken]] = {}
         self._reported_s = clock()
 
     # --- between steps
@@ -148,6 +174,7 @@ class Rank:
         self._void.clear()
         for device in self.workers.advance():
             self._reports.setdefault(device, DeviceReport(0)).blocks = self.blocks(device)
+            self._joined.add(device)
         for event in plan.events:
             match event:
                 case Admitted():
@@ -170,9 +197,11 @@ class Rank:
             rows = batch.requests.rows[known]
             # Nothing of a request that must begin again is worth a copy.
             self.heads.tokens[rows] = np.where(self.heads.must_restart[rows], 0, batch.requests.lasts[known])
+            self._remember(LOCAL, batch.local, batch.layers)
             for remote in batch.remotes:
                 if (device := self.workers.get(remote.device)) is not None:
                     self._guard_device(remote.device, lambda device=device: device.finish(self._step))  # type: ignore[misc]
+                    self._remember(remote.device, remote.part, remote.layers)
 
     def take_void(self) -> set[int]:
         """Anchors of requests of this step whose outputs must not be used."""
@@ -189,7 +218,15 @@ class Rank:
             for device, one in self._reports.items():
                 one.blocks = self.blocks(device)
             report.devices, self._reports = self._reports, {}
+            report.taken = {device: list(taken) for device, taken in self._taken.items()}
+            report.calibrations = {i: self._calibrations[i] for i in self._joined & self._calibrations.keys()}
+            self._taken, self._joined = {}, set()
         return report
+
+    @property
+    def calibrations(self) -> dict[int, Calibration]:
+        """What devices were measured at when they joined, `LOCAL` itself among them."""
+        return dict(self._calibrations)
 
     def blocks(self, number: int) -> int:
         """KV blocks of vLLM's size that a worker holds for one head group; 0: it is not there."""
@@ -234,7 +271,10 @@ class Rank:
                 base = batch.base[id(metadata.builder)] = metadata.builder.build_base(
                     batch.local, batch.tables, batch.slots, metadata.common
                 )
+            begun_s = self._clock()
             impl.attend_here(layer, q_here, k_here, v_here, kv_cache, batch.slots, base, out_here)
+            if not out_here.is_cuda:  # there the call returns before it is done
+                batch.layers.add(*[self._clock() - begun_s] * 2)
             if batch.local.is_everything:
                 out.view(tokens, groups, -1, d).copy_(out_here.view(groups, tokens, -1, d).transpose(0, 1))
             else:
@@ -313,6 +353,7 @@ class Rank:
             remote.pending = device.attend(layer, qkv)
 
         self._guard_device(remote.device, ask)
+        remote.sent_s = self._clock()
         report = self._reports.setdefault(remote.device, DeviceReport(self.blocks(remote.device)))
         report.bytes_sent += qkv.nbytes
 
@@ -328,10 +369,11 @@ class Rank:
     ) -> None:
         """Puts a worker's outputs in their place, or makes up for them."""
         answer: list[torch.Tensor] = []
-        pending = remote.pending
+        pending, waits_s = remote.pending, self._clock()
         if pending is not None:
             self._guard_device(remote.device, lambda: answer.append(pending.wait()))
         if answer:
+            self._time(remote, waits_s)
             out[remote.rows] = answer[0].to(out)
             self._count(remote, answer[0])
             return
@@ -359,6 +401,27 @@ class Rank:
             else:
                 out[rows] = 0
                 self._void.add(int(self.heads.anchors[row]))
+
+    def _time(self, remote: _Remote, waits_s: float) -> None:
+        """An answer that did not let us wait may have been there for long: it took that long at most."""
+        got_s, calibration = self._clock(), self._calibrations.get(remote.device)
+        read_s = 0.0 if calibration is None else calibration.read_s
+        most_s = got_s - remote.asked_s
+        was_late = got_s - waits_s > OVER_READING * read_s
+        remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
+
+    def _remember(self, device: int, part: Part, layers: _Layers) -> None:
+        """What a step took on a device is told to the scheduler, if it only decoded there."""
+        if not layers.count or part.num_tokens != len(part):
+            return
+        self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append(
+            Taken(
+                heads=len(part) * self._shape.queries_per_group,
+                kv_bytes=float(part.lasts.sum()) * token_bytes(self._shape),
+                least_s=layers.least_s / layers.count,
+                most_s=layers.most_s / layers.count,
+            )
+        )
 
     def _count(self, remote: _Remote, answer: torch.Tensor) -> None:
         report, part = self._reports[remote.device], remote.part
