@@ -117,7 +117,7 @@ def moves(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
         devices = allocator.devices(name)
         source = rng.choice(devices)
         groups = [group for group, device in enumerate(devices) if device == source]
-        target = rng.randrange(len(side._settings.workers) + 1)
+        target = rng.randrange(len(side.settings.workers) + 1)
         if side.begin_move(name, groups[: rng.randrange(1, len(groups) + 1)], target) is not None:
             seen.add((min(source, 1) * source, target))
         allocator.check_invariants()
