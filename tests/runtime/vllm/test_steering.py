@@ -190,10 +190,22 @@ def test_an_engine_runs_what_it_was_started_for_and_says_all_that_differs() -> N
     assert reason_name(error.value.failure) == "ENGINE_CANNOT"
     assert error.value.failure.message == (
         "the plan counts on 8 head groups, this engine has 4; "
-        "the plan counts on 32 tokens per KV block (--block-size), this engine has 16; "
+        "the plan counts on 32 tokens per KV block, this engine's --block-size 16 is no multiple of that; "
         "the plan has attention workers elsewhere, this engine's are n/1, n/2"
     )
     assert not world.steered.report(0).replicas
+
+
+def test_blocks_are_told_as_the_plan_counts_them() -> None:
+    world = World()
+    stage = world.stage(block_tokens=8)
+    stage.devices[1].total_blocks = 500
+    world.assign(world.assignment(stage=stage))
+    world.add("a", 60)
+    here, bounded, free = world.head_map().devices
+    assert (here.total_blocks, bounded.total_blocks, free.total_blocks) == (2 * 399, 500, 400)
+    (load,) = world.steered.report(0).replicas[0].stages
+    assert load.devices[0].used_blocks == 4 * 8, "60 tokens take four blocks of 16, or eight of 8"
 
 
 def test_the_goal_says_how_far_the_replica_is() -> None:

@@ -180,8 +180,9 @@ class PlannedMoves:
 
     def _no_room(self, move: Move, names: Mapping[str, str]) -> Failure:
         allocator, target = self._side.allocator, self._target(move)
-        needed = len(move.head_groups) * allocator.blocks(names[move.request])
-        return no_room(move, needed_blocks=needed, free_blocks=allocator.room(target) * self._binding.cards)
+        each = self._binding.planned_blocks
+        needed = len(self._groups(move)) * allocator.blocks(names[move.request]) * each
+        return no_room(move, needed_blocks=needed, free_blocks=allocator.room(target) * each)
 
     def _bytes(self, carried: Sequence[_Carried]) -> int:
         """KV of moves, as it is now."""

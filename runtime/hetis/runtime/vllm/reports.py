@@ -51,10 +51,9 @@ def stage_load(side: SchedulerSide, binding: Binding) -> StageLoad:
 
 
 def blocks(side: SchedulerSide, binding: Binding, device: int) -> tuple[int, int]:
-    """Blocks of a device in all, as far as the plan lets it use them, and in use; of all ranks."""
-    allocator = side.allocator
-    total, used = allocator.totals(device)
-    return total * binding.cards, used * binding.cards
+    """Blocks of a device in all, as far as the plan lets it use them, and in use, as the plan counts them."""
+    total, used = side.allocator.totals(device)
+    return total * binding.planned_blocks, used * binding.planned_blocks
 
 
 def head_map(side: SchedulerSide, binding: Binding, in_flight: Iterable[tuple[str, Move]]) -> HeadMap:

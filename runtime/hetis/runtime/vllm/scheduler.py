@@ -311,6 +311,11 @@ class SchedulerSide:
         return self._steered is not None and self._steered.is_assigned
 
     @property
+    def steered(self) -> SteeredVllm | None:
+        """What an agent steers; None: nobody does."""
+        return self._steered
+
+    @property
     def is_idle(self) -> bool:
         """Whether vLLM has no request."""
         return self._requests.is_empty and self.allocator.is_idle

@@ -33,11 +33,14 @@ class Binding:
         model: as the planner knows it.
         index: number of each of its devices here, by name; the primary is `LOCAL`.
         cards: tensor-parallel ranks, each with as many groups as the allocator has.
+        planned_blocks: blocks of the plan that a block of one group here is, on all ranks together: vLLM's may be some
+            times as long.
     """
 
     model: StageModel
     index: Mapping[str, int]
     cards: int
+    planned_blocks: int
 
     def name(self, device: int) -> str:
         """What the planner calls a device; its own name where the plan does not have it."""
@@ -111,7 +114,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
             device = binding.index[planned.name]
             if device == LOCAL:
                 continue
-            limits[device] = -(-planned.total_blocks // binding.cards)
+            limits[device] = planned.total_blocks // binding.planned_blocks
             if said.isdisjoint([planned.name, *planned.gpus]):
                 drained.discard(device)
         self._side.follow_plan(limits, frozenset(drained))
@@ -185,6 +188,7 @@ def bind(assignment: Assignment, side: SchedulerSide) -> Binding:
         model=model,
         index={device.name: LOCAL if device.is_primary else numbers[device.name] for device in model.devices},
         cards=side.shape.tensor_parallel,
+        planned_blocks=side.shape.tensor_parallel * side.shape.heads.block_tokens // model.heads.block_tokens,
     )
 
 
@@ -203,10 +207,14 @@ def _differences(assignment: Assignment, shape: EngineShape, workers: Mapping[st
             ("layers", model.num_layers, shape.num_layers),
             ("head groups", model.heads.head_groups, heads.head_groups * ranks),
             ("query heads per group", model.heads.queries_per_group, heads.queries_per_group),
-            ("tokens per KV block (--block-size)", model.heads.block_tokens, heads.block_tokens),
         ):
             if planned != here:
                 yield f"the plan counts on {planned} {what}, this engine has {here}"
+        if heads.block_tokens % max(model.heads.block_tokens, 1):
+            yield (
+                f"the plan counts on {model.heads.block_tokens} tokens per KV block, this engine's --block-size "
+                f"{heads.block_tokens} is no multiple of that"
+            )
         primaries = [device for device in model.devices if device.is_primary]
         unknown = [device.name for device in model.devices if not device.is_primary and device.name not in workers]
         if len(primaries) != 1:
