@@ -205,10 +205,14 @@ class World:
 
     def add(self, name: str, tokens: int = 60) -> str:
         """A request, which runs with the next step; returns what the planner calls it."""
-        self.waiting[name] = FakeRequest(name, tokens)
-        self.side.arrived(self.waiting[name])
+        self.arrive(name, tokens)
         self.step()
         return str(self.side.allocator.number(name))
+
+    def arrive(self, name: str, tokens: int) -> None:
+        """A request, which runs as soon as there is room."""
+        self.waiting[name] = FakeRequest(name, tokens)
+        self.side.arrived(self.waiting[name])
 
     def step(self, times: int = 1) -> None:
         """Admits whom there is room for, lengthens the others, and hands the plan to the ranks."""
@@ -247,7 +251,8 @@ class World:
         """What must hold whatever happened: blocks are those of groups that are here, or on their way."""
         self.side.allocator.check_invariants()
         for name, tables in self.blocks.tables.items():
-            coming = {g for m in self.side.allocator.moves if m.target == LOCAL for g in m.groups}
+            anchor, moves = self.blocks.anchors[name], self.side.allocator.moves
+            coming = {g for m in moves if m.target == LOCAL and m.anchor == anchor for g in m.groups}
             for group, device in enumerate(self.devices(name)):
                 held = tables[group]
                 assert held == self.blocks.needed[name] if device == LOCAL else held == 0 or group in coming
