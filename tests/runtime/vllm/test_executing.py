@@ -173,6 +173,28 @@ def test_an_engine_without_requests_answers_and_gives_up_what_is_void(world: Wor
     asyncio.run(act())
 
 
+def test_an_engine_that_starts_again_says_so_to_an_agent_that_stayed(tmp_path: Path) -> None:
+    async def act() -> None:
+        executor, seen = SocketExecutor(tmp_path / "engine.sock"), []
+        for _ in range(2):
+            world = World(socket=tmp_path / "engine.sock")
+            await executor.apply_assignment(
+                ApplyAssignmentRequest(epoch=3, generation=7, assignment=world.assignment())
+            )
+            reports = executor.watch_reports(0.01)
+            seen.append((await anext(reports)).engine_id)
+            with pytest.raises(RefusedError, match="epoch 2 is over"):
+                await executor.apply_assignment(ApplyAssignmentRequest(epoch=2, generation=8, removed_replica=REPLICA))
+            world.side.close()
+            with pytest.raises(RefusedError):
+                async for _ in reports:
+                    pass
+        assert len(set(seen)) == 2
+        await executor.close()
+
+    asyncio.run(act())
+
+
 def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_path: Path) -> None:
     async def act() -> None:
         executor = SocketExecutor(tmp_path / "engine.sock")

@@ -70,6 +70,19 @@ def test_groups_go_from_worker_to_worker_and_home() -> None:
     assert world.side.moves["planner", "committed"] == 3
 
 
+def test_a_change_that_is_given_up_gives_back_the_blocks_that_it_had_taken() -> None:
+    world, number = started()
+    world.flip(world.prepared(world.move(number, [1, 2], NAMES[1])))
+    home = world.prepared(world.move(number, [1, 2], NAMES[0], source=NAMES[1]))
+    assert sum(world.blocks.tables["a"]) == 4 * world.blocks.needed["a"]
+    assert world.abort(home.change_id).outcome == ABORTED
+    assert sum(world.blocks.tables["a"]) == 2 * world.blocks.needed["a"]
+    away = world.prepared(world.move(number, [1, 2], NAMES[2], source=NAMES[1]))
+    assert world.head_map().devices[2].total_blocks - world.side.allocator.room(2) == 2 * world.blocks.needed["a"]
+    world.abort(away.change_id)
+    assert world.side.allocator.room(2) == 400
+
+
 def test_a_flip_before_the_copies_are_there_is_refused() -> None:
     world, number = started(copy_steps=4)
     change = world.change(world.move(number, [0], NAMES[1]))
