@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Move
-from hetis.solver.dispatch.problem import HeadShape, Requests, Stage
+from hetis.solver.dispatch.problem import HeadShape, IntArray, Load, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
@@ -23,6 +23,29 @@ from hetis.solver.dispatch.state import DispatchState
 _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts them
 
 Policy = Literal["solver", "local", "remote"]
+
+
+class DispatchRule(Protocol):
+    """Places the head groups of new requests, as `hetis.solver.dispatch.solve.Dispatcher` does."""
+
+    @property
+    def stage(self) -> Stage:
+        """The devices and what they cost."""
+
+    def dispatch(self, load: Load, requests: Requests) -> DispatchAnswer:
+        """Where the groups of one request go."""
+
+
+class DispatchAnswer(Protocol):
+    """What a rule says."""
+
+    @property
+    def groups(self) -> IntArray:
+        """Head groups of each request on each device, shape [requests, devices]."""
+
+    @property
+    def unplaced(self) -> Sequence[object]:
+        """Empty where all are placed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +96,7 @@ class HeadAllocator:
     Attributes:
         state: the solver's state of all requests that run.
         stats: what was decided.
+        rule: decides where the policy is ``solver``; made anew for every new costs.
     """
 
     def __init__(
@@ -91,7 +115,8 @@ class HeadAllocator:
         self.stats = AllocatorStats()
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
-        self._dispatcher: Dispatcher | None = None
+        self.rule: Callable[[Stage], DispatchRule] = Dispatcher
+        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # by which rule
         self._next_number = 1
         self._moves: dict[int, _Prepared] = {}
         self._next_move = 0
@@ -328,8 +353,8 @@ class HeadAllocator:
 
     def _solved(self, tokens: int, growth: int) -> tuple[int, ...] | None:
         state = self.state
-        if self._dispatcher is None or self._dispatcher.stage is not state.stage:
-            self._dispatcher = Dispatcher(state.stage)
+        if self._made is None or self._made[0] is not self.rule or self._made[1].stage is not state.stage:
+            self._made = self.rule, self.rule(state.stage)
         load = state.load()
         # The pool knows what is free here; the state knows what the running ones will still take of it.
         load.free_blocks[LOCAL] = self._free_here() - (state.free_blocks()[LOCAL] - load.free_blocks[LOCAL])
@@ -338,7 +363,7 @@ class HeadAllocator:
             context_tokens=np.array([tokens], np.int64),
             growth_tokens=np.array([growth], np.int64),
         )
-        plan = self._dispatcher.dispatch(load, wanted)
+        plan = self._made[1].dispatch(load, wanted)
         return None if plan.unplaced else _named(plan.groups[0].tolist())
 
     def _most_remote(self, tokens: int) -> tuple[int, ...]:

@@ -181,6 +181,7 @@ class SchedulerSide:
         self._manager: HeadGroupManager
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
         self._blocks: dict[tuple[int, int], list[int]] = {}  # of each worker, by rank
+        self._requests: dict[str, Request] = {}
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
         """Meets vLLM's block manager, which must be ours."""
@@ -217,6 +218,7 @@ class SchedulerSide:
 
     def place(self, request: Request, num_computed_tokens: int) -> None:
         """vLLM is about to admit a request."""
+        self._requests[request.request_id] = request
         tokens = request.num_tokens
         most = max(request.max_tokens - request.num_output_tokens, 0)
         self.allocator.place(request.request_id, tokens=tokens, most_output=most, has_hits=num_computed_tokens > 0)
@@ -224,6 +226,7 @@ class SchedulerSide:
     def finished(self, request: Request) -> None:
         """A request ended; its blocks are about to be freed if it ran."""
         self.allocator.forget(request.request_id)
+        self._requests.pop(request.request_id, None)
 
     def plan(self) -> StepPlan:
         """Everything that the ranks have not been told yet."""
@@ -319,8 +322,15 @@ class SchedulerSide:
         if blocks:
             self.allocator.set_blocks(device, blocks)
             return
+        for move in self.allocator.moves:
+            if move.target == device:  # ranks whose own worker is there still go on with it
+                self._abort(move.number)
         for request_id in self.allocator.lose(device):
             self._manager.lost(request_id)
+            # With pipeline stages more steps of it are under way: what they say is void, as after a preemption.
+            request = self._requests[request_id]
+            request.num_computed_tokens = 0
+            request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
             self._manager.events.append(
                 Rehomed(self._manager.anchor(request_id), tuple(self.allocator.devices(request_id)))
             )
