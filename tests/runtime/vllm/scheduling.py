@@ -131,6 +131,10 @@ class FakeRequest:
     max_tokens: int = 200
     num_output_tokens: int = 0
     arrival_time: float = 0.0
+    num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    num_stale_output_tokens: int = 0
+    drop_stale_output: bool = False
 
 
 @dataclass

@@ -328,6 +328,18 @@ def test_moves_are_committed_and_losses_restart_requests() -> None:
     assert _run(1, steps=40, dies_at=15).restarts > 0
 
 
+def test_workers_hold_nothing_of_requests_that_ended_on_their_way() -> None:
+    moving = 0
+    for seed in range(4):
+        world = _run(seed, steps=8)
+        moving += len(world.open)
+        for one in world.running[:]:
+            world.end(one)
+        world.rank.apply(StepPlan(world.plans + 1, tuple(world.events)))
+        assert [len(device.pool) for device in world.devices.values()] == [0, 0]
+    assert moving > 2, "some were on their way"
+
+
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_attention_made_up_for_a_lost_worker_is_that_of_a_whole_sequence(layer: int) -> None:
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -25,6 +25,29 @@ _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool
 _MOST_RECENT = 256  # times of decisions that are remembered for nobody
 
 Policy = Literal["solver", "local", "remote"]
+
+
+class DispatchRule(Protocol):
+    """Places the head groups of new requests, as `hetis.solver.dispatch.solve.Dispatcher` does."""
+
+    @property
+    def stage(self) -> Stage:
+        """The devices and what they cost."""
+
+    def dispatch(self, load: Load, requests: Requests) -> DispatchAnswer:
+        """Where the groups of one request go."""
+
+
+class DispatchAnswer(Protocol):
+    """What a rule says."""
+
+    @property
+    def groups(self) -> IntArray:
+        """Head groups of each request on each device, shape [requests, devices]."""
+
+    @property
+    def unplaced(self) -> Sequence[object]:
+        """Empty where all are placed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +101,7 @@ class HeadAllocator:
     Attributes:
         state: the solver's state of all requests that run.
         stats: what was decided.
+        rule: decides where the policy is ``solver``; made anew for every new costs.
     """
 
     def __init__(
@@ -96,7 +120,8 @@ class HeadAllocator:
         self.stats = AllocatorStats()
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
-        self._dispatcher: Dispatcher | None = None
+        self.rule: Callable[[Stage], DispatchRule] = Dispatcher
+        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # by which rule
         self._next_number = 1
         self._moves: dict[int, _Prepared] = {}
         self._next_move = 0
@@ -412,14 +437,14 @@ class HeadAllocator:
 
     def _solved(self, tokens: int, growth: int) -> tuple[int, ...] | None:
         state = self.state
-        if self._dispatcher is None or self._dispatcher.stage is not state.stage:
-            self._dispatcher = Dispatcher(state.stage)
+        if self._made is None or self._made[0] is not self.rule or self._made[1].stage is not state.stage:
+            self._made = self.rule, self.rule(state.stage)
         wanted = Requests(
             ids=("new",),
             context_tokens=np.array([tokens], np.int64),
             growth_tokens=np.array([growth], np.int64),
         )
-        plan = self._dispatcher.dispatch(self._load(), wanted)
+        plan = self._made[1].dispatch(self._load(), wanted)
         return None if plan.unplaced else _named(plan.groups[0].tolist())
 
     def _most_remote(self, tokens: int) -> tuple[int, ...]:

@@ -88,10 +88,11 @@ class Mover:
                 break
 
     def forget(self, anchor: int) -> None:
-        """A request left, or is computed again: its moves are void. Workers have been told to drop it already."""
+        """A request left, or is computed again: its moves are void. Raises as `take`."""
         for number in [n for n, one in self._open.items() if one.move.anchor == anchor]:
-            del self._open[number]
+            move = self._open.pop(number).move
             self._failed.add(number)
+            self._drop(move.target, move)
 
     def lose(self, device: int) -> None:
         """A worker is gone: moves from and to it are void."""

@@ -37,6 +37,10 @@ class Request(Protocol):
     request_id: str
     max_tokens: int
     arrival_time: float
+    num_computed_tokens: int
+    num_in_flight_tokens: int
+    num_stale_output_tokens: int
+    drop_stale_output: bool
 
     @property
     def num_tokens(self) -> int: ...
@@ -124,6 +128,7 @@ class SchedulerSide:
         self._steered: SteeredVllm | None = None
         self._executor: ExecutorThread | None = None
         self._requests = _Requests()
+        self._placed: dict[str, Request] = {}
 
     # --- life
 
@@ -150,7 +155,7 @@ class SchedulerSide:
         self._counts = Counts(self)
         manager.homes = self.allocator
         manager.relieve = self.relieve
-        self._redispatch = Redispatch(
+        self._redispatch: Redispatch | None = Redispatch(
             self.allocator,
             self.begin_move,
             settings.redispatch,
@@ -191,6 +196,7 @@ class SchedulerSide:
     def place(self, request: Request, num_computed_tokens: int) -> None:
         """vLLM is about to admit a request."""
         self.boundary.enter()
+        self._placed[request.request_id] = request
         tokens = request.num_tokens
         most = max(request.max_tokens - request.num_output_tokens, 0)
         self.allocator.place(request.request_id, tokens=tokens, most_output=most, has_hits=num_computed_tokens > 0)
@@ -200,6 +206,7 @@ class SchedulerSide:
         with self.boundary.lock:
             self._requests.finished(request, has_run=request.request_id in self.allocator.state)
             self.allocator.forget(request.request_id)
+            self._placed.pop(request.request_id, None)
 
     # --- steps
 
@@ -212,7 +219,7 @@ class SchedulerSide:
             if self._steered is not None:
                 self._steered.step(time.monotonic())
             self.boundary.leave(is_idle=self.is_idle)
-            if self.settings.workers and not self.is_steered:
+            if self._redispatch is not None and not self.is_steered:
                 self._redispatch.advance()
             self.costs.advance()
             self._requests.look(time.time())
@@ -388,8 +395,15 @@ class SchedulerSide:
         if blocks:
             self.allocator.set_blocks(device, blocks)
             return
+        for move in self.allocator.moves:
+            if move.target == device:  # ranks whose own worker is there still go on with it
+                self.abort(move.number)
         for request_id in self.allocator.lose(device):
             self._manager.lost(request_id)
+            # With pipeline stages more steps of it are under way: what they say is void, as after a preemption.
+            request = self._placed[request_id]
+            request.num_computed_tokens = 0
+            request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
             self._manager.events.append(
                 Rehomed(self._manager.anchor(request_id), tuple(self.allocator.devices(request_id)))
             )
