@@ -217,6 +217,8 @@ def _check(vllm_config: VllmConfig, settings: Settings) -> None:
         problems.append('--kv-transfer-config needs "kv_load_failure_policy": "recompute"')
     if parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1:
         problems.append("context parallelism splits by tokens what hetis splits by heads")
+    if parallel.data_parallel_size > 1:
+        problems.append("data-parallel engines cannot share workers: start each by itself, with a file of its own")
     if vllm_config.speculative_config is not None:
         problems.append("speculative decoding is not supported yet")
     if problems:
