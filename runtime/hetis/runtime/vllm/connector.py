@@ -7,7 +7,7 @@ block manager keep their tables; on the ranks it makes `Rank`, which computes an
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta
+        self._decider.hear_void(connector_output.invalid_block_ids)
         if isinstance(reports, Reports):
             self._decider.hear(reports.by_rank)
 
@@ -251,6 +252,13 @@ class SchedulerSide:
             for number in report.failed:
                 self._abort(number)
 
+    def hear_void(self, anchors: Collection[int]) -> None:
+        """Requests whose outputs of a step are void."""
+        if anchors:
+            for request_id in self.allocator.running:
+                if self._manager.anchor(request_id) in anchors:
+                    self._compute_again(request_id)
+
     def begin_move(self, request_id: str, groups: Sequence[int], target: int) -> int | None:
         """Has groups of a running request copied elsewhere while it decodes; they move when all ranks are through.
 
@@ -312,6 +320,16 @@ class SchedulerSide:
             for group in move.groups:
                 self._manager.free_group(request_id, group)
 
+    def _compute_again(self, request_id: str) -> None:
+        """Has vLLM begin a request again.
+
+        With pipeline stages more steps of it may be under way. What they say must not count, be it void or, where one
+        of them begins again already, said twice; vLLM itself looks at the step that failed only.
+        """
+        request = self._requests[request_id]
+        request.num_computed_tokens = 0
+        request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
+
     def _where(self, rank: int) -> list[tuple[int, int]]:
         places = sorted(self._blocks)
         return [places[rank]] if rank < len(places) else []
@@ -327,10 +345,7 @@ class SchedulerSide:
                 self._abort(move.number)
         for request_id in self.allocator.lose(device):
             self._manager.lost(request_id)
-            # With pipeline stages more steps of it are under way: what they say is void, as after a preemption.
-            request = self._requests[request_id]
-            request.num_computed_tokens = 0
-            request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
+            self._compute_again(request_id)
             self._manager.events.append(
                 Rehomed(self._manager.anchor(request_id), tuple(self.allocator.devices(request_id)))
             )
