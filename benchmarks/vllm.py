@@ -1,6 +1,7 @@
 """vLLM with hetis' plugin beside stock vLLM on a CPU: seconds and tokens for the same answers.
 
-    python -m benchmarks.vllm [--quick] [--json] [--only TEXT] [--rounds N] [--model FOLDER] [--python PYTHON]
+    python -m benchmarks.vllm [--quick] [--json] [--only TEXT] [--engines LIST] [--rounds N] [--model FOLDER]
+                              [--python PYTHON]
 
 Engines: *stock*; *local*, the plugin without workers; *shm* and *tcp* with one to three attention workers, each a
 process with one thread. Every engine is one process with one thread, vLLM's in eager mode; a round asks each in turn,
@@ -27,7 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Case:
         return prompts, [source.randint(*self.output_tokens) for _ in range(self.batch)]
 
 
-ALL = (("stock", 0), ("local", 0), *((kind, count) for kind in ("shm", "tcp") for count in (1, 2, 3)))
+ALL = (("stock", 0), ("local", 0), ("shm", 1), ("shm", 2), ("shm", 3), ("tcp", 1), ("tcp", 3))
 FULL = (
     Case(name="batch", batch=16, prompt_tokens=(200, 1500), output_tokens=(100, 300), engines=ALL),
     Case(name="single", batch=1, prompt_tokens=(500, 500), output_tokens=(200, 200)),
@@ -255,6 +256,7 @@ def main() -> None:
     """Runs the command line."""
     parser = rows.parser("benchmarks.vllm", __doc__)
     rows.add_rounds(parser, "rounds that count; 3, with --quick 1")
+    parser.add_argument("--engines", metavar="LIST", help="only these beside stock: say local,shm1,shm3")
     parser.add_argument("--model", metavar="FOLDER", type=Path, help="a checkpoint instead of a random Llama of 40M")
     parser.add_argument("--python", metavar="PYTHON", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
     arguments = parser.parse_args()
@@ -262,6 +264,9 @@ def main() -> None:
         parser.error(f"{arguments.python} is not there: make vllm, or say --python")
     quick = arguments.quick
     cases = [case for case in (QUICK if quick else FULL) if arguments.only in case.name]
+    if arguments.engines is not None:
+        names = {"stock0", *(name if name[-1:].isdigit() else f"{name}0" for name in arguments.engines.split(","))}
+        cases = [replace(case, engines=[e for e in case.engines if f"{e[0]}{e[1]}" in names]) for case in cases]
     with tempfile.TemporaryDirectory() as folder:
         model, size = arguments.model, TINY if quick else HALF
         if model is None:

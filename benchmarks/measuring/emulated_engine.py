@@ -59,7 +59,9 @@ class EmulatedEngine:
         # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
         from benchmarks.measuring.emulated_worker import Pace, wait_until
         from hetis.solver.dispatch.solve import Dispatcher
+        from hetis.solver.redispatch.warming import compile_redispatch
 
+        compile_redispatch()  # on a new machine it would take a minute of the first traffic
         self._make_pace, self._wait_until = Pace, wait_until
         self._rules = {"paper": PaperRule, "equal": EqualSplit, "primary only": PrimaryOnly, "hetis": Dispatcher}
         core = llm.llm_engine.engine_core.engine_core

@@ -51,7 +51,7 @@ def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) 
         input=json.dumps(scenario),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -161,6 +161,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         reports = connector_output.kv_connector_worker_meta
+        self._decider.hear_void(connector_output.invalid_block_ids)
         if isinstance(reports, Reports):
             self._decider.hear(reports.by_rank)
 

@@ -306,6 +306,7 @@ class Rank:
             lasts=common.seq_lens[:num].cpu().numpy().astype(np.int64),
         )
         known = requests.rows >= 0
+        self.mover.rewind(requests.rows, requests.firsts)
         devices = np.where(known[:, None], self.heads.devices[requests.rows], -1)
         begins = requests.firsts == 0
         self.heads.must_restart[requests.rows[known & begins]] = False

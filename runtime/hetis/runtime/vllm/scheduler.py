@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -232,6 +232,14 @@ class SchedulerSide:
             for rank, report in reports.items():
                 self._hear(rank, report)
 
+    def hear_void(self, anchors: Collection[int]) -> None:
+        """Requests whose outputs of a step are void, by their anchors."""
+        if anchors:
+            with self.boundary.lock:
+                for request_id in self.allocator.running:
+                    if self._manager.anchor(request_id) in anchors:
+                        self._compute_again(request_id)
+
     def take_stats(self) -> dict[str, Any] | None:
         """What was counted since the last time, after a step; None: it is not time yet."""
         with self.boundary.lock:
@@ -385,6 +393,16 @@ class SchedulerSide:
         self.moves[by, "begun"] += 1
         return move
 
+    def _compute_again(self, request_id: str) -> None:
+        """Has vLLM begin a request again.
+
+        With pipeline stages more steps of it may be under way. What they say must not count, be it void or, where one
+        of them begins again already, said twice; vLLM itself looks at the step that failed only.
+        """
+        request = self._placed[request_id]
+        request.num_computed_tokens = 0
+        request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
+
     def _where(self, rank: int) -> list[tuple[int, int]]:
         places = sorted(self._blocks)
         return [places[rank]] if rank < len(places) else []
@@ -400,10 +418,7 @@ class SchedulerSide:
                 self.abort(move.number)
         for request_id in self.allocator.lose(device):
             self._manager.lost(request_id)
-            # With pipeline stages more steps of it are under way: what they say is void, as after a preemption.
-            request = self._placed[request_id]
-            request.num_computed_tokens = 0
-            request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
+            self._compute_again(request_id)
             self._manager.events.append(
                 Rehomed(self._manager.anchor(request_id), tuple(self.allocator.devices(request_id)))
             )
