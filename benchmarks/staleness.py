@@ -37,6 +37,7 @@ _SIMULATOR = (*_COSTS, "simulator/hetis/simulator")
 _DISPATCH = (f"{_SOLVER}/dispatch",)
 _REDISPATCH = (*_DISPATCH, f"{_SOLVER}/redispatch")
 _ENGINE = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "engine", "kv", "model", "stages", "worker"))
+_PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "vllm", "worker"))
 
 # What each table measures: files, folders with all below, and with "!" what is not of it.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -55,8 +56,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "profiler/hetis/profiler/whole_engine.py"),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
-    "emulation": ("benchmarks/emulation.py", *_ENGINE, *_REDISPATCH),
-    "emulation capacity": ("benchmarks/emulation.py", *_ENGINE, *_DISPATCH),
+    "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),
     "service admissions": (
         *("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet/dispatching"),
         *_DISPATCH,

@@ -1,16 +1,18 @@
 """vLLM with hetis' plugin beside stock vLLM on a CPU: seconds and tokens for the same answers.
 
-    python -m benchmarks.vllm [--quick] [--json] [--only TEXT] [--rounds N] [--model FOLDER] [--python PYTHON]
+    python -m benchmarks.vllm [--quick] [--json] [--only TEXT] [--engines LIST] [--rounds N] [--model FOLDER]
+                              [--python PYTHON]
 
 Engines: *stock*; *local*, the plugin without workers; *shm* and *tcp* with one to three attention workers, each a
 process with one thread. Every engine is one process with one thread, vLLM's in eager mode; a round asks each in turn,
-and the first answers are not counted. `equal` says whether greedy tokens are stock's; `wall_s` and `worker_cpu_s` (CPU
-seconds of the engine's process) are the least of the rounds; `ratio_to_stock` is the median over the rounds of
-wall seconds over stock's in the same round.
+after short answers that are not counted. `equal` says whether greedy tokens are stock's; `wall_s` and `worker_cpu_s`
+(CPU seconds of the engine's process) are the least of the rounds; `ratio_to_stock` and `cpu_ratio` are medians over the
+rounds, of wall and CPU seconds over stock's in the same round: on a machine that others use too, only the second means
+something. Where workers share the engine's cores, wall seconds are theirs too.
 
 *batch* is 16 requests of 200 to 1,500 prompt and 100 to 300 output tokens at once, *single* one of 500 and 200,
-*sampled* is *batch* at temperature 1, and in *memory* all engines have KV for a third of the batch's tokens: stock
-preempts, the plugin's requests have the rest on workers.
+*sampled* is *batch* at temperature 1. In *memory*, 24 requests of 100 to 300 and 200 to 400, all engines have KV for a
+third of the tokens: stock has requests wait, and preempts; the plugin's have the rest on workers.
 
 vLLM wants an environment of its own: `make vllm`, or `--python`.
 """
@@ -26,16 +28,17 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import rows
-from benchmarks.measuring.engine_model import SMALL, ModelSize, write_model
+from benchmarks.measuring.engine_model import HALF, ModelSize, write_model
 from benchmarks.measuring.rows import Row
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelSize(hidden=256, middle=320, layers=4, q_heads=8, kv_heads=4, vocab=1_000)
+ROOTS = ("formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
 BLOCK_TOKENS = 32
 
 
@@ -46,6 +49,7 @@ class Case:
     Attributes:
         prompt_tokens, output_tokens: least and most, per request.
         kv_share: of the batch's tokens, how much the engine's own KV holds; None: more than all.
+        engines: that are asked, with their workers; stock comes first.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Case:
     output_tokens: tuple[int, int]
     temperature: float = 0.0
     kv_share: float | None = None
+    engines: Sequence[tuple[str, int]] = (("stock", 0), ("local", 0), ("shm", 3))
 
     def requests(self, vocab: int) -> tuple[list[list[int]], list[int]]:
         """Prompts, and how many tokens are wanted of each."""
@@ -64,18 +69,25 @@ class Case:
         return prompts, [source.randint(*self.output_tokens) for _ in range(self.batch)]
 
 
+ALL = (("stock", 0), ("local", 0), ("shm", 1), ("shm", 2), ("shm", 3), ("tcp", 1), ("tcp", 3))
 FULL = (
-    Case(name="batch", batch=16, prompt_tokens=(200, 1500), output_tokens=(100, 300)),
+    Case(name="batch", batch=16, prompt_tokens=(200, 1500), output_tokens=(100, 300), engines=ALL),
     Case(name="single", batch=1, prompt_tokens=(500, 500), output_tokens=(200, 200)),
     Case(name="sampled", batch=16, prompt_tokens=(200, 1500), output_tokens=(100, 300), temperature=1.0),
-    Case(name="memory", batch=16, prompt_tokens=(200, 1500), output_tokens=(100, 300), kv_share=1 / 3),
+    Case(
+        name="memory",
+        batch=24,
+        prompt_tokens=(100, 300),
+        output_tokens=(200, 400),
+        kv_share=1 / 3,
+        engines=(("stock", 0), ("shm", 1), ("shm", 3)),
+    ),
 )
+FEW = (("stock", 0), ("local", 0), ("shm", 1))
 QUICK = (
-    Case(name="batch", batch=6, prompt_tokens=(20, 60), output_tokens=(12, 24)),
-    Case(name="memory", batch=6, prompt_tokens=(80, 120), output_tokens=(40, 60), kv_share=1 / 3),
+    Case(name="batch", batch=6, prompt_tokens=(20, 60), output_tokens=(12, 24), engines=FEW),
+    Case(name="memory", batch=6, prompt_tokens=(80, 120), output_tokens=(40, 60), kv_share=1 / 3, engines=FEW),
 )
-ENGINES = [("stock", 0), ("local", 0), *((kind, count) for kind in ("shm", "tcp") for count in (1, 2, 3))]
-QUICK_ENGINES = [("stock", 0), ("local", 0), ("shm", 1)]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,17 +117,15 @@ class _Engine:
         raise SystemExit(f"benchmarks.vllm: the engine {self.kind} with {self.workers} workers ended with an error")
 
 
-def run(
-    cases: Sequence[Case], engines: Sequence[tuple[str, int]], model: Path, vocab: int, python: Path, rounds: int
-) -> Iterator[Row]:
+def run(cases: Sequence[Case], model: Path, vocab: int, python: Path, rounds: int) -> Iterator[Row]:
     """One row for each case and engine, when all rounds of the case are through."""
     for case in cases:
         prompts, tokens = case.requests(vocab)
         asked = {"prompts": prompts, "tokens": tokens, "temperature": case.temperature}
         with ExitStack() as stack:
-            running = [_start(stack, case, kind, count, model, python, prompts, tokens) for kind, count in engines]
+            running = [_start(stack, case, kind, count, model, python, prompts, tokens) for kind, count in case.engines]
             for engine in running:
-                engine.ask(asked)
+                engine.ask(asked | {"prompts": [prompt[:40] for prompt in prompts], "tokens": [4] * len(prompts)})
             for _ in range(rounds):
                 for engine in running:
                     engine.answers.append(engine.ask(asked))
@@ -123,6 +133,7 @@ def run(
         for engine in running:
             walls = [answer["wall_s"] for answer in engine.answers]
             ratios = [mine / theirs["wall_s"] for mine, theirs in zip(walls, stock.answers, strict=True)]
+            cpu = [a["cpu_s"] / b["cpu_s"] for a, b in zip(engine.answers, stock.answers, strict=True)]
             same = [a["tokens"] == b["tokens"] for a, b in zip(engine.answers, stock.answers, strict=True)]
             yield {
                 "name": f"{case.name}, {engine.kind}" + (f", {engine.workers} workers" if engine.workers else ""),
@@ -136,6 +147,7 @@ def run(
                 "blocks": engine.blocks,
                 "preempted": engine.answers[-1]["preempted"],
                 "ratio_to_stock": statistics.median(ratios),
+                "cpu_ratio": statistics.median(cpu),
             }
 
 
@@ -166,6 +178,8 @@ def _start(
         + 2 * case.batch,
     }
     environment = os.environ | {
+        # Of this tree, whichever vLLM's environment was made for.
+        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ROOTS),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -242,22 +256,25 @@ def main() -> None:
     """Runs the command line."""
     parser = rows.parser("benchmarks.vllm", __doc__)
     rows.add_rounds(parser, "rounds that count; 3, with --quick 1")
-    parser.add_argument("--model", metavar="FOLDER", type=Path, help="a checkpoint instead of a random Llama of 124M")
+    parser.add_argument("--engines", metavar="LIST", help="only these beside stock: say local,shm1,shm3")
+    parser.add_argument("--model", metavar="FOLDER", type=Path, help="a checkpoint instead of a random Llama of 40M")
     parser.add_argument("--python", metavar="PYTHON", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
     arguments = parser.parse_args()
     if not arguments.python.exists():
         parser.error(f"{arguments.python} is not there: make vllm, or say --python")
     quick = arguments.quick
     cases = [case for case in (QUICK if quick else FULL) if arguments.only in case.name]
+    if arguments.engines is not None:
+        names = {"stock0", *(name if name[-1:].isdigit() else f"{name}0" for name in arguments.engines.split(","))}
+        cases = [replace(case, engines=[e for e in case.engines if f"{e[0]}{e[1]}" in names]) for case in cases]
     with tempfile.TemporaryDirectory() as folder:
-        model, size = arguments.model, TINY if quick else SMALL
+        model, size = arguments.model, TINY if quick else HALF
         if model is None:
             model = Path(folder)
             write_model(model, size, most_tokens=2048)
         vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-        engines = QUICK_ENGINES if quick else ENGINES
         rounds = arguments.rounds or (1 if quick else 3)
-        rows.show(run(cases, engines, model, vocab, arguments.python, rounds), arguments, name="vllm")
+        rows.show(run(cases, model, vocab, arguments.python, rounds), arguments, name="vllm")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -92,14 +92,17 @@ class DemoProcesses:
         text = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
-    def _start(self, name: str, command: list[str], stdout: int | None = None) -> subprocess.Popen[bytes]:
-        """Runs a command of this installation."""
+    def _start(
+        self, name: str, command: list[str], stdout: int | None = None, *, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Runs a command of this installation, or of another one by its whole path."""
+        program = Path(command[0])
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [Path(sys.executable).with_name(command[0]), *command[1:]],
+                [program if program.is_absolute() else Path(sys.executable).with_name(command[0]), *command[1:]],
                 stdout=log if stdout is None else stdout,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
             )
         self._running[name] = process
         return process

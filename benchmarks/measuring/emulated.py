@@ -1,105 +1,154 @@
-"""A replica of emulated cards: the primary in this process, workers in theirs, each as slow as it should be."""
+"""Emulated cards behind vLLM: the primary in its process, workers in theirs, each as slow as it should be."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.measuring.emulated_worker import Pace
+from benchmarks.measuring.engine_model import ModelSize, write_model
 
-from benchmarks.measuring.emulated_worker import Pace, wait_until
-from examples.demo_serve.checkpoint import Sizes, make_checkpoint
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Ready
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.engine.engine import Engine, EngineOptions
-from hetis.runtime.engine.generate import engine_from_folder
-from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.transport.connecting import look_up, open_store
-from hetis.runtime.worker.joining import join
-from hetis.runtime.worker.remote import RemoteDevice
-
-SIZES = Sizes(layers=2, hidden=256, intermediate=512, q_heads=16, kv_heads=8, vocab=512, max_tokens=1024)
-PAGE_TOKENS = 16
+ROOT = Path(__file__).parents[2]
+ROOTS = ("formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
+MODEL = ModelSize(hidden=512, middle=512, layers=2, q_heads=16, kv_heads=8, vocab=512)
+BLOCK_TOKENS = 32
 
 
-class PacedPrimary(LocalDevice):
-    """The primary's own attention: the engine waits for it, as it does for a kernel on its own card."""
-
-    def __init__(self, name: str, shape: KvShape, pages: int, pace: Pace) -> None:
-        super().__init__(name, shape, pages)
-        self._pace, self._layer_s = pace, 0.0
-
-    def begin(self, step: DeviceStep) -> None:
-        super().begin(step)
-        self._layer_s = self._pace.layer_s(step, self.shape)
-
-    def attend(self, layer: int, qkv: torch.Tensor) -> Ready:
-        begun_s = time.perf_counter()
-        ready = super().attend(layer, qkv)
-        wait_until(begun_s + self._layer_s)
-        return ready
+class EngineFailedError(Exception):
+    """The engine's process ended; the message is where its log is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """Running emulated workers. ``paces``: of the primary, then of the workers, by name."""
+    """vLLM on emulated cards."""
 
-    folder: Path
-    store: Any
-    pace_files: Mapping[str, Path]
-    pages: int
+    process: subprocess.Popen[str]
+    log: Path
 
-    def set_paces(self, paces: Sequence[Pace]) -> None:
-        """Of the workers, from their next step on."""
-        for path, pace in zip(self.pace_files.values(), paces, strict=True):
-            pace.write(path)
+    def serve(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: Sequence[int],
+        *,
+        rule: str,
+        paces: Sequence[Pace],
+        later: Sequence[Pace] | None = None,
+        followed: bool = True,
+    ) -> dict[str, Any]:
+        """What `emulated_engine` says of a traffic; costs change with the paces where they are to be ``followed``.
 
-    def engine(self, paces: Sequence[Pace], *, epoch: int, options: EngineOptions) -> Engine:
-        """An engine on the primary and all workers, which hold nothing."""
-        self.set_paces(paces[1:])
+        Raises:
+            EngineFailedError: its process has ended.
+        """
+        return self.ask(
+            {
+                "prompts": prompts,
+                "tokens": tokens,
+                "rule": rule,
+                "paces": [asdict(pace) for pace in paces],
+                "later": [asdict(pace) for pace in later] if later else None,
+                "followed": followed,
+            }
+        )
 
-        def devices(shape: KvShape) -> list[AttentionDevice]:
-            workers = [
-                join(name, look_up(self.store, name, timeout_s=120), shape, epoch=epoch, timeout_s=120)
-                for name in self.pace_files
-            ]
-            return [PacedPrimary("primary", shape, self.pages, paces[0]), *workers]
-
-        return engine_from_folder(self.folder, devices, page_tokens=PAGE_TOKENS, options=options)
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """One line there, one back. Raises EngineFailedError."""
+        assert self.process.stdin is not None, "it was started with pipes"
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+                return answer
+        raise EngineFailedError("\n".join(self.log.read_text().splitlines()[-12:]))
 
 
 @contextmanager
-def emulated_replica(workers: int, *, pages: int) -> Iterator[Replica]:
-    """Starts so many workers, with ``pages`` KV pages each, and ends them."""
-    with tempfile.TemporaryDirectory(prefix="hetis-emulation-") as text:
+def emulated_replica(
+    workers: int, *, python: Path, seats: int, most_tokens: int, growth_tokens: int
+) -> Iterator[Replica]:
+    """Starts so many workers, and vLLM with them by its own ``python``; ends all.
+
+    Args:
+        seats: requests that run at a time.
+        most_tokens: of a request, prompt and answer.
+        growth_tokens: that dispatch keeps room for.
+    """
+    with tempfile.TemporaryDirectory(prefix="hetis-emulation-") as text, ExitStack() as stack:
         folder = Path(text)
-        checkpoint = make_checkpoint(folder / "model", sizes=SIZES)
-        store = open_store("127.0.0.1:0", is_master=True)
-        files = {f"w{i}": folder / f"w{i}.json" for i in range(1, workers + 1)}
-        for path in files.values():
-            Pace().write(path)
-        command = [sys.executable, "-m", "benchmarks.measuring.emulated_worker", "--store", f"127.0.0.1:{store.port}"]
-        processes = [
-            subprocess.Popen([*command, "--name", name, "--pace", str(path), "--pages", str(pages)])
-            for name, path in files.items()
-        ]
-        try:
-            yield Replica(folder=checkpoint, store=store, pace_files=files, pages=pages)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
-def close(engine: Engine) -> None:
-    """Lets the workers go."""
-    for device in engine.stage.devices:
-        if isinstance(device, RemoteDevice):
-            device.close()
+        model, key = folder / "model", folder / "key"
+        write_model(model, MODEL, most_tokens=1024)
+        key.touch(mode=0o600)
+        key.write_text("of a benchmark, on loopback alone")
+        listed, paces = [], []
+        for number in range(1, workers + 1):
+            port, pace = folder / f"w{number}.port", folder / f"w{number}.json"
+            Pace().write(pace)
+            command = [sys.executable, "-m", "benchmarks.measuring.emulated_worker", "--name", f"w{number}"]
+            command += ["--key-file", str(key), "--port-file", str(port), "--pace", str(pace), "--pages", "8000"]
+            worker = subprocess.Popen(command, cwd=ROOT)
+            stack.callback(worker.wait)
+            stack.callback(worker.kill)
+            while not port.exists():
+                try:
+                    worker.wait(0.1)
+                except subprocess.TimeoutExpired:
+                    continue
+                raise EngineFailedError(f"emulated card {number} ended with status {worker.returncode}")
+            listed.append({"name": f"w{number}", "addresses": [port.read_text()], "keyFile": str(key)})
+            paces.append(str(pace))
+        config = folder / "workers.json"
+        document = {
+            "apiVersion": "hetis/v1",
+            "kind": "VllmWorkers",
+            "timeoutS": 120,
+            "transport": "tcp",
+            "calibrate": False,
+        }
+        dispatch = {"policy": "solver", "expectedOutputTokens": growth_tokens}
+        config.write_text(json.dumps(document | {"workers": listed, "dispatch": dispatch}))
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *(str(ROOT / name) for name in ROOTS)]),
+            "HETIS_VLLM_CONFIG": str(config),
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba is another one than ours
+        }
+        log = stack.enter_context((folder / "log").open("w"))
+        process = subprocess.Popen(
+            [python, "-m", "benchmarks.measuring.emulated_engine"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        replica = Replica(process=process, log=folder / "log")
+        groups = MODEL.kv_heads
+        replica.ask(
+            {
+                "model": str(model),
+                "pace_files": paces,
+                "block_size": BLOCK_TOKENS,
+                "max_model_len": most_tokens,
+                "max_num_seqs": seats,
+                "num_gpu_blocks_override": groups * seats * (most_tokens // BLOCK_TOKENS + 1) + 2 * seats,
+            }
+        )
+        yield replica

@@ -1,6 +1,6 @@
 """An attention worker that takes as long as another card would, by waiting: it computes, and answers later.
 
-    python -m benchmarks.measuring.emulated_worker --name w0 --store HOST:PORT --pace FILE
+    python -m benchmarks.measuring.emulated_worker --name w0 --key-file FILE --port-file FILE --pace FILE --pages N
 
 The file holds its pace (`Pace.write`) and is read at every step, so that a card may turn slow while it serves. Waiting
 takes no CPU time: on a machine with few cores, many of them still answer when they should.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import secrets
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.measured.timed import token_bytes
-from hetis.runtime.transport.connecting import Endpoint, open_store, publish
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, Kind
+from hetis.runtime.transport.keys import key_of
 from hetis.runtime.transport.messages import read_step
 from hetis.runtime.transport.tcp import listen
 from hetis.runtime.worker.core import MakeDevice, WorkerCore
@@ -50,7 +49,10 @@ class Pace:
     def layer_s(self, step: DeviceStep, shape: KvShape) -> float:
         """Attention of the virtual sequences of ``step``."""
         kv_bytes = float((step.positions + 1).sum()) * token_bytes(shape)
-        heads = float(len(step) * shape.queries_per_group)
+        return self.attention_s(heads=len(step) * shape.queries_per_group, kv_bytes=kv_bytes)
+
+    def attention_s(self, *, heads: int, kv_bytes: float) -> float:
+        """Attention of one layer."""
         return self.slow * (self.head_s * heads + self.kv_byte_s * kv_bytes + self.call_s)
 
     def link_s(self, frame: Frame, answer: Frame | None) -> float:
@@ -100,19 +102,23 @@ def main() -> None:
     """Serves until it is ended."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measuring.emulated_worker", description=__doc__)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--store", required=True)
+    parser.add_argument("--key-file", required=True, type=Path)
+    parser.add_argument("--port-file", required=True, type=Path)
     parser.add_argument("--pace", required=True, type=Path)
     parser.add_argument("--pages", required=True, type=int)
     options = parser.parse_args()
     logging.basicConfig(level="WARNING")
     torch.set_num_threads(1)
     listener = listen("127.0.0.1", 0)
-    key = secrets.token_bytes(16)
-    endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1], key=key)
-    publish(open_store(options.store, is_master=False), options.name, endpoint)
     core = PacedCore(
-        options.name, lambda shape: LocalDevice(options.name, shape, options.pages), key=key, pace=options.pace
+        options.name,
+        lambda shape: LocalDevice(options.name, shape, options.pages),
+        key=key_of(options.key_file.read_text()),
+        pace=options.pace,
     )
+    aside = options.port_file.with_suffix(".new")
+    aside.write_text(f"127.0.0.1:{listener.getsockname()[1]}")
+    aside.replace(options.port_file)
     WorkerLoop(core, listener).run()
 
 

@@ -1,14 +1,16 @@
 """A model whose heads live in three processes: ``python -m examples.demo_serve`` (or ``make demo-serve``).
 
-A tiny model is made; planner, agent, `hetis-serve` and two attention workers are started, and a plan is put in force.
-While a chat streams, the planner sees the primary's KV fill and has heads moved, through the agent. Then the worker
-that got them is killed, and started again. Every answer is compared with that of an engine with one device only.
+A tiny model is made; planner, agent, vLLM with hetis' plugin and two attention workers are started, and a plan is put
+in force. While a chat streams, the planner sees the primary's KV fill and has head groups moved, through the agent.
+Then the worker that got them is killed, and started again. Every answer is compared with that of transformers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,20 +20,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from examples.demo_serve.checkpoint import make_checkpoint
 from examples.demo_serve.client import Client, Json
 from examples.demo_serve.planner import HERE, Planner, told
-from examples.demo_serve.processes import Processes
+from examples.demo_serve.processes import Processes, vllm_python
 from examples.processes import ProcessError
 
 PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # as the plan calls them
 DEVICES = (PRIMARY, *WORKERS)
-KV_TOKENS = 144  # the plan's room is that of real cards; here the primary is full soon
-WORKER_KV = "8MiB"
-QUESTION = [{"role": "user", "content": "Where do the heads of this answer live?"}]
+MOST_TOKENS = 1024
+NUM_BLOCKS = 280  # the plan's room is that of real cards; here half of the primary is full within a chat
+WORKER_KV = "16MiB"
+QUESTION = "Where do the heads of this answer live?"
 TOKENS = 900
 EVERY = 150  # tokens between two lines of the story
-MOST_CHATS = 4  # within which all of it has happened
+MOST_CHATS = 12  # within which all of it has happened; the planner compiles its kernels during the first
+NOT_INSTALLED = "vLLM is not installed in .venv-vllm (make vllm), nor does HETIS_VLLM_PYTHON name its Python"
 Say = Callable[[str], None]
 
 
@@ -42,11 +45,15 @@ def main() -> int:
     )
     parser.add_argument("--keep", metavar="DIR", type=Path, help="keep logs, model and store in this folder")
     options = parser.parse_args()
+    python = vllm_python()
+    if python is None:
+        print(f"error: {NOT_INSTALLED}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="hetis-demo-") as temporary:
         try:
             folder = options.keep or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            seen = tell(folder, sys.stderr if options.json else sys.stdout)
+            seen = tell(folder, python, sys.stderr if options.json else sys.stdout)
         except (ProcessError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -55,17 +62,17 @@ def main() -> int:
     return 0 if all(seen["same"]) and seen["redispatches"] and seen["is_back"] else 1
 
 
-def tell(folder: Path, out: TextIO) -> Json:
+def tell(folder: Path, python: Path, out: TextIO) -> Json:
     """The story, told to ``out``; returns what was seen."""
 
     def say(text: str = "") -> None:
         print(text, file=out, flush=True)
 
     begun_s = time.monotonic()
-    model = make_checkpoint(folder / "demo")
+    model = folder / "demo"
+    wanted = make_model(python, model)
     size = sum(path.stat().st_size for path in model.iterdir()) // 1024
     say(f"A model with random weights: 4 layers, 8 KV heads of 2 query heads, {size} KiB.")
-    wanted = unsplit_text(model)
     with Processes(folder, WORKERS) as processes:
         address = processes.start_planner(listen="127.0.0.1:0", lease="10s", heartbeat="250ms")
         with closing(Planner(address)) as planner:
@@ -73,47 +80,45 @@ def tell(folder: Path, out: TextIO) -> Json:
             processes.start_agent(address, node="clusters/demo/nodes/box", devices="L4:1,T4:2")
             for name in WORKERS:
                 processes.start_worker(name, WORKER_KV)
-            options = ("--plan", str(HERE / "plan.json"), "--kv-tokens", str(KV_TOKENS), "--seats", "4")
-            url = processes.start_server(model, *options)
-            say(f"hetis-planner at {address}, hetis-agent beside hetis-serve at")
-            say(f"{url}; {' and '.join(WORKERS)} are processes that hold KV alone.")
+            options = ("--max-model-len", str(MOST_TOKENS), "--num-gpu-blocks-override", str(NUM_BLOCKS))
+            url = processes.start_server(python, model, *options, "--max-num-seqs", "4")
+            say(f"hetis-planner at {address}, hetis-agent beside vLLM,")
+            say(f"vLLM at {url}; {' and '.join(WORKERS)} hold KV alone.")
             processes.wait_until(planner.is_agent_ready, "the agent has called the planner")
             planner.put_in_force()
             processes.wait_until(planner.is_serving, "the replica is in force")
             say("The plan is checked and in force: the engine has its assignment.\n")
-            story = Story(processes, planner, Client(url), say)
-            texts = story.tell()
-            samples = story.client.metrics()
+            with closing(Client(url, processes.engine, planner.replica())) as client:
+                story = Story(processes, planner, client, say)
+                texts = story.tell()
+                samples = client.metrics()
             processes.end_server()
     same = [text == wanted for text in texts]
     say(f"\n{story.count} re-dispatches by the planner, one dead worker, {len(texts)} answers:")
-    say(f"their texts are {'those' if all(same) else 'NOT those'} of the unsplit engine.")
+    say(f"their texts are {'those' if all(same) else 'NOT those'} of transformers.")
     say(f"Done in {time.monotonic() - begun_s:.0f} s; every process has been stopped.")
     return {
         "same": same,
         "is_back": story.is_back,
         "redispatches": story.count,
         "maps": story.maps,
-        "moved_heads": _sum(samples, "hetis_moved_heads_total"),
-        "committed": _sum(samples, "hetis_migrations_total", 'state="committed"'),
-        "measured_s": _sum(samples, "hetis_decode_step_seconds_measured_total"),
-        "predicted_s": _sum(samples, "hetis_decode_step_seconds_predicted_total"),
+        "moved_groups": _sum(samples, "hetis_moved_groups_total"),
+        "committed": _sum(samples, "hetis_moves_total", 'by="planner"', 'state="committed"'),
+        "recomputes": _sum(samples, "hetis_recomputes_total"),
+        "exchanges": _sum(samples, "hetis_exchanges_total"),
+        "decisions": _sum(samples, "hetis_dispatch_decisions_total"),
+        "dispatch_count": _sum(samples, "hetis_dispatch_seconds_count"),
     }
 
 
-def unsplit_text(model: Path) -> str:
-    """The same answer by an engine with one device, offline."""
-    from hetis.runtime.engine.generate import engine_from_folder, generate, local_devices
-    from hetis.runtime.engine.request import SamplingParams
-    from hetis.runtime.server.chat import ChatTemplate
-    from hetis.runtime.server.text import Tokens
-
-    chat = ChatTemplate.from_folder(model)
-    assert chat is not None
-    prompt = Tokens.from_folder(model).encode(chat.render(QUESTION), special=False)
-    engine = engine_from_folder(model, local_devices([1000]))
-    (answer,) = generate(engine, [prompt], SamplingParams(max_tokens=TOKENS, ignore_eos=True))
-    return answer.text
+def make_model(python: Path, folder: Path) -> str:
+    """Makes the model in a folder; returns what transformers answers. Raises ProcessError: it did not."""
+    command = [str(python), "-m", "examples.demo_serve.model", str(folder), QUESTION, str(TOKENS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ProcessError(f"the model was not made:\n{done.stderr[-2000:]}")
+    return str(json.loads(done.stdout.splitlines()[-1])["text"])
 
 
 @dataclass
@@ -123,6 +128,7 @@ class Story:
     Attributes:
         count: re-dispatches of the planner that have been told.
         killed: the worker that was killed; empty: none yet.
+        is_restarted: its process runs again.
         is_back: it takes heads again.
         maps: where each head was, at every line of the story.
     """
@@ -133,47 +139,49 @@ class Story:
     say: Say
     count: int = 0
     killed: str = ""
+    is_restarted: bool = False
     is_back: bool = False
-    maps: list[Json] = field(default_factory=list)
+    maps: list[list[str]] = field(default_factory=list)
 
     def tell(self) -> list[str]:
         """Chats until all has happened; their texts."""
         texts: list[str] = []
-        while len(texts) < MOST_CHATS and not (self.killed and self.is_back and len(texts) > 1):
+        while len(texts) < MOST_CHATS and not (self.is_back and len(texts) > 1):
             self.say(f"Chat {len(texts) + 1} streams {TOKENS} tokens. Which heads are where:")
             texts.append(self._chat())
-            if self.killed and not self.is_back:
+            if self.killed and not self.is_restarted:
                 self.processes.start_worker(self.killed, WORKER_KV)
-                self.processes.wait_until(lambda: self.killed in self._up(), f"{self.killed} is back")
-                self.is_back = True
-                self.say(f"  {self.killed} was started again and takes heads again.\n")
+                self.is_restarted = True
+                self.say(f"  {self.killed} is started again.\n")
         return texts
 
     def _chat(self) -> str:
-        body = {"model": "demo", "messages": QUESTION, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        asked = [{"role": "user", "content": QUESTION}]
+        body = {"model": "demo", "messages": asked, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
         texts: list[str] = []
         for number, chunk in enumerate(self.client.stream_chat(body), 1):
-            texts += [choice["delta"].get("content", "") for choice in chunk["choices"]]
-            if number % (EVERY // 3) == 0:
+            texts += [choice["delta"].get("content") or "" for choice in chunk["choices"]]
+            if number % (EVERY // 6) == 0:
                 self._look(number, is_line=number % EVERY == 0)
         self._tell_news()
         return "".join(texts)
 
     def _look(self, tokens: int, *, is_line: bool) -> None:
         """A line of the story now and then; and the worker that got heads is killed."""
-        moved = self._tell_news()
-        seen = self.client.heads()
-        if not seen["requests"] or not seen["requests"][0]["heads"]:
+        moved, seen = self._tell_news(), self.client.heads()
+        if self.is_restarted and not self.is_back and self.killed in seen.up:
+            self.is_back = True
+            self.say(f"  {self.killed} has joined again and takes heads.")
+        if not seen.owners:
             return
-        heads, up = seen["requests"][0]["heads"], [device["name"] for device in seen["devices"] if device["up"]]
-        self.maps.append(heads)
+        self.maps.append(list(seen.owners))
         if is_line or moved:
-            self.say(f"  {tokens:4d} tokens   {_shown(heads, up)}")
-        victims = [name for name in WORKERS if name in heads]
+            self.say(f"  {tokens:4d} tokens   {_shown(seen.owners, seen.up)}")
+        victims = [name for name in WORKERS if name in seen.owners]
         if self.count and victims and not self.killed:
-            self.killed = max(victims, key=heads.count)
+            self.killed = max(victims, key=seen.owners.count)
             self.processes.kill_worker(self.killed)
-            self.say(f"  {self.killed} is killed (kill -9), with the KV of {heads.count(self.killed)} heads")
+            self.say(f"  {self.killed} is killed (kill -9), with the KV of {seen.owners.count(self.killed)} heads")
 
     def _tell_news(self) -> bool:
         news = self.planner.redispatches()[self.count :]
@@ -182,21 +190,20 @@ class Story:
         self.count += len(news)
         return bool(news)
 
-    def _up(self) -> list[str]:
-        return [device["name"] for device in self.client.heads()["devices"] if device["up"]]
 
-
-def _shown(heads: list[str], up: list[str]) -> str:
+def _shown(owners: tuple[str, ...], up: tuple[str, ...]) -> str:
     """``box/0 0·23·56·`` for each device."""
     parts = []
     for name in DEVICES:
-        marks = "".join(str(i) if owner == name else "·" for i, owner in enumerate(heads))
-        parts.append(f"{name} {marks if name in up else 'lost'.ljust(len(heads))}")
+        marks = "".join(str(i) if owner == name else "·" for i, owner in enumerate(owners))
+        parts.append(f"{name} {marks if name in up else 'lost'.ljust(len(owners))}")
     return "   ".join(parts)
 
 
-def _sum(samples: dict[str, float], name: str, label: str = "") -> float:
-    return sum(value for key, value in samples.items() if key.partition("{")[0] == name and label in key)
+def _sum(samples: dict[str, float], name: str, *labels: str) -> float:
+    return sum(
+        value for key, value in samples.items() if key.partition("{")[0] == name and all(one in key for one in labels)
+    )
 
 
 if __name__ == "__main__":

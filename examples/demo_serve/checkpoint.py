@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of a Llama; r = q_heads / kv_heads."""
+    """Of a Llama; r = q_heads / kv_heads. ``head_dim`` None: that of hidden / q_heads."""
 
     layers: int = 4
     hidden: int = 128
@@ -38,6 +38,11 @@ class Sizes:
     kv_heads: int = 8
     vocab: int = 512
     max_tokens: int = 2048
+    head_dim: int | None = None
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden // self.q_heads
 
 
 def make_checkpoint(folder: Path, *, sizes: Sizes | None = None, seed: int = 0) -> Path:
@@ -88,6 +93,7 @@ def _write_config(folder: Path, sizes: Sizes) -> None:
         "num_hidden_layers": sizes.layers,
         "num_attention_heads": sizes.q_heads,
         "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_size,
         "vocab_size": sizes.vocab,
         "max_position_embeddings": sizes.max_tokens,
         "rms_norm_eps": 1e-6,
@@ -113,14 +119,14 @@ def _write_weights(folder: Path, sizes: Sizes, seed: int) -> None:
     def norm() -> torch.Tensor:
         return 1 + 0.3 * torch.randn(sizes.hidden, generator=generator)
 
-    head_dim = sizes.hidden // sizes.q_heads
+    head_dim = sizes.head_size
     tensors = {"model.embed_tokens.weight": matrix(sizes.vocab, sizes.hidden)}
     for layer in range(sizes.layers):
         shapes = {
-            "self_attn.q_proj": (sizes.hidden, sizes.hidden),
+            "self_attn.q_proj": (sizes.q_heads * head_dim, sizes.hidden),
             "self_attn.k_proj": (sizes.kv_heads * head_dim, sizes.hidden),
             "self_attn.v_proj": (sizes.kv_heads * head_dim, sizes.hidden),
-            "self_attn.o_proj": (sizes.hidden, sizes.hidden),
+            "self_attn.o_proj": (sizes.hidden, sizes.q_heads * head_dim),
             "mlp.gate_proj": (sizes.intermediate, sizes.hidden),
             "mlp.up_proj": (sizes.intermediate, sizes.hidden),
             "mlp.down_proj": (sizes.hidden, sizes.intermediate),

@@ -1,36 +1,52 @@
-"""What the demo asks the server, with the standard library alone."""
+"""What the demo asks vLLM: chats over HTTP, and where head groups are, as the agent would ask it."""
 
 from __future__ import annotations
 
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import grpc
+
+from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest
+from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
+from hetis.v1.report_pb2 import DeviceStatus
 
 Json = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Where each head group of the one request is, empty: none runs; and which devices are up."""
+
+    owners: tuple[str, ...]
+    up: tuple[str, ...]
+
+
 class Client:
-    """Calls of the server at ``url``."""
+    """Calls of the server at ``url``, whose executor listens at ``engine``."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, engine: Path, replica: str) -> None:
+        self._url, self._replica = url, replica
+        self._channel = grpc.insecure_channel(f"unix:{engine}", options=[("grpc.default_authority", "localhost")])
+        self._executor = ExecutorServiceStub(self._channel)
 
-    def heads(self) -> Json:
-        """Devices, and where the heads of running requests are."""
-        found: Json = json.loads(self._open("/hetis/heads").read())
-        return found
+    def close(self) -> None:
+        self._channel.close()
 
-    def move(self, request: str, heads: list[int], to: str) -> bool:
-        """False: the request has ended meanwhile, or heads and devices are not as they were."""
-        try:
-            self._open("/hetis/moves", {"request": request, "heads": heads, "to": to})
-        except urllib.error.HTTPError as error:
-            if error.code not in (404, 409):
-                raise
-            return False
-        return True
+    def heads(self) -> Heads:
+        """As they are between two steps."""
+        for piece in self._executor.ReadHeadMaps(ReadHeadMapsRequest(replica=self._replica), timeout=60):
+            for head_map in piece.head_maps:
+                names = [device.name for device in head_map.devices]
+                lost = DeviceStatus.DEVICE_STATUS_LOST
+                up = tuple(device.name for device in head_map.devices if device.status != lost)
+                owners = [names[owner] for request in head_map.requests[:1] for owner in request.owners]
+                return Heads(tuple(owners), up)
+        return Heads((), ())
 
     def metrics(self) -> dict[str, float]:
         """Every sample by its name with labels."""
@@ -49,4 +65,5 @@ class Client:
 
     def _open(self, path: str, body: Json | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        return urllib.request.urlopen(urllib.request.Request(self._url + path, data), timeout=60)
+        headers = {"Content-Type": "application/json"}
+        return urllib.request.urlopen(urllib.request.Request(self._url + path, data, headers), timeout=600)

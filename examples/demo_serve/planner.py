@@ -66,6 +66,11 @@ class Planner:
         replicas = list(self._client.list_replicas(CLUSTER))
         return bool(replicas) and all(r.state == replica_pb2.REPLICA_STATE_SERVING for r in replicas)
 
+    def replica(self) -> str:
+        """The name of the one replica."""
+        (found,) = self._client.list_replicas(CLUSTER)
+        return str(found.name)
+
     def redispatches(self) -> list[redispatch_pb2.Redispatch]:
         """Those that moved something, the first first."""
         done = redispatch_pb2.REDISPATCH_STATE_DONE

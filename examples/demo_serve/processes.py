@@ -1,66 +1,121 @@
-"""The processes of the demo: planner, agent, `hetis-serve` and its attention workers."""
+"""The processes of the demo: planner, agent, vLLM with hetis' plugin, and its attention workers."""
 
 from __future__ import annotations
 
-import re
+import os
+import secrets
 import socket
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 from examples.processes import DemoProcesses, ProcessError
 
 START_S = 900  # the first start compiles kernels, which takes minutes on a busy machine
+BLOCK_TOKENS = 32  # of vLLM's blocks: its kernels for CPUs take multiples of that
+_ROOT = Path(__file__).parents[2]
+
+
+def vllm_python() -> Path | None:
+    """Python of the virtual environment that has vLLM (``make vllm``); None: there is none."""
+    python = Path(os.environ.get("HETIS_VLLM_PYTHON", _ROOT / ".venv-vllm" / "bin" / "python"))
+    return python if python.exists() else None
 
 
 class Processes(DemoProcesses):
-    """Everything that the demo starts."""
+    """Everything that the demo starts.
+
+    Attributes:
+        engine: the socket on which the agent steers vLLM.
+    """
 
     def __init__(self, folder: Path, workers: tuple[str, ...]) -> None:
         super().__init__(folder)
-        self._workers = workers
-        self._store = f"127.0.0.1:{_free_port()}"
-        self._engine = folder / "engine.sock"
+        self._ports = {name: _free_port() for name in workers}
+        self._key = folder / "worker.key"
+        self._key.touch(mode=0o600)
+        self._key.write_text(secrets.token_hex(16))
+        self.engine = folder / "engine.sock"
 
     def start_agent(self, server: str, *, node: str, devices: str) -> None:
         """It calls the planner, and the engine at its socket as soon as that is there."""
-        command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"unix://{self._engine}"]
+        command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"unix://{self.engine}"]
         command += ["--simulated-devices", devices, "--state-dir", str(self.folder / "agent")]
         self._start("agent", command)
 
     def start_worker(self, name: str, kv_memory: str) -> None:
-        """It says in the store where it is; the server waits for that."""
+        """It listens at the same port each time."""
         command = [Path(sys.executable).name, "-m", "hetis.runtime.worker", "--name", name]
-        self._start(_file(name), [*command, "--store", self._store, "--kv-memory", kv_memory])
+        command += ["--listen", f"127.0.0.1:{self._ports[name]}", "--key-file", str(self._key)]
+        self._start(_file(name), [*command, "--kv-memory", kv_memory])
 
     def kill_worker(self, name: str) -> None:
         """As a power cut would."""
         self.kill(_file(name))
 
-    def start_server(self, model: Path, *options: str) -> str:
+    def start_server(self, python: Path, model: Path, *options: str) -> str:
         """Its address, once it serves. Raises ProcessError: it does not."""
-        command = ["hetis-serve", "--model", str(model), "--port", "0", "--threads", "1", "--store", self._store]
-        command += ["--executor", f"unix:{self._engine}", *options]
-        for name in self._workers:
-            command += ["--worker", name]
-        self._start("server", command)
-
-        def address() -> str:
-            found = re.search(r"serving \S+ at (http://\S+)", self.tail("server", 40))
-            return found[1] if found else ""
-
-        self.wait_until(address, "hetis-serve serves")
-        return address()
+        port = _free_port()
+        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
+        command += ["--kv-transfer-config", _CONNECTOR, *options]
+        environment = {
+            "HETIS_VLLM_CONFIG": str(self._settings()),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Its numba is another one: in one folder each would throw away what the other has compiled.
+            "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),
+        }
+        self._start("server", command, environment=environment)
+        url = f"http://127.0.0.1:{port}"
+        self.wait_until(lambda: _is_healthy(url), "vLLM serves")
+        return url
 
     def end_server(self) -> None:
         """As Kubernetes would: SIGTERM. Raises ProcessError: it did not end well."""
         self._running["server"].terminate()
         if self._running["server"].wait(60) != 0:
-            raise ProcessError(f"hetis-serve did not end well:\n{self.tail('server', 40)}")
+            raise ProcessError(f"vLLM did not end well:\n{self.tail('server', 40)}")
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
         """As `DemoProcesses.wait_until`, for as long as such processes need to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
+
+    # --- inside
+
+    def _settings(self) -> Path:
+        """The plugin's file: groups stay with vLLM until the planner moves them."""
+        path = self.folder / "workers.yaml"
+        document = {
+            "apiVersion": "hetis/v1",
+            "kind": "VllmWorkers",
+            "workers": [
+                {"name": name, "addresses": [f"127.0.0.1:{port}"], "keyFile": str(self._key)}
+                for name, port in self._ports.items()
+            ],
+            "dispatch": {"policy": "local"},
+            "executor": str(self.engine),
+        }
+        path.write_text(yaml.safe_dump(document), encoding="utf-8")
+        return path
+
+
+_CONNECTOR = '{"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def _file(name: str) -> str:

@@ -14,7 +14,8 @@ from benchmarks.measuring.dispatch_rules import EqualSplit, PaperRule, PrimaryOn
 from benchmarks.measuring.emulated_worker import Pace, wait_until
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, Kind
 from hetis.solver.dispatch.problem import HeadShape, Load, Primary, Requests, Stage
-from tests.benchmarks.test_benchmarks import quick_rows
+from tests.benchmarks.test_benchmarks import rows_of, run
+from tests.runtime.vllm.running import PYTHON, needs_vllm
 
 HEADS = HeadShape(head_groups=8, queries_per_group=2, kv_bytes_per_token=128.0, exchange_bytes_per_head=192.0)
 
@@ -108,13 +109,10 @@ def test_waiting_ends_no_earlier_than_asked_and_at_once_for_what_has_passed() ->
     wait_until(moment_s)
 
 
-def test_the_quick_form_has_both_parts_and_rules_agree_on_the_text() -> None:
-    found = quick_rows("emulation")
-    capacity = [row for row in found if "held" in row]
-    assert [row["held"] for row in capacity] == [1.0, 1.0]
-    assert [row["over_first"] for row in capacity] == [1.0, 1.75]
-    assert all(row["preempted"] == 0 for row in capacity)
-    rules = [row for row in found if "over_primary" in row]
-    assert [row["name"].partition(": ")[2] for row in rules] == ["hetis", "paper", "equal", "primary only"]
-    assert rules[-1]["heads"] == "100 : 0"
-    assert rules[-1]["over_primary"] == 1.0
+@needs_vllm
+@pytest.mark.soak
+def test_the_quick_form_has_all_rules_and_they_agree_on_the_text() -> None:
+    found = rows_of(run("benchmarks.emulation", "--quick", "--json", "--python", str(PYTHON)).splitlines())
+    assert [row["name"].partition(": ")[2] for row in found] == ["hetis", "paper", "equal", "primary only"]
+    assert found[-1]["heads"] == "100 : 0"
+    assert found[-1]["over_primary"] == 1.0

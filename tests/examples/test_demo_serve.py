@@ -8,16 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from examples.demo_serve.processes import vllm_python
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_demos_texts_are_those_of_the_unsplit_engine_though_a_planner_moves_heads_and_a_worker_dies() -> None:
+@pytest.mark.skipif(vllm_python() is None, reason="NOT TESTED: vLLM is not installed in .venv-vllm (make vllm)")
+def test_the_demos_texts_are_those_of_transformers_though_a_planner_moves_heads_and_a_worker_dies() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "examples.demo_serve", "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -27,8 +32,12 @@ def test_the_demos_texts_are_those_of_the_unsplit_engine_though_a_planner_moves_
     assert all(seen["same"])
     assert seen["is_back"]
     assert seen["redispatches"] >= 1
+    # What vLLM's own /metrics says of it.
     assert seen["committed"] >= seen["redispatches"]
-    assert len({name for heads in seen["maps"] for name in heads}) == 3
-    assert seen["predicted_s"] > 0
+    assert seen["moved_groups"] >= seen["committed"]
+    assert seen["recomputes"] >= 1
+    assert seen["exchanges"] > 0
+    assert seen["decisions"] == seen["dispatch_count"] >= len(seen["same"])
+    assert len({name for heads in seen["maps"] for name in heads}) >= 2
     assert "Traceback" not in done.stderr
     assert max(map(len, done.stderr.splitlines())) <= 80

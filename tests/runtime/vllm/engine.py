@@ -43,7 +43,7 @@ class Engine:
         }
         self.llm = LLM(model=model, **(common | options))
         self.core = self.llm.llm_engine
-        self._requests = 0
+        self.num_requests = self.most_cached_tokens = 0
 
     @property
     def scheduler(self) -> Any:
@@ -64,20 +64,21 @@ class Engine:
         how = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False} | (params or {})
         names = []
         for prompt in prompts:
-            self._requests += 1
-            names.append(f"r{self._requests}")
+            self.num_requests += 1
+            names.append(f"r{self.num_requests}")
             self.core.add_request(names[-1], {"prompt_token_ids": prompt}, SamplingParams(**how))
         done: dict[str, list[int]] = {}
         step = 0
         while self.core.has_unfinished_requests():
             for output in self.core.step():
+                self.most_cached_tokens = max(self.most_cached_tokens, output.num_cached_tokens or 0)
                 if output.finished:
                     done[output.request_id] = list(output.outputs[0].token_ids)
             step += 1
             assert step < 5000, "the engine does not come to an end"
             if between is not None:
                 between(step)
-        return [done[name] for name in names]
+        return [done.get(name, []) for name in names]
 
 
 def prompts_of(seed: int, count: int, shortest: int = 5, longest: int = 200) -> Prompts:
@@ -102,52 +103,114 @@ def plain(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": tokens, "groups_seen": most}
 
 
-def moves(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Random head groups move to random devices all the time."""
-    rng = random.Random(act["seed"])
-    side = engine.side
-    before = side.allocator.stats.moved_groups
-    seen: set[tuple[int, int]] = set()
+class Moving:
+    """Between two steps: random head groups are sent to random devices."""
 
-    def move(_: int) -> None:
-        allocator = side.allocator
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self._side, self._rng = engine.side, random.Random(seed)
+        self.ways: set[tuple[int, int]] = set()  # source and target of the moves that have begun
+
+    def __call__(self, _: int) -> None:
+        allocator, rng = self._side.allocator, self._rng
         if not allocator.running:
             return
         name = rng.choice(allocator.running)
         devices = allocator.devices(name)
         source = rng.choice(devices)
         groups = [group for group, device in enumerate(devices) if device == source]
-        target = rng.randrange(len(side._settings.workers) + 1)
-        if side.begin_move(name, groups[: rng.randrange(1, len(groups) + 1)], target) is not None:
-            seen.add((min(source, 1) * source, target))
+        target = rng.randrange(len(self._side.settings.workers) + 1)
+        if self._side.begin_move(name, groups[: rng.randrange(1, len(groups) + 1)], target) is not None:
+            self.ways.add((source, target))
         allocator.check_invariants()
 
+
+def moves(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Random head groups move to random devices all the time."""
+    stats = engine.side.allocator.stats
+    before, move = stats.moved_groups, Moving(engine, act["seed"])
     tokens = engine.generate(prompts_of(act["seed"], act["count"]), act["tokens"], between=move)
-    return {"tokens": tokens, "moved": side.allocator.stats.moved_groups - before, "ways": sorted(seen)}
+    return {"tokens": tokens, "moved": stats.moved_groups - before, "ways": sorted(move.ways)}
 
 
 def fault(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Processes get signals after some steps: ``signals`` is a list of [step, pid, signal]."""
+    """Processes get signals after some steps: ``signals`` is a list of [step, pid, signal]; groups move meanwhile."""
     recomputed = engine.side.allocator.stats.recomputed
+    move = Moving(engine, act["seed"])
+    placed: list[list[int]] = []
 
     def strike(step: int) -> None:
         for at, pid, name in act["signals"]:
             if at == step:
                 os.kill(pid, getattr(signal, name))
+                placed.extend(list(engine.side.allocator.devices(one)) for one in engine.side.allocator.running)
+        if act.get("moves"):
+            move(step)
         engine.side.allocator.check_invariants()
 
     tokens = engine.generate(prompts_of(act["seed"], act["count"]), act["tokens"], between=strike)
-    return {"tokens": tokens, "recomputed": engine.side.allocator.stats.recomputed - recomputed}
+    allocator = engine.side.allocator
+    return {
+        "tokens": tokens,
+        "recomputed": allocator.stats.recomputed - recomputed,
+        "placed": placed,
+        "lost": [i for i, device in enumerate(allocator.state.devices) if device.status.name == "LOST"],
+    }
+
+
+def returned(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Workers that were stopped go on: requests are asked for until device ``device`` has groups again."""
+    for pid in act["pids"]:
+        os.kill(pid, signal.SIGCONT)
+    tokens: list[list[int]] = []
+    seen = False
+
+    def look(_: int) -> None:
+        nonlocal seen
+        allocator = engine.side.allocator
+        seen = seen or any(act["device"] in allocator.devices(name) for name in allocator.running)
+
+    for attempt in range(400):
+        answer = engine.generate(prompts_of(act["seed"], 1), act["tokens"], between=look)
+        tokens = tokens or answer
+        assert answer == tokens, f"attempt {attempt}: the same prompt has another answer"
+        if seen:
+            break
+    return {"tokens": tokens, "seen": seen}
+
+
+def aborted(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """Every second request is aborted on its way; of those that stay the tokens are returned."""
+    first = engine.num_requests + 1
+    gone = [f"r{number}" for number in range(first, first + act["count"], 2)]
+
+    def stop(step: int) -> None:
+        if step == 8:
+            engine.core.abort_request(gone)
+
+    tokens = engine.generate(prompts_of(act["seed"], act["count"]), act["tokens"], between=stop)
+    left = engine.side.allocator.running if "hetis" in act else ()
+    return {"tokens": tokens[1::2], "running": list(left)}
 
 
 def prefix(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """The same long beginning, twice: the second time it is in the prefix cache."""
+    """The same long beginning, twice: the second time it is in the prefix cache, and groups leave at once.
+
+    Only what is here is cached: the first time nothing is sent away.
+    """
     start = prompts_of(act["seed"], 1, 150, 151)[0]
     ends = prompts_of(act["seed"] + 1, act["count"], 5, 40)
-    found = []
-    for _ in range(2):
-        found.append(engine.generate([start + end for end in ends], act["tokens"]))
-    return {"tokens": found[0] + found[1]}
+    prompts = [start + end for end in ends]
+    if "hetis" in act:
+        allocator = engine.side.allocator
+        policy, allocator._policy = allocator._policy, "local"
+        first = engine.generate(prompts, act["tokens"])
+        allocator._policy = policy
+        engine.most_cached_tokens, moved = 0, allocator.stats.moved_groups
+        again = engine.generate(prompts, act["tokens"], between=Moving(engine, act["seed"]))
+        moved = allocator.stats.moved_groups - moved
+        return {"tokens": first + again, "hits": engine.most_cached_tokens, "moved": moved}
+    first, again = (engine.generate(prompts, act["tokens"]) for _ in range(2))
+    return {"tokens": first + again}
 
 
 def pressure(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +232,23 @@ def sampled(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": engine.generate(prompts_of(act["seed"], act["count"], 5, 15), act["tokens"], params=params)}
 
 
-ACTS = {act.__name__: act for act in (plain, moves, fault, prefix, pressure, sampled)}
+def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
+    """What the plugin has measured and counted since the start."""
+    from hetis.runtime.vllm.counts import Counts
+
+    stage = engine.side.costs.stage
+    return {
+        "counts": Counts(engine.side).take(is_last=True),
+        "head_s": stage.head_s[:, 0].tolist(),
+        "kv_byte_s": stage.kv_byte_s[:, 0].tolist(),
+        "call_s": stage.call_s[:, 0].tolist(),
+        "transfer_s": stage.transfer_s.tolist(),
+        "link_byte_s": engine.side.costs.link_byte_s.tolist(),
+        "is_measured": engine.side.costs.is_measured,
+    }
+
+
+ACTS = {act.__name__: act for act in (plain, moves, fault, returned, aborted, prefix, pressure, sampled, told)}
 
 
 def main() -> None:

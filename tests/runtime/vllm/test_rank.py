@@ -97,7 +97,7 @@ class Breakable(LocalDevice):
         return super().attend(layer, qkv)
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A request as the test knows it: what was fed so far is all it needs to say what must come out."""
 
@@ -135,6 +135,7 @@ class World:
         self.events: list[Event] = []
         self.plans = self.numbers = self.moves = self.committed = self.restarts = 0
         self.open: dict[int, Move] = {}
+        self.spoils = 0.0  # how often another rank makes a request's step void, of which this one knows nothing
 
     # --- the scheduler
 
@@ -227,6 +228,7 @@ class World:
         events, self.events = self.events, []
         self.rank.apply(StepPlan(self.plans, tuple(events)))
         starts = np.concatenate([[0], np.cumsum(counts)])
+        spoiled = [one for one in batch if one.computed and self.rng.random() < self.spoils]
         common = SimpleNamespace(
             num_reqs=len(batch),
             block_table_tensor=torch.tensor([[one.anchor] for one in batch]),
@@ -240,7 +242,7 @@ class World:
             q, k, v = (
                 torch.cat(
                     [
-                        getattr(one, name)[layer][one.computed : one.computed + n]
+                        self._brought(one, name, layer, n, is_spoiled=one in spoiled)
                         for one, n in zip(batch, counts, strict=True)
                     ]
                 )
@@ -256,6 +258,9 @@ class World:
             if one.anchor in void:
                 assert one.computed > 0, "a request that has just begun is never void"
                 one.computed, self.restarts = 0, self.restarts + 1
+                continue
+            if one in spoiled:
+                one.computed = 0
                 continue
             for layer, out in enumerate(outputs):
                 here = out[starts[i] : starts[i + 1]].view(count, GROUPS, QUERIES, DIM)
@@ -283,6 +288,10 @@ class World:
                 else:
                     kept[layer] = torch.cat([kept[layer], fresh])
         return count
+
+    def _brought(self, one: Running, name: str, layer: int, count: int, *, is_spoiled: bool) -> torch.Tensor:
+        right = getattr(one, name)[layer][one.computed : one.computed + count]
+        return torch.randn_like(right) if is_spoiled else right
 
     def _expected(self, one: Running, layer: int, count: int) -> torch.Tensor:
         last = one.computed + count
@@ -322,10 +331,43 @@ def test_a_worker_that_dies_in_the_middle_of_a_step_costs_nobody_a_wrong_output(
     _run(seed, steps=30, dies_at=dies_at)
 
 
+def test_what_another_rank_made_void_is_copied_again() -> None:
+    world = World(0)
+    world.admit()
+    [one] = world.running
+    one.devices = [LOCAL] * GROUPS
+    world.events = [Admitted(one.anchor, one.number, tuple(one.devices))]
+    for _ in range(3):
+        world.step()
+    move = Move(1, one.anchor, (0,), LOCAL, 1)
+    world.events.append(MoveStep("begin", move))
+    world.spoils = 1.0
+    world.step()
+    stored, world.spoils = len(one.q[0]), 0.0
+    world.step()  # its copies have reached what is void by now
+    while one.computed < stored:
+        world.step()
+    world.open[move.number] = move
+    world.commit(move.number)
+    world.step()
+
+
 def test_moves_are_committed_and_losses_restart_requests() -> None:
     """So that the tests above test something."""
     assert _run(1, steps=40).committed > 1
     assert _run(1, steps=40, dies_at=15).restarts > 0
+
+
+def test_workers_hold_nothing_of_requests_that_ended_on_their_way() -> None:
+    moving = 0
+    for seed in range(4):
+        world = _run(seed, steps=8)
+        moving += len(world.open)
+        for one in world.running[:]:
+            world.end(one)
+        world.rank.apply(StepPlan(world.plans + 1, tuple(world.events)))
+        assert [len(device.pool) for device in world.devices.values()] == [0, 0]
+    assert moving > 2, "some were on their way"
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

@@ -57,6 +57,13 @@ def test_two_workers_of_one_name_or_of_other_numbers_of_ranks_are_refused(tmp_pa
         load_settings(path)
 
 
+def test_no_worker_has_the_name_of_the_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "workers.yaml"
+    path.write_text(VALID.replace("p100-0", "here"))
+    with pytest.raises(SettingsError, match="the ranks themselves"):
+        load_settings(path)
+
+
 def test_a_missing_file_is_said_and_no_variable_means_no_plugin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from hetis.runtime.attention.device import AttentionDevice, DeviceStep, IntArray
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 
 Clock = Callable[[], float]
-_OVER_READING = 2.0  # a wait this many times as long as reading an answer takes was a wait
+OVER_READING = 2.0  # a wait this many times as long as reading an answer takes was a wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ class TimedDevice:
     def _waited(self, begun_s: float, sent_s: float, asked_s: float) -> None:
         got_s = self._clock()
         most_s = got_s - begun_s
-        was_late = got_s - asked_s > _OVER_READING * self._read_s
+        was_late = got_s - asked_s > OVER_READING * self._read_s
         self._add(most_s if was_late else most_s - (asked_s - sent_s), most_s)
 
     def _add(self, least_s: float, most_s: float) -> None:

@@ -8,21 +8,46 @@ sees what dispatch saw. Nothing here knows of vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import numpy as np
 
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Move
-from hetis.solver.dispatch.problem import HeadShape, Requests, Stage
+from hetis.solver.dispatch.problem import HeadShape, IntArray, Load, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 
 _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts them
+_MOST_RECENT = 256  # times of decisions that are remembered for nobody
 
 Policy = Literal["solver", "local", "remote"]
+
+
+class DispatchRule(Protocol):
+    """Places the head groups of new requests, as `hetis.solver.dispatch.solve.Dispatcher` does."""
+
+    @property
+    def stage(self) -> Stage:
+        """The devices and what they cost."""
+
+    def dispatch(self, load: Load, requests: Requests) -> DispatchAnswer:
+        """Where the groups of one request go."""
+
+
+class DispatchAnswer(Protocol):
+    """What a rule says."""
+
+    @property
+    def groups(self) -> IntArray:
+        """Head groups of each request on each device, shape [requests, devices]."""
+
+    @property
+    def unplaced(self) -> Sequence[object]:
+        """Empty where all are placed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,21 +55,24 @@ class AllocatorStats:
     """What was decided since the start.
 
     Attributes:
-        dispatched: requests placed.
-        refused: requests for which no device had room when they were asked for; vLLM asks again.
+        decisions: how often groups were placed, by the reason: ``costs`` (the solver chose), ``policy`` (the settings
+            say so), ``prefix_hit`` and ``no_worker`` (all stay here), ``no_room`` (nowhere; vLLM asks again).
         dispatch_s: seconds that the decisions took, and the longest of them.
+        recent_s: seconds of each of the last decisions, until somebody takes them.
         recomputed: requests that lost KV with a worker.
         moved_groups: head groups that have moved.
         relieved_blocks: blocks that left for workers where a request would have been preempted.
+        released: requests that ended, or were preempted, while they ran.
     """
 
-    dispatched: int = 0
-    refused: int = 0
+    decisions: Counter[str] = field(default_factory=Counter)
     dispatch_s: float = 0.0
     longest_dispatch_s: float = 0.0
+    recent_s: list[float] = field(default_factory=list)
     recomputed: int = 0
     moved_groups: int = 0
     relieved_blocks: int = 0
+    released: int = 0
 
 
 @dataclass(slots=True)
@@ -73,6 +101,7 @@ class HeadAllocator:
     Attributes:
         state: the solver's state of all requests that run.
         stats: what was decided.
+        rule: decides where the policy is ``solver``; made anew for every new costs.
     """
 
     def __init__(
@@ -91,10 +120,13 @@ class HeadAllocator:
         self.stats = AllocatorStats()
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
-        self._dispatcher: Dispatcher | None = None
+        self.rule: Callable[[Stage], DispatchRule] = Dispatcher
+        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # by which rule
         self._next_number = 1
         self._moves: dict[int, _Prepared] = {}
         self._next_move = 0
+        self._limits: dict[int, int] = {}
+        self._drained: frozenset[int] = frozenset()
 
     @property
     def heads(self) -> HeadShape:
@@ -105,6 +137,15 @@ class HeadAllocator:
     def running(self) -> tuple[str, ...]:
         """Requests that hold blocks."""
         return self.state.ids
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs, and nothing has been placed."""
+        return not self._placed
+
+    def number(self, request_id: str) -> int:
+        """The number of a running request, as the ranks know it."""
+        return self._placed[request_id].number
 
     # --- what the block manager asks
 
@@ -152,6 +193,7 @@ class HeadAllocator:
         """A request ended, or was preempted."""
         placed = self._placed.pop(request_id, None)
         if placed is not None and placed.anchor is not None:
+            self.stats.released += 1
             self._forget_moves({request_id})
             self.state.finish(request_id)
 
@@ -166,18 +208,17 @@ class HeadAllocator:
             most_output: tokens that it may still make.
             has_hits: part of its prompt is in the prefix cache, which only holds groups that are here.
         """
-        begun_s = self._clock()
+        begun_s, stats = self._clock(), self.stats
         growth = min(most_output, self._output_tokens)
         here = (LOCAL,) * self.heads.head_groups
-        devices = here if has_hits else self._choose(tokens, growth)
-        if devices is None:
-            self.stats.refused += 1
-            devices = here
-        self._placed[request_id] = _Placed(devices, tokens, growth)
+        devices, reason = (here, "prefix_hit") if has_hits else self._choose(tokens, growth)
+        self._placed[request_id] = _Placed(here if devices is None else devices, tokens, growth)
         taken_s = self._clock() - begun_s
-        self.stats.dispatched += 1
-        self.stats.dispatch_s += taken_s
-        self.stats.longest_dispatch_s = max(self.stats.longest_dispatch_s, taken_s)
+        stats.decisions[reason] += 1
+        stats.dispatch_s += taken_s
+        stats.longest_dispatch_s = max(stats.longest_dispatch_s, taken_s)
+        if len(stats.recent_s) < _MOST_RECENT:
+            stats.recent_s.append(taken_s)
 
     def forget(self, request_id: str) -> None:
         """A request that was placed ended before it ran."""
@@ -197,6 +238,23 @@ class HeadAllocator:
             self.state.resize_device(device, blocks)
         if self.state.devices[device].status is DeviceStatus.LOST:
             self.state.restore_device(device)
+            if device in self._drained:
+                self.state.drain_device(device)
+
+    def bound(self, limits: Mapping[int, int]) -> None:
+        """Workers are not filled above so many blocks of a head group, whatever room they have; the others freely."""
+        self._limits = dict(limits)
+
+    def drain(self, devices: frozenset[int]) -> None:
+        """These workers take no groups, all others do. Moves to them must have been aborted."""
+        assert LOCAL not in devices, "the ranks hold what nobody else can"
+        self._drained = devices
+        for device in range(1, len(self.state.devices)):
+            status = self.state.devices[device].status
+            if status is DeviceStatus.OK and device in devices:
+                self.state.drain_device(device)
+            elif status is DeviceStatus.DRAINING and device not in devices:
+                self.state.restore_device(device)
 
     def lose(self, device: int) -> tuple[str, ...]:
         """A worker is lost with its KV; returns the requests that had groups there, in new homes: as many of their
@@ -206,9 +264,12 @@ class HeadAllocator:
         self._moves = {n: one for n, one in self._moves.items() if device not in (one.move.source, one.move.target)}
         evicted = [gone.id for gone in self.state.lose_device(device)]
         self._forget_moves(set(evicted))
+        kept = {request_id: self._kept_blocks(self._placed[request_id], device) for request_id in evicted}
         for request_id in evicted:
             placed = self._placed[request_id]
-            placed.devices = self._without(placed, device)
+            del kept[request_id]
+            others = sum(kept.values(), np.zeros(self.state.stage.num_devices, np.int64))
+            placed.devices = self._without(placed, device, others)
             self.state.admit_one(
                 request_id,
                 context_tokens=placed.tokens,
@@ -225,12 +286,15 @@ class HeadAllocator:
         placed = self._placed.get(request_id)
         if placed is None or placed.anchor is None or not groups:
             return None
+        if not all(0 <= group < len(placed.devices) for group in groups):
+            return None
         sources = {placed.devices[group] for group in groups}
-        under_way = {group for one in self._moves.values() if one.request_id == request_id for group in one.move.groups}
         takes = self.state.devices[target].status is DeviceStatus.OK
-        if len(sources) != 1 or target in sources or under_way & set(groups) or not takes:
+        if len(sources) != 1 or target in sources or self.moving(request_id) & set(groups) or not takes:
             return None
         source = sources.pop()
+        if target != LOCAL and len(groups) * self.blocks(request_id) > self.room(target):
+            return None
         prepared = self.state.prepare_move(request_id, groups=len(groups), source=source, target=target)
         if prepared is None:
             return None
@@ -264,6 +328,32 @@ class HeadAllocator:
         """Moves under way, the oldest first."""
         return tuple(one.move for one in self._moves.values())
 
+    def is_under_way(self, number: int) -> bool:
+        """Whether a move has neither been committed nor come to nothing."""
+        return number in self._moves
+
+    def moving(self, request_id: str) -> set[int]:
+        """Groups of a request that are under way."""
+        return {group for one in self._moves.values() if one.request_id == request_id for group in one.move.groups}
+
+    # --- room
+
+    def blocks(self, request_id: str) -> int:
+        """Blocks that each group of a running request has."""
+        return -(-self._placed[request_id].tokens // self.heads.block_tokens)
+
+    def room(self, device: int) -> int:
+        """Blocks that a move may take on a device."""
+        return self._free_here() if device == LOCAL else int(self._free_blocks()[device])
+
+    def totals(self, device: int) -> tuple[int, int]:
+        """Blocks of a device, as far as they may be used, and those in use."""
+        free = int(self.state.free_blocks()[device])
+        if device == LOCAL:
+            return _ENDLESS - free + self._free_here(), _ENDLESS - free
+        total = self.state.devices[device].total_blocks
+        return max(min(total, self._limits.get(device, total)), total - free), total - free
+
     def snapshot(self) -> StateSnapshot:
         """What runs, for re-dispatch; the ranks' room is what vLLM's pool says it is."""
         snapshot = self.state.snapshot()
@@ -276,10 +366,7 @@ class HeadAllocator:
 
         Returns what goes where; all that there is room for elsewhere, if that is less.
         """
-        free = self.state.free_blocks()
-        for device in range(1, len(free)):
-            if self.state.devices[device].status is not DeviceStatus.OK:
-                free[device] = 0
+        free = self._free_blocks()
         under_way = {one.request_id for one in self._moves.values()}
         here: dict[str, list[int]] = {}
         sizes: dict[str, int] = {}
@@ -315,35 +402,54 @@ class HeadAllocator:
         """The solver's state forgets moves with their requests."""
         self._moves = {n: one for n, one in self._moves.items() if one.request_id not in requests}
 
-    def _choose(self, tokens: int, growth: int) -> tuple[int, ...] | None:
+    def _choose(self, tokens: int, growth: int) -> tuple[tuple[int, ...] | None, str]:
+        """Where the groups go, None: there is no room; and the reason."""
         if not any(device.status is DeviceStatus.OK for device in self.state.devices[1:]):
-            return (LOCAL,) * self.heads.head_groups
+            return (LOCAL,) * self.heads.head_groups, "no_worker"
         match self._policy:
             case "local":
-                return (LOCAL,) * self.heads.head_groups
+                return (LOCAL,) * self.heads.head_groups, "policy"
             case "remote":
-                return self._most_remote(tokens + growth)
+                return self._most_remote(tokens + growth), "policy"
             case "solver":
-                return self._solved(tokens, growth)
+                devices = self._solved(tokens, growth)
+                return devices, "no_room" if devices is None else "costs"
+
+    def _free_blocks(self) -> IntArray:
+        """Blocks that moves may take on each device, shape [D]: none where it takes no groups, or has its limit."""
+        free = self.state.free_blocks()
+        for device in range(1, len(free)):
+            if self.state.devices[device].status is not DeviceStatus.OK:
+                free[device] = 0
+        return self._within_limits(free)
+
+    def _within_limits(self, free: IntArray) -> IntArray:
+        for device, limit in self._limits.items():
+            free[device] = max(free[device] - max(self.state.devices[device].total_blocks - limit, 0), 0)
+        return free
+
+    def _load(self) -> Load:
+        """What a new request joins. Of the ranks the pool knows what is free, the state what will still be taken."""
+        load, free = self.state.load(), self.state.free_blocks()
+        load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])
+        self._within_limits(load.free_blocks)
+        return load
 
     def _solved(self, tokens: int, growth: int) -> tuple[int, ...] | None:
         state = self.state
-        if self._dispatcher is None or self._dispatcher.stage is not state.stage:
-            self._dispatcher = Dispatcher(state.stage)
-        load = state.load()
-        # The pool knows what is free here; the state knows what the running ones will still take of it.
-        load.free_blocks[LOCAL] = self._free_here() - (state.free_blocks()[LOCAL] - load.free_blocks[LOCAL])
+        if self._made is None or self._made[0] is not self.rule or self._made[1].stage is not state.stage:
+            self._made = self.rule, self.rule(state.stage)
         wanted = Requests(
             ids=("new",),
             context_tokens=np.array([tokens], np.int64),
             growth_tokens=np.array([growth], np.int64),
         )
-        plan = self._dispatcher.dispatch(load, wanted)
+        plan = self._made[1].dispatch(self._load(), wanted)
         return None if plan.unplaced else _named(plan.groups[0].tolist())
 
     def _most_remote(self, tokens: int) -> tuple[int, ...]:
         blocks = -(-tokens // self.heads.block_tokens)
-        free = self.state.load().free_blocks // max(blocks, 1)
+        free = self._load().free_blocks // max(blocks, 1)
         free[LOCAL] = 0
         counts = np.zeros_like(free)
         for _ in range(self.heads.head_groups):
@@ -356,14 +462,21 @@ class HeadAllocator:
         counts[LOCAL] = self.heads.head_groups - counts.sum()
         return _named(counts.tolist())
 
-    def _without(self, placed: _Placed, lost: int) -> tuple[int, ...]:
-        """New homes for the groups on a lost device: a worker with room for them while the pool is short, else here."""
+    def _kept_blocks(self, placed: _Placed, lost: int) -> IntArray:
+        """Blocks that a request which is computed again takes where its groups stay, shape [D]."""
+        blocks = self._counts(placed.devices) * -(-(placed.tokens + placed.growth) // self.heads.block_tokens)
+        blocks[[LOCAL, lost]] = 0
+        return blocks
+
+    def _without(self, placed: _Placed, lost: int, taken: IntArray) -> tuple[int, ...]:
+        """New homes for the groups on a lost device, or on one that takes none: a worker with room for them while the
+        pool is short, else here. ``taken``: blocks that others will take, shape [D]."""
         blocks = -(-(placed.tokens + placed.growth) // self.heads.block_tokens)
-        free = self.state.load().free_blocks
+        free = self._load().free_blocks - taken - self._kept_blocks(placed, lost)
         free[LOCAL] = self._free_here()
         devices = list(placed.devices)
         for group, device in enumerate(devices):
-            if device != lost:
+            if device != lost and self.state.devices[device].status is DeviceStatus.OK:
                 continue
             others = [i for i in range(1, len(free)) if free[i] >= blocks]
             home = LOCAL if free[LOCAL] >= blocks or not others else max(others, key=lambda i: int(free[i]))

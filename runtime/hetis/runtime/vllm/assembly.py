@@ -6,23 +6,26 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hetis.runtime.attention.device import AttentionDevice
+from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.measured.calibration import Calibration, calibrate
 from hetis.runtime.transport.connecting import ChannelKind
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
+from hetis.runtime.vllm.costs import head_shape
 from hetis.runtime.vllm.rank import Rank
+from hetis.runtime.vllm.scheduler import EngineShape
 from hetis.runtime.vllm.settings import Settings
+from hetis.runtime.vllm.steps import LOCAL
 from hetis.runtime.vllm.store import BlockStore
 from hetis.runtime.vllm.workers import Workers
-from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from hetis.runtime.vllm.specs import HeadGroupSpec
+    from hetis.solver.dispatch.problem import HeadShape
 
 
 def rank_number() -> int:
@@ -41,6 +44,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings,
     layers = [context[name] for name in group.layer_names]
     shape = shape_of(spec, [layer.impl for layer in layers], settings.page_tokens)
     epoch = time.time_ns() // 1_000_000
+    calibrations: dict[int, Calibration] = {}
 
     def join(worker: int) -> AttentionDevice:
         from hetis.runtime.transport.keys import read_key
@@ -50,7 +54,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings,
         key = read_key(one.key_file, {})
         assert key is not None, "a file was named"
         host, _, port = one.addresses[number].rpartition(":")
-        return join_at(
+        device = join_at(
             one.name,
             host.strip("[]"),
             int(port),
@@ -60,7 +64,21 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings,
             kind=ChannelKind(settings.transport),
             timeout_s=settings.timeout_s,
         )
+        if settings.calibrate:
+            try:
+                found = calibrate([device], groups=spec.head_groups, exchange_bytes_per_head=exchange, primaries=0)
+            except DeviceError:
+                device.close()
+                raise
+            if (measured := found.get(device.name)) is not None:
+                calibrations[worker] = measured
+        return device
 
+    exchange = heads_of(spec, shape.queries_per_group).exchange_bytes_per_head
+    if settings.calibrate and settings.workers:
+        from hetis.runtime.vllm.calibrating import calibrate_here
+
+        calibrations[LOCAL] = calibrate_here(layers, list(group.layer_names), spec, cache.num_blocks, vllm_config)
     return Rank(
         shape,
         {name: i for i, name in enumerate(group.layer_names)},
@@ -70,6 +88,30 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings,
         Workers([worker.name for worker in settings.workers], join, epoch=epoch),
         BlockStore(layers, spec.block_size),
         copy_bytes_per_step=settings.redispatch.copy_bytes_per_step,
+        calibrations=calibrations,
+    )
+
+
+def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:
+    """The heads of a layer on one rank."""
+    return head_shape(
+        groups=spec.head_groups,
+        queries=queries_per_group,
+        head_dim=spec.head_size,
+        item_bytes=spec.dtype.itemsize,
+        block_tokens=spec.block_size,
+    )
+
+
+def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
+    """What placement has to know of the engine."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    queries = max(model.get_num_attention_heads(parallel) // spec.head_groups, 1)
+    return EngineShape(
+        heads=heads_of(spec, queries),
+        num_layers=model.get_total_num_hidden_layers(),
+        tensor_parallel=parallel.tensor_parallel_size,
+        most_running=vllm_config.scheduler_config.max_num_seqs,
     )
 
 
@@ -95,27 +137,4 @@ def shape_of(spec: HeadGroupSpec, impls: Sequence[Any], page_tokens: int) -> KvS
         scale=first.scale,
         windows=tuple(impl.sliding_window or 0 for impl in impls),
         soft_cap=float(first.logits_soft_cap or 0.0),
-    )
-
-
-def first_costs(spec: HeadGroupSpec, workers: Sequence[str]) -> Stage:
-    """Devices of one speed until they are measured; workers cost a little to reach."""
-    item = spec.dtype.itemsize
-    num = 1 + len(workers)
-    away = np.array([0.0] + [1.0] * len(workers))
-    return Stage(
-        heads=HeadShape(
-            head_groups=spec.head_groups,
-            queries_per_group=1,
-            kv_bytes_per_token=2 * spec.head_size * item,
-            exchange_bytes_per_head=4 * spec.head_size * item,
-            block_tokens=spec.block_size,
-        ),
-        devices=("here", *workers),
-        head_s=np.full((num, 1), 1e-7),
-        kv_byte_s=np.full((num, 1), 1e-10),
-        call_s=np.full((num, 1), 1e-5),
-        transfer_byte_s=1e-10 * away,
-        transfer_s=1e-5 * away,
-        primary=Primary(device=0),
     )

@@ -83,6 +83,7 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
     """One attention layer. ``num_heads`` is r, the queries of one head group: base builders size by it."""
 
     base_backend: ClassVar[type[AttentionBackend]]
+    builder_cls: ClassVar[type[HeadGroupBuilder]]
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
 def composed(base: type[AttentionBackend], name: str) -> type[AttentionBackend]:
     """A backend of vLLM by head groups, under ``name`` in vLLM's registry."""
     builder = type(f"{base.__name__}HeadGroupBuilder", (HeadGroupBuilder,), {"base_backend": base})
-    impl = type(f"{base.__name__}HeadGroupImpl", (HeadGroupImpl,), {"base_backend": base})
+    impl = type(f"{base.__name__}HeadGroupImpl", (HeadGroupImpl,), {"base_backend": base, "builder_cls": builder})
 
     class ComposedBackend(base):  # type: ignore[misc]
         """``base``, with one KV head and a block table for each head group."""

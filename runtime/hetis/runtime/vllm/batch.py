@@ -38,7 +38,8 @@ class Requests:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
-    """N virtual sequences with V tokens in all: groups in order, and in each group the requests in order.
+    """N virtual sequences with V tokens in all. Where each has one token, requests come in order, and in each of them
+    its groups: what vLLM hands over is in that order. Else groups in order, and in each of them the requests.
 
     Attributes:
         requests: index of the request of each sequence, shape [N].
@@ -48,7 +49,8 @@ class Part:
         starts: first token of each among the part's, and V at the end, shape [N + 1].
         rows: row of ``query.view(T G, r, d)`` of each token, shape [V].
         positions: of each token in its sequence, shape [V].
-        is_everything: all groups of all requests, so that ``rows`` is a transposition.
+        is_everything: all groups of all requests.
+        is_in_order: ``rows`` rise.
     """
 
     requests: IntArray
@@ -59,6 +61,7 @@ class Part:
     rows: IntArray
     positions: IntArray
     is_everything: bool
+    is_in_order: bool
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -71,21 +74,31 @@ class Part:
 def part_of(requests: Requests, chosen: Bools) -> Part:
     """The part of a step with the groups that are ``chosen``, shape [R, G]."""
     num_groups = chosen.shape[1]
-    groups, indices = np.nonzero(chosen.T)
-    counts = requests.counts[indices]
-    starts = np.zeros(len(indices) + 1, np.int64)
-    np.cumsum(counts, out=starts[1:])
-    begins = np.cumsum(requests.counts) - requests.counts
-    offsets = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+    is_in_order = bool((requests.counts == 1).all())
+    if is_in_order:
+        indices, groups = np.nonzero(chosen)
+        counts = np.ones_like(indices)
+        starts = np.arange(len(indices) + 1)
+        rows, positions = indices * num_groups + groups, requests.firsts[indices]
+    else:
+        groups, indices = np.nonzero(chosen.T)
+        counts = requests.counts[indices]
+        starts = np.zeros(len(indices) + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        begins = np.cumsum(requests.counts) - requests.counts
+        offsets = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+        rows = (np.repeat(begins[indices], counts) + offsets) * num_groups + np.repeat(groups, counts)
+        positions = np.repeat(requests.firsts[indices], counts) + offsets
     return Part(
         requests=indices,
         groups=groups,
         counts=counts,
         lasts=requests.lasts[indices],
         starts=starts,
-        rows=(np.repeat(begins[indices], counts) + offsets) * num_groups + np.repeat(groups, counts),
-        positions=np.repeat(requests.firsts[indices], counts) + offsets,
+        rows=rows,
+        positions=positions,
         is_everything=bool(chosen.all()),
+        is_in_order=is_in_order,
     )
 
 

@@ -64,7 +64,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self.events: list[Event] = []
         self._tables: dict[str, list[list[KVCacheBlock]]] = {}
         self._covered: dict[str, int] = {}  # blocks that every local group has
-        self._void: set[str] = set()  # requests that lost KV: their blocks hold what nobody may find
+        self._away: set[str] = set()  # requests with KV that is or was elsewhere
         self._needed: dict[str, int] = {}  # blocks that every group has, wherever it is
 
     # --- what vLLM asks
@@ -136,14 +136,17 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Offers full blocks to later requests, where all groups are here: a prefix hits only with all of them."""
+        """Offers full blocks to later requests, where all groups have always been here.
+
+        A prefix hits only with all of them, and blocks that came back from elsewhere hold nothing where the worker that
+        they came from was lost meanwhile.
+        """
         request_id = request.request_id
         cached, full = self.num_cached_block.get(request_id, 0), num_tokens // self.block_size
-        if request_id in self._void:
-            if request.num_computed_tokens:
-                return
-            self._void.discard(request_id)  # it is computed from its first token now
-        if cached >= full or len(self._local(request_id)) < self.head_groups:
+        if cached >= full or request_id in self._away:
+            return
+        if len(self._local(request_id)) < self.head_groups:
+            self._away.add(request_id)
             return
         for group, table in enumerate(self._tables[request_id]):
             self.block_pool.cache_full_blocks(
@@ -161,7 +164,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         anchor = super().pop_blocks_for_free(request_id)
         self._covered.pop(request_id, None)
         self._needed.pop(request_id, None)
-        self._void.discard(request_id)
+        self._away.discard(request_id)
         tables = self._tables.pop(request_id, None)
         if tables is None:
             return list(anchor)
@@ -221,11 +224,11 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
 
     def lost(self, request_id: str) -> None:
         """A request lost KV and has new homes, where it is computed again from its first token."""
-        self._void.add(request_id)
         self.left(request_id, range(self.head_groups))
 
     def left(self, request_id: str, groups: Sequence[int]) -> None:
         """Groups of a request have new homes: blocks of those that are not here any more are freed."""
+        self._away.add(request_id)
         tables = self._tables[request_id]
         for group, device in enumerate(self.homes.devices(request_id)):
             if device != LOCAL and tables[group] and group in groups:

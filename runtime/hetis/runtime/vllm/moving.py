@@ -87,11 +87,21 @@ class Mover:
             if left <= 0:
                 break
 
+    def rewind(self, rows: IntArray, firsts: IntArray) -> None:
+        """Positions from ``firsts`` on are computed, shape [requests]: what was copied of them before is void.
+
+        A request begins again where another rank lost a worker; what this rank stored with it may be of no use.
+        """
+        for one in self._open.values():
+            for first in firsts[rows == self._row(one.move)].tolist():
+                one.copied = min(one.copied, first)
+
     def forget(self, anchor: int) -> None:
-        """A request left, or is computed again: its moves are void. Workers have been told to drop it already."""
+        """A request left, or is computed again: its moves are void. Raises as `take`."""
         for number in [n for n, one in self._open.items() if one.move.anchor == anchor]:
-            del self._open[number]
+            move = self._open.pop(number).move
             self._failed.add(number)
+            self._drop(move.target, move)
 
     def lose(self, device: int) -> None:
         """A worker is gone: moves from and to it are void."""

@@ -11,6 +11,7 @@ token again, which their anchors, reported as blocks that failed to load, make v
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ import torch
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.measured.calibration import Calibration
+from hetis.runtime.measured.timed import OVER_READING, Taken, token_bytes
 from hetis.runtime.vllm.batch import Part, Requests, part_of, slots_of
 from hetis.runtime.vllm.direct import attend_directly
 from hetis.runtime.vllm.head_map import HeadMap
@@ -39,6 +42,7 @@ from hetis.runtime.vllm.steps import (
 from hetis.runtime.vllm.workers import Workers
 
 REPORT_S = 1.0  # between two reports of counters
+MOST_TAKEN = 15  # steps of each device in a report: as many as the median is of that costs follow
 
 
 class BaseBuilder(Protocol):
@@ -77,30 +81,55 @@ class LocalAttention(Protocol):
         """Stores k and v [V, 1, d] and attends with q [V, r, d], into out [V, r, d]."""
 
 
+@dataclass(slots=True)
+class _Layers:
+    """What layers of a step took on one device, between ``least_s`` and ``most_s`` seconds in all."""
+
+    count: int = 0
+    least_s: float = 0.0
+    most_s: float = 0.0
+
+    def add(self, least_s: float, most_s: float) -> None:
+        self.count += 1
+        self.least_s += least_s
+        self.most_s += most_s
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Remote:
-    """What one worker computes of a step."""
+    """What one worker computes of a step: rows ``begin`` to ``end - 1`` of those that are sorted by device."""
 
     device: int
     part: Part
-    rows: torch.Tensor
+    begin: int
+    end: int
+    kv_bytes: float  # that its attention reads in one layer
     pending: Pending | None = None
     asked_s: float = 0.0
+    sent_s: float = 0.0
+    layers: _Layers = field(default_factory=lambda: _Layers())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Batch:
-    """A step as this rank computes it."""
+    """A step as this rank computes it.
+
+    Attributes:
+        order: rows of ``query.view(T G, r, d)``, those that are computed here first, then those of each worker.
+        places: of each row of ``query.view(T G, r, d)`` in ``order``; its length where the row is void.
+        base: metadata of vLLM's backend, by builder.
+    """
 
     requests: Requests
     num_tokens: int
     local: Part
-    local_rows: torch.Tensor
     tables: torch.Tensor
     slots: torch.Tensor
     remotes: list[_Remote]
-    has_void: bool
-    base: dict[int, Any] = field(default_factory=dict)  # metadata of vLLM's backend, by builder
+    order: torch.Tensor
+    places: torch.Tensor
+    base: dict[int, Any] = field(default_factory=dict)
+    layers: _Layers = field(default_factory=_Layers)  # that were computed here
 
 
 class Rank:
@@ -123,9 +152,11 @@ class Rank:
         store: KvStore,
         *,
         copy_bytes_per_step: int,
+        calibrations: dict[int, Calibration] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``layers``: number of each layer of the stage by vLLM's name; ``store``: the KV of this rank."""
+        """``layers``: number of each layer of the stage by vLLM's name; ``store``: the KV of this rank;
+        ``calibrations``: what devices were measured at when they joined last, filled by who lets them join."""
         self.heads = HeadMap(head_groups, num_blocks)
         self.workers = workers
         self.mover = Mover(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
@@ -135,6 +166,9 @@ class Rank:
         self._plan, self._step = -1, 0
         self._void: set[int] = set()  # anchors of this step's requests that are void
         self._reports: dict[int, DeviceReport] = {}
+        self._calibrations = {} if calibrations is None else calibrations
+        self._joined: set[int] = set()
+        self._taken: dict[int, deque[Taken]] = {}
         self._reported_s = clock()
 
     # --- between steps
@@ -148,6 +182,7 @@ class Rank:
         self._void.clear()
         for device in self.workers.advance():
             self._reports.setdefault(device, DeviceReport(0)).blocks = self.blocks(device)
+            self._joined.add(device)
         for event in plan.events:
             match event:
                 case Admitted():
@@ -170,9 +205,11 @@ class Rank:
             rows = batch.requests.rows[known]
             # Nothing of a request that must begin again is worth a copy.
             self.heads.tokens[rows] = np.where(self.heads.must_restart[rows], 0, batch.requests.lasts[known])
+            self._remember(LOCAL, batch.local, batch.layers)
             for remote in batch.remotes:
                 if (device := self.workers.get(remote.device)) is not None:
                     self._guard_device(remote.device, lambda device=device: device.finish(self._step))  # type: ignore[misc]
+                    self._remember(remote.device, remote.part, remote.layers)
 
     def take_void(self) -> set[int]:
         """Anchors of requests of this step whose outputs must not be used."""
@@ -189,7 +226,15 @@ class Rank:
             for device, one in self._reports.items():
                 one.blocks = self.blocks(device)
             report.devices, self._reports = self._reports, {}
+            report.taken = {device: list(taken) for device, taken in self._taken.items()}
+            report.calibrations = {i: self._calibrations[i] for i in self._joined & self._calibrations.keys()}
+            self._taken, self._joined = {}, set()
         return report
+
+    @property
+    def calibrations(self) -> dict[int, Calibration]:
+        """What devices were measured at when they joined, `LOCAL` itself among them."""
+        return dict(self._calibrations)
 
     def blocks(self, number: int) -> int:
         """KV blocks of vLLM's size that a worker holds for one head group; 0: it is not there."""
@@ -215,32 +260,36 @@ class Rank:
     ) -> None:
         """Attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
         batch = self._batch or self._begin(metadata)
-        tokens, groups = batch.num_tokens, self._head_groups
-        d = self._shape.head_dim
-        q = query[:tokens].reshape(tokens * groups, -1, d)
-        k, v = (x[:tokens].reshape(tokens * groups, 1, d) for x in (key, value))
-        if batch.has_void or tokens < len(output):
-            output.zero_()
-        out = output[:tokens].view(tokens * groups, -1, d)
-        number = self._layers[layer.layer_name]
-        for remote in batch.remotes:
-            self._ask(remote, number, q, k, v)
-        if len(batch.local):
-            q_here = _gathered(q, batch.local, batch.local_rows, tokens)
-            k_here, v_here = (_gathered(x, batch.local, batch.local_rows, tokens) for x in (k, v))
-            out_here = torch.empty_like(q_here)
+        tokens, groups, d = batch.num_tokens, self._head_groups, self._shape.head_dim
+        if tokens < len(output):
+            output[tokens:].zero_()
+        q = query[:tokens].view(tokens, groups, -1, d)
+        k, v = (x[:tokens].view(tokens, groups, 1, d) for x in (key, value))
+        out = output[:tokens].view(tokens, groups, -1, d)
+
+        def attend_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
             base = batch.base.get(id(metadata.builder))
             if base is None:
                 base = batch.base[id(metadata.builder)] = metadata.builder.build_base(
                     batch.local, batch.tables, batch.slots, metadata.common
                 )
-            impl.attend_here(layer, q_here, k_here, v_here, kv_cache, batch.slots, base, out_here)
-            if batch.local.is_everything:
-                out.view(tokens, groups, -1, d).copy_(out_here.view(groups, tokens, -1, d).transpose(0, 1))
-            else:
-                out[batch.local_rows] = out_here
-        for remote in batch.remotes:
-            self._answer(remote, number, q, k, v, out, batch)
+            begun_s = self._clock()
+            impl.attend_here(layer, q, k, v, kv_cache, batch.slots, base, out)
+            if not out.is_cuda:  # there the call returns before it is done
+                taken_s = self._clock() - begun_s
+                batch.layers.add(taken_s, taken_s)
+
+        if not batch.local.is_everything:
+            self._attend_everywhere(
+                batch, self._layers[layer.layer_name], torch.cat([q, k, v], dim=2), attend_here, out
+            )
+        elif batch.local.is_in_order:
+            attend_here(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out.flatten(0, 1))
+        else:
+            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+            by_group = torch.empty_like(q)
+            attend_here(q, k, v, by_group)
+            out.copy_(by_group.view(groups, tokens, -1, d).transpose(0, 1))
 
     # --- inside
 
@@ -257,6 +306,7 @@ class Rank:
             lasts=common.seq_lens[:num].cpu().numpy().astype(np.int64),
         )
         known = requests.rows >= 0
+        self.mover.rewind(requests.rows, requests.firsts)
         devices = np.where(known[:, None], self.heads.devices[requests.rows], -1)
         begins = requests.firsts == 0
         self.heads.must_restart[requests.rows[known & begins]] = False
@@ -268,19 +318,27 @@ class Rank:
         rows = requests.rows[local.requests]
         width = int(-(-local.lasts.max(initial=1) // self._block_tokens))
         tables = self.heads.tables[rows, local.groups, :width]
+        order, remotes = [local.rows], []
+        begin = local.num_tokens
+        for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
+            part = part_of(requests, devices == number)
+            end = begin + part.num_tokens
+            kv_bytes = float(part.lasts.sum()) * 2 * self._shape.head_dim * self._shape.item_bytes
+            remotes.append(_Remote(device=number, part=part, begin=begin, end=end, kv_bytes=kv_bytes))
+            order.append(part.rows)
+            begin = end
+        places = np.full(int(starts[-1]) * self._head_groups, begin, np.int64)
+        places[np.concatenate(order)] = np.arange(begin)
         batch = _Batch(
             requests=requests,
             num_tokens=int(starts[-1]),
             local=local,
-            local_rows=torch.from_numpy(local.rows).to(device),
             tables=torch.from_numpy(tables).to(device),
             slots=torch.from_numpy(slots_of(local, tables, self._block_tokens)).to(device),
-            remotes=[],
-            has_void=bool((devices < 0).any()),
+            remotes=remotes,
+            order=torch.from_numpy(np.concatenate(order)).to(device),
+            places=torch.from_numpy(places).to(device),
         )
-        for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
-            part = part_of(requests, devices == number)
-            batch.remotes.append(_Remote(device=number, part=part, rows=torch.from_numpy(part.rows).to(device)))
         self._batch = batch
         for remote in batch.remotes:
             self._announce(remote, requests)
@@ -301,64 +359,94 @@ class Rank:
         if device is not None:
             self._guard_device(remote.device, lambda: device.begin(step))
 
-    def _ask(self, remote: _Remote, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _attend_everywhere(
+        self,
+        batch: _Batch,
+        layer: int,
+        qkv: torch.Tensor,
+        attend_here: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
+        out: torch.Tensor,
+    ) -> None:
+        """Attention with workers: qkv [T, G, r + 2, d] into out [T, G, r, d]."""
+        qkv = qkv.flatten(0, 1).index_select(0, batch.order)
+        # The last row stands for those that are void.
+        results = out.new_empty(len(qkv) + 1, *out.shape[2:])
+        results[-1] = 0
+        for remote in batch.remotes:
+            self._ask(remote, layer, qkv[remote.begin : remote.end])
+        if here := batch.local.num_tokens:
+            q, k, v = (x[:here].contiguous() for x in (qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1:]))
+            attend_here(q, k, v, results[:here])
+        for remote in batch.remotes:
+            rows = slice(remote.begin, remote.end)
+            self._answer(remote, layer, qkv[rows], results[rows], batch)
+        torch.index_select(results, 0, batch.places, out=out.flatten(0, 1))
+
+    def _ask(self, remote: _Remote, layer: int, qkv: torch.Tensor) -> None:
         remote.pending = None
         device = self.workers.get(remote.device)
         if device is None:
             return
-        qkv = torch.cat([q[remote.rows], k[remote.rows], v[remote.rows]], dim=1)
         remote.asked_s = self._clock()
 
         def ask(device: AttentionDevice = device) -> None:
             remote.pending = device.attend(layer, qkv)
 
         self._guard_device(remote.device, ask)
-        report = self._reports.setdefault(remote.device, DeviceReport(self.blocks(remote.device)))
+        remote.sent_s = self._clock()
+        report = self._reports.get(remote.device)
+        if report is None:
+            report = self._reports[remote.device] = DeviceReport(self.blocks(remote.device))
         report.bytes_sent += qkv.nbytes
 
-    def _answer(
-        self,
-        remote: _Remote,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        batch: _Batch,
-    ) -> None:
+    def _answer(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
         """Puts a worker's outputs in their place, or makes up for them."""
         answer: list[torch.Tensor] = []
-        pending = remote.pending
+        pending, waits_s = remote.pending, self._clock()
         if pending is not None:
             self._guard_device(remote.device, lambda: answer.append(pending.wait()))
         if answer:
-            out[remote.rows] = answer[0].to(out)
+            self._time(remote, waits_s)
+            out.copy_(answer[0])
             self._count(remote, answer[0])
             return
-        self._make_up(remote, layer, q, k, v, out, batch)
+        self._make_up(remote, layer, qkv, out, batch)
 
-    def _make_up(
-        self,
-        remote: _Remote,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        batch: _Batch,
-    ) -> None:
+    def _make_up(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
         """The worker is lost: requests that begin in this step are computed here, the others are void."""
         part = remote.part
         for sequence in range(len(part)):
-            rows = remote.rows[part.starts[sequence] : part.starts[sequence + 1]]
+            rows = slice(int(part.starts[sequence]), int(part.starts[sequence + 1]))
             request = int(part.requests[sequence])
             row = int(batch.requests.rows[request])
             self.heads.must_restart[row] = True
-            if part.positions[part.starts[sequence]] == 0:
-                out[rows] = attend_directly(q[rows], k[rows, 0], v[rows, 0], self._shape, layer).to(out)
+            if part.positions[rows.start] == 0:
+                q, k, v = qkv[rows, :-2], qkv[rows, -2], qkv[rows, -1]
+                out[rows] = attend_directly(q, k, v, self._shape, layer).to(out)
             else:
                 out[rows] = 0
                 self._void.add(int(self.heads.anchors[row]))
+
+    def _time(self, remote: _Remote, waits_s: float) -> None:
+        """An answer that did not let us wait may have been there for long: it took that long at most."""
+        got_s, calibration = self._clock(), self._calibrations.get(remote.device)
+        read_s = 0.0 if calibration is None else calibration.read_s
+        most_s = got_s - remote.asked_s
+        was_late = got_s - waits_s > OVER_READING * read_s
+        remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
+
+    def _remember(self, device: int, part: Part, layers: _Layers) -> None:
+        """What a step took on a device is told to the scheduler, if it only decoded there."""
+        if not layers.count or part.num_tokens != len(part):
+            return
+        self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append(
+            Taken(
+                heads=len(part) * self._shape.queries_per_group,
+                kv_bytes=float(part.lasts.sum()) * token_bytes(self._shape),
+                least_s=layers.least_s / layers.count,
+                most_s=layers.most_s / layers.count,
+            )
+        )
 
     def _count(self, remote: _Remote, answer: torch.Tensor) -> None:
         report, part = self._reports[remote.device], remote.part
@@ -366,14 +454,14 @@ class Rank:
         report.exchange_s += self._clock() - remote.asked_s
         report.bytes_received += answer.nbytes
         report.heads += part.num_tokens * self._shape.queries_per_group
-        report.kv_bytes += float(part.lasts.sum()) * 2 * self._shape.head_dim * self._shape.item_bytes
+        report.kv_bytes += remote.kv_bytes
 
     def _remove(self, event: Gone) -> None:
         row = self.heads.row(event.anchor)
         if row is None:
             return
         self._drop_remote(row)
-        self.mover.forget(event.anchor)
+        self._guard(lambda: self.mover.forget(event.anchor))
         self.heads.remove(event)
 
     def _rehome(self, event: Rehomed) -> None:
@@ -381,7 +469,7 @@ class Rank:
         if row is None:
             return
         self._drop_remote(row)
-        self.mover.forget(event.anchor)
+        self._guard(lambda: self.mover.forget(event.anchor))
         self.heads.rehome(event)
 
     def _drop_remote(self, row: int) -> None:
@@ -418,11 +506,3 @@ class Rank:
             self.mover.lose(number)
             for row in self.heads.with_groups_on(number):
                 self.heads.must_restart[row] = True
-
-
-def _gathered(x: torch.Tensor, part: Part, rows: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The rows of a part of x [T G, n, d], in its order, contiguous."""
-    if part.is_everything:
-        groups = len(x) // tokens
-        return x.view(tokens, groups, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
-    return x[rows]

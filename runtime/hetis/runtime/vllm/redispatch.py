@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.solve import Redispatcher
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from hetis.runtime.vllm.settings import RedispatchSettings
 
 BeginMove = Callable[[str, Sequence[int], int], int | None]
-LINK_BYTE_S = 1e-9  # of copies, until they are measured
 
 
 class Redispatch:
@@ -33,10 +31,17 @@ class Redispatch:
     """
 
     def __init__(
-        self, allocator: HeadAllocator, begin_move: BeginMove, settings: RedispatchSettings, *, num_layers: int = 32
+        self,
+        allocator: HeadAllocator,
+        begin_move: BeginMove,
+        settings: RedispatchSettings,
+        *,
+        num_layers: int,
+        link_byte_s: Callable[[], FloatArray],
     ) -> None:
+        """``num_layers``: of the model; ``link_byte_s``: seconds per byte of KV that leaves each device, shape [D]."""
         self._allocator, self._begin_move, self._settings = allocator, begin_move, settings
-        self._num_layers, self._steps = num_layers, 0
+        self._num_layers, self._link_byte_s, self._steps = num_layers, link_byte_s, 0
         self._watch = Watch()
         self.num_looks = 0
 
@@ -56,10 +61,7 @@ class Redispatch:
         if not self._watch.due(snapshot, fired):
             return
         self.num_looks += 1
-        num = snapshot.stage.num_devices
-        problem = RedispatchProblem(
-            snapshot=snapshot, num_layers=self._num_layers, link_byte_s=np.full(num, LINK_BYTE_S)
-        )
+        problem = RedispatchProblem(snapshot=snapshot, num_layers=self._num_layers, link_byte_s=self._link_byte_s())
         moves = [move for move in Redispatcher(dispatcher).solve(problem).moves if move.wave == 0]
         self._watch.looked(snapshot, fired, moved=bool(moves))
         allocator.state.mark_seen()

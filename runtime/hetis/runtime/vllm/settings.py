@@ -37,6 +37,7 @@ class WorkerSettings(_Document):
     """One attention worker: a device for the scheduler, and one process (or card) for each rank.
 
     Attributes:
+        name: of the device; where a planner steers, what it calls its card, ``node/index``.
         addresses: ``host:port`` of its process for each rank of vLLM, rank 0 first.
         key_file: file with the key that the processes were started with.
     """
@@ -44,6 +45,13 @@ class WorkerSettings(_Document):
     name: str = Field(min_length=1, max_length=63)
     addresses: tuple[str, ...] = Field(min_length=1)
     key_file: Path
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name == "here":
+            raise ValueError("'here' is what the ranks themselves are called")
+        return name
 
     @field_validator("addresses")
     @classmethod
@@ -72,7 +80,7 @@ class RedispatchSettings(_Document):
     """When head groups of running requests move.
 
     Attributes:
-        enabled: whether they do without being told by the planner.
+        enabled: whether they do while no planner has assigned a replica.
         theta: share above the ideal time of a step at which a look is worth it.
         every_steps: between two looks.
         copy_bytes_per_step: KV copied by a rank in one step at most, beside computing it.
@@ -93,7 +101,7 @@ class Settings(_Document):
         page_tokens: tokens of a page on workers.
         base_backend: vLLM's attention backend for what stays on the ranks; None: the platform's first choice.
         executor: Unix socket on which the node's agent reaches the engine; None: nobody steers it.
-        calibrate: measure every worker before the first request.
+        calibrate: measure the ranks, and every worker when it joins, and follow what steps take from then on.
     """
 
     api_version: Literal["hetis/v1"]

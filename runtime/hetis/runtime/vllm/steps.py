@@ -7,7 +7,11 @@ Its number names the request on the ranks, where attention metadata carries bloc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from hetis.runtime.measured.calibration import Calibration
+    from hetis.runtime.measured.timed import Taken
 
 LOCAL = 0  # the device of a rank itself; workers count from 1
 
@@ -105,11 +109,15 @@ class RankReport:
         devices: by index, those that changed or whose counters are due.
         copied: moves whose copies are complete up to the tokens that were there, by number.
         failed: moves that came to nothing.
+        taken: what a layer of the last decode steps took on devices, `LOCAL` too; comes with ``devices``.
+        calibrations: of devices that have joined since the last report.
     """
 
     devices: dict[int, DeviceReport] = field(default_factory=dict)
     copied: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
+    taken: dict[int, list[Taken]] = field(default_factory=dict)
+    calibrations: dict[int, Calibration] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.devices or self.copied or self.failed)
+        return bool(self.devices or self.copied or self.failed or self.taken or self.calibrations)

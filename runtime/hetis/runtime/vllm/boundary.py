@@ -1,0 +1,87 @@
+"""Who may touch the scheduler's state: vLLM's thread while anything runs, whoever comes first while nothing does.
+
+vLLM's engine sleeps while it has no request, so that nothing would be answered between two steps that are not made.
+What another thread wants done is therefore done by vLLM's thread between two steps, or at once where there are none.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+MOST_WORKS, MOST_S = 8, 0.002  # of others' work between two steps; one work is always done
+
+T = TypeVar("T")
+
+
+class Boundary:
+    """Hands the scheduler's state from thread to thread.
+
+    Attributes:
+        lock: held by whoever is at work on it. vLLM's thread holds it between two steps, others for one short work, and
+            only while nothing runs.
+        num_steps: boundaries that vLLM's thread has come to.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.lock = threading.Lock()
+        self.num_steps = 0
+        self._clock = clock
+        self._is_busy = False
+        self._works: deque[Callable[[], None]] = deque()
+        self._waiting: set[Callable[[], None]] = set()
+
+    # --- vLLM's thread
+
+    def enter(self) -> None:
+        """Something is about to run: from now on vLLM's thread alone is at work, until `leave`."""
+        if not self._is_busy:
+            with self.lock:
+                self._is_busy = True
+
+    def leave(self, *, is_idle: bool) -> None:
+        """At a boundary, with `lock` held: does what others want; all of it where nothing will run (``is_idle``)."""
+        self.num_steps += 1
+        begun_s, done = self._clock(), 0
+        while self._works and (is_idle or not done or (done < MOST_WORKS and self._clock() - begun_s < MOST_S)):
+            self._works.popleft()()
+            done += 1
+        self._is_busy = not is_idle
+        waiting, self._waiting = self._waiting, set()
+        for wake in waiting:
+            wake()
+
+    # --- other threads
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Has ``work`` done; the future has what it returned or raised."""
+        future: Future[T] = Future()
+
+        def do() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self.lock:
+            if self._is_busy:
+                self._works.append(do)
+            else:
+                do()
+        return future
+
+    def on_step(self, wake: Callable[[], None]) -> None:
+        """Calls ``wake`` once, by vLLM's thread, at the next boundary."""
+        with self.lock:
+            self._waiting.add(wake)
+
+    def off_step(self, wake: Callable[[], None]) -> None:
+        """Takes `on_step` back; it may have been called already."""
+        with self.lock:
+            self._waiting.discard(wake)

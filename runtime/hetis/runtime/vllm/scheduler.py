@@ -1,0 +1,485 @@
+"""The plugin in vLLM's scheduler: places requests, moves their head groups, and tells the ranks with every step.
+
+Nothing here imports vLLM: the connector hands over what vLLM asks, and the block manager is behind `Blocks`. What an
+agent asks comes through `hetis.runtime.vllm.steering`, between two steps, see `hetis.runtime.vllm.boundary`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from hetis.runtime.vllm.boundary import Boundary
+from hetis.runtime.vllm.settings import Settings
+from hetis.runtime.vllm.steps import LOCAL, Event, Move, MoveStep, RankReport, Rehomed, StepPlan
+
+if TYPE_CHECKING:
+    from hetis.runtime.measured.calibration import Calibration
+    from hetis.runtime.vllm.allocator import HeadAllocator
+    from hetis.runtime.vllm.costs import Costs
+    from hetis.runtime.vllm.executing import ExecutorThread
+    from hetis.runtime.vllm.steering import SteeredVllm
+    from hetis.solver.dispatch.problem import HeadShape
+
+_log = logging.getLogger(__name__)
+_RECENT = 64  # times that means are taken of
+
+MovedBy = Literal["planner", "engine", "relief"]
+
+
+class Request(Protocol):
+    """What is used of vLLM's requests."""
+
+    request_id: str
+    max_tokens: int
+    arrival_time: float
+    num_computed_tokens: int
+    num_in_flight_tokens: int
+    num_stale_output_tokens: int
+    drop_stale_output: bool
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+
+
+class Pool(Protocol):
+    """vLLM's pool of blocks."""
+
+    def get_num_free_blocks(self) -> int: ...
+
+
+class Blocks(Protocol):
+    """What is used of `hetis.runtime.vllm.blocks.HeadGroupManager`."""
+
+    homes: Any
+    relieve: Callable[[int], None] | None
+    events: list[Event]
+
+    @property
+    def block_pool(self) -> Pool: ...
+    def anchor(self, request_id: str) -> int: ...
+    def blocks_of(self, request_id: str) -> int: ...
+    def held(self, request_id: str, group: int) -> int: ...
+    def extend(self, request_id: str, group: int, blocks: int) -> None: ...
+    def free_group(self, request_id: str, group: int) -> None: ...
+    def left(self, request_id: str, groups: Sequence[int]) -> None: ...
+    def lost(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineShape:
+    """What the engine is, as far as placement is concerned.
+
+    Attributes:
+        heads: of a layer on one tensor-parallel rank.
+        num_layers: of the model, all pipeline stages.
+        tensor_parallel: ranks of a stage, each with ``heads.head_groups`` groups of its own.
+        most_running: requests that vLLM runs at the same time.
+    """
+
+    heads: HeadShape
+    num_layers: int
+    tensor_parallel: int = 1
+    most_running: int = 2**20
+
+
+@dataclass(slots=True)
+class Exchanged:
+    """What one worker did since the start, all its ranks together: see `steps.DeviceReport`."""
+
+    exchanges: int = 0
+    exchange_s: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class SchedulerSide:
+    """What the connector does in the scheduler's process.
+
+    Attributes:
+        settings: of the plugin's file.
+        shape: of the engine.
+        allocator: where head groups live.
+        costs: what the devices take.
+        boundary: who may touch all this.
+        exchanged: by device.
+        moves: how many moves began, were committed, and were aborted, by who wanted them.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.boundary = Boundary()
+        self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}
+        self.moves: Counter[tuple[MovedBy, str]] = Counter()
+        self.shape: EngineShape
+        self.allocator: HeadAllocator
+        self.costs: Costs
+        self._plans = 0
+        self._manager: Blocks
+        self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
+        self._moved_by: dict[int, MovedBy] = {}
+        self._blocks: dict[tuple[int, int], list[int]] = {}  # of each worker, by rank
+        self._steered: SteeredVllm | None = None
+        self._executor: ExecutorThread | None = None
+        self._requests = _Requests()
+        self._placed: dict[str, Request] = {}
+
+    # --- life
+
+    def bind(self, manager: Blocks, shape: EngineShape) -> None:
+        """Meets the block manager. Raises SettingsError: the executor's socket cannot be made."""
+        # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
+        from hetis.runtime.vllm.allocator import HeadAllocator
+        from hetis.runtime.vllm.costs import Costs
+        from hetis.runtime.vllm.counts import Counts
+        from hetis.runtime.vllm.redispatch import Redispatch
+        from hetis.solver.dispatch.warming import compile_dispatch
+
+        settings = self.settings
+        names = [worker.name for worker in settings.workers]
+        self.shape, self._manager = shape, manager
+        self.costs = Costs(shape.heads, names)
+        self.allocator = HeadAllocator(
+            self.costs.stage,
+            free_here=manager.block_pool.get_num_free_blocks,
+            policy=settings.dispatch.policy,
+            output_tokens=settings.dispatch.expected_output_tokens,
+        )
+        self.costs.follow(self.allocator.change_costs)
+        self._counts = Counts(self)
+        manager.homes = self.allocator
+        manager.relieve = self.relieve
+        self._redispatch: Redispatch | None = Redispatch(
+            self.allocator,
+            self.begin_move,
+            settings.redispatch,
+            num_layers=shape.num_layers,
+            link_byte_s=lambda: self.costs.link_byte_s,
+        )
+        if names and settings.dispatch.policy == "solver":
+            _log.info("loading the dispatcher, which is compiled once per machine: a minute or two")
+            compile_dispatch()
+        if settings.executor is not None:
+            self._steer()
+
+    def greet(
+        self,
+        blocks: Mapping[tuple[int, int], tuple[int, ...]],
+        calibrations: Mapping[tuple[int, int], Mapping[int, Calibration]] | None = None,
+    ) -> None:
+        """The ranks have connected to their workers, and measured them: both by pipeline and tensor-parallel rank."""
+        with self.boundary.lock:
+            self._blocks = {where: list(counts) for where, counts in blocks.items()}
+            for rank, where in enumerate(sorted(self._blocks)):
+                self.costs.measured(rank, (calibrations or {}).get(where, {}))
+            for device in range(1, len(self.settings.workers) + 1):
+                self._settle(device)
+
+    def close(self) -> None:
+        """vLLM ends."""
+        if self._executor is not None:
+            self._executor.close()
+
+    # --- requests
+
+    def arrived(self, request: Request) -> None:
+        """vLLM has taken a request."""
+        self.boundary.enter()
+        self._requests.arrived(request)
+
+    def place(self, request: Request, num_computed_tokens: int) -> None:
+        """vLLM is about to admit a request."""
+        self.boundary.enter()
+        self._placed[request.request_id] = request
+        tokens = request.num_tokens
+        most = max(request.max_tokens - request.num_output_tokens, 0)
+        self.allocator.place(request.request_id, tokens=tokens, most_output=most, has_hits=num_computed_tokens > 0)
+
+    def finished(self, request: Request) -> None:
+        """A request ended; its blocks are about to be freed if it ran."""
+        with self.boundary.lock:
+            self._requests.finished(request, has_run=request.request_id in self.allocator.state)
+            self.allocator.forget(request.request_id)
+            self._placed.pop(request.request_id, None)
+
+    # --- steps
+
+    def plan(self) -> StepPlan:
+        """Everything that the ranks have not been told yet."""
+        with self.boundary.lock:
+            self._plans += 1
+            for number in [n for n in self._copied if self.is_copied(n) and self._moved_by.get(n) != "planner"]:
+                self.commit([number])
+            if self._steered is not None:
+                self._steered.step(time.monotonic())
+            self.boundary.leave(is_idle=self.is_idle)
+            if self._redispatch is not None and not self.is_steered:
+                self._redispatch.advance()
+            self.costs.advance()
+            self._requests.look(time.time())
+            events, self._manager.events = self._manager.events, []
+            return StepPlan(self._plans, tuple(events))
+
+    def hear(self, reports: Mapping[int, RankReport]) -> None:
+        """What the ranks say after a step."""
+        with self.boundary.lock:
+            for rank, report in reports.items():
+                self._hear(rank, report)
+
+    def hear_void(self, anchors: Collection[int]) -> None:
+        """Requests whose outputs of a step are void, by their anchors."""
+        if anchors:
+            with self.boundary.lock:
+                for request_id in self.allocator.running:
+                    if self._manager.anchor(request_id) in anchors:
+                        self._compute_again(request_id)
+
+    def take_stats(self) -> dict[str, Any] | None:
+        """What was counted since the last time, after a step; None: it is not time yet."""
+        with self.boundary.lock:
+            return self._counts.take(is_last=self.is_idle)
+
+    # --- moves
+
+    def begin_move(self, request_id: str, groups: Sequence[int], target: int, *, by: MovedBy = "engine") -> int | None:
+        """Has groups of a running request copied elsewhere while it decodes; they move when all ranks are through, or,
+        where the planner wants it, when `commit` is called.
+
+        Returns the number of the move; None where the target has no room or the groups are not at rest together.
+        """
+        move = self._prepare(request_id, groups, target, by)
+        if move is None:
+            return None
+        self._manager.events.append(MoveStep("begin", move))
+        return move.number
+
+    def is_copied(self, number: int) -> bool:
+        """Whether all ranks have copied what there was of a move when they looked last."""
+        return len(self._copied.get(number, ())) == len(self._blocks) > 0
+
+    def is_under_way(self, number: int) -> bool:
+        """Whether a move has begun and not ended: it ends with its request, too, or when a device is lost."""
+        return self.allocator.is_under_way(number)
+
+    def commit(self, numbers: Iterable[int]) -> None:
+        """The targets own the groups of these moves from this step on; those that have ended are left out."""
+        for number in numbers:
+            self._copied.pop(number, None)
+            if not self.is_under_way(number):
+                continue
+            self.moves[self._moved_by.pop(number), "committed"] += 1
+            request_id, move = self.allocator.commit(number)
+            if move.target == LOCAL:
+                needed = self._manager.blocks_of(request_id)
+                missing = sum(max(needed - self._manager.held(request_id, group), 0) for group in move.groups)
+                if missing > self._manager.block_pool.get_num_free_blocks():
+                    raise AssertionError("a move that came in has no room for what was made meanwhile")
+                for group in move.groups:
+                    self._manager.extend(request_id, group, needed)
+            self._manager.events.append(MoveStep("commit", move))
+            self._manager.left(request_id, move.groups)
+
+    def abort(self, number: int) -> None:
+        """The groups of a move stay where they are; it may have ended already."""
+        self._copied.pop(number, None)
+        by = self._moved_by.pop(number, None)
+        if by is not None:
+            self.moves[by, "aborted"] += 1
+        ended = self.allocator.abort(number)
+        if ended is None:
+            return
+        request_id, move = ended
+        self._manager.events.append(MoveStep("abort", move))
+        if move.target == LOCAL:
+            for group in move.groups:
+                self._manager.free_group(request_id, group)
+
+    def relieve(self, blocks: int) -> None:
+        """The pool is short of so many blocks: groups leave at once for workers with room, rather than a request
+        being preempted; what is freed now is written by this step at the earliest, after the ranks have copied it."""
+        for request_id, groups, target in self.allocator.relief(blocks):
+            move = self._prepare(request_id, groups, target, "relief")
+            if move is not None:
+                self._manager.events.append(MoveStep("begin", move))
+                self.allocator.stats.relieved_blocks += len(groups) * self._manager.blocks_of(request_id)
+                self.commit([move.number])
+
+    def follow_plan(self, limits: Mapping[int, int], drained: frozenset[int]) -> None:
+        """What a plan says of the workers: blocks at most, and which of them take nothing."""
+        self.allocator.bound(limits)
+        for move in self.allocator.moves:
+            if move.target in drained:
+                self.abort(move.number)
+        self.allocator.drain(drained)
+
+    # --- how it is
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether a planner decides what moves."""
+        return self._steered is not None and self._steered.is_assigned
+
+    @property
+    def steered(self) -> SteeredVllm | None:
+        """What an agent steers; None: nobody does."""
+        return self._steered
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether vLLM has no request."""
+        return self._requests.is_empty and self.allocator.is_idle
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were planned."""
+        return self._plans
+
+    @property
+    def requests(self) -> _Requests:
+        """What is known of the requests."""
+        return self._requests
+
+    # --- inside
+
+    def _steer(self) -> None:
+        from hetis.runtime.vllm.executing import ExecutorThread
+        from hetis.runtime.vllm.settings import SettingsError
+        from hetis.runtime.vllm.steering import SteeredVllm
+
+        assert self.settings.executor is not None
+        self._steered = SteeredVllm(self)
+        try:
+            self._executor = ExecutorThread(self.settings.executor, self._steered, self.boundary)
+        except OSError as error:
+            raise SettingsError(f"hetis: executor: {error}") from None
+
+    def _hear(self, rank: int, report: RankReport) -> None:
+        self.costs.measured(rank, report.calibrations)
+        for device, taken in report.taken.items():
+            self.costs.hear(device, taken)
+        for device, one in report.devices.items():
+            exchanged = self.exchanged[device]
+            exchanged.exchanges += one.exchanges
+            exchanged.exchange_s += one.exchange_s
+            exchanged.bytes_sent += one.bytes_sent
+            exchanged.bytes_received += one.bytes_received
+            for where in self._where(rank):
+                self._blocks[where][device - 1] = one.blocks
+            self._settle(device)
+        for number in report.copied:
+            self._copied.setdefault(number, set()).add(rank)
+        for number in report.failed:
+            self.abort(number)
+
+    def _prepare(self, request_id: str, groups: Sequence[int], target: int, by: MovedBy) -> Move | None:
+        manager = self._manager
+        if target == LOCAL:
+            needed = len(groups) * manager.blocks_of(request_id)
+            if needed > manager.block_pool.get_num_free_blocks():
+                return None
+        move = self.allocator.prepare(request_id, groups, target)
+        if move is None:
+            return None
+        if target == LOCAL:
+            for group in move.groups:
+                manager.extend(request_id, group, manager.blocks_of(request_id))
+        self._moved_by[move.number] = by
+        self.moves[by, "begun"] += 1
+        return move
+
+    def _compute_again(self, request_id: str) -> None:
+        """Has vLLM begin a request again.
+
+        With pipeline stages more steps of it may be under way. What they say must not count, be it void or, where one
+        of them begins again already, said twice; vLLM itself looks at the step that failed only.
+        """
+        request = self._placed[request_id]
+        request.num_computed_tokens = 0
+        request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
+
+    def _where(self, rank: int) -> list[tuple[int, int]]:
+        places = sorted(self._blocks)
+        return [places[rank]] if rank < len(places) else []
+
+    def _settle(self, device: int) -> None:
+        """A worker is there when it is there for every rank, with the room of the smallest."""
+        blocks = min((counts[device - 1] for counts in self._blocks.values()), default=0)
+        if blocks:
+            self.allocator.set_blocks(device, blocks)
+            return
+        for move in self.allocator.moves:
+            if move.target == device:  # ranks whose own worker is there still go on with it
+                self.abort(move.number)
+        for request_id in self.allocator.lose(device):
+            self._manager.lost(request_id)
+            self._compute_again(request_id)
+            self._manager.events.append(
+                Rehomed(self._manager.anchor(request_id), tuple(self.allocator.devices(request_id)))
+            )
+            _log.warning("request %s lost KV with worker %s", request_id, self.settings.workers[device - 1].name)
+
+
+class _Requests:
+    """What vLLM says of requests and the allocator has no use for.
+
+    Attributes:
+        num_finished: since the start.
+        num_ran_to_end: of them, those that ran when they ended.
+    """
+
+    def __init__(self) -> None:
+        self.num_finished = self.num_ran_to_end = 0
+        self._known: set[str] = set()
+        self._awaited: dict[str, Request] = {}  # that have no token yet
+        self._first_s: dict[str, float] = {}  # when they had their first token
+        self._ttft_s: deque[float] = deque(maxlen=_RECENT)
+        self._tpot_s: deque[float] = deque(maxlen=_RECENT)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether vLLM has no request."""
+        return not self._known
+
+    @property
+    def num_known(self) -> int:
+        """Requests that run or wait."""
+        return len(self._known)
+
+    @property
+    def ttft_s(self) -> float:
+        """Mean seconds from arrival to the first token, of the last requests; 0: of none."""
+        return sum(self._ttft_s) / len(self._ttft_s) if self._ttft_s else 0.0
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds per token after the first."""
+        return sum(self._tpot_s) / len(self._tpot_s) if self._tpot_s else 0.0
+
+    def arrived(self, request: Request) -> None:
+        self._known.add(request.request_id)
+        self._awaited[request.request_id] = request
+
+    def look(self, now_s: float) -> None:
+        """Once a step: who has a first token since the last."""
+        for request in [one for one in self._awaited.values() if one.num_output_tokens]:
+            del self._awaited[request.request_id]
+            self._first_s[request.request_id] = now_s
+            self._ttft_s.append(max(now_s - request.arrival_time, 0.0))
+
+    def finished(self, request: Request, *, has_run: bool) -> None:
+        name = request.request_id
+        if name not in self._known:
+            return
+        self._known.discard(name)
+        self._awaited.pop(name, None)
+        self.num_finished += 1
+        self.num_ran_to_end += has_run
+        begun_s, num = self._first_s.pop(name, None), request.num_output_tokens
+        if begun_s is not None and num > 1:
+            self._tpot_s.append(max(time.time() - begun_s, 0.0) / (num - 1))

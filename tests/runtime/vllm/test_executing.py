@@ -1,0 +1,215 @@
+"""The agent reaches the scheduler over its socket: while nothing runs, between two steps, and never in their way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from hetis.runtime.agent.executor import SocketExecutor
+from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.vllm.boundary import MOST_WORKS, Boundary
+from hetis.runtime.vllm.settings import SettingsError
+from hetis.v1.change_pb2 import ChangeOutcome
+from hetis.v1.executor_service_pb2 import (
+    ApplyAssignmentRequest,
+    CopyMovesRequest,
+    FlipMovesRequest,
+    ReadHeadMapsRequest,
+    ReserveMovesRequest,
+)
+from hetis.v1.report_pb2 import AssignmentState
+from tests.runtime.vllm.scheduling import EVERYTHING, NAMES, REPLICA, World, seconds
+
+# --- whose turn it is
+
+
+def test_work_is_done_at_once_while_nothing_runs_and_at_a_boundary_otherwise() -> None:
+    boundary = Boundary()
+    assert boundary.call(lambda: 1).result(0) == 1
+    boundary.enter()
+    waiting = boundary.call(lambda: 2)
+    assert not waiting.done()
+    with boundary.lock:
+        boundary.leave(is_idle=False)
+    assert waiting.result(0) == 2
+    last = boundary.call(lambda: 3)
+    with boundary.lock:
+        boundary.leave(is_idle=True)
+    assert last.result(0) == 3
+    assert boundary.call(lambda: 4).result(0) == 4
+
+
+def test_a_boundary_does_a_bounded_part_of_what_is_wanted() -> None:
+    now_s = 0.0
+
+    def clock() -> float:
+        return now_s
+
+    def work(takes_s: float) -> Callable[[], None]:
+        def do() -> None:
+            nonlocal now_s
+            now_s += takes_s
+
+        return do
+
+    def done(works: list[Future[None]]) -> int:
+        return sum(one.done() for one in works)
+
+    boundary = Boundary(clock=clock)
+    boundary.enter()
+    quick = [boundary.call(work(0.0)) for _ in range(2 * MOST_WORKS + 1)]
+    with boundary.lock:
+        boundary.leave(is_idle=False)
+    assert done(quick) == MOST_WORKS
+    with boundary.lock:
+        boundary.leave(is_idle=True)
+    assert done(quick) == len(quick), "nobody comes by again: all of it"
+    boundary.enter()
+    slow = [boundary.call(work(1.0)) for _ in range(3)]
+    for count in (1, 2, 3):
+        with boundary.lock:
+            boundary.leave(is_idle=False)
+        assert done(slow) == count
+
+
+def test_what_work_raises_reaches_who_wanted_it_and_nobody_else() -> None:
+    boundary = Boundary()
+    boundary.enter()
+    wrong: Future[float] = boundary.call(lambda: 1 / 0)
+    right = boundary.call(lambda: 5)
+    with boundary.lock:
+        boundary.leave(is_idle=False)
+    with pytest.raises(ZeroDivisionError):
+        wrong.result(0)
+    assert right.result(0) == 5
+
+
+# --- over the socket
+
+
+class Stepping:
+    """vLLM's thread: steps the world for as long as it is told to."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._ends = world, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Stepping:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ends.is_set():
+            self._world.step()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(socket=tmp_path / "engine.sock", copy_steps=3)
+    assert world.side.steered is not None
+    world.steered = world.side.steered
+    yield world
+    world.side.close()
+    assert not (tmp_path / "engine.sock").exists()
+
+
+def test_an_agent_steers_the_engine_over_its_socket(world: World, tmp_path: Path) -> None:
+    async def act() -> None:
+        executor = SocketExecutor(tmp_path / "engine.sock")
+        answer = await executor.apply_assignment(
+            ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment())
+        )
+        assert answer.state == AssignmentState.ASSIGNMENT_STATE_SERVING
+        world.generation = 1
+        number = world.add("a")
+        change = world.change(world.move(number, [0, 2], NAMES[1]))
+        with Stepping(world):
+            await executor.reserve_moves(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
+            told = [one async for one in executor.copy_moves(CopyMovesRequest(epoch=1, change_id=change.change_id))]
+            assert told[-1].copied_bytes == told[-1].total_bytes > 0
+            flipped = await executor.flip_moves(
+                FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30))
+            )
+            assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
+            pieces = [one async for one in executor.read_head_maps(ReadHeadMapsRequest(replica=REPLICA))]
+            assert list(pieces[0].head_maps[0].requests[0].owners) == [1, 0, 1, 0]
+            reports = executor.watch_reports(0.01)
+            steps = [(await anext(reports)).replicas[0].num_steps for _ in range(3)]
+            assert steps == sorted(set(steps)), "each report is of a later step"
+            await executor.apply_assignment(ApplyAssignmentRequest(epoch=2, removed_replica="other"))
+            with pytest.raises(RefusedError, match="epoch 1 is over: 2 was obeyed already"):
+                await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, removed_replica="other"))
+        await executor.close()
+
+    asyncio.run(act())
+
+
+def test_an_engine_without_requests_answers_and_gives_up_what_is_void(world: World, tmp_path: Path) -> None:
+    async def act() -> None:
+        executor = SocketExecutor(tmp_path / "engine.sock")
+        await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+        world.generation = 1
+        number = world.add("a")
+        change = world.change(world.move(number, [0], NAMES[1]))
+        with Stepping(world):
+            await executor.reserve_moves(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
+            async for _ in executor.copy_moves(CopyMovesRequest(epoch=1, change_id=change.change_id)):
+                pass
+        world.finish("a")
+        world.step()
+        flipped = await executor.flip_moves(FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30)))
+        assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
+        await executor.close()
+
+    asyncio.run(act())
+
+
+def test_an_engine_that_starts_again_says_so_to_an_agent_that_stayed(tmp_path: Path) -> None:
+    async def act() -> None:
+        executor, seen = SocketExecutor(tmp_path / "engine.sock"), []
+        for _ in range(2):
+            world = World(socket=tmp_path / "engine.sock")
+            await executor.apply_assignment(
+                ApplyAssignmentRequest(epoch=3, generation=7, assignment=world.assignment())
+            )
+            reports = executor.watch_reports(0.01)
+            seen.append((await anext(reports)).engine_id)
+            with pytest.raises(RefusedError, match="epoch 2 is over"):
+                await executor.apply_assignment(ApplyAssignmentRequest(epoch=2, generation=8, removed_replica=REPLICA))
+            world.side.close()
+            with pytest.raises(RefusedError):
+                async for _ in reports:
+                    pass
+        assert len(set(seen)) == 2
+        await executor.close()
+
+    asyncio.run(act())
+
+
+def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_path: Path) -> None:
+    async def act() -> None:
+        executor = SocketExecutor(tmp_path / "engine.sock")
+        await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+        reports = executor.watch_reports(0.01)
+        await anext(reports)  # and never again
+        world.add("a")
+        await asyncio.to_thread(world.step, 200)
+        assert world.side.num_steps >= 200
+        await executor.close()
+
+    asyncio.run(act())
+
+
+def test_a_socket_that_cannot_be_made_ends_the_start_with_one_message(tmp_path: Path) -> None:
+    (tmp_path / "engine.sock").write_text("a file")
+    with pytest.raises(SettingsError, match=r"executor: cannot listen on unix:.*: it is there, and no socket"):
+        World(socket=tmp_path / "engine.sock")

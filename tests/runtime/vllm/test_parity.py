@@ -1,0 +1,221 @@
+"""The table of docs/vllm.md: each row is an engine with the plugin that says what stock vLLM and transformers say.
+
+    python -m pytest -m soak tests/runtime/vllm/test_parity.py
+
+Greedy in float32, token for token, but for the rows that say otherwise. One engine does all acts of a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.vllm.checkpoints import FAMILIES, make_checkpoint, said_by_transformers
+from tests.runtime.vllm.engine import prompts_of
+from tests.runtime.vllm.running import config_of, needs_vllm, run_engine, workers
+
+pytestmark = [needs_vllm, pytest.mark.soak]
+
+PLAIN = {"act": "plain", "seed": 1, "count": 8, "tokens": 32}
+MOVES = {"act": "moves", "seed": 2, "count": 8, "tokens": 32}
+ABORTED = {"act": "aborted", "seed": 3, "count": 8, "tokens": 24}
+SAMPLED = {"act": "sampled", "seed": 5, "count": 4, "tokens": 24}
+PREFIX = {"act": "prefix", "seed": 6, "count": 4, "tokens": 16}
+PRESSURE = {"act": "pressure", "seed": 7, "count": 10, "tokens": 50}
+MANY = {"act": "moves", "seed": 8, "count": 14, "tokens": 16}  # more than run at a time
+PIPELINE = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": False}
+
+
+def kills(seed: int, step: int, victims: Sequence[int], name: str = "SIGKILL") -> dict[str, Any]:
+    """An act in which workers get a signal while groups move; their numbers become process ids later."""
+    return {
+        "act": "fault",
+        "seed": seed,
+        "count": 8,
+        "tokens": 32,
+        "moves": True,
+        "signals": [[step, i, name] for i in victims],
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """An engine and what it does.
+
+    Attributes:
+        workers: devices beside the primary; each has one process for each of ``ranks``.
+        options: of vLLM; ``stock``: of stock vLLM beside float32 and a prefix cache.
+    """
+
+    name: str
+    acts: Sequence[dict[str, Any]]
+    family: str = "llama"
+    workers: int = 2
+    ranks: int = 1
+    policy: str = "remote"
+    timeout_s: float = 30
+    transport: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+    stock: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stock_options(self) -> str:
+        """JSON, so that rows with the same share an engine."""
+        return json.dumps({"enable_prefix_caching": True, "dtype": self.options.get("dtype", "float32")} | self.stock)
+
+
+ROWS = [
+    *(
+        Row(
+            name=family,
+            family=family,
+            acts=[PLAIN, MOVES, PREFIX, SAMPLED, ABORTED, kills(4, 12, [1])],
+            options={"enable_prefix_caching": True},
+        )
+        for family in FAMILIES
+    ),
+    Row(name="1 device", workers=0, acts=[PLAIN, MANY, PREFIX], options={"enable_prefix_caching": True}),
+    Row(name="2 devices", workers=1, acts=[PLAIN, MOVES, kills(4, 12, [0])]),
+    Row(name="5 devices", workers=4, acts=[PLAIN, MOVES, MANY, kills(4, 12, [3]), kills(9, 12, [1, 2])]),
+    Row(name="TCP", transport="tcp", acts=[PLAIN, MOVES, kills(4, 12, [0])]),
+    Row(
+        name="worker stopped, and back",
+        timeout_s=2,
+        acts=[
+            kills(4, 12, [1], "SIGSTOP"),
+            {"act": "returned", "seed": 10, "tokens": 8, "device": 2, "pids": [1]},
+            MOVES,
+        ],
+    ),
+    Row(
+        name="torch.compile",
+        acts=[PLAIN, MOVES, kills(4, 12, [1])],
+        options={"enforce_eager": False},
+    ),
+    Row(
+        name="tensor parallel 2",
+        ranks=2,
+        acts=[PLAIN, MOVES, MANY, kills(4, 12, [1])],
+        options={"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    ),
+    Row(
+        name="pipeline parallel 2, uneven",
+        ranks=2,
+        acts=[PLAIN, MOVES, MANY, kills(4, 12, [1]), kills(11, 6, [2])],
+        options=PIPELINE,
+        environment={"VLLM_PP_LAYER_PARTITION": "1,3"},
+    ),
+    Row(
+        name="pool short, dispatch by the solver",
+        policy="solver",
+        workers=1,
+        acts=[PRESSURE],
+        options={"block_size": 32, "num_gpu_blocks_override": 96},
+        stock={"block_size": 32, "num_gpu_blocks_override": 24},
+    ),
+    Row(
+        name="pool short, nobody to help: preemption",
+        policy="local",
+        workers=0,
+        acts=[PRESSURE],
+        options={"block_size": 32, "num_gpu_blocks_override": 96},
+        stock={"block_size": 32, "num_gpu_blocks_override": 24},
+    ),
+    Row(name="bfloat16", acts=[PLAIN, MOVES], options={"dtype": "bfloat16"}),
+]
+
+
+@cache
+def _checkpoint(family: str, parent: Path) -> Path:
+    return make_checkpoint(family, parent / family)
+
+
+@cache
+def _stock(family: str, options: str, parent: Path) -> dict[str, dict[str, Any]]:
+    """What stock vLLM, in one process and eager, says to the acts of all rows that compare with it: by act."""
+    acts = {
+        json.dumps(asked): asked
+        for row in ROWS
+        if (row.family, row.stock_options) == (family, options)
+        for asked in map(_asked_of_stock, row.acts)
+    }
+    said = run_engine(_checkpoint(family, parent), list(acts.values()), config=None, **json.loads(options))
+    return dict(zip(acts, said, strict=True))
+
+
+def _asked_of_stock(act: dict[str, Any]) -> dict[str, Any]:
+    """The same requests without what happens to head groups and workers."""
+    kept = {name: act[name] for name in ("act", "seed", "count", "tokens") if name in act}
+    return (
+        {"count": 1}
+        | kept
+        | {"act": act["act"] if act["act"] in ("aborted", "sampled", "prefix", "pressure") else "plain"}
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the models are."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_row(row: Row, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _checkpoint(row.family, checkpoints)
+    said = _stock(row.family, row.stock_options, checkpoints)
+    stock = [said[json.dumps(_asked_of_stock(act))] for act in row.acts]
+    for name, value in row.environment.items():
+        monkeypatch.setenv(name, value)
+    with workers(tmp_path, row.workers * row.ranks) as (pids, addresses):
+        acts = [dict(act) for act in row.acts]
+        for act in acts:
+            if "signals" in act:
+                act["signals"] = [[step, pids[i], name] for step, i, name in act["signals"]]
+            if "pids" in act:
+                act["pids"] = [pids[i] for i in act["pids"]]
+        listed = [addresses[i * row.ranks : (i + 1) * row.ranks] for i in range(row.workers)]
+        config = config_of(tmp_path, listed, policy=row.policy, timeout_s=row.timeout_s, transport=row.transport)
+        ours = run_engine(folder, acts, config=config, **row.options)
+    if row.options.get("dtype") == "bfloat16":
+        shares = [_same_share(a["tokens"], b["tokens"]) for a, b in zip(ours, stock, strict=True)]
+        print(f"{row.name}: {shares}")
+        assert all(share > 0.2 for share in shares), "rounding differs, attention does not"
+        return
+    if "num_gpu_blocks_override" in row.options:
+        assert stock[0]["preempted"] > 0
+        assert (ours[0]["preempted"] == 0) == (row.workers > 0), "groups go to workers instead"
+    hit: set[int] = set()
+    for act, mine, theirs in zip(row.acts, ours, stock, strict=True):
+        assert mine["tokens"] == theirs["tokens"], act
+        if act["act"] == "plain":
+            assert set(map(int, mine["groups_seen"])) >= set(range(1, row.workers + 1)), "every worker had head groups"
+            prompts = prompts_of(act["seed"], act["count"])
+            assert mine["tokens"] == said_by_transformers(folder, prompts, act["tokens"]), "transformers"
+        elif act["act"] == "moves" and row.workers:
+            assert mine["moved"] > 5
+        elif act["act"] == "fault":
+            assert mine["recomputed"] > 0, f"when it happened, groups were on {mine['placed']}"
+            hit |= {1 + i // row.ranks for _, i, _ in act["signals"]}
+            assert set(mine["lost"]) == hit, "nobody else is lost"
+        elif act["act"] == "prefix":
+            assert mine["hits"] >= 96
+            assert mine["moved"] > 5 or not row.workers
+        elif act["act"] == "aborted":
+            assert mine["running"] == []
+        elif act["act"] == "returned":
+            assert mine["seen"], "the worker takes part again"
+
+
+def _same_share(mine: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of the tokens before the first that differs, over all texts."""
+    same = 0
+    for a, b in zip(mine, theirs, strict=True):
+        same += next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+    return same / sum(map(len, theirs))
