@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
-KV_IS_FOR_ENGINES = (
-    "engines hand KV over along the routes: hetis-launch sets hetis-serve up for it, other engines are set up by you"
-)
+KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
