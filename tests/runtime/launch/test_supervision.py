@@ -46,10 +46,10 @@ def test_a_worker_is_started_again_for_ever_and_waits_longer_each_time() -> None
     assert made.outcome is None
 
 
-def test_a_vllm_that_fails_again_and_again_is_given_up() -> None:
+def test_a_vllm_that_fails_again_and_again_is_given_up_whichever_process_of_it_fails() -> None:
     made, now_s = supervision(), 0.0
-    for _ in range(MOST_FAILURES):
-        assert made.ended("vllm", -9, now_s) is not None
+    for number in range(MOST_FAILURES):
+        assert made.ended(("vllm", "vllm-1")[number % 2], -9, now_s) is not None
         for name in ("vllm", "vllm-1"):
             made.started(name, now_s)
     assert made.outcome is None

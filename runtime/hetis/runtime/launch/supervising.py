@@ -76,15 +76,16 @@ class Supervision:
     def ended(self, name: str, code: int, now_s: float) -> float | None:
         """A process is gone; returns how long all `together` with it are left alone, None: nothing starts again."""
         one = self._watched[name]
-        one.failures = 1 if now_s - one.started_s >= SETTLED_S else one.failures + 1
+        group = [self._watched[other] for other in self.together(name)]
+        failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
         # A further process of vLLM also ends with 0 when the one with the front is gone.
         is_final = code in _FINAL if one.kind is ProcessKind.VLLM else code == INVALID
-        if is_final or (one.kind in VLLM and one.failures > MOST_FAILURES):
+        if is_final or (one.kind in VLLM and failures > MOST_FAILURES):
             self.outcome = code if is_final else FAILED
             return None
-        wait_s = min(FIRST_WAIT_S * 2.0 ** min(one.failures - 1, 10), LONGEST_WAIT_S)
-        for other in self.together(name):
-            self._watched[other].due_s = now_s + wait_s
+        wait_s = min(FIRST_WAIT_S * 2.0 ** min(failures - 1, 10), LONGEST_WAIT_S)
+        for other in group:
+            other.failures, other.due_s = failures, now_s + wait_s
         return wait_s
 
 
