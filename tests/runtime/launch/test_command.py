@@ -370,6 +370,21 @@ def test_addresses_of_nodes_are_checked() -> None:
     )
 
 
+def test_what_runs_where_is_shown_without_torch_or_vllm(folder: Path) -> None:
+    lines = [
+        "import sys",
+        "for name in ('torch', 'numba', 'vllm', 'ray', 'highspy'): sys.modules[name] = None",
+        "from hetis.runtime.launch.main import main",
+        "main()",
+    ]
+    for verb in ("show", "kubernetes"):
+        asked = [verb, "--plan", "plan.json", "--model", "models/tiny"]
+        asked += ["--image", "a", "--worker-image", "b", "--worker-key-secret", "c", "--insecure"] * (verb != "show")
+        done = run_command([sys.executable, "-c", "\n".join(lines)], *asked, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert "hetis-worker" in done.stdout
+
+
 def test_help_has_examples_and_exit_codes() -> None:
     done = run_command(COMMAND, "--help")
     assert done.returncode == 0
