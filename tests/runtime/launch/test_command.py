@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import yaml
 
@@ -180,6 +181,18 @@ REAL = Sizes(hidden=256, intermediate=320, q_heads=8, kv_heads=4)  # heads that 
 FEW = ("--max-model-len", "256", "--enforce-eager")
 
 
+def check_openai_client(url: str) -> None:
+    """What clients use: chats, whole and as streams, say the same."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12}
+    asked |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**asked)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert len(pieces) > 1
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 12
+
+
 @needs_vllm
 def test_real_vllm_and_two_workers_answer_as_the_model_does(tmp_path: Path) -> None:
     pool = AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0", "b/1"), kv_head_groups=2)
@@ -190,6 +203,7 @@ def test_real_vllm_and_two_workers_answer_as_the_model_does(tmp_path: Path) -> N
         run.wait_until(run.serves)
         assert [run.completes(prompt, 24) for prompt in PROMPTS] == alone(model, PROMPTS, 24)
         assert run.log().count(" serves ") == 2, "both workers were met"
+        check_openai_client(run.url)
         vllm = run.pids("vllm")[-1]
         run.process.terminate()
         assert run.process.wait(120) == 0, run.log()
