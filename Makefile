@@ -26,7 +26,7 @@ VLLM_VENV ?= .venv-vllm
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
-	@echo "make demo-serve    planner, agent, engine, two workers: heads of a chat move, a worker dies, the answer is exact"
+	@echo "make demo-serve    planner, agent, vLLM, two workers: heads of a chat move, a worker dies, the answer is exact"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make vllm    install vLLM for the tests of the plugin into $(VLLM_VENV) (part of make test)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
@@ -111,8 +111,8 @@ $(VENV)/.cluster: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.planner
 
 $(VENV)/.serve: $(VENV)/.created pyproject.toml constraints.txt
-	@echo "installing hetis with planner, agent and engine, torch among it, into $(VENV) (once; some minutes)"
-	@$(PIP) --editable '.[planner,agent,runtime]'
+	@echo "installing hetis with planner, agent and worker, torch among it, into $(VENV) (once; some minutes)"
+	@$(PIP) --editable '.[planner,agent,worker]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt

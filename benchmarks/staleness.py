@@ -36,8 +36,7 @@ _SEARCH = (*_COSTS, f"{_SOLVER}/placement", f"!{_SOLVER}/placement/explanation",
 _SIMULATOR = (*_COSTS, "simulator/hetis/simulator")
 _DISPATCH = (f"{_SOLVER}/dispatch",)
 _REDISPATCH = (*_DISPATCH, f"{_SOLVER}/redispatch")
-_ENGINE = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "engine", "kv", "model", "stages", "worker"))
-_PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "vllm", "worker"))
+_PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "kv", "transport", "vllm", "worker"))
 
 # What each table measures: files, folders with all below, and with "!" what is not of it.
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -50,7 +49,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "dispatch": ("benchmarks/dispatch.py", *_DISPATCH),
     "dispatch ties": ("benchmarks/dispatch.py", "benchmarks/measuring/ties.py", *_DISPATCH),
     "redispatch": ("benchmarks/redispatch.py", *_REDISPATCH),
-    "engine": ("benchmarks/engine.py", *_ENGINE),
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "profiler/hetis/profiler/whole_engine.py"),

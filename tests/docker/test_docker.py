@@ -18,11 +18,15 @@ from hetis.planner.cli.app import app as plan_app
 from hetis.planner.service.command import app as planner_app
 from hetis.runtime.agent.devices import discover
 from hetis.runtime.agent.main import app as agent_app
+from hetis.runtime.launch.commands import CONNECTOR
 from hetis.runtime.transport.keys import VARIABLE as HETIS_WORKER_KEY
+from hetis.runtime.vllm.plugin import VERSIONS
+from hetis.runtime.vllm.settings import VARIABLE as HETIS_VLLM_CONFIG
 from hetis.runtime.worker.options import VARIABLES as WORKER_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+VLLM = ROOT / "docker" / "vllm.Dockerfile"  # begins with vLLM's image, which is what it is
 APPS = {"hetis-plan": plan_app, "hetis-planner": planner_app, "hetis-agent": agent_app}
 WORKER = "hetis-worker"  # its options come with the variables that they go by
 COMMANDS = {*APPS, WORKER}
@@ -89,7 +93,12 @@ def test_every_variable_is_one_that_a_command_reads() -> None:
     named = set()
     for path in [*DOCKERFILES, ROOT / "docker" / "compose.yaml", ROOT / "docker" / "README.md"]:
         named |= set(re.findall(r"\bHETIS_[A-Z_]+", path.read_text(encoding="utf-8")))
-    known = {"HETIS_STORE", HETIS_WORKER_KEY, *WORKER_OPTIONS.values()}  # the first: of the planner's configuration
+    known = {
+        "HETIS_STORE",
+        HETIS_WORKER_KEY,
+        HETIS_VLLM_CONFIG,
+        *WORKER_OPTIONS.values(),
+    }  # the first: of the planner's configuration
     for app in APPS.values():
         group = typer.main.get_command(app)
         for command in (group, *getattr(group, "commands", {}).values()):
@@ -104,16 +113,27 @@ def test_an_image_is_small_labelled_watched_and_nobodys_root(path: Path) -> None
     steps = instructions(path)
     names = [name for name, _ in steps]
     assert names.count("FROM") == 2
-    assert all("-slim" in rest for name, rest in steps if name == "FROM")
+    bases = [rest for name, rest in steps if name == "FROM"]
+    assert all("-slim" in base for base in (bases[:1] if path == VLLM else bases))
     last = dict(steps[len(names) - 1 - names[::-1].index("FROM") :])
     assert last["USER"] == "10001:10001"
     assert "org.opencontainers.image.title" in last["LABEL"]
     assert "HEALTHCHECK" in last
     assert "cuda" not in last["RUN"].lower()
-    extras = re.search(r"\.\[([\w,]+)\]", path.read_text(encoding="utf-8"))
+    extras = re.search(r"(?:'\.|\.whl\))\[([\w,]+)\]", path.read_text(encoding="utf-8"))
     assert extras is not None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert set(extras[1].split(",")) <= set(project["optional-dependencies"])
+
+
+def test_the_image_of_vllm_is_of_the_newest_version_that_is_tested_and_keeps_what_it_has() -> None:
+    steps = instructions(VLLM)
+    base = [rest for name, rest in steps if name == "FROM"][-1]
+    assert re.fullmatch(rf"vllm/vllm-openai:v{re.escape(VERSIONS[-1])}\.\d+", base)
+    assert "ENTRYPOINT" not in dict(steps)
+    install = [rest for name, rest in steps if name == "RUN"][-1]
+    assert "--constraint /wheels/of-vllm.txt" in install
+    assert json.dumps(CONNECTOR) in (ROOT / "docker" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_build_gets_every_source_root_and_what_the_package_needs() -> None:

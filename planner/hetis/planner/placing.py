@@ -25,9 +25,7 @@ DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
 EQUAL_STAGES_S = 5.0  # at most, to find that
-KV_IS_FOR_ENGINES = (
-    "engines hand KV over along the routes: hetis-launch sets hetis-serve up for it, other engines are set up by you"
-)
+KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

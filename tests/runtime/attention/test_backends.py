@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,11 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention import paged_compiled, prefill
+from hetis.runtime.attention import paged_compiled
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend, choose_backend
 from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.attention.prefill import PromptKv
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.pool import PagePool
 from hetis.runtime.kv.shape import KvShape, SequenceKey
@@ -195,31 +192,3 @@ def test_nothing_is_attended_to_outside_a_step() -> None:
     device = LocalDevice("d", shape_of(r=1, d=4, window=0, dtype="float32"), 4)
     with pytest.raises(DeviceError, match="d: no step was begun"):
         device.attend(0, torch.zeros(0, 3, 4))
-
-
-@given(
-    tokens=st.integers(1, 40),
-    cut=st.integers(1, 40),
-    r=st.integers(1, 3),
-    window=st.integers(0, 20),
-)
-@settings(max_examples=30)
-def test_prompts_are_attended_to_as_defined_in_one_chunk_or_two_and_in_pieces(
-    tokens: int, cut: int, r: int, window: int
-) -> None:
-    shape = shape_of(r=r, d=8, window=window, dtype="float64")
-    generator = torch.Generator().manual_seed(tokens)
-    q = torch.randn(tokens, 2 * r, 8, generator=generator, dtype=torch.float64)
-    k, v = (torch.randn(tokens, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    prompt = PromptKv(shape, 2, tokens, "cpu")
-    ends = sorted({0, min(cut, tokens), tokens})
-    with patch.object(prefill, "PIECE_TOKENS", 7):
-        parts = [
-            prompt.attend(1, first, torch.cat((q, k, v), dim=1)[first:last]) for first, last in itertools.pairwise(ends)
-        ]
-    out = torch.cat(parts).view(tokens, 2, r, 8)
-    for t in range(tokens):
-        for head in range(2):
-            queries = q[t].view(2, r, 8)[head]
-            wanted = defined(queries, k[:, head], v[:, head], t, window, shape.scale)
-            torch.testing.assert_close(out[t, head], wanted, rtol=1e-9, atol=1e-9)

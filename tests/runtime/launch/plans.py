@@ -1,10 +1,14 @@
-"""Small plans for the demo's model: four layers, eight KV heads."""
+"""Small plans for a model of four layers and eight KV heads of 8 numbers."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from hetis.formats.plan import plan_to_data
+from hetis.solver.model import AttentionKind, ModelSpec
 from hetis.solver.plan import (
     AttentionWorkerPool,
     Objective,
@@ -15,6 +19,20 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
+
+MODEL = ModelSpec(
+    name="tiny",
+    num_layers=4,
+    hidden=128,
+    intermediate=256,
+    q_heads=16,
+    kv_heads=8,
+    head_dim=8,
+    vocab=512,
+    attention=AttentionKind.GQA,
+)
+PAGES = 63  # of each KV head: 1,000 tokens
+LAYER_BYTES = PAGES * 2 * 16 * 8 * 2  # of one KV head in one layer: K and V of 16 tokens of 8 numbers of 2 bytes
 
 
 def plan_of(*stages: StagePlan, pools: tuple[AttentionWorkerPool, ...] = (), **changes: Any) -> Plan:
@@ -61,3 +79,42 @@ def sharing() -> Plan:
     """Two stages that keep two heads of eight, and two cards that hold the other six of both, in turn."""
     shared = tuple(replace(POOL, stage=stage, shared=True) for stage in (0, 1))
     return plan_of(stage_of(num_layers=3), stage_of(first_layer=3, num_layers=1, devices=("c/0",)), pools=shared)
+
+
+def staged() -> Plan:
+    """Two ranks on a with a worker on b, then two on c with a worker beside them."""
+    return plan_of(
+        stage_of(num_layers=3, tp=2, devices=("a/0", "a/1"), kv_head_groups_kept=1),
+        stage_of(first_layer=3, num_layers=1, tp=2, devices=("c/2", "c/3"), kv_head_groups_kept=2),
+        pools=(
+            AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0",), kv_head_groups=3),
+            AttentionWorkerPool(stage=1, gpu="T4", devices=("c/4",), kv_head_groups=2),
+        ),
+    )
+
+
+def write_plan(folder: Path, plan: Plan | None = None) -> Path:
+    """By default a/0 keeps two KV heads of eight, and b/0 and b/1 have three each."""
+    path = folder / "plan.json"
+    plan = plan or plan_of(stage_of(), pools=(POOL,))
+    path.write_text(json.dumps(plan_to_data(plan)), encoding="utf-8")
+    return path
+
+
+def write_config(folder: Path) -> Path:
+    """The folder of a model that is only looked at."""
+    (folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

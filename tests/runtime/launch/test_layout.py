@@ -1,150 +1,151 @@
-"""A plan becomes devices with the KV that it counts on, or every reason why it cannot."""
+"""One list says what runs where; what vLLM cannot run is refused with every reason."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from examples.demo_serve.checkpoint import make_checkpoint
-from hetis.runtime.engine.stage import kv_shape
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import (
-    card_of,
-    layout_of,
-    one_device,
-    pages_of,
-    refuse_if_too_large,
-)
-from hetis.runtime.launch.room import DeviceRoom
-from hetis.runtime.model.config import ModelConfig, read_config
+from hetis.runtime.launch.layout import PAGE_TOKENS, Layout, layout_of
+from hetis.solver.model import AttentionKind, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, Role
-from tests.runtime.launch.plans import POOL, plan_of, sharing, stage_of
+from tests.runtime.launch.plans import LAYER_BYTES, MODEL, PAGES, POOL, plan_of, sharing, stage_of, staged
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    return read_config(make_checkpoint(tmp_path_factory.mktemp("model")))
+def rows(layout: Layout) -> list[tuple[str, str, int, str, tuple[int, ...], int]]:
+    return [(p.name, p.kind.value, p.stage, p.node, p.gpus, p.kv_bytes) for p in layout.processes]
 
 
-def lay_out(plan: Plan, config: ModelConfig, **more: Any) -> tuple[tuple[str, int], ...]:
-    layout = layout_of(plan, 0, config, page_tokens=16, **more)
-    (stage,) = layout.stages
-    return tuple((device.name, device.pages) for device in stage.devices)
+def test_a_primary_is_one_vllm_and_each_card_a_worker_with_the_kv_that_the_plan_counts_on() -> None:
+    layout = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
+    assert rows(layout) == [
+        ("vllm", "vllm", 0, "a", (0,), 2 * 4 * LAYER_BYTES),
+        ("b/0", "attention-worker", 0, "b", (0,), 3 * 4 * LAYER_BYTES),
+        ("b/1", "attention-worker", 0, "b", (1,), 3 * 4 * LAYER_BYTES),
+    ]
+    assert [(one.name, one.processes) for one in layout.workers] == [("b/0", ("b/0",)), ("b/1", ("b/1",))]
+    assert (layout.tensor_parallel, layout.layers, layout.seats, layout.chunk_tokens) == (1, (4,), 4, 32)
 
 
-def test_the_primary_comes_first_and_workers_share_what_it_does_not_keep(config: ModelConfig) -> None:
+def test_a_smaller_machine_needs_less_and_float32_twice_as_much() -> None:
     plan = plan_of(stage_of(), pools=(POOL,))
-    assert lay_out(plan, config) == (("a/0", 2 * 63), ("b/0", 3 * 63), ("b/1", 3 * 63))
-    assert lay_out(plan, config, kv_tokens=100) == (("a/0", 2 * 7), ("b/0", 3 * 7), ("b/1", 3 * 7))
-    layout = layout_of(plan, 0, config, page_tokens=16)
-    assert (layout.seats, layout.chunk_tokens) == (4, 32)
+    found = layout_of(plan, 0, MODEL, dtype="float32", kv_tokens=100)
+    pages = -(-100 // PAGE_TOKENS)
+    assert [p.kv_bytes for p in found.processes] == [
+        heads * 4 * LAYER_BYTES // PAGES * pages * 2 for heads in (2, 3, 3)
+    ]
 
 
-def test_ranks_and_copies_of_every_stage_have_their_devices(config: ModelConfig) -> None:
-    """600 tokens are 38 pages of a head, on two copies 19 each; a rank of two keeps three of its four heads."""
-    pool = AttentionWorkerPool(stage=1, gpu="T4", devices=("w/0", "w/1", "w/2", "w/3"), kv_head_groups=1)
+def test_stages_on_several_nodes_are_processes_of_vllm_and_each_rank_has_a_worker_process_of_its_own() -> None:
+    layout = layout_of(staged(), 0, MODEL)
+    assert rows(layout) == [
+        ("vllm", "vllm", 0, "a", (0, 1), 1 * 3 * LAYER_BYTES),
+        ("vllm-1", "vllm-stage", 1, "c", (2, 3), 2 * 1 * LAYER_BYTES),
+        ("b/0.rank0", "attention-worker", 0, "b", (0,), 3 * 3 * LAYER_BYTES),
+        ("b/0.rank1", "attention-worker", 0, "b", (0,), 3 * 3 * LAYER_BYTES),
+        ("c/4.rank2", "attention-worker", 1, "c", (4,), 2 * 1 * LAYER_BYTES),
+        ("c/4.rank3", "attention-worker", 1, "c", (4,), 2 * 1 * LAYER_BYTES),
+    ]
+    [worker] = layout.workers
+    assert worker.name == "b/0+c/4"
+    assert worker.processes == ("b/0.rank0", "b/0.rank1", "c/4.rank2", "c/4.rank3"), "in the order of vLLM's ranks"
+    assert [p.sharing for p in layout.attention_workers] == [2, 2, 2, 2]
+    assert [layout.caller(p).name for p in layout.attention_workers] == ["vllm", "vllm", "vllm-1", "vllm-1"]
+
+
+def test_stages_on_one_node_are_one_vllm_with_room_for_the_largest() -> None:
+    first, second = staged().replicas[0].stages
     plan = plan_of(
-        stage_of(num_layers=1, kv_head_groups_kept=8),
-        stage_of(
-            first_layer=1, num_layers=3, tp=2, copies=2, devices=("b/0", "b/1", "c/0", "c/1"), kv_head_groups_kept=3
-        ),
-        pools=(pool,),
-        kv_tokens=600,
-        in_flight=2,
+        first, replace(second, devices=("a/2", "a/3")), pools=staged().replicas[0].attention_workers, in_flight=2
     )
-    layout = layout_of(plan, 0, config, page_tokens=16)
-    shown = [(stage.layers, stage.ranks, [(d.name, d.pages) for d in stage.devices]) for stage in layout.stages]
-    assert shown == [
-        (range(1), 1, [("a/0", 8 * 38)]),
-        (range(1, 4), 2, [("b/0", 3 * 19), ("b/1", 3 * 19), ("w/0", 19), ("w/1", 19)]),
-        (range(1, 4), 2, [("c/0", 3 * 19), ("c/1", 3 * 19), ("w/2", 19), ("w/3", 19)]),
+    layout = layout_of(plan, 0, MODEL)
+    assert rows(layout)[0] == ("vllm", "vllm", 0, "a", (0, 1, 2, 3), 3 * LAYER_BYTES)
+    assert len(layout.vllm) == 1
+    assert layout.layers == (3, 1)
+    assert layout.seats == 8
+    assert {layout.caller(p).name for p in layout.attention_workers} == {"vllm"}
+
+
+def test_a_card_that_stages_share_has_a_process_for_each_with_memory_of_its_own() -> None:
+    layout = layout_of(sharing(), 0, MODEL)
+    assert [(p.name, p.stage, p.gpus, p.kv_bytes, p.sharing) for p in layout.attention_workers] == [
+        ("b/0.rank0", 0, (0,), 3 * 3 * LAYER_BYTES, 2),
+        ("b/0.rank1", 1, (0,), 3 * 1 * LAYER_BYTES, 2),
+        ("b/1.rank0", 0, (1,), 3 * 3 * LAYER_BYTES, 2),
+        ("b/1.rank1", 1, (1,), 3 * 1 * LAYER_BYTES, 2),
     ]
-    assert layout.attention_workers == ("w/0", "w/1", "w/2", "w/3")
-    assert (layout.seats, layout.in_flight) == (8, 2)
+    assert [one.name for one in layout.workers] == ["b/0", "b/1"]
 
 
-def test_a_shared_card_is_a_device_of_every_stage_with_what_its_heads_need(config: ModelConfig) -> None:
-    layout = layout_of(sharing(), 0, config, page_tokens=16)
-    shown = [[(device.name, device.pages) for device in stage.devices] for stage in layout.stages]
-    assert shown == [
-        [("a/0", 2 * 63), ("b/0.stage0", 3 * 63), ("b/1.stage0", 3 * 63)],
-        [("c/0", 2 * 63), ("b/0.stage1", 3 * 63), ("b/1.stage1", 3 * 63)],
-    ]
-    assert [card_of(name) for name in layout.attention_workers] == ["b/0", "b/1", "b/0", "b/1"]
-    assert card_of("node.stage1/0") == "node.stage1/0"
+def test_a_replica_without_attention_workers_is_vllm_alone() -> None:
+    layout = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, MODEL)
+    assert (len(layout.processes), layout.workers) == (1, ())
 
 
-def test_seats_of_a_prefill_replica_are_left_open(config: ModelConfig) -> None:
-    plan = plan_of(stage_of(kv_head_groups_kept=8), role=Role.PREFILL, micro_batch=0, in_flight=16)
-    layout = layout_of(plan, 0, config, page_tokens=16)
-    assert (layout.seats, layout.in_flight, layout.chunk_tokens) == (0, 16, 32)
+def test_a_name_that_would_be_too_long_is_a_number() -> None:
+    plan = sharing()
+    long = [replace(pool, devices=(f"{'n' * 70}/0", "b/1")) for pool in plan.replicas[0].attention_workers]
+    layout = layout_of(plan_of(*plan.replicas[0].stages, pools=tuple(long)), 0, MODEL)
+    assert [one.name for one in layout.workers] == ["worker-0", "b/1"]
 
 
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        (plan_of(stage_of(kv_head_groups_kept=4)), "the plan places 4 KV heads, the model has 8"),
-        (plan_of(stage_of(num_layers=80)), "the plan is of a model with 80 layers, this one has 4"),
-        (plan_of(stage_of(tp=3, devices=("a/0", "a/1", "a/2"))), "tensor parallelism of 3 does not divide 16 query"),
-        (
-            plan_of(stage_of(num_layers=2, kv_head_groups_kept=8), stage_of(num_layers=2, first_layer=2)),
-            "stage 1: the plan places 2 KV heads, the model has 8",
-        ),
-        (
-            replace(plan_of(stage_of()), inputs={"documents": {"model": {"name": "other", "num_layers": 4}}}),
-            "the plan is of another model (other): hidden None, not 128",
-        ),
-    ],
-)
-def test_what_a_plan_asks_too_much_of_is_named(config: ModelConfig, plan: Plan, message: str) -> None:
+def refused(plan: Plan, model: ModelSpec = MODEL, *, replica: int = 0) -> tuple[str, ...]:
     with pytest.raises(LayoutError) as caught:
-        lay_out(plan, config)
-    assert message in str(caught.value)
+        layout_of(plan, replica, model)
+    return caught.value.messages
 
 
-def test_there_is_no_replica_beyond_the_last(config: ModelConfig) -> None:
-    with pytest.raises(LayoutError, match="there is no replica 1, the plan has 1, counted from 0"):
-        layout_of(plan_of(stage_of()), 1, config, page_tokens=16)
-
-
-def test_memory_becomes_whole_pages_and_too_little_of_it_is_refused(config: ModelConfig) -> None:
-    shape = kv_shape(config, range(4), page_tokens=16, dtype="float32")
-    assert shape.page_bytes == 4096
-    rooms = (DeviceRoom(name="a", kv_bytes=8191), DeviceRoom(name="b", kv_bytes=4096))
-    assert [device.pages for device in pages_of(rooms, shape)] == [1, 1]
-    with pytest.raises(LayoutError, match="--device c has 4095 bytes for KV, one page of this model takes 4096"):
-        pages_of((DeviceRoom(name="c", kv_bytes=4095),), shape)
-    with pytest.raises(LayoutError, match="KV of 4096 MiB is asked for, 1024 MiB of this machine's memory are free"):
-        refuse_if_too_large(2**32, free_bytes=2**30)
-    refuse_if_too_large(2**32, free_bytes=2**32)
-
-
-def test_by_default_there_is_room_for_every_seat_or_half_of_what_is_free(config: ModelConfig) -> None:
-    shape = kv_shape(config, range(4), page_tokens=16, dtype="float32")
-
-    def pages(**room: int) -> int:
-        return one_device(config, shape, **({"seats": 9, "max_tokens": 96, "chunk_tokens": 32} | room)).pages
-
-    assert pages(free_bytes=2**40) == 9 * 8 * 6
-    # Of 200 pages prompts take a chunk of 2 for each of 8 heads, and the longest context of 6.
-    assert pages(free_bytes=2 * 4096 * 200) == 200 - 8 * (2 + 6)
-    # Of 48 the rest after a chunk is shared evenly: no prompt is longer than all KV there is.
-    assert pages(free_bytes=2 * 4096 * 48) == (48 - 8 * 2) // 2
-
-
-def test_prompts_under_way_are_room_that_is_asked_for() -> None:
-    refuse_if_too_large(3 * 2**20, prompt_bytes=2**20, free_bytes=2**22)
-    with pytest.raises(LayoutError) as caught:
-        refuse_if_too_large(3 * 2**20, prompt_bytes=2 * 2**20, free_bytes=2**22)
-    assert caught.value.messages == (
-        "KV of 3 MiB is asked for, and 2 MiB for prompts under way, 4 MiB of this machine's memory are free",
+def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
+    plan = plan_of(
+        stage_of(num_layers=2, copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=2),
+        stage_of(first_layer=2, num_layers=1, tp=2, devices=("c/2", "d/0"), kv_head_groups_kept=4),
+        stage_of(first_layer=3, num_layers=2, tp=3, devices=("e/0", "e/1", "here"), kv_head_groups_kept=2),
+        pools=(replace(POOL, kv_head_groups=5),),
+        role=Role.DECODE,
+    )
+    assert refused(plan) == (
+        "the plan's stages have 5 layers, the model 4",
+        "the replica is to decode only: the plugin has the place of vLLM's connector that would carry prompts "
+        "between replicas",
+        "stage 0: it has 2 copies, vLLM has one of each stage",
+        "stage 0: the plan places 7 KV heads, the model has 8",
+        "stage 1: it has 2 ranks and stage 0 has 1, vLLM has as many in every stage",
+        "stage 1: it is on several nodes, must be on one: c/2, d/0",
+        "stage 2: device 'here' must be NODE/INDEX, such as gpu2/0",
+        "stage 2: it has 3 ranks and stage 0 has 1, vLLM has as many in every stage",
+        "stage 2: it is on several nodes, must be on one: e/0, e/1, here",
+        "stage 2: 3 ranks do not divide 16 query heads and 8 KV heads",
+        "stages have 2, 0, 0 attention workers: the plugin needs as many for every stage, since a request's heads go "
+        "to the same worker in all of them",
     )
 
 
-def test_the_demos_model_is_the_same_each_time(tmp_path: Path) -> None:
-    first, second = make_checkpoint(tmp_path / "a"), make_checkpoint(tmp_path / "b")
-    for path in first.iterdir():
-        assert path.read_bytes() == (second / path.name).read_bytes()
+def test_a_replica_that_is_not_there_is_told() -> None:
+    plan = plan_of(stage_of(kv_head_groups_kept=8))
+    assert refused(plan, replica=1) == ("there is no replica 1, the plan has 1, counted from 0",)
+
+
+def test_a_plan_of_another_model_is_refused_with_the_differences() -> None:
+    documents = {"model": {"name": "big", "num_layers": 4, "hidden": 128, "q_heads": 16, "kv_heads": 4, "head_dim": 8}}
+    plan = replace(plan_of(stage_of(kv_head_groups_kept=8)), inputs={"documents": documents})
+    assert refused(plan) == ("the plan is of another model (big): kv_heads 4, not 8, vocab None, not 512",)
+
+
+def test_latent_attention_has_no_heads_to_place_and_kv_of_a_byte_no_worker() -> None:
+    mla = MlaShape(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    plan = plan_of(stage_of(), pools=(POOL,))
+    latent = replace(MODEL, attention=AttentionKind.MLA, mla=mla)
+    assert refused(plan, latent) == ("tiny has latent attention (MLA): it has no head groups that could be elsewhere",)
+    assert refused(plan, replace(MODEL, kv_bytes=1.0)) == (
+        "the plan counts on KV of 1 bytes a number, workers keep it in 2 or 4: give --dtype",
+    )
+    assert layout_of(plan, 0, replace(MODEL, kv_bytes=1.0), dtype="bfloat16").workers
+
+
+def test_pools_of_a_stage_make_its_cards_together() -> None:
+    other = AttentionWorkerPool(stage=0, gpu="P100", devices=("d/0",), kv_head_groups=2)
+    layout = layout_of(plan_of(stage_of(), pools=(replace(POOL, kv_head_groups=4), other)), 0, MODEL)
+    assert [(p.name, p.kv_bytes) for p in layout.attention_workers] == [
+        (name, 2 * 4 * LAYER_BYTES) for name in ("b/0", "b/1", "d/0")
+    ]

@@ -13,6 +13,8 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.measured.timed import token_bytes
 
+SHAPE = KvShape(layers=3, head_dim=8, queries_per_group=2, page_tokens=16, dtype="float32", scale=1.0, windows=(0,) * 3)
+
 
 @dataclass(slots=True)
 class FakeClock:

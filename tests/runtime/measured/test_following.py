@@ -1,4 +1,4 @@
-"""Costs follow what steps take: bounded, calm under noise, and dispatch and re-dispatch follow them."""
+"""Costs follow what steps take: bounded, and calm under noise."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import DeviceStep, Ready
 from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.engine.engine import Engine
-from hetis.runtime.engine.generate import engine_from_folder
-from hetis.runtime.engine.request import SamplingParams
 from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.measured.calibration import calibrate
+from hetis.runtime.measured.coefficients import with_coefficients
 from hetis.runtime.measured.following import Following, Rules
 from hetis.runtime.measured.timed import Taken, TimedDevice
-from hetis.runtime.moving.hauler import Hauler
-from hetis.runtime.moving.redispatch import Redispatch
-from hetis.runtime.server.measuring import Measured, measure_engine
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
-from tests.runtime.checkpoints import random_model, random_prompts
+from tests.runtime.measured.paced import SHAPE as PACED_SHAPE
 from tests.runtime.measured.paced import FakeClock, Pace, PacedDevice, paced_devices
 
 COSTS = Stage(
@@ -143,82 +139,79 @@ def test_predicted_and_measured_times_add_up_where_they_are_known() -> None:
 
 
 class World:
-    """An engine on three paced devices, measured with a clock that the test owns."""
+    """Three paced devices that are calibrated and then compute the same steps, on a clock that the test owns."""
 
-    def __init__(self, *, redispatch: bool = False) -> None:
-        self.clock = FakeClock()
-        paces = (Pace(call_s=1e-4), Pace(), Pace())
-        self.engine: Engine = engine_from_folder(random_model().folder, paced_devices(paces, self.clock, pages=1000))
-        self.measured: Measured = measure_engine(self.engine, clock=self.clock, pause=self.clock.pause)
-        self.answers: dict[int, list[int]] = {}
-        if redispatch:
-            hauler = Hauler(engine=self.engine, clock=self.clock)
-            Redispatch(hauler=hauler, link_byte_s=np.full(3, 1e-12), every_steps=4)
+    def __init__(self) -> None:
+        clock = self.clock = FakeClock()
+        self.devices = paced_devices((Pace(call_s=1e-6), Pace(), Pace()), clock, pages=1000)(PACED_SHAPE)
+        found = calibrate(self.devices, groups=4, exchange_bytes_per_head=96.0, clock=clock, pause=clock.pause)
+        start = Stage(
+            heads=HeadShape(head_groups=4, queries_per_group=2, kv_bytes_per_token=64.0, exchange_bytes_per_head=96.0),
+            devices=("d0", "d1", "d2"),
+            head_s=np.ones((3, 1)),
+            kv_byte_s=np.ones((3, 1)),
+            call_s=np.ones((3, 1)),
+            transfer_byte_s=np.zeros(3),
+            transfer_s=np.zeros(3),
+            primary=Primary(device=0),
+        )
+        self.costs = with_coefficients(start, {name: one.coefficients for name, one in found.items()})
+        self.following = Following(
+            self.costs, self.apply, read_s=[found[name].read_s for name in start.devices], clock=clock
+        )
+        self.position = 0
 
-    def device(self, number: int) -> PacedDevice:
-        found = self.engine.stage.devices[number]
-        assert isinstance(found, PacedDevice)
-        return found
+    def apply(self, costs: Stage) -> None:
+        self.costs = costs
 
-    def add(self, prompt: list[int], tokens: int) -> int:
-        number = self.engine.add(prompt, SamplingParams(max_tokens=tokens))
-        self.answers[number] = []
-        return number
+    def pace(self, number: int) -> Pace:
+        device = self.devices[number]
+        assert isinstance(device, PacedDevice)
+        return device.pace
 
     def step(self, times: int = 1) -> None:
+        """The next position of a request with two heads on each device, which all compute at the same time."""
+        nothing = np.zeros(2, np.int64)
+        rows = torch.zeros(2, PACED_SHAPE.queries_per_group + 2, PACED_SHAPE.head_dim)
         for _ in range(times):
-            for news in self.engine.step():
-                self.answers[news.request] += [] if news.token is None else [news.token]
+            through = [self.following.through(number, device) for number, device in enumerate(self.devices)]
+            for device in through:
+                device.begin(
+                    DeviceStep(
+                        epoch=1,
+                        number=self.position,
+                        requests=nothing,
+                        incarnations=nothing,
+                        heads=np.arange(2),
+                        positions=nothing + self.position,
+                    )
+                )
+            for layer in range(PACED_SHAPE.layers):
+                for pending in [device.attend(layer, rows) for device in reversed(through)]:
+                    pending.wait()
+            for device in through:
+                device.finish(self.position)
+            self.position += 1
+            self.following.advance()
 
-    def heads(self, number: int) -> list[int]:
-        """Of a running request, by device."""
-        owners = self.engine.running[number].heads[0]
-        return [owners.count(device) for device in range(3)]
+
+def test_calibrated_devices_take_what_was_calibrated() -> None:
+    world = World()
+    world.step(60)
+    assert world.following.scales == (1.0, 1.0, 1.0)
 
 
-def test_a_device_that_turns_four_times_slower_gets_fewer_heads_of_new_requests() -> None:
-    world, [prompt] = World(), random_prompts(1, 1, shortest=60, longest=60)
-    first = world.add(prompt, 60)
+def test_a_device_that_turns_four_times_slower_costs_four_times_as_much_until_it_recovers() -> None:
+    world = World()
+    before = world.costs
     world.step(2)
-    assert world.heads(first)[1] >= 1
-    world.device(1).pace.slow = 4.0
+    world.pace(1).slow = 4.0
     world.step(20)
-    assert world.measured.following[0].scales == pytest.approx((1, 4, 1), rel=0.02)
-    assert world.measured.predictor is not None
-    assert world.measured.predictor.costs is world.engine.placement.state.stage
-    world.engine.cancel(first)
-    later = world.add(prompt, 10)
-    world.step()
-    assert world.heads(later)[1] == 0
-    world.step(15)
-    assert world.answers[later] == random_model().generate(prompt, 10)
-
-
-def test_redispatch_takes_heads_from_a_device_that_turned_slow_and_the_text_stays() -> None:
-    world, prompts = World(redispatch=True), random_prompts(3, 4, shortest=50, longest=60)
-    numbers = [world.add(prompt, 60) for prompt in prompts]
-    world.step(4)
-    before = sum(world.heads(number)[1] for number in numbers)
-    assert before >= 4
-    world.device(1).pace.slow = 4.0
-    world.step(40)
-    assert world.measured.following[0].scales[1] == pytest.approx(4, rel=0.02)
-    assert sum(world.heads(number)[1] for number in numbers) <= before // 2
-    while world.engine.has_work:
-        world.step()
-    assert [world.answers[n] for n in numbers] == [random_model().generate(prompt, 60) for prompt in prompts]
-
-
-def test_a_device_that_recovers_is_taken_back() -> None:
-    world, [prompt] = World(), random_prompts(2, 1, shortest=60, longest=60)
-    world.device(1).pace.slow = 4.0
-    number = world.add(prompt, 60)
-    world.step(20)
-    assert world.measured.following[0].scales[1] == pytest.approx(4, rel=0.02)
-    world.device(1).pace.slow = 1.0
+    assert world.following.scales == pytest.approx((1, 4, 1), rel=0.02)
+    assert world.costs.kv_byte_s[:, 0] == pytest.approx(before.kv_byte_s[:, 0] * [1, 4, 1], rel=0.02)
+    world.pace(1).slow = 1.0
     world.step(16)
-    assert world.heads(number)[1] >= 1
-    assert world.measured.following[0].scales[1] == pytest.approx(1, rel=0.02)
+    assert world.following.scales == pytest.approx((1, 1, 1), rel=0.02)
 
 
 # --- one device
@@ -231,8 +224,8 @@ def test_what_happens_meanwhile_counts_only_as_far_as_the_answer_was_waited_for(
     meanwhile_s: float, least_s: float, is_known: bool
 ) -> None:
     clock, heard = FakeClock(), list[Taken]()
-    engine = engine_from_folder(random_model().folder, paced_devices((Pace(), Pace(call_s=1.0)), clock))
-    device = TimedDevice(engine.stage.devices[1], heard=heard.append, clock=clock)
+    plain = paced_devices((Pace(), Pace(call_s=1.0)), clock)(PACED_SHAPE)[1]
+    device = TimedDevice(plain, heard=heard.append, clock=clock)
     one = np.zeros(1, np.int64)
     step = DeviceStep(epoch=1, number=1, requests=one, incarnations=one, heads=one, positions=one)
     shape = device.shape

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.transport.channel import PipeChannel
@@ -116,14 +114,3 @@ class InprocWorker:
     def _leave(self, channel: PipeChannel) -> None:
         channel.close()
         self.core.leave()
-
-
-def with_workers(
-    workers: Sequence[InprocWorker], *, own_pages: int = 400
-) -> Callable[[KvShape], list[AttentionDevice]]:
-    """Devices of an engine: its own, and the workers'."""
-
-    def make(shape: KvShape) -> list[AttentionDevice]:
-        return [LocalDevice("primary", shape, own_pages), *(worker.join(shape) for worker in workers)]
-
-    return make

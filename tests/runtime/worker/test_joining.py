@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 
 import pytest
+import torch
 
 from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
 from hetis.runtime.transport.connecting import ChannelKind
@@ -64,24 +68,27 @@ def test_a_shape_that_no_memory_holds_leaves_a_worker_for_the_next_engine(worker
     worker.join(CASE.shape(), epoch=62).close()
 
 
-def test_a_hung_worker_is_lost_and_obeys_nobody_old_when_it_wakes(worker: ListeningWorker) -> None:
-    device = worker.join(CASE.shape(), epoch=70, timeout_s=1)
+@pytest.mark.parametrize("kind", [ChannelKind.SHM, ChannelKind.TCP])
+def test_a_hung_worker_is_lost_and_obeys_nobody_old_when_it_wakes(worker: ListeningWorker, kind: ChannelKind) -> None:
+    epoch = 70 if kind is ChannelKind.SHM else 80
+    device = worker.join(CASE.shape(), epoch=epoch, kind=kind, timeout_s=5)
     check(device, CASE)
     worker.process.send_signal(signal.SIGSTOP)
     try:
-        with pytest.raises(DeviceLostError, match="no answer within 1 s"):
+        with pytest.raises(DeviceLostError, match="no answer within 5 s"):
             check(device, CASE)
     finally:
         worker.process.send_signal(signal.SIGCONT)
-    again = worker.join(CASE.shape(), epoch=71)
+    again = worker.join(CASE.shape(), epoch=epoch + 1, kind=kind)
     assert again.ping() == (again.num_pages, 0)
     check(again, CASE)
     again.close()
 
 
-def test_a_killed_worker_is_lost_and_not_reached(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [ChannelKind.SHM, ChannelKind.TCP])
+def test_a_killed_worker_is_lost_at_once_and_not_reached(tmp_path: Path, kind: ChannelKind) -> None:
     with listening_worker(tmp_path) as worker:
-        device = worker.join(CASE.shape(), epoch=1)
+        device = worker.join(CASE.shape(), epoch=1, kind=kind, timeout_s=600)
         check(device, CASE)
         worker.process.kill()
         with pytest.raises(DeviceLostError):
@@ -89,6 +96,30 @@ def test_a_killed_worker_is_lost_and_not_reached(tmp_path: Path) -> None:
         worker.process.wait(60)
         with pytest.raises(UnreachedDeviceError):
             worker.join(CASE.shape(), epoch=2)
+
+
+def test_connections_that_say_nothing_hold_up_nobody(worker: ListeningWorker) -> None:
+    with ExitStack() as probes:
+        for _ in range(5):  # each of them once held a worker up for 10 s
+            probes.enter_context(socket.create_connection((worker.host, worker.port), timeout=30))
+        device = worker.join(CASE.shape(), epoch=90)
+        assert device.ping() == (device.num_pages, 0)
+        for _ in range(5):
+            probes.enter_context(socket.create_connection((worker.host, worker.port), timeout=30))
+        sleep(0.3)  # until the worker, which hears nothing, has looked at them
+        assert device.ping() == (device.num_pages, 0)
+        device.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_real_gpu_of_another_process_computes_what_is_defined(tmp_path: Path, dtype: str) -> None:
+    case = Case(**MIXED, r=4, d=64, page_tokens=16, window=19, dtype=dtype)
+    with listening_worker(tmp_path, "--device", "cuda:0", kv_memory="64MiB") as remote:
+        device = remote.join(case.shape(), epoch=1)
+        check(device, case)
+        device.close()
 
 
 def test_a_worker_that_is_stopped_removes_its_port_file_and_is_not_reached(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from hetis.runtime.worker.options import VARIABLES, OptionError, WorkerOptions, 
 from tests.command_line import command_of, run_command
 
 SECRET = "nobody knows this sentence"
-REQUIRED = ["--name", "w1", "--store", "127.0.0.1:8500", "--kv-memory", "2GiB"]
+REQUIRED = ["--name", "w1", "--kv-memory", "2GiB"]
+WITH_KEY = {"HETIS_WORKER_KEY": SECRET}
 
 
 def secret_file(folder: Path, text: str = f"  {SECRET}\n", *, mode: int = 0o600) -> Path:
@@ -24,17 +25,15 @@ def secret_file(folder: Path, text: str = f"  {SECRET}\n", *, mode: int = 0o600)
 
 
 def test_what_is_not_said_has_its_default_and_listens_on_the_loopback() -> None:
-    assert read_options(REQUIRED, {}) == WorkerOptions(
+    assert read_options(REQUIRED, WITH_KEY) == WorkerOptions(
         name="w1",
-        store=("127.0.0.1", 8500),
         kv_bytes=2 << 30,
         listen=("127.0.0.1", 0),
-        advertise="127.0.0.1",
         device="cpu",
         threads=1,
         timeout_s=10.0,
         log_level="INFO",
-        key=None,
+        key=key_of(SECRET),
         port_file=None,
     )
 
@@ -42,10 +41,8 @@ def test_what_is_not_said_has_its_default_and_listens_on_the_loopback() -> None:
 def test_the_environment_says_it_as_well_and_an_option_counts_before_it(tmp_path: Path) -> None:
     variables = {
         "HETIS_WORKER_NAME": "gpu2/0",
-        "HETIS_STORE": "[fd00::1]:8500",
         "HETIS_WORKER_KV_MEMORY": "774144B",
-        "HETIS_WORKER_LISTEN": "0.0.0.0:8600",
-        "HETIS_WORKER_ADVERTISE": "10.0.0.2",
+        "HETIS_WORKER_LISTEN": "[fd00::1]:8600",
         "HETIS_WORKER_DEVICE": "cuda:1",
         "HETIS_WORKER_THREADS": "4",
         "HETIS_WORKER_TIMEOUT": "2.5",
@@ -56,10 +53,8 @@ def test_the_environment_says_it_as_well_and_an_option_counts_before_it(tmp_path
     assert sorted(variables) == sorted(VARIABLES.values())
     wanted = WorkerOptions(
         name="gpu2/0",
-        store=("fd00::1", 8500),
         kv_bytes=774_144,
-        listen=("0.0.0.0", 8600),
-        advertise="10.0.0.2",
+        listen=("fd00::1", 8600),
         device="cuda:1",
         threads=4,
         timeout_s=2.5,
@@ -74,7 +69,6 @@ def test_the_environment_says_it_as_well_and_an_option_counts_before_it(tmp_path
 
 def test_all_that_is_wrong_is_said_with_its_source() -> None:
     variables = {
-        "HETIS_STORE": "engine",
         "HETIS_WORKER_KV_MEMORY": "much",
         "HETIS_WORKER_DEVICE": "tpu",
         "HETIS_WORKER_THREADS": "0",
@@ -87,22 +81,14 @@ def test_all_that_is_wrong_is_said_with_its_source() -> None:
         "--name is missing, and so is HETIS_WORKER_NAME",
         "HETIS_WORKER_LISTEN is '0.0.0.0:70000', must be HOST:PORT with a port >= 0 and <= 65535",
     )
-    assert messages[2] == "HETIS_STORE is 'engine', must be HOST:PORT with a port >= 1 and <= 65535"
-    assert messages[3].startswith("HETIS_WORKER_KV_MEMORY: 'much' ")
-    assert messages[4:] == (
+    assert messages[2].startswith("HETIS_WORKER_KV_MEMORY: 'much' ")
+    assert messages[3:] == (
         "HETIS_WORKER_DEVICE is 'tpu', must be cpu, cuda or cuda:N",
         "HETIS_WORKER_THREADS is '0', must be a whole number >= 1 and <= 1024",
         "--timeout is 'nan', must be seconds >= 0.1 and <= 1000000",
         "--log-level is 'loud', must be debug, info, warning, error",
+        "--key-file is missing, and so is HETIS_WORKER_KEY",
     )
-
-
-def test_one_that_listens_everywhere_must_say_where_it_is_reached() -> None:
-    for host in ("0.0.0.0", "[::]"):
-        with pytest.raises(OptionError, match=r"--advertise is missing: .* is every address of this host"):
-            read_options([*REQUIRED, "--listen", f"{host}:0"], {})
-    with pytest.raises(OptionError, match=r"--advertise is 0.0.0.0, must be one address of this host"):
-        read_options([*REQUIRED, "--advertise", "0.0.0.0"], {})
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
@@ -114,7 +100,7 @@ def test_a_key_is_read_from_its_file_or_from_the_environment(tmp_path: Path, mod
     options = read_options(
         ["--name", "w", "--kv-memory", "1MiB", "--listen", "0.0.0.0:7070"], {"HETIS_WORKER_KEY": SECRET}
     )
-    assert (options.key, options.store) == (key_of(SECRET), None)
+    assert options.key == key_of(SECRET)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620])
@@ -151,12 +137,13 @@ def test_nothing_at_all_is_an_error_of_three_lines() -> None:
         [
             "hetis worker: --name is missing, and so is HETIS_WORKER_NAME",
             "hetis worker: --kv-memory is missing, and so is HETIS_WORKER_KV_MEMORY",
-            "hetis worker: --key-file is missing, and so are HETIS_WORKER_KEY and --store",
+            "hetis worker: --key-file is missing, and so is HETIS_WORKER_KEY",
         ],
     )
 
 
-def test_more_memory_than_is_free_is_refused_before_anybody_is_told_of_it() -> None:
-    done = run_command([*command_of("hetis.runtime.worker"), *REQUIRED[:4], "--kv-memory", "4PiB"])
+def test_more_memory_than_is_free_is_refused_before_anybody_may_come(tmp_path: Path) -> None:
+    asked = ["--name", "w1", "--kv-memory", "4PiB", "--key-file", str(secret_file(tmp_path))]
+    done = run_command([*command_of("hetis.runtime.worker"), *asked])
     assert done.returncode == 2
     assert re.fullmatch(r"hetis worker \S+: --kv-memory is 4PiB, cpu has \d+MiB free\n", done.stderr)

@@ -1,1 +1,1 @@
-"""From a plan, or from options, to the devices of an engine."""
+"""Starts a replica of a plan: vLLM with the plugin, and its attention workers, on whatever runs processes."""

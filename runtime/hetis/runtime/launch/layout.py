@@ -1,243 +1,300 @@
-"""Which devices an engine gets and how much KV each holds: from a plan's replica, from options, or from free memory."""
+"""Which processes a replica of a plan is, where each runs, and what it may hold: the one list that all starters read.
+
+vLLM is one process where all stages are on one node, which then starts a process for each rank itself, and else one for
+each stage, as nodes of vLLM's own multi-node launch. A card that holds KV has a worker process for every rank of vLLM
+that it serves, since a worker serves one connection. Cards of the stages with the same place among the cards of their
+stage are one *worker* to vLLM's scheduler: it has an address for every rank.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
-from hetis.runtime.kv.memory import free_memory_bytes
-from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.room import DeviceRoom
-from hetis.runtime.measured.coefficients import Coefficients
-from hetis.runtime.measured.planned import planned_coefficients
-from hetis.runtime.model.config import ModelConfig
-from hetis.runtime.model.errors import ModelError
-from hetis.runtime.model.shard import Shard
-from hetis.solver.plan import Plan, ReplicaPlan, StagePlan
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
-_SHARE = re.compile(r"(/\d+)\.stage\d+$")
+PAGE_TOKENS = 16  # of the plugin, unless its file says something else
+DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+LONGEST_NAME = 63  # of a worker
+_DEVICE = re.compile(r"(?P<node>.+)/(?P<index>\d{1,4})")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DevicePages:
-    """A device and its KV pages; ``device`` is torch's name of it where it is in this process."""
+class ProcessKind(StrEnum):
+    """What a process is: vLLM with the scheduler and the front, a further stage of it, or a worker."""
 
-    name: str
-    pages: int
-    device: str = "cpu"
+    VLLM = "vllm"
+    STAGE = "vllm-stage"
+    ATTENTION_WORKER = "attention-worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageLayout:
-    """A stage, or one copy of it.
+class Process:
+    """One process.
 
     Attributes:
-        layers: of the model.
-        ranks: tensor-parallel ranks of its primary.
-        devices: the primary's ranks first, then its attention workers.
+        name: unique in the replica.
+        stage: that it computes, or holds KV for; the first one where vLLM is one process.
+        node: where it runs.
+        gpus: which of the node's GPUs are its own, counted from 0, in the order of the ranks.
+        kv_bytes: memory for KV on each of them, as much as the plan counts on.
+        sharing: how many of the replica's processes use these GPUs.
     """
 
-    layers: range
-    ranks: int
-    devices: tuple[DevicePages, ...]
+    name: str
+    kind: ProcessKind
+    stage: int
+    node: str
+    gpus: tuple[int, ...]
+    kv_bytes: int
+    sharing: int = 1
 
-    @property
-    def primary(self) -> tuple[str, ...]:
-        """Devices of torch that the ranks compute on."""
-        return tuple(device.device for device in self.devices[: self.ranks])
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """What vLLM's scheduler calls a worker; ``processes`` names the one of each rank of vLLM, rank 0 first."""
+
+    name: str
+    processes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What a replica's plan asks of the engine.
+    """A replica.
 
     Attributes:
-        stages: in the order of their layers, copies of a stage one after another, with the KV that the plan counts on.
-        seats: requests that decode together; 0 of a prefill replica, whose chunks take as many prompts as they hold.
-        in_flight: micro-batches on their way through the pipeline.
-        chunk_tokens: prompt tokens per step; 0 of a decode replica.
-        costs: of attention on the devices, by name, as far as the plan says.
+        tensor_parallel: ranks of every stage.
+        layers: of the model, for each stage.
+        vllm: its processes, the one with the scheduler first.
+        attention_workers: processes that hold KV.
+        workers: the same, as the scheduler sees them.
+        seats: requests that decode at a time.
+        chunk_tokens: prompt tokens in an iteration.
     """
 
-    stages: tuple[StageLayout, ...]
+    tensor_parallel: int
+    layers: tuple[int, ...]
+    vllm: tuple[Process, ...]
+    attention_workers: tuple[Process, ...]
+    workers: tuple[Worker, ...]
     seats: int
-    in_flight: int
     chunk_tokens: int
-    costs: Mapping[str, Coefficients] = field(default_factory=dict)
 
     @property
-    def attention_workers(self) -> tuple[str, ...]:
-        """Names of the devices that are no primary."""
-        return tuple(device.name for stage in self.stages for device in stage.devices[stage.ranks :])
+    def processes(self) -> tuple[Process, ...]:
+        return (*self.vllm, *self.attention_workers)
+
+    @property
+    def rank_kv_bytes(self) -> int:
+        """Memory for KV that the plan counts on, of the rank with most."""
+        return max(process.kv_bytes for process in self.vllm)
+
+    def caller(self, worker: Process) -> Process:
+        """The process of vLLM that connects to a worker process."""
+        return self.vllm[worker.stage] if len(self.vllm) > 1 else self.vllm[0]
 
 
-def share_of(card: str, stage: int) -> str:
-    """What the part of a shared card is called that serves one stage, counted with copies one after another."""
-    return f"{card}.stage{stage}"
+class _Card(NamedTuple):
+    """A device that holds KV for the ranks of a stage, ``kv_bytes`` for each of them."""
+
+    device: str
+    kv_bytes: int
 
 
-def card_of(device: str) -> str:
-    """The plan's name of the card that a device of a layout is on: a shared card has a device for each stage."""
-    return _SHARE.sub(r"\1", device)
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What KV takes: ``pages`` of every head group, of ``page_bytes`` for each layer."""
+
+    pages: int
+    page_bytes: int
+
+    @classmethod
+    def of(cls, replica: ReplicaPlan, model: ModelSpec, dtype: str, kv_tokens: int | None) -> _Room:
+        return cls(
+            pages=-(-(kv_tokens or replica.kv_tokens) // PAGE_TOKENS),
+            page_bytes=2 * PAGE_TOKENS * model.head_dim * DTYPE_BYTES[dtype],
+        )
+
+    def of_ranks(self, stage: StagePlan) -> int:
+        """Bytes on a rank of the stage."""
+        return stage.kv_head_groups_kept * self.pages * stage.num_layers * self.page_bytes
+
+    def cards(self, replica: ReplicaPlan, number: int) -> Iterator[_Card]:
+        """Cards of a stage; each holds an equal part of the heads of a rank that are not on it.
+
+        Of a card that stages share, a stage has what its own heads need: the plan's room is what fits there with all.
+        """
+        for pool in replica.attention_workers:
+            if pool.stage == number:
+                pages = -(-pool.kv_head_groups * self.pages // len(pool.devices))
+                kv_bytes = pages * replica.stages[number].num_layers * self.page_bytes
+                yield from (_Card(device, kv_bytes) for device in pool.devices)
 
 
 def layout_of(
-    plan: Plan, replica: int, config: ModelConfig, *, page_tokens: int, kv_tokens: int | None = None
+    plan: Plan, number: int, model: ModelSpec, *, dtype: str = "auto", kv_tokens: int | None = None
 ) -> Layout:
-    """The layout of one replica; ``kv_tokens`` in place of the plan's KV room, for a smaller machine.
+    """The layout of one replica.
+
+    Args:
+        plan, number: the replica, counted from 0.
+        model: the one that is to be served.
+        dtype: of KV, a name of `DTYPE_BYTES`.
+        kv_tokens: KV room in tokens in place of the plan's, for a smaller machine.
 
     Raises:
-        LayoutError: there is no such replica, the plan is of another model, or it asks for what this engine lacks.
-        DocumentError: a document in the plan is not usable.
+        LayoutError: there is no such replica, the plan is of another model, or vLLM cannot run it so; all the reasons.
     """
-    if not 0 <= replica < len(plan.replicas):
-        raise LayoutError(f"there is no replica {replica}, the plan has {len(plan.replicas)}, counted from 0")
-    found = plan.replicas[replica]
-    wrong = [*_other_model(plan, config), *_not_possible(found, config)]
+    if not 0 <= number < len(plan.replicas):
+        raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
+    replica = plan.replicas[number]
+    room = _Room.of(replica, model, dtype, kv_tokens)
+    cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
+    wrong = [*_other_model(plan, replica, model), *_impossible(replica, model, dtype), *_uneven(cards)]
     if wrong:
         raise LayoutError(*wrong)
-    tokens = kv_tokens or found.kv_tokens
-    copies = [(number, copy) for number, stage in enumerate(found.stages) for copy in range(stage.copies)]
-    stages = tuple(
-        _copy_layout(found, number, copy, place=place, pages=-(-tokens // found.stages[number].copies // page_tokens))
-        for place, (number, copy) in enumerate(copies)
-    )
-    costs = planned_coefficients(plan, replica)
-    names = [device.name for stage in stages for device in stage.devices]
+    tp = replica.stages[0].tp
+    holding = tuple(_worker_processes(cards, tp))
+    ranks = len(cards) * tp
     return Layout(
-        stages=stages,
-        seats=found.micro_batch * found.in_flight,
-        in_flight=found.in_flight,
-        chunk_tokens=found.chunk_tokens,
-        costs={name: costs[card_of(name)] for name in names if card_of(name) in costs},
+        tensor_parallel=tp,
+        layers=tuple(stage.num_layers for stage in replica.stages),
+        vllm=tuple(_vllm_processes(replica, room)),
+        attention_workers=holding,
+        workers=tuple(
+            Worker(
+                name=_worker_name([of_stage[place].device for of_stage in cards], place),
+                processes=tuple(process.name for process in holding[place * ranks : (place + 1) * ranks]),
+            )
+            for place in range(len(cards[0]))
+        ),
+        seats=replica.micro_batch * replica.in_flight,
+        chunk_tokens=replica.chunk_tokens,
     )
 
 
-def _copy_layout(replica: ReplicaPlan, number: int, copy: int, *, place: int, pages: int) -> StageLayout:
-    """One copy of a stage, whose heads hold ``pages`` each; ``place``: its own among stages and their copies.
-
-    Of a card that the stages share it has what its own heads need: the plan's KV room is what fits there with the heads
-    of all stages.
-    """
-    stage = replica.stages[number]
-    ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
-    devices = [DevicePages(name=name, pages=stage.kv_head_groups_kept * pages) for name in ranks]
-    for pool in replica.attention_workers:
-        if pool.stage == number:
-            cards = len(pool.devices) // stage.copies
-            each = -(-pool.kv_head_groups * stage.tp * pages // cards)
-            own = pool.devices[copy * cards : (copy + 1) * cards]
-            names = [share_of(card, place) for card in own] if pool.shared else own
-            devices += [DevicePages(name=name, pages=each) for name in names]
-    first = stage.first_layer
-    return StageLayout(layers=range(first, first + stage.num_layers), ranks=stage.tp, devices=tuple(devices))
+def node_of(device: str) -> str:
+    """The node of a device of a plan."""
+    return device.rpartition("/")[0]
 
 
-def pages_of(
-    rooms: Sequence[DeviceRoom], shape: KvShape, *, free_bytes: Callable[[str], int] = free_memory_bytes
-) -> tuple[DevicePages, ...]:
-    """As many pages as fit into each device's memory; ``free_bytes`` says what is free on a device of torch.
-
-    Raises:
-        LayoutError: into one not even a single page.
-    """
-    unsized = Counter(room.device for room in rooms if room.kv_bytes is None)
-    halves = {device: free_bytes(device) // 2 // count for device, count in unsized.items()}
-    sizes = [halves[room.device] if room.kv_bytes is None else room.kv_bytes for room in rooms]
-    wrong = [
-        f"--device {room.name} has {size} bytes for KV, one page of this model takes {shape.page_bytes}"
-        for room, size in zip(rooms, sizes, strict=True)
-        if size < shape.page_bytes
-    ]
-    if wrong:
-        raise LayoutError(*wrong)
-    return tuple(
-        DevicePages(name=room.name, pages=size // shape.page_bytes, device=room.device)
-        for room, size in zip(rooms, sizes, strict=True)
-    )
-
-
-def one_device(
-    config: ModelConfig,
-    shape: KvShape,
-    *,
-    seats: int,
-    max_tokens: int,
-    chunk_tokens: int,
-    free_bytes: int,
-    device: str = "cpu",
-) -> DevicePages:
-    """The primary alone, with room for all seats at full length, or half of the free memory with that of prompts."""
-    wanted = seats * config.kv_heads * shape.pages(max_tokens)
-    # Prompts under way take the longest context and a chunk; the longest context is no longer than all KV there is.
-    half = free_bytes // 2 // shape.page_bytes
-    chunk, longest = (config.kv_heads * shape.pages(tokens) for tokens in (chunk_tokens, max_tokens))
-    pages = max(1, min(wanted, max(half - chunk - longest, (half - chunk) // 2)))
-    return DevicePages(name=f"{device.partition(':')[0]}0", pages=pages, device=device)
-
-
-def refuse_if_too_large(
-    needed_bytes: int, *, free_bytes: int, prompt_bytes: int = 0, where: str = "this machine"
-) -> None:
-    """Raises LayoutError: KV of all devices here, with that of prompts under way, is more than ``where`` has free."""
-    if needed_bytes + prompt_bytes > free_bytes:
-        beside = f", and {_mib(prompt_bytes)} MiB for prompts under way" if prompt_bytes else ""
-        raise LayoutError(
-            f"KV of {_mib(needed_bytes)} MiB is asked for{beside}, {_mib(free_bytes)} MiB of {where}'s memory are free"
+def _vllm_processes(replica: ReplicaPlan, room: _Room) -> Iterator[Process]:
+    nodes = {node_of(device) for stage in replica.stages for device in stage.devices}
+    if len(nodes) == 1:
+        yield Process(
+            name="vllm",
+            kind=ProcessKind.VLLM,
+            stage=0,
+            node=nodes.pop(),
+            gpus=tuple(_index(device) for stage in replica.stages for device in stage.devices),
+            kv_bytes=max(room.of_ranks(stage) for stage in replica.stages),
+        )
+        return
+    for number, stage in enumerate(replica.stages):
+        yield Process(
+            name=f"vllm-{number}" if number else "vllm",
+            kind=ProcessKind.STAGE if number else ProcessKind.VLLM,
+            stage=number,
+            node=node_of(stage.devices[0]),
+            gpus=tuple(_index(device) for device in stage.devices),
+            kv_bytes=room.of_ranks(stage),
         )
 
 
-def _other_model(plan: Plan, config: ModelConfig) -> list[str]:
-    """Differences between the model that was planned for and the one in the folder."""
+def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int) -> Iterator[Process]:
+    """Those of the first worker in the order of vLLM's ranks, then those of the second, and so on."""
+    on_card = Counter(card.device for of_stage in cards for card in of_stage for _ in range(tp))
+    for place in range(len(cards[0])):
+        for stage, of_stage in enumerate(cards):
+            card = of_stage[place]
+            sharing = on_card[card.device]
+            for rank in range(tp):
+                yield Process(
+                    name=card.device if sharing == 1 else f"{card.device}.rank{stage * tp + rank}",
+                    kind=ProcessKind.ATTENTION_WORKER,
+                    stage=stage,
+                    node=node_of(card.device),
+                    gpus=(_index(card.device),),
+                    kv_bytes=card.kv_bytes,
+                    sharing=sharing,
+                )
+
+
+def _worker_name(devices: Sequence[str], place: int) -> str:
+    """Its cards, as far as a name may be long."""
+    name = "+".join(dict.fromkeys(devices))
+    return name if len(name) <= LONGEST_NAME else f"worker-{place}"
+
+
+def _index(device: str) -> int:
+    return int(device.rpartition("/")[2])
+
+
+# --- what is refused
+
+
+def _other_model(plan: Plan, replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
+    """Differences between the model that was planned for and the one that is to be served."""
     documents = plan.inputs.get("documents")
-    model = documents.get("model") if isinstance(documents, Mapping) else None
-    if not isinstance(model, Mapping):
-        planned_layers = sum(stage.num_layers for stage in plan.replicas[0].stages)
-        same = planned_layers == config.layers
-        return [] if same else [f"the plan is of a model with {planned_layers} layers, this one has {config.layers}"]
-    here: dict[str, Any] = {
-        "num_layers": config.layers,
-        "hidden": config.hidden,
-        "intermediate": config.intermediate,
-        "q_heads": config.q_heads,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab": config.vocab,
-    }
-    other = [f"{name} {model.get(name)}, not {value}" for name, value in here.items() if model.get(name) != value]
-    if not other:
-        return []
-    return [f"the plan is of another model ({model.get('name', 'without a name')}): {', '.join(other)}"]
+    planned = documents.get("model") if isinstance(documents, Mapping) else None
+    if isinstance(planned, Mapping):
+        fields = ("num_layers", "hidden", "q_heads", "kv_heads", "head_dim", "vocab")
+        other = [
+            f"{n} {planned.get(n)}, not {getattr(model, n)}" for n in fields if planned.get(n) != getattr(model, n)
+        ]
+        if other:
+            yield f"the plan is of another model ({planned.get('name', 'without a name')}): {', '.join(other)}"
+            return
+    layers = sum(stage.num_layers for stage in replica.stages)
+    if layers != model.num_layers:
+        yield f"the plan's stages have {layers} layers, the model {model.num_layers}"
 
 
-def _not_possible(replica: ReplicaPlan, config: ModelConfig) -> list[str]:
-    """What the replica needs that this engine cannot do."""
-    wrong = []
+def _impossible(replica: ReplicaPlan, model: ModelSpec, dtype: str) -> Iterator[str]:
+    """What the replica needs and vLLM, or the plugin in it, cannot do."""
+    if replica.role is not Role.UNIFIED:
+        yield (
+            f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: "
+            "the plugin has the place of vLLM's connector that would carry prompts between replicas"
+        )
     for number, stage in enumerate(replica.stages):
-        wrong += _wrong_split(replica, number, stage, config)
-    planned = sum(stage.num_layers for stage in replica.stages)
-    if planned != config.layers:
-        wrong.append(f"the plan's stages have {planned} layers, the model {config.layers}")
-    return wrong
+        yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model))
+    if replica.attention_workers and model.mla is not None:
+        yield f"{model.name} has latent attention (MLA): it has no head groups that could be elsewhere"
+    if replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:
+        yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, workers keep it in 2 or 4: give --dtype"
 
 
-def _wrong_split(replica: ReplicaPlan, number: int, stage: StagePlan, config: ModelConfig) -> list[str]:
-    """Whether a stage's ranks divide the model, and together with its attention workers hold all heads."""
-    where = f"stage {number}: " if len(replica.stages) > 1 else ""
-    if stage.tp > 1:
-        try:
-            Shard(size=stage.tp).check(config)
-        except ModelError as error:
-            return [f"{where}{error}"]
-    on_workers = sum(pool.kv_head_groups for pool in replica.attention_workers if pool.stage == number)
-    kept = (stage.kv_head_groups_kept + on_workers) * stage.tp
-    heads = max(config.kv_heads, stage.tp)
-    return [] if kept == heads else [f"{where}the plan places {kept} KV heads, the model has {heads}"]
+def _impossible_stage(replica: ReplicaPlan, number: int, stage: StagePlan, model: ModelSpec) -> Iterator[str]:
+    pools = [pool for pool in replica.attention_workers if pool.stage == number]
+    named = (*stage.devices, *(device for pool in pools for device in pool.devices))
+    yield from (f"device {name!r} must be NODE/INDEX, such as gpu2/0" for name in named if not _DEVICE.fullmatch(name))
+    if stage.copies > 1:
+        yield f"it has {stage.copies} copies, vLLM has one of each stage"
+    if stage.tp != replica.stages[0].tp:
+        yield f"it has {stage.tp} ranks and stage 0 has {replica.stages[0].tp}, vLLM has as many in every stage"
+    nodes = dict.fromkeys(node_of(device) for device in stage.devices[: stage.tp])
+    if len(nodes) > 1:
+        yield f"it is on several nodes, must be on one: {', '.join(stage.devices[: stage.tp])}"
+    if model.q_heads % stage.tp or (model.kv_heads % stage.tp and stage.tp % model.kv_heads):
+        yield f"{stage.tp} ranks do not divide {model.q_heads} query heads and {model.kv_heads} KV heads"
+        return
+    placed = (stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)) * stage.tp
+    heads = max(model.kv_heads, stage.tp)
+    if placed != heads and model.mla is None:
+        yield f"the plan places {placed} KV heads, the model has {heads}"
 
 
-def _mib(size: int) -> int:
-    return size // 2**20
+def _uneven(cards: Sequence[Sequence[_Card]]) -> Iterator[str]:
+    """A worker of vLLM's scheduler is one card for each stage."""
+    counts = [len(of_stage) for of_stage in cards]
+    if len(set(counts)) > 1:
+        yield (
+            f"stages have {', '.join(map(str, counts))} attention workers: the plugin needs as many for every stage, "
+            "since a request's heads go to the same worker in all of them"
+        )

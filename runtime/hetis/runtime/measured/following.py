@@ -58,7 +58,7 @@ class DeviceCost:
 
 
 class Following:
-    """Follows the devices of one stage. `through` is for `Stage.through`, `advance` for `Engine.between_steps`."""
+    """Follows the devices of one stage: `hear` what their layers took, or let `through` time them; then `advance`."""
 
     def __init__(
         self,

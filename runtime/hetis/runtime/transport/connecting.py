@@ -1,20 +1,16 @@
 """How two ends find each other and agree on a channel.
 
-A worker listens on TCP and says where in a store that both know (torch's TCPStore, which is a rendezvous and nothing
-else), with a key that it makes anew at every start: who knows a key has found the worker that is running now. The
-engine connects, and where both are on one host may ask for shared memory in place of the socket.
+A worker listens on TCP, with a key that its engine knows. The engine connects, and where both are on one host may ask
+for shared memory in place of the socket.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 from dataclasses import dataclass
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,10 +19,9 @@ from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, Fra
 from hetis.runtime.transport.frames import Frame, Kind
 from hetis.runtime.transport.messages import ErrorCode, error_answer, read_error
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
-from hetis.runtime.transport.tcp import TcpPipe, listen
+from hetis.runtime.transport.tcp import TcpPipe
 
 _log = logging.getLogger(__name__)
-_ANY_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where one that listens everywhere reaches itself
 
 
 class ChannelKind(StrEnum):
@@ -39,81 +34,11 @@ class ChannelKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a worker listens, and the key that it wants to hear.
-
-    ``served`` counts its connections that have ended: an engine that has lost it sees by this that it is free again.
-    """
+    """Where a worker listens, and the key that it wants to hear."""
 
     host: str
     port: int
     key: bytes
-    served: int = 0
-
-    def to_json(self) -> str:
-        said = {"host": self.host, "port": self.port, "key": self.key.hex(), "served": self.served}
-        return json.dumps(said)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Endpoint:
-        said = json.loads(text)
-        key = bytes.fromhex(said["key"])
-        return cls(host=str(said["host"]), port=int(said["port"]), key=key, served=int(said["served"]))
-
-
-def open_store(address: str, *, is_master: bool, timeout_s: float = 30.0) -> Any:
-    """torch's TCPStore at ``host:port``; port 0 of the master chooses one.
-
-    Raises:
-        ChannelError: it is not there, or the address cannot be used.
-    """
-    from torch.distributed import TCPStore
-
-    host, _, text = address.rpartition(":")
-    if not host or not text.isdecimal() or int(text) > 65_535:
-        raise ChannelError(f"store address {address!r} must be HOST:PORT")
-    host, port, listens = host.strip("[]"), int(text), None
-    if is_master:
-        # A store that opens its own port listens on every address of the host, whatever it was told.
-        try:
-            listener = listen(host, port)
-        except OSError as error:
-            raise ChannelError(
-                f"store {address}: cannot listen there: {(error.strerror or str(error)).lower()}"
-            ) from error
-        port, listens = listener.getsockname()[1], listener.detach()
-    try:
-        return TCPStore(
-            _ANY_HERE.get(host, host),
-            port,
-            is_master=is_master,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listens,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ChannelError(f"store {address}: {str(error).splitlines()[0]}") from error
-
-
-def publish(store: Any, name: str, endpoint: Endpoint) -> None:
-    """Says where the worker of that name is; one that starts again overwrites what it said before.
-
-    Raises:
-        ChannelError: the store is gone.
-    """
-    try:
-        store.set(f"hetis/worker/{name}", endpoint.to_json())
-    except RuntimeError as error:
-        raise ChannelError(f"the store is gone: {str(error).splitlines()[0]}") from error
-
-
-def look_up(store: Any, name: str, *, timeout_s: float = 30.0) -> Endpoint:
-    """Where the worker of that name is, waiting for it. Raises ChannelError: it did not come."""
-    key = f"hetis/worker/{name}"
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-        return Endpoint.from_json(store.get(key))
-    except RuntimeError as error:
-        raise ChannelError(f"worker {name} did not say where it is within {timeout_s:g} s") from error
 
 
 def connect(endpoint: Endpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:

@@ -9,25 +9,15 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | BEGIN | N, T | requests, incarnations, heads, first positions, and how many unless T is N: i64 [4 or 5, N] |
 | ATTEND | T | queries, key and value of each position: [T, r + 2, d] |
 | FINISH, ABORT, PING, BYE | | |
-| DROP (layer: device, of a stage) | N | (request, incarnation, head): i64 [N, 3] |
-| EXPORT, DIGEST (layer: device, of a stage) | H | request, incarnation, first, last, heads: i64 [4 + H] |
-| ADOPT (layer: as EXPORT) | H, positions | the numbers of EXPORT; K, V [H, layers, positions, d] |
+| DROP | N | (request, incarnation, head): i64 [N, 3] |
+| EXPORT, DIGEST | H | request, incarnation, first, last, heads: i64 [4 + H] |
+| ADOPT | H, positions | the numbers of EXPORT; K, V [H, layers, positions, d] |
 | ATTACH | | path of the shared memory |
-| SETUP | | key, JSON of a `StageSetup` |
-| RUN | | seven sizes and a step's numbers: i64; hidden states [T, hidden] but of the first stage |
-| COPY | | source, target, request, incarnation, first, last, heads: i64 [6 + H] |
-| FORGET | | request, incarnation: i64 |
-| REJOIN (layer: device, of a stage) | | |
-| PREFILL (serial: job) | N | tokens i64 [N] |
-| CANCEL (serial: job) | | |
-| WELCOME | | pages i64, name; of a stage: pages i64 [devices], of REJOIN those of the device |
+| WELCOME | | pages i64, name |
 | OUT | T | [T, r, d] |
-| KV (of a job, step: first position) | H, positions | K, V [H, layers, positions, d] |
+| KV | H, positions | K, V [H, layers, positions, d] |
 | DIGESTS | H | i64 [H, layers] |
 | PONG | | numbers of a `WorkerStats` i64 |
-| HIDDEN | rows, columns | [rows, columns]: hidden states or logits |
-| TOKENS | O | i64 [O], in place of the logits |
-| DONE (of REJOIN: not yet) | | |
 | ERROR | code | needed i64, free i64, text |
 """
 
@@ -68,22 +58,12 @@ class Kind(IntEnum):
     PING = 10
     BYE = 11
     ATTACH = 12
-    SETUP = 13
-    RUN = 14
-    COPY = 15
-    FORGET = 16
-    PREFILL = 17
-    CANCEL = 18
-    REJOIN = 19
     WELCOME = 32
     OUT = 33
     KV = 34
     DIGESTS = 35
     PONG = 36
     ERROR = 37
-    HIDDEN = 38
-    DONE = 39
-    TOKENS = 40
 
 
 class Frame(NamedTuple):

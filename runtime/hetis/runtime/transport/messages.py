@@ -33,7 +33,6 @@ class ErrorCode(IntEnum):
     UNKNOWN_SEQUENCE = 3
     STALE_EPOCH = 4
     REFUSED = 5  # wrong key
-    DEVICE_LOST = 6  # of a stage: one of its attention workers, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,7 +69,7 @@ def join(
     kind: ChannelKind = ChannelKind.AUTO,
     timeout_s: float = 10.0,
 ) -> RemoteDevice:
-    """`join_at`, of a worker that has said in a store where it is."""
+    """`join_at`, where address and key are one value."""
     try:
         channel = connect(endpoint, kind, stall_s=timeout_s)
     except (ChannelError, OSError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
 from typing import Protocol
 
 from hetis.runtime.transport.channel import Channel
@@ -15,13 +14,13 @@ from hetis.runtime.transport.messages import ErrorCode
 from hetis.runtime.worker.newcomers import Newcomers
 
 LOOK_S = 0.1  # between two looks for another engine while this one says nothing
-IDLE_S = 1.0  # between two announcements while there is no engine
+IDLE_S = 1.0  # between two looks while there is none
 GREETING_S = 1.0  # for the rest of a greeting that has begun, while an engine is served
 _log = logging.getLogger(__name__)
 
 
 class Core(Protocol):
-    """What a loop runs: an attention worker's core, or a stage's."""
+    """What a loop runs: an attention worker's core."""
 
     name: str
     epoch: int
@@ -34,21 +33,10 @@ class Core(Protocol):
 
 
 class WorkerLoop:
-    """Runs a core over the connections that come to ``listener``; each begins with a frame of kind ``greeting``."""
+    """Runs a core over the connections that come to ``listener``; each begins with a HELLO."""
 
-    def __init__(
-        self,
-        core: Core,
-        listener: socket.socket,
-        *,
-        stall_s: float = 10.0,
-        announce: Callable[[int], None] = lambda served: None,
-        greeting: Kind = Kind.HELLO,
-    ) -> None:
-        """``announce`` is called again and again while no engine speaks, with how many connections have ended."""
+    def __init__(self, core: Core, listener: socket.socket, *, stall_s: float = 10.0) -> None:
         self.core = core
-        self._announce, self._served = announce, 0
-        self._greeting = greeting
         self._newcomers = Newcomers(listener, silent_s=stall_s)
         self._stall_s = stall_s
         self._channel: Channel | None = None
@@ -61,13 +49,11 @@ class WorkerLoop:
     def turn(self) -> None:
         """One frame, one connection, or a short wait."""
         if self._channel is None:
-            self._announce(self._served)
             self._take_newcomer(IDLE_S, self._stall_s)
             return
         try:
             frame = self._channel.receive(LOOK_S)
             if frame is None:
-                self._announce(self._served)  # it may be that its host is gone, and another engine looks for us
                 self._take_newcomer(0.0, GREETING_S)
             elif frame.kind is Kind.BYE:
                 self._leave("it said goodbye")
@@ -84,25 +70,24 @@ class WorkerLoop:
         try:
             channel, hello = accept(connection, stall_s=stall_s)
         except ChannelError as error:
-            self._ended("a connection came to nothing", error)
+            self._refused("a connection came to nothing", error)
             return
         try:
-            answer = self.core.handle(hello) if hello.kind is self._greeting else None
+            answer = self.core.handle(hello) if hello.kind is Kind.HELLO else None
             if answer is None:
                 channel.close()
                 return
             channel.send([answer])
         except ChannelError as error:
-            self._ended("a connection came to nothing", error)
+            self._refused("a connection came to nothing", error)
             channel.close()
             return
         if answer.kind is Kind.ERROR:
-            self._ended("refused an engine", ErrorCode(answer.counts[0]).name)
+            self._refused("refused an engine", ErrorCode(answer.counts[0]).name)
             channel.close()
             return
         if self._channel is not None:
             self._channel.close()
-            self._served += 1
         self._channel = channel
         _log.info("%s: serves %s, epoch %d", self.core.name, channel.name, self.core.epoch)
 
@@ -116,9 +101,7 @@ class WorkerLoop:
         _log.info("%s: %s ended: %s", self.core.name, self._channel.name, why)
         self._channel.close()
         self._channel = None
-        self._served += 1
         self.core.leave()
 
-    def _ended(self, what: str, why: object) -> None:
+    def _refused(self, what: str, why: object) -> None:
         _log.warning("%s: %s: %s", self.core.name, what, why)
-        self._served += 1

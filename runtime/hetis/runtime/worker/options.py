@@ -1,65 +1,98 @@
-"""What an attention worker was asked to do."""
+"""What an attention worker was asked to do: options or variables of its environment, checked as a whole.
+
+An option counts before its variable. The variables are for those who start processes without a shell: Kubernetes,
+Slurm, systemd.
+"""
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetis.formats.units import parse_bytes
 from hetis.runtime.transport import keys
-from hetis.runtime.worker.settings import OptionError, ProcessOptions, Setting, common_settings, read_settings
+from hetis.solver.errors import HetisError
 
-__all__ = ["VARIABLES", "OptionError", "WorkerOptions", "read_options"]
-
-_SETTINGS = (
-    *common_settings("WORKER", timeout_s=10, needs_store=False),
-    Setting(option="--kv-memory", variable="HETIS_WORKER_KV_MEMORY", metavar="SIZE", meaning="for KV, such as 512MiB"),
-    Setting(
-        option="--device",
-        variable="HETIS_WORKER_DEVICE",
-        metavar="DEVICE",
-        meaning="cpu, cuda or cuda:N",
-        default="cpu",
-    ),
-    Setting(
-        option="--key-file",
-        variable="HETIS_WORKER_KEY_FILE",
-        metavar="FILE",
-        meaning=f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}",
-        default="",
-    ),
-    Setting(
-        option="--port-file",
-        variable="HETIS_WORKER_PORT_FILE",
-        metavar="FILE",
-        meaning="to write HOST:PORT to, once engines may come",
-        default="",
-    ),
-)
-VARIABLES: Mapping[str, str] = {setting.option: setting.variable for setting in _SETTINGS}
+LEVELS = ("debug", "info", "warning", "error")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+_LEVEL = re.compile("|".join(LEVELS))
 _EXAMPLES = """examples:
   hetis-worker --name w1 --listen 127.0.0.1:7070 --kv-memory 2GiB --key-file /etc/hetis/worker.key
   hetis-worker --name gpu2/0 --listen 10.0.0.2:7070 --kv-memory 20GiB --device cuda:0 --key-file worker.key
   HETIS_WORKER_NAME=gpu2/0 HETIS_WORKER_KV_MEMORY=20GiB HETIS_WORKER_DEVICE=cuda HETIS_WORKER_LISTEN=10.0.0.2:7070 \\
       HETIS_WORKER_KEY=... hetis-worker
-  hetis-worker --name w1 --store 127.0.0.1:8500 --kv-memory 2GiB      (hetis-serve finds it by its store)
 
 exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or variables
 """
 
 
+class OptionError(HetisError):
+    """Options or variables are wrong; the messages are all that is."""
+
+    def __init__(self, *messages: str) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = messages
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerOptions(ProcessOptions):
+class Setting:
+    """One setting; ``default`` None: it must be given."""
+
+    option: str
+    variable: str
+    metavar: str
+    meaning: str
+    default: str | None = None
+
+    @property
+    def help(self) -> str:
+        return (
+            f"{self.meaning} [{self.variable}; {self.default}]" if self.default else f"{self.meaning} [{self.variable}]"
+        )
+
+
+def _setting(option: str, metavar: str, meaning: str, default: str | None = None) -> Setting:
+    variable = "HETIS_WORKER_" + option.removeprefix("--").replace("-", "_").upper()
+    return Setting(option=option, variable=variable, metavar=metavar, meaning=meaning, default=default)
+
+
+_SETTINGS = (
+    _setting("--name", "NAME", "what its engine calls it"),
+    _setting("--listen", "HOST:PORT", "port 0: any free one", "127.0.0.1:0"),
+    _setting("--threads", "N", "of the CPU", "1"),
+    _setting("--timeout", "SECONDS", "for a frame that has begun", "10"),
+    _setting("--log-level", "LEVEL", ", ".join(LEVELS), "info"),
+    _setting("--kv-memory", "SIZE", "for KV, such as 512MiB"),
+    _setting("--device", "DEVICE", "cpu, cuda or cuda:N", "cpu"),
+    _setting(
+        "--key-file", "FILE", f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}", ""
+    ),
+    _setting("--port-file", "FILE", "to write HOST:PORT to, once engines may come", ""),
+)
+VARIABLES: Mapping[str, str] = {setting.option: setting.variable for setting in _SETTINGS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
     """The settings of one worker, each of them valid.
 
     Attributes:
-        key: that engines must say; None: one of its own, which the store tells them.
+        key: that engines must say.
         port_file: where HOST:PORT is written.
     """
 
+    name: str
+    listen: tuple[str, int]
     kv_bytes: int
     device: str
-    key: bytes | None
+    threads: int
+    timeout_s: float
+    log_level: str
+    key: bytes
     port_file: Path | None
 
 
@@ -70,35 +103,132 @@ def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]
         OptionError: with all that is missing or wrong.
         SystemExit: an option that there is not, or ``--help``.
     """
-    read = read_settings(
-        _SETTINGS,
-        arguments,
-        environment,
-        command="hetis-worker",
-        purpose="Hold KV of some attention heads and compute attention over it, until SIGTERM or SIGINT.",
-        examples=_EXAMPLES,
+    parser = argparse.ArgumentParser(
+        prog="hetis-worker",
+        description="Hold KV of some attention heads and compute attention over it, until SIGTERM or SIGINT.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    listen = read.address("--listen", least_port=0)
-    store = read.address("--store", least_port=1) if read.text("--store") else None
-    key = None
-    try:
-        key = keys.read_key(read.path("--key-file"), environment)
-        if key is None and store is None:
-            read.wrong.append(f"--key-file is missing, and so are {keys.VARIABLE} and --store")
-    except keys.InvalidKeyError as error:
-        read.wrong.append(str(error))
+    for setting in _SETTINGS:
+        parser.add_argument(setting.option, dest=setting.option, metavar=setting.metavar, help=setting.help)
+    read = _Reading(_SETTINGS, vars(parser.parse_args(arguments)), environment)
     options = WorkerOptions(
         name=read.name("--name"),
-        store=store,
+        listen=read.address("--listen", least_port=0),
         kv_bytes=read.size("--kv-memory"),
-        listen=listen,
-        advertise=read.advertised("--advertise", listen[0]) if store else read.text("--advertise") or listen[0],
         device=read.device("--device"),
         threads=read.threads("--threads"),
         timeout_s=read.seconds("--timeout"),
         log_level=read.level("--log-level"),
-        key=key,
+        key=read.key("--key-file", environment),
         port_file=read.path("--port-file"),
     )
     read.finish()
     return options
+
+
+class _Reading:
+    """The settings of one start. What is wrong is noted, and something harmless returned in its place.
+
+    Attributes:
+        wrong: all that is.
+    """
+
+    def __init__(
+        self, settings: Sequence[Setting], given: Mapping[str, str | None], environment: Mapping[str, str]
+    ) -> None:
+        """``given``: by option, None where it was not."""
+        self.wrong: list[str] = []
+        self._texts: dict[str, tuple[str, str]] = {}  # by option: who says so, and what
+        for setting in settings:
+            said, named = given[setting.option], environment.get(setting.variable)
+            if said is not None:
+                self._texts[setting.option] = setting.option, said
+            elif named:
+                self._texts[setting.option] = setting.variable, named
+            elif setting.default is not None:
+                self._texts[setting.option] = setting.option, setting.default
+            else:
+                self.wrong.append(f"{setting.option} is missing, and so is {setting.variable}")
+
+    def finish(self) -> None:
+        """Raises OptionError: with all that was missing or wrong."""
+        if self.wrong:
+            raise OptionError(*self.wrong)
+
+    def text(self, option: str) -> str:
+        return self._of(option)[1]
+
+    def path(self, option: str) -> Path | None:
+        text = self.text(option)
+        return Path(text) if text else None
+
+    def key(self, option: str, environment: Mapping[str, str]) -> bytes:
+        try:
+            key = keys.read_key(self.path(option), environment)
+        except keys.InvalidKeyError as error:
+            self.wrong.append(str(error))
+            return b""
+        if key is None:
+            self.wrong.append(f"{option} is missing, and so is {keys.VARIABLE}")
+        return key or b""
+
+    def name(self, option: str) -> str:
+        return self._matching(option, _NAME, "must be 1 to 128 letters, digits and ._:/-")
+
+    def device(self, option: str) -> str:
+        return self._matching(option, _DEVICE, "must be cpu, cuda or cuda:N")
+
+    def level(self, option: str) -> str:
+        return self._matching(option, _LEVEL, f"must be {', '.join(LEVELS)}").upper()
+
+    def address(self, option: str, *, least_port: int) -> tuple[str, int]:
+        source, text = self._of(option)
+        host, _, port = text.rpartition(":")
+        host = host.strip("[]")
+        if not host or not port.isdecimal() or not least_port <= int(port) <= 65_535:
+            self._note(source, f" is {text!r}, must be HOST:PORT with a port >= {least_port} and <= 65535")
+            return "127.0.0.1", 1
+        return host, int(port)
+
+    def size(self, option: str) -> int:
+        source, text = self._of(option)
+        try:
+            size = parse_bytes(text)
+        except ValueError as error:
+            self._note(source, f": {error}")
+            return 1
+        if size < 1:
+            self._note(source, f" is {text}, must be > 0")
+        return size
+
+    def threads(self, option: str) -> int:
+        source, text = self._of(option)
+        if not text.isdecimal() or not 1 <= int(text) <= 1024:
+            self._note(source, f" is {text!r}, must be a whole number >= 1 and <= 1024")
+            return 1
+        return int(text)
+
+    def seconds(self, option: str) -> float:
+        source, text = self._of(option)
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0.1 <= value <= 10**6:  # neither is what is not a number
+            self._note(source, f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
+        return value
+
+    def _matching(self, option: str, pattern: re.Pattern[str], wanted: str) -> str:
+        source, text = self._of(option)
+        if not pattern.fullmatch(text):
+            self._note(source, f" is {text!r}, {wanted}")
+        return text
+
+    def _of(self, option: str) -> tuple[str, str]:
+        return self._texts.get(option, ("", ""))
+
+    def _note(self, source: str, what: str) -> None:
+        if source:  # what is missing was noted at the start
+            self.wrong.append(source + what)

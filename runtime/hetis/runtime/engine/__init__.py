@@ -1,1 +1,0 @@
-"""The engine: requests in, tokens out; it alone owns the map from heads to devices."""

@@ -1,1 +1,0 @@
-"""Prompts computed by one engine and decoded by another: their KV on its way."""

@@ -1,0 +1,279 @@
+"""A replica as objects of Kubernetes: a StatefulSet for each process, Services in front, and who may talk to whom.
+
+A StatefulSet of one, not a Deployment: it never runs two pods of a name at a time, and two engines of one replica would
+take its workers from each other. Nothing runs as root or with privileges; the objects fit the Pod Security Standard
+"restricted".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from hetis.runtime.launch.commands import (
+    ANY,
+    CONFIG_VARIABLE,
+    HOST_VARIABLE,
+    MASTER_PORT,
+    WORKER_PORT,
+    Serving,
+    config_of,
+    partition_of,
+    vllm_arguments,
+    worker_settings,
+)
+from hetis.runtime.launch.errors import LayoutError
+from hetis.runtime.launch.layout import Layout, Process, ProcessKind
+from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
+from hetis.runtime.worker.options import VARIABLES as WORKER_VARIABLES
+
+FRONT_PORT = 8000
+SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
+_CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
+# A Secret's file is readable to the pod's group where that has one, and a key must not be: so it comes as a variable.
+_WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
+_USER = 10001  # as in our images
+_GRACE_S = 45
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is longer, must fit into 63 characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What the cluster must be told beside the plan.
+
+    Attributes:
+        name: of the replica; names of objects begin with it.
+        image: vLLM with the plugin.
+        worker_image: that has `hetis[worker]`.
+        model_claim: a PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path;
+            empty: the image has the model, or vLLM finds it.
+        key_secret: a Secret whose ``api-key`` clients must say.
+        is_open: no key is needed; either this or a secret.
+        worker_secret: a Secret whose ``worker-key`` vLLM and its workers share.
+    """
+
+    name: str
+    image: str
+    worker_image: str
+    worker_secret: str
+    model_claim: str = ""
+    key_secret: str = ""
+    is_open: bool = False
+    namespace: str = ""
+
+    def wrong(self, model: str) -> list[str]:
+        """What is wrong with it, in terms of the options; ``model``: its path in the pod, or its name."""
+        wrong = []
+        if not _NAME.fullmatch(self.name):
+            wrong.append(f"--name is {self.name!r}, must be 1 to 40 small letters, digits and -, a letter first")
+        if self.namespace and not _NAMESPACE.fullmatch(self.namespace):
+            wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 small letters, digits and -")
+        if not self.image:
+            wrong.append("--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it")
+        if not self.worker_image:
+            wrong.append("--worker-image is missing: as docker/worker.Dockerfile makes it")
+        if not self.worker_secret:
+            wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
+        path = PurePosixPath(model)
+        if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
+            wrong.append(f"--model-path is {model!r}, must be like /models/NAME")
+        if bool(self.key_secret) == self.is_open:
+            wrong.append("give one of --api-key-secret and --insecure: who may call?")
+        return wrong
+
+
+def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> list[dict[str, Any]]:
+    """The objects of a replica, in an order in which they can be applied.
+
+    Raises:
+        LayoutError: worker processes share cards, which pods cannot.
+    """
+    shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
+    if shared and serving.device == "cuda":
+        raise LayoutError(
+            f"several ranks of vLLM have KV on {', '.join(shared)}, each through a process of its own, "
+            "and pods cannot share a GPU: use processes or ray"
+        )
+    objects = _Objects(layout, serving, deployment)
+    return [
+        *([objects.config()] if layout.workers else []),
+        objects.front(),
+        objects.inside(),
+        objects.towards_front(),
+        *(made for number in range(len(layout.vllm)) for made in objects.vllm(number)),
+        *(made for process in layout.attention_workers for made in objects.worker(process)),
+    ]
+
+
+class _Objects:
+    """Makes the objects of one deployment."""
+
+    def __init__(self, layout: Layout, serving: Serving, deployment: Deployment) -> None:
+        self._layout, self._of = layout, deployment
+        told = ("--host", ANY, "--port", str(FRONT_PORT))
+        self._serving = replace(serving, options=(*told, *serving.options))
+        self._names = {process.name: f"{deployment.name}-vllm-{i}" for i, process in enumerate(layout.vllm)}
+        self._names |= {p.name: f"{deployment.name}-worker-{i}" for i, p in enumerate(layout.attention_workers)}
+
+    def config(self) -> dict[str, Any]:
+        """The plugin's file: workers are reached by the names of their Services."""
+        places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
+        text = yaml.safe_dump(config_of(self._layout, places, key_file=_KEY_FILE), sort_keys=False)
+        return {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": self._metadata(f"{self._of.name}-workers"),
+            "data": {_CONFIG_FILE: text},
+        }
+
+    def front(self) -> dict[str, Any]:
+        """Where clients go: vLLM, once it serves."""
+        port = {"name": "http", "port": FRONT_PORT, "targetPort": "http"}
+        return self._service(self._of.name, self._labels(self._names["vllm"]), {"ports": [port]})
+
+    def inside(self) -> dict[str, Any]:
+        """Only the replica's own pods reach each other, on any port: ranks of vLLM choose theirs as they meet."""
+        own = {"podSelector": {"matchLabels": self._labels()}}
+        return self._policy(f"{self._of.name}-inside", self._labels(), {"from": [own]})
+
+    def towards_front(self) -> dict[str, Any]:
+        ports = [{"port": FRONT_PORT, "protocol": "TCP"}]
+        return self._policy(f"{self._of.name}-front", self._labels(self._names["vllm"]), {"ports": ports})
+
+    def vllm(self, number: int) -> list[dict[str, Any]]:
+        process, layout = self._layout.vllm[number], self._layout
+        name = self._names[process.name]
+        arguments = list(vllm_arguments(layout, self._serving, number, master=self._names["vllm"]))
+        env: list[dict[str, Any]] = [
+            {"name": variable, "value": text} for variable, text in partition_of(layout).items()
+        ]
+        env += self._secret("VLLM_API_KEY", self._of.key_secret, "api-key")
+        env.append({"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
+        container: dict[str, Any] = {
+            "name": "vllm",
+            "image": self._of.image,
+            "command": arguments,
+            "env": env,
+            "ports": [{"name": "master", "containerPort": MASTER_PORT}],
+            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # where the ranks of a pod meet
+        }
+        if process.kind is ProcessKind.VLLM:
+            container["ports"].append({"name": "http", "containerPort": FRONT_PORT})
+            container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5}
+        volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+        if layout.workers:
+            container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *arguments]
+            env += self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key")
+            env.append({"name": CONFIG_VARIABLE, "value": f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"})
+            container["volumeMounts"].append({"name": "workers", "mountPath": _CONFIG_FOLDER, "readOnly": True})
+            volumes.append({"name": "workers", "configMap": {"name": f"{self._of.name}-workers"}})
+        if self._of.model_claim:
+            parent = str(PurePosixPath(self._serving.model).parent)
+            container["volumeMounts"].append({"name": "models", "mountPath": parent, "readOnly": True})
+            claim = {"claimName": self._of.model_claim, "readOnly": True}
+            volumes.append({"name": "models", "persistentVolumeClaim": claim})
+        return [
+            self._own_service(name, {"name": "master", "port": MASTER_PORT}),
+            self._set(name, process, container, volumes),
+        ]
+
+    def worker(self, process: Process) -> list[dict[str, Any]]:
+        name = self._names[process.name]
+        told = worker_settings(process, listen=f"{ANY}:{WORKER_PORT}", device=self._serving.device)
+        env: list[dict[str, Any]] = [{"name": WORKER_VARIABLES[option], "value": text} for option, text in told.items()]
+        container = {
+            "name": "worker",
+            "image": self._of.worker_image,
+            "command": ["hetis-worker"],
+            "env": [*env, *self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key")],
+            "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
+            "volumeMounts": [],
+        }
+        return [
+            self._own_service(name, {"name": "frames", "port": WORKER_PORT}),
+            self._set(name, process, container, []),
+        ]
+
+    # --- inside
+
+    def _set(
+        self, name: str, process: Process, container: dict[str, Any], volumes: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """One pod on the node of the plan, that of the label every kubelet sets."""
+        labels = self._labels(name)
+        container |= {
+            "resources": self._resources(process),
+            "securityContext": {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            },
+        }
+        # What is compiled or cached goes where a file may be written.
+        writable = [{"name": "HOME", "value": "/tmp"}, {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"}]
+        container["env"] = [*container["env"], *writable]
+        container["volumeMounts"] = [*container["volumeMounts"], {"name": "tmp", "mountPath": "/tmp"}]
+        pod = {
+            "nodeSelector": {"kubernetes.io/hostname": process.node},
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": _GRACE_S,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": _USER,
+                "runAsGroup": _USER,
+                "fsGroup": _USER,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [container],
+            "volumes": [*volumes, {"name": "tmp", "emptyDir": {}}],
+        }
+        metadata = {"labels": labels, "annotations": {"hetis/process": process.name}}
+        return {
+            "apiVersion": "apps/v1",
+            "kind": "StatefulSet",
+            "metadata": self._metadata(name),
+            "spec": {
+                "replicas": 1,
+                "serviceName": name,
+                "selector": {"matchLabels": dict(labels)},
+                "template": {"metadata": metadata, "spec": pod},
+            },
+        }
+
+    def _resources(self, process: Process) -> dict[str, Any]:
+        if self._serving.device == "cuda":
+            return {"limits": {"nvidia.com/gpu": len(process.gpus)}}
+        return {"requests": {"memory": str(process.kv_bytes * len(process.gpus))}}
+
+    def _secret(self, variable: str, name: str, key: str) -> list[dict[str, Any]]:
+        return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
+
+    def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
+        """The address of one pod from its first second: vLLM serves only when everybody has met."""
+        spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "ports": [port]}
+        return self._service(name, self._labels(name), spec)
+
+    def _service(self, name: str, selected: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
+        whole = spec | {"selector": selected}
+        return {"apiVersion": "v1", "kind": "Service", "metadata": self._metadata(name), "spec": whole}
+
+    def _policy(self, name: str, selected: dict[str, str], ingress: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": self._metadata(name),
+            "spec": {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": [ingress]},
+        }
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        where = {"namespace": self._of.namespace} if self._of.namespace else {}
+        return {"name": name, **where, "labels": self._labels()}
+
+    def _labels(self, part: str = "") -> dict[str, str]:
+        labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": self._of.name}
+        return labels | ({"app.kubernetes.io/component": part} if part else {})

@@ -1,0 +1,152 @@
+"""Processes on this machine: they end when we do, however that comes about."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from hetis.runtime.launch.commands import Command
+from hetis.runtime.launch.errors import OptionError
+from hetis.runtime.launch.supervising import supervise
+from hetis.runtime.transport.keys import InvalidKeyError, read_key
+
+_LOOK_S = 0.2
+_log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1
+
+
+def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:
+    """Writes the files that the commands need here; returns the secrets among them, by path.
+
+    Args:
+        may_draw_key: a key that is not there is drawn, since nobody elsewhere needs to know it.
+
+    Raises:
+        OptionError: a key is not there, or a file cannot be written; all that are.
+    """
+    wrong, found = [], {}
+    for name in dict.fromkeys(name for command in commands for name in command.secrets):
+        try:
+            if may_draw_key and not Path(name).exists():
+                write_file(name, secrets.token_urlsafe(24), mode=0o600)
+            read_key(Path(name), {})
+            found[name] = Path(name).read_text(encoding="utf-8")
+        except InvalidKeyError as error:
+            wrong.append(f"--key-file {error}")
+        except OSError as error:
+            wrong.append(f"--key-file {name}: {error.strerror}")
+    for name, text in {name: text for command in commands for name, text in command.files.items()}.items():
+        try:
+            write_file(name, text, mode=0o644)
+        except OSError as error:
+            wrong.append(f"--folder {name}: {error.strerror}")
+    if wrong:
+        raise OptionError(*wrong)
+    return found
+
+
+def write_file(name: str, text: str, *, mode: int) -> None:
+    """Writes a file, and makes its folder. Raises OSError."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def run_here(commands: Sequence[Command]) -> int:
+    """Starts the processes and looks after them until vLLM ends or SIGTERM or SIGINT comes; the exit code."""
+    told = Told()
+    with told.by_signals():
+        return supervise(commands, start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
+
+
+def start(command: Command) -> Started:
+    """One process, in a group of its own: Ctrl-C reaches us alone, and we tell it. Raises OSError."""
+    process = subprocess.Popen(
+        command.here,
+        env=os.environ | dict(command.environment),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_ending_with_parent(),
+    )
+    _log.info("%s: process %d", command.process.name, process.pid)
+    return Started(process)
+
+
+class Started:
+    """A process with those that it has started: none of them is left when it has ended."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process, self.pid = process, process.pid
+
+    def poll(self) -> int | None:
+        code = self._process.poll()
+        if code is not None:
+            # vLLM's engine and ranks are processes of their own, which would keep their GPUs and our front's port.
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        return code
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.poll()
+
+
+def names_of_this_machine() -> tuple[str, ...]:
+    """What a plan may call this node: its host name, whole and up to the first dot."""
+    name = socket.gethostname()
+    return tuple(dict.fromkeys((name, name.partition(".")[0])))
+
+
+class Told:
+    """How often a signal came; a wait that a signal cuts short."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self._came = threading.Event()
+
+    @contextmanager
+    def by_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT tell it."""
+        before = {number: signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        self.times += 1
+        self._came.set()
+
+    def wait(self) -> None:
+        """A moment, or until a signal comes."""
+        if self._came.wait(_LOOK_S):
+            self._came.clear()
+
+
+def _ending_with_parent() -> Callable[[], None] | None:
+    """To run in the new process before its program: if we are killed, the kernel sends it SIGTERM."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # found before the fork, after which little is allowed
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    return ask

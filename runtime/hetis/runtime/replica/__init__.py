@@ -1,1 +1,0 @@
-"""The processes of a plan's replica: listed, shown, and started by what runs processes."""

@@ -1,0 +1,406 @@
+"""``hetis-launch`` as users start it: a replica in plain processes that outlives each of them, and real vLLM in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from examples.demo_serve.checkpoint import Sizes, make_checkpoint
+from hetis.runtime.launch.errors import OptionError
+from hetis.runtime.launch.main import checked_hosts, main
+from hetis.solver.plan import AttentionWorkerPool, Plan
+from tests.command_line import command_of, environment, run_command
+from tests.runtime.launch.plans import plan_of, stage_of, write_config, write_plan
+from tests.runtime.launch.vllm_python import PYTHON, ROOT, ROOTS, VARIABLES, needs_vllm
+
+COMMAND = command_of("hetis.runtime.launch.main")
+FAKE = f"{sys.executable} {Path(__file__).parent / 'fake_vllm.py'} serve"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replica")
+    write_plan(folder)
+    write_config(folder / "models" / "tiny")
+    return folder
+
+
+def free_ports(count: int) -> int:
+    """The first of so many in a row."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            first: int = found.getsockname()[1]
+        with suppress(OSError, OverflowError):
+            for port in range(first, first + count):
+                socket.create_server(("127.0.0.1", port)).close()
+            return first
+
+
+class Launched:
+    """A running `hetis-launch`, by what it logs and what its front answers."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path, url: str) -> None:
+        self.process, self.url, self._log = process, url, log
+
+    def pids(self, name: str) -> list[int]:
+        """Of all lives of a process, the present one last."""
+        return [int(found) for found in re.findall(rf" {re.escape(name)}: process (\d+)", self.log())]
+
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def wait_until(self, holds: Callable[[], bool], *, limit_s: float = 600) -> None:
+        deadline_s = time.monotonic() + limit_s
+        while not holds():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline_s, self.log()
+            time.sleep(0.2)
+
+    def serves(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def completes(self, prompt: list[int], tokens: int) -> list[int]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body | {"return_token_ids": True}, timeout=300)
+        assert answer.status_code == 200, answer.text
+        found: list[int] = answer.json()["choices"][0]["token_ids"]
+        return found
+
+
+@contextmanager
+def launched(folder: Path, vllm: str, *options: str, ports: int, log: Path) -> Iterator[Launched]:
+    """Starts the plan in a folder, all here, on free ports."""
+    port = free_ports(ports + 2)
+    command = [*COMMAND, "processes", "--plan", "plan.json", "--model", "models/tiny", "--all-here", "--device", "cpu"]
+    command += ["--vllm", vllm, "--worker-port", str(port + 2), "--master-port", str(port + 1), "--kv-tokens", "4000"]
+    command += ["--dtype", "float32", "--", "--port", str(port), *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=environment(OMP_NUM_THREADS="1"))
+    try:
+        yield Launched(process, log, f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.terminate()
+        process.wait(60)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # Nobody has asked for its exit code yet where its parent is gone, too.
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+
+
+def two_stages(kept: int, elsewhere: int) -> Plan:
+    """On a and c, each with a worker for some heads."""
+    return plan_of(
+        stage_of(num_layers=3, kv_head_groups_kept=kept),
+        stage_of(first_layer=3, num_layers=1, devices=("c/0",), kv_head_groups_kept=kept),
+        pools=(
+            AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0",), kv_head_groups=elsewhere),
+            AttentionWorkerPool(stage=1, gpu="T4", devices=("c/1",), kv_head_groups=elsewhere),
+        ),
+    )
+
+
+def test_a_replica_outlives_its_worker_and_its_vllm_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_plan(tmp_path, two_stages(2, 6))
+    write_config(tmp_path / "models" / "tiny")
+    with launched(tmp_path, FAKE, ports=2, log=tmp_path / "log") as run:
+        names = ("vllm", "vllm-1", "b/0", "c/1")
+        run.wait_until(run.serves)
+        run.wait_until(lambda: run.log().count("listens on") == 2)
+        assert (tmp_path / "hetis-launch" / "worker.key").stat().st_mode & 0o777 == 0o600
+        config = yaml.safe_load((tmp_path / "hetis-launch" / "workers.yaml").read_text(encoding="utf-8"))
+        assert [one["name"] for one in config["workers"]] == ["b/0+c/1"]
+
+        os.kill(run.pids("b/0")[-1], signal.SIGKILL)
+        run.wait_until(lambda: len(run.pids("b/0")) == 2)
+        assert [len(run.pids(name)) for name in names] == [1, 1, 2, 1]
+
+        os.kill(run.pids("vllm-1")[-1], signal.SIGKILL)  # its part cannot be done without: all of vLLM begins anew
+        run.wait_until(lambda: len(run.pids("vllm-1")) == 2 and run.serves())
+        assert [len(run.pids(name)) for name in names] == [2, 2, 2, 1]
+
+        run.wait_until(lambda: run.log().count("fake: ") == 4 and run.log().count("listens on") == 3)
+        children = [int(found) for found in re.findall(r"has child (\d+)", run.log())]
+        everybody = [pid for name in names for pid in run.pids(name)]
+        run.process.terminate()
+        assert run.process.wait(120) == 0, run.log()
+        assert all(is_gone(pid) for pid in [*everybody, *children])
+    assert "Traceback" not in run.log()
+
+
+def vllm_of(*words: str) -> str:
+    """vLLM's program in its own environment, with the sources of this tree."""
+    path = os.pathsep.join(str(ROOT / name) for name in ROOTS)
+    told = [f"{name}={text}" for name, text in (VARIABLES | {"PYTHONPATH": path}).items()]
+    return shlex.join(["env", "-u", "VLLM_CPU_KVCACHE_SPACE", *told, str(PYTHON), *words])
+
+
+def alone(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """What transformers makes of the model."""
+    import torch
+    import transformers
+
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    how = transformers.GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0)
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = whole.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+PROMPTS = [[5 + (i * 7 + j) % 400 for j in range(20 + 10 * i)] for i in range(3)]
+REAL = Sizes(hidden=256, intermediate=320, q_heads=8, kv_heads=4)  # heads that vLLM's kernels for CPUs take
+FEW = ("--max-model-len", "256", "--enforce-eager")
+
+
+def check_openai_client(url: str) -> None:
+    """What clients use: chats, whole and as streams, say the same."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12}
+    asked |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.chat.completions.create(**asked)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert len(pieces) > 1
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == 12
+
+
+@needs_vllm
+def test_real_vllm_and_two_workers_answer_as_the_model_does(tmp_path: Path) -> None:
+    pool = AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0", "b/1"), kv_head_groups=2)
+    write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=2), pools=(pool,)))
+    model = make_checkpoint(tmp_path / "models" / "tiny", sizes=REAL)
+    front = vllm_of("-m", "vllm.entrypoints.openai.api_server")
+    with launched(tmp_path, front, "--served-model-name", "tiny", *FEW, ports=2, log=tmp_path / "log") as run:
+        run.wait_until(run.serves)
+        assert [run.completes(prompt, 24) for prompt in PROMPTS] == alone(model, PROMPTS, 24)
+        assert run.log().count(" serves ") == 2, "both workers were met"
+        check_openai_client(run.url)
+        vllm = run.pids("vllm")[-1]
+        run.process.terminate()
+        assert run.process.wait(120) == 0, run.log()
+        assert is_gone(vllm)
+
+
+# `vllm serve` of vllm-cpu asks for the version of a package `vllm`, which is not there, and finds its platform in it.
+SERVE = """
+import importlib.metadata, sys
+asked = importlib.metadata.version
+importlib.metadata.version = lambda name: asked("vllm-cpu") + "+cpu" if name == "vllm" else asked(name)
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+    main()
+"""
+
+
+@needs_vllm
+@pytest.mark.soak
+def test_stages_as_nodes_of_vllms_own_launch_answer_as_the_model_does(tmp_path: Path) -> None:
+    write_plan(tmp_path, two_stages(2, 2))
+    model = make_checkpoint(tmp_path / "models" / "tiny", sizes=REAL)
+    (tmp_path / "vllm_cli.py").write_text(SERVE, encoding="utf-8")
+    front = vllm_of(str(tmp_path / "vllm_cli.py"), "serve")
+    options = ("--served-model-name", "tiny", *FEW[:2])  # eager, vllm-cpu has no pipelines
+    with launched(tmp_path, front, *options, ports=2, log=tmp_path / "log") as run:
+        run.wait_until(run.serves)
+        assert [run.completes(prompt, 24) for prompt in PROMPTS] == alone(model, PROMPTS, 24)
+        assert run.log().count(" serves ") == 2, "each stage has met its worker"
+
+
+def test_what_was_started_here_ends_when_we_are_killed(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    lines = [
+        "import os, signal, sys",
+        "from types import SimpleNamespace",
+        "from hetis.runtime.launch.local import start",
+        "told = SimpleNamespace(here=('sleep', '600'), environment={}, process=SimpleNamespace(name='sleeper'))",
+        f"open({str(note)!r}, 'w').write(str(start(told).pid))",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+    ]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    pid, deadline_s = int(note.read_text(encoding="utf-8")), time.monotonic() + 30
+    try:
+        while not is_gone(pid):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def run_in_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str
+) -> tuple[int, str, list[str]]:
+    """Exit code, stdout, and lines of stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["hetis-launch", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err.splitlines()
+
+
+Run = Callable[..., tuple[int, str, list[str]]]
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return lambda *arguments: run_in_process(monkeypatch, capsys, folder, *arguments)
+
+
+def documented(verb: str) -> tuple[str, str]:
+    """The first command of that verb in the documentation, and the block that follows its own."""
+    text = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    section = text.partition("\n## A replica of a plan\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+    for (kind, block), (_, following) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+        for line in block.replace("\\\n", " ").splitlines():
+            if kind == "bash" and line.startswith(f"hetis-launch {verb} "):
+                return line.partition(" # ")[0].strip(), following
+    raise LookupError(f"docs/vllm.md has no hetis-launch {verb}")
+
+
+@pytest.mark.parametrize("verb", ["show", "kubernetes"])
+def test_what_the_documentation_prints_is_what_is_printed(run: Run, verb: str) -> None:
+    line, wanted = documented(verb)
+    code, printed, _ = run(*shlex.split(line.partition(" > ")[0])[1:])
+    assert code == 0
+    if verb == "show":
+        assert printed == wanted
+    else:
+        assert [one["kind"] for one in yaml.safe_load_all(printed)].count("StatefulSet") == 3
+
+
+def test_what_runs_where_is_shown_in_json(run: Run) -> None:
+    code, printed, _ = run("show", "--plan", "plan.json", "-m", "models/tiny", "--form", "json")
+    rows: list[dict[str, Any]] = json.loads(printed)
+    assert (code, [(row["name"], row["node"]) for row in rows]) == (0, [("vllm", "a"), ("b/0", "b"), ("b/1", "b")])
+
+
+def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, _, lines = run("show", "--plan", "plan.json", "-m", "org/tiny")
+    why = "it is no folder here, and the plan has no document of its model"
+    assert (code, lines) == (2, [f"hetis-launch: --model org/tiny: {why}"])
+    document = {"apiVersion": "hetis/v1", "kind": "ModelSpec", "name": "tiny", "num_layers": 4, "hidden": 128}
+    document |= {"intermediate": 256, "q_heads": 16, "kv_heads": 8, "head_dim": 8, "vocab": 512}
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    plan["inputs"] = {"documents": {"model": document}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    here = run("show", "--plan", "plan.json", "-m", "models/tiny")
+    named = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "org/tiny")
+    assert named[0] == 0
+    assert named[1] == here[1].replace("models/tiny", "org/tiny")
+
+
+def test_a_machine_that_the_plan_does_not_know_is_told(run: Run) -> None:
+    code, _, lines = run("processes", "--plan", "plan.json", "-m", "models/tiny", "--node", "c")
+    why = "hetis-launch: this machine is c, the replica is on a, b: give --node or --all-here"
+    assert (code, lines) == (3, [why])
+
+
+def test_a_key_that_other_machines_must_know_is_not_drawn(run: Run, tmp_path: Path) -> None:
+    asked = ("processes", "--plan", "plan.json", "-m", "models/tiny", "--node", "b", "--folder", str(tmp_path / "here"))
+    code, _, lines = run(*asked)
+    assert (code, lines) == (2, [f"hetis-launch: --key-file {tmp_path}/here/worker.key: No such file or directory"])
+    (tmp_path / "key").write_text("sixteen letters or more", encoding="utf-8")
+    (tmp_path / "key").chmod(0o644)
+    code, _, lines = run(*asked, "--key-file", str(tmp_path / "key"))
+    assert (code, lines) == (
+        2,
+        [f"hetis-launch: --key-file {tmp_path}/key: its mode is 0644: others may use it, must be 0600 or 0400"],
+    )
+
+
+def test_a_plan_that_is_none_is_told(run: Run) -> None:
+    code, _, lines = run("show", "--plan", "models/tiny/config.json", "-m", "models/tiny")
+    assert code == 2
+    assert all(line.startswith("hetis-launch: models/tiny/config.json") for line in lines)
+    assert lines
+
+
+def test_all_that_is_wrong_with_options_is_said_at_once(run: Run) -> None:
+    code, _, lines = run("show", "--", "8080", "--headless", "--kv_transfer_config={}", "-tp", "2")
+    assert code == 2
+    assert lines == [
+        "hetis-launch: --headless stands after --: it is hetis-launch that sets it",
+        "hetis-launch: --kv-transfer-config stands after --: it is hetis-launch that sets it",
+        "hetis-launch: -tp stands after --: it is hetis-launch that sets it",
+        "hetis-launch: '8080' is no option; those of vLLM stand after --",
+        "hetis-launch: --model is missing: a folder with config.json, or a name that vLLM knows",
+        "hetis-launch: --plan is missing: a plan of hetis-plan place",
+    ]
+
+
+def test_what_the_plan_asks_and_vllm_cannot_is_told(run: Run, tmp_path: Path) -> None:
+    stage = stage_of(kv_head_groups_kept=8)
+    path = write_plan(tmp_path, plan_of(replace(stage, copies=2, devices=("a/0", "b/0"))))
+    code, _, lines = run("show", "--plan", str(path), "-m", "models/tiny")
+    assert (code, lines) == (3, ["hetis-launch: stage 0: it has 2 copies, vLLM has one of each stage"])
+    path = write_plan(tmp_path, two_stages(2, 6))
+    code, _, lines = run("show", "--plan", str(path), "-m", "models/tiny", "--vllm", "python -m front")
+    why = "hetis-launch: --vllm is 'python -m front': only `vllm serve` starts stages on several nodes"
+    assert (code, lines) == (2, [why])
+
+
+def test_addresses_of_nodes_are_checked() -> None:
+    assert checked_hosts(["a=10.0.0.1", "rack=1/b=gpu-b.example"]) == {"a": "10.0.0.1", "rack=1/b": "gpu-b.example"}
+    with pytest.raises(OptionError) as caught:
+        checked_hosts(["a", "b=", "c=1", "c=2", "d=x y"])
+    must = "must be NODE=HOST, such as gpu2=10.0.0.2"
+    assert caught.value.messages == (
+        f"--node-address is 'a', {must}",
+        f"--node-address is 'b=', {must}",
+        "--node-address: c comes twice",
+        f"--node-address is 'd=x y', {must}",
+    )
+
+
+def test_what_runs_where_is_shown_without_torch_or_vllm(folder: Path) -> None:
+    lines = [
+        "import sys",
+        "for name in ('torch', 'numba', 'vllm', 'ray', 'highspy'): sys.modules[name] = None",
+        "from hetis.runtime.launch.main import main",
+        "main()",
+    ]
+    for verb in ("show", "kubernetes"):
+        asked = [verb, "--plan", "plan.json", "--model", "models/tiny"]
+        asked += ["--image", "a", "--worker-image", "b", "--worker-key-secret", "c", "--insecure"] * (verb != "show")
+        done = run_command([sys.executable, "-c", "\n".join(lines)], *asked, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert "hetis-worker" in done.stdout
+
+
+def test_help_has_examples_and_exit_codes() -> None:
+    done = run_command(COMMAND, "--help")
+    assert done.returncode == 0
+    assert "hetis-launch show --plan plan.json" in done.stdout
+    assert "Exit codes: 0 ended" in done.stdout

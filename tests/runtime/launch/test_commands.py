@@ -1,0 +1,226 @@
+"""Command lines follow from the layout and from where nodes are reached, and their programs understand them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hetis.runtime.launch.commands import (
+    Addresses,
+    Command,
+    Serving,
+    as_json,
+    as_shell,
+    commands_of,
+)
+from hetis.runtime.launch.layout import Layout, layout_of
+from hetis.runtime.vllm.settings import Settings, load_settings
+from hetis.runtime.worker.options import WorkerOptions, read_options
+from tests.runtime.launch.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
+from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
+
+ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
+STAGED = layout_of(staged(), 0, MODEL)
+SHARING = layout_of(sharing(), 0, MODEL)
+ALONE = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, MODEL)
+SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
+
+
+def settings_of(command: Command, folder: Path) -> Settings:
+    """What the plugin reads of the file that the command has."""
+    [(name, text)] = command.files.items()
+    assert command.environment["HETIS_VLLM_CONFIG"] == name
+    (folder / "workers.yaml").write_text(text, encoding="utf-8")
+    return load_settings(folder / "workers.yaml")
+
+
+def told(command: Command, key: Path) -> WorkerOptions:
+    """What the worker understands, with a key that is there."""
+    words = [str(key) if word == Addresses().key_file else word for word in command.shown[1:]]
+    return read_options(words, {})
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    path = tmp_path / "worker.key"
+    path.touch(mode=0o600)
+    path.write_text("sixteen letters or more", encoding="utf-8")
+    return path
+
+
+def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
+    vllm = commands_of(ONE, SERVING, Addresses())[0]
+    assert vllm.shown == (
+        *("vllm", "serve", "/models/tiny", "--max-num-seqs", "4", "--max-num-batched-tokens", "36"),
+        "--kv-transfer-config",
+        '{"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}',
+        *("--attention-backend", "CUSTOM", "--port", "8080"),
+    )
+    assert vllm.environment == {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "HETIS_VLLM_CONFIG": "hetis-launch/workers.yaml",
+    }
+    on_cpu = replace(SERVING, device="cpu", dtype="float32", limits_kv=True, options=("--max_num_seqs=9",))
+    [vllm, *_] = commands_of(ONE, on_cpu, Addresses())
+    words = " ".join(vllm.shown)
+    assert "--attention-backend" not in words
+    assert "--max-num-seqs" not in words
+    assert f"--dtype float32 --kv-cache-memory-bytes {ONE.vllm[0].kv_bytes} " in words
+    assert set(vllm.environment) == {"HETIS_VLLM_CONFIG"}
+    steered = commands_of(ONE, replace(SERVING, executor="/run/e.sock"), Addresses())[0]
+    assert settings_of(steered, tmp_path).executor == Path("/run/e.sock")
+
+
+def test_vllms_other_program_is_told_its_model_by_an_option() -> None:
+    front = replace(SERVING, program=("python", "-m", "vllm.entrypoints.openai.api_server"))
+    shown = commands_of(ONE, front, Addresses())[0].shown
+    assert shown[:5] == ("python", "-m", "vllm.entrypoints.openai.api_server", "--model", "/models/tiny")
+
+
+def test_a_replica_without_workers_needs_no_plugin() -> None:
+    [vllm] = commands_of(ALONE, SERVING, Addresses())
+    assert "--kv-transfer-config" not in vllm.shown
+    assert "--attention-backend" not in vllm.shown
+    assert (vllm.files, vllm.secrets, set(vllm.environment)) == ({}, (), {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"})
+
+
+def test_stages_on_several_nodes_meet_by_vllms_own_launch() -> None:
+    hosts = {"a": "10.0.0.1", "c": "gpu-c.example"}
+    first, second, *_ = commands_of(STAGED, SERVING, Addresses(hosts=hosts, master_port=3000))
+    common = ("--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--distributed-executor-backend", "mp")
+    for number, command in enumerate((first, second)):
+        assert command.shown[3:9] == common
+        assert command.shown[9:17] == (
+            *("--nnodes", "2", "--node-rank", str(number), "--master-addr", "10.0.0.1", "--master-port", "3000"),
+        )
+        assert command.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
+    assert [("--headless" in one.shown) for one in (first, second)] == [False, True]
+    assert first.environment["VLLM_HOST_IP"] == "10.0.0.1"
+    assert "VLLM_HOST_IP" not in second.environment  # a name, which vLLM would take for an address
+    assert first.environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert second.environment["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+def test_stages_on_one_node_need_no_meeting() -> None:
+    whole = replace(STAGED, vllm=(replace(STAGED.vllm[0], gpus=(0, 1, 2, 3)),))
+    [vllm, *_] = commands_of(whole, SERVING, Addresses())
+    assert "--nnodes" not in vllm.shown
+    assert "--pipeline-parallel-size" in vllm.shown
+    assert vllm.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
+
+
+@pytest.mark.parametrize("layout", [ONE, STAGED, SHARING])
+@pytest.mark.parametrize("addresses", [Addresses(), Addresses(all_here=True), Addresses(hosts={"b": "10.0.0.2"})])
+def test_every_rank_finds_its_worker_process_where_that_listens(
+    layout: Layout, addresses: Addresses, tmp_path: Path, key: Path
+) -> None:
+    commands = commands_of(layout, SERVING, addresses)
+    vllm, workers = commands[: len(layout.vllm)], commands[len(layout.vllm) :]
+    listening = {command.process.name: told(command, key) for command in workers}
+    reached = []
+    for command in vllm:
+        settings = settings_of(command, tmp_path)
+        assert [one.name for one in settings.workers] == [one.name for one in layout.workers]
+        for worker, planned in zip(settings.workers, layout.workers, strict=True):
+            assert str(worker.key_file) == addresses.key_file
+            for address, name in zip(worker.addresses, planned.processes, strict=True):
+                host, _, port = address.rpartition(":")
+                options = listening[name]
+                assert int(port) == options.listen[1]
+                assert options.listen[0] in (host, "0.0.0.0")
+                reached.append(address)
+    nodes = {command.process.name: "here" if addresses.all_here else command.process.node for command in workers}
+    ports = [(nodes[name], options.listen[1]) for name, options in listening.items()]
+    assert len(set(ports)) == len(ports), "each has a port of its own on its node"
+    assert {options.name: options.kv_bytes for options in listening.values()} == {
+        process.name: process.kv_bytes for process in layout.attention_workers
+    }
+    assert {options.device for options in listening.values()} == {"cuda"}
+
+
+def test_between_nodes_an_address_is_listened_on_alone_and_a_name_on_all(key: Path) -> None:
+    for host, listens in (("10.0.0.2", "10.0.0.2"), ("fd00::2", "fd00::2"), ("b.example", "0.0.0.0")):
+        worker = commands_of(ONE, SERVING, Addresses(hosts={"b": host}))[1]
+        assert told(worker, key).listen == (listens, 7070)
+    beside = replace(ONE, vllm=(replace(ONE.vllm[0], node="b"),))
+    worker = commands_of(beside, SERVING, Addresses(hosts={"b": "10.0.0.2"}))[1]
+    assert told(worker, key).listen[0] == "127.0.0.1"  # beside vLLM: they share memory
+
+
+def test_the_forms_say_the_same() -> None:
+    commands = commands_of(ONE, SERVING, Addresses())
+    found = json.loads(as_json(commands))
+    assert [row["name"] for row in found] == ["vllm", "b/0", "b/1"]
+    assert [tuple(row["command"]) for row in found] == [command.shown for command in commands]
+    shell = as_shell(commands)
+    assert [line for line in shell.splitlines() if line.startswith("#")] == ["# on a", "# on b"]
+    written = shell.partition("<<'YAML'\n")[2].partition("YAML\n")[0]
+    assert yaml.safe_load(written) == yaml.safe_load(found[0]["files"]["hetis-launch/workers.yaml"])
+    done = subprocess.run(["sh", "-n"], input=shell, text=True, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Parses each line of a JSON list as `vllm serve` does, and says what it understood.
+PARSE = """
+import json, sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+found = []
+for words in json.load(sys.stdin):
+    args = parser.parse_args(words)
+    found.append({
+        "model": args.model_tag, "tp": args.tensor_parallel_size, "pp": args.pipeline_parallel_size,
+        "nodes": args.nnodes, "rank": args.node_rank, "headless": args.headless, "seats": args.max_num_seqs,
+        "tokens": args.max_num_batched_tokens, "backend": args.attention_backend,
+        "connector": args.kv_transfer_config and args.kv_transfer_config.kv_connector,
+        "executor": args.distributed_executor_backend, "kv": args.kv_cache_memory_bytes, "dtype": args.dtype,
+    })
+print("FOUND " + json.dumps(found))
+"""
+
+
+@needs_vllm
+def test_vllms_own_parser_takes_every_command_line() -> None:
+    serving = replace(SERVING, limits_kv=True, dtype="float32")
+    lines, expected = [], []
+    for layout in (ONE, STAGED, SHARING, ALONE):
+        for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.vllm)]):
+            lines.append(command.shown[1:])
+            ranks = layout.tensor_parallel * len(layout.layers)
+            expected.append(
+                {
+                    "model": "/models/tiny",
+                    "tp": layout.tensor_parallel,
+                    "pp": len(layout.layers),
+                    "nodes": len(layout.vllm),
+                    "rank": number,
+                    "headless": number > 0,
+                    "seats": layout.seats,
+                    "tokens": layout.chunk_tokens + layout.seats,
+                    "backend": "CUSTOM" if layout.workers else None,
+                    "connector": "HetisConnector" if layout.workers else None,
+                    "executor": "mp" if ranks > 1 else None,
+                    "kv": layout.rank_kv_bytes,
+                    "dtype": "float32",
+                }
+            )
+    done = subprocess.run(
+        [str(PYTHON), "-c", PARSE],
+        input=json.dumps(lines),
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert json.loads(line.removeprefix("FOUND ")) == expected

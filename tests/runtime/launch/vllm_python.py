@@ -1,0 +1,25 @@
+"""vLLM's own virtual environment, which `make vllm` makes: its Python, and the variables that a run there needs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PYTHON = Path(os.environ.get("HETIS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+ROOTS = ("formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
+needs_vllm = pytest.mark.skipif(
+    not PYTHON.exists(), reason=f"NOT TESTED: vLLM is not installed in {PYTHON.parents[1]} (make vllm)"
+)
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    # Its numba is another one: in one folder each would throw away what the other has compiled.
+    "NUMBA_CACHE_DIR": str(PYTHON.parents[1] / "numba"),
+}
+ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "HETIS_VLLM_CONFIG"} | VARIABLES
