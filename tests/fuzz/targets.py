@@ -30,8 +30,7 @@ from hetis.planner.service.setting_sources import load_config
 from hetis.planner.service.tokens import Tokens
 from hetis.profiler.importers import FORMATS, import_tables
 from hetis.runtime.agent.pressure.scraping import ScrapeState, read_text
-from hetis.runtime.server.bodies import ChatBody, CompletionBody, parse_body
-from hetis.runtime.server.errors import ApiError
+from hetis.runtime.vllm.settings import SettingsError, load_settings
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.v1 import dispatch_service_pb2, document_pb2, plan_pb2, stage_pb2
 from tests.planner.dispatching.stages import stage_model
@@ -98,10 +97,9 @@ def _certificates(data: bytes) -> None:
     ends_of_certificates(data.decode("utf-8", errors="replace"))
 
 
-def _body(data: bytes) -> None:
-    for kind in (CompletionBody, ChatBody):
-        with suppress(ApiError):
-            parse_body(kind, data)
+def _plugin_settings(path: str) -> None:
+    with suppress(SettingsError):
+        load_settings(Path(path))
 
 
 def _message(kind: type[Message], use: Callable[[Any], object], data: bytes) -> None:
@@ -161,7 +159,7 @@ TARGETS: Mapping[str, Target] = {
     "request_workload": Target(read=partial(_document, "Workload"), seeds=("tests/bad_input/workload_*.yaml",)),
     "prometheus": Target(read=_metrics),
     "certificates": Target(read=_certificates),
-    "http_body": Target(read=_body),
+    "plugin_settings": Target(read=partial(_from_file, _plugin_settings, "workers", "")),
     "stage": Target(read=partial(_message, stage_pb2.StageModel, _stage)),
     "dispatch_state": Target(read=partial(_message, dispatch_service_pb2.DispatchState, _declaration)),
     "objective": Target(read=partial(_message, plan_pb2.Objective, _objective)),

@@ -70,7 +70,7 @@ def test_a_missing_file_is_said_and_no_variable_means_no_plugin(
     monkeypatch.delenv("HETIS_VLLM_CONFIG", raising=False)
     assert read_settings() is None
     monkeypatch.setenv("HETIS_VLLM_CONFIG", str(tmp_path / "none.yaml"))
-    with pytest.raises(SettingsError, match="No such file"):
+    with pytest.raises(SettingsError, match="no such file"):
         read_settings()
 
 

@@ -16,10 +16,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from hetis.formats.errors import DocumentError
+from hetis.formats.files import read_text
+from hetis.formats.positions import parse_text
 from hetis.solver.errors import HetisError
 
 VARIABLE = "HETIS_VLLM_CONFIG"
@@ -140,11 +142,11 @@ def read_settings() -> Settings | None:
 def load_settings(path: Path) -> Settings:
     """The settings in a file. Raises SettingsError with all problems at once."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SettingsError(f"{VARIABLE}: {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{VARIABLE}: {path}: not YAML: {' '.join(str(error).split())}") from None
+        data, source = parse_text(read_text(path), str(path))
+    except DocumentError as error:
+        raise SettingsError(f"{VARIABLE}: " + "; ".join(map(str, error.problems))) from None
+    if source.problems:
+        raise SettingsError(f"{VARIABLE}: " + "; ".join(map(str, source.problems)))
     try:
         return Settings.model_validate(data)
     except ValidationError as error:
