@@ -43,8 +43,8 @@ from hetis.simulator.metrics import prediction_of
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import HetisError
-from hetis.solver.placement.solve import solve_placement
 from hetis.solver.plan import Objective, Plan
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 TIME_LIMIT_S = 15.0  # CPU seconds: other work on the machine does not cut the search short

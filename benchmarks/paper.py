@@ -39,9 +39,9 @@ from hetis.simulator.summary import Summary
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError, NoPlanFoundError
-from hetis.solver.placement.solve import solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 MODELS = ("Llama-13B", "OPT-30B", "Llama-2-70B")

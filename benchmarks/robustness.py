@@ -31,8 +31,8 @@ from benchmarks.measuring.wrong_costs import Cards, batch, slowdown, stage_of, w
 from hetis.planner.robustness.fixed_plan import FixedPlan
 from hetis.planner.robustness.perturbing import Profiles, corners, perturbed
 from hetis.solver.budget import Budget
-from hetis.solver.placement import solve_placement
 from hetis.solver.plan import Objective, Plan
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 ERROR = 0.2

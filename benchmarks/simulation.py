@@ -48,8 +48,8 @@ from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import HetisError
-from hetis.solver.placement import solve_placement
 from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
 
 SEED = 7

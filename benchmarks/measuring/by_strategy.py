@@ -11,9 +11,9 @@ from hetis.planner.cli.native_output import no_native_output
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError
-from hetis.solver.placement import solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 FAILED = "failed"  # a crash, or a plan that the checker refuses

@@ -92,7 +92,7 @@ def measure(solve: Solve) -> Measured:
     """
     started = time.process_time()
     from hetis.solver.check import check_plan
-    from hetis.solver.placement.solve import solve_placement
+    from hetis.solver.planning import solve_placement
 
     import_s = time.process_time() - started
     timings, plan, status, note = list[Timing](), None, "none", ""

@@ -119,3 +119,12 @@ def test_version_names_hetis_and_its_libraries() -> None:
     assert {"hetis", "python", "numpy", "highspy", "ortools", "numba"} <= versions.keys()
     assert re.match(r"hetis \d+\.\d+", invoke("version").stdout)
     assert invoke("--version").stdout == f"hetis-plan {versions['hetis']}\n"
+
+
+def test_an_unknown_kind_names_the_known_ones_and_the_nearest() -> None:
+    result = invoke("schema", "clustr")
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert "'clustr' is not one of Cluster, ModelSpec, " in said
+    assert "did you mean Cluster?" in said
+    assert "Value error" not in said

@@ -32,8 +32,8 @@ from hetis.solver.check import check_plan
 from hetis.solver.check.claims import Rederivation
 from hetis.solver.cluster import Link
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement import solve_placement
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile, Source
 from tests.planner.command_line import EXAMPLES

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.micro_batch import Growth, MicroBatch
+from hetis.simulator.growth import Growth
+from hetis.simulator.micro_batch import MicroBatch
 from tests.solver.instances import make_model
 
 BLOCK = 4

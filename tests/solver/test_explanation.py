@@ -16,10 +16,10 @@ from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.explain import Explanation
-from hetis.solver.placement import solve_placement
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
 from hetis.solver.plan import ClassPrice, KvRoute, Objective, ObjectiveKind, Plan
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver import test_check_roles
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots
 from hetis.solver.errors import UnboundPlanError
-from hetis.solver.placement import solve_placement
 from hetis.solver.placement.binding import bind
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Template, TemplateStage, use_of
 from hetis.solver.plan import Plan
+from hetis.solver.planning import solve_placement
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile
 
 EXAMPLES = settings().max_examples

@@ -16,7 +16,6 @@ from hetis.solver.check import Rule, check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement import search, solve_placement
-from hetis.solver.placement.wish_prices import price_wishes
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import (
@@ -36,6 +35,7 @@ from hetis.solver.will import (
     WithoutTp,
     WithoutWorkers,
 )
+from hetis.solver.wish_prices import price_wishes
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,

@@ -17,6 +17,7 @@ from hetis.solver.errors import HetisError
 
 MAX_SHOWN = 100  # problems of one document that are looked for and printed
 _MOST_COMPARED = 1000  # names that a wrong one is compared with: 0.1 s
+_LEAST_BEGINNING = 3  # letters: fewer begin too many names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +66,24 @@ def single_problem(file: str, message: str, *, line: int | None = None, column: 
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like ``name``, ignoring case; None when nothing is close."""
+    """The known name most like ``name``, ignoring case; None when nothing is close.
+
+    Names that are alike as a whole come first, then names that begin like it: ``H10O`` is near H100-SXM-80GB.
+    """
     by_lower: dict[str, str] = {}
     for candidate in islice(known, _MOST_COMPARED):
         by_lower.setdefault(candidate.lower(), candidate)
-    found = difflib.get_close_matches(name.lower()[:200], by_lower, n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else None
+    wanted = name.lower()[:200]
+    found = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.6)
+    if found:
+        return by_lower[found[0]]
+    if len(wanted) < _LEAST_BEGINNING:
+        return None
+    beginnings: dict[str, str] = {}
+    for lower in by_lower:
+        beginnings.setdefault(lower[: len(wanted)], lower)
+    found = difflib.get_close_matches(wanted, beginnings, n=1, cutoff=0.7)
+    return by_lower[beginnings[found[0]]] if found else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

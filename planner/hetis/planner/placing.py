@@ -86,9 +86,9 @@ def make_plan(
         UncheckedPlanError: the plan fails the independent checker.
     """
     from hetis.solver.check import check_plan
-    from hetis.solver.placement import solve_placement
     from hetis.solver.placement.explanation.routes import link_sentences
     from hetis.solver.placement.solve import equal_stages_value
+    from hetis.solver.planning import solve_placement
 
     plan = solve_placement(
         problem,

@@ -155,7 +155,7 @@ def _derived_speedups(
     inputs: ShareInputs, model: ModelSpec, workload: Workload, *, budget: Budget
 ) -> Mapping[str, float]:
     """Goodput per GPU of the best placement on all GPUs of each type alone; 0 where the model does not fit."""
-    from hetis.solver.placement import solve_placement
+    from hetis.solver.planning import solve_placement
 
     rates = {}
     for name, count in inputs.gpus.items():

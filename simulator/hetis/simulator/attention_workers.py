@@ -10,9 +10,8 @@ import numpy as np
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
 from hetis.simulator.links import Links
-from hetis.simulator.micro_batch import MicroBatch
 from hetis.simulator.migration import Migration
-from hetis.simulator.pool_load import PoolLoad
+from hetis.simulator.pool_load import Decoding, PoolLoad
 from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.values import FloatArray, IntArray, Settings
 from hetis.solver.dispatch.problem import Load, Requests
@@ -124,7 +123,7 @@ class PoolCopy:
 
     # --- time
 
-    def seconds(self, loads: Sequence[PoolLoad], batches: Sequence[MicroBatch], layers_s: float) -> float:
+    def seconds(self, loads: Sequence[PoolLoad], batches: Sequence[Decoding], layers_s: float) -> float:
         """Attention of one iteration that carries these micro-batches, in all layers, and what shipping KV adds.
 
         The layers take ``layers_s`` for everything else.
@@ -157,7 +156,7 @@ class PoolCopy:
 
     # --- re-dispatch and faults
 
-    def look(self, now_s: float, batch: MicroBatch, load: PoolLoad) -> None:
+    def look(self, now_s: float, batch: Decoding, load: PoolLoad) -> None:
         """Lets re-dispatch look at the head groups of a micro-batch, now and then."""
         if self._migration is None or batch.step - load.looked < LOOK_STEPS or len(batch.decoding) == 0:
             return
@@ -165,7 +164,7 @@ class PoolCopy:
         if not self._migration.is_under_way:
             self._migration.look(now_s, batch, partial(self._moved, batch, load))
 
-    def _moved(self, batch: MicroBatch, load: PoolLoad, request: int) -> None:
+    def _moved(self, batch: Decoding, load: PoolLoad, request: int) -> None:
         """The home of a request has changed."""
         if request not in self.homes:
             return

@@ -10,10 +10,11 @@ import numpy as np
 from hetis.simulator.attention_workers import PoolCopy, SharedCard
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
+from hetis.simulator.growth import Growth
 from hetis.simulator.links import Links
 from hetis.simulator.memory import KvRoom, card_room_bytes, group_blocks, rank_room_bytes
-from hetis.simulator.micro_batch import Growth
-from hetis.simulator.pipeline import Apart, Greedy, StageCopy
+from hetis.simulator.micro_batch import StageCopy
+from hetis.simulator.pipeline import Apart, Greedy
 from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.replica import Batching, ReplicaRun
 from hetis.simulator.timing import StageTiming

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hetis.simulator.fleet import Fleet
-from hetis.simulator.micro_batch import MicroBatch
-from hetis.simulator.pipeline import StageCopy
+from hetis.simulator.micro_batch import MicroBatch, StageCopy
 from hetis.simulator.replica import ReplicaRun
 
 

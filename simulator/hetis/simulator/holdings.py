@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hetis.simulator.book import Book
-from hetis.simulator.micro_batch import Growth, MicroBatch
+from hetis.simulator.growth import Growth
+from hetis.simulator.micro_batch import MicroBatch
 
 
 class Holdings:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
 from hetis.simulator.links import Links, transfer
-from hetis.simulator.micro_batch import MicroBatch
-from hetis.simulator.pipeline import StageCopy
+from hetis.simulator.micro_batch import MicroBatch, StageCopy
 from hetis.simulator.replica import ReplicaRun
 from hetis.solver.check.fleet import Fleet as Devices
 from hetis.solver.plan import Plan

@@ -7,37 +7,48 @@ join, cross into a new KV block (of which it counts, by remainder, how many do s
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
+from hetis.simulator.attention_workers import PoolCopy
+from hetis.simulator.growth import Growth
 from hetis.simulator.memory import KvRoom
 from hetis.simulator.pool_load import PoolLoad
-from hetis.solver.model import ModelSpec
-
-if TYPE_CHECKING:
-    from hetis.simulator.attention_workers import PoolCopy
-    from hetis.simulator.pipeline import StageCopy
+from hetis.simulator.timing import StageTiming
 
 
-class Growth:
-    """How KV and what is attended to grow with the context of a request: linearly, but for a sliding window."""
+class StageCopy:
+    """One copy of a stage: its GPUs, when they are free, and the KV that they hold.
 
-    __slots__ = ("block_tokens", "cached_limit", "slope", "window")
+    Attributes:
+        track: what a trace calls it.
+        devices: its ranks; ``cards``: its attention workers.
+        room: KV blocks of a rank; None where a pool counts them.
+        pool: its attention workers; None: it has none.
+        is_up: no device of it has failed.
+        free_s: when the work it was given is done.
+        busy_s: seconds of work it was given so far.
+        waiting, serving: micro-batches, where they are not kept apart.
+    """
 
-    def __init__(self, model: ModelSpec, block_tokens: int) -> None:
-        self.block_tokens = block_tokens
-        unlimited = 1 << 60
-        self.window = unlimited if model.sliding_window is None else model.sliding_window
-        every = model.sliding_window_every
-        self.slope = 1.0 - 1.0 / every if model.sliding_window is not None else 1.0  # attended beyond the window
-        self.cached_limit = self.window if every == 1 else unlimited
+    __slots__ = (
+        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "room", "serving", "stage", "timing", "track",
+        "waiting",
+    )  # fmt: skip
 
-    def blocks(self, tokens: int) -> int:
-        """KV blocks of a request with so many tokens."""
-        return -(-min(tokens, self.cached_limit) // self.block_tokens)
+    def __init__(
+        self, *, track: str, devices: tuple[str, ...], stage: int, timing: StageTiming, room: KvRoom | None,
+        pool: PoolCopy | None, cards: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.track, self.devices, self.stage, self.timing = track, devices, stage, timing
+        self.cards = cards
+        self.room, self.pool = room, pool
+        self.is_up = True
+        self.free_s = self.busy_s = 0.0
+        self.waiting: list[MicroBatch] = []
+        self.serving: list[MicroBatch] = []
 
-    def attended(self, tokens: float) -> float:
-        """Tokens that one with so many attends to, averaged over layers."""
-        return tokens if tokens <= self.window else self.window + (tokens - self.window) * self.slope
+    def busy_until(self, now_s: float) -> float:
+        """Seconds of work done up to now: what it was given is done without a pause."""
+        return self.busy_s - max(0.0, self.free_s - now_s)
 
 
 class MicroBatch:

@@ -16,7 +16,7 @@ import numpy as np
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
 from hetis.simulator.links import Links, transfer
-from hetis.simulator.micro_batch import MicroBatch
+from hetis.simulator.pool_load import Decoding
 from hetis.simulator.pool_timing import PoolTiming
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
@@ -53,7 +53,7 @@ class Migration:
     def is_under_way(self) -> bool:
         return self._pending > 0
 
-    def look(self, now_s: float, batch: MicroBatch, moved: Moved) -> None:
+    def look(self, now_s: float, batch: Decoding, moved: Moved) -> None:
         """Starts the moves that a micro-batch is worth, if it deviates by more than Theta or memory is short.
 
         ``moved`` is called with every request whose home has changed.
@@ -76,7 +76,7 @@ class Migration:
         self._waves = [list(wave) for _, wave in groupby(moves, key=lambda move: move.wave)]
         self._next_wave(now_s, moved)
 
-    def _snapshot(self, batch: MicroBatch) -> StateSnapshot:
+    def _snapshot(self, batch: Decoding) -> StateSnapshot:
         """The decoding requests of the micro-batch, on devices as large as they leave them and what is free."""
         state = self._state
         ids = [str(request) for request in batch.decoding]

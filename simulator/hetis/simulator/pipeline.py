@@ -5,51 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from hetis.simulator.attention_workers import PoolCopy
 from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.memory import KvRoom
-from hetis.simulator.micro_batch import MicroBatch
-from hetis.simulator.timing import StageTiming
+from hetis.simulator.micro_batch import MicroBatch, StageCopy
 from hetis.simulator.values import TraceEvent
 
 Done = Callable[[float, MicroBatch], None]
-
-
-class StageCopy:
-    """One copy of a stage: its GPUs, when they are free, and the KV that they hold.
-
-    Attributes:
-        track: what a trace calls it.
-        devices: its ranks; ``cards``: its attention workers.
-        room: KV blocks of a rank; None where a pool counts them.
-        pool: its attention workers; None: it has none.
-        is_up: no device of it has failed.
-        free_s: when the work it was given is done.
-        busy_s: seconds of work it was given so far.
-        waiting, serving: micro-batches, where they are not kept apart.
-    """
-
-    __slots__ = (
-        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "room", "serving", "stage", "timing", "track",
-        "waiting",
-    )  # fmt: skip
-
-    def __init__(
-        self, *, track: str, devices: tuple[str, ...], stage: int, timing: StageTiming, room: KvRoom | None,
-        pool: PoolCopy | None, cards: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
-        self.track, self.devices, self.stage, self.timing = track, devices, stage, timing
-        self.cards = cards
-        self.room, self.pool = room, pool
-        self.is_up = True
-        self.free_s = self.busy_s = 0.0
-        self.waiting: list[MicroBatch] = []
-        self.serving: list[MicroBatch] = []
-
-    def busy_until(self, now_s: float) -> float:
-        """Seconds of work done up to now: what it was given is done without a pause."""
-        return self.busy_s - max(0.0, self.free_s - now_s)
 
 
 class Discipline(Protocol):

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
+from hetis.simulator.growth import Growth
 from hetis.simulator.values import IntArray
+
+
+class Decoding(Protocol):
+    """What a pool looks at of a micro-batch (`MicroBatch`)."""
+
+    index: int
+    step: int
+    growth: Growth
+    decoding: dict[int, int]
+    chunk: list[tuple[int, int, bool]]
 
 
 class PoolLoad:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetis.simulator.book import Book
+from hetis.simulator.growth import Growth
 from hetis.simulator.holdings import Holdings
-from hetis.simulator.micro_batch import Growth, MicroBatch
-from hetis.simulator.pipeline import Discipline, StageCopy
+from hetis.simulator.micro_batch import MicroBatch, StageCopy
+from hetis.simulator.pipeline import Discipline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

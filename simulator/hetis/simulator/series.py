@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hetis.simulator.events import Events
-from hetis.simulator.pipeline import StageCopy
+from hetis.simulator.micro_batch import StageCopy
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.values import FloatArray, Series
 

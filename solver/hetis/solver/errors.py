@@ -10,11 +10,6 @@ HetisError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hetis.solver.placement.infeasible import Infeasibility
-
 
 class HetisError(Exception):
     """Root of every error that hetis raises on purpose."""
@@ -29,12 +24,11 @@ class InfeasibleError(HetisError):
 
     Attributes:
         reasons: one sentence per cause, each with the numbers of both sides, the most telling first.
-        why: the same as values, where a placement was asked for.
     """
 
-    def __init__(self, reasons: tuple[str, ...], why: Infeasibility | None = None) -> None:
+    def __init__(self, reasons: tuple[str, ...]) -> None:
         super().__init__("; ".join(reasons))
-        self.reasons, self.why = reasons, why
+        self.reasons = reasons
 
 
 class NoPlanFoundError(HetisError):

@@ -15,6 +15,7 @@ from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
 from hetis.runtime.vllm.settings import Settings
 from hetis.runtime.vllm.steering import SteeredVllm
 from hetis.runtime.vllm.steps import LOCAL, DeviceReport, Event, MoveStep, RankReport, StepPlan
+from hetis.runtime.vllm.surroundings import surround
 from hetis.v1.change_pb2 import Change, ChangePart
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -198,9 +199,10 @@ class World:
         self.side = SchedulerSide(Settings.model_validate(document))
         heads = head_shape(groups=GROUPS, queries=2, head_dim=8, item_bytes=4, block_tokens=BLOCK)
         self.side.bind(self.blocks, EngineShape(heads=heads, num_layers=LAYERS, tensor_parallel=ranks))
+        attached = surround(self.side)
         self.ranks = Ranks(ranks, copy_steps, list(blocks), told=list(blocks))
         self.side.greet({(0, rank): blocks for rank in range(ranks)})
-        self.steered = SteeredVllm(self.side, "one")
+        self.steered = attached or SteeredVllm(self.side, "one")
         self.running: dict[str, FakeRequest] = {}
         self.waiting: dict[str, FakeRequest] = {}
         self.plans: list[StepPlan] = []

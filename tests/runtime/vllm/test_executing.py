@@ -115,8 +115,6 @@ class Stepping:
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     world = World(socket=tmp_path / "engine.sock", copy_steps=3)
-    assert world.side.steered is not None
-    world.steered = world.side.steered
     yield world
     world.side.close()
     assert not (tmp_path / "engine.sock").exists()

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
-from hetis.solver.placement import solve_placement
 from hetis.solver.plan import Plan
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.graph import FleetGraph
 from hetis.solver.published.hexgen import Individual, Mutations, evolved

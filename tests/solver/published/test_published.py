@@ -13,10 +13,10 @@ from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
-from hetis.solver.placement import solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published import PUBLISHED
 from hetis.solver.published import dense_path as dense_path_module

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement import solve_placement
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Plan, Role
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.splitwise import pool_sizes
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems

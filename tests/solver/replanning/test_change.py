@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.solver.placement import solve_placement
 from hetis.solver.plan import Role
+from hetis.solver.planning import solve_placement
 from hetis.solver.replanning.change import Fate, plan_change
 from hetis.solver.replanning.holdings import Holding, holdings, in_flight
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem

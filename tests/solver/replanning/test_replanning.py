@@ -12,8 +12,8 @@ from hetis.solver.advice.fleets import without
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement import solve_placement
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
 from hetis.solver.replanning.change import Fate

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement import solve_placement
 from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.tenants import solve as solving
 from hetis.solver.tenants.bound import Goal, bound_of

@@ -76,7 +76,7 @@ TtftOption = Annotated[
     float | None,
     typer.Option(
         "--ttft",
-        parser=quantities.limit,
+        parser=quantities.ttft_limit,
         metavar="TIME|none",
         rich_help_panel=_GOAL,
         show_default="2s; throughput: none",
@@ -87,7 +87,7 @@ TpotOption = Annotated[
     float | None,
     typer.Option(
         "--tpot",
-        parser=quantities.limit,
+        parser=quantities.tpot_limit,
         metavar="TIME|none",
         rich_help_panel=_GOAL,
         show_default="100ms; throughput: none",

@@ -25,7 +25,7 @@ from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
     from hetis.planner.robustness.study import Robustness
-    from hetis.solver.placement.wish_prices import WishPrice
+    from hetis.solver.wish_prices import WishPrice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class PlacementRun:
         """What every wish costs, in a time limit of its own; nothing where nobody asks."""
         if not self.price_pins or not self.problem.will:
             return ()
-        from hetis.solver.placement.wish_prices import price_wishes
+        from hetis.solver.wish_prices import price_wishes
 
         return price_wishes(
             self.problem,

@@ -9,11 +9,27 @@ import typer
 NO_LIMIT = float("inf")
 
 
-def limit(text: str) -> float:
-    """Seconds of a latency limit; `NO_LIMIT` for ``none``."""
+MOST_BARE_S = {"TTFT": 60.0, "TPOT": 2.0}
+"""A number without a unit is seconds; above this it was rather meant in milliseconds."""
+
+
+def ttft_limit(text: str) -> float:
+    """Seconds of a limit of the time to first token; `NO_LIMIT` for ``none``."""
+    return _limit(text, "TTFT")
+
+
+def tpot_limit(text: str) -> float:
+    """Seconds of a limit of the time per output token; `NO_LIMIT` for ``none``."""
+    return _limit(text, "TPOT")
+
+
+def _limit(text: str, name: str) -> float:
     if text.strip().lower() == "none":
         return NO_LIMIT
-    return positive_duration(text)
+    seconds = positive_duration(text)
+    if seconds >= MOST_BARE_S[name] and text.strip()[-1].isdigit():
+        raise typer.BadParameter(f"a {name} limit of {text} has no unit: {text}ms or {text}s?")
+    return seconds
 
 
 def positive_duration(text: str) -> float:

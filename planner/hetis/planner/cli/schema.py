@@ -9,6 +9,7 @@ import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.command_line.verb import verb
+from hetis.formats.errors import did_you_mean
 from hetis.planner.cli.exit_codes import ExitCode
 
 
@@ -25,10 +26,23 @@ class Kind(StrEnum):
     TENANTS = "Tenants"
 
 
+def _kind(text: str) -> Kind:
+    for kind in Kind:
+        if text.lower() == kind.lower():
+            return kind
+    raise typer.BadParameter(f"{text!r} is not one of {', '.join(Kind)}{did_you_mean(text, Kind)}")
+
+
+def _names(incomplete: str) -> list[str]:
+    return [kind.value for kind in Kind if kind.lower().startswith(incomplete.lower())]
+
+
 @verb(output=OutputFormat.JSON)
 def schema(
     terminal: Terminal,
-    kind: Annotated[Kind, typer.Argument(case_sensitive=False, help="Kind of document, in any case.")],
+    kind: Annotated[
+        Kind, typer.Argument(parser=_kind, metavar="KIND", autocompletion=_names, help=f"One of {', '.join(Kind)}.")
+    ],
 ) -> ExitCode:
     """Print the JSON Schema of a kind of file, for editors and other tools."""
     from rich.json import JSON

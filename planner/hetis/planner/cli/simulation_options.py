@@ -105,7 +105,7 @@ TtftOption = Annotated[
     float | None,
     typer.Option(
         "--ttft",
-        parser=quantities.limit,
+        parser=quantities.ttft_limit,
         metavar="TIME|none",
         rich_help_panel=_GOAL,
         show_default="the plan's",
@@ -116,7 +116,7 @@ TpotOption = Annotated[
     float | None,
     typer.Option(
         "--tpot",
-        parser=quantities.limit,
+        parser=quantities.tpot_limit,
         metavar="TIME|none",
         rich_help_panel=_GOAL,
         show_default="the plan's",

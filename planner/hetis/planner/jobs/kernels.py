@@ -16,7 +16,7 @@ from hetis.solver.compiled import is_cached
 from hetis.solver.placement.exact import MAX_GPUS
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.pricing import KERNELS
-from hetis.solver.placement.solve import solve_placement
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published import PUBLISHED
 from hetis.solver.published.layers import best_split

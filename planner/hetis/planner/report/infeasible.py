@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def infeasible_parts(error: InfeasibleError) -> Mapping[str, Any]:
     """``reasons`` in sentences; ``conflicts`` and ``relaxations`` where the solver gave them."""
-    if error.why is None:
+    from hetis.solver.placement.infeasible import ExplainedInfeasibleError
+
+    if not isinstance(error, ExplainedInfeasibleError):
         return {"reasons": list(error.reasons)}
     return {
         "reasons": list(error.reasons),

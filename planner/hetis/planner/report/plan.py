@@ -81,6 +81,7 @@ def _sections(plan: Plan) -> Iterator[RenderableType]:
         yield section("Not chosen", _runners_up(plan))
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
+    yield section("Family", Text(plan.family, style="dim"))
 
 
 def bullets(lines: tuple[str, ...]) -> Table:
@@ -124,7 +125,6 @@ def _facts(plan: Plan) -> Table:
     table.add_row("Fleet", _fleet(plan))
     if count_by_role(plan):
         table.add_row("Roles", f"requests/s: {rates_by_role(plan)}")
-    table.add_row("Family", Text(plan.family, style="dim"))
     return table
 
 

@@ -12,7 +12,7 @@ from hetis.planner.report.figures import digits
 from hetis.planner.report.plan import section
 
 if TYPE_CHECKING:
-    from hetis.solver.placement.wish_prices import WishPrice
+    from hetis.solver.wish_prices import WishPrice
 
 WILL_PRICES = "will_prices"  # entry of `Plan.inputs`
 

@@ -162,7 +162,7 @@ def study(
 
 def default_search(seed: int, *, threads: int = 1, gap_target: float = GAP) -> Search:
     """`solve_placement`, with what is left of the budget for each search."""
-    from hetis.solver.placement import solve_placement
+    from hetis.solver.planning import solve_placement
 
     def search(problem: PlacementProblem, strategy: str, budget: Budget) -> Plan:
         left = Budget(time_limit_s=budget.remaining_s(), clock=budget.clock, cancelled=budget.cancelled)

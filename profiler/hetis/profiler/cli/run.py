@@ -76,7 +76,8 @@ def run(
     from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.run_progress import run_progress
     from hetis.profiler.measure.journal import journal_of, points_in
-    from hetis.profiler.measure.session import RunRequest, measure
+    from hetis.profiler.measure.request import RunRequest
+    from hetis.profiler.measure.session import measure
 
     require_outputs((out, cluster_out))
     spec = load_model(model or (_CPU_MODEL if device == "cpu" else _CUDA_MODEL))

@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,10 +16,8 @@ from hetis.formats.units import format_bytes
 from hetis.profiler.measure import host
 from hetis.profiler.measure.device import CudaDevice, Device
 from hetis.profiler.measure.nvidia import GpuNews, GpuWatch, own_processes
+from hetis.profiler.measure.request import RunRequest
 from hetis.profiler.measure.rotation import TIMES
-
-if TYPE_CHECKING:
-    from hetis.profiler.measure.session import RunRequest
 
 
 class HostWatch:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetis.formats.measurements import Measurements
@@ -15,10 +14,10 @@ from hetis.profiler.measure.disturbance import disturbance_notes
 from hetis.profiler.measure.grid import extent_of, series_of
 from hetis.profiler.measure.journal import Journal, read_journal
 from hetis.profiler.measure.points import Measured, Point, Sample
+from hetis.profiler.measure.request import RunRequest
 from hetis.profiler.measure.results import to_measurements
 from hetis.profiler.measure.statistics import SamplingRule, sample
 from hetis.solver.errors import HetisError
-from hetis.solver.model import ModelSpec
 
 if TYPE_CHECKING:
     from hetis.profiler.measure.device import Device
@@ -26,26 +25,6 @@ if TYPE_CHECKING:
 
 class NotEnoughPointsError(HetisError):
     """Time was up before every operator had its first points."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
-    """What to measure.
-
-    Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:1``.
-        gpu: name of the GPU type in the result; empty: what the device calls itself.
-        limit_s: stop choosing new points after this long.
-        journal: file that keeps what was measured; the points in it are not measured again if ``resume``.
-    """
-
-    device: str
-    gpu: str
-    model: ModelSpec
-    quick: bool
-    limit_s: float
-    journal: Path
-    resume: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,10 +132,12 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().bind_kv_cache_manager(kv_cache_manager)
         from hetis.runtime.vllm.assembly import engine_shape
         from hetis.runtime.vllm.blocks import HeadGroupManager
+        from hetis.runtime.vllm.surroundings import surround
 
         [manager] = kv_cache_manager.coordinator.single_type_managers
         assert isinstance(manager, HeadGroupManager), "all layers of the model have KV of head groups"
         self._decider.bind(manager, engine_shape(self._vllm_config, manager.kv_cache_spec))
+        surround(self._decider)
 
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]

@@ -8,12 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.solver.dispatch.snapshot import DeviceStatus
-
-if TYPE_CHECKING:
-    from hetis.runtime.vllm.scheduler import SchedulerSide
 
 Samples = dict[str, dict[str, float]]
 EVERY_S = 0.5  # between two times that counts are taken while requests run

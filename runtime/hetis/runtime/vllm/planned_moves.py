@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hetis.runtime.executor.change import EngineChange, gone, no_room, not_owner, unavailable
 from hetis.runtime.executor.refusals import RefusedError, failure_of, generation_mismatch, refusal
+from hetis.runtime.vllm.binding import Binding
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move
-
-if TYPE_CHECKING:
-    from hetis.runtime.vllm.steering import Binding
 
 
 @dataclass(slots=True)

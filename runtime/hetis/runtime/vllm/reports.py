@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hetis.runtime.measured.coefficients import device_seconds
+from hetis.runtime.vllm.binding import Binding
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.solver.dispatch.snapshot import DeviceStatus as OwnStatus
 from hetis.v1.head_map_pb2 import HeadMap, HeadMapDevice, Move, MoveInFlight, RunningRequest
 from hetis.v1.report_pb2 import DeviceLoad, DeviceReport, DeviceStatus, StageLoad
 from hetis.v1.stage_pb2 import StageDevice, StageModel
-
-if TYPE_CHECKING:
-    from hetis.runtime.vllm.steering import Binding
 
 _STATUS = {
     OwnStatus.OK: DeviceStatus.DEVICE_STATUS_OK,

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from hetis.runtime.measured.calibration import Calibration
     from hetis.runtime.vllm.allocator import HeadAllocator
     from hetis.runtime.vllm.costs import Costs
-    from hetis.runtime.vllm.executing import ExecutorThread
-    from hetis.runtime.vllm.steering import SteeredVllm
     from hetis.solver.dispatch.problem import HeadShape
 
 _log = logging.getLogger(__name__)
@@ -70,6 +68,26 @@ class Blocks(Protocol):
     def free_group(self, request_id: str, group: int) -> None: ...
     def left(self, request_id: str, groups: Sequence[int]) -> None: ...
     def lost(self, request_id: str) -> None: ...
+
+
+class Counting(Protocol):
+    """What is used of `hetis.runtime.vllm.counts.Counts`."""
+
+    def take(self, *, is_last: bool) -> dict[str, Any] | None: ...
+
+
+class Steering(Protocol):
+    """What is used of `hetis.runtime.vllm.steering.SteeredVllm`."""
+
+    @property
+    def is_assigned(self) -> bool: ...
+    def step(self, now_s: float) -> None: ...
+
+
+class Closing(Protocol):
+    """What is used of `hetis.runtime.vllm.executing.ExecutorThread`."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,19 +143,19 @@ class SchedulerSide:
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
         self._moved_by: dict[int, MovedBy] = {}
         self._blocks: dict[tuple[int, int], list[int]] = {}  # of each worker, by rank
-        self._steered: SteeredVllm | None = None
-        self._executor: ExecutorThread | None = None
+        self._counts: Counting
+        self._steered: Steering | None = None
+        self._executor: Closing | None = None
         self._requests = _Requests()
         self._placed: dict[str, Request] = {}
 
     # --- life
 
     def bind(self, manager: Blocks, shape: EngineShape) -> None:
-        """Meets the block manager. Raises SettingsError: the executor's socket cannot be made."""
+        """Meets the block manager."""
         # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
         from hetis.runtime.vllm.allocator import HeadAllocator
         from hetis.runtime.vllm.costs import Costs
-        from hetis.runtime.vllm.counts import Counts
         from hetis.runtime.vllm.redispatch import Redispatch
         from hetis.solver.dispatch.warming import compile_dispatch
 
@@ -152,7 +170,6 @@ class SchedulerSide:
             output_tokens=settings.dispatch.expected_output_tokens,
         )
         self.costs.follow(self.allocator.change_costs)
-        self._counts = Counts(self)
         manager.homes = self.allocator
         manager.relieve = self.relieve
         self._redispatch: Redispatch | None = Redispatch(
@@ -165,8 +182,10 @@ class SchedulerSide:
         if names and settings.dispatch.policy == "solver":
             _log.info("loading the dispatcher, which is compiled once per machine: a minute or two")
             compile_dispatch()
-        if settings.executor is not None:
-            self._steer()
+
+    def attach(self, counts: Counting, steered: Steering | None = None, executor: Closing | None = None) -> None:
+        """What stands around it: counts, and the way in of an agent, if there is one."""
+        self._counts, self._steered, self._executor = counts, steered, executor
 
     def greet(
         self,
@@ -326,11 +345,6 @@ class SchedulerSide:
         return self._steered is not None and self._steered.is_assigned
 
     @property
-    def steered(self) -> SteeredVllm | None:
-        """What an agent steers; None: nobody does."""
-        return self._steered
-
-    @property
     def is_idle(self) -> bool:
         """Whether vLLM has no request."""
         return self._requests.is_empty and self.allocator.is_idle
@@ -346,18 +360,6 @@ class SchedulerSide:
         return self._requests
 
     # --- inside
-
-    def _steer(self) -> None:
-        from hetis.runtime.vllm.executing import ExecutorThread
-        from hetis.runtime.vllm.settings import SettingsError
-        from hetis.runtime.vllm.steering import SteeredVllm
-
-        assert self.settings.executor is not None
-        self._steered = SteeredVllm(self)
-        try:
-            self._executor = ExecutorThread(self.settings.executor, self._steered, self.boundary)
-        except OSError as error:
-            raise SettingsError(f"hetis: executor: {error}") from None
 
     def _hear(self, rank: int, report: RankReport) -> None:
         self.costs.measured(rank, report.calibrations)

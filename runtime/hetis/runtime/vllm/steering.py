@@ -13,6 +13,7 @@ from hetis.runtime.executor.changes import EngineChanges
 from hetis.runtime.executor.engine import SteeredEngine, TakenReplica
 from hetis.runtime.executor.refusals import failure_of, refusal
 from hetis.runtime.measured.coefficients import Coefficients
+from hetis.runtime.vllm.binding import Binding
 from hetis.runtime.vllm.costs import HERE
 from hetis.runtime.vllm.planned_moves import PlannedMoves
 from hetis.runtime.vllm.reports import device_reports, head_map, stage_load
@@ -22,29 +23,6 @@ from hetis.v1.executor_service_pb2 import ReadHeadMapsResponse, WatchReportsResp
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceStatus, ReplicaReport
-from hetis.v1.stage_pb2 import StageModel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Binding:
-    """The stage of an assignment in this engine.
-
-    Attributes:
-        model: as the planner knows it.
-        index: number of each of its devices here, by name; the primary is `LOCAL`.
-        cards: tensor-parallel ranks, each with as many groups as the allocator has.
-        planned_blocks: blocks of the plan that a block of one group here is, on all ranks together: vLLM's may be some
-            times as long.
-    """
-
-    model: StageModel
-    index: Mapping[str, int]
-    cards: int
-    planned_blocks: int
-
-    def name(self, device: int) -> str:
-        """What the planner calls a device; its own name where the plan does not have it."""
-        return next((name for name, number in self.index.items() if number == device), f"device {device}")
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""`solve_placement`: from a problem to a plan with named GPUs, a value and a bound."""
+"""`solve_family`: from a problem to a plan with named GPUs, a value and a bound."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.classes import class_prices
 from hetis.solver.placement.first_token import ttft_s
@@ -20,7 +20,7 @@ from hetis.solver.placement.out_of_reach import is_out_of_reach
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.search import demanded_rate, equal_stages, row_costs_of, search
-from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
+from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import (
@@ -50,42 +50,24 @@ from hetis.solver.problem import PlacementProblem
 OPTIMAL_GAP = 1e-6
 
 
-def solve_placement(
+def solve_family(
     problem: PlacementProblem,
     *,
-    strategy: str = "hetis",
-    budget: Budget | None = None,
+    strategy: str,
+    budget: Budget,
     gap_target: float = 0.001,
     seed: int = 0,
     threads: int = 1,
     report: Report = silent,
     market: Market | None = None,
 ) -> Plan:
-    """Chooses replicas for a fleet so that the objective is best, and proves how good the choice is.
+    """`hetis.solver.planning.solve_placement` by a strategy of our own; the problem's family is the strategy's.
 
     Small fleets are solved exactly (`exact.py`), others by column generation (`generation.py`) until the gap is at
-    most ``gap_target``, the time is over or no column is left that could help. With the same arguments and no time
-    limit the plan is the same. Where no plan exists, ``market`` is asked for GPU types that could be added
-    (None: none is looked for).
-
-    Raises:
-        InvalidProblemError: unknown strategy, an objective that lacks its demand, or a wish that nobody can keep.
-        InfeasibleError: proved that the family holds no plan; ``reasons`` say what is missing.
-        NoPlanFoundError: the budget was spent before a plan was found.
+    most ``gap_target``, the time is over or no column is left that could help.
     """
-    if strategy not in STRATEGIES:
-        raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
-    budget = budget if budget is not None else Budget()
-    problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     searched = grounded(problem)
-    report = _in_objective_units(report, problem)
-    if STRATEGIES[strategy].is_published:
-        from hetis.solver.published import PUBLISHED
-
-        for wish in wishes_ignored(strategy, problem.will):
-            raise InvalidProblemError(f"{wish}: strategy {strategy} can only leave out GPUs and TP sizes")
-        plan = PUBLISHED[strategy].solve(searched.problem, budget=budget, seed=seed, report=report)
-        return restored(plan, searched, problem) if problem.will else plan
+    report = in_objective_units(report, problem)
 
     def no_plan() -> InfeasibleError:
         return infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
@@ -118,7 +100,7 @@ def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int =
     return None if outcome is None else objective_scale(problem) * outcome.value
 
 
-def _in_objective_units(report: Report, problem: PlacementProblem) -> Report:
+def in_objective_units(report: Report, problem: PlacementProblem) -> Report:
     """Progress in the unit of the objective: searches speak of saturated rates, people of goodput."""
     scale = objective_scale(problem)
 

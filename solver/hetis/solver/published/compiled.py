@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hetis.solver import placement
 from hetis.solver.compiled import kernel_of
+from hetis.solver.placement import compiled as placement
 
 kernel = kernel_of(Path(__file__).parent, Path(placement.__file__).parent)

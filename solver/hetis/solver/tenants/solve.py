@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.exact import is_small
-from hetis.solver.placement.infeasible import why_infeasible
+from hetis.solver.placement.infeasible import ExplainedInfeasibleError, why_infeasible
 from hetis.solver.placement.master import settled
 from hetis.solver.placement.solve import OPTIMAL_GAP
 from hetis.solver.placement.strategies import STRATEGIES
@@ -36,7 +36,7 @@ class FleetSearch:
 
     Raises:
         InvalidProblemError: the strategy has no family that can be shared.
-        InfeasibleError: proved that a tenant fits on the fleet in no way, even alone.
+        ExplainedInfeasibleError: proved that a tenant fits on the fleet in no way, even alone.
         NoPlanFoundError: the budget was spent before every tenant was known alone.
     """
 
@@ -97,7 +97,7 @@ class FleetSearch:
             raise NoPlanFoundError(f"no plan for {name} found within {self.budget.elapsed_s():.1f} s; allow more time")
         s, nobody = self.settings, f"tenant {name} can be served by no replica on this fleet, even alone"
         why = why_infeasible(contender.tenant.problem, self.budget, seed=s.seed, threads=s.threads, report=self.report)
-        raise InfeasibleError((nobody, *why.reasons), why)
+        raise ExplainedInfeasibleError((nobody, *why.reasons), why)
 
     def _reach(self, contender: Contender, limits: IntArray, phase: str) -> Reach:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))

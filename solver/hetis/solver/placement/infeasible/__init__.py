@@ -28,7 +28,17 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import AtMost, Replicas, Use
 
-__all__ = ["Conflict", "Infeasibility", "Market", "Offer", "Relaxation", "Requirement", "infeasible", "why_infeasible"]
+__all__ = [
+    "Conflict",
+    "ExplainedInfeasibleError",
+    "Infeasibility",
+    "Market",
+    "Offer",
+    "Relaxation",
+    "Requirement",
+    "infeasible",
+    "why_infeasible",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +48,14 @@ class Infeasibility:
     conflicts: tuple[Conflict, ...]
     relaxations: tuple[Relaxation, ...]
     reasons: tuple[str, ...]
+
+
+class ExplainedInfeasibleError(InfeasibleError):
+    """No plan of the family exists; ``why`` says the same as values."""
+
+    def __init__(self, reasons: tuple[str, ...], why: Infeasibility) -> None:
+        super().__init__(reasons)
+        self.why = why
 
 
 def why_infeasible(
@@ -83,10 +101,10 @@ def infeasible(
     threads: int,
     market: Market | None = None,
     report: Report = silent,
-) -> InfeasibleError:
+) -> ExplainedInfeasibleError:
     """`why_infeasible` as the error to raise."""
     why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
-    return InfeasibleError(why.reasons, why)
+    return ExplainedInfeasibleError(why.reasons, why)
 
 
 def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str]:

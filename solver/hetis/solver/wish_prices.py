@@ -13,10 +13,11 @@ from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.errors import HetisError
 from hetis.solver.placement.grounding import grounded
 from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.solve import objective_scale, solve_placement
+from hetis.solver.placement.solve import objective_scale
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Plan
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import Will
 

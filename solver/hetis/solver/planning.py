@@ -1,0 +1,63 @@
+"""`solve_placement`: a plan by any strategy, our own search or a published heuristic.
+
+Importing this loads compiled kernels and HiGHS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.grounding import grounded, restored
+from hetis.solver.placement.infeasible import Market
+from hetis.solver.placement.solve import in_objective_units, solve_family
+from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
+
+
+def solve_placement(
+    problem: PlacementProblem,
+    *,
+    strategy: str = "hetis",
+    budget: Budget | None = None,
+    gap_target: float = 0.001,
+    seed: int = 0,
+    threads: int = 1,
+    report: Report = silent,
+    market: Market | None = None,
+) -> Plan:
+    """Chooses replicas for a fleet so that the objective is best, and proves how good the choice is.
+
+    The search goes on until the gap is at most ``gap_target``, the time is over or nothing is left that could help.
+    With the same arguments and no time limit the plan is the same. Where no plan exists, ``market`` is asked for GPU
+    types that could be added (None: none is looked for). Published heuristics prove little, and know no target.
+
+    Raises:
+        InvalidProblemError: unknown strategy, an objective that lacks its demand, or a wish that nobody can keep.
+        InfeasibleError: proved that the family holds no plan; ``reasons`` say what is missing.
+        NoPlanFoundError: the budget was spent before a plan was found.
+    """
+    if strategy not in STRATEGIES:
+        raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
+    budget = budget if budget is not None else Budget()
+    problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    if STRATEGIES[strategy].is_published:
+        return _by_published_heuristic(problem, strategy, budget, seed, in_objective_units(report, problem))
+    return solve_family(
+        problem, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed, threads=threads, report=report,
+        market=market,
+    )  # fmt: skip
+
+
+def _by_published_heuristic(
+    problem: PlacementProblem, strategy: str, budget: Budget, seed: int, report: Report
+) -> Plan:
+    from hetis.solver.published import PUBLISHED
+
+    searched = grounded(problem)
+    for wish in wishes_ignored(strategy, problem.will):
+        raise InvalidProblemError(f"{wish}: strategy {strategy} can only leave out GPUs and TP sizes")
+    plan = PUBLISHED[strategy].solve(searched.problem, budget=budget, seed=seed, report=report)
+    return restored(plan, searched, problem) if problem.will else plan

@@ -1,0 +1,36 @@
+"""Which known name an unknown one may have meant."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.formats.errors import nearest
+
+GPUS = ("H100-SXM-80GB", "H100-PCIe-80GB", "A100-SXM-80GB", "L4", "T4")
+WORKLOADS = ("azure_conv_2023", "azure_code_2023", "sharegpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "found"),
+    [
+        ("H10O", GPUS, "H100-SXM-80GB"),
+        ("h100-sxm-80", GPUS, "H100-SXM-80GB"),
+        ("azure", WORKLOADS, "azure_conv_2023"),
+        ("azure_conv_2032", WORKLOADS, "azure_conv_2023"),
+        ("shargpt", WORKLOADS, "sharegpt"),
+        ("x", WORKLOADS, None),
+        ("mistral", GPUS, None),
+    ],
+)
+def test_a_name_that_is_alike_or_begins_alike(name: str, known: tuple[str, ...], found: str | None) -> None:
+
+    assert nearest(name, known) == found
+
+
+@given(st.sampled_from(GPUS + WORKLOADS), st.integers(min_value=3, max_value=20))
+def test_the_beginning_of_a_name_finds_one_that_begins_so(name: str, letters: int) -> None:
+    found = nearest(name[:letters], GPUS + WORKLOADS)
+    assert found is not None
+    assert found.startswith(name[:letters])
