@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement import search, solve, solve_placement
+from hetis.solver.placement import search, solve
 from hetis.solver.placement.infeasible import trials, why_infeasible
 from hetis.solver.placement.infeasible.relaxations import PRECISION
 from hetis.solver.placement.infeasible.trials import MAX_TRIALS
 from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value

@@ -18,11 +18,12 @@ from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement import search
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Profile
 from tests.solver.instances import (

@@ -20,7 +20,7 @@ from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement import exact as exact_search
-from hetis.solver.placement import frontier, master, search, solve_placement
+from hetis.solver.placement import frontier, master, search
 from hetis.solver.placement.infeasible import trials as trials_module
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, requirements_of
 from hetis.solver.placement.infeasible.trials import Trials
@@ -28,6 +28,7 @@ from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import ObjectiveKind, Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.fresh import search_fresh
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems

@@ -16,7 +16,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots, Link, NodeGroup
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement import search
 from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.master import Columns, Master, MilpSolution
 from hetis.solver.placement.pricing import Priced, Pricer
@@ -25,6 +25,7 @@ from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import use_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value

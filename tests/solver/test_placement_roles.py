@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement import search
 from hetis.solver.placement.kv_routes import kv_routes
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.strategies import STRATEGIES
@@ -23,6 +23,7 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import interval_of, with_fewest_in_flight
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.placement import exact, frontier, frontier_sequential, search, solve_placement
+from hetis.solver.placement import exact, frontier, frontier_sequential, search
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan, Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value

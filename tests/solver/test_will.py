@@ -15,8 +15,9 @@ from hetis.solver.budget import Budget
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement import search, solve_placement
+from hetis.solver.placement import search
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import (
     DUTY_OF_ROLE,

@@ -315,7 +315,7 @@ def test_an_admin_ends_the_stream_of_an_agent_and_the_next_one_is_let_in() -> No
             second = stub.ConnectNode()
             await second.write(real.hello())
             assert await _kind_of_next(second) == "welcome"
-            with pytest.raises(ServiceError, match="does not exist"):
+            with pytest.raises(ServiceError, match="no agent is connected as"):
                 fleet.disconnect(f"{CLUSTER}/nodes/none")
             second.cancel()
 
