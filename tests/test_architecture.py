@@ -123,7 +123,8 @@ def test_the_architecture_document_names_every_root() -> None:
 def imports_of(sources: Mapping[str, str]) -> dict[str, set[str]]:
     """Of every module the others that it imports, whatever for and wherever; sources by dotted name.
 
-    ``from package import name`` is an import of the module of that name where there is one, else of the package.
+    ``from package import name`` is an import of the package, whose ``__init__`` runs, and of the module of that name
+    where there is one.
     """
     found: dict[str, set[str]] = {name: set() for name in sources}
     for name, source in sources.items():
@@ -131,8 +132,7 @@ def imports_of(sources: Mapping[str, str]) -> dict[str, set[str]]:
             if isinstance(node, ast.Import):
                 found[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                inner = {f"{node.module}.{alias.name}" for alias in node.names}
-                found[name] |= inner & sources.keys() or {node.module}
+                found[name] |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         found[name] = found[name] & sources.keys() - {name}
     return found
 
@@ -168,3 +168,13 @@ def test_a_circle_is_found_and_named() -> None:
     }
     assert set(circle_in(imports_of(planted))) == {"hetis.a", "hetis.b", "hetis.c"}
     assert circle_in(imports_of(planted | {"hetis.c": "from hetis import d\n"})) == []
+
+
+def test_a_package_that_imports_what_imports_it_is_a_circle() -> None:
+    planted = {
+        "hetis.p": "def main():\n    from hetis.p.app import run\n",
+        "hetis.p.app": "from hetis.p.verb import verb\n",
+        "hetis.p.verb": "from hetis.p import options\n",
+        "hetis.p.options": "",
+    }
+    assert set(circle_in(imports_of(planted))) == {"hetis.p", "hetis.p.app", "hetis.p.verb"}

@@ -1,5 +1,5 @@
 """``python -m hetis.planner.cli``."""
 
-from hetis.planner.cli import main
+from hetis.planner.cli.entry import main
 
 main()

@@ -1,0 +1,17 @@
+"""Where the commands begin: `hetis-plan`, and ``python -m hetis.planner.cli``."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Entry point of the ``hetis-plan`` command; the base install has it too, but not what it needs."""
+    try:
+        from hetis.planner.cli.app import main as run_and_exit
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"hetis-plan needs {error.name}: pip install 'hetis[planner]'")
+    run_and_exit()
