@@ -75,10 +75,12 @@ def make_plan(
     budget: Budget,
     report: Report,
     market: Market | None = None,
+    beside_equal_stages: bool = False,
 ) -> Plan:
     """Solves, completes the plan with its inputs and notes, checks it, and says what its profiles' errors make of it.
 
-    Where no plan exists, ``market`` says which GPUs could be added (None: nobody asks).
+    Where no plan exists, ``market`` says which GPUs could be added (None: nobody asks). ``beside_equal_stages`` asks
+    what equal stages reach, which takes time of its own.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -103,7 +105,7 @@ def make_plan(
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
     notes = (*plan.notes, *routed, *profile_notes(problem))
     inputs = inputs_of_plan(loaded, settings, problem)
-    if settings.strategy == DEFAULT_STRATEGY and plan.replicas:
+    if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
         alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=budget.cancelled)
         inputs[EQUAL_STAGES] = equal_stages_value(problem, budget=alone, seed=settings.seed)
     plan = replace(plan, inputs=inputs, notes=notes)

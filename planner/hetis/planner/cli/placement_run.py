@@ -89,6 +89,7 @@ class PlacementRun:
             budget=self._budget(cancelled),
             report=report,
             market=catalogue_market,
+            beside_equal_stages=True,
         )
         if self.verify:
             plan = self._verified(plan, cancelled, report)
