@@ -37,7 +37,7 @@ from benchmarks.measuring.saturating import iterations_per_request
 from benchmarks.measuring.served import served
 from hetis.formats.documents import load_workload
 from hetis.planner.jobs.kernels import compile_kernels
-from hetis.planner.simulating import seats_of
+from hetis.planner.use_cases.simulate import seats_of
 from hetis.simulator.confidence import over_runs
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.values import Settings

@@ -32,7 +32,7 @@ from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.served import served
 from hetis.formats.documents import load_workload
-from hetis.planner.simulating import MIN_REQUESTS, TURNS
+from hetis.planner.use_cases.simulate import MIN_REQUESTS, TURNS
 from hetis.simulator.confidence import over_runs
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.summary import Summary

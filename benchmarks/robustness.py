@@ -28,8 +28,8 @@ from benchmarks.measuring import rows
 from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.wrong_costs import Cards, batch, slowdown, stage_of, wrong_stage
-from hetis.planner.robustness.fixed_plan import FixedPlan
-from hetis.planner.robustness.perturbing import Profiles, corners, perturbed
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
+from hetis.planner.use_cases.robustness.perturbing import Profiles, corners, perturbed
 from hetis.solver.budget import Budget
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.planning import solve_placement

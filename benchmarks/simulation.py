@@ -41,7 +41,7 @@ from benchmarks.measuring.saturating import (
     saturated_run,
     steady_rate,
 )
-from hetis.planner.simulating import seats_of
+from hetis.planner.use_cases.simulate import seats_of
 from hetis.simulator.arrivals import Load, draw_traffic, requests_of
 from hetis.simulator.metrics import Limits, measure, prediction_of
 from hetis.simulator.simulate import simulate

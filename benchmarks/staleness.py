@@ -62,7 +62,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "service": ("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet"),
     "sharing": ("benchmarks/sharing.py", *_SEARCH, f"{_SOLVER}/tenants", f"{_SOLVER}/shares"),
     "layers": ("benchmarks/layers.py", f"{_SOLVER}/layers"),
-    "robustness": ("benchmarks/robustness.py", *_SEARCH, "planner/hetis/planner/robustness"),
+    "robustness": ("benchmarks/robustness.py", *_SEARCH, "planner/hetis/planner/use_cases/robustness"),
 }
 
 _SECTION = re.compile(r"<!-- (?!end |sources )(?P<name>[\w ]+?) -->\n(?P<text>.*?)<!-- end (?P=name) -->", re.DOTALL)

@@ -34,6 +34,13 @@ ROOMS_OF_EXTRAS = {
     ("formats", "command_line"),
 }
 
+# The planner's folders from top to bottom, and what stands beside them for all.
+PLANNER_FLOORS = (
+    *("cli", "service", "resources", "fleet", "jobs", "convert", "report"),
+    *("use_cases", "client", "store"),
+)
+PLANNER_BESIDE = {"beside", "callers", "daemons", "failures", "watching"}
+
 
 def roots() -> list[str]:
     """Folders that are source roots of the namespace package."""
@@ -147,16 +154,66 @@ def circle_in(imports: Mapping[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_imports_go_round_in_a_circle() -> None:
+def rooms_of(imports: Mapping[str, set[str]], package: str) -> dict[str, set[str]]:
+    """The imports between the folders and modules that stand directly in a package, by their names in it."""
+    inside = f"{package}."
+    rooms: dict[str, set[str]] = {}
+    for name, others in imports.items():
+        if name.startswith(inside):
+            room = name.removeprefix(inside).split(".")[0]
+            found = {other.removeprefix(inside).split(".")[0] for other in others if other.startswith(inside)}
+            rooms.setdefault(room, set()).update(found - {room})
+    return rooms
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    return imports_of(
+        {
+            ".".join(path.relative_to(ROOT / root).with_suffix("").parts).removesuffix(".__init__"): path.read_text(
+                "utf-8"
+            )
+            for root in sorted(MAY_IMPORT)
+            if root != "proto"
+            for path in modules(root)
+        }
+    )
+
+
+def test_no_imports_go_round_in_a_circle(imports: dict[str, set[str]]) -> None:
     """Imports for types and inside functions count: a floor has no stairs back, whoever takes them."""
-    sources = {
-        ".".join(path.relative_to(ROOT / root).with_suffix("").parts).removesuffix(".__init__"): path.read_text("utf-8")
-        for root in sorted(MAY_IMPORT)
-        if root != "proto"
-        for path in modules(root)
-    }
-    circle = circle_in(imports_of(sources))
+    circle = circle_in(imports)
     assert not circle, " -> ".join(circle)
+
+
+def test_no_folders_go_round_in_a_circle(imports: dict[str, set[str]]) -> None:
+    """The same between folders, at every depth: files without a circle may still tie two folders together."""
+    packages = {name[:end] for name in imports for end, letter in enumerate(name) if letter == "."}
+    for package in sorted(packages):
+        circle = circle_in(rooms_of(imports, package))
+        assert not circle, f"{package}: " + " -> ".join(circle)
+
+
+def test_the_planners_floors_import_downwards(imports: dict[str, set[str]]) -> None:
+    """The picture in docs/architecture.md: a floor imports floors below it, and all may use what is beside them."""
+    found = rooms_of(imports, "hetis.planner")
+    assert found.keys() - {"__init__"} == {*PLANNER_FLOORS, *PLANNER_BESIDE}
+    for room, others in found.items():
+        if room in PLANNER_FLOORS:
+            below = PLANNER_FLOORS[PLANNER_FLOORS.index(room) + 1 :]
+            assert others <= {*below, *PLANNER_BESIDE}, f"{room} imports {others - {*below, *PLANNER_BESIDE}}"
+        else:
+            assert others <= PLANNER_BESIDE, f"{room} imports {others - PLANNER_BESIDE}"
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = [text.index(f"\n{room}/ ") for room in PLANNER_FLOORS]
+    assert places == sorted(places), "the document draws the floors in another order"
+
+
+def test_folders_that_import_each_other_are_a_circle() -> None:
+    planted = {"hetis.a.one": "import hetis.b.two\n", "hetis.b.two": "", "hetis.b.one": "import hetis.a.two\n"}
+    found = imports_of(planted | {"hetis.a.two": ""})
+    assert circle_in(found) == []
+    assert set(circle_in(rooms_of(found, "hetis"))) == {"a", "b"}
 
 
 def test_a_circle_is_found_and_named() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from hetis.planner.simulating import seats_of
+from hetis.planner.use_cases.simulate import seats_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits, Metrics
 from hetis.simulator.running import Job, Runner, runner

@@ -9,8 +9,8 @@ from functools import cache
 from benchmarks.measuring.instances import fleet
 from hetis.formats.documents import load_model, load_workload
 from hetis.planner.convert.documents import document_of
-from hetis.planner.placing import Settings, make_plan
-from hetis.planner.sources import Inputs, LoadedInputs
+from hetis.planner.use_cases.place import Settings, make_plan
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan

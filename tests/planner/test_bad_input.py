@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hetis.formats.documents import dump
 from hetis.planner.cli.app import run
-from hetis.planner.sources import load_inputs
+from hetis.planner.use_cases.sources import load_inputs
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 

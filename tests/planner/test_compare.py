@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.documents import load_plan
-from hetis.planner import comparing
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.comparing import compare_strategies, figures_of
-from hetis.planner.errors import UncheckedPlanError
-from hetis.planner.placing import Settings
-from hetis.planner.sources import load_inputs
+from hetis.planner.use_cases import compare as comparing
+from hetis.planner.use_cases.compare import compare_strategies, figures_of
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.strategies import STRATEGIES

@@ -12,8 +12,8 @@ import yaml
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.catalog import Catalogue
+from hetis.planner.cli.samples import SAMPLES
 from hetis.planner.cli.schema import Kind
-from hetis.planner.samples import SAMPLES
 from tests.planner.command_line import EXAMPLES, invoke
 
 

@@ -15,8 +15,8 @@ from hetis.formats.errors import single_problem
 from hetis.planner.cli import placement_run, plan_files
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.errors import UncheckedPlanError
-from hetis.planner.placing import objective
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import objective
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from tests.planner import plans

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hetis.planner.report.explanation import render_explanation
-from hetis.planner.report.grouping import group_replicas
 from hetis.planner.report.plan import MAX_SHAPES, render_plan, verdict
+from hetis.planner.use_cases.grouping import group_replicas
 from hetis.solver.plan import ObjectiveKind, Plan, Status
 from tests.planner import plans
 

@@ -15,16 +15,16 @@ import pytest
 from hetis.formats.documents import load_cluster, load_model, load_plan, load_workload, to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.placing import Settings, make_plan, objective
-from hetis.planner.robustness.alternatives import Alternative, regret, smaller_families
-from hetis.planner.robustness.fixed_plan import FixedPlan, Reach
-from hetis.planner.robustness.groups import structure_of
-from hetis.planner.robustness.notes import PROFILE_ERRORS, predicted_of, profile_notes, with_profile_errors
-from hetis.planner.robustness.perturbing import corners, perturbed, scaled, tp_sizes, used_fits
-from hetis.planner.robustness.ranges import MOST_ERROR, predicted
-from hetis.planner.robustness.regions import outside_regions
-from hetis.planner.robustness.study import Robustness, study
-from hetis.planner.sources import MODELLED, default_profile, load_inputs
+from hetis.planner.use_cases.place import Settings, make_plan, objective
+from hetis.planner.use_cases.robustness.alternatives import Alternative, regret, smaller_families
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
+from hetis.planner.use_cases.robustness.groups import structure_of
+from hetis.planner.use_cases.robustness.notes import PROFILE_ERRORS, predicted_of, profile_notes, with_profile_errors
+from hetis.planner.use_cases.robustness.perturbing import corners, perturbed, scaled, tp_sizes, used_fits
+from hetis.planner.use_cases.robustness.ranges import MOST_ERROR, predicted
+from hetis.planner.use_cases.robustness.regions import outside_regions
+from hetis.planner.use_cases.robustness.study import Robustness, study
+from hetis.planner.use_cases.sources import MODELLED, default_profile, load_inputs
 from hetis.profiler.ranges import UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, silent

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.documents import load_plan
-from hetis.planner.placing import Settings, missed
-from hetis.planner.simulating import default_rate
-from hetis.planner.sources import load_plan_and_problem
-from hetis.planner.verifying import VERIFICATION, misses, verification_of, verified
+from hetis.planner.use_cases.place import Settings, missed
+from hetis.planner.use_cases.simulate import default_rate
+from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.verify import VERIFICATION, misses, verification_of, verified
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import invoke

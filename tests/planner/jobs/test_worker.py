@@ -18,8 +18,8 @@ from hetis.planner.jobs.posed import PosedProblem, posed_from_json
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.search import Begun, News
 from hetis.planner.jobs.solving import solve
-from hetis.planner.placing import Settings
-from hetis.planner.sources import load_inputs, problem_of_plan
+from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
 from hetis.solver.plan import Objective, Plan, Role

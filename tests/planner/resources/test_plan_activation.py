@@ -13,8 +13,8 @@ import grpc
 import pytest
 
 from hetis.formats.documents import dump
-from hetis.planner.placing import Settings, make_plan, objective
-from hetis.planner.sources import load_inputs
+from hetis.planner.use_cases.place import Settings, make_plan, objective
+from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.v1 import document_pb2, plan_pb2, replica_pb2

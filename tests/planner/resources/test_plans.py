@@ -17,8 +17,8 @@ from hetis.formats import catalogue
 from hetis.formats.documents import dump, from_data
 from hetis.planner.convert.documents import document_of
 from hetis.planner.resources import plans
-from hetis.planner.sources import problem_of_plan
 from hetis.planner.store import ProfileRecord
+from hetis.planner.use_cases.sources import problem_of_plan
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.check import check_plan
 from hetis.solver.plan import Plan

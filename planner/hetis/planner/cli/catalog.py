@@ -28,8 +28,8 @@ def catalog(
     """List the GPUs, models, workloads or strategies that hetis knows, with their sources (-o json)."""
     from hetis.formats import catalogue
     from hetis.planner.report import catalogue as tables
-    from hetis.planner.report.json_values import json_value
-    from hetis.planner.sources import profile_origin
+    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.sources import profile_origin
     from hetis.solver.placement.strategies import STRATEGIES
     from hetis.solver.problem import Family
 

@@ -24,8 +24,8 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     The bound is taken on trust, as are the prices: the search proved them, and they are not derived again.
     """
     from hetis.planner.report.figures import plural
-    from hetis.planner.report.json_values import json_value
-    from hetis.planner.sources import load_plan_and_problem
+    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.sources import load_plan_and_problem
     from hetis.solver.check import check_plan
 
     found = load_plan_and_problem(plan)

@@ -15,7 +15,7 @@ from hetis.planner.cli.families import ALL_STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Status
 
 if TYPE_CHECKING:
-    from hetis.planner.comparing import Compared
+    from hetis.planner.use_cases.compare import Compared
     from hetis.solver.budget import Report
 
 
@@ -46,13 +46,13 @@ def compare(
 
     Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
-    from hetis.planner import placing
     from hetis.planner.cli.plan_files import refuse_unwritable_plans, save_plans
     from hetis.planner.cli.searching import search_interruptibly
-    from hetis.planner.comparing import compare_strategies
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
-    from hetis.planner.sources import load_inputs
+    from hetis.planner.use_cases import place as placing
+    from hetis.planner.use_cases.compare import compare_strategies
+    from hetis.planner.use_cases.sources import load_inputs
     from hetis.solver.budget import Budget
 
     if out is not None:
@@ -87,7 +87,7 @@ def compare(
 
 def _judge(compared: Sequence[Compared]) -> ExitCode:
     """Success where there is something to choose from and nothing is broken."""
-    from hetis.planner.comparing import FAILED
+    from hetis.planner.use_cases.compare import FAILED
 
     if any(outcome.status == FAILED for outcome in compared):
         return ExitCode.INTERNAL

@@ -25,8 +25,8 @@ def diff(
 
     Replicas are matched by the GPUs they hold and the layers on them. Devices of the same name are the same GPU.
     """
-    from hetis.planner.diffing import diff_plans
     from hetis.planner.report.plan_diff import diff_document, render_diff
+    from hetis.planner.use_cases.diff import diff_plans
 
     if before == after == "-":
         raise typer.BadParameter("only one of the plans can come from standard input")

@@ -35,15 +35,15 @@ def dispatch(
     import time
 
     from hetis.formats.errors import DocumentError
-    from hetis.planner import dispatching
+    from hetis.planner.cli.interruptible import run_interruptibly
     from hetis.planner.cli.native_output import no_native_output
     from hetis.planner.cli.plan_files import refuse_unwritable, save
     from hetis.planner.cli.stage_options import chosen_stage
     from hetis.planner.report.dispatch import render_dispatch
     from hetis.planner.report.dispatch_document import dispatch_document
     from hetis.planner.report.dispatch_words import explain_dispatch
-    from hetis.planner.solving import run_interruptibly
-    from hetis.planner.stage_sources import load_new_requests
+    from hetis.planner.use_cases import dispatch as dispatching
+    from hetis.planner.use_cases.stage_sources import load_new_requests
     from hetis.solver.budget import Budget
 
     if out is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @verb()
 def doctor(terminal: Terminal) -> ExitCode:
     """Check this installation: Python, solver libraries and their order, the compiler's cache, the machine."""
-    from hetis.planner.installation import Verdict, examine
+    from hetis.planner.cli.installation import Verdict, examine
 
     findings = examine()
 

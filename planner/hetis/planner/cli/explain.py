@@ -12,8 +12,8 @@ from hetis.planner.cli.options import PlanArgument
 def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Show where memory and time go, what limits every replica, what GPUs are worth, why some idle."""
     from hetis.planner.report.explanation import render_explanation
-    from hetis.planner.report.json_values import json_value
-    from hetis.planner.sources import load_plan_and_problem
+    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.sources import load_plan_and_problem
     from hetis.solver.placement.explanation import explain_plan
 
     found = load_plan_and_problem(plan)

@@ -7,9 +7,9 @@ from hetis.formats.command_line.internal_errors import internal_error
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.report.figures import plural
-from hetis.planner.versions import LIBRARIES
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.versions import LIBRARIES
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 
 

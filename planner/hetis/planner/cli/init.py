@@ -24,7 +24,7 @@ def init(
     """Write a sample cluster and workload file."""
     from hetis.formats.errors import DocumentError, Problem, single_problem
     from hetis.formats.files import write_atomically
-    from hetis.planner.samples import EXAMPLE_MODEL, SAMPLES
+    from hetis.planner.cli.samples import EXAMPLE_MODEL, SAMPLES
 
     targets = {directory / name: text for name, text in SAMPLES.items()}
     there = [path for path in targets if path.exists()]

@@ -47,9 +47,9 @@ def layers(
 
     from hetis.formats.layers_problem import load_layers_problem
     from hetis.planner.cli.searching import search_interruptibly
-    from hetis.planner.layering import is_compiled, place_layers
     from hetis.planner.report.layers import render_layers
     from hetis.planner.report.layers_document import layers_document
+    from hetis.planner.use_cases.layers import is_compiled, place_layers
     from hetis.solver.budget import Budget
 
     problem = load_layers_problem(file)

@@ -39,10 +39,10 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; twice leaves at once.
     """
-    from hetis.planner import placing
     from hetis.planner.cli.placement_run import PlacementRun
     from hetis.planner.cli.plan_files import refuse_unwritable
-    from hetis.planner.sources import load_inputs, ordered
+    from hetis.planner.use_cases import place as placing
+    from hetis.planner.use_cases.sources import load_inputs, ordered
 
     if out is not None:
         refuse_unwritable(out)

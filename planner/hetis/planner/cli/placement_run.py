@@ -15,16 +15,16 @@ from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.plan_files import save_or_tell
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.planner.jobs.kernels import compile_kernels
-from hetis.planner.market import catalogue_market
-from hetis.planner.placing import Settings, make_plan, missed
-from hetis.planner.sources import LoadedInputs
+from hetis.planner.use_cases.market import catalogue_market
+from hetis.planner.use_cases.place import Settings, make_plan, missed
+from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Plan, Status
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
-    from hetis.planner.robustness.study import Robustness
+    from hetis.planner.use_cases.robustness.study import Robustness
     from hetis.solver.wish_prices import WishPrice
 
 
@@ -100,8 +100,8 @@ class PlacementRun:
             plan = replace(plan, inputs={**plan.inputs, WILL_PRICES: price_rows(prices)})
         if self.profile_error is None or not plan.replicas:
             return _Answer(plan=plan, prices=prices)
-        from hetis.planner.robustness.notes import with_robustness
-        from hetis.planner.robustness.study import study
+        from hetis.planner.use_cases.robustness.notes import with_robustness
+        from hetis.planner.use_cases.robustness.study import study
 
         found = study(
             plan,
@@ -115,7 +115,7 @@ class PlacementRun:
         return _Answer(plan=with_robustness(plan, found), robustness=found, prices=prices)
 
     def _verified(self, plan: Plan, cancelled: threading.Event, report: Report) -> Plan:
-        from hetis.planner.verifying import verified
+        from hetis.planner.use_cases.verify import verified
 
         def requests(given: int, total: int) -> None:
             if given * 4 // total == told[0]:

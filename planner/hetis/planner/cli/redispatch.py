@@ -32,11 +32,11 @@ def redispatch(
     import math
 
     from hetis.planner.cli.plan_files import refuse_unwritable, save
-    from hetis.planner.dispatching import RedispatchSettings, redispatch_stage
     from hetis.planner.report.dispatch_document import redispatch_document
     from hetis.planner.report.dispatch_words import explain_redispatch
     from hetis.planner.report.redispatch import render_redispatch
-    from hetis.planner.stage_sources import load_stage
+    from hetis.planner.use_cases.dispatch import RedispatchSettings, redispatch_stage
+    from hetis.planner.use_cases.stage_sources import load_stage
 
     if out is not None:
         refuse_unwritable(out)

@@ -115,11 +115,11 @@ def replan(
     Objective, limits, strategy and roles are those of the running plan. The cluster is what is there now: nodes that
     it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves at once.
     """
-    from hetis.planner import replanning
     from hetis.planner.cli.plan_files import refuse_unwritable, save_or_tell
     from hetis.planner.cli.searching import search_interruptibly
-    from hetis.planner.placing import Settings
     from hetis.planner.report.replan import render_replan, replan_document
+    from hetis.planner.use_cases import replan as replanning
+    from hetis.planner.use_cases.place import Settings
     from hetis.solver.budget import Budget
     from hetis.solver.replanning.problem import ChangeCosts
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from hetis.formats.command_line.terminal import Terminal
+from hetis.planner.cli.interruptible import run_interruptibly
 from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.progress import progress_on_stderr
-from hetis.planner.solving import run_interruptibly
 from hetis.solver.budget import Report
 
 T = TypeVar("T")

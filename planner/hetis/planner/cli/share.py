@@ -68,9 +68,9 @@ def share(
     from hetis.planner.cli.failures import report_failure
     from hetis.planner.cli.plan_files import refuse_unwritable_plans, save_plans
     from hetis.planner.cli.searching import search_interruptibly
-    from hetis.planner.placing import Settings
     from hetis.planner.report.tenants import render_tenants, tenants_document
-    from hetis.planner.tenancy import load_tenancy, share_out_fleet
+    from hetis.planner.use_cases.place import Settings
+    from hetis.planner.use_cases.share import load_tenancy, share_out_fleet
     from hetis.solver.budget import Budget
     from hetis.solver.errors import NoPlanFoundError
     from hetis.solver.tenants.result import TenantRule

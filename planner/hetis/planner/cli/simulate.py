@@ -66,9 +66,9 @@ def simulate(
         trace=trace, files={"--perfetto": perfetto, "--requests-csv": requests_csv}, until_stable=until_stable,
     )  # fmt: skip
     _refuse_unwritable([path for path in (perfetto, requests_csv, plot) if path is not None], plot)
-    from hetis.planner import simulating
     from hetis.planner.cli.simulation_run import SimulationRun
-    from hetis.planner.sources import load_plan_and_problem
+    from hetis.planner.use_cases import simulate as simulating
+    from hetis.planner.use_cases.sources import load_plan_and_problem
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
@@ -166,7 +166,7 @@ def _faults(
     fail: list[str] | None, join: list[str] | None, file: str | None, plan: Plan, problem: PlacementProblem
 ) -> tuple[Fault, ...]:
     from hetis.formats.faults import DeviceEvent, load_faults
-    from hetis.planner.simulating import faults_of
+    from hetis.planner.use_cases.simulate import faults_of
 
     given = [
         DeviceEvent(at_s=at_s, device=device, joins=joins)

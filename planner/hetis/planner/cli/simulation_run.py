@@ -10,11 +10,11 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.interruptible import run_interruptibly
 from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.simulation_progress import requests_on_stderr
 from hetis.planner.report.simulation import render_simulation, simulation_document
-from hetis.planner.simulating import NothingSimulatedError, Question, Simulated, answer
-from hetis.planner.solving import run_interruptibly
+from hetis.planner.use_cases.simulate import NothingSimulatedError, Question, Simulated, answer
 from hetis.simulator.records import perfetto_json, requests_csv
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem

@@ -12,7 +12,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import quantities
 
 if TYPE_CHECKING:
-    from hetis.planner.stage_sources import LoadedStage
+    from hetis.planner.use_cases.stage_sources import LoadedStage
 
 DISPATCH_EXAMPLES = """\
 Examples:
@@ -174,20 +174,20 @@ def chosen_stage(
     if (state is None) == (plan is None):
         raise typer.BadParameter("give one of --state and --plan")
     if state is not None:
-        from hetis.planner.stage_sources import load_stage
+        from hetis.planner.use_cases.stage_sources import load_stage
 
         return load_stage(state, profiles=profiles)
     assert plan is not None
     if profiles:
         raise typer.BadParameter("--profile goes with --state: a plan holds its profiles")
-    from hetis.planner.stage_of_plan import load_stage_of_plan
+    from hetis.planner.use_cases.stage_of_plan import load_stage_of_plan
 
     return load_stage_of_plan(plan, replica=replica, stage=stage)
 
 
 def announce_compilation(terminal: Terminal) -> None:
     """Says why the first run on a machine takes a minute."""
-    from hetis.planner.dispatching import is_compiled
+    from hetis.planner.use_cases.dispatch import is_compiled
 
     if not is_compiled():
         terminal.say("compiling the solver, once: this takes a minute or two")

@@ -20,8 +20,8 @@ def validate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Documents of any kind; - is standard input.")],
 ) -> ExitCode:
     """Check files and list every problem with its file, line, path and the nearest valid name."""
-    from hetis.planner.report.json_values import json_value
-    from hetis.planner.validation import validate_file
+    from hetis.planner.use_cases.json_values import json_value
+    from hetis.planner.use_cases.validate import validate_file
 
     results = [validate_file(file) for file in files]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @verb()
 def version(terminal: Terminal) -> ExitCode:
     """Print the versions of hetis and of the libraries that decide a plan."""
-    from hetis.planner.versions import installed_versions
+    from hetis.planner.use_cases.versions import installed_versions
 
     versions = installed_versions()
 

@@ -14,7 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.plan import ObjectiveKind
 
 if TYPE_CHECKING:
-    from hetis.planner.what_if import Side
+    from hetis.planner.use_cases.what_if import Side
 
 WHAT_IF_EXAMPLES = """Examples:\n
   hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
@@ -56,11 +56,12 @@ def what_if(
     With --buy-next every GPU type of the market is added in turn and solved for. Every solve has the whole time limit;
     Ctrl-C once shows what there is, twice leaves at once.
     """
-    from hetis.planner import placing, purchases
-    from hetis.planner import what_if as asking
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import what_if as report
-    from hetis.planner.sources import load_inputs, ordered
+    from hetis.planner.use_cases import place as placing
+    from hetis.planner.use_cases import purchases
+    from hetis.planner.use_cases import what_if as asking
+    from hetis.planner.use_cases.sources import load_inputs, ordered
     from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from hetis.planner import placing
+from hetis.planner.use_cases import place as placing
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.v1 import plan_pb2
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hetis.planner.sources import PlanAndProblem
-from hetis.planner.stage_of_plan import state_of_stage
-from hetis.planner.stage_sources import LoadedStage, with_costs
+from hetis.planner.use_cases.sources import PlanAndProblem
+from hetis.planner.use_cases.stage_of_plan import state_of_stage
+from hetis.planner.use_cases.stage_sources import LoadedStage, with_costs
 from hetis.solver.dispatch.problem import HeadShape
 from hetis.solver.plan import Role
 from hetis.v1 import stage_pb2

@@ -14,8 +14,8 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.convert.documents import document_of
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.fleet.replica import Contents
-from hetis.planner.sources import PlanAndProblem, problem_of_plan
 from hetis.planner.store import Store
+from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
 

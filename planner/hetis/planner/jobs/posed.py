@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hetis.planner.placing import Settings
-from hetis.planner.sources import LoadedInputs, inputs_from_documents
+from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.planner.convert.plans import result_to_proto
-from hetis.planner.errors import UncheckedPlanError
 from hetis.planner.jobs.outcomes import Answer, Found, Infeasible, Invalid, NothingFound, Unsound
 from hetis.planner.jobs.posed import PosedProblem
-from hetis.planner.placing import make_plan
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import make_plan
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
-from hetis.planner.comparing import Compared, Figures, figures_of
 from hetis.planner.report.figures import digits, percent, plural, tokens
-from hetis.planner.report.json_values import json_value
-from hetis.planner.sources import Inputs
+from hetis.planner.use_cases.compare import Compared, Figures, figures_of
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.sources import Inputs
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
 _LINES_PER_REASON = 3

@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.dispatching import Dispatched
 from hetis.planner.report.dispatch_words import PATHS, costs_sentence
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.plan import bullets, section
-from hetis.planner.stage_sources import LoadedStage
-from hetis.planner.stage_times import StageTimes, expected_blocks
+from hetis.planner.use_cases.dispatch import Dispatched
+from hetis.planner.use_cases.stage_sources import LoadedStage
+from hetis.planner.use_cases.stage_times import StageTimes, expected_blocks
 
 MAX_ROWS = 40  # requests, moves or devices shown; -o json has all
 BAR_WIDTH = 8

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from hetis.formats.fields import API_VERSION
-from hetis.planner.dispatching import Dispatched, Redispatched
-from hetis.planner.stage_sources import LoadedStage
-from hetis.planner.stage_times import StageTimes, expected_blocks
+from hetis.planner.use_cases.dispatch import Dispatched, Redispatched
+from hetis.planner.use_cases.stage_sources import LoadedStage
+from hetis.planner.use_cases.stage_times import StageTimes, expected_blocks
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.redispatch.result import Move, Refused
 

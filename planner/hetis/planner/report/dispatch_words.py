@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hetis.planner.dispatching import Dispatched, Redispatched
 from hetis.planner.report.figures import digits, percent, plural, seconds
-from hetis.planner.sources import MODELLED
-from hetis.planner.stage_sources import LoadedStage
-from hetis.planner.stage_times import StageTimes
+from hetis.planner.use_cases.dispatch import Dispatched, Redispatched
+from hetis.planner.use_cases.sources import MODELLED
+from hetis.planner.use_cases.stage_sources import LoadedStage
+from hetis.planner.use_cases.stage_times import StageTimes
 from hetis.solver.dispatch.result import Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.result import MoveReason, RedispatchPlan

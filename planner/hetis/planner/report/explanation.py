@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import gigabytes, percent, plural, seconds
-from hetis.planner.report.grouping import ReplicaGroup, group_replicas
 from hetis.planner.report.plan import bullets, headline, price_table, section
 from hetis.planner.report.stacked import Share, legend, stacked_bar
+from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
 from hetis.solver.plan import Plan, Role
 

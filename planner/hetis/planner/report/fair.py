@@ -12,7 +12,7 @@ from rich.text import Text
 from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, percent
 from hetis.planner.report.plan import section
-from hetis.planner.sharing import Sharing
+from hetis.planner.use_cases.fair import Sharing
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.shares.properties import Properties
 from hetis.solver.shares.result import Rule, Shares, tenant_values

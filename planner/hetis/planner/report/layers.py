@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hetis.planner.layering import Layered, Stage, stages
 from hetis.planner.report.dispatch import and_more, facts_table, plain_table
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.plan import section
+from hetis.planner.use_cases.layers import Layered, Stage, stages
 from hetis.solver.layers.plan import Limit
 
 MAX_STAGES = 60  # shown; -o json has all

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from hetis.formats.fields import API_VERSION
-from hetis.planner.layering import Layered
+from hetis.planner.use_cases.layers import Layered
 from hetis.solver.layers.plan import LayersPlan
 
 

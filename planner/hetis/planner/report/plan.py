@@ -11,15 +11,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.placing import EQUAL_STAGES
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.grouping import ReplicaGroup, group_replicas
 from hetis.planner.report.palette import Palette
 from hetis.planner.report.replica import render_replica
 from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
-from hetis.planner.robustness.notes import predicted_of
-from hetis.planner.robustness.ranges import Predicted
-from hetis.planner.verifying import Verification, misses, verification_of
+from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
+from hetis.planner.use_cases.place import EQUAL_STAGES
+from hetis.planner.use_cases.robustness.notes import predicted_of
+from hetis.planner.use_cases.robustness.ranges import Predicted
+from hetis.planner.use_cases.verify import Verification, misses, verification_of
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
 
 MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line

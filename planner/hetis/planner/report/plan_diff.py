@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.diffing import PlanDiff
 from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, gigabytes, percent, plural
-from hetis.planner.report.json_values import json_value
 from hetis.planner.report.plan import section
+from hetis.planner.use_cases.diff import PlanDiff
+from hetis.planner.use_cases.json_values import json_value
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import Fate, PlanChange, ReplicaChange
 

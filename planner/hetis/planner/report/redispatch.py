@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hetis.planner.dispatching import Redispatched
 from hetis.planner.report.dispatch import MAX_ROWS, and_more, device_table, facts_table, per_layer, plain_table
 from hetis.planner.report.dispatch_words import costs_sentence, could_fall
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import bullets, section
+from hetis.planner.use_cases.dispatch import Redispatched
 
 
 def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> RenderableType:

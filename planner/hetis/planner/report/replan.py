@@ -10,11 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
-from hetis.planner.replanning import Posed
 from hetis.planner.report.comparison import goal_line
 from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.json_values import json_value
 from hetis.planner.report.plan import section
 from hetis.planner.report.plan_diff import (
     change_counts,
@@ -24,6 +22,8 @@ from hetis.planner.report.plan_diff import (
     load_table,
     shape_of,
 )
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.replan import Posed
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.replanning.problem import ChangeCosts
 from hetis.solver.replanning.solve import Replanning

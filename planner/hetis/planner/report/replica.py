@@ -7,10 +7,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.devices import abbreviate
 from hetis.planner.report.figures import digits, plural, seconds, tokens
-from hetis.planner.report.grouping import ReplicaGroup
 from hetis.planner.report.palette import Palette
+from hetis.planner.use_cases.devices import abbreviate
+from hetis.planner.use_cases.grouping import ReplicaGroup
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 
 PICTURE_WIDTH = 78

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import section
-from hetis.planner.robustness.alternatives import Regret, RunnerUp
-from hetis.planner.robustness.study import Robustness, Spread
+from hetis.planner.use_cases.robustness.alternatives import Regret, RunnerUp
+from hetis.planner.use_cases.robustness.study import Robustness, Spread
 from hetis.solver.plan import Objective, ObjectiveKind
 
 MAX_CORNERS = 5  # shown; JSON has all

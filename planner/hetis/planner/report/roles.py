@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from hetis.planner.report.figures import digits, percent, plural
-from hetis.planner.report.grouping import ReplicaGroup
+from hetis.planner.use_cases.grouping import ReplicaGroup
 from hetis.solver.plan import Plan, Role
 
 MAX_ROUTES = 12  # pairs of replica shapes; the rest is summed up in a line

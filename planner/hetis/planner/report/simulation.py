@@ -12,9 +12,9 @@ from rich.text import Text
 
 from hetis.planner.report.device_groups import grouped_use
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.json_values import json_value
 from hetis.planner.report.plan import section
-from hetis.planner.simulating import AGREES, Simulated
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.simulate import AGREES, Simulated
 from hetis.simulator.arrivals import Arrivals
 from hetis.simulator.confidence import Estimate
 from hetis.simulator.metrics import Distribution

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.planner.report.device_groups import device_groups
-from hetis.planner.simulating import Simulated
+from hetis.planner.use_cases.simulate import Simulated
 from hetis.simulator.sweep import Sweep
 from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Plan

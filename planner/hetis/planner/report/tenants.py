@@ -13,7 +13,7 @@ from rich.text import Text
 from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, percent
 from hetis.planner.report.plan import section
-from hetis.planner.tenancy import SharedFleet
+from hetis.planner.use_cases.share import SharedFleet
 from hetis.solver.tenants.result import FleetShares, PriceProof, TenantRule, TenantShare
 
 EPSILON = 1e-6

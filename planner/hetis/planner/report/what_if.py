@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
-from hetis.planner.comparing import Figures, figures_of
 from hetis.planner.report.comparison import goal_line
 from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, percent, plural
-from hetis.planner.report.json_values import json_value
 from hetis.planner.report.plan import SMALLEST_PRICE, bullets, section
 from hetis.planner.report.plan_diff import change_counts, change_document
-from hetis.planner.what_if import BuyNext, FleetChange, Offer, Side, WhatIf
+from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.what_if import BuyNext, FleetChange, Offer, Side, WhatIf
 from hetis.solver.advice.difference import Difference, Verdict
 from hetis.solver.advice.fleets import NodeShape
 from hetis.solver.cluster import Link

@@ -9,7 +9,7 @@ from typing import Any
 from hetis.planner.convert.replicas import replica_to_proto
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.plan_weights import load_bytes_of
-from hetis.planner.sources import PlanAndProblem
+from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_service_pb2 as pb2
 

@@ -10,8 +10,8 @@ from hetis.formats.documents import from_data
 from hetis.planner.beside import beside_loop
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.plan_views import SEARCHING
-from hetis.planner.sources import PlanAndProblem, problem_of_plan
 from hetis.planner.store import PlanRecord, Reader, Store
+from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.v1 import plan_pb2

@@ -9,7 +9,7 @@ from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.convert import documents
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.solving import canonical_json
-from hetis.planner.sources import problem_of_plan
+from hetis.planner.use_cases.sources import problem_of_plan
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Plan, ReplicaPlan

@@ -14,11 +14,11 @@ from hetis.planner.convert import documents, enums, names
 from hetis.planner.convert.objectives import objective_from_proto
 from hetis.planner.convert.roles import FROM_PROTO
 from hetis.planner.jobs.posed import PosedProblem
-from hetis.planner.placing import Settings
 from hetis.planner.resources.checking import Checks
 from hetis.planner.resources.plan_fleets import without_nodes
-from hetis.planner.sources import Inputs, LoadedInputs, default_profile, family_of, ordered
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
+from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, default_profile, family_of, ordered
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from hetis.planner.sources import PlanAndProblem
+from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.solver.plan import ReplicaPlan
 
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from hetis.planner.robustness.groups import Group
-from hetis.planner.robustness.routing import most_routed
+from hetis.planner.use_cases.robustness.groups import Group
+from hetis.planner.use_cases.robustness.routing import most_routed
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments

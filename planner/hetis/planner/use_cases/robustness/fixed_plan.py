@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
-from hetis.planner.report.grouping import group_replicas
-from hetis.planner.robustness.groups import Group, structure_of
-from hetis.planner.robustness.perturbing import Profiles
-from hetis.planner.robustness.traffic import Traffic
+from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.robustness.groups import Group, structure_of
+from hetis.planner.use_cases.robustness.perturbing import Profiles
+from hetis.planner.use_cases.robustness.traffic import Traffic
 from hetis.solver.check.claims import Derived, derive
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.setting import Setting

@@ -9,9 +9,9 @@ from hetis.formats import catalogue
 from hetis.formats.errors import single_problem
 from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedState
 from hetis.formats.stage_heads import InlineHeads, blocks_in
-from hetis.planner.report.devices import abbreviate
-from hetis.planner.sources import PlanAndProblem, default_profile, load_plan_and_problem
-from hetis.planner.stage_sources import LoadedStage, attention_pieces, with_costs
+from hetis.planner.use_cases.devices import abbreviate
+from hetis.planner.use_cases.sources import PlanAndProblem, default_profile, load_plan_and_problem
+from hetis.planner.use_cases.stage_sources import LoadedStage, attention_pieces, with_costs
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec

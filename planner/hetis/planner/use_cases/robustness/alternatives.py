@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hetis.planner.robustness.fixed_plan import FixedPlan, Reach
-from hetis.planner.robustness.perturbing import Profiles
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
+from hetis.planner.use_cases.robustness.perturbing import Profiles
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Plan, ReplicaPlan, Role

@@ -12,7 +12,7 @@ from enum import StrEnum
 from importlib import util
 from pathlib import Path
 
-from hetis.planner.versions import LIBRARIES, installed_versions
+from hetis.planner.use_cases.versions import LIBRARIES, installed_versions
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_BYTES = 2 * 2**30

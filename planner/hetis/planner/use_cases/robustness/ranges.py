@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetis.planner.robustness.fixed_plan import FixedPlan, Reach
-from hetis.planner.robustness.perturbing import scaled_by, tp_sizes, used_fits
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
+from hetis.planner.use_cases.robustness.perturbing import scaled_by, tp_sizes, used_fits
 from hetis.profiler.ranges import UNKNOWN_ERROR
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem

@@ -10,10 +10,10 @@ from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.loading import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenant, parse_tenants
-from hetis.planner.errors import UncheckedPlanError
-from hetis.planner.placing import KV_IS_FOR_ENGINES, Settings, inputs_of_plan, objective
-from hetis.planner.robustness.notes import profile_notes
-from hetis.planner.sources import LoadedInputs, load_inputs
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan, objective
+from hetis.planner.use_cases.robustness.notes import profile_notes
+from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.plan import ObjectiveKind

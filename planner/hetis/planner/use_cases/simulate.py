@@ -10,7 +10,7 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.faults import DeviceEvent
 from hetis.formats.traces import ENDINGS, Trace, read_trace
 from hetis.formats.workload import load_workload
-from hetis.planner.sources import inputs_from_documents
+from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits, Metrics, Prediction, prediction_of
 from hetis.simulator.running import Job, Report, Runner, runner

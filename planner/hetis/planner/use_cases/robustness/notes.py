@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hetis.planner.report.json_values import json_value
-from hetis.planner.robustness.perturbing import used_fits
-from hetis.planner.robustness.ranges import COMPUTE, Predicted, Range, predicted
-from hetis.planner.robustness.regions import outside_regions
-from hetis.planner.robustness.study import Robustness
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.robustness.perturbing import used_fits
+from hetis.planner.use_cases.robustness.ranges import COMPUTE, Predicted, Range, predicted
+from hetis.planner.use_cases.robustness.regions import outside_regions
+from hetis.planner.use_cases.robustness.study import Robustness
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Profile, Source

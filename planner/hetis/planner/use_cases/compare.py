@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hetis.planner.errors import UncheckedPlanError
-from hetis.planner.placing import Settings, make_plan
-from hetis.planner.sources import Inputs, LoadedInputs
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import Settings, make_plan
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError

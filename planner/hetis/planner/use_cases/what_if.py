@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hetis.planner.comparing import FAILED, NO_PLAN, Compared, planned
-from hetis.planner.errors import UncheckedPlanError
-from hetis.planner.placing import Settings
-from hetis.planner.sources import LoadedInputs, default_profile
+from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.sources import LoadedInputs, default_profile
 from hetis.solver.advice.difference import Change, Difference, Proven, difference
 from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
 from hetis.solver.budget import Budget, Progress, Report

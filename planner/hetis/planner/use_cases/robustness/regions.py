@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from hetis.planner.report.grouping import group_replicas
+from hetis.planner.use_cases.grouping import group_replicas
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op

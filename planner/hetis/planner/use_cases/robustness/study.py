@@ -12,7 +12,7 @@ from itertools import chain, islice, zip_longest
 
 import numpy as np
 
-from hetis.planner.robustness.alternatives import (
+from hetis.planner.use_cases.robustness.alternatives import (
     Regret,
     RunnerUp,
     Search,
@@ -20,8 +20,16 @@ from hetis.planner.robustness.alternatives import (
     regret,
     runner_up,
 )
-from hetis.planner.robustness.fixed_plan import FixedPlan, Reach
-from hetis.planner.robustness.perturbing import Corner, Profiles, corners, perturbed, scaled, tp_sizes, used_fits
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
+from hetis.planner.use_cases.robustness.perturbing import (
+    Corner,
+    Profiles,
+    corners,
+    perturbed,
+    scaled,
+    tp_sizes,
+    used_fits,
+)
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hetis.planner.errors import UncheckedPlanError
+from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.layers.plan import LayersPlan, NodeLoad
 from hetis.solver.layers.problem import LayersProblem

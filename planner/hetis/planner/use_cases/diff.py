@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetis.planner.comparing import Figures, figures_of
-from hetis.planner.sources import Inputs, inputs_from_documents, load_plan_and_problem
+from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.sources import Inputs, inputs_from_documents, load_plan_and_problem
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change

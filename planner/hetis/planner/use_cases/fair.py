@@ -11,7 +11,7 @@ from hetis.formats import catalogue
 from hetis.formats.documents import load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.share_problem import ShareInputs
-from hetis.planner.sources import attempt, default_profile
+from hetis.planner.use_cases.sources import attempt, default_profile
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
@@ -191,7 +191,7 @@ def _one_type(name: str, count: int, per_node: int, model: ModelSpec, workload: 
 
 def _require_checked(problem: ShareProblem, shares: tuple[Shares, ...]) -> None:
     """Raises `UncheckedPlanError` where the independent checker finds something wrong."""
-    from hetis.planner.errors import UncheckedPlanError
+    from hetis.planner.use_cases.errors import UncheckedPlanError
     from hetis.solver.shares.check import check_shares
 
     found = tuple(f"{answer.rule}: {sentence}" for answer in shares for sentence in check_shares(problem, answer))

@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hetis.planner.errors import UncheckedPlanError
-from hetis.planner.robustness.notes import profile_notes, with_profile_errors
-from hetis.planner.sources import LoadedInputs
-from hetis.planner.verifying import misses, verification_of
-from hetis.planner.versions import installed_versions
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors
+from hetis.planner.use_cases.sources import LoadedInputs
+from hetis.planner.use_cases.verify import misses, verification_of
+from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role

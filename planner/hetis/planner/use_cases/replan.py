@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.planner.errors import UncheckedPlanError
-from hetis.planner.placing import KV_IS_FOR_ENGINES, Settings, inputs_of_plan
-from hetis.planner.robustness.notes import profile_notes, with_profile_errors
-from hetis.planner.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
-from hetis.planner.what_if import with_cluster
+from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan
+from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
+from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster

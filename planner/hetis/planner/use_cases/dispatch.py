@@ -9,8 +9,8 @@ from itertools import groupby
 
 from hetis.formats.dispatch_requests import NewRequests
 from hetis.formats.saved_state import SavedState
-from hetis.planner.stage_sources import LoadedStage
-from hetis.planner.stage_times import StageTimes, times_of
+from hetis.planner.use_cases.stage_sources import LoadedStage
+from hetis.planner.use_cases.stage_times import StageTimes, times_of
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.problem import DispatchProblem
 from hetis.solver.dispatch.result import DispatchPlan

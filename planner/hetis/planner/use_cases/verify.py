@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from hetis.planner.report.json_values import json_value
-from hetis.planner.simulating import Question, answer, default_rate, seats_of
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits
 from hetis.simulator.running import Report

@@ -1,0 +1,1 @@
+"""What users ask for, files in and a result out: place, compare, what-if, replan, share, simulate, robustness."""
