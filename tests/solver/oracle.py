@@ -193,18 +193,43 @@ def best_replica_of_need(
     zones = {device_class.zone for device_class in nodes}
     for role, b, M, C in iterations(problem):
         setting = Numbers(problem, role=role, b=b, M=M, C=C)
-        for span in subsets(zones):
-            if role is not Role.UNIFIED and len(span) > 1:
+        engine = problem.family.engine
+        for span, alike in itertools.product(subsets(zones), alike_for_engine(problem, options, role, M)):
+            if len(span) > 1 and (role is not Role.UNIFIED or engine is not None):
                 continue
             for kv_zones in {span, tuple(sorted(zones))} if role is Role.PREFILL else {()}:
                 for need, replica in itertools.chain.from_iterable(
-                    ReplicaSearch(problem, setting, nodes, options, span, kv_zones, most_copies).all_replicas()
-                    for most_copies in ((math.inf,) if M == 1 else (M // 2, M))  # with one slack and another
+                    ReplicaSearch(problem, setting, nodes, alike, span, kv_zones, most_copies).all_replicas()
+                    for most_copies in fillings(problem, M)
                 ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
                     wanted = Wanted(role=role, zones=span, kv_zones=kv_zones, gpus=gpus, need=need)
                     replicas[wanted] = max(replicas.get(wanted, replica), replica)
     return replicas
+
+
+def fillings(problem: PlacementProblem, M: int) -> tuple[float, ...]:
+    """The most stage copies, with one slack and with another; an engine has as many stages as micro-batches."""
+    if problem.family.engine is not None:
+        return (M,)
+    return (math.inf,) if M == 1 else (M // 2, M)
+
+
+def alike_for_engine(
+    problem: PlacementProblem, options: list[StageOption], role: Role, M: int
+) -> Iterator[list[StageOption]]:
+    """Stages that an engine may have in one replica: of one TP size, with the same workers or none; else all."""
+    engine = problem.family.engine
+    if engine is None:
+        yield options
+        return
+    kinds: dict[object, list[StageOption]] = {}
+    for option in options:
+        pool = option.shape.pool
+        beside = None if pool is None else (option.groups[-1][0], pool.cards, pool.head_groups)
+        if pool is None or (role is Role.UNIFIED and engine.max_pooled_stages >= M):
+            kinds.setdefault((option.shape.tp, beside), []).append(option)
+    yield from kinds.values()
 
 
 def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int]]:
@@ -316,7 +341,8 @@ class ReplicaSearch:
                     continue
                 longer = Begun(layers=done, need=need, copies=begun.copies + copies, fewest=fewest, most=most)
                 u, chunk_s = stage_s
-                uneven = chunk_s * self.setting.n_it / u if self.setting.M == 1 else chunk_s / copies
+                in_turn = self.setting.M == 1 and self.problem.family.engine is None
+                uneven = chunk_s * self.setting.n_it / u if in_turn else chunk_s / copies
                 yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
 
     def extremes(self, begun: Begun, held: int) -> tuple[int, int]:
@@ -343,6 +369,9 @@ class ReplicaSearch:
         used = {device_class.zone for device_class, sizes in zip(self.nodes, replica.need, strict=True) if sizes}
         if used != set(self.zones):
             return
+        engine, gpus = self.problem.family.engine, sum(map(sum, replica.need))
+        if engine is not None and (replica.copies != self.setting.M or gpus > (engine.max_gpus or gpus)):
+            return
         busiest_s, total_s, chunk = times
         t_s = max(busiest_s, total_s / self.setting.M)
         if t_s <= t_limit_s(self.setting, self.landing_s) and self.keeps_chunk_rule(replica.copies, t_s, chunk):
@@ -355,6 +384,8 @@ class ReplicaSearch:
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True
         trip_s, M = limit_s / setting.ttft_round_trips(), setting.M
+        if self.problem.family.engine is not None:
+            return chunk * M <= trip_s * (1 + 1e-9)
         if M == 1:
             level = 1.0
             while level < chunk * (1 - 1e-9):

@@ -54,6 +54,39 @@ POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRules:
+    """What an engine executes: replicas that are pipelines of few stages in one zone, all stages of the same TP size
+    and without copies, with as many micro-batches in flight as stages.
+
+    Attention workers belong to unified replicas only (the plugin takes the place of the connector that hands KV over),
+    and heads go to the same worker in all stages: all have as many workers, of one device class, and give them as many
+    head groups of every rank.
+
+    Attributes:
+        name: the engine.
+        max_stages: of a replica.
+        max_pooled_stages: of a replica with attention workers.
+        max_gpus: of a replica, attention workers included; None: as many as it takes.
+    """
+
+    name: str
+    max_stages: int = 8
+    max_pooled_stages: int = 4
+    max_gpus: int | None = None
+
+    def __post_init__(self) -> None:
+        for field_name, least in (("max_stages", 1), ("max_pooled_stages", 0), ("max_gpus", 1)):
+            value = getattr(self, field_name)
+            if value is not None and value < least:
+                raise InvalidProblemError(f"{field_name} is {value}, must be at least {least}")
+
+    def describe(self) -> str:
+        """In a few words."""
+        gpus = "" if self.max_gpus is None else f" and {self.max_gpus} GPUs"
+        return f"what {self.name} runs: at most {self.max_stages} stages{gpus} in one zone, as many batches in flight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Which plans are searched: the bound of an answer speaks of exactly these.
 
@@ -67,6 +100,7 @@ class Family:
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
         roles: what replicas may do; prefill and decode replicas only both or neither.
         one_type_per_role: all prefill replicas are of one GPU type, and all decode replicas of one.
+        engine: the rules of an engine, which say what is in flight; None: any engine that can do all of this.
 
     Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
     Under a limit on TTFT stages keep to rules of their own (`docs/cost-model.md`, "Latency").
@@ -83,8 +117,16 @@ class Family:
     chunk_tokens: tuple[int, ...] = (256, 512, 2048)
     roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
     one_type_per_role: bool = False
+    engine: EngineRules | None = None
 
     def __post_init__(self) -> None:
+        if self.engine is not None:
+            depths = tuple(range(1, self.engine.max_stages + 1))
+            if self.max_copies != 1 or self.in_flight != depths:
+                raise InvalidProblemError(
+                    f"{self.engine.name} runs stages without copies, with 1 to {self.engine.max_stages} micro-batches "
+                    "in flight, one for each stage"
+                )
         if not self.roles or (Role.PREFILL in self.roles) != (Role.DECODE in self.roles):
             listed = ", ".join(self.roles) or "none"
             raise InvalidProblemError(f"roles are {listed}, must be unified, or prefill and decode, or all three")
@@ -102,15 +144,29 @@ class Family:
         """The family in one sentence."""
         parts = ["stages of any GPU types" if self.mixed_types else "one device class and TP size per replica"]
         parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
-        parts.append(f"TP {'/'.join(map(str, self.tp_sizes))} inside a node")
+        each = " of all stages" if self.engine is not None else ""
+        parts.append(f"TP {'/'.join(map(str, self.tp_sizes))}{each} inside a node")
         parts.append(f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies")
-        parts.append(f"up to {self.max_pool} attention workers per stage" if self.max_pool else "no attention workers")
+        parts.append(self._describe_workers())
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
-        parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
+        if self.engine is not None:
+            parts.append(self.engine.describe())
+        else:
+            parts.append(f"1 or, with K stage copies, K to {self.in_flight[-1]} of them in flight")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
         parts.append("under a TTFT limit, stages that take their share of a round trip with a chunk")
         parts.append(self._describe_roles())
         return "; ".join(parts)
+
+    def _describe_workers(self) -> str:
+        if not self.max_pool:
+            return "no attention workers"
+        if self.engine is not None:
+            return (
+                f"up to {self.max_pool} attention workers of one class per stage, as many for each of up to "
+                f"{self.engine.max_pooled_stages} stages of a replica that prefills and decodes"
+            )
+        return f"up to {self.max_pool} attention workers per stage"
 
     def _describe_roles(self) -> str:
         if not self.splits_roles:

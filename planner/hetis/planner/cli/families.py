@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import typer
 
 from hetis.solver.plan import Role
+
+if TYPE_CHECKING:
+    from hetis.solver.problem import EngineRules
 
 ALL_STRATEGIES = "all"
 
@@ -19,6 +23,33 @@ def strategy(text: str) -> str:
     if text not in STRATEGIES:
         raise typer.BadParameter(f"{text!r} is not one of {', '.join(STRATEGIES)}{did_you_mean(text, STRATEGIES)}")
     return text
+
+
+def engine(text: str) -> str:
+    """The name of an engine, or ``any``."""
+    from hetis.formats.errors import did_you_mean
+    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+
+    known = [*ENGINES, ANY_ENGINE]
+    if text not in known:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(known)}{did_you_mean(text, known)}")
+    return text
+
+
+def engine_rules(name: str | None, strategy: str, max_stages: int | None, max_gpus: int | None) -> EngineRules | None:
+    """What ``--engine`` and its limits ask for; None: any engine will do, as for published heuristics by default."""
+    from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE
+    from hetis.solver.placement.strategies import STRATEGIES
+    from hetis.solver.problem import EngineRules
+
+    chosen = name or (ANY_ENGINE if STRATEGIES[strategy].is_published else DEFAULT_ENGINE)
+    if chosen == ANY_ENGINE:
+        given = [flag for flag, value in (("--max-stages", max_stages), ("--max-gpus", max_gpus)) if value is not None]
+        if given:
+            raise typer.BadParameter(f"{given[0]} limits the replicas of an engine: give --engine, too")
+        return None
+    rules = EngineRules(name=chosen, max_gpus=max_gpus)
+    return rules if max_stages is None else replace(rules, max_stages=max_stages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,39 @@ StrategyOption = Annotated[
         help="Family of plans to search, a name of `catalog strategies`.",
     ),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        parser=families.engine,
+        metavar="NAME",
+        autocompletion=words.engine_names,
+        rich_help_panel=_SEARCH,
+        show_default="vllm-hetis; any for published heuristics",
+        help="Plan only what this engine runs: vllm-hetis (with attention workers), vllm, sglang, or any.",
+    ),
+]
+MaxStagesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-stages",
+        min=1,
+        max=16,
+        rich_help_panel=_SEARCH,
+        show_default="8",
+        help="Stages of a replica, of an engine's plans.",
+    ),
+]
+MaxGpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-gpus",
+        min=1,
+        rich_help_panel=_SEARCH,
+        show_default=False,
+        help="GPUs of a replica, attention workers included, of an engine's plans.",
+    ),
+]
 RolesOption = Annotated[
     frozenset[Role] | None,
     typer.Option(

@@ -26,6 +26,9 @@ def place(
     price_pins: options.PricePinsOption = False,
     strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
     roles: options.RolesOption = None,
+    engine: options.EngineOption = None,
+    max_stages: options.MaxStagesOption = None,
+    max_gpus: options.MaxGpusOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -39,6 +42,7 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; twice leaves at once.
     """
+    from hetis.planner.cli.families import engine_rules
     from hetis.planner.cli.placement_run import PlacementRun
     from hetis.planner.cli.plan_files import refuse_unwritable
     from hetis.planner.use_cases import place as placing
@@ -53,12 +57,13 @@ def place(
     settings = placing.Settings(
         strategy=strategy,
         roles=ordered(roles or ()),
+        engine=engine_rules(engine, strategy, max_stages, max_gpus),
         time_limit_s=time_limit,
         gap_target=gap,
         seed=seed,
         threads=threads,
     )
-    problem = loaded.inputs.problem(goal, strategy, settings.roles)
+    problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
     return PlacementRun(
         terminal=terminal,
         loaded=loaded,

@@ -46,6 +46,9 @@ def what_if(
     tpot: options.TpotOption = None,
     strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
     roles: options.RolesOption = None,
+    engine: options.EngineOption = None,
+    max_stages: options.MaxStagesOption = None,
+    max_gpus: options.MaxGpusOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -56,6 +59,7 @@ def what_if(
     With --buy-next every GPU type of the market is added in turn and solved for. Every solve has the whole time limit;
     Ctrl-C once shows what there is, twice leaves at once.
     """
+    from hetis.planner.cli.families import engine_rules
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import what_if as report
     from hetis.planner.use_cases import place as placing
@@ -72,6 +76,7 @@ def what_if(
     settings = placing.Settings(
         strategy=strategy,
         roles=ordered(roles or ()),
+        engine=engine_rules(engine, strategy, max_stages, max_gpus),
         time_limit_s=time_limit,
         gap_target=gap,
         seed=seed,

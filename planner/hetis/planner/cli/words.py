@@ -20,6 +20,13 @@ def strategy_names(incomplete: str) -> list[str]:
     return [name for name in STRATEGIES if name.startswith(incomplete.lower())]
 
 
+def engine_names(incomplete: str) -> list[str]:
+    """Engines that start with this."""
+    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+
+    return [name for name in (*ENGINES, ANY_ENGINE) if name.startswith(incomplete.lower())]
+
+
 def workload_names(incomplete: str) -> list[str]:
     """Traces of the catalogue that start with this."""
     from hetis.formats.catalogue import workloads

@@ -9,7 +9,7 @@ from typing import Any
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
 from hetis.solver.plan import Objective, ObjectiveKind, Role
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,8 @@ class PosedProblem:
         Raises:
             InvalidProblemError: the inputs contradict each other.
         """
-        return self.loaded.inputs.problem(self.objective, self.settings.strategy, self.settings.roles)
+        settings = self.settings
+        return self.loaded.inputs.problem(self.objective, settings.strategy, settings.roles, settings.engine)
 
     def to_json(self) -> bytes:
         """Equal problems give equal bytes; `posed_from_json` reads them."""
@@ -53,5 +54,12 @@ def posed_from_json(text: bytes) -> PosedProblem:
             inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
         ),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
-        settings=Settings(**(settings | {"roles": tuple(map(Role, settings.get("roles", ())))})),
+        settings=Settings(
+            **(settings | {"roles": tuple(map(Role, settings.get("roles", ()))), "engine": _engine(settings)})
+        ),
     )
+
+
+def _engine(settings: dict[str, Any]) -> EngineRules | None:
+    engine = settings.get("engine")
+    return None if engine is None else EngineRules(**engine)

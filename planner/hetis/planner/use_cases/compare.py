@@ -89,7 +89,7 @@ def compare_strategies(
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found:
-            problem = loaded.inputs.problem(objective, container)
+            problem = loaded.inputs.problem(objective, container, engine=settings.engine)
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
@@ -112,7 +112,8 @@ def planned(
     loaded: LoadedInputs, objective: Objective, settings: Settings, budget: Budget, report: Report
 ) -> Compared:  # fmt: skip
     """The plan of one strategy, or why there is none."""
-    name, problem = settings.strategy, loaded.inputs.problem(objective, settings.strategy, settings.roles)
+    name = settings.strategy
+    problem = loaded.inputs.problem(objective, name, settings.roles, settings.engine)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
     ignored = wishes_ignored(name, problem.will)

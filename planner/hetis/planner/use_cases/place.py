@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hetis.planner.use_cases.errors import UncheckedPlanError
@@ -14,7 +14,7 @@ from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to search; all of it goes into ``plan.inputs``. ``roles``: those that replicas may have; empty: all of the
-    strategy."""
+    strategy. ``engine``: the one whose rules plans keep to; None: any."""
 
     strategy: str = DEFAULT_STRATEGY
     roles: tuple[Role, ...] = ()
+    engine: EngineRules | None = None
     time_limit_s: float = 60.0
     gap_target: float = 0.001
     seed: int = 0
@@ -136,6 +137,7 @@ def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementP
     return {
         "versions": installed_versions(),
         "roles": [role.value for role in problem.family.roles],
+        **({"engine": asdict(settings.engine)} if settings.engine is not None else {}),
         **({"will": [str(wish) for wish in problem.will]} if problem.will else {}),
         "seed": settings.seed,
         "threads": settings.threads,

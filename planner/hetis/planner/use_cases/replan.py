@@ -72,11 +72,12 @@ def load_replanning(
         fleet,
         cluster,
     )
-    settings = replace(settings, strategy=found.plan.strategy, roles=found.problem.family.roles)
+    family = found.problem.family
+    settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=family.engine)
     objective = found.plan.objective
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
-    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles)
+    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
     warnings = (*found.warnings, *_nothing_in_common(found.plan, fleet))
     return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=warnings)
 

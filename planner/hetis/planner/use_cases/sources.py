@@ -27,7 +27,7 @@ from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.profile import Profile
 from hetis.solver.will import Will
 from hetis.solver.workload import Workload
@@ -49,16 +49,20 @@ class Inputs:
     profiles: Mapping[str, Profile]
     will: Will = ()
 
-    def problem(self, objective: Objective, strategy: str, roles: Sequence[Role] = ()) -> PlacementProblem:
+    def problem(
+        self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None
+    ) -> PlacementProblem:
         """The problem they pose. Prompts are clipped to what the model's context allows.
 
         Args:
             objective: what the plan should be good for.
             strategy: name of the family of plans.
             roles: that replicas may have; empty: all that the strategy has.
+            engine: whose rules replicas keep to; None: any engine's.
 
         Raises:
-            InvalidProblemError: the inputs contradict each other, or the strategy has not all of these roles.
+            InvalidProblemError: the inputs contradict each other, or the strategy has not all of these roles, or knows
+                no engine.
         """
         return PlacementProblem(
             cluster=self.cluster,
@@ -66,7 +70,7 @@ class Inputs:
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
             objective=objective,
-            family=family_of(strategy, roles),
+            family=family_of(strategy, roles, engine),
             will=self.will,
         )
 
@@ -87,12 +91,14 @@ class Inputs:
         }
 
 
-def family_of(strategy: str, roles: Sequence[Role] = ()) -> Family:
-    """The plans that a strategy searches, with only some of its roles if any are named.
+def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None) -> Family:
+    """The plans that a strategy searches, with only some of its roles if any are named, as far as the engine runs them.
 
     Raises:
-        InvalidProblemError: it has not all of these roles, or they cannot be without others.
+        InvalidProblemError: it has not all of these roles, or they cannot be without others; or it is a published
+            heuristic, which knows no engine's rules.
     """
+    from hetis.solver.placement.engines import run_by
     from hetis.solver.placement.strategies import STRATEGIES
 
     family = STRATEGIES[strategy].restrict(Family())
@@ -100,7 +106,9 @@ def family_of(strategy: str, roles: Sequence[Role] = ()) -> Family:
     if extra:
         has = ", ".join(family.roles)
         raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
-    return replace(family, roles=ordered(roles)) if roles else family
+    if engine is not None and STRATEGIES[strategy].is_published:
+        raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not know {engine.name}")
+    return run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
 
 
 def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
@@ -211,7 +219,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
     inputs = replace(inputs, will=_will_of(plan, inputs.cluster, name))
-    problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name))
+    problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), _engine_of(plan, name))
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
 
@@ -277,6 +285,19 @@ def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
     except InvalidProblemError as error:
         raise single_problem(path, f"inputs.roles: {error}") from None
     return ordered(Role(name) for name in names)
+
+
+def _engine_of(plan: Plan, path: str) -> EngineRules | None:
+    """The engine that a plan is for; None for any, as in plans of a time before engines."""
+    data = plan.inputs.get("engine")
+    if data is None:
+        return None
+    try:
+        engine = EngineRules(**data)
+        family_of(plan.strategy, engine=engine)
+    except (TypeError, InvalidProblemError) as error:
+        raise single_problem(path, f"inputs.engine must be an engine and its limits: {error}") from None
+    return engine
 
 
 def _is_of_catalogue(gpu: GpuType) -> bool:

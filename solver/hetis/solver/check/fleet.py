@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
@@ -14,7 +14,7 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import LeaveOut, Will
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Fleet:
     """A cluster with every device looked up by name."""
 
@@ -39,6 +39,7 @@ class Fleet:
         }  # fmt: skip
         return replace(self, devices=left)
 
+    @cached_property
     def zones(self) -> tuple[str, ...]:
         """Zones that have devices, in order of appearance."""
         left = {device.group.zone for device in self.devices.values()}
@@ -84,7 +85,7 @@ class Fleet:
 
     def slowest_link(self) -> Link:
         """The worst bandwidth and the worst latency between any nodes of the cluster."""
-        network, zones = self.cluster.network, self.zones()
+        network, zones = self.cluster.network, self.zones
         links = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
         links += [group.nic or network.default for group in self.cluster.node_groups]
         return slowest([*links, *network.between_nodes.values()])

@@ -20,7 +20,7 @@ def check_role(replica: ReplicaPlan, where: str, problem: PlacementProblem, flee
     if replica.role is not Role.UNIFIED and len(zones) > 1:
         message = f"is {replica.role} and lies in {len(zones)} zones ({', '.join(zones)}), must lie in 1"
         yield Violation(rule=Rule.ROLE_ZONE, where=where, message=message)
-    allowed = [(zones, "its own zone"), (fleet.zones(), "all zones")]
+    allowed = [(zones, "its own zone"), (fleet.zones, "all zones")]
     if replica.role is not Role.PREFILL:
         allowed = [((), "none")]
     if len(set(replica.kv_zones)) < len(replica.kv_zones) or all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hetis.solver.check.engine import check_engine
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.roles import check_role
 from hetis.solver.check.setting import divides, head_groups_per_rank
@@ -53,6 +54,7 @@ def check_replica_structure(
     for position, stage in enumerate(replica.stages):
         violations += _check_stage(stage, f"{where} stage {position}", problem, fleet)
     violations += _check_pools(replica, where, problem, fleet)
+    violations += check_engine(replica, where, problem, fleet)
     return violations
 
 

@@ -33,6 +33,7 @@ class Rule(StrEnum):
     KV_ZONES = "a prefill replica sends KV inside its zone, or to every zone"
     SETTING = "micro-batch, micro-batches in flight and chunk are the family's, and 0 where the role has none"
     IN_FLIGHT = "one micro-batch is in flight, or at least one for every stage copy"
+    ENGINE = "a replica is what the family's engine runs"
     RANK_MEMORY = "weights, KV and activations fit on every primary rank"
     WORKER_MEMORY = "KV fits on every attention worker"
     RATE = "a replica claims the rate that the cost model gives"

@@ -13,6 +13,7 @@ from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import is_small
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import ColumnGeneration
+from hetis.solver.placement.listing import search_listing
 from hetis.solver.placement.master import UNDECIDED, Master
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
@@ -58,6 +59,10 @@ def search(
     row_costs = row_costs_of(atlas)
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
+    if family.engine is not None:
+        return search_listing(
+            atlas, master, row_costs, budget=budget, gap_target=gap_target, seed=seed, report=report
+        )  # fmt: skip
     if is_small(atlas):
         _announce_compilation((explore,), budget, report)
         outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)

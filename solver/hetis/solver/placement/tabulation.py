@@ -82,7 +82,7 @@ def _scopes(
     family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], tabulation: _Tabulation
 ) -> Iterator[Scope]:
     """Prefill and decode replicas lie in one zone, unified ones may span several; roles of the same GPUs together."""
-    for span in _spans(zones):
+    for span in _spans(zones) if family.engine is None else [(zone,) for zone in zones]:
         alike: dict[tuple[bool, ...], list[Role]] = {}
         for role in family.roles:
             if len(span) == 1 or role is Role.UNIFIED:

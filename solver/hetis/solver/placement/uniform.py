@@ -28,7 +28,7 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
 
 @kernel
 def best_equal_split(
-    t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime
+    t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime, depth_in_flight: bool
 ) -> tuple[float, int, int]:
     """The shortest interval of ``num_stages`` equal stages of rank type s, and its mix (of those given) and in-flight
     index.
@@ -48,7 +48,7 @@ def best_equal_split(
         chunk_prefix_s = t.prefix_layers * (chunk_w + t.chunk.prefix_delta_s[x, s])
         for f in range(t.in_flight.shape[0]):
             m = t.in_flight[f]
-            if 1 < m < num_stages:
+            if 1 < m < num_stages or (depth_in_flight and m != num_stages):
                 continue
             kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0]
             busiest, total, fits = 0.0, 0.0, True
@@ -89,7 +89,7 @@ def best_equal_split(
                 )
             interval = max(interval, t.t_floor)
             if t.trip_cap[x, f] < np.inf:
-                if m == 1:
+                if m == 1 and not depth_in_flight:
                     limit = UNEVENNESS_STEP ** np.ceil(np.log(uneven) / np.log(UNEVENNESS_STEP) - ROUNDING)
                     in_time = interval <= t.trip_cap[x, f] * t.iterations[x] / limit
                 else:
@@ -116,10 +116,11 @@ def uniform_templates(atlas: Atlas) -> list[Template]:
 
 def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Template]:
     t, regimes = atlas.scopes[scope].tables, atlas.regimes(atlas.mixes[mixes[0]].role)
-    most_stages = min(t.num_layers, max(atlas.problem.family.in_flight))
+    family = atlas.problem.family
+    most_stages = min(t.num_layers, max(family.in_flight))
     for s, (device_class, tp) in enumerate(atlas.ranks):
         for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
-            _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes)
+            _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes, family.engine is not None)
             if x < 0:
                 continue
             each, spare = divmod(t.num_layers, num_stages)

@@ -19,6 +19,7 @@ from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.generation import ColumnGeneration
+from hetis.solver.placement.listing import explore_listing
 from hetis.solver.placement.master import Columns, Master, Verdict
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.pool import Bound
@@ -63,6 +64,8 @@ def search_fresh(
     master = Master(atlas.resources.limits, demand, atlas.routes)
     if strategy == "uniform":
         return _listed(atlas, master, uniform_templates(atlas), budget, seed)
+    if atlas.problem.family.engine is not None:
+        return _of_engine(atlas, master, budget, gap_target, seed, report)
     if is_small(atlas):
         found = _exact(atlas, master, budget, seed)
         if found is not None:
@@ -131,6 +134,22 @@ def _priced(
         row_prices=generation.bound.row_prices,
         prices=generation.bound if known else None,
         is_empty=not generation.may_have_plan,
+    )
+
+
+def _of_engine(
+    atlas: Atlas, master: Master, budget: Budget, gap_target: float, seed: int, report: Report
+) -> Fresh:  # fmt: skip
+    found = explore_listing(
+        atlas, master, row_costs_of(atlas), budget=budget, gap_target=gap_target, seed=seed, report=report
+    )  # fmt: skip
+    return Fresh(
+        templates=found.templates,
+        value=found.value,
+        bound=found.prices.value if found.prices is not None else _known_at_once(atlas, master),
+        row_prices=np.zeros(len(atlas.resources.rows)) if found.prices is None else found.prices.row_prices,
+        prices=found.prices,
+        is_empty=found.is_empty,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.classes import class_of_slots
 from hetis.solver.placement.first_token import least_ttft_limit_s
+from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, Atlas
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, roles, room_layers
 from hetis.solver.plan import ReplicaPlan, Role
@@ -263,6 +264,8 @@ def is_allowed(atlas: Atlas, template: Template) -> bool:
     tables = atlas.scopes[template.scope].tables
     m = int(tables.in_flight[template.in_flight_index])
     if m > 1 and m < template.num_copies:
+        return False
+    if not is_run_by_engine(atlas, template):
         return False
     if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:
         return False

@@ -1,0 +1,56 @@
+"""What an engine runs: the rules of `EngineRules`, derived from a plan's replicas alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.plan import ReplicaPlan, Role
+from hetis.solver.problem import EngineRules, PlacementProblem
+
+
+def check_engine(replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
+    """The replica is a pipeline as the family's engine runs it; nothing where any engine will do."""
+    rules = problem.family.engine
+    if rules is None:
+        return []
+    wrong = [*_pipeline(replica, rules, fleet), *_attention_workers(replica, rules)]
+    return [Violation(rule=Rule.ENGINE, where=where, message=f"{message} ({rules.name})") for message in wrong]
+
+
+def _pipeline(replica: ReplicaPlan, rules: EngineRules, fleet: Fleet) -> Iterator[str]:
+    depth, sizes = len(replica.stages), {stage.tp for stage in replica.stages}
+    if depth > rules.max_stages:
+        yield f"has {depth} stages, may have {rules.max_stages}"
+    if len(sizes) > 1:
+        yield f"has stages of TP {', '.join(map(str, sorted(sizes)))}, must have one TP size"
+    if any(stage.copies > 1 for stage in replica.stages):
+        yield "has stages with copies"
+    if replica.in_flight != depth:
+        yield f"has {replica.in_flight} micro-batches in flight, must have one for each of its {depth} stages"
+    names = replica.devices()
+    if rules.max_gpus is not None and len(names) > rules.max_gpus:
+        yield f"has {len(names)} GPUs, may have {rules.max_gpus}"
+    zones = fleet.zones_of(name for name in names if name in fleet.devices)
+    if len(zones) > 1:
+        yield f"lies in {len(zones)} zones ({', '.join(zones)}), must lie in 1"
+
+
+def _attention_workers(replica: ReplicaPlan, rules: EngineRules) -> Iterator[str]:
+    pools, depth = replica.attention_workers, len(replica.stages)
+    if not pools:
+        return
+    if replica.role is not Role.UNIFIED:
+        yield f"has attention workers and is to {replica.role} only"
+    if depth > rules.max_pooled_stages:
+        yield f"has attention workers at {depth} stages, may have them at {rules.max_pooled_stages}"
+    if {pool.stage for pool in pools} != set(range(depth)):
+        yield "has attention workers at some stages, must have them at all or none"
+    for what, values in (
+        ("numbers", {len(pool.devices) for pool in pools}),
+        ("GPU types", {pool.gpu for pool in pools}),
+        ("head groups", {pool.kv_head_groups for pool in pools}),
+    ):
+        if len(values) > 1:
+            yield f"has attention workers of different {what} at its stages: {', '.join(sorted(map(str, values)))}"

@@ -1,0 +1,421 @@
+"""Every pipeline that an engine runs, listed: few stages of one TP size, without copies (`EngineRules`).
+
+What such a replica may take of the fleet is soon written down: a number of TP groups of each device class, a
+*composition*, and perhaps attention workers of one class, as many for every stage. For each of them the quickest split
+of layers is found over all iteration mixes; the best of each remains, as a column of the master (`listing.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from hetis.solver.cost import Regime
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.options import ROUNDING
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, FloatArray
+from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
+from hetis.solver.plan import Role
+
+NUM_ROLES = 4
+MOST_COMPOSITIONS = 400_000  # of one TP size and depth
+EXACT = 1e-12  # share by which a bound on an interval is taken to be rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """What every stage of a replica has beside it: attention workers of a device class, so many of each copy."""
+
+    device_class: int
+    size: int  # index of the number of cards among `Atlas.pool_sizes`
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Replicas of one scope, TP size and depth, with the same attention workers at every stage, or none.
+
+    ``ranks`` are the rank types that stages may be of; ``counts`` [C, ranks] the compositions.
+    """
+
+    scope: int
+    depth: int
+    ranks: IntArray
+    counts: IntArray
+
+    @property
+    def in_flight_index(self) -> int:
+        return self.depth - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What replicas of a shape are tried with, one in each row: mixes [X], and the head groups of every rank that
+    workers take [X], 0 without workers; ``least_slack`` and ``unevenness`` [X] are those of the regime."""
+
+    mixes: IntArray
+    groups: IntArray
+    least_slack: FloatArray
+    unevenness: FloatArray
+
+
+def settings_of(atlas: Atlas, depth: int, mixes: IntArray, groups: IntArray) -> Settings:
+    """Every mix with every number of head groups given."""
+    regimes = [
+        Regime(0.0, 0.0) if depth == 1 else by_role  # a single stage waits for nobody
+        for by_role in (_tight_regimes(atlas)[atlas.mixes[x].role] for x in mixes.tolist())
+    ]
+    each = len(groups)
+    return Settings(
+        mixes=np.repeat(mixes, each),
+        groups=np.tile(groups, len(mixes)),
+        least_slack=np.repeat([regime.least for regime in regimes], each),
+        unevenness=np.repeat([regime.unevenness for regime in regimes], each),
+    )
+
+
+def _tight_regimes(atlas: Atlas) -> dict[Role, Regime]:
+    """Those of as many micro-batches as stages."""
+    return {role: atlas.regimes(role)[1] for role in Role}
+
+
+class StageTimes(NamedTuple):
+    """Stages under some settings X, of rank types R: seconds per repeated layer [X, R], beside them [X, R, 4] by role,
+    slack included, and the most repeated layers that fit in memory and in a round trip with a chunk [X, R, 4]."""
+
+    layer_s: FloatArray
+    fixed_s: FloatArray
+    most: IntArray
+
+    def shortest_s(self, num_layers: int, counts: IntArray) -> FloatArray:
+        """No split of a composition has a shorter interval: layers in fractions, the cheapest role; [C, X]."""
+        return _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(axis=2))
+
+
+def stage_times(atlas: Atlas, shape: Shape, settings: Settings, workers: Workers | None) -> StageTimes:
+    """What `options.list_options` says of single copies, many settings at once; with workers, of unified mixes."""
+    t, f, s, x = atlas.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, settings.mixes
+    at = np.ix_(x, s)
+    groups, n_it, given = t.rank_groups[s], t.iterations[x][:, None], settings.groups[:, None]
+    kv_bytes = t.kv_group_bytes * t.kv_tokens[x, f, 0][:, None]
+    if workers is None:
+        attention_s = t.own_s[x[:, None], s[None, :], groups[None, :]]
+        chunk_attention_s = attention_s / n_it
+        kept, on_cards = groups * kv_bytes, np.full((len(x), len(s)), np.inf)
+    else:
+        entries = t.pool_start[s, workers.device_class] + (given - 1) * len(t.pool_sizes) + workers.size
+        attention_s, chunk_attention_s = t.pool_s[x[:, None], entries], t.chunk.pool_s[x[:, None], entries]
+        prompt_bytes = t.kv_group_bytes * t.prompt_tokens[x, f, 0][:, None]
+        kept = (groups - given) * kv_bytes + given * prompt_bytes
+        requests = (shape.depth * t.micro_batch[x])[:, None]
+        pairs = np.ceil(requests * given * t.rank_tp[s] / t.pool_sizes[workers.size] - ROUNDING)
+        on_cards = t.worker_room_bytes[workers.device_class] / (pairs / requests * kv_bytes) + ROUNDING
+    compute_s, chunk_s = t.layer_s[at] + attention_s, t.chunk.layer_s[at] + chunk_attention_s
+    layer_s = np.maximum(compute_s, t.wire_s[at])
+    prefix_s = t.prefix_layers * np.maximum(compute_s + t.prefix_delta_s[at], t.wire_s[at])
+    fixed_s = _by_role(t.step_s[at], t.hop_s[at], prefix_s, t.last_s[at])
+    most = np.minimum(_layers_that_fit(atlas, shape, x, kept), on_cards[:, :, None])
+    if workers is not None:
+        most[:, :, [FIRST, BOTH]] = np.minimum(most[:, :, [FIRST, BOTH]], on_cards[:, :, None] - t.prefix_layers)
+    chunk_cap_s = (t.trip_cap[x, f] / shape.depth)[:, None, None]
+    if np.isfinite(chunk_cap_s).any():
+        chunk_prefix_s = t.prefix_layers * (chunk_s + t.chunk.prefix_delta_s[at])
+        beside_s = _by_role(t.chunk.step_s[at], t.chunk.hop_s[at], chunk_prefix_s, t.chunk.last_s[at])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            in_time = (chunk_cap_s - beside_s) / chunk_s[:, :, None] + ROUNDING
+        most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
+    longer = 1.0 + _slack(atlas, shape, settings, layer_s, chunk_s)
+    return StageTimes(
+        layer_s=layer_s * longer,
+        fixed_s=fixed_s * longer[:, :, None],
+        most=np.maximum(0.0, most).astype(np.int64),
+    )
+
+
+def _shortest_s(num_layers: int, counts: IntArray, layer_s: FloatArray, beside_s: FloatArray) -> FloatArray:
+    per_s, stages = 1.0 / layer_s, counts.astype(float)
+    found: FloatArray = (num_layers + stages @ (beside_s * per_s).T) / (stages @ per_s.T)
+    return found * (1.0 - EXACT)
+
+
+def shortest_with(atlas: Atlas, shape: Shape, mixes: IntArray, workers: Workers) -> FloatArray:
+    """No replica of a composition with these workers has a shorter interval, whatever they take; [C].
+
+    Attention takes the least of any number of head groups, memory is no limit.
+    """
+    t, at = atlas.scopes[shape.scope].tables, np.ix_(mixes, shape.ranks)
+    entries = t.least_pool_start[shape.ranks, workers.device_class] + workers.size
+    layer_s = t.layer_s[at] + t.least_pool_s[np.ix_(mixes, entries)]
+    prefix_s = t.prefix_layers * (layer_s + t.prefix_delta_s[at])
+    beside_s = t.step_s[at] + np.minimum(t.hop_s[at], prefix_s)
+    return np.asarray(_shortest_s(atlas.scopes[shape.scope].tables.num_layers, shape.counts, layer_s, beside_s).min(1))
+
+
+def _layers_that_fit(atlas: Atlas, shape: Shape, mixes: IntArray, kept: FloatArray) -> FloatArray:
+    """Repeated layers in a rank's memory, by role; ``kept`` [X, R] are KV bytes of one layer; [X, R, 4]."""
+    t, s = atlas.scopes[shape.scope].tables, shape.ranks
+    at = np.ix_(mixes, s)
+    room = (t.room_bytes[s] - t.act_bytes[at])[:, :, None].repeat(NUM_ROLES, axis=2)
+    room[:, :, [FIRST, BOTH]] -= (t.first_bytes[s] + t.prefix_layers * kept)[:, :, None]
+    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[at])[:, :, None]
+    room[:, :, BOTH] += t.tied_bytes[s]
+    return np.minimum(room / (t.layer_bytes[s] + kept)[:, :, None] + ROUNDING, float(t.num_layers))
+
+
+def _by_role(step_s: FloatArray, hop_s: FloatArray, prefix_s: FloatArray, last_s: FloatArray) -> FloatArray:
+    """What stages take beside their repeated layers; [X, S, 4]."""
+    fixed_s = np.empty((*step_s.shape, NUM_ROLES))
+    fixed_s[:, :, PLAIN] = step_s + hop_s
+    fixed_s[:, :, FIRST] = step_s + prefix_s
+    fixed_s[:, :, LAST] = step_s + hop_s + last_s
+    fixed_s[:, :, BOTH] = step_s + prefix_s + last_s
+    return fixed_s
+
+
+def _slack(atlas: Atlas, shape: Shape, settings: Settings, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
+    """`options.stretch`, less 1; [X, R]. ``request_s`` and ``chunk_s`` are of a repeated layer."""
+    t, x, f = atlas.scopes[shape.scope].tables, settings.mixes, shape.in_flight_index
+    least, unevenness = settings.least_slack[:, None], settings.unevenness[:, None]
+    iterations, nc, none = t.iterations[x][:, None], t.chunk_iterations[x][:, None], t.without_chunk[x, f][:, None]
+    plain = iterations - nc
+    with np.errstate(divide="ignore", invalid="ignore"):
+        plain_s = (request_s - nc * chunk_s) / plain
+        longest_s = chunk_s - (chunk_s - plain_s) * none
+        uneven = unevenness * (longest_s * iterations / request_s - 1.0)
+    applies = (unevenness > 0.0) & (plain > 0.0) & (nc > 0.0)
+    return np.where(applies, np.maximum(least, uneven), least)
+
+
+@kernel
+def fill(
+    num_layers: int, stages: IntArray, roles: IntArray, count: int, layer_s: FloatArray, fixed_s: FloatArray,
+    most: IntArray, worse_s: float, layers: IntArray,
+) -> float:  # fmt: skip
+    """The shortest time of the longest of ``count`` stages that hold all layers between them, each at least one.
+
+    ``stages`` and ``roles`` say which row of ``layer_s`` [S], ``fixed_s`` and ``most`` [S, 4] each is; fills
+    ``layers``. inf where they do not fit, or not below ``worse_s``.
+
+    In fractions of layers all stages that are not full end at once. What each carries then is no more than it carries
+    at best; the layers that are missing go, one by one, where the stage ends first with them.
+    """
+    total = 0
+    for i in range(count):
+        room = most[stages[i], roles[i]]
+        if room < 1:
+            return np.inf
+        layers[i] = -1
+        total += room
+    if total < num_layers:
+        return np.inf
+    left, shortest_s = float(num_layers), 0.0
+    while True:
+        per_s, beside = 0.0, 0.0
+        for i in range(count):
+            if layers[i] < 0:
+                per_s += 1.0 / layer_s[stages[i]]
+                beside += fixed_s[stages[i], roles[i]] / layer_s[stages[i]]
+        if per_s == 0.0:
+            break
+        shortest_s = (left + beside) / per_s
+        if shortest_s >= worse_s:
+            return np.inf
+        changed = False
+        for i in range(count):
+            room = most[stages[i], roles[i]]
+            if layers[i] < 0 and room * layer_s[stages[i]] + fixed_s[stages[i], roles[i]] < shortest_s:
+                layers[i] = room
+                left -= room
+                changed = True
+        if not changed:
+            break
+    held = 0
+    for i in range(count):
+        if layers[i] < 0:
+            carried = (shortest_s - fixed_s[stages[i], roles[i]]) / layer_s[stages[i]]
+            layers[i] = max(1, min(most[stages[i], roles[i]], int(np.floor(carried * (1.0 - 1e-12)))))
+        held += layers[i]
+    while held != num_layers:
+        at, best_s = -1, np.inf if held < num_layers else -np.inf
+        for i in range(count):
+            w, rest = layer_s[stages[i]], fixed_s[stages[i], roles[i]]
+            if held < num_layers:
+                here = (layers[i] + 1) * w + rest
+                if layers[i] < most[stages[i], roles[i]] and here < best_s:
+                    at, best_s = i, here
+            else:
+                here = layers[i] * w + rest
+                if layers[i] > 1 and here > best_s:
+                    at, best_s = i, here
+        if at < 0:
+            return np.inf
+        step = 1 if held < num_layers else -1
+        layers[at] += step
+        held += step
+    longest_s = 0.0
+    for i in range(count):
+        longest_s = max(longest_s, layers[i] * layer_s[stages[i]] + fixed_s[stages[i], roles[i]])
+    return longest_s if longest_s < worse_s else np.inf
+
+
+@kernel
+def _line_up(counts: IntArray, first: int, last: int, stages: IntArray, roles: IntArray) -> int:
+    """Writes a composition as stages in a row, and their roles; returns how many."""
+    count = 1
+    stages[0], roles[0] = first, FIRST
+    for s in range(counts.shape[0]):
+        plain = counts[s] - (1 if s == first else 0) - (1 if s == last and last >= 0 else 0)
+        for _ in range(plain):
+            stages[count], roles[count] = s, PLAIN
+            count += 1
+    if last >= 0:
+        stages[count], roles[count] = last, LAST
+        count += 1
+    else:
+        roles[0] = BOTH
+    return count
+
+
+@kernel
+def best_splits(
+    num_layers: int, counts: IntArray, which: IntArray, layer_s: FloatArray, fixed_s: FloatArray, most: IntArray,
+    longest_s: float, shortest_s: float, mix: int, groups: int, best_s: FloatArray, found: IntArray,
+) -> None:  # fmt: skip
+    """Where a mix serves a composition quicker than those before: its interval, itself, ends, and head groups given.
+
+    ``counts`` [C, R] are compositions of as many stages, of which those in ``which`` are looked at. ``best_s`` [C] and
+    ``found`` [C, 4] are improved; no interval is longer than ``longest_s``, and none counts as less than
+    ``shortest_s``.
+    """
+    depth = 0
+    for s in range(counts.shape[1]):
+        depth += counts[which[0], s]
+    stages, roles, layers = np.empty(depth, np.int64), np.empty(depth, np.int64), np.empty(depth, np.int64)
+    for c in which:
+        for first in range(counts.shape[1]):
+            if counts[c, first] == 0:
+                continue
+            for last in range(counts.shape[1] if depth > 1 else 1):
+                if depth > 1 and (counts[c, last] == 0 or (last == first and counts[c, last] == 1)):
+                    continue
+                worse_s = min(best_s[c], longest_s * (1.0 + 1e-12))
+                if worse_s <= shortest_s:
+                    continue
+                count = _line_up(counts[c], first, last if depth > 1 else -1, stages, roles)
+                interval_s = max(
+                    shortest_s, fill(num_layers, stages, roles, count, layer_s, fixed_s, most, worse_s, layers)
+                )
+                if interval_s < worse_s:
+                    best_s[c] = interval_s
+                    found[c, 0], found[c, 1], found[c, 2], found[c, 3] = mix, first, last, groups
+
+
+def shapes_of(atlas: Atlas) -> list[Shape]:
+    """The compositions of every scope, TP size and depth that the fleet has room for.
+
+    Raises:
+        InvalidProblemError: they are too many to list.
+    """
+    family, found = atlas.problem.family, list[Shape]()
+    assert family.engine is not None, "other families have replicas that are not listed"
+    for number in range(len(atlas.scopes)):
+        for tp in sorted({tp for _, tp in atlas.ranks}):
+            for depth in range(1, family.engine.max_stages + 1):
+                ranks = _ranks_of(atlas, number, tp)
+                if family.mixed_types and math.comb(len(ranks) + depth - 1, depth) > MOST_COMPOSITIONS:
+                    raise InvalidProblemError(
+                        f"{len(ranks)} kinds of GPUs in a zone make too many pipelines of {depth} stages "
+                        f"({MOST_COMPOSITIONS:,} are listed at most): allow fewer stages"
+                    )
+                counts = _compositions(atlas, number, ranks, tp, depth)
+                if len(counts):
+                    found.append(Shape(number, depth, np.array(ranks, dtype=np.int64), counts))
+    return found
+
+
+def _ranks_of(atlas: Atlas, scope: int, tp: int) -> list[int]:
+    here, available = atlas.scopes[scope], atlas.scopes[scope].tables.available
+    return [
+        s
+        for s, (g, size) in enumerate(atlas.ranks)
+        if size == tp and available[g] >= tp and atlas.classes[g].zone in here.zones
+    ]
+
+
+def _compositions(atlas: Atlas, scope: int, ranks: list[int], tp: int, depth: int) -> IntArray:
+    """How many stages of each rank type a replica may have; [C, ranks]."""
+    family, available = atlas.problem.family, atlas.scopes[scope].tables.available
+    engine = family.engine
+    most = np.array([int(available[atlas.ranks[s][0]]) // tp for s in ranks], dtype=np.int64)
+    too_large = engine is not None and engine.max_gpus is not None and depth * tp > engine.max_gpus
+    if not ranks or too_large:
+        return np.zeros((0, len(ranks)), dtype=np.int64)
+    if family.mixed_types:
+        chosen = np.array(list(itertools.combinations_with_replacement(range(len(ranks)), depth)), dtype=np.int64)
+        counts = np.stack([(chosen == i).sum(axis=1) for i in range(len(ranks))], axis=1)
+    else:
+        counts = depth * np.eye(len(ranks), dtype=np.int64)
+    fits = np.all(counts <= most, axis=1)
+    fits &= np.all(counts @ atlas.group_use[ranks] <= atlas.resources.limits, axis=1)
+    return np.asarray(counts[fits])
+
+
+def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
+    """Whether the engine of the family runs a replica, as far as its shape says; any does where there is no engine."""
+    rules, mix = atlas.problem.family.engine, atlas.mixes[template.mix]
+    if rules is None:
+        return True
+    depth = len(template.stages)
+    groups, workers = sum(stage.copies for stage in template.stages), {stage.pool_class for stage in template.stages}
+    pools = {(stage.pool_class, stage.pool_cards, stage.pool_groups) for stage in template.stages}
+    zones = {atlas.classes[atlas.ranks[stage.rank][0]].zone for stage in template.stages}
+    sizes = {atlas.ranks[stage.rank][1] for stage in template.stages}
+    gpus = sum(gpus_of(atlas, template).values())
+    return (
+        depth == groups == int(atlas.scopes[template.scope].tables.in_flight[template.in_flight_index])
+        and depth <= (rules.max_stages if workers == {-1} else rules.max_pooled_stages)
+        and len(sizes) == len(zones) == len(pools) == 1
+        and (workers == {-1} or mix.role is Role.UNIFIED)
+        and (rules.max_gpus is None or gpus <= rules.max_gpus)
+    )
+
+
+def workers_of(atlas: Atlas, shape: Shape) -> Iterator[Workers]:
+    """The attention workers that replicas of a shape may have."""
+    family, t = atlas.problem.family, atlas.scopes[shape.scope].tables
+    engine = family.engine
+    if engine is None or shape.depth > engine.max_pooled_stages or Role.UNIFIED not in family.roles:
+        return
+    tp = int(t.rank_tp[shape.ranks[0]])
+    for q in range(len(atlas.classes)):
+        if np.any(t.pool_start[shape.ranks, q] < 0) or atlas.classes[q].zone not in atlas.scopes[shape.scope].zones:
+            continue
+        for size, cards in enumerate(atlas.pool_sizes):
+            total = shape.depth * (cards + tp)
+            if shape.depth * cards <= t.available[q] and (engine.max_gpus is None or total <= engine.max_gpus):
+                yield Workers(q, size)
+
+
+def template_of_pipeline(
+    atlas: Atlas, shape: Shape, counts: IntArray, found: IntArray, workers: Workers | None
+) -> Template:
+    """The replica behind a composition [R] and what `best_splits` found of it [4]."""
+    t = atlas.scopes[shape.scope].tables
+    x, first, last, groups = found.tolist()
+    stages, roles, layers = np.empty((3, shape.depth), dtype=np.int64)
+    _line_up(counts, first, last if shape.depth > 1 else -1, stages, roles)
+    settings = settings_of(atlas, shape.depth, np.array([x]), np.array([groups]))
+    times = stage_times(atlas, shape, settings, workers)
+    fill(
+        t.num_layers, stages, roles, shape.depth, times.layer_s[0], times.fixed_s[0], times.most[0], np.inf, layers
+    )  # fmt: skip
+    pool = () if workers is None else (workers.device_class, atlas.pool_sizes[workers.size], groups)
+    parts = tuple(TemplateStage(int(shape.ranks[s]), 1, int(n), *pool) for s, n in zip(stages, layers, strict=True))
+    template = Template(shape.scope, x, shape.in_flight_index, parts, np.inf)
+    return replace(template, interval_s=interval_of(atlas, template))

@@ -1,0 +1,171 @@
+"""Plans for engines: the search that lists all pipelines finds the best of them, and proves it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hetis.solver.budget import Budget
+from hetis.solver.check import check_plan
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.engines import ENGINES, run_by
+from hetis.solver.placement.options import EVERYTHING, list_options
+from hetis.solver.placement.pipelines import Workers, settings_of, shapes_of, stage_times
+from hetis.solver.placement.tabulation import build_atlas
+from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from tests.solver.instances import make_model, make_node, make_problem, make_profile, problems
+from tests.solver.oracle import best_plan_value
+
+REL = 1e-6
+EXAMPLES = settings().max_examples
+WITH_WORKERS = run_by(
+    Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(1, 4, 16), chunk_tokens=(64,)),
+    EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2),
+)
+FEW_GPUS = replace(WITH_WORKERS, engine=EngineRules(name="vllm-hetis", max_stages=3, max_gpus=2))
+PLAIN = replace(WITH_WORKERS, max_pool=0, engine=EngineRules(name="vllm", max_stages=3))
+FAMILIES = (WITH_WORKERS, PLAIN, FEW_GPUS)
+
+
+def value_of(problem: PlacementProblem) -> float:
+    """The value of the plan that is found, which the checker accepts and which is proved the best."""
+    try:
+        plan = solve_placement(problem, strategy="hetis", gap_target=0.0)
+    except InfeasibleError:
+        return 0.0 if problem.objective.maximises else math.inf
+    assert check_plan(plan, problem) == ()
+    assert plan.result.status is Status.OPTIMAL
+    return plan.result.value
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_the_plan_found_is_the_best_that_brute_force_finds(data: st.DataObject) -> None:
+    family = data.draw(st.sampled_from(FAMILIES))
+    problem = data.draw(problems(max_gpus=5, kinds=tuple(ObjectiveKind), family=family))
+    assume(not problem.model.forbidden_cuts)
+    best = best_plan_value(problem)
+    assert value_of(problem) == pytest.approx(best, rel=REL)
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_an_engine_never_serves_more_than_any_engine(data: st.DataObject) -> None:
+    problem = data.draw(problems(max_gpus=5, family=WITH_WORKERS))
+    assume(not problem.model.forbidden_cuts)
+    small = replace(WITH_WORKERS, engine=None, in_flight=(1, 2, 3))
+    values = [value_of(replace(problem, family=family)) for family in (PLAIN, WITH_WORKERS)]
+    try:
+        anything = solve_placement(replace(problem, family=small), strategy="hetis").result.bound
+    except InfeasibleError:
+        anything = 0.0
+    assert values[0] <= values[1] * (1 + REL)
+    if problem.objective.ttft_limit_s is None:  # with it, a single stage keeps a rule of its own there
+        assert values[1] <= anything * (1 + REL)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=6, family=WITH_WORKERS), depth=st.integers(1, 3))
+def test_stages_take_what_the_options_of_other_families_take(problem: PlacementProblem, depth: int) -> None:
+    atlas = build_atlas(problem)
+    shapes = [shape for shape in shapes_of(atlas) if shape.depth == depth]
+    assume(shapes)
+    shape = shapes[0]
+    t, f = atlas.scopes[shape.scope].tables, depth - 1
+    free = np.zeros(len(atlas.ranks)), np.zeros(len(atlas.classes))
+    for x, mix in enumerate(atlas.mixes):
+        least, uneven = (0.0, 0.0) if depth == 1 else atlas.regimes(mix.role)[1]
+        cap = float(t.trip_cap[x, f]) / depth
+        o = list_options(t, x, f, 1, 2, least, uneven, cap, np.inf, EVERYTHING, *free)
+        for i in range(len(o.rank)):
+            q, cards, k = int(o.pool_class[i]), int(o.pool_cards[i]), int(o.pool_groups[i])
+            if o.rank[i] not in shape.ranks or (q >= 0 and mix.role is not Role.UNIFIED):
+                continue
+            workers = None if q < 0 else Workers(q, atlas.pool_sizes.index(cards))
+            times = stage_times(atlas, shape, settings_of(atlas, depth, np.array([x]), np.array([k])), workers)
+            s = shape.ranks.tolist().index(o.rank[i])
+            assert times.layer_s[0, s] == pytest.approx(o.layer_s[i], rel=1e-9)
+            assert times.fixed_s[0, s] == pytest.approx(o.fixed_s[i], rel=1e-9)
+            assert np.array_equal(times.most[0, s], o.max_layers[i])
+
+
+def a_plan(**changes: object) -> tuple[Plan, PlacementProblem]:
+    """Two stages, each with a worker, and their problem."""
+    slow, fast = make_profile("B", usable_bytes=6_000_000), make_profile("A", usable_bytes=9_000_000)
+    problem = make_problem(
+        [make_node("a", "A", nodes=2), make_node("b", "B", nodes=4)],
+        profiles={"A": fast, "B": slow},
+        model=make_model(num_layers=6),
+        family=WITH_WORKERS,
+    )
+    return solve_placement(problem, strategy="hetis"), replace(problem, **changes)  # type: ignore[arg-type]
+
+
+def test_the_checker_knows_what_an_engine_does_not_run() -> None:
+    plan, problem = a_plan()
+    assert check_plan(plan, problem) == ()
+    replica = plan.replicas[0]
+    broken = [
+        replace(replica, in_flight=replica.in_flight % 3 + 1),
+        replace(replica, stages=tuple(replace(stage, copies=2) for stage in replica.stages)),
+    ]
+    if replica.attention_workers:
+        broken.append(replace(replica, role=Role.DECODE))
+        broken.append(replace(replica, attention_workers=replica.attention_workers[:1]))
+    for one in broken:
+        found = check_plan(replace(plan, replicas=(one, *plan.replicas[1:])), problem)
+        assert any("vllm-hetis" in violation.message for violation in found), one
+
+
+def test_uneven_workers_are_not_an_engines() -> None:
+    plan, problem = a_plan()
+    replica = plan.replicas[0]
+    pools = (
+        AttentionWorkerPool(stage=0, gpu="B", devices=("b-0/0",), kv_head_groups=1),
+        AttentionWorkerPool(stage=1, gpu="B", devices=("b-1/0", "b-2/0"), kv_head_groups=2),
+    )
+    stages = tuple(replace(replica.stages[0], devices=(f"a-{i}/0",), tp=1) for i in range(2))
+    uneven = replace(replica, stages=stages, attention_workers=pools, in_flight=2)
+    messages = [v.message for v in check_plan(replace(plan, replicas=(uneven,)), problem)]
+    assert any("different numbers" in message for message in messages)
+    assert any("different head groups" in message for message in messages)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_says_its_rules_and_where_they_come_from(name: str) -> None:
+    family = run_by(Family(), EngineRules(name=name))
+    assert name in family.describe()
+    assert family.max_copies == 1
+    assert ENGINES[name].source
+    assert ENGINES[name].version
+
+
+def test_what_no_engine_runs_is_refused() -> None:
+    with pytest.raises(InvalidProblemError, match="not one of vllm-hetis, vllm, sglang, any"):
+        run_by(Family(), EngineRules(name="none"))
+    with pytest.raises(InvalidProblemError, match="without copies"):
+        Family(engine=EngineRules(name="vllm"))
+    with pytest.raises(InvalidProblemError, match="max_stages is 0"):
+        EngineRules(name="vllm", max_stages=0)
+
+
+def test_forbidden_cuts_are_refused_with_what_to_do() -> None:
+    model = make_model(forbidden_cuts=frozenset({2}))
+    problem = make_problem([make_node("a", "A", nodes=2)], model=model, family=PLAIN)
+    with pytest.raises(InvalidProblemError, match="any engine"):
+        solve_placement(problem, strategy="hetis")
+
+
+def test_a_search_without_time_says_so() -> None:
+    problem = make_problem([make_node("a", "A", nodes=2)], family=WITH_WORKERS)
+    with pytest.raises(NoPlanFoundError):
+        solve_placement(problem, strategy="hetis", budget=Budget(time_limit_s=0.0))
+
+
