@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from hetis.runtime.launch.errors import LayoutError, OptionError
+from hetis.engines.errors import LayoutError, OptionError
 
 if TYPE_CHECKING:
-    from hetis.runtime.launch.commands import Addresses, Serving
-    from hetis.runtime.launch.layout import Layout
+    from hetis.engines.commands import Addresses, Serving
+    from hetis.engines.layout import Layout
     from hetis.solver.model import ModelSpec
     from hetis.solver.plan import Plan
 
@@ -154,7 +154,7 @@ def show(
     vllm_options: VllmOptions = None,
 ) -> None:
     """Show what runs where: the plugin's file, and a command line for every process."""
-    from hetis.runtime.launch.commands import as_json, as_shell, commands_of
+    from hetis.engines.commands import as_json, as_shell, commands_of
 
     layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
     addresses = _addresses(node_address, worker_port, master_port, folder, key_file, all_here)
@@ -182,7 +182,7 @@ def processes(
     vllm_options: VllmOptions = None,
 ) -> None:
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
-    from hetis.runtime.launch.commands import commands_of
+    from hetis.engines.commands import commands_of
     from hetis.runtime.launch.local import names_of_this_machine, prepare, run_here
 
     layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
@@ -258,7 +258,7 @@ def kubernetes(
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
 
-    from hetis.runtime.launch.kubernetes import SET_HERE, Deployment, manifests_of
+    from hetis.engines.kubernetes import SET_HERE, Deployment, manifests_of
 
     deployment = Deployment(
         name=name,
@@ -320,9 +320,9 @@ def _read(
         DocumentError: the plan's file, or the model's, cannot be used.
         LayoutError: vLLM cannot run the replica so; all the reasons.
     """
+    from hetis.engines.commands import Serving
+    from hetis.engines.layout import layout_of
     from hetis.formats.documents import load_plan
-    from hetis.runtime.launch.commands import Serving
-    from hetis.runtime.launch.layout import layout_of
 
     options, program = tuple(vllm_options or ()), tuple(shlex.split(vllm))
     found = [*wrong, *_wrong_options(options, _OURS | set(set_here))]
@@ -349,7 +349,7 @@ def _read(
 
 
 def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
-    from hetis.runtime.launch.commands import names_of
+    from hetis.engines.commands import names_of
 
     wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(names_of(options) & ours)]
     if options and not options[0].startswith("-"):
@@ -381,7 +381,7 @@ def _addresses(
     key_file: Path | None,
     all_here: bool,
 ) -> Addresses:
-    from hetis.runtime.launch.commands import Addresses
+    from hetis.engines.commands import Addresses
 
     return Addresses(
         hosts=checked_hosts(node_address or []),

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hetis.runtime.launch.commands import STOPS_S, Command
-from hetis.runtime.launch.layout import ProcessKind
+from hetis.engines.commands import STOPS_S, Command
+from hetis.engines.layout import ProcessKind
 
 FAILED, INVALID = 1, 2
 VLLM = (ProcessKind.VLLM, ProcessKind.STAGE)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import PAGE_TOKENS, Layout, layout_of
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import PAGE_TOKENS, Layout, layout_of
 from hetis.solver.model import AttentionKind, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, Role
-from tests.runtime.launch.plans import LAYER_BYTES, MODEL, PAGES, POOL, plan_of, sharing, stage_of, staged
+from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, plan_of, sharing, stage_of, staged
 
 
 def rows(layout: Layout) -> list[tuple[str, str, int, str, tuple[int, ...], int]]:

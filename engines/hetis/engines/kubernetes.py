@@ -14,11 +14,13 @@ from typing import Any
 
 import yaml
 
-from hetis.runtime.launch.commands import (
+from hetis.engines.commands import (
     ANY,
     CONFIG_VARIABLE,
     HOST_VARIABLE,
+    KEY_VARIABLE,
     MASTER_PORT,
+    WORKER,
     WORKER_PORT,
     Serving,
     config_of,
@@ -26,10 +28,8 @@ from hetis.runtime.launch.commands import (
     vllm_arguments,
     worker_settings,
 )
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import Layout, Process, ProcessKind
-from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
-from hetis.runtime.worker.options import VARIABLES as WORKER_VARIABLES
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import Layout, Process, ProcessKind
 
 FRONT_PORT = 8000
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
@@ -185,12 +185,11 @@ class _Objects:
     def worker(self, process: Process) -> list[dict[str, Any]]:
         name = self._names[process.name]
         told = worker_settings(process, listen=f"{ANY}:{WORKER_PORT}", device=self._serving.device)
-        env: list[dict[str, Any]] = [{"name": WORKER_VARIABLES[option], "value": text} for option, text in told.items()]
         container = {
             "name": "worker",
             "image": self._of.worker_image,
-            "command": ["hetis-worker"],
-            "env": [*env, *self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key")],
+            "command": [*WORKER, *(word for setting in told.items() for word in setting)],
+            "env": self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
             "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
             "volumeMounts": [],
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hetis.runtime.launch.commands import (
+from hetis.engines.commands import (
     Addresses,
     Command,
     Serving,
@@ -18,10 +18,10 @@ from hetis.runtime.launch.commands import (
     as_shell,
     commands_of,
 )
-from hetis.runtime.launch.layout import Layout, layout_of
+from hetis.engines.layout import Layout, layout_of
 from hetis.runtime.vllm.settings import Settings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
-from tests.runtime.launch.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
+from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)

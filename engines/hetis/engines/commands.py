@@ -6,7 +6,6 @@ import ipaddress
 import itertools
 import json
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +14,16 @@ from typing import Any
 
 import yaml
 
-from hetis.runtime.launch.layout import Layout, Process, ProcessKind
+from hetis.engines.layout import Layout, Process
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 WORKER_PORT, MASTER_PORT = 7070, 29501
 STOPS_S, VLLM_STOPS_S = 10.0, 30.0  # vLLM's own time-out for requests that run is added
 CONNECTOR = {"kv_connector": "HetisConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
 CONFIG_VARIABLE, PARTITION_VARIABLE, HOST_VARIABLE = "HETIS_VLLM_CONFIG", "VLLM_PP_LAYER_PARTITION", "VLLM_HOST_IP"
+KEY_VARIABLE = "HETIS_WORKER_KEY"  # what a worker and the plugin take in place of a file
 SERVE = ("vllm", "serve")
-_WORKER = ("hetis-worker",)
+WORKER = ("hetis-worker",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +93,6 @@ class Command:
     stops_s: float = STOPS_S
 
     @property
-    def here(self) -> tuple[str, ...]:
-        """A worker runs with the Python that runs now; vLLM may have one of its own."""
-        if self.process.kind is ProcessKind.ATTENTION_WORKER:
-            return (sys.executable, "-m", "hetis.runtime.worker", *self.shown[1:])
-        return self.shown
-
-    @property
     def line(self) -> str:
         """For a shell."""
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.shown)])
@@ -139,7 +132,7 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
         commands.append(
             Command(
                 process=process,
-                shown=(*_WORKER, *(text for setting in settings.items() for text in setting)),
+                shown=(*WORKER, *(text for setting in settings.items() for text in setting)),
                 environment=_gpus(process, serving.device),
                 secrets=(addresses.key_file,),
             )

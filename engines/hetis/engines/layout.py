@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from hetis.runtime.launch.errors import LayoutError
+from hetis.engines.errors import LayoutError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
