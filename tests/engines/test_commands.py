@@ -13,12 +13,12 @@ import yaml
 from hetis.engines.commands import (
     Addresses,
     Command,
-    Serving,
     as_json,
     as_shell,
     commands_of,
 )
 from hetis.engines.layout import Layout, layout_of
+from hetis.engines.serving import Serving
 from hetis.runtime.vllm.settings import Settings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
@@ -71,7 +71,7 @@ def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
     words = " ".join(vllm.shown)
     assert "--attention-backend" not in words
     assert "--max-num-seqs" not in words
-    assert f"--dtype float32 --kv-cache-memory-bytes {ONE.vllm[0].kv_bytes} " in words
+    assert f"--dtype float32 --kv-cache-memory-bytes {ONE.servers[0].kv_bytes} " in words
     assert set(vllm.environment) == {"HETIS_VLLM_CONFIG"}
     steered = commands_of(ONE, replace(SERVING, executor="/run/e.sock"), Addresses())[0]
     assert settings_of(steered, tmp_path).executor == Path("/run/e.sock")
@@ -108,7 +108,7 @@ def test_stages_on_several_nodes_meet_by_vllms_own_launch() -> None:
 
 
 def test_stages_on_one_node_need_no_meeting() -> None:
-    whole = replace(STAGED, vllm=(replace(STAGED.vllm[0], gpus=(0, 1, 2, 3)),))
+    whole = replace(STAGED, servers=(replace(STAGED.servers[0], gpus=(0, 1, 2, 3)),))
     [vllm, *_] = commands_of(whole, SERVING, Addresses())
     assert "--nnodes" not in vllm.shown
     assert "--pipeline-parallel-size" in vllm.shown
@@ -121,7 +121,7 @@ def test_every_rank_finds_its_worker_process_where_that_listens(
     layout: Layout, addresses: Addresses, tmp_path: Path, key: Path
 ) -> None:
     commands = commands_of(layout, SERVING, addresses)
-    vllm, workers = commands[: len(layout.vllm)], commands[len(layout.vllm) :]
+    vllm, workers = commands[: len(layout.servers)], commands[len(layout.servers) :]
     listening = {command.process.name: told(command, key) for command in workers}
     reached = []
     for command in vllm:
@@ -148,7 +148,7 @@ def test_between_nodes_an_address_is_listened_on_alone_and_a_name_on_all(key: Pa
     for host, listens in (("10.0.0.2", "10.0.0.2"), ("fd00::2", "fd00::2"), ("b.example", "0.0.0.0")):
         worker = commands_of(ONE, SERVING, Addresses(hosts={"b": host}))[1]
         assert told(worker, key).listen == (listens, 7070)
-    beside = replace(ONE, vllm=(replace(ONE.vllm[0], node="b"),))
+    beside = replace(ONE, servers=(replace(ONE.servers[0], node="b"),))
     worker = commands_of(beside, SERVING, Addresses(hosts={"b": "10.0.0.2"}))[1]
     assert told(worker, key).listen[0] == "127.0.0.1"  # beside vLLM: they share memory
 
@@ -192,7 +192,7 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
     serving = replace(SERVING, limits_kv=True, dtype="float32")
     lines, expected = [], []
     for layout in (ONE, STAGED, SHARING, ALONE):
-        for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.vllm)]):
+        for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
             lines.append(command.shown[1:])
             ranks = layout.tensor_parallel * len(layout.layers)
             expected.append(
@@ -200,7 +200,7 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
                     "model": "/models/tiny",
                     "tp": layout.tensor_parallel,
                     "pp": len(layout.layers),
-                    "nodes": len(layout.vllm),
+                    "nodes": len(layout.servers),
                     "rank": number,
                     "headless": number > 0,
                     "seats": layout.seats,

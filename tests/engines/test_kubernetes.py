@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from hetis.engines.commands import Serving
 from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import Deployment, manifests_of
 from hetis.engines.layout import Layout, layout_of
+from hetis.engines.serving import Serving
 from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
 from hetis.runtime.vllm.settings import load_settings
 from hetis.runtime.worker.options import read_options

@@ -17,7 +17,7 @@ from hetis.runtime.launch.supervising import (
     supervise,
 )
 
-KINDS = {"vllm": ProcessKind.VLLM, "vllm-1": ProcessKind.STAGE, "w": ProcessKind.ATTENTION_WORKER}
+KINDS = {"vllm": ProcessKind.SERVER, "vllm-1": ProcessKind.SERVER_STAGE, "w": ProcessKind.ATTENTION_WORKER}
 
 
 def supervision() -> Supervision:

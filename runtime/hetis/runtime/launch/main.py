@@ -17,8 +17,9 @@ import typer
 from hetis.engines.errors import LayoutError, OptionError
 
 if TYPE_CHECKING:
-    from hetis.engines.commands import Addresses, Serving
+    from hetis.engines.commands import Addresses
     from hetis.engines.layout import Layout
+    from hetis.engines.serving import Serving
     from hetis.solver.model import ModelSpec
     from hetis.solver.plan import Plan
 
@@ -320,8 +321,8 @@ def _read(
         DocumentError: the plan's file, or the model's, cannot be used.
         LayoutError: vLLM cannot run the replica so; all the reasons.
     """
-    from hetis.engines.commands import Serving
     from hetis.engines.layout import layout_of
+    from hetis.engines.serving import Serving
     from hetis.formats.documents import load_plan
 
     options, program = tuple(vllm_options or ()), tuple(shlex.split(vllm))
@@ -335,7 +336,7 @@ def _read(
     planned = load_plan(plan)
     spec = _model(planned, model)
     layout = layout_of(planned, replica, spec, dtype=dtype.value, kv_tokens=kv_tokens)
-    if len(layout.vllm) > 1 and program[-1] != "serve":
+    if len(layout.servers) > 1 and program[-1] != "serve":
         raise OptionError(f"--vllm is {vllm!r}: only `vllm serve` starts stages on several nodes")
     return layout, Serving(
         model=model,
@@ -349,7 +350,7 @@ def _read(
 
 
 def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
-    from hetis.engines.commands import names_of
+    from hetis.engines.serving import names_of
 
     wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(names_of(options) & ours)]
     if options and not options[0].startswith("-"):
