@@ -38,7 +38,7 @@ ROOMS_OF_EXTRAS = {
 # The planner's folders from top to bottom, and what stands beside them for all.
 PLANNER_FLOORS = (
     *("cli", "service", "resources", "fleet", "jobs", "convert", "report"),
-    *("use_cases", "client", "store"),
+    *("export", "use_cases", "client", "store"),
 )
 PLANNER_BESIDE = {"beside", "callers", "daemons", "failures", "watching"}
 

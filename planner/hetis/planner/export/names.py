@@ -1,0 +1,15 @@
+"""The targets by name: light to import, for help and completion."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Target(StrEnum):
+    """What a plan is exported to."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    COMPOSE = "compose"
+    KUBERNETES = "kubernetes"
+    HETIS_LAUNCH = "hetis-launch"

@@ -1,0 +1,181 @@
+"""Exports read back: from what was written alone, the layers and GPUs of each replica. Shares no code with writers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from typer.testing import CliRunner
+
+from hetis.runtime.launch.main import app as hetis_launch
+from hetis.solver.plan import ReplicaPlan
+from tests.engines.plans import MODEL
+
+
+class Read(NamedTuple):
+    """A replica: layers and GPUs of each stage, and the GPUs of its attention workers."""
+
+    layers: tuple[int, ...]
+    devices: tuple[tuple[str, ...], ...]
+    workers: frozenset[str]
+
+
+class Found(NamedTuple):
+    """A process as an export has it."""
+
+    words: list[str]
+    environment: Mapping[str, str]
+    devices: list[str]
+
+
+def planned(replica: ReplicaPlan) -> Read:
+    """What an export of a replica must say."""
+    return Read(
+        tuple(stage.num_layers for stage in replica.stages),
+        tuple(stage.devices for stage in replica.stages),
+        frozenset(replica.worker_devices()),
+    )
+
+
+def read_replica(processes: Iterable[Found]) -> Read:
+    """A replica from its processes, in whatever order they come."""
+    servers, workers = list[Found](), set[str]()
+    for one in processes:
+        if "hetis-worker" in one.words:
+            workers |= set(one.devices)
+        else:
+            servers.append(one)
+    servers.sort(key=lambda one: int(option(one.words, "--node-rank") or 0))
+    nnodes = {int(option(one.words, "--nnodes") or 1) for one in servers}
+    assert nnodes == {len(servers)}, "every process knows how many there are"
+    first = servers[0]
+    tp = int(option(first.words, "--tensor-parallel-size", "--tp-size") or 1)
+    stages = int(option(first.words, "--pipeline-parallel-size", "--pp-size") or 1)
+    partitions = {partition_of(one.environment) for one in servers}
+    assert len(partitions) == 1, "every process knows every stage"
+    partition = partitions.pop()
+    layers = tuple(map(int, partition.split(","))) if partition else (MODEL.num_layers,)
+    assert (len(layers), sum(layers)) == (stages, MODEL.num_layers)
+    devices = [device for one in servers for device in one.devices]
+    assert len(devices) == tp * stages
+    return Read(layers, tuple(tuple(devices[i * tp : (i + 1) * tp]) for i in range(stages)), frozenset(workers))
+
+
+def partition_of(environment: Mapping[str, str]) -> str:
+    return environment.get("VLLM_PP_LAYER_PARTITION", environment.get("SGLANG_PP_LAYER_PARTITION", ""))
+
+
+def option(words: list[str], *names: str) -> str | None:
+    """The value of an option, which may have several names."""
+    for name, value in pairwise(words):
+        if name in names:
+            return value
+    return None
+
+
+def visible(environment: Mapping[str, str], node: str) -> list[str]:
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    return [f"{node}/{index}" for index in environment["CUDA_VISIBLE_DEVICES"].split(",")]
+
+
+def read_shell(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of NODE/rN.sh."""
+    found = dict[str, list[Found]]()
+    for path, text in files.items():
+        if not (match := re.fullmatch(r"([^/]+)/(r\d+)\.sh", path)):
+            continue
+        node, name = match.groups()
+        for line in text.splitlines():
+            if line.startswith("env "):
+                words = shlex.split(line.removeprefix("env ").rpartition(" >")[0])
+                environment = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Z_]+=.*", word))
+                words = words[len(environment) :]
+                found.setdefault(name, []).append(Found(words, environment, visible(environment, node)))
+    return {name: read_replica(processes) for name, processes in found.items()}
+
+
+def read_compose(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of NODE/compose.yaml: the container counts the GPUs that it sees anew."""
+    found = dict[str, list[Found]]()
+    for path, text in files.items():
+        if path.endswith("/compose.yaml"):
+            node = path.partition("/")[0]
+            for name, service in yaml.safe_load(text)["services"].items():
+                [reserved] = service["deploy"]["resources"]["reservations"]["devices"]
+                inside = [int(i) for i in service["environment"]["CUDA_VISIBLE_DEVICES"].split(",")]
+                devices = [f"{node}/{reserved['device_ids'][i]}" for i in inside]
+                words = [*service["entrypoint"], *service["command"]]
+                one = Found(words, service["environment"], devices)
+                found.setdefault(name.partition("-")[0], []).append(one)
+    return {name: read_replica(processes) for name, processes in found.items()}
+
+
+def manifests(files: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every object of every manifest."""
+    return [
+        one
+        for path, text in files.items()
+        if path.endswith(".yaml") and not path.startswith("router/") and path != "kustomization.yaml"
+        for one in yaml.safe_load_all(text)
+        if one
+    ]
+
+
+def container_of(pod: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    [container] = [c for c in pod["containers"] if not name or c["name"] == name]
+    return dict(container)
+
+
+def words_of(container: Mapping[str, Any]) -> list[str]:
+    return [str(word) for word in (*container.get("command", []), *container.get("args", []))]
+
+
+def environment_of(container: Mapping[str, Any]) -> dict[str, str]:
+    return {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}
+
+
+def read_kubernetes(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of StatefulSets: the node by its selector, so many GPUs, and which ones by the annotation."""
+    found = dict[str, list[Found]]()
+    for one in manifests(files):
+        if one["kind"] == "StatefulSet":
+            template = one["spec"]["template"]
+            container, pod = container_of(template["spec"]), template["spec"]
+            devices = template["metadata"]["annotations"]["hetis/devices"].split(",")
+            assert container["resources"]["limits"]["nvidia.com/gpu"] == len(devices)
+            assert {device.partition("/")[0] for device in devices} == set(pod["nodeSelector"].values())
+            name = one["metadata"]["labels"]["app.kubernetes.io/instance"].rpartition("-")[2]
+            process = Found(words_of(container), environment_of(container), devices)
+            found.setdefault(name, []).append(process)
+    return {name: read_replica(processes) for name, processes in found.items()}
+
+
+def read_hetis_launch(files: Mapping[str, str], folder: Path) -> dict[str, Read]:
+    """Of every command line in NODE.sh: what hetis-launch itself says that it would start."""
+    (folder / "plan.json").write_text(files["plan.json"], encoding="utf-8")
+    found, parts = dict[str, Read](), dict[str, set[str]]()
+    for path, text in files.items():
+        for line in text.splitlines() if re.fullmatch(r"[^/]+\.sh", path) else ():
+            if not line.startswith("hetis-launch "):
+                continue
+            words = shlex.split(line.removesuffix(" &"))
+            name, node = f"r{option(words, '--replica')}", str(option(words, "--node"))
+            place = words.index("--node")
+            shown = ["show", "--form", "json", *words[2:place], *words[place + 2 :]]
+            shown[shown.index("plan.json")] = str(folder / "plan.json")
+            result = CliRunner().invoke(hetis_launch, shown)
+            assert result.exit_code == 0, result.output
+            rows = json.loads(result.stdout)
+            parts.setdefault(name, set()).add(node)
+            devices = [[f"{row['node']}/{gpu}" for gpu in row["gpus"]] for row in rows]
+            of_all = [Found(row["command"], row["environment"], own) for row, own in zip(rows, devices, strict=True)]
+            read = read_replica(of_all)
+            assert found.setdefault(name, read) == read, "every node starts its part of the same replica"
+            assert parts[name] <= {row["node"] for row in rows}
+    return found
