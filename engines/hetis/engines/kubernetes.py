@@ -35,6 +35,7 @@ from hetis.solver.plan import Role
 
 FRONT_PORT = 8000
 NODE_LABEL = "kubernetes.io/hostname"
+MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
 _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
@@ -108,18 +109,24 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     Raises:
         LayoutError: worker processes share cards, which pods cannot.
     """
-    shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
-    if shared and serving.device == "cuda":
-        raise LayoutError(
-            f"several ranks of vLLM have KV on {', '.join(shared)}, each through a process of its own, "
-            "and pods cannot share a GPU: use processes or ray"
-        )
+    if serving.device == "cuda":
+        refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
     return [
         *objects.around(),
         *(made for number in range(len(layout.servers)) for made in objects.server(number)),
         *(made for process in layout.attention_workers for made in objects.worker(process)),
     ]
+
+
+def refuse_shared_cards(layout: Layout) -> None:
+    """Raises LayoutError where worker processes share cards: pods cannot share a GPU."""
+    shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
+    if shared:
+        raise LayoutError(
+            f"several ranks of vLLM have KV on {', '.join(shared)}, each through a process of its own, "
+            "and pods cannot share a GPU: use processes or ray"
+        )
 
 
 class ReplicaObjects:
@@ -200,7 +207,7 @@ class ReplicaObjects:
         ]
         command = list(arguments)
         if layout.engine is Engine.SGLANG:
-            if self._of.key_secret:
+            if self._of.key_secret and number == 0:
                 env += self._secret(_SGLANG_KEY, self._of.key_secret, "api-key")
                 command += ["--api-key", f"$({_SGLANG_KEY})"]
         else:

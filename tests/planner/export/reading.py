@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -178,4 +179,137 @@ def read_hetis_launch(files: Mapping[str, str], folder: Path) -> dict[str, Read]
             read = read_replica(of_all)
             assert found.setdefault(name, read) == read, "every node starts its part of the same replica"
             assert parts[name] <= {row["node"] for row in rows}
+    return found
+
+
+def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, Any] | None]]) -> dict[str, list[Found]]:
+    """Of replicas made from two templates: name, size, the leader's and the workers'.
+
+    A worker takes its rank from its node, as its script says: the script is run for every node.
+    """
+    found = dict[str, list[Found]]()
+    for name, size, leader, workers in groups:
+        container = container_of(leader["spec"])
+        node = leader["spec"]["nodeSelector"]["kubernetes.io/hostname"]
+        devices = leader["metadata"]["annotations"]["hetis/devices"].split(",")
+        assert {device.rpartition("/")[0] for device in devices} == {node}
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == len(devices)
+        mine = found.setdefault(name, [])
+        mine.append(Found(words_of(container), environment_of(container), devices))
+        if size == 1:
+            continue
+        assert workers is not None
+        container = container_of(workers["spec"])
+        by_node = dict[str, list[str]]()
+        for device in workers["metadata"]["annotations"]["hetis/devices"].split(","):
+            by_node.setdefault(device.rpartition("/")[0], []).append(device)
+        assert len(by_node) == size - 1
+        for node, own in by_node.items():
+            assert container["resources"]["limits"]["nvidia.com/gpu"] == len(own)
+            words = words_of(container)
+            if "nodeSelector" in workers["spec"]:
+                assert workers["spec"]["nodeSelector"] == {"kubernetes.io/hostname": node}
+            else:
+                check_apart(workers, list(by_node))
+                words = run_script(words, node)
+            mine.append(Found(words, environment_of(container), own))
+    return found
+
+
+def check_apart(workers: Mapping[str, Any], nodes: list[str]) -> None:
+    """Pods of one template are on these nodes, and no two of them on one."""
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    affinity = workers["spec"]["affinity"]
+    [term] = affinity["nodeAffinity"][required]["nodeSelectorTerms"]
+    assert term["matchExpressions"][0]["values"] == nodes
+    [apart] = affinity["podAntiAffinity"][required]
+    assert apart["topologyKey"] == "kubernetes.io/hostname"
+    assert apart["labelSelector"]["matchLabels"].items() <= workers["metadata"]["labels"].items()
+
+
+def run_script(words: list[str], node: str) -> list[str]:
+    """The command that a script of a pod executes on a node."""
+    at = words.index("-c") + 1
+    shown = words[at].replace("exec ", "printf '%s\\n' ", 1)
+    environment = {"HETIS_NODE": node, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([*words[:at], shown], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def workers_of(files: Mapping[str, str]) -> dict[str, list[Found]]:
+    """Attention workers, which are StatefulSets whatever makes the engine's pods."""
+    found = dict[str, list[Found]]()
+    for one in manifests(files):
+        if one["kind"] == "StatefulSet":
+            template = one["spec"]["template"]
+            container = container_of(template["spec"])
+            devices = template["metadata"]["annotations"]["hetis/devices"].split(",")
+            name = one["metadata"]["labels"]["app.kubernetes.io/instance"].rpartition("-")[2]
+            found.setdefault(name, []).append(Found(words_of(container), {}, devices))
+    return found
+
+
+def together(*parts: Mapping[str, list[Found]]) -> dict[str, Read]:
+    """Replicas of which several kinds of objects have processes."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: read_replica([one for part in parts for one in part.get(name, [])]) for name in names}
+
+
+def read_lws(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of LeaderWorkerSets, and of those in a DisaggregatedSet."""
+    groups = []
+    for one in manifests(files):
+        if one["kind"] == "LeaderWorkerSet":
+            specs = [(one["metadata"]["name"].rpartition("-")[2], one["spec"])]
+        elif one["kind"] == "DisaggregatedSet":
+            specs = [(role["name"].rpartition("-")[2], role["spec"]) for role in one["spec"]["roles"]]
+        else:
+            continue
+        for name, spec in specs:
+            assert spec["replicas"] == 1
+            group = spec["leaderWorkerTemplate"]
+            leader = group.get("leaderTemplate", group["workerTemplate"])
+            groups.append((name, group["size"], leader, group["workerTemplate"]))
+    return together(of_groups(groups), workers_of(files))
+
+
+def read_llm_d(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of the chart's values, and of LeaderWorkerSets beside them."""
+    found = dict[str, Read]()
+    for path, text in files.items():
+        if path.startswith("values-"):
+            values = yaml.safe_load(text)
+            [role] = [values[role] for role in ("prefill", "decode") if values[role]["create"]]
+            [container] = role["containers"]
+            devices = role["podAnnotations"]["hetis/devices"].split(",")
+            assert container["resources"]["limits"]["nvidia.com/gpu"] == role["parallelism"]["tensor"] == len(devices)
+            assert {d.rpartition("/")[0] for d in devices} == {role["nodeSelector"]["kubernetes.io/hostname"]}
+            one = Found(container["command"], environment_of(container), devices)
+            found[values["fullnameOverride"].rpartition("-")[2]] = read_replica([one])
+    rest = {path: text for path, text in files.items() if not path.startswith("values-")}
+    return {**found, **read_lws(rest)}
+
+
+def read_slurm(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of batch scripts: a component's node, and the steps that run there; which GPUs, a comment says."""
+    found = dict[str, Read]()
+    for path, text in files.items():
+        if not path.endswith(".sbatch"):
+            continue
+        components = [dict(re.findall(r"#SBATCH --(\S+?)=(\S+)", part)) for part in text.split("#SBATCH hetjob\n")]
+        taken, processes = [0] * len(components), list[Found]()
+        for comment, line in pairwise(text.splitlines()):
+            if line.startswith("srun "):
+                step, _, command = line.removesuffix(" &").partition(" env ")
+                options = dict(word.split("=", 1) for word in step.split() if "=" in word)
+                group = int(options.get("--het-group", 0))
+                devices = comment.rpartition(" ")[2].split(",")
+                assert {d.rpartition("/")[0] for d in devices} == {components[group]["nodelist"]}
+                assert int(options["--gpus"]) == len(devices)
+                taken[group] += len(devices)
+                words = shlex.split(command)
+                environment = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Z_]+=.*", word))
+                processes.append(Found(words[len(environment) :], environment, devices))
+        assert taken == [int(one["gpus-per-node"]) for one in components], "a job asks for what its steps take"
+        found[path.removesuffix(".sbatch")] = read_replica(processes)
     return found

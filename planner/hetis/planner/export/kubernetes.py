@@ -13,6 +13,7 @@ from hetis.engines.layout import node_of
 from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, published_image
 from hetis.planner.export.written import Written
+from hetis.solver.plan import Plan
 
 
 def write_kubernetes(launchable: Launchable) -> Written:
@@ -90,18 +91,23 @@ def documents(objects: Iterable[Mapping[str, Any]]) -> str:
     return yaml.safe_dump_all(list(objects), sort_keys=False, width=120)
 
 
-def mixed_nodes(launchable: Launchable) -> list[str]:
-    """Nodes with GPUs of several types, of which a pod cannot choose: it is given so many of them."""
+def types_of_nodes(plan: Plan) -> dict[str, set[str]]:
+    """GPU types that a plan uses of each node."""
     types = dict[str, set[str]]()
-    for replica in launchable.plan.replicas:
+    for replica in plan.replicas:
         placed = [(stage.gpu, stage.devices) for stage in replica.stages]
         placed += [(pool.gpu, pool.devices) for pool in replica.attention_workers]
         for gpu, devices in placed:
             for device in devices:
                 types.setdefault(node_of(device), set()).add(gpu)
+    return types
+
+
+def mixed_nodes(launchable: Launchable) -> list[str]:
+    """Nodes with GPUs of several types, of which a pod cannot choose: it is given so many of them."""
     return [
         f"node {node} has {' and '.join(sorted(found))}: which of them a pod gets, the device plugin says"
-        for node, found in types.items()
+        for node, found in types_of_nodes(launchable.plan).items()
         if len(found) > 1
     ]
 

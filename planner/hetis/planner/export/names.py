@@ -12,4 +12,7 @@ class Target(StrEnum):
     SGLANG = "sglang"
     COMPOSE = "compose"
     KUBERNETES = "kubernetes"
+    LWS = "lws"
+    LLM_D = "llm-d"
+    SLURM = "slurm"
     HETIS_LAUNCH = "hetis-launch"

@@ -9,10 +9,13 @@ from hetis.engines.versions import Engine
 from hetis.planner.export.compose import write_compose
 from hetis.planner.export.hetis_launch import write_hetis_launch
 from hetis.planner.export.kubernetes import write_kubernetes
+from hetis.planner.export.llm_d import write_llm_d
+from hetis.planner.export.lws import write_lws
 from hetis.planner.export.names import Target
 from hetis.planner.export.replicas import Launchable, Settings, launchable
 from hetis.planner.export.routing import routing_files
 from hetis.planner.export.shell import write_shell
+from hetis.planner.export.slurm import write_slurm
 from hetis.planner.export.written import Written, readme_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
@@ -41,6 +44,9 @@ _WRITERS: Mapping[Target, Callable[[Launchable], Written]] = {
     Target.SGLANG: write_shell,
     Target.COMPOSE: write_compose,
     Target.KUBERNETES: write_kubernetes,
+    Target.LWS: write_lws,
+    Target.LLM_D: write_llm_d,
+    Target.SLURM: write_slurm,
     Target.HETIS_LAUNCH: write_hetis_launch,
 }
 # What a target runs; all others take any engine.
