@@ -313,3 +313,65 @@ def read_slurm(files: Mapping[str, str]) -> dict[str, Read]:
         assert taken == [int(one["gpus-per-node"]) for one in components], "a job asks for what its steps take"
         found[path.removesuffix(".sbatch")] = read_replica(processes)
     return found
+
+
+def read_kserve(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of LLMInferenceServices. A pair has the name of its prefill replica."""
+    found, workers = dict[str, list[Found]](), workers_of(files)
+    for one in manifests(files):
+        if one["kind"] == "LLMInferenceService":
+            name = one["metadata"]["name"].rpartition("-")[2]
+            spec = one["spec"]
+            sides = {name: spec["prefill"], f"{name}'s decode": spec} if "prefill" in spec else {name: spec}
+            for side, of_side in sides.items():
+                assert of_side["replicas"] == 1
+                size = of_side["parallelism"].get("pipeline", 1)
+                said = of_side["annotations"]
+                leader = _pod_template(of_side["template"], said["hetis/leader"])
+                further = _pod_template(of_side["worker"], said["hetis/workers"]) if size > 1 else None
+                if further is not None and "affinity" in further["spec"]:
+                    further["metadata"]["labels"] = {
+                        "app.kubernetes.io/name": one["metadata"]["name"],
+                        "app.kubernetes.io/component": "llminferenceservice-workload-worker"
+                        + ("-prefill" if of_side is spec.get("prefill") else ""),
+                    }
+                found |= of_groups([(side, size, leader, further)])
+    return together(found, workers)
+
+
+def _pod_template(pod: Mapping[str, Any], devices: str) -> dict[str, Any]:
+    return {"metadata": {"annotations": {"hetis/devices": devices}}, "spec": pod}
+
+
+def read_dynamo(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of components of graphs."""
+    found = dict[str, list[Found]]()
+    for graph in manifests(files):
+        front, *components = graph["spec"]["components"]
+        assert front["type"] == "frontend"
+        for one in components:
+            found |= of_groups([(one["name"], 1, one["podTemplate"], None)])
+    return together(found)
+
+
+def read_ray(files: Mapping[str, str]) -> dict[str, Read]:
+    """Of Serve's applications: a bundle for each rank, which names its node; the GPU's number Ray chooses."""
+    found = dict[str, Read]()
+    for application in yaml.safe_load(files["serve.yaml"])["applications"]:
+        arguments, name = application["args"], application["name"]
+        assert application["route_prefix"] == f"/{name}"
+        configs = {f"{name}'s decode": arguments["decode_config"]} if "decode_config" in arguments else {}
+        configs[name] = arguments["prefill_config"] if configs else arguments["llm_configs"][0]
+        for key, config in configs.items():
+            arguments, environment = config["engine_kwargs"], config["runtime_env"]["env_vars"]
+            tp, stages = (arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+            bundles = config["placement_group_config"]["bundles"]
+            assert len(bundles) == tp * stages
+            assert environment["VLLM_RAY_BUNDLE_INDICES"] == ",".join(map(str, range(len(bundles))))
+            devices = environment["HETIS_DEVICES"].split(",")
+            for bundle, device in zip(bundles, devices, strict=True):
+                assert (bundle["GPU"], bundle[f"hetis-{device.rpartition('/')[0]}"]) == (1, 0.001)
+            layers = tuple(map(int, partition_of(environment).split(","))) if stages > 1 else (MODEL.num_layers,)
+            assert (len(layers), sum(layers)) == (stages, MODEL.num_layers)
+            found[key] = Read(layers, tuple(tuple(devices[i * tp : (i + 1) * tp]) for i in range(stages)), frozenset())
+    return found

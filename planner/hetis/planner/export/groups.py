@@ -23,9 +23,19 @@ class PodGroup:
     Args:
         leader: the address of the leader, in the words of the operator.
         container: what the operator calls the container of the engine; empty: as the engine.
+        worker_labels: that the operator gives workers and nobody else; None: labels of our own.
     """
 
-    def __init__(self, launchable: Launchable, one: LaunchableReplica, *, leader: str, container: str = "") -> None:
+    def __init__(
+        self,
+        launchable: Launchable,
+        one: LaunchableReplica,
+        *,
+        leader: str,
+        container: str = "",
+        worker_labels: dict[str, str] | None = None,
+    ) -> None:
+        self._own_worker_labels = worker_labels
         self.objects = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
         self._layout, self._leader, self._container = one.layout, leader, container
         self._further = one.layout.servers[1:]
@@ -81,7 +91,7 @@ class PodGroup:
         }
 
     def _worker_labels(self) -> dict[str, str]:
-        return self.objects.labels("further-stages")
+        return self._own_worker_labels or self.objects.labels("further-stages")
 
     def _template(
         self, pod: dict[str, Any], processes: list[Process] | tuple[Process, ...], labels: dict[str, str] | None

@@ -14,5 +14,8 @@ class Target(StrEnum):
     KUBERNETES = "kubernetes"
     LWS = "lws"
     LLM_D = "llm-d"
+    KSERVE = "kserve"
+    DYNAMO = "dynamo"
+    RAY = "ray"
     SLURM = "slurm"
     HETIS_LAUNCH = "hetis-launch"

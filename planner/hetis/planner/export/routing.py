@@ -22,11 +22,13 @@ def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[
     """Files with the weights of replicas that are reached at these endpoints, by their place in the plan."""
     files = {"router/weights.json": json.dumps(weights_of(launchable, endpoints), indent=2) + "\n"}
     unified = _unified(launchable, endpoints)
-    if unified:
-        served = launchable.settings.served_name or launchable.settings.model
+    if not unified:
+        return files
+    served = launchable.settings.served_name or launchable.settings.model
+    files["router/litellm.yaml"] = yaml.safe_dump(_litellm(unified, served), sort_keys=False)
+    if not any("/" in endpoint for endpoint, _ in unified):  # they know hosts and ports, no paths
         files["router/nginx.conf"] = _nginx(unified)
         files["router/envoy.yaml"] = yaml.safe_dump(_envoy(unified), sort_keys=False)
-        files["router/litellm.yaml"] = yaml.safe_dump(_litellm(unified, served), sort_keys=False)
     return files
 
 
@@ -81,10 +83,13 @@ def weight(share: float) -> int:
 
 
 def _unified(launchable: Launchable, endpoints: Mapping[int, str]) -> list[tuple[str, int]]:
-    """Endpoints that take whole requests, with their weights among themselves."""
-    rates = {n: one.plan.rate for n, one in launchable.replicas.items() if one.plan.role is Role.UNIFIED}
+    """Endpoints that take whole requests, with their weights among themselves; one may stand for several replicas."""
+    rates = dict[str, float]()
+    for number, one in launchable.replicas.items():
+        if one.plan.role is Role.UNIFIED and one.plan.rate > 0:
+            rates[endpoints[number]] = rates.get(endpoints[number], 0.0) + one.plan.rate
     whole = sum(rates.values())
-    return [(endpoints[number], weight(rate / whole)) for number, rate in rates.items() if rate > 0]
+    return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
 
 
 def _nginx(unified: list[tuple[str, int]]) -> str:

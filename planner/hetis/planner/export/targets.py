@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from hetis.engines.versions import Engine
 from hetis.planner.export.compose import write_compose
+from hetis.planner.export.dynamo import write_dynamo
 from hetis.planner.export.hetis_launch import write_hetis_launch
+from hetis.planner.export.kserve import write_kserve
 from hetis.planner.export.kubernetes import write_kubernetes
 from hetis.planner.export.llm_d import write_llm_d
 from hetis.planner.export.lws import write_lws
 from hetis.planner.export.names import Target
+from hetis.planner.export.ray_serve import write_ray
 from hetis.planner.export.replicas import Launchable, Settings, launchable
 from hetis.planner.export.routing import routing_files
 from hetis.planner.export.shell import write_shell
@@ -46,6 +49,9 @@ _WRITERS: Mapping[Target, Callable[[Launchable], Written]] = {
     Target.KUBERNETES: write_kubernetes,
     Target.LWS: write_lws,
     Target.LLM_D: write_llm_d,
+    Target.KSERVE: write_kserve,
+    Target.DYNAMO: write_dynamo,
+    Target.RAY: write_ray,
     Target.SLURM: write_slurm,
     Target.HETIS_LAUNCH: write_hetis_launch,
 }
