@@ -49,7 +49,7 @@ READERS: Mapping[Target, Callable[[Mapping[str, str]], dict[str, reading.Read]]]
 def exported(plan: Plan, target: Target, **changes: Any) -> Export:
     engines = ENGINES.get(target, ())
     engine = engines[0] if len(engines) == 1 else None
-    return export_plan(plan, MODEL, target, replace(SETTINGS, engine=engine, **changes))
+    return export_plan(plan, MODEL, target, replace(SETTINGS, **{"engine": engine, **changes}))
 
 
 # What targets cannot carry of these plans: a part of the reason, and of which replicas.
