@@ -189,6 +189,12 @@ def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
     )
 
 
+def test_a_context_that_is_longer_than_the_kv_room_is_cut() -> None:
+    room = (PAGES - 1) * PAGE_TOKENS  # engines keep a page
+    assert layout_of(ALONE, 0, replace(MODEL, max_position=room + 1)).context_tokens == room
+    assert layout_of(ALONE, 0, replace(MODEL, max_position=room)).context_tokens is None
+
+
 def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> None:
     full, half = (layout_of(ALONE, 0, replace(MODEL, kv_bytes=kv)) for kv in (2.0, 1.0))
     assert (full.kv_is_fp8, half.kv_is_fp8) == (False, True)

@@ -59,6 +59,16 @@ def test_engines_are_told_nothing_that_was_not_recorded(engine: Engine) -> None:
                 assert variables <= recorded.variables.keys()
 
 
+def test_engines_are_told_of_the_longest_request_that_fits() -> None:
+    for engine, name in ((Engine.VLLM, "--max-model-len"), (Engine.SGLANG, "--context-length")):
+        [one] = commands(PLANS["whole"], engine)
+        assert told(one)[name] == "992"  # of 1,000 tokens of KV room
+        [given] = commands(PLANS["whole"], engine, options=(name, "512"))
+        assert (given.shown.count(name), told(given)[name]) == (1, "512")
+        if engine is Engine.VLLM:  # which finds its own room, and whether the context fits, where it is not held to one
+            assert name not in told(commands(PLANS["whole"], engine, limits_kv=False)[0])
+
+
 def test_sglang_is_told_of_shape_room_and_meeting() -> None:
     first, second = commands(PLANS["staged"], Engine.SGLANG)
     assert first.shown[:4] == ("sglang", "serve", "--model-path", "/models/tiny")

@@ -80,6 +80,7 @@ class Layout:
         chunk_tokens: prompt tokens in an iteration; 0 where it only decodes.
         kv_tokens: KV room in tokens.
         kv_is_fp8: KV has one byte a number, else as many as numbers of the model.
+        context_tokens: the longest request that fits into the KV room; None: the model's own context is no longer.
     """
 
     engine: Engine
@@ -94,6 +95,7 @@ class Layout:
     chunk_tokens: int
     kv_tokens: int
     kv_is_fp8: bool = False
+    context_tokens: int | None = None
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -128,6 +130,11 @@ class _Room:
         numbers = model.kv_bytes_per_token_group() / model.kv_bytes
         each = 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]
         return cls(pages=-(-kv_tokens // PAGE_TOKENS), page_bytes=round(PAGE_TOKENS * numbers) * each)
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest request: engines keep a page for themselves."""
+        return max(self.pages - 1, 1) * PAGE_TOKENS
 
     def of_ranks(self, stage: StagePlan) -> int:
         """Bytes on a rank of the stage."""
@@ -199,6 +206,7 @@ def layout_of(
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
+        context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
     )
 
 

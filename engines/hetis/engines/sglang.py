@@ -34,6 +34,8 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told["--kv-cache-dtype"] = "fp8_e4m3"
     if serving.limits_kv:
         told["--max-total-tokens"] = str(layout.kv_tokens)
+        if layout.context_tokens is not None:
+            told["--context-length"] = str(layout.context_tokens)
     if layout.role is not Role.UNIFIED:
         told |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
     if layout.role is Role.PREFILL:

@@ -37,6 +37,9 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room["--kv-cache-dtype"] = "fp8"
     if serving.limits_kv:
         room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
+        # vLLM does not start where a request of the model's whole context would not fit.
+        if layout.context_tokens is not None and not serving.gives("--max-model-len"):
+            room["--max-model-len"] = str(layout.context_tokens)
     if connector := connector_of(layout):
         room["--kv-transfer-config"] = json.dumps(connector)
     if layout.workers and serving.device == "cuda":  # on a CPU the plugin takes the place of the one that there is
