@@ -6,6 +6,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -182,9 +183,27 @@ for words in json.load(sys.stdin):
         "tokens": args.max_num_batched_tokens, "backend": args.attention_backend,
         "connector": args.kv_transfer_config and args.kv_transfer_config.kv_connector,
         "executor": args.distributed_executor_backend, "kv": args.kv_cache_memory_bytes, "dtype": args.dtype,
+        "context": args.max_model_len, "kv_dtype": args.kv_cache_dtype,
     })
 print("FOUND " + json.dumps(found))
 """
+
+
+def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """What vLLM's parser makes of words after ``vllm``."""
+    done = subprocess.run(
+        [str(PYTHON), "-c", PARSE],
+        input=json.dumps(lines),
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    found: list[dict[str, Any]] = json.loads(line.removeprefix("FOUND "))
+    return found
 
 
 @needs_vllm
@@ -210,17 +229,8 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
                     "executor": "mp" if ranks > 1 else None,
                     "kv": layout.rank_kv_bytes,
                     "dtype": "float32",
+                    "context": layout.context_tokens,
+                    "kv_dtype": "auto",
                 }
             )
-    done = subprocess.run(
-        [str(PYTHON), "-c", PARSE],
-        input=json.dumps(lines),
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert json.loads(line.removeprefix("FOUND ")) == expected
+    assert parsed_by_vllm(lines) == expected
