@@ -43,7 +43,7 @@ _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/he
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 _USER = 10001  # as in our images
 _GRACE_S = 45
-_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is longer, must fit into 63 characters
 
 
@@ -76,7 +76,7 @@ class Deployment:
         wrong = []
         if not _NAME.fullmatch(self.name):
             wrong.append(f"--name is {self.name!r}, must be 1 to 40 small letters, digits and -, a letter first")
-        if self.namespace and not _NAMESPACE.fullmatch(self.namespace):
+        if self.namespace and not NAMESPACE.fullmatch(self.namespace):
             wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 small letters, digits and -")
         if not self.image:
             made = ": vLLM with the plugin, as docker/vllm.Dockerfile makes it" if has_workers else ": of the engine"

@@ -75,15 +75,30 @@ def test_a_plan_of_which_nothing_can_run_is_infeasible(tmp_path: Path, capsys: p
 
 
 def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--engine", "vllm", "--dtype", "int3", "--name", "No", "--node-address", "a", "--", "--tp-size", "4"]
+    words = [
+        "--engine",
+        "vllm",
+        "--dtype",
+        "int3",
+        "--name",
+        "No",
+        "--namespace",
+        "N",
+        "--node-address",
+        "a",
+        "--",
+        "--tp-size",
+        "4",
+    ]
     assert run(["export", str(plan_file), "--to", "sglang", *words]) == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
-        "error: 5 problems in the input",
+        "error: 6 problems in the input",
         "  export: --node-address is 'a', must be NODE=HOST, such as gpu2=10.0.0.2",
         "  export: --tp-size stands after --: the plan decides it",
         "  export: --engine is vllm: --to sglang runs sglang",
         "  export: --dtype is 'int3', must be one of auto, bfloat16, float16, float32",
         "  export: --name is 'No', must be 1 to 30 small letters, digits and -, a letter first",
+        "  export: --namespace is 'N', must be 1 to 63 small letters, digits and -",
     ]
 
 

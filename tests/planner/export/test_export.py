@@ -126,6 +126,17 @@ def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> 
     assert caught.value.reasons == ("replica 0: stage 1: it has 2 copies, vLLM has one of each stage",)
 
 
+@pytest.mark.parametrize("node", ["a b", "$(reboot)", "a\nreboot", "*", "-x", "a;b", "n" * 254])
+def test_names_that_no_host_has_reach_no_file(node: str) -> None:
+    good, bad = PLANS["one GPU"].replicas[0], replace(PLANS["one GPU"].replicas[0].stages[0], devices=(f"{node}/0",))
+    plan = made_of(good, replace(good, stages=(bad,)))
+    for target in Target:
+        made = exported(plan, target)
+        assert made.lost[0].startswith("replica 1: ")
+        assert repr(node)[1:-1] in made.lost[0]
+        assert all(node not in text for path, text in made.files.items() if path.endswith((".sh", ".sbatch")))
+
+
 def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:
     split = PLANS["prefill and decode"]
     staged = replace(split.replicas[1], stages=PLANS["stages of two nodes"].replicas[0].stages)

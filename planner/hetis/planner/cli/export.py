@@ -128,6 +128,7 @@ def export(
     insecure: InsecureOption = False,
 ) -> ExitCode:
     """Write a plan as the files of an engine or orchestrator, with router weights and what is not carried."""
+    from hetis.engines.kubernetes import NAMESPACE
     from hetis.engines.planned import planned_model
     from hetis.formats.documents import load_plan
     from hetis.planner.export.replicas import Settings
@@ -136,6 +137,8 @@ def export(
     options = tuple(engine_options or ())
     hosts, wrong = _hosts(node_address or ())
     wrong += _wrong(options, to, engine, dtype, name)
+    if namespace and not NAMESPACE.fullmatch(namespace):
+        wrong.append(f"--namespace is {namespace!r}, must be 1 to 63 small letters, digits and -")
     folder = None if out == "-" else Path(out)
     if folder is not None:
         wrong += _unusable(folder, force=force)

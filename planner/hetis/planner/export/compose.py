@@ -12,7 +12,7 @@ from hetis.engines.layout import ProcessKind
 from hetis.engines.versions import Engine
 from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, published_image
-from hetis.planner.export.shell import folder_of, not_reached
+from hetis.planner.export.shell import not_reached
 from hetis.planner.export.written import Written
 
 _CONFIG, _KEY = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
@@ -32,7 +32,7 @@ def write_compose(launchable: Launchable) -> Written:
         raise NotExportableError(tuple(wrong))
     files, shown = dict[str, str](), list[str]()
     for node in launchable.nodes():
-        folder, services = folder_of(node), dict[str, Any]()
+        folder, services = node, dict[str, Any]()
         secret = False
         for one in launchable.replicas.values():
             for command in one.commands:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hetis.formats.documents import dump
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
-from hetis.planner.export.shell import folder_of, not_reached
+from hetis.planner.export.shell import not_reached
 from hetis.planner.export.written import Written
 
 PLAN_FILE = "plan.json"
@@ -17,7 +17,7 @@ def write_hetis_launch(launchable: Launchable) -> Written:
     """The plan, and for every node a script with a hetis-launch for each replica that has processes there."""
     files, shown = {PLAN_FILE: dump(launchable.plan, "json")}, list[str]()
     for node in launchable.nodes():
-        path = f"{folder_of(node)}.sh"
+        path = f"{node}.sh"
         files[path] = _script(launchable, node)
         shown.append(path)
     return Written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -156,6 +157,9 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
         except LayoutError as error:
             left_out[number] = error.messages
             continue
+        if strange := sorted({p.node for p in layout.processes if not _NODE.fullmatch(p.node)}):
+            left_out[number] = tuple(f"node {node!r} has a name that no host has" for node in strange)
+            continue
         node = layout.servers[0].node
         name = f"r{number}"
         replicas[number] = LaunchableReplica(
@@ -207,6 +211,9 @@ def published_image(engine: Engine) -> str:
     return {Engine.VLLM: f"vllm/vllm-openai:v{version}", Engine.SGLANG: f"lmsysorg/sglang:v{version}"}.get(engine, "")
 
 
+_NODE = re.compile(
+    r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
+)  # names go into scripts and file names as they are
 _MASTER_STEP = 20  # SGLang takes the ports that follow its own for its processes
 
 

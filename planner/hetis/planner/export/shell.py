@@ -32,7 +32,7 @@ def write_shell(launchable: Launchable) -> Written:
     """Scripts for vLLM or SGLang."""
     files, shown = dict[str, str](), list[str]()
     for node in launchable.nodes():
-        folder = folder_of(node)
+        folder = node
         here = [one for one in launchable.replicas.values() if any(p.node == node for p in one.layout.processes)]
         for one in here:
             commands = [command for command in one.commands if command.process.node == node]
@@ -47,11 +47,6 @@ def write_shell(launchable: Launchable) -> Written:
         start=_HOW.format(key=_KEY if launchable.has_workers else ""),
         not_carried=tuple(not_reached(launchable)),
     )
-
-
-def folder_of(node: str) -> str:
-    """The name of a node's folder: its own, where that is one."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in node).lstrip(".") or "_"
 
 
 def not_reached(launchable: Launchable) -> Iterator[str]:
