@@ -53,6 +53,7 @@ def read_replica(processes: Iterable[Found]) -> Read:
         else:
             servers.append(one)
     servers.sort(key=lambda one: int(option(one.words, "--node-rank") or 0))
+    assert [int(option(one.words, "--node-rank") or 0) for one in servers] == list(range(len(servers)))
     nnodes = {int(option(one.words, "--nnodes") or 1) for one in servers}
     assert nnodes == {len(servers)}, "every process knows how many there are"
     first = servers[0]

@@ -195,6 +195,19 @@ def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
     assert "router/nginx.conf" not in made.files, "it cannot send a request to two replicas"
 
 
+def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
+    chooses = {
+        **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin says"),
+        Target.SLURM: "which of them a step gets, Slurm says",
+        Target.RAY: "which of them a rank gets, Ray says",
+    }
+    for target in Target:
+        if target is not Target.SGLANG:
+            said = (f"node a has A100 and L4: {chooses[target]}",) if target in chooses else ()
+            assert exported(PLANS["stages of a node"], target).lost == said
+    assert exported(PLANS["one GPU"], Target.KUBERNETES).lost == ()
+
+
 def test_nixl_without_an_address_is_told() -> None:
     made = exported(PLANS["prefill and decode"], Target.VLLM, hosts={})
     assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)
