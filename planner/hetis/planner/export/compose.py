@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from hetis.engines.commands import Command
 from hetis.engines.layout import ProcessKind
 from hetis.engines.versions import Engine
@@ -14,6 +12,7 @@ from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, published_image
 from hetis.planner.export.shell import not_reached
 from hetis.planner.export.written import Written
+from hetis.planner.export.yaml_files import yaml_text
 
 _CONFIG, _KEY = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
@@ -31,20 +30,19 @@ def write_compose(launchable: Launchable) -> Written:
     if wrong:
         raise NotExportableError(tuple(wrong))
     files, shown = dict[str, str](), list[str]()
-    for node in launchable.nodes():
-        folder, services = node, dict[str, Any]()
-        secret = False
-        for one in launchable.replicas.values():
+    for node, here in launchable.by_node().items():
+        services, secret = dict[str, Any](), False
+        for _, one in here:
             for command in one.commands:
                 if command.process.node == node:
                     services[service_of(one, command)] = _service(launchable, one, command, image)
-                    files |= {f"{folder}/{path}": text for path, text in command.files.items()}
+                    files |= {f"{node}/{path}": text for path, text in command.files.items()}
                     secret = secret or bool(command.secrets)
         whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
         if secret:
             whole["secrets"] = {"worker-key": {"file": "./worker.key"}}
-        files[f"{folder}/compose.yaml"] = yaml.safe_dump(whole, sort_keys=False, width=120)
-        shown.append(f"{folder}/compose.yaml")
+        files[f"{node}/compose.yaml"] = yaml_text(whole)
+        shown.append(f"{node}/compose.yaml")
     return Written(
         files=files,
         shown=tuple(shown),

@@ -16,9 +16,9 @@ PLAN_FILE = "plan.json"
 def write_hetis_launch(launchable: Launchable) -> Written:
     """The plan, and for every node a script with a hetis-launch for each replica that has processes there."""
     files, shown = {PLAN_FILE: dump(launchable.plan, "json")}, list[str]()
-    for node in launchable.nodes():
+    for node, here in launchable.by_node().items():
         path = f"{node}.sh"
-        files[path] = _script(launchable, node)
+        files[path] = _script(launchable, node, here)
         shown.append(path)
     return Written(
         files=files,
@@ -29,16 +29,15 @@ def write_hetis_launch(launchable: Launchable) -> Written:
     )
 
 
-def _script(launchable: Launchable, node: str) -> str:
+def _script(launchable: Launchable, node: str, here: list[tuple[int, LaunchableReplica]]) -> str:
     lines = ["#!/usr/bin/env bash", f"# Everything of hetis' plan on {node}.", "set -euo pipefail"]
     lines += [
         'cd "$(dirname "${BASH_SOURCE[0]}")"',
         "pids=()",
         """trap 'kill "${pids[@]}" 2>/dev/null; wait' TERM INT""",
     ]
-    for number, one in launchable.replicas.items():
-        if any(process.node == node for process in one.layout.processes):
-            lines += [f"{shlex.join(words(launchable, number, one, node))} &", "pids+=($!)"]
+    for number, one in here:
+        lines += [f"{shlex.join(words(launchable, number, one, node))} &", "pids+=($!)"]
     return "\n".join((*lines, 'wait "${pids[@]}"', ""))
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
 from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import FRONT_PORT, Deployment, manifests_of
 from hetis.engines.layout import node_of
 from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, published_image
 from hetis.planner.export.written import Written
+from hetis.planner.export.yaml_files import documents, yaml_text
 from hetis.solver.plan import Plan
 
 
@@ -74,7 +73,7 @@ def written_for_cluster(
     whole = {**kustomization, **({"namespace": namespace} if namespace else {}), "resources": list(files)}
     inside = f".{namespace}.svc" if namespace else ""
     return Written(
-        files={**files, "kustomization.yaml": yaml.safe_dump(whole, sort_keys=False)},
+        files={**files, "kustomization.yaml": yaml_text(whole)},
         shown=tuple(files),
         endpoints={
             number: f"{launchable.settings.name}-{one.name}{inside}:{FRONT_PORT}"
@@ -84,11 +83,6 @@ def written_for_cluster(
         not_carried=tuple(not_carried),
         left_out=left_out or {},
     )
-
-
-def documents(objects: Iterable[Mapping[str, Any]]) -> str:
-    """Objects as one file, in the order in which they can be applied."""
-    return yaml.safe_dump_all(list(objects), sort_keys=False, width=120)
 
 
 def types_of_nodes(plan: Plan) -> dict[str, set[str]]:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from hetis.engines.kubernetes import FRONT_PORT, MODEL_LABELS, ReplicaObjects, annotations_of, on_node
 from hetis.planner.export.kubernetes import (
     check_cluster_options,
     deployment_of,
-    documents,
     mixed_nodes,
     written_for_cluster,
 )
@@ -22,6 +19,7 @@ from hetis.planner.export.lws import groupable, replica_objects
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
 from hetis.planner.export.routing import shares_of
 from hetis.planner.export.written import Written
+from hetis.planner.export.yaml_files import documents, yaml_text
 from hetis.solver.plan import Role
 
 _REPLICA_LABEL = "app.kubernetes.io/instance"
@@ -40,14 +38,14 @@ def write_llm_d(launchable: Launchable) -> Written:
     values, manifests = dict[str, str](), dict[str, str]()
     for one in launchable.replicas.values():
         if len(one.layout.servers) == 1 and not one.layout.workers:
-            values[f"values-{one.name}.yaml"] = yaml.safe_dump(values_of(launchable, one), sort_keys=False, width=120)
+            values[f"values-{one.name}.yaml"] = yaml_text(values_of(launchable, one))
             manifests[f"{one.name}.yaml"] = documents([_front(launchable, one)])
         else:
             labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
             manifests[f"{one.name}.yaml"] = documents(replica_objects(launchable, one, labels))
     written = written_for_cluster(launchable, manifests, "", not_carried=mixed_nodes(launchable), left_out=left_out)
     files = {**values, **written.files}
-    files["router/llm-d.yaml"] = yaml.safe_dump(picker_config(launchable), sort_keys=False, width=120)
+    files["router/llm-d.yaml"] = yaml_text(picker_config(launchable))
     helm = "\n".join(
         f"helm install {launchable.settings.name}-{path[7:-5]} llm-d-modelservice/llm-d-modelservice --values {path}"
         for path in values

@@ -7,9 +7,10 @@ from typing import Any
 from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import refuse_shared_cards
 from hetis.planner.export.groups import PodGroup
-from hetis.planner.export.kubernetes import check_cluster_options, documents, mixed_nodes, written_for_cluster
+from hetis.planner.export.kubernetes import check_cluster_options, mixed_nodes, written_for_cluster
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
 from hetis.planner.export.written import Written
+from hetis.planner.export.yaml_files import documents
 from hetis.solver.plan import Role
 
 LEADER = "$(LWS_LEADER_ADDRESS)"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import yaml
-
 from hetis.engines.layout import node_of
 from hetis.engines.starting import partition_of
 from hetis.engines.versions import Engine
@@ -16,6 +14,7 @@ from hetis.planner.export.kubernetes import types_of_nodes
 from hetis.planner.export.pairs import paired
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
 from hetis.planner.export.written import Written
+from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.plan import Role
 
 HEAD = "ray-head"  # where Ray Serve is reached, in --node-address
@@ -50,7 +49,7 @@ def write_ray(launchable: Launchable) -> Written:
     nodes = dict.fromkeys(p.node for one in launchable.replicas.values() for p in one.layout.processes)
     resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)
     return Written(
-        files={"serve.yaml": yaml.safe_dump(whole, sort_keys=False, width=120)},
+        files={"serve.yaml": yaml_text(whole)},
         shown=("serve.yaml",),
         endpoints={
             number: f"{head}/{launchable.replicas[fronts.get(number, number)].name}" for number in launchable.replicas
@@ -127,7 +126,7 @@ def _chosen_by_ray(launchable: Launchable) -> list[str]:
     types = types_of_nodes(launchable.plan)
     return [
         f"node {node} has {' and '.join(sorted(types[node]))}: which of them a rank gets, Ray says"
-        for node in launchable.nodes()
+        for node in launchable.by_node()
         if len(types[node]) > 1
     ]
 

@@ -113,9 +113,13 @@ class Launchable:
     def has_roles(self) -> bool:
         return any(one.plan.role is not Role.UNIFIED for one in self.replicas.values())
 
-    def nodes(self) -> tuple[str, ...]:
-        """Nodes that run something, in the order of the replicas."""
-        return tuple(dict.fromkeys(p.node for one in self.replicas.values() for p in one.layout.processes))
+    def by_node(self) -> dict[str, list[tuple[int, LaunchableReplica]]]:
+        """Replicas, with their places in the plan, that have processes on a node, for every node that has some."""
+        found = dict[str, list[tuple[int, LaunchableReplica]]]()
+        for number, one in self.replicas.items():
+            for node in dict.fromkeys(process.node for process in one.layout.processes):
+                found.setdefault(node, []).append((number, one))
+        return found
 
     def rate(self) -> float:
         """Saturated requests/s that remain, as the plan predicts them replica by replica."""

@@ -10,9 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from hetis.planner.export.replicas import Launchable
+from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.plan import Role
 
 _WHOLE = 1000  # weights are whole numbers; this is all of them together
@@ -25,10 +24,10 @@ def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[
     if not unified:
         return files
     served = launchable.settings.served_name or launchable.settings.model
-    files["router/litellm.yaml"] = yaml.safe_dump(_litellm(unified, served), sort_keys=False)
+    files["router/litellm.yaml"] = yaml_text(_litellm(unified, served))
     if not any("/" in endpoint for endpoint, _ in unified):  # they know hosts and ports, no paths
         files["router/nginx.conf"] = _nginx(unified)
-        files["router/envoy.yaml"] = yaml.safe_dump(_envoy(unified), sort_keys=False)
+        files["router/envoy.yaml"] = yaml_text(_envoy(unified))
     return files
 
 

@@ -31,15 +31,13 @@ mkdir -p logs
 def write_shell(launchable: Launchable) -> Written:
     """Scripts for vLLM or SGLang."""
     files, shown = dict[str, str](), list[str]()
-    for node in launchable.nodes():
-        folder = node
-        here = [one for one in launchable.replicas.values() if any(p.node == node for p in one.layout.processes)]
-        for one in here:
+    for node, here in launchable.by_node().items():
+        for _, one in here:
             commands = [command for command in one.commands if command.process.node == node]
-            files |= {f"{folder}/{path}": text for command in commands for path, text in command.files.items()}
-            files[f"{folder}/{one.name}.sh"] = _script(one, node, commands)
-            shown.append(f"{folder}/{one.name}.sh")
-        files[f"{folder}/start.sh"] = _everything(node, [one.name for one in here])
+            files |= {f"{node}/{path}": text for command in commands for path, text in command.files.items()}
+            files[f"{node}/{one.name}.sh"] = _script(one, node, commands)
+            shown.append(f"{node}/{one.name}.sh")
+        files[f"{node}/start.sh"] = _everything(node, [one.name for _, one in here])
     return Written(
         files=files,
         shown=tuple(shown),

@@ -70,7 +70,7 @@ def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterato
 def _chosen_by_slurm(launchable: Launchable) -> Iterator[str]:
     """Nodes of which a job has a part: Slurm says which GPUs those are."""
     for node, types in types_of_nodes(launchable.plan).items():
-        if len(types) > 1 and node in launchable.nodes():
+        if len(types) > 1 and node in launchable.by_node():
             yield f"node {node} has {' and '.join(sorted(types))}: which of them a step gets, Slurm says"
 
 
