@@ -102,6 +102,23 @@ def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys:
     ]
 
 
+def test_a_plan_is_tried_on_cpus_by_another_program(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    path = saved(tmp_path, PLANS["stages of a node"])
+    words = ["--device", "cpu", "--program", "python -m vllm.entrypoints.openai.api_server", "--model", "/models/tiny"]
+    assert run(["export", str(path), "--to", "vllm", *words]) == 0
+    [line] = [line for line in capfdbinary.readouterr().out.decode().splitlines() if line.startswith("env ")]
+    assert line.startswith(
+        "env VLLM_PP_LAYER_PARTITION=3,1 python -m vllm.entrypoints.openai.api_server --model /models/tiny "
+        "--pipeline-parallel-size 2 "
+    )
+    assert run(["export", str(path), "--to", "hetis-launch", *words]) == 0
+    assert "--device cpu --vllm 'python -m vllm" in capfdbinary.readouterr().out.decode()
+    assert run(["export", str(path), "--to", "compose", "--device", "cpu", "--program", "'"]) == ExitCode.INVALID
+    said = capfdbinary.readouterr().err.decode()
+    assert "--device is cpu: --to compose is for GPUs" in said
+    assert '--program is "\'": No closing quotation' in said
+
+
 def test_a_plan_without_its_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = plan_to_data(PLANS["one GPU"])
     del data["inputs"]

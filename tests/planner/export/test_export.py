@@ -208,6 +208,11 @@ def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
     assert exported(PLANS["one GPU"], Target.KUBERNETES).lost == ()
 
 
+def test_only_serve_starts_stages_on_several_nodes() -> None:
+    with pytest.raises(NotExportableError, match="only `vllm serve` and `sglang serve` start stages on several nodes"):
+        exported(PLANS["stages of two nodes"], Target.VLLM, program=("python", "-m", "front"))
+
+
 def test_nixl_without_an_address_is_told() -> None:
     made = exported(PLANS["prefill and decode"], Target.VLLM, hosts={})
     assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)

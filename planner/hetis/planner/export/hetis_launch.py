@@ -47,6 +47,7 @@ def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str
     told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", settings.model]
     told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]
     told += [str(one.layout.kv_tokens), *_if_set("--dtype", settings.dtype, "auto")]
+    told += [*_if_set("--device", settings.device, "cuda"), *_if_set("--vllm", shlex.join(settings.program), "")]
     for name in dict.fromkeys(process.node for process in one.layout.processes):
         if name in settings.hosts:
             told += ["--node-address", f"{name}={settings.hosts[name]}"]

@@ -27,6 +27,8 @@ class Settings:
         model: as the engine takes it: a folder, the same on every node, or a name.
         served_name: what clients call it; empty: ``model``.
         engine: that serves; None: vLLM, with our plugin if the plan has attention workers.
+        program: that starts the engine; empty: as its makers have it.
+        device: ``cuda`` or ``cpu``, where a plan is only tried.
         options: of the engine as they stand.
         dtype: of model and KV.
         hosts: of nodes, an address or a name; a node that is not here is called by its own name.
@@ -43,6 +45,8 @@ class Settings:
     model: str
     served_name: str = ""
     engine: Engine | None = None
+    program: tuple[str, ...] = ()
+    device: str = "cuda"
     options: tuple[str, ...] = ()
     dtype: str = "auto"
     hosts: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +168,10 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
         if strange := sorted({p.node for p in layout.processes if not _NODE.fullmatch(p.node)}):
             left_out[number] = tuple(f"node {node!r} has a name that no host has" for node in strange)
             continue
+        program = settings.program or program_of(engine)
+        if len(layout.servers) > 1 and program[-1] != "serve":
+            left_out[number] = ("only `vllm serve` and `sglang serve` start stages on several nodes: see --program",)
+            continue
         node = layout.servers[0].node
         name = f"r{number}"
         replicas[number] = LaunchableReplica(
@@ -172,7 +180,8 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
             layout=layout,
             serving=Serving(
                 model=settings.model,
-                program=program_of(engine),
+                program=program,
+                device=settings.device,
                 options=settings.options,
                 dtype=settings.dtype,
                 limits_kv=True,
