@@ -49,8 +49,8 @@ class Terminal:
 
         _write_all(dump_data(document(), "json" if self.output is OutputFormat.JSON else "yaml"))
 
-    def text(self, text: str) -> None:
-        """Writes text on stdout as it is."""
+    def write(self, text: str) -> None:
+        """A whole document on stdout, as it is."""
         _write_all(text)
 
     def say(self, message: str) -> None:

@@ -201,7 +201,7 @@ def export(
     if made.rate < made.planned * (1 - 1e-9):
         terminal.warn(f"what is exported serves {made.rate:.3g} of {made.planned:.3g} requests/s")
     if folder is None:
-        terminal.text("".join(_on_stdout(path, made.files[path]) for path in made.shown))
+        terminal.write("".join(_on_stdout(path, made.files[path]) for path in made.shown))
         return ExitCode.OK
     _write(folder, made.files)
     terminal.say(f"wrote {len(made.files)} files to {folder}: begin with README.md")
