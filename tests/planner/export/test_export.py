@@ -21,7 +21,7 @@ from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
-from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of
+from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, on, replica
 
 SETTINGS = Settings(
     model="/models/tiny",
@@ -206,6 +206,23 @@ def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
             said = (f"node a has A100 and L4: {chooses[target]}",) if target in chooses else ()
             assert exported(PLANS["stages of a node"], target).lost == said
     assert exported(PLANS["one GPU"], Target.KUBERNETES).lost == ()
+
+
+def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
+    """Pods of one template are told apart by nodes; vLLM on Ray counts the ranks of a node one after the other."""
+    stages = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("b/1", first=3, layers=1))
+    plan = made_of(replica(*stages, in_flight=3))
+    for target in (Target.LWS, Target.LLM_D, Target.KSERVE):
+        with pytest.raises(NotExportableError, match="several further stages are on b"):
+            exported(plan, target)
+    for target in (Target.VLLM, Target.COMPOSE, Target.KUBERNETES, Target.SLURM, Target.RAY):
+        assert READERS[target](exported(plan, target).files) == {"r0": reading.planned(plan.replicas[0])}
+    back = made_of(replica(stages[0], on("b/0", first=2, layers=1), on("a/1", first=3, layers=1), in_flight=3))
+    with pytest.raises(NotExportableError, match="stages of a node are not next to each other"):
+        exported(back, Target.RAY)
+    order = made_of(replica(stages[0], on("c/0", first=2, layers=1), on("b/0", first=3, layers=1)))
+    with pytest.raises(NotExportableError, match="stages would be on a, b, c"):
+        exported(order, Target.RAY)
 
 
 def test_only_serve_starts_stages_on_several_nodes() -> None:
