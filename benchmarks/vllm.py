@@ -38,7 +38,7 @@ from benchmarks.measuring.rows import Row
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelSize(hidden=256, middle=320, layers=4, q_heads=8, kv_heads=4, vocab=1_000)
-ROOTS = ("formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
+ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
 BLOCK_TOKENS = 32
 
 

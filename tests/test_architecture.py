@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "formats": {"solver"},
     "profiler": {"solver", "formats"},
     "simulator": {"solver", "formats"},
-    "planner": {"solver", "formats", "profiler", "simulator", "v1"},
-    "runtime": {"solver", "formats", "v1"},
+    "engines": {"solver", "formats"},
+    "planner": {"solver", "formats", "profiler", "simulator", "engines", "v1"},
+    "runtime": {"solver", "formats", "engines", "v1"},
     "proto": set[str](),
 }
 # Every root's package has its name, but for the contract's: protobuf wants folder and package alike, and a version.
@@ -37,7 +38,7 @@ ROOMS_OF_EXTRAS = {
 # The planner's folders from top to bottom, and what stands beside them for all.
 PLANNER_FLOORS = (
     *("cli", "service", "resources", "fleet", "jobs", "convert", "report"),
-    *("use_cases", "client", "store"),
+    *("export", "use_cases", "client", "store"),
 )
 PLANNER_BESIDE = {"beside", "callers", "daemons", "failures", "watching"}
 

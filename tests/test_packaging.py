@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOTS = ("solver", "formats", "profiler", "simulator", "planner", "runtime", "proto")
+ROOTS = ("solver", "formats", "profiler", "simulator", "engines", "planner", "runtime", "proto")
 # Imports everything the base install promises with the extras made unimportable.
 BASE_PROGRAM = """
 import sys
@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == tree
-    typed = ("solver", "formats", "profiler", "simulator", "planner", "runtime", "v1")
+    typed = ("solver", "formats", "profiler", "simulator", "engines", "planner", "runtime", "v1")
     assert {f"hetis/{root}/py.typed" for root in typed} <= packed
     assert "hetis/v1/plan_service.proto" in packed
     assert any(name.endswith(".json") for name in packed)

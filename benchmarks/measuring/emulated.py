@@ -17,7 +17,7 @@ from benchmarks.measuring.emulated_worker import Pace
 from benchmarks.measuring.engine_model import ModelSize, write_model
 
 ROOT = Path(__file__).parents[2]
-ROOTS = ("formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
+ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
 MODEL = ModelSize(hidden=512, middle=512, layers=2, q_heads=16, kv_heads=8, vocab=512)
 BLOCK_TOKENS = 32
 

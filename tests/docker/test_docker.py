@@ -13,12 +13,12 @@ import pytest
 import typer
 import yaml
 
+from hetis.engines.vllm import CONNECTOR
 from hetis.formats.documents import load_cluster
 from hetis.planner.cli.app import app as plan_app
 from hetis.planner.service.command import app as planner_app
 from hetis.runtime.agent.devices import discover
 from hetis.runtime.agent.main import app as agent_app
-from hetis.runtime.launch.commands import CONNECTOR
 from hetis.runtime.transport.keys import VARIABLE as HETIS_WORKER_KEY
 from hetis.runtime.vllm.plugin import VERSIONS
 from hetis.runtime.vllm.settings import VARIABLE as HETIS_VLLM_CONFIG

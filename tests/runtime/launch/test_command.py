@@ -23,11 +23,11 @@ import pytest
 import yaml
 
 from examples.demo_serve.checkpoint import Sizes, make_checkpoint
-from hetis.runtime.launch.errors import OptionError
+from hetis.engines.errors import OptionError
 from hetis.runtime.launch.main import checked_hosts, main
 from hetis.solver.plan import AttentionWorkerPool, Plan
 from tests.command_line import command_of, environment, run_command
-from tests.runtime.launch.plans import plan_of, stage_of, write_config, write_plan
+from tests.engines.plans import plan_of, stage_of, write_config, write_plan
 from tests.runtime.launch.vllm_python import PYTHON, ROOT, ROOTS, VARIABLES, needs_vllm
 
 COMMAND = command_of("hetis.runtime.launch.main")
@@ -241,7 +241,7 @@ def test_what_was_started_here_ends_when_we_are_killed(tmp_path: Path) -> None:
         "import os, signal, sys",
         "from types import SimpleNamespace",
         "from hetis.runtime.launch.local import start",
-        "told = SimpleNamespace(here=('sleep', '600'), environment={}, process=SimpleNamespace(name='sleeper'))",
+        "told = SimpleNamespace(shown=('sleep', '600'), environment={}, process=SimpleNamespace(name='s', kind=''))",
         f"open({str(note)!r}, 'w').write(str(start(told).pid))",
         "os.kill(os.getpid(), signal.SIGKILL)",
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import environment
-from tests.runtime.launch.plans import write_config, write_plan
+from tests.engines.plans import write_config, write_plan
 from tests.runtime.launch.test_command import COMMAND, FAKE, Launched, free_ports, is_gone
 
 pytest.importorskip("ray", reason="Ray is not installed: hetis-launch ray was NOT TESTED (pip install 'hetis[ray]')")

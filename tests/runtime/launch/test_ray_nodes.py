@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hetis.runtime.launch.commands import Addresses
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import Process, ProcessKind
+from hetis.engines.commands import Addresses
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import Process, ProcessKind
 from hetis.runtime.launch.ray_nodes import bundle_of, nodes_of
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hetis.runtime.launch.commands import STOPS_S, Command
-from hetis.runtime.launch.layout import Process, ProcessKind
+from hetis.engines.commands import STOPS_S, Command
+from hetis.engines.layout import Process, ProcessKind
 from hetis.runtime.launch.supervising import (
     FIRST_WAIT_S,
     LONGEST_WAIT_S,
@@ -17,7 +17,7 @@ from hetis.runtime.launch.supervising import (
     supervise,
 )
 
-KINDS = {"vllm": ProcessKind.VLLM, "vllm-1": ProcessKind.STAGE, "w": ProcessKind.ATTENTION_WORKER}
+KINDS = {"vllm": ProcessKind.SERVER, "vllm-1": ProcessKind.SERVER_STAGE, "w": ProcessKind.ATTENTION_WORKER}
 
 
 def supervision() -> Supervision:

@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("HETIS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 KEY = "a key of sixteen letters or more"
-ROOTS = ("formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
+ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
 
 needs_vllm = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"NOT TESTED: vLLM is not installed in {PYTHON.parents[1]} (make vllm)"

@@ -24,6 +24,7 @@ from hetis.planner.cli.dispatch import dispatch
 from hetis.planner.cli.doctor import doctor
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.explain import explain
+from hetis.planner.cli.export import EXPORT_EXAMPLES, export
 from hetis.planner.cli.fair import FAIR_EXAMPLES, fair
 from hetis.planner.cli.get import get
 from hetis.planner.cli.init import init
@@ -62,6 +63,7 @@ app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
 app.command(rich_help_panel="Plan", epilog=SHARE_EXAMPLES)(share)
 app.command(rich_help_panel="Plan", epilog=SIMULATE_EXAMPLES)(simulate)
+app.command(rich_help_panel="Plan", epilog=EXPORT_EXAMPLES)(export)
 app.command("what-if", rich_help_panel="Change", epilog=WHAT_IF_EXAMPLES)(what_if)
 app.command(rich_help_panel="Change", epilog=REPLAN_EXAMPLES)(replan)
 app.command(rich_help_panel="Change", epilog=DIFF_EXAMPLES)(diff)

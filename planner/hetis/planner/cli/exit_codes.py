@@ -31,7 +31,7 @@ _MEANINGS = {
     ExitCode.INVALID: "invalid input or usage, every problem is listed",
     ExitCode.INFEASIBLE: "proved infeasible, the reasons are listed",
     ExitCode.NO_PLAN: "stopped without a plan, which proves nothing",
-    ExitCode.MISSED: "--strict missed, the plan is printed and saved",
+    ExitCode.MISSED: "--strict missed, the plan is printed and saved (export: nothing is written)",
     ExitCode.UNREACHABLE: "planner unreachable or busy, the call may be repeated",
     ExitCode.CONFLICT: "conflict, somebody was faster or the state does not allow it",
     ExitCode.INTERRUPTED: "interrupted, the best plan so far is printed and saved",

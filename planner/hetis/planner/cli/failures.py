@@ -7,6 +7,7 @@ from hetis.formats.command_line.internal_errors import internal_error
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.export.errors import NotExportableError
 from hetis.planner.report.figures import plural
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.versions import LIBRARIES
@@ -32,6 +33,8 @@ def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
             return ExitCode.INFEASIBLE, "no plan exists", [f"- {reason}" for reason in error.reasons]
         case NoPlanFoundError():
             return ExitCode.NO_PLAN, str(error), []
+        case NotExportableError():
+            return ExitCode.INFEASIBLE, "the plan cannot be exported so", [f"- {reason}" for reason in error.reasons]
         case UncheckedPlanError():
             return ExitCode.INTERNAL, str(error), list(error.violations)
         case HetisError():

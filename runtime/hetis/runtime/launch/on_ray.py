@@ -18,9 +18,10 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hetis.runtime.launch.commands import Addresses, Command, Serving, commands_of
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import Layout, Process
+from hetis.engines.commands import Addresses, Command, commands_of
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import Layout, Process
+from hetis.engines.serving import Serving
 from hetis.runtime.launch.local import Started, Told, prepare, start, write_file
 from hetis.runtime.launch.ray_nodes import bundle_of, nodes_of
 from hetis.runtime.launch.supervising import FAILED, supervise

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hetis.runtime.launch.commands import Addresses
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import Process
+from hetis.engines.commands import Addresses
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import Process
 
 NODE_LABEL = "hetis-node"
 Node = Mapping[str, Any]  # as `ray.nodes` lists them

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hetis.runtime.launch.commands import STOPS_S, Command
-from hetis.runtime.launch.layout import ProcessKind
+from hetis.engines.commands import STOPS_S, Command
+from hetis.engines.layout import ProcessKind
 
 FAILED, INVALID = 1, 2
-VLLM = (ProcessKind.VLLM, ProcessKind.STAGE)
+VLLM = (ProcessKind.SERVER, ProcessKind.SERVER_STAGE)
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before a process is started again; doubled each time
 SETTLED_S = 60.0  # a process that lived so long may fail anew as if for the first time
 MOST_FAILURES = 5  # of vLLM, one soon after the other: it will not come
@@ -79,7 +79,7 @@ class Supervision:
         group = [self._watched[other] for other in self.together(name)]
         failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
         # A further process of vLLM also ends with 0 when the one with the front is gone.
-        is_final = code in _FINAL if one.kind is ProcessKind.VLLM else code == INVALID
+        is_final = code in _FINAL if one.kind is ProcessKind.SERVER else code == INVALID
         if is_final or (one.kind in VLLM and failures > MOST_FAILURES):
             self.outcome = code if is_final else FAILED
             return None
@@ -132,7 +132,7 @@ def supervise(
                     del running[name]
                     gone(name, _ending(code), code)
             wait()
-        fronts = [name for name in running if by_name[name].process.kind is ProcessKind.VLLM]
+        fronts = [name for name in running if by_name[name].process.kind is ProcessKind.SERVER]
         codes = [_end(running.pop(name), by_name[name].stops_s, told=told, clock=clock, wait=wait) for name in fronts]
         return supervision.outcome if supervision.outcome is not None else max(codes, default=0)
     finally:

@@ -1,9 +1,9 @@
 """Which processes a replica of a plan is, where each runs, and what it may hold: the one list that all starters read.
 
-vLLM is one process where all stages are on one node, which then starts a process for each rank itself, and else one for
-each stage, as nodes of vLLM's own multi-node launch. A card that holds KV has a worker process for every rank of vLLM
-that it serves, since a worker serves one connection. Cards of the stages with the same place among the cards of their
-stage are one *worker* to vLLM's scheduler: it has an address for every rank.
+An engine, vLLM or SGLang, is one process where all stages are on one node, which then starts a process for each rank
+itself, and else one for each stage, as nodes of the engine's own multi-node launch. A card that holds KV has a worker
+process for every rank of vLLM that it serves, since a worker serves one connection. Cards of the stages with the same
+place among the cards of their stage are one *worker* to vLLM's scheduler: it has an address for every rank.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from hetis.runtime.launch.errors import LayoutError
+from hetis.engines.errors import LayoutError
+from hetis.engines.versions import Engine
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
@@ -26,10 +27,10 @@ _DEVICE = re.compile(r"(?P<node>.+)/(?P<index>\d{1,4})")
 
 
 class ProcessKind(StrEnum):
-    """What a process is: vLLM with the scheduler and the front, a further stage of it, or a worker."""
+    """What a process is: the engine with scheduler and front, a further stage of it, or a worker."""
 
-    VLLM = "vllm"
-    STAGE = "vllm-stage"
+    SERVER = "server"
+    SERVER_STAGE = "server-stage"
     ATTENTION_WORKER = "attention-worker"
 
 
@@ -39,7 +40,7 @@ class Process:
 
     Attributes:
         name: unique in the replica.
-        stage: that it computes, or holds KV for; the first one where vLLM is one process.
+        stage: that it computes, or holds KV for; the first one where the engine is one process.
         node: where it runs.
         gpus: which of the node's GPUs are its own, counted from 0, in the order of the ranks.
         kv_bytes: memory for KV on each of them, as much as the plan counts on.
@@ -68,35 +69,46 @@ class Layout:
     """A replica.
 
     Attributes:
+        role: what it does with a request.
         tensor_parallel: ranks of every stage.
         layers: of the model, for each stage.
-        vllm: its processes, the one with the scheduler first.
+        servers: processes of the engine, the one with the scheduler first.
         attention_workers: processes that hold KV.
         workers: the same, as the scheduler sees them.
-        seats: requests that decode at a time.
-        chunk_tokens: prompt tokens in an iteration.
+        micro_batch: requests that decode in one iteration; 0 where it only prefills.
+        seats: requests that are worked on at a time.
+        chunk_tokens: prompt tokens in an iteration; 0 where it only decodes.
+        kv_tokens: KV room in tokens.
+        kv_is_fp8: KV has one byte a number, else as many as numbers of the model.
+        context_tokens: the longest request that fits into the KV room; None: the model's own context is no longer.
     """
 
+    engine: Engine
+    role: Role
     tensor_parallel: int
     layers: tuple[int, ...]
-    vllm: tuple[Process, ...]
+    servers: tuple[Process, ...]
     attention_workers: tuple[Process, ...]
     workers: tuple[Worker, ...]
+    micro_batch: int
     seats: int
     chunk_tokens: int
+    kv_tokens: int
+    kv_is_fp8: bool = False
+    context_tokens: int | None = None
 
     @property
     def processes(self) -> tuple[Process, ...]:
-        return (*self.vllm, *self.attention_workers)
+        return (*self.servers, *self.attention_workers)
 
     @property
     def rank_kv_bytes(self) -> int:
         """Memory for KV that the plan counts on, of the rank with most."""
-        return max(process.kv_bytes for process in self.vllm)
+        return max(process.kv_bytes for process in self.servers)
 
     def caller(self, worker: Process) -> Process:
         """The process of vLLM that connects to a worker process."""
-        return self.vllm[worker.stage] if len(self.vllm) > 1 else self.vllm[0]
+        return self.servers[worker.stage] if len(self.servers) > 1 else self.servers[0]
 
 
 class _Card(NamedTuple):
@@ -114,11 +126,15 @@ class _Room:
     page_bytes: int
 
     @classmethod
-    def of(cls, replica: ReplicaPlan, model: ModelSpec, dtype: str, kv_tokens: int | None) -> _Room:
-        return cls(
-            pages=-(-(kv_tokens or replica.kv_tokens) // PAGE_TOKENS),
-            page_bytes=2 * PAGE_TOKENS * model.head_dim * DTYPE_BYTES[dtype],
-        )
+    def of(cls, kv_tokens: int, model: ModelSpec, dtype: str) -> _Room:
+        numbers = model.kv_bytes_per_token_group() / model.kv_bytes
+        each = 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]
+        return cls(pages=-(-kv_tokens // PAGE_TOKENS), page_bytes=round(PAGE_TOKENS * numbers) * each)
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest request: engines keep a page for themselves."""
+        return max(self.pages - 1, 1) * PAGE_TOKENS
 
     def of_ranks(self, stage: StagePlan) -> int:
         """Bytes on a rank of the stage."""
@@ -137,34 +153,45 @@ class _Room:
 
 
 def layout_of(
-    plan: Plan, number: int, model: ModelSpec, *, dtype: str = "auto", kv_tokens: int | None = None
+    plan: Plan,
+    number: int,
+    model: ModelSpec,
+    *,
+    engine: Engine = Engine.VLLM_HETIS,
+    dtype: str = "auto",
+    kv_tokens: int | None = None,
 ) -> Layout:
     """The layout of one replica.
 
     Args:
         plan, number: the replica, counted from 0.
         model: the one that is to be served.
+        engine: that serves it.
         dtype: of KV, a name of `DTYPE_BYTES`.
         kv_tokens: KV room in tokens in place of the plan's, for a smaller machine.
 
     Raises:
-        LayoutError: there is no such replica, the plan is of another model, or vLLM cannot run it so; all the reasons.
+        LayoutError: there is no such replica, the plan is of another model, or the engine cannot run it; all the
+            reasons.
     """
     if not 0 <= number < len(plan.replicas):
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
     replica = plan.replicas[number]
-    room = _Room.of(replica, model, dtype, kv_tokens)
+    kv_tokens = kv_tokens or replica.kv_tokens
+    room = _Room.of(kv_tokens, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
-    wrong = [*_other_model(plan, replica, model), *_impossible(replica, model, dtype), *_uneven(cards)]
+    wrong = [*_other_model(plan, replica, model), *_impossible(replica, model, engine, dtype), *_uneven(cards)]
     if wrong:
         raise LayoutError(*wrong)
     tp = replica.stages[0].tp
     holding = tuple(_worker_processes(cards, tp))
     ranks = len(cards) * tp
     return Layout(
+        engine=engine,
+        role=replica.role,
         tensor_parallel=tp,
         layers=tuple(stage.num_layers for stage in replica.stages),
-        vllm=tuple(_vllm_processes(replica, room)),
+        servers=tuple(_servers(replica, room, engine.program.lower())),
         attention_workers=holding,
         workers=tuple(
             Worker(
@@ -173,8 +200,13 @@ def layout_of(
             )
             for place in range(len(cards[0]))
         ),
-        seats=replica.micro_batch * replica.in_flight,
+        micro_batch=replica.micro_batch,
+        # A replica that only prefills has a prompt in each iteration.
+        seats=max(replica.micro_batch, 1) * replica.in_flight,
         chunk_tokens=replica.chunk_tokens,
+        kv_tokens=kv_tokens,
+        kv_is_fp8=_is_fp8(model, dtype),
+        context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
     )
 
 
@@ -183,12 +215,17 @@ def node_of(device: str) -> str:
     return device.rpartition("/")[0]
 
 
-def _vllm_processes(replica: ReplicaPlan, room: _Room) -> Iterator[Process]:
+def _is_fp8(model: ModelSpec, dtype: str) -> bool:
+    """Whether the plan counts on a byte a number; a dtype that was asked for is of KV, too."""
+    return dtype == "auto" and model.kv_bytes == 1
+
+
+def _servers(replica: ReplicaPlan, room: _Room, name: str) -> Iterator[Process]:
     nodes = {node_of(device) for stage in replica.stages for device in stage.devices}
     if len(nodes) == 1:
         yield Process(
-            name="vllm",
-            kind=ProcessKind.VLLM,
+            name=name,
+            kind=ProcessKind.SERVER,
             stage=0,
             node=nodes.pop(),
             gpus=tuple(_index(device) for stage in replica.stages for device in stage.devices),
@@ -197,8 +234,8 @@ def _vllm_processes(replica: ReplicaPlan, room: _Room) -> Iterator[Process]:
         return
     for number, stage in enumerate(replica.stages):
         yield Process(
-            name=f"vllm-{number}" if number else "vllm",
-            kind=ProcessKind.STAGE if number else ProcessKind.VLLM,
+            name=f"{name}-{number}" if number else name,
+            kind=ProcessKind.SERVER_STAGE if number else ProcessKind.SERVER,
             stage=number,
             node=node_of(stage.devices[0]),
             gpus=tuple(_index(device) for device in stage.devices),
@@ -255,29 +292,39 @@ def _other_model(plan: Plan, replica: ReplicaPlan, model: ModelSpec) -> Iterator
         yield f"the plan's stages have {layers} layers, the model {model.num_layers}"
 
 
-def _impossible(replica: ReplicaPlan, model: ModelSpec, dtype: str) -> Iterator[str]:
-    """What the replica needs and vLLM, or the plugin in it, cannot do."""
-    if replica.role is not Role.UNIFIED:
+def _impossible(replica: ReplicaPlan, model: ModelSpec, engine: Engine, dtype: str) -> Iterator[str]:
+    """What the replica needs and the engine, or the plugin in it, cannot do."""
+    if replica.attention_workers and engine is not Engine.VLLM_HETIS:
+        yield f"it has attention workers, which {engine.program} has with hetis' plugin alone (engine vllm-hetis)"
+    elif replica.attention_workers and replica.role is not Role.UNIFIED:
         yield (
             f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: "
             "the plugin has the place of vLLM's connector that would carry prompts between replicas"
         )
+    if engine is not Engine.SGLANG and len(replica.stages) > 1:
+        if replica.role is Role.DECODE:
+            yield f"it decodes in {len(replica.stages)} stages: vLLM's NIXL connector brings prompts into one alone"
+        if replica.role is Role.PREFILL and model.sliding_window is not None:
+            yield "it prefills in several stages: vLLM's NIXL connector does not with layers that slide"
     for number, stage in enumerate(replica.stages):
-        yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model))
+        yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
     if replica.attention_workers and model.mla is not None:
         yield f"{model.name} has latent attention (MLA): it has no head groups that could be elsewhere"
     if replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:
         yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, workers keep it in 2 or 4: give --dtype"
 
 
-def _impossible_stage(replica: ReplicaPlan, number: int, stage: StagePlan, model: ModelSpec) -> Iterator[str]:
+def _impossible_stage(
+    replica: ReplicaPlan, number: int, stage: StagePlan, model: ModelSpec, engine: Engine
+) -> Iterator[str]:
     pools = [pool for pool in replica.attention_workers if pool.stage == number]
     named = (*stage.devices, *(device for pool in pools for device in pool.devices))
     yield from (f"device {name!r} must be NODE/INDEX, such as gpu2/0" for name in named if not _DEVICE.fullmatch(name))
     if stage.copies > 1:
-        yield f"it has {stage.copies} copies, vLLM has one of each stage"
+        yield f"it has {stage.copies} copies, {engine.program} has one of each stage"
     if stage.tp != replica.stages[0].tp:
-        yield f"it has {stage.tp} ranks and stage 0 has {replica.stages[0].tp}, vLLM has as many in every stage"
+        ranks = f"it has {stage.tp} ranks and stage 0 has {replica.stages[0].tp}"
+        yield f"{ranks}, {engine.program} has as many in every stage"
     nodes = dict.fromkeys(node_of(device) for device in stage.devices[: stage.tp])
     if len(nodes) > 1:
         yield f"it is on several nodes, must be on one: {', '.join(stage.devices[: stage.tp])}"

@@ -6,22 +6,23 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from hetis.runtime.launch.commands import (
+from hetis.engines.commands import (
     Addresses,
     Command,
-    Serving,
     as_json,
     as_shell,
     commands_of,
 )
-from hetis.runtime.launch.layout import Layout, layout_of
+from hetis.engines.layout import Layout, layout_of
+from hetis.engines.serving import Serving
 from hetis.runtime.vllm.settings import Settings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
-from tests.runtime.launch.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
+from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
@@ -71,7 +72,7 @@ def test_vllm_is_told_of_model_room_and_connector(tmp_path: Path) -> None:
     words = " ".join(vllm.shown)
     assert "--attention-backend" not in words
     assert "--max-num-seqs" not in words
-    assert f"--dtype float32 --kv-cache-memory-bytes {ONE.vllm[0].kv_bytes} " in words
+    assert f"--dtype float32 --kv-cache-memory-bytes {ONE.servers[0].kv_bytes} " in words
     assert set(vllm.environment) == {"HETIS_VLLM_CONFIG"}
     steered = commands_of(ONE, replace(SERVING, executor="/run/e.sock"), Addresses())[0]
     assert settings_of(steered, tmp_path).executor == Path("/run/e.sock")
@@ -108,7 +109,7 @@ def test_stages_on_several_nodes_meet_by_vllms_own_launch() -> None:
 
 
 def test_stages_on_one_node_need_no_meeting() -> None:
-    whole = replace(STAGED, vllm=(replace(STAGED.vllm[0], gpus=(0, 1, 2, 3)),))
+    whole = replace(STAGED, servers=(replace(STAGED.servers[0], gpus=(0, 1, 2, 3)),))
     [vllm, *_] = commands_of(whole, SERVING, Addresses())
     assert "--nnodes" not in vllm.shown
     assert "--pipeline-parallel-size" in vllm.shown
@@ -121,7 +122,7 @@ def test_every_rank_finds_its_worker_process_where_that_listens(
     layout: Layout, addresses: Addresses, tmp_path: Path, key: Path
 ) -> None:
     commands = commands_of(layout, SERVING, addresses)
-    vllm, workers = commands[: len(layout.vllm)], commands[len(layout.vllm) :]
+    vllm, workers = commands[: len(layout.servers)], commands[len(layout.servers) :]
     listening = {command.process.name: told(command, key) for command in workers}
     reached = []
     for command in vllm:
@@ -148,7 +149,7 @@ def test_between_nodes_an_address_is_listened_on_alone_and_a_name_on_all(key: Pa
     for host, listens in (("10.0.0.2", "10.0.0.2"), ("fd00::2", "fd00::2"), ("b.example", "0.0.0.0")):
         worker = commands_of(ONE, SERVING, Addresses(hosts={"b": host}))[1]
         assert told(worker, key).listen == (listens, 7070)
-    beside = replace(ONE, vllm=(replace(ONE.vllm[0], node="b"),))
+    beside = replace(ONE, servers=(replace(ONE.servers[0], node="b"),))
     worker = commands_of(beside, SERVING, Addresses(hosts={"b": "10.0.0.2"}))[1]
     assert told(worker, key).listen[0] == "127.0.0.1"  # beside vLLM: they share memory
 
@@ -182,36 +183,14 @@ for words in json.load(sys.stdin):
         "tokens": args.max_num_batched_tokens, "backend": args.attention_backend,
         "connector": args.kv_transfer_config and args.kv_transfer_config.kv_connector,
         "executor": args.distributed_executor_backend, "kv": args.kv_cache_memory_bytes, "dtype": args.dtype,
+        "context": args.max_model_len, "kv_dtype": args.kv_cache_dtype,
     })
 print("FOUND " + json.dumps(found))
 """
 
 
-@needs_vllm
-def test_vllms_own_parser_takes_every_command_line() -> None:
-    serving = replace(SERVING, limits_kv=True, dtype="float32")
-    lines, expected = [], []
-    for layout in (ONE, STAGED, SHARING, ALONE):
-        for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.vllm)]):
-            lines.append(command.shown[1:])
-            ranks = layout.tensor_parallel * len(layout.layers)
-            expected.append(
-                {
-                    "model": "/models/tiny",
-                    "tp": layout.tensor_parallel,
-                    "pp": len(layout.layers),
-                    "nodes": len(layout.vllm),
-                    "rank": number,
-                    "headless": number > 0,
-                    "seats": layout.seats,
-                    "tokens": layout.chunk_tokens + layout.seats,
-                    "backend": "CUSTOM" if layout.workers else None,
-                    "connector": "HetisConnector" if layout.workers else None,
-                    "executor": "mp" if ranks > 1 else None,
-                    "kv": layout.rank_kv_bytes,
-                    "dtype": "float32",
-                }
-            )
+def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """What vLLM's parser makes of words after ``vllm``."""
     done = subprocess.run(
         [str(PYTHON), "-c", PARSE],
         input=json.dumps(lines),
@@ -223,4 +202,35 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert json.loads(line.removeprefix("FOUND ")) == expected
+    found: list[dict[str, Any]] = json.loads(line.removeprefix("FOUND "))
+    return found
+
+
+@needs_vllm
+def test_vllms_own_parser_takes_every_command_line() -> None:
+    serving = replace(SERVING, limits_kv=True, dtype="float32")
+    lines, expected = [], []
+    for layout in (ONE, STAGED, SHARING, ALONE):
+        for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
+            lines.append(command.shown[1:])
+            ranks = layout.tensor_parallel * len(layout.layers)
+            expected.append(
+                {
+                    "model": "/models/tiny",
+                    "tp": layout.tensor_parallel,
+                    "pp": len(layout.layers),
+                    "nodes": len(layout.servers),
+                    "rank": number,
+                    "headless": number > 0,
+                    "seats": layout.seats,
+                    "tokens": layout.chunk_tokens + layout.seats,
+                    "backend": "CUSTOM" if layout.workers else None,
+                    "connector": "HetisConnector" if layout.workers else None,
+                    "executor": "mp" if ranks > 1 else None,
+                    "kv": layout.rank_kv_bytes,
+                    "dtype": "float32",
+                    "context": layout.context_tokens,
+                    "kv_dtype": "auto",
+                }
+            )
+    assert parsed_by_vllm(lines) == expected

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from hetis.runtime.launch.commands import Serving
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.kubernetes import Deployment, manifests_of
-from hetis.runtime.launch.layout import Layout, layout_of
+from hetis.engines.errors import LayoutError
+from hetis.engines.kubernetes import Deployment, manifests_of
+from hetis.engines.layout import Layout, layout_of
+from hetis.engines.serving import Serving
+from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
 from hetis.runtime.vllm.settings import load_settings
 from hetis.runtime.worker.options import read_options
 from tests.command_line import command_of, run_command
-from tests.runtime.launch.plans import MODEL, POOL, plan_of, sharing, stage_of
+from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 # Two stages with a card each that holds their other heads: every rank has a card of its own.
@@ -151,8 +152,8 @@ def test_the_plugin_reaches_every_worker_by_its_service(tmp_path: Path) -> None:
         service, one = found["Service", name]["spec"], found["StatefulSet", name]
         assert service["selector"] == one["spec"]["selector"]["matchLabels"]
         assert service["publishNotReadyAddresses"] is True, "vLLM serves only once it has met its workers"
-        told = {n: text for n, text in environment_of(one).items() if isinstance(text, str)}
-        options = read_options([], told | {"HETIS_WORKER_KEY": "sixteen letters or more"})
+        assert KEY_VARIABLE in environment_of(one)
+        options = read_options(container_of(one)["command"][1:], {KEY_VARIABLE: "sixteen letters or more"})
         assert (options.name, options.kv_bytes, options.device) == (process.name, process.kv_bytes, "cuda")
         assert options.listen == ("0.0.0.0", service["ports"][0]["port"])
         assert container_of(one)["image"] == DEPLOYMENT.worker_image

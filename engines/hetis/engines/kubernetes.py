@@ -1,5 +1,7 @@
 """A replica as objects of Kubernetes: a StatefulSet for each process, Services in front, and who may talk to whom.
 
+Operators with objects of their own (LeaderWorkerSet and what stands on it) get the same pods from `ReplicaObjects`.
+
 A StatefulSet of one, not a Deployment: it never runs two pods of a name at a time, and two engines of one replica would
 take its workers from each other. Nothing runs as root or with privileges; the objects fit the Pod Security Standard
 "restricted".
@@ -8,37 +10,40 @@ take its workers from each other. Nothing runs as root or with privileges; the o
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-from hetis.runtime.launch.commands import (
+from hetis.engines.commands import (
     ANY,
-    CONFIG_VARIABLE,
-    HOST_VARIABLE,
-    MASTER_PORT,
+    KEY_VARIABLE,
+    WORKER,
     WORKER_PORT,
-    Serving,
     config_of,
-    partition_of,
-    vllm_arguments,
     worker_settings,
 )
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import Layout, Process, ProcessKind
-from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
-from hetis.runtime.worker.options import VARIABLES as WORKER_VARIABLES
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import Layout, Process, ProcessKind
+from hetis.engines.serving import KV_PORT, MASTER_PORT, Meeting, Serving
+from hetis.engines.starting import arguments_of, partition_of
+from hetis.engines.versions import Engine
+from hetis.engines.vllm import CONFIG_VARIABLE, HOST_VARIABLE, KV_HOST_VARIABLE, KV_PORT_VARIABLE
+from hetis.solver.plan import Role
 
 FRONT_PORT = 8000
+NODE_LABEL = "kubernetes.io/hostname"
+MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
+_SGLANG_KEY = "HETIS_API_KEY"
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
 _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
 # A Secret's file is readable to the pod's group where that has one, and a key must not be: so it comes as a variable.
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 _USER = 10001  # as in our images
 _GRACE_S = 45
-_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is longer, must fit into 63 characters
 
 
@@ -66,18 +71,19 @@ class Deployment:
     is_open: bool = False
     namespace: str = ""
 
-    def wrong(self, model: str) -> list[str]:
+    def wrong(self, model: str, *, has_workers: bool = True) -> list[str]:
         """What is wrong with it, in terms of the options; ``model``: its path in the pod, or its name."""
         wrong = []
         if not _NAME.fullmatch(self.name):
             wrong.append(f"--name is {self.name!r}, must be 1 to 40 small letters, digits and -, a letter first")
-        if self.namespace and not _NAMESPACE.fullmatch(self.namespace):
+        if self.namespace and not NAMESPACE.fullmatch(self.namespace):
             wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 small letters, digits and -")
         if not self.image:
-            wrong.append("--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it")
-        if not self.worker_image:
+            made = ": vLLM with the plugin, as docker/vllm.Dockerfile makes it" if has_workers else ": of the engine"
+            wrong.append(f"--image is missing{made}")
+        if has_workers and not self.worker_image:
             wrong.append("--worker-image is missing: as docker/worker.Dockerfile makes it")
-        if not self.worker_secret:
+        if has_workers and not self.worker_secret:
             wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
         path = PurePosixPath(model)
         if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
@@ -87,38 +93,61 @@ class Deployment:
         return wrong
 
 
+def on_node(node: str) -> dict[str, str]:
+    """The selector of a node of the plan: the label that every kubelet sets."""
+    return {NODE_LABEL: node}
+
+
+def annotations_of(process: Process) -> dict[str, str]:
+    """What a pod says of its part in the plan."""
+    return {"hetis/process": process.name, "hetis/devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)}
+
+
 def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> list[dict[str, Any]]:
     """The objects of a replica, in an order in which they can be applied.
 
     Raises:
         LayoutError: worker processes share cards, which pods cannot.
     """
-    shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
-    if shared and serving.device == "cuda":
-        raise LayoutError(
-            f"several ranks of vLLM have KV on {', '.join(shared)}, each through a process of its own, "
-            "and pods cannot share a GPU: use processes or ray"
-        )
-    objects = _Objects(layout, serving, deployment)
+    if serving.device == "cuda":
+        refuse_shared_cards(layout)
+    objects = ReplicaObjects(layout, serving, deployment)
     return [
-        *([objects.config()] if layout.workers else []),
-        objects.front(),
-        objects.inside(),
-        objects.towards_front(),
-        *(made for number in range(len(layout.vllm)) for made in objects.vllm(number)),
+        *objects.around(),
+        *(made for number in range(len(layout.servers)) for made in objects.server(number)),
         *(made for process in layout.attention_workers for made in objects.worker(process)),
     ]
 
 
-class _Objects:
+def refuse_shared_cards(layout: Layout) -> None:
+    """Raises LayoutError where worker processes share cards: pods cannot share a GPU."""
+    shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
+    if shared:
+        raise LayoutError(
+            f"several ranks of vLLM have KV on {', '.join(shared)}, each through a process of its own, "
+            "and pods cannot share a GPU: use processes or ray"
+        )
+
+
+class ReplicaObjects:
     """Makes the objects of one deployment."""
 
     def __init__(self, layout: Layout, serving: Serving, deployment: Deployment) -> None:
         self._layout, self._of = layout, deployment
         told = ("--host", ANY, "--port", str(FRONT_PORT))
         self._serving = replace(serving, options=(*told, *serving.options))
-        self._names = {process.name: f"{deployment.name}-vllm-{i}" for i, process in enumerate(layout.vllm)}
+        self.engine = layout.engine.program.lower()
+        self._names = {p.name: f"{deployment.name}-{self.engine}-{i}" for i, p in enumerate(layout.servers)}
         self._names |= {p.name: f"{deployment.name}-worker-{i}" for i, p in enumerate(layout.attention_workers)}
+
+    def around(self) -> list[dict[str, Any]]:
+        """What stands around the pods: the plugin's file, the front's Service, and who may talk to whom."""
+        return [
+            *([self.config()] if self._layout.workers else []),
+            self.front(),
+            self.inside(),
+            self.towards_front(),
+        ]
 
     def config(self) -> dict[str, Any]:
         """The plugin's file: workers are reached by the names of their Services."""
@@ -127,47 +156,80 @@ class _Objects:
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",
-            "metadata": self._metadata(f"{self._of.name}-workers"),
+            "metadata": self.metadata(f"{self._of.name}-workers"),
             "data": {_CONFIG_FILE: text},
         }
 
     def front(self) -> dict[str, Any]:
-        """Where clients go: vLLM, once it serves."""
+        """Where clients go: the engine, once it serves."""
         port = {"name": "http", "port": FRONT_PORT, "targetPort": "http"}
-        return self._service(self._of.name, self._labels(self._names["vllm"]), {"ports": [port]})
+        return self._service(self._of.name, self.front_labels, {"ports": [port]})
 
     def inside(self) -> dict[str, Any]:
-        """Only the replica's own pods reach each other, on any port: ranks of vLLM choose theirs as they meet."""
-        own = {"podSelector": {"matchLabels": self._labels()}}
-        return self._policy(f"{self._of.name}-inside", self._labels(), {"from": [own]})
+        """Only the replica's own pods reach each other, on any port: ranks choose theirs as they meet."""
+        own = {"podSelector": {"matchLabels": self.labels()}}
+        return self._policy(f"{self._of.name}-inside", self.labels(), {"from": [own]})
 
     def towards_front(self) -> dict[str, Any]:
-        ports = [{"port": FRONT_PORT, "protocol": "TCP"}]
-        return self._policy(f"{self._of.name}-front", self._labels(self._names["vllm"]), {"ports": ports})
+        """From everywhere to the front; decode replicas fetch KV from a prefill replica on ports that NIXL chooses."""
+        ports: dict[str, Any] = {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
+        if self._layout.role is not Role.UNIFIED:
+            ports = {}
+        return self._policy(f"{self._of.name}-front", self.front_labels, ports)
 
-    def vllm(self, number: int) -> list[dict[str, Any]]:
-        process, layout = self._layout.vllm[number], self._layout
+    @property
+    def front_labels(self) -> dict[str, str]:
+        """Of the pod that clients reach."""
+        return self.labels(self._names[self._layout.servers[0].name])
+
+    @property
+    def front_name(self) -> str:
+        """Of the pod that clients reach, and of the Service where the further stages meet it."""
+        return self._names[self._layout.servers[0].name]
+
+    def server(self, number: int) -> list[dict[str, Any]]:
+        process = self._layout.servers[number]
         name = self._names[process.name]
-        arguments = list(vllm_arguments(layout, self._serving, number, master=self._names["vllm"]))
+        return [
+            self._own_service(name, {"name": "master", "port": MASTER_PORT}),
+            self._set(name, process, self.server_pod(number, self.arguments(number))),
+        ]
+
+    def arguments(self, number: int, *, master: str = "") -> tuple[str, ...]:
+        """Program and options of a process; ``master``: where it meets the first one, if not at its Service."""
+        return arguments_of(self._layout, self._serving, number, Meeting(host=master or self.front_name))
+
+    def server_pod(self, number: int, arguments: Sequence[str]) -> dict[str, Any]:
+        """The pod of a process of the engine, without its node."""
+        process, layout = self._layout.servers[number], self._layout
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in partition_of(layout).items()
         ]
-        env += self._secret("VLLM_API_KEY", self._of.key_secret, "api-key")
-        env.append({"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}})
+        command = list(arguments)
+        if layout.engine is Engine.SGLANG:
+            if self._of.key_secret and number == 0:
+                env += self._secret(_SGLANG_KEY, self._of.key_secret, "api-key")
+                command += ["--api-key", f"$({_SGLANG_KEY})"]
+        else:
+            env += self._secret("VLLM_API_KEY", self._of.key_secret, "api-key")
+            own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+            env.append({"name": HOST_VARIABLE, **own})
+            if number == 0 and layout.role is Role.PREFILL:
+                env += [{"name": KV_HOST_VARIABLE, **own}, {"name": KV_PORT_VARIABLE, "value": str(KV_PORT)}]
         container: dict[str, Any] = {
-            "name": "vllm",
+            "name": self.engine,
             "image": self._of.image,
-            "command": arguments,
+            "command": command,
             "env": env,
             "ports": [{"name": "master", "containerPort": MASTER_PORT}],
             "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # where the ranks of a pod meet
         }
-        if process.kind is ProcessKind.VLLM:
+        if process.kind is ProcessKind.SERVER:
             container["ports"].append({"name": "http", "containerPort": FRONT_PORT})
             container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5}
         volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if layout.workers:
-            container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *arguments]
+            container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]
             env += self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key")
             env.append({"name": CONFIG_VARIABLE, "value": f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"})
             container["volumeMounts"].append({"name": "workers", "mountPath": _CONFIG_FOLDER, "readOnly": True})
@@ -177,35 +239,27 @@ class _Objects:
             container["volumeMounts"].append({"name": "models", "mountPath": parent, "readOnly": True})
             claim = {"claimName": self._of.model_claim, "readOnly": True}
             volumes.append({"name": "models", "persistentVolumeClaim": claim})
-        return [
-            self._own_service(name, {"name": "master", "port": MASTER_PORT}),
-            self._set(name, process, container, volumes),
-        ]
+        return self._pod(process, container, volumes)
 
     def worker(self, process: Process) -> list[dict[str, Any]]:
         name = self._names[process.name]
         told = worker_settings(process, listen=f"{ANY}:{WORKER_PORT}", device=self._serving.device)
-        env: list[dict[str, Any]] = [{"name": WORKER_VARIABLES[option], "value": text} for option, text in told.items()]
         container = {
             "name": "worker",
             "image": self._of.worker_image,
-            "command": ["hetis-worker"],
-            "env": [*env, *self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key")],
+            "command": [*WORKER, *(word for setting in told.items() for word in setting)],
+            "env": self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
             "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
             "volumeMounts": [],
         }
         return [
             self._own_service(name, {"name": "frames", "port": WORKER_PORT}),
-            self._set(name, process, container, []),
+            self._set(name, process, self._pod(process, container, [])),
         ]
 
     # --- inside
 
-    def _set(
-        self, name: str, process: Process, container: dict[str, Any], volumes: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        """One pod on the node of the plan, that of the label every kubelet sets."""
-        labels = self._labels(name)
+    def _pod(self, process: Process, container: dict[str, Any], volumes: list[dict[str, Any]]) -> dict[str, Any]:
         container |= {
             "resources": self._resources(process),
             "securityContext": {
@@ -218,8 +272,7 @@ class _Objects:
         writable = [{"name": "HOME", "value": "/tmp"}, {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"}]
         container["env"] = [*container["env"], *writable]
         container["volumeMounts"] = [*container["volumeMounts"], {"name": "tmp", "mountPath": "/tmp"}]
-        pod = {
-            "nodeSelector": {"kubernetes.io/hostname": process.node},
+        return {
             "automountServiceAccountToken": False,
             "terminationGracePeriodSeconds": _GRACE_S,
             "securityContext": {
@@ -232,16 +285,20 @@ class _Objects:
             "containers": [container],
             "volumes": [*volumes, {"name": "tmp", "emptyDir": {}}],
         }
-        metadata = {"labels": labels, "annotations": {"hetis/process": process.name}}
+
+    def _set(self, name: str, process: Process, pod: dict[str, Any]) -> dict[str, Any]:
+        """One pod on the node of the plan, that of the label every kubelet sets."""
+        labels = self.labels(name)
+        metadata = {"labels": labels, "annotations": annotations_of(process)}
         return {
             "apiVersion": "apps/v1",
             "kind": "StatefulSet",
-            "metadata": self._metadata(name),
+            "metadata": self.metadata(name),
             "spec": {
                 "replicas": 1,
                 "serviceName": name,
                 "selector": {"matchLabels": dict(labels)},
-                "template": {"metadata": metadata, "spec": pod},
+                "template": {"metadata": metadata, "spec": {"nodeSelector": on_node(process.node), **pod}},
             },
         }
 
@@ -256,24 +313,25 @@ class _Objects:
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
         """The address of one pod from its first second: vLLM serves only when everybody has met."""
         spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "ports": [port]}
-        return self._service(name, self._labels(name), spec)
+        return self._service(name, self.labels(name), spec)
 
     def _service(self, name: str, selected: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
         whole = spec | {"selector": selected}
-        return {"apiVersion": "v1", "kind": "Service", "metadata": self._metadata(name), "spec": whole}
+        return {"apiVersion": "v1", "kind": "Service", "metadata": self.metadata(name), "spec": whole}
 
     def _policy(self, name: str, selected: dict[str, str], ingress: dict[str, Any]) -> dict[str, Any]:
         return {
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
-            "metadata": self._metadata(name),
+            "metadata": self.metadata(name),
             "spec": {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": [ingress]},
         }
 
-    def _metadata(self, name: str) -> dict[str, Any]:
+    def metadata(self, name: str) -> dict[str, Any]:
         where = {"namespace": self._of.namespace} if self._of.namespace else {}
-        return {"name": name, **where, "labels": self._labels()}
+        return {"name": name, **where, "labels": self.labels()}
 
-    def _labels(self, part: str = "") -> dict[str, str]:
+    def labels(self, part: str = "") -> dict[str, str]:
+        """Of the replica's objects, or those that choose one pod."""
         labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": self._of.name}
         return labels | ({"app.kubernetes.io/component": part} if part else {})

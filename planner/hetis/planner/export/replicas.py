@@ -1,0 +1,280 @@
+"""What of a plan can be launched: a layout for every replica, ports that do not meet, and why some stay behind."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
+from hetis.engines.errors import LayoutError
+from hetis.engines.layout import Layout, layout_of
+from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving
+from hetis.engines.starting import program_of
+from hetis.engines.versions import RECORDED, Engine
+from hetis.planner.export.errors import NotExportableError
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What must be known beside the plan.
+
+    Attributes:
+        model: as the engine takes it: a folder, the same on every node, or a name.
+        served_name: what clients call it; empty: ``model``.
+        engine: that serves; None: vLLM, with our plugin if the plan has attention workers.
+        program: that starts the engine; empty: as its makers have it.
+        device: ``cuda`` or ``cpu``, where a plan is only tried.
+        options: of the engine as they stand.
+        dtype: of model and KV.
+        hosts: of nodes, an address or a name; a node that is not here is called by its own name.
+        port: of the first replica's front on a node; others have the next ones.
+        name: objects and jobs begin with it.
+        image: of the engine; empty: the one that its makers publish.
+        worker_image: of attention workers.
+        model_claim: a PersistentVolumeClaim with the models.
+        key_secret: a Secret whose ``api-key`` clients must say.
+        worker_secret: a Secret with the attention workers' ``worker-key``.
+        is_open: no key is needed in the cluster.
+    """
+
+    model: str
+    served_name: str = ""
+    engine: Engine | None = None
+    program: tuple[str, ...] = ()
+    device: str = "cuda"
+    options: tuple[str, ...] = ()
+    dtype: str = "auto"
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    port: int = 8000
+    name: str = "hetis"
+    namespace: str = ""
+    image: str = ""
+    worker_image: str = ""
+    model_claim: str = ""
+    key_secret: str = ""
+    worker_secret: str = ""
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class LaunchableReplica:
+    """A replica with its layout and its own ports; ``name`` is unique in the export."""
+
+    name: str
+    plan: ReplicaPlan
+    layout: Layout
+    serving: Serving
+    addresses: Addresses
+    port: int
+
+    @cached_property
+    def commands(self) -> tuple[Command, ...]:
+        """A command line for every process; the first one is where clients go."""
+        host = self.addresses.host(self.front_node)
+        front = ("--host", host, "--port", str(self.port))
+        served = replace(self.serving, options=(*front, *self.serving.options))
+        return commands_of(self.layout, served, self.addresses)
+
+    @property
+    def front_node(self) -> str:
+        return self.layout.servers[0].node
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients reach it by plain commands."""
+        return f"{self.addresses.host(self.front_node)}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launchable:
+    """A plan whose replicas have one copy of each stage, those that can be launched, and why others cannot.
+
+    Attributes:
+        plan: with every replica of equal copies as several replicas; all others as they were.
+        replicas: by their place in ``plan``.
+        left_out: why a replica cannot be launched, by its place.
+        changes: what was changed to make replicas launchable.
+    """
+
+    plan: Plan
+    model: ModelSpec
+    engine: Engine
+    settings: Settings
+    replicas: Mapping[int, LaunchableReplica]
+    left_out: Mapping[int, tuple[str, ...]]
+    changes: tuple[str, ...]
+
+    @property
+    def has_workers(self) -> bool:
+        return any(one.layout.workers for one in self.replicas.values())
+
+    @property
+    def has_roles(self) -> bool:
+        return any(one.plan.role is not Role.UNIFIED for one in self.replicas.values())
+
+    def by_node(self) -> dict[str, list[tuple[int, LaunchableReplica]]]:
+        """Replicas, with their places in the plan, that have processes on a node, for every node that has some."""
+        found = dict[str, list[tuple[int, LaunchableReplica]]]()
+        for number, one in self.replicas.items():
+            for node in dict.fromkeys(process.node for process in one.layout.processes):
+                found.setdefault(node, []).append((number, one))
+        return found
+
+    def rate(self) -> float:
+        """Saturated requests/s that remain, as the plan predicts them replica by replica."""
+        there = self.replicas.keys()
+        unified = sum(one.plan.rate for one in self.replicas.values() if one.plan.role is Role.UNIFIED)
+        return unified + sum(r.rate for r in self.plan.kv_routes if r.prefill in there and r.decode in there)
+
+    def without(self, left_out: Mapping[int, tuple[str, ...]]) -> Launchable:
+        """Less replicas that the target cannot carry.
+
+        Raises:
+            NotExportableError: none is left.
+        """
+        kept = {number: one for number, one in self.replicas.items() if number not in left_out}
+        less = replace(self, replicas=kept, left_out={**self.left_out, **left_out})
+        if not kept:
+            raise NotExportableError(tuple(less.reasons()))
+        return less
+
+    def reasons(self) -> Iterator[str]:
+        """Why replicas are left out, a sentence each."""
+        for number, reasons in sorted(self.left_out.items()):
+            yield from (f"replica {number}: {reason}" for reason in reasons)
+
+
+def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
+    """What of a plan an engine can launch.
+
+    Raises:
+        NotExportableError: nothing; with the reasons of all replicas.
+    """
+    plan, changes = with_single_copies(plan)
+    engine = settings.engine or engine_for(plan)
+    replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
+    fronts, meetings, workers = Counter[str](), Counter[str](), 0
+    for number in range(len(plan.replicas)):
+        try:
+            layout = layout_of(plan, number, model, engine=engine, dtype=settings.dtype)
+        except LayoutError as error:
+            left_out[number] = error.messages
+            continue
+        if strange := sorted({p.node for p in layout.processes if not _NODE.fullmatch(p.node)}):
+            left_out[number] = tuple(f"node {node!r} has a name that no host has" for node in strange)
+            continue
+        program = settings.program or program_of(engine)
+        if len(layout.servers) > 1 and program[-1] != "serve":
+            left_out[number] = ("only `vllm serve` and `sglang serve` start stages on several nodes: see --program",)
+            continue
+        node = layout.servers[0].node
+        name = f"r{number}"
+        replicas[number] = LaunchableReplica(
+            name=name,
+            plan=plan.replicas[number],
+            layout=layout,
+            serving=Serving(
+                model=settings.model,
+                program=program,
+                device=settings.device,
+                options=settings.options,
+                dtype=settings.dtype,
+                limits_kv=True,
+                served_name=settings.served_name,
+            ),
+            addresses=Addresses(
+                hosts=settings.hosts,
+                worker_port=WORKER_PORT + workers,
+                master_port=MASTER_PORT + _MASTER_STEP * meetings[node],
+                kv_port=KV_PORT + fronts[node],
+                config_file=f"{name}-workers.yaml",
+                key_file="worker.key",
+            ),
+            port=settings.port + fronts[node],
+        )
+        fronts[node] += 1
+        meetings[node] += len(layout.servers) > 1
+        workers += len(layout.attention_workers)
+    found = Launchable(
+        plan=plan,
+        model=model,
+        engine=engine,
+        settings=settings,
+        replicas=replicas,
+        left_out=left_out,
+        changes=tuple(changes),
+    )
+    return found.without({})
+
+
+def engine_for(plan: Plan) -> Engine:
+    """The engine that a plan needs: our plugin where it has attention workers."""
+    has_workers = any(replica.attention_workers for replica in plan.replicas)
+    return Engine.VLLM_HETIS if has_workers else Engine.VLLM
+
+
+def published_image(engine: Engine) -> str:
+    """The image that the engine's makers publish; empty: there is none with our plugin."""
+    version = RECORDED[engine].version
+    return {Engine.VLLM: f"vllm/vllm-openai:v{version}", Engine.SGLANG: f"lmsysorg/sglang:v{version}"}.get(engine, "")
+
+
+_NODE = re.compile(
+    r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
+)  # names go into scripts and file names as they are
+_MASTER_STEP = 20  # SGLang takes the ports that follow its own for its processes
+
+
+# --- stage copies
+
+
+def with_single_copies(plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan with a replica whose stages all have the same number of copies as so many replicas.
+
+    Each of them is one copy of everything: its GPUs and attention workers, and an equal part of KV room, of
+    micro-batches in flight and of the rate. Replicas with unequal copies stay as they are: no engine runs them.
+    """
+    replicas, parts, changes = list[ReplicaPlan](), list[list[int]](), list[str]()
+    for number, replica in enumerate(plan.replicas):
+        copies = {stage.copies for stage in replica.stages}
+        count = copies.pop() if len(copies) == 1 else 1
+        made = [_copy_of(replica, copy, count) for copy in range(count)] if count > 1 else [replica]
+        parts.append(list(range(len(replicas), len(replicas) + len(made))))
+        replicas += made
+        if count > 1:
+            changes.append(f"replica {number} has {count} copies of every stage: they are {count} replicas here")
+    if not changes:
+        return plan, []
+    routes = [
+        replace(route, prefill=prefill, decode=decode, rate=route.rate / len(prefills) / len(decodes))
+        for route in plan.kv_routes
+        for prefills, decodes in [(parts[route.prefill], parts[route.decode])]
+        for prefill in prefills
+        for decode in decodes
+    ]
+    return replace(plan, replicas=tuple(replicas), kv_routes=tuple(routes)), changes
+
+
+def _copy_of(replica: ReplicaPlan, copy: int, count: int) -> ReplicaPlan:
+    return replace(
+        replica,
+        rate=replica.rate / count,
+        in_flight=-(-replica.in_flight // count),
+        kv_tokens=replica.kv_tokens // count,
+        stages=tuple(replace(s, copies=1, devices=_part(s.devices, copy, count)) for s in replica.stages),
+        attention_workers=tuple(_pool_of(pool, copy, count) for pool in replica.attention_workers),
+    )
+
+
+def _pool_of(pool: AttentionWorkerPool, copy: int, count: int) -> AttentionWorkerPool:
+    return pool if pool.shared else replace(pool, devices=_part(pool.devices, copy, count))
+
+
+def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
+    each = len(devices) // count
+    return tuple(devices[copy * each : (copy + 1) * each])

@@ -1,0 +1,144 @@
+"""Router weights: what share of the requests each replica should get, as routers of the field take it.
+
+Shares are those of the plan: its rates, replica by replica. Where prefill and decode are apart, a request takes a pair,
+and the shares are those of the plan's routes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hetis.planner.export.replicas import Launchable
+from hetis.planner.export.yaml_files import yaml_text
+from hetis.solver.plan import Role
+
+_WHOLE = 1000  # weights are whole numbers; this is all of them together
+
+
+def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, str]:
+    """Files with the weights of replicas that are reached at these endpoints, by their place in the plan."""
+    files = {"router/weights.json": json.dumps(weights_of(launchable, endpoints), indent=2) + "\n"}
+    unified = _unified(launchable, endpoints)
+    if not unified:
+        return files
+    served = launchable.settings.served_name or launchable.settings.model
+    files["router/litellm.yaml"] = yaml_text(_litellm(unified, served))
+    if not any("/" in endpoint for endpoint, _ in unified):  # they know hosts and ports, no paths
+        files["router/nginx.conf"] = _nginx(unified)
+        files["router/envoy.yaml"] = yaml_text(_envoy(unified))
+    return files
+
+
+def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, Any]:
+    """Endpoints with their rates and shares, and the pairs of prefill and decode replicas with theirs."""
+    shares = shares_of(launchable)
+    pairs = [r for r in launchable.plan.kv_routes if {r.prefill, r.decode} <= launchable.replicas.keys()]
+    carried = sum(pair.rate for pair in pairs) or 1.0
+    return {
+        "model": launchable.settings.served_name or launchable.settings.model,
+        "endpoints": [
+            {
+                "replica": one.name,
+                "role": one.plan.role.value,
+                "endpoint": endpoints[number],
+                "requests_per_s": round(rate_of(launchable, number), 6),
+                "share": round(shares[number], 6),
+                "weight": weight(shares[number]),
+            }
+            for number, one in launchable.replicas.items()
+        ],
+        "pairs": [
+            {
+                "prefill": launchable.replicas[pair.prefill].name,
+                "decode": launchable.replicas[pair.decode].name,
+                "requests_per_s": round(pair.rate, 6),
+                "share": round(pair.rate / carried, 6),
+            }
+            for pair in pairs
+        ],
+    }
+
+
+def shares_of(launchable: Launchable) -> dict[int, float]:
+    """The part of all requests that each replica should get; the sides of prefill and decode each add up to theirs."""
+    whole = launchable.rate() or 1.0
+    return {number: rate_of(launchable, number) / whole for number in launchable.replicas}
+
+
+def rate_of(launchable: Launchable, number: int) -> float:
+    """Saturated requests/s of a replica; of one that prefills or decodes alone, those of its routes that remain."""
+    replica, there = launchable.replicas[number].plan, launchable.replicas.keys()
+    if replica.role is Role.UNIFIED:
+        return replica.rate
+    routes = [r for r in launchable.plan.kv_routes if r.prefill in there and r.decode in there]
+    return sum(r.rate for r in routes if number in (r.prefill, r.decode))
+
+
+def weight(share: float) -> int:
+    """A share as a whole number; nobody who should get something gets nothing."""
+    return max(round(share * _WHOLE), 1) if share > 0 else 0
+
+
+def _unified(launchable: Launchable, endpoints: Mapping[int, str]) -> list[tuple[str, int]]:
+    """Endpoints that take whole requests, with their weights among themselves; one may stand for several replicas."""
+    rates = dict[str, float]()
+    for number, one in launchable.replicas.items():
+        if one.plan.role is Role.UNIFIED and one.plan.rate > 0:
+            rates[endpoints[number]] = rates.get(endpoints[number], 0.0) + one.plan.rate
+    whole = sum(rates.values())
+    return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
+
+
+def _nginx(unified: list[tuple[str, int]]) -> str:
+    servers = "".join(f"    server {endpoint} weight={share};\n" for endpoint, share in unified)
+    return (
+        "# Inside http {}. nginx picks by weight; streams of tokens must not wait for a buffer.\n"
+        f"upstream hetis {{\n{servers}}}\n"
+        "server {\n    listen 8080;\n    location / {\n        proxy_pass http://hetis;\n"
+        "        proxy_http_version 1.1;\n        proxy_buffering off;\n        proxy_read_timeout 600s;\n    }\n}\n"
+    )
+
+
+def _envoy(unified: list[tuple[str, int]]) -> dict[str, Any]:
+    """A cluster of Envoy, weighted by endpoint."""
+
+    def address(endpoint: str) -> dict[str, Any]:
+        host, _, port = endpoint.rpartition(":")
+        return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}
+
+    return {
+        "name": "hetis",
+        "type": "STRICT_DNS",
+        "lb_policy": "ROUND_ROBIN",
+        "load_assignment": {
+            "cluster_name": "hetis",
+            "endpoints": [
+                {
+                    "lb_endpoints": [
+                        {"endpoint": {"address": address(endpoint)}, "load_balancing_weight": share}
+                        for endpoint, share in unified
+                    ]
+                }
+            ],
+        },
+    }
+
+
+def _litellm(unified: list[tuple[str, int]], served: str) -> dict[str, Any]:
+    """The settings of LiteLLM's proxy."""
+    return {
+        "model_list": [
+            {
+                "model_name": served,
+                "litellm_params": {
+                    "model": f"hosted_vllm/{served}",
+                    "api_base": f"http://{endpoint}/v1",
+                    "weight": share,
+                },
+            }
+            for endpoint, share in unified
+        ],
+        "router_settings": {"routing_strategy": "simple-shuffle"},
+    }

@@ -1,0 +1,81 @@
+"""What a target makes of a plan, and the README that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hetis.engines.versions import RECORDED
+from hetis.planner.export.replicas import Launchable
+from hetis.planner.export.routing import shares_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The files of a target.
+
+    Attributes:
+        files: text by path; a path that ends in ``.sh`` is a program.
+        shown: those that say it all, for standard output.
+        endpoints: where each replica is reached, by its place in the plan.
+        start: how it is started, in Markdown.
+        not_carried: what of the plan the target does not do.
+        left_out: why it cannot have a replica, by its place in the plan.
+    """
+
+    files: Mapping[str, str]
+    shown: tuple[str, ...]
+    endpoints: Mapping[int, str]
+    start: str
+    not_carried: tuple[str, ...] = ()
+    left_out: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+def readme_of(target: str, launchable: Launchable, written: Written) -> str:
+    """What was exported, how it is started, and what it does not carry."""
+    recorded, shares = RECORDED[launchable.engine], shares_of(launchable)
+    rows = []
+    for number, one in launchable.replicas.items():
+        layers = "+".join(map(str, one.layout.layers))
+        gpus = "; ".join(_gpus(p.node, p.gpus) for p in one.layout.processes)
+        rows.append(
+            f"| {one.name} | {one.plan.role.value} | {layers} | {one.layout.tensor_parallel} | {gpus} "
+            f"| {written.endpoints[number]} | {shares[number]:.1%} |"
+        )
+    lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
+    planned, left = launchable.plan.served_rate(), launchable.rate()
+    return "\n".join(
+        (
+            f"# A plan of hetis for {target}",
+            "",
+            f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
+            f"{recorded.version}. The plan serves {planned:.3g} requests/s saturated, what is exported "
+            f"{left:.3g}.",
+            "",
+            "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            "## Start",
+            "",
+            written.start,
+            "",
+            "## Not carried",
+            "",
+            *([f"- {line}" for line in lost] or ["Everything of the plan is here."]),
+            "",
+            "## Routing",
+            "",
+            "`router/weights.json` has the share of the requests that each replica should get"
+            + (
+                ", and the pairs that a request prefills and decodes in; other lists hold the replicas that do both."
+                if launchable.has_roles
+                else "; nginx, Envoy and LiteLLM take the lists beside it."
+            ),
+            "",
+        )
+    )
+
+
+def _gpus(node: str, gpus: tuple[int, ...]) -> str:
+    return f"{node}/{','.join(map(str, gpus))}"

@@ -1,0 +1,107 @@
+"""Engines are told only what was read of the version that is recorded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from hetis.engines.commands import Addresses, Command, commands_of
+from hetis.engines.layout import layout_of
+from hetis.engines.serving import Serving
+from hetis.engines.starting import program_of
+from hetis.engines.versions import RECORDED, Engine
+from hetis.solver.plan import Plan, Role
+from tests.engines.plans import MODEL, POOL, plan_of, stage_of, staged
+
+WHOLE = stage_of(kv_head_groups_kept=8)
+PAIR = stage_of(num_layers=3, tp=2, devices=("a/1", "a/0"), kv_head_groups_kept=4)
+TAIL = stage_of(first_layer=3, num_layers=1, tp=2, devices=("c/0", "c/1"), kv_head_groups_kept=4)
+PLANS = {
+    "whole": plan_of(WHOLE),
+    "staged": plan_of(PAIR, TAIL, in_flight=2),
+    "prefill": plan_of(PAIR, TAIL, role=Role.PREFILL, micro_batch=0, in_flight=2),
+    "decode": plan_of(WHOLE, role=Role.DECODE, chunk_tokens=0),
+}
+WITH_WORKERS = {"workers": plan_of(stage_of(), pools=(POOL,)), "workers of stages": staged()}
+
+
+def commands(plan: Plan, engine: Engine, **changes: object) -> tuple[Command, ...]:
+    serving = Serving(
+        model="/models/tiny",
+        program=program_of(engine),
+        options=("--host", "10.0.0.1", "--port", "8000"),
+        limits_kv=True,
+        dtype="bfloat16",
+        served_name="tiny",
+    )
+    layout = layout_of(plan, 0, replace(MODEL, kv_bytes=1.0) if engine is Engine.SGLANG else MODEL, engine=engine)
+    return commands_of(layout, replace(serving, **changes), Addresses(hosts={"a": "10.0.0.1", "c": "10.0.0.3"}))
+
+
+def told(command: Command) -> dict[str, str]:
+    """Options with their values; empty: none."""
+    words = [*command.shown, "--"]
+    return {name: "" if value.startswith("--") else value for name, value in pairwise(words) if name.startswith("--")}
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+def test_engines_are_told_nothing_that_was_not_recorded(engine: Engine) -> None:
+    recorded, plans = RECORDED[engine], PLANS | (WITH_WORKERS if engine is Engine.VLLM_HETIS else {})
+    assert re.fullmatch(r"\d+\.\d+\.\d+", recorded.version)
+    for plan in plans.values():
+        for command in commands(plan, engine):
+            if command.process.kind.value.startswith("server"):
+                assert told(command).keys() <= recorded.options.keys()
+                variables = {name for name in command.environment if not name.startswith("CUDA_")}
+                assert variables <= recorded.variables.keys()
+
+
+def test_engines_are_told_of_the_longest_request_that_fits() -> None:
+    for engine, name in ((Engine.VLLM, "--max-model-len"), (Engine.SGLANG, "--context-length")):
+        [one] = commands(PLANS["whole"], engine)
+        assert told(one)[name] == "992"  # of 1,000 tokens of KV room
+        [given] = commands(PLANS["whole"], engine, options=(name, "512"))
+        assert (given.shown.count(name), told(given)[name]) == (1, "512")
+        if engine is Engine.VLLM:  # which finds its own room, and whether the context fits, where it is not held to one
+            assert name not in told(commands(PLANS["whole"], engine, limits_kv=False)[0])
+
+
+def test_sglang_is_told_of_shape_room_and_meeting() -> None:
+    first, second = commands(PLANS["staged"], Engine.SGLANG)
+    assert first.shown[:4] == ("sglang", "serve", "--model-path", "/models/tiny")
+    for rank, command in enumerate((first, second)):
+        options = told(command)
+        assert (options["--tp-size"], options["--pp-size"], options["--nnodes"]) == ("2", "2", "2")
+        assert (options["--node-rank"], options["--dist-init-addr"]) == (str(rank), "10.0.0.1:29501")
+        assert (options["--max-running-requests"], options["--pp-max-micro-batch-size"]) == ("8", "4")
+        assert (options["--chunked-prefill-size"], options["--max-total-tokens"]) == ("32", "1000")
+        assert command.environment["SGLANG_PP_LAYER_PARTITION"] == "3,1"
+    assert (first.environment["CUDA_VISIBLE_DEVICES"], second.environment["CUDA_VISIBLE_DEVICES"]) == ("1,0", "0,1")
+    [alone] = commands(PLANS["whole"], Engine.SGLANG, dtype="auto")
+    assert told(alone)["--kv-cache-dtype"] == "fp8_e4m3"
+    assert not {"--tp-size", "--pp-size", "--nnodes", "--dtype"} & told(alone).keys()
+    [given] = commands(PLANS["whole"], Engine.SGLANG, options=("--max-running-requests", "9"))
+    assert given.shown.count("--max-running-requests") == 1
+
+
+def test_prefill_and_decode_are_paired_by_nixl() -> None:
+    for engine in (Engine.VLLM, Engine.VLLM_HETIS):
+        prefill, further = commands(PLANS["prefill"], engine)
+        assert told(prefill)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
+        assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.1"
+        assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5600"
+        assert "VLLM_NIXL_SIDE_CHANNEL_HOST" not in further.environment
+        [decode] = commands(PLANS["decode"], engine)
+        assert told(decode)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
+        assert told(decode)["--max-num-batched-tokens"] == "4"
+    prefill, _ = commands(PLANS["prefill"], Engine.SGLANG)
+    assert (told(prefill)["--disaggregation-mode"], told(prefill)["--disaggregation-bootstrap-port"]) == (
+        "prefill",
+        "5600",
+    )
+    [decode] = commands(PLANS["decode"], Engine.SGLANG)
+    assert told(decode)["--disaggregation-mode"] == "decode"
+    assert not {"--disaggregation-bootstrap-port", "--chunked-prefill-size"} & told(decode).keys()

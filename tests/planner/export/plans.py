@@ -1,0 +1,65 @@
+"""Ten plans for a model of four layers, each with something that the others have not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hetis.formats.documents import to_data
+from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role, StagePlan
+from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
+
+WHOLE = stage_of(kv_head_groups_kept=8)
+
+
+def made_of(*replicas: ReplicaPlan, routes: tuple[KvRoute, ...] = ()) -> Plan:
+    """A plan of these replicas that says of which model it is."""
+    documents = {"documents": {"model": to_data(MODEL)}}
+    return replace(plan_of(WHOLE), replicas=replicas, kv_routes=routes, inputs=documents)
+
+
+def on(*devices: str, tp: int = 1, first: int = 0, layers: int = 4, gpu: str = "L4", copies: int = 1) -> StagePlan:
+    """A stage that keeps all its heads."""
+    kept = 8 // tp
+    return stage_of(
+        gpu=gpu, tp=tp, copies=copies, first_layer=first, num_layers=layers, devices=devices, kv_head_groups_kept=kept
+    )
+
+
+def replica(*stages: StagePlan, **changes: Any) -> ReplicaPlan:
+    return plan_of(*stages, **changes).replicas[0]
+
+
+UNEVEN = (on("a/1", "a/0", tp=2, layers=3, gpu="H100"), on("c/2", "c/3", tp=2, first=3, layers=1))
+THREE = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("c/0", first=3, layers=1))
+PREFILL = replica(*UNEVEN, role=Role.PREFILL, micro_batch=0, in_flight=2, tpot_s=0.0, rate=3.0)
+DECODES = tuple(
+    replica(on(f"d/{i}"), role=Role.DECODE, chunk_tokens=0, ttft_s=0.0, rate=rate) for i, rate in enumerate((2.0, 1.0))
+)
+PLANS: Mapping[str, Plan] = {
+    "one GPU": made_of(replica(WHOLE)),
+    "ranks in another order": made_of(replica(on("a/3", "a/1", tp=2))),
+    "stages of a node": made_of(replica(on("a/0", layers=3, gpu="A100"), on("a/1", first=3, layers=1))),
+    "stages of two nodes": made_of(replica(*UNEVEN, in_flight=2)),
+    "attention workers": made_of(replica(stage_of(), attention_workers=(POOL,))),
+    "workers of stages": made_of(staged().replicas[0]),
+    "unlike replicas": made_of(
+        replica(on("a/0", "a/1", tp=2), rate=6.0), replica(on("a/2"), rate=1.5), replica(on("b/0"), rate=2.5)
+    ),
+    "prefill and decode": made_of(
+        PREFILL, *DECODES, routes=(KvRoute(prefill=0, decode=1, rate=2.0), KvRoute(prefill=0, decode=2, rate=1.0))
+    ),
+    "three nodes twice": made_of(
+        replica(*THREE, in_flight=3),
+        replica(*(replace(s, devices=(s.devices[0].replace("/0", "/1"),)) for s in THREE), in_flight=3),
+    ),
+    "copies": made_of(
+        replica(
+            on("a/0", "b/0", layers=3, copies=2), on("a/1", "b/1", first=3, layers=1, copies=2), in_flight=4, rate=4.0
+        )
+    ),
+}
+CARDS_SHARED = made_of(sharing().replicas[0])
+UNEQUAL_COPIES = replica(on("e/0", layers=3), on("f/0", "f/1", first=3, layers=1, copies=2), rate=5.0)
+WITH_WORKERS = {"attention workers", "workers of stages"}

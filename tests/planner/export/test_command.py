@@ -1,0 +1,128 @@
+"""``hetis-plan export``: files where they were asked for, one message for all that is wrong, documented codes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hetis.formats.plan import plan_to_data
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.solver.plan import Plan
+from tests.planner.export.plans import PLANS, UNEQUAL_COPIES, made_of
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    return saved(tmp_path, PLANS["unlike replicas"])
+
+
+def saved(folder: Path, plan: Plan) -> Path:
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan_to_data(plan)), encoding="utf-8")
+    return path
+
+
+def test_a_folder_has_everything_and_its_scripts_can_be_started(plan_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    assert run(["export", str(plan_file), "--to", "vllm", "--out", str(out), "--", "--max-model-len", "512"]) == 0
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
+        *("README.md", "a/r0.sh", "a/r1.sh", "a/start.sh", "b/r2.sh", "b/start.sh"),
+        *("router/envoy.yaml", "router/litellm.yaml", "router/nginx.conf", "router/weights.json"),
+    ]
+    assert all(os.access(path, os.X_OK) == (path.suffix == ".sh") for path in out.rglob("*.*"))
+    assert "--max-model-len 512 >" in (out / "a/r0.sh").read_text(encoding="utf-8")
+    assert "tiny by vllm" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", str(plan_file), "--to", "vllm", "--out", str(tmp_path)]) == ExitCode.INVALID
+    assert f"--out {tmp_path} is not empty: name another, or give --force" in capsys.readouterr().err
+    assert run(["export", str(plan_file), "--to", "vllm", "--out", str(tmp_path), "--force"]) == 0
+    assert run(["export", str(plan_file), "--to", "vllm", "--out", str(plan_file)]) == ExitCode.INVALID
+
+
+def test_manifests_go_to_stdout_as_one_stream(plan_file: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert run(["export", str(plan_file), "--to", "kubernetes", "--insecure"]) == 0
+    kinds = [one["kind"] for one in yaml.safe_load_all(capfdbinary.readouterr().out)]
+    assert kinds.count("StatefulSet") == 3
+
+
+def test_strict_writes_nothing_when_something_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, made_of(*PLANS["one GPU"].replicas, UNEQUAL_COPIES))
+    words = ["export", str(path), "--to", "vllm", "--out", str(tmp_path / "out")]
+    assert run([*words, "--strict"]) == ExitCode.MISSED
+    assert "- replica 1: stage 1: it has 2 copies, vLLM has one of each stage" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(words) == 0
+    said = capsys.readouterr().err
+    assert "warning: replica 1: stage 1: it has 2 copies" in said
+    assert "warning: what is exported serves 1 of 6 requests/s" in said
+
+
+def test_a_plan_of_which_nothing_can_run_is_infeasible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(tmp_path, made_of(UNEQUAL_COPIES))
+    assert run(["export", str(path), "--to", "vllm"]) == ExitCode.INFEASIBLE
+    assert capsys.readouterr().err == (
+        "error: the plan cannot be exported so\n  - replica 0: stage 1: it has 2 copies, vLLM has one of each stage\n"
+    )
+
+
+def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--engine",
+        "vllm",
+        "--dtype",
+        "int3",
+        "--name",
+        "No",
+        "--namespace",
+        "N",
+        "--node-address",
+        "a",
+        "--",
+        "--tp-size",
+        "4",
+    ]
+    assert run(["export", str(plan_file), "--to", "sglang", *words]) == ExitCode.INVALID
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 6 problems in the input",
+        "  export: --node-address is 'a', must be NODE=HOST, such as gpu2=10.0.0.2",
+        "  export: --tp-size stands after --: the plan decides it",
+        "  export: --engine is vllm: --to sglang runs sglang",
+        "  export: --dtype is 'int3', must be one of auto, bfloat16, float16, float32",
+        "  export: --name is 'No', must be 1 to 30 small letters, digits and -, a letter first",
+        "  export: --namespace is 'N', must be 1 to 63 small letters, digits and -",
+    ]
+
+
+def test_a_plan_is_tried_on_cpus_by_another_program(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    path = saved(tmp_path, PLANS["stages of a node"])
+    words = ["--device", "cpu", "--program", "python -m vllm.entrypoints.openai.api_server", "--model", "/models/tiny"]
+    assert run(["export", str(path), "--to", "vllm", *words]) == 0
+    [line] = [line for line in capfdbinary.readouterr().out.decode().splitlines() if line.startswith("env ")]
+    assert line.startswith(
+        "env VLLM_PP_LAYER_PARTITION=3,1 python -m vllm.entrypoints.openai.api_server --model /models/tiny "
+        "--pipeline-parallel-size 2 "
+    )
+    assert run(["export", str(path), "--to", "hetis-launch", *words]) == 0
+    assert "--device cpu --vllm 'python -m vllm" in capfdbinary.readouterr().out.decode()
+    assert run(["export", str(path), "--to", "compose", "--device", "cpu", "--program", "'"]) == ExitCode.INVALID
+    said = capfdbinary.readouterr().err.decode()
+    assert "--device is cpu: --to compose is for GPUs" in said
+    assert '--program is "\'": No closing quotation' in said
+
+
+def test_a_plan_without_its_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = plan_to_data(PLANS["one GPU"])
+    del data["inputs"]
+    (tmp_path / "plan.json").write_text(json.dumps(data), encoding="utf-8")
+    code = run(["export", str(tmp_path / "plan.json"), "--to", "vllm"])
+    assert code == ExitCode.INVALID
+    assert "Traceback" not in capsys.readouterr().err

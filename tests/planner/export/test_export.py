@@ -1,0 +1,282 @@
+"""An export says all of a plan that its target carries, and of the rest that it does not."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hetis.engines.versions import Engine
+from hetis.planner.export.errors import NotExportableError
+from hetis.planner.export.names import Target
+from hetis.planner.export.replicas import Settings, launchable, with_single_copies
+from hetis.planner.export.targets import ENGINES, Export, export_plan
+from hetis.solver.plan import Plan
+from tests.engines.plans import MODEL
+from tests.planner.export import reading
+from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, on, replica
+
+SETTINGS = Settings(
+    model="/models/tiny",
+    served_name="tiny",
+    hosts={node: f"10.0.0.{i}" for i, node in enumerate("abcdef", 1)},
+    image="registry.example/engine:1",
+    worker_image="registry.example/worker:1",
+    worker_secret="worker",
+    is_open=True,
+)
+READERS: Mapping[Target, Callable[[Mapping[str, str]], dict[str, reading.Read]]] = {
+    Target.VLLM: reading.read_shell,
+    Target.SGLANG: reading.read_shell,
+    Target.COMPOSE: reading.read_compose,
+    Target.KUBERNETES: reading.read_kubernetes,
+    Target.LWS: reading.read_lws,
+    Target.LLM_D: reading.read_llm_d,
+    Target.KSERVE: reading.read_kserve,
+    Target.DYNAMO: reading.read_dynamo,
+    Target.RAY: reading.read_ray,
+    Target.SLURM: reading.read_slurm,
+}
+
+
+def exported(plan: Plan, target: Target, **changes: Any) -> Export:
+    engines = ENGINES.get(target, ())
+    engine = engines[0] if len(engines) == 1 else None
+    return export_plan(plan, MODEL, target, replace(SETTINGS, **{"engine": engine, **changes}))
+
+
+# What targets cannot carry of these plans: a part of the reason, and of which replicas.
+LOST: Mapping[tuple[Target, str], tuple[str, tuple[str, ...]]] = {
+    **{(Target.SGLANG, name): ("which SGLang has with hetis' plugin alone", ("r0",)) for name in WITH_WORKERS},
+    **{(Target.RAY, name): ("processes that Ray Serve does not start", ("r0",)) for name in WITH_WORKERS},
+    **{(Target.DYNAMO, name): ("Dynamo's images lack our plugin", ("r0",)) for name in WITH_WORKERS},
+    **{
+        (target, "workers of stages"): ("pods cannot share a GPU", ("r0",))
+        for target in (Target.KUBERNETES, Target.LWS, Target.LLM_D, Target.KSERVE)
+    },
+    (Target.SLURM, "workers of stages"): ("several ranks have KV on b/0, c/4", ("r0",)),
+    (Target.DYNAMO, "stages of two nodes"): ("it is on 2 nodes", ("r0",)),
+    (Target.DYNAMO, "three nodes twice"): ("it is on 3 nodes", ("r0", "r1")),
+    (Target.DYNAMO, "prefill and decode"): ("it is on 2 nodes", ("r0",)),
+    (Target.KSERVE, "prefill and decode"): ("no partner is left", ("r2",)),
+    (Target.RAY, "prefill and decode"): ("no partner is left", ("r2",)),
+}
+IN_CLUSTERS = {Target.KUBERNETES, Target.LWS, Target.LLM_D, Target.KSERVE, Target.DYNAMO}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("target", READERS)
+def test_layers_and_gpus_are_read_back_as_planned(target: Target, name: str) -> None:
+    whole, _ = with_single_copies(PLANS[name])
+    expected = {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
+    why, lost = LOST.get((target, name), ("", ()))
+    if expected.keys() == set(lost):
+        with pytest.raises(NotExportableError, match=why):
+            exported(PLANS[name], target)
+        return
+    made = exported(PLANS[name], target)
+    kept = {key: one for key, one in expected.items() if key not in lost}
+    if target in (Target.KSERVE, Target.RAY) and name == "prefill and decode":
+        kept["r0's decode"] = kept.pop("r1")
+    assert READERS[target](made.files) == kept
+    assert {"README.md", "router/weights.json", *made.shown} <= made.files.keys()
+    assert ("10.0.0." in "".join(made.files.values())) == (target not in {*IN_CLUSTERS, Target.RAY})
+    if lost:
+        assert any(why in line for line in made.lost)
+        assert made.rate < made.planned
+    else:
+        assert made.rate == pytest.approx(PLANS[name].served_rate())
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> None:
+    whole, _ = with_single_copies(PLANS[name])
+    made = exported(PLANS[name], Target.HETIS_LAUNCH)
+    found = reading.read_hetis_launch(made.files, tmp_path)
+    assert found == {f"r{i}": reading.planned(one) for i, one in enumerate(whole.replicas)}
+
+
+def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
+    plan, changes = with_single_copies(PLANS["copies"])
+    assert changes == ["replica 0 has 2 copies of every stage: they are 2 replicas here"]
+    assert [[stage.devices for stage in one.stages] for one in plan.replicas] == [
+        [("a/0",), ("a/1",)],
+        [("b/0",), ("b/1",)],
+    ]
+    assert [(one.rate, one.in_flight, one.kv_tokens) for one in plan.replicas] == [(2.0, 2, 500)] * 2
+    assert with_single_copies(PLANS["prefill and decode"]) == (PLANS["prefill and decode"], [])
+
+
+def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> None:
+    plan = made_of(*PLANS["unlike replicas"].replicas, UNEQUAL_COPIES)
+    made = exported(plan, Target.VLLM)
+    assert made.lost == ("replica 3: stage 1: it has 2 copies, vLLM has one of each stage",)
+    assert (made.planned, made.rate) == (15.0, 10.0)
+    assert sorted(reading.read_shell(made.files)) == ["r0", "r1", "r2"]
+    assert "it has 2 copies" in made.files["README.md"]
+    with pytest.raises(NotExportableError) as caught:
+        exported(made_of(UNEQUAL_COPIES), Target.VLLM)
+    assert caught.value.reasons == ("replica 0: stage 1: it has 2 copies, vLLM has one of each stage",)
+
+
+@pytest.mark.parametrize("node", ["a b", "$(reboot)", "a\nreboot", "*", "-x", "a;b", "n" * 254])
+def test_names_that_no_host_has_reach_no_file(node: str) -> None:
+    good, bad = PLANS["one GPU"].replicas[0], replace(PLANS["one GPU"].replicas[0].stages[0], devices=(f"{node}/0",))
+    plan = made_of(good, replace(good, stages=(bad,)))
+    for target in Target:
+        made = exported(plan, target)
+        assert made.lost[0].startswith("replica 1: ")
+        assert repr(node)[1:-1] in made.lost[0]
+        assert all(node not in text for path, text in made.files.items() if path.endswith((".sh", ".sbatch")))
+
+
+def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:
+    split = PLANS["prefill and decode"]
+    staged = replace(split.replicas[1], stages=PLANS["stages of two nodes"].replicas[0].stages)
+    made = exported(replace(split, replicas=(split.replicas[0], staged, split.replicas[2])), Target.VLLM)
+    assert made.rate == 1.0
+    [pair] = json.loads(made.files["router/weights.json"])["pairs"]
+    assert (pair["prefill"], pair["decode"], pair["share"]) == ("r0", "r2", 1.0)
+
+
+def test_replicas_of_a_node_have_ports_of_their_own() -> None:
+    for name, plan in PLANS.items():
+        found, taken = launchable(plan, MODEL, SETTINGS), list[tuple[str, int]]()
+        for one in found.replicas.values():
+            taken.append((one.front_node, one.port))
+            taken.append((one.front_node, one.addresses.kv_port))
+            if len(one.layout.servers) > 1:
+                taken.append((one.front_node, one.addresses.master_port))
+            for process, command in zip(one.layout.processes, one.commands, strict=True):
+                if listen := reading.option(list(command.shown), "--listen"):
+                    taken.append((process.node, int(listen.rpartition(":")[2])))
+        assert len(set(taken)) == len(taken), name
+
+
+@pytest.mark.parametrize("target", READERS)
+def test_router_weights_are_the_plans_rates(target: Target) -> None:
+    made = exported(PLANS["unlike replicas"], target)
+    found = json.loads(made.files["router/weights.json"])
+    assert [(one["share"], one["weight"]) for one in found["endpoints"]] == [(0.6, 600), (0.15, 150), (0.25, 250)]
+    endpoints = list(dict.fromkeys(one["endpoint"] for one in found["endpoints"]))
+    weights = [600, 150, 250] if target is not Target.DYNAMO else [1000]  # its front stands for all replicas
+    assert len(endpoints) == len(weights)
+    litellm = yaml.safe_load(made.files["router/litellm.yaml"])["model_list"]
+    assert [one["litellm_params"]["api_base"] for one in litellm] == [f"http://{e}/v1" for e in endpoints]
+    assert [one["litellm_params"]["weight"] for one in litellm] == weights
+    if target is Target.RAY:  # its replicas are reached by paths, of which the others know nothing
+        assert not {"router/nginx.conf", "router/envoy.yaml"} & made.files.keys()
+        return
+    nginx = re.findall(r"server (\S+) weight=(\d+);", made.files["router/nginx.conf"])
+    assert nginx == list(zip(endpoints, map(str, weights), strict=True))
+    envoy = yaml.safe_load(made.files["router/envoy.yaml"])["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    assert [one["load_balancing_weight"] for one in envoy] == weights
+
+
+def test_pairs_of_prefill_and_decode_have_the_shares_of_their_routes() -> None:
+    made = exported(PLANS["prefill and decode"], Target.VLLM)
+    found = json.loads(made.files["router/weights.json"])
+    assert [(one["role"], one["share"]) for one in found["endpoints"]] == [
+        ("prefill", 1.0),
+        ("decode", 0.666667),
+        ("decode", 0.333333),
+    ]
+    assert [(one["prefill"], one["decode"], one["requests_per_s"]) for one in found["pairs"]] == [
+        ("r0", "r1", 2.0),
+        ("r0", "r2", 1.0),
+    ]
+    assert "router/nginx.conf" not in made.files, "it cannot send a request to two replicas"
+
+
+def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
+    chooses = {
+        **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin says"),
+        Target.SLURM: "which of them a step gets, Slurm says",
+        Target.RAY: "which of them a rank gets, Ray says",
+    }
+    for target in Target:
+        if target is not Target.SGLANG:
+            said = (f"node a has A100 and L4: {chooses[target]}",) if target in chooses else ()
+            assert exported(PLANS["stages of a node"], target).lost == said
+    assert exported(PLANS["one GPU"], Target.KUBERNETES).lost == ()
+
+
+def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
+    """Pods of one template are told apart by nodes; vLLM on Ray counts the ranks of a node one after the other."""
+    stages = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("b/1", first=3, layers=1))
+    plan = made_of(replica(*stages, in_flight=3))
+    for target in (Target.LWS, Target.LLM_D, Target.KSERVE):
+        with pytest.raises(NotExportableError, match="several further stages are on b"):
+            exported(plan, target)
+    for target in (Target.VLLM, Target.COMPOSE, Target.KUBERNETES, Target.SLURM, Target.RAY):
+        assert READERS[target](exported(plan, target).files) == {"r0": reading.planned(plan.replicas[0])}
+    back = made_of(replica(stages[0], on("b/0", first=2, layers=1), on("a/1", first=3, layers=1), in_flight=3))
+    with pytest.raises(NotExportableError, match="stages of a node are not next to each other"):
+        exported(back, Target.RAY)
+    order = made_of(replica(stages[0], on("c/0", first=2, layers=1), on("b/0", first=3, layers=1)))
+    with pytest.raises(NotExportableError, match="stages would be on a, b, c"):
+        exported(order, Target.RAY)
+
+
+def test_only_serve_starts_stages_on_several_nodes() -> None:
+    with pytest.raises(NotExportableError, match="only `vllm serve` and `sglang serve` start stages on several nodes"):
+        exported(PLANS["stages of two nodes"], Target.VLLM, program=("python", "-m", "front"))
+
+
+def test_nixl_without_an_address_is_told() -> None:
+    made = exported(PLANS["prefill and decode"], Target.VLLM, hosts={})
+    assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)
+
+
+@pytest.mark.parametrize("target", [Target.VLLM, Target.SGLANG, Target.HETIS_LAUNCH])
+def test_scripts_are_shell(target: Target, tmp_path: Path) -> None:
+    for name in ("unlike replicas", "stages of two nodes", "prefill and decode"):
+        for path, text in exported(PLANS[name], target).files.items():
+            if path.endswith(".sh"):
+                (tmp_path / "script.sh").write_text(text, encoding="utf-8")
+                subprocess.run(["bash", "-n", tmp_path / "script.sh"], check=True)
+
+
+def test_a_script_ends_with_its_processes_and_they_with_it(tmp_path: Path) -> None:
+    """With programs that stand for vLLM: one ends with a code, the other waits for SIGTERM."""
+    made = exported(PLANS["stages of two nodes"], Target.VLLM, hosts={"a": "127.0.0.1", "c": "127.0.0.1"})
+    text = made.files["a/r0.sh"]
+    [line] = [line for line in text.splitlines() if line.startswith("env ")]
+    script = f'trap "echo told > {tmp_path}/told; exit 0" TERM; echo up > {tmp_path}/up; sleep 100 & wait'
+    waits = f"bash -c '{script}' &\npids+=($!)"
+    ends = f"bash -c 'until test -s {tmp_path}/up; do :; done; exit 7' &"
+    (tmp_path / "r0.sh").write_text(text.replace(line, f"{waits}\n{ends}"), encoding="utf-8")
+    done = subprocess.run(["bash", tmp_path / "r0.sh"], check=False, timeout=60)
+    assert done.returncode == 7
+    assert (tmp_path / "told").read_text() == "told\n"
+
+
+def test_compose_refuses_what_it_has_no_image_for() -> None:
+    with pytest.raises(NotExportableError) as caught:
+        exported(PLANS["attention workers"], Target.COMPOSE, image="", worker_image="")
+    assert [reason.partition(":")[0] for reason in caught.value.reasons] == [
+        "--image is missing",
+        "--worker-image is missing",
+    ]
+    made = exported(PLANS["one GPU"], Target.COMPOSE, image="")
+    [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()
+    assert service["image"] == "vllm/vllm-openai:v0.32.0"
+
+
+def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:
+    found = reading.read_shell(exported(CARDS_SHARED, Target.VLLM).files)
+    assert found["r0"].workers == {"b/0", "b/1"}
+
+
+def test_the_engine_is_the_one_that_the_plan_needs_unless_told() -> None:
+    assert launchable(PLANS["one GPU"], MODEL, SETTINGS).engine is Engine.VLLM
+    assert launchable(PLANS["attention workers"], MODEL, SETTINGS).engine is Engine.VLLM_HETIS
+    with pytest.raises(NotExportableError, match="which vLLM has with hetis' plugin alone"):
+        launchable(PLANS["attention workers"], MODEL, replace(SETTINGS, engine=Engine.VLLM))

@@ -1,0 +1,182 @@
+"""What is exported is accepted by those who read it: their own parsers, or schemas of their objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import compose_spec
+import jsonschema
+import pytest
+import yaml
+from kubernetes_validate.utils import all_versions, schema_contents
+from referencing import Registry, Resource
+
+from hetis.engines.versions import Engine
+from hetis.planner.export.errors import NotExportableError
+from hetis.planner.export.names import Target
+from tests.planner.export import reading, schemas
+from tests.planner.export.plans import PLANS, WITH_WORKERS
+from tests.planner.export.test_export import exported
+
+_SCHEMAS = f"kubernetes-json-schema/v{all_versions()[-1]}-local-strict"
+
+
+@cache
+def definitions() -> Registry[Any]:
+    """What all objects of Kubernetes refer to; 2 MB, read once."""
+    return Resource.from_contents(schema_contents(f"{_SCHEMAS}/_definitions.json", "")) @ Registry()
+
+
+@cache
+def core_validator(kind: str, version: str) -> jsonschema.Draft202012Validator:
+    """The schema of an object of Kubernetes, in which nothing unknown may stand."""
+    schema = schema_contents(f"{_SCHEMAS}/{kind.lower()}-{version}.json", "")
+    return jsonschema.Draft202012Validator(schema, registry=Resource.from_contents(schema) @ definitions())
+
+
+IN_PODS = sorted(set(PLANS) - {"workers of stages"})  # where cards serve several ranks each
+
+
+def check_core(one: dict[str, Any]) -> None:
+    """An object of Kubernetes itself."""
+    group, _, version = one["apiVersion"].rpartition("/")
+    name = f"{group.partition('.')[0]}-{version}" if group else version
+    core_validator(one["kind"], name).validate(one)
+
+
+@pytest.mark.parametrize("name", IN_PODS)
+def test_kubernetes_takes_every_object(name: str) -> None:
+    made = exported(PLANS[name], Target.KUBERNETES, namespace="serving")
+    found = reading.manifests(made.files)
+    assert {"Service", "StatefulSet", "NetworkPolicy"} <= {one["kind"] for one in found}
+    for one in found:
+        check_core(one)
+        assert one["metadata"]["namespace"] == "serving"
+    listed = yaml.safe_load(made.files["kustomization.yaml"])
+    assert sorted(listed["resources"]) == sorted(made.shown)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_compose_takes_every_file(name: str) -> None:
+    made = exported(PLANS[name], Target.COMPOSE)
+    for path in made.shown:
+        whole = yaml.safe_load(made.files[path])
+        compose = compose_spec.PyCompose.from_json(json.dumps(whole))
+        compose.validate()
+        assert sorted(compose.service_names()) == sorted(whole["services"])
+
+
+def test_what_compose_does_not_know_is_found() -> None:
+    made = exported(PLANS["one GPU"], Target.COMPOSE)
+    whole = yaml.safe_load(made.files["a/compose.yaml"])
+    whole["services"]["r0-vllm"]["restart"] = "sometimes"
+    with pytest.raises(ValueError, match="unknown variant `sometimes`"):
+        compose_spec.PyCompose.from_json(json.dumps(whole)).validate()
+
+
+def pods_in(schema: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """Pods and their templates in an object, found along its schema."""
+    if schema.get("$comment"):
+        yield schema["$comment"], value
+    for name, inner in schema.get("properties", {}).items():
+        if isinstance(value, dict) and name in value:
+            yield from pods_in(inner, value[name])
+    if isinstance(value, list):
+        for each in value:
+            yield from pods_in(schema.get("items", {}), each)
+
+
+def check_pod(pod: dict[str, Any], labels: dict[str, str] | None = None) -> None:
+    """A pod by Kubernetes' own schema."""
+    metadata = {"name": "pod", **({"labels": labels} if labels else {})}
+    check_core({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod})
+
+
+def check_object(one: dict[str, Any]) -> None:
+    """An object of an operator by what was written down of it, or one of Kubernetes by its own schema."""
+    schema = schemas.OBJECTS.get(one["kind"])
+    if schema is None:
+        check_core(one)
+        return
+    jsonschema.Draft202012Validator(schema).validate(one)
+    for kind, value in pods_in(schema, one):
+        template = value if kind == "PodTemplateSpec" else {"spec": value}
+        assert set(template) <= {"metadata", "spec"}
+        check_pod(template["spec"], template.get("metadata", {}).get("labels"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"model_claim": "models", "namespace": "serving", "key_secret": "api"}])
+@pytest.mark.parametrize("target", [Target.LWS, Target.LLM_D, Target.KSERVE, Target.DYNAMO])
+def test_operators_take_every_object(target: Target, changes: dict[str, Any]) -> None:
+    kinds = set[str]()
+    for name in PLANS:
+        try:
+            made = exported(PLANS[name], target, **changes, is_open="key_secret" not in changes)
+        except NotExportableError:
+            continue
+        for one in reading.manifests({p: t for p, t in made.files.items() if not p.startswith("values-")}):
+            check_object(one)
+            kinds.add(one["kind"])
+            assert one["metadata"].get("namespace", "") == changes.get("namespace", "")
+    assert kinds & schemas.OBJECTS.keys() == OWN_KINDS[target]
+
+
+OWN_KINDS = {
+    Target.LWS: {"LeaderWorkerSet", "DisaggregatedSet"},
+    Target.LLM_D: {"LeaderWorkerSet"},
+    Target.KSERVE: {"LLMInferenceService", "LLMInferenceServiceConfig"},
+    Target.DYNAMO: {"DynamoGraphDeployment"},
+}
+
+
+def test_sglang_is_a_server_of_operators_too() -> None:
+    for target in (Target.KUBERNETES, Target.LWS, Target.KSERVE, Target.DYNAMO):
+        for name in ("stages of two nodes", "unlike replicas"):
+            if (target, name) != (Target.DYNAMO, "stages of two nodes"):
+                made = exported(PLANS[name], target, engine=Engine.SGLANG, key_secret="api", is_open=False)
+                for one in reading.manifests(made.files):
+                    check_object(one)
+                assert "SGLANG_PP_LAYER_PARTITION" in str(made.files) or name == "unlike replicas"
+
+
+@pytest.mark.parametrize("name", sorted(set(PLANS) - {"workers of stages"}))
+def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) -> None:
+    made = exported(PLANS[name], Target.LLM_D)
+    for path, text in made.files.items():
+        if path.startswith("values-"):
+            values = yaml.safe_load(text)
+            jsonschema.Draft202012Validator(schemas.VALUES).validate(values)
+            [role] = [values[role] for role in ("prefill", "decode") if values[role]["create"]]
+            container = {
+                k: v for k, v in role["containers"][0].items() if k not in ("modelCommand", "mountModelVolume")
+            }
+            check_pod({"containers": [container], "volumes": role["volumes"], "nodeSelector": role["nodeSelector"]})
+    picker = yaml.safe_load(made.files["router/llm-d.yaml"])
+    jsonschema.Draft202012Validator(schemas.PICKER).validate(picker)
+    names = {plugin.get("name", plugin["type"]) for plugin in picker["plugins"]}
+    for profile in picker["schedulingProfiles"]:
+        assert {ref["pluginRef"] for ref in profile["plugins"]} <= names
+    weights = [p["parameters"]["weights"] for p in picker["plugins"] if "weights" in p.get("parameters", {})]
+    assert all(sum(of_side.values()) == pytest.approx(1.0, abs=1e-5) for of_side in weights)
+
+
+@pytest.mark.parametrize("name", sorted(set(PLANS) - WITH_WORKERS))
+def test_ray_serve_takes_every_application(name: str) -> None:
+    serve = yaml.safe_load(exported(PLANS[name], Target.RAY).files["serve.yaml"])
+    jsonschema.Draft202012Validator(schemas.SERVE).validate(serve)
+
+
+def test_a_field_that_operators_do_not_know_is_found() -> None:
+    [one] = [
+        o for o in reading.manifests(exported(PLANS["one GPU"], Target.LWS).files) if o["kind"] == "LeaderWorkerSet"
+    ]
+    one["spec"]["leaderWorkerTemplate"]["workersTemplate"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="workersTemplate"):
+        check_object(one)
+    del one["spec"]["leaderWorkerTemplate"]["workersTemplate"]
+    one["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+    with pytest.raises(jsonschema.ValidationError, match="imagePolicy"):
+        check_object(one)
