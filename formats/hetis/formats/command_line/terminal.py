@@ -49,6 +49,10 @@ class Terminal:
 
         _write_all(dump_data(document(), "json" if self.output is OutputFormat.JSON else "yaml"))
 
+    def write(self, text: str) -> None:
+        """A whole document on stdout, as it is."""
+        _write_all(text)
+
     def say(self, message: str) -> None:
         """A line of news on stderr; ``-q`` silences it."""
         if self.verbosity >= 0:

@@ -31,6 +31,7 @@ from hetis.planner.cli.layers import LAYERS_EXAMPLES, layers
 from hetis.planner.cli.place import place
 from hetis.planner.cli.redispatch import redispatch
 from hetis.planner.cli.replan import REPLAN_EXAMPLES, replan
+from hetis.planner.cli.report import REPORT_EXAMPLES, report
 from hetis.planner.cli.rollback import rollback
 from hetis.planner.cli.schema import schema
 from hetis.planner.cli.share import SHARE_EXAMPLES, share
@@ -58,6 +59,7 @@ app.command(rich_help_panel="Plan")(place)
 app.command(rich_help_panel="Plan", epilog=LAYERS_EXAMPLES)(layers)
 app.command(rich_help_panel="Plan")(compare)
 app.command(rich_help_panel="Plan")(explain)
+app.command(rich_help_panel="Plan", epilog=REPORT_EXAMPLES)(report)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
 app.command(rich_help_panel="Plan", epilog=SHARE_EXAMPLES)(share)

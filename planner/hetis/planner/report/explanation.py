@@ -70,7 +70,7 @@ def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[Renderab
 
 def _memory(parts: list[MemoryBar]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
-    rows = [(part, _memory_shares(part)) for part in parts]
+    rows = [(part, memory_shares(part)) for part in parts]
     for part, shares in rows:
         worker = part.role != "primary"
         table.add_row(
@@ -86,17 +86,18 @@ def _memory(parts: list[MemoryBar]) -> RenderableType:
 def _waterfall(parts: list[MemoryBar]) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("GiB")
-    names = [share.name for share in _memory_shares(parts[0])]
+    names = [share.name for share in memory_shares(parts[0])]
     for name in (*names, "free", "nominal"):
         table.add_column(name, justify="right")
     for part in parts:
-        values = [share.amount for share in _memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
+        values = [share.amount for share in memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
         label = f"stage {part.stage + 1}" if part.role == "primary" else "└ worker"
         table.add_row(label, *(f"{value / 2**30:.1f}" for value in values))
     return table
 
 
-def _memory_shares(part: MemoryBar) -> list[Share]:
+def memory_shares(part: MemoryBar) -> list[Share]:
+    """Where the memory of a GPU goes, what is free left out."""
     return [
         Share(name="unusable", amount=part.unusable_bytes, glyph="×", style="bright_black"),
         Share(name="engine", amount=part.reserve_bytes, glyph="░", style="red"),
@@ -113,7 +114,7 @@ def _times(parts: list[StageTime]) -> RenderableType:
         per_copy = part.total_s / part.copies
         copies = f" ×{part.copies}" if part.copies > 1 else ""
         scaled = [
-            Share(name=s.name, amount=s.amount / part.copies, glyph=s.glyph, style=s.style) for s in _time_shares(part)
+            Share(name=s.name, amount=s.amount / part.copies, glyph=s.glyph, style=s.style) for s in time_shares(part)
         ]
         table.add_row(
             f"{part.stage + 1}",
@@ -122,7 +123,7 @@ def _times(parts: list[StageTime]) -> RenderableType:
             Text(seconds(per_copy)),
             Text("bottleneck" if part.is_bottleneck else f"{percent(per_copy / slowest)}", style="dim"),
         )
-    shares = Group(legend(_time_shares(parts[0])), _time_table(parts))
+    shares = Group(legend(time_shares(parts[0])), _time_table(parts))
     if any(part.kv_wire_s for part in parts):
         return Group(table, shares, Text(WIRE_MEANS, style="dim"))
     return Group(table, shares)
@@ -132,8 +133,8 @@ def _time_table(parts: list[StageTime]) -> Table:
     """Shares in per cent of the stage's own time; columns that are empty on every stage are left out."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("% of stage")
-    columns = [[share.amount for share in _time_shares(part)] for part in parts]
-    names = [share.name for share in _time_shares(parts[0])]
+    columns = [[share.amount for share in time_shares(part)] for part in parts]
+    names = [share.name for share in time_shares(parts[0])]
     kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
     has_wire = any(part.kv_wire_s for part in parts)
     for i in kept:
@@ -146,7 +147,8 @@ def _time_table(parts: list[StageTime]) -> Table:
     return table
 
 
-def _time_shares(part: StageTime) -> list[Share]:
+def time_shares(part: StageTime) -> list[Share]:
+    """What the time of a stage goes to."""
     return [
         Share(name="dense", amount=part.dense_s, glyph="█", style="cyan"),
         Share(name="all-reduce", amount=part.all_reduce_s, glyph="▒", style="red"),

@@ -112,7 +112,7 @@ def _facts(plan: Plan) -> Table:
     table.add_row(_VALUE_NAMES[result.objective], value)
     if (expected := predicted_of(plan)) is not None:
         table.add_row("Range", _range(expected, plan))
-    if (compared := _beside_equal_stages(plan)) is not None:
+    if (compared := beside_equal_stages(plan)) is not None:
         table.add_row("Uniform", compared)
     table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
     table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}")
@@ -128,7 +128,7 @@ def _facts(plan: Plan) -> Table:
     return table
 
 
-def _beside_equal_stages(plan: Plan) -> str | None:
+def beside_equal_stages(plan: Plan) -> str | None:
     """What replicas of equal stages reach, as engines are set up without a planner; None where nobody asked."""
     if EQUAL_STAGES not in plan.inputs:
         return None
@@ -218,10 +218,11 @@ def _replicas(groups: Sequence[ReplicaGroup], palette: Palette) -> Iterator[Rend
 def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
     idle = price.available - price.used
     counts = [price.gpus_per_node, price.available, price.used, price.as_attention_workers, idle]
-    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), _worth(price.dual, plan)]
+    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), worth(price.dual, plan)]
 
 
-def _worth(dual: float, plan: Plan) -> str:
+def worth(dual: float, plan: Plan) -> str:
+    """A marginal price with its unit."""
     if dual <= 0:
         return "0"
     unit = plan.result.unit.removeprefix("requests")
@@ -235,11 +236,11 @@ def _runners_up(plan: Plan) -> Table:
     table.add_column("rate", justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
-        table.add_row(_folded(runner.shape), digits(runner.rate), runner.reason)
+        table.add_row(folded(runner.shape), digits(runner.rate), runner.reason)
     return table
 
 
-def _folded(shape: str) -> str:
+def folded(shape: str) -> str:
     """Equal stages in a row told once: ``A | A | B`` is ``2 × A | B``."""
     runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
     return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)
