@@ -14,8 +14,9 @@ from hetis.planner.report.figures import digits
 from hetis.planner.report.page.fleet_map import fleet_map
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import reason_words, shape_words
+from hetis.planner.report.plan import simple_setups
 from hetis.planner.use_cases.compare import figures_of
-from hetis.planner.use_cases.place import EQUAL_STAGES
+from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verify import VERIFICATION
 from hetis.solver.explain import Explanation, IdleGpus
@@ -72,6 +73,21 @@ def test_a_page_says_what_the_plan_says(folder: Path) -> None:
         assert price.gpu in text
     for note in plan.notes:
         assert note in text
+
+
+def test_simpler_setups_are_no_better_than_the_best_of_them(folder: Path) -> None:
+    plan = load_plan(str(folder / "plan.json"))
+    simple = plan.inputs[SIMPLE_SETUPS]
+    assert list(simple) == ["1", "2"], "no node has more GPUs of a type"
+    assert all(value is None or value <= plan.inputs[EQUAL_STAGES] for value in simple.values())
+    said = simple_setups(replace(plan, inputs={SIMPLE_SETUPS: {"2": 0.85 * plan.result.value, "8": None}}))
+    assert said[0].startswith("TP2 in every replica: ")
+    assert said[0].endswith(", 15% less")
+    assert said[1] == "TP8 in every replica: none that keeps the limits"
+    assert simple_setups(plan)[0] in whole((folder / "placed.html").read_text()).text
+    assert simple_setups(plan)[0] in " ".join(
+        hetis_plan_here("place", *INPUTS, "--no-verify", cwd=folder).stdout.split()
+    )
 
 
 def test_report_makes_the_page_that_place_makes(folder: Path) -> None:

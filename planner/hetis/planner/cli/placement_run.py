@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.documents import to_data
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.failures import report_failure
+from hetis.planner.cli.failures import report_failure, say_failure
 from hetis.planner.cli.html_pages import save_page_or_tell
 from hetis.planner.cli.plan_files import STDOUT, save_or_tell
 from hetis.planner.cli.searching import search_interruptibly
@@ -70,7 +70,7 @@ class PlacementRun:
             )
         except InfeasibleError as error:
             self._print_infeasible(error)
-            return report_failure(error, self.terminal)
+            return say_failure(error, self.terminal)
         except NoPlanFoundError as error:
             return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, self.terminal)
         plan = answer.plan
@@ -167,7 +167,7 @@ class PlacementRun:
         from hetis.planner.report.wishes import render_wish_prices
 
         def tables() -> RenderableType:
-            parts = [render_plan(answer.plan)]
+            parts = [render_plan(answer.plan, wide=self.terminal.output is OutputFormat.WIDE)]
             if answer.prices:
                 parts.append(render_wish_prices(answer.prices, answer.plan.result.unit))
             if answer.robustness is not None:
@@ -177,7 +177,7 @@ class PlacementRun:
         self.terminal.emit(lambda: to_data(answer.plan), tables)
 
     def _print_infeasible(self, error: InfeasibleError) -> None:
-        if self.terminal.output is not OutputFormat.TABLE:
+        if not self.terminal.prints_tables:
             self.terminal.emit(lambda: self._infeasible_document(error), lambda: "")
 
     def _infeasible_document(self, error: InfeasibleError) -> dict[str, Any]:

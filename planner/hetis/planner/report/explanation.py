@@ -10,6 +10,7 @@ from rich.text import Text
 
 from hetis.planner.report.figures import gigabytes, percent, plural, seconds
 from hetis.planner.report.plan import bullets, headline, price_table, section
+from hetis.planner.report.replica import device_table
 from hetis.planner.report.stacked import Share, legend, stacked_bar
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
@@ -28,18 +29,21 @@ WIRE_MEANS = (
 BAR_WIDTH = 30
 
 
-def render_explanation(plan: Plan, explanation: Explanation) -> RenderableType:
-    """Everything ``hetis-plan explain`` shows, at most 80 columns wide."""
-    return Group(*_sections(plan, explanation))
+def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> RenderableType:
+    """Everything ``hetis-plan explain`` shows, at most 80 columns wide; ``wide`` shows every shape of replica."""
+    return Group(*_sections(plan, explanation, wide=wide))
 
 
-def _sections(plan: Plan, explanation: Explanation) -> Iterator[RenderableType]:
+def _sections(plan: Plan, explanation: Explanation, *, wide: bool) -> Iterator[RenderableType]:
     yield headline(plan)
     groups = group_replicas(plan.replicas)
-    for group in groups[:MAX_SHAPES]:
+    shown = len(groups) if wide else MAX_SHAPES
+    for group in groups[:shown]:
         yield from _replica(group, explanation)
-    if len(groups) > MAX_SHAPES:
-        yield Text(f"\n… and {plural(len(groups) - MAX_SHAPES, 'more shape')} (-o json has all)", style="dim")
+        if len(group.numbers) > 1:
+            yield section("Their devices", device_table(group, plan))
+    if len(groups) > shown:
+        yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:

@@ -87,8 +87,10 @@ def compare_strategies(
         InvalidProblemError: the objective asks for what the cluster does not have, a price say.
     """
     found: dict[str, Compared] = {}
-    for strategy in _contained_first(strategies):
-        found[strategy] = planned(loaded, objective, replace(settings, strategy=strategy), budget(), report)
+    for number, strategy in enumerate(ordered := _contained_first(strategies), start=1):
+        found[strategy] = planned(
+            loaded, objective, replace(settings, strategy=strategy), budget(), _counted(report, number, len(ordered))
+        )
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found:
@@ -96,6 +98,11 @@ def compare_strategies(
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
+
+
+def _counted(report: Report, number: int, count: int) -> Report:
+    """News of one search of several, with its place among them."""
+    return lambda progress: report(replace(progress, phase=f"{number} of {count}, {progress.phase}"))
 
 
 def _contained_first(strategies: Iterable[str]) -> list[str]:

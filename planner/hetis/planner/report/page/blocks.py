@@ -59,6 +59,7 @@ class Sentences:
     kind: ClassVar[str] = "sentences"
     title: str
     lines: tuple[str, ...] = ()
+    intro: str = ""
     terms: tuple[tuple[str, str], ...] = ()
     folded: bool = False
 

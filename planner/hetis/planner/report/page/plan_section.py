@@ -28,7 +28,7 @@ from hetis.planner.report.page.blocks import (
     Tiles,
 )
 from hetis.planner.report.page.fleet_map import fleet_map, replica_name
-from hetis.planner.report.plan import beside_equal_stages, folded, limits, verdict, worth
+from hetis.planner.report.plan import beside_equal_stages, folded, limits, simple_setups, verdict, worth
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.devices import abbreviate
@@ -118,6 +118,11 @@ def _blocks(
     yield Sentences(title="What limits it", terms=(*terms, *routes, *workers))
     if plan.prices:
         yield _prices(plan)
+    yield Sentences(
+        title="Simpler setups",
+        lines=tuple(simple_setups(plan)),
+        intro="One GPU type per replica and equal layers per stage, the best of each under the same limits.",
+    )
     if plan.runners_up:
         yield _runners_up(plan)
     yield _profiles(plan, problem)
