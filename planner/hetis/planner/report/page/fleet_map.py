@@ -79,9 +79,9 @@ def _stage_lines(
     name: str, number: int, stage: StagePlan, pools: list[AttentionWorkerPool], replica: ReplicaPlan
 ) -> tuple[str, ...]:
     last = stage.first_layer + stage.num_layers - 1
-    role = "" if replica.role is Role.UNIFIED else f" {replica.role}"
+    role = "" if replica.role is Role.UNIFIED else f"{replica.role}, "
     shape = f"TP{stage.tp}" + (f" ×{stage.copies}" if stage.copies > 1 else "")
-    lines = [f"{name}{role} stage {number + 1}", f"layers {stage.first_layer}–{last}", shape]
+    lines = [f"{name} stage {number + 1}", f"{role}layers {stage.first_layer}–{last}", shape]
     if pools:
         every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
         lines[2] += f", {stage.kv_head_groups_kept} of {every} heads"
