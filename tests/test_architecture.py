@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point one way, the namespace stays a namespace, the documents name every root."""
+"""The house keeps its shape: imports point one way, one root says what `hetis` is, documents name every root."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROOMS_OF_EXTRAS = {
 
 # The planner's folders from top to bottom, and what stands beside them for all.
 PLANNER_FLOORS = (
-    *("cli", "service", "resources", "fleet", "jobs", "convert", "report"),
+    *("cli", "library", "service", "resources", "fleet", "jobs", "convert", "report"),
     *("export", "use_cases", "client", "store"),
 )
 PLANNER_BESIDE = {"beside", "callers", "daemons", "failures", "watching"}
@@ -85,8 +85,21 @@ def test_imports_point_one_way(root: str) -> None:
         assert ours <= allowed, f"{path.relative_to(ROOT)} imports {ours - allowed}"
 
 
-def test_the_namespace_package_has_no_init() -> None:
-    assert not list(ROOT.glob("*/hetis/__init__.py"))
+def test_one_root_says_what_hetis_itself_is_and_imports_nothing_for_it() -> None:
+    """The planner's, whose names are made when they are used; every other root only adds a package to it."""
+    assert list(ROOT.glob("*/hetis/__init__.py")) == [ROOT / "planner" / "hetis" / "__init__.py"]
+    (path,) = ROOT.glob("*/hetis/__init__.py")
+    assert set(imported_at_start(path)) == {"__future__", "importlib", "pkgutil", "typing"}
+    for root in MAY_IMPORT:
+        files = {one.name for one in (ROOT / root / "hetis").iterdir() if one.is_file()}
+        assert files == ({"__init__.py", "py.typed"} if root == "planner" else set()), root
+
+
+def test_no_package_asks_hetis_itself() -> None:
+    """What a package of ours needs it takes from where it is: `hetis` would bring the planner with it."""
+    for root in sorted(MAY_IMPORT):
+        for path in modules(root):
+            assert "hetis" not in imported(path), path.relative_to(ROOT)
 
 
 @pytest.mark.parametrize("root", sorted(MAY_IMPORT))
@@ -107,7 +120,8 @@ def test_the_base_install_is_enough_for_files_and_profiles(root: str) -> None:
 def test_only_commands_import_what_commands_share() -> None:
     for root in sorted(MAY_IMPORT):
         for path in modules(root):
-            room = path.relative_to(ROOT / root / "hetis").parts[1]
+            _package, *below = path.relative_to(ROOT / root / "hetis").parts
+            room = below[0] if below else ""
             if room not in ("cli", "command_line"):
                 shared = [name for name in imported(path) if name.startswith("hetis.formats.command_line")]
                 assert not shared, path.relative_to(ROOT)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 ROOTS = ("solver", "formats", "profiler", "simulator", "engines", "planner", "runtime", "proto")
 # Imports everything the base install promises with the extras made unimportable.
 BASE_PROGRAM = """
-import sys
+import hetis, sys
+assert hetis.__version__ and [name for name in sys.modules if name.startswith("hetis.")] == []
 for name in ("highspy", "numba", "ortools", "typer", "rich", "cvxpy"):
     sys.modules[name] = None
 import hetis.formats, hetis.formats.documents, hetis.formats.catalogue
@@ -44,7 +45,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     }
     assert packed == tree
     typed = ("solver", "formats", "profiler", "simulator", "engines", "planner", "runtime", "v1")
-    assert {f"hetis/{root}/py.typed" for root in typed} <= packed
+    assert {"hetis/__init__.py", "hetis/py.typed", *(f"hetis/{root}/py.typed" for root in typed)} <= packed
     assert "hetis/v1/plan_service.proto" in packed
     assert any(name.endswith(".json") for name in packed)
 
@@ -52,6 +53,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
 def test_an_unpacked_wheel_works_far_from_the_repository(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n" + BASE_PROGRAM
+    program += f"assert hetis.__file__.startswith({str(tmp_path)!r}), hetis.__file__\n"
     program += f"assert hetis.formats.__file__.startswith({str(tmp_path)!r}), hetis.formats.__file__\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -167,5 +167,3 @@ def test_a_search_without_time_says_so() -> None:
     problem = make_problem([make_node("a", "A", nodes=2)], family=WITH_WORKERS)
     with pytest.raises(NoPlanFoundError):
         solve_placement(problem, strategy="hetis", budget=Budget(time_limit_s=0.0))
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hetis.simulator.metrics import Limits
@@ -70,6 +70,13 @@ def sweep(
         done = high is not None and (high - low <= tolerance * high or high <= IDLE * start_rps)
         if done or len(answers) < len(rates):
             break
+    return Sweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
+
+
+def judged_rates(summaries: Mapping[float, Summary], limits: Limits) -> Sweep:
+    """The same answer from rates that were chosen beforehand, and what was found at each."""
+    tried = {rate: _judged(rate, summary, limits) for rate, summary in summaries.items()}
+    low, high = _bracket(tried)
     return Sweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
 
 

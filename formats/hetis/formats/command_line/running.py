@@ -6,7 +6,8 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import typer
 
@@ -16,7 +17,12 @@ BROKEN_PIPE = 141
 
 
 def run_application(
-    application: typer.Typer, name: str, arguments: Sequence[str], report_failure: Callable[[Exception], int]
+    application: typer.Typer,
+    name: str,
+    arguments: Sequence[str],
+    report_failure: Callable[[Exception], int],
+    *,
+    defaults: Callable[[], Mapping[str, Any] | None] = lambda: None,
 ) -> int:
     """Runs one command line and returns its exit code; with ``HETIS_DEBUG=1`` an error is raised instead.
 
@@ -25,12 +31,13 @@ def run_application(
         name: of the command, as its help calls it.
         arguments: without the command itself.
         report_failure: prints an error and returns its exit code.
+        defaults: of options, by verb and parameter; None: those of the options alone.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # bars and dashes become question marks, not errors
     try:
-        code = _invoke(application, name, arguments)
+        code = _invoke(application, name, arguments, defaults())
         sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the code below
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -57,9 +64,11 @@ def version_printer(name: str) -> Callable[[bool], None]:
     return print_version
 
 
-def _invoke(application: typer.Typer, name: str, arguments: Sequence[str]) -> int:
+def _invoke(
+    application: typer.Typer, name: str, arguments: Sequence[str], defaults: Mapping[str, Any] | None
+) -> int:  # fmt: skip
     try:
-        application(list(arguments), prog_name=name)
+        application(list(arguments), prog_name=name, default_map=defaults)
     except SystemExit as stop:
         # typer swallows a broken pipe and exits 1; the pipe is still there as the context.
         if stop.__context__ is not None and _is_broken_pipe(stop.__context__):

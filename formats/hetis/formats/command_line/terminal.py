@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TextIO
@@ -12,8 +14,21 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
+WIDE = 1000  # characters: lines that nobody looks at on a screen are not folded
+
+# What the eye reads in a table, for streams that cannot say it: a box is no question mark.
+_ASCII = str.maketrans(
+    {
+        **dict.fromkeys("█▉▊▋▌▓▒", "#"), **dict.fromkeys("▍▎▏░", "."), **dict.fromkeys("━─╌–−", "-"),
+        **dict.fromkeys("┃│", "|"), **dict.fromkeys("└├╰╭╮╯┌┐┘", "+"), "×": "x", "·": ".", "•": "*", "…": "...",
+        "→": "->", "±": "+-", "≥": ">=", "≤": "<=",
+    }
+)  # fmt: skip
+
+
 class OutputFormat(StrEnum):
     TABLE = "table"
+    WIDE = "wide"
     JSON = "json"
     YAML = "yaml"
 
@@ -25,25 +40,31 @@ class Terminal:
     Attributes:
         output: form of the data on stdout.
         verbosity: -1 errors only, 0 normal, 1 with details.
-        color: False after ``--no-color``; ``NO_COLOR`` and streams that are no terminal are seen to by rich.
+        color: False after ``--no-color``; ``NO_COLOR`` does the same, and so do streams that are no terminal.
     """
 
     output: OutputFormat = OutputFormat.TABLE
     verbosity: int = 0
     color: bool = True
 
+    @property
+    def prints_tables(self) -> bool:
+        """Whether data is for people; otherwise programs read it."""
+        return self.output in (OutputFormat.TABLE, OutputFormat.WIDE)
+
     def emit(
         self, document: Callable[[], Any], table: Callable[[], RenderableType], *, width: int | None = None
     ) -> None:
         """Prints data on stdout: ``document`` (JSON values) or ``table``, whichever the output format calls for.
 
-        ``width`` is that of the table, in characters; None: that of the terminal.
+        ``width`` is that of the table, in characters; None: that of the terminal. Where nobody looks, and with
+        ``-o wide``, nothing is folded.
         """
-        if self.output is OutputFormat.TABLE:
-            console = self._console(sys.stdout, width)
+        if self.prints_tables:
+            console = self._console(sys.stdout, WIDE if width is None and self.output is OutputFormat.WIDE else width)
             with console.capture() as captured:
                 console.print(table())
-            _write_all(captured.get())
+            _write_all("".join(f"{line.rstrip(' ')}\n" for line in captured.get().splitlines()))
             return
         from hetis.formats.documents import dump_data
 
@@ -95,8 +116,17 @@ class Terminal:
     def _console(self, stream: TextIO, width: int | None = None) -> Console:
         from rich.console import Console
 
-        plain = None if self.color else True
-        return Console(file=stream, width=width, no_color=plain, highlight=False, emoji=False, markup=False)
+        if width is None and not stream.isatty() and "COLUMNS" not in os.environ:
+            width = WIDE
+        console = Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+        if self.color and not os.environ.get("NO_COLOR"):
+            return console
+        # Without a colour system there is no bold and no dim either: plain text is plain.
+        return Console(file=stream, width=width, color_system=None, highlight=False, emoji=False, markup=False)
+
+
+in_use: ContextVar[Terminal | None] = ContextVar("in_use", default=None)
+"""The terminal of the verb that runs, for what is said after it has failed."""
 
 
 def _write_all(text: str) -> None:
@@ -106,6 +136,8 @@ def _write_all(text: str) -> None:
     that a full disk or a closed pipe would pass for success.
     """
     sys.stdout.flush()
+    if not sys.stdout.encoding.lower().startswith("utf"):
+        text = text.translate(_ASCII)
     rest = memoryview(text.encode(sys.stdout.encoding, errors=sys.stdout.errors or "strict"))
     while rest:
         rest = rest[sys.stdout.buffer.write(rest) :]

@@ -11,7 +11,7 @@ import typer
 
 from hetis.formats.command_line.options import NoColorOption, OutputOption, QuietOption, VerboseOption
 from hetis.formats.command_line.running import OK
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use
 
 P = ParamSpec("P")
 
@@ -40,6 +40,7 @@ def verb(
                 verbosity=-1 if given["quiet"] else int(given["verbose"]),
                 color=not given["no_color"],
             )
+            in_use.set(terminal)
             mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
             code = function(terminal, *args, **mine)
             if code != OK:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,6 +19,7 @@ from hetis.planner.cli.catalog import catalog
 from hetis.planner.cli.check import check
 from hetis.planner.cli.compare import compare
 from hetis.planner.cli.completion import completion
+from hetis.planner.cli.defaults import default_files, default_map
 from hetis.planner.cli.diff import DIFF_EXAMPLES, diff
 from hetis.planner.cli.disconnect import disconnect
 from hetis.planner.cli.dispatch import dispatch
@@ -32,6 +34,7 @@ from hetis.planner.cli.layers import LAYERS_EXAMPLES, layers
 from hetis.planner.cli.place import place
 from hetis.planner.cli.redispatch import redispatch
 from hetis.planner.cli.replan import REPLAN_EXAMPLES, replan
+from hetis.planner.cli.report import REPORT_EXAMPLES, report
 from hetis.planner.cli.rollback import rollback
 from hetis.planner.cli.schema import schema
 from hetis.planner.cli.share import SHARE_EXAMPLES, share
@@ -59,6 +62,7 @@ app.command(rich_help_panel="Plan")(place)
 app.command(rich_help_panel="Plan", epilog=LAYERS_EXAMPLES)(layers)
 app.command(rich_help_panel="Plan")(compare)
 app.command(rich_help_panel="Plan")(explain)
+app.command(rich_help_panel="Plan", epilog=REPORT_EXAMPLES)(report)
 app.command(rich_help_panel="Plan")(check)
 app.command(rich_help_panel="Plan", epilog=FAIR_EXAMPLES)(fair)
 app.command(rich_help_panel="Plan", epilog=SHARE_EXAMPLES)(share)
@@ -110,7 +114,28 @@ def run(arguments: Sequence[str]) -> int:
         from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there, not exported
 
         completion_init()
-    return run_application(app, "hetis-plan", arguments, _report_failure)
+    return run_application(app, "hetis-plan", arguments, _report_failure, defaults=_defaults)
+
+
+def _defaults() -> dict[str, dict[str, Any]] | None:
+    """What files of defaults say of every verb; None where there are none."""
+    try:
+        folder = Path.cwd()
+    except OSError:  # it is gone
+        return None
+    if not default_files(folder):
+        return None
+    group: Any = typer.main.get_command(app)
+    options = {
+        verb: {
+            option.removeprefix("--"): parameter.name
+            for parameter in command.params
+            for option in parameter.opts
+            if option.startswith("--") and option != "--help"
+        }
+        for verb, command in group.commands.items()
+    }
+    return default_map(options, folder)
 
 
 def _report_failure(error: Exception) -> int:

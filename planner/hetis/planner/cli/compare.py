@@ -39,6 +39,7 @@ def compare(
     seed: options.SeedOption = 0,
     threads: options.ThreadsOption = 1,
     out: options.PlansFolderOption = None,
+    html: options.HtmlOption = None,
 ) -> ExitCode:
     """Plan by several strategies and show their plans side by side, checked alike.
 
@@ -46,6 +47,7 @@ def compare(
 
     Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
+    from hetis.planner.cli.html_pages import refuse_page, save_page
     from hetis.planner.cli.plan_files import refuse_unwritable_plans, save_plans
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.jobs.kernels import compile_kernels
@@ -57,6 +59,7 @@ def compare(
 
     if out is not None:
         refuse_unwritable_plans(out, strategies.names)
+    refuse_page(html)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
     loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
@@ -78,6 +81,10 @@ def compare(
     compared = search_interruptibly(terminal, work, unit=goal.unit, cancelled=cancelled, so_far="the plans")
     if out is not None:
         save_plans(terminal, out, {outcome.strategy: outcome.plan for outcome in compared if outcome.plan is not None})
+    if html is not None:
+        from hetis.planner.report.page.pages import comparison_page
+
+        save_page(terminal, comparison_page(compared, loaded.inputs, goal), html)
     terminal.emit(
         lambda: comparison_document(compared, loaded.inputs, goal),
         lambda: render_comparison(compared, loaded.inputs, goal),

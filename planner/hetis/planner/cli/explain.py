@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument
@@ -33,5 +33,6 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
             **json_value(explanation),
         }
 
-    terminal.emit(document, lambda: render_explanation(found.plan, explanation))
+    wide = terminal.output is OutputFormat.WIDE
+    terminal.emit(document, lambda: render_explanation(found.plan, explanation, wide=wide))
     return ExitCode.OK

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+
 from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.command_line.internal_errors import internal_error
-from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.terminal import Terminal, in_use
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export.errors import NotExportableError
@@ -15,9 +18,24 @@ from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError
 
 
 def report_failure(error: Exception, terminal: Terminal | None = None) -> ExitCode:
-    """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
+    """Prints what went wrong, never a traceback, and returns the exit code that says so.
+
+    Where programs read stdout, they find it there, too: a document of ``kind: Error`` on one line of JSON.
+    """
+    terminal = terminal or in_use.get() or Terminal()
+    if not terminal.prints_tables:
+        code, message, details = describe(error)
+        document = {"apiVersion": "hetis/v1", "kind": "Error", "exit_code": int(code), "message": message}
+        document["details"] = [detail.removeprefix("- ") for detail in details]
+        with suppress(OSError):  # stdout may be what failed
+            terminal.write(f"{json.dumps(document, ensure_ascii=False)}\n")  # YAML, too
+    return say_failure(error, terminal)
+
+
+def say_failure(error: Exception, terminal: Terminal) -> ExitCode:
+    """The message alone, on stderr, for a verb that has printed a document of its own."""
     code, message, details = describe(error)
-    (terminal or Terminal()).error(message, details)
+    terminal.error(message, details)
     return code
 
 

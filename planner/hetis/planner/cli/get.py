@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.resource_names import COLLECTIONS, IN_CLUSTER, chosen_cluster, collection, full_name
 from hetis.planner.cli.server_verb import server_verb
@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client
 
 
-WIDE = 1000  # characters: wide tables are scrolled, not folded
-
-
 class GetFormat(StrEnum):
-    """`OutputFormat`, and two forms that only lists have."""
+    """`OutputFormat`, and one form that only lists have."""
 
     TABLE = "table"
     WIDE = "wide"

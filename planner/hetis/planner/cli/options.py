@@ -245,7 +245,17 @@ OutOption = Annotated[
         metavar="FILE",
         rich_help_panel=_RESULT,
         show_default=False,
-        help="Also save the plan; .yaml or .yml for YAML, anything else is JSON.",
+        help="Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table.",
+    ),
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        rich_help_panel=_RESULT,
+        show_default=False,
+        help="Also save one page of HTML that needs no network; see `report`.",
     ),
 ]
 PlansFolderOption = Annotated[

@@ -35,6 +35,7 @@ def place(
     threads: options.ThreadsOption = 1,
     profile_error: options.ProfileErrorOption = None,
     out: options.OutOption = None,
+    html: options.HtmlOption = None,
     strict: options.StrictOption = False,
     verify: options.VerifyOption = True,
 ) -> ExitCode:
@@ -43,6 +44,7 @@ def place(
     Ctrl-C once prints and saves the best plan so far; twice leaves at once.
     """
     from hetis.planner.cli.families import engine_rules
+    from hetis.planner.cli.html_pages import refuse_page
     from hetis.planner.cli.placement_run import PlacementRun
     from hetis.planner.cli.plan_files import refuse_unwritable
     from hetis.planner.use_cases import place as placing
@@ -50,6 +52,7 @@ def place(
 
     if out is not None:
         refuse_unwritable(out)
+    refuse_page(html, beside=out)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
     loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
@@ -72,6 +75,7 @@ def place(
         profile_error=profile_error,
         price_pins=price_pins,
         out=out,
+        html=html,
         strict=strict,
         verify=verify,
     ).finish()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.documents import to_data
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.failures import report_failure
-from hetis.planner.cli.plan_files import save_or_tell
+from hetis.planner.cli.failures import report_failure, say_failure
+from hetis.planner.cli.html_pages import save_page_or_tell
+from hetis.planner.cli.plan_files import STDOUT, save_or_tell
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.use_cases.market import catalogue_market
@@ -52,6 +53,7 @@ class PlacementRun:
     profile_error: float | None
     price_pins: bool
     out: Path | None
+    html: Path | None
     strict: bool
     verify: bool
 
@@ -68,12 +70,14 @@ class PlacementRun:
             )
         except InfeasibleError as error:
             self._print_infeasible(error)
-            return report_failure(error, self.terminal)
+            return say_failure(error, self.terminal)
         except NoPlanFoundError as error:
             return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, self.terminal)
         plan = answer.plan
         saved = self.out is None or save_or_tell(self.terminal, plan, self.out)
-        self._print(answer)
+        saved = self._save_page(plan) and saved
+        if self.out != STDOUT:
+            self._print(answer)
         if not saved:
             return ExitCode.INTERNAL
         if cancelled.is_set():
@@ -147,6 +151,14 @@ class PlacementRun:
         """The time limit is that of the search; a study may take as long again, and so may prices of wishes."""
         return Budget(time_limit_s=self.settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
+    def _save_page(self, plan: Plan) -> bool:
+        if self.html is None:
+            return True
+        from hetis.planner.report.page.pages import ShownPlan, plans_page
+
+        page = plans_page([ShownPlan(name="The plan", plan=plan, problem=self.problem)])
+        return save_page_or_tell(self.terminal, page, self.html)
+
     def _print(self, answer: _Answer) -> None:
         from rich.console import Group, RenderableType
 
@@ -155,7 +167,7 @@ class PlacementRun:
         from hetis.planner.report.wishes import render_wish_prices
 
         def tables() -> RenderableType:
-            parts = [render_plan(answer.plan)]
+            parts = [render_plan(answer.plan, wide=self.terminal.output is OutputFormat.WIDE)]
             if answer.prices:
                 parts.append(render_wish_prices(answer.prices, answer.plan.result.unit))
             if answer.robustness is not None:
@@ -165,7 +177,7 @@ class PlacementRun:
         self.terminal.emit(lambda: to_data(answer.plan), tables)
 
     def _print_infeasible(self, error: InfeasibleError) -> None:
-        if self.terminal.output is not OutputFormat.TABLE:
+        if not self.terminal.prints_tables:
             self.terminal.emit(lambda: self._infeasible_document(error), lambda: "")
 
     def _infeasible_document(self, error: InfeasibleError) -> dict[str, Any]:

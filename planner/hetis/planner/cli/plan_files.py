@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
+
+import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import Value, dump
@@ -13,13 +16,17 @@ from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import write_atomically
 from hetis.solver.plan import Plan
 
+STDOUT = Path("-")  # as a file: standard output
+
 
 def refuse_unwritable(path: Path) -> None:
-    """Says before a long solve what would go wrong after it.
+    """Says before a long solve what would go wrong after it; standard output is no file and passes.
 
     Raises:
         DocumentError: the folder is missing or may not be written, or the path is a folder.
     """
+    if path == STDOUT:
+        return
     folder = path.resolve().parent
     if path.is_dir():
         raise single_problem(str(path), "cannot be written: is a folder")
@@ -27,6 +34,16 @@ def refuse_unwritable(path: Path) -> None:
         raise single_problem(str(path), f"cannot be written: no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise single_problem(str(path), f"cannot be written: permission denied in {folder}")
+
+
+def refuse_missing_library(name: str, *, extra: str, wanted_by: str) -> None:
+    """Says before the work that a library is missing, and what brings it.
+
+    Raises:
+        BadParameter: it is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise typer.BadParameter(f"{name} is not installed, which {wanted_by} needs: pip install 'hetis[{extra}]'")
 
 
 def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
@@ -46,7 +63,13 @@ def save(value: Value, path: Path) -> None:
 
 
 def save_or_tell(terminal: Terminal, plan: Plan, path: Path) -> bool:
-    """Saves before printing: a reader of stdout that goes away must not cost the plan. False: said why it failed."""
+    """Saves before printing: a reader of stdout that goes away must not cost the plan. False: said why it failed.
+
+    On standard output the plan is all that may be printed.
+    """
+    if path == STDOUT:
+        terminal.write(dump(plan, "json"))
+        return True
     try:
         save(plan, path)
     except DocumentError as error:

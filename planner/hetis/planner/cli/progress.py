@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +12,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.report.figures import digits, percent
 from hetis.solver.budget import Progress, Report, silent
 
-PLAIN_INTERVAL_S = 2.0  # between plain lines of one phase
+PLAIN_INTERVAL_S = 2.0  # between plain lines
 
 
 @contextmanager
@@ -27,20 +29,23 @@ def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
 
 
 class SparseLines:
-    """Prints a line when the phase changes, and within a phase every `PLAIN_INTERVAL_S` seconds at most."""
+    """Prints a line every `PLAIN_INTERVAL_S` seconds at most, however often phases change."""
 
-    def __init__(self, say: Callable[[str], None], unit: str) -> None:
+    def __init__(
+        self, say: Callable[[str], None], unit: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
         self._say = say
         self._unit = unit
-        self._phase: str | None = None
-        self._last_s = 0.0
+        self._clock = clock
+        self._next_s = -math.inf
         self._lock = threading.Lock()
 
     def __call__(self, progress: Progress) -> None:
         with self._lock:
-            if progress.phase == self._phase and progress.elapsed_s < self._last_s + PLAIN_INTERVAL_S:
+            now_s = self._clock()  # searches one after another each begin at zero seconds
+            if now_s < self._next_s:
                 return
-            self._phase, self._last_s = progress.phase, progress.elapsed_s
+            self._next_s = now_s + PLAIN_INTERVAL_S
         self._say(describe(progress, self._unit))
 
 

@@ -109,13 +109,15 @@ def replan(
     seed: options.SeedOption = 0,
     threads: options.ThreadsOption = 1,
     out: options.OutOption = None,
+    html: options.HtmlOption = None,
 ) -> ExitCode:
     """Plan again from a running plan: keep what is worth keeping, count what a change costs, and order its steps.
 
     Objective, limits, strategy and roles are those of the running plan. The cluster is what is there now: nodes that
     it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves at once.
     """
-    from hetis.planner.cli.plan_files import refuse_unwritable, save_or_tell
+    from hetis.planner.cli.html_pages import refuse_page, save_page_or_tell
+    from hetis.planner.cli.plan_files import STDOUT, refuse_unwritable, save_or_tell
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report.replan import render_replan, replan_document
     from hetis.planner.use_cases import replan as replanning
@@ -125,6 +127,7 @@ def replan(
 
     if out is not None:
         refuse_unwritable(out)
+    refuse_page(html, beside=out)
     if running == cluster == "-":
         raise typer.BadParameter("only one of --from and --cluster can come from standard input")
     settings = Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
@@ -145,7 +148,12 @@ def replan(
         so_far="the best answer",
     )
     saved = out is None or save_or_tell(terminal, found.plan, out)
-    terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
+    if html is not None:
+        from hetis.planner.report.page.pages import replan_page
+
+        saved = save_page_or_tell(terminal, replan_page(found, posed, costs), html) and saved
+    if out != STDOUT:
+        terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
     if not saved:
         return ExitCode.INTERNAL
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK

@@ -8,8 +8,8 @@ apiVersion: hetis/v1
 kind: Cluster
 name: my-fleet
 nodes:
-  # `count` equal nodes are called a100-0, a100-1, ...; a node may hold several GPU types.
-  - {name: a100, count: 1, gpus: [{type: A100-SXM-80GB, count: 4}]}
+  # `count` equal nodes are called l4-0, l4-1, ...; a node may hold several GPU types.
+  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 2}]}
   - {name: l4, count: 2, gpus: [{type: L4, count: 4}]}
 network: {bandwidth: 100Gbps, latency: 20us}
 """
@@ -20,8 +20,8 @@ WORKLOAD = """\
 apiVersion: hetis/v1
 kind: Workload
 name: my-traffic
-mean_prompt_tokens: 1024
-mean_output_tokens: 256
+mean_prompt_tokens: 2000
+mean_output_tokens: 300
 """
 
 SAMPLES = {"cluster.yaml": CLUSTER, "workload.yaml": WORKLOAD}

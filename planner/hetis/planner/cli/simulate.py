@@ -11,7 +11,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import simulation_options as options
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import PlanArgument
+from hetis.planner.cli.options import HtmlOption, PlanArgument
 from hetis.planner.cli.simulation_options import Router
 from hetis.planner.cli.stage_options import announce_compilation
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Objective, Plan
     from hetis.solver.problem import PlacementProblem
 
-PICTURES = (".html", ".png")
+PICTURES = {".html": "plotly", ".png": "matplotlib"}  # what draws them
 
 
 @verb()
@@ -56,6 +56,7 @@ def simulate(
     perfetto: options.PerfettoOption = None,
     requests_csv: options.RequestsCsvOption = None,
     plot: options.PlotOption = None,
+    html: HtmlOption = None,
 ) -> ExitCode:
     """Run a plan under traffic in virtual time, and hold what happens against what it promised.
 
@@ -65,7 +66,10 @@ def simulate(
         {"--rate": rate is not None, "--recorded": recorded, "--saturate": saturate, "--sweep": sweep}, cv=cv,
         trace=trace, files={"--perfetto": perfetto, "--requests-csv": requests_csv}, until_stable=until_stable,
     )  # fmt: skip
+    from hetis.planner.cli.html_pages import refuse_page
+
     _refuse_unwritable([path for path in (perfetto, requests_csv, plot) if path is not None], plot)
+    refuse_page(html, beside=plot)
     from hetis.planner.cli.simulation_run import SimulationRun
     from hetis.planner.use_cases import simulate as simulating
     from hetis.planner.use_cases.sources import load_plan_and_problem
@@ -108,7 +112,7 @@ def simulate(
         sweeps=sweep,
         tolerance=tolerance,
         precision=precision if until_stable else None,
-        keep_run=any(path is not None for path in (perfetto, requests_csv, plot)) and not sweep,
+        keep_run=any(path is not None for path in (perfetto, requests_csv, plot, html)) and not sweep,
     )
     return SimulationRun(
         terminal=terminal,
@@ -119,6 +123,7 @@ def simulate(
         perfetto=perfetto,
         requests_csv=requests_csv,
         plot=plot,
+        html=html,
     ).finish()
 
 
@@ -142,12 +147,14 @@ def _refuse_contradictions(
 
 
 def _refuse_unwritable(paths: list[Path], plot: Path | None) -> None:
-    from hetis.planner.cli.plan_files import refuse_unwritable
+    from hetis.planner.cli.plan_files import refuse_missing_library, refuse_unwritable
 
     for path in paths:
         refuse_unwritable(path)
-    if plot is not None and plot.suffix not in PICTURES:
-        raise typer.BadParameter(f"{plot} is no picture: --plot takes a name that ends in {' or '.join(PICTURES)}")
+    if plot is not None:
+        if plot.suffix not in PICTURES:
+            raise typer.BadParameter(f"{plot} is no picture: --plot takes a name that ends in {' or '.join(PICTURES)}")
+        refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
 
 
 def _limits(objective: Objective, ttft_s: float | None, tpot_s: float | None) -> Limits:

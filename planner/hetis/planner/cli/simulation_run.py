@@ -10,6 +10,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.html_pages import save_page
 from hetis.planner.cli.interruptible import run_interruptibly
 from hetis.planner.cli.native_output import no_native_output
 from hetis.planner.cli.simulation_progress import requests_on_stderr
@@ -32,6 +33,7 @@ class SimulationRun:
     perfetto: Path | None
     requests_csv: Path | None
     plot: Path | None
+    html: Path | None
 
     def finish(self) -> ExitCode:
         """Simulates and tells the outcome, whatever it is."""
@@ -76,11 +78,12 @@ class SimulationRun:
                 from hetis.planner.report.simulation_pictures import picture
 
                 self._write(self.plot, picture(simulated, self.plan, form=self.plot.suffix))
+            if self.html is not None:
+                from hetis.planner.report.page.pages import simulation_page
+
+                save_page(self.terminal, simulation_page(simulated, self.plan, self.problem), self.html)
         except DocumentError as error:
             self.terminal.error("not all was saved", [str(problem) for problem in error.problems])
-            return False
-        except ModuleNotFoundError as error:
-            self.terminal.error(f"{error.name} is not installed, nothing was drawn: pip install 'hetis[plots]'")
             return False
         return True
 

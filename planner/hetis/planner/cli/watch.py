@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.server_verb import server_verb
 
@@ -51,7 +51,6 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
 
     from rich.text import Text
 
-    from hetis.planner.cli.get import WIDE
     from hetis.planner.cli.resource_data import resource_data
 
     for event in client.watch_cluster(name):

@@ -53,6 +53,7 @@ def what_if(
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
     threads: options.ThreadsOption = 1,
+    html: options.HtmlOption = None,
 ) -> ExitCode:
     """Solve before and after a change of the fleet, and say what the two proofs imply of the difference.
 
@@ -60,6 +61,7 @@ def what_if(
     Ctrl-C once shows what there is, twice leaves at once.
     """
     from hetis.planner.cli.families import engine_rules
+    from hetis.planner.cli.html_pages import refuse_page, save_page
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import what_if as report
     from hetis.planner.use_cases import place as placing
@@ -70,6 +72,7 @@ def what_if(
     from hetis.solver.cluster import Link
 
     _refuse_half_a_question(buy_next=buy_next, changes=bool(add or remove), market=market is not None)
+    refuse_page(html)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
@@ -100,12 +103,20 @@ def what_if(
                 loaded, goal, settings, wanted.market, wanted.change.shape, budget=budget, report=news
             )
         )
+        if html is not None:
+            from hetis.planner.report.page.pages import buy_next_page
+
+            save_page(terminal, buy_next_page(bought), html)
         terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
         sides = [bought.before, *(offer.after for offer in bought.offers)]
     else:
         found = searching(
             lambda news: asking.what_if(loaded, goal, settings, wanted.change, budget=budget, report=news)
         )
+        if html is not None:
+            from hetis.planner.report.page.pages import what_if_page
+
+            save_page(terminal, what_if_page(found), html)
         terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
         sides = [found.before, found.after]
     return ExitCode.INTERRUPTED if cancelled.is_set() else _judge(sides)

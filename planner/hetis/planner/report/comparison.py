@@ -14,8 +14,13 @@ from hetis.planner.report.figures import digits, percent, plural, tokens
 from hetis.planner.use_cases.compare import Compared, Figures, figures_of
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.sources import Inputs
+from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
+PUBLISHED_MEANS = (
+    "-paper: the search of a paper as published, its plan priced by this cost model and held to these limits; bound "
+    "and gap are those of the family that its plans are of."
+)
 _LINES_PER_REASON = 3
 _WIDEST_GAP = 9.99  # shown as it is
 
@@ -23,10 +28,21 @@ _WIDEST_GAP = 9.99  # shown as it is
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
     """At most 80 columns wide where the names allow it."""
     parts: list[RenderableType] = [_title(inputs), goal_line(objective), Text(), _table(compared, inputs, objective)]
+    published = [outcome.strategy for outcome in compared if STRATEGIES[outcome.strategy].is_published]
+    if published:
+        parts += [Text(f"\n{PUBLISHED_MEANS}", style="dim"), _published(published)]
     without = [outcome for outcome in compared if outcome.plan is None]
     if without:
         parts += [Text("\nWithout a plan", style="bold"), _reasons(without)]
     return Group(*parts)
+
+
+def _published(strategies: Sequence[str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    for name in strategies:
+        table.add_row(f" {name}", STRATEGIES[name].summary, style="dim")
+    return table
 
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from hetis.planner.report.figures import gigabytes, percent, plural, seconds
 from hetis.planner.report.plan import bullets, headline, price_table, section
+from hetis.planner.report.replica import device_table
 from hetis.planner.report.stacked import Share, legend, stacked_bar
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
@@ -28,18 +29,21 @@ WIRE_MEANS = (
 BAR_WIDTH = 30
 
 
-def render_explanation(plan: Plan, explanation: Explanation) -> RenderableType:
-    """Everything ``hetis-plan explain`` shows, at most 80 columns wide."""
-    return Group(*_sections(plan, explanation))
+def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> RenderableType:
+    """Everything ``hetis-plan explain`` shows, at most 80 columns wide; ``wide`` shows every shape of replica."""
+    return Group(*_sections(plan, explanation, wide=wide))
 
 
-def _sections(plan: Plan, explanation: Explanation) -> Iterator[RenderableType]:
+def _sections(plan: Plan, explanation: Explanation, *, wide: bool) -> Iterator[RenderableType]:
     yield headline(plan)
     groups = group_replicas(plan.replicas)
-    for group in groups[:MAX_SHAPES]:
+    shown = len(groups) if wide else MAX_SHAPES
+    for group in groups[:shown]:
         yield from _replica(group, explanation)
-    if len(groups) > MAX_SHAPES:
-        yield Text(f"\n… and {plural(len(groups) - MAX_SHAPES, 'more shape')} (-o json has all)", style="dim")
+        if len(group.numbers) > 1:
+            yield section("Their devices", device_table(group, plan))
+    if len(groups) > shown:
+        yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:
@@ -70,7 +74,7 @@ def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[Renderab
 
 def _memory(parts: list[MemoryBar]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
-    rows = [(part, _memory_shares(part)) for part in parts]
+    rows = [(part, memory_shares(part)) for part in parts]
     for part, shares in rows:
         worker = part.role != "primary"
         table.add_row(
@@ -86,17 +90,18 @@ def _memory(parts: list[MemoryBar]) -> RenderableType:
 def _waterfall(parts: list[MemoryBar]) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("GiB")
-    names = [share.name for share in _memory_shares(parts[0])]
+    names = [share.name for share in memory_shares(parts[0])]
     for name in (*names, "free", "nominal"):
         table.add_column(name, justify="right")
     for part in parts:
-        values = [share.amount for share in _memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
+        values = [share.amount for share in memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
         label = f"stage {part.stage + 1}" if part.role == "primary" else "└ worker"
         table.add_row(label, *(f"{value / 2**30:.1f}" for value in values))
     return table
 
 
-def _memory_shares(part: MemoryBar) -> list[Share]:
+def memory_shares(part: MemoryBar) -> list[Share]:
+    """Where the memory of a GPU goes, what is free left out."""
     return [
         Share(name="unusable", amount=part.unusable_bytes, glyph="×", style="bright_black"),
         Share(name="engine", amount=part.reserve_bytes, glyph="░", style="red"),
@@ -113,7 +118,7 @@ def _times(parts: list[StageTime]) -> RenderableType:
         per_copy = part.total_s / part.copies
         copies = f" ×{part.copies}" if part.copies > 1 else ""
         scaled = [
-            Share(name=s.name, amount=s.amount / part.copies, glyph=s.glyph, style=s.style) for s in _time_shares(part)
+            Share(name=s.name, amount=s.amount / part.copies, glyph=s.glyph, style=s.style) for s in time_shares(part)
         ]
         table.add_row(
             f"{part.stage + 1}",
@@ -122,7 +127,7 @@ def _times(parts: list[StageTime]) -> RenderableType:
             Text(seconds(per_copy)),
             Text("bottleneck" if part.is_bottleneck else f"{percent(per_copy / slowest)}", style="dim"),
         )
-    shares = Group(legend(_time_shares(parts[0])), _time_table(parts))
+    shares = Group(legend(time_shares(parts[0])), _time_table(parts))
     if any(part.kv_wire_s for part in parts):
         return Group(table, shares, Text(WIRE_MEANS, style="dim"))
     return Group(table, shares)
@@ -132,8 +137,8 @@ def _time_table(parts: list[StageTime]) -> Table:
     """Shares in per cent of the stage's own time; columns that are empty on every stage are left out."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("% of stage")
-    columns = [[share.amount for share in _time_shares(part)] for part in parts]
-    names = [share.name for share in _time_shares(parts[0])]
+    columns = [[share.amount for share in time_shares(part)] for part in parts]
+    names = [share.name for share in time_shares(parts[0])]
     kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
     has_wire = any(part.kv_wire_s for part in parts)
     for i in kept:
@@ -146,7 +151,8 @@ def _time_table(parts: list[StageTime]) -> Table:
     return table
 
 
-def _time_shares(part: StageTime) -> list[Share]:
+def time_shares(part: StageTime) -> list[Share]:
+    """What the time of a stage goes to."""
     return [
         Share(name="dense", amount=part.dense_s, glyph="█", style="cyan"),
         Share(name="all-reduce", amount=part.all_reduce_s, glyph="▒", style="red"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -13,10 +13,10 @@ from rich.text import Text
 
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.palette import Palette
-from hetis.planner.report.replica import render_replica
+from hetis.planner.report.replica import device_table, render_replica
 from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.place import EQUAL_STAGES
+from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.ranges import Predicted
 from hetis.planner.use_cases.verify import Verification, misses, verification_of
@@ -35,9 +35,9 @@ _VALUE_NAMES = {
 }
 
 
-def render_plan(plan: Plan) -> RenderableType:
-    """The table view of a plan, at most 80 columns wide where the names allow it."""
-    return Group(*_sections(plan))
+def render_plan(plan: Plan, *, wide: bool = False) -> RenderableType:
+    """The table view of a plan, at most 80 columns wide where the names allow it; ``wide`` names every device."""
+    return Group(*_sections(plan, wide=wide))
 
 
 def headline(plan: Plan) -> RenderableType:
@@ -54,9 +54,9 @@ def price_table(plan: Plan) -> Table:
     """Device classes: how many there are, what became of them, and their price at the margin."""
     several_zones = len({price.zone for price in plan.prices}) > 1
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("GPU", overflow="fold")
+    table.add_column("GPU", no_wrap=True, overflow="fold")
     if several_zones:
-        table.add_column("zone", overflow="fold")
+        table.add_column("zone", no_wrap=True, overflow="fold")
     for name in ("per node", "there", "used", "workers", "idle"):
         table.add_column(name, justify="right")
     table.add_column("marginal price", justify="right")
@@ -67,16 +67,18 @@ def price_table(plan: Plan) -> Table:
     return table
 
 
-def _sections(plan: Plan) -> Iterator[RenderableType]:
+def _sections(plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     yield headline(plan)
     groups = group_replicas(plan.replicas)
-    yield from _replicas(groups, Palette.of(plan))
+    yield from _replicas(groups, plan, wide=wide)
     if plan.kv_routes:
         yield section("KV routes", route_table(plan, groups))
     if plan.prices:
         yield section("Device classes", price_table(plan))
         if len(plan.prices) > MAX_CLASSES:
             yield Text(f" … and {len(plan.prices) - MAX_CLASSES:,} classes of fewer GPUs", style="dim")
+    if simpler := simple_setups(plan):
+        yield section("Simpler setups", bullets(tuple(simpler)))
     if plan.runners_up:
         yield section("Not chosen", _runners_up(plan))
     if plan.notes:
@@ -112,7 +114,7 @@ def _facts(plan: Plan) -> Table:
     table.add_row(_VALUE_NAMES[result.objective], value)
     if (expected := predicted_of(plan)) is not None:
         table.add_row("Range", _range(expected, plan))
-    if (compared := _beside_equal_stages(plan)) is not None:
+    if (compared := beside_equal_stages(plan)) is not None:
         table.add_row("Uniform", compared)
     table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
     table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}")
@@ -128,20 +130,34 @@ def _facts(plan: Plan) -> Table:
     return table
 
 
-def _beside_equal_stages(plan: Plan) -> str | None:
+def beside_equal_stages(plan: Plan) -> str | None:
     """What replicas of equal stages reach, as engines are set up without a planner; None where nobody asked."""
     if EQUAL_STAGES not in plan.inputs:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
     if not isinstance(alone, int | float) or alone <= 0:
         return "replicas of equal stages: none keeps the limits" if alone is None else None
-    if plan.objective.maximises:
-        more = f"{percent(result.value / alone - 1.0)} more"
-    else:
-        more = f"{percent(1.0 - result.value / alone)} less"
-    if result.value == alone:
-        more = "the same"
+    more = _beside(result.value, alone)
     return f"{digits(alone, 4)} {result.unit} by replicas of equal stages; this plan {more}"
+
+
+def simple_setups(plan: Plan) -> list[str]:
+    """What people would try first, and how much less (or more) it is: one TP size everywhere, equal stages."""
+    found = plan.inputs.get(SIMPLE_SETUPS)
+    lines = []
+    for tp, value in found.items() if isinstance(found, Mapping) else ():
+        name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"
+        if isinstance(value, int | float) and value > 0:
+            lines.append(f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, plan.result.value)}")
+        else:
+            lines.append(f"{name}: none that keeps the limits")
+    return lines
+
+
+def _beside(value: float, other: float) -> str:
+    """``7.38% more``, ``15% less``, ``the same``."""
+    ratio = value / other - 1.0 if other else 0.0
+    return "the same" if not ratio else f"{percent(abs(ratio))} {'more' if ratio > 0 else 'less'}"
 
 
 def _range(expected: Predicted, plan: Plan) -> Text:
@@ -202,15 +218,18 @@ def _fleet(plan: Plan) -> str:
     return f"{plural(len(plan.replicas), 'replica')}{roles} on {plural(used, 'GPU')}{part}; {idle:,} idle"
 
 
-def _replicas(groups: Sequence[ReplicaGroup], palette: Palette) -> Iterator[RenderableType]:
-    for group in groups[:MAX_SHAPES]:
-        yield render_replica(group, palette)
-    rest = groups[MAX_SHAPES:]
+def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
+    shown = len(groups) if wide else MAX_SHAPES
+    for group in groups[:shown]:
+        yield render_replica(group, Palette.of(plan))
+        if wide and len(group.numbers) > 1:
+            yield Padding(device_table(group, plan), (0, 0, 0, 1))
+    rest = groups[shown:]
     if rest:
         count, rate = sum(len(group.numbers) for group in rest), sum(group.rate for group in rest)
         yield Text(
             f"\n… and {plural(len(rest), 'more shape')} with {plural(count, 'replica')}, {digits(rate)} requests/s "
-            "together (-o json lists all)",
+            "together (-o wide lists all)",
             style="dim",
         )
 
@@ -218,10 +237,11 @@ def _replicas(groups: Sequence[ReplicaGroup], palette: Palette) -> Iterator[Rend
 def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
     idle = price.available - price.used
     counts = [price.gpus_per_node, price.available, price.used, price.as_attention_workers, idle]
-    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), _worth(price.dual, plan)]
+    return [price.gpu, *([price.zone] if zone else []), *(f"{count:,}" for count in counts), worth(price.dual, plan)]
 
 
-def _worth(dual: float, plan: Plan) -> str:
+def worth(dual: float, plan: Plan) -> str:
+    """A marginal price with its unit."""
     if dual <= 0:
         return "0"
     unit = plan.result.unit.removeprefix("requests")
@@ -235,11 +255,11 @@ def _runners_up(plan: Plan) -> Table:
     table.add_column("rate", justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
-        table.add_row(_folded(runner.shape), digits(runner.rate), runner.reason)
+        table.add_row(folded(runner.shape), digits(runner.rate), runner.reason)
     return table
 
 
-def _folded(shape: str) -> str:
+def folded(shape: str) -> str:
     """Equal stages in a row told once: ``A | A | B`` is ``2 × A | B``."""
     runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
     return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)

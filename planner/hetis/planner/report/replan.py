@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from hetis.planner.use_cases.replan import Posed
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.replanning.problem import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
-from hetis.solver.replanning.transition import Action, Step, Transition
+from hetis.solver.replanning.transition import Action, Step
 
 MAX_STEPS = 40  # listed; -o json has all
 
@@ -51,7 +52,7 @@ def _sections(found: Replanning, posed: Posed, costs: ChangeCosts) -> Iterator[R
         yield section("Weights to load", load_table(found.change))
     yield section("KV dropped", Text(dropped_words(found.change)))
     yield section("Steps", _steps(found, posed))
-    yield Text(_lowest_words(found.transition, _unit(posed)))
+    yield Text(lowest_words(found, posed))
 
 
 def _unit(posed: Posed) -> str:
@@ -73,7 +74,7 @@ def _facts(found: Replanning, posed: Posed, costs: ChangeCosts) -> Table:
     table.add_row("Bound", f"{digits(found.bound, 4)} {unit}  gap {percent(found.gap)}, {proof}")
     if found.fresh_value is not None:
         table.add_row("From scratch", f"{digits(found.fresh_value, 4)} {unit}, had nothing run before")
-    table.add_row("Costs", _cost_words(costs))
+    table.add_row("Costs", change_cost_words(costs))
     return table
 
 
@@ -85,7 +86,8 @@ def seconds_or_hours(value_s: float) -> str:
     return seconds(value_s)
 
 
-def _cost_words(costs: ChangeCosts) -> str:
+def change_cost_words(costs: ChangeCosts) -> str:
+    """What a change is taken to cost."""
     return (
         f"a start takes {seconds(costs.restart_s)} and the weights of its fullest GPU at "
         f"{digits(costs.load_bytes_per_s / 1e9)} GB/s; requests in flight lose half their service"
@@ -103,11 +105,16 @@ def _steps(found: Replanning, posed: Posed) -> RenderableType:
         ("takes up to", "right"),
         ("capacity", "right"),
     )
-    for number, step in enumerate(found.transition.steps[:MAX_STEPS], start=1):
-        table.add_row(str(number), *_step_row(step, found, posed))
+    for number, row in enumerate(itertools.islice(step_rows(found, posed), MAX_STEPS), start=1):
+        table.add_row(str(number), *row)
     if len(found.transition.steps) > MAX_STEPS:
         table.add_row("…", "", f"{len(found.transition.steps) - MAX_STEPS:,} more (-o json lists all)", "", "", "")
     return table
+
+
+def step_rows(found: Replanning, posed: Posed) -> Iterator[list[str]]:
+    """The cells of every step, in order."""
+    return (_step_row(step, found, posed) for step in found.transition.steps)
 
 
 def _step_row(step: Step, found: Replanning, posed: Posed) -> list[str]:
@@ -129,10 +136,12 @@ def _load_of(found: Replanning, number: int) -> float:
     return next(change.load_bytes for change in found.change.replicas if change.after == number)
 
 
-def _lowest_words(transition: Transition, unit: str) -> str:
+def lowest_words(found: Replanning, posed: Posed) -> str:
+    """How far the capacity falls on the way, and whether another order would keep more; empty without steps."""
+    transition = found.transition
     if not transition.steps:
         return ""
-    lowest = f" Lowest on the way: {digits(transition.lowest, 4)} {unit}"
+    lowest = f" Lowest on the way: {digits(transition.lowest, 4)} {_unit(posed)}"
     if transition.best_lowest > transition.lowest * (1.0 + 1e-9):
         proof = f"no order keeps more than {digits(transition.best_lowest, 4)}"
     else:

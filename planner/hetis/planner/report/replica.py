@@ -11,7 +11,7 @@ from hetis.planner.report.figures import digits, plural, seconds, tokens
 from hetis.planner.report.palette import Palette
 from hetis.planner.use_cases.devices import abbreviate
 from hetis.planner.use_cases.grouping import ReplicaGroup
-from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
 PICTURE_WIDTH = 78
 MIN_STAGE_WIDTH = 4  # room for a two-digit stage number
@@ -22,6 +22,19 @@ def render_replica(group: ReplicaGroup, palette: Palette) -> RenderableType:
     return Group(
         _headline(group), Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
     )
+
+
+def device_table(group: ReplicaGroup, plan: Plan) -> Table:
+    """Which GPUs every one of equal replicas has: those of its stages, and its attention workers."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    workers = any(replica.attention_workers for replica in plan.replicas)
+    for name in ("replica", "devices", *(["attention workers"] if workers else [])):
+        table.add_column(name, overflow="fold")
+    for number in group.numbers:
+        replica = plan.replicas[number]
+        stages = " | ".join(abbreviate(stage.devices) for stage in replica.stages)
+        table.add_row(str(number), stages, *([abbreviate(replica.worker_devices())] if workers else []))
+    return table
 
 
 def _headline(group: ReplicaGroup) -> Text:
@@ -105,7 +118,7 @@ def _stages(group: ReplicaGroup, palette: Palette) -> Table:
     replica = group.first
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("#", justify="right")
-    table.add_column("GPU", overflow="fold")
+    table.add_column("GPU", no_wrap=True, overflow="fold")
     table.add_column("shape", no_wrap=True)
     table.add_column("layers", no_wrap=True)
     table.add_column("KV heads", no_wrap=True)

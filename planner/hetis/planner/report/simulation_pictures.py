@@ -10,6 +10,7 @@ import numpy as np
 
 from hetis.planner.report.device_groups import device_groups
 from hetis.planner.use_cases.simulate import Simulated
+from hetis.simulator.metrics import Limits
 from hetis.simulator.sweep import Sweep
 from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Plan
@@ -47,23 +48,26 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
     Raises:
         ModuleNotFoundError: plotly, or matplotlib, is not installed.
     """
-    panels = tuple(_panels(simulated, plan))
+    panels = panels_of(simulated, plan)
     documents = plan.inputs.get("documents", {})
     names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
     title = f"{names[0]} on {names[1]} under {simulated.question.load.lengths.name}, simulated"
     return _html(panels, title) if form == ".html" else _png(panels, title)
 
 
-def _panels(simulated: Simulated, plan: Plan) -> Iterator[Panel]:
-    if simulated.sweep is not None:
-        yield from _of_sweep(simulated, simulated.sweep)
-    if simulated.run is not None:
-        yield from _of_run(simulated, simulated.run, plan)
+def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
+    """What there is to draw of a simulation."""
+    swept = () if simulated.sweep is None else panels_of_sweep(simulated.sweep, simulated.question.limits)
+    return (*swept, *(() if simulated.run is None else _of_run(simulated, simulated.run, plan)))
 
 
-def _of_sweep(simulated: Simulated, swept: Sweep) -> Iterator[Panel]:
+def panels_of_sweep(swept: Sweep, limits: Limits) -> tuple[Panel, ...]:
+    """Throughput and latencies over the rates that were tried, with the limits across."""
+    return tuple(_of_sweep(swept, limits))
+
+
+def _of_sweep(swept: Sweep, limits: Limits) -> Iterator[Panel]:
     rates = np.array([point.rate_rps for point in swept.points])
-    limits = simulated.question.limits
     for title, estimates, limit in (
         ("Throughput", [point.summary.throughput_rps for point in swept.points], None),
         ("p95 TTFT", [point.summary.ttft_p95_s for point in swept.points], limits.ttft_s),

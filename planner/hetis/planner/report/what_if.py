@@ -37,10 +37,11 @@ def render_what_if(found: WhatIf) -> RenderableType:
 def _sections(found: WhatIf) -> Iterator[RenderableType]:
     yield _title(found.before)
     yield goal_line(found.objective)
-    yield from _change_lines(found.change, found.before)
+    for label, line in change_lines(found.change, found.before):
+        yield Text.assemble((label.ljust(9), "dim"), line)
     yield Text()
     yield _sides(found)
-    yield section("Difference of the best plans", Text(_verdict(found.difference, found.objective)))
+    yield section("Difference of the best plans", Text(verdict_words(found.difference, found.objective)))
     for name, side in (("before", found.before), ("after", found.after)):
         if side.outcome.plan is None:
             yield section(f"No plan {name}: {side.outcome.status}", bullets(side.outcome.reasons[:3]))
@@ -58,13 +59,13 @@ def _title(side: Side) -> Text:
     )  # fmt: skip
 
 
-def _change_lines(change: FleetChange, before: Side) -> Iterator[Text]:
+def change_lines(change: FleetChange, before: Side) -> Iterator[tuple[str, str]]:
+    """What is taken away and what is added, each with a word before it."""
     if change.remove:
-        yield Text.assemble(("without  ", "dim"), ", ".join(change.remove))
+        yield "without", ", ".join(change.remove)
     if change.add:
-        added = ", ".join(f"{addition.count} {addition.gpu.name}" for addition in change.add)
-        yield Text.assemble(("with     ", "dim"), added)
-        yield Text.assemble(("         ", "dim"), shape_words(change.shape, before))
+        yield "with", ", ".join(f"{addition.count} {addition.gpu.name}" for addition in change.add)
+        yield "", shape_words(change.shape, before)
 
 
 def shape_words(shape: NodeShape, before: Side) -> str:
@@ -81,21 +82,34 @@ def _speed(link: Link) -> str:
 
 def _sides(found: WhatIf) -> Table:
     table = plain_table(("", "left"), ("before", "right"), ("after", "right"))
-    plans = [side.outcome.plan for side in (found.before, found.after)]
-    sides = (found.before, found.after)
-    table.add_row("GPUs", *(f"{side.loaded.inputs.cluster.num_gpus():,}" for side in sides))
-    table.add_row("fleet USD/h", *(_money(side.usd_per_hour) for side in sides))
-    results = [plan.result if plan is not None else None for plan in plans]
-    name = f"{found.objective.kind.value} {found.objective.unit}"
-    table.add_row(name, *("-" if result is None else digits(result.value, 4) for result in results), style="bold")
-    table.add_row("bound", *(_bound(side) for side in sides))
-    table.add_row("gap", *("-" if result is None else percent(result.gap) for result in results))
-    figures = [_figures(side) for side in sides]
-    table.add_row("GPUs in use", *("-" if f is None else f"{f.gpus_used:,}" for f in figures))
-    table.add_row("used USD/h", *("-" if f is None else _money(f.usd_per_hour) for f in figures))
-    table.add_row("replicas", *("-" if plan is None else f"{len(plan.replicas):,}" for plan in plans))
-    table.add_row("solved", *(f"{side.outcome.solve_s:.1f} s" for side in sides))
+    value = _value_name(found.objective)
+    for name, *cells in side_rows(found):
+        table.add_row(name, *cells, style="bold" if name == value else "")
     return table
+
+
+def _value_name(objective: Objective) -> str:
+    return f"{objective.kind.value} {objective.unit}"
+
+
+def side_rows(found: WhatIf) -> Iterator[tuple[str, str, str]]:
+    """A figure, before, and after."""
+    sides = (found.before, found.after)
+    plans = [side.outcome.plan for side in sides]
+    results = [plan.result if plan is not None else None for plan in plans]
+    figures = [_figures(side) for side in sides]
+    rows = (
+        ("GPUs", [f"{side.loaded.inputs.cluster.num_gpus():,}" for side in sides]),
+        ("fleet USD/h", [_money(side.usd_per_hour) for side in sides]),
+        (_value_name(found.objective), ["-" if one is None else digits(one.value, 4) for one in results]),
+        ("bound", [_bound(side) for side in sides]),
+        ("gap", ["-" if one is None else percent(one.gap) for one in results]),
+        ("GPUs in use", ["-" if one is None else f"{one.gpus_used:,}" for one in figures]),
+        ("used USD/h", ["-" if one is None else _money(one.usd_per_hour) for one in figures]),
+        ("replicas", ["-" if plan is None else f"{len(plan.replicas):,}" for plan in plans]),
+        ("solved", [f"{side.outcome.solve_s:.1f} s" for side in sides]),
+    )
+    yield from ((name, before, after) for name, (before, after) in rows)
 
 
 def _figures(side: Side) -> Figures | None:
@@ -110,7 +124,7 @@ def _money(usd: float | None) -> str:
     return "-" if usd is None else f"{usd:,.2f}"
 
 
-def _verdict(difference: Difference, objective: Objective) -> str:
+def verdict_words(difference: Difference, objective: Objective) -> str:
     """What is proven, in words; a difference smaller than the gaps is not made up."""
     unit = objective.unit
     span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
@@ -231,11 +245,12 @@ def _market_table(found: BuyNext) -> Table:
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for offer in found.offers:
-        table.add_row(*_offer_row(offer))
+        table.add_row(*offer_row(offer))
     return table
 
 
-def _offer_row(offer: Offer) -> list[str]:
+def offer_row(offer: Offer) -> list[str]:
+    """The cells of a type of GPU in the market."""
     plan, found = offer.after.outcome.plan, offer.difference.found
     per_gpu = found / offer.addition.count
     price = offer.usd_per_hour

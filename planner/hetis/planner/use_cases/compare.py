@@ -50,6 +50,7 @@ class Figures:
 
     Attributes:
         rate_rps: goodput, or throughput where that is the objective.
+        prompt_tokens_per_s, output_tokens_per_s: at ``rate_rps``.
         usd_per_hour: of the GPUs in use; None: some have no price.
         usd_per_million_output_tokens: at ``rate_rps``.
         ttft_s, tpot_s: of the slowest replica.
@@ -57,6 +58,8 @@ class Figures:
     """
 
     rate_rps: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
     usd_per_hour: float | None
     usd_per_million_output_tokens: float | None
     ttft_s: float
@@ -84,8 +87,10 @@ def compare_strategies(
         InvalidProblemError: the objective asks for what the cluster does not have, a price say.
     """
     found: dict[str, Compared] = {}
-    for strategy in _contained_first(strategies):
-        found[strategy] = planned(loaded, objective, replace(settings, strategy=strategy), budget(), report)
+    for number, strategy in enumerate(ordered := _contained_first(strategies), start=1):
+        found[strategy] = planned(
+            loaded, objective, replace(settings, strategy=strategy), budget(), _counted(report, number, len(ordered))
+        )
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found:
@@ -93,6 +98,11 @@ def compare_strategies(
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
+
+
+def _counted(report: Report, number: int, count: int) -> Report:
+    """News of one search of several, with its place among them."""
+    return lambda progress: report(replace(progress, phase=f"{number} of {count}, {progress.phase}"))
 
 
 def _contained_first(strategies: Iterable[str]) -> list[str]:
@@ -208,12 +218,15 @@ def figures_of(plan: Plan, inputs: Inputs) -> Figures:
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
     rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share)
     usd = _usd_per_hour(plan, inputs)
-    tokens_per_hour = 3600.0 * rate * inputs.workload.clipped_to(inputs.model.max_position).moments().mean_output
+    moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
+    output_per_s = rate * moments.mean_output
     used = len(_devices(plan))
     return Figures(
         rate_rps=rate,
+        prompt_tokens_per_s=rate * moments.mean_prompt,
+        output_tokens_per_s=output_per_s,
         usd_per_hour=usd,
-        usd_per_million_output_tokens=None if usd is None or not tokens_per_hour else 1e6 * usd / tokens_per_hour,
+        usd_per_million_output_tokens=None if usd is None or not output_per_s else 1e6 * usd / (3600.0 * output_per_s),
         ttft_s=max(replica.ttft_s for replica in plan.replicas),
         tpot_s=max(replica.tpot_s for replica in plan.replicas),
         kv_tokens=sum(replica.kv_tokens for replica in plan.replicas if replica.role is not Role.PREFILL),

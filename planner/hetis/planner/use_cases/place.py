@@ -24,7 +24,8 @@ DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
-EQUAL_STAGES_S = 5.0  # at most, to find that
+SIMPLE_SETUPS = "simple_setups"  # and this: the same by TP size, where every replica has that one
+EQUAL_STAGES_S = 5.0  # at most, to find both
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
@@ -109,6 +110,14 @@ def make_plan(
     if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
         alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=budget.cancelled)
         inputs[EQUAL_STAGES] = equal_stages_value(problem, budget=alone, seed=settings.seed)
+        most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
+        sizes = [tp for tp in problem.family.tp_sizes if tp <= most]
+        inputs[SIMPLE_SETUPS] = {
+            str(tp): equal_stages_value(
+                replace(problem, family=replace(problem.family, tp_sizes=(tp,))), budget=alone, seed=settings.seed
+            )
+            for tp in sizes
+        }
     plan = replace(plan, inputs=inputs, notes=notes)
     violations = check_plan(plan, problem)
     if violations:

@@ -37,6 +37,7 @@ T = TypeVar("T")
 # Where a profile came from that no file gave.
 MODELLED = "modelled"
 FITTED = "fitted"  # shipped with hetis, fitted to published measurements
+VALUE = "value"  # where an input came from that a program gave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,17 +143,20 @@ class PlanAndProblem:
     warnings: tuple[str, ...]
 
 
-def load_inputs(*, cluster: str, model: str, workload: str, profiles: Sequence[str] = ()) -> LoadedInputs:
-    """Reads the inputs of a placement. GPU types without a profile file get `default_profile`.
+def load_inputs(
+    *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = ()
+) -> LoadedInputs:
+    """Reads the inputs of a placement, but those that are values. GPU types without a profile file get
+    `default_profile`.
 
     Raises:
         DocumentError: with the problems of all inputs together.
         InvalidProblemError: a GPU type has no profile and none can be modelled.
     """
     problems: list[Problem] = []
-    fleet = attempt(lambda: load_cluster(cluster), problems)
-    spec = attempt(lambda: load_model(model), problems)
-    traffic = attempt(lambda: load_workload(workload), problems)
+    fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
+    spec = attempt(lambda: load_model(model) if isinstance(model, str) else model, problems)
+    traffic = attempt(lambda: load_workload(workload) if isinstance(workload, str) else workload, problems)
     given = [(path, attempt(partial(load_profile, path), problems)) for path in profiles]
     measured = {profile.gpu: (path, profile) for path, profile in given if profile is not None}
     if fleet is not None:
@@ -168,9 +172,10 @@ def load_inputs(*, cluster: str, model: str, workload: str, profiles: Sequence[s
             profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
         ),
         origins={
-            "cluster": cluster,
-            "model": model,
-            "workload": workload,
+            **{
+                kind: given if isinstance(given, str) else VALUE
+                for kind, given in (("cluster", cluster), ("model", model), ("workload", workload))
+            },
             "profiles": {gpu: origin for gpu, (origin, _) in by_gpu.items()},
         },
     )

@@ -240,7 +240,7 @@ def ray(
     start_timeout: Annotated[float, typer.Option(help="Seconds for Ray to set the resources apart.")] = 60.0,
     vllm_options: VllmOptions = None,
 ) -> None:
-    """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis[ray]'."""
+    """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis\\[ray]'."""
     layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
     addresses = _addresses(node_address, worker_port, master_port, kv_port, folder.resolve(), key_file, all_here)
     _set_up_logs()

@@ -1,0 +1,79 @@
+"""``hetis-plan report PLAN...``: plans as one page of HTML."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
+from hetis.planner.cli.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.latency_curve import Curve
+    from hetis.planner.use_cases.sources import PlanAndProblem
+
+REPORT_EXAMPLES = """Examples:\n
+  hetis-plan report plan.json\n
+  hetis-plan report today.json next.json --simulate --out next-quarter.html\n
+  hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --out - | hetis-plan report - --out -"""
+
+PlansArgument = Annotated[list[str], typer.Argument(metavar="PLAN...", help="Plan files, or - for standard input.")]
+SimulateOption = Annotated[
+    bool, typer.Option("--simulate", help="Simulate every plan at rates up to and beyond the planned one, and draw it.")
+]
+PageOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="The page; - for standard output.")]
+
+
+@verb(prints_data=False)
+def report(
+    terminal: Terminal, plans: PlansArgument, simulate: SimulateOption = False, out: PageOption = Path("report.html")
+) -> ExitCode:
+    """Make one page of HTML of plans, to send to those who decide: what they serve, at which cost, where, and why.
+
+    The page needs no network, is light or dark, and prints. Several plans are compared before each is shown.
+    """
+    from hetis.planner.cli.html_pages import refuse_unwritable_page, save_page
+    from hetis.planner.report.page.pages import ShownPlan, plans_page
+    from hetis.planner.use_cases.sources import load_plan_and_problem
+
+    refuse_unwritable_page(out)
+    found = [load_plan_and_problem(path) for path in plans]
+    for warning in dict.fromkeys(warning for one in found for warning in one.warnings):
+        terminal.warn(warning)
+    cancelled = threading.Event()
+    curves = [_curve(terminal, one, cancelled) if simulate else None for one in found]
+    names = _names(plans)
+    page = plans_page(
+        [
+            ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve)
+            for name, one, curve in zip(names, found, curves, strict=True)
+        ]
+    )
+    save_page(terminal, page, out)
+    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
+
+
+def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
+    from hetis.planner.cli.interruptible import run_interruptibly
+    from hetis.planner.cli.native_output import no_native_output
+    from hetis.planner.cli.simulation_progress import requests_on_stderr
+    from hetis.planner.use_cases.latency_curve import latency_curve
+
+    with no_native_output(), requests_on_stderr(terminal) as news:
+        return run_interruptibly(
+            lambda: latency_curve(found.plan, found.problem, cancelled=cancelled, report=news),
+            cancelled=cancelled,
+            on_cancel=lambda: terminal.say("stopping with what was simulated; Ctrl-C again leaves at once"),
+        )
+
+
+def _names(paths: list[str]) -> list[str]:
+    """What the page calls the plans: their files' names, whole where two are alike."""
+    if len(paths) == 1:
+        return ["The plan"]
+    stems = [Path(path).stem if path != "-" else "standard input" for path in paths]
+    return stems if len(set(stems)) == len(stems) else paths

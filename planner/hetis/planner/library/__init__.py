@@ -1,0 +1,1 @@
+"""What ``import hetis`` gives: the planner for programs and notebooks."""

@@ -1,0 +1,117 @@
+"""A plan for a model on a fleet, as ``hetis-plan place`` makes it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from hetis.planner.jobs.kernels import compile_kernels
+from hetis.planner.library.plan import Plan
+from hetis.planner.library.quantities import Quantity, limit_of, ratio_of, seconds_of
+from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.market import catalogue_market
+from hetis.planner.use_cases.sources import load_inputs, ordered
+from hetis.planner.use_cases.verify import verified
+from hetis.solver.budget import Budget, Progress, silent
+from hetis.solver.cluster import Cluster
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import ObjectiveKind, Role
+from hetis.solver.workload import Workload
+
+Path = str | os.PathLike[str]
+T = TypeVar("T")
+
+
+def place(
+    cluster: Cluster | Path,
+    model: ModelSpec | Path,
+    workload: Workload | Path,
+    *,
+    objective: str = "goodput",
+    rate: float | None = None,
+    ttft: Quantity | None = "default",
+    tpot: Quantity | None = "default",
+    pin: Sequence[str] = (),
+    forbid: Sequence[str] = (),
+    strategy: str = placing.DEFAULT_STRATEGY,
+    roles: Sequence[str] = (),
+    profiles: Sequence[Path] = (),
+    time_limit: Quantity = 60.0,
+    gap: Quantity = 0.001,
+    seed: int = 0,
+    threads: int = 1,
+    verify: bool = True,
+    progress: Callable[[Progress], None] = silent,
+) -> Plan:
+    """Decides which GPUs form which replicas, and proves how good that is. Options mean what those of the verb mean.
+
+    Args:
+        cluster: a Cluster file, or what `load_cluster` returned.
+        model: a name of the catalogue, a ModelSpec file, a Hugging Face config.json, or a value.
+        workload: a name of the catalogue, a Workload file, a trace, mean lengths such as ``8000/300``, or a value.
+        objective: ``goodput``, ``throughput``, ``cost`` or ``gpus``; the last two need ``rate`` in requests/s.
+        ttft, tpot: limits in seconds or as ``"200ms"``; None lifts one, ``"default"`` is 2 s and 100 ms.
+        pin, forbid: what the plan must keep, such as ``"type=L4:as=worker"``.
+        verify: simulate the plan at the rate it promises.
+        progress: called with news of the search, from this thread.
+
+    Raises:
+        InfeasibleError: no plan exists; the reasons are in it.
+        NoPlanFoundError: none was found within the time limit.
+        HetisError: an input is not usable; the message names it.
+    """
+    loaded = load_inputs(
+        cluster=_text_or_value(cluster), model=_text_or_value(model), workload=_text_or_value(workload),
+        profiles=[os.fspath(path) for path in profiles],
+    ).with_will(pins=pin, forbids=forbid)  # fmt: skip
+    kind = _kind(objective)
+    placing.require_demand(kind, rate, loaded.inputs.workload)
+    goal = placing.objective(kind, ttft_s=limit_of(ttft), tpot_s=limit_of(tpot), demand_rps=rate)
+    settings = placing.Settings(
+        strategy=_strategy(strategy),
+        roles=ordered(map(_role, roles)),
+        time_limit_s=seconds_of(time_limit),
+        gap_target=ratio_of(gap),
+        seed=seed,
+        threads=threads,
+    )
+    problem = loaded.inputs.problem(goal, strategy, settings.roles)
+    compile_kernels(problem.cluster.num_gpus(), (strategy,), report=progress)
+    cancelled = threading.Event()
+    budget = Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+    plan = placing.make_plan(
+        loaded, problem, settings, budget=budget, report=progress, market=catalogue_market, beside_equal_stages=True
+    )
+    if verify:
+        plan = verified(plan, problem, seed=seed, cancelled=cancelled, report=lambda _given, _total: None)
+    return Plan(value=plan, problem=problem)
+
+
+def _text_or_value(given: T | Path) -> T | str:
+    return os.fspath(given) if isinstance(given, str | os.PathLike) else given
+
+
+def _kind(name: str) -> ObjectiveKind:
+    try:
+        return ObjectiveKind(name)
+    except ValueError:
+        raise InvalidProblemError(f"unknown objective {name!r}, expected one of {', '.join(ObjectiveKind)}") from None
+
+
+def _role(name: str) -> Role:
+    try:
+        return Role(name)
+    except ValueError:
+        raise InvalidProblemError(f"unknown role {name!r}, expected some of {', '.join(Role)}") from None
+
+
+def _strategy(name: str) -> str:
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    if name not in STRATEGIES:
+        raise InvalidProblemError(f"unknown strategy {name!r}, expected one of {', '.join(STRATEGIES)}")
+    return name

@@ -1,0 +1,162 @@
+"""A plan as programs hold it: its value, the problem it solves, and what can be asked of both."""
+
+from __future__ import annotations
+
+import html
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hetis.formats.documents import dump, to_data
+from hetis.formats.files import write_atomically
+from hetis.planner.library.quantities import Quantity, ratio_of
+from hetis.planner.library.simulation import Simulation, simulation_of
+from hetis.planner.report.figures import digits, percent, plural
+from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.sources import Inputs
+from hetis.solver import plan as solved
+from hetis.solver.explain import Explanation
+from hetis.solver.problem import PlacementProblem
+
+if TYPE_CHECKING:
+    import pandas
+
+_FRAME_HEIGHT = 720  # of the page in a notebook, in pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Plan:
+    """Replicas on named GPUs with a proof of how good they are: ``value`` is all of it, ``problem`` what it solves."""
+
+    value: solved.Plan
+    problem: PlacementProblem
+
+    @property
+    def result(self) -> solved.SolveResult:
+        """How good the plan is: value, bound, gap, status, unit."""
+        return self.value.result
+
+    @property
+    def replicas(self) -> tuple[solved.ReplicaPlan, ...]:
+        return self.value.replicas
+
+    @property
+    def figures(self) -> Figures:
+        """Requests/s, tokens/s, USD/h, USD per million tokens, latencies, GPUs in use."""
+        problem = self.problem
+        inputs = Inputs(
+            cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles
+        )
+        return figures_of(self.value, inputs)
+
+    def explain(self) -> Explanation:
+        """Where memory and time go, what limits every replica, why GPUs idle."""
+        from hetis.solver.placement.explanation import explain_plan
+
+        return explain_plan(self.value, self.problem)
+
+    def report(self, path: str | os.PathLike[str] | None = None, *, simulate: bool = False) -> str:
+        """The plan as one page of HTML that needs no network, saved at ``path`` where one is given.
+
+        ``simulate`` draws its latencies at rates up to and beyond the planned one, too.
+        """
+        from hetis.planner.report.page.pages import ShownPlan, plans_page
+        from hetis.planner.use_cases.latency_curve import latency_curve
+
+        curve = None
+        if simulate:
+            curve = latency_curve(
+                self.value, self.problem, cancelled=threading.Event(), report=lambda _given, _total: None
+            )
+        page = plans_page([ShownPlan(name="The plan", plan=self.value, problem=self.problem, curve=curve)])
+        if path is not None:
+            write_atomically(Path(path), page)
+        return page
+
+    def simulate(
+        self,
+        *,
+        rate: float | None = None,
+        requests: int | None = None,
+        seeds: int = 1,
+        seed: int = 0,
+        sweep: bool = False,
+        tolerance: Quantity = 0.02,
+    ) -> Simulation:
+        """Runs the plan under Poisson arrivals of its workload in virtual time, in this process.
+
+        Args:
+            rate: requests/s; the demanded one or the planned goodput unless given.
+            requests: of each run; 20 times what the plan holds at once, 2,000 at least, unless given.
+            seeds: runs, the first with ``seed``.
+            sweep: search the highest rate within the limits, to ``tolerance``.
+
+        Raises:
+            InvalidProblemError: the plan has no replicas, or cannot be simulated.
+        """
+        return simulation_of(
+            self.value, self.problem, rate_rps=rate, num_requests=requests, seeds=tuple(range(seed, seed + seeds)),
+            sweeps=sweep, tolerance=ratio_of(tolerance),
+        )  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan with its inputs, YAML for ``.yaml`` and ``.yml``, else JSON; `hetis.load_plan` reads it.
+
+        Raises:
+            HetisError: the file cannot be written.
+        """
+        target = Path(path)
+        form: Literal["yaml", "json"] = "yaml" if target.suffix in (".yaml", ".yml") else "json"
+        write_atomically(target, dump(self.value, form))
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The plan as plain data: what ``hetis-plan place -o json`` prints."""
+        return to_data(self.value)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row for every stage and every pool of attention workers. Needs pandas: ``pip install 'hetis[frames]'``."""
+        import pandas
+
+        return pandas.DataFrame([*_rows(self.value)], columns=list(_COLUMNS))
+
+    def __repr__(self) -> str:
+        result, used = self.result, sum(len(replica.devices()) for replica in self.replicas)
+        value = f"{digits(result.value, 4)} {result.unit} ({result.status}, gap {percent(result.gap)})"
+        gpus = f"{used:,} of {plural(self.problem.cluster.num_gpus(), 'GPU')}"
+        return f"<hetis.Plan: {value}, {plural(len(self.replicas), 'replica')} on {gpus}>"
+
+    def _repr_html_(self) -> str:
+        # A document of its own: its style must not reach the notebook, nor the notebook's the page.
+        page = html.escape(self.report(), quote=True)
+        return (
+            f'<iframe title="hetis plan" srcdoc="{page}" sandbox="allow-scripts" '
+            f'style="width:100%;height:{_FRAME_HEIGHT}px;border:0"></iframe>'
+        )
+
+
+_COLUMNS = (
+    "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "first_layer", "num_layers",
+    "kv_head_groups", "num_gpus", "devices",
+)  # fmt: skip
+
+
+def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for number, replica in enumerate(plan.replicas):
+        of = (number, replica.role.value, replica.rate)
+        for index, stage in enumerate(replica.stages):
+            layers = (stage.first_layer, stage.num_layers)
+            shape = (stage.gpu, stage.tp, stage.copies)
+            rows.append(
+                (*of, index, "primary", *shape, *layers, stage.kv_head_groups_kept, len(stage.devices), stage.devices)
+            )
+            rows += [
+                (*of, index, "attention worker", pool.gpu, None, stage.copies, *layers, pool.kv_head_groups,
+                 len(pool.devices), pool.devices)
+                for pool in replica.attention_workers
+                if pool.stage == index
+            ]  # fmt: skip
+    return rows

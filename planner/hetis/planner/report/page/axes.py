@@ -1,0 +1,110 @@
+"""From lines of numbers to a chart: axes with round ticks, limits across, intervals around."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hetis.planner.report.figures import digits
+from hetis.planner.report.page.blocks import COLORS, Chart, Curve, Limit, Tick
+from hetis.planner.report.simulation_pictures import Line, Panel
+from hetis.simulator.values import FloatArray
+
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 40
+MAX_POINTS = 250  # of a line: more cannot be seen at this width
+MAX_DOTS = 40  # of a line with intervals
+ROOM = 1.06  # above the highest value
+
+
+def chart_of(panel: Panel) -> Chart:
+    """The panel drawn; an axis of times that spans decades is logarithmic where the panel says so."""
+    xs = np.concatenate([line.x[np.isfinite(line.x)] for line in panel.lines] or [np.zeros(1)])
+    tops = [_tops(line) for line in panel.lines]
+    highest = max([*(float(top.max()) for top in tops if len(top)), *panel.limits, 0.0]) * ROOM or 1.0
+    x_axis = _LogAxis(xs) if panel.log_x else _Axis(0.0, float(xs.max(initial=0.0)) or 1.0)
+    y_axis = _Axis(0.0, highest)
+
+    def x_at(values: FloatArray) -> FloatArray:
+        return LEFT + (WIDTH - LEFT - RIGHT) * x_axis.shares(values)
+
+    def y_at(values: FloatArray) -> FloatArray:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y_axis.shares(values)
+
+    def curve(number: int, line: Line) -> Curve:
+        kept = np.isfinite(line.x) & np.isfinite(line.y)
+        chosen = np.flatnonzero(kept)
+        chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_POINTS)).astype(np.int64)]
+        x, y = x_at(line.x[chosen]), y_at(line.y[chosen])
+        spread, dots = "", list[tuple[float, float]]()
+        if line.spread is not None:
+            half = np.nan_to_num(line.spread[chosen])
+            upper, lower = y_at(line.y[chosen] + half), y_at(np.maximum(line.y[chosen] - half, 0.0))
+            spread = _path(np.concatenate([x, x[::-1]]), np.concatenate([upper, lower[::-1]])) + "Z"
+            dots = [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)][:MAX_DOTS]
+        return Curve(name=line.name, color=number % COLORS, path=_path(x, y), spread=spread, dots=tuple(dots))
+
+    return Chart(
+        title=panel.title,
+        x_title=panel.x_title,
+        y_title=panel.y_title,
+        width=WIDTH,
+        height=HEIGHT,
+        x_ticks=tuple(Tick(at=_one(x_at, value), text=text) for value, text in x_axis.ticks()),
+        y_ticks=tuple(Tick(at=_one(y_at, value), text=text) for value, text in y_axis.ticks()),
+        curves=tuple(curve(number, line) for number, line in enumerate(panel.lines) if len(line.x)),
+        limits=tuple(Limit(at=_one(y_at, limit), text=f"limit {digits(limit)}") for limit in panel.limits),
+    )
+
+
+def _tops(line: Line) -> FloatArray:
+    top = line.y if line.spread is None else line.y + np.nan_to_num(line.spread)
+    return top[np.isfinite(top)]
+
+
+def _one(place: Callable[[FloatArray], FloatArray], value: float) -> float:
+    return round(float(place(np.array([value]))[0]), 1)
+
+
+def _path(x: FloatArray, y: FloatArray) -> str:
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+class _Axis:
+    """From ``low`` to ``high`` in equal steps."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self._low, self._high = low, high if high > low else low + 1.0
+
+    def shares(self, values: FloatArray) -> FloatArray:
+        return np.clip((values - self._low) / (self._high - self._low), 0.0, 1.0)
+
+    def ticks(self) -> Sequence[tuple[float, str]]:
+        step = _round_step((self._high - self._low) / 4)
+        count = int((self._high - self._low) / step + 1e-9)
+        return [(self._low + i * step, f"{self._low + i * step:,.10g}") for i in range(count + 1)]
+
+
+class _LogAxis:
+    """Decades of positive values."""
+
+    def __init__(self, values: FloatArray) -> None:
+        known = values[values > 0]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.1, 1.0)
+        self._low, self._high = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
+        self._high = max(self._high, self._low + 1)
+
+    def shares(self, values: FloatArray) -> FloatArray:
+        logs = np.log10(np.maximum(values, 10.0**self._low))
+        return np.clip((logs - self._low) / (self._high - self._low), 0.0, 1.0)
+
+    def ticks(self) -> Sequence[tuple[float, str]]:
+        return [(10.0**power, f"{10.0**power:,.10g}") for power in range(self._low, self._high + 1)]
+
+
+def _round_step(about: float) -> float:
+    """1, 2 or 5 times a power of ten, not below ``about``."""
+    power = 10.0 ** math.floor(math.log10(about))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= about * (1 - 1e-9))

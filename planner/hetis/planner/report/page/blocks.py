@@ -1,0 +1,217 @@
+"""The blocks a page is built of: what the template draws, with every number already a text and every length a share.
+
+A block knows nothing of plans. Lengths are shares of the width they are drawn in, colours are numbers of the palette in
+`page.css`, so that the template only repeats what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+COLORS = 8  # of the palette; more things than that share them
+PLAIN = COLORS  # the colour of what belongs to nobody: idle, unusable
+FREE = COLORS + 1  # and of what is left
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """One figure that is read first. ``tone`` is ``good``, ``bad`` or empty."""
+
+    label: str
+    value: str
+    unit: str = ""
+    note: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiles:
+    kind: ClassVar[str] = "tiles"
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    name: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A table. ``strong`` is the row that matters most; a ``folded`` one is opened by a click."""
+
+    kind: ClassVar[str] = "grid"
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    intro: str = ""
+    note: str = ""
+    strong: int | None = None
+    folded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sentences:
+    """Lines of text under a title; ``terms`` pairs what a line is about with the line."""
+
+    kind: ClassVar[str] = "sentences"
+    title: str
+    lines: tuple[str, ...] = ()
+    intro: str = ""
+    terms: tuple[tuple[str, str], ...] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleRow:
+    """A bar of ``share``; ``band`` is drawn across its end, ``mark`` is a line that it is held against."""
+
+    label: str
+    text: str
+    share: float
+    band: tuple[float, float] | None = None
+    mark: float | None = None
+    tone: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """Bars on one axis each, that begin at zero."""
+
+    kind: ClassVar[str] = "scale"
+    title: str
+    rows: tuple[ScaleRow, ...]
+    intro: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    name: str
+    share: float
+    color: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackRow:
+    label: str
+    text: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """Bars of segments, with the same numbers as a table below, for those who cannot see the bars."""
+
+    kind: ClassVar[str] = "stack"
+    title: str
+    rows: tuple[StackRow, ...]
+    numbers: Grid
+    intro: str = ""
+    note: str = ""
+
+    def legend(self) -> Sequence[Segment]:
+        """Every name once, with its colour."""
+        return list({s.name: s for row in self.rows for s in row.segments if s.share > 0}.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCell:
+    """One GPU of a node, or several that do the same. ``role`` is ``stage``, ``worker`` or ``idle``."""
+
+    index: str
+    role: str
+    color: int
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCard:
+    name: str
+    gpus: str
+    cells: tuple[GpuCell, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZoneMap:
+    name: str
+    nodes: tuple[NodeCard, ...]
+    rest: str = ""  # what is not drawn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetMap:
+    kind: ClassVar[str] = "map"
+    title: str
+    zones: tuple[ZoneMap, ...]
+    legend: tuple[tuple[str, int], ...]
+    idle: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A line in the coordinates of its chart. ``spread`` is the outline of the interval around it."""
+
+    name: str
+    color: int
+    path: str
+    spread: str = ""
+    dots: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """Lines over axes, in units of the drawing."""
+
+    title: str
+    x_title: str
+    y_title: str
+    width: int
+    height: int
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    curves: tuple[Curve, ...]
+    limits: tuple[Limit, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charts:
+    kind: ClassVar[str] = "charts"
+    title: str
+    charts: tuple[Chart, ...]
+    intro: str = ""
+
+
+Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Blocks under a heading: a plan, or what is said before all plans. ``anchor`` is its name in the address."""
+
+    anchor: str
+    heading: str
+    lead: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    title: str
+    sections: tuple[Section, ...]
+    footer: str

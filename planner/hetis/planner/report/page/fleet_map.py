@@ -1,0 +1,131 @@
+"""The fleet as a map: zones, nodes, and what every GPU does; nodes that do the same are drawn once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from hetis.planner.report.figures import plural
+from hetis.planner.report.page.blocks import COLORS, PLAIN, FleetMap, GpuCell, NodeCard, ZoneMap
+from hetis.planner.use_cases.devices import abbreviate
+from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
+from hetis.solver.cluster import Cluster, NodeGroup
+from hetis.solver.explain import Explanation
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
+
+MAX_NODES = 60  # cards in a zone; the rest is counted
+MAX_NAMED = COLORS  # replicas that have a colour each; of more, equal ones share it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Duty:
+    """What a GPU does: the texts of its cell."""
+
+    role: str
+    color: int
+    lines: tuple[str, ...]
+
+
+_IDLE = _Duty(role="idle", color=PLAIN, lines=("idle",))
+
+
+def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
+    """The map of a plan on its cluster, with the reasons of idle GPUs beside it."""
+    groups = group_replicas(plan.replicas)
+    named = len(plan.replicas) <= MAX_NAMED
+    duties = dict(_duties(plan, groups, named=named))
+    zones = [
+        _zone(zone, [group for group in cluster.node_groups if group.zone == zone], duties) for zone in cluster.zones()
+    ]
+    several = len(zones) > 1
+    return FleetMap(
+        title="The fleet",
+        zones=tuple(zones),
+        legend=tuple(_legend(plan, groups, named=named)),
+        idle=tuple(
+            (f"{idle.count:,} × {idle.gpu}{f' in {idle.zone}' if several else ''}", idle.reason)
+            for idle in explanation.idle
+        ),
+    )
+
+
+def replica_name(number: int, role: Role) -> str:
+    """``Replica 0``, ``Replica 3 (decode)``."""
+    return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
+
+
+def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, _Duty]]:
+    for color, group in enumerate(groups):
+        for number in group.numbers:
+            replica = plan.replicas[number]
+            name = f"R{number}" if named else f"{len(group.numbers):,} equal"
+            yield from _of_replica(replica, name, (number if named else color) % COLORS)
+
+
+def _of_replica(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, _Duty]]:
+    for number, stage in enumerate(replica.stages):
+        pools = [pool for pool in replica.attention_workers if pool.stage == number]
+        duty = _Duty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
+        yield from ((device, duty) for device in stage.devices)
+        for pool in pools:
+            every = stage.kv_head_groups_kept + sum(one.kv_head_groups for one in pools)
+            stages = "all stages" if pool.shared else f"stage {number + 1}"
+            lines = (f"{name} {stages}", "attention", f"{pool.kv_head_groups} of {every} heads")
+            helping = _Duty(role="worker", color=color, lines=lines)
+            yield from ((device, helping) for device in pool.devices)
+
+
+def _stage_lines(
+    name: str, number: int, stage: StagePlan, pools: list[AttentionWorkerPool], replica: ReplicaPlan
+) -> tuple[str, ...]:
+    last = stage.first_layer + stage.num_layers - 1
+    role = "" if replica.role is Role.UNIFIED else f"{replica.role}, "
+    shape = f"TP{stage.tp}" + (f" ×{stage.copies}" if stage.copies > 1 else "")
+    lines = [f"{name} stage {number + 1}", f"{role}layers {stage.first_layer}–{last}", shape]
+    if pools:
+        every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
+        lines[2] += f", {stage.kv_head_groups_kept} of {every} heads"
+    return tuple(lines)
+
+
+def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, int]]:
+    if named:
+        yield from ((replica_name(i, replica.role), i % COLORS) for i, replica in enumerate(plan.replicas))
+        return
+    for color, group in enumerate(groups[:COLORS]):
+        role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
+        yield f"{plural(len(group.numbers), 'equal replica')}{role}", color
+
+
+def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, _Duty]) -> ZoneMap:
+    cards = [card for group in groups for card in _cards(group, duties)]
+    rest = len(cards) - MAX_NODES
+    return ZoneMap(
+        name=name,
+        nodes=tuple(cards[:MAX_NODES]),
+        rest=f"and {plural(rest, 'more kind')} of nodes" if rest > 0 else "",
+    )
+
+
+def _cards(group: NodeGroup, duties: Mapping[str, _Duty]) -> Iterator[NodeCard]:
+    """A card for all nodes of the group whose GPUs do the same, in the order of the first of them."""
+    gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
+    alike: dict[tuple[_Duty, ...], list[str]] = {}
+    for number in range(group.count):
+        node = group.node_name(number)
+        alike.setdefault(tuple(duties.get(f"{node}/{i}", _IDLE) for i in range(len(gpus))), []).append(node)
+    held = ", ".join(f"{slots.count} × {slots.gpu}" for slots in group.gpus)
+    for pattern, nodes in alike.items():
+        name = nodes[0] if len(nodes) == 1 else f"{_nodes(nodes)} ({plural(len(nodes), 'equal node')})"
+        yield NodeCard(name=name, gpus=held, cells=tuple(_cells(pattern, gpus, mixed=len(group.gpus) > 1)))
+
+
+def _nodes(nodes: list[str]) -> str:
+    short = abbreviate([f"{node}/0" for node in nodes]).replace("/0", "")
+    return short if len(short) <= 40 else f"{nodes[0]} … {nodes[-1]}"
+
+
+def _cells(pattern: tuple[_Duty, ...], gpus: list[str], *, mixed: bool) -> Iterator[GpuCell]:
+    for index, (duty, gpu) in enumerate(zip(pattern, gpus, strict=True)):
+        lines = (gpu, *duty.lines) if mixed else duty.lines
+        yield GpuCell(index=str(index), role=duty.role, color=duty.color, lines=lines)

@@ -1,0 +1,280 @@
+"""The pages of the verbs: plans alone and beside each other, another fleet, what to buy next, the way to a new plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
+
+from hetis.planner.report.comparison import goal_line
+from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
+from hetis.planner.report.page.blocks import Block, Column, Grid, Page, Scale, ScaleRow, Section, Sentences, Tile, Tiles
+from hetis.planner.report.page.plan_section import plan_section
+from hetis.planner.report.page.render import render_page
+from hetis.planner.report.plan_diff import change_counts
+from hetis.planner.report.replan import MAX_STEPS, change_cost_words, lowest_words, step_rows
+from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
+from hetis.planner.report.what_if import change_lines, offer_row, side_rows, verdict_words
+from hetis.planner.use_cases.compare import Compared, figures_of
+from hetis.planner.use_cases.latency_curve import Curve
+from hetis.planner.use_cases.replan import Posed
+from hetis.planner.use_cases.simulate import Simulated
+from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
+from hetis.solver.plan import Objective, Plan
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.replanning.problem import ChangeCosts
+from hetis.solver.replanning.solve import Replanning
+
+ROOM = 1.02  # beyond the longest bar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPlan:
+    """A plan on a page: what it is called there, and how its latencies grow with the rate, if that was simulated."""
+
+    name: str
+    plan: Plan
+    problem: PlacementProblem
+    curve: Curve | None = None
+
+
+def plans_page(shown: Sequence[ShownPlan]) -> str:
+    """One plan, or several with a comparison before them."""
+    sections = [_section(one, number) for number, one in enumerate(shown, start=1)]
+    first = shown[0]
+    if len(shown) > 1:
+        rows = [(one.name, one.plan, _inputs(one.problem)) for one in shown]
+        blocks = tuple(_side_by_side(rows, first.plan.objective))
+        sections.insert(0, Section(anchor="beside", heading="Side by side", lead="", blocks=blocks))
+    return _page(_title(first.problem), sections)
+
+
+def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> str:
+    """Strategies side by side, and the best plan in full."""
+    with_plan = [(one.strategy, one.plan) for one in compared if one.plan is not None]
+    without = tuple((one.strategy, f"{one.status}: {'; '.join(one.reasons)}") for one in compared if one.plan is None)
+    blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
+    if without:
+        blocks.append(Sentences(title="Without a plan", terms=without))
+    lead = _problem_line(inputs, objective)
+    sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
+    if with_plan:
+        name, best = with_plan[_best([plan for _, plan in with_plan])]
+        problem = inputs.problem(best.objective, best.strategy)
+        sections.append(_section(ShownPlan(name=f"The best: {name}", plan=best, problem=problem), 1))
+    return _page(f"{inputs.model.name} on {inputs.cluster.name}", sections)
+
+
+def what_if_page(found: WhatIf) -> str:
+    """Both fleets in figures and what is proven of their difference, then both plans."""
+    inputs = found.before.loaded.inputs
+    blocks: list[Block] = [
+        Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
+        Grid(title="Before and after", columns=_columns("'", "before", "after"), rows=tuple(side_rows(found))),
+        Sentences(title="Difference of the best plans", lines=(verdict_words(found.difference, found.objective),)),
+    ]
+    if found.plan_change is not None:
+        blocks.append(Sentences(title="Replicas", lines=(change_counts(found.plan_change),)))
+    lead = _problem_line(inputs, found.objective)
+    sections = [Section(anchor="change", heading="Another fleet", lead=lead, blocks=tuple(blocks))]
+    for number, (name, side) in enumerate((("After", found.after), ("Before", found.before)), start=1):
+        sections += _side(name, side, number)
+    return _page(f"What if: {inputs.model.name} on {inputs.cluster.name}", sections)
+
+
+def buy_next_page(found: BuyNext) -> str:
+    """The market, the best purchase first, and the plan of today."""
+    unit, inputs = found.objective.unit, found.before.loaded.inputs
+    rows = tuple(tuple(offer_row(offer)) for offer in found.offers)
+    columns = _columns(
+        "'GPU", "USD/h each", "marginal price", f"{unit} then", "gain", "per GPU", "per USD/h", "proven", "'"
+    )
+    blocks: list[Block] = list(_purchase(found))
+    blocks.append(
+        Grid(
+            title="The market, best purchase per dollar first",
+            intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
+            columns=columns,
+            rows=rows,
+            note="Gain: of the plans found, all added GPUs together. Proven: what both bounds leave possible.",
+        )
+    )
+    if found.left_out:
+        blocks.append(Sentences(title="Not solved in time", lines=found.left_out))
+    lead = _problem_line(inputs, found.objective)
+    sections = [Section(anchor="market", heading="What to buy next", lead=lead, blocks=tuple(blocks))]
+    sections += _side("The fleet as it is", found.before, 1)
+    return _page(f"What to buy next: {inputs.model.name} on {inputs.cluster.name}", sections)
+
+
+def replan_page(found: Replanning, posed: Posed, costs: ChangeCosts) -> str:
+    """What the change is worth and its steps, then the new plan."""
+    result, transition, unit = found.plan.result, found.transition, found.plan.result.unit
+    tiles = (
+        Tile(label="Now", value=digits(transition.before), unit="requests/s", note=_lost(found)),
+        Tile(label="Then", value=digits(result.value), unit=unit, note="the new plan itself", tone="good"),
+        Tile(label="Net", value=digits(found.value), unit=unit, note="with the cost of the change counted"),
+        Tile(label="Proof", value=percent(found.gap), unit="gap", note=f"bound {digits(found.bound, 4)} {unit}"),
+    )
+    blocks: list[Block] = [Tiles(tiles=tiles)]
+    blocks.append(
+        Grid(
+            title="Steps, in this order",
+            intro=change_cost_words(costs),
+            columns=_columns("", "'action", "'what", "load", "takes up to", "capacity"),
+            rows=tuple((str(i), *row) for i, row in enumerate(islice(step_rows(found, posed), MAX_STEPS), start=1)),
+            note=lowest_words(found, posed).strip(),
+        )
+    )
+    blocks.append(Sentences(title="Replicas", lines=(change_counts(found.change),)))
+    lead = _problem_line(posed.loaded.inputs, posed.problem.objective)
+    sections = [Section(anchor="change", heading="From the running plan to the next", lead=lead, blocks=tuple(blocks))]
+    sections.append(_section(ShownPlan(name="The new plan", plan=found.plan, problem=posed.problem), 1))
+    return _page(f"Re-planned: {_title(posed.problem)}", sections)
+
+
+def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem) -> str:
+    """A plan with what its simulation showed."""
+    load = simulated.question.load
+    traffic = (
+        f"{load.lengths.name}, arrivals {load.arrivals.value}, {simulated.question.num_requests:,} requests a run."
+    )
+    section = plan_section(
+        "The plan under traffic", plan, problem, anchor="plan-1", panels=panels_of(simulated, plan), traffic=traffic
+    )
+    return _page(f"Simulated: {_title(problem)}", [section])
+
+
+# --- parts of them
+
+
+def _section(shown: ShownPlan, number: int) -> Section:
+    panels: tuple[Panel, ...] = ()
+    traffic = ""
+    if shown.curve is not None:
+        panels = panels_of_sweep(shown.curve.sweep, shown.curve.limits)
+        traffic = (
+            f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
+            f"bands are 95% intervals. {_kept_until(shown.curve)}"
+        )
+    return plan_section(
+        shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic
+    )  # fmt: skip
+
+
+def _kept_until(curve: Curve) -> str:
+    kept = curve.sweep.goodput_rps
+    return f"The limits are kept up to {digits(kept)} requests/s of those." if kept else "No rate keeps the limits."
+
+
+def _side(name: str, side: Side, number: int) -> list[Section]:
+    plan = side.outcome.plan
+    if plan is None:
+        lines = side.outcome.reasons or (side.outcome.status,)
+        blocks = (Sentences(title=f"No plan: {side.outcome.status}", lines=lines),)
+        return [Section(anchor=f"plan-{number}", heading=name, lead="", blocks=blocks)]
+    problem = side.loaded.inputs.problem(plan.objective, plan.strategy)
+    return [_section(ShownPlan(name=name, plan=plan, problem=problem), number)]
+
+
+def _purchase(found: BuyNext) -> Iterator[Block]:
+    """The first of the market in words, where it gains anything."""
+    if not found.offers:
+        return
+    best = found.offers[0]
+    gain = best.difference.found if found.objective.maximises else -best.difference.found
+    if gain > 0:
+        price = "" if best.usd_per_hour is None else f" at {digits(best.usd_per_hour)} USD/h each"
+        text = f"Buy {best.addition.count} × {best.addition.gpu.name}{price}."
+    else:
+        text = "No GPU type of the market makes the plan better."
+    yield Sentences(title="In a sentence", lines=(text,))
+
+
+def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs]], objective: Objective) -> Iterator[Block]:
+    """Plans on one scale and in one table; the best in bold."""
+    if not rows:
+        return
+    best = _best([plan for _, plan, _ in rows])
+    known = [plan.result.value for _, plan, _ in rows]
+    known += [plan.result.bound for _, plan, _ in rows if math.isfinite(plan.result.bound)]
+    axis = max(known) * ROOM or 1.0
+    yield Scale(
+        title=f"{objective.kind.value.capitalize()}, {objective.unit}",
+        rows=tuple(
+            ScaleRow(
+                label=name,
+                text=digits(plan.result.value, 4),
+                share=plan.result.value / axis,
+                mark=plan.result.bound / axis if math.isfinite(plan.result.bound) else None,
+                strong=number == best,
+            )
+            for number, (name, plan, _) in enumerate(rows)
+        ),
+        note="The line is what no plan of the family can exceed." if objective.maximises else
+        "The line is what no plan of the family can go below.",
+    )  # fmt: skip
+    yield Grid(
+        title="In figures",
+        columns=_columns(
+            "'", "requests/s", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens", "TTFT p95", "TPOT mean",
+            "KV tokens", "GPUs", "idle",
+        ),
+        rows=tuple((name, *_figures_row(plan, inputs)) for name, plan, inputs in rows),
+        strong=best,
+    )  # fmt: skip
+
+
+def _figures_row(plan: Plan, inputs: Inputs) -> tuple[str, ...]:
+    figures, result = figures_of(plan, inputs), plan.result
+    dollars, per_million = figures.usd_per_hour, figures.usd_per_million_output_tokens
+    return (
+        digits(figures.rate_rps),
+        digits(figures.output_tokens_per_s),
+        digits(result.bound),
+        percent(result.gap),
+        "–" if dollars is None else digits(dollars),
+        "–" if per_million is None else digits(per_million),
+        seconds(figures.ttft_s),
+        seconds(figures.tpot_s),
+        tokens(figures.kv_tokens),
+        f"{figures.gpus_used:,}",
+        f"{figures.gpus_idle:,}",
+    )
+
+
+def _best(plans: Sequence[Plan]) -> int:
+    sign = 1.0 if plans[0].objective.maximises else -1.0
+    return max(range(len(plans)), key=lambda i: sign * plans[i].result.value)
+
+
+def _columns(*names: str) -> tuple[Column, ...]:
+    """Names of columns; those of words begin with a quote."""
+    return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
+
+
+def _inputs(problem: PlacementProblem) -> Inputs:
+    return Inputs(cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles)
+
+
+def _problem_line(inputs: Inputs, objective: Objective) -> str:
+    gpus = plural(inputs.cluster.num_gpus(), "GPU")
+    what = f"{inputs.model.name} on {inputs.cluster.name} ({gpus}) for {inputs.workload.name}"
+    return f"{what}: {goal_line(objective).plain}"
+
+
+def _lost(found: Replanning) -> str:
+    return f"{plural(len(found.lost), 'replica')} lost GPUs" if found.lost else "of goodput"
+
+
+def _title(problem: PlacementProblem) -> str:
+    return f"{problem.model.name} on {problem.cluster.name}"
+
+
+def _page(title: str, sections: Sequence[Section]) -> str:
+    footer = f"Made by hetis {metadata.version('hetis')}. Values and bounds are those of its cost model; what traffic "
+    footer += "makes of them is said where it was simulated."
+    return render_page(Page(title=title, sections=tuple(sections), footer=footer))

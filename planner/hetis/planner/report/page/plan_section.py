@@ -1,0 +1,516 @@
+"""A plan as a section of a page: what it serves at which cost, where, how close to its limits, and why so."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hetis.planner.report.explanation import memory_shares, time_shares
+from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds, tokens
+from hetis.planner.report.page.axes import chart_of
+from hetis.planner.report.page.blocks import (
+    FREE,
+    PLAIN,
+    Block,
+    Charts,
+    Column,
+    Grid,
+    Scale,
+    ScaleRow,
+    Section,
+    Segment,
+    Sentences,
+    Stack,
+    StackRow,
+    Tile,
+    Tiles,
+)
+from hetis.planner.report.page.fleet_map import fleet_map, replica_name
+from hetis.planner.report.plan import beside_equal_stages, folded, limits, simple_setups, verdict, worth
+from hetis.planner.report.simulation_pictures import Panel
+from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.devices import abbreviate
+from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
+from hetis.planner.use_cases.place import EQUAL_STAGES
+from hetis.planner.use_cases.robustness.notes import predicted_of
+from hetis.planner.use_cases.robustness.perturbing import used_fits
+from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.verify import misses, verification_of
+from hetis.solver.explain import Explanation
+from hetis.solver.placement.explanation import explain_plan
+from hetis.solver.plan import ObjectiveKind, Plan, Role
+from hetis.solver.problem import PlacementProblem
+
+MAX_SHAPES = 12  # of replicas told in full
+AXIS = 1.25  # of a limit: how far the axis goes beyond it
+ROOM = 1.02  # beyond the longest bar
+
+_MEMORY_COLORS = {"unusable": PLAIN, "engine": 5, "weights": 0, "KV": 2, "activations": 1, "free": FREE}
+_TIME_COLORS = {
+    "dense": 0, "all-reduce": 5, "prefill att.": 1, "decode att.": 2, "transfer": 3, "head": 4, "other": 7, "wait": 6,
+}  # fmt: skip
+_STAGE = re.compile(
+    r"(?P<gpu>\S+) TP(?P<tp>\d+) x(?P<copies>\d+) L(?P<layers>\d+)(?: \(\+(?P<workers>.+) attention workers\))?"
+)
+_WORTH = re.compile(
+    r"its GPUs are worth (?P<worth>[\d.]+) requests/s elsewhere(?:, its (?P<role>\w+) work (?P<own>[\d.]+))?"
+)
+
+
+def plan_section(
+    name: str, plan: Plan, problem: PlacementProblem, *, anchor: str, panels: Sequence[Panel] = (), traffic: str = ""
+) -> Section:
+    """Everything that is known of a plan.
+
+    Args:
+        name: what the page calls it.
+        panels: curves of a simulation; empty: none was asked for.
+        traffic: what they are curves of.
+
+    Raises:
+        InvalidProblemError: the plan names devices, layers or settings that its problem does not have.
+    """
+    explanation = explain_plan(plan, problem)
+    inputs = Inputs(cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles)
+    figures = figures_of(plan, inputs) if plan.replicas else None
+    return Section(
+        anchor=anchor,
+        heading=name,
+        lead=_lead(plan, problem),
+        blocks=tuple(_blocks(plan, problem, explanation, figures, panels, traffic)),
+    )
+
+
+def _lead(plan: Plan, problem: PlacementProblem) -> str:
+    gpus = plural(problem.cluster.num_gpus(), "GPU")
+    return f"{problem.model.name} on {problem.cluster.name} ({gpus}) for {problem.workload.name}"
+
+
+def _blocks(
+    plan: Plan,
+    problem: PlacementProblem,
+    explanation: Explanation,
+    figures: Figures | None,
+    panels: Sequence[Panel],
+    traffic: str,
+) -> Iterator[Block]:
+    if figures is not None:
+        yield Tiles(tiles=tuple(_tiles(plan, figures, problem)))
+    yield _worth(plan)
+    if plan.replicas:
+        yield _limits(plan)
+    yield fleet_map(plan, problem.cluster, explanation)
+    groups = group_replicas(plan.replicas)
+    if groups:
+        yield _replicas(groups)
+        yield _stages(groups)
+    if panels:
+        yield Charts(title="Under simulated traffic", intro=traffic, charts=tuple(chart_of(one) for one in panels))
+    if explanation.memory:
+        yield _memory(explanation)
+    if explanation.stage_times:
+        yield _times(explanation)
+    terms = tuple(zip(_explained(explanation, plan), explanation.bottlenecks, strict=False))
+    workers = (("Attention workers", explanation.attention_workers),) if explanation.attention_workers else ()
+    routes = tuple(("Prefill to decode", route) for route in explanation.kv_routes)
+    yield Sentences(title="What limits it", terms=(*terms, *routes, *workers))
+    if plan.prices:
+        yield _prices(plan)
+    yield Sentences(
+        title="Simpler setups",
+        lines=tuple(simple_setups(plan)),
+        intro="One GPU type per replica and equal layers per stage, the best of each under the same limits.",
+    )
+    if plan.runners_up:
+        yield _runners_up(plan)
+    yield _profiles(plan, problem)
+    yield Sentences(title="Notes and how to make it again", lines=plan.notes, terms=tuple(_made(plan)), folded=True)
+
+
+# --- first of all
+
+
+def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[Tile]:
+    kind = plan.objective.kind
+    expected = predicted_of(plan)
+    span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
+    yield Tile(
+        label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
+        value=digits(figures.rate_rps),
+        unit="requests/s",
+        note=span,
+    )
+    yield Tile(
+        label="Tokens",
+        value=digits(figures.output_tokens_per_s),
+        unit="output tokens/s",
+        note=f"for {digits(figures.prompt_tokens_per_s)} prompt tokens/s",
+    )
+    if figures.usd_per_hour is None:
+        yield Tile(label="Cost", value="unknown", note="a GPU in use has no price")
+    else:
+        yield Tile(label="Cost", value=digits(figures.usd_per_hour), unit="USD/h", note="of the GPUs in use")
+        if figures.usd_per_million_output_tokens is not None:
+            dollars = digits(figures.usd_per_million_output_tokens)
+            yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note="output tokens")
+    yield Tile(
+        label="GPUs in use",
+        value=f"{figures.gpus_used:,}",
+        unit=f"of {problem.cluster.num_gpus():,}",
+        note=plural(len(plan.replicas), "replica") + (f", {figures.gpus_idle:,} idle" if figures.gpus_idle else ""),
+    )
+    yield from _against_today(plan)
+    yield from _simulated(plan)
+
+
+def _against_today(plan: Plan) -> Iterator[Tile]:
+    """What the plan is worth beside replicas of equal stages."""
+    alone = plan.inputs.get(EQUAL_STAGES)
+    if isinstance(alone, int | float) and alone > 0:
+        ratio = plan.result.value / alone - 1.0
+        good = ratio > 0 if plan.objective.maximises else ratio < 0
+        sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
+        yield Tile(
+            label="Beside today's practice",
+            value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
+            note=f"equal stages: {digits(alone)} {plan.result.unit}",
+            tone="good" if good else "",
+        )
+
+
+def _simulated(plan: Plan) -> Iterator[Tile]:
+    found = verification_of(plan)
+    if found is None:
+        return
+    if found.kept:
+        note = f"at {digits(found.rate_rps)} requests/s; {percent(found.attainment)} of requests within both"
+        yield Tile(label="Simulated", value="limits kept", note=note, tone="good")
+    else:
+        until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
+        yield Tile(label="Simulated", value="MISSED", note=f"{misses(found, plan)[0]}; {until}", tone="bad")
+
+
+# --- how good, how close
+
+
+def _worth(plan: Plan) -> Scale:
+    """The value beside its bound and what is done today."""
+    result, alone, expected = plan.result, plan.inputs.get(EQUAL_STAGES), predicted_of(plan)
+    beside = float(alone) if isinstance(alone, int | float) and alone > 0 else 0.0
+    band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
+    known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
+    axis = max(known) * ROOM or 1.0
+    rows = [
+        ScaleRow(
+            label="This plan",
+            text=f"{digits(result.value, 4)} {result.unit}",
+            share=result.value / axis,
+            band=(band[0] / axis, band[1] / axis) if band else None,
+            mark=result.bound / axis if math.isfinite(result.bound) else None,
+            strong=True,
+        )
+    ]
+    if beside:
+        rows.append(ScaleRow(label="Equal stages", text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
+    bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
+    notes = [f"The line is the {bound}: {verdict(result)}."]
+    if band:
+        notes.append("The band is what the errors of the profiles make of it.")
+    if (words := beside_equal_stages(plan)) is not None:
+        notes.append(f"Equal stages are how engines are set up without a planner: {words}.")
+    return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
+
+
+def _limits(plan: Plan) -> Scale:
+    simulated, rows, without = verification_of(plan), list[ScaleRow](), list[str]()
+    found = {} if simulated is None else {"TTFT p95": simulated.ttft_p95_s, "TPOT mean": simulated.tpot_mean_s}
+    for name, reached, limit in limits(plan):
+        if limit is None:
+            without.append(f"{name} {seconds(reached)}")
+            continue
+        values = [("planned", reached)] + ([("simulated", found[name])] if name in found else [])
+        axis = max(AXIS * limit, *(value * ROOM for _, value in values))
+        for how, value in values:
+            rows.append(
+                ScaleRow(
+                    label=f"{name}, {how}",
+                    text=f"{seconds(value)} of {seconds(limit)} ({percent(value / limit)})",
+                    share=value / axis,
+                    mark=limit / axis,
+                    tone="bad" if value > limit * (1 + 1e-9) else "",
+                )
+            )
+    notes = ["The line is the limit."] if rows else []
+    if simulated is not None and simulated.kept and any(row.tone for row in rows):
+        notes.append("What is above its limit in the simulation may be so by chance: the interval reaches below it.")
+    if without:
+        notes.append(f"Without a limit: {', '.join(without)}.")
+    return Scale(title="Latency limits", rows=tuple(rows), note=" ".join(notes))
+
+
+# --- replicas
+
+
+def _numbered(group: ReplicaGroup) -> str:
+    name = replica_name(group.numbers[0], group.first.role)
+    return name if len(group.numbers) == 1 else f"{name} and {len(group.numbers) - 1:,} equal"
+
+
+def _columns(*names: str) -> tuple[Column, ...]:
+    """Names of columns; those of words begin with a quote."""
+    return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
+
+
+def _replicas(groups: Sequence[ReplicaGroup]) -> Grid:
+    rows = []
+    for group in groups[:MAX_SHAPES]:
+        one = group.first
+        rows.append(
+            (
+                _numbered(group),
+                f"{digits(one.rate, 4)}",
+                "" if one.role is Role.DECODE else seconds(one.ttft_s),
+                "" if one.role is Role.PREFILL else seconds(one.tpot_s),
+                "" if one.role is Role.PREFILL else f"{one.micro_batch} × {one.in_flight}",
+                "" if one.role is Role.DECODE else f"{one.chunk_tokens}",
+                tokens(one.kv_tokens),
+                f"{len(one.devices()):,}",
+            )
+        )
+    rest = groups[MAX_SHAPES:]
+    note = f"and {plural(len(rest), 'more shape')} of replicas" if rest else ""
+    return Grid(
+        title="Replicas",
+        columns=_columns(
+            "'replica",
+            "requests/s saturated",
+            "TTFT p95",
+            "TPOT mean",
+            "seats × in flight",
+            "chunk",
+            "KV tokens",
+            "GPUs",
+        ),
+        rows=tuple(rows),
+        note=note,
+    )
+
+
+def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
+    rows = []
+    for group in groups[:MAX_SHAPES]:
+        one = group.first
+        for number, stage in enumerate(one.stages):
+            pools = [pool for pool in one.attention_workers if pool.stage == number]
+            every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
+            last = stage.first_layer + stage.num_layers - 1
+            shape = f"TP{stage.tp}" + (f" × {stage.copies} copies" if stage.copies > 1 else "")
+            kept = f"{stage.kv_head_groups_kept} of {every}" if pools else "all"
+            rows.append(
+                (
+                    f"R{group.numbers[0]}, stage {number + 1}",
+                    stage.gpu,
+                    shape,
+                    f"{stage.first_layer}–{last} ({stage.num_layers})",
+                    kept,
+                    abbreviate(stage.devices),
+                )
+            )
+            for pool in pools:
+                held = f"{pool.kv_head_groups} of {every}"
+                rows.append(
+                    ("attention workers", pool.gpu, f"×{len(pool.devices)}", "", held, abbreviate(pool.devices))
+                )
+    return Grid(
+        title="Stages",
+        columns=_columns("'", "'GPU", "'shape", "layers", "KV head groups", "'devices"),
+        rows=tuple(rows),
+        folded=True,
+    )
+
+
+def _explained(explanation: Explanation, plan: Plan) -> list[str]:
+    numbers = dict.fromkeys(part.replica for part in explanation.stage_times)
+    return [replica_name(number, plan.replicas[number].role) for number in numbers]
+
+
+# --- where memory and time go
+
+
+def _memory(explanation: Explanation) -> Stack:
+    rows, numbers, names = [], [], list[str]()
+    for part in explanation.memory:
+        amounts = {share.name: share.amount for share in memory_shares(part)} | {"free": part.free_bytes}
+        names = names or list(amounts)
+        worker = part.role != "primary"
+        label = f"R{part.replica} stage {part.stage + 1}{', attention worker' if worker else ''}"
+        rows.append(
+            StackRow(
+                label=f"{label}: {part.num_devices} × {part.gpu}",
+                text=f"{gigabytes(part.free_bytes)} free of {gigabytes(part.nominal_bytes)}",
+                segments=_segments(amounts, part.nominal_bytes, _MEMORY_COLORS),
+            )
+        )
+        cells = (f"{amount / 2**30:.1f}" for amount in (*amounts.values(), part.nominal_bytes))
+        numbers.append((f"{label}, {part.gpu}", *cells))
+    table = Grid(title="In GiB", columns=_columns("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True)
+    return Stack(title="Memory of one GPU", rows=tuple(rows), numbers=table)
+
+
+def _times(explanation: Explanation) -> Stack:
+    slowest: dict[int, float] = {}
+    for part in explanation.stage_times:
+        slowest[part.replica] = max(slowest.get(part.replica, 0.0), part.total_s / part.copies)
+    rows, numbers, names = [], [], list[str]()
+    for part in explanation.stage_times:
+        amounts = {share.name: share.amount / part.copies for share in time_shares(part)}
+        names += [name for name in amounts if name not in names]
+        each = part.total_s / part.copies
+        label = f"R{part.replica} stage {part.stage + 1}"
+        copies = f" × {part.copies}" if part.copies > 1 else ""
+        rows.append(
+            StackRow(
+                label=f"{label}: {part.gpu} TP{part.tp}{copies}",
+                text=f"{seconds(each)}{', the bottleneck' if part.is_bottleneck else ''}",
+                segments=_segments(amounts, slowest[part.replica], _TIME_COLORS),
+            )
+        )
+        numbers.append((label, amounts, each))
+    cells = tuple(
+        (label, *(seconds(of[name]) if of.get(name) else "–" for name in names), seconds(each))
+        for label, of, each in numbers
+    )
+    table = Grid(title="As numbers", columns=_columns("'stage", *names, "together"), rows=cells, folded=True)
+    intro = "What one request costs every stage, per copy; the longest of a replica sets its rate."
+    return Stack(title="Time per stage", intro=intro, rows=tuple(rows), numbers=table)
+
+
+def _segments(amounts: Mapping[str, float], whole: float, colors: Mapping[str, int]) -> tuple[Segment, ...]:
+    return tuple(
+        Segment(name=name, share=amount / whole if whole else 0.0, color=colors[name])
+        for name, amount in amounts.items()
+    )
+
+
+# --- what else
+
+
+def _prices(plan: Plan) -> Grid:
+    zones = len({price.zone for price in plan.prices}) > 1
+    rows = tuple(
+        (
+            price.gpu,
+            *([price.zone] if zones else []),
+            f"{price.available:,}",
+            f"{price.used:,}",
+            f"{price.as_attention_workers:,}",
+            f"{price.available - price.used:,}",
+            worth(price.dual, plan),
+        )
+        for price in plan.prices
+    )
+    where = ["'zone"] if zones else []
+    return Grid(
+        title="What the GPUs are worth",
+        columns=_columns("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
+        rows=rows,
+        note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
+        "next is found by solving again: hetis-plan what-if --buy-next --html.",
+    )
+
+
+def _runners_up(plan: Plan) -> Grid:
+    rows = tuple(
+        (shape_words(runner.shape), digits(runner.rate), reason_words(runner.reason, runner.rate))
+        for runner in plan.runners_up
+    )
+    return Grid(
+        title="Not chosen",
+        intro="Replicas that came closest, each with its own saturated rate.",
+        columns=_columns("'a replica of", "requests/s", "'why not"),
+        rows=rows,
+    )
+
+
+def shape_words(shape: str) -> str:
+    """``decode: L4 TP4 x1 L20 | H100 TP2 x2 L60`` as people say it; what is not understood stays as it is."""
+    role, colon, stages = shape.rpartition(": ")
+    found = [_STAGE.fullmatch(stage) for stage in stages.split(" | ")]
+    if not all(found):
+        return folded(shape)
+    words = ", then ".join(_stage_words(match) for match in found if match is not None)
+    return f"{role} only: {words}" if colon else words
+
+
+def _stage_words(match: re.Match[str]) -> str:
+    tp, copies, gpu = int(match["tp"]), int(match["copies"]), match["gpu"]
+    cards = f"one {gpu}" if tp == 1 else f"{tp} × {gpu} in TP{tp}"
+    text = f"{plural(int(match['layers']), 'layer')} on {cards}"
+    text += f" ({copies} copies)" if copies > 1 else ""
+    return text + (f" with {match['workers']} as attention workers" if match["workers"] else "")
+
+
+def reason_words(reason: str, rate: float) -> str:
+    """How much less it is, where the reason is what its GPUs do elsewhere; any other reason as it is."""
+    match = _WORTH.fullmatch(reason)
+    if match is None or not float(match["worth"]) > 0:
+        return reason
+    elsewhere = float(match["worth"])
+    if match["role"]:
+        own = f"what it would {match['role']} is worth {digits(float(match['own']))} there"
+        return f"as they are used in the plan its GPUs serve {digits(elsewhere)} requests/s; {own}"
+    return f"{percent(1.0 - rate / elsewhere)} less than the {digits(elsewhere)} requests/s its GPUs serve in the plan"
+
+
+def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
+    """Where the profiles are from and how far off they are known to be."""
+    used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
+    origins = _mapping(_mapping(plan.inputs.get("origins")).get("profiles"))
+    expected = predicted_of(plan)
+    errors = {} if expected is None else expected.errors
+    rows = list[tuple[str, ...]]()
+    fits = used_fits({gpu: problem.profiles[gpu] for gpu in sorted(used)}, problem.model, problem.family.tp_sizes)
+    for gpu, profile in fits.items():
+        for op in dict.fromkeys(fit.op for fit in profile.fits):
+            provenances = [fit.provenance for fit in profile.fits if fit.op is op]
+            stated = [one.held_out_mape for one in provenances if one.held_out_mape is not None]
+            assumed = _mapping(errors.get(gpu)).get(op.value)
+            error = (
+                percent(max(stated))
+                if stated
+                else f"{percent(assumed)} assumed"
+                if assumed is not None
+                else "not stated"
+            )
+            source = ", ".join(dict.fromkeys(one.source.value for one in provenances))
+            whence = "; ".join(dict.fromkeys(one.origin for one in provenances))
+            rows.append((gpu, op.value.replace("_", " "), source, error, whence))
+    given = "; ".join(f"{gpu}: {origin}" for gpu, origin in origins.items() if gpu in used)
+    intro = "How fast each GPU type is taken to be, how that is known, and its error on points that no fit saw."
+    return Grid(
+        title="Profiles and their errors",
+        intro=intro + (f" {given}." if given else ""),
+        columns=_columns("'GPU", "'operator", "'source", "error", "'from"),
+        rows=tuple(rows),
+        folded=True,
+    )
+
+
+def _made(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What makes the plan again."""
+    inputs, result = plan.inputs, plan.result
+    yield "Strategy", f"{plan.strategy}; {result.status} in {seconds(result.solve_s)}"
+    yield "Family", plan.family
+    for name, key in (("Versions", "versions"), ("Digests", "digests")):
+        found = _mapping(inputs.get(key))
+        if found:
+            yield name, ", ".join(f"{one} {str(value)[:16]}" for one, value in found.items() if isinstance(value, str))
+    settings = [f"{key} {inputs[key]}" for key in ("seed", "threads", "gap_target", "time_limit_s") if key in inputs]
+    if settings:
+        yield "Settings", ", ".join(settings)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

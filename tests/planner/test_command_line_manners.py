@@ -1,0 +1,247 @@
+"""How the command line treats people and pipes: plain where asked, whole names, defaults from files, errors as data."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from hetis.planner.cli.app import app
+from hetis.planner.cli.app import run as run_verb
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.report.comparison import PUBLISHED_MEANS
+from hetis.runtime.launch.main import app as launch_app
+from tests.command_line import environment
+from tests.planner import plans
+from tests.planner.command_line import COMMAND, hetis_plan_here
+from tests.planner.html_pages import ReadPage
+
+ROOT = Path(__file__).parents[2]
+GROUP: Any = typer.main.get_command(app)
+CLUSTER = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: four
+nodes:
+  - {name: rack-with-a-long-name, count: 4, gpus: [{type: A100-PCIe-80GB, count: 1}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four equal replicas on cards and nodes with long names."""
+    path = tmp_path_factory.mktemp("manners")
+    (path / "cluster.yaml").write_text(CLUSTER)
+    done = hetis_plan_here("place", *INPUTS, "--strategy", "uniform", "--no-verify", "--out", "plan.json", cwd=path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def piped(*arguments: str, cwd: Path, **variables: str) -> str:
+    """What goes into a pipe of a process whose environment names no width."""
+    given = environment(**variables)
+    given.pop("COLUMNS")
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, cwd=cwd, env=given, check=True)
+    return done.stdout.decode(variables.get("PYTHONIOENCODING", "utf-8"))
+
+
+def test_nothing_is_folded_or_padded_in_a_pipe(folder: Path) -> None:
+    shown = piped("explain", "plan.json", cwd=folder)
+    assert "A100-PCIe-80GB" in shown
+    assert max(len(line) for line in shown.splitlines()) > 80, "a sentence is one line"
+    assert not any(line != line.rstrip() for line in shown.splitlines())
+
+
+def test_a_stream_of_ascii_has_signs_and_no_question_marks(folder: Path) -> None:
+    shown = piped("explain", "plan.json", cwd=folder, PYTHONIOENCODING="ascii")
+    assert "?" not in shown
+    assert "####" in shown, "bars are drawn"
+
+
+def test_no_color_is_plain_even_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FORCE_COLOR makes any stream a terminal for rich."""
+    shown = {
+        name: piped("catalog", "gpus", "L4", *options, cwd=folder, FORCE_COLOR="1", NO_COLOR=value)
+        for name, options, value in (("asked", (), "1"), ("option", ("--no-color",), ""), ("not", (), ""))
+    }
+    assert "\x1b" not in shown["asked"]
+    assert "\x1b" not in shown["option"]
+    assert "\x1b" in shown["not"]
+
+
+def test_names_are_whole_on_a_narrow_terminal(folder: Path) -> None:
+    done = hetis_plan_here("place", *INPUTS, "--strategy", "uniform", "--no-verify", cwd=folder)
+    assert done.stdout.count("A100-PCIe-80GB") >= 2
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(("verb", "wide"), [("explain", False), ("place", True)])
+def test_every_device_of_equal_replicas_is_named(folder: Path, verb: str, wide: bool) -> None:
+    arguments = ("plan.json",) if verb == "explain" else (*INPUTS, "--strategy", "uniform", "--no-verify")
+    shown = hetis_plan_here(verb, *arguments, *(("-o", "wide") if wide else ()), cwd=folder).stdout
+    assert "4 equal replicas" in shown or "as 3 more" in shown
+    for node in range(4):
+        assert f"rack-with-a-long-name-{node}/0" in shown
+
+
+def test_a_failure_is_data_where_data_is_asked_for(folder: Path) -> None:
+    for form, read in (("json", json.loads), ("yaml", yaml.safe_load)):
+        done = hetis_plan_here("explain", "nowhere.json", "-o", form, cwd=folder)
+        found = read(done.stdout)
+        assert found["kind"] == "Error"
+        assert found["exit_code"] == done.returncode == ExitCode.INVALID
+        assert "nowhere.json" in found["details"][0]
+        assert "nowhere.json" in done.stderr
+    assert hetis_plan_here("explain", "nowhere.json", cwd=folder).stdout == ""
+
+
+def test_a_problem_without_a_plan_is_one_document(folder: Path) -> None:
+    done = hetis_plan_here("place", *INPUTS, "--tpot", "10us", "-o", "json", cwd=folder)
+    assert done.returncode == ExitCode.INFEASIBLE
+    assert json.loads(done.stdout)["result"]["status"] == "infeasible"
+
+
+def test_compare_says_what_its_rows_are(folder: Path) -> None:
+    done = hetis_plan_here("compare", *INPUTS, "--strategies", "uniform,hexgen-paper", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert PUBLISHED_MEANS in words
+    assert "HexGen's own heuristic" in words
+    assert "1 of 2, " in done.stderr
+
+
+# --- defaults
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder of configuration, and the project in a folder above the current one."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "hetis").mkdir(parents=True)
+    (tmp_path / "project" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project" / "below")
+    return tmp_path
+
+
+def test_defaults_come_from_project_and_user_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "home/hetis/hetis.toml").write_text('output = "yaml"\n[schema]\noutput = "table"\n')
+    assert run_verb(["catalog", "gpus", "L40S"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)
+    (home / "project/hetis.toml").write_text('[catalog]\noutput = "json"\n')
+    assert run_verb(["catalog", "gpus", "L40S"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert run_verb(["catalog", "gpus", "L40S", "-o", "table"]) == 0
+    assert "USD/h" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_defaults_may_be_inputs_numbers_lists_and_no(home: Path, folder: Path) -> None:
+    (home / "project/hetis.toml").write_text(
+        f"""model = "Llama-2-7B"
+workload = "500/100"
+[place]
+cluster = "{folder / "cluster.yaml"}"
+strategy = "uniform"
+gap = 0.01
+verify = false
+forbid = ["tp=4", "tp=8"]
+output = "json"
+"""
+    )
+    done = hetis_plan_here("place", cwd=home / "project" / "below")
+    assert done.returncode == 0, done.stderr
+    inputs = json.loads(done.stdout)["inputs"]
+    assert inputs["gap_target"] == 0.01
+    assert "verification" not in inputs
+    assert inputs["will"] == ["--forbid tp=4", "--forbid tp=8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("modell = 'x'", "no verb has an option --modell, did you mean model"),
+        ("[plaice]\nseed = 1", "no verb 'plaice', did you mean place"),
+        ("[place]\nsede = 1", "place has no option --sede, did you mean seed"),
+        ("model = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_of_defaults_is_named(
+    home: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    (home / "project/hetis.toml").write_text(text)
+    assert run_verb(["version"]) == ExitCode.INVALID
+    said = capsys.readouterr().err
+    assert words in said
+    assert "hetis.toml" in said
+
+
+# --- what people read first
+
+
+@pytest.mark.parametrize("name", ["ray", "kubernetes"])
+def test_help_shows_what_is_in_brackets(name: str) -> None:
+    from typer.testing import CliRunner
+
+    shown = CliRunner().invoke(launch_app, [name, "--help"], env={"COLUMNS": "200"}).output
+    assert ("'hetis[ray]'" in shown) == (name == "ray")
+
+
+def test_the_sample_is_planned_with_all_its_cards(tmp_path: Path) -> None:
+    assert hetis_plan_here("init", cwd=tmp_path).returncode == 0
+    inputs = ("-c", "cluster.yaml", "-m", "Llama-2-70B", "-w", "workload.yaml")
+    done = hetis_plan_here("place", *inputs, "--no-verify", "-q", "-o", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(price["used"] == price["available"] for price in json.loads(done.stdout)["prices"])
+
+
+def tour() -> list[str]:
+    """The commands of README's tour, as they stand there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## A tour\n\n```bash\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    return [line.partition("  #")[0].strip() for line in block[1].splitlines() if line.strip()]
+
+
+def test_the_tour_is_made_of_commands_that_there_are() -> None:
+    """Every verb, option and value of an option; the soak test below runs them."""
+    verbs = []
+    for command in tour():
+        program, *arguments = shlex.split(command, comments=True)
+        if program == "hetis-plan":
+            verb, *rest = arguments
+            GROUP.commands[verb].make_context(verb, rest)
+            verbs.append(verb)
+    assert {"init", "place", "report", "simulate", "compare", "what-if", "replan"} <= set(verbs)
+
+
+@pytest.mark.soak
+def test_the_tour_runs_verbatim(tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "hetis-plan").write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
+    (tmp_path / "hetis-plan").chmod(0o755)
+    variables = environment()
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    for command in tour():
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert "Under simulated traffic" in ReadPage((tmp_path / "report.html").read_text()).text
+
+
+def test_a_shape_of_many_replicas_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    from hetis.formats.command_line.terminal import OutputFormat, Terminal
+    from hetis.planner.report.plan import render_plan
+
+    plan = plans.plan(*(plans.deep_replica(2, node) for node in range(3)))
+    Terminal(output=OutputFormat.WIDE).emit(dict, lambda: render_plan(plan, wide=True))
+    shown = capsys.readouterr().out
+    assert "p100-2-0/0 | p100-2-1/0" in shown

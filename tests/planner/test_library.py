@@ -1,0 +1,180 @@
+"""``import hetis``: its names, that they are made when used, and that they do what the verbs do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+from shutil import copy
+from typing import Any
+
+import pytest
+
+import hetis
+from hetis.solver.plan import ObjectiveKind
+from tests.planner.command_line import EXAMPLES, hetis_plan_here
+from tests.planner.html_pages import ReadPage
+
+NAMES = [
+    "Client", "HetisError", "InfeasibleError", "NoPlanFoundError", "Plan", "Simulation", "__version__", "load_cluster",
+    "load_plan", "place",
+]  # fmt: skip
+CLUSTER = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: two
+nodes:
+  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+# Nothing that an installation may lack, and nothing that takes time.
+BARE_PROGRAM = """
+import sys
+for name in ("numpy", "pydantic", "yaml", "grpc", "google.protobuf", "ortools", "highspy", "numba", "rich", "typer"):
+    sys.modules[name] = None
+import hetis
+assert hetis.__version__
+assert [name for name in sys.modules if name.startswith("hetis.")] == []
+assert set(hetis.__all__) <= set(dir(hetis))
+import hetis.solver.errors
+assert hetis.HetisError is hetis.solver.errors.HetisError
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("library")
+    (path / "cluster.yaml").write_text(CLUSTER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(folder: Path) -> hetis.Plan:
+    """Llama-2-7B on two A100."""
+    return hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", tpot="80ms", time_limit="5s")
+
+
+def test_the_names_are_stable_and_all_there() -> None:
+    assert sorted(hetis.__all__) == sorted(NAMES)
+    for name in NAMES:
+        assert getattr(hetis, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'plaice'"):
+        _ = hetis.plaice
+
+
+def test_importing_hetis_loads_nothing_else() -> None:
+    done = subprocess.run([sys.executable, "-c", BARE_PROGRAM], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> None:
+    arguments = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--tpot", "80ms", "--time-limit", "5s")
+    done = hetis_plan_here("place", *arguments, "-q", "-o", "json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = json.loads(json.dumps(plan.to_dict())), json.loads(done.stdout)
+    for one in (ours, theirs):
+        one["result"].pop("solve_s")
+        one["inputs"].pop("origins")
+    assert ours == theirs
+
+
+def test_inputs_may_be_values(plan: hetis.Plan, folder: Path) -> None:
+    problem = plan.problem
+    cluster = hetis.load_cluster(folder / "cluster.yaml")
+    again = hetis.place(cluster, problem.model, problem.workload, tpot=0.08, time_limit=5, verify=False)
+    assert again.result.value == plan.result.value
+    assert again.value.inputs["origins"]["model"] == "value"
+
+
+def test_a_plan_shows_itself(plan: hetis.Plan, tmp_path: Path) -> None:
+    assert f"{len(plan.replicas)} replica" in repr(plan)
+    page = plan.report(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text() == page
+    shown = plan._repr_html_()
+    assert shown.startswith("<iframe ")
+    assert shown.count("<") == 2, "the page is text inside the frame"
+    assert "Latency limits" in ReadPage(page).text
+    assert plan.figures.gpus_used == sum(len(replica.devices()) for replica in plan.replicas)
+    assert len(plan.explain().memory) >= 1
+
+
+def test_a_saved_plan_is_the_same(plan: hetis.Plan, tmp_path: Path) -> None:
+    for name in ("plan.json", "plan.yaml"):
+        plan.save(tmp_path / name)
+        assert hetis.load_plan(tmp_path / name).to_dict() == plan.to_dict()
+
+
+def test_frames_have_a_row_for_every_part(plan: hetis.Plan) -> None:
+    pytest.importorskip("pandas")
+    frame = plan.to_frame()
+    assert len(frame) == sum(len(replica.stages) + len(replica.attention_workers) for replica in plan.replicas)
+    assert frame["num_gpus"].sum() == plan.figures.gpus_used
+    assert frame["num_layers"].sum() == len(plan.replicas) * plan.problem.model.num_layers
+
+
+def test_a_simulation_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    done = hetis_plan_here("simulate", "plan.json", "--requests", "100", "--threads", "1", "-o", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = plan.simulate(requests=100)
+    assert found.to_dict()["summary"] == json.loads(done.stdout)["summary"]
+    assert "requests/s" in repr(found)
+    assert found.goodput_rps is None
+
+
+def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
+    pytest.importorskip("pandas")
+    found = plan.simulate(requests=100, sweep=True, tolerance="20%")
+    frame = found.to_frame()
+    assert found.goodput_rps is not None
+    assert frame.loc[frame["within"], "rate_rps"].max() == found.goodput_rps
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"objective": "fame"}, "unknown objective 'fame', expected one of goodput"),
+        ({"strategy": "hope"}, "unknown strategy 'hope'"),
+        ({"tpot": "soon"}, "soon"),
+        ({"time_limit": -1}, "must be > 0"),
+        ({"objective": "cost"}, "needs a demanded rate"),
+        ({"roles": ["judge"]}, "judge"),
+    ],
+)
+def test_what_is_wrong_is_named(folder: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(hetis.HetisError, match=words):
+        hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", **options)
+
+
+def test_an_impossible_plan_has_its_reasons(folder: Path) -> None:
+    with pytest.raises(hetis.InfeasibleError) as caught:
+        hetis.place(folder / "cluster.yaml", "Llama-3.1-405B", "500/100", time_limit=5)
+    assert caught.value.reasons
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    """Cell by cell, as a notebook does: the last expression of each is its value."""
+    pytest.importorskip("pandas")
+    copy(EXAMPLES / "h100-l4.yaml", tmp_path)
+    cells = json.loads((EXAMPLES / "plan.ipynb").read_text())["cells"]
+    shown, names = [], dict[str, Any]()
+    with chdir(tmp_path):
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                shown.append(value_of("".join(cell["source"]), names))
+    plan = next(value for value in shown if isinstance(value, hetis.Plan))
+    assert plan.value.objective.kind is ObjectiveKind.GOODPUT
+    assert shown[-1] is True
+    assert (tmp_path / "report.html").exists()
+
+
+def value_of(source: str, names: dict[str, Any]) -> Any:
+    *body, last = ast.parse(source).body
+    exec(compile(ast.Module(body, []), "cell", "exec"), names)
+    if isinstance(last, ast.Expr):
+        return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+    exec(compile(ast.Module([last], []), "cell", "exec"), names)
+    return None

@@ -1,0 +1,223 @@
+"""Pages of HTML: they hold what the plan says, need no network, and are whole HTML whatever names are in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.documents import load_cluster, load_plan
+from hetis.planner.report.figures import digits
+from hetis.planner.report.page.fleet_map import fleet_map
+from hetis.planner.report.page.pages import ShownPlan, plans_page
+from hetis.planner.report.page.plan_section import reason_words, shape_words
+from hetis.planner.report.plan import simple_setups
+from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
+from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
+from hetis.planner.use_cases.verify import VERIFICATION
+from hetis.solver.explain import Explanation, IdleGpus
+from tests.planner import plans
+from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
+from tests.planner.html_pages import ReadPage
+
+CLUSTER = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: two-types
+nodes:
+  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
+  - {name: t4, count: 2, gpus: [{type: T4, count: 1}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cluster, its plan and the page that `place` made beside it."""
+    path = tmp_path_factory.mktemp("pages")
+    (path / "cluster.yaml").write_text(CLUSTER)
+    done = hetis_plan_here("place", *INPUTS, "--out", "plan.json", "--html", "placed.html", cwd=path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def whole(page: str) -> ReadPage:
+    """The page, which is whole and fetches nothing."""
+    read = ReadPage(page)
+    assert len(set(read.names)) == len(read.names), "a name is used twice"
+    assert all(address.startswith(("#", "data:,")) for address in read.addresses), read.addresses
+    assert "url(" not in page
+    assert "@import" not in page
+    return read
+
+
+def test_a_page_says_what_the_plan_says(folder: Path) -> None:
+    text = whole((folder / "placed.html").read_text()).text
+    plan = load_plan(str(folder / "plan.json"))
+    figures = figures_of(plan, inputs_from_documents(plan.inputs["documents"], "plan.json"))
+    assert figures.usd_per_hour is not None
+    assert figures.usd_per_million_output_tokens is not None
+    for figure in (
+        figures.rate_rps, figures.output_tokens_per_s, figures.usd_per_hour, figures.usd_per_million_output_tokens,
+        plan.inputs[EQUAL_STAGES],
+    ):  # fmt: skip
+        assert digits(figure) in text, figure
+    assert f"{digits(plan.result.bound, 4)} requests/s" in text
+    assert "limits kept" in text
+    for price in plan.prices:
+        assert price.gpu in text
+    for note in plan.notes:
+        assert note in text
+
+
+def test_simpler_setups_are_no_better_than_the_best_of_them(folder: Path) -> None:
+    plan = load_plan(str(folder / "plan.json"))
+    simple = plan.inputs[SIMPLE_SETUPS]
+    assert list(simple) == ["1", "2"], "no node has more GPUs of a type"
+    assert all(value is None or value <= plan.inputs[EQUAL_STAGES] for value in simple.values())
+    said = simple_setups(replace(plan, inputs={SIMPLE_SETUPS: {"2": 0.85 * plan.result.value, "8": None}}))
+    assert said[0].startswith("TP2 in every replica: ")
+    assert said[0].endswith(", 15% less")
+    assert said[1] == "TP8 in every replica: none that keeps the limits"
+    assert simple_setups(plan)[0] in whole((folder / "placed.html").read_text()).text
+    assert simple_setups(plan)[0] in " ".join(
+        hetis_plan_here("place", *INPUTS, "--no-verify", cwd=folder).stdout.split()
+    )
+
+
+def test_report_makes_the_page_that_place_makes(folder: Path) -> None:
+    done = hetis_plan_here("report", "plan.json", "--out", "-", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (folder / "placed.html").read_text()
+
+
+def test_curves_of_a_simulation_have_the_limits_across(folder: Path) -> None:
+    done = hetis_plan_here("report", "plan.json", "--simulate", "--out", "curves.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    page = (folder / "curves.html").read_text()
+    text = whole(page).text
+    assert "Under simulated traffic" in text
+    assert "limit 2.00" in text
+    assert "limit 0.100" in text
+    assert len(re.findall(r"<circle ", page)) == 3 * 8  # throughput, TTFT and TPOT at every rate
+
+
+def test_plans_are_compared_before_each_is_shown(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["result"]["value"] /= 2
+    (folder / "worse.json").write_text(json.dumps(plan))
+    done = hetis_plan_here("report", "plan.json", "worse.json", "--out", "-", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    read = whole(done.stdout)
+    assert read.text.index("Side by side") < read.text.index("How good it is")
+    assert {"plan-1", "plan-2", "beside"} <= set(read.names)
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (("compare", *INPUTS, "--strategies", "uniform,hexgen"), "Strategies side by side"),
+        (("what-if", *INPUTS, "--strategy", "uniform", "--remove", "t4-0"), "Difference of the best plans"),
+        (("what-if", *INPUTS, "--strategy", "uniform", "--buy-next", "--market", "L4=0.7"), "What to buy next"),
+        (("replan", "--from", "plan.json", "-c", "cluster.yaml", "--time-limit", "5s"), "From the running plan"),
+        (("simulate", "plan.json", "--requests", "200", "--threads", "1"), "Under simulated traffic"),
+        (("simulate", "plan.json", "--requests", "100", "--sweep", "--threads", "1"), "Under simulated traffic"),
+    ],
+)
+def test_every_verb_has_its_page(folder: Path, verb: tuple[str, ...], words: str) -> None:
+    done = hetis_plan_here(*verb, "--html", "page.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert words in whole((folder / "page.html").read_text()).text
+
+
+def test_names_of_documents_cannot_write_html(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    evil = "<script>alert(1)</script>"
+    cluster = replace(found.problem.cluster, name=evil)
+    plan = replace(found.plan, notes=(evil,))
+    page = plans_page([ShownPlan(name=evil, plan=plan, problem=replace(found.problem, cluster=cluster))])
+    assert evil not in page
+    assert evil in whole(page).text
+
+
+def test_a_missed_limit_is_said_first(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    missed = {**found.plan.inputs[VERIFICATION], "kept": False, "ttft_p95_s": 9.5, "kept_rps": None}
+    plan = replace(found.plan, inputs={**found.plan.inputs, VERIFICATION: missed})
+    page = plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
+    text = whole(page).text
+    assert "MISSED" in text[: text.index("How good it is")]
+    assert "TTFT p95 9.5 s of 2 s" in text
+    assert 'class="text bad"' in page
+
+
+def test_the_map_shows_every_gpu_with_what_it_does() -> None:
+    cluster = load_cluster(str(EXAMPLES / "paper.yaml"))
+    plan = plans.plan(plans.paper_replica())
+    idle = IdleGpus(gpu="RTX-3090", zone="default", count=4, reason="too slow")
+    drawn = fleet_map(
+        plan, cluster, Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(idle,), attention_workers="")
+    )
+    (zone,) = drawn.zones
+    nodes = {node.name: node.cells for node in zone.nodes}
+    assert list(nodes) == ["a100", "r3090-[0-1] (2 equal nodes)", "p100"]
+    assert [cell.role for cell in nodes["p100"]] == ["stage", "stage", "worker", "worker"]
+    assert nodes["a100"][0].lines == ("R0 stage 1", "layers 0–51", "TP4, 1 of 2 heads")
+    assert nodes["p100"][3].lines == ("R0 stage 1", "attention", "1 of 2 heads")
+    assert drawn.idle == (("4 × RTX-3090", "too slow"),)
+
+
+def test_a_fleet_of_many_equal_nodes_is_drawn_in_a_few() -> None:
+    cluster = load_cluster(str(EXAMPLES / "fleet-10000.yaml"))
+    plan = plans.plan(plans.replica(plans.stage("L4", tp=1, first=0, layers=80, devices=("nowhere/0",))))
+    explanation = Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(), attention_workers="")
+    drawn = fleet_map(plan, cluster, explanation)
+    assert sum(len(zone.nodes) for zone in drawn.zones) == len(cluster.node_groups)
+
+
+def test_shapes_and_reasons_are_said_in_words() -> None:
+    shape = "H100-SXM-80GB TP8 x1 L60 | L4 TP1 x2 L20 (+3 T4 attention workers)"
+    assert shape_words(shape) == (
+        "60 layers on 8 × H100-SXM-80GB in TP8, then 20 layers on one L4 (2 copies) with 3 T4 as attention workers"
+    )
+    assert shape_words("decode: L4 TP1 x1 L1") == "decode only: 1 layer on one L4"
+    assert reason_words("its GPUs are worth 2 requests/s elsewhere", 1.7) == (
+        "15% less than the 2.00 requests/s its GPUs serve in the plan"
+    )
+    assert reason_words("would fit, but", 1.0) == "would fit, but"
+
+
+def test_a_page_that_cannot_be_is_refused_before_the_work(folder: Path) -> None:
+    for arguments, words in (
+        (("place", *INPUTS, "--html", "-"), "--html needs a file"),
+        (("place", *INPUTS, "--html", "x.html", "--out", "x.html"), "cannot both be"),
+        (("place", *INPUTS, "--html", "nowhere/x.html"), "no folder"),
+    ):
+        done = hetis_plan_here(*arguments, cwd=folder)
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_library_that_is_missing_is_missed_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments, extra in (
+        (["report", str(folder / "plan.json"), "--out", str(folder / "never.html")], "hetis[planner]"),
+        (["simulate", str(folder / "plan.json"), "--plot", str(folder / "never.html")], "hetis[plots]"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert f"pip install '{extra}'" in " ".join(result.output.replace("│", " ").split())
+    assert not (folder / "never.html").exists()
+
+
+def test_out_to_standard_output_prints_the_plan_and_no_table(folder: Path) -> None:
+    done = hetis_plan_here("place", *INPUTS, "--no-verify", "--out", "-", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "Plan"
+    again = hetis_plan_here("replan", "--from", "plan.json", "-c", "cluster.yaml", "--out", "-", cwd=folder)
+    assert json.loads(again.stdout)["kind"] == "Plan"
