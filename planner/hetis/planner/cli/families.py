@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import typer
@@ -38,18 +38,13 @@ def engine(text: str) -> str:
 
 def engine_rules(name: str | None, strategy: str, max_stages: int | None, max_gpus: int | None) -> EngineRules | None:
     """What ``--engine`` and its limits ask for; None: any engine will do, as for published heuristics by default."""
-    from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE
-    from hetis.solver.placement.strategies import STRATEGIES
-    from hetis.solver.problem import EngineRules
+    from hetis.planner.use_cases.sources import engine_rules as rules_of
+    from hetis.solver.errors import InvalidProblemError
 
-    chosen = name or (ANY_ENGINE if STRATEGIES[strategy].is_published else DEFAULT_ENGINE)
-    if chosen == ANY_ENGINE:
-        given = [flag for flag, value in (("--max-stages", max_stages), ("--max-gpus", max_gpus)) if value is not None]
-        if given:
-            raise typer.BadParameter(f"{given[0]} limits the replicas of an engine: give --engine, too")
-        return None
-    rules = EngineRules(name=chosen, max_gpus=max_gpus)
-    return rules if max_stages is None else replace(rules, max_stages=max_stages)
+    try:
+        return rules_of(name, strategy, max_stages=max_stages, max_gpus=max_gpus)
+    except InvalidProblemError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @dataclass(frozen=True, slots=True)

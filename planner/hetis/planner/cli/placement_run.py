@@ -85,7 +85,10 @@ class PlacementRun:
         return self._judge(plan)
 
     def _plan_and_study(self, cancelled: threading.Event, report: Report) -> _Answer:
-        compile_kernels(self.problem.cluster.num_gpus(), (self.settings.strategy,), report=report)
+        compile_kernels(
+            self.problem.cluster.num_gpus(), (self.settings.strategy,),
+            for_engine=self.settings.engine is not None, report=report,
+        )  # fmt: skip
         plan = make_plan(
             self.loaded,
             self.problem,

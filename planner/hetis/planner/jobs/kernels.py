@@ -7,17 +7,20 @@ is to solve a problem that is as small as it can be.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from hetis.formats import catalogue
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Progress, Report
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.compiled import is_cached
+from hetis.solver.placement.engines import DEFAULT_ENGINE, run_by
 from hetis.solver.placement.exact import MAX_GPUS
 from hetis.solver.placement.frontier import explore
+from hetis.solver.placement.pipelines import best_splits
 from hetis.solver.placement.pricing import KERNELS
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.published import PUBLISHED
 from hetis.solver.published.layers import best_split
 from hetis.solver.workload import LengthBin, Workload
@@ -32,17 +35,27 @@ def are_cached() -> bool:
     return all(is_cached(kernel) for kernel in (explore, *KERNELS))
 
 
-def load_kernels(num_gpus: int, *, report: Report) -> None:
-    """Makes sure that a fleet of ``num_gpus`` is searched without compiling anything."""
+def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
+    """Makes sure that a fleet of ``num_gpus`` is searched without compiling anything.
+
+    ``for_engine``: for an engine's plans, whose search compiles in seconds whatever the fleet.
+    """
+    if for_engine:
+        if not is_cached(best_splits):
+            report(Progress(phase=COMPILING, elapsed_s=0.0))
+        problem = _smallest_problem(1)
+        family = run_by(problem.family, EngineRules(name=DEFAULT_ENGINE))
+        solve_placement(replace(problem, family=family))
+        return
     is_small = num_gpus <= MAX_GPUS
     if not all(is_cached(kernel) for kernel in ((explore,) if is_small else KERNELS)):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
         solve_placement(_smallest_problem(1 if is_small else MAX_GPUS + 1))
 
 
-def compile_kernels(num_gpus: int, strategies: Collection[str], *, report: Report) -> None:
+def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: bool = False, report: Report) -> None:
     """Makes sure that these strategies search such a fleet without compiling anything."""
-    load_kernels(num_gpus, report=report)
+    load_kernels(num_gpus, for_engine=for_engine, report=report)
     if not is_cached(best_split) and not PUBLISHED.keys().isdisjoint(strategies):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
         for strategy in PUBLISHED:
@@ -51,6 +64,7 @@ def compile_kernels(num_gpus: int, strategies: Collection[str], *, report: Repor
 
 def compile_all_kernels() -> None:
     """Leaves nothing of any strategy to be compiled for fleets of any size; takes a minute or two the first time."""
+    load_kernels(1, for_engine=True, report=lambda _progress: None)
     for num_gpus in (1, MAX_GPUS + 1):
         compile_kernels(num_gpus, PUBLISHED, report=lambda _progress: None)
 

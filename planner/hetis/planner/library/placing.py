@@ -13,7 +13,7 @@ from hetis.planner.library.plan import Plan
 from hetis.planner.library.quantities import Quantity, limit_of, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.market import catalogue_market
-from hetis.planner.use_cases.sources import load_inputs, ordered
+from hetis.planner.use_cases.sources import engine_rules, load_inputs, ordered
 from hetis.planner.use_cases.verify import verified
 from hetis.solver.budget import Budget, Progress, silent
 from hetis.solver.cluster import Cluster
@@ -39,6 +39,9 @@ def place(
     forbid: Sequence[str] = (),
     strategy: str = placing.DEFAULT_STRATEGY,
     roles: Sequence[str] = (),
+    engine: str | None = None,
+    max_stages: int | None = None,
+    max_gpus: int | None = None,
     profiles: Sequence[Path] = (),
     time_limit: Quantity = 60.0,
     gap: Quantity = 0.001,
@@ -55,6 +58,8 @@ def place(
         workload: a name of the catalogue, a Workload file, a trace, mean lengths such as ``8000/300``, or a value.
         objective: ``goodput``, ``throughput``, ``cost`` or ``gpus``; the last two need ``rate`` in requests/s.
         ttft, tpot: limits in seconds or as ``"200ms"``; None lifts one, ``"default"`` is 2 s and 100 ms.
+        engine: ``vllm-hetis`` (the default, but for published heuristics), ``vllm``, ``sglang`` or ``any``: plan only
+            what it runs, replicas of at most ``max_stages`` and ``max_gpus``.
         pin, forbid: what the plan must keep, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at the rate it promises.
         progress: called with news of the search, from this thread.
@@ -74,13 +79,16 @@ def place(
     settings = placing.Settings(
         strategy=_strategy(strategy),
         roles=ordered(map(_role, roles)),
+        engine=engine_rules(engine, strategy, max_stages=max_stages, max_gpus=max_gpus),
         time_limit_s=seconds_of(time_limit),
         gap_target=ratio_of(gap),
         seed=seed,
         threads=threads,
     )
-    problem = loaded.inputs.problem(goal, strategy, settings.roles)
-    compile_kernels(problem.cluster.num_gpus(), (strategy,), report=progress)
+    problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
+    compile_kernels(
+        problem.cluster.num_gpus(), (strategy,), for_engine=settings.engine is not None, report=progress
+    )  # fmt: skip
     cancelled = threading.Event()
     budget = Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
     plan = placing.make_plan(

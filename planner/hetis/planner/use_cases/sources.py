@@ -112,6 +112,32 @@ def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | N
     return run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
 
 
+def engine_rules(
+    name: str | None, strategy: str, *, max_stages: int | None = None, max_gpus: int | None = None
+) -> EngineRules | None:
+    """The rules of the engine that plans are asked for; None: any will do, as for published heuristics by default.
+
+    Args:
+        name: of the engine, ``any``, or None for the default.
+        max_stages, max_gpus: of a replica; None: the engine's own.
+
+    Raises:
+        InvalidProblemError: there is no such engine, or any is asked for and yet limited.
+    """
+    from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE, run_by
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    chosen = name or (ANY_ENGINE if STRATEGIES[strategy].is_published else DEFAULT_ENGINE)
+    if chosen == ANY_ENGINE:
+        if max_stages is not None or max_gpus is not None:
+            raise InvalidProblemError("stages and GPUs of a replica are limited for an engine: name one, too")
+        return None
+    rules = EngineRules(name=chosen, max_gpus=max_gpus)
+    rules = rules if max_stages is None else replace(rules, max_stages=max_stages)
+    run_by(Family(), rules)
+    return rules
+
+
 def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
     """Each once, in the order in which families list them."""
     wanted = set(roles)
