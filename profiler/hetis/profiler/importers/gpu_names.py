@@ -24,14 +24,15 @@ _MEANT = {
 def gpu_name(rows: Rows, index: int, column: str) -> str | None:
     """The catalogue's name; None after noting the problem."""
     text = rows.text(index, column)
-    found = _found(text)
+    found = catalogue_name(text)
     if found is None:
         rows.refuse(index, column, f"is {text!r}, no GPU of the catalogue")
     return found
 
 
 @cache
-def _found(text: str) -> str | None:
+def catalogue_name(text: str) -> str | None:
+    """The catalogue's name of a GPU as tables call it; None where it could be several or none."""
     try:
         return catalogue.find_gpu(_MEANT.get(text, text)).gpu.name
     except catalogue.UnknownNameError:
