@@ -41,6 +41,7 @@ from benchmarks.measuring.serving_points import (
     read_rows,
 )
 from hetis.formats import catalogue
+from hetis.profiler.engines import for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.memory import rank_room_bytes
@@ -57,6 +58,7 @@ PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
 ROUNDS = 10  # requests of a run for each one in flight, as InferenceX sends
+LEAST_DECODING = 0.5  # of the seats that memory allows; below it something that the row does not say held requests back
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -160,10 +162,12 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
     """Mean TTFT and TPOT of a point.
 
     Raises:
-        NotPosedError: not one of its requests fits in memory.
+        NotPosedError: not one of its requests fits in memory, or the engine let far fewer run than fit.
     """
     chunk = CHUNK_TOKENS[point.engine]
     timing, seats = stage_of(point, chunk)
+    if point.decoding < LEAST_DECODING * min(point.requests, seats):
+        raise NotPosedError("most requests waited though their KV fits: the engine's own limit is not recorded")
     load = Load(
         in_flight=point.requests, total=rounds * point.requests, prompt_tokens=point.prompt_tokens,
         output_tokens=point.output_tokens, shortest=point.shortest,
@@ -187,7 +191,7 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
         cluster=fleet("node", (1, NODE_GPUS, point.gpu)),
         model=model,
         workload=Workload(name="point", bins=(lengths,)),
-        profiles={point.gpu: profile_of(point.gpu)},
+        profiles={point.gpu: profile_of(point.gpu, point.engine, point.stream_interval)},
         objective=NO_LIMITS,
     )
     link = intra_link(catalogue.find_gpu(point.gpu).gpu, None)
@@ -209,9 +213,10 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
 
 
 @cache
-def profile_of(gpu: str) -> Profile:
-    """The shipped profile, or else the modelled one."""
-    return shipped_profile(gpu) or modelled_profile(catalogue.find_gpu(gpu).gpu)
+def profile_of(gpu: str, engine: str, stream_interval: int) -> Profile:
+    """The shipped profile, or else the modelled one, under the engine."""
+    found = shipped_profile(gpu) or modelled_profile(catalogue.find_gpu(gpu).gpu)
+    return for_engine(found, engine, stream_interval=stream_interval)
 
 
 Peer = Mapping[str, tuple[float, float] | str]  # by the row's id: TTFT and TPOT in seconds, or why there is no answer
@@ -223,7 +228,9 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
     Raises:
         SystemExit: it cannot be started.
     """
-    asked = "\n".join(json.dumps(dict(point.row)) for point in points)
+    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # it loads tables for each
+    kv = {point.row["id"]: {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {} for point in points}
+    asked = "\n".join(json.dumps(dict(point.row) | kv[point.row["id"]]) for point in ordered)
     try:
         done = subprocess.run([python, str(PEER)], input=asked, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

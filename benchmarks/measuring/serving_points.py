@@ -33,6 +33,7 @@ CHUNK_TOKENS = {
 }  # max_num_batched_tokens, chunked_prefill_size, max_num_tokens
 # SGLang computes prompts in iterations of their own; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
+STREAM_INTERVAL = {"vllm": 1, "trtllm": 10, "sglang": 30}  # of InferenceX's scripts; engines answer every token
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated ones and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
 _QUANTISED_ENDING = re.compile(r"-(FP8|NVFP4|FP4|MXFP4)$", re.IGNORECASE)
@@ -55,8 +56,15 @@ class ServingPoint:
     prompt_tokens: int
     output_tokens: int
     shortest: float  # lengths are even between this share of the stated ones and all of it
+    stream_interval: int  # tokens of a request that the engine answers at once
     ttft_s: float
     tpot_s: float
+
+    @property
+    def decoding(self) -> float:
+        """Requests that decode at once, by Little's law from the times measured."""
+        decode_s = self.output_tokens * self.tpot_s
+        return self.requests * decode_s / (self.ttft_s + decode_s)
 
     @property
     def kind(self) -> str:
@@ -127,6 +135,7 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
         row=row, gpu=gpu, engine=row["backend"], label=row["model_path"].rpartition("/")[2], model=model,
         mode=row["mode"], tp=tp, requests=requests, prompt_tokens=_whole(row, "isl"),
         output_tokens=_whole(row, "osl"), shortest=LENGTH_RATIO if inferencex else 1.0,
+        stream_interval=STREAM_INTERVAL[row["backend"]] if inferencex else 1,
         ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
     )  # fmt: skip
 
@@ -175,9 +184,13 @@ def _named_model(name: str) -> ModelSpec:
 
 
 def _requests(row: Mapping[str, str]) -> int:
-    """Requests in flight on the replica."""
+    """Requests in flight on the replica; the source's own number is that of all replicas of a run."""
+    if row.get("batch_size"):
+        return _whole(row, "batch_size")
     found = re.search(r"silicon_concurrency=(\d+)", row.get("silicon_data_source", ""))
-    return int(found[1]) if found else _whole(row, "batch_size")
+    if found is None:
+        raise NotPosedError("requests in flight are not recorded")
+    return int(found[1])
 
 
 def _whole(row: Mapping[str, str], column: str, default: int | None = None) -> int:

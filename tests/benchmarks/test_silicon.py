@@ -44,7 +44,13 @@ def test_a_row_is_posed_as_it_says() -> None:
     nvfp4 = pose(row(model_path="nvidia/Qwen3-32B-NVFP4", gemm_quant_mode="nvfp4", backend="trtllm"))
     assert (nvfp4.model.weight_bytes, nvfp4.model.kv_bytes) == (0.5625, 1.0)
     assert pose(row()).model.weight_bytes == 2.0
-    assert pose(row(silicon_data_source="source_file=2026-03-25.csv")).requests == 4  # without one: the batch
+    # The batch is that of one replica, the source's number that of a whole run of several.
+    assert pose(row(batch_size="2")).requests == 2
+    assert pose(row(batch_size="")).requests == 4
+    # InferenceX varies lengths, and answers several tokens at once.
+    inferencex = pose(row(silicon_data_source="source_file=2026-03-25.csv", backend="trtllm"))
+    assert (inferencex.shortest, inferencex.stream_interval) == (0.8, 10)
+    assert (point.shortest, point.stream_interval) == (1.0, 1)
 
 
 def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
@@ -59,6 +65,7 @@ def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
     assert "format int3" in reason(gemm_quant_mode="int3")
     assert "two formats" in reason(gemm_quant_mode="fp8", moe_quant_mode="nvfp4")
     assert reason(silicon_tpot_ms="") == "silicon_tpot_ms is not recorded"
+    assert reason(batch_size="", silicon_data_source="") == "requests in flight are not recorded"
     assert reason(isl="0") == "isl is not recorded"
 
 
@@ -72,11 +79,19 @@ def test_a_point_that_does_not_fit_in_memory_is_skipped() -> None:
         silicon.predict(pose(row(model_path="meta-llama/Llama-3.1-70B")))
 
 
+def test_what_held_requests_back_unrecorded_is_skipped() -> None:
+    """Four requests in flight, and the times say that one decodes: 64 tokens at 6.5 ms are 0.4 s, TTFT is 2 s."""
+    point = pose(row(silicon_ttft_ms="2000"))
+    assert point.decoding == pytest.approx(4 * 0.416 / 2.416)
+    with pytest.raises(NotPosedError, match="the engine's own limit is not recorded"):
+        silicon.predict(point)
+
+
 def test_one_request_at_a_time_takes_what_the_cost_model_says() -> None:
     """Nobody waits: a prompt is one iteration, every further token one at the mean context."""
-    point = pose(row(silicon_data_source="silicon_concurrency=1"))
+    point = pose(row(batch_size="1"))
     found = silicon.predict(point)
-    shape, profile = rank_shape(point.model, 1), silicon.profile_of(point.gpu)
+    shape, profile = rank_shape(point.model, 1), silicon.profile_of(point.gpu, "vllm", 1)
     assert shape is not None
     gpu = catalogue.find_gpu(point.gpu).gpu
     moments = moments_of([LengthBin(prompt_tokens=512, output_tokens=64, weight=1.0)], block_tokens=1)
@@ -176,7 +191,7 @@ def test_a_peer_that_cannot_be_started_says_so() -> None:
 
 
 def test_fewer_seats_never_serve_sooner() -> None:
-    point = pose(row(silicon_data_source="silicon_concurrency=16", model_path="meta-llama/Llama-3.1-8B"))
+    point = pose(row(batch_size="16", model_path="meta-llama/Llama-3.1-8B"))
     timing, seats = silicon.stage_of(point, 8192)
     load = Load(in_flight=16, total=64, prompt_tokens=512, output_tokens=64)
     engine = Engine(chunk_tokens=8192, seats=seats, mixes=True)

@@ -193,6 +193,7 @@ class Numbers:
             outputs, table = self.b + rows, m.vocab * m.hidden
             B = table * m.embedding_bytes / s.tp + outputs * m.hidden * m.activation_bytes
             total += self.fit(s.gpu, Op.DENSE, s.tp, F=2 * outputs * table / s.tp, B=B, T=outputs)
+            total += self.fit(s.gpu, Op.SAMPLE, s.tp, T=outputs)
         return total
 
     def slack(self, s: Stage, K: int) -> float:

@@ -63,9 +63,9 @@ def unit_doubt(table: Table, gpu: GpuType) -> str:
 def implausible_fits(profile: Profile, gpu: GpuType) -> Iterator[tuple[Fit, str]]:
     """Fits whose time for much work no ``gpu`` can have, by a factor that looks like a wrong unit, and why."""
     for fit in profile.fits:
-        if fit.op is Op.STEP:
+        if fit.op in (Op.STEP, Op.SAMPLE):
             seconds = np.array([fit.seconds(tokens=64.0)])
-            if seconds[0] > 0 and (doubt := _outside(seconds, STEP_SECONDS, "a step of 64 tokens")):
+            if seconds[0] > 0 and (doubt := _outside(seconds, STEP_SECONDS, f"a {fit.op} of 64 tokens")):
                 yield fit, doubt
             continue
         work = _MUCH[fit.op]

@@ -203,14 +203,14 @@ class DeviceCost:
         return 0.0 if fit is None else float(_seconds(fit, tokens=tokens))
 
     def head_s(self, tokens: float) -> float:
-        """LM head for T tokens."""
+        """LM head for T tokens, and what the engine does with each of them."""
         m, n = self.model, self.shape.tp
         num_bytes = m.embedding_params * m.embedding_bytes / n + tokens * m.hidden * m.activation_bytes
-        return float(
-            _seconds(
-                self._fits[Op.DENSE], flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
-            )
+        product_s = _seconds(
+            self._fits[Op.DENSE], flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
         )
+        sample = self._fits.get(Op.SAMPLE)
+        return float(product_s if sample is None else product_s + _seconds(sample, tokens=tokens))
 
     # Memory of one rank, in bytes.
 

@@ -25,6 +25,8 @@ class Op(StrEnum):
     ``all_reduce``            B message bytes; W = ``2 (n-1)/n B / link bandwidth``, the wire time of a ring
     ``transfer``              B message bytes; W = ``B / link bandwidth``; the link's latency is added apart
     ``step``                  what an engine adds per iteration and stage, whatever the batch: T tokens
+    ``sample``                what an engine adds for each of T sequences that an iteration has logits of, where the
+                              LM head is: sampling, detokenising, their place in the next batch
     ========================  ========================================================================================
     """
 
@@ -34,6 +36,7 @@ class Op(StrEnum):
     ALL_REDUCE = "all_reduce"
     TRANSFER = "transfer"
     STEP = "step"
+    SAMPLE = "sample"
 
 
 class Source(StrEnum):

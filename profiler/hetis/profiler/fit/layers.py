@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.formats import catalogue
+from hetis.formats import catalogue, dtypes
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
 from hetis.profiler.fit.points import CACHE_BYTES, Cells, Points, Selection, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
@@ -37,6 +37,7 @@ _MODELS = (
     "facebook/opt-13b",
     "facebook/opt-30b",
 )
+_NVFP4 = FitScope(weight_bytes=dtypes.BYTES_PER_PARAMETER["nvfp4"])  # the scales are bytes too
 # Elementwise kernels of a layer: two norms, rope, activation, residual. A launch each, within a captured graph.
 _ELEMENTWISE_LAUNCH_S = 10e-6
 
@@ -52,8 +53,8 @@ class _Row:
 
 
 def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
-    """The points of 16-bit weights, and of 8-bit ones under a scope of their own, from the first source of each."""
-    for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0))):
+    """The points of 16-bit weights; of 8 and 4-bit ones under scopes of their own; from the first source of each."""
+    for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0)), (4, _NVFP4)):
         chosen = into.points
         for measurement in measurements:
             if points := _points([measurement], weight_bits, scope, gpu):
@@ -81,7 +82,8 @@ def _points(measurements: Sequence[Measurements], weight_bits: int, scope: FitSc
         np.array([getattr(row, name) for row in rows]) for name in ("tokens", "hidden", "params", "seconds")
     )
     # docs/cost-model.md, dense(T): weights once, eight activations of the hidden size per token.
-    num_bytes = params * weight_bits / 8.0 + 8.0 * hidden * 2.0 * tokens
+    weight_bytes = weight_bits / 8.0 if scope.weight_bytes is None else scope.weight_bytes
+    num_bytes = params * weight_bytes + 8.0 * hidden * 2.0 * tokens
     return Points(
         op=Op.DENSE,
         scope=scope,

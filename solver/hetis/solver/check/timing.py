@@ -260,4 +260,5 @@ def _lm_head(setting: Setting, stage: StageShape, T: int) -> float:
     model, n = setting.model, stage.tp
     flops = 2 * T * model.embedding_params / n
     num_bytes = model.embedding_params * model.embedding_bytes / n + T * model.hidden * model.activation_bytes
-    return setting.seconds(stage.gpu, Op.DENSE, n, flops=flops, num_bytes=num_bytes, tokens=T)
+    sampling = setting.seconds(stage.gpu, Op.SAMPLE, n, tokens=T)
+    return setting.seconds(stage.gpu, Op.DENSE, n, flops=flops, num_bytes=num_bytes, tokens=T) + sampling
