@@ -41,7 +41,7 @@ from benchmarks.measuring.serving_points import (
     read_rows,
 )
 from hetis.formats import catalogue
-from hetis.profiler.engines import for_engine
+from hetis.profiler.engines import ENGINES, for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.memory import rank_room_bytes
@@ -174,7 +174,8 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
     )  # fmt: skip
     engine = Engine(chunk_tokens=chunk, seats=seats, mixes=MIXES[point.engine])
     ttft_s, tpot_s = closed_loop(load, engine, timing.seconds, point.model.attended_tokens)
-    return Outcome(point=point, ttft_s=ttft_s, tpot_s=tpot_s, seats=seats)
+    answer_s = ENGINES[point.engine].answer_s
+    return Outcome(point=point, ttft_s=ttft_s + answer_s, tpot_s=tpot_s, seats=seats)
 
 
 def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
@@ -215,8 +216,8 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
 @cache
 def profile_of(gpu: str, engine: str, stream_interval: int) -> Profile:
     """The shipped profile, or else the modelled one, under the engine."""
-    found = shipped_profile(gpu) or modelled_profile(catalogue.find_gpu(gpu).gpu)
-    return for_engine(found, engine, stream_interval=stream_interval)
+    kind = catalogue.find_gpu(gpu).gpu
+    return for_engine(shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval)
 
 
 Peer = Mapping[str, tuple[float, float] | str]  # by the row's id: TTFT and TPOT in seconds, or why there is no answer

@@ -34,6 +34,7 @@ CHUNK_TOKENS = {
 # SGLang computes prompts in iterations of their own; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
 STREAM_INTERVAL = {"vllm": 1, "trtllm": 10, "sglang": 30}  # of InferenceX's scripts; engines answer every token
+DRIFT = 0.98  # of equal lengths where prompts and decoding mix: who came at once does not end at once for long
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated ones and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
 _QUANTISED_ENDING = re.compile(r"-(FP8|NVFP4|FP4|MXFP4)$", re.IGNORECASE)
@@ -131,10 +132,11 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
     if rank_shape(model, tp) is None:
         raise NotPosedError("the model's heads cannot be shared by so many ranks")
     inferencex = _INFERENCEX.search(row.get("silicon_data_source", "")) is not None
+    drift = DRIFT if MIXES[row["backend"]] else 1.0
     return ServingPoint(
         row=row, gpu=gpu, engine=row["backend"], label=row["model_path"].rpartition("/")[2], model=model,
         mode=row["mode"], tp=tp, requests=requests, prompt_tokens=_whole(row, "isl"),
-        output_tokens=_whole(row, "osl"), shortest=LENGTH_RATIO if inferencex else 1.0,
+        output_tokens=_whole(row, "osl"), shortest=LENGTH_RATIO if inferencex else drift,
         stream_interval=STREAM_INTERVAL[row["backend"]] if inferencex else 1,
         ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
     )  # fmt: skip

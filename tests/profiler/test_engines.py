@@ -37,8 +37,8 @@ def cost(profile: Profile) -> DeviceCost:
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_every_sequence_takes_the_host_its_time_once(engine: str) -> None:
-    bare, hosted = cost(modelled_profile(GPU)), cost(for_engine(modelled_profile(GPU), engine))
-    rarely = cost(for_engine(modelled_profile(GPU), engine, stream_interval=4))
+    bare, hosted = cost(modelled_profile(GPU)), cost(for_engine(modelled_profile(GPU), GPU, engine))
+    rarely = cost(for_engine(modelled_profile(GPU), GPU, engine, stream_interval=4))
     host = ENGINES[engine]
     for sequences in (1, 7, 256):
         assert hosted.head_s(sequences) - bare.head_s(sequences) == pytest.approx(sequences * host.sequence_s)
@@ -48,7 +48,7 @@ def test_every_sequence_takes_the_host_its_time_once(engine: str) -> None:
 
 
 def test_a_profile_under_an_engine_is_a_profile_like_any_other() -> None:
-    hosted = for_engine(for_engine(modelled_profile(GPU), "sglang"), "vllm")
+    hosted = for_engine(for_engine(modelled_profile(GPU), GPU, "sglang"), GPU, "vllm")
     assert sum(fit.op in (Op.STEP, Op.SAMPLE) for fit in hosted.fits) == 2  # of the engine named last
     assert parse_profile(*parse_text(dump(hosted), "p.yaml")) == hosted
     assert list(implausible_fits(hosted, GPU)) == []
@@ -57,9 +57,9 @@ def test_a_profile_under_an_engine_is_a_profile_like_any_other() -> None:
 
 def test_engines_that_nobody_measured_are_refused() -> None:
     with pytest.raises(InvalidProblemError, match="no host times are known for engine 'steam'; known: vllm, sglang"):
-        for_engine(modelled_profile(GPU), "steam")
+        for_engine(modelled_profile(GPU), GPU, "steam")
     with pytest.raises(InvalidProblemError, match="stream_interval is 0, must be >= 1"):
-        for_engine(modelled_profile(GPU), "vllm", stream_interval=0)
+        for_engine(modelled_profile(GPU), GPU, "vllm", stream_interval=0)
 
 
 @pytest.mark.skipif(not TABLE.exists(), reason=f"{TABLE} is not here: vLLM's host times were NOT compared with it")

@@ -14,9 +14,9 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.cli.doubts import impossible
+from hetis.profiler.engines import for_engine
 from hetis.profiler.fit import fit_profile
 from hetis.profiler.importers import import_tables
-from hetis.profiler.engines import for_engine
 from hetis.profiler.plausibility import STEP_SECONDS, implausible_fits, unit_doubt
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_gpus, shipped_profile
@@ -150,7 +150,7 @@ def test_no_shipped_profile_is_doubted(gpu: str) -> None:
 @pytest.mark.parametrize("op", list(Op), ids=str)
 @WRONG
 def test_a_profile_with_it_is_broken(op: Op, factor: float) -> None:
-    profile = for_engine(modelled_profile(A100), "vllm")
+    profile = for_engine(modelled_profile(A100), A100, "vllm")
     fits = tuple(times_all(fit, factor) if fit.op is op else fit for fit in profile.fits)
     broken = list(implausible_fits(replace(profile, fits=fits), A100))
     assert {fit.op for fit, _ in broken} == {op}

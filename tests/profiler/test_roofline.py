@@ -69,7 +69,7 @@ ARCHITECTURES = (
     "Ada", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3", "Hopper",
     "Pascal", "Turing", "Volta",
 )  # fmt: skip
-MODELLED = [op for op in Op if op is not Op.SAMPLE]  # that is an engine's: `for_engine`
+MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those are an engine's: `for_engine`
 
 
 def seconds(gpu: GpuType, op: Op, model: ModelSpec = LLAMA, **work: float) -> float:

@@ -19,6 +19,7 @@ class Op(StrEnum):
 
     ========================  ========================================================================================
     ``dense``                 all matrix products of a layer for T tokens: F FLOPs, B bytes of weights and activations
+    ``experts``               of those products the ones of routed experts, where a profile has them apart: F, B, T
     ``prefill_attention``     a chunk of T tokens attends to itself and its past: F FLOPs, B bytes of KV read,
                               H (token, query head) pairs
     ``decode_attention``      a batch of single tokens: F FLOPs, B bytes of KV read (g in Hetis), H query heads (h)
@@ -31,6 +32,7 @@ class Op(StrEnum):
     """
 
     DENSE = "dense"
+    EXPERTS = "experts"
     PREFILL_ATTENTION = "prefill_attention"
     DECODE_ATTENTION = "decode_attention"
     ALL_REDUCE = "all_reduce"

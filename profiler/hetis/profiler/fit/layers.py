@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.formats import catalogue, dtypes
+from hetis.formats import catalogue
+from hetis.formats.dtypes import BYTES_PER_PARAMETER
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
 from hetis.profiler.fit.points import CACHE_BYTES, Cells, Points, Selection, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
@@ -19,7 +20,7 @@ from hetis.solver.profile import FitScope, Op
 # Spread evenly over the logarithm: the tables hold many more large token counts than a served batch has.
 _TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 _MAX_TOKEN_COUNTS = 40  # a table with fewer is taken as it is
-_COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast a repeat read it
+COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast a repeat read it
 _MIN_LAYERS = 12  # layers and token counts, for a fit
 _TPS = (1, 2, 4, 8)
 _MODELS = (
@@ -37,7 +38,7 @@ _MODELS = (
     "facebook/opt-13b",
     "facebook/opt-30b",
 )
-_NVFP4 = FitScope(weight_bytes=dtypes.BYTES_PER_PARAMETER["nvfp4"])  # the scales are bytes too
+_NVFP4 = FitScope(weight_bytes=BYTES_PER_PARAMETER["nvfp4"])  # the scales are bytes too
 # Elementwise kernels of a layer: two norms, rope, activation, residual. A launch each, within a captured graph.
 _ELEMENTWISE_LAUNCH_S = 10e-6
 
@@ -162,7 +163,7 @@ def _layer(model: ModelSpec, tp: int, grid: _Grid) -> Iterator[_Row]:
         times = [grid.seconds(tokens, n, k) for n, k in products]
         if None in times:
             continue
-        elementwise = _ELEMENTWISE_LAUNCH_S + tokens * token_bytes / (_COLD_RATIO * grid.gpu.mem_bytes_per_s)
+        elementwise = _ELEMENTWISE_LAUNCH_S + tokens * token_bytes / (COLD_RATIO * grid.gpu.mem_bytes_per_s)
         seconds = sum(time for time in times if time is not None) + elementwise
         yield _Row(_shape(model.hidden, params), tokens, model.hidden, sum(params), seconds, cells)
 
@@ -202,7 +203,7 @@ class _Grid:
             return None
         measured = sum(weight * value for weight, value in corners if value is not None)
         weights = self._weight_bytes * n * k
-        cold = weights / (_COLD_RATIO * self.gpu.mem_bytes_per_s) if weights < self._cache else 0.0
+        cold = weights / (COLD_RATIO * self.gpu.mem_bytes_per_s) if weights < self._cache else 0.0
         return max(measured, cold)
 
     def around(self, n: float, k: float) -> dict[tuple[float, float], float]:
