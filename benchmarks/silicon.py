@@ -4,8 +4,9 @@
 
 Every row of the table (`benchmarks.measuring.serving_points`) is one engine on some GPUs with so many requests always
 in flight. What the cost model can express is predicted from shipped profiles, or modelled ones where nobody measured,
-and the catalogue; the rest is counted with its reason. Nothing is fitted to these rows: profiles are made of tables of
-single operators, engine settings are those of published scripts.
+and the catalogue; the rest is counted with its reason. Profiles are made of tables of single operators, engine settings
+are those of published scripts. What an engine's host adds is fitted to two models on one GPU, whose rows say so
+(``split``) and are in no total.
 
 A row is one (GPU, engine, model, kind, mode): ``..._mape`` is the mean absolute error over its points, ``..._bias`` the
 mean of predicted / measured - 1 (negative: predicted too fast), ``tpot_p90`` nine in ten points are nearer. The last
@@ -251,17 +252,21 @@ def peer_version(peer: Peer) -> str:
 
 
 def group_rows(outcomes: Sequence[Outcome], peer: Peer | None) -> Iterator[Row]:
-    """A row per (GPU, engine, model, kind, mode), the same without the model, and one per kind."""
+    """A row per (GPU, engine, model, kind, mode); of points held out the same without the model, and one per kind."""
     for keys in (("gpu", "engine", "model"), ("gpu", "engine"), ("gpu",), ()):
         groups = defaultdict[tuple[str, ...], list[Outcome]](list)
         for outcome in outcomes:
             point = outcome.point
+            if point.is_calibration and "model" not in keys:
+                continue
             named = {"gpu": point.gpu, "engine": point.engine, "model": point.label}
             groups[(*(named.get(key, "") for key in keys), point.kind, point.mode)].append(outcome)
         for group, members in sorted(groups.items()):
             names = [*group[:-2], *["all"] * (3 - len(keys)), *group[-2:]]
             labels: dict[str, Cell] = dict(zip(("gpu", "engine", "model", "kind", "mode"), names, strict=True))
-            yield labels | statistics(members) | ({} if peer is None else peer_statistics(members, peer))
+            split = "calibration" if members[0].point.is_calibration else "held out"
+            theirs = {} if peer is None else peer_statistics(members, peer)
+            yield labels | {"split": split} | statistics(members) | theirs
 
 
 def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:

@@ -54,6 +54,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "profiler/hetis/profiler/whole_engine.py"),
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
+        *("profiler/hetis/profiler/engines.py", "profiler/hetis/profiler/experts.py"),
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),

@@ -68,6 +68,11 @@ class ServingPoint:
         return self.requests * decode_s / (self.ttft_s + decode_s)
 
     @property
+    def is_calibration(self) -> bool:
+        """Whether an engine's host times were fitted to it; see `hetis.profiler.engines`."""
+        return self.gpu == "H100-SXM-80GB" and self.label in ("Qwen3-32B", "Llama-3.1-8B-Instruct")
+
+    @property
     def kind(self) -> str:
         return "dense" if self.model.moe is None else "moe"
 

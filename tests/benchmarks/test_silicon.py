@@ -150,6 +150,10 @@ def test_groups_have_the_promised_columns() -> None:
     assert [(g["gpu"], g["model"], g["kind"], g["n"]) for g in groups[:2]] == [
         ("H100-SXM-80GB", "Llama-3.1-8B", "dense", 1), ("H100-SXM-80GB", "Qwen3-30B-A3B", "moe", 1),
     ]  # fmt: skip
+    calibration = outcome(1.0, 1.0, model_path="Qwen/Qwen3-32B", tp_size="2")
+    with_it = list(silicon.group_rows([*outcomes, calibration], None))
+    assert [g["split"] for g in with_it if g["model"] == "Qwen3-32B"] == ["calibration"]
+    assert [g["n"] for g in with_it if g["gpu"] == "all"] == [1, 1]  # in no total
     promised = {"gpu", "engine", "model", "kind", "mode", "n", "tpot_mape", "tpot_bias", "ttft_mape"}
     assert all(promised <= group.keys() for group in groups)
 

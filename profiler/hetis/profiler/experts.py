@@ -2,8 +2,9 @@
 
 ``python -m hetis.profiler.experts --tables DIR --out FILE`` reads ``SYSTEM/moe/ENGINE/VERSION/moe_perf.parquet`` of
 aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's ``experts.json``. A
-kernel's time is one piece, ``fixed + flop F + byte B``: the experts that nobody chose are not read, the others are read
-once, and small ones reach a third of the matrix rate that dense layers do. Run again on the same tables it writes the
+kernel's time is one piece, ``fixed + flop F + byte B``. The rows are of skewed routing; B is that of the experts that
+even routing would touch, as in the cost model, so that the skew is in the coefficients. Small experts reach a third of
+the matrix rate that dense layers do. Run again on the same tables it writes the
 same bytes.
 """
 
@@ -36,6 +37,7 @@ _SYSTEMS = {"h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB"}
 _VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
 # MXFP4 is left out: engines choose among kernels for it, and the tables are not of those that gpt-oss is run with.
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
+_ROUTING = "power_law_1.2"  # of three that the tables have: what their publisher assumes of most models
 _MOST_TOKENS = 16384
 _LEAST_POINTS = 60
 _NEAREST = "Hopper"  # of architectures without tables
@@ -109,10 +111,10 @@ Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width
 
 
 def _points(rows: Sequence[Mapping[str, Any]], dtype: str) -> dict[Point, float]:
-    """Seconds of evenly routed experts that are whole on their ranks, by the fastest kernel; none of too few."""
+    """Seconds of experts that are whole on their ranks, by the fastest kernel; none of too few points."""
     best: dict[Point, float] = {}
     for row in rows:
-        if row["moe_dtype"] != dtype or row["distribution"] != "balanced" or row["moe_ep_size"] != 1:
+        if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row["moe_ep_size"] != 1:
             continue
         if row["num_tokens"] > _MOST_TOKENS or row["topk"] < 2:
             continue
@@ -129,7 +131,7 @@ def _kernel(points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights
     seconds = np.array([value for _, value in ordered])
     expert = 3.0 * hidden * width / ranks
     flops_s = 2.0 * tokens * chosen * expert / matrix_flops(gpu, BYTES_PER_PARAMETER[weights])
-    read = np.minimum(experts, tokens * chosen)  # routed evenly on purpose: no two tokens meet before all are taken
+    read = experts * (1.0 - (1.0 - chosen / experts) ** tokens)  # as `ModelSpec.touched_experts` expects them
     bytes_s = read * expert * BYTES_PER_PARAMETER[weights] / gpu.mem_bytes_per_s
     # Called over and over, they are read from the cache where they fit; serving reads them from memory.
     cached = bytes_s * gpu.mem_bytes_per_s < CACHE_BYTES[gpu.name]
