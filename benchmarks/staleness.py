@@ -52,6 +52,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "profiler/hetis/profiler/whole_engine.py"),
+    "silicon": (
+        *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
+        *("profiler/hetis/profiler/engines.py", "profiler/hetis/profiler/experts.py"),
+        *("simulator/hetis/simulator/timing.py", *_COSTS),
+    ),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),

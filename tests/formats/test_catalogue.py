@@ -134,6 +134,12 @@ def test_a_gpu_is_found_by_its_name_in_any_spelling(entry: catalogue.GpuEntry) -
         ("P100-12GB", "P100-PCIe-12GB"),
         ("MI300X", "MI300X-192GB"),
         ("gb200", "GB200-per-GPU"),
+        ("NVIDIA H200", "H200-SXM-141GB"),
+        ("NVIDIA H200 NVL", "H200-NVL-141GB"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000-Server-96GB"),
+        ("NVIDIA B300 SXM6 AC", "B300-SXM-288GB"),
+        ("Intel(R) Arc(TM) Pro B60 Graphics", "Arc-Pro-B60-24GB"),
+        ("AMD Instinct MI300X OAM", "MI300X-192GB"),
     ],
 )
 def test_usual_gpu_aliases(spelling: str, name: str) -> None:

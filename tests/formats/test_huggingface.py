@@ -16,7 +16,8 @@ from hetis.formats.model import load_model
 FOLDER = Path(__file__).parent / "huggingface"
 CONFIGS = sorted(FOLDER.glob("*.json"))
 KNOWN = {entry.model.name for entry in catalogue.models()}
-PUBLISHED_B = {  # billions, from the model cards; active too
+PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the model cards; active too, where exact
+    "MiniMaxAI/MiniMax-M2.5": (229, None),
     "google/gemma-7b": (8.54, 8.54),
     "deepseek-ai/DeepSeek-V2-Lite": (15.7, 2.66),
     "Qwen/Qwen2-57B-A14B": (57.4, 14.2),
@@ -41,7 +42,7 @@ def test_a_config_outside_the_catalogue_has_the_published_parameters(path: Path)
     model = load_model(path)
     total, active = PUBLISHED_B[repository(path)]
     assert model.params() / 1e9 == pytest.approx(total, rel=0.01)
-    assert model.active_params() / 1e9 == pytest.approx(active, rel=0.015)
+    assert active is None or model.active_params() / 1e9 == pytest.approx(active, rel=0.015)
 
 
 def test_every_supported_architecture_but_renamed_ones_has_a_fixture() -> None:

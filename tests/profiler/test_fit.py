@@ -397,6 +397,39 @@ def test_prefill_is_charged_its_kv_once_whatever_its_table_says() -> None:
     assert fit.region.outside(tokens=512, past_tokens=100, kv_bytes=1e12) == ("past_tokens", "kv_bytes")
 
 
+def prefill_table(rows: int, kernel: str, *, flops: float) -> Table:
+    tokens = np.geomspace(256, 16384, rows).round()
+    work = 4.0 * tokens * (tokens + 1) / 2 * 32 * 128
+    columns = {
+        "query_heads": np.full(rows, 32.0),
+        "kv_heads": np.full(rows, 8.0),
+        "head_dim": np.full(rows, 128.0),
+        "batch": np.ones(rows),
+        "tokens": tokens,
+        "past_tokens": np.zeros(rows),
+        "seconds": 1e-5 + work / flops,
+    }
+    return Table(op=MeasuredOp.PREFILL_ATTENTION, kernel=kernel, columns=columns)
+
+
+def test_of_one_engines_kernels_the_one_with_most_rows_is_fitted() -> None:
+    """A B200's table begins with a thousand rows of a decode kernel, which serves no prompts."""
+    corner, serving = prefill_table(20, "corner", flops=20e12), prefill_table(60, "serving", flops=150e12)
+    fitted = fit_profile([of(corner, serving)], A100)
+    fit = next(f for f in fitted.profile.fits if f.op is Op.PREFILL_ATTENTION and f.provenance.source is Source.FITTED)
+    assert "serving" in fit.provenance.origin
+    assert fit.pieces[0].flop_s == pytest.approx(1 / 150e12, rel=0.05)
+    assert any("corner" in table.origin for table in fitted.report.unfitted)
+
+
+@pytest.mark.parametrize("name", ["RTX-PRO-6000-Server-96GB", "RTX-4090", "RTX-5090", "B200-SXM-180GB"])
+def test_what_a_large_cache_served_is_left_out(name: str) -> None:
+    gpu = catalogue.find_gpu(name).gpu
+    report = fit_profile([of(decode_table(cold=False, factor=3.0), gpu=name)], gpu).report.ops[0]
+    assert report.notes == ()
+    assert sum(rows.num_rows for rows in report.left_out) > 0
+
+
 @pytest.mark.parametrize(
     ("op", "region", "said"),
     [

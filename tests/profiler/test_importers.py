@@ -110,6 +110,13 @@ def test_a_right_unit_passes_and_a_wrong_one_does_not(tmp_path: Path) -> None:
         )
 
 
+def test_a_gpu_that_could_be_several_is_refused_with_them(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{GEMM}NVIDIA H100,bfloat16,1,32,32,0.002\n")
+    assert message("aiconfigurator", path).endswith(
+        "device: is 'NVIDIA H100', which could be H100-PCIe-80GB or H100-SXM-80GB or H100-NVL-94GB"
+    )
+
+
 def test_every_wrong_value_is_named_with_file_row_and_column(tmp_path: Path) -> None:
     text = (
         GEMM

@@ -14,6 +14,7 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.cli.doubts import impossible
+from hetis.profiler.engines import for_engine
 from hetis.profiler.fit import fit_profile
 from hetis.profiler.importers import import_tables
 from hetis.profiler.plausibility import STEP_SECONDS, implausible_fits, unit_doubt
@@ -149,7 +150,7 @@ def test_no_shipped_profile_is_doubted(gpu: str) -> None:
 @pytest.mark.parametrize("op", list(Op), ids=str)
 @WRONG
 def test_a_profile_with_it_is_broken(op: Op, factor: float) -> None:
-    profile = modelled_profile(A100)
+    profile = for_engine(modelled_profile(A100), A100, "vllm")
     fits = tuple(times_all(fit, factor) if fit.op is op else fit for fit in profile.fits)
     broken = list(implausible_fits(replace(profile, fits=fits), A100))
     assert {fit.op for fit, _ in broken} == {op}
@@ -171,6 +172,6 @@ def test_decode_attention_that_takes_a_thousand_times_as_long_per_query_head_is_
 
 def test_an_engine_without_a_step_is_no_doubt() -> None:
     profile = modelled_profile(A100)
-    free = tuple(times_all(fit, 0.0) if fit.op is Op.STEP else fit for fit in profile.fits)
+    free = tuple(times_all(fit, 0.0) if fit.op in (Op.STEP, Op.SAMPLE) else fit for fit in profile.fits)
     assert list(implausible_fits(replace(profile, fits=free), A100)) == []
     assert STEP_SECONDS[0] < 1e-3 < STEP_SECONDS[1]

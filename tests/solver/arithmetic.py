@@ -85,8 +85,17 @@ class Numbers:
         m = self.model
         active = m.dense_layer_params() if is_prefix else m.active_layer_params()
         touched = m.dense_layer_params() if is_prefix else m.touched_layer_params(T)
+        apart = 0.0
+        if m.moe and not is_prefix and self.problem.profiles[s.gpu].fit(Op.EXPERTS, m, s.tp):
+            E, k = m.moe.num_experts, m.moe.active_experts
+            matrices = 3 if m.gated_mlp else 2
+            expert = matrices * m.hidden * m.moe.expert_intermediate
+            read = E * (1 - (1 - k / E) ** T)
+            F, B = 2 * T * k * expert / s.tp, read * expert * m.weight_bytes / s.tp
+            apart = self.fit(s.gpu, Op.EXPERTS, s.tp, F=F, B=B, T=T)
+            active, touched = active - k * expert, touched - read * expert
         num_bytes = touched * m.weight_bytes / s.tp + 8 * m.hidden * m.activation_bytes * T
-        return self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
+        return apart + self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
 
     def reduce(self, s: Stage, T: int) -> float:
         if s.tp == 1:
@@ -193,6 +202,7 @@ class Numbers:
             outputs, table = self.b + rows, m.vocab * m.hidden
             B = table * m.embedding_bytes / s.tp + outputs * m.hidden * m.activation_bytes
             total += self.fit(s.gpu, Op.DENSE, s.tp, F=2 * outputs * table / s.tp, B=B, T=outputs)
+            total += self.fit(s.gpu, Op.SAMPLE, s.tp, T=outputs)
         return total
 
     def slack(self, s: Stage, K: int) -> float:

@@ -143,6 +143,7 @@ def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
 
 
 def _mixtral(config: Config, name: str) -> ModelSpec | None:
+    """Mixtral and MiniMax M2: experts of the stated width in every layer."""
     common = _common(config, name)
     moe = MoeShape(
         num_experts=config.whole("num_local_experts", 8),
@@ -227,6 +228,7 @@ FAMILIES: dict[str, Callable[[Config, str], ModelSpec | None]] = {
     "LLaMAForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "MixtralForCausalLM": _mixtral,
+    "MiniMaxM2ForCausalLM": _mixtral,
     "QWenLMHeadModel": _qwen1,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen2MoeForCausalLM": _qwen_moe,
@@ -247,6 +249,7 @@ MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
     "qwen": "QWenLMHeadModel",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",

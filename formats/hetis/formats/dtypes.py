@@ -14,6 +14,7 @@ BYTES_PER_PARAMETER = {
     "int8": 1.0,
     "int4": 0.53125,  # 4 bits and a 16-bit scale (AWQ, GPTQ: zero point too) per group of 64 to 128, padded: 4.25 bits
     "mxfp4": 0.53125,  # 4 bits and an 8-bit scale per 32: 4.25 bits
+    "nvfp4": 0.5625,  # 4 bits and an 8-bit scale per 16: 4.5 bits
 }
 
 _ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"} | {

@@ -63,7 +63,7 @@ class RegionPart(Part):
 class FitPart(Part):
     """The time of one operator: the maximum of its pieces."""
 
-    op: Literal["dense", "prefill_attention", "decode_attention", "all_reduce", "transfer", "step"]
+    op: Literal["dense", "experts", "prefill_attention", "decode_attention", "all_reduce", "transfer", "step", "sample"]
     scope: ScopePart | None = None
     region: RegionPart | None = None
     provenance: ProvenancePart

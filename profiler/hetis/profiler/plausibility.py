@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
+from hetis.profiler.roofline import matrix_flops
 from hetis.profiler.work import FloatArray, roofline_seconds
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, Op, Profile
@@ -63,13 +64,13 @@ def unit_doubt(table: Table, gpu: GpuType) -> str:
 def implausible_fits(profile: Profile, gpu: GpuType) -> Iterator[tuple[Fit, str]]:
     """Fits whose time for much work no ``gpu`` can have, by a factor that looks like a wrong unit, and why."""
     for fit in profile.fits:
-        if fit.op is Op.STEP:
+        if fit.op in (Op.STEP, Op.SAMPLE):
             seconds = np.array([fit.seconds(tokens=64.0)])
-            if seconds[0] > 0 and (doubt := _outside(seconds, STEP_SECONDS, "a step of 64 tokens")):
+            if seconds[0] > 0 and (doubt := _outside(seconds, STEP_SECONDS, f"a {fit.op} of 64 tokens")):
                 yield fit, doubt
             continue
         work = _MUCH[fit.op]
-        flops = gpu.fp8_flops if fit.scope.weight_bytes == 1.0 and gpu.fp8_flops else gpu.fp16_flops
+        flops = matrix_flops(gpu, fit.scope.weight_bytes)
         link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
         linked = fit.op in (Op.ALL_REDUCE, Op.TRANSFER)
         least_s = work.num_bytes / link if linked else max(work.flops / flops, work.num_bytes / gpu.mem_bytes_per_s)
@@ -96,6 +97,9 @@ _PARAMS = 218e6
 _MUCH: Mapping[Op, _Work] = {
     Op.DENSE: _Work(
         name="a layer on 8,192 tokens", flops=2 * _PARAMS * 8192, num_bytes=2 * _PARAMS, tokens=8192, heads=0
+    ),
+    Op.EXPERTS: _Work(
+        name="experts on 8,192 tokens", flops=2 * _PARAMS * 8192, num_bytes=2 * _PARAMS, tokens=8192, heads=0
     ),
     Op.PREFILL_ATTENTION: _Work(
         name="a prompt of 8,192 tokens",

@@ -295,9 +295,10 @@ def _regions(report: FitReport) -> Iterable[str]:
 
 
 def _ranges(results: Mapping[str, FittedProfile]) -> str:
+    ops = [op for op in Op if any(fit.op is op for result in results.values() for fit in result.profile.fits)]
     return _table(
-        ("GPU", *Op),
-        ((gpu, *(_percent(error_of(result.profile).get(op)) for op in Op)) for gpu, result in results.items()),
+        ("GPU", *ops),
+        ((gpu, *(_percent(error_of(result.profile).get(op)) for op in ops)) for gpu, result in results.items()),
     )
 
 

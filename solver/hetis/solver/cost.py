@@ -127,17 +127,22 @@ class DeviceCost:
     def dense_s(self, tokens: float, *, prefix_layer: bool = False) -> float:
         """dense(T) of a repeated layer, or of one of the leading layers without experts."""
         m, n = self.model, self.shape.tp
-        active = m.dense_layer_params() if prefix_layer else m.active_layer_params()
-        touched = m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens)
+        active = float(m.dense_layer_params() if prefix_layer else m.active_layer_params())
+        touched = float(m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens))
         activations = 8 * m.hidden * m.activation_bytes * tokens
-        return float(
-            _seconds(
-                self._fits[Op.DENSE],
-                flops=2.0 * tokens * active / n,
-                num_bytes=touched * m.weight_bytes / n + activations,
-                tokens=tokens,
-            )
+        experts, seconds = self._fits.get(Op.EXPERTS), 0.0
+        if experts is not None and m.moe is not None and not prefix_layer:
+            routed, read = m.moe.active_experts * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
+            active, touched = active - routed, touched - read
+            flops, num_bytes = 2.0 * tokens * routed / n, read * m.weight_bytes / n
+            seconds = _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens)
+        seconds += _seconds(
+            self._fits[Op.DENSE],
+            flops=2.0 * tokens * active / n,
+            num_bytes=touched * m.weight_bytes / n + activations,
+            tokens=tokens,
         )
+        return float(seconds)
 
     def reduce_s(self, tokens: float) -> float:
         """reduce(T): one all-reduce over the TP group; a layer has two."""
@@ -203,14 +208,14 @@ class DeviceCost:
         return 0.0 if fit is None else float(_seconds(fit, tokens=tokens))
 
     def head_s(self, tokens: float) -> float:
-        """LM head for T tokens."""
+        """LM head for T tokens, and what the engine does with each of them."""
         m, n = self.model, self.shape.tp
         num_bytes = m.embedding_params * m.embedding_bytes / n + tokens * m.hidden * m.activation_bytes
-        return float(
-            _seconds(
-                self._fits[Op.DENSE], flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
-            )
+        product_s = _seconds(
+            self._fits[Op.DENSE], flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
         )
+        sample = self._fits.get(Op.SAMPLE)
+        return float(product_s if sample is None else product_s + _seconds(sample, tokens=tokens))
 
     # Memory of one rank, in bytes.
 

@@ -131,11 +131,20 @@ class ModelSpec:
         """
         if self.moe is None:
             return float(self.dense_layer_params())
-        moe = self.moe
-        touched: float = moe.num_experts * (1.0 - (1.0 - moe.active_experts / moe.num_experts) ** tokens)
-        per_expert = self._ffn_params(moe.expert_intermediate)
+        moe, per_expert = self.moe, self.expert_params()
         fixed = self.attention_params() + self.hidden * moe.num_experts + moe.shared_experts * per_expert
-        return fixed + touched * per_expert
+        return fixed + self.touched_experts(tokens) * per_expert
+
+    def expert_params(self) -> int:
+        """Parameters of one routed expert; 0 of a model without."""
+        return 0 if self.moe is None else self._ffn_params(self.moe.expert_intermediate)
+
+    def touched_experts(self, tokens: float) -> float:
+        """Routed experts of one layer that a batch of ``tokens`` reads, expected under even routing; 0 without any."""
+        if self.moe is None:
+            return 0.0
+        missed: float = (1.0 - self.moe.active_experts / self.moe.num_experts) ** tokens
+        return self.moe.num_experts * (1.0 - missed)
 
     @property
     def prefix_layers(self) -> int:

@@ -19,21 +19,26 @@ class Op(StrEnum):
 
     ========================  ========================================================================================
     ``dense``                 all matrix products of a layer for T tokens: F FLOPs, B bytes of weights and activations
+    ``experts``               of those products the ones of routed experts, where a profile has them apart: F, B, T
     ``prefill_attention``     a chunk of T tokens attends to itself and its past: F FLOPs, B bytes of KV read,
                               H (token, query head) pairs
     ``decode_attention``      a batch of single tokens: F FLOPs, B bytes of KV read (g in Hetis), H query heads (h)
     ``all_reduce``            B message bytes; W = ``2 (n-1)/n B / link bandwidth``, the wire time of a ring
     ``transfer``              B message bytes; W = ``B / link bandwidth``; the link's latency is added apart
     ``step``                  what an engine adds per iteration and stage, whatever the batch: T tokens
+    ``sample``                what an engine adds for each of T sequences that an iteration has logits of, where the
+                              LM head is: sampling, detokenising, their place in the next batch
     ========================  ========================================================================================
     """
 
     DENSE = "dense"
+    EXPERTS = "experts"
     PREFILL_ATTENTION = "prefill_attention"
     DECODE_ATTENTION = "decode_attention"
     ALL_REDUCE = "all_reduce"
     TRANSFER = "transfer"
     STEP = "step"
+    SAMPLE = "sample"
 
 
 class Source(StrEnum):

@@ -34,6 +34,11 @@ _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc"
 # What `nvidia-smi` and `rocm-smi` call boards whose catalogue name has other parts.
 _GPU_ALIASES = {
     "h100-80gb-hbm3": "H100-SXM-80GB",
+    "h200": "H200-SXM-141GB",  # the driver says nothing more of it, and "H200 NVL" of the other
+    "b300-sxm-ac": "B300-SXM-288GB",  # air-cooled
+    "rtx-pro-6000-blackwell-server-edition": "RTX-PRO-6000-Server-96GB",
+    "r-arc-tm-pro-b60-graphics": "Arc-Pro-B60-24GB",
+    "mi300x-oam": "MI300X-192GB",
     "gh200-480gb": "GH200-96GB",  # 480 GB is the CPU's memory
     "a16": "A16-per-GPU",
     "rtx-6000-ada-generation": "RTX-6000-Ada",

@@ -45,7 +45,7 @@ def doubts_of(profile: Profile) -> Iterator[str]:
     """A sentence per thing that makes a plan with this profile less certain than it may look."""
     for fit in profile.fits:
         error = fit.provenance.held_out_mape
-        if error is None and fit.op is not Op.STEP:
+        if error is None and fit.op not in (Op.STEP, Op.SAMPLE):
             yield f"{_name(fit)}: how wrong it is on points it never saw is not known"
         elif error is not None and error > WANTED_ERROR:
             yield f"{_name(fit)}: wrong by {error:.1%} on points it never saw, {WANTED_ERROR:.1%} is wanted"

@@ -40,7 +40,7 @@ def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: S
         (MeasuredOp.PREFILL_ATTENTION, Op.PREFILL_ATTENTION),
     ):
         taken = ""
-        for origin, table in tables_of(measurements, measured):
+        for origin, table in _largest_first(measurements, measured):
             reason = _impossible(table, gpu) or (f"{taken}{_LATER}" if taken else "")
             tool = origin.split(",")[0]
             if not reason and tool in doubted:
@@ -55,6 +55,16 @@ def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: S
                 continue
             taken = origin
             into.points += make(table, gpu, origin)
+
+
+def _largest_first(measurements: Sequence[Measurements], op: MeasuredOp) -> Iterator[tuple[str, Table]]:
+    """Tables in the order of their sources, and of one source the kernel with the most rows first.
+
+    An engine has kernels for corner cases beside the one that serves: of a B200's prefill a decode kernel has a
+    thousand rows, which come before the twelve thousand of the prefill kernel.
+    """
+    for measurement in measurements:
+        yield from sorted(tables_of([measurement], op), key=lambda found: -len(found[1]))
 
 
 def _impossible(table: Table, gpu: GpuType) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.formats import catalogue
+from hetis.formats.dtypes import BYTES_PER_PARAMETER
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
 from hetis.profiler.fit.points import CACHE_BYTES, Cells, Points, Selection, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
@@ -19,7 +20,7 @@ from hetis.solver.profile import FitScope, Op
 # Spread evenly over the logarithm: the tables hold many more large token counts than a served batch has.
 _TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 _MAX_TOKEN_COUNTS = 40  # a table with fewer is taken as it is
-_COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast a repeat read it
+COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast a repeat read it
 _MIN_LAYERS = 12  # layers and token counts, for a fit
 _TPS = (1, 2, 4, 8)
 _MODELS = (
@@ -37,6 +38,7 @@ _MODELS = (
     "facebook/opt-13b",
     "facebook/opt-30b",
 )
+_NVFP4 = FitScope(weight_bytes=BYTES_PER_PARAMETER["nvfp4"])  # the scales are bytes too
 # Elementwise kernels of a layer: two norms, rope, activation, residual. A launch each, within a captured graph.
 _ELEMENTWISE_LAUNCH_S = 10e-6
 
@@ -52,8 +54,8 @@ class _Row:
 
 
 def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
-    """The points of 16-bit weights, and of 8-bit ones under a scope of their own, from the first source of each."""
-    for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0))):
+    """The points of 16-bit weights; of 8 and 4-bit ones under scopes of their own; from the first source of each."""
+    for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0)), (4, _NVFP4)):
         chosen = into.points
         for measurement in measurements:
             if points := _points([measurement], weight_bits, scope, gpu):
@@ -81,7 +83,8 @@ def _points(measurements: Sequence[Measurements], weight_bits: int, scope: FitSc
         np.array([getattr(row, name) for row in rows]) for name in ("tokens", "hidden", "params", "seconds")
     )
     # docs/cost-model.md, dense(T): weights once, eight activations of the hidden size per token.
-    num_bytes = params * weight_bits / 8.0 + 8.0 * hidden * 2.0 * tokens
+    weight_bytes = weight_bits / 8.0 if scope.weight_bytes is None else scope.weight_bytes
+    num_bytes = params * weight_bytes + 8.0 * hidden * 2.0 * tokens
     return Points(
         op=Op.DENSE,
         scope=scope,
@@ -160,7 +163,7 @@ def _layer(model: ModelSpec, tp: int, grid: _Grid) -> Iterator[_Row]:
         times = [grid.seconds(tokens, n, k) for n, k in products]
         if None in times:
             continue
-        elementwise = _ELEMENTWISE_LAUNCH_S + tokens * token_bytes / (_COLD_RATIO * grid.gpu.mem_bytes_per_s)
+        elementwise = _ELEMENTWISE_LAUNCH_S + tokens * token_bytes / (COLD_RATIO * grid.gpu.mem_bytes_per_s)
         seconds = sum(time for time in times if time is not None) + elementwise
         yield _Row(_shape(model.hidden, params), tokens, model.hidden, sum(params), seconds, cells)
 
@@ -200,7 +203,7 @@ class _Grid:
             return None
         measured = sum(weight * value for weight, value in corners if value is not None)
         weights = self._weight_bytes * n * k
-        cold = weights / (_COLD_RATIO * self.gpu.mem_bytes_per_s) if weights < self._cache else 0.0
+        cold = weights / (COLD_RATIO * self.gpu.mem_bytes_per_s) if weights < self._cache else 0.0
         return max(measured, cold)
 
     def around(self, n: float, k: float) -> dict[tuple[float, float], float]:

@@ -31,6 +31,13 @@ CACHE_BYTES = {
     "L4": 48e6,
     "L40": 96e6,
     "L40S": 96e6,
+    "RTX-4090": 72e6,
+    "RTX-5090": 96e6,
+    "RTX-PRO-6000-Server-96GB": 128e6,
+    "B200-SXM-180GB": 126e6,
+    "B300-SXM-288GB": 126e6,
+    "GB200-per-GPU": 126e6,
+    "GB300-per-GPU": 126e6,
 }
 MAX_BANDWIDTH = 1.1  # of the nominal peaks; rows above were served by a cache, or their time is wrong
 MAX_IMPOSSIBLE = 0.05  # of the rows that no cache can have served; a table with more is not fitted

@@ -71,7 +71,7 @@ def _gemm(
         into.note(gpu, by, f"GEMMs of type {dtype} are left out")
         return
     bits = _BITS[dtype]
-    if dtype not in ("bfloat16", "float16", "fp8"):
+    if dtype not in ("bfloat16", "float16", "fp8", "nvfp4"):
         into.note(gpu, by, f"GEMMs of type {dtype} (weights only, or scaled by blocks) are left out")
         return
     sizes = {name: rows.count(index, name) for name in ("m", "n", "k")}

@@ -18,20 +18,34 @@ _MEANT = {
     "a100_sxm": "A100-SXM-80GB",
     "h100_sxm": "H100-SXM-80GB",
     "l40s": "L40S",
+    "a100_pcie": "A100-PCIe-80GB",
 }
 
 
 def gpu_name(rows: Rows, index: int, column: str) -> str | None:
     """The catalogue's name; None after noting the problem."""
     text = rows.text(index, column)
-    found = _found(text)
+    found = catalogue_name(text)
     if found is None:
-        rows.refuse(index, column, f"is {text!r}, no GPU of the catalogue")
+        several = _could_be(text)
+        meant = f"which could be {' or '.join(several)}" if several else "no GPU of the catalogue"
+        rows.refuse(index, column, f"is {text!r}, {meant}")
     return found
 
 
 @cache
-def _found(text: str) -> str | None:
+def _could_be(text: str) -> tuple[str, ...]:
+    """The GPUs that an ambiguous name leaves open; none of a name that is unknown."""
+    try:
+        catalogue.find_gpu(text)
+    except catalogue.UnknownNameError as error:
+        return error.candidates if len(error.candidates) > 1 else ()
+    return ()
+
+
+@cache
+def catalogue_name(text: str) -> str | None:
+    """The catalogue's name of a GPU as tables call it; None where it could be several or none."""
     try:
         return catalogue.find_gpu(_MEANT.get(text, text)).gpu.name
     except catalogue.UnknownNameError:

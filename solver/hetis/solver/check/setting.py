@@ -51,6 +51,10 @@ class Setting:
         """phi: share of iterations that carry a chunk."""
         return self.chunk_iterations / self.iterations
 
+    def has_fit(self, gpu: str, op: Op, tp: int) -> bool:
+        """Whether the profile of a GPU type has an operator that not all have."""
+        return self.problem.profiles[gpu].fit(op, self.model, tp) is not None
+
     def per_request(self, with_chunk_s: float, plain_s: float) -> float:
         """Seconds per request of something that takes these seconds in an iteration with and without a chunk."""
         return self.chunk_iterations * with_chunk_s + self.plain_iterations * plain_s

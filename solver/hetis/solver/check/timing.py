@@ -166,10 +166,17 @@ def ttft_round_trips(setting: Setting) -> float:
 
 def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:
     model, n = setting.model, stage.tp
-    active = model.dense_layer_params() if is_prefix else model.active_layer_params()
-    touched = model.dense_layer_params() if is_prefix else model.touched_layer_params(T)
+    active: float = model.dense_layer_params() if is_prefix else model.active_layer_params()
+    touched: float = model.dense_layer_params() if is_prefix else model.touched_layer_params(T)
+    routed_s = 0.0
+    if model.moe is not None and not is_prefix and setting.has_fit(stage.gpu, Op.EXPERTS, n):
+        one = model.expert_params()
+        chosen, read = model.moe.active_experts, model.touched_experts(T)
+        active, touched = active - chosen * one, touched - read * one
+        F, B = 2 * T * chosen * one / n, read * one * model.weight_bytes / n
+        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T)
     num_bytes = touched * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
-    return setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
+    return routed_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
 
 
 def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
@@ -260,4 +267,5 @@ def _lm_head(setting: Setting, stage: StageShape, T: int) -> float:
     model, n = setting.model, stage.tp
     flops = 2 * T * model.embedding_params / n
     num_bytes = model.embedding_params * model.embedding_bytes / n + T * model.hidden * model.activation_bytes
-    return setting.seconds(stage.gpu, Op.DENSE, n, flops=flops, num_bytes=num_bytes, tokens=T)
+    sampling = setting.seconds(stage.gpu, Op.SAMPLE, n, tokens=T)
+    return setting.seconds(stage.gpu, Op.DENSE, n, flops=flops, num_bytes=num_bytes, tokens=T) + sampling

@@ -1,0 +1,129 @@
+"""A replica of one stage with so many requests always in flight, as load generators keep it, in virtual time.
+
+Seconds of an iteration are those of the cost model at what the iteration really carries (`StageTiming`). Between two
+events (a prompt comes, a request ends) iterations differ by contexts alone, and so they are taken together: a run of
+640 requests of 8,000 tokens has a thousand steps, not a hundred thousand.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class IterationTime(Protocol):
+    """What `hetis.simulator.timing.StageTiming.seconds` takes and gives."""
+
+    def __call__(
+        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
+    ) -> float: ...
+
+
+class Attended(Protocol):
+    """Tokens that a query attends to at a context (`hetis.solver.model.ModelSpec.attended_tokens`)."""
+
+    def __call__(self, context_tokens: float, /) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """``total`` requests, ``in_flight`` of them at a time; lengths even between ``shortest`` of the stated and all."""
+
+    in_flight: int
+    total: int
+    prompt_tokens: int
+    output_tokens: int
+    shortest: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What bounds an iteration: ``chunk_tokens`` of it in all, ``seats`` of KV; whether prompts join decoding ones."""
+
+    chunk_tokens: int
+    seats: int
+    mixes: bool
+
+
+@dataclass(slots=True)
+class _Request:
+    arrived_s: float
+    prompt: int
+    output: int
+    filled: int = 0
+    first_s: float = 0.0
+
+
+def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: Attended) -> tuple[float, float]:
+    """Mean TTFT and mean TPOT over all requests, the first ones included, which come all at once."""
+    waiting = deque(_Request(0.0, prompt, output) for prompt, output in _lengths(load)[: load.in_flight])
+    coming = iter(_lengths(load)[load.in_flight :])
+    finishing: list[tuple[int, int, _Request]] = []  # step after which it has all its tokens
+    num, context, step, now_s, order = 0, 0, 0, 0.0, 0
+    prefilling: deque[_Request] = deque()
+    ttft_s, tpot_s = 0.0, 0.0
+    while waiting or prefilling or finishing:
+        chunk, tokens, pairs, read = _chunk(waiting, prefilling, engine, num, attended)
+        if not chunk:
+            steps = finishing[0][0] - step
+            middle = attended(context / num + (steps - 1) / 2)
+            now_s += steps * seconds(num, num * middle, 0, 0.0, 0.0, num)
+        else:
+            steps = 1
+            beside = num if engine.mixes else 0
+            last = sum(request.filled == request.prompt for request in chunk)
+            reading = beside * attended(context / beside) if beside else 0.0
+            now_s += seconds(beside, reading, tokens, pairs, read, beside + last)
+        if not chunk or engine.mixes:
+            step, context = step + steps, context + steps * num
+        for request in chunk:
+            if request.filled < request.prompt:
+                continue
+            request.first_s = now_s
+            ttft_s += now_s - request.arrived_s
+            order += 1
+            heapq.heappush(finishing, (step + max(1, request.output - 1), order, request))
+            num, context = num + 1, context + request.prompt
+        while finishing and finishing[0][0] == step:
+            request = heapq.heappop(finishing)[2]
+            num, context = num - 1, context - request.prompt - max(1, request.output - 1)
+            tpot_s += (now_s - request.first_s) / max(1, request.output - 1)
+            if (lengths := next(coming, None)) is not None:
+                waiting.append(_Request(now_s, *lengths))
+    return ttft_s / load.total, tpot_s / load.total
+
+
+def _chunk(
+    waiting: deque[_Request], prefilling: deque[_Request], engine: Engine, decoding: int, attended: Attended
+) -> tuple[list[_Request], int, float, float]:
+    """Requests whose prompts the next iteration carries a part of; its tokens, (query, key) pairs and KV read."""
+    budget = max(1, engine.chunk_tokens - (decoding if engine.mixes else 0))
+    chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
+    while budget:
+        if not prefilling:
+            if not waiting or decoding + sum(one.filled == one.prompt for one in chunk) >= engine.seats:
+                break
+            prefilling.append(waiting.popleft())
+        request = prefilling[0]
+        part = min(budget, request.prompt - request.filled)
+        mean = attended(request.filled + (part + 1) / 2)
+        tokens, pairs, read = tokens + part, pairs + part * mean, read + mean + part / 2
+        request.filled, budget = request.filled + part, budget - part
+        chunk.append(request)
+        if request.filled == request.prompt:
+            prefilling.popleft()
+    return chunk, tokens, pairs, read
+
+
+def _lengths(load: Load) -> list[tuple[int, int]]:
+    rng = np.random.default_rng(load.seed)
+    prompts, outputs = (
+        rng.integers(max(1, round(load.shortest * tokens)), tokens, size=load.total, endpoint=True).tolist()
+        for tokens in (load.prompt_tokens, load.output_tokens)
+    )
+    return list(zip(prompts, outputs, strict=True))

@@ -1,0 +1,223 @@
+"""Serving points that others measured, and how each is posed to the cost model, or why it cannot be.
+
+A point is one row of aiconfigurator's table of real engines (``silicon_sample.csv``): so many requests always in flight
+on one replica, their TTFT and TPOT. What a row does not say (the KV cache's format, the tokens of an iteration, how
+lengths vary) is taken from the scripts that InferenceX and the engines publish, by engine and never by row.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from hetis.formats import catalogue, dtypes
+from hetis.formats.huggingface import model_from_config
+from hetis.formats.positions import parse_text
+from hetis.profiler.importers.gpu_names import catalogue_name
+from hetis.solver.cost import rank_shape
+from hetis.solver.errors import HetisError
+from hetis.solver.model import ModelSpec
+
+CONFIGS = Path(__file__).parents[2] / "tests" / "formats" / "huggingface"  # published configs of models
+NODE_GPUS = 8  # of every system in the tables; a tensor-parallel group lies within a node
+CHUNK_TOKENS = {
+    "vllm": 8192,
+    "sglang": 8192,
+    "trtllm": 8192,
+}  # max_num_batched_tokens, chunked_prefill_size, max_num_tokens
+# SGLang computes prompts in iterations of their own; the others mix them with decoding.
+MIXES = {"vllm": True, "trtllm": True, "sglang": False}
+STREAM_INTERVAL = {"vllm": 1, "trtllm": 10, "sglang": 30}  # of InferenceX's scripts; engines answer every token
+DRIFT = 0.98  # of equal lengths where prompts and decoding mix: who came at once does not end at once for long
+LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated ones and all of it
+_INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
+_QUANTISED_ENDING = re.compile(r"-(FP8|NVFP4|FP4|MXFP4)$", re.IGNORECASE)
+_FORMATS = {"fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "fp4": "nvfp4", "mxfp4": "mxfp4", "bf16": "bfloat16"}
+COLUMNS = ("id", "backend", "model_path", "system", "mode", "isl", "osl", "silicon_ttft_ms", "silicon_tpot_ms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingPoint:
+    """A row that is posed: ``requests`` in flight on one replica of ``tp`` GPUs."""
+
+    row: Mapping[str, str]
+    gpu: str
+    engine: str
+    label: str  # of the model, as the row has it, without the organisation
+    model: ModelSpec
+    mode: str
+    tp: int
+    requests: int
+    prompt_tokens: int
+    output_tokens: int
+    shortest: float  # lengths are even between this share of the stated ones and all of it
+    stream_interval: int  # tokens of a request that the engine answers at once
+    ttft_s: float
+    tpot_s: float
+
+    @property
+    def decoding(self) -> float:
+        """Requests that decode at once, by Little's law from the times measured."""
+        decode_s = self.output_tokens * self.tpot_s
+        return self.requests * decode_s / (self.ttft_s + decode_s)
+
+    @property
+    def is_calibration(self) -> bool:
+        """Whether an engine's host times were fitted to it; see `hetis.profiler.engines`."""
+        return self.gpu == "H100-SXM-80GB" and self.label in ("Qwen3-32B", "Llama-3.1-8B-Instruct")
+
+    @property
+    def kind(self) -> str:
+        return "dense" if self.model.moe is None else "moe"
+
+
+class NotPosedError(HetisError):
+    """The row has something that the cost model cannot express; the message says what."""
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, packed or not.
+
+    Raises:
+        SystemExit: no such file, or columns are missing.
+    """
+    if not path.is_file():
+        raise SystemExit(f"{path}: no such file; --points says where the measured points are")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    missing = [name for name in COLUMNS if rows and name not in rows[0]]
+    if missing or not rows:
+        raise SystemExit(f"{path}: {'no rows' if not rows else f'no column {missing[0]}'}")
+    return rows
+
+
+def posed(rows: list[dict[str, str]]) -> Iterator[ServingPoint | tuple[dict[str, str], str]]:
+    """Of every row its point, or the row and why it is not posed. One measurement in two dumps is posed once."""
+    seen = set[tuple[str, ...]]()
+    for row in rows:
+        same = (row["system"], row["backend"], row["silicon_ttft_ms"], row["silicon_tpot_ms"])
+        if same in seen:
+            yield row, "the same measurement as a row before"
+            continue
+        seen.add(same)
+        try:
+            yield pose(row)
+        except NotPosedError as error:
+            yield row, str(error)
+
+
+def pose(row: Mapping[str, str]) -> ServingPoint:
+    """The point of one row.
+
+    Raises:
+        NotPosedError: the cost model cannot express it.
+    """
+    if row["mode"] != "agg":
+        raise NotPosedError("prefill and decode on GPUs of their own: the numbers of workers are not recorded")
+    if row["backend"] not in CHUNK_TOKENS:
+        raise NotPosedError(f"the settings of engine {row['backend']} are not known")
+    tp, requests = _whole(row, "tp_size"), _requests(row)
+    if _whole(row, "attention_dp_size", 1) > 1:
+        raise NotPosedError("attention data parallelism beside shared experts is no stage shape of the model")
+    if _whole(row, "pp_size", 1) > 1:
+        raise NotPosedError("pipeline stages: the layers of each are not recorded")
+    if tp > NODE_GPUS:
+        raise NotPosedError(f"tensor parallelism over more than a node of {NODE_GPUS} GPUs")
+    gpu = catalogue_name(row["system"])
+    if gpu is None:
+        raise NotPosedError(f"the catalogue does not know the GPU {row['system']}")
+    model = _model(row)
+    if rank_shape(model, tp) is None:
+        raise NotPosedError("the model's heads cannot be shared by so many ranks")
+    inferencex = _INFERENCEX.search(row.get("silicon_data_source", "")) is not None
+    drift = DRIFT if MIXES[row["backend"]] else 1.0
+    return ServingPoint(
+        row=row, gpu=gpu, engine=row["backend"], label=row["model_path"].rpartition("/")[2], model=model,
+        mode=row["mode"], tp=tp, requests=requests, prompt_tokens=_whole(row, "isl"),
+        output_tokens=_whole(row, "osl"), shortest=LENGTH_RATIO if inferencex else drift,
+        stream_interval=STREAM_INTERVAL[row["backend"]] if inferencex else 1,
+        ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
+    )  # fmt: skip
+
+
+def _model(row: Mapping[str, str]) -> ModelSpec:
+    """The model with the weights and the KV cache in the formats that the row says."""
+    named = _named_model(row["model_path"])
+    asked = {_FORMATS.get(row.get(column, ""), row.get(column, "")) for column in ("gemm_quant_mode", "moe_quant_mode")}
+    asked = {name for name in asked if name and name != "bfloat16"}
+    if not asked and row.get("precision") in ("fp8", "fp4"):
+        asked = {_FORMATS[row["precision"]]}
+    if unknown := [name for name in asked if name not in dtypes.BYTES_PER_PARAMETER]:
+        raise NotPosedError(f"weights of format {unknown[0]}")
+    if len(asked) > 1:
+        raise NotPosedError("experts and other weights in two formats")
+    if not asked:
+        plain = row.get("precision") == "bf16" or named.weight_bytes >= 2
+        return dtypes.with_weight_bytes(named, 2.0) if plain else named
+    (weights,) = asked
+    if "gpt-oss" in named.name:  # published with experts in MXFP4 and nothing else quantised, whatever engines call it
+        return replace(named, kv_bytes=1.0 if row["backend"] == "trtllm" else 2.0)
+    sized = dtypes.with_weight_bytes(named, dtypes.layer_weight_bytes(f"bfloat16+{weights}", named))
+    return replace(sized, kv_bytes=1.0 if _has_fp8_kv(row) else 2.0)
+
+
+def _has_fp8_kv(row: Mapping[str, str]) -> bool:
+    """As published scripts have it for quantised weights: TensorRT-LLM always, Llama and DeepSeek elsewhere too."""
+    return row["backend"] == "trtllm" or re.search(r"Llama|DeepSeek", row["model_path"]) is not None
+
+
+@cache
+def _named_model(name: str) -> ModelSpec:
+    short = _QUANTISED_ENDING.sub("", name)
+    candidates = [short] if short == name else [short, short.rpartition("/")[2]]
+    for candidate in candidates:
+        try:
+            return catalogue.find_model(candidate).model
+        except catalogue.UnknownNameError:
+            continue
+    path = CONFIGS / f"{short.replace('/', '__')}.json"
+    if not path.is_file():
+        raise NotPosedError(f"the catalogue does not know the model {name}")
+    text = path.read_text(encoding="utf-8")
+    _, source = parse_text(text, path.name)
+    return model_from_config(json.loads(text), source, name=short)
+
+
+def _requests(row: Mapping[str, str]) -> int:
+    """Requests in flight on the replica; the source's own number is that of all replicas of a run."""
+    if row.get("batch_size"):
+        return _whole(row, "batch_size")
+    found = re.search(r"silicon_concurrency=(\d+)", row.get("silicon_data_source", ""))
+    if found is None:
+        raise NotPosedError("requests in flight are not recorded")
+    return int(found[1])
+
+
+def _whole(row: Mapping[str, str], column: str, default: int | None = None) -> int:
+    text = row.get(column, "")
+    if not text and default is not None:
+        return default
+    try:
+        number = int(float(text))
+    except ValueError:
+        raise NotPosedError(f"{column} is not recorded") from None
+    if number < 1:
+        raise NotPosedError(f"{column} is not recorded")
+    return number
+
+
+def _seconds(row: Mapping[str, str], column: str) -> float:
+    try:
+        seconds = float(row[column]) / 1e3
+    except ValueError:
+        raise NotPosedError(f"{column} is not recorded") from None
+    if not 0 < seconds < float("inf"):
+        raise NotPosedError(f"{column} is not recorded")
+    return seconds

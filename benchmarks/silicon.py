@@ -1,0 +1,311 @@
+"""Predictions beside what real engines were measured to do: TPOT and TTFT of public serving points.
+
+    python -m benchmarks.silicon [--points FILE] [--json] [--only TEXT] [--quick] [--markdown] [--peer-python PYTHON]
+
+Every row of the table (`benchmarks.measuring.serving_points`) is one engine on some GPUs with so many requests always
+in flight. What the cost model can express is predicted from shipped profiles, or modelled ones where nobody measured,
+and the catalogue; the rest is counted with its reason. Profiles are made of tables of single operators, engine settings
+are those of published scripts. What an engine's host adds is fitted to two models on one GPU, whose rows say so
+(``split``) and are in no total.
+
+A row is one (GPU, engine, model, kind, mode): ``..._mape`` is the mean absolute error over its points, ``..._bias`` the
+mean of predicted / measured - 1 (negative: predicted too fast), ``tpot_p90`` nine in ten points are nearer. The last
+rows count what is ``covered`` and what is ``skipped``. ``--peer-python`` is a Python with aiconfigurator in it: it
+answers the same rows, and ``both_...`` compare the two where both answer. ``--markdown`` writes docs/accuracy.md.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import staleness
+from benchmarks.measuring import rows
+from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
+from benchmarks.measuring.instances import NO_LIMITS, fleet
+from benchmarks.measuring.rows import Cell, Row
+from benchmarks.measuring.serving_points import (
+    CHUNK_TOKENS,
+    MIXES,
+    NODE_GPUS,
+    NotPosedError,
+    ServingPoint,
+    posed,
+    read_rows,
+)
+from hetis.formats import catalogue
+from hetis.profiler.engines import ENGINES, for_engine
+from hetis.profiler.roofline import modelled_profile
+from hetis.profiler.shipped import shipped_profile
+from hetis.simulator.memory import rank_room_bytes
+from hetis.simulator.timing import StageTiming
+from hetis.solver.check.setting import Setting, head_groups_per_rank
+from hetis.solver.check.shape import StageShape
+from hetis.solver.cost import intra_link
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Profile
+from hetis.solver.workload import LengthBin, Workload
+
+POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "serving_points.csv.gz"
+PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
+DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
+PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
+ROUNDS = 10  # requests of a run for each one in flight, as InferenceX sends
+LEAST_DECODING = 0.5  # of the seats that memory allows; below it something that the row does not say held requests back
+QUICK_ROUNDS, QUICK_STRIDE = 2, 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A point and what was predicted of it."""
+
+    point: ServingPoint
+    ttft_s: float
+    tpot_s: float
+    seats: int  # requests whose KV fits
+
+    @property
+    def tpot_error(self) -> float:
+        """predicted / measured - 1"""
+        return self.tpot_s / self.point.tpot_s - 1.0
+
+    @property
+    def ttft_error(self) -> float:
+        """predicted / measured - 1"""
+        return self.ttft_s / self.point.ttft_s - 1.0
+
+
+def main() -> None:
+    """Prints a row per (GPU, engine, model, kind, mode), and what was covered and skipped."""
+    parser = rows.parser("benchmarks.silicon", __doc__)
+    parser.add_argument("--points", type=Path, default=POINTS, metavar="FILE", help=f"the table; {POINTS.name}")
+    parser.add_argument("--peer-python", metavar="PYTHON", help="a Python with aiconfigurator, to answer the same rows")
+    arguments = parser.parse_args()
+    if arguments.quick and not arguments.points.is_file():
+        print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
+        return  # the quick form runs everywhere, the table is not ours to ship
+    table = read_rows(arguments.points)
+    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
+    peer = None if arguments.peer_python is None else peer_answers(arguments.peer_python, [o.point for o in outcomes])
+    shown = [*group_rows(outcomes, peer), *coverage_rows(outcomes, skipped)]
+    if arguments.markdown:
+        write_document(shown, arguments.points, peer)
+    if arguments.json:
+        for row in shown:
+            print(json.dumps(row), flush=True)
+        return
+    groups = [row for row in shown if "gpu" in row]
+    print(rows.table(groups))
+    for row in shown[len(groups) :]:
+        print(f"{row['coverage']}: {row['n']:,} points" + (f": {row['reason']}" if row["reason"] else ""))
+    if peer is None:
+        print(PEER_ABSENT)
+
+
+def write_document(shown: Sequence[Row], points: Path, peer: Peer | None) -> None:
+    """The tables of docs/accuracy.md."""
+    groups = [row for row in shown if "gpu" in row]
+    whole = [row for row in groups if row["model"] == "all"]
+    single = [row for row in groups if row["model"] != "all"]
+    covered, skipped = ([row for row in shown if row.get("coverage") == name] for name in ("covered", "skipped"))
+    reasons = [{"points": row["n"], "why not": row["reason"]} for row in skipped]
+    about = PEER_ABSENT if peer is None else f"aiconfigurator {peer_version(peer)} answered the same points."
+    text = (
+        f"{staleness.stamp('silicon')}\n{points.name}: {covered[0]['n']:,} points predicted, "
+        f"{sum(int(row['n'] or 0) for row in skipped):,} rows skipped. {about}\n\n"
+        f"### By GPU and engine\n\n{percent_table(whole)}\n\n### By model\n\n{percent_table(single)}\n\n"
+        f"### Skipped\n\n{rows.markdown(reasons)}"
+    )
+    rows.write_section(DOCUMENT, "silicon", text)
+
+
+def percent_table(groups: Sequence[Row]) -> str:
+    """Errors as percentages, to a tenth."""
+    shown = [
+        {
+            key: f"{v:+.1%}" if key.endswith("bias") else f"{v:.1%}" if isinstance(v, float) else v
+            for key, v in row.items()
+        }
+        for row in groups
+    ]
+    return rows.markdown(shown)
+
+
+def predicted(
+    table: list[dict[str, str]], *, quick: bool = False, only: str = ""
+) -> tuple[list[Outcome], Counter[str]]:
+    """What is predicted, and how many rows are not, by reason."""
+    outcomes, skipped = list[Outcome](), Counter[str]()
+    for number, found in enumerate(posed(table)):
+        if quick and number % QUICK_STRIDE:
+            continue
+        if not isinstance(found, ServingPoint):
+            skipped[found[1]] += 1
+            continue
+        if only not in f"{found.gpu} {found.engine} {found.label}":
+            continue
+        try:
+            outcomes.append(predict(found, rounds=QUICK_ROUNDS if quick else ROUNDS))
+        except NotPosedError as error:
+            skipped[str(error)] += 1
+    return outcomes, skipped
+
+
+def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
+    """Mean TTFT and TPOT of a point.
+
+    Raises:
+        NotPosedError: not one of its requests fits in memory, or the engine let far fewer run than fit.
+    """
+    chunk = CHUNK_TOKENS[point.engine]
+    timing, seats = stage_of(point, chunk)
+    if point.decoding < LEAST_DECODING * min(point.requests, seats):
+        raise NotPosedError("most requests waited though their KV fits: the engine's own limit is not recorded")
+    load = Load(
+        in_flight=point.requests, total=rounds * point.requests, prompt_tokens=point.prompt_tokens,
+        output_tokens=point.output_tokens, shortest=point.shortest,
+    )  # fmt: skip
+    engine = Engine(chunk_tokens=chunk, seats=seats, mixes=MIXES[point.engine])
+    ttft_s, tpot_s = closed_loop(load, engine, timing.seconds, point.model.attended_tokens)
+    answer_s = ENGINES[point.engine].answer_s
+    return Outcome(point=point, ttft_s=ttft_s + answer_s, tpot_s=tpot_s, seats=seats)
+
+
+def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
+    """The replica's only stage, and how many requests its KV has room for.
+
+    Raises:
+        NotPosedError: not one does.
+    """
+    model, share = point.model, (1.0 + point.shortest) / 2.0
+    lengths = LengthBin(
+        prompt_tokens=share * point.prompt_tokens, output_tokens=share * point.output_tokens, weight=1.0
+    )  # fmt: skip
+    problem = PlacementProblem(
+        cluster=fleet("node", (1, NODE_GPUS, point.gpu)),
+        model=model,
+        workload=Workload(name="point", bins=(lengths,)),
+        profiles={point.gpu: profile_of(point.gpu, point.engine, point.stream_interval)},
+        objective=NO_LIMITS,
+    )
+    link = intra_link(catalogue.find_gpu(point.gpu).gpu, None)
+    shape = StageShape(
+        gpu=point.gpu, tp=point.tp, copies=1, layers=model.num_layers - model.prefix_layers, intra_link=link,
+        hop_link=link,
+    )  # fmt: skip
+    moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+    setting = Setting(
+        problem=problem, moments=moments, micro_batch=point.requests, in_flight=1, chunk_tokens=chunk_tokens
+    )  # fmt: skip
+    room = rank_room_bytes(setting, shape, is_first=True, is_last=True)
+    per_token = model.num_layers * head_groups_per_rank(model, point.tp) * model.kv_bytes_per_token_group()
+    held = model.cached_tokens(lengths.prompt_tokens + lengths.output_tokens / 2)
+    whole = model.cached_tokens(float(point.prompt_tokens + point.output_tokens))
+    if room < whole * per_token:
+        raise NotPosedError("weights and one request do not fit in memory")
+    return StageTiming(problem, shape, is_first=True, is_last=True), max(1, int(room / (held * per_token)))
+
+
+@cache
+def profile_of(gpu: str, engine: str, stream_interval: int) -> Profile:
+    """The shipped profile, or else the modelled one, under the engine."""
+    kind = catalogue.find_gpu(gpu).gpu
+    return for_engine(shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval)
+
+
+Peer = Mapping[str, tuple[float, float] | str]  # by the row's id: TTFT and TPOT in seconds, or why there is no answer
+
+
+def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
+    """What aiconfigurator says of the same rows.
+
+    Raises:
+        SystemExit: it cannot be started.
+    """
+    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # it loads tables for each
+    kv = {point.row["id"]: {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {} for point in points}
+    asked = "\n".join(json.dumps(dict(point.row) | kv[point.row["id"]]) for point in ordered)
+    try:
+        done = subprocess.run([python, str(PEER)], input=asked, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        raise SystemExit(f"{python}: aiconfigurator did not answer: {detail.strip().splitlines()[-1]}") from None
+    answers: dict[str, tuple[float, float] | str] = {}
+    for line in done.stdout.splitlines():
+        answer = json.loads(line)
+        answers[answer["id"]] = answer.get("error") or (answer["ttft_ms"] / 1e3, answer["tpot_ms"] / 1e3)
+    return answers
+
+
+def peer_version(peer: Peer) -> str:
+    """Of aiconfigurator, as the Python that was asked has it."""
+    version = peer.get("version", "")
+    return version if isinstance(version, str) else ""
+
+
+def group_rows(outcomes: Sequence[Outcome], peer: Peer | None) -> Iterator[Row]:
+    """A row per (GPU, engine, model, kind, mode); of points held out the same without the model, and one per kind."""
+    for keys in (("gpu", "engine", "model"), ("gpu", "engine"), ("gpu",), ()):
+        groups = defaultdict[tuple[str, ...], list[Outcome]](list)
+        for outcome in outcomes:
+            point = outcome.point
+            if point.is_calibration and "model" not in keys:
+                continue
+            named = {"gpu": point.gpu, "engine": point.engine, "model": point.label}
+            groups[(*(named.get(key, "") for key in keys), point.kind, point.mode)].append(outcome)
+        for group, members in sorted(groups.items()):
+            names = [*group[:-2], *["all"] * (3 - len(keys)), *group[-2:]]
+            labels: dict[str, Cell] = dict(zip(("gpu", "engine", "model", "kind", "mode"), names, strict=True))
+            split = "calibration" if members[0].point.is_calibration else "held out"
+            theirs = {} if peer is None else peer_statistics(members, peer)
+            yield labels | {"split": split} | statistics(members) | theirs
+
+
+def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
+    """Errors of a group's points."""
+    tpot = np.array([outcome.tpot_error for outcome in outcomes])
+    ttft = np.array([outcome.ttft_error for outcome in outcomes])
+    return {
+        "n": len(outcomes),
+        "tpot_mape": _round(np.abs(tpot).mean()),
+        "tpot_bias": _round(tpot.mean()),
+        "tpot_p90": _round(np.quantile(np.abs(tpot), 0.9)),
+        "ttft_mape": _round(np.abs(ttft).mean()),
+        "ttft_bias": _round(ttft.mean()),
+    }
+
+
+def peer_statistics(outcomes: Sequence[Outcome], peer: Peer) -> dict[str, Cell]:
+    """Errors of both where both answer."""
+    both = [(o, answer) for o in outcomes if not isinstance(answer := peer.get(o.point.row["id"], ""), str)]
+    row: dict[str, Cell] = {"both_n": len(both)}
+    for name, index in (("ttft", 0), ("tpot", 1)):
+        ours = [abs(getattr(o, f"{name}_error")) for o, _ in both]
+        theirs = [abs(answer[index] / getattr(o.point, f"{name}_s") - 1.0) for o, answer in both]
+        row[f"both_{name}_mape"] = _round(np.mean(ours)) if both else None
+        row[f"peer_{name}_mape"] = _round(np.mean(theirs)) if both else None
+    return row
+
+
+def coverage_rows(outcomes: Sequence[Outcome], skipped: Mapping[str, int]) -> Iterator[Row]:
+    """How many points are predicted, how many are not in all, and how many for each reason."""
+    yield {"coverage": "covered", "n": len(outcomes), "reason": ""}
+    reasons: Iterable[tuple[str, int]] = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    for reason, count in reasons:
+        yield {"coverage": "skipped", "n": count, "reason": reason}
+
+
+def _round(value: float | np.floating) -> float:
+    return float(f"{value:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What each serving engine's host adds to an iteration, and a profile as it is under that engine.
+
+Kernels are measured on their own; a served token also waits for the engine to schedule, sample, detokenise and answer.
+That grows with the sequences of an iteration and hardly depends on the GPU. A profile by itself has the least of it (a
+sampler's launch, all else overlapped); ``for_engine`` says what a named engine really takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hetis.profiler.experts import expert_fits
+from hetis.solver.cluster import GpuType
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostTime:
+    """Seconds that the host takes of an iteration, for every sequence of it, and for the first token of a request.
+
+    ``answer_s`` is what a first token takes outside of iterations: tokenising, the queue's turn, the way back. No
+    iteration is longer for it, and so it is no part of a profile.
+    """
+
+    step_s: float
+    sequence_s: float
+    answer_s: float
+    origin: str
+
+
+_VIDUR = (
+    "microsoft/vidur (MIT) CPU overheads, A100 hosts: least squares over the batch of schedule, prepare inputs, "
+    "sampler and process model outputs"
+)
+_CALIBRATED = (
+    "least mean absolute error over the serving points of Qwen3-32B and Llama-3.1-8B on H100 (docs/accuracy.md)"
+)
+ENGINES: Mapping[str, HostTime] = {
+    "vllm": HostTime(step_s=1.43e-3, sequence_s=41.7e-6, answer_s=0.06, origin=_VIDUR),
+    "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, answer_s=0.10, origin=_CALIBRATED),
+    "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, answer_s=0.09, origin=_CALIBRATED),
+}
+
+
+def for_engine(profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1) -> Profile:
+    """The profile of ``gpu`` with the host's time of ``engine`` in place of its own, and with its experts' kernels.
+
+    Args:
+        stream_interval: tokens of a request that are answered at once; a sequence takes its time once for them all.
+
+    Raises:
+        InvalidProblemError: an engine that nobody measured, or an interval below 1.
+    """
+    if stream_interval < 1:
+        raise InvalidProblemError(f"stream_interval is {stream_interval}, must be >= 1")
+    host = ENGINES.get(engine)
+    if host is None:
+        raise InvalidProblemError(f"no host times are known for engine {engine!r}; known: {', '.join(ENGINES)}")
+    provenance = Provenance(source=Source.MODELLED, origin=f"{engine}: {host.origin}")
+    fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
+    fits += expert_fits(gpu, profile, engine)
+    fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=host.step_s),), provenance=provenance))
+    fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=host.sequence_s / stream_interval),), provenance=provenance))
+    return replace(profile, fits=tuple(fits))

@@ -1,0 +1,170 @@
+"""What fused experts reach under each engine: derived from the engines' published tables, in units of a GPU's peaks.
+
+``python -m hetis.profiler.experts --tables DIR --out FILE`` reads ``SYSTEM/moe/ENGINE/VERSION/moe_perf.parquet`` of
+aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's ``experts.json``. A
+kernel's time is one piece, ``fixed + flop F + byte B``. The rows are of skewed routing; B is that of the experts that
+even routing would touch, as in the cost model, so that the skew is in the coefficients. Small experts reach a third of
+the matrix rate that dense layers do. Run again on the same tables it writes the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hetis.formats import catalogue
+from hetis.formats.dtypes import BYTES_PER_PARAMETER
+from hetis.formats.files import write_atomically
+from hetis.profiler.fit.layers import COLD_RATIO
+from hetis.profiler.fit.points import CACHE_BYTES
+from hetis.profiler.fitting import fit_pieces, rounded
+from hetis.profiler.roofline import matrix_flops
+from hetis.solver.cluster import GpuType
+from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
+
+FILE = "experts.json"
+_SYSTEMS = {"h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB"}
+_VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
+# MXFP4 is left out: engines choose among kernels for it, and the tables are not of those that gpt-oss is run with.
+_FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
+_ROUTING = "power_law_1.2"  # of three that the tables have: what their publisher assumes of most models
+_MOST_TOKENS = 16384
+_LEAST_POINTS = 60
+_NEAREST = "Hopper"  # of architectures without tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertKernel:
+    """One engine's experts of one format on one architecture; ``flop`` and ``byte`` in times of the GPU's peaks."""
+
+    architecture: str
+    engine: str
+    weights: str
+    fixed_s: float
+    flop: float
+    byte: float
+    num_points: int
+    mape: float
+    origin: str
+
+
+def expert_fits(gpu: GpuType, profile: Profile, engine: str) -> tuple[Fit, ...]:
+    """The experts' fits of ``gpu`` under ``engine``, one per format; those of Hopper where nobody measured its own.
+
+    The fixed time of the profile's dense layers is that of four products and what stands between them. Beside experts
+    two of the four are left, and so half of it is taken off the experts' own.
+    """
+    own = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == gpu.architecture]
+    near = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == _NEAREST]
+    known = {kernel.weights for kernel in own}
+    kernels = (*own, *(kernel for kernel in near if kernel.weights not in known))
+    return tuple(_fit(kernel, gpu, profile) for kernel in kernels)
+
+
+def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
+    weight_bytes = BYTES_PER_PARAMETER[kernel.weights]
+    flops = matrix_flops(gpu, weight_bytes)
+    layers = {fit.scope.weight_bytes: fit for fit in profile.fits if fit.op is Op.DENSE}
+    layer = layers.get(weight_bytes) or layers[None]
+    already_s = min(piece.fixed_s for piece in layer.pieces) / 2.0
+    piece = Piece(
+        fixed_s=rounded(max(0.0, kernel.fixed_s - already_s)),
+        flop_s=rounded(kernel.flop / flops),
+        byte_s=rounded(kernel.byte / gpu.mem_bytes_per_s),
+    )
+    seen = kernel.architecture == gpu.architecture
+    relative = "" if seen else f"; scaled from {kernel.architecture}"
+    provenance = Provenance(source=Source.MODELLED, origin=f"{kernel.origin}{relative}", held_out_mape=kernel.mape)
+    return Fit(op=Op.EXPERTS, pieces=(piece,), provenance=provenance, scope=FitScope(weight_bytes=weight_bytes))
+
+
+@functools.cache
+def shipped() -> tuple[ExpertKernel, ...]:
+    """The kernels that come with the package."""
+    text = resources.files("hetis.profiler").joinpath(FILE).read_text(encoding="utf-8")
+    return tuple(ExpertKernel(**fields) for fields in json.loads(text)["kernels"])
+
+
+def derived(tables: Path) -> Iterator[ExpertKernel]:
+    """Every kernel that the tables have enough points of."""
+    for system, name in _SYSTEMS.items():
+        gpu = catalogue.find_gpu(name).gpu
+        for engine, version in _VERSIONS.items():
+            rows = _rows(tables / system / "moe" / engine / version / "moe_perf.parquet")
+            for dtype, weights in _FORMATS.items():
+                origin = f"aiconfigurator-core 0.12.0 (Apache-2.0), {engine} {version} on {name}, {dtype} experts"
+                if points := _points(rows, dtype):
+                    yield _kernel(points, gpu, engine=engine, weights=weights, origin=origin)
+
+
+Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts of a token, experts, ranks
+
+
+def _points(rows: Sequence[Mapping[str, Any]], dtype: str) -> dict[Point, float]:
+    """Seconds of experts that are whole on their ranks, by the fastest kernel; none of too few points."""
+    best: dict[Point, float] = {}
+    for row in rows:
+        if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row["moe_ep_size"] != 1:
+            continue
+        if row["num_tokens"] > _MOST_TOKENS or row["topk"] < 2:
+            continue
+        names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size")
+        tokens, hidden, width, chosen, experts, ranks = (float(row[name]) for name in names)
+        key = tokens, hidden, width, chosen, experts, ranks
+        best[key] = min(best.get(key, float("inf")), row["latency"] * 1e-3)
+    return best if len(best) >= _LEAST_POINTS else {}
+
+
+def _kernel(points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights: str, origin: str) -> ExpertKernel:
+    ordered = sorted(points.items())
+    tokens, hidden, width, chosen, experts, ranks = np.array([key for key, _ in ordered]).T
+    seconds = np.array([value for _, value in ordered])
+    expert = 3.0 * hidden * width / ranks
+    flops_s = 2.0 * tokens * chosen * expert / matrix_flops(gpu, BYTES_PER_PARAMETER[weights])
+    read = experts * (1.0 - (1.0 - chosen / experts) ** tokens)  # as `ModelSpec.touched_experts` expects them
+    bytes_s = read * expert * BYTES_PER_PARAMETER[weights] / gpu.mem_bytes_per_s
+    # Called over and over, they are read from the cache where they fit; serving reads them from memory.
+    cached = bytes_s * gpu.mem_bytes_per_s < CACHE_BYTES[gpu.name]
+    seconds = np.where(cached, np.maximum(seconds, bytes_s / COLD_RATIO), seconds)
+    found = fit_pieces(np.stack([np.ones(len(seconds)), flops_s, bytes_s], axis=1), seconds, num_pieces=1)
+    fixed_s, flop, byte = found.pieces[0]
+    return ExpertKernel(
+        architecture=gpu.architecture, engine=engine, weights=weights, fixed_s=rounded(fixed_s), flop=rounded(flop),
+        byte=rounded(byte), num_points=len(seconds), mape=rounded(found.mape), origin=origin,
+    )  # fmt: skip
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hetis.profiler.experts", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--tables", type=Path, required=True, help="systems/data of aiconfigurator-core")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / FILE, help="file to write")
+    options = parser.parse_args(arguments)
+    try:
+        kernels = [asdict(kernel) for kernel in derived(options.tables)]
+    except OSError as error:
+        print(f"experts: {error}", file=sys.stderr)
+        return 1
+    text = ",\n".join(json.dumps(kernel) for kernel in kernels)
+    write_atomically(options.out, f'{{"made_by": "python -m hetis.profiler.experts", "kernels": [\n{text}\n]}}\n')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

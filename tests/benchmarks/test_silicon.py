@@ -1,0 +1,207 @@
+"""Predictions beside measured serving points: how rows are posed, what virtual time says, what statistics count."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import silicon
+from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
+from benchmarks.measuring.serving_points import NotPosedError, ServingPoint, pose, posed, read_rows
+from hetis.formats import catalogue
+from hetis.profiler.engines import ENGINES
+from hetis.solver.cost import DeviceCost, intra_link, rank_shape
+from hetis.solver.workload import LengthBin, moments_of
+
+ROW = {
+    "id": "made-up-1", "silicon_data_source": "source_file=made-up.csv; silicon_concurrency=4", "backend": "vllm",
+    "model_path": "meta-llama/Llama-3.1-8B", "system": "h100_sxm", "precision": "", "mode": "agg", "isl": "512",
+    "osl": "64", "gemm_quant_mode": "", "moe_quant_mode": "", "batch_size": "4", "tp_size": "1", "pp_size": "1",
+    "attention_dp_size": "", "silicon_ttft_ms": "50", "silicon_tpot_ms": "6.5",
+}  # fmt: skip
+
+
+def row(**fields: str) -> dict[str, str]:
+    return ROW | fields
+
+
+def reason(**fields: str) -> str:
+    with pytest.raises(NotPosedError) as caught:
+        pose(row(**fields))
+    return str(caught.value)
+
+
+def test_a_row_is_posed_as_it_says() -> None:
+    point = pose(row(model_path="Qwen/Qwen3-235B-A22B-FP8", gemm_quant_mode="fp8_block", moe_quant_mode="fp8_block"))
+    assert (point.gpu, point.engine, point.kind, point.requests, point.tp) == ("H100-SXM-80GB", "vllm", "moe", 4, 1)
+    assert (point.model.weight_bytes, point.model.kv_bytes, point.label) == (1.0, 2.0, "Qwen3-235B-A22B-FP8")
+    assert (point.prompt_tokens, point.output_tokens, point.ttft_s, point.tpot_s) == (512, 64, 0.05, 0.0065)
+    nvfp4 = pose(row(model_path="nvidia/Qwen3-32B-NVFP4", gemm_quant_mode="nvfp4", backend="trtllm"))
+    assert (nvfp4.model.weight_bytes, nvfp4.model.kv_bytes) == (0.5625, 1.0)
+    assert pose(row()).model.weight_bytes == 2.0
+    # The batch is that of one replica, the source's number that of a whole run of several.
+    assert pose(row(batch_size="2")).requests == 2
+    assert pose(row(batch_size="")).requests == 4
+    # InferenceX varies lengths, and answers several tokens at once.
+    inferencex = pose(row(silicon_data_source="source_file=2026-03-25.csv", backend="trtllm"))
+    assert (inferencex.shortest, inferencex.stream_interval) == (0.8, 10)
+    assert (point.shortest, point.stream_interval) == (0.98, 1)
+    assert pose(row(backend="sglang")).shortest == 1.0  # it computes prompts apart, and who came at once stays together
+
+
+def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
+    assert "workers are not recorded" in reason(mode="disagg")
+    assert "attention data parallelism" in reason(attention_dp_size="2")
+    assert "pipeline" in reason(pp_size="2")
+    assert "a node of 8" in reason(tp_size="16")
+    assert "engine steam" in reason(backend="steam")
+    assert "GPU quantum" in reason(system="quantum")
+    assert "model nobody/Unheard-Of" in reason(model_path="nobody/Unheard-Of")
+    assert "heads" in reason(tp_size="3")
+    assert "format int3" in reason(gemm_quant_mode="int3")
+    assert "two formats" in reason(gemm_quant_mode="fp8", moe_quant_mode="nvfp4")
+    assert reason(silicon_tpot_ms="") == "silicon_tpot_ms is not recorded"
+    assert reason(batch_size="", silicon_data_source="") == "requests in flight are not recorded"
+    assert reason(isl="0") == "isl is not recorded"
+
+
+def test_a_measurement_in_two_dumps_counts_once() -> None:
+    found = list(posed([row(), row(id="made-up-2"), row(id="made-up-3", silicon_tpot_ms="7")]))
+    assert [isinstance(one, ServingPoint) for one in found] == [True, False, True]
+
+
+def test_a_point_that_does_not_fit_in_memory_is_skipped() -> None:
+    with pytest.raises(NotPosedError, match="do not fit in memory"):
+        silicon.predict(pose(row(model_path="meta-llama/Llama-3.1-70B")))
+
+
+def test_what_held_requests_back_unrecorded_is_skipped() -> None:
+    """Four requests in flight, and the times say that one decodes: 64 tokens at 6.5 ms are 0.4 s, TTFT is 2 s."""
+    point = pose(row(silicon_ttft_ms="2000"))
+    assert point.decoding == pytest.approx(4 * 0.416 / 2.416)
+    with pytest.raises(NotPosedError, match="the engine's own limit is not recorded"):
+        silicon.predict(point)
+
+
+def test_one_request_at_a_time_takes_what_the_cost_model_says() -> None:
+    """Nobody waits: a prompt is one iteration, every further token one at the mean context."""
+    point = replace(pose(row(batch_size="1")), shortest=1.0)
+    found = silicon.predict(point)
+    shape, profile = rank_shape(point.model, 1), silicon.profile_of(point.gpu, "vllm", 1)
+    assert shape is not None
+    gpu = catalogue.find_gpu(point.gpu).gpu
+    moments = moments_of([LengthBin(prompt_tokens=512, output_tokens=64, weight=1.0)], block_tokens=1)
+    cost = DeviceCost(point.model, profile, moments, shape, intra_link(gpu, None))
+    layers = point.model.num_layers
+    prompt_s = layers * (cost.dense_s(512) + cost.prefill_s(512)) + cost.head_s(1) + cost.step_s(512)
+    decode = float(cost.decode_attention_s(shape.groups, shape.queries_per_group))
+    token_s = layers * (cost.dense_s(1) + decode) + cost.head_s(1) + cost.step_s(1)
+    assert found.ttft_s == pytest.approx(prompt_s + ENGINES["vllm"].answer_s, rel=1e-3)
+    assert found.tpot_s == pytest.approx(token_s, rel=1e-3)
+
+
+def test_virtual_time_by_hand() -> None:
+    """Two requests of 4 prompt and 3 output tokens, chunks of 4: a decoding step takes 1 s, one with a prompt 3 s."""
+
+    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
+        return 3.0 if tokens else 1.0
+
+    def attended(context: float) -> float:
+        return context
+
+    load = Load(in_flight=2, total=2, prompt_tokens=4, output_tokens=3)
+    # Mixed: prompts at 3 s and, beside the first one's second token, 7 s (the budget left is 3 of 4, so two chunks:
+    # 6 s and 9 s). The first has its tokens at 3, 6, 9 s, the second at 9, 10, 11 s.
+    assert closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=True), seconds, attended) == (6.0, 2.0)
+    # Apart: prompts at 3 s and 6 s, then both decode: 7 s, 8 s.
+    assert closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=False), seconds, attended) == (4.5, 1.75)
+    # One seat: the second waits until the first is through at 5 s.
+    assert closed_loop(load, Engine(chunk_tokens=4, seats=1, mixes=True), seconds, attended) == (5.5, 1.0)
+
+
+def outcome(tpot: float, ttft: float, **fields: str) -> silicon.Outcome:
+    point = pose(row(**fields))
+    return silicon.Outcome(point=point, ttft_s=ttft * point.ttft_s, tpot_s=tpot * point.tpot_s, seats=9)
+
+
+def test_statistics_by_hand() -> None:
+    outcomes = [outcome(0.9, 1.5), outcome(1.2, 0.5, id="b")]
+    found = silicon.statistics(outcomes)
+    assert {k: found[k] for k in ("n", "tpot_mape", "tpot_bias", "ttft_mape", "ttft_bias")} == {
+        "n": 2, "tpot_mape": 0.15, "tpot_bias": 0.05, "ttft_mape": 0.5, "ttft_bias": 0.0,
+    }  # fmt: skip
+    assert found["tpot_p90"] == pytest.approx(0.19)
+    # The peer answers one of them, 10% too slow; ours on the same one is 20% off.
+    peer: silicon.Peer = {"made-up-1": "no data", "b": (0.05, 0.00715)}
+    both = silicon.peer_statistics(outcomes, peer)
+    assert (both["both_n"], both["both_tpot_mape"], both["peer_tpot_mape"]) == (1, 0.2, 0.1)
+    assert both["peer_ttft_mape"] == 0.0
+
+
+def test_groups_have_the_promised_columns() -> None:
+    outcomes = [outcome(1.0, 1.0), outcome(1.0, 1.0, model_path="Qwen/Qwen3-30B-A3B")]
+    groups = list(silicon.group_rows(outcomes, None))
+    assert [(g["gpu"], g["model"], g["kind"], g["n"]) for g in groups[:2]] == [
+        ("H100-SXM-80GB", "Llama-3.1-8B", "dense", 1), ("H100-SXM-80GB", "Qwen3-30B-A3B", "moe", 1),
+    ]  # fmt: skip
+    calibration = outcome(1.0, 1.0, model_path="Qwen/Qwen3-32B", tp_size="2")
+    with_it = list(silicon.group_rows([*outcomes, calibration], None))
+    assert [g["split"] for g in with_it if g["model"] == "Qwen3-32B"] == ["calibration"]
+    assert [g["n"] for g in with_it if g["gpu"] == "all"] == [1, 1]  # in no total
+    promised = {"gpu", "engine", "model", "kind", "mode", "n", "tpot_mape", "tpot_bias", "ttft_mape"}
+    assert all(promised <= group.keys() for group in groups)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["silicon", *words])
+    silicon.main()
+
+
+def table_of(path: Path, rows_of_it: Sequence[dict[str, str]]) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(ROW))
+        writer.writeheader()
+        writer.writerows(rows_of_it)
+    return path
+
+
+def test_the_command_counts_every_row_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows_of_it = [row(), row(id="2", mode="disagg"), row(id="3", silicon_tpot_ms="8", tp_size="2")]
+    run(monkeypatch, "--points", str(table_of(tmp_path / "points.csv", rows_of_it)), "--json")
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    coverage = [(one["coverage"], one["n"]) for one in shown if "coverage" in one]
+    assert coverage == [("covered", 2), ("skipped", 1)]
+    assert sum(one["n"] for one in shown if one.get("gpu") == "all") == 2
+
+
+def test_a_table_that_is_missing_or_another_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no such file; --points says where"):
+        read_rows(tmp_path / "none.csv")
+    other = tmp_path / "other.csv"
+    other.write_text("id,backend\n1,vllm\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"other\.csv: no column model_path"):
+        read_rows(other)
+
+
+def test_a_peer_that_cannot_be_started_says_so() -> None:
+    with pytest.raises(SystemExit, match="/no/such/python: aiconfigurator did not answer"):
+        silicon.peer_answers("/no/such/python", [pose(row())])
+
+
+def test_fewer_seats_never_serve_sooner() -> None:
+    point = pose(row(batch_size="16", model_path="meta-llama/Llama-3.1-8B"))
+    timing, seats = silicon.stage_of(point, 8192)
+    load = Load(in_flight=16, total=64, prompt_tokens=512, output_tokens=64)
+    engine = Engine(chunk_tokens=8192, seats=seats, mixes=True)
+    waits = [
+        closed_loop(load, replace(engine, seats=n), timing.seconds, point.model.attended_tokens)[0] for n in (2, 4, 16)
+    ]
+    assert waits == sorted(waits, reverse=True)

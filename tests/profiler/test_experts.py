@@ -1,0 +1,135 @@
+"""Experts' kernels under an engine: what the shipped file says, and what a profile becomes with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetis.formats import catalogue
+from hetis.formats.dtypes import with_weight_bytes
+from hetis.profiler import experts
+from hetis.profiler.engines import ENGINES, for_engine
+from hetis.profiler.plausibility import implausible_fits
+from hetis.profiler.roofline import matrix_flops, modelled_profile
+from hetis.solver.cost import DeviceCost, intra_link, rank_shape
+from hetis.solver.model import ModelSpec
+from hetis.solver.profile import Op, Profile
+from hetis.solver.workload import LengthBin, moments_of
+
+B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
+A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
+MIXTURE = with_weight_bytes(catalogue.find_model("Qwen/Qwen3-235B-A22B").model, 1.0)
+# Three rows of the table: 256 experts of 3072 x 768 on a rank, 8 of a token, fp8: tokens, microseconds.
+PUBLISHED = ((1, 31.3), (128, 292.9), (1024, 441.1))
+
+
+def cost(profile: Profile, model: ModelSpec, tp: int = 4) -> DeviceCost:
+    shape = rank_shape(model, tp)
+    assert shape is not None
+    moments = moments_of([LengthBin(prompt_tokens=100, output_tokens=100, weight=1.0)], block_tokens=16)
+    return DeviceCost(model, profile, moments, shape, intra_link(B200, None))
+
+
+def test_the_file_says_what_the_table_measured() -> None:
+    (kernel,) = (k for k in experts.shipped() if (k.architecture, k.engine, k.weights) == ("Blackwell", "vllm", "fp8"))
+    for tokens, published_us in PUBLISHED:
+        expert = 3 * 3072 * 768
+        seconds = kernel.fixed_s + kernel.flop * 2 * tokens * 8 * expert / matrix_flops(B200, 1.0)
+        seconds += kernel.byte * min(256, 8 * tokens) * expert / B200.mem_bytes_per_s
+        assert seconds * 1e6 == pytest.approx(published_us, rel=0.35)
+
+
+def test_every_kernel_obeys_the_peaks() -> None:
+    """Bytes alone may seem faster: small batches of the fastest tables were partly served by a cache of 126 MB."""
+    for kernel in experts.shipped():
+        assert kernel.fixed_s > 0
+        assert kernel.flop >= 1
+        assert kernel.byte >= 0.7
+        assert kernel.mape < 0.35
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_experts_are_taken_out_of_the_dense_products(engine: str) -> None:
+    bare, hosted = modelled_profile(B200), for_engine(modelled_profile(B200), B200, engine)
+    moe, tokens = MIXTURE.moe, 16
+    assert moe is not None
+    expert = MIXTURE.expert_params()
+    read = moe.num_experts * (1 - (1 - moe.active_experts / moe.num_experts) ** tokens)
+    of_experts, of_rest = hosted.fit(Op.EXPERTS, MIXTURE, 4), bare.fit(Op.DENSE, MIXTURE, 4)
+    assert of_experts is not None
+    assert of_rest is not None
+    routed_s = of_experts.seconds(flops=2 * tokens * moe.active_experts * expert / 4, num_bytes=read * expert / 4)
+    active = MIXTURE.active_layer_params() - moe.active_experts * expert
+    touched = MIXTURE.touched_layer_params(tokens) - read * expert
+    rest_s = of_rest.seconds(flops=2 * tokens * active / 4, num_bytes=touched / 4 + 16 * MIXTURE.hidden * tokens)
+    assert cost(hosted, MIXTURE).dense_s(tokens) == pytest.approx(routed_s + rest_s, rel=1e-9)
+    assert list(implausible_fits(hosted, B200)) == []
+
+
+def test_models_without_experts_and_formats_without_kernels_stay_as_they_were() -> None:
+    bare, hosted = modelled_profile(B200), for_engine(modelled_profile(B200), B200, "vllm")
+    for model in (catalogue.find_model("Llama-3.1-8B").model, catalogue.find_model("openai/gpt-oss-120b").model):
+        assert cost(hosted, model).dense_s(16) == cost(bare, model).dense_s(16)
+
+
+def test_what_was_not_measured_is_scaled_from_hopper_and_says_so() -> None:
+    fits = experts.expert_fits(A100, modelled_profile(A100), "vllm")
+    assert {fit.scope.weight_bytes for fit in fits} == {2.0, 1.0}
+    assert all(fit.provenance.origin.endswith("scaled from Hopper") for fit in fits)
+    own = experts.expert_fits(B200, modelled_profile(B200), "vllm")
+    assert not any("scaled" in fit.provenance.origin for fit in own)
+
+
+def test_the_fixed_time_of_two_products_is_not_charged_twice() -> None:
+    profile = modelled_profile(B200)
+    slow = replace(
+        profile,
+        fits=tuple(
+            replace(fit, pieces=tuple(replace(piece, fixed_s=1e-3) for piece in fit.pieces))
+            if fit.op is Op.DENSE
+            else fit
+            for fit in profile.fits
+        ),
+    )
+    assert all(fit.pieces[0].fixed_s == 0 for fit in experts.expert_fits(B200, slow, "vllm"))
+
+
+def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    gpu = catalogue.find_gpu("H100-SXM-80GB").gpu
+    rows = []
+    for tokens in (1, 4, 16, 64, 256, 1024, 4096):
+        for hidden, width in ((4096, 1536), (7168, 2048), (5120, 4096)):
+            for ranks in (1, 2, 4):
+                expert = 3 * hidden * width / ranks
+                seconds = 3e-5 + 2.0 * 2 * tokens * 8 * expert / gpu.fp16_flops
+                seconds += 1.25 * 128 * (1 - (1 - 8 / 128) ** tokens) * expert * 2 / gpu.mem_bytes_per_s
+                rows.append(
+                    {
+                        "moe_dtype": "bfloat16", "distribution": "power_law_1.2", "moe_ep_size": 1,
+                        "num_tokens": tokens,
+                        "hidden_size": hidden, "inter_size": width, "topk": 8, "num_experts": 128, "moe_tp_size": ranks,
+                        "latency": seconds * 1e3,
+                    }
+                )  # fmt: skip
+    others = [row | {"distribution": "balanced", "latency": 1e3} for row in rows]
+    for system in ("h100_sxm", "b200_sxm"):
+        for engine, version in (("vllm", "0.24.0"), ("trtllm", "1.3.0rc20"), ("sglang", "0.5.14")):
+            path = tmp_path / system / "moe" / engine / version / "moe_perf.parquet"
+            path.parent.mkdir(parents=True)
+            parquet.write_table(pyarrow.Table.from_pylist([*rows, *others]), path)
+    assert experts.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
+    made = json.loads((tmp_path / "out.json").read_text())["kernels"]
+    assert len(made) == 6
+    hopper = [kernel for kernel in made if kernel["architecture"] == "Hopper"]
+    for kernel in hopper:
+        found = np.array([kernel["fixed_s"], kernel["flop"], kernel["byte"]])
+        assert found == pytest.approx(np.array([3e-5, 2.0, 1.25]), rel=0.02)
+        assert kernel["num_points"] == 63
+    assert experts.main(["--tables", str(tmp_path / "none"), "--out", str(tmp_path / "out.json")]) == 1
