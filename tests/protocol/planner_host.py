@@ -113,7 +113,7 @@ class PlannerHost:
     def kill(self) -> None:
         """-9: nothing is said, nothing is written any more."""
         self.is_dead = True
-        tasks = [*(looks.task for looks in self.fleet._looks.values()), self.fleet._ticks]
+        tasks = [*(reconciler.task for reconciler in self.fleet._reconcilers.values()), self.fleet._ticks]
         for task in tasks:
             if task is not None:
                 task.cancel()

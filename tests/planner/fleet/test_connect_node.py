@@ -175,7 +175,7 @@ def test_a_plan_comes_into_force_and_a_redispatch_is_done() -> None:
             await until(lambda: store.tables.redispatches.rows[body.name].state == 5)  # DONE
             assert running["a"].model.engines.owner["r0", 1] == "c/0"
             fleet.tick()
-            await until(lambda: not any(looks.task for looks in fleet._looks.values()))
+            await until(lambda: not any(reconciler.task for reconciler in fleet._reconcilers.values()))
             keys = {event.key for event in hubs.cluster(CLUSTER)._newer(0)}
             assert {("replica", REPLICA), ("redispatch", body.name), ("node", f"{CLUSTER}/nodes/a")} <= keys
 

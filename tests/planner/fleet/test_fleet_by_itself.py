@@ -114,7 +114,7 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
 async def settle(fleet: Fleet) -> None:
     for _ in range(200):
         await asyncio.sleep(0.005)
-        if not any(looks.task for looks in fleet._looks.values()):
+        if not any(reconciler.task for reconciler in fleet._reconcilers.values()):
             return
     raise AssertionError("it looks for ever")
 
@@ -157,7 +157,7 @@ def test_of_a_cluster_that_is_gone_nothing_is_left_and_it_may_come_again() -> No
         async def call() -> None:
             await fleet.cluster_changed(CLUSTER)
             if CLUSTER in fleet._clusters:
-                assert fleet._looks[CLUSTER].cluster is fleet._clusters[CLUSTER]
+                assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
 
         store.reads = first
         calls = [asyncio.create_task(call()) for _ in range(3)]
@@ -171,9 +171,9 @@ def test_of_a_cluster_that_is_gone_nothing_is_left_and_it_may_come_again() -> No
         await asyncio.sleep(0)
         second.set()
         await asyncio.gather(*calls)
-        assert fleet._looks[CLUSTER].cluster is fleet._clusters[CLUSTER]
+        assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
         await fleet.cluster_changed("clusters/never")
-        assert list(fleet._looks) == [CLUSTER]
+        assert list(fleet._reconcilers) == [CLUSTER]
         await fleet.stop("the test is over")
 
     run(body)

@@ -15,7 +15,7 @@ from hetis.formats.plan import parse_plan
 from hetis.formats.positions import Bounds, Text, parse_text
 from hetis.formats.profile import parse_profile
 from hetis.formats.workload import parse_workload
-from hetis.planner.beside import stop_if_unwanted
+from hetis.planner.threads import stop_if_unwanted
 from hetis.solver.cluster import Cluster
 from hetis.solver.profile import Profile
 from hetis.v1 import document_pb2

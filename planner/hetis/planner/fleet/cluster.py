@@ -62,7 +62,7 @@ class ClusterFleet:
         self.node_writes: dict[str, NodeWrite] = {}
         self.unprepared: dict[str, None] = {}
         self.dirty: set[str] = set()
-        self.look_at_all = True
+        self.decide_all = True
         self.shown: set[tuple[str, str]] = set()
         self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
         self.capacity_changed = False
@@ -83,7 +83,7 @@ class ClusterFleet:
         """The cluster as it was just read; ``declared``: node ids of its document."""
         is_first = self.record is None
         self.record, self.plan = kept.cluster, kept.plan
-        self.look_at_all = True
+        self.decide_all = True
         earlier = {last_part(record.name) for record in kept.nodes if record.body.agent_version} if is_first else set()
         self.note_presence(self.leases.declare(declared, now_s=now_s, known=earlier))
         for record in kept.nodes:
@@ -330,7 +330,7 @@ class ClusterFleet:
                     link.forget(name)
         self.shown.add(("replica", name))
         self.dirty.discard(name)
-        self.look_at_all = True
+        self.decide_all = True
 
     # For the rule of activation.
 
@@ -416,7 +416,7 @@ class ClusterFleet:
                 link = self.links[node]
                 if not link.slots[answer.replica].held:
                     link.forget(answer.replica)
-                self.look_at_all = True  # something may have waited for this
+                self.decide_all = True  # something may have waited for this
             return
         self.changes.answered(node, answer, now_s=now_s)
 

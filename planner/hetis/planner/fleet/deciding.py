@@ -1,4 +1,4 @@
-"""One look at a cluster: what the store should know next, and what follows for the nodes once it does."""
+"""Decisions about a cluster: what the store should know next, and what follows for the nodes once it does."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Activation = plan_pb2.ActivationState
 _log = logging.getLogger("hetis.planner.fleet")
 
 
-def needs_look(cluster: ClusterFleet) -> bool:
+def needs_decision(cluster: ClusterFleet) -> bool:
     """Whether `decide` might find something."""
-    return bool(cluster.dirty or cluster.look_at_all or cluster.node_writes or cluster.changes.have_news)
+    return bool(cluster.dirty or cluster.decide_all or cluster.node_writes or cluster.changes.have_news)
 
 
 def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
-    """What should be written. Replicas whose contents are not looked up yet are left as they are."""
+    """Return what should be written. Replicas whose contents are not looked up yet are left as they are."""
     if cluster.record is None:
         return Writes(cluster=cluster.name)
     view = _View.of(cluster)
-    names = cluster.replicas if cluster.look_at_all or view.is_unsettled else cluster.dirty & cluster.replicas.keys()
+    names = cluster.replicas if cluster.decide_all or view.is_unsettled else cluster.dirty & cluster.replicas.keys()
     replicas = []
     for name in list(names):
         try:
@@ -48,14 +48,14 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
         redispatches=_decide_changes(cluster),
     )
     cluster.dirty.clear()
-    cluster.look_at_all = False
+    cluster.decide_all = False
     cluster.node_writes.clear()
     cluster.changes.advised = []
     return writes
 
 
 def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
-    """The store has it: now the nodes are told."""
+    """Take over what the store now has, and tell the nodes."""
     for record in kept.nodes.values():
         cluster.note_drained(record)
     for write in writes.replicas:
@@ -77,8 +77,8 @@ def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
 
 
 def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
-    """The store could not be written: the next look finds it all again."""
-    cluster.look_at_all = True
+    """Undo what a failed write left, so that the next round decides it all again."""
+    cluster.decide_all = True
     for node in writes.nodes:
         cluster.node_writes.setdefault(last_part(node.name), node)
     cluster.changes.advised += [
@@ -244,7 +244,7 @@ def _apply_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> No
     before = replica.assigned_generation
     if write.standing.state != replica.state:
         replica.since_s = None
-        cluster.look_at_all = True  # others may have waited for this
+        cluster.decide_all = True  # others may have waited for this
     replica.renew(record, write.standing)
     if write.assigned_generation != before:
         cluster.assign(replica)

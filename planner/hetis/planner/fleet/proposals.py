@@ -141,7 +141,7 @@ class PlacementProposals:
             await asyncio.sleep(GATHERED_S)
 
     async def step(self) -> float | None:
-        """Looks at every cluster whose time has come; seconds until the next one's has, None: nothing waits."""
+        """Look at every cluster whose time has come; seconds until the next one's has, None: nothing waits."""
         waits = list[float]()
         for name, known in list(self._clusters.items()):
             self._take_change(name, known)

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
 from hetis.planner.convert.documents import MAX_NODES
@@ -20,6 +19,7 @@ from hetis.planner.resources.policies import check_policy
 from hetis.planner.resources.publishing import publish_cluster, publish_nodes
 from hetis.planner.resources.requests import Answer, once, to_the_end
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction, etag_of
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
 from hetis.v1 import cluster_pb2, document_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as service_pb2
@@ -192,7 +192,7 @@ class Clusters:
         publish_cluster(self._hubs, self._fleet, record, now_s=self._clock())
         if before is not None and record.body.document.digest != before.body.document.digest:
             was, is_ = await self._fleets.of(before), await self._fleets.of(record)
-            changed = await beside_loop(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
+            changed = await run_in_thread_gc_paused(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
             publish_nodes(self._hubs, record.name, changed, now_s=self._clock())
         await self._fleet.cluster_changed(record.name)
 

@@ -8,7 +8,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.inventories import FoundNode, inventory_message
@@ -22,6 +21,7 @@ from hetis.planner.resources.paging import read_page_request
 from hetis.planner.resources.publishing import publish_nodes
 from hetis.planner.resources.requests import Answer, once, to_the_end
 from hetis.planner.store import NodeRecord, Store, Transaction, etag_of
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as service_pb2
 
@@ -77,7 +77,7 @@ class Nodes:
             if live.state in CONNECTED and (found := _found(live)) is not None
         }
         etag = etag_of(views.cluster)
-        inventory = await beside_loop(
+        inventory = await run_in_thread_gc_paused(
             inventory_message, views.cluster.name, views.declared.value, found, cluster_etag=etag
         )
         return service_pb2.GetInventoryResponse(inventory=inventory)

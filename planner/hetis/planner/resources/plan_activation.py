@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from hetis.formats.documents import digest
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
@@ -25,6 +24,7 @@ from hetis.planner.resources.plan_weights import load_bytes_of
 from hetis.planner.resources.publishing import publish_cluster
 from hetis.planner.resources.requests import once, to_the_end
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
@@ -138,7 +138,7 @@ class PlanActivation:
                 load_bytes=lambda shape: load_bytes(replica_from_proto(shape)),
             )
 
-        return await beside_loop(prepare)
+        return await run_in_thread_gc_paused(prepare)
 
     async def _change(
         self,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.beside import beside_loop
 from hetis.planner.callers import present_caller
 from hetis.planner.convert import names
 from hetis.planner.convert.plans import result_to_proto
@@ -34,6 +33,7 @@ from hetis.planner.resources.plan_specs import (
 from hetis.planner.resources.plan_views import basic_view
 from hetis.planner.resources.requests import Answer, once, to_the_end
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, plan_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -134,16 +134,16 @@ class PlanCreation:
             problem = pose(spec, record, declared.value, left_out, profiles)
             return Posed(problem=problem, json=problem.to_json())
 
-        return await beside_loop(posed)
+        return await run_in_thread_gc_paused(posed)
 
     async def _imported(self, cluster: str, plan: Plan, source_name: str) -> ImportedPlan:
         record = await self._store.read(lambda reader: reader.clusters.require(cluster))
         declared = await self._fleets.of(record)
         try:
-            imported = await beside_loop(checked, plan, source_name or "document")
+            imported = await run_in_thread_gc_paused(checked, plan, source_name or "document")
         except DocumentError as error:
             raise invalid_document(error, _IMPORTED) from None
-        await beside_loop(require_gpus, cluster, declared.value, plan.replicas)
+        await run_in_thread_gc_paused(require_gpus, cluster, declared.value, plan.replicas)
         return imported
 
     async def _make(

@@ -7,10 +7,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from hetis.formats.documents import from_data
-from hetis.planner.beside import beside_loop
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.plan_views import SEARCHING
 from hetis.planner.store import PlanRecord, Reader, Store
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
@@ -57,7 +57,7 @@ class PlanDocuments:
         digest = record.body.result.document.digest
         if digest not in self._read:
             document = await self._store.read(lambda reader: _document(reader, record.name))
-            self._read[digest] = document, await beside_loop(_parsed, document, record.name)
+            self._read[digest] = document, await run_in_thread_gc_paused(_parsed, document, record.name)
         self._read.move_to_end(digest)
         document, found = self._read[digest]
         while len(self._read) > 1 and sum(len(kept) for kept, _ in self._read.values()) > _MOST_KEPT_BYTES:

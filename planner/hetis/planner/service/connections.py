@@ -56,7 +56,7 @@ class ConnectionWatch:
         self._known: dict[int, _Connection | None] = {}  # by inode; None: another kind of socket
 
     async def run(self) -> None:
-        """Looks until it is cancelled."""
+        """Look until it is cancelled."""
         while os.path.isdir(_FOLDER):
             try:
                 await asyncio.to_thread(self.look)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hetis.runtime.agent.held import NODE_PART, epoch_to_bytes
 from hetis.runtime.agent.outbox import Outbox
+from hetis.runtime.agent.replica_state import NODE_PART, epoch_to_bytes
 
 
 class Fence:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hetis.runtime.agent.actions import EngineResponse
-from hetis.runtime.agent.engine_steps import CALL_S
 from hetis.runtime.agent.outbox import Outbox
+from hetis.runtime.agent.replica import CALL_S
 from hetis.runtime.executor.pieces import pieces_of
 from hetis.runtime.executor.refusals import failure_of
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, HeadMapPiece, StateRequest

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hetis.planner.convert.stages_in import stage_from_proto
-from hetis.planner.daemons import in_daemon_thread
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.dispatching.answers import placement_to_proto, quality_to_proto, refusal_to_proto
 from hetis.planner.fleet.dispatching.batches import (
@@ -31,6 +30,7 @@ from hetis.planner.fleet.dispatching.declaring import declared
 from hetis.planner.fleet.dispatching.replica import Admitted, Growth, ReplicaDispatch
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.running import RunningReplica, RunningReplicas
+from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.dispatch.warming import compile_dispatch
 from hetis.v1 import change_pb2, dispatch_service_pb2, head_map_pb2, redispatch_pb2, replica_pb2
 
@@ -64,7 +64,7 @@ class DispatchStates:
         DEADLINE_EXCEEDED and tries again.
         """
         if self._warming is None:
-            self._warming = asyncio.ensure_future(in_daemon_thread(compile_dispatch, name="kernels of dispatch"))
+            self._warming = asyncio.ensure_future(run_in_daemon_thread(compile_dispatch, name="kernels of dispatch"))
         await asyncio.shield(self._warming)
 
     # --- calls

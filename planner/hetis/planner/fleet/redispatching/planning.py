@@ -60,7 +60,7 @@ class FoundMoves:
 
 
 class StagePlanner:
-    """Looks at one copy of one stage, again and again; not to be shared between threads.
+    """Look at one copy of one stage, again and again; not to be shared between threads.
 
     It remembers looks in vain (`Watch`), so that what cannot be helped is not worked out over and over.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hetis.planner.convert.stages_in import stage_from_proto
-from hetis.planner.fleet.redispatching.patience import Patience
+from hetis.planner.fleet.redispatching.backoff import AlarmBackoff
 from hetis.planner.fleet.redispatching.planning import StagePlanner
 from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
 from hetis.planner.fleet.redispatching.slowness import Slowness
@@ -24,7 +24,7 @@ class WatchedStage:
     def __init__(self, model: stage_pb2.StageModel) -> None:
         self.model = model
         self.planner = StagePlanner()
-        self.patience = Patience()
+        self.backoff = AlarmBackoff()
         self.terms = stage_from_proto(model)
         self.sums: Sums | None = None
         self.alarms: tuple[Trigger, ...] = ()
@@ -69,7 +69,7 @@ class WatchedStage:
         """The head map was looked at, with what was known of the devices ``seen``."""
         self.changed -= seen
         if self.sums is not None:
-            self.patience.looked(self.sums, self.alarms, num_finished=num_finished, moved=moved)
+            self.backoff.looked(self.sums, self.alarms, num_finished=num_finished, moved=moved)
 
     def _rescale(self) -> None:
         self.terms = stage_from_proto(self.model, slowness=self._slowness.factors)
@@ -150,7 +150,7 @@ class WatchedReplica:
                 continue
             alarms = stage.report(load, policy)
             if alarms and stage.sums is not None:
-                self.is_wanted = self.is_wanted or stage.patience.due(
+                self.is_wanted = self.is_wanted or stage.backoff.due(
                     stage.sums, alarms, num_running=self.num_running, num_finished=self.num_finished
                 )
 

@@ -17,7 +17,7 @@ class _Vain(NamedTuple):
     values: dict[tuple[TriggerKind, str | None], float]
 
 
-class Patience:
+class AlarmBackoff:
     """`hetis.solver.redispatch.watch.Watch` on sums.
 
     After a look that moved nothing an alarm counts again when it is new, when its value has grown by the share
