@@ -38,10 +38,10 @@ import numpy as np
 
 from benchmarks.measuring import plots, rows
 from benchmarks.measuring.drift import LAYERS, REFILL_TOKEN_S, Policy, Run, Scenario, Still, Tally
+from benchmarks.measuring.redispatch_baselines import paper_rule, whole_request_moves
 from benchmarks.measuring.rows import Row
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.baselines import paper_rule, whole_request_moves
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.result import Move
 from hetis.solver.redispatch.solve import Redispatcher

@@ -51,7 +51,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "redispatch": ("benchmarks/redispatch.py", *_REDISPATCH),
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
-    "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "profiler/hetis/profiler/whole_engine.py"),
+    "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from hetis.profiler import calibrate
-from hetis.profiler.calibrate import _fit, _joined, _pairs
 from hetis.profiler.efficiency import shipped
 from hetis.profiler.fit.points import Points
 from hetis.profiler.fit.split import split
 from hetis.solver.profile import FitScope, Op
+from tools.efficiency import _fit, _joined, _pairs
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

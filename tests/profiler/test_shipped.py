@@ -12,8 +12,8 @@ from hetis.profiler import shipping
 from hetis.profiler.ranges import UNKNOWN_ERROR, error_of
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_gpus, shipped_profile
-from hetis.profiler.whole_engine import predicted_s
 from hetis.solver.profile import FitScope, Op, Source
+from tools.whole_engine import predicted_s
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT.parent / "shared" / "data" / "profiles"

@@ -12,13 +12,13 @@ from hetis.runtime.agent.daemon import AgentDaemon
 from hetis.runtime.agent.devices.simulated import SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory
 from hetis.runtime.agent.metrics import AgentMetrics
-from hetis.runtime.agent.recording import RecordingExecutor
 from hetis.runtime.agent.sources import executor_reports
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 from hetis.v1.report_pb2 import DeviceReport
 from tests.runtime.agent.builders import NODE, STEERED
 from tests.runtime.agent.planner_double import WAIT_S, PlannerDouble
+from tests.runtime.agent.recording import RecordingExecutor
 
 
 def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:

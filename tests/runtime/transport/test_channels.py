@@ -24,9 +24,9 @@ from hetis.runtime.transport.channel import Channel, PipeChannel
 from hetis.runtime.transport.connecting import ChannelKind, Endpoint, connect
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, ChannelStalledError, FrameError
 from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, Kind, bytes_of, header_of, read_header
-from hetis.runtime.transport.inproc import InprocPipe
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
 from hetis.runtime.transport.tcp import AHEAD_BYTES, TcpPipe
+from tests.runtime.transport.inproc import InprocPipe
 
 Ends = tuple[PipeChannel, PipeChannel]
 

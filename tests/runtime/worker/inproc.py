@@ -10,9 +10,9 @@ from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.transport.channel import PipeChannel
 from hetis.runtime.transport.errors import ChannelError
 from hetis.runtime.transport.frames import Frame, Kind, bytes_of, header_of
-from hetis.runtime.transport.inproc import InprocPipe
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
+from tests.runtime.transport.inproc import InprocPipe
 
 KEY = bytes(range(16))
 

@@ -14,10 +14,10 @@ from hetis.solver.dispatch.exact import improve_plan, solve_exactly
 from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, Load, Requests, Stage
 from hetis.solver.dispatch.result import DispatchPlan, Path, Resource
 from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
-from hetis.solver.dispatch.specification import solve_specification
 from hetis.solver.dispatch.tables import costs_of, running_load
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan, makespan_of
+from tests.solver.dispatch.specification import solve_specification
 
 CLOSE = 1e-9
 
