@@ -18,7 +18,7 @@ from hetis.solver.redispatch.moves import part_seconds, payback_steps, step_seco
 from hetis.solver.redispatch.ordering import order
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.result import Move, MoveReason
-from hetis.solver.redispatch.tables import Tables, device_seconds, short_blocks, tables_of
+from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, short_blocks, tables_of
 
 
 def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: int | None = None) -> tuple[Move, ...]:
@@ -119,7 +119,7 @@ def _redispatched(
     return None if plan.unplaced else plan.groups[0]
 
 
-def _as_moves(problem: RedispatchProblem, tables: Tables, x: IntArray) -> tuple[Move, ...]:
+def _as_moves(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> tuple[Move, ...]:
     """Moves to ``x`` [N, D] in an order that memory allows; those that none allows are left out."""
     steps = steps_between(tables, tables.now, x)
     ordered, _ = order(tables, tables.now, steps, problem.snapshot.stage.devices)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.measuring.dispatch_rules import EqualSplit, PaperRule, PrimaryOnly
 from benchmarks.measuring.emulated_worker import Pace, wait_until
-from hetis.runtime.transport.frames import HEADER_BYTES, Frame, Kind
+from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
 from hetis.solver.dispatch.problem import HeadShape, Load, Primary, Requests, Stage
 from tests.benchmarks.test_benchmarks import rows_of, run
 from tests.runtime.vllm.running import PYTHON, needs_vllm
@@ -93,7 +93,7 @@ def test_what_the_papers_rule_fills_ends_at_the_same_time(seconds: list[float], 
 
 def test_a_pace_counts_heads_bytes_and_the_way_there_and_back(tmp_path: Path) -> None:
     pace = Pace(link_bytes_per_s=100.0, latency_s=3.0)
-    frame = Frame(kind=Kind.PING, epoch=0, session=0)
+    frame = Frame(kind=FrameKind.PING, epoch=0, session=0)
     assert pace.link_s(frame, None) == pytest.approx(HEADER_BYTES / 100)
     assert pace.link_s(frame, frame) == pytest.approx(2 * HEADER_BYTES / 100 + 6)
     pace.write(tmp_path / "pace.json")

@@ -39,7 +39,7 @@ class ErrorLimit:
     num_errors: int = 0
 
 
-class Part(BaseModel):
+class DocumentPart(BaseModel):
     """A mapping of a document: no unknown fields, no conversion between types, no NaN or infinity."""
 
     model_config = ConfigDict(

@@ -7,12 +7,12 @@ from functools import partial
 
 import numpy as np
 
-from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.links import Links
+from hetis.simulator.links import FleetLinks
 from hetis.simulator.migration import Migration
 from hetis.simulator.pool_load import Decoding, PoolLoad
 from hetis.simulator.pool_timing import PoolTiming
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.values import FloatArray, IntArray, Settings
 from hetis.solver.dispatch.problem import Load, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus
@@ -39,9 +39,9 @@ class PoolCopy:
     """
 
     def __init__(
-        self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], book: Book,
+        self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], log: RequestLog,
         events: Events, settings: Settings, mean_output: float, growth: int, shared: tuple[SharedCard, ...] | None,
-        links: Links,
+        links: FleetLinks,
     ) -> None:  # fmt: skip
         """``split``: head groups of a request on the primary and on the cards together, as the plan has them.
         ``growth``: output tokens that a new request needs room for; what its output will be is not known."""
@@ -58,7 +58,7 @@ class PoolCopy:
             self._dispatch = _dispatcher_of(self.state)
             if settings.redispatch:
                 self._migration = Migration(
-                    self.state, timing, links, book, events, theta=settings.theta, mean_output=mean_output
+                    self.state, timing, links, log, events, theta=settings.theta, mean_output=mean_output
                 )
 
     @property

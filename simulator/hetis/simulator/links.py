@@ -16,7 +16,7 @@ class SharedLink:
         self.free_s = self.busy_s = 0.0
 
 
-class Links:
+class FleetLinks:
     """The ends of a whole fleet, made when they are first asked for."""
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ class DeviceUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class RunCounts:
     """Requests and events of a whole run, warm-up included."""
 
     arrived: int
@@ -91,7 +91,7 @@ class Metrics:
     normalised_s: Distribution
     queueing_s: Distribution
     attainment: float
-    counts: Counts
+    counts: RunCounts
     devices: tuple[DeviceUse, ...]
 
 
@@ -169,7 +169,7 @@ def measure(run: Run, limits: Limits, *, saturated: bool) -> Metrics:
         normalised_s=_distribution(end_to_end / run.output_tokens[measured]),
         queueing_s=_distribution((run.admitted_s - run.arrival_s)[measured]),
         attainment=_attainment(limits, ttft, decode / np.maximum(later_tokens, 1), arrived),
-        counts=Counts(
+        counts=RunCounts(
             arrived=run.num_requests,
             finished=num_finished,
             unfinished=run.num_requests - num_finished - run.rejected,

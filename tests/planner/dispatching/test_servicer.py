@@ -16,7 +16,7 @@ from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.identity import Identity, Role, set_caller
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.servicers.dispatch import DispatchServicer
 from hetis.planner.service.telemetry import Telemetry
@@ -40,7 +40,7 @@ async def served() -> AsyncIterator[str]:
         servicer=DispatchServicer(states, replicas),
         add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
     )
-    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:

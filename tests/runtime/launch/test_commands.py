@@ -19,7 +19,7 @@ from hetis.runtime.launch.commands import (
     commands_of,
 )
 from hetis.runtime.launch.layout import Layout, layout_of
-from hetis.runtime.vllm.settings import Settings, load_settings
+from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
 from tests.runtime.launch.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
@@ -31,7 +31,7 @@ ALONE = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, MODEL)
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
 
-def settings_of(command: Command, folder: Path) -> Settings:
+def settings_of(command: Command, folder: Path) -> PluginSettings:
     """What the plugin reads of the file that the command has."""
     [(name, text)] = command.files.items()
     assert command.environment["HETIS_VLLM_CONFIG"] == name

@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.vllm.costs import head_shape
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
-from hetis.runtime.vllm.settings import Settings
+from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steering import SteeredVllm
 from hetis.runtime.vllm.steps import LOCAL, DeviceReport, Event, MoveStep, RankReport, StepPlan
 from hetis.runtime.vllm.surroundings import surround
@@ -196,7 +196,7 @@ class World:
         }
         self.now_s, self.epoch, self.generation = 100.0, 1, 0
         self.blocks = CountedBlocks(pool)
-        self.side = SchedulerSide(Settings.model_validate(document))
+        self.side = SchedulerSide(PluginSettings.model_validate(document))
         heads = head_shape(groups=GROUPS, queries=2, head_dim=8, item_bytes=4, block_tokens=BLOCK)
         self.side.bind(self.blocks, EngineShape(heads=heads, num_layers=LAYERS, tensor_parallel=ranks))
         attached = surround(self.side)

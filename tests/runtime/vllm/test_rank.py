@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.vllm.batch import Part
+from hetis.runtime.vllm.batch import VirtualBatch
 from hetis.runtime.vllm.direct import attend_directly
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, Grown, Move, MoveStep, Rehomed, StepPlan
@@ -67,7 +67,7 @@ class Blocks:
         at = _slots(blocks, first, first + k.shape[1])
         self.kv[0][:, at], self.kv[1][:, at] = k, v
 
-    def build_base(self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
+    def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
         return part, tables
 
 

@@ -14,7 +14,7 @@ from hetis.planner.convert.enums import name_of
 from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet import link_events as events
-from hetis.planner.fleet.activation import NodeState, Part
+from hetis.planner.fleet.activation import NodePart, NodeState
 from hetis.planner.fleet.cluster_changes import ClusterChanges
 from hetis.planner.fleet.counters import FleetCounters, count
 from hetis.planner.fleet.deltas import ROOM, WantedAssignment, WantedRemoval
@@ -211,7 +211,7 @@ class ClusterFleet:
             match event:
                 case events.Reported():
                     self._note_report(node, event, time_s)
-                case events.Found():
+                case events.InventoryReceived():
                     self._write_node(node, event)
                 case events.Answered():
                     self._note_answer(node, event, now_s)
@@ -334,7 +334,7 @@ class ClusterFleet:
 
     # For the rule of activation.
 
-    def parts(self, replica: Replica) -> Mapping[str, Part]:
+    def parts(self, replica: Replica) -> Mapping[str, NodePart]:
         return {node: self._part(replica, node) for node in replica.nodes}
 
     def is_clearing(self, replica: Replica) -> bool:
@@ -347,20 +347,22 @@ class ClusterFleet:
 
     # Inside.
 
-    def _part(self, replica: Replica, node: str) -> Part:
+    def _part(self, replica: Replica, node: str) -> NodePart:
         state = self.leases.state(node)
         link = self.links.get(node)
         slot = None if link is None else link.slots.get(replica.name)
         if slot is None:
-            return Part(presence=state, is_draining=self.is_draining(node))
+            return NodePart(presence=state, is_draining=self.is_draining(node))
         if not slot.is_believed:  # as good as lost, for this replica
-            return Part(presence=NodeState.NODE_STATE_LOST, is_draining=self.is_draining(node), failure=slot.failure)
+            return NodePart(
+                presence=NodeState.NODE_STATE_LOST, is_draining=self.is_draining(node), failure=slot.failure
+            )
         report = slot.report
         draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
         is_idle = None
         if report is not None and node == replica.primary_node:
             is_idle = slot.state in draining and report.num_running == report.num_waiting == 0
-        return Part(
+        return NodePart(
             presence=state,
             is_draining=self.is_draining(node),
             held=slot.held,
@@ -464,7 +466,7 @@ class ClusterFleet:
             ):
                 self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it whole
 
-    def _write_node(self, node: str, found: events.Found | None) -> None:
+    def _write_node(self, node: str, found: events.InventoryReceived | None) -> None:
         link = self.links[node]
         before = self.node_writes.get(node)
         self.node_writes[node] = NodeWrite(

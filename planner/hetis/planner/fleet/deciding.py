@@ -28,7 +28,7 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
     """Return what should be written. Replicas whose contents are not looked up yet are left as they are."""
     if cluster.record is None:
         return Writes(cluster=cluster.name)
-    view = _View.of(cluster)
+    view = _ClusterView.of(cluster)
     names = cluster.replicas if cluster.decide_all or view.is_unsettled else cluster.dirty & cluster.replicas.keys()
     replicas = []
     for name in list(names):
@@ -87,7 +87,7 @@ def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
+class _ClusterView:
     """What the rule needs to know of all replicas together.
 
     Attributes:
@@ -103,7 +103,7 @@ class _View:
     is_unsettled: bool
 
     @classmethod
-    def of(cls, cluster: ClusterFleet) -> _View:
+    def of(cls, cluster: ClusterFleet) -> _ClusterView:
         replicas = cluster.replicas.values()
         wanted = frozenset(_wanted(cluster))
         is_unsettled = any(one.state not in UP_STATES or one.name not in wanted for one in replicas)
@@ -141,7 +141,7 @@ def _waits_for_others(replica: Replica, occupied: dict[str, list[str]]) -> bool:
     )
 
 
-def _decide_replica(cluster: ClusterFleet, view: _View, replica: Replica, now_s: float) -> ReplicaWrite | None:
+def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica, now_s: float) -> ReplicaWrite | None:
     now = replica.standing
     parts = cluster.parts(replica)
     if replica.is_stopping:
@@ -254,7 +254,7 @@ def _apply_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> No
     cluster.shown.add(("replica", replica.name))
 
 
-def _decide_plan(cluster: ClusterFleet, view: _View, writes: Iterable[ReplicaWrite]) -> PlanWrite | None:
+def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[ReplicaWrite]) -> PlanWrite | None:
     plan = cluster.plan
     if plan is None or plan.activation == Activation.ACTIVATION_STATE_INACTIVE:
         return None

@@ -35,7 +35,7 @@ Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
 
 
-class Fleet:
+class LiveFleet:
     """Live nodes and replicas of all clusters.
 
     Attributes:

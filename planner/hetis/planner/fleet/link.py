@@ -15,8 +15,8 @@ from hetis.planner.fleet.link_events import (
     Answered,
     Behind,
     Fenced,
-    Found,
     HeadMapsRead,
+    InventoryReceived,
     LinkEvent,
     Progressed,
     Reported,
@@ -370,7 +370,7 @@ class NodeLink:
         if self.inventory == inventory:
             return []
         self.inventory = inventory
-        return [Found(inventory=inventory)]
+        return [InventoryReceived(inventory=inventory)]
 
     def _take_ack(self, ack: agent_service_pb2.DeltaAck) -> list[LinkEvent]:
         if ack.replica not in self._slots:

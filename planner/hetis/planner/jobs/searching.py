@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.jobs.outcomes import answer_to_frame
 from hetis.planner.jobs.posed import posed_from_json
-from hetis.planner.jobs.progress import Reporter
+from hetis.planner.jobs.progress import ProgressReporter
 from hetis.planner.jobs.search_clock import SearchClock
 from hetis.planner.jobs.solving import solve
 from hetis.solver.compiled import compilations_told_to
 
 
 class Sender(Protocol):
-    def send(self, frame: Frame) -> None: ...
+    def send(self, frame: JobFrame) -> None: ...
 
 
 class Searcher:
@@ -38,18 +38,18 @@ class Searcher:
         on disk, stops the clock, and is told as ``compiling``.
         """
         posed = posed_from_json(posed_json)
-        report = Reporter(self._outbox.send)
+        report = ProgressReporter(self._outbox.send)
         load_kernels(posed.loaded.inputs.cluster.num_gpus(), report=report)
 
         def tell(compiles: bool) -> None:
             if compiles:
-                self._outbox.send(Frame(kind="compiling", fields={}))
+                self._outbox.send(JobFrame(kind="compiling", fields={}))
             else:
-                self._outbox.send(Frame(kind="searching", fields={"spent_s": clock() - began_s}))
+                self._outbox.send(JobFrame(kind="searching", fields={"spent_s": clock() - began_s}))
 
         clock = SearchClock(on_change=tell)
         began_s = clock()
-        self._outbox.send(Frame(kind="searching", fields={"spent_s": 0.0}))
+        self._outbox.send(JobFrame(kind="searching", fields={"spent_s": 0.0}))
         with compilations_told_to(clock.note):
             answer = solve(posed, cancelled=cancelled, report=report, clock=clock)
         self._outbox.send(answer_to_frame(answer))

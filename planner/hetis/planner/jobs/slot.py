@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable
 
-from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.outcomes import CalledOff, Crashed, Outcome, answer_from_frame
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.progress import progress_from_frame
@@ -73,7 +73,7 @@ class Slot:
         What it compiles at that moment it finishes: the next search would have to begin with it again.
         """
         if self._process is not None and self._is_ready:
-            self._process.send(Frame(kind="cancel", fields={}))
+            self._process.send(JobFrame(kind="cancel", fields={}))
         if self._is_searching:
             self._expect_end()
 
@@ -98,7 +98,7 @@ class Slot:
         process = self._process
         assert process is not None, "it was prepared"
         process.num_searches += 1
-        process.send(Frame(kind="solve", fields={}, payload=search.posed_json))
+        process.send(JobFrame(kind="solve", fields={}, payload=search.posed_json))
         if self._search is not search:
             self._search = search
             search.tell(Begun.BEGUN)

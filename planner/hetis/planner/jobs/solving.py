@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.planner.convert.plans import result_to_proto
-from hetis.planner.jobs.outcomes import Answer, Found, Infeasible, Invalid, NothingFound, Unsound
+from hetis.planner.jobs.outcomes import Answer, FoundPlan, Infeasible, Invalid, NothingFound, Unsound
 from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan
@@ -39,7 +39,7 @@ def solve(
     document = canonical_json(plan)
     if canonical_json(from_data(json.loads(document))) != document:
         return Unsound(("its document reads as another plan",))
-    return Found(document, result_to_proto(plan, document).SerializeToString())
+    return FoundPlan(document, result_to_proto(plan, document).SerializeToString())
 
 
 def canonical_json(plan: Value) -> bytes:

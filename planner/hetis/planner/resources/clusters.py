@@ -17,7 +17,7 @@ from hetis.planner.resources.live import FleetNow
 from hetis.planner.resources.paging import read_page_request
 from hetis.planner.resources.policies import check_policy
 from hetis.planner.resources.publishing import publish_cluster, publish_nodes
-from hetis.planner.resources.requests import Answer, once, to_the_end
+from hetis.planner.resources.requests import CallAnswer, once, to_the_end
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
@@ -77,7 +77,7 @@ class Clusters:
             record = tx.clusters.insert(record)
             return service_pb2.CreateClusterResponse(cluster=self._message(record, FULL))
 
-        async def change() -> Answer[service_pb2.CreateClusterResponse]:
+        async def change() -> CallAnswer[service_pb2.CreateClusterResponse]:
             answer = await self._store.write(
                 lambda tx: once(tx, request, service_pb2.CreateClusterResponse, lambda: insert(tx))
             )
@@ -134,7 +134,7 @@ class Clusters:
                 after = tx.clusters.update(after)
             return service_pb2.UpdateClusterResponse(cluster=self._message(after, FULL))
 
-        async def change() -> Answer[service_pb2.UpdateClusterResponse]:
+        async def change() -> CallAnswer[service_pb2.UpdateClusterResponse]:
             answer = await self._store.write(
                 lambda tx: once(tx, request, service_pb2.UpdateClusterResponse, lambda: update(tx))
             )
@@ -164,7 +164,7 @@ class Clusters:
             tx.clusters.delete(request.name)
             return service_pb2.DeleteClusterResponse()
 
-        async def change() -> Answer[service_pb2.DeleteClusterResponse]:
+        async def change() -> CallAnswer[service_pb2.DeleteClusterResponse]:
             answer = await self._store.write(
                 lambda tx: once(tx, request, service_pb2.DeleteClusterResponse, lambda: delete(tx))
             )

@@ -19,7 +19,7 @@ from hetis.planner.resources.live import FleetNow, NodeNow
 from hetis.planner.resources.node_views import CONNECTED, NodeReader, NodeViews
 from hetis.planner.resources.paging import read_page_request
 from hetis.planner.resources.publishing import publish_nodes
-from hetis.planner.resources.requests import Answer, once, to_the_end
+from hetis.planner.resources.requests import CallAnswer, once, to_the_end
 from hetis.planner.store import NodeRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import cluster_pb2
@@ -127,7 +127,7 @@ class Nodes:
             now = dataclasses.replace(views, records={node: record} if record else {})
             return response(node=now.node(node, FULL))
 
-        async def do() -> Answer[service_pb2.DrainNodeResponse | service_pb2.UndrainNodeResponse]:
+        async def do() -> CallAnswer[service_pb2.DrainNodeResponse | service_pb2.UndrainNodeResponse]:
             answer = await self._store.write(lambda tx: once(tx, request, response, lambda: change(tx)))
             if answer.is_new and is_changed:
                 publish_nodes(self._hubs, views.cluster.name, [node], now_s=self._clock())

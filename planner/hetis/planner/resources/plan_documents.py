@@ -20,7 +20,7 @@ _MOST_KEPT_BYTES = 64 << 20  # of documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class AnsweredPlan:
     """A plan with an answer, and the problem that it solves."""
 
     record: PlanRecord
@@ -43,7 +43,7 @@ class PlanDocuments:
         self._store = store
         self._read: OrderedDict[str, tuple[bytes, PlanAndProblem]] = OrderedDict()  # by digest
 
-    async def answered(self, name: str) -> Answered:
+    async def answered(self, name: str) -> AnsweredPlan:
         """
         Raises:
             ServiceError: NOT_FOUND; PLAN_STATE, it has no answer.
@@ -52,7 +52,7 @@ class PlanDocuments:
         require_answer(record)
         return await self.of(record)
 
-    async def of(self, record: PlanRecord) -> Answered:
+    async def of(self, record: PlanRecord) -> AnsweredPlan:
         """Of a plan that has an answer."""
         digest = record.body.result.document.digest
         if digest not in self._read:
@@ -62,7 +62,7 @@ class PlanDocuments:
         document, found = self._read[digest]
         while len(self._read) > 1 and sum(len(kept) for kept, _ in self._read.values()) > _MOST_KEPT_BYTES:
             self._read.popitem(last=False)
-        return Answered(record=record, document=document, found=found)
+        return AnsweredPlan(record=record, document=document, found=found)
 
 
 def require_answer(record: PlanRecord) -> None:

@@ -16,7 +16,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.outcomes import (
     CalledOff,
     Crashed,
-    Found,
+    FoundPlan,
     Infeasible,
     Invalid,
     NothingFound,
@@ -135,7 +135,7 @@ class PlanSearches:
         self, plan: str, posed: PosedProblem | None, outcome: Outcome, *, is_called_off: bool = True
     ) -> None:
         result: plan_pb2.PlanResult | None = None
-        if isinstance(outcome, Found):
+        if isinstance(outcome, FoundPlan):
             result = plan_pb2.PlanResult.FromString(outcome.result)
             if await run_in_thread_gc_paused(digest_of, outcome.document) != result.document.digest:
                 outcome = Unsound(("its document is not the one that was checked",))
@@ -145,7 +145,7 @@ class PlanSearches:
             record.body.solve_end_time.CopyFrom(timestamp(self._clock()))
             if (progress := self._progress.get(plan)) is not None:
                 record.body.progress.CopyFrom(progress)
-            if result is not None and isinstance(outcome, Found):
+            if result is not None and isinstance(outcome, FoundPlan):
                 tx.plan_documents.put(plan, outcome.document)
                 record.body.result.CopyFrom(result)
                 interrupted = result.status == plan_pb2.SOLVE_STATUS_INTERRUPTED

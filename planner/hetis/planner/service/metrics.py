@@ -16,7 +16,7 @@ LOOK_S = 0.25  # between two looks at the event loop
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Metrics:
+class ServiceMetrics:
     """The service's metrics, in a registry of their own; other rooms add theirs to ``registry``."""
 
     def __init__(self, version: str) -> None:

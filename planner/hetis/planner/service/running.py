@@ -22,7 +22,7 @@ from hetis.planner.service.certificates import Certificates
 from hetis.planner.service.connections import ConnectionLimits, ConnectionWatch, ports_of
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
 from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.overview import OverviewSource
 from hetis.planner.service.page_connections import PageLimits
 from hetis.planner.service.reloading import Refreshable, Reloaded, keep_fresh
@@ -162,7 +162,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
     limits = ConnectionLimits.of_descriptors(descriptors, of_a_host=config.connections.per_host)
     access = Access(config)
     traces = open_traces(config.telemetry.otlp_endpoint, version)
-    metrics = Metrics(version)
+    metrics = ServiceMetrics(version)
     async with AsyncExitStack() as stack:
         stack.callback(signals.close)
         stack.push_async_callback(_close_traces, traces)

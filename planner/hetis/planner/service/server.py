@@ -16,7 +16,7 @@ from hetis.planner.service import reflection
 from hetis.planner.service.addresses import is_socket_path, join_address, split_address
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.health import SERVICE as HEALTH
-from hetis.planner.service.health import Health
+from hetis.planner.service.health import ServiceHealth
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_CALLS = 30_000  # at a time, also those whose message has not come: 10,000 agents and twice as many others
@@ -75,7 +75,7 @@ class PlannerServer:
         if max_connections is not None:
             options += ((MAX_CONNECTIONS, max_connections),)
         self._server = grpc.aio.server(interceptors=[calls], options=options, maximum_concurrent_rpcs=MAX_CALLS)
-        self.health = Health(())
+        self.health = ServiceHealth(())
         self.health.add_to(self._server)
         self._servicings = list(servicings)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.formats import units
-from hetis.formats.fields import Duration, Part
+from hetis.formats.fields import DocumentPart, Duration
 from hetis.planner.service.addresses import is_local, is_socket_path, reachable_from_elsewhere, split_address
 
 OFF = "off"
@@ -68,7 +68,7 @@ Address = Annotated[str, AfterValidator(_address)]
 FilePath = Annotated[str, Field(min_length=1)]
 
 
-class StatusPagePart(Part):
+class StatusPagePart(DocumentPart):
     """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``.
 
     ``hosts`` are names by which it is asked for, beside addresses, ``localhost`` and this machine's own name.
@@ -79,7 +79,7 @@ class StatusPagePart(Part):
     hosts: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
-class SolverPart(Part):
+class SolverPart(DocumentPart):
     """Searches run in processes of their own; what finds none free waits.
 
     Of one caller so many run and wait at most. Unless said, one process and three quarters of the queue are left to
@@ -93,20 +93,20 @@ class SolverPart(Part):
     queued_per_caller: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
 
-class WritesPart(Part):
+class WritesPart(DocumentPart):
     """How often one caller may change things, in a row and in the long run. Dispatch is not among it."""
 
     per_second: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
 
 
-class ConnectionsPart(Part):
+class ConnectionsPart(DocumentPart):
     """Of one host to the gRPC ports, at a time; unless said, a quarter of all that the descriptors allow."""
 
     per_host: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
-class TlsPart(Part):
+class TlsPart(DocumentPart):
     """Certificate of the planner, and the authority whose clients it takes. Files are PEM."""
 
     certificate: FilePath
@@ -115,19 +115,19 @@ class TlsPart(Part):
     trust_domain: Annotated[str, AfterValidator(_domain)] = "hetis"
 
 
-class LogPart(Part):
+class LogPart(DocumentPart):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
 
 
-class AgentsPart(Part):
+class AgentsPart(DocumentPart):
     """How often a silent agent says that it lives, and after how long a silence its node is lost."""
 
     heartbeat: Annotated[Duration, Field(ge=0.05, le=600)] = 5.0
     lease: Annotated[Duration, Field(ge=0.1, le=3600)] = 20.0
 
 
-class LeadershipPart(Part):
+class LeadershipPart(DocumentPart):
     """Who decides where several planners share a store.
 
     ``standby``: whether this one waits where another one leads; unless said, on PostgreSQL it does. ``lease``: how long
@@ -140,13 +140,13 @@ class LeadershipPart(Part):
     advertise: Annotated[list[Address], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
-class TelemetryPart(Part):
+class TelemetryPart(DocumentPart):
     """Where traces go, by OTLP over gRPC."""
 
     otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
 
 
-class PlannerConfig(Part):
+class PlannerConfig(DocumentPart):
     """The configuration of a planner. Times are seconds inside, ``30s`` in files.
 
     ``reload`` is how often certificate and token files are looked at; they are read again when they changed.

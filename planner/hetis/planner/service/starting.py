@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, Problem
-from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.identity import Role
 from hetis.planner.service.setting_sources import Given, load_config, mistaken_variables
 from hetis.planner.service.settings import PlannerConfig
@@ -101,7 +101,7 @@ def _days(text: str) -> timedelta:
     return timedelta(days=days)
 
 
-def report(error: Exception) -> ExitCode:
+def report(error: Exception) -> ServiceExitCode:
     """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
     from hetis.planner.failures import ServiceError
     from hetis.planner.service.server import AddressError
@@ -110,21 +110,21 @@ def report(error: Exception) -> ExitCode:
 
     match error:
         case DocumentError():
-            code, lines = ExitCode.INVALID, [str(problem) for problem in error.problems]
+            code, lines = ServiceExitCode.INVALID, [str(problem) for problem in error.problems]
         case MissingExtraError():
-            code, lines = ExitCode.INVALID, [str(error)]
+            code, lines = ServiceExitCode.INVALID, [str(error)]
         case AddressError():
-            code, lines = ExitCode.ADDRESS, [str(error)]
+            code, lines = ServiceExitCode.ADDRESS, [str(error)]
         case ServiceError() | StoreError():
-            code, lines = ExitCode.STORE, [str(error)]
+            code, lines = ServiceExitCode.STORE, [str(error)]
         case OSError():
             name = f"{error.filename}: " if error.filename else ""
-            code, lines = ExitCode.INTERNAL, [f"{name}{error.strerror or error}"]
+            code, lines = ServiceExitCode.INTERNAL, [f"{name}{error.strerror or error}"]
         case _:
             lines = [
                 f"internal error: {type(error).__name__}: {error}",
                 "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback.",
             ]
-            code = ExitCode.INTERNAL
+            code = ServiceExitCode.INTERNAL
     print("error: " + lines[0], *(f"       {line}" for line in lines[1:]), sep="\n", file=sys.stderr)
     return code

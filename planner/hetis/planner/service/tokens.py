@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, single_problem
-from hetis.formats.fields import API_VERSION, Name, Part
+from hetis.formats.fields import API_VERSION, DocumentPart, Name
 from hetis.formats.files import read_text, unreadable
 from hetis.formats.loading import validated
 from hetis.formats.positions import parse_text
@@ -47,7 +47,7 @@ def _scope(value: str) -> str:
     return value
 
 
-class TokenPart(Part):
+class TokenPart(DocumentPart):
     """One token, by its hash. ``scope`` is the node or cluster of an agent's token."""
 
     name: Name
@@ -57,7 +57,7 @@ class TokenPart(Part):
     expires: Annotated[str, AfterValidator(_moment)]
 
 
-class PlannerTokens(Part):
+class PlannerTokens(DocumentPart):
     """The token file."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

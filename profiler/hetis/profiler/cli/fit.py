@@ -9,7 +9,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import ClusterOption, ProfileOutOption
 
 FIT_EXAMPLES = "Example: hetis-profile fit raw.json --out profile.json -o json | jq .held_out_mape"
@@ -21,7 +21,7 @@ def fit(
     raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements of one GPU type.")],
     out: ProfileOutOption,
     cluster: ClusterOption = None,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Fit a profile to measurements and report its error on points the fit never saw.
 
     -o json has held_out_mape of every operator in the serving range (batch 4 and more, context 256 to 16k) and by
@@ -53,4 +53,4 @@ def fit(
         fitted = fit_profile(measurements, gpu)
     save_profile(out, fitted.profile)
     terminal.emit(lambda: report_document(fitted, out), lambda: report_table(fitted, out))
-    return ExitCode.OK
+    return ProfileExitCode.OK

@@ -14,7 +14,7 @@ from hetis.profiler.fit.errors import SERVING, ErrorStats, covered, error_stats,
 from hetis.profiler.fit.layers import dense_points
 from hetis.profiler.fit.links import link_points, step_points
 from hetis.profiler.fit.pieces import fit_points
-from hetis.profiler.fit.points import FEATURES, Points, Selection, Unfitted, distinct
+from hetis.profiler.fit.points import FEATURES, FitPoints, Points, Unfitted, distinct
 from hetis.profiler.fit.report import (
     SMALL_BATCH,
     FewHeads,
@@ -98,9 +98,9 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
     )
 
 
-def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> Selection:
+def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> FitPoints:
     """What is fitted, and what is not."""
-    selection = Selection()
+    selection = FitPoints()
     dense_points(measurements, gpu, selection)
     attention_points(measurements, gpu, selection)
     link_points(measurements, gpu, selection)

@@ -11,7 +11,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
-from hetis.profiler.fit.points import CACHE_BYTES, Cells, Points, Selection, tables_of, unknown_cache
+from hetis.profiler.fit.points import CACHE_BYTES, Cells, FitPoints, Points, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
 from hetis.solver.profile import FitScope, Op
@@ -51,7 +51,7 @@ class _Row:
     cells: Cells = frozenset()
 
 
-def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
+def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
     """The points of 16-bit weights, and of 8-bit ones under a scope of their own, from the first source of each."""
     for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0))):
         chosen = into.points

@@ -144,7 +144,7 @@ class Unfitted:
 
 
 @dataclass(slots=True)
-class Selection:
+class FitPoints:
     """What the measurements of one GPU give: points by operator and scope, and the tables that are not fitted.
 
     ``others`` are of sources that come after the one fitted: no fit sees them, and what it says of them is reported.

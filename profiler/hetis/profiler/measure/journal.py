@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import unreadable, write_atomically
-from hetis.profiler.measure.points import Measured, Point, Sample
+from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
 
 _VERSION = 1
 
@@ -118,7 +118,7 @@ def _header(line: str, path: Path) -> Mapping[str, Any]:
 def _measured(line: str, path: Path, number: int) -> Measured:
     try:
         data = json.loads(line)
-        found = Measured(point=Point(**data["point"]), sample=Sample(**data["sample"]))
+        found = Measured(point=MeasuredPoint(**data["point"]), sample=TimedSample(**data["sample"]))
         if _is_sound(found):
             return found
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -37,7 +37,7 @@ class HostWatch:
         return max(0.0, (busy - self._busy - own) / elapsed)
 
 
-class Watch:
+class DeviceWatch:
     """What looks at the device and the host while points are measured: NVML at a GPU, the host's accounts always."""
 
     def __init__(self, device: Device) -> None:

@@ -13,7 +13,7 @@ from hetis.profiler.measure.adaptive import Campaign, StoppingRule
 from hetis.profiler.measure.disturbance import disturbance_notes
 from hetis.profiler.measure.grid import extent_of, series_of
 from hetis.profiler.measure.journal import Journal, read_journal
-from hetis.profiler.measure.points import Measured, Point, Sample
+from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
 from hetis.profiler.measure.request import RunRequest
 from hetis.profiler.measure.results import to_measurements
 from hetis.profiler.measure.statistics import SamplingRule, sample
@@ -61,8 +61,8 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     """
     from hetis.profiler.measure.device import open_device
     from hetis.profiler.measure.kernels import Kernels
-    from hetis.profiler.measure.peers import Peers
-    from hetis.profiler.measure.provenance import Watch, cache_note, gpu_name, measured_by, settings_of
+    from hetis.profiler.measure.peers import PeerProcesses
+    from hetis.profiler.measure.provenance import DeviceWatch, cache_note, gpu_name, measured_by, settings_of
 
     begin_s = time.monotonic()
     device = open_device(request.device)
@@ -71,7 +71,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     extent = extent_of(on_cuda=device.on_cuda, quick=request.quick)
     extent = replace(extent, kv_limit_bytes=min(extent.kv_limit_bytes, device.memory_bytes // 4))
     series = series_of(request.model, extent, paths=device.copies, peer_kernel=backend, peer_path=path)
-    watch = Watch(device)
+    watch = DeviceWatch(device)
     driver = watch.driver()
     settings = settings_of(request, gpu, device, driver)
     known = read_journal(request.journal, settings) if request.resume and request.journal.exists() else []
@@ -80,10 +80,10 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     kernels = Kernels(device, request.model, watch.look)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(request.journal, settings, known))
-        peers = stack.enter_context(Peers(peer_devices))
+        peers = stack.enter_context(PeerProcesses(peer_devices))
         peers.wait_until_ready()
 
-        def time_point(point: Point) -> Sample:
+        def time_point(point: MeasuredPoint) -> TimedSample:
             if point.texts.get("path") == path or point.op == "all_reduce":
                 timer, cold = peers.timer(point.op, point.columns["num_bytes"]), False
             else:
@@ -143,7 +143,7 @@ def sampling_rule(quick: bool) -> SamplingRule:
 
 def _run(
     campaign: Campaign,
-    time_point: Callable[[Point], Sample],
+    time_point: Callable[[MeasuredPoint], TimedSample],
     report: Callable[[RunProgress], None],
     journal: Journal,
     *,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from hetis.profiler.measure.points import Sample
+from hetis.profiler.measure.points import TimedSample
 
 # Half the width, in ranks, of the 95% order-statistic interval of a median is 0.98 sqrt(n).
 _RANKS_95 = 0.98
@@ -33,7 +33,7 @@ class SamplingRule:
     max_calls: int = 200  # of a batch
 
 
-def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> Sample:
+def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> TimedSample:
     """Times one point until the rule is content.
 
     Args:
@@ -53,7 +53,7 @@ def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule:
             break
         if clock() - start_s >= rule.limit_s and len(batches) >= 3:
             break
-    return Sample(seconds=median(batches), spread=spread_of_median(batches), jitter=jitter(batches))
+    return TimedSample(seconds=median(batches), spread=spread_of_median(batches), jitter=jitter(batches))
 
 
 def spread_of_median(samples: Sequence[float]) -> float:

@@ -51,7 +51,7 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class EngineCall:
     """To the engine; the type of the request says which method. Its answer goes to `AgentCore.answered`.
 
     Attributes:
@@ -92,4 +92,4 @@ class EndStream:
     within_s: float | None = None
 
 
-Action = Send | Call | Cancel | Persist | EndStream
+Action = Send | EngineCall | Cancel | Persist | EndStream

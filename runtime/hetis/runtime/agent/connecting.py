@@ -29,7 +29,7 @@ _OPTIONS = (
 )
 
 
-class OptionError(Exception):
+class AgentOptionError(Exception):
     """Options that cannot be used, in words for the person who gave them: one message for each thing that is wrong."""
 
     def __init__(self, *messages: str) -> None:
@@ -60,7 +60,7 @@ class PlannerAddress:
 
     def __post_init__(self) -> None:
         if wrong := list(self._problems()):
-            raise OptionError(*wrong)
+            raise AgentOptionError(*wrong)
 
     def _problems(self) -> Iterator[str]:
         try:
@@ -126,7 +126,7 @@ class PlannerAddress:
         return os.environ.get(self.token_variable, "").strip()
 
 
-class Waiting:
+class ReconnectBackoff:
     """Full jitter: a random moment within a time that doubles with every attempt that failed."""
 
     def __init__(self, seed: random.Random) -> None:

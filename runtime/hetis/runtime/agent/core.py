@@ -17,7 +17,7 @@ from hetis.runtime.agent.head_maps import HeadMapCalls
 from hetis.runtime.agent.outbox import Outbox
 from hetis.runtime.agent.replica import ReplicaAgent
 from hetis.runtime.agent.replica_state import NODE_PART, DamagedStateError, ReplicaState, epoch_from_bytes
-from hetis.runtime.agent.reporting import Reporter, with_kv
+from hetis.runtime.agent.reporting import NodeReporter, with_kv
 from hetis.runtime.executor.refusals import failure_of, stale_epoch
 from hetis.v1.agent_service_pb2 import (
     AgentCapability,
@@ -80,7 +80,7 @@ class AgentCore:
         self.inventory = inventory
         self.damaged: dict[str, str] = {}
         self._outbox = Outbox()
-        self._reporter = Reporter(seed)
+        self._reporter = NodeReporter(seed)
         self._devices: list[DeviceReport] = [DeviceReport(index=device.index) for device in inventory.devices]
         self._engine: WatchReportsResponse | None = None
         self._restart_is_untold = False  # nobody heard yet that the engine came up anew

@@ -14,7 +14,7 @@ SPEED_CHANGE_RATIO = 0.1  # of observed to predicted time: a device that got slo
 JITTER_RATIO = 0.1
 
 
-class Reporter:
+class NodeReporter:
     """Decides what to send when; no clock of its own.
 
     What counts as changed: a device's share of used blocks by more than ``kv_change_ratio``; what a report says in

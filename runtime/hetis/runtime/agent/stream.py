@@ -11,7 +11,7 @@ import grpc
 
 from hetis.formats.endpoints import Endpoint
 from hetis.runtime.agent.actions import EndStream
-from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, PlannerAddress, ReconnectBackoff
 from hetis.runtime.executor.refusals import failure_of_call, reason_name
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -41,7 +41,7 @@ class Listener(Protocol):
 class PlannerStream:
     """One stream after the other, to whichever planner leads, until it is cancelled."""
 
-    def __init__(self, address: PlannerAddress, listener: Listener, waiting: Waiting) -> None:
+    def __init__(self, address: PlannerAddress, listener: Listener, waiting: ReconnectBackoff) -> None:
         self._address = address
         self._leaders = address.search()
         self._listener = listener

@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
-class _Held:
+class _Sequence:
     """One virtual sequence: its row in the table, its pages, and how many positions have been written."""
 
     row: int
@@ -46,7 +46,7 @@ class PagePool:
         self.table = np.zeros((16, 16), np.int32)
         self._free = list(range(num_pages - 1, -1, -1))
         self._free_rows = list(range(len(self.table) - 1, -1, -1))
-        self._held: dict[SequenceKey, _Held] = {}
+        self._held: dict[SequenceKey, _Sequence] = {}
 
     @property
     def free_pages(self) -> int:
@@ -93,7 +93,7 @@ class PagePool:
         for key, end in zip(keys, last, strict=True):
             there = held.get(key)
             if there is None:
-                there = held[key] = _Held(self._take_row())
+                there = held[key] = _Sequence(self._take_row())
             missing = self.shape.pages(end) - len(there.pages)
             if missing > 0:
                 self._add_pages(there, missing)
@@ -144,7 +144,7 @@ class PagePool:
 
     # --- inside
 
-    def _find(self, key: SequenceKey) -> _Held:
+    def _find(self, key: SequenceKey) -> _Sequence:
         there = self._held.get(key)
         if there is None:
             raise UnknownSequenceError(self.name, f"{key} is not here")
@@ -157,7 +157,7 @@ class PagePool:
             self._free_rows = list(range(2 * rows - 1, rows - 1, -1))
         return self._free_rows.pop()
 
-    def _add_pages(self, there: _Held, missing: int) -> None:
+    def _add_pages(self, there: _Sequence, missing: int) -> None:
         begin = len(there.pages)
         there.pages += [self._free.pop() for _ in range(missing)]
         while len(there.pages) > self.table.shape[1]:

@@ -16,7 +16,7 @@ import torch
 
 from hetis.runtime.transport.channel import Channel, PipeChannel
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, FrameError
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, FrameKind
 from hetis.runtime.transport.messages import ErrorCode, error_answer, read_error
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
 from hetis.runtime.transport.tcp import TcpPipe
@@ -33,7 +33,7 @@ class ChannelKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
+class WorkerEndpoint:
     """Where a worker listens, and the key that it wants to hear."""
 
     host: str
@@ -41,7 +41,7 @@ class Endpoint:
     key: bytes
 
 
-def connect(endpoint: Endpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
+def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
     """The engine's end of a channel to a worker.
 
     Raises:
@@ -73,11 +73,11 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
         return channel  # the socket does as well, only slower
     try:
         path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
-        channel.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(path,))])
+        channel.send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(path,))])
         answer = channel.receive(stall_s)
         if answer is None:
             raise FrameError(f"{pipe.name}: the worker said nothing of the shared memory")
-        refused = None if answer.kind is Kind.WELCOME else read_error(answer)[2]
+        refused = None if answer.kind is FrameKind.WELCOME else read_error(answer)[2]
     except BaseException:
         shared.unlink()
         channel.close()
@@ -109,7 +109,7 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
     channel: Channel = PipeChannel(pipe, stall_s=stall_s)
     try:
         frame = _first(channel, stall_s)
-        if frame.kind is Kind.ATTACH:
+        if frame.kind is FrameKind.ATTACH:
             channel = _attached(channel, pipe, frame, stall_s=stall_s)
             frame = _first(channel, stall_s)
     except ChannelError:
@@ -129,7 +129,7 @@ def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) 
         return channel
     attached = PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
     try:
-        channel.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
+        channel.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
     except ChannelError:
         attached.close()
         raise

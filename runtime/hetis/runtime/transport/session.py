@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-from hetis.runtime.transport.frames import Frame, Kind, Numbers
+from hetis.runtime.transport.frames import Frame, FrameKind, Numbers
 
 
 class Session:
@@ -21,7 +21,7 @@ class Session:
 
     def frame(
         self,
-        kind: Kind,
+        kind: FrameKind,
         *,
         step: int = 0,
         layer: int = 0,

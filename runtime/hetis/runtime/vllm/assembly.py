@@ -15,7 +15,7 @@ from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
 from hetis.runtime.vllm.costs import head_shape
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
-from hetis.runtime.vllm.settings import Settings
+from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL
 from hetis.runtime.vllm.store import BlockStore
 from hetis.runtime.vllm.workers import Workers
@@ -36,7 +36,7 @@ def rank_number() -> int:
     return int(get_pp_group().rank_in_group * tensor.world_size + tensor.rank_in_group)
 
 
-def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings, number: int) -> Rank:
+def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSettings, number: int) -> Rank:
     """The rank of this process, connected to its workers."""
     [group] = cache.kv_cache_groups
     spec = group.kv_cache_spec

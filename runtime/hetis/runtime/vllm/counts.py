@@ -55,7 +55,7 @@ COUNTERS = {
 DISPATCH_SECONDS = Described("Seconds that it took to decide where the head groups of a request live.")
 
 
-class Counts:
+class SchedulerCounts:
     """Takes the counts of one scheduler."""
 
     def __init__(self, side: SchedulerSide, clock: Callable[[], float] = time.monotonic) -> None:

@@ -33,7 +33,7 @@ class KvStore(Protocol):
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenMove:
     """A move under way: ``copied`` positions are at the target."""
 
     move: Move
@@ -50,7 +50,7 @@ class Mover:
         """``bytes_per_step``: KV copied between two steps at most, but one position of every group."""
         self._heads, self._workers, self._shape, self._store = heads, workers, shape, store
         self._bytes_per_step = bytes_per_step
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenMove] = {}
         self._copied: set[int] = set()
         self._failed: set[int] = set()
 
@@ -61,7 +61,7 @@ class Mover:
             if self._heads.row(move.anchor) is None or not self._is_there(move):
                 self._failed.add(move.number)
             else:
-                self._open[move.number] = _Open(move)
+                self._open[move.number] = _OpenMove(move)
             return
         one = self._open.pop(move.number, None)
         if step.phase == "commit":
@@ -119,7 +119,7 @@ class Mover:
 
     # --- inside
 
-    def _commit(self, move: Move, one: _Open | None) -> None:
+    def _commit(self, move: Move, one: _OpenMove | None) -> None:
         """The scheduler has decided: where the copy is not whole, the request is computed again at its new homes."""
         row = self._heads.row(move.anchor)
         if row is None:
@@ -136,7 +136,7 @@ class Mover:
         finally:
             self._heads.devices[row, list(move.groups)] = move.target
 
-    def _copy(self, one: _Open, last: int) -> None:
+    def _copy(self, one: _OpenMove, last: int) -> None:
         move, first = one.move, one.copied
         row, groups = self._row(move), list(move.groups)
         number = int(self._heads.numbers[row])

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hetis.runtime.vllm.boundary import Boundary
-from hetis.runtime.vllm.settings import Settings
+from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL, Event, Move, MoveStep, RankReport, Rehomed, StepPlan
 
 if TYPE_CHECKING:
     from hetis.runtime.measured.calibration import Calibration
     from hetis.runtime.vllm.allocator import HeadAllocator
-    from hetis.runtime.vllm.costs import Costs
+    from hetis.runtime.vllm.costs import EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
 
 _log = logging.getLogger(__name__)
@@ -130,14 +130,14 @@ class SchedulerSide:
         moves: how many moves began, were committed, and were aborted, by who wanted them.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: PluginSettings) -> None:
         self.settings = settings
         self.boundary = Boundary()
         self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}
         self.moves: Counter[tuple[MovedBy, str]] = Counter()
         self.shape: EngineShape
         self.allocator: HeadAllocator
-        self.costs: Costs
+        self.costs: EngineCosts
         self._plans = 0
         self._manager: Blocks
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
@@ -155,14 +155,14 @@ class SchedulerSide:
         """Meets the block manager."""
         # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
         from hetis.runtime.vllm.allocator import HeadAllocator
-        from hetis.runtime.vllm.costs import Costs
+        from hetis.runtime.vllm.costs import EngineCosts
         from hetis.runtime.vllm.redispatch import Redispatch
         from hetis.solver.dispatch.warming import compile_dispatch
 
         settings = self.settings
         names = [worker.name for worker in settings.workers]
         self.shape, self._manager = shape, manager
-        self.costs = Costs(shape.heads, names)
+        self.costs = EngineCosts(shape.heads, names)
         self.allocator = HeadAllocator(
             self.costs.stage,
             free_here=manager.block_pool.get_num_free_blocks,

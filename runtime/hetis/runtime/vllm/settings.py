@@ -78,7 +78,7 @@ class DispatchSettings(_Document):
     expected_output_tokens: int = Field(default=256, ge=1, le=2**20)
 
 
-class RedispatchSettings(_Document):
+class EngineRedispatchSettings(_Document):
     """When head groups of running requests move.
 
     Attributes:
@@ -94,7 +94,7 @@ class RedispatchSettings(_Document):
     copy_bytes_per_step: int = Field(default=8 << 20, ge=1 << 10)
 
 
-class Settings(_Document):
+class PluginSettings(_Document):
     """The whole file.
 
     Attributes:
@@ -114,12 +114,12 @@ class Settings(_Document):
     page_tokens: int = Field(default=16, ge=1, le=1024)
     base_backend: Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"] | None = None
     dispatch: DispatchSettings = DispatchSettings()
-    redispatch: RedispatchSettings = RedispatchSettings()
+    redispatch: EngineRedispatchSettings = EngineRedispatchSettings()
     executor: Path | None = None
     calibrate: bool = True
 
     @model_validator(mode="after")
-    def _check_workers(self) -> Settings:
+    def _check_workers(self) -> PluginSettings:
         names = [worker.name for worker in self.workers]
         if len(set(names)) < len(names):
             raise ValueError(f"worker names are not unique: {', '.join(names)}")
@@ -129,7 +129,7 @@ class Settings(_Document):
         return self
 
 
-def read_settings() -> Settings | None:
+def read_settings() -> PluginSettings | None:
     """The settings of the file that `VARIABLE` names; None: it names none.
 
     Raises:
@@ -139,7 +139,7 @@ def read_settings() -> Settings | None:
     return None if not path else load_settings(Path(path))
 
 
-def load_settings(path: Path) -> Settings:
+def load_settings(path: Path) -> PluginSettings:
     """The settings in a file. Raises SettingsError with all problems at once."""
     try:
         data, source = parse_text(read_text(path), str(path))
@@ -148,7 +148,7 @@ def load_settings(path: Path) -> Settings:
     if source.problems:
         raise SettingsError(f"{VARIABLE}: " + "; ".join(map(str, source.problems)))
     try:
-        return Settings.model_validate(data)
+        return PluginSettings.model_validate(data)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()]
         raise SettingsError(f"{VARIABLE}: {path}: " + "; ".join(problems)) from None

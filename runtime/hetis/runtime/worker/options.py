@@ -30,7 +30,7 @@ exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 """
 
 
-class OptionError(HetisError):
+class WorkerOptionError(HetisError):
     """Options or variables are wrong; the messages are all that is."""
 
     def __init__(self, *messages: str) -> None:
@@ -39,7 +39,7 @@ class OptionError(HetisError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class WorkerSetting:
     """One setting; ``default`` None: it must be given."""
 
     option: str
@@ -55,9 +55,9 @@ class Setting:
         )
 
 
-def _setting(option: str, metavar: str, meaning: str, default: str | None = None) -> Setting:
+def _setting(option: str, metavar: str, meaning: str, default: str | None = None) -> WorkerSetting:
     variable = "HETIS_WORKER_" + option.removeprefix("--").replace("-", "_").upper()
-    return Setting(option=option, variable=variable, metavar=metavar, meaning=meaning, default=default)
+    return WorkerSetting(option=option, variable=variable, metavar=metavar, meaning=meaning, default=default)
 
 
 _SETTINGS = (
@@ -136,7 +136,7 @@ class _Reading:
     """
 
     def __init__(
-        self, settings: Sequence[Setting], given: Mapping[str, str | None], environment: Mapping[str, str]
+        self, settings: Sequence[WorkerSetting], given: Mapping[str, str | None], environment: Mapping[str, str]
     ) -> None:
         """``given``: by option, None where it was not."""
         self.wrong: list[str] = []
@@ -155,7 +155,7 @@ class _Reading:
     def finish(self) -> None:
         """Raises OptionError: with all that was missing or wrong."""
         if self.wrong:
-            raise OptionError(*self.wrong)
+            raise WorkerOptionError(*self.wrong)
 
     def text(self, option: str) -> str:
         return self._of(option)[1]

@@ -36,8 +36,8 @@ from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
-from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
+from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, no_plan, plan_of, refuse_larger
+from hetis.solver.published.swaps import Arrangement, Evaluated, SwapNetwork, improved, with_other_role
 
 HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # KV bytes of a replica over weight bytes, in estimating its memory
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
@@ -64,7 +64,7 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
     networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
     counts = _group_counts(atlas, graph)
     starts = [_arranged(atlas, graph, groups, headroom) for headroom, groups in counts]
-    found: list[tuple[Network, Evaluated]] = []
+    found: list[tuple[SwapNetwork, Evaluated]] = []
     for start in starts:
         if found and budget.is_spent():
             break
@@ -111,11 +111,11 @@ def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
         yield dict(counts)
 
 
-def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> Network:
+def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> SwapNetwork:
     zones = atlas.problem.cluster.zones()
     model, cluster = atlas.problem.model, atlas.problem.cluster
     kv_bytes = atlas.moments.mean_prompt * model.kv_bytes_per_token()
-    return Network(
+    return SwapNetwork(
         graph=graph,
         search=search,
         duties={
@@ -139,8 +139,8 @@ def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int], headroom:
 
 
 def _first_to_serve(
-    networks: Sequence[Network], starts: Iterable[Arrangement], budget: Budget
-) -> list[tuple[Network, Evaluated]]:  # fmt: skip
+    networks: Sequence[SwapNetwork], starts: Iterable[Arrangement], budget: Budget
+) -> list[tuple[SwapNetwork, Evaluated]]:  # fmt: skip
     """The first arrangement through which requests flow, one group on the other side if need be, on every network."""
     for arrangement in (changed for start in starts for changed in _changes_of_sides(start)):
         found = [(network, network.evaluated(arrangement)) for network in networks]
@@ -161,14 +161,14 @@ def _changes_of_sides(start: Arrangement) -> Iterator[Arrangement]:
 
 
 def _refined(
-    network: Network, start: Evaluated, budget: Budget, seed: int, report: Report
-) -> tuple[Network, Evaluated]:  # fmt: skip
+    network: SwapNetwork, start: Evaluated, budget: Budget, seed: int, report: Report
+) -> tuple[SwapNetwork, Evaluated]:  # fmt: skip
     return network, improved(network, start, budget=budget, seed=seed, report=report)
 
 
 def _from_without_limits(
-    network: Network, start: Arrangement, budget: Budget, seed: int, report: Report
-) -> tuple[Network, Evaluated]:
+    network: SwapNetwork, start: Arrangement, budget: Budget, seed: int, report: Report
+) -> tuple[SwapNetwork, Evaluated]:
     """Swaps without the latency limits, then with them: none leads out of an arrangement that serves nothing."""
     relaxed = replace(network, search=ReplicaSearch(network.search.atlas, keeps_limits=False))
     found = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent)
@@ -185,7 +185,7 @@ def _groups(graph: FleetGraph, zone: str, count: int, least_bytes: float) -> lis
     return [tuple(gpus[i] for i in part) for part in parts]
 
 
-def _plan(atlas: Atlas, network: Network, found: Evaluated, budget: Budget) -> Plan:
+def _plan(atlas: Atlas, network: SwapNetwork, found: Evaluated, budget: Budget) -> Plan:
     """The replicas with their GPUs by name; those that the flow leaves out idle."""
     numbers: dict[Role, list[int]] = {Role.PREFILL: [], Role.DECODE: []}
     replicas: list[ReplicaPlan] = []
@@ -202,7 +202,7 @@ def _plan(atlas: Atlas, network: Network, found: Evaluated, budget: Budget) -> P
     ]
     used = sorted({number for route in routes for number in (route.prefill, route.decode)})
     place = {number: position for position, number in enumerate(used)}
-    answer = Answer(
+    answer = HeuristicPlan(
         replicas=tuple(replicas[number] for number in used),
         kv_routes=tuple(
             KvRoute(prefill=place[route.prefill], decode=place[route.decode], rate=route.rate) for route in routes

@@ -21,7 +21,7 @@ WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class HeuristicPlan:
     """What a heuristic decided."""
 
     replicas: tuple[ReplicaPlan, ...]
@@ -47,7 +47,7 @@ def no_plan(budget: Budget, message: str) -> NoPlanFoundError:
     return NoPlanFoundError(message)
 
 
-def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan:
+def plan_of(atlas: Atlas, strategy: str, answer: HeuristicPlan, budget: Budget) -> Plan:
     """The plan, with the bound that dense work gives: no plan of any strategy is better than that.
 
     Raises:
@@ -97,7 +97,7 @@ def _value_and_bound(atlas: Atlas, used: Counter[int], rate: float) -> tuple[flo
     return value, min(value, math.ceil(bound - 1e-6) if kind is ObjectiveKind.GPUS else bound)
 
 
-def _used(atlas: Atlas, answer: Answer) -> tuple[Counter[int], Counter[int]]:
+def _used(atlas: Atlas, answer: HeuristicPlan) -> tuple[Counter[int], Counter[int]]:
     """GPUs of every class that the plan uses, and of these the attention workers."""
     class_of = class_of_slots(atlas.classes)
     device_class = {d.name: class_of[d.group.name, d.gpu] for d in atlas.problem.cluster.devices()}

@@ -40,7 +40,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class ColumnChoice:
     """Candidates with their counts, the flows at net rates, the net value and what the columns seen allow at most."""
 
     chosen: tuple[tuple[Candidate, int], ...]
@@ -88,7 +88,7 @@ class NetMaster:
 
     def choose(
         self, candidates: Sequence[Candidate], *, time_limit_s: float, gap: float, seed: int, penalty: float = 0.0
-    ) -> Choice | None:
+    ) -> ColumnChoice | None:
         """The best whole counts of these candidates; None if none was found (`is_settled`).
 
         ``penalty``: taken off per GPU that moves, so that of equally good plans the one with the fewest is chosen.
@@ -151,9 +151,9 @@ class NetMaster:
         routes = self.atlas.routes
         return routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS
 
-    def _choice(self, candidates: Sequence[Candidate], found: MilpSolution) -> Choice:
+    def _choice(self, candidates: Sequence[Candidate], found: MilpSolution) -> ColumnChoice:
         chosen = tuple((candidate, int(n)) for candidate, n in zip(candidates, found.counts, strict=False) if n)
-        return Choice(chosen=chosen, value=found.value, bound=found.bound)
+        return ColumnChoice(chosen=chosen, value=found.value, bound=found.bound)
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
         """What a choice is worth, without penalties: net requests/s, or USD/h or GPUs."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.runtime.agent.pressure import EngineReading, ScrapeState, judge, replica_report
-from hetis.runtime.agent.pressure.judging import Limits
+from hetis.runtime.agent.pressure.judging import PressureLimits
 from hetis.runtime.agent.pressure.reading import EngineKind, Total
 from hetis.runtime.agent.pressure.reports import device_reports, unreachable_report
 from hetis.runtime.agent.pressure.scraping import Scrape, read_text
@@ -193,7 +193,7 @@ def test_a_mean_is_of_the_time_between_two_readings() -> None:
 def test_pressure_is_what_only_a_shortage_gives(
     now: EngineReading, before: EngineReading | None, reasons: list[str]
 ) -> None:
-    pressure = judge(now, before, 10.0, Limits(use_ratio=0.9, preemptions_per_s=0.05))
+    pressure = judge(now, before, 10.0, PressureLimits(use_ratio=0.9, preemptions_per_s=0.05))
     assert len(pressure.reasons) == len(reasons)
     assert all(found.startswith(said) for found, said in zip(pressure.reasons, reasons, strict=True))
     assert pressure.is_high == bool(reasons)

@@ -7,7 +7,7 @@ from itertools import islice
 
 from hetis.planner.convert.stages_in import StageTerms
 from hetis.planner.failures import invalid_fields
-from hetis.planner.fleet.dispatching.replica import ReplicaDispatch, Running
+from hetis.planner.fleet.dispatching.replica import ReplicaDispatch, RunningRequest
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import MOST_BLOCKS
 from hetis.solver.errors import InvalidProblemError
@@ -66,7 +66,7 @@ def declared(
             context_tokens=request.context_tokens,
             growth_tokens=request.remaining_tokens,
         )
-        replica.running[name] = Running(
+        replica.running[name] = RunningRequest(
             admitted=newcomer, copies=tuple(by_stage[s] for s in range(num_stages) if s in by_stage)
         )
     # A request that lost its KV on one stage has to be prefilled again on all.

@@ -27,7 +27,7 @@ from hetis.planner.fleet.dispatching.batches import (
     newcomer_violations,
 )
 from hetis.planner.fleet.dispatching.declaring import declared
-from hetis.planner.fleet.dispatching.replica import Admitted, Growth, ReplicaDispatch
+from hetis.planner.fleet.dispatching.replica import AdmittedRequests, ReplicaDispatch, RequestGrowth
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.running import RunningReplica, RunningReplicas
 from hetis.planner.threads import run_in_daemon_thread
@@ -113,7 +113,7 @@ class DispatchStates:
         requests: Iterable[dispatch_service_pb2.NewRequest],
         *,
         keep: bool = True,
-    ) -> Admitted:
+    ) -> AdmittedRequests:
         admitted = await state.admit(_newcomers(requests), keep=keep)
         if self._states.get(name) is not state:
             raise self._lost(name, state.state_id)  # the engine declared another one meanwhile
@@ -277,9 +277,9 @@ def _newcomers(requests: Iterable[dispatch_service_pb2.NewRequest]) -> list[Newc
     ]
 
 
-def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[Growth]:
+def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[RequestGrowth]:
     return [
-        Growth(
+        RequestGrowth(
             id=one.id,
             context_tokens=one.context_tokens,
             remaining_tokens=one.remaining_tokens if one.HasField("remaining_tokens") else None,
@@ -289,7 +289,7 @@ def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[Growth]:
 
 
 def _placements(
-    state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: Admitted
+    state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: AdmittedRequests
 ) -> list[dispatch_service_pb2.Placement]:
     """Of those that were admitted, and those that ran before."""
     return [

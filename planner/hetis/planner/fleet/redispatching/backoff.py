@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hetis.planner.fleet.redispatching.sums import Sums
+from hetis.planner.fleet.redispatching.sums import StageSums
 from hetis.solver.redispatch.triggers import Trigger, TriggerKind
 from hetis.solver.redispatch.watch import ALWAYS, CHANGE, MOST_CHANGE
 
@@ -12,7 +12,7 @@ from hetis.solver.redispatch.watch import ALWAYS, CHANGE, MOST_CHANGE
 class _Vain(NamedTuple):
     """A stage as of the last look in vain."""
 
-    sums: Sums
+    sums: StageSums
     num_finished: int
     values: dict[tuple[TriggerKind, str | None], float]
 
@@ -30,7 +30,7 @@ class AlarmBackoff:
         self._vain: _Vain | None = None
         self._change = CHANGE
 
-    def due(self, sums: Sums, alarms: tuple[Trigger, ...], *, num_running: int, num_finished: int) -> bool:
+    def due(self, sums: StageSums, alarms: tuple[Trigger, ...], *, num_running: int, num_finished: int) -> bool:
         """Whether any of the alarms is worth a look."""
         vain = self._vain
         if not alarms or vain is None or vain.sums.status != sums.status:
@@ -44,7 +44,7 @@ class AlarmBackoff:
             return True
         return any(alarm.kind in ALWAYS or self._is_news(vain, alarm) for alarm in alarms)
 
-    def looked(self, sums: Sums, alarms: tuple[Trigger, ...], *, num_finished: int, moved: bool) -> None:
+    def looked(self, sums: StageSums, alarms: tuple[Trigger, ...], *, num_finished: int, moved: bool) -> None:
         """A look, for these alarms, has moved something or not."""
         if moved:
             self._vain, self._change = None, CHANGE

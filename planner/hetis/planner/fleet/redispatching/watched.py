@@ -9,7 +9,7 @@ from hetis.planner.fleet.redispatching.backoff import AlarmBackoff
 from hetis.planner.fleet.redispatching.planning import StagePlanner
 from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
 from hetis.planner.fleet.redispatching.slowness import Slowness
-from hetis.planner.fleet.redispatching.sums import Sums, SumTest, sums_of
+from hetis.planner.fleet.redispatching.sums import StageSums, SumTest, sums_of
 from hetis.planner.fleet.running import RunningReplica
 from hetis.solver.redispatch.triggers import Trigger, TriggerKind
 from hetis.v1 import report_pb2, stage_pb2
@@ -26,7 +26,7 @@ class WatchedStage:
         self.planner = StagePlanner()
         self.backoff = AlarmBackoff()
         self.terms = stage_from_proto(model)
-        self.sums: Sums | None = None
+        self.sums: StageSums | None = None
         self.alarms: tuple[Trigger, ...] = ()
         self.changed: frozenset[str] = frozenset()  # devices that the next look is told of
         self._slowness = Slowness()
@@ -75,7 +75,7 @@ class WatchedStage:
         self.terms = stage_from_proto(self.model, slowness=self._slowness.factors)
         self._test = SumTest(self.terms)
 
-    def _alarms(self, sums: Sums, policy: RedispatchPolicy) -> list[Trigger]:
+    def _alarms(self, sums: StageSums, policy: RedispatchPolicy) -> list[Trigger]:
         found = list[Trigger]()
         if not any(sums.heads):
             return found

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from hetis.runtime.agent.devices.gpu_types import gpu_entry
 from hetis.runtime.agent.devices.node import MAX_DEVICES, node_inventory
-from hetis.runtime.agent.devices.nvml_health import Health
+from hetis.runtime.agent.devices.nvml_health import GpuHealth
 from hetis.runtime.agent.devices.unavailable import DevicesUnavailableError
 from hetis.v1 import inventory_pb2, report_pb2
 
@@ -66,7 +66,7 @@ class NvmlDevices:
         self._gpu_types = gpu_types
         self._host_name = host_name
         self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when they could last be read
-        self._health = Health(library, [device.whole for device in found])
+        self._health = GpuHealth(library, [device.whole for device in found])
 
     @classmethod
     def open(cls, *, gpu_types: Mapping[str, str], host_name: str = "") -> NvmlDevices:

@@ -16,7 +16,7 @@ HARMLESS_XIDS = frozenset({13, 31, 43, 45, 63, 68, 92, 94, 109})
 _MAX_EVENTS = 256  # read at a time: an event storm must not hold up a sample
 
 
-class Health:
+class GpuHealth:
     """Critical events of the GPUs since this object was made, which stay, and counters as they are."""
 
     def __init__(self, library: ModuleType, handles: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ class UnreadableMetricsError(HetisError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class MetricSample:
     """One line: its labels and its value, which is finite."""
 
     labels: Mapping[str, str]
@@ -29,9 +29,9 @@ class Sample:
 class Samples:
     """All samples, by name. Names are those of the lines: counters end in ``_total``, means come as _sum and _count."""
 
-    by_name: Mapping[str, tuple[Sample, ...]]
+    by_name: Mapping[str, tuple[MetricSample, ...]]
 
-    def of(self, *names: str) -> tuple[Sample, ...]:
+    def of(self, *names: str) -> tuple[MetricSample, ...]:
         """Samples of the first of these names that has any; newer names come first. Empty: none of them is there."""
         for name in names:
             if found := self.by_name.get(name):
@@ -63,19 +63,19 @@ def parse_samples(text: str) -> Samples:
     Raises:
         UnreadableMetricsError: the text is malformed somewhere, so that nothing of it can be trusted.
     """
-    by_name: dict[str, list[Sample]] = {}
+    by_name: dict[str, list[MetricSample]] = {}
     for name, sample in _all_samples(text):
         if math.isfinite(sample.value):
             by_name.setdefault(name, []).append(sample)
     return Samples(by_name={name: tuple(samples) for name, samples in by_name.items()})
 
 
-def _all_samples(text: str) -> Iterator[tuple[str, Sample]]:
+def _all_samples(text: str) -> Iterator[tuple[str, MetricSample]]:
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                yield sample.name, Sample(labels=sample.labels, value=float(sample.value))
+                yield sample.name, MetricSample(labels=sample.labels, value=float(sample.value))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what its parser raises on bad text
         raise UnreadableMetricsError(f"not Prometheus text: {error}"[:300]) from None

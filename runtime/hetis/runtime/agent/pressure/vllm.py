@@ -7,7 +7,7 @@ that nobody uses are free blocks to vLLM, so that no evictable ones are told.
 from __future__ import annotations
 
 from hetis.runtime.agent.pressure.reading import EngineKind, EngineReading, Total
-from hetis.runtime.agent.pressure.samples import Sample, Samples
+from hetis.runtime.agent.pressure.samples import MetricSample, Samples
 
 PREFIX = "vllm:"
 _CAPACITY = "capacity"
@@ -49,11 +49,11 @@ def _read(model: str, samples: Samples, nameless: Samples) -> EngineReading:
     )
 
 
-def _sum(samples: tuple[Sample, ...]) -> int | None:
+def _sum(samples: tuple[MetricSample, ...]) -> int | None:
     return round(sum(sample.value for sample in samples)) if samples else None
 
 
-def _mean(samples: tuple[Sample, ...]) -> float | None:
+def _mean(samples: tuple[MetricSample, ...]) -> float | None:
     """Engines of one model have equally many blocks each."""
     return min(max(sum(sample.value for sample in samples) / len(samples), 0.0), 1.0) if samples else None
 

@@ -17,7 +17,7 @@ MOST_KEPT = 64  # dispatchers: one per stage and set of speeds
 GROWTH_BLOCKS = 4  # blocks that a new request is given room to grow into
 
 
-class Admission(Protocol):
+class AdmissionRule(Protocol):
     """A rule of admission."""
 
     def warm_up(self) -> None:
@@ -87,7 +87,7 @@ class SolverAdmission:
         return None if plan.unplaced else owners_of([int(count) for count in plan.groups[0]])
 
 
-def best_admission() -> Admission:
+def best_admission() -> AdmissionRule:
     """The dispatcher where numba, which compiles it, is installed."""
     return SolverAdmission() if find_spec("numba") else ProportionalAdmission()
 

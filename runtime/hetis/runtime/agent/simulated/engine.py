@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission
+from hetis.runtime.agent.simulated.admission import AdmissionRule, ProportionalAdmission
 from hetis.runtime.agent.simulated.authority import HeadMapAuthority
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.copies import TimedCopies
@@ -59,7 +59,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
         num_devices: int,
         *,
         seed: int = 0,
-        admission: Admission | None = None,
+        admission: AdmissionRule | None = None,
         engine_id: str | None = None,
     ) -> None:
         super().__init__(engine_id)

@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Mapping
 
-from hetis.runtime.agent.simulated.admission import Admission
+from hetis.runtime.agent.simulated.admission import AdmissionRule
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
 from hetis.v1.head_map_pb2 import HeadMap, Move
@@ -27,7 +27,7 @@ class PrimaryRun:
     prompts are gone when they would begin to decode.
     """
 
-    def __init__(self, assignment: Assignment, *, seed: int, admission: Admission, now_s: float) -> None:
+    def __init__(self, assignment: Assignment, *, seed: int, admission: AdmissionRule, now_s: float) -> None:
         self.stages: dict[Key, StageRun] = {(m.stage, m.copy): StageRun(m) for m in assignment.stages}
         self.waiting: deque[SimulatedRequest] = deque()
         self.running: dict[str, SimulatedRequest] = {}

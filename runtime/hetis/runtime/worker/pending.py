@@ -13,7 +13,7 @@ AGAIN_S = 0.01  # after a connection that could not be taken
 _log = logging.getLogger(__name__)
 
 
-class Newcomers:
+class PendingConnections:
     """Lets connections in, and hands out those that have begun to speak."""
 
     def __init__(
