@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import IntArray, Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.moves import part_seconds, payback_steps, step_seconds, steps_between
@@ -99,11 +99,11 @@ def last_admitted(snapshot: StateSnapshot, device: int, *, but: Iterable[str] = 
 
 
 def _redispatched(
-    snapshot: StateSnapshot, dispatcher: Dispatcher, j: int, groups: IntArray, load: Load, free_blocks: IntArray
+    snapshot: StateSnapshot, dispatcher: Dispatcher, j: int, groups: IntArray, load: DeviceLoad, free_blocks: IntArray
 ) -> IntArray | None:
     """Where dispatch would put request ``j`` if it were new, [D]."""
     heads = snapshot.stage.heads
-    without = Load(
+    without = DeviceLoad(
         heads=load.heads - groups * heads.queries_per_group,
         kv_bytes=np.maximum(
             0.0, load.kv_bytes - groups * (float(snapshot.context_tokens[j]) * heads.kv_bytes_per_token)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.measuring.dispatch_rules import EqualSplit, PaperRule, PrimaryOnly
 from benchmarks.measuring.emulated_worker import Pace, wait_until
 from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
-from hetis.solver.dispatch.problem import HeadShape, Load, Primary, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage
 from tests.benchmarks.test_benchmarks import rows_of, run
 from tests.runtime.vllm.running import PYTHON, needs_vllm
 
@@ -39,8 +39,8 @@ def request(tokens: int = 16) -> Requests:
     return Requests(ids=("r",), context_tokens=np.array([tokens]), growth_tokens=np.array([0]))
 
 
-def load(heads: list[int], free: list[int]) -> Load:
-    return Load(heads=np.array(heads), kv_bytes=np.zeros(len(heads)), free_blocks=np.array(free))
+def load(heads: list[int], free: list[int]) -> DeviceLoad:
+    return DeviceLoad(heads=np.array(heads), kv_bytes=np.zeros(len(heads)), free_blocks=np.array(free))
 
 
 def test_equal_split_gives_every_device_as_much_and_evens_out_what_does_not_divide() -> None:

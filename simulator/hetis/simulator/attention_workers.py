@@ -14,7 +14,7 @@ from hetis.simulator.pool_load import Decoding, PoolLoad
 from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.request_log import RequestLog
 from hetis.simulator.values import FloatArray, IntArray, Settings
-from hetis.solver.dispatch.problem import Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.state import DispatchState
 
@@ -52,7 +52,7 @@ class PoolCopy:
         self.busy_s = np.zeros(len(names))
         self.total_blocks = np.asarray(blocks, np.int64)
         self._next_card = 0
-        self._dispatch: Callable[[Load, Requests], IntArray | None] = self._as_planned
+        self._dispatch: Callable[[DeviceLoad, Requests], IntArray | None] = self._as_planned
         self._migration: Migration | None = None
         if settings.dispatch:
             self._dispatch = _dispatcher_of(self.state)
@@ -85,7 +85,7 @@ class PoolCopy:
             context_tokens=np.array([tokens]),
             growth_tokens=np.array([self._growth if len(state) else 0]),
         )
-        here = Load(
+        here = DeviceLoad(
             heads=load.groups * heads.queries_per_group,
             kv_bytes=load.tokens * heads.kv_bytes_per_token,
             free_blocks=free,
@@ -107,7 +107,7 @@ class PoolCopy:
         """Every request caches one token more; returns those that stay as they were for want of a block."""
         return [int(name) for name in self.state.grow([str(request) for request in requests])]
 
-    def _as_planned(self, load: Load, new: Requests) -> IntArray | None:
+    def _as_planned(self, load: DeviceLoad, new: Requests) -> IntArray | None:
         """The plan's split: whole head groups go to one card after the other, in turn over all requests."""
         kept, away = self._split
         groups = np.zeros(self.num_devices, np.int64)
@@ -189,12 +189,12 @@ class PoolCopy:
         self.state.restore_device(card)
 
 
-def _dispatcher_of(state: DispatchState) -> Callable[[Load, Requests], IntArray | None]:
+def _dispatcher_of(state: DispatchState) -> Callable[[DeviceLoad, Requests], IntArray | None]:
     from hetis.solver.dispatch.solve import Dispatcher
 
     dispatcher = Dispatcher(state.stage)
 
-    def place(load: Load, new: Requests) -> IntArray | None:
+    def place(load: DeviceLoad, new: Requests) -> IntArray | None:
         plan = dispatcher.dispatch(load, new)
         return None if plan.unplaced else plan.groups[0]
 

@@ -269,7 +269,7 @@ def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None:
 
 
 def test_an_agent_may_speak_for_its_own_node_only() -> None:
-    who = identity.Identity(name="b", roles=frozenset({identity.Role.AGENT}), scope=f"{CLUSTER}/nodes/b")
+    who = identity.Identity(name="b", roles=frozenset({identity.CallerRole.AGENT}), scope=f"{CLUSTER}/nodes/b")
 
     async def body() -> None:
         async with planner(who) as (_, stub, _, _):

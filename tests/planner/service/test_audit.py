@@ -15,7 +15,7 @@ import grpc
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.identity import Role
+from hetis.planner.service.identity import CallerRole
 from hetis.planner.service.tokens import create_token
 from hetis.planner.store import AuditedChange, Store
 from hetis.v1 import cluster_pb2
@@ -76,7 +76,7 @@ def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
 def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
     token = create_token(
-        file, name="curious", role=Role.VIEWER, scope=None, expires=datetime.now(UTC) + timedelta(days=1)
+        file, name="curious", role=CallerRole.VIEWER, scope=None, expires=datetime.now(UTC) + timedelta(days=1)
     )
 
     async def test() -> list[AuditedChange]:

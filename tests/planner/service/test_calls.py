@@ -16,7 +16,7 @@ from hetis.planner.failures import _CODE_OF, Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Credentials
-from hetis.planner.service.identity import Identity, Role
+from hetis.planner.service.identity import CallerRole, Identity
 from hetis.planner.service.logs import JsonLines, TextLines
 from hetis.planner.service.stream_limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
 from hetis.planner.service.tokens import Grant, Tokens, digest
@@ -359,7 +359,7 @@ def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() 
     first, second = (f"hetis_{letter * 43}" for letter in "ab")
 
     def grants(*tokens: str, expires_s: float = 100.0) -> Tokens:
-        identity = Identity(name="watcher", roles=Role.VIEWER.includes)
+        identity = Identity(name="watcher", roles=CallerRole.VIEWER.includes)
         return Tokens({digest(token): Grant(identity=identity, expires_s=expires_s) for token in tokens})
 
     async def test() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.dispatch.problem import IntArray
-from hetis.solver.redispatch.moves import MovedGroups, MoveStep, applied, steps_between
+from hetis.solver.redispatch.moves import MovedGroups, RequestMoves, applied, steps_between
 from hetis.solver.redispatch.ordering import order, whole_steps
 from hetis.solver.redispatch.tables import RedispatchTables, tables_of
 from tests.solver.redispatch.instances import random_problem
@@ -89,7 +89,7 @@ def crowded(*, room: tuple[int, ...], budget_groups: float, tp: int | None = Non
     return tables._replace(room=np.array(room), budget=budget), groups
 
 
-SWAP = [MoveStep(0, (MovedGroups(4, 0, 1),)), MoveStep(1, (MovedGroups(4, 1, 0),))]
+SWAP = [RequestMoves(0, (MovedGroups(4, 0, 1),)), RequestMoves(1, (MovedGroups(4, 1, 0),))]
 
 
 def test_requests_that_swap_full_devices_go_by_a_third_one() -> None:
@@ -122,7 +122,7 @@ def test_a_detour_takes_what_the_third_device_has_room_for(groups: float, is_eno
 def test_a_second_detour_has_what_the_first_leaves_of_the_budget(groups: int, detours: int) -> None:
     # Two pairs of requests swap full devices by the same fifth one: 16 groups, and 4 for every detour.
     tables, before = crowded(room=(40, 40, 40, 40, 40), budget_groups=groups)
-    swaps = [MoveStep(j, (MovedGroups(4, j, j ^ 1),)) for j in range(4)]
+    swaps = [RequestMoves(j, (MovedGroups(4, j, j ^ 1),)) for j in range(4)]
     ordered, waiting = order(tables, before, swaps, ("a", "b", "c", "d", "e"))
     assert sum(one.is_detour for one in ordered) == detours
     assert len(waiting) == 4 - 2 * detours

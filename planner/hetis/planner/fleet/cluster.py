@@ -14,7 +14,7 @@ from hetis.planner.convert.enums import name_of
 from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet import link_events as events
-from hetis.planner.fleet.activation import NodePart, NodeState
+from hetis.planner.fleet.activation import NodeState, ReplicaOnNode
 from hetis.planner.fleet.cluster_changes import ClusterChanges
 from hetis.planner.fleet.counters import FleetCounters, count
 from hetis.planner.fleet.deltas import ROOM, WantedAssignment, WantedRemoval
@@ -334,7 +334,7 @@ class ClusterFleet:
 
     # For the rule of activation.
 
-    def parts(self, replica: Replica) -> Mapping[str, NodePart]:
+    def parts(self, replica: Replica) -> Mapping[str, ReplicaOnNode]:
         return {node: self._part(replica, node) for node in replica.nodes}
 
     def is_clearing(self, replica: Replica) -> bool:
@@ -347,14 +347,14 @@ class ClusterFleet:
 
     # Inside.
 
-    def _part(self, replica: Replica, node: str) -> NodePart:
+    def _part(self, replica: Replica, node: str) -> ReplicaOnNode:
         state = self.leases.state(node)
         link = self.links.get(node)
         slot = None if link is None else link.slots.get(replica.name)
         if slot is None:
-            return NodePart(presence=state, is_draining=self.is_draining(node))
+            return ReplicaOnNode(presence=state, is_draining=self.is_draining(node))
         if not slot.is_believed:  # as good as lost, for this replica
-            return NodePart(
+            return ReplicaOnNode(
                 presence=NodeState.NODE_STATE_LOST, is_draining=self.is_draining(node), failure=slot.failure
             )
         report = slot.report
@@ -362,7 +362,7 @@ class ClusterFleet:
         is_idle = None
         if report is not None and node == replica.primary_node:
             is_idle = slot.state in draining and report.num_running == report.num_waiting == 0
-        return NodePart(
+        return ReplicaOnNode(
             presence=state,
             is_draining=self.is_draining(node),
             held=slot.held,

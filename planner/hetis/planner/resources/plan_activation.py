@@ -17,7 +17,7 @@ from hetis.planner.resources.declared import DeclaredFleets
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.live import FleetNow
 from hetis.planner.resources.plan_changes import (
-    PlanChange,
+    ChangedPlans,
     Target,
     coming,
     earlier_after,
@@ -74,7 +74,7 @@ class PlanActivation:
                 _require_idle(reader, cluster)
             return plan
 
-        def respond(change: PlanChange) -> pb2.ActivatePlanResponse:
+        def respond(change: ChangedPlans) -> pb2.ActivatePlanResponse:
             return _fitting(pb2.ActivatePlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
 
         if request.validate_only:
@@ -100,7 +100,7 @@ class PlanActivation:
                 )
             return reader.plans.require(cluster.earlier_plan)
 
-        def respond(change: PlanChange) -> pb2.RollbackPlanResponse:
+        def respond(change: ChangedPlans) -> pb2.RollbackPlanResponse:
             return _fitting(pb2.RollbackPlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
 
         try:
@@ -112,7 +112,7 @@ class PlanActivation:
         if request.validate_only:
             return respond(await self._store.read(lambda reader: self._planned(reader, earlier(reader), target)))
 
-        def go_back(tx: Transaction) -> PlanChange:
+        def go_back(tx: Transaction) -> ChangedPlans:
             return self._put_in_force(tx, earlier(tx), target, is_rollback=True)
 
         return await self._change(request, pb2.RollbackPlanResponse, go_back, respond)
@@ -152,11 +152,11 @@ class PlanActivation:
         self,
         request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest,
         response: type[R],
-        put_in_force: Callable[[Transaction], PlanChange],
-        respond: Callable[[PlanChange], R],
+        put_in_force: Callable[[Transaction], ChangedPlans],
+        respond: Callable[[ChangedPlans], R],
     ) -> R:
         """One durable transaction, then word to watchers and fleet."""
-        done: PlanChange | None = None
+        done: ChangedPlans | None = None
 
         def work(tx: Transaction) -> R:
             nonlocal done
@@ -175,19 +175,19 @@ class PlanActivation:
 
         return await to_the_end(change())
 
-    def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> PlanChange:
+    def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
         """What `_put_in_force` would do."""
         if plan.activation in IN_FORCE:
-            return PlanChange(cluster=None, plans=(plan,), steps=())
+            return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = reader.clusters.require(plan.cluster)
         steps, _ = transition_to(reader.replicas.all(cluster=cluster.name), cluster, target)
-        return PlanChange(cluster=None, plans=(plan,), steps=tuple(steps))
+        return ChangedPlans(cluster=None, plans=(plan,), steps=tuple(steps))
 
     def _put_in_force(
         self, tx: Transaction, plan: PlanRecord, target: Target, *, is_rollback: bool = False
-    ) -> PlanChange:
+    ) -> ChangedPlans:
         if plan.activation in IN_FORCE:
-            return PlanChange(cluster=None, plans=(plan,), steps=())
+            return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = tx.clusters.require(plan.cluster)
         if plan.name != target.record.name or cluster.body.document.digest != target.cluster_digest:
             raise ServiceError(
@@ -207,7 +207,7 @@ class PlanActivation:
                 cluster, active_plan=plan.name, earlier_plan="" if is_rollback else earlier_after(cluster, plan, before)
             )
         )
-        return PlanChange(cluster=cluster, plans=tuple(plans), steps=tuple(steps))
+        return ChangedPlans(cluster=cluster, plans=tuple(plans), steps=tuple(steps))
 
     def _keep_replicas(
         self,

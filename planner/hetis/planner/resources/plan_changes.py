@@ -35,7 +35,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanChange:
+class ChangedPlans:
     """What a transaction did.
 
     Attributes:

@@ -31,7 +31,7 @@ _EXAMPLES = """Examples:
 _EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ServiceExitCode)
 
 
-class Role(StrEnum):
+class RoleOption(StrEnum):
     """As `hetis.planner.service.identity.Role`, which imports too much for --help; a test keeps them in step."""
 
     VIEWER = "viewer"
@@ -165,7 +165,7 @@ def hetis_planner(
 @token.command("create")
 def create(
     file: Annotated[str, typer.Option("--file", metavar="FILE", help="The token file; made where there is none.")],
-    role: Annotated[Role, typer.Option("--role", help="What its bearer may do.")],
+    role: Annotated[RoleOption, typer.Option("--role", help="What its bearer may do.")],
     name: Annotated[str | None, typer.Option("--name", help="For logs; unless given, made from role and node.")] = None,
     node: Annotated[
         str | None, typer.Option("--node", metavar="clusters/C/nodes/N", help="The node of an agent.")

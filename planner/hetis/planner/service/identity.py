@@ -10,7 +10,7 @@ from hetis.planner.callers import Caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 
 
-class Role(StrEnum):
+class CallerRole(StrEnum):
     """What credentials are given for. AGENT stands apart: its own node's stream, and dispatch."""
 
     VIEWER = "viewer"
@@ -19,16 +19,16 @@ class Role(StrEnum):
     AGENT = "agent"
 
     @property
-    def includes(self) -> frozenset[Role]:
+    def includes(self) -> frozenset[CallerRole]:
         """Itself and the roles that it may stand in for."""
         return _INCLUDES[self]
 
 
 _INCLUDES = {
-    Role.VIEWER: frozenset({Role.VIEWER}),
-    Role.ORCHESTRATOR: frozenset({Role.VIEWER, Role.ORCHESTRATOR}),
-    Role.ADMIN: frozenset({Role.VIEWER, Role.ORCHESTRATOR, Role.ADMIN}),
-    Role.AGENT: frozenset({Role.AGENT}),
+    CallerRole.VIEWER: frozenset({CallerRole.VIEWER}),
+    CallerRole.ORCHESTRATOR: frozenset({CallerRole.VIEWER, CallerRole.ORCHESTRATOR}),
+    CallerRole.ADMIN: frozenset({CallerRole.VIEWER, CallerRole.ORCHESTRATOR, CallerRole.ADMIN}),
+    CallerRole.AGENT: frozenset({CallerRole.AGENT}),
 }
 
 
@@ -44,7 +44,7 @@ class Identity:
     """
 
     name: str
-    roles: frozenset[Role]
+    roles: frozenset[CallerRole]
     scope: str | None = None
 
     @property
@@ -55,7 +55,7 @@ class Identity:
 
     def speaks_for(self, node: str) -> bool:
         """Whether it may act as the agent of a node."""
-        if Role.AGENT not in self.roles:
+        if CallerRole.AGENT not in self.roles:
             return False
         return self.scope is None or node == self.scope or node.startswith(f"{self.scope}/nodes/")
 
@@ -72,7 +72,7 @@ class Identity:
             )
 
 
-ANYBODY = Identity(name="local", roles=frozenset(Role))
+ANYBODY = Identity(name="local", roles=frozenset(CallerRole))
 """Every caller of a planner that asks for no credentials; it listens on loopback only."""
 
 _caller: ContextVar[Identity] = ContextVar("hetis_caller")

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.formats import units
+from hetis.formats.endpoints import is_loopback
 from hetis.formats.fields import DocumentPart, Duration
-from hetis.planner.service.addresses import is_local, is_socket_path, reachable_from_elsewhere, split_address
+from hetis.planner.service.addresses import is_socket_path, reachable_from_elsewhere, split_address
 
 OFF = "off"
 
@@ -191,14 +192,18 @@ class PlannerConfig(DocumentPart):
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """What cannot be used although every field by itself can, as (path, message)."""
         for position, address in enumerate(self.listen):
-            if not is_local(address) and not (self.tls is not None and self.asks_for_credentials):
+            if not is_loopback(address) and not (self.tls is not None and self.asks_for_credentials):
                 yield (
                     ("listen", position),
                     f"{address} can be reached from other machines, which needs tls.certificate and tls.key, and"
                     " tokens or tls.client_ca to know callers by; without them only loopback is allowed, such as"
                     " 127.0.0.1:8470",
                 )
-        if self.status_page.address != OFF and not is_local(self.status_page.address) and not self.status_page.public:
+        if (
+            self.status_page.address != OFF
+            and not is_loopback(self.status_page.address)
+            and not self.status_page.public
+        ):
             yield (
                 ("status_page", "address"),
                 f"{self.status_page.address} can be reached from other machines, and the page asks nobody for"

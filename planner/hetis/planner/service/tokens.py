@@ -22,7 +22,7 @@ from hetis.formats.files import read_text, unreadable
 from hetis.formats.loading import validated
 from hetis.formats.positions import parse_text
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.identity import Identity, Role
+from hetis.planner.service.identity import CallerRole, Identity
 
 _START = "hetis_"  # so that scanners for leaked secrets can know one
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")
@@ -124,7 +124,7 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def create_token(path: str, *, name: str, role: Role, scope: str | None, expires: datetime) -> str:
+def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, expires: datetime) -> str:
     """Makes a token, appends its hash to the file, which it makes (mode 0600) where there is none, and returns it.
 
     Raises:
@@ -169,7 +169,7 @@ def _grants(text: str, path: str) -> dict[str, Grant]:
 
 
 def _grant(entry: TokenPart) -> Grant:
-    identity = Identity(name=entry.name, roles=Role(entry.role).includes, scope=entry.scope)
+    identity = Identity(name=entry.name, roles=CallerRole(entry.role).includes, scope=entry.scope)
     return Grant(identity=identity, expires_s=datetime.fromisoformat(entry.expires).timestamp())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from hetis.formats.endpoints import is_loopback, split_endpoints
+from hetis.formats.endpoints import is_loopback, split_address, split_endpoints
 from hetis.runtime.agent.connecting import AgentOptionError
 
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -95,15 +95,15 @@ def checked_node(text: str) -> str:
 
 
 def checked_address(option: str, text: str) -> tuple[str, int]:
-    """Host and port to listen on.
+    """Return host and port to listen on.
 
     Raises:
         OptionError: it is no such thing.
     """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise AgentOptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470")
-    return host.strip("[]"), int(port)
+    try:
+        return split_address(text, least_port=0)
+    except ValueError:
+        raise AgentOptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470") from None
 
 
 def checked_devices(source: str, *, engine: EngineChoice | None) -> str:

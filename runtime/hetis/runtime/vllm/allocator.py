@@ -15,8 +15,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from hetis.runtime.vllm.steps import LOCAL, Admitted, Move
-from hetis.solver.dispatch.problem import HeadShape, IntArray, Load, Requests, Stage
+from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove
+from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
@@ -34,7 +34,7 @@ class DispatchRule(Protocol):
     def stage(self) -> Stage:
         """The devices and what they cost."""
 
-    def dispatch(self, load: Load, requests: Requests) -> DispatchAnswer:
+    def dispatch(self, load: DeviceLoad, requests: Requests) -> DispatchAnswer:
         """Where the groups of one request go."""
 
 
@@ -91,7 +91,7 @@ class _Prepared:
     """A move under way: ``prepared`` is its number in the solver's state."""
 
     request_id: str
-    move: Move
+    move: GroupMove
     prepared: int
 
 
@@ -281,7 +281,7 @@ class HeadAllocator:
 
     # --- moves
 
-    def prepare(self, request_id: str, groups: Sequence[int], target: int) -> Move | None:
+    def prepare(self, request_id: str, groups: Sequence[int], target: int) -> GroupMove | None:
         """Takes room at ``target`` for groups that live together elsewhere; None: it cannot have them now."""
         placed = self._placed.get(request_id)
         if placed is None or placed.anchor is None or not groups:
@@ -299,11 +299,11 @@ class HeadAllocator:
         if prepared is None:
             return None
         self._next_move += 1
-        move = Move(self._next_move, placed.anchor, tuple(sorted(groups)), source, target)
+        move = GroupMove(self._next_move, placed.anchor, tuple(sorted(groups)), source, target)
         self._moves[move.number] = _Prepared(request_id, move, prepared.number)
         return move
 
-    def commit(self, number: int) -> tuple[str, Move]:
+    def commit(self, number: int) -> tuple[str, GroupMove]:
         """The target owns the groups from now on; returns whose they are."""
         one = self._moves.pop(number)
         self.state.commit_moves(one.prepared)
@@ -315,7 +315,7 @@ class HeadAllocator:
         self.stats.moved_groups += len(one.move.groups)
         return one.request_id, one.move
 
-    def abort(self, number: int) -> tuple[str, Move] | None:
+    def abort(self, number: int) -> tuple[str, GroupMove] | None:
         """The groups stay where they are; None: the move has ended already."""
         one = self._moves.pop(number, None)
         if one is None:
@@ -324,7 +324,7 @@ class HeadAllocator:
         return one.request_id, one.move
 
     @property
-    def moves(self) -> tuple[Move, ...]:
+    def moves(self) -> tuple[GroupMove, ...]:
         """Moves under way, the oldest first."""
         return tuple(one.move for one in self._moves.values())
 
@@ -428,7 +428,7 @@ class HeadAllocator:
             free[device] = max(free[device] - max(self.state.devices[device].total_blocks - limit, 0), 0)
         return free
 
-    def _load(self) -> Load:
+    def _load(self) -> DeviceLoad:
         """What a new request joins. Of the ranks the pool knows what is free, the state what will still be taken."""
         load, free = self.state.load(), self.state.free_blocks()
         load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])

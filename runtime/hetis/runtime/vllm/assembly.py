@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hetis.formats.endpoints import split_address
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape
@@ -53,11 +54,11 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         one = settings.workers[worker - 1]
         key = read_key(one.key_file, {})
         assert key is not None, "a file was named"
-        host, _, port = one.addresses[number].rpartition(":")
+        host, port = split_address(one.addresses[number])
         device = join_at(
             one.name,
-            host.strip("[]"),
-            int(port),
+            host,
+            port,
             key,
             shape,
             epoch=epoch,

@@ -18,7 +18,7 @@ from hetis.runtime.kv.errors import DeviceError, DeviceLostError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.vllm.batch import IntArray
 from hetis.runtime.vllm.head_map import HeadMap
-from hetis.runtime.vllm.steps import LOCAL, Move, MoveStep
+from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep
 from hetis.runtime.vllm.workers import Workers
 
 
@@ -36,7 +36,7 @@ class KvStore(Protocol):
 class _OpenMove:
     """A move under way: ``copied`` positions are at the target."""
 
-    move: Move
+    move: GroupMove
     copied: int = 0
     is_reported: bool = False
 
@@ -119,7 +119,7 @@ class Mover:
 
     # --- inside
 
-    def _commit(self, move: Move, one: _OpenMove | None) -> None:
+    def _commit(self, move: GroupMove, one: _OpenMove | None) -> None:
         """The scheduler has decided: where the copy is not whole, the request is computed again at its new homes."""
         row = self._heads.row(move.anchor)
         if row is None:
@@ -151,14 +151,14 @@ class Mover:
         else:
             self._device(move.target).adopt(number, 0, groups, first, k, v)
 
-    def _drop(self, device: int, move: Move) -> None:
+    def _drop(self, device: int, move: GroupMove) -> None:
         row = self._heads.row(move.anchor)
         there = self._workers.get(device)
         if there is not None and row is not None:
             number = int(self._heads.numbers[row])
             there.drop([SequenceKey(number, 0, group) for group in move.groups])
 
-    def _is_there(self, move: Move) -> bool:
+    def _is_there(self, move: GroupMove) -> bool:
         ends: Sequence[int] = move.source, move.target
         return all(end == LOCAL or self._workers.get(end) is not None for end in ends)
 
@@ -168,7 +168,7 @@ class Mover:
             raise DeviceLostError(self._workers.names[number - 1], "it is gone")
         return device
 
-    def _row(self, move: Move) -> int:
+    def _row(self, move: GroupMove) -> int:
         row = self._heads.row(move.anchor)
         assert row is not None, "moves of a request end with it"
         return row

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hetis.runtime.vllm.boundary import Boundary
 from hetis.runtime.vllm.settings import PluginSettings
-from hetis.runtime.vllm.steps import LOCAL, Event, Move, MoveStep, RankReport, Rehomed, StepPlan
+from hetis.runtime.vllm.steps import LOCAL, Event, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 
 if TYPE_CHECKING:
     from hetis.runtime.measured.calibration import Calibration
@@ -29,7 +29,7 @@ _RECENT = 64  # times that means are taken of
 MovedBy = Literal["planner", "engine", "relief"]
 
 
-class Request(Protocol):
+class VllmRequest(Protocol):
     """What is used of vLLM's requests."""
 
     request_id: str
@@ -46,7 +46,7 @@ class Request(Protocol):
     def num_output_tokens(self) -> int: ...
 
 
-class Pool(Protocol):
+class VllmBlockPool(Protocol):
     """vLLM's pool of blocks."""
 
     def get_num_free_blocks(self) -> int: ...
@@ -60,7 +60,7 @@ class Blocks(Protocol):
     events: list[Event]
 
     @property
-    def block_pool(self) -> Pool: ...
+    def block_pool(self) -> VllmBlockPool: ...
     def anchor(self, request_id: str) -> int: ...
     def blocks_of(self, request_id: str) -> int: ...
     def held(self, request_id: str, group: int) -> int: ...
@@ -147,7 +147,7 @@ class SchedulerSide:
         self._steered: Steering | None = None
         self._executor: Closing | None = None
         self._requests = _Requests()
-        self._placed: dict[str, Request] = {}
+        self._placed: dict[str, VllmRequest] = {}
 
     # --- life
 
@@ -207,12 +207,12 @@ class SchedulerSide:
 
     # --- requests
 
-    def arrived(self, request: Request) -> None:
+    def arrived(self, request: VllmRequest) -> None:
         """vLLM has taken a request."""
         self.boundary.enter()
         self._requests.arrived(request)
 
-    def place(self, request: Request, num_computed_tokens: int) -> None:
+    def place(self, request: VllmRequest, num_computed_tokens: int) -> None:
         """vLLM is about to admit a request."""
         self.boundary.enter()
         self._placed[request.request_id] = request
@@ -220,7 +220,7 @@ class SchedulerSide:
         most = max(request.max_tokens - request.num_output_tokens, 0)
         self.allocator.place(request.request_id, tokens=tokens, most_output=most, has_hits=num_computed_tokens > 0)
 
-    def finished(self, request: Request) -> None:
+    def finished(self, request: VllmRequest) -> None:
         """A request ended; its blocks are about to be freed if it ran."""
         with self.boundary.lock:
             self._requests.finished(request, has_run=request.request_id in self.allocator.state)
@@ -379,7 +379,7 @@ class SchedulerSide:
         for number in report.failed:
             self.abort(number)
 
-    def _prepare(self, request_id: str, groups: Sequence[int], target: int, by: MovedBy) -> Move | None:
+    def _prepare(self, request_id: str, groups: Sequence[int], target: int, by: MovedBy) -> GroupMove | None:
         manager = self._manager
         if target == LOCAL:
             needed = len(groups) * manager.blocks_of(request_id)
@@ -438,7 +438,7 @@ class _Requests:
     def __init__(self) -> None:
         self.num_finished = self.num_ran_to_end = 0
         self._known: set[str] = set()
-        self._awaited: dict[str, Request] = {}  # that have no token yet
+        self._awaited: dict[str, VllmRequest] = {}  # that have no token yet
         self._first_s: dict[str, float] = {}  # when they had their first token
         self._ttft_s: deque[float] = deque(maxlen=_RECENT)
         self._tpot_s: deque[float] = deque(maxlen=_RECENT)
@@ -463,7 +463,7 @@ class _Requests:
         """Mean seconds per token after the first."""
         return sum(self._tpot_s) / len(self._tpot_s) if self._tpot_s else 0.0
 
-    def arrived(self, request: Request) -> None:
+    def arrived(self, request: VllmRequest) -> None:
         self._known.add(request.request_id)
         self._awaited[request.request_id] = request
 
@@ -474,7 +474,7 @@ class _Requests:
             self._first_s[request.request_id] = now_s
             self._ttft_s.append(max(now_s - request.arrival_time, 0.0))
 
-    def finished(self, request: Request, *, has_run: bool) -> None:
+    def finished(self, request: VllmRequest, *, has_run: bool) -> None:
         name = request.request_id
         if name not in self._known:
             return

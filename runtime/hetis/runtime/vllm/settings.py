@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from hetis.formats.endpoints import split_address
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import read_text
 from hetis.formats.positions import parse_text
@@ -59,9 +60,10 @@ class WorkerSettings(_Document):
     @classmethod
     def _check_addresses(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
         for address in addresses:
-            host, colon, port = address.rpartition(":")
-            if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-                raise ValueError(f"{address!r} is not host:port")
+            try:
+                split_address(address)
+            except ValueError:
+                raise ValueError(f"{address!r} is not host:port") from None
         return addresses
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetis.formats.endpoints import split_address
 from hetis.formats.units import parse_bytes
 from hetis.runtime.transport import keys
 from hetis.solver.errors import HetisError
@@ -185,12 +186,11 @@ class _Reading:
 
     def address(self, option: str, *, least_port: int) -> tuple[str, int]:
         source, text = self._of(option)
-        host, _, port = text.rpartition(":")
-        host = host.strip("[]")
-        if not host or not port.isdecimal() or not least_port <= int(port) <= 65_535:
+        try:
+            return split_address(text, least_port=least_port)
+        except ValueError:
             self._note(source, f" is {text!r}, must be HOST:PORT with a port >= {least_port} and <= 65535")
             return "127.0.0.1", 1
-        return host, int(port)
 
     def size(self, option: str) -> int:
         source, text = self._of(option)

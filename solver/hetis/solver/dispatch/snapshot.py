@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, IntArray, Load, Stage
+from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, DeviceLoad, IntArray, Stage
 from hetis.solver.errors import InvalidProblemError
 
 
@@ -174,11 +174,11 @@ class StateSnapshot:
             coming[index[move.request], move.target] += move.groups
         return coming
 
-    def load(self) -> Load:
+    def load(self) -> DeviceLoad:
         """What new requests join; devices that take no groups have no free blocks."""
         heads = self.stage.heads
         free = self.total_blocks() - self._blocks_on_devices(self.expected_blocks())
-        return Load(
+        return DeviceLoad(
             heads=self.groups.sum(axis=0) * heads.queries_per_group,
             kv_bytes=(self.context_tokens @ self.groups).astype(np.float64) * heads.kv_bytes_per_token,
             free_blocks=np.where(self.takes_groups(), free, 0),

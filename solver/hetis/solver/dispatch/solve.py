@@ -14,7 +14,7 @@ from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
 from hetis.solver.dispatch.perturbation import perturb
 from hetis.solver.dispatch.placement import empty_placement, makespan, put
 from hetis.solver.dispatch.pour import pour
-from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray, Load, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, FloatArray, IntArray, Requests, Stage
 from hetis.solver.dispatch.relaxation import relax
 from hetis.solver.dispatch.result import DispatchPlan, Path, Resource, ShadowPrices, Unplaced
 from hetis.solver.dispatch.rounding import place_rest, round_down
@@ -77,7 +77,7 @@ class Dispatcher:
         self._lp: RelaxationLp | None = None  # set up when first needed
 
     def dispatch(
-        self, load: Load, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
+        self, load: DeviceLoad, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
     ) -> DispatchPlan:
         """Places the head groups of new requests so that the slowest device finishes soonest.
 
@@ -115,7 +115,7 @@ class Dispatcher:
                 answer, path = by_lp, Path.LP
         return _plan_of(requests, answer, path)
 
-    def _by_lp(self, load: Load, requests: Requests, blocks: IntArray, first: PassResult) -> PassResult | None:
+    def _by_lp(self, load: DeviceLoad, requests: Requests, blocks: IntArray, first: PassResult) -> PassResult | None:
         """The same with HiGHS's relaxation, the better of both plans and bounds; None if HiGHS gave up."""
         self._lp = self._lp or RelaxationLp()
         running = running_load(self._costs, load.heads, load.kv_bytes)

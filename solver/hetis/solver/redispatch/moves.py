@@ -21,7 +21,7 @@ class MovedGroups(NamedTuple):
     target: int
 
 
-class MoveStep(NamedTuple):
+class RequestMoves(NamedTuple):
     """Moves of request ``j`` that are committed together.
 
     More than one part only where the primary, which takes several groups at a time, has them from several devices or
@@ -35,9 +35,9 @@ class MoveStep(NamedTuple):
     def groups(self) -> int:
         return sum(part.groups for part in self.parts)
 
-    def part_of(self, groups: int) -> MoveStep:
+    def part_of(self, groups: int) -> RequestMoves:
         """So many groups of a step of one part."""
-        return MoveStep(self.j, (self.parts[0]._replace(groups=groups),))
+        return RequestMoves(self.j, (self.parts[0]._replace(groups=groups),))
 
 
 class Worth(NamedTuple):
@@ -47,20 +47,20 @@ class Worth(NamedTuple):
     relieved_s: float
 
 
-def steps_between(tables: RedispatchTables, before: IntArray, after: IntArray) -> list[MoveStep]:
+def steps_between(tables: RedispatchTables, before: IntArray, after: IntArray) -> list[RequestMoves]:
     """Steps that lead from ``before`` to ``after`` [N, D]."""
-    found = list[MoveStep]()
+    found = list[RequestMoves]()
     for j in np.flatnonzero((before != after).any(axis=1)).tolist():
         change = (after[j] - before[j]).tolist()
         if tables.primary >= 0 and change[tables.primary]:
             found += _steps_of_primary(j, change, tables.primary, int(tables.unit[tables.primary]))
         gains = [(i, n) for i, n in enumerate(change) if n > 0]
         loses = [(i, -n) for i, n in enumerate(change) if n < 0]
-        found += [MoveStep(j, (MovedGroups(n, source, target),)) for n, source, target in _pairs(loses, gains)]
+        found += [RequestMoves(j, (MovedGroups(n, source, target),)) for n, source, target in _pairs(loses, gains)]
     return found
 
 
-def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> list[MoveStep]:
+def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> list[RequestMoves]:
     """Steps to or from the primary: whole multiples with one device, what is left with several; empties ``change``."""
     arrives = change[primary] > 0
     sign = -1 if arrives else 1
@@ -68,7 +68,7 @@ def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> lis
     partners = sorted(
         (i for i in range(len(change)) if sign * change[i] > 0 and i != primary), key=lambda i: (-sign * change[i], i)
     )
-    steps, rest = list[MoveStep](), list[MovedGroups]()
+    steps, rest = list[RequestMoves](), list[MovedGroups]()
 
     def part(i: int, groups: int) -> MovedGroups:
         change[i] -= sign * groups
@@ -77,14 +77,14 @@ def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> lis
     for i in partners:
         n = min(left, sign * change[i]) // unit * unit
         if n:
-            steps.append(MoveStep(j, (part(i, n),)))
+            steps.append(RequestMoves(j, (part(i, n),)))
             left -= n
     for i in partners:
         while left and change[i]:
             n = min(unit - sum(p.groups for p in rest), sign * change[i])
             rest.append(part(i, n))
             if sum(p.groups for p in rest) == unit:
-                steps.append(MoveStep(j, tuple(rest)))
+                steps.append(RequestMoves(j, tuple(rest)))
                 left, rest = left - unit, []
     change[primary] = 0
     return steps
@@ -102,7 +102,7 @@ def _pairs(loses: list[tuple[int, int]], gains: list[tuple[int, int]]) -> Iterab
                 wanted -= n
 
 
-def applied(x: IntArray, steps: Iterable[MoveStep]) -> IntArray:
+def applied(x: IntArray, steps: Iterable[RequestMoves]) -> IntArray:
     """Groups [N, D] after all steps."""
     result = x.copy()
     for step in steps:
@@ -117,12 +117,12 @@ def part_seconds(tables: RedispatchTables, link_byte_s: FloatArray, j: int, part
     return part.groups * float(tables.num_bytes[j]) * float(max(link_byte_s[part.source], link_byte_s[part.target]))
 
 
-def step_seconds(tables: RedispatchTables, link_byte_s: FloatArray, step: MoveStep) -> float:
+def step_seconds(tables: RedispatchTables, link_byte_s: FloatArray, step: RequestMoves) -> float:
     """The same of all parts, one after the other."""
     return sum(part_seconds(tables, link_byte_s, step.j, part) for part in step.parts)
 
 
-def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[MoveStep]) -> list[Worth]:
+def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> list[Worth]:
     """What ``x`` [N, D], to which all steps led, would lose without each of them alone."""
     if not steps:
         return []
@@ -163,15 +163,15 @@ def payback_steps(saved_s: float, seconds: float, num_layers: int) -> float | No
     return seconds / (num_layers * saved_s) if saved_s > 0 else None
 
 
-def pays(tables: RedispatchTables, step: MoveStep, value: Worth, seconds: float, num_layers: int) -> bool:
+def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: float, num_layers: int) -> bool:
     """Whether a step saves more time than it takes within its request's patience, or relieves memory at its price."""
     lost_s = seconds / (num_layers * float(tables.steps[step.j]))
     return value.saved_s + value.relieved_s >= lost_s and (value.saved_s > 0 or value.relieved_s > 0)
 
 
 def paying(
-    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[MoveStep]
-) -> tuple[list[MoveStep], list[float]]:
+    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[RequestMoves]
+) -> tuple[list[RequestMoves], list[float]]:
     """Drops steps, the least worthwhile first, until all left pay; with what each gains per second it takes.
 
     Each is judged alone: that a step makes room for another, only an order shows.
@@ -186,7 +186,7 @@ def paying(
 
 
 def judged(
-    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[MoveStep]
+    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[RequestMoves]
 ) -> tuple[list[float], list[int]]:
     """Of steps that led to ``x`` what each gains per second it takes, and the places of those that do not pay.
 
@@ -202,7 +202,7 @@ def judged(
     return gains, [position for _, position in sorted(losing)]
 
 
-def _taken_back(x: IntArray, step: MoveStep) -> IntArray:
+def _taken_back(x: IntArray, step: RequestMoves) -> IntArray:
     return applied(
-        x, [MoveStep(step.j, tuple(MovedGroups(groups, target, source) for groups, source, target in step.parts))]
+        x, [RequestMoves(step.j, tuple(MovedGroups(groups, target, source) for groups, source, target in step.parts))]
     )

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.redispatch.moves import MovedGroups, MoveStep, step_seconds
+from hetis.solver.redispatch.moves import MovedGroups, RequestMoves, step_seconds
 from hetis.solver.redispatch.tables import RedispatchTables
 
 
 class Ordered(NamedTuple):
     """A step with its wave. ``is_detour``: on to the target in a later wave."""
 
-    step: MoveStep
+    step: RequestMoves
     wave: int
     is_detour: bool
 
@@ -27,12 +27,12 @@ class Ordered(NamedTuple):
 class WaitingStep(NamedTuple):
     """A step that cannot be made, and why."""
 
-    step: MoveStep
+    step: RequestMoves
     why: str
 
 
 def order(
-    tables: RedispatchTables, before: IntArray, steps: list[MoveStep], names: tuple[str, ...]
+    tables: RedispatchTables, before: IntArray, steps: list[RequestMoves], names: tuple[str, ...]
 ) -> tuple[list[Ordered], list[WaitingStep]]:
     """Orders steps from ``before`` [N, D]; earlier ones in ``steps`` go first where there is a choice.
 
@@ -43,7 +43,7 @@ def order(
     on_detour = set[tuple[int, int]]()  # request, third device
     budget = tables.budget - sum(step.groups * float(tables.num_bytes[step.j]) for step in steps)
     while waiting:
-        freed, later = np.zeros_like(room), list[MoveStep]()
+        freed, later = np.zeros_like(room), list[RequestMoves]()
         started = len(ordered)
         for step in waiting:
             fitting, rest = _split(tables, room, step)
@@ -70,12 +70,12 @@ def order(
 
 def whole_steps(
     tables: RedispatchTables, link_byte_s: FloatArray, ordered: list[Ordered]
-) -> list[tuple[MoveStep | None, float]]:
+) -> list[tuple[RequestMoves | None, float]]:
     """Of each step the one it completes, from where its groups began, and the seconds of all that took.
 
     None for a step that is a detour: it completes nothing.
     """
-    result = list[tuple[MoveStep | None, float]]()
+    result = list[tuple[RequestMoves | None, float]]()
     began: dict[tuple[int, int], tuple[int, float]] = {}  # request, third device: source and seconds of the detour
     for step, _, is_detour in ordered:
         seconds, first = step_seconds(tables, link_byte_s, step), step.parts[0]
@@ -84,13 +84,15 @@ def whole_steps(
             result.append((None, seconds))
         elif len(step.parts) == 1 and (step.j, first.source) in began:
             source, before_s = began[step.j, first.source]
-            result.append((MoveStep(step.j, (first._replace(source=source),)), seconds + before_s))
+            result.append((RequestMoves(step.j, (first._replace(source=source),)), seconds + before_s))
         else:
             result.append((step, seconds))
     return result
 
 
-def _split(tables: RedispatchTables, room: IntArray, step: MoveStep) -> tuple[MoveStep | None, MoveStep | None]:
+def _split(
+    tables: RedispatchTables, room: IntArray, step: RequestMoves
+) -> tuple[RequestMoves | None, RequestMoves | None]:
     """What of a step has room, and the rest."""
     if len(step.parts) == 1:
         fits = _fitting(tables, room, step, step.parts[0].target)
@@ -103,21 +105,25 @@ def _split(tables: RedispatchTables, room: IntArray, step: MoveStep) -> tuple[Mo
     return (step, None) if np.all(needed <= np.maximum(0, room)) else (None, step)
 
 
-def _fitting(tables: RedispatchTables, room: IntArray, step: MoveStep, *targets: int) -> int:
+def _fitting(tables: RedispatchTables, room: IntArray, step: RequestMoves, *targets: int) -> int:
     """Groups of a step of one part that the first target has room for, in units of all devices involved."""
     unit = max(int(tables.unit[i]) for i in (step.parts[0].source, *targets))
     return max(0, int(min(step.groups, room[targets[0]] // tables.blocks[step.j]))) // unit * unit
 
 
-def _start(tables: RedispatchTables, room: IntArray, freed: IntArray, step: MoveStep) -> None:
+def _start(tables: RedispatchTables, room: IntArray, freed: IntArray, step: RequestMoves) -> None:
     for groups, source, target in step.parts:
         room[target] -= groups * tables.blocks[step.j]
         freed[source] += groups * tables.blocks[step.j]
 
 
 def _detour(
-    tables: RedispatchTables, room: IntArray, waiting: list[MoveStep], on_detour: set[tuple[int, int]], budget: float
-) -> tuple[int, MoveStep, MoveStep] | None:
+    tables: RedispatchTables,
+    room: IntArray,
+    waiting: list[RequestMoves],
+    on_detour: set[tuple[int, int]],
+    budget: float,
+) -> tuple[int, RequestMoves, RequestMoves] | None:
     """Of all detours of a step whose departure frees blocks that another waits for the one that copies the least.
 
     The step's place among those that wait, the detour, and the way on. Nobody takes a detour twice.
@@ -135,15 +141,15 @@ def _detour(
             num_bytes = fits * float(tables.num_bytes[step.j])
             if num_bytes < least and num_bytes <= budget:
                 detour, onward = (
-                    MoveStep(step.j, (MovedGroups(fits, source, third),)),
-                    MoveStep(step.j, (MovedGroups(fits, third, target),)),
+                    RequestMoves(step.j, (MovedGroups(fits, source, third),)),
+                    RequestMoves(step.j, (MovedGroups(fits, third, target),)),
                 )
                 best, least = (place, detour, onward), num_bytes
             break
     return best
 
 
-def _why(tables: RedispatchTables, room: IntArray, step: MoveStep, names: tuple[str, ...]) -> str:
+def _why(tables: RedispatchTables, room: IntArray, step: RequestMoves, names: tuple[str, ...]) -> str:
     reasons = list[str]()
     for part in step.parts:
         unit = part.groups if len(step.parts) > 1 else max(int(tables.unit[i]) for i in part[1:])

@@ -16,7 +16,7 @@ from hetis.solver.redispatch.local_search import improve, round_to_groups
 from hetis.solver.redispatch.lp import MoveLp
 from hetis.solver.redispatch.milp import search
 from hetis.solver.redispatch.moves import (
-    MoveStep,
+    RequestMoves,
     applied,
     judged,
     part_seconds,
@@ -45,7 +45,7 @@ MOST_ROUNDS = 8
 # above brute force (tests/solver/redispatch/test_worst_cases.py); below 0.02 hardly another one is.
 WIDE = 0.02
 _Judge: TypeAlias = Callable[
-    [RedispatchProblem, RedispatchTables, list[MoveStep]], tuple[list[Ordered], list[WaitingStep]]
+    [RedispatchProblem, RedispatchTables, list[RequestMoves]], tuple[list[Ordered], list[WaitingStep]]
 ]
 
 
@@ -147,7 +147,7 @@ class Redispatcher:
         return second if objective_s(tables, second.x) < objective_s(tables, first.x) * (1 - 1e-9) else first
 
     def _completed(
-        self, problem: RedispatchProblem, tables: RedispatchTables, steps: list[MoveStep], judge: _Judge
+        self, problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves], judge: _Judge
     ) -> _Attempt:
         """Steps in order; where an order refuses some, the others are looked at again without."""
         refused = list[WaitingStep]()
@@ -165,7 +165,7 @@ class Redispatcher:
 
 
 def _judged_alone(
-    problem: RedispatchProblem, tables: RedispatchTables, steps: list[MoveStep]
+    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
 ) -> tuple[list[Ordered], list[WaitingStep]]:
     """The steps that pay by themselves, in order."""
     steps, gains = paying(tables, problem.link_byte_s, problem.num_layers, steps)
@@ -173,13 +173,13 @@ def _judged_alone(
 
 
 def _judged_together(
-    problem: RedispatchProblem, tables: RedispatchTables, steps: list[MoveStep]
+    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
 ) -> tuple[list[Ordered], list[WaitingStep]]:
     """Steps in order, without those that neither pay nor make room for what does.
 
     A step that does not pay alone goes only if the plan without it, and without what then has no room, is better.
     """
-    kept, spared = list(steps), set[MoveStep]()
+    kept, spared = list(steps), set[RequestMoves]()
     while True:
         gains, losing = judged(tables, problem.link_byte_s, problem.num_layers, applied(tables.now, kept), kept)
         ordered, waiting = _by_gain(problem, tables, kept, gains)
@@ -195,7 +195,7 @@ def _judged_together(
 
 
 def _by_gain(
-    problem: RedispatchProblem, tables: RedispatchTables, steps: list[MoveStep], gains: list[float]
+    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves], gains: list[float]
 ) -> tuple[list[Ordered], list[WaitingStep]]:
     ranked = sorted(range(len(steps)), key=lambda s: -gains[s])
     return order(tables, tables.now, [steps[s] for s in ranked], problem.snapshot.stage.devices)
@@ -231,13 +231,13 @@ def _detours_that_do_not_pay(
     return result
 
 
-def _names_of(problem: RedispatchProblem, step: MoveStep) -> str:
+def _names_of(problem: RedispatchProblem, step: RequestMoves) -> str:
     """The move in words."""
     names = problem.snapshot.stage.devices
     return f"{names[step.parts[0].source]} to {names[step.parts[0].target]}"
 
 
-def _can_be_undone(x: IntArray, step: MoveStep) -> bool:
+def _can_be_undone(x: IntArray, step: RequestMoves) -> bool:
     return all(x[step.j, part.target] >= part.groups for part in step.parts)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
-from hetis.solver.dispatch.problem import IntArray, Load
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray
 from hetis.solver.dispatch.result import Path, Resource, Unplaced
 
 # After so many rounds whatever is refused is final. It may be too much where stages are short of memory in turns: those
@@ -75,7 +75,7 @@ class _AdmissionAnswer:
 
 
 def admit(
-    stages: Sequence[Sequence[StageCopy]], loads: Sequence[Sequence[Load]], newcomers: Sequence[Newcomer]
+    stages: Sequence[Sequence[StageCopy]], loads: Sequence[Sequence[DeviceLoad]], newcomers: Sequence[Newcomer]
 ) -> BatchAdmission:
     """Places a batch on copies of all stages, which are under ``loads``; looks at nothing else that changes."""
     standing, refused = list(range(len(newcomers))), dict[int, Refusal]()
@@ -113,7 +113,7 @@ def _final_refusals(answers: Sequence[_AdmissionAnswer], *, is_last: bool) -> di
 
 
 def _on_stage(
-    copies: Sequence[StageCopy], loads: Sequence[Load], standing: Sequence[int], newcomers: Sequence[Newcomer]
+    copies: Sequence[StageCopy], loads: Sequence[DeviceLoad], standing: Sequence[int], newcomers: Sequence[Newcomer]
 ) -> _AdmissionAnswer:
     """Each request on the copy that has most free blocks; where that has no room, on the next."""
     free = [int(np.maximum(0, load.free_blocks).sum()) for load in loads]

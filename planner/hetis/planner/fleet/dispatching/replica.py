@@ -11,7 +11,7 @@ import numpy as np
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.admission import BatchAdmission, Home, Quality, Refusal, admit
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
-from hetis.solver.dispatch.problem import IntArray, Load
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
 
 MOST_IN_LOOP = 16  # new requests that are planned in the event loop: about a millisecond on two stages
@@ -185,7 +185,7 @@ class ReplicaDispatch:
                 return admission
         return admit(self.stages, self._loads(), newcomers)
 
-    def _loads(self) -> list[list[Load]]:
+    def _loads(self) -> list[list[DeviceLoad]]:
         return [[copy.load() for copy in copies] for copies in self.stages]
 
     def _add(self, newcomers: Sequence[Newcomer], admission: BatchAdmission) -> None:

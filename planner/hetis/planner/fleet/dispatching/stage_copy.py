@@ -10,7 +10,7 @@ import numpy as np
 from hetis.planner.convert.head_groups import owners_of
 from hetis.planner.convert.head_maps import snapshot_from_proto, status_from_proto, status_to_proto
 from hetis.planner.convert.stages_in import StageTerms
-from hetis.solver.dispatch.problem import IntArray, Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
 from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.solve import Dispatcher
@@ -70,10 +70,10 @@ class StageCopy:
 
     # --- requests
 
-    def load(self) -> Load:
+    def load(self) -> DeviceLoad:
         return self.state.load()
 
-    def plan(self, load: Load, newcomers: Sequence[Newcomer]) -> DispatchPlan:
+    def plan(self, load: DeviceLoad, newcomers: Sequence[Newcomer]) -> DispatchPlan:
         """Where new requests would go; nothing is changed."""
         return self._dispatcher.dispatch(
             load,

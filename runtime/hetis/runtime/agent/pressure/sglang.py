@@ -6,7 +6,7 @@ Its unit of KV is the token. ``token_usage`` is the fullest of its pools and lea
 
 from __future__ import annotations
 
-from hetis.runtime.agent.pressure.reading import EngineKind, EngineReading, Total
+from hetis.runtime.agent.pressure.reading import EngineReading, ScrapedEngine, Total
 from hetis.runtime.agent.pressure.samples import MetricSample, Samples
 
 PREFIX = "sglang:"
@@ -25,7 +25,7 @@ def _read(model: str, samples: Samples) -> EngineReading:
     if ratio is None and total and used is not None:
         ratio = min(used / total, 1.0)
     return EngineReading(
-        kind=EngineKind.SGLANG,
+        kind=ScrapedEngine.SGLANG,
         model=model,
         num_running=_sum(samples.of("sglang:num_running_reqs")),
         num_waiting=_sum(samples.of("sglang:num_queue_reqs")),

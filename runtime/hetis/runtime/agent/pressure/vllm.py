@@ -6,7 +6,7 @@ that nobody uses are free blocks to vLLM, so that no evictable ones are told.
 
 from __future__ import annotations
 
-from hetis.runtime.agent.pressure.reading import EngineKind, EngineReading, Total
+from hetis.runtime.agent.pressure.reading import EngineReading, ScrapedEngine, Total
 from hetis.runtime.agent.pressure.samples import MetricSample, Samples
 
 PREFIX = "vllm:"
@@ -28,7 +28,7 @@ def _read(model: str, samples: Samples, nameless: Samples) -> EngineReading:
     by_reason = samples.of("vllm:num_requests_waiting_by_reason")
     for_kv = [sample for sample in by_reason if sample.labels.get("reason") == _CAPACITY]
     return EngineReading(
-        kind=EngineKind.VLLM,
+        kind=ScrapedEngine.VLLM,
         model=model,
         num_running=_sum(samples.of("vllm:num_requests_running")),
         num_waiting=_sum(samples.of("vllm:num_requests_waiting") or by_reason),

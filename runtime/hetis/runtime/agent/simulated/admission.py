@@ -64,7 +64,7 @@ class SolverAdmission:
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         import numpy as np
 
-        from hetis.solver.dispatch.problem import Load, Requests
+        from hetis.solver.dispatch.problem import DeviceLoad, Requests
         from hetis.solver.dispatch.solve import Dispatcher
 
         key = (stage.model.SerializeToString(deterministic=True), tuple(stage.slowness))
@@ -73,7 +73,7 @@ class SolverAdmission:
                 self._dispatchers.clear()
             self._dispatchers[key] = Dispatcher(solver_stage(stage.model, stage.slowness))
         heads, kv_bytes = stage.heads_and_bytes()
-        load = Load(
+        load = DeviceLoad(
             heads=np.array(heads, np.int64),
             kv_bytes=np.array(kv_bytes),
             free_blocks=np.array(stage.free_blocks(), np.int64),
