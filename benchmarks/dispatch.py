@@ -307,7 +307,7 @@ def dispatch_all(case: Case) -> list[Timed]:
 def gaps_to_best(
     case: Case, dispatched: Sequence[Timed], greedy: Sequence[float]
 ) -> tuple[list[float], list[float]]:  # fmt: skip
-    """How far plan and greedy are above the best plan known, for as many instances as are judged."""
+    """Return how far plan and greedy are above the best plan known, for as many instances as are judged."""
     ours, theirs = [], []
     for timed, greedy_s in list(zip(dispatched, greedy, strict=True))[: case.judged]:
         budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)

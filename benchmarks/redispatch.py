@@ -222,7 +222,8 @@ def _row(
 def _beside(
     tallies: Sequence[Tally], paper: Sequence[Tally] | None, nothing: Sequence[Tally]
 ) -> dict[str, float | None]:  # fmt: skip
-    """What is saved more than by the paper's rule, and that per GiB, each with its standard error over the seeds."""
+    """Return what is saved more than by the paper's rule, and that per GiB, each with its standard error over the
+    seeds."""
     names = ("more_us", "more_us_error", "more_us_per_gib", "more_us_per_gib_error")
     if paper is None:
         return dict.fromkeys(names)

@@ -124,7 +124,7 @@ def _gpus(prices: Sequence[object]) -> str:
 
 
 def _promise(rule: TenantRule, outcome: Outcome, names: Sequence[str]) -> str:
-    """What a rule promises of real rates, and everything else that fails."""
+    """Return what a rule promises of real rates, and everything else that fails."""
     found = []
     if rule is TenantRule.EQUAL_THROUGHPUT:
         found.append("equal: held" if np.ptp(outcome.normalised) <= EPSILON else "equal: broken")

@@ -148,7 +148,7 @@ def digest_of(paths: Iterable[str], text_of: Callable[[str], str]) -> str:
 
 
 def is_source(path: str, sources: Iterable[str]) -> bool:
-    """Whether a file is among some sources."""
+    """Return whether a file is among some sources."""
     inside = [source.lstrip("!") for source in sources if path == source.lstrip("!") or path.startswith(f"{source}/")]
     outside = [s for s in sources if s.startswith("!") and path.startswith(f"{s[1:]}/")]
     return path.endswith(".py") and bool(inside) and not outside

@@ -195,7 +195,7 @@ def _fit(sets: Sequence[Points], names: Sequence[str]) -> OpEfficiency:
 
 
 def _pairs(op: str, by_gpu: Mapping[str, Points]) -> list[Pair]:
-    """What the fit of each GPU says of all points of every other one."""
+    """Return what the fit of each GPU says of all points of every other one."""
     pieces = {name: fit_points(points).pieces for name, points in by_gpu.items()}
     return [
         Pair(op=op, fitted=a, judged=b, num_points=len(by_gpu[b]), mape=stats.mape, bias=stats.bias)
@@ -259,7 +259,8 @@ def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
 
 
 def _step(folder: Path) -> OpEfficiency:
-    """What is left per iteration when the host's work overlaps the device's: the sampler at the smallest batch."""
+    """Return what is left per iteration when the host's work overlaps the device's: the sampler at the smallest
+    batch."""
     hosts = import_tables("vidur", [folder / "vidur_cpu_overheads.csv.gz"])
     (table,) = next(measured for measured in hosts if measured.gpu == "A100-SXM-80GB").tables
     batch = table.numbers("batch")

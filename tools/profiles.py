@@ -54,7 +54,7 @@ PAST_TABLE, PAST_GPU = "vidur_attention_a100.csv.gz", "A100-SXM-80GB"
 
 
 def measurements_for(gpu: str, folder: Path) -> list[Measurements]:
-    """What the profile of ``gpu`` is made from.
+    """Return what the profile of ``gpu`` is made from.
 
     Raises:
         DocumentError: a table is missing or not what it should be.
@@ -81,7 +81,7 @@ def _fitted_or_why_not(gpu: str, folder: Path) -> FittedProfile | str:
 
 
 def _over_past(folder: Path, results: Mapping[str, FittedProfile]) -> OverPast | None:
-    """What the chunks of `PAST_TABLE` say of the profile of its GPU; None where that was not made."""
+    """Return what the chunks of `PAST_TABLE` say of the profile of its GPU; None where that was not made."""
     if PAST_GPU not in results:
         return None
     (measured,) = import_tables("vidur", [folder / PAST_TABLE])

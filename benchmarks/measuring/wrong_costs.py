@@ -93,7 +93,7 @@ def batch(rng: np.random.Generator, size: int) -> Requests:
 
 
 def slowdown(right: Stage, wrong: Stage, requests: Requests) -> tuple[float, bool]:
-    """How much longer a layer's attention takes when placed by ``wrong``, and whether the placement differs."""
+    """Return how much longer a layer's attention takes when placed by ``wrong``, and whether the placement differs."""
     num = right.num_devices
     idle = DeviceLoad(heads=np.zeros(num, np.int64), kv_bytes=np.zeros(num), free_blocks=np.full(num, PLENTY))
     best, taken = (

@@ -86,7 +86,7 @@ class Planner(Process):
 
 
 def until(happens: Callable[[], bool], most_s: float) -> float:
-    """How long it took."""
+    """Return how long it took."""
     began_s = time.monotonic()
     while not happens():
         assert time.monotonic() - began_s < most_s

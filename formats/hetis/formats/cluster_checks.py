@@ -61,7 +61,7 @@ class _NodeNames:
         return called in self.single or self.group_of(called) is not None
 
     def called(self, name: str) -> str:
-        """What the cluster calls the node: see `Cluster.node_named`."""
+        """Return what the cluster calls the node: see `Cluster.node_named`."""
         return f"{name}-0" if self.counts.get(name) == 1 and self.group_of(name) is None else name
 
     def group_of(self, name: str) -> str | None:

@@ -56,7 +56,7 @@ def host_of(address: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether it is of this machine, and of no other."""
+    """Return whether it is of this machine, and of no other."""
     host = host_of(address)
     if address.startswith("unix:") or host == "localhost":
         return True

@@ -39,7 +39,7 @@ class Outside:
         return None
 
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
-        """Whether a prompt has somewhere to go when it is done."""
+        """Return whether a prompt has somewhere to go when it is done."""
         return True
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:

@@ -19,7 +19,8 @@ from hetis.solver.problem import PlacementProblem
 
 
 def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings: Settings | None = None) -> Run:
-    """What the plan does with the requests: a list or an endless stream of arrivals, or a source that saturates it.
+    """Return what the plan does with the requests: a list or an endless stream of arrivals, or a source that saturates
+    it.
 
     A pure function: the same arguments give the same run. It ends when every request is finished, or at
     ``settings.horizon_s``, which an endless stream needs.

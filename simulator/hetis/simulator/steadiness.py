@@ -70,7 +70,7 @@ def growth(arrival_s: FloatArray, wait_s: FloatArray) -> Estimate:
 
 
 def is_carried(found: Estimate, *, arrived: int) -> bool | None:
-    """Whether a load with this growth of the wait is carried; None: too few requests to tell.
+    """Return whether a load with this growth of the wait is carried; None: too few requests to tell.
 
     Arrivals bunch by chance: of n the number varies by sqrt(n), so that a growth is not known better than 1 / sqrt(n).
     Carried is what is below the limit by 1.5 of that, which takes (1.5 / 5%)**2 = 900 requests where the wait does not

@@ -39,7 +39,7 @@ class Summary:
     devices: tuple[DeviceUse, ...]
 
     def within(self, limits: Limits) -> bool:
-        """Whether the load is carried, as far as can be told, and both latencies keep their limits."""
+        """Return whether the load is carried, as far as can be told, and both latencies keep their limits."""
         carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
         return carried and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
 

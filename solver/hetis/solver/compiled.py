@@ -51,7 +51,7 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
 
 
 def _is_plain() -> bool:
-    """Whether numba is told to leave functions as they are; its types leave the setting out."""
+    """Return whether numba is told to leave functions as they are; its types leave the setting out."""
     return bool(getattr(config, "DISABLE_JIT", 0))
 
 
@@ -61,7 +61,7 @@ def _type_of(argument: Any) -> Any:
 
 
 def is_cached(function: Callable[..., Any]) -> bool:
-    """Whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
+    """Return whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
     kernel: Any = function
     return _is_plain() or bool(kernel._cache._cache_file._load_index())
 

@@ -186,7 +186,7 @@ class Refusal:
 
 
 async def refused(call: Any) -> Refusal:
-    """How a call failed, which must fail."""
+    """Return how a call failed, which must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     status = rpc_status.from_call(caught.value)

@@ -43,7 +43,7 @@ def bearing(token: str) -> tuple[tuple[str, str]]:
 
 
 def roles_in_the_contract() -> dict[str, str]:
-    """What the comments of the .proto files say of each method."""
+    """Return what the comments of the .proto files say of each method."""
     found = {}
     for path in PROTOS.glob("*_service.proto"):
         text = path.read_text(encoding="utf-8")

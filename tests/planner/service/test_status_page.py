@@ -190,7 +190,7 @@ def test_only_known_hosts_are_answered(called: str, status: int) -> None:
 
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
-    """What came before the other side closed, in either way."""
+    """Return what came before the other side closed, in either way."""
     try:
         return await reader.read()
     except ConnectionResetError:

@@ -252,7 +252,7 @@ class Bench:
         return hello
 
     def hear(self, message: ConnectNodeResponse) -> list[ConnectNodeRequest]:
-        """What the agent says to a message."""
+        """Return what the agent says to a message."""
         return self.do(self.core.handle(message, self.now_s))
 
     def tick(self, seconds: float = 0.0) -> list[ConnectNodeRequest]:

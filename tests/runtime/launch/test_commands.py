@@ -32,7 +32,7 @@ SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
 
 def settings_of(command: Command, folder: Path) -> PluginSettings:
-    """What the plugin reads of the file that the command has."""
+    """Return what the plugin reads of the file that the command has."""
     [(name, text)] = command.files.items()
     assert command.environment["HETIS_VLLM_CONFIG"] == name
     (folder / "workers.yaml").write_text(text, encoding="utf-8")
@@ -40,7 +40,7 @@ def settings_of(command: Command, folder: Path) -> PluginSettings:
 
 
 def told(command: Command, key: Path) -> WorkerOptions:
-    """What the worker understands, with a key that is there."""
+    """Return what the worker understands, with a key that is there."""
     words = [str(key) if word == Addresses().key_file else word for word in command.shown[1:]]
     return read_options(words, {})
 

@@ -233,7 +233,7 @@ def sampled(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """What the plugin has measured and counted since the start."""
+    """Return what the plugin has measured and counted since the start."""
     from hetis.runtime.vllm.counts import SchedulerCounts
 
     stage = engine.side.costs.stage

@@ -88,7 +88,7 @@ def test_whole_requests_are_refused_only_if_they_cannot_be_placed(seed: int) -> 
 
 
 def fit_by_enumeration(free: list[int], unit: list[int], blocks: list[int], head_groups: int) -> bool:
-    """Whether some split of every request's groups over the devices keeps to all blocks."""
+    """Return whether some split of every request's groups over the devices keeps to all blocks."""
     splits = [
         split for split in itertools.product(*(range(0, head_groups + 1, u) for u in unit)) if sum(split) == head_groups
     ]

@@ -98,7 +98,7 @@ class AsyncClient:
     # --- the planner itself
 
     async def is_serving(self) -> bool:
-        """Whether the planner takes calls; False while it starts or drains.
+        """Return whether the planner takes calls; False while it starts or drains.
 
         Raises:
             CallError: it is not reached.

@@ -47,7 +47,7 @@ class AsyncLeaderChannel:
         return self._channels[endpoint]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """What generated stubs ask for."""
+        """Return what generated stubs ask for."""
 
         async def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)

@@ -114,7 +114,7 @@ class Connection:
         )
 
     def metadata(self) -> list[tuple[str, str]]:
-        """What every call carries.
+        """Return what every call carries.
 
         Raises:
             OSError: the token file cannot be read.

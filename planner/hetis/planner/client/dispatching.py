@@ -232,7 +232,7 @@ def _joined(
 def _part_of(
     answer: dispatch_service_pb2.DispatchRequestsResponse, message: dispatch_service_pb2.DispatchRequestsRequest
 ) -> dispatch_service_pb2.DispatchRequestsResponse:
-    """What an answer to several messages says of one; the quality is that of all."""
+    """Return what an answer to several messages says of one; the quality is that of all."""
     new, grown = {one.id for one in message.new_requests}, {one.id for one in message.grown}
     placements = [one for one in answer.placements if one.request in new]
     return dispatch_service_pb2.DispatchRequestsResponse(

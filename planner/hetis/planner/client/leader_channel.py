@@ -56,7 +56,7 @@ class LeaderChannel:
             return self._channels[endpoint][1]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """What generated stubs ask for."""
+        """Return what generated stubs ask for."""
 
         def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)

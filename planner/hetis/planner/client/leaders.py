@@ -58,7 +58,7 @@ class Attempts:
         return min(left_s, ATTEMPT_S) if self.leaders.are_several and not is_dispatch else left_s
 
     def next_wait_s(self, endpoint: Endpoint, error: CallError) -> float:
-        """How long to wait before the next try.
+        """Return how long to wait before the next try.
 
         Raises:
             CallError: the error itself, which no other planner and no waiting helps.

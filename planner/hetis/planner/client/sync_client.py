@@ -87,7 +87,7 @@ class Client:
     # --- the planner itself
 
     def is_serving(self) -> bool:
-        """Whether the planner takes calls; False while it starts or drains.
+        """Return whether the planner takes calls; False while it starts or drains.
 
         Raises:
             CallError: it is not reached.

@@ -158,7 +158,7 @@ class ChangeCoordinator:
         return self._parts.keys()
 
     def to_save(self) -> Saving:
-        """What the store should know now."""
+        """Return what the store should know now."""
         body = redispatch_pb2.Redispatch()
         body.CopyFrom(self.body)
         return Saving(revision=self._revision, body=body, outcome=self._outcome)
@@ -170,7 +170,7 @@ class ChangeCoordinator:
         self._advance()
 
     def directives(self) -> dict[str, Directive]:
-        """What each node should have been told last; nodes that are not here: nothing more."""
+        """Return what each node should have been told last; nodes that are not here: nothing more."""
         knows_end = self._durable_outcome != Outcome.CHANGE_OUTCOME_UNSPECIFIED
         match self._durable:
             case State.REDISPATCH_STATE_PREPARING if self.body.state != State.REDISPATCH_STATE_ABORTING:

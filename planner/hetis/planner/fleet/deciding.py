@@ -20,7 +20,7 @@ _log = logging.getLogger("hetis.planner.fleet")
 
 
 def needs_decision(cluster: ClusterFleet) -> bool:
-    """Whether `decide` might find something."""
+    """Return whether `decide` might find something."""
     return bool(cluster.dirty or cluster.decide_all or cluster.node_writes or cluster.changes.have_news)
 
 
@@ -199,7 +199,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
 
 
 def _is_late(cluster: ClusterFleet, replica: Replica, *, is_blocked: bool, now_s: float) -> bool:
-    """How long it has been starting, from when its GPUs are free; or draining."""
+    """Return since when it has been starting, from when its GPUs are free; or draining."""
     if replica.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
         replica.since_s = None
         return False
@@ -280,7 +280,8 @@ def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[Rep
 
 
 def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2.ActivationProgress:
-    """How far the replicas of a plan are. ``states``: of all replicas of the cluster; ``wanted``: of the plan."""
+    """Return how far the replicas of a plan are. ``states``: of all replicas of the cluster; ``wanted``: of the
+    plan."""
     of_plan = [states[name] for name in wanted if name in states]
     failed = [one for one in of_plan if one.state == State.REPLICA_STATE_FAILED]
     num_serving = sum(one.state in UP_STATES for one in of_plan)

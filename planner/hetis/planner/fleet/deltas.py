@@ -182,7 +182,7 @@ class ReplicaSlot:
         self._retry_s = 0.0
 
     def next_delta(self, now_s: float, *, new_nonce: Callable[[], str], answer_s: float) -> Delta | None:
-        """What to send now; None: nothing. A delta that was not answered for ``answer_s`` is sent again."""
+        """Return what to send now; None: nothing. A delta that was not answered for ``answer_s`` is sent again."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:

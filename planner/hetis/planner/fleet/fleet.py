@@ -156,12 +156,12 @@ class LiveFleet:
         return None if cluster is None or replica is None else publishing.live_replica(cluster, replica)
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """What the planner may do in it; an empty one has the defaults."""
+        """Return what the planner may do in it; an empty one has the defaults."""
         found = self._clusters.get(cluster)
         return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
 
     def activation_progress(self, plan: str) -> plan_pb2.ActivationProgress | None:
-        """How far a plan in force is; None: it is not in force."""
+        """Return how far a plan in force is; None: it is not in force."""
         for cluster in self._clusters.values():
             if cluster.plan is not None and cluster.plan.name == plan:
                 return cluster.progress

@@ -51,7 +51,7 @@ class LateChanges:
         outcome: Outcome.ValueType | None,
         moves: Iterable[change_pb2.MoveResult],
     ) -> Directive:
-        """What the node should be told. ``outcome``: how the change ended; None: there is no record of it.
+        """Return what the node should be told. ``outcome``: how the change ended; None: there is no record of it.
 
         What was never recorded was never permitted to flip, so that an end can only be the node's own word.
         """

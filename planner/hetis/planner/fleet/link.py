@@ -282,7 +282,7 @@ class NodeLink:
                 return []
 
     def messages(self, now_s: float) -> list[Response]:
-        """What is to be sent now, and no more than once."""
+        """Return what is to be sent now, and no more than once."""
         if not self._session:
             return []
         found, self._outbox = self._outbox, []

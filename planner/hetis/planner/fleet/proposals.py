@@ -235,20 +235,21 @@ class PlacementProposals:
 
 
 def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]) -> bool:
-    """Whether a proposal serves more than what ``nodes`` leave of the plan in force; no where not all is known."""
+    """Return whether a proposal serves more than what ``nodes`` leave of the plan in force; no where not all is
+    known."""
     if proposal.result.replicas_truncated or plan.result.replicas_truncated:
         return False
     return served_rps(proposal.result) > left_rps(plan.result, set(nodes)) * (1 + LEAST_GAIN)
 
 
 def served_rps(result: plan_pb2.PlanResult) -> float:
-    """What a plan serves: by its unified replicas, and over its routes."""
+    """Return what a plan serves: by its unified replicas, and over its routes."""
     unified = sum(one.rate_rps for one in result.replicas if role_of(one) is Role.UNIFIED)
     return unified + sum(route.rate_rps for route in result.kv_routes)
 
 
 def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
-    """What the nodes that are ``there`` leave of a plan, at most: KV may take other routes than planned."""
+    """Return what the nodes that are ``there`` leave of a plan, at most: KV may take other routes than planned."""
     left = dict.fromkeys(Role, 0.0)
     for replica in result.replicas:
         if _dense_nodes(replica) <= there:

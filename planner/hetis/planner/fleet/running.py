@@ -56,7 +56,7 @@ class Redispatching(RunningReplicas, Protocol):
     """What the re-dispatch loop asks of the fleet."""
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """What the planner may do in it; an empty one has the defaults."""
+        """Return what the planner may do in it; an empty one has the defaults."""
         ...
 
     async def read_head_maps(self, replica: str, timeout_s: float) -> ReadHeadMaps: ...

@@ -187,7 +187,7 @@ class SolverPool:
             self._end(search, outcome)
 
     def _next(self) -> Search | None:
-        """What is to be searched now: callers take turns, those first of whom fewest searches run."""
+        """Return what is to be searched now: callers take turns, those first of whom fewest searches run."""
         running = Counter(search.caller for search in self._running)
         for caller in [caller for caller, waiting in self._waiting.items() if not waiting]:
             del self._waiting[caller]

@@ -27,7 +27,7 @@ class ProgressReporter:
 
 
 def progress_to_frame(progress: Progress) -> JobFrame:
-    """What is not finite is not known: it is left out."""
+    """Return what is not finite is not known: it is left out."""
     numbers = {"incumbent": progress.incumbent, "bound": progress.bound, "gap": progress.gap}
     known = {name: float(value) for name, value in numbers.items() if value is not None and math.isfinite(value)}
     return JobFrame(kind="progress", fields={"phase": progress.phase, "elapsed_s": progress.elapsed_s, **known})

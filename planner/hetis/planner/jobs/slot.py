@@ -89,7 +89,7 @@ class Slot:
             self._process = None
 
     async def _attempt(self, search: Search) -> tuple[Outcome, bool]:
-        """How it ended, and whether the process had heard of the search before it did."""
+        """Return how it ended, and whether the process had heard of the search before it did."""
         self._wait_for_preparation()
         if (crashed := await self._prepare()) is not None:
             return CalledOff() if search.is_called_off else crashed, True
@@ -140,7 +140,7 @@ class Slot:
         return None
 
     async def _bury(self, process: SolverProcess) -> Crashed:
-        """What became of a process whose output has ended."""
+        """Return what became of a process whose output has ended."""
         self._is_ready = False
         exit_code = await process.stop()
         self._process = None

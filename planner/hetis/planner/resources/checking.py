@@ -53,7 +53,7 @@ class Checks:
     async def document(
         self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
     ) -> V | None:
-        """What ``read`` makes of it, beside the event loop; None: something is wrong with it."""
+        """Return what ``read`` makes of it, beside the event loop; None: something is wrong with it."""
         try:
             return await run_in_thread_gc_paused(read, document)
         except DocumentError as error:

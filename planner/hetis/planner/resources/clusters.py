@@ -209,7 +209,7 @@ _POLICY = cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name
 
 
 def _paths(checks: Checks, request: service_pb2.UpdateClusterRequest) -> frozenset[str]:
-    """What is to be changed: the mask, or the fields that are set."""
+    """Return what is to be changed: the mask, or the fields that are set."""
     cluster, given = request.cluster, list(request.update_mask.paths)
     if not given:
         fields = (("document", cluster.HasField("document")), ("policy", cluster.HasField("policy")))

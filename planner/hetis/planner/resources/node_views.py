@@ -40,7 +40,7 @@ class NodeViews:
     live: Mapping[str, NodeNow]
 
     def exists(self, node: str) -> bool:
-        """Whether it is declared or connected."""
+        """Return whether it is declared or connected."""
         live = self.live.get(node)
         return node in self.declared or (live is not None and live.state in _HERE)
 

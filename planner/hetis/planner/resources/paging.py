@@ -115,7 +115,7 @@ def _read_token(token: str, digest: str, *, newest_first: bool) -> Place:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a database takes it: tokens can be made up."""
+    """Return whether a database takes it: tokens can be made up."""
     return bool(name) and "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 

@@ -176,7 +176,7 @@ class PlanActivation:
         return await to_the_end(change())
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
-        """What `_put_in_force` would do."""
+        """Return what `_put_in_force` would do."""
         if plan.activation in IN_FORCE:
             return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = reader.clusters.require(plan.cluster)

@@ -230,7 +230,7 @@ class PlanCreation:
 
 
 def _without_state(record: PlanRecord) -> plan_pb2.Plan:
-    """What would be, as far as it is not decided when it is."""
+    """Return what would be, as far as it is not decided when it is."""
     plan = basic_view(record)
     for field in ("state", "activation", "etag", "create_time"):
         plan.ClearField(field)

@@ -84,7 +84,7 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
 
 
 def _dense(replica: ReplicaPlan) -> tuple[object, ...]:
-    """Which weights are on which GPU."""
+    """Return which weights are on which GPU."""
     return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.devices) for s in replica.stages)
 
 

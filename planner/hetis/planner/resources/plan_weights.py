@@ -26,5 +26,5 @@ def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
 
 
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
-    """What decides about weights: layers and GPU types, whatever the GPUs are called."""
+    """Return what decides about weights: layers and GPU types, whatever the GPUs are called."""
     return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers) for s in replica.stages)

@@ -91,7 +91,7 @@ def fingerprint(request: Message) -> str:
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` returns; it goes on when the caller is cancelled.
+    """Return what ``work`` returns; it goes on when the caller is cancelled.
 
     A call whose deadline passes while its transaction commits must still tell watchers and fleet what it changed.
     """

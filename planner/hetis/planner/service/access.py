@@ -50,7 +50,7 @@ OPEN_SERVICES = (
 
 
 def is_open(method: str) -> bool:
-    """Whether a method is of a service that asks for no role and no deadline."""
+    """Return whether a method is of a service that asks for no role and no deadline."""
     return method.split("/")[1] in OPEN_SERVICES
 
 
@@ -65,7 +65,7 @@ STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.
 
 
 def needs_leader(method: str, *, reads_too: bool) -> bool:
-    """Whether the leader alone may answer.
+    """Return whether the leader alone may answer.
 
     Args:
         method: as gRPC has it.

@@ -34,5 +34,5 @@ def reachable_from_elsewhere(address: str) -> str:
 
 
 def is_socket_path(address: str) -> bool:
-    """Whether it is a Unix socket, ``unix:/run/hetis/planner.sock``."""
+    """Return whether it is a Unix socket, ``unix:/run/hetis/planner.sock``."""
     return address.startswith("unix:")

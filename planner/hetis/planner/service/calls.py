@@ -287,7 +287,7 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
 
 
 def _code_set(context: Context) -> grpc.StatusCode | None:
-    """What a servicer set on its context; None: nothing."""
+    """Return what a servicer set on its context; None: nothing."""
     code = context.code()
     if code is None or isinstance(code, grpc.StatusCode):
         return code

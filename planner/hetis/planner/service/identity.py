@@ -54,7 +54,7 @@ class Identity:
         return ", ".join(sorted(self.roles - implied))
 
     def speaks_for(self, node: str) -> bool:
-        """Whether it may act as the agent of a node."""
+        """Return whether it may act as the agent of a node."""
         if CallerRole.AGENT not in self.roles:
             return False
         return self.scope is None or node == self.scope or node.startswith(f"{self.scope}/nodes/")

@@ -139,7 +139,7 @@ class Access:
 
 
 def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
-    """What is wrong with the files of certificates and tokens."""
+    """Return what is wrong with the files of certificates and tokens."""
     try:
         Access(config)
     except DocumentError as error:

@@ -157,7 +157,7 @@ def _must_be_free(address: str) -> None:
 def _error_of(
     family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, _name: str, where: tuple[Any, ...]
 ) -> OSError | None:
-    """What binding an address fails with."""
+    """Return what binding an address fails with."""
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -190,7 +190,7 @@ class PlannerConfig(DocumentPart):
         return self.model_copy(update={"leadership": leadership})
 
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """What cannot be used although every field by itself can, as (path, message)."""
+        """Yield what cannot be used although every field by itself can, as (path, message)."""
         for position, address in enumerate(self.listen):
             if not is_loopback(address) and not (self.tls is not None and self.asks_for_credentials):
                 yield (

@@ -66,7 +66,7 @@ class TableView(Generic[R]):
         return {row.name: row.version for row in self._connection.execute(query)}
 
     def place_of(self, record: R) -> str | tuple[float, str]:
-        """What `page` goes on from."""
+        """Return what `page` goes on from."""
         if self._newest_first:
             return record.create_time_s, record.name  # type: ignore[attr-defined]
         return record.name
@@ -129,7 +129,7 @@ class RecordTable(TableView[R]):
             raise failures.not_found(name)
 
     def delete_all(self, **filters: Filter) -> int:
-        """How many records there were."""
+        """Return how many records there were."""
         return self._delete(*_conditions(self._table, filters))
 
     def _delete(self, *conditions: sa.ColumnElement[bool]) -> int:

@@ -84,7 +84,7 @@ _ALSO_BRIDGED = (
 
 
 def _is_beyond(wire_s: FloatArray, seconds: FloatArray) -> bool:
-    """Whether more than a few messages were faster than the nominal link."""
+    """Return whether more than a few messages were faster than the nominal link."""
     return bool((wire_s > MAX_BANDWIDTH * seconds).mean() > MAX_IMPOSSIBLE)
 
 

@@ -98,7 +98,8 @@ class Points:
         return np.array([bool(cells) for cells in self.cells] or [False] * len(self), dtype=np.bool_)
 
     def served(self, fitted: Collection[FitScope]) -> NDArray[np.bool_]:
-        """Which points a plan would ask the fit of these points for: those without a fit of their own in ``fitted``."""
+        """Return which points a plan would ask the fit of these points for: those without a fit of their own in
+        ``fitted``."""
         alone = [scope != self.scope and scope in fitted for scope in self.scopes]
         return ~np.array(alone or [False] * len(self), dtype=np.bool_)
 

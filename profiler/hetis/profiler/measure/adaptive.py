@@ -103,7 +103,7 @@ class SeriesState:
         return worst if worst > self.rule.uncertainty else 0.0
 
     def predict(self, points: Sequence[MeasuredPoint]) -> SurrogatePrediction:
-        """What the measured points say of others."""
+        """Return what the measured points say of others."""
         return predict(
             self._logs(found.point for found in self.measured),
             np.array([found.sample.seconds for found in self.measured]),
@@ -132,7 +132,8 @@ class Campaign:
         return [found for state in self.states for found in state.measured]
 
     def next(self) -> NextPoint | None:
-        """What to measure now; None when every series is known well enough. Of equals the series with fewest points."""
+        """Return what to measure now; None when every series is known well enough. Of equals the series with fewest
+        points."""
         choices = [(state, choice) for state in self.states if (choice := state.next()) is not None]
         if not choices:
             return None
@@ -142,7 +143,7 @@ class Campaign:
         self._state_of[found.point.key].add(found)
 
     def is_started(self) -> bool:
-        """Whether every series has a few points: less than that is no measurement of the device."""
+        """Return whether every series has a few points: less than that is no measurement of the device."""
         return all(len(state.measured) >= _FEW or state.next() is None for state in self.states)
 
     def worst(self) -> float:

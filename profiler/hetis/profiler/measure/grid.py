@@ -54,7 +54,7 @@ _ODD_TOKENS = (3, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144)  # between th
 
 
 def extent_of(*, on_cuda: bool, quick: bool) -> Extent:
-    """What is worth measuring: the serving range on a GPU, what ends in reasonable time on a CPU."""
+    """Return what is worth measuring: the serving range on a GPU, what ends in reasonable time on a CPU."""
     most = 16384 if on_cuda else 512 if quick else 2048
     tokens = _powers(1, most)
     if not quick:

@@ -24,7 +24,7 @@ def journal_of(out: str | os.PathLike[str]) -> Path:
 
 
 def points_in(path: Path) -> int | None:
-    """How many points were written to a journal; None when the file is none.
+    """Return how many points were written to a journal; None when the file is none.
 
     Raises:
         DocumentError: it cannot be read.
@@ -127,7 +127,7 @@ def _measured(line: str, path: Path, number: int) -> Measured:
 
 
 def _is_sound(found: Measured) -> bool:
-    """Whether the values are of their kinds; a file may hold anything."""
+    """Return whether the values are of their kinds; a file may hold anything."""
     point, sample = found.point, found.sample
     texts = [point.op, point.kernel, *point.texts.keys(), *point.texts.values(), *point.columns.keys()]
     counts, times = list(point.columns.values()), [sample.seconds, sample.spread, sample.jitter]

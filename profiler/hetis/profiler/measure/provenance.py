@@ -65,7 +65,7 @@ class DeviceWatch:
         return self._host.share()
 
     def gpu_news(self) -> GpuNews | None:
-        """What was seen of the GPU since `begin`; None on a processor."""
+        """Return what was seen of the GPU since `begin`; None on a processor."""
         return None if self._gpu is None else self._gpu.news()
 
     def driver(self) -> str:
@@ -86,7 +86,8 @@ def gpu_name(wanted: str, device: Device) -> str:
 
 
 def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:
-    """What must be equal for an interrupted run to go on: what is measured, and the machine it is measured on."""
+    """Return what must be equal for an interrupted run to go on: what is measured, and the machine it is measured
+    on."""
     of_gpu = {
         "GPU itself": " ".join(part for part in (device.name, device.address.uuid or device.address.bus) if part),
         "driver": driver or "unknown",
@@ -106,7 +107,7 @@ def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> d
 
 
 def cache_note(device: Device) -> str:
-    """What was assumed of the cache for operands to be cold."""
+    """Return what was assumed of the cache for operands to be cold."""
     cache = device.pool.cache
     return (
         f"the operands of tables marked cold rotate: between two uses {format_bytes(TIMES * cache.num_bytes)} or more "

@@ -133,7 +133,7 @@ def stopping_rule(quick: bool) -> StoppingRule:
 
 
 def sampling_rule(quick: bool) -> SamplingRule:
-    """How long to stay at one point."""
+    """Return how long to stay at one point."""
     return (
         SamplingRule(spread=0.05, limit_s=0.15, batch_s=1e-3, warm_up_s=0.01, max_batches=30)
         if quick

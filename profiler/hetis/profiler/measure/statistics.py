@@ -68,6 +68,6 @@ def spread_of_median(samples: Sequence[float]) -> float:
 
 
 def jitter(samples: Sequence[float]) -> float:
-    """How far the ninth decile lies above the median, relative to it."""
+    """Return how far the ninth decile lies above the median, relative to it."""
     ordered = sorted(samples)
     return ordered[math.ceil(0.9 * len(ordered)) - 1] / median(ordered) - 1.0

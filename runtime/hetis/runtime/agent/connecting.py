@@ -106,7 +106,7 @@ class PlannerAddress:
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     def explained(self, message: str) -> str:
-        """What a failure to connect most likely means, before gRPC's own words for it."""
+        """Return what a failure to connect most likely means, before gRPC's own words for it."""
         if "CERTIFICATE_VERIFY_FAILED" in message:
             signed = (
                 f"--tls-ca {self.ca}" if self.ca is not None else "an authority that this system trusts; give --tls-ca"

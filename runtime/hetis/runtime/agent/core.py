@@ -154,7 +154,7 @@ class AgentCore:
     # --- the engine and the devices
 
     def on_engine_report(self, report: WatchReportsResponse, now_s: float) -> list[Action]:
-        """What the engine says of itself."""
+        """Return what the engine says of itself."""
         restarted = self._engine is not None and self._engine.engine_id != report.engine_id
         first = self._engine is None
         self._engine = report
@@ -182,7 +182,7 @@ class AgentCore:
         return self._outbox.take()
 
     def on_inventory(self, inventory: NodeInventory, now_s: float) -> list[Action]:
-        """What the node has, where it changed."""
+        """Return what the node has, where it changed."""
         if inventory.digest != self.inventory.digest:
             self.inventory = inventory
             self._outbox.send(ConnectNodeRequest(inventory=inventory))
@@ -246,7 +246,7 @@ class AgentCore:
         return with_kv(self._devices, self._engine.devices if self._engine else ())
 
     def held(self) -> list[ReplicaState]:
-        """What is held, for metrics and tests."""
+        """Return what is held, for metrics and tests."""
         return [replica.held for replica in self._replicas.values()]
 
     # --- inside
@@ -367,7 +367,8 @@ class AgentCore:
         return NodeReport(devices=self.devices(), replicas=held)
 
     def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
-        """What the engine says; once after its restart that it loads, also where it has done so already: KV is gone."""
+        """Return what the engine says; once after its restart that it loads, also where it has done so already: KV is
+        gone."""
         if self._restart_is_untold:
             return replica.report_anew()
         said = self._engine.replicas if self._engine else ()

@@ -26,7 +26,7 @@ class Checking:
         self._wrong: list[str] = []
 
     def get(self, check: Callable[[], T]) -> T | None:
-        """What the check returns; None where it says that something is wrong."""
+        """Return what the check returns; None where it says that something is wrong."""
         try:
             return check()
         except AgentOptionError as error:
@@ -130,7 +130,7 @@ def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
 
 
 def loopback_server(server: str) -> bool:
-    """Whether the planner is on this machine, where it listens without TLS by default."""
+    """Return whether the planner is on this machine, where it listens without TLS by default."""
     try:
         return all(is_loopback(address) for address in split_endpoints(server))
     except ValueError:

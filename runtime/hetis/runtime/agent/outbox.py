@@ -57,6 +57,6 @@ class Outbox:
         self.is_connected = False
 
     def take(self) -> list[Action]:
-        """What is to be done, in order; the box is empty after."""
+        """Return what is to be done, in order; the box is empty after."""
         taken, self._actions = self._actions, []
         return taken

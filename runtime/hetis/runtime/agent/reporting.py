@@ -43,7 +43,7 @@ class NodeReporter:
         self._draw_beat()
 
     def due(self, report: NodeReport, now_s: float, *, asked: bool = False) -> ConnectNodeRequest | None:
-        """What to send now: a report, a heartbeat, or nothing."""
+        """Return what to send now: a report, a heartbeat, or nothing."""
         rested = now_s - self._sent_s >= _seconds(self._settings.min_report_interval)
         if asked or not self._has_sent or self._crosses(report) or (rested and self._is_news(report)):
             return self._send(report, now_s)
@@ -131,7 +131,7 @@ def _speeds(report: NodeReport) -> dict[object, float]:
 
 
 def _words(report: NodeReport) -> object:
-    """What is no measure: any difference is news."""
+    """Return what is no measure: any difference is news."""
     return (
         [(d.index, d.total_blocks, d.unhealthy, _hot(d)) for d in report.devices],
         [

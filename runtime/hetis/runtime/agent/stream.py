@@ -86,7 +86,7 @@ class PlannerStream:
             await asyncio.sleep(wait_s)
 
     def _wait_s(self, endpoint: Endpoint, why: Failure | None, within_s: float | None, tried: set[Endpoint]) -> float:
-        """How long to wait, and with whom to try then."""
+        """Return how long to wait, and with whom to try then."""
         if self._welcome_s is not None:
             tried.clear()
         is_elsewhere = why is not None and why.reason == ErrorReason.ERROR_REASON_NOT_LEADER

@@ -136,7 +136,8 @@ def _bucket(pool: PagePool, pieces: _Pieces) -> Bucket:
 
 
 def _view(pool: PagePool, pieces: _Pieces, at: IntArray, window: int) -> View:
-    """What queries at positions ``at`` [n, c] see under a window: pages from the first that any of a piece sees."""
+    """Return what queries at positions ``at`` [n, c] see under a window: pages from the first that any of a piece
+    sees."""
     size, device = pool.shape.page_tokens, pool.k.device
     first = np.maximum(at[:, 0] + 1 - window, 0) // size if window else np.zeros(len(at), np.int64)
     last = at[:, -1] // size

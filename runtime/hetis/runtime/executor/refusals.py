@@ -71,7 +71,7 @@ def status_of(failure: Failure) -> status_pb2.Status:
 
 
 def failure_of_call(error: grpc.aio.AioRpcError) -> Failure:
-    """What a failed call says: its ErrorInfo if it has one of ours, else what the status code means."""
+    """Return what a failed call says: its ErrorInfo if it has one of ours, else what the status code means."""
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS and isinstance(value, bytes):
             for detail in status_pb2.Status.FromString(value).details:

@@ -75,7 +75,7 @@ def calibrate(
 
 
 def with_exchange(whole: Coefficients, bytes_per_head: float, *, byte_s: float, copy_s: float) -> Coefficients:
-    """What calls take in all, divided into attention and an exchange as fast as copies are; the sum stays.
+    """Return what calls take in all, divided into attention and an exchange as fast as copies are; the sum stays.
 
     Args:
         whole: of one piece, without an exchange.

@@ -58,7 +58,7 @@ def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, s
 
 
 def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float) -> Channel:
-    """What is then used in place of the socket, or the socket."""
+    """Return what is then used in place of the socket, or the socket."""
     if kind is ChannelKind.TCP or (kind is ChannelKind.AUTO and not (pipe.is_local and is_supported())):
         return channel
     if not pipe.is_local or not is_supported():
@@ -119,7 +119,8 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
 
 
 def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) -> Channel:
-    """What is used from now on: the memory that an engine offers, or the socket, where it cannot be opened here."""
+    """Return what is used from now on: the memory that an engine offers, or the socket, where it cannot be opened
+    here."""
     if not pipe.is_local:
         raise FrameError(f"{pipe.name}: shared memory was offered from another host")
     try:

@@ -173,12 +173,12 @@ def read_keys(frame: Frame) -> list[SequenceKey]:
 
 
 def read_part(frame: Frame) -> KvRange:
-    """What EXPORT or DIGEST is about."""
+    """Return what EXPORT or DIGEST is about."""
     return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
 
 
 def read_adopted(frame: Frame, shape: KvShape) -> tuple[KvRange, torch.Tensor, torch.Tensor]:
-    """What ADOPT brings: K and V, each [H, layers, positions, d]."""
+    """Return what ADOPT brings: K and V, each [H, layers, positions, d]."""
     heads, positions, _ = frame.counts
     begin = 8 * (4 + heads)
     sizes = heads * shape.layers * positions * shape.head_dim
@@ -207,7 +207,7 @@ def pack_stats(stats: WorkerStats) -> tuple[torch.Tensor, ...]:
 
 
 def read_stats(frame: Frame) -> WorkerStats:
-    """What PONG says."""
+    """Return what PONG says."""
     return WorkerStats(*_integers(frame, FrameKind.PONG, len(WorkerStats._fields)).tolist())
 
 

@@ -44,5 +44,5 @@ class Session:
         )
 
     def has(self, frame: Frame) -> bool:
-        """Whether a frame is of this connection."""
+        """Return whether a frame is of this connection."""
         return (frame.epoch, frame.session) == (self.epoch, self.number)

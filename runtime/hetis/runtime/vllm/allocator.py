@@ -155,7 +155,7 @@ class HeadAllocator:
         return (LOCAL,) * self.heads.head_groups if placed is None else placed.devices
 
     def has_room(self, request_id: str, tokens: int) -> bool:
-        """Whether the groups of a request on workers could grow to so many tokens."""
+        """Return whether the groups of a request on workers could grow to so many tokens."""
         placed = self._placed.get(request_id)
         if placed is None or not any(placed.devices):
             return True
@@ -329,7 +329,7 @@ class HeadAllocator:
         return tuple(one.move for one in self._moves.values())
 
     def is_under_way(self, number: int) -> bool:
-        """Whether a move has neither been committed nor come to nothing."""
+        """Return whether a move has neither been committed nor come to nothing."""
         return number in self._moves
 
     def moving(self, request_id: str) -> set[int]:
@@ -355,7 +355,7 @@ class HeadAllocator:
         return max(min(total, self._limits.get(device, total)), total - free), total - free
 
     def snapshot(self) -> StateSnapshot:
-        """What runs, for re-dispatch; the ranks' room is what vLLM's pool says it is."""
+        """Return what runs, for re-dispatch; the ranks' room is what vLLM's pool says it is."""
         snapshot = self.state.snapshot()
         used = _ENDLESS - int(self.state.free_blocks()[LOCAL])
         here = replace(snapshot.devices[LOCAL], total_blocks=used + self._free_here())
@@ -429,7 +429,8 @@ class HeadAllocator:
         return free
 
     def _load(self) -> DeviceLoad:
-        """What a new request joins. Of the ranks the pool knows what is free, the state what will still be taken."""
+        """Return what a new request joins. Of the ranks the pool knows what is free, the state what will still be
+        taken."""
         load, free = self.state.load(), self.state.free_blocks()
         load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])
         self._within_limits(load.free_blocks)
@@ -489,7 +490,7 @@ class HeadAllocator:
 
 
 def _named(counts: Sequence[int]) -> tuple[int, ...]:
-    """Which group goes where: the first ones stay here, the others go to the workers in turns."""
+    """Return which group goes where: the first ones stay here, the others go to the workers in turns."""
     devices = [LOCAL] * counts[LOCAL]
     left = list(counts)
     left[LOCAL] = 0

@@ -105,7 +105,7 @@ def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:
 
 
 def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
-    """What placement has to know of the engine."""
+    """Return what placement has to know of the engine."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     queries = max(model.get_num_attention_heads(parallel) // spec.head_groups, 1)
     return EngineShape(
@@ -117,7 +117,7 @@ def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
 
 
 def shape_of(spec: HeadGroupSpec, impls: Sequence[Any], page_tokens: int) -> KvShape:
-    """What the virtual sequences of a stage look like to a worker. Raises UnsupportedModelError."""
+    """Return what the virtual sequences of a stage look like to a worker. Raises UnsupportedModelError."""
     first = impls[0]
     for impl in impls:
         if not isinstance(impl, HeadGroupImpl):

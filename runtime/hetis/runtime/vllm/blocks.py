@@ -34,7 +34,7 @@ class Homes(Protocol):
         """Device of each head group of a request that has been placed."""
 
     def has_room(self, request_id: str, tokens: int) -> bool:
-        """Whether its groups elsewhere could grow to so many tokens."""
+        """Return whether its groups elsewhere could grow to so many tokens."""
 
     def grow(self, request_id: str, tokens: int) -> None:
         """They have grown to so many tokens."""

@@ -217,7 +217,7 @@ class Rank:
         return void
 
     def take_report(self) -> RankReport:
-        """What the scheduler has to know; counters only now and then."""
+        """Return what the scheduler has to know; counters only now and then."""
         copied, failed = self.mover.take_results()
         report = RankReport(copied=copied, failed=failed)
         now_s = self._clock()

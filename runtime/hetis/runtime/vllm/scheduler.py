@@ -260,7 +260,7 @@ class SchedulerSide:
                         self._compute_again(request_id)
 
     def take_stats(self) -> dict[str, Any] | None:
-        """What was counted since the last time, after a step; None: it is not time yet."""
+        """Return what was counted since the last time, after a step; None: it is not time yet."""
         with self.boundary.lock:
             return self._counts.take(is_last=self.is_idle)
 
@@ -279,11 +279,11 @@ class SchedulerSide:
         return move.number
 
     def is_copied(self, number: int) -> bool:
-        """Whether all ranks have copied what there was of a move when they looked last."""
+        """Return whether all ranks have copied what there was of a move when they looked last."""
         return len(self._copied.get(number, ())) == len(self._blocks) > 0
 
     def is_under_way(self, number: int) -> bool:
-        """Whether a move has begun and not ended: it ends with its request, too, or when a device is lost."""
+        """Return whether a move has begun and not ended: it ends with its request, too, or when a device is lost."""
         return self.allocator.is_under_way(number)
 
     def commit(self, numbers: Iterable[int]) -> None:

@@ -62,7 +62,7 @@ class WorkerCore:
         self._failed: Exception | None = None  # of a frame without an answer
 
     def handle(self, frame: Frame) -> Frame | None:
-        """What one frame does; returns the answer, where the kind has one.
+        """Do what one frame asks; return the answer, where the kind has one.
 
         Raises:
             FrameError: the frame does not fit: the connection is to be closed, and what it left is void.

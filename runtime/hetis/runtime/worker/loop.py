@@ -26,7 +26,7 @@ class Core(Protocol):
     epoch: int
 
     def handle(self, frame: Frame) -> Frame | None:
-        """What one frame does; returns the answer, where the kind has one. Raises FrameError."""
+        """Do what one frame asks; return the answer, where the kind has one. Raises FrameError."""
 
     def leave(self) -> None:
         """The connection ended."""

@@ -75,7 +75,7 @@ def _serve(options: WorkerOptions) -> int:
 
 
 def _make_core(options: WorkerOptions) -> WorkerCore:
-    """What it serves with. Raises StartError."""
+    """Return what it serves with. Raises StartError."""
     from hetis.formats.units import format_bytes
     from hetis.runtime.attention.cuda import cuda_count
     from hetis.runtime.attention.local import LocalDevice

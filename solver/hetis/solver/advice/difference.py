@@ -57,7 +57,7 @@ class Difference:
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
-    """What the two proofs imply; infinite or NaN-free: an unknown side gives an infinite end."""
+    """Return what the two proofs imply; infinite or NaN-free: an unknown side gives an infinite end."""
     (low0, high0), (low1, high1) = _span(before, maximises), _span(after, maximises)
     better_after = change is (Change.GROWN if maximises else Change.SHRUNK)  # the best value cannot fall
     better_before = change is (Change.SHRUNK if maximises else Change.GROWN)  # it cannot rise

@@ -55,7 +55,7 @@ class LpProblem:
     blocks: IntArray
 
     def group_costs(self, piece: FloatArray, block: FloatArray, nic: float) -> FloatArray:
-        """What a head group of request j costs on device i at such prices, shape [J, D]."""
+        """Return what a head group of request j costs on device i at such prices, shape [J, D]."""
         costs = self.costs
         per_group = (piece * costs.alpha).sum(axis=1) + nic * costs.nic_head_s * costs.queries * self.is_worker
         per_token = (piece * costs.beta).sum(axis=1)

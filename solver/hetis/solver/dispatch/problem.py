@@ -163,7 +163,7 @@ class Stage:
         return 1 if self.primary is None else min(self.primary.tp, self.heads.head_groups)
 
     def has_primary_at(self, device: int) -> bool:
-        """Whether ``device`` is the primary."""
+        """Return whether ``device`` is the primary."""
         return self.primary is not None and self.primary.device == device
 
 

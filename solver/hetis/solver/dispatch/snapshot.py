@@ -175,7 +175,7 @@ class StateSnapshot:
         return coming
 
     def load(self) -> DeviceLoad:
-        """What new requests join; devices that take no groups have no free blocks."""
+        """Return what new requests join; devices that take no groups have no free blocks."""
         heads = self.stage.heads
         free = self.total_blocks() - self._blocks_on_devices(self.expected_blocks())
         return DeviceLoad(

@@ -118,7 +118,7 @@ class DispatchState:
         return free
 
     def load(self) -> DeviceLoad:
-        """What new requests join: free blocks are net of expected growth, 0 on devices that take no groups."""
+        """Return what new requests join: free blocks are net of expected growth, 0 on devices that take no groups."""
         heads = self.stage.heads
         takes = np.array([device.status is DeviceStatus.OK for device in self._devices])
         return DeviceLoad(

@@ -29,7 +29,7 @@ Composition = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def composition(graph: FleetGraph, gpus: Sequence[int]) -> Composition:
-    """What the best replica of a group depends on: classes, and how their GPUs share nodes."""
+    """Return what the best replica of a group depends on: classes, and how their GPUs share nodes."""
     counted: dict[int, Counter[str]] = defaultdict(Counter)
     for gpu in gpus:
         device_class, node = graph.kind(gpu)

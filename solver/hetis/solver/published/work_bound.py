@@ -43,7 +43,7 @@ class LayerSpeeds:
         return LayerSpeeds(*speeds)
 
     def at(self, share: float) -> FloatArray:
-        """What a GPU of each class adds at most to r L, shape [N]."""
+        """Return what a GPU of each class adds at most to r L, shape [N]."""
         result: FloatArray = np.maximum(self.unified, np.maximum(share * self.prefill, (1.0 - share) * self.decode))
         return result
 

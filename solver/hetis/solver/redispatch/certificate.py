@@ -46,7 +46,7 @@ def group_prices(tables: RedispatchTables, prices: Prices) -> FloatArray:
 
 
 def arrival_prices(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> FloatArray:
-    """What a head group costs that moves to a device; infinite where it cannot, shape [N, D]."""
+    """Return what a head group costs that moves to a device; infinite where it cannot, shape [N, D]."""
     arriving = group_prices(tables, prices) + tables.charge + prices.budget * tables.num_bytes[:, None]
     return np.where(tables.takes & is_open, arriving, np.inf)
 

@@ -113,7 +113,7 @@ def applied(x: IntArray, steps: Iterable[RequestMoves]) -> IntArray:
 
 
 def part_seconds(tables: RedispatchTables, link_byte_s: FloatArray, j: int, part: MovedGroups) -> float:
-    """What the copy takes on the slower of its two links."""
+    """Return what the copy takes on the slower of its two links."""
     return part.groups * float(tables.num_bytes[j]) * float(max(link_byte_s[part.source], link_byte_s[part.target]))
 
 
@@ -123,7 +123,7 @@ def step_seconds(tables: RedispatchTables, link_byte_s: FloatArray, step: Reques
 
 
 def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> list[Worth]:
-    """What ``x`` [N, D], to which all steps led, would lose without each of them alone."""
+    """Return what ``x`` [N, D], to which all steps led, would lose without each of them alone."""
     if not steps:
         return []
     undone = np.zeros((len(steps), x.shape[1]), np.int64)
@@ -164,7 +164,8 @@ def payback_steps(saved_s: float, seconds: float, num_layers: int) -> float | No
 
 
 def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: float, num_layers: int) -> bool:
-    """Whether a step saves more time than it takes within its request's patience, or relieves memory at its price."""
+    """Return whether a step saves more time than it takes within its request's patience, or relieves memory at its
+    price."""
     lost_s = seconds / (num_layers * float(tables.steps[step.j]))
     return value.saved_s + value.relieved_s >= lost_s and (value.saved_s > 0 or value.relieved_s > 0)
 

@@ -93,7 +93,7 @@ def whole_steps(
 def _split(
     tables: RedispatchTables, room: IntArray, step: RequestMoves
 ) -> tuple[RequestMoves | None, RequestMoves | None]:
-    """What of a step has room, and the rest."""
+    """Return what of a step has room, and the rest."""
     if len(step.parts) == 1:
         fits = _fitting(tables, room, step, step.parts[0].target)
         if 0 < fits < step.groups:

@@ -147,7 +147,7 @@ def short_blocks(tables: RedispatchTables, x: IntArray) -> FloatArray:
 
 
 def objective_s(tables: RedispatchTables, x: IntArray) -> float:
-    """What re-dispatch minimises, of whole or fractional groups ``x`` [N, D]."""
+    """Return what re-dispatch minimises, of whole or fractional groups ``x`` [N, D]."""
     moved = float((tables.charge * np.abs(x - tables.now)).sum())
     return float(device_seconds(tables, x).max()) + moved + float(tables.short_s @ short_blocks(tables, x))
 

@@ -147,7 +147,7 @@ class NetMaster:
         return self.atlas.side_of(template.scope, template.mix)
 
     def links(self, template: Template) -> FloatArray:
-        """What a replica over several zones takes of the links between them."""
+        """Return what a replica over several zones takes of the links between them."""
         routes = self.atlas.routes
         return routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS
 
@@ -156,7 +156,7 @@ class NetMaster:
         return ColumnChoice(chosen=chosen, value=found.value, bound=found.bound)
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
-        """What a choice is worth, without penalties: net requests/s, or USD/h or GPUs."""
+        """Return what a choice is worth, without penalties: net requests/s, or USD/h or GPUs."""
         kept = [c.option.old for c, _ in chosen if c.option is not None and c.option.fate is Fate.KEPT]
         if not self.master.maximises:
             return sum(n * self.net(c)[1] for c, n in chosen)
@@ -167,7 +167,7 @@ class NetMaster:
         return self._served(chosen, net=False)
 
     def rent_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
-        """What is minimised, once all replicas run."""
+        """Return what is minimised, once all replicas run."""
         return sum(n * float(self.row_costs @ use_of(self.atlas, c.template)) for c, n in chosen)
 
     def flows_of(self, chosen: Sequence[tuple[Candidate, int]]) -> FloatArray:

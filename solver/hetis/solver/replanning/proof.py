@@ -110,7 +110,7 @@ def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
 
 
 def _stay(net: NetMaster, option: Option) -> float:
-    """What staying is worth beside the rate."""
+    """Return what staying is worth beside the rate."""
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
 

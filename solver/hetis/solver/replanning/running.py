@@ -259,7 +259,7 @@ class Continuations:
 
 
 def is_allowed(atlas: Atlas, template: Template) -> bool:
-    """Whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
+    """Return whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
     tables = atlas.scopes[template.scope].tables
     m = int(tables.in_flight[template.in_flight_index])
     if m > 1 and m < template.num_copies:

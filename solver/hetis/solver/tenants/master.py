@@ -45,7 +45,7 @@ class TenantColumns:
         return float(unified + min(sent, received))
 
     def _rows(self) -> IntArray:
-        """Which of a tenant's rows each column feeds: its rate itself, what is sent, what is received."""
+        """Return which of a tenant's rows each column feeds: its rate itself, what is sent, what is received."""
         # Sides of one zone: unified, local senders, senders to all zones (none), receivers.
         rows: IntArray = np.where(self.sides == UNIFIED, 0, np.where(self.sides <= 2, 1, 2))
         return rows
@@ -74,7 +74,7 @@ class TenantsChoice:
         return TenantsChoice(tuple(_padded(blocks, self.counts)), self.rates, self.bound)
 
     def value(self, goal: TenantsGoal) -> float:
-        """What the choice is worth; -inf where it owes somebody its floor."""
+        """Return what the choice is worth; -inf where it owes somebody its floor."""
         if np.any(self.rates < goal.floors * (1.0 - 1e-9)):
             return -np.inf
         if goal.claims is not None:

@@ -167,7 +167,7 @@ class FleetSearch:
         return choice, joint.bound, joint.bound.value if joint.bound is not None else self._bound_alone(goal)
 
     def _bound_alone(self, goal: TenantsGoal) -> float:
-        """What holds before any pricing: nobody exceeds what it could reach alone."""
+        """Return what holds before any pricing: nobody exceeds what it could reach alone."""
         most = np.array([reach.bound / reach.rate for reach in self.alone])
         return float(goal.gains @ most) if goal.claims is None else float((most / goal.claims).min())
 
@@ -218,7 +218,8 @@ class FleetSearch:
         )  # fmt: skip
 
     def _choosing_s(self) -> float:
-        """How long whole counts may be searched for; a little even when the time is over, for there must be some."""
+        """Return how long whole counts may be searched for; a little even when the time is over, for there must be
+        some."""
         return LEAST_S if self.budget.is_spent() else max(LEAST_S, min(MILP_SECONDS, self.budget.remaining_s()))
 
     def _rates(self) -> FloatArray:
@@ -297,7 +298,7 @@ class FleetSearch:
     # --- envy
 
     def envy(self, shares: FleetShares) -> tuple[tuple[EnvyCell, ...], ...]:
-        """What every tenant (row) would serve with as many GPUs of each class as each tenant (column) has.
+        """Return what every tenant (row) would serve with as many GPUs of each class as each tenant (column) has.
 
         On the diagonal stands what it has. Searches end with the budget: a cell then tells what was found.
         """

@@ -63,7 +63,7 @@ class TenantSolver(Protocol):
     atlas: Atlas
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
-        """What it reaches with so much of every row; None: proved that it is nothing."""
+        """Return what it reaches with so much of every row; None: proved that it is nothing."""
         ...
 
     def columns(self, alone: float) -> TenantColumns:

@@ -299,14 +299,14 @@ class ReplicaDispatch:
     # --- messages
 
     def head_maps(self, requests: Sequence[str] | None = None) -> list[head_map_pb2.HeadMap]:
-        """What runs, or of that ``requests`` only."""
+        """Return what runs, or of that ``requests`` only."""
         names = list(self.running) if requests is None else requests
         incarnations = {name: self.running[name].admitted.incarnation for name in names}
         return [copy.head_map(incarnations, requests) for copy in self.copies]
 
 
 def _part_of(admission: BatchAdmission, newcomers: Sequence[Newcomer], positions: range) -> AdmittedRequests:
-    """What an admission says of some of its requests."""
+    """Return what an admission says of some of its requests."""
     homes = {newcomers[j].id: admission.homes[j] for j in positions if j in admission.homes}
     used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
     return AdmittedRequests(

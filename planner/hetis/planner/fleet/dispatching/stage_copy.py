@@ -111,7 +111,7 @@ class StageCopy:
     # --- devices and moves
 
     def set_conditions(self, statuses: Iterable[report_pb2.DeviceStatus.ValueType]) -> set[str]:
-        """What is known of each device; returns requests that lost KV, which left this copy."""
+        """Take over what is known of each device; return requests that lost KV, which left this copy."""
         gone = set[str]()
         for i, status in enumerate(map(status_from_proto, statuses)):
             now = self.state.devices[i].status
@@ -170,7 +170,7 @@ class StageCopy:
     # --- messages
 
     def head_map(self, incarnations: dict[str, int], requests: Iterable[str] | None = None) -> head_map_pb2.HeadMap:
-        """What runs here, or of that those of ``requests`` that do."""
+        """Return what runs here, or of that those of ``requests`` that do."""
         state = self.state
         return head_map_pb2.HeadMap(
             stage=self.stage,

@@ -181,7 +181,7 @@ class DispatchStates:
     # --- what the planner itself asks and says
 
     def head_maps(self, replica: str) -> KnownHeadMaps | None:
-        """What runs on a replica; None: no state was declared."""
+        """Return what runs on a replica; None: no state was declared."""
         state = self._states.get(replica)
         return None if state is None else KnownHeadMaps(generation=state.generation, maps=state.head_maps())
 

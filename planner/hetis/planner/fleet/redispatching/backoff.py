@@ -31,7 +31,7 @@ class AlarmBackoff:
         self._change = CHANGE
 
     def due(self, sums: StageSums, alarms: tuple[Trigger, ...], *, num_running: int, num_finished: int) -> bool:
-        """Whether any of the alarms is worth a look."""
+        """Return whether any of the alarms is worth a look."""
         vain = self._vain
         if not alarms or vain is None or vain.sums.status != sums.status:
             return bool(alarms)

@@ -247,7 +247,7 @@ class RedispatchLoop:
             return None
 
     def _watched_replica(self, name: str) -> tuple[WatchedReplica, RedispatchPolicy] | None:
-        """What is remembered of a replica; None: it is not to be watched now."""
+        """Return what is remembered of a replica; None: it is not to be watched now."""
         view = self._fleet.replica_view(name)
         if view is None or not view.stages:
             self._watched.pop(name, None)

@@ -105,7 +105,8 @@ class SumTest:
         return max(a * heads + b * kv_bytes + c for a, b, c in self._rows[i]) if heads else 0.0
 
     def deviation(self, sums: StageSums, limit: float) -> float:
-        """How far the makespan is above the bound, as a share; any number up to ``limit`` says that it is not above.
+        """Return how far the makespan is above the bound, as a share; any number up to ``limit`` says that it is not
+        above.
 
         Above, it is right to within ``NEAR`` of the makespan.
         """

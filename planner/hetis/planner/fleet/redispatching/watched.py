@@ -34,7 +34,7 @@ class WatchedStage:
         self._known: tuple[report_pb2.DeviceStatus.ValueType, ...] = (_OK,) * len(self.terms.gpus)
 
     def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> bool:
-        """What the planner knows of GPUs; whether it is news."""
+        """Return what the planner knows of GPUs; whether it is news."""
         known = self.terms.statuses(conditions)
         news = {
             name for name, now, then in zip(self.terms.stage.devices, known, self._known, strict=True) if now != then
@@ -129,7 +129,7 @@ class WatchedReplica:
         return self.is_wanted and not self.is_looking and not self.under_way
 
     def is_of(self, models: Sequence[stage_pb2.StageModel]) -> bool:
-        """Whether the replica still has the stages that are watched."""
+        """Return whether the replica still has the stages that are watched."""
         return models is self._models or list(models) == list(self._models)
 
     def set_conditions(self, view: RunningReplica) -> None:

@@ -104,7 +104,7 @@ class NvmlDevices:
     # --- inventory
 
     def _device(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
-        """What a device is; a GPU that was lost stays what it was, and its reports say that it is lost."""
+        """Return what a device is; a GPU that was lost stays what it was, and its reports say that it is lost."""
         if index not in self._devices or not self._is_lost(found):
             self._devices[index] = self._described(index, found)
         return self._devices[index]
@@ -207,7 +207,7 @@ class NvmlDevices:
         return False
 
     def _known(self, read: Callable[[], T], otherwise: U) -> T | U:
-        """What a call says; ``otherwise`` where it is not supported, not permitted, or the driver lacks it."""
+        """Return what a call says; ``otherwise`` where it is not supported, not permitted, or the driver lacks it."""
         try:
             return read()
         except (self._nvml.NVMLError, AttributeError, TypeError, ValueError) as error:

@@ -79,8 +79,8 @@ class GpuHealth:
             return ""
 
     def _remapping(self, handle: Any) -> bool | None:
-        """Whether remapping a row has failed; None: the GPU does not remap rows. A pending remapping waits for the
-        next reset and harms nobody until then."""
+        """Return whether remapping a row has failed; None: the GPU does not remap rows. A pending remapping waits for
+        the next reset and harms nobody until then."""
         try:
             _corrected, _uncorrected, _pending, failed = self._nvml.nvmlDeviceGetRemappedRows(handle)
         except self._nvml.NVMLError:

@@ -18,11 +18,11 @@ class Devices(Protocol):
     """The devices of one node. Calls may take tens of milliseconds; one thread at a time."""
 
     def inventory(self) -> inventory_pb2.NodeInventory:
-        """What the node has, digest included. Equal inventories have equal digests."""
+        """Return what the node has, digest included. Equal inventories have equal digests."""
 
     def sample(self) -> list[report_pb2.DeviceReport]:
-        """How every device of the inventory is now, in its order; KV fields are the engine's to fill in. Never fails:
-        a device that cannot be read is ``unhealthy``, a value that cannot be read is not known."""
+        """Return how every device of the inventory is now, in its order; KV fields are the engine's to fill in. Never
+        fails: a device that cannot be read is ``unhealthy``, a value that cannot be read is not known."""
 
     def close(self) -> None:
         """Lets go of the library. Nothing may be called after it."""

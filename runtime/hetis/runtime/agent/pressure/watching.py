@@ -33,7 +33,7 @@ class EngineNews:
     message: str = ""
 
     def age_s(self, now_s: float) -> float:
-        """How old the readings are; 0 while there are none."""
+        """Return how old the readings are; 0 while there are none."""
         return max(now_s - self.taken_s, 0.0) if self.readings else 0.0
 
 
@@ -72,7 +72,7 @@ async def watch_engine(
 
 
 def after(news: EngineNews, taken: Scrape, now_s: float, limits: PressureLimits) -> EngineNews:
-    """What is known after one more scrape. A failed one keeps the readings, which grow older."""
+    """Return what is known after one more scrape. A failed one keeps the readings, which grow older."""
     if taken.state is not ScrapeState.READ:
         return EngineNews(
             state=taken.state,

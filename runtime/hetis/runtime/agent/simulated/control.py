@@ -71,7 +71,7 @@ class ControlFile:
         self.control = Control()
 
     def look(self) -> bool:
-        """Whether the control has changed. A missing file is an empty one."""
+        """Return whether the control has changed. A missing file is an empty one."""
         try:
             found = self._path.stat()
             seen = (found.st_mtime_ns, found.st_size)

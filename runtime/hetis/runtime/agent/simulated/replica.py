@@ -143,7 +143,7 @@ class PrimaryRun:
             self.waiting.popleft()
 
     def _admit(self, request: SimulatedRequest) -> bool:
-        """Whether the request runs now; the copies of a stage take requests in turn."""
+        """Return whether the request runs now; the copies of a stage take requests in turn."""
         numbers = sorted({stage for stage, _ in self.stages})
         copies = tuple(self._turn % sum(stage == number for stage, _ in self.stages) for number in numbers)
         found = {}
@@ -239,5 +239,5 @@ class PrimaryRun:
 
 
 def slow_of(stage: StageRun, slow: Mapping[str, float]) -> list[float]:
-    """How many times slower each device is: a tensor-parallel group as its slowest card."""
+    """Return how many times slower each device is: a tensor-parallel group as its slowest card."""
     return [max((slow.get(gpu, 1.0) for gpu in device.gpus), default=1.0) for device in stage.model.devices]
