@@ -114,7 +114,7 @@ class LeaderSearch:
 
     @property
     def present(self) -> Endpoint:
-        """Who is asked next."""
+        """The place that is asked next."""
         return self._present
 
     @property

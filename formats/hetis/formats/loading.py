@@ -1,4 +1,5 @@
-"""From text to a checked document: one pass that finds every problem, with its place and the nearest valid name."""
+"""Reading of a checked document from text: one pass that finds every problem, with its place and the nearest valid
+name."""
 
 from __future__ import annotations
 

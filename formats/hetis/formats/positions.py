@@ -86,7 +86,7 @@ class _Node:
     places: dict[str, int] | None = None  # of the keys; made when a path is looked up
 
     def place_of(self, part: str | int) -> int | None:
-        """Where the item of a key or a position stands; None: nowhere."""
+        """Return the place of the item of a key or a position; None: nowhere."""
         if self.items is None:
             return None
         if self.keys is None:

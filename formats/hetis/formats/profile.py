@@ -18,7 +18,7 @@ _REQUIRED = ("dense", "prefill_attention", "decode_attention", "all_reduce", "tr
 
 
 class ProvenancePart(DocumentPart):
-    """Where a fit comes from. ``held_out_mape`` is its mean error on points it never saw; 0.1 is 10%."""
+    """The origin of a fit. ``held_out_mape`` is its mean error on points it never saw; 0.1 is 10%."""
 
     source: Literal["measured", "imported", "fitted", "modelled"]
     origin: str

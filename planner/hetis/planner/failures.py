@@ -49,7 +49,7 @@ class ServiceError(HetisError):
 
     @property
     def reason_name(self) -> str:
-        """As ``ErrorInfo.reason`` has it: without the prefix."""
+        """The name of the reason as ``ErrorInfo.reason`` has it, without the prefix."""
         return Reason.Name(self.reason).removeprefix(REASON_PREFIX)
 
     def to_proto(self) -> failure_pb2.Failure:

@@ -56,5 +56,5 @@ def last_part(name: str) -> str:
 
 
 def node_name(cluster: str, node: str) -> str:
-    """Of a node id of ``clusters/{cluster}``."""
+    """Return the resource name of a node id of ``clusters/{cluster}``."""
     return f"{cluster}/nodes/{node}"

@@ -71,7 +71,7 @@ class ReplicaOnNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where a replica is.
+    """The state of a replica in its life.
 
     Attributes:
         state: its state.

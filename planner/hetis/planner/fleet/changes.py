@@ -343,12 +343,12 @@ class ChangeCoordinator:
         self._answered_s.clear()
 
     def _presume(self) -> None:
-        """With the engine all that it may have flipped is gone."""
+        """Presume the change aborted: with the engine all that it may have flipped is gone."""
         if self._forgotten is not None and self._engine_is_new:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, self._forgotten)
 
     def _correct(self) -> None:
-        """It had flipped after all. Some may have been told otherwise."""
+        """Correct the presumption: the change had flipped after all. Some nodes may have been told otherwise."""
         self.num_contradictions += 1
         self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
         self._is_presumed = False

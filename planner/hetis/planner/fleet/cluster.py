@@ -252,7 +252,7 @@ class ClusterFleet:
         self._talking.add(node)
 
     def messages(self, now_s: float) -> dict[str, list[Response]]:
-        """By node id; to be sent now."""
+        """Return the messages to be sent now, by node id."""
         found = {}
         talking, self._talking = self._talking, set()
         for node in talking:

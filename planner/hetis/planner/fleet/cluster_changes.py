@@ -67,7 +67,7 @@ class ClusterChanges:
 
     @property
     def have_news(self) -> bool:
-        """For the store."""
+        """There is something that the store should know."""
         return bool(self.advised) or any(one.is_unsaved or one.has_ended for one in self.under_way.values())
 
     def of(self, replica: Replica) -> ChangeCoordinator | None:

@@ -136,7 +136,8 @@ class ReplicaSlot:
         return len(self._directives)
 
     def due_s(self, answer_s: float) -> float | None:
-        """When time alone may make a delta due: no answer came yet, or a try was put off. None: it never does."""
+        """Return when time alone may make a delta due: no answer came yet, or a try was put off. None: it never
+        does."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:

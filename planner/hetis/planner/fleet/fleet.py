@@ -137,7 +137,7 @@ class LiveFleet:
         return self._live_node(cluster, node)
 
     def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
-        """By resource name: those that are declared, and those that are connected."""
+        """Return nodes by resource name: those that are declared, and those that are connected."""
         found = self._clusters.get(cluster)
         if found is None:
             return {}
@@ -314,7 +314,7 @@ class LiveFleet:
             answer.set_result(event.result)
 
     def _fail_readings(self, node: str | None, error: ServiceError) -> None:
-        """Of one node, or of all."""
+        """Fail the open readings of one node, or of all."""
         for name, answer in list(self._readings.values()):
             if node in (None, name) and not answer.done():
                 answer.set_exception(error)

@@ -36,7 +36,7 @@ class LateChanges:
         return list(self._waiting)
 
     def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
-        """Who spoke of it, and what it said."""
+        """Take out the nodes that spoke of a change, with what they said."""
         taken = self._waiting.pop(change_id, {})
         for node in taken:
             self._num_of_node[node] -= 1

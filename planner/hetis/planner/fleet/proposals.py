@@ -1,4 +1,5 @@
-"""When capacity has changed for long, the planner makes a plan for what there is now: advice, or what is done.
+"""Proposals: when capacity has changed for long, the planner makes a plan for what there is now: advice, or what is
+done.
 
 Capacity is the nodes that can be planned with: declared, not draining, not lost. It has changed when the plan in force
 uses a node that is gone, or when there is one that was not there when that plan was made. A change counts once it has
@@ -34,7 +35,7 @@ _log = logging.getLogger("hetis.planner.proposals")
 
 
 class NodeCapacity(Protocol):
-    """As `hetis.planner.fleet.views.LiveNode`."""
+    """The part of `hetis.planner.fleet.views.LiveNode` that proposals need."""
 
     @property
     def state(self) -> cluster_pb2.NodeState.ValueType: ...
@@ -53,7 +54,7 @@ class Placements(Protocol):
     """What is asked of the plans."""
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
-        """With its spec and its replicas."""
+        """Return the plan in force with its spec and its replicas."""
         ...
 
     async def plan(self, name: str) -> plan_pb2.Plan | None: ...
@@ -278,7 +279,7 @@ def _node_of(device: str) -> str:
 
 
 def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:
-    """In one sentence, for people."""
+    """Return the reason in one sentence, for people."""
     parts = [
         f"{_named(nodes)} {'is' if len(nodes) == 1 else 'are'} {what}"
         for nodes, what in ((sorted(gone), "gone"), (sorted(came), "there that the plan in force does not count on"))

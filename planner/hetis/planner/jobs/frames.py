@@ -39,7 +39,7 @@ def read_frame(pipe: BinaryIO) -> JobFrame | None:
 
 
 async def receive_frame(stream: StreamReader) -> JobFrame | None:
-    """As `read_frame`, without waiting in the loop's way."""
+    """Read a frame as `read_frame` does, without blocking the loop."""
     try:
         header_bytes, payload_bytes = _LENGTHS.unpack(await stream.readexactly(_LENGTHS.size))
         body = await stream.readexactly(header_bytes + payload_bytes)

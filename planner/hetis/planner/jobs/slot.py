@@ -44,11 +44,11 @@ class Slot:
 
     @property
     def pid(self) -> int | None:
-        """Of the process; None: there is none."""
+        """The id of the process; None: there is none."""
         return None if self._process is None else self._process.pid
 
     async def warm_up(self) -> None:
-        """Has a process ready before there is work. If none can be started the next search says why."""
+        """Start a process before there is work. If none can be started the next search says why."""
         if self._process is not None and self._process.num_searches >= self._searches_per_process:
             await self.stop()
         self._wait_for_preparation()

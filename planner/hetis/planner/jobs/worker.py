@@ -78,7 +78,7 @@ def _private_pipes() -> tuple[BinaryIO, FrameSender]:
 
 
 def _be_the_first_to_go() -> None:
-    """Where memory runs out, the kernel shall take a search and not the service. Linux only."""
+    """Have the kernel take a search, and not the service, where memory runs out. Linux only."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
 

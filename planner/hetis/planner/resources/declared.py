@@ -39,7 +39,7 @@ class DeclaredFleets:
         self._by_digest: OrderedDict[str, Declared] = OrderedDict()
 
     async def of(self, record: ClusterRecord) -> Declared:
-        """Beside the event loop where it must be parsed."""
+        """Return the declared cluster, parsed in a thread where it must be parsed."""
         digest = record.body.document.digest
         if digest not in self._by_digest:
             self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)

@@ -1,4 +1,4 @@
-"""Who hears of what: one hub for plans, one for each cluster and what is in it."""
+"""Hubs of watchers: one for plans, one for each cluster and what is in it."""
 
 from __future__ import annotations
 

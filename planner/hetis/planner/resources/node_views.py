@@ -45,7 +45,7 @@ class NodeViews:
         return node in self.declared or (live is not None and live.state in _HERE)
 
     def state(self, node: str) -> State.ValueType:
-        """Of a node that exists."""
+        """Return the state of a node that exists."""
         live = self.live.get(node)
         if node not in self.declared:
             return State.NODE_STATE_UNDECLARED
@@ -72,7 +72,8 @@ class NodeViews:
         )
 
     def ids(self, states: Collection[State.ValueType] = ()) -> Sequence[str]:
-        """Of all nodes that exist, in order; or of some, among which are all that are in one of ``states``."""
+        """Return the ids of all nodes that exist, in order; or of some, among which are all that are in one of
+        ``states``."""
         undeclared = [node for node in self.live if node not in self.declared and self.exists(node)]
         if states and State.NODE_STATE_EXPECTED not in states:  # all but a few nodes of a large fleet may be EXPECTED
             heard_of = (node for node in {*self.live, *self.records} if node in self.declared)
@@ -92,7 +93,8 @@ class NodeReader:
         self._places = ReplicaPlaces()
 
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
-        """Of ``clusters/{cluster}``, with what is known of these node ids; None: of all, which a large fleet feels.
+        """Read the nodes of ``clusters/{cluster}``, with what is known of these node ids; None: of all, which a large
+        fleet feels.
 
         Raises:
             ServiceError: NOT_FOUND: the cluster.

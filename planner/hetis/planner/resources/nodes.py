@@ -137,7 +137,7 @@ class Nodes:
         return (await to_the_end(do())).response.node
 
     async def _read(self, name: str) -> NodeViews:
-        """With the node of that name, which must exist."""
+        """Read the cluster with the node of that name, which must exist."""
         views = await self._reader.read(cluster_of(name), [last_part(name)])
         if not views.exists(last_part(name)):
             raise not_found(name)

@@ -68,7 +68,7 @@ class PageRequest:
 
 
 def read_page_request(request: Message, *, newest_first: bool = False) -> PageRequest:
-    """Of a List request: its fields ``page_size`` (checked before: not below 0) and ``page_token``; others filter.
+    """Read a List request's fields ``page_size`` (checked before: not below 0) and ``page_token``; others filter.
 
     Args:
         request: of a List method.

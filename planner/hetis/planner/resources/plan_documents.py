@@ -53,7 +53,7 @@ class PlanDocuments:
         return await self.of(record)
 
     async def of(self, record: PlanRecord) -> AnsweredPlan:
-        """Of a plan that has an answer."""
+        """Return the answered plan of a record that has an answer."""
         digest = record.body.result.document.digest
         if digest not in self._read:
             document = await self._store.read(lambda reader: _document(reader, record.name))

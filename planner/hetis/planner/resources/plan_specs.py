@@ -1,4 +1,4 @@
-"""From a plan that a caller wants to a problem that is posed: every wrong field first, then what contradicts itself."""
+"""Posing the problem of a plan that a caller wants: every wrong field first, then what contradicts itself."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
 
 
 def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, ...]:
-    """Those that are right; ``checks`` knows of the others."""
+    """Return the roles that are right; ``checks`` knows of the others."""
     names = ", ".join(role.name for role in Role)
     for position, value in enumerate(spec.roles[: len(Role) + 1]):
         named = enums.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")

@@ -17,7 +17,7 @@ class ReplicaPlaces:
         self._by_cluster: dict[str, _Places] = {}
 
     def read(self, tx: Reader, cluster: str) -> Mapping[str, Sequence[str]]:
-        """As they are in this transaction; not to be changed."""
+        """Read the places as they are in this transaction; not to be changed."""
         present = tx.replicas.versions(cluster=cluster)
         if not present:
             self._by_cluster.pop(cluster, None)

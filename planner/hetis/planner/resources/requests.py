@@ -22,7 +22,7 @@ _under_way = set[asyncio.Task[Any]]()  # the loop itself keeps tasks weakly
 
 @dataclass(frozen=True, slots=True)
 class CallAnswer(Generic[A]):
-    """Of a changing call. ``is_new``: it was done now; False: before, and this is what was answered then."""
+    """The answer of a changing call. ``is_new``: it was done now; False: before, and this is what was answered then."""
 
     response: A
     is_new: bool

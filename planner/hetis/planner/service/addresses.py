@@ -1,4 +1,4 @@
-"""Where the planner listens: ``host:port``, and who can reach it there."""
+"""Addresses to listen on: ``host:port`` or a Unix socket."""
 
 from __future__ import annotations
 

@@ -262,5 +262,5 @@ def pool_settings(config: PlannerConfig) -> PoolSettings:
 
 
 def _threads(config: PlannerConfig) -> int:
-    """Of one search: all processes together use the machine once."""
+    """Return the threads of one search: all processes together use the machine once."""
     return max(1, (os.cpu_count() or 1) // config.solver.processes)

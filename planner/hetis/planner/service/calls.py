@@ -79,7 +79,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer)
 
     def refuse_new(self) -> None:
-        """From now on every call fails with DRAINING, but health and reflection."""
+        """Make every call from now on fail with DRAINING, but health and reflection."""
         self.is_draining = True
 
     async def end_streams(self, error: ServiceError | None = None) -> None:

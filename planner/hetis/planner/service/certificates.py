@@ -34,7 +34,7 @@ class Certificates:
 
     @property
     def expiries_s(self) -> dict[str, float]:
-        """When the first certificate of each file ends, Unix seconds; as the files are now."""
+        """Return when the first certificate of each file ends, Unix seconds; as the files are now."""
         found = dict[str, float]()
         for path in self._paths:
             try:

@@ -32,7 +32,8 @@ _EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partitio
 
 
 class RoleOption(StrEnum):
-    """As `hetis.planner.service.identity.Role`, which imports too much for --help; a test keeps them in step."""
+    """The values of `hetis.planner.service.identity.CallerRole`, which imports too much for --help; a test keeps them
+    in step."""
 
     VIEWER = "viewer"
     ORCHESTRATOR = "orchestrator"

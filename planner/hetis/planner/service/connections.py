@@ -103,12 +103,12 @@ class _Connection:
 
 
 def ports_of(addresses: Iterable[str]) -> frozenset[int]:
-    """Of what is listened on; Unix sockets have none, and file modes instead."""
+    """Return the ports that are listened on; Unix sockets have none, and file modes instead."""
     return frozenset(split_address(address)[1] for address in addresses if not is_socket_path(address))
 
 
 def _inode_of(link: str) -> int | None:
-    """Of what a descriptor is, where that is a socket."""
+    """Return the inode of a descriptor, where it is a socket."""
     return int(link[len("socket:[") : -1]) if link.startswith("socket:[") else None
 
 

@@ -1,4 +1,4 @@
-"""From what a call carries to who makes it: a bearer token, or the certificate of its connection."""
+"""Identification of callers by what a call carries: a bearer token, or the certificate of its connection."""
 
 from __future__ import annotations
 

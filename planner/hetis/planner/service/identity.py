@@ -1,4 +1,4 @@
-"""Who calls: a name for logs, roles, and for an agent the nodes that it speaks for."""
+"""The identity of a caller: a name for logs, roles, and for an agent the nodes that it speaks for."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ _caller: ContextVar[Identity] = ContextVar("hetis_caller")
 
 
 def caller() -> Identity:
-    """Who makes the call that is being answered. The service has set it before a servicer runs."""
+    """Return the caller of the call that is being answered. The service has set it before a servicer runs."""
     return _caller.get()
 
 
 def set_caller(identity: Identity) -> None:
-    """For the rest of this task, which is one call, and for the tasks that it starts."""
+    """Set the caller for the rest of this task, which is one call, and for the tasks that it starts."""
     _caller.set(identity)
     set_present_caller(Caller(name=identity.name, role=identity.role))

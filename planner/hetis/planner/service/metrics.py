@@ -135,7 +135,7 @@ class ServiceMetrics:
         self._closed_connections = closed
 
     def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
-        """When each token and each certificate file expires, Unix seconds; an expired token is counted apart."""
+        """Note when each token and each certificate file expires, Unix seconds; an expired token is counted apart."""
         ends_s = list(tokens_s)
         self._token_expiry.set(min((end_s for end_s in ends_s if end_s > now_s), default=0.0))
         self._tokens_expired.set(sum(end_s <= now_s for end_s in ends_s))

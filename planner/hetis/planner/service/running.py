@@ -72,7 +72,7 @@ class Planner(OverviewSource, Protocol):
         ...
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
-        """Who ends all streams when this planner does not lead any more."""
+        """Called to end all streams when this planner does not lead any more."""
         ...
 
     def note_refusal(self, change: AuditedChange) -> None:

@@ -102,7 +102,8 @@ class WritesPart(DocumentPart):
 
 
 class ConnectionsPart(DocumentPart):
-    """Of one host to the gRPC ports, at a time; unless said, a quarter of all that the descriptors allow."""
+    """Most connections of one host to the gRPC ports, at a time; unless said, a quarter of all that the descriptors
+    allow."""
 
     per_host: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
@@ -129,7 +130,7 @@ class AgentsPart(DocumentPart):
 
 
 class LeadershipPart(DocumentPart):
-    """Who decides where several planners share a store.
+    """Leadership where several planners share a store.
 
     ``standby``: whether this one waits where another one leads; unless said, on PostgreSQL it does. ``lease``: how long
     one on PostgreSQL leads without its store. ``advertise``: where callers of the others reach this one; unless said,
@@ -142,7 +143,7 @@ class LeadershipPart(DocumentPart):
 
 
 class TelemetryPart(DocumentPart):
-    """Where traces go, by OTLP over gRPC."""
+    """Export of traces, by OTLP over gRPC."""
 
     otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
 

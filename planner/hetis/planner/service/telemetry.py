@@ -40,7 +40,7 @@ class CallRecord:
         return self._span.trace_id
 
     def refused_change(self) -> AuditedChange:
-        """For the audit log."""
+        """Note a refused change for the audit log."""
         return AuditedChange(
             caller=self.caller,
             role=self.role,

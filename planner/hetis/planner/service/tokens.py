@@ -92,7 +92,7 @@ class Tokens:
 
     @property
     def expiries_s(self) -> list[float]:
-        """When each ends, Unix seconds."""
+        """Return when each token ends, Unix seconds."""
         return [grant.expires_s for grant in self._grants.values()]
 
     def __len__(self) -> int:

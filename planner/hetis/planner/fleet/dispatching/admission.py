@@ -44,7 +44,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Home:
-    """Where the head groups of a request go on one stage: ``groups`` [D]."""
+    """The place of a request's head groups on one stage: ``groups`` [D]."""
 
     copy: StageCopy
     groups: IntArray

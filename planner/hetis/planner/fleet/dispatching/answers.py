@@ -26,7 +26,7 @@ _RESOURCES = {
 def placement_to_proto(
     request: str, running: RunningRequest | None, homes: Sequence[Home] | None
 ) -> dispatch_service_pb2.Placement:
-    """Where a request is, else where it would go."""
+    """Return where a request is, or else where it would go."""
     if running is not None:
         owners = [(copy, copy.owners[request]) for copy in running.copies]
     else:

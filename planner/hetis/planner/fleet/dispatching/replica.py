@@ -112,7 +112,7 @@ class ReplicaDispatch:
         return _part_of(admission, fresh, range(len(fresh)))
 
     def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
-        """Those that do not run already, or are ``finished``.
+        """Return the requests that do not run already, or are ``finished``.
 
         Raises:
             ServiceError: REQUEST_RUNNING, one runs with other numbers.
@@ -173,7 +173,7 @@ class ReplicaDispatch:
             one.answer.set_result(_part_of(admission, fresh, positions))
 
     async def _plan(self, newcomers: Sequence[Newcomer]) -> BatchAdmission:
-        """Where a batch would go from here, for `_add` before anything else is awaited; nothing is changed.
+        """Plan where a batch would go from here, for `_add` before anything else is awaited; nothing is changed.
 
         A large batch is planned in a thread, on what ran at that moment: when that has changed meanwhile it is planned
         again, at last in the loop, where nothing can change.
@@ -199,7 +199,7 @@ class ReplicaDispatch:
             )
 
     def finish(self, requests: Iterable[str]) -> None:
-        """Those not running are ignored."""
+        """Finish requests; those not running are ignored."""
         self.version += 1
         for request in requests:
             running = self.running.pop(request, None)

@@ -74,7 +74,7 @@ class StageCopy:
         return self.state.load()
 
     def plan(self, load: DeviceLoad, newcomers: Sequence[Newcomer]) -> DispatchPlan:
-        """Where new requests would go; nothing is changed."""
+        """Return where new requests would go; nothing is changed."""
         return self._dispatcher.dispatch(
             load,
             Requests(

@@ -291,7 +291,7 @@ def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[RequestGro
 def _placements(
     state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: AdmittedRequests
 ) -> list[dispatch_service_pb2.Placement]:
-    """Of those that were admitted, and those that ran before."""
+    """Return the placements of the requests admitted now, and of those that ran before."""
     return [
         placement_to_proto(one.id, state.running.get(one.id), admitted.homes.get(one.id))
         for one in requests

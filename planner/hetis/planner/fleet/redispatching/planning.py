@@ -1,4 +1,4 @@
-"""From a head map to the moves of one change; pure, and slow enough for a thread."""
+"""Search for the moves of one change in a head map; pure, and slow enough for a thread."""
 
 from __future__ import annotations
 

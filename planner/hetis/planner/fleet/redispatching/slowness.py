@@ -26,7 +26,7 @@ class Slowness:
 
     @property
     def factors(self) -> dict[str, float]:
-        """By device name; those that are as profiled are not there."""
+        """Return slow-downs by device name; devices as fast as profiled are not there."""
         return dict(self._factors)
 
     def observe(self, device: str, observed_s: float, predicted_s: float) -> bool:
