@@ -18,7 +18,7 @@ EVEN = 1e-3  # gaps that vary less than this are drawn evenly spaced
 
 
 class Arrivals(StrEnum):
-    """When requests come."""
+    """Processes by which requests arrive."""
 
     DRAWN = "drawn"  # gaps of a gamma distribution: Poisson where their coefficient of variation is 1
     RECORDED = "recorded"  # as in the trace, stretched to the rate where one is given

@@ -99,7 +99,7 @@ class PoolCopy:
         return True
 
     def remove(self, request: int) -> None:
-        """It is done or evicted; moves of it under way are aborted."""
+        """Remove a request that is done or evicted; moves of it under way are aborted."""
         if self.homes.pop(request, None) is not None:
             self.state.finish(str(request))
 
@@ -145,7 +145,7 @@ class PoolCopy:
         return timing.layers * total
 
     def after_others(self, start_s: float, end_s: float, load: PoolLoad) -> float:
-        """When an iteration from ``start_s`` to ``end_s`` ends where its cards serve other stages too."""
+        """Return when an iteration from ``start_s`` to ``end_s`` ends where its cards serve other stages too."""
         assert self._shared is not None
         seconds = self.timing.layers * self.timing.device_seconds(load.groups, load.tokens)
         for card, busy_s in zip(self._shared, seconds[1:].tolist(), strict=True):

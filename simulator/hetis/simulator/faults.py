@@ -86,7 +86,7 @@ class Faults:
 
 
 def _by_device(fleet: SimulatedFleet) -> dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]]:
-    """Where every device works: as a rank (0) or as so manyth card of a pool; a shared card in several pools."""
+    """Return where every device works: as a rank (0) or as so manyth card of a pool; a shared card in several pools."""
     found: dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]] = {}
     for replica in fleet.replicas:
         for copies in replica.stages:

@@ -23,7 +23,7 @@ from hetis.solver.problem import PlacementProblem
 
 @dataclass(slots=True)
 class _Route:
-    """Where a prefill replica sends: ``credit`` grows with the planned share and falls with every request sent."""
+    """A target of a prefill replica: ``credit`` grows with the planned share and falls with every request sent."""
 
     replica: ReplicaRun
     share: float
@@ -133,7 +133,7 @@ class KvTransfers:
         )
 
     def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
-        """When all links that the KV passes are done with it."""
+        """Return when all links that the KV passes are done with it."""
         tokens, begun_s = self._log.target[request], expected.begun_s
         chunks = math.ceil(tokens / replica.batching.chunk_tokens)
         ends = list[float]()
@@ -152,7 +152,8 @@ class KvTransfers:
         return max(ends)
 
     def _received(self, begun_s: float, copy: SimulatedStageCopy, tokens: int) -> Iterator[float]:
-        """When the KV of a prompt is in one copy: kept groups on its ranks, the others, straight, on its cards."""
+        """Return when the KV of a prompt is in one copy: kept groups on its ranks, the others, straight, on its
+        cards."""
         timing, model = copy.timing, self._model
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp

@@ -31,7 +31,7 @@ class FleetLinks:
         return self._coming.setdefault(device, SharedLink())
 
     def between(self, source: str, target: str) -> SharedLink:
-        """From one zone to another."""
+        """Return the links from one zone to another."""
         return self._between.setdefault((source, target), SharedLink())
 
 

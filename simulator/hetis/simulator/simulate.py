@@ -58,7 +58,7 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
 
 
 def _check_all_is_given_back(fleet: SimulatedFleet) -> None:
-    """When nothing is left to happen no request holds a block; anything else is a bug of the simulator."""
+    """Check that no request holds a block when nothing is left to happen; anything else is a bug of the simulator."""
     if fleet.held or any(replica.queue for replica in fleet.replicas):
         return  # some wait for devices that never come back
     for replica in fleet.replicas:

@@ -1,4 +1,4 @@
-"""From when on a run is steady, what comes before being warm-up that is not measured; and whether it is at all."""
+"""Detection of when a run is steady, what comes before being warm-up that is not measured; and whether it is at all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def warm_up(series: FloatArray) -> int:
 
 
 def filled_s(arrival_s: FloatArray, end_to_end_s: FloatArray) -> float:
-    """When a fleet that began empty is full, so that as many leave as come: as long as a request stays."""
+    """Return when a fleet that began empty is full, so that as many leave as come: as long as a request stays."""
     return float(arrival_s[0]) + float(np.percentile(end_to_end_s, FILLED))
 
 

@@ -333,7 +333,7 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
 
 
 def regimes(assumptions: Assumptions, role: Role, spread: float) -> tuple[Regime, Regime]:
-    """Of a role's pipelines with at least two micro-batches per stage copy, and with at least one.
+    """Return the regimes of a role's pipelines with at least two micro-batches per stage copy, and with at least one.
 
     Only on unified replicas do iterations with and without a chunk alternate. Those of a prefill replica differ as
     their chunks do (``spread``: see `chunk_spread`), which two micro-batches per stage copy even out.

@@ -87,7 +87,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """At least ``least`` of these GPUs are in use."""
+    """Constraint that at least ``least`` of these GPUs are in use."""
 
     gpus: Selection
     least: int

@@ -19,7 +19,8 @@ from hetis.planner.client.preparing import CallDetails, prepared_details, prepar
 
 
 class AsyncLeaderChannel:
-    """As a ``grpc.aio.Channel`` to generated stubs, which make unary calls and streams of responses through it."""
+    """Channel to the leader: a ``grpc.aio.Channel`` to generated stubs, which make unary calls and streams of responses
+    through it."""
 
     def __init__(self, connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         self._connection = connection

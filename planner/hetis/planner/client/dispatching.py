@@ -32,7 +32,7 @@ class _Step:
 
 
 class AsyncDispatchStream:
-    """For asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
+    """Dispatch stream for asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
 
     Steps that are made while another one is under way travel together in the next message, so that many tasks that ask
     at once cost the planner one solve. They must name different requests, or go one after the other all the same.
@@ -107,7 +107,7 @@ class AsyncDispatchStream:
             self._sending = None
 
     def _next_steps(self) -> list[_Step]:
-        """Those that wait, as many as may go together."""
+        """Take the steps that wait, as many as may go together."""
         steps, names = list[_Step](), set[str]()
         while self._waiting:
             message = self._waiting[0].message
@@ -254,7 +254,7 @@ def _settle(step: _Step, answer: dispatch_service_pb2.DispatchRequestsResponse) 
 
 
 def _error_of(failure: failure_pb2.Failure) -> CallError:
-    """As if the failure had come as a status."""
+    """Return the error as if the failure had come as a status."""
     name = failure_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
     return CallError(
         failure.message,

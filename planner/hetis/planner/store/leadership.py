@@ -34,7 +34,7 @@ class Holder:
         return cls(name=name, addresses=tuple(addresses.split(",")) if addresses else ())
 
     def to_text(self) -> str:
-        """As it stands in the one row."""
+        """Return the text that stands in the one row."""
         return f"{self.name} {','.join(self.addresses)}" if self.addresses else self.name
 
 

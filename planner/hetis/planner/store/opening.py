@@ -1,4 +1,4 @@
-"""Where a store is, and a connection to it that keeps what it says it keeps."""
+"""The place of a store, and a connection to it that keeps what it says it keeps."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Store:
 
     @property
     def epoch(self) -> int | None:
-        """Of the present term. None: this planner does not lead."""
+        """The epoch of the present term. None: this planner does not lead."""
         return self._epoch
 
     async def lead(self, holder: str, addresses: Sequence[str] = ()) -> int:

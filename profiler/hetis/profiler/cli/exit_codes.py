@@ -16,7 +16,7 @@ class ProfileExitCode(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """In one line; what comes before the comma is the short form."""
+        """The meaning in one line; what comes before the comma is the short form."""
         return _MEANINGS[self]
 
 

@@ -1,4 +1,4 @@
-"""From measurements to a profile: maxima of a few affine pieces, judged on points they never saw."""
+"""Fit of measurements to a profile: maxima of a few affine pieces, judged on points they never saw."""
 
 from __future__ import annotations
 

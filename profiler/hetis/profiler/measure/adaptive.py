@@ -19,7 +19,7 @@ _FEW = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoppingRule:
-    """When a surface is known well enough.
+    """Rule for when a surface is known well enough.
 
     Attributes:
         uncertainty: largest relative error expected anywhere among the candidates.
@@ -152,7 +152,8 @@ class Campaign:
 
 
 def first_points(series: PointSeries) -> list[MeasuredPoint]:
-    """Where to begin: for every axis its least, middle and greatest size, the other axes in the middle; the corners."""
+    """Return the points to begin with: for every axis its least, middle and greatest size, the other axes in the
+    middle; the corners."""
     values = {axis: sorted({point.columns[axis] for point in series.candidates}) for axis in series.axes}
     middle = {axis: sizes[len(sizes) // 2] for axis, sizes in values.items()}
     least = {axis: sizes[0] for axis, sizes in values.items()}

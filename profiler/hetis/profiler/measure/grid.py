@@ -182,7 +182,7 @@ def _decodes(model: ModelSpec, extent: Extent) -> Iterator[MeasuredPoint]:
 
 
 def _kv_copies(extent: Extent) -> Iterator[MeasuredPoint]:
-    """From a KV block of a head group on: less is never copied."""
+    """Yield copies from a KV block of a head group on: less is never copied."""
     for num_bytes in extent.messages:
         if num_bytes >= KV_BLOCK_BYTES:
             yield _bytes("kv_copy", GATHER_KERNEL, num_bytes)

@@ -19,7 +19,7 @@ _VERSION = 1
 
 
 def journal_of(out: str | os.PathLike[str]) -> Path:
-    """Where the journal of a run that writes ``out`` lies."""
+    """Return the path of the journal of a run that writes ``out``."""
     return Path(f"{os.fspath(out)}.journal")
 
 

@@ -1,4 +1,5 @@
-"""Who measured, with what, on which host; and what kept watch over the device meanwhile. Needs torch."""
+"""Provenance of measurements: who measured, with what, on which host; and what kept watch over the device meanwhile.
+Needs torch."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class HostWatch:
         self._own = host.own_cpu_s()
 
     def share(self) -> float:
-        """Of all cores; a little is always the system's own. 0 where the system does not say."""
+        """Share of all cores; a little is always the system's own. 0 where the system does not say."""
         busy, total = host.cpu_times()
         elapsed = total - self._total
         if elapsed <= 0:
@@ -45,7 +46,7 @@ class DeviceWatch:
         self._host = HostWatch()
 
     def begin(self) -> None:
-        """From now on what is seen counts."""
+        """Count what is seen from now on."""
         self._host = HostWatch()
         if self._gpu is not None:
             self._gpu.begin()
@@ -61,7 +62,7 @@ class DeviceWatch:
             self._gpu.look_at_processes(own_processes() | set(own))
 
     def others_share(self) -> float:
-        """Of the host's cores, what other processes took since `begin`."""
+        """Return the share of the host's cores that other processes took since `begin`."""
         return self._host.share()
 
     def gpu_news(self) -> GpuNews | None:

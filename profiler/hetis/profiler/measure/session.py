@@ -29,7 +29,7 @@ class NotEnoughPointsError(HetisError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """Where a run stands, before its next point; ``left_s`` is the most it will still take."""
+    """The progress of a run before its next point; ``left_s`` is the most it will still take."""
 
     done: int
     total: int
@@ -128,7 +128,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
 
 
 def stopping_rule(quick: bool) -> StoppingRule:
-    """When a surface is known well enough."""
+    """The rule for when a surface is known well enough."""
     return StoppingRule(uncertainty=0.12, min_points=14, max_points=30, max_point_s=0.25) if quick else StoppingRule()
 
 

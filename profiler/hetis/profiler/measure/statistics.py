@@ -15,7 +15,7 @@ _RANKS_95 = 0.98
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRule:
-    """When a point has been repeated enough.
+    """Rule for when a point has been repeated enough.
 
     Attributes:
         spread: stop when the median is known this well, relative.

@@ -155,7 +155,7 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
 
 
 async def _no_reports() -> AsyncIterator[WatchReportsResponse]:
-    """Of no engine: an empty one, so that the agent need not wait for it."""
+    """Yield one empty report of no engine, so that the agent need not wait for it."""
     yield WatchReportsResponse()
     await asyncio.Event().wait()
 

@@ -39,7 +39,8 @@ class AgentOptionError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerAddress:
-    """Where the planner is and how to show who is asking. Files are read at every attempt, so that they can rotate.
+    """The place of the planner and the credentials to show there. Files are read at every attempt, so that they can
+    rotate.
 
     Attributes:
         server: ``host:port``, or several with commas between them: the leader among them is found. A name with several
@@ -81,7 +82,8 @@ class PlannerAddress:
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
     def search(self) -> LeaderSearch:
-        """For the planner that leads. In the clear a leader that a planner names is believed on this machine only."""
+        """Return the search for the planner that leads. In the clear a leader that a planner names is believed on this
+        machine only."""
         addresses = split_endpoints(self.server)
         is_local = all(is_loopback(address) for address in addresses)
         return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
@@ -101,7 +103,7 @@ class PlannerAddress:
         return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Of a call: the token, if there is one."""
+        """Return the metadata of a call: the token, if there is one."""
         token = self._token()
         return (("authorization", f"Bearer {token}"),) if token else ()
 

@@ -226,7 +226,7 @@ class AgentCore:
         return self._outbox.take()
 
     def next_s(self) -> float:
-        """When `tick` is due if nothing happens; infinity: never."""
+        """Return when `tick` is due if nothing happens; infinity: never."""
         times = [replica.next_s() for replica in self._replicas.values()]
         if self._is_welcome:
             times.append(self._reporter.next_s())
@@ -266,7 +266,8 @@ class AgentCore:
         return held
 
     def _newest_epoch(self, saved: Mapping[str, bytes], held: Sequence[ReplicaState]) -> int:
-        """As saved, or, where that is damaged, the newest that any assignment or change came from."""
+        """Return the newest epoch as saved, or, where that is damaged, the newest that any assignment or change came
+        from."""
         epochs = [entry.epoch for entry in held] + [c.epoch for entry in held for c in entry.changes.values()]
         if NODE_PART in saved:
             try:

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineReports(Protocol):
-    """Where reports of the engine come from: its socket, or its metrics. Raises RefusedError when it is gone."""
+    """Source of the engine's reports: its socket, or its metrics. Raises RefusedError when it is gone."""
 
     def __call__(self) -> AsyncIterator[WatchReportsResponse]: ...
 

@@ -23,7 +23,7 @@ class HeadMapCalls:
         self._waiting: dict[int, tuple[str, str]] = {}  # by number of the call: id of the request, replica
 
     def forget(self) -> None:
-        """Who asked is gone."""
+        """Forget the requests of a stream that is gone."""
         self._waiting.clear()
 
     def ask(self, request: StateRequest, *, is_held: bool) -> None:

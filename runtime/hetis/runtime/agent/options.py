@@ -107,7 +107,7 @@ def checked_address(option: str, text: str) -> tuple[str, int]:
 
 
 def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
-    """Where devices come from; ``engine``: beside them, if that is known.
+    """Check where devices come from; ``engine``: beside them, if that is known.
 
     Raises:
         OptionError: there is no such source, or a simulated engine has no simulated devices.

@@ -202,7 +202,7 @@ class ReplicaAgent:
         self.advance(now_s)
 
     def next_s(self) -> float:
-        """When `tick` is due; infinity: not by itself."""
+        """Return when `tick` is due; infinity: not by itself."""
         deadlines = [change.deadline_s for change in self.held.changes.values() if change.is_being_prepared]
         retries = self._call is None and self._next_request(self._retry_s) is not None
         return min([*deadlines, self._retry_s if retries else float("inf")])

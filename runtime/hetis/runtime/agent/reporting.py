@@ -1,4 +1,5 @@
-"""When a node reports: at once when KV crosses a threshold, soon when something changed, a heartbeat otherwise."""
+"""Timing of a node's reports: at once when KV crosses a threshold, soon when something changed, a heartbeat
+otherwise."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ class NodeReporter:
         return None
 
     def next_s(self) -> float:
-        """When a heartbeat is due if nothing changes."""
+        """Return when a heartbeat is due if nothing changes."""
         return self._spoke_s + self._beat_s
 
     def _send(self, report: NodeReport, now_s: float) -> ConnectNodeRequest:

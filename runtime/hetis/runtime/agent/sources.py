@@ -1,4 +1,4 @@
-"""Where the agent's reports of its engine come from: `ExecutorService`, or the metrics of vLLM and SGLang."""
+"""Sources of the agent's reports of its engine: `ExecutorService`, or the metrics of vLLM and SGLang."""
 
 from __future__ import annotations
 

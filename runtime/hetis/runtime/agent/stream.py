@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Who the stream is for."""
+    """The listener that the stream is for."""
 
     def hello(self) -> ConnectNodeRequest: ...
 
@@ -52,7 +52,7 @@ class PlannerStream:
         self._welcome_s: float | None = None  # when the planner answered on the present stream
 
     def send(self, message: ConnectNodeRequest) -> None:
-        """To the planner, in order; whatever the stream that ends does not take is gone with it."""
+        """Send messages to the planner, in order; whatever the stream that ends does not take is gone with it."""
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:

@@ -29,7 +29,7 @@ class LocalDevice:
         self._step: int | None = None
 
     def warm(self) -> None:
-        """Has everything compiled that a first use would compile, which takes longer than an engine waits.
+        """Compile everything that a first use would compile, which takes longer than an engine waits.
 
         The device must hold nothing.
         """

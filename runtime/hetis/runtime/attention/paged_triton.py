@@ -168,7 +168,7 @@ class Sizes(NamedTuple):
     stages: int
 
     def constants(self, shape: KvShape, *, has_splits: bool) -> dict[str, int | bool]:
-        """Of `attend`."""
+        """Return the constants of `attend`."""
         return {
             "D": shape.head_dim,
             "R": shape.queries_per_group,

@@ -33,7 +33,7 @@ from hetis.v1.report_pb2 import AssignmentState
 
 
 class NoCopies:
-    """Of an engine that holds no KV of a change."""
+    """Copies of an engine that holds no KV of a change."""
 
     def plan(self, change: EngineChange, moves: object) -> None:
         """Nothing is copied."""
@@ -184,7 +184,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
     # --- for the engines
 
     def statuses(self) -> list[ChangeStatus]:
-        """Of all changes that are remembered."""
+        """Return the statuses of all changes that are remembered."""
         return [
             change.status(name, held.changes.generation)
             for name, held in self._held.items()

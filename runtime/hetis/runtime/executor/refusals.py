@@ -33,7 +33,7 @@ def refusal(reason: ErrorReason.ValueType, message: str, **metadata: object) -> 
 
 
 def reason_name(failure: Failure) -> str:
-    """As ``ErrorInfo.reason`` has it: without the prefix."""
+    """Return the name of a reason as ``ErrorInfo.reason`` has it, without the prefix."""
     known = failure.reason in ErrorReason.values()
     return ErrorReason.Name(failure.reason).removeprefix(REASON_PREFIX) if known else str(failure.reason)
 

@@ -61,7 +61,7 @@ class PagePool:
 
     @property
     def sequences(self) -> tuple[SequenceKey, ...]:
-        """Those held, in the order they came."""
+        """The sequences held, in the order they came."""
         return tuple(self._held)
 
     def tokens(self, key: SequenceKey) -> int:
@@ -69,7 +69,7 @@ class PagePool:
         return self._find(key).tokens
 
     def rows(self, keys: Sequence[SequenceKey]) -> IntArray:
-        """Where in `table` these sequences are, shape [keys]."""
+        """Return where in `table` these sequences are, shape [keys]."""
         return np.fromiter((self._find(key).row for key in keys), np.int64, len(keys))
 
     def extend(self, keys: Sequence[SequenceKey], first: Sequence[int], last: Sequence[int]) -> None:
@@ -122,7 +122,8 @@ class PagePool:
         self.v.flatten(1, 2)[:, slots] = v.to(self.v)
 
     def slots(self, rows: IntArray | int, positions: IntArray) -> torch.Tensor:
-        """Where ``positions`` of sequences in ``rows`` of the table are among the slots of all pages, on the device."""
+        """Return where ``positions`` of sequences in ``rows`` of the table are among the slots of all pages, on the
+        device."""
         size = self.shape.page_tokens
         slots = self.table[rows, positions // size].astype(np.int64) * size + positions % size
         return torch.from_numpy(slots).to(self.k.device)

@@ -80,7 +80,7 @@ class Following:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """In use, by device."""
+        """Return the scales in use, by device."""
         return tuple(device.scale for device in self._devices)
 
     @property
@@ -89,7 +89,7 @@ class Following:
         return tuple(device.read_s for device in self._devices)
 
     def costs(self) -> tuple[MeasuredDevice, ...]:
-        """Of every device; may be asked from another thread."""
+        """Return the costs of every device; may be asked from another thread."""
         return tuple(
             MeasuredDevice(
                 name=device.name,

@@ -34,7 +34,7 @@ class ChannelKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEndpoint:
-    """Where a worker listens, and the key that it wants to hear."""
+    """The address of a worker, and the key that it wants to hear."""
 
     host: str
     port: int

@@ -1,4 +1,4 @@
-"""Where the head groups of requests live, as vLLM's scheduler decides it: placed at admission, moved while they run.
+"""Allocation of requests' head groups in vLLM's scheduler: placed at admission, moved while they run.
 
 `hetis.solver.dispatch` says how many groups of a new request go to which device, from measured costs and the room of
 every device; this room names the groups. What runs is kept in the solver's own state of a stage, so that re-dispatch
@@ -35,7 +35,7 @@ class DispatchRule(Protocol):
         """The devices and what they cost."""
 
     def dispatch(self, load: DeviceLoad, requests: Requests) -> DispatchAnswer:
-        """Where the groups of one request go."""
+        """Return where the groups of one request go."""
 
 
 class DispatchAnswer(Protocol):
@@ -403,7 +403,7 @@ class HeadAllocator:
         self._moves = {n: one for n, one in self._moves.items() if one.request_id not in requests}
 
     def _choose(self, tokens: int, growth: int) -> tuple[tuple[int, ...] | None, str]:
-        """Where the groups go, None: there is no room; and the reason."""
+        """Choose where the groups go, None: there is no room; and say the reason."""
         if not any(device.status is DeviceStatus.OK for device in self.state.devices[1:]):
             return (LOCAL,) * self.heads.head_groups, "no_worker"
         match self._policy:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Homes(Protocol):
-    """Who knows where head groups live: the scheduler's side of the connector."""
+    """Source of where head groups live: the scheduler's side of the connector."""
 
     def devices(self, request_id: str) -> Sequence[int]:
         """Device of each head group of a request that has been placed."""

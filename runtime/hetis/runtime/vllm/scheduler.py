@@ -267,7 +267,7 @@ class SchedulerSide:
     # --- moves
 
     def begin_move(self, request_id: str, groups: Sequence[int], target: int, *, by: MovedBy = "engine") -> int | None:
-        """Has groups of a running request copied elsewhere while it decodes; they move when all ranks are through, or,
+        """Have groups of a running request copied elsewhere while it decodes; they move when all ranks are through, or,
         where the planner wants it, when `commit` is called.
 
         Returns the number of the move; None where the target has no room or the groups are not at rest together.
@@ -396,7 +396,7 @@ class SchedulerSide:
         return move
 
     def _compute_again(self, request_id: str) -> None:
-        """Has vLLM begin a request again.
+        """Have vLLM begin a request again.
 
         With pipeline stages more steps of it may be under way. What they say must not count, be it void or, where one
         of them begins again already, said twice; vLLM itself looks at the step that failed only.

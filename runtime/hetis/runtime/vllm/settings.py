@@ -68,7 +68,7 @@ class WorkerSettings(_Document):
 
 
 class DispatchSettings(_Document):
-    """Where the head groups of new requests go.
+    """Policy for where the head groups of new requests go.
 
     Attributes:
         policy: ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay with the rank while it has room;
@@ -81,7 +81,7 @@ class DispatchSettings(_Document):
 
 
 class EngineRedispatchSettings(_Document):
-    """When head groups of running requests move.
+    """Policy for when head groups of running requests move.
 
     Attributes:
         enabled: whether they do while no planner has assigned a replica.

@@ -28,7 +28,7 @@ class PendingConnections:
         self._said = ""  # in the log: why no connection is taken
 
     def __len__(self) -> int:
-        """That are silent."""
+        """Return how many connections are silent."""
         return len(self._silent)
 
     def close(self) -> None:

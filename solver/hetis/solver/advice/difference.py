@@ -45,7 +45,7 @@ class Proven:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of the best plans, after less before, in the objective's unit: not below ``low``, not above ``high``.
+    """Difference of the best plans, after less before, in the objective's unit: not below ``low``, not above ``high``.
 
     ``found`` is the difference of the two plans that were found.
     """
@@ -76,7 +76,7 @@ def difference(before: Proven, after: Proven, *, maximises: bool, change: Change
 
 
 def _span(side: Proven, maximises: bool) -> tuple[float, float]:
-    """Where the best value lies."""
+    """Return the interval of the best value."""
     return (side.value, side.bound) if maximises else (side.bound, side.value)
 
 

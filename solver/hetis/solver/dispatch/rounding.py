@@ -1,4 +1,4 @@
-"""From fractions to whole head groups: round down, then give every group that is left to the marginal device."""
+"""Rounding of fractions to whole head groups: round down, then give every group that is left to the marginal device."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _first_to_end(costs: Costs, ends: FloatArray, block: int) -> int:
 def _end_with_unit(
     costs: Costs, running: Running, placement: Placement, device: int, context: int, blocks: int
 ) -> float:
-    """When a device ends with one more unit of a request; infinite without room for it."""
+    """Return when a device ends with one more unit of a request; infinite without room for it."""
     unit = costs.unit[device]
     if placement.room[device] < unit * blocks:
         return np.inf

@@ -159,7 +159,7 @@ class StateSnapshot:
         return self._blocks_on_devices(self.context_blocks())
 
     def total_blocks(self) -> IntArray:
-        """Of each device, shape [D]."""
+        """Return the blocks of each device, shape [D]."""
         return np.array([device.total_blocks for device in self.devices], np.int64)
 
     def takes_groups(self) -> npt.NDArray[np.bool_]:

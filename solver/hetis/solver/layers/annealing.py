@@ -163,7 +163,7 @@ def _move(trial: LayerPlacement, kind: IntArray, tables: LayerTables, wild: bool
 
 @kernel
 def _new_tilt(wild: bool) -> float:
-    """Of a node in a new place: by its KV room, or any."""
+    """Draw the tilt of a node in a new place: by its KV room, or any."""
     if wild and np.random.random() < NEW_TILT:
         return float(MOST_WILD_TILT ** np.random.uniform(-1.0, 1.0))
     return 1.0

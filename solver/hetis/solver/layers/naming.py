@@ -1,4 +1,4 @@
-"""From arrays to named nodes, and from shares at every layer to flows on links."""
+"""Conversion of arrays to named nodes, and from shares at every layer to flows on links."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
 
 
 def _group_counts(atlas: Atlas, graph: FleetGraph) -> list[tuple[float, dict[str, int]]]:
-    """For every headroom the groups of every zone: as many as memory allows, two in all at least; the most first."""
+    """Yield for every headroom the groups of every zone: as many as memory allows, two in all at least; the most
+    first."""
     members = {zone: [i for i, z in enumerate(graph.zones) if z == zone] for zone in dict.fromkeys(graph.zones)}
     room = {zone: float(graph.room_bytes[gpus].sum()) for zone, gpus in members.items()}
     found: list[tuple[float, dict[str, int]]] = []

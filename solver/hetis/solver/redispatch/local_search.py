@@ -1,4 +1,4 @@
-"""From fractions to whole head groups, and step by step to a lower objective."""
+"""Rounding of fractions to whole head groups, and step by step to a lower objective."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _slowest(placement: JointPlacement) -> tuple[int, int, int]:
 def _best_shift(
     tables: RedispatchTables, placement: JointPlacement, slowest: tuple[int, int, int]
 ) -> tuple[float, int, int, int, int]:  # fmt: skip
-    """Of all moves of one unit, or of all that a request has moved to a device, the one that gains most.
+    """Return of all moves of one unit, or of all that a request has moved to a device, the one that gains most.
 
     Looks at the slowest device, at those short of blocks, and at all groups that are not where they were. Returns the
     gain, the request, source, target and groups; -1 for the request if nothing gains.

@@ -1,4 +1,4 @@
-"""From one placement to another as moves from device to device, and what each of them is worth."""
+"""The way from one placement to another as moves from device to device, and what each of them is worth."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RequestMoves(NamedTuple):
         return sum(part.groups for part in self.parts)
 
     def part_of(self, groups: int) -> RequestMoves:
-        """So many groups of a step of one part."""
+        """Return so many groups of a step of one part."""
         return RequestMoves(self.j, (self.parts[0]._replace(groups=groups),))
 
 
@@ -189,7 +189,7 @@ def paying(
 def judged(
     tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[RequestMoves]
 ) -> tuple[list[float], list[int]]:
-    """Of steps that led to ``x`` what each gains per second it takes, and the places of those that do not pay.
+    """Return for steps that led to ``x`` what each gains per second it takes, and the places of those that do not pay.
 
     The least worthwhile first.
     """

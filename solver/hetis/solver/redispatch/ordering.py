@@ -71,7 +71,7 @@ def order(
 def whole_steps(
     tables: RedispatchTables, link_byte_s: FloatArray, ordered: list[Ordered]
 ) -> list[tuple[RequestMoves | None, float]]:
-    """Of each step the one it completes, from where its groups began, and the seconds of all that took.
+    """Return for each step the one it completes, from where its groups began, and the seconds of all that took.
 
     None for a step that is a detour: it completes nothing.
     """
@@ -124,7 +124,8 @@ def _detour(
     on_detour: set[tuple[int, int]],
     budget: float,
 ) -> tuple[int, RequestMoves, RequestMoves] | None:
-    """Of all detours of a step whose departure frees blocks that another waits for the one that copies the least.
+    """Return of all detours of a step whose departure frees blocks that another waits for the one that copies the
+    least.
 
     The step's place among those that wait, the detour, and the way on. Nobody takes a detour twice.
     """

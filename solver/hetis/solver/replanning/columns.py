@@ -73,7 +73,7 @@ class NetMaster:
         self.is_settled = False
 
     def start_s(self, template: Template) -> float:
-        """Of a new replica: all its GPUs read their weights."""
+        """Return the start time of a new replica: all its GPUs read their weights."""
         return self.costs.start_s(max(stage_bytes(self.atlas, template)))
 
     def net(self, candidate: Candidate) -> tuple[float, float]:

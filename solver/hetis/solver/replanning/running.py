@@ -28,7 +28,7 @@ WITHIN = 1.0 + 1e-9  # a limit is met up to rounding
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a GPU is: its node, and its class in the atlas."""
+    """The place of a GPU: its node, and its class in the atlas."""
 
     node: str
     gpu: str

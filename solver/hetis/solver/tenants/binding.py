@@ -1,4 +1,4 @@
-"""From chosen replicas of several tenants to named GPUs, none of them twice, and a plan for each tenant."""
+"""Binding of several tenants' chosen replicas to named GPUs, none of them twice, and a plan for each tenant."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ class FleetSearch:
         return tuple(table)
 
     def _use_of(self, share: TenantShare) -> IntArray:
-        """As much of every row of the inventory as the GPUs of a share allow."""
+        """Return as much of every row of the inventory as the GPUs of a share allow."""
         used = [price.used for price in share.plan.prices] if share.plan is not None else [0] * len(self.limits)
         rows = self.solvers[0].atlas.resources.rows
         return np.array([min(limit, used[g]) for (g, _), limit in zip(rows, self.limits, strict=True)], dtype=np.int64)
@@ -336,5 +336,5 @@ def part_of(limits: IntArray, claim: float) -> IntArray:
 
 
 def worth(tenant: Tenant, alone: TenantReach) -> float:
-    """Of a request/s."""
+    """Return the worth of a request/s."""
     return tenant.worth if tenant.worth is not None else 1.0 / alone.rate

@@ -76,7 +76,7 @@ class TenantSolver(Protocol):
 
 
 def utilisation(tenant: Tenant) -> float:
-    """From a saturated rate to the tenant's objective."""
+    """Return the factor from a saturated rate to the tenant's objective."""
     problem = tenant.problem
     return problem.assumptions.planned_utilisation if problem.objective.kind.value == "goodput" else 1.0
 
@@ -228,7 +228,8 @@ class PricedTenant:
                 )  # fmt: skip
 
     def _ratios_that_matter(self, prices: FloatArray, multiplier: float) -> FloatArray:
-        """Of every side: no column seen has a better ratio unless it improves something; [sides]."""
+        """Return the ratio of every side that matters: no column seen has a better ratio unless it improves something;
+        [sides]."""
         routes, columns = self.atlas.routes, self.pool.columns(self.rate_cap)
         seen = np.zeros(routes.num_sides)
         np.maximum.at(seen, columns.sides, columns.rates / (columns.uses @ prices))

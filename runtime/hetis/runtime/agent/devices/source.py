@@ -1,4 +1,4 @@
-"""Where devices come from, said in one string, and what every source can do."""
+"""Sources of devices, each said in one string, and what every source can do."""
 
 from __future__ import annotations
 

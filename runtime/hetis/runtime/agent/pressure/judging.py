@@ -13,7 +13,7 @@ from hetis.runtime.agent.pressure.reading import EngineReading
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PressureLimits:
-    """From when on it is pressure.
+    """Limits from which on it is pressure.
 
     Attributes:
         use_ratio: share of KV held by requests.

@@ -39,7 +39,7 @@ class Samples:
         return ()
 
     def where(self, label: str, value: str) -> Samples:
-        """Those whose label has this value; without the label it is empty."""
+        """Return the samples whose label has this value; without the label it is empty."""
         return Samples(
             by_name={
                 name: kept
@@ -49,7 +49,7 @@ class Samples:
         )
 
     def beginning(self, prefix: str) -> Samples:
-        """Those whose names begin so."""
+        """Return the samples whose names begin so."""
         return Samples(by_name={name: found for name, found in self.by_name.items() if name.startswith(prefix)})
 
     def values_of(self, label: str) -> list[str]:

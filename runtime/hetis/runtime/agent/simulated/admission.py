@@ -1,4 +1,4 @@
-"""Where a new request's head groups go: by hetis' own dispatcher, or a simple rule where it is not installed."""
+"""Placement of a new request's head groups: by hetis' own dispatcher, or a simple rule where it is not installed."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Control:
 
     @classmethod
     def of(cls, data: Any, *, source: str) -> Control:
-        """From plain data.
+        """Read the controls from plain data.
 
         Raises:
             ControlError: a field is unknown or out of range.

@@ -149,7 +149,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
     # --- other engines
 
     def peer_of(self, assignment: Assignment) -> str | None:
-        """Where the engine of the replica's primary listens; None: it is this one, or it is not known."""
+        """Return where the engine of the replica's primary listens; None: it is this one, or it is not known."""
         primary = assignment.primary_node.rpartition("/")[2]
         if primary == self.node:
             return None
@@ -187,13 +187,13 @@ class SimulatedEngine(SteeredEngine[_Held]):
         self._given_up.advance(now_s)
 
     def catch_up(self, now_s: float) -> None:
-        """In real time: what a process that was stopped missed is not made good."""
+        """Catch up with real time: what a process that was stopped missed is not made good."""
         for held in self._held.values():
             if held.primary is not None:
                 held.primary.catch_up(now_s)
 
     def next_s(self) -> float:
-        """When the next decode step begins; infinity: no primary is here."""
+        """Return when the next decode step begins; infinity: no primary is here."""
         times = [held.primary.next_boundary_s() for held in self._held.values() if held.primary is not None]
         return min(times, default=float("inf"))
 

@@ -67,7 +67,7 @@ class PrimaryRun:
     # --- time
 
     def next_boundary_s(self) -> float:
-        """When the next decode step begins: owners change before it or not at all."""
+        """Return when the next decode step begins: owners change before it or not at all."""
         return self._next_step_s
 
     def step(self, control: Control, *, serves: bool) -> None:
