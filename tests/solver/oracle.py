@@ -350,7 +350,7 @@ class ReplicaSearch:
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
 
     def keeps_chunk_rule(self, copies: int, t_s: float, chunk: float) -> bool:
-        """Return what the family asks of the stages of a unified replica so that TTFT keeps its limit."""
+        """Return whether stages keep what the family asks of a unified replica so that TTFT keeps its limit."""
         setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True

@@ -62,7 +62,7 @@ class CountedBlocks:
         return self.free
 
     def take(self, request_id: str, tokens: int) -> bool:
-        """Return what vLLM does for a request that is to have room for so many tokens; False: there is none."""
+        """Do what vLLM does for a request that is to have room for so many tokens; False: there is none."""
         needed = -(-tokens // BLOCK)
         if not self.homes.has_room(request_id, tokens):
             return False
