@@ -12,7 +12,7 @@ from hetis.profiler.measure.disturbance import disturbance_notes
 from hetis.profiler.measure.grid import extent_of, matrices, series_of
 from hetis.profiler.measure.nvidia import GpuNews
 from hetis.profiler.measure.points import Measured, TimedSample
-from hetis.profiler.measure.results import to_measurements
+from hetis.profiler.measure.session import to_measurements
 from hetis.solver.errors import InvalidProblemError
 
 LLAMA = find_model("meta-llama/Llama-3.1-8B").model

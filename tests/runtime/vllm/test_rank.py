@@ -20,8 +20,7 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.vllm.batch import VirtualBatch
-from hetis.runtime.vllm.direct import attend_directly
-from hetis.runtime.vllm.rank import Rank
+from hetis.runtime.vllm.rank import Rank, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers
 

@@ -127,3 +127,11 @@ def default_deadline_s(method: str) -> float:
     """Return the deadline of a unary call that is given none; ``method`` as gRPC has it:
     ``/hetis.v1.PlanService/GetPlan``."""
     return DISPATCH_DEADLINE_S if method.startswith(f"/{DISPATCH_SERVICE}/") else DEFAULT_DEADLINE_S
+
+
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+_SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
+
+
+def says_serving(response: bytes) -> bool:
+    return response == _SERVING

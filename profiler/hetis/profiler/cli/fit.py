@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +35,6 @@ def fit(
     from hetis.profiler.cli.loading import all_of
     from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.profiles import gpu_type, save_profile, with_relative
-    from hetis.profiler.cli.waiting import waiting
     from hetis.profiler.fit import fit_profile
 
     require_outputs([out])
@@ -54,3 +55,14 @@ def fit(
     save_profile(out, fitted.profile)
     terminal.emit(lambda: report_document(fitted, out), lambda: report_table(fitted, out))
     return ProfileExitCode.OK
+
+
+@contextmanager
+def waiting(terminal: Terminal, what: str) -> Iterator[None]:
+    """Shows ``what`` while the block runs."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0 or not console.is_terminal or console.is_dumb_terminal:
+        yield
+        return
+    with console.status(what):
+        yield

@@ -25,7 +25,6 @@ from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.measured.calibration import Calibration
 from hetis.runtime.measured.timed import OVER_READING, Taken, token_bytes
 from hetis.runtime.vllm.batch import StepRequests, VirtualBatch, part_of, slots_of
-from hetis.runtime.vllm.direct import attend_directly
 from hetis.runtime.vllm.head_map import HeadMap
 from hetis.runtime.vllm.moving import KvStore, Mover
 from hetis.runtime.vllm.steps import (
@@ -506,3 +505,27 @@ class Rank:
             self.mover.lose(number)
             for row in self.heads.with_groups_on(number):
                 self.heads.must_restart[row] = True
+
+
+def attend_directly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
+    """Causal attention of a whole sequence, computed in float32.
+
+    Args:
+        q: queries of one head group, shape [tokens, r, d].
+        k, v: its keys and values, shape [tokens, d].
+        shape: has the scale, the soft cap, and the window of ``layer``.
+
+    Returns:
+        Outputs, shape [tokens, r, d], float32.
+    """
+    tokens = len(k)
+    scores = torch.einsum("trd,sd->rts", q.float(), k.float()) * shape.scale
+    if shape.soft_cap:
+        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+    at = torch.arange(tokens, device=q.device)
+    distance = at[:, None] - at[None, :]
+    seen = distance >= 0
+    if window := shape.windows[layer]:
+        seen &= distance < window
+    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    return torch.einsum("rts,sd->trd", weights, v.float())

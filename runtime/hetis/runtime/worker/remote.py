@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +14,7 @@ from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpoch
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
-from hetis.runtime.transport.frames import Frame, FrameKind
+from hetis.runtime.transport.frames import Frame, FrameKind, Numbers
 from hetis.runtime.transport.messages import (
     ErrorCode,
     Hello,
@@ -28,7 +29,6 @@ from hetis.runtime.transport.messages import (
     read_stats,
     read_welcome,
 )
-from hetis.runtime.transport.session import Session
 
 T = TypeVar("T")
 
@@ -220,3 +220,44 @@ class _Outputs(NamedTuple):
         device = self.device
         answer = device._answer(self.serial)
         return device._read(answer, lambda frame: read_outputs(frame, device.shape, self.rows))
+
+
+class Session:
+    """Makes the frames of one connection, each with a serial of its own, from 1 on.
+
+    Attributes:
+        epoch: of the engine.
+        number: of the connection, drawn at random, so that no two have the same.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.number = epoch, secrets.randbits(63)
+        self._serial = 0
+
+    def frame(
+        self,
+        kind: FrameKind,
+        *,
+        step: int = 0,
+        layer: int = 0,
+        counts: tuple[int, int, int] = (0, 0, 0),
+        dtype: str = "",
+        parts: tuple[Numbers, ...] = (),
+    ) -> Frame:
+        """A frame of this connection; what `Frame` says of the arguments."""
+        self._serial += 1
+        return Frame(
+            kind=kind,
+            epoch=self.epoch,
+            session=self.number,
+            serial=self._serial,
+            step=step,
+            layer=layer,
+            counts=counts,
+            dtype=dtype,
+            parts=parts,
+        )
+
+    def has(self, frame: Frame) -> bool:
+        """Return whether a frame is of this connection."""
+        return (frame.epoch, frame.session) == (self.epoch, self.number)

@@ -32,11 +32,17 @@ from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.dense_path import DensePath, dense_path
 from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.memory import weight_bytes
-from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import Composition, composition
 from hetis.solver.published.pipelines import ReplicaDuty, duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, no_plan, plan_of, refuse_larger
+from hetis.solver.published.plans import (
+    WITHOUT_PROOF,
+    HeuristicPlan,
+    named_stages,
+    no_plan,
+    plan_of,
+    refuse_larger,
+    weight_bytes,
+)
 from hetis.solver.published.shared_pool import SharedPool, best_with_pool, worker_cost
 
 MAX_GPUS = 4096  # GPUs are dealt one by one

@@ -31,12 +31,18 @@ from hetis.solver.placement.template import Template
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.memory import replica_bytes
-from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch, composition
 from hetis.solver.published.partition import Part
 from hetis.solver.published.pipelines import ReplicaDuty, duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, no_plan, plan_of, refuse_larger
+from hetis.solver.published.plans import (
+    WITHOUT_PROOF,
+    HeuristicPlan,
+    named_stages,
+    no_plan,
+    plan_of,
+    refuse_larger,
+    replica_bytes,
+)
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
 PATIENCE = 100  # generations without a better individual, after which the search ends

@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.solve import replica_plan
@@ -29,14 +31,19 @@ from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.bipartition import coarsened, maximum_cut
-from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.memory import replica_bytes
-from hetis.solver.published.naming import named_stages
+from hetis.solver.published.graph import FleetGraph, FloatArray, graph_of
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, no_plan, plan_of, refuse_larger
+from hetis.solver.published.plans import (
+    WITHOUT_PROOF,
+    HeuristicPlan,
+    named_stages,
+    no_plan,
+    plan_of,
+    refuse_larger,
+    replica_bytes,
+)
 from hetis.solver.published.swaps import Arrangement, Evaluated, SwapNetwork, improved, with_other_role
 
 HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # KV bytes of a replica over weight bytes, in estimating its memory
@@ -211,3 +218,43 @@ def _plan(atlas: Atlas, network: SwapNetwork, found: Evaluated, budget: Budget) 
         notes=NOTES,
     )
     return plan_of(atlas, "hexgen2-paper", answer, budget)
+
+
+def coarsened(weights: FloatArray, parts: Sequence[Part]) -> FloatArray:
+    """Total edge weight between every two parts, shape [K, K], 0 on the diagonal."""
+    members = np.zeros((len(parts), len(weights)))
+    for number, part in enumerate(parts):
+        members[number, list(part)] = 1.0
+    coarse: FloatArray = members @ weights @ members.T
+    np.fill_diagonal(coarse, 0.0)
+    return coarse
+
+
+def maximum_cut(weights: FloatArray) -> tuple[Part, Part]:
+    """Two sides, none empty, with a large cut between them; vertex 0 is on the first.
+
+    Kernighan-Lin exchanges keep the sizes of the sides, so every size from the spectral cut's neighbourhood is tried:
+    the K vertices are split at each position along the eigenvector, and the best cut after refinement wins.
+    """
+    order = _opposing_order(weights)
+    best: tuple[Part, Part] | None = None
+    best_cut = -1.0
+    for size in sorted(range(1, len(order)), key=lambda size: (abs(2 * size - len(order)), size)):
+        first, second = refine(weights, np.ones(len(order)), [tuple(order[:size]), tuple(order[size:])], 1.0, sign=-1.0)
+        cut = float(weights[np.ix_(first, second)].sum())
+        if cut > best_cut * (1 + 1e-12):
+            best, best_cut = (first, second), cut
+    assert best is not None, "a cut needs two vertices"
+    return best
+
+
+def _opposing_order(weights: FloatArray) -> list[int]:
+    """Vertices along the eigenvector of the Laplacian's largest eigenvalue, its sign fixed; ties by number."""
+    laplacian = np.diag(weights.sum(axis=1)) - weights
+    scale = float(np.abs(laplacian).max()) or 1.0
+    _, vectors = np.linalg.eigh(laplacian / scale)
+    last = np.round(vectors[:, -1], 9)
+    leading = np.flatnonzero(last)
+    if len(leading) and last[leading[0]] > 0:
+        last = -last
+    return [int(v) for v in np.argsort(last, kind="stable")]

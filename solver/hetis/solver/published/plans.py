@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.model import ModelSpec
+from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.classes import class_of_slots, class_prices
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.published.graph import FleetGraph
 from hetis.solver.published.work_bound import least_cost
 
 WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it has the bound of the fleet's dense work"
@@ -104,3 +109,33 @@ def _used(atlas: Atlas, answer: HeuristicPlan) -> tuple[Counter[int], Counter[in
     used = {name for replica in answer.replicas for name in replica.devices()}
     workers = {name for replica in answer.replicas for pool in replica.attention_workers for name in pool.devices}
     return Counter(device_class[name] for name in used), Counter(device_class[name] for name in workers)
+
+
+def weight_bytes(model: ModelSpec) -> float:
+    """All weights of a model, once."""
+    ends = model.embedding_params * (1 if model.tie_embeddings else 2)
+    return (model.params() - ends) * model.weight_bytes + ends * model.embedding_bytes
+
+
+def replica_bytes(model: ModelSpec, headroom: float) -> float:
+    """Estimated memory of a replica: weights, and KV of ``headroom`` times as many bytes."""
+    return (1.0 + headroom) * weight_bytes(model)
+
+
+def named_stages(atlas: Atlas, graph: FleetGraph, group: Sequence[int], template: Template) -> list[BoundStage]:
+    """TP groups inside nodes, the largest first, each into the fullest node that holds it.
+
+    TP sizes are powers of two, so that this succeeds for every shape that the group's nodes admit.
+    """
+    free: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for gpu in sorted(group):
+        free[graph.kind(gpu)].append(gpu)
+    ranks = [atlas.ranks[stage.rank] for stage in template.stages]
+    bound = [BoundStage() for _ in ranks]
+    for i in sorted(range(len(ranks)), key=lambda i: (-ranks[i][1], i)):
+        device_class, tp = ranks[i]
+        places = [kind for kind, gpus in free.items() if kind[0] == device_class and len(gpus) >= tp]
+        place = min(places, key=lambda kind: (len(free[kind]), kind[1]))
+        bound[i].devices.extend(graph.names[gpu] for gpu in free[place][:tp])
+        del free[place][:tp]
+    return bound

@@ -32,10 +32,9 @@ from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, no_plan, plan_of, refuse_larger
+from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, named_stages, no_plan, plan_of, refuse_larger
 
 MAX_GPUS = 1024  # every prompt machine has a route to every token machine
 MAX_STAGES = 8  # TP groups of a machine

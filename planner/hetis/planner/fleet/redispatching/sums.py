@@ -15,7 +15,7 @@ over all prefixes. Of a device with several affine pieces each gives a bound, so
 
 So a makespan within the deviation ratio of the bound is within that of the ideal: no trigger is missed. The other way
 round it may be a false alarm, since memory, whole head groups, the network card and the mix of lengths are not seen;
-then the head map is read once in vain, and `hetis.planner.fleet.redispatching.backoff` keeps quiet until something has
+then the head map is read once in vain, and `hetis.planner.fleet.redispatching.watched` keeps quiet until something has
 changed.
 
 A report costs a few microseconds as a rule: with loads at least ``s`` times those that the bound was worked out for,
